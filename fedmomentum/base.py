@@ -1,0 +1,195 @@
+"""The base model in memory: loaded, and held so that what is merged into it arrives.
+
+The base on disk is never touched. In memory only the adapted modules change, and they are held in float32 also
+where the rest of the model is in 16 bits: a round's residual is some 3e-4 of a weight's norm, and rounding
+`base + residual` to bfloat16 would let about a fifth of it through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from fedmomentum.errors import ModelError
+from fedmomentum.global_model import Blob
+from fedmomentum.identity import checkpoint_files
+from fedmomentum.lowrank import LowRank
+
+# ── loaded ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto`: the first GPU if torch sees one, else the CPU.
+
+    Raises:
+        ModelError: a device that torch does not know or see.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 where the processor multiplies it natively, else float32.
+
+    Raises:
+        ModelError: not a floating dtype's name.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+    if chosen is None:
+        raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
+    return chosen
+
+
+def load_base(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, num_labels: int | None = None
+) -> PreTrainedModel:
+    """The model in `folder`, in eval mode, without remote code.
+
+    Args:
+        folder: as written by `save_pretrained`.
+        dtype: of the weights.
+        device: where to.
+        num_labels: load a sequence classifier with so many labels instead of a causal language model.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    kind: Any = AutoModelForCausalLM if num_labels is None else AutoModelForSequenceClassification
+    more = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **more)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{kind.__name__} cannot load a model from {folder}: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; a missing pad token is the end token.
+
+    Raises:
+        ModelError: there is none, or it has no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"transformers cannot load a tokenizer from {folder}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer in {folder} has no end token (eos_token); answers could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+# ── held ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class HeldBase:
+    """The adapted modules of a live base, in float32, set to `pristine + base_update` and back at will.
+
+    `W = pristine + sum of the update's parts`, added one after the other in float32, so that adding the newest
+    part to what is there gives the same bits as starting anew.
+
+    Args:
+        layers: module path to the live layer that holds the weight: `nn.Linear`, or `Conv1D`, whose weight is
+            `(in, out)`.
+        folder: the model folder with the pristine weights, read from memory-mapped files when needed.
+
+    Raises:
+        ModelError: a layer of another kind, quantised weights, or a checkpoint without the layer's weight.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], folder: Path) -> None:
+        self.layers: dict[str, Any] = dict(layers)
+        self._applied: list[str] = []
+        self._files: dict[str, Path] = {}
+        for file in checkpoint_files(folder):
+            with safe_open(file, framework="pt") as opened:
+                self._files.update(dict.fromkeys(opened.keys(), file))
+        for module, layer in self.layers.items():
+            if not isinstance(layer, (nn.Linear, Conv1D)) or type(layer).__module__.startswith("bitsandbytes"):
+                raise ModelError(f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D")
+            weight = layer.weight
+            if not weight.is_floating_point():
+                raise ModelError(f"module {module} is held in {weight.dtype}; load the base in a floating dtype")
+            if weight.dtype != torch.float32:
+                _compute_in_float32(layer, weight.dtype)
+            self._set(module, self.pristine(module))
+
+    def pristine(self, module: str) -> Tensor:
+        """The stored weight of `module`, `(out, in)`, float32, on the CPU."""
+        wanted = f"{module}.weight"
+        names = [n for n in self._files if n == wanted] or [
+            n for n in self._files if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")
+        ]
+        layer = self.layers[module]
+        if len(names) != 1:
+            raise ModelError(f"the checkpoint has {len(names)} tensors for {wanted} ({names[:3]}); wanted one")
+        with safe_open(self._files[names[0]], framework="pt") as opened:
+            tensor = opened.get_tensor(names[0]).to(torch.float32)
+        if tensor.shape != layer.weight.shape:
+            raise ModelError(f"{wanted} is {tuple(tensor.shape)} on disk and {tuple(layer.weight.shape)} in the model")
+        return tensor.mT if isinstance(layer, Conv1D) else tensor
+
+    def _set(self, module: str, weight: Tensor) -> None:
+        layer = self.layers[module]
+        with torch.no_grad():
+            layer.weight.copy_(weight.mT if isinstance(layer, Conv1D) else weight)
+
+    def weight(self, module: str) -> Tensor:
+        """The live weight of `module` as `(out, in)`, a view."""
+        layer = self.layers[module]
+        return layer.weight.detach().mT if isinstance(layer, Conv1D) else layer.weight.detach()
+
+    def apply(self, base_update: Sequence[Blob]) -> None:
+        """Set every module to `pristine + sum of base_update`; what is there already is not added again.
+
+        Raises:
+            ModelError: a module that is not held here, or a shape that differs.
+        """
+        names = [blob.name for blob in base_update]
+        if names[: len(self._applied)] != self._applied:
+            for module in self.layers:
+                self._set(module, self.pristine(module))
+            self._applied = []
+        for blob in base_update[len(self._applied) :]:
+            for module, matrix in blob.matrices.items():
+                if module not in self.layers or tuple(matrix.shape) != tuple(self.weight(module).shape):
+                    raise ModelError(
+                        f"base update {blob.name[:16]} changes module {module} {tuple(matrix.shape)}, which is not "
+                        "adapted here or has another shape"
+                    )
+                weight = self.weight(module)
+                dense = matrix.dense() if isinstance(matrix, LowRank) else matrix
+                weight += dense.to(weight.device)
+            self._applied.append(blob.name)
+
+
+def _compute_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the layer in float32: its input is cast up, its output back to the model's own dtype."""
+    layer.float()
+    layer.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+    layer.register_forward_hook(lambda _, __, output: output.to(dtype))

@@ -1,0 +1,131 @@
+"""A run's folder: a checkpoint after every round, written so that a crash at any moment loses no finished round.
+
+::
+
+    config.toml  plan.json  partition.json  environment.json    what the run is
+    metrics.jsonl                                               one row a round
+    rounds/0003.json                                            the global model's manifest and the server's state
+    objects/<sha256>.safetensors                                what the manifests name, shared by all rounds
+
+The order of writing is: objects, metrics, manifest. The manifest is the commit: what is there without it (objects,
+a row too many, a temporary file) is swept up when the folder is opened or the next round is committed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedmomentum.errors import ModelError
+from fedmomentum.files import write_atomically, write_json
+from fedmomentum.global_model import (
+    GlobalModel,
+    find_manifest,
+    kept_rounds,
+    object_file,
+    read_manifest,
+    save_objects,
+)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server remembers between rounds, besides the global model.
+
+    Attributes:
+        run_id: names the run on the wire.
+        held: client to the hashes of the objects it has said it holds.
+        best_round: the evaluated round with the lowest loss, -1 where none is.
+        best_loss: its loss.
+    """
+
+    run_id: str
+    held: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    best_round: int = -1
+    best_loss: float | None = None
+
+    def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
+        """The state after a client said what it holds."""
+        return replace(self, held={**self.held, client_id: tuple(sorted(names))})
+
+
+class RunFolder:
+    """The folder of one run; open it in one process at a time.
+
+    Args:
+        folder: made if it is not there.
+        keep: how many of the last rounds to keep, besides the best.
+
+    Raises:
+        ModelError: another process has it open.
+    """
+
+    def __init__(self, folder: Path | str, *, keep: int = 3) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self.rows: list[dict[str, Any]] = []
+        (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ModelError(
+                f"{self.folder} is in use by another process; wait for it or choose another --out"
+            ) from error
+
+    def close(self) -> None:
+        """Let others open the folder."""
+        self._lock.close()
+
+    def resume(self) -> tuple[GlobalModel, ServerState] | None:
+        """The last finished round, or None in a fresh folder; what an interrupted round left is swept up.
+
+        Raises:
+            ModelError: a damaged folder.
+        """
+        rounds = kept_rounds(self.folder)
+        for leftover in self.folder.rglob(".*.tmp"):
+            leftover.unlink()
+        if not rounds:
+            return None
+        manifest = read_manifest(find_manifest(self.folder, rounds[-1]))
+        model = GlobalModel.load(self.folder, rounds[-1])
+        run = manifest["run"]
+        state = ServerState(**{**run, "held": {client: tuple(names) for client, names in run["held"].items()}})
+        self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
+        if [row["round"] for row in self.rows] != list(range(rounds[-1] + 1)):
+            raise ModelError(f"{self.folder / 'metrics.jsonl'} lacks rows of the rounds up to {rounds[-1]}")
+        self._sweep(rounds)
+        return model, state
+
+    def _read_rows(self) -> list[dict[str, Any]]:
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
+        """Make a round durable: after this returns it survives a crash; before, the round before it does."""
+        save_objects(model.objects(), self.folder)
+        self.rows.append(row)
+        write_atomically(self.folder / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in self.rows).encode())
+        write_json(
+            self.folder / "rounds" / f"{model.server_round:04d}.json", {**model.manifest(), "run": asdict(state)}
+        )
+        rounds = kept_rounds(self.folder)
+        kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
+        for server_round in set(rounds) - kept:
+            (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
+        self._sweep(sorted(kept))
+
+    def _sweep(self, rounds: list[int]) -> None:
+        """Delete the objects that none of these rounds names."""
+        named = set()
+        for server_round in rounds:
+            manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
+            named |= {manifest["adapter"], manifest["carried"], *manifest["base_update"]}
+        files = {object_file(self.folder, name) for name in named if name}
+        for file in (self.folder / "objects").glob("*.safetensors"):
+            if file not in files:
+                file.unlink()

@@ -1,0 +1,237 @@
+"""A client: its data, the model it trains, and `client_step`, from a task's bytes to a reply's.
+
+One process loads the base once, however many clients it plays: `LocalModel` swaps adapters and adds what was merged
+since. Every transport ends in `client_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.adapter import Adapter, to_tensors
+from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.config import LoraConfig, ModelConfig
+from fedmomentum.data.tokens import TokenisedExamples
+from fedmomentum.diagnostics import applied_share, probe, probe_vectors
+from fedmomentum.errors import ModelError
+from fedmomentum.evaluation import Score, evaluate
+from fedmomentum.global_model import Blob, GlobalModel, read_object, save_objects
+from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.lowrank import LowRank
+from fedmomentum.peft_io import ADAPTER_NAME, attach, from_model, load_into, lora_layers
+from fedmomentum.training import TrainReport
+from fedmomentum.training import train as train_locally
+from fedmomentum.transport import PROBE, SECONDS, Reply, Task, decode_task, encode_reply, stack_probes
+
+TrainFunction = Callable[..., TrainReport]
+"""`function(model, examples, *, pad_token_id, learning_rate, local_steps, local_epochs, batch_size, seed, arguments,
+on_step) -> TrainReport`: trains the model's trainable parameters in place. `fedmomentum.training.train` is one."""
+
+
+class LocalModel:
+    """The base model of this process with one live adapter, set to any global model at will.
+
+    Args:
+        model: which base, in what dtype, on what device.
+        lora: the adapter to attach.
+        seed: of the adapter's initialisation.
+
+    Raises:
+        ModelError: the base cannot be found or loaded.
+        AdapterError: the adapter does not fit the base.
+    """
+
+    def __init__(self, model: ModelConfig, lora: LoraConfig, *, seed: int) -> None:
+        self.folder: Path = resolve_base(model.name, model.revision)
+        self.identity: BaseIdentity = identify(model.name, self.folder, model.revision)
+        device = pick_device(model.device)
+        self.tokenizer = load_tokenizer(self.folder)
+        base = load_base(self.folder, pick_dtype(model.dtype, device), device)
+        self.num_parameters = sum(p.numel() for p in base.parameters())
+        self.dtype = base.dtype
+        self.peft = attach(
+            base, rank=lora.rank, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules or None,
+            dropout=lora.dropout, use_rslora=lora.use_rslora, modules_to_save=lora.modules_to_save, seed=seed,
+        )  # fmt: skip
+        self._layers = lora_layers(self.peft)
+        self.held = HeldBase({module: layer.base_layer for module, layer in self._layers.items()}, self.folder)
+        self._blobs: dict[str, Blob] = {}
+
+    def adapter(self, name: str = "adapter") -> Adapter:
+        """A copy of the live adapter."""
+        return from_model(self.peft, name)
+
+    def initial(self, method: str) -> GlobalModel:
+        """The global model before the first round: this base, this fresh adapter."""
+        adapter = self.adapter("global adapter")
+        config = {key: value for key, value in adapter.config.items() if key != "base_model_name_or_path"}
+        config["base_model_name_or_path"] = self.identity.name
+        fresh = Adapter(adapter.modules, adapter.scalings, adapter.saved, config, "global adapter")
+        return GlobalModel(self.identity, fresh, method=method)
+
+    def become(self, model: GlobalModel) -> None:
+        """Be this global model: its merged base, its adapter.
+
+        Raises:
+            ModelError: it belongs to another base.
+        """
+        model.base.check(self.identity)
+        self.held.apply(model.base_update)
+        load_into(self.peft, model.adapter)
+
+    def fetch(self, store: Path) -> Callable[[str], Blob]:
+        """A reader of a client's objects that parses and checks each once per process."""
+
+        def read(name: str) -> Blob:
+            if name not in self._blobs:
+                self._blobs[name] = Blob(read_object(store, name))
+            return self._blobs[name]
+
+        return read
+
+    def forget(self, keep: set[str]) -> None:
+        """Let go of all objects but these."""
+        self._blobs = {name: blob for name, blob in self._blobs.items() if name in keep}
+
+    def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
+        """Probes of the live weights, in float64: `base` of W alone, `effective` of W + scaling B A."""
+        base, effective = {}, {}
+        for module, layer in self._layers.items():
+            weight = self.held.weight(module).to("cpu", torch.float64)
+            U, X = probe_vectors(module, (weight.shape[0], weight.shape[1]), seed)
+            lora = LowRank(
+                layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
+                layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
+            )
+            base[module] = probe(weight, U, X)
+            effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
+        return {"base": base, "effective": effective}
+
+    def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:
+        """The share of `base_update` that is in the live base weights, by their probes; 1 where nothing is merged."""
+        got, wanted = {}, {}
+        for module in {m for blob in model.base_update for m in blob.matrices}:
+            pristine = self.held.pristine(module)
+            U, X = probe_vectors(module, (pristine.shape[0], pristine.shape[1]), seed)
+            got[module] = probes[module] - probe(pristine, U, X)
+            wanted[module] = probe(model.merged(module), U, X)
+        return applied_share(got, wanted)
+
+
+@dataclass
+class Client:
+    """One party: its name, its tokenised data, and where it keeps the objects it was sent.
+
+    Attributes:
+        client_id: its name.
+        train: what it trains on.
+        test: what it holds out.
+        store: folder of its objects.
+        function: trains; the user's own, or ours.
+        on_step: told of every training step: (client, step, steps, loss).
+    """
+
+    client_id: str
+    train: TokenisedExamples
+    test: TokenisedExamples
+    store: Path
+    function: TrainFunction = train_locally
+    on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
+
+
+def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
+    """Answer one task: load the global model it names, train on or evaluate it, reply.
+
+    Raises:
+        PayloadError: bytes that are no task.
+        ModelError: another base, an object that is missing or damaged, another version than stated.
+        FedMomentumError: what training or evaluation refuses.
+    """
+    task = decode_task(payload)
+    if task.client_id != client.client_id:
+        raise ModelError(f"a task for {task.client_id} came to {client.client_id}")
+    started = time.perf_counter()
+    save_objects(task.objects, client.store)
+    fetch = model.fetch(client.store)
+    current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
+    model.become(current)
+    needed = {*task.manifest["base_update"], task.manifest["adapter"]}
+    model.forget(needed)
+    loaded = time.perf_counter()
+    step = _train if task.kind == "train" else _evaluate
+    num_examples, metrics, tensors = step(task, client, model, current)
+    tensors[SECONDS] = torch.tensor([loaded - started, time.perf_counter() - loaded], dtype=torch.float64)
+    return encode_reply(
+        Reply(
+            kind=task.kind,
+            run_id=task.run_id,
+            client_id=client.client_id,
+            server_round=task.server_round,
+            version=current.version,
+            holds=sorted(needed),
+            num_examples=num_examples,
+            metrics=metrics,
+            tensors=tensors,
+        )  # fmt: skip
+    )
+
+
+def _train(
+    task: Task, client: Client, model: LocalModel, current: GlobalModel
+) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
+    settings = dict(task.settings)
+    probe_seed = settings.pop("probe_seed")
+
+    def told(step: int, steps: int, loss: float) -> None:
+        if client.on_step:
+            client.on_step(client.client_id, step, steps, loss)
+
+    report = client.function(
+        model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **settings
+    )
+    tensors = to_tensors(model.adapter(client.client_id))
+    for name, probes in model.probes(probe_seed).items():
+        tensors[PROBE + name] = stack_probes(probes)
+    return len(client.train), asdict(report), tensors
+
+
+def _evaluate(
+    task: Task, client: Client, model: LocalModel, current: GlobalModel
+) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
+    settings = task.settings
+    probes = model.probes(settings["probe_seed"])
+    metrics: dict[str, Any] = {
+        "applied_share": model.applied_share(current, probes["base"], settings["probe_seed"])
+        if current.base_update
+        else None
+    }
+    examples = _first(client.test, settings["num_examples"])
+    if len(examples):
+        result = evaluate(
+            model.peft, examples, pad_token_id=model.tokenizer.pad_token_id, batch_size=settings["batch_size"]
+        )
+        metrics["total"] = _sums(result.total)
+        metrics["by_category"] = {category: _sums(score) for category, score in sorted(result.by_category.items())}
+    tensors = {PROBE + name: stack_probes(values) for name, values in probes.items()}
+    return max(1, len(examples)), metrics, tensors
+
+
+def _first(examples: TokenisedExamples, count: int) -> TokenisedExamples:
+    return replace(
+        examples,
+        input_ids=examples.input_ids[:count],
+        num_prompt_tokens=examples.num_prompt_tokens[:count],
+        categories=examples.categories[:count],
+        is_truncated=examples.is_truncated[:count],
+    )
+
+
+def _sums(score: Score) -> dict[str, float | int]:
+    return {key: getattr(score, key) for key in ("nll", "num_tokens", "num_examples", "num_exact")}

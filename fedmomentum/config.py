@@ -1,0 +1,380 @@
+"""A run's configuration: a TOML file that fits on a screen. Every key, its default and what it means are here.
+
+Keys are kebab-case in the file and on the command line (`key=value`), snake_case in code; they are converted here
+and nowhere else. `docs/configuration.md` is made from these classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from fedmomentum.errors import ConfigError
+
+
+def _option(default: Any, doc: str) -> Any:
+    """A key with its default and its documentation."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def _need(good: bool, key: str, value: Any, wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"{key} must be {wanted}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str = _option(
+        "smollm2-135m-instruct", "the embedded model, a model folder, or a name on the Hugging Face hub"
+    )
+    revision: str | None = _option(None, "hub revision (commit, tag or branch)")
+    dtype: str = _option("auto", "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16")
+    device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter every client trains."""
+
+    rank: int = _option(8, "rank of the adapter, on the wire and in training; it never changes")
+    lora_alpha: float = _option(16.0, "numerator of the scaling: lora-alpha / rank")
+    target_modules: list[str] = _option([], "names of the adapted linear modules; empty: PEFT's choice for the model")
+    dropout: float = _option(0.0, "LoRA dropout in local training")
+    use_rslora: bool = _option(False, "scale by lora-alpha / sqrt(rank)")
+    modules_to_save: list[str] = _option([], "modules trained in full and averaged by weight")
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _need(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
+        _need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Whose data is where, and how much is held out."""
+
+    source: str = _option("", "one source for all clients: a JSONL, JSON, CSV or Parquet file, a folder saved by "
+                              "datasets, a hub name, or reasoning-gym (the built-in tasks)")  # fmt: skip
+    client_files: dict[str, str] = _option({}, "one file a client instead: client name = file")
+    client_column: str | None = _option(None, "column of the source that names each row's client")
+    split: str = _option("train", "split of a source that has several")
+    tasks: list[str] = _option([], "built-in tasks to mix; empty: all")
+    num_examples: int = _option(2000, "training examples over all clients (built-in tasks)")
+    num_test_examples: int = _option(400, "held-out examples over all clients (built-in tasks)")
+    num_clients: int = _option(4, "clients to divide a source among")
+    partition: str = _option("iid", "how to divide: iid, dirichlet, categories, sizes")
+    category_column: str | None = _option(None, "column to divide and report by")
+    concentration: float = _option(0.5, "of the Dirichlet partition: small is skewed, large is even")
+    min_examples: int = _option(8, "fewest examples of a client")
+    categories_per_client: int = _option(2, "for the partition categories")
+    sizes: list[float] = _option([], "for the partition sizes: one number a client, in proportion")
+    test_source: str | None = _option(None, "a held-out source, shared out over the clients")
+    test_split: str = _option("test", "split of the held-out source")
+    test_fraction: float = _option(0.1, "share of its own examples that each client holds out")
+    max_length: int = _option(512, "longest example in tokens; longer ones are cut")
+    max_lost_share: float = _option(0.02, "refused where a larger share of examples loses its whole answer to the cut")
+
+    def __post_init__(self) -> None:
+        _need(bool(self.source) != bool(self.client_files), "data.source", self.source, "given, or data.client-files")
+        _need(self.partition in ("iid", "dirichlet", "categories", "sizes"), "data.partition", self.partition,
+              "iid, dirichlet, categories or sizes")  # fmt: skip
+        _need(self.num_clients >= 1, "data.num-clients", self.num_clients, "at least 1")
+        _need(self.concentration > 0, "data.concentration", self.concentration, "above 0")
+        _need(0 <= self.test_fraction < 1, "data.test-fraction", self.test_fraction, "in [0, 1)")
+        _need(0 <= self.max_lost_share <= 1, "data.max-lost-share", self.max_lost_share, "in [0, 1]")
+        _need(self.max_length >= 2, "data.max-length", self.max_length, "at least 2")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What each client does in a round. The optimiser starts afresh every round."""
+
+    local_steps: int | None = _option(None, "optimiser steps a round; this or local-epochs (default: 10 steps)")
+    local_epochs: float | None = _option(None, "passes over the client's data a round")
+    batch_size: int = _option(8, "examples in a step")
+    learning_rate: float = _option(1e-3, "of the first round")
+    learning_rate_schedule: str = _option("constant", "over the rounds: constant, linear or cosine (to a tenth)")
+    function: str | None = _option(None, "your own training function, module:function; see docs/training.md")
+    arguments: dict[str, Any] = _option(
+        {}, "further fields of transformers.TrainingArguments, e.g. weight_decay = 0.01"
+    )
+
+    def __post_init__(self) -> None:
+        if self.local_steps is None and self.local_epochs is None:
+            object.__setattr__(self, "local_steps", 10)
+        _need(self.local_steps is None or self.local_epochs is None, "training.local-steps", self.local_steps,
+              "left out where local-epochs is given")  # fmt: skip
+        _need(self.local_steps is None or self.local_steps >= 1, "training.local-steps", self.local_steps, "at least 1")
+        _need(self.local_epochs is None or self.local_epochs > 0, "training.local-epochs", self.local_epochs, "above 0")
+        _need(self.batch_size >= 1, "training.batch-size", self.batch_size, "at least 1")
+        _need(self.learning_rate > 0, "training.learning-rate", self.learning_rate, "above 0")
+        _need(self.learning_rate_schedule in ("constant", "linear", "cosine"), "training.learning-rate-schedule",
+              self.learning_rate_schedule, "constant, linear or cosine")  # fmt: skip
+
+    def rate(self, server_round: int, num_rounds: int) -> float:
+        """The learning rate of a round: constant, or falling to a tenth in the last round."""
+        progress = (server_round - 1) / max(1, num_rounds - 1)
+        if self.learning_rate_schedule == "linear":
+            return self.learning_rate * (1 - 0.9 * progress)
+        if self.learning_rate_schedule == "cosine":
+            return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return self.learning_rate
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How the server combines the adapters."""
+
+    name: str = _option("fedmomentum", "fedmomentum or fedit")
+    settings: dict[str, Any] = _option({}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)')
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """The rounds."""
+
+    num_rounds: int = _option(5, "rounds")
+    participation: float = _option(1.0, "share of the clients drawn each round, in (0, 1]")
+    quorum: float = _option(0.5, "share of the drawn clients that must answer well, else the run stops")
+    max_client_share: float = _option(0.9, "largest weight of one client where there are several")
+    max_norm_ratio: float = _option(20.0, "a client whose update is larger than this many medians is left out")
+
+    def __post_init__(self) -> None:
+        _need(self.num_rounds >= 1, "federation.num-rounds", self.num_rounds, "at least 1")
+        _need(0 < self.participation <= 1, "federation.participation", self.participation, "in (0, 1]")
+        _need(0 < self.quorum <= 1, "federation.quorum", self.quorum, "in (0, 1]")
+        _need(0 < self.max_client_share <= 1, "federation.max-client-share", self.max_client_share, "in (0, 1]")
+        _need(self.max_norm_ratio > 1, "federation.max-norm-ratio", self.max_norm_ratio, "above 1")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation: loss, perplexity and greedy exact match, global and per client."""
+
+    every: int = _option(1, "evaluate every so many rounds (and before the first and after the last); 0: never")
+    num_examples: int = _option(64, "held-out examples over the round's clients, between the ends")
+    final_num_examples: int = _option(
+        400, "held-out examples over all clients, before the first and after the last round"
+    )
+    batch_size: int = _option(32, "examples in a forward pass")
+
+    def __post_init__(self) -> None:
+        _need(self.every >= 0, "evaluation.every", self.every, "0 or more")
+        _need(self.num_examples >= 1, "evaluation.num-examples", self.num_examples, "at least 1")
+        _need(self.final_num_examples >= 1, "evaluation.final-num-examples", self.final_num_examples, "at least 1")
+        _need(self.batch_size >= 1, "evaluation.batch-size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The process."""
+
+    seed: int = _option(0, "of everything that is drawn: data, participants, initialisation, batches")
+    threads: int = _option(0, "CPU threads; 0: all cores. Part of the result: other counts give other last bits")
+    keep_rounds: int = _option(3, "checkpoints kept, besides the best")
+
+    def __post_init__(self) -> None:
+        _need(self.seed >= 0, "run.seed", self.seed, "0 or more")
+        _need(self.threads >= 0, "run.threads", self.threads, "0 or more")
+        _need(self.keep_rounds >= 1, "run.keep-rounds", self.keep_rounds, "at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Made by `load_config` or `from_dict`."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    data: DataConfig
+    training: TrainingConfig
+    method: MethodConfig
+    federation: FederationConfig
+    evaluation: EvaluationConfig
+    run: RunConfig
+
+
+SECTIONS: dict[str, type] = get_type_hints(Config)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and `section.key=value` overrides; paths in it are relative to the file.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key (with the nearest known one), or a bad value.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    return _with_paths(from_dict(table), path.parent)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or len(names) < 2:
+        raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: method.name=fedit
+    for name in names[:-1]:
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {name} is no section")
+        table = inner
+    table[names[-1]] = value
+
+
+def from_dict(table: Mapping[str, Any]) -> Config:
+    """A configuration from TOML tables; see `load_config`."""
+    _known(table, SECTIONS, "section")
+    return Config(**{name: _section(kind, name, table.get(name, {})) for name, kind in SECTIONS.items()})
+
+
+def _section(kind: type, section: str, table: Any) -> Any:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{section} must be a table, [{section}]; got {table!r}")
+    hints = get_type_hints(kind)
+    _known(table, [name.replace("_", "-") for name in hints], f"key in [{section}]")
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        values[name] = _typed(value, hints[name], f"{section}.{key}")
+    return kind(**values)
+
+
+def _known(table: Mapping[str, Any], known: Any, what: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown {what}: {key}; {hint}")
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """The value, checked against the annotation; an int is taken for a float."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        origin = get_origin(kind) or kind
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if origin is list and isinstance(value, (list, tuple)):
+            return [_typed(item, get_args(kind)[0], key) for item in value]
+        if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
+            return value
+    names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
+    raise ConfigError(f"{key} must be of type {names}; got {value!r}")
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    """Relative paths that exist beside the configuration file are meant from there."""
+
+    def placed(name: str) -> str:
+        return str(folder / name) if name and not Path(name).is_absolute() and (folder / name).exists() else name
+
+    data, model = config.data, config.model
+    data = dataclasses.replace(
+        data,
+        source=placed(data.source),
+        test_source=placed(data.test_source) if data.test_source else None,
+        client_files={client: placed(file) for client, file in data.client_files.items()},
+    )
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(model, name=placed(model.name)))
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Every key with its value, kebab-case; None left out, as TOML has none."""
+    result: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
+        values = dataclasses.asdict(getattr(config, section))
+        result[section] = {key.replace("_", "-"): value for key, value in values.items() if value is not None}
+    return result
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a TOML file that `load_config` reads back to an equal one."""
+    lines = []
+    for section, values in to_dict(config).items():
+        tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if key not in tables]
+        for key, table in tables.items():
+            if table:
+                lines += [f"[{section}.{key}]", *(f"{_quoted(k)} = {_toml(v)}" for k, v in table.items())]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_quoted(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The keys that differ, as `section.key`."""
+    before, after = to_dict(old), to_dict(new)
+    return [
+        f"{section}.{key}"
+        for section in SECTIONS
+        for key in sorted(before[section].keys() | after[section].keys())
+        if before[section].get(key) != after[section].get(key)
+    ]
+
+
+def reference() -> str:
+    """`docs/configuration.md`, from the classes."""
+    lines = [
+        "# Configuration",
+        "",
+        "A run is one TOML file; `fedmomentum run CONFIG.toml section.key=value ...` overrides keys. Unknown keys are",
+        "refused. Every key with its default (made by `python -m fedmomentum.config`):",
+        "",
+    ]
+    for section, kind in SECTIONS.items():
+        lines += [
+            f"## [{section}]",
+            "",
+            str(kind.__doc__).splitlines()[0],
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        for item in dataclasses.fields(kind):
+            made: Any = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+            default = "" if made is None else f"`{_toml(made)}`"
+            lines.append(f"| `{item.name.replace('_', '-')}` | {default} | {item.metadata['doc']} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

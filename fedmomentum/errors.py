@@ -1,0 +1,29 @@
+"""The errors a user can cause. Each says what came, what was wanted and what to do; the command line exits with 2."""
+
+
+class FedMomentumError(Exception):
+    """A mistake in what the user or a client gave us; never a defect of the package."""
+
+
+class ConfigError(FedMomentumError):
+    """A run configuration that cannot be obeyed: an unknown key, a value out of range."""
+
+
+class DataError(FedMomentumError):
+    """A data file, row or partition that cannot be used."""
+
+
+class AdapterError(FedMomentumError):
+    """An adapter that we cannot read, combine or write without changing what it means."""
+
+
+class ModelError(FedMomentumError):
+    """A base model or a global model folder that is missing, different or unreadable."""
+
+
+class PayloadError(FedMomentumError):
+    """Bytes from the wire that are not what the protocol allows."""
+
+
+class QuorumError(FedMomentumError):
+    """Too few clients answered a round with something usable."""

@@ -1,0 +1,83 @@
+"""Bytes on disk and in tensors: written whole or not at all, and never pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedmomentum.errors import PayloadError
+
+MAX_HEADER_BYTES = 64 * 2**20
+"""A safetensors header of a model of 100,000 tensors has about 10 MiB."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `path` so that at every moment it holds its old content or all of the new one, also after a crash.
+
+    A temporary file beside it is written and synced to disk, renamed over it, and the folder synced.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomically`, as readable JSON."""
+    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def sha256(data: bytes) -> str:
+    """The name of these bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: tuple[str, str] | None = None) -> bytes:
+    """The tensors as safetensors bytes: equal tensors and metadata give equal bytes.
+
+    The metadata is one pair at most: safetensors writes several in an order that changes from call to call.
+    """
+    ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
+    return safetensors.torch.save(ordered, dict([metadata]) if metadata else None)
+
+
+def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of safetensors bytes from anywhere.
+
+    Raises:
+        PayloadError: a header that is too long, is not JSON, or claims tensors that the bytes do not hold.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise PayloadError(f"{name}: the header claims {length} bytes of {len(data)} received; these are no tensors")
+    try:
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise PayloadError(f"{name}: not safetensors: {error}") from error
+    return tensors, metadata
+
+
+def tensor_of(data: bytes) -> Tensor:
+    """Bytes as a tensor of uint8, to travel among tensors."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

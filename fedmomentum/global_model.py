@@ -1,0 +1,343 @@
+"""`GlobalModel`: the one versioned object that a federation trains, and its folder.
+
+The exact model is, per module, `W = base + sum(base_update) + scaling * B A` in float32. Saving, loading,
+evaluating, exporting, resuming and sending all go through this object; the adapter alone is not the result.
+
+The folder (format version 1)::
+
+    global_model.json       the manifest: what belongs to the model, by content hash
+    objects/<sha256>.safetensors
+
+A run's folder holds many: `rounds/0003.json` is the manifest of round 3, and all share one `objects/`. The manifest's
+keys are those of `GlobalModel.manifest`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.adapter import Adapter, split_tensors, to_tensors
+from fedmomentum.aggregation.whole import AdapterAggregate
+from fedmomentum.errors import ModelError
+from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
+from fedmomentum.identity import BaseIdentity
+from fedmomentum.lowrank import LowRank, weighted_sum, zeros
+
+FORMAT = "fedmomentum global model"
+FORMAT_VERSION = 1
+MANIFEST = "global_model.json"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Matrices by module, as the bytes that are sent and kept; their hash is their name.
+
+    The tensors are `<module>.B` and `<module>.A` for a low-rank matrix, `<module>.dense` for a consolidated one, in
+    float32 and in effective-weight units: they are added to the base with factor 1.
+    """
+
+    data: bytes = field(repr=False)
+
+    @cached_property
+    def name(self) -> str:
+        """SHA-256 of the bytes."""
+        return sha256(self.data)
+
+    @cached_property
+    def matrices(self) -> dict[str, LowRank | Tensor]:
+        """Module to its matrix, `(out, in)`.
+
+        Raises:
+            PayloadError: the bytes are no safetensors.
+            ModelError: tensors that are not of the form above.
+        """
+        tensors, _ = read_safetensors(self.data, f"object {self.name[:16]}")
+        found: dict[str, LowRank | Tensor] = {}
+        for key in sorted(tensors):
+            module, _, kind = key.rpartition(".")
+            if kind == "dense":
+                found[module] = tensors[key]
+            elif kind == "A" and f"{module}.B" in tensors:
+                found[module] = LowRank(tensors[f"{module}.B"], tensors[key])
+            elif kind != "B" or f"{module}.A" not in tensors:
+                raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
+        return found
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, LowRank | Tensor]) -> Blob:
+        """The blob of these matrices, cast to float32."""
+        tensors = {}
+        for module, matrix in matrices.items():
+            if isinstance(matrix, LowRank):
+                tensors[f"{module}.B"] = matrix.B.to(torch.float32).cpu()
+                tensors[f"{module}.A"] = matrix.A.to(torch.float32).cpu()
+            else:
+                tensors[f"{module}.dense"] = matrix.to(torch.float32).cpu()
+        return cls(safetensors_bytes(tensors))
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalModel:
+    """A base model's identity, everything merged into it so far, and the live adapter.
+
+    Attributes:
+        base: which base.
+        adapter: the live adapter, counted with its own scaling.
+        base_update: what was merged, oldest first; order and bytes are part of the version.
+        carried: module to what the method keeps for its next sum; no part of the effective model.
+        server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
+        method: the method and its settings, as its `repr`.
+    """
+
+    base: BaseIdentity
+    adapter: Adapter
+    base_update: tuple[Blob, ...] = ()
+    carried: Mapping[str, LowRank] = field(default_factory=dict)
+    server_round: int = 0
+    method: str = ""
+
+    # ── version ──
+
+    @cached_property
+    def version(self) -> str:
+        """SHA-256 over the base's identity and the hashes of `base_update` in order; never over computed weights."""
+        return version_of(self.base, [blob.name for blob in self.base_update])
+
+    @cached_property
+    def adapter_blob(self) -> bytes:
+        """The adapter as the bytes that are sent and kept."""
+        return safetensors_bytes(to_tensors(self.adapter))
+
+    # ── the round ──
+
+    def after(self, aggregate: AdapterAggregate, method: str) -> GlobalModel:
+        """The next round's model: the aggregate's adapter, its residual appended to `base_update`."""
+        blobs = self.base_update + ((Blob.of(aggregate.residual),) if aggregate.residual else ())
+        later = replace(
+            self,
+            adapter=replace(aggregate.adapter, config=self.adapter.config, name="global adapter"),
+            base_update=blobs,
+            carried=aggregate.carried,
+            server_round=self.server_round + 1,
+            method=method,
+        )
+        return later.consolidated() if later._dense_is_smaller() else later
+
+    def _dense_is_smaller(self) -> bool:
+        """Whether one dense matrix a module takes fewer numbers than the blobs do."""
+        if len(self.base_update) < 2:
+            return False
+        held, dense = 0, 0
+        shapes = {}
+        for blob in self.base_update:
+            for module, matrix in blob.matrices.items():
+                held += matrix.B.numel() + matrix.A.numel() if isinstance(matrix, LowRank) else matrix.numel()
+                shapes[module] = tuple(matrix.shape)
+        dense = sum(out_size * in_size for out_size, in_size in shapes.values())
+        return held > 2 * dense
+
+    def consolidated(self) -> GlobalModel:
+        """The same model with `base_update` as one dense blob, summed in float64; everyone adopts it from here on.
+
+        The server does so in the round where twice the dense size is passed, so that `base_update` stays below
+        that size for good and a snapshot is sent rarely.
+        """
+        totals = {}
+        for module in sorted({m for blob in self.base_update for m in blob.matrices}):
+            total = self.merged(module)
+            totals[module] = total.dense() if isinstance(total, LowRank) else total
+        return replace(self, base_update=(Blob.of(totals),))
+
+    # ── what it is ──
+
+    def merged(self, module: str) -> LowRank | Tensor:
+        """Everything merged into `module` so far, in float64: factored where every part is."""
+        parts = [blob.matrices[module] for blob in self.base_update if module in blob.matrices]
+        low = [part for part in parts if isinstance(part, LowRank)]
+        shape = self.adapter.modules[module].shape
+        total = weighted_sum(low, [1.0] * len(low)) if low else zeros(shape, dtype=torch.float64)
+        if len(low) == len(parts):
+            return total
+        return total.dense() + sum(part.to(torch.float64) for part in parts if not isinstance(part, LowRank))
+
+    def effective(self, module: str) -> LowRank | Tensor:
+        """`sum(base_update) + scaling * B A`: what this model adds to the base weight of `module`, in float64."""
+        merged, live = self.merged(module), self.adapter.effective(module)
+        if isinstance(merged, LowRank):
+            return weighted_sum([merged, live], [1.0, 1.0])
+        return merged + live.dense()
+
+    # ── folder ──
+
+    def manifest(self) -> dict[str, Any]:
+        """What `global_model.json` holds: every part by content hash, and what is no tensor in full."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base": asdict(self.base),
+            "base_update": [blob.name for blob in self.base_update],
+            "version": self.version,
+            "adapter": sha256(self.adapter_blob),
+            "adapter_config": dict(self.adapter.config),
+            "scalings": dict(self.adapter.scalings),
+            "carried": Blob.of(self.carried).name if self.carried else None,
+            "round": self.server_round,
+            "method": self.method,
+        }
+
+    def objects(self) -> dict[str, bytes]:
+        """Every object of the manifest: hash to bytes."""
+        blobs = [*self.base_update, Blob(self.adapter_blob)]
+        blobs += [Blob.of(self.carried)] if self.carried else []
+        return {blob.name: blob.data for blob in blobs}
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], fetch: Callable[[str], Blob], where: str) -> GlobalModel:
+        """Put a model together from its manifest and its objects.
+
+        Args:
+            manifest: as `manifest` made it.
+            fetch: hash to object; its bytes are checked against the hash here.
+            where: what to call it in messages.
+
+        Raises:
+            ModelError: not our format, a newer one, an object that does not match its hash, or another version
+                than the manifest states.
+        """
+        if manifest.get("format") != FORMAT:
+            raise ModelError(f"{where} is not a {FORMAT} (format {manifest.get('format')!r})")
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise ModelError(
+                f"{where} has format_version {manifest['format_version']}; this fedmomentum reads up to "
+                f"{FORMAT_VERSION}. Update fedmomentum"
+            )
+
+        def checked(name: str) -> Blob:
+            blob = fetch(name)
+            if blob.name != name:
+                raise ModelError(f"{where}: object {name[:16]}... does not match its hash; it was damaged or altered")
+            return blob
+
+        tensors, _ = read_safetensors(checked(manifest["adapter"]).data, where)
+        modules, saved = split_tensors(tensors)
+        if modules.keys() != manifest["scalings"].keys():
+            raise ModelError(f"{where}: the manifest's scalings and the adapter's modules differ")
+        adapter = Adapter(modules, manifest["scalings"], saved, manifest["adapter_config"], name="global adapter")
+        carried = checked(manifest["carried"]).matrices if manifest["carried"] else {}
+        model = cls(
+            base=BaseIdentity(**manifest["base"]),
+            adapter=adapter,
+            base_update=tuple(checked(name) for name in manifest["base_update"]),
+            carried={module: matrix for module, matrix in carried.items() if isinstance(matrix, LowRank)},
+            server_round=manifest["round"],
+            method=manifest["method"],
+        )
+        if model.version != manifest["version"]:
+            raise ModelError(f"{where}: version {model.version[:16]} came out, {manifest['version'][:16]} was stated")
+        return model
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model into `folder`: objects first, the manifest last, each atomically."""
+        folder = Path(folder)
+        save_objects(self.objects(), folder)
+        write_json(folder / MANIFEST, self.manifest())
+
+    @classmethod
+    def load(cls, folder: Path | str, server_round: int | str = "last") -> GlobalModel:
+        """Read a global model's folder, or a round of a run's folder.
+
+        Args:
+            folder: holds `global_model.json`, or a run's `rounds/`.
+            server_round: for a run: a number, `last` or `best`.
+
+        Raises:
+            ModelError: nothing of the kind there, the round is not kept, or what `from_manifest` refuses.
+        """
+        folder = Path(folder)
+        file = find_manifest(folder, server_round)
+        return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
+
+
+def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
+    """The version of a base with this `base_update`."""
+    return sha256("\n".join([base.sha256 or f"{base.name}@{base.revision}", *names]).encode())
+
+
+def object_file(folder: Path, name: str) -> Path:
+    """Where an object lies; `name` is checked to be a hash, so that no path can hide in it.
+
+    Raises:
+        ModelError: not 64 hexadecimal digits.
+    """
+    if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
+        raise ModelError(f"{name!r} is no SHA-256; object names are hashes")
+    return folder / "objects" / f"{name}.safetensors"
+
+
+def save_objects(objects: Mapping[str, bytes], folder: Path) -> None:
+    """Write the objects that are not there yet."""
+    (folder / "objects").mkdir(parents=True, exist_ok=True)
+    for name, data in objects.items():
+        file = object_file(folder, name)
+        if not file.is_file():
+            write_atomically(file, data)
+
+
+def read_object(folder: Path, name: str) -> bytes:
+    """The bytes of an object.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    file = object_file(folder, name)
+    if not file.is_file():
+        raise ModelError(f"{folder} lacks the object {name[:16]}...; was the folder copied in part?")
+    return file.read_bytes()
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """A manifest as JSON.
+
+    Raises:
+        ModelError: not JSON.
+    """
+    try:
+        manifest = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ModelError(f"{file} holds no manifest")
+    return manifest
+
+
+def kept_rounds(folder: Path) -> list[int]:
+    """The rounds of a run's folder that can be loaded, ascending."""
+    return sorted(int(file.stem) for file in (folder / "rounds").glob("*.json") if file.stem.isdigit())
+
+
+def find_manifest(folder: Path, server_round: int | str) -> Path:
+    """The manifest of a global model's folder, or of one round of a run's.
+
+    Raises:
+        ModelError: there is none, with what there is.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder / MANIFEST
+    rounds = kept_rounds(folder)
+    if not rounds:
+        raise ModelError(f"{folder} is neither a global model (no {MANIFEST}) nor a run with a finished round")
+    if server_round == "last":
+        server_round = rounds[-1]
+    elif server_round == "best":
+        server_round = read_manifest(folder / "rounds" / f"{rounds[-1]:04d}.json").get("run", {}).get("best_round", -1)
+    if server_round not in rounds:
+        raise ModelError(f"{folder} keeps the rounds {rounds}; round {server_round} is not among them")
+    return folder / "rounds" / f"{server_round:04d}.json"

@@ -1,0 +1,202 @@
+"""What a run shows in the terminal: its plan, its progress, its table. Reads what it is told; decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live as RichLive
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedmomentum.client import Client
+from fedmomentum.report import Measure, Run, summarise
+from fedmomentum.report.text import count, human_bytes, number, percent, percent_range, points
+from fedmomentum.run import Plan
+
+LOG = logging.getLogger("fedmomentum")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep other libraries' progress bars and advice off the terminal; errors still show."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Live:
+    """The live view of a run: a bar for the rounds, a bar for who is training, a row for every round done.
+
+    Where the output is no terminal, plain lines: one a round.
+    """
+
+    def __init__(self, console: Console, num_rounds: int) -> None:
+        self._console = console
+        self._num_rounds = num_rounds
+        self._handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console,
+        )  # fmt: skip
+        self._rounds = self._progress.add_task("rounds", total=num_rounds, note="")
+        self._step = self._progress.add_task("", total=1, note="", visible=False)
+        self._table = Table(
+            "round", "train loss", "loss", "exact match", "kept energy", "exactness", "up", "down", "seconds"
+        )
+        self._live = RichLive(console=console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> Live:
+        LOG.addHandler(self._handler)
+        LOG.propagate = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        LOG.removeHandler(self._handler)
+
+    def stop(self) -> None:
+        """Leave the last state on the screen."""
+        self._progress.update(self._step, visible=False)
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line about what is being done before the rounds."""
+        self._console.print(Text(text, style="dim"))
+
+    def show_plan(self, plan: Plan, clients: Sequence[Client], out: Path) -> None:
+        """What the run will cost, before it starts."""
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in (
+            ("model", f"{plan.model}: {count(plan.num_parameters)} parameters, {count(plan.num_trained)} trained"),
+            ("method", plan.method),
+            ("rounds", f"{plan.num_rounds} with {plan.num_clients} clients"),
+            ("traffic", f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
+                        f"{human_bytes(plan.downlink_bytes)} down"),
+            ("memory", f"about {human_bytes(plan.memory_bytes)}"),
+            ("disk", f"at most {human_bytes(plan.disk_bytes)} in {out}"),
+        ):  # fmt: skip
+            table.add_row(Text(name, style="bold"), Text(value))
+        self._console.print(table)
+        self._console.print(_partition_table(clients))
+        for warning in plan.warnings:
+            self._console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
+        for client in clients:
+            cut = client.train.num_truncated + client.train.num_lost
+            if cut:
+                self._console.print(
+                    Text(f"note: {client.client_id}: {client.train.num_truncated} examples cut short, "
+                         f"{client.train.num_lost} lost their whole answer", style="yellow"), soft_wrap=True,
+                )  # fmt: skip
+
+    def on_step(self, client: str, step: int, steps: int, loss: float) -> None:
+        """A training step of a client."""
+        self._progress.update(
+            self._step, description=f"  {client}", completed=step, total=steps, note=f"loss {loss:.3f}", visible=True
+        )
+
+    def observe(self, event: str, facts: Mapping[str, Any]) -> None:
+        """An event of `run_rounds`."""
+        if event == "round":
+            if self._console.is_terminal and not self._live.is_started:
+                self._live.start()
+                self._live.update(Group(self._table, self._progress))
+            note = f"{len(facts['participants'])} clients" if facts["round"] else "untouched model"
+            self._progress.update(self._rounds, completed=max(0, facts["round"] - 1), note=note)
+        elif event == "evaluate":
+            self._progress.update(self._step, description="  evaluating", total=None, note="", visible=True)
+        elif event == "aggregate":
+            self._progress.update(
+                self._step, description="  aggregating", completed=facts["done"], total=facts["total"], note="modules",
+                visible=True,
+            )  # fmt: skip
+        elif event == "row":
+            self._progress.update(self._rounds, completed=facts["round"])
+            cells = _cells(facts)
+            self._table.add_row(*cells)
+            if not self._console.is_terminal:
+                names = [str(column.header) for column in self._table.columns]
+                told = ", ".join(f"{n} {c}" for n, c in zip(names, cells, strict=True) if c)
+                self._console.print(Text(told), soft_wrap=True)
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    score = (row["evaluation"] or {}).get("total", {})
+    error = row["exactness_error"]
+    return [
+        f"{row['round']}{' *' if row['is_best'] else ''}",
+        number(row["train_loss"]) if row["train_loss"] is not None else "",
+        number(score["loss"]) if score else "",
+        f"{percent(score['exact_match'])} of {score['num_examples']}" if score else "",
+        percent(row["retained_energy"], 2) if row["retained_energy"] is not None else "",
+        f"{error:.0e}" if error is not None else "",
+        human_bytes(sum(row["uplink_bytes"].values())),
+        human_bytes(sum(row["downlink_bytes"].values())),
+        f"{sum(row['seconds'].values()):.0f}",
+    ]
+
+
+def _partition_table(clients: Sequence[Client]) -> Table:
+    """Examples a client and category; the smaller categories together where there are many."""
+    counts: dict[str, int] = {}
+    for client in clients:
+        for category in client.train.categories:
+            counts[category] = counts.get(category, 0) + 1
+    shown = sorted(counts, key=lambda c: (-counts[c], c))[:8]
+    more = ["others"] if len(counts) > len(shown) else []
+    table = Table("client", *(escape(category or "examples") for category in shown), *more, "all", "held out")
+    for client in clients[:40]:
+        held = [client.train.categories.count(category) for category in shown]
+        others = [str(len(client.train) - sum(held))] if len(counts) > len(shown) else []
+        table.add_row(Text(client.client_id), *map(str, held), *others, str(len(client.train)), str(len(client.test)))
+    if len(clients) > 40:
+        table.add_row(f"... {len(clients) - 40} more")
+    return table
+
+
+def summary_table(run: Run) -> Table:
+    """Untouched against federated: exact match with 95 % intervals, and loss."""
+    table = Table(
+        "",
+        "untouched model",
+        "federated model",
+        "change",
+        "loss",
+        title="Exact match on held-out examples, 95 % intervals",
+    )
+    group = ""
+    for row in summarise(run.rows):
+        if row.group != group:
+            group = row.group
+            table.add_section()
+        losses = [number(m.loss) if m and m.loss is not None else "-" for m in (row.untouched, row.federated)]
+        table.add_row(
+            Text(row.name if row.group != "total" else "all", style="bold" if row.group == "total" else ""),
+            _measure(row.untouched), _measure(row.federated), points(row.change), " -> ".join(losses),
+        )  # fmt: skip
+    return table
+
+
+def _measure(measure: Measure | None) -> str:
+    if measure is None:
+        return "-"
+    return f"{percent(measure.exact_match)}  ({percent_range(measure.interval)})"

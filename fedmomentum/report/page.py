@@ -1,0 +1,158 @@
+"""One page a run: `report.html`, complete in itself."""
+
+import os
+import shlex
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+
+from fedmomentum.report import plots, text
+from fedmomentum.report.run import Run, read_run
+from fedmomentum.report.summary import federated_row, natural_order, summarise, untouched_row
+
+_REASON = 600  # characters of a failure's reason
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run folder and return its path. The same folder gives the same bytes.
+
+    Raises:
+        ModelError: the folder, or one of the files that every run has, is missing.
+        DataError: a file of the folder is damaged.
+    """
+    path = Path(run_dir) / "report.html"
+    page = _render(read_run(run_dir))
+    unfinished = path.with_name(".report.html.tmp")
+    unfinished.write_text(page, encoding="utf-8", newline="\n")
+    os.replace(unfinished, path)
+    return path
+
+
+def _render(run: Run) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": text.percent,
+        "percent_range": text.percent_range,
+        "points": text.points,
+        "number": text.number,
+        "count": text.count,
+        "bytes": text.human_bytes,
+        "seconds": text.human_seconds,
+        "data_uri": lambda csv: "data:text/csv;charset=utf-8," + quote(csv),
+    }
+    template = (files("fedmomentum.report") / "page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(_content(run))
+
+
+def _content(run: Run) -> dict[str, Any]:
+    rows, summary = run.rows, summarise(run.rows)
+    before, after = untouched_row(rows), federated_row(rows)
+    done = rows[-1]["round"]
+    best = [row["round"] for row in rows if row.get("is_best") and row["round"] > 0]
+    planned = run.plan.get("num_rounds", done)
+    categories = [line for line in summary if line.group == "category"]
+    named = [line for line in categories if line.name]
+    return {
+        "run": run,
+        "method": str(run.plan.get("method", "the method")).partition("(")[0],
+        "num_clients": run.plan.get("num_clients", len(run.partition)),
+        "done": done,
+        "planned": planned,
+        "total": summary[0],
+        "groups": [("category", named), ("client", [line for line in summary if line.group == "client"])],
+        "before": before,
+        "after": after,
+        "best": best[-1] if best else None,
+        "uplink": sum(sum((row.get("uplink_bytes") or {}).values()) for row in rows),
+        "downlink": sum(sum((row.get("downlink_bytes") or {}).values()) for row in rows),
+        "elapsed": sum(sum(value or 0.0 for value in (row.get("seconds") or {}).values()) for row in rows),
+        "interval_plots": _present(
+            plots.intervals(summary, "category", "By category") if named else None,
+            plots.intervals(summary, "client", "By client"),
+        ),
+        "score_plots": _present(plots.exact_match(rows), plots.evaluation_loss(rows), plots.train_loss(rows)),
+        "method_plots": plots.aggregation(rows),
+        "cost_plots": [*plots.traffic(rows), *_present(plots.seconds(rows))],
+        "partition_plots": _present(plots.partition(run.partition, "train"), plots.partition(run.partition, "test")),
+        "rounds": [_round(row) for row in rows if row["round"] > 0],
+        "num_failures": sum(len(row.get("failures") or {}) for row in rows),
+        "plan": _plan(run),
+        "environment": _environment(run.environment),
+        "version": rows[-1].get("version"),
+        "commands": _commands(run.name, finished=done >= planned),
+    }
+
+
+def _present(*candidates: plots.Plot | None) -> list[plots.Plot]:
+    return [plot for plot in candidates if plot]
+
+
+def _round(row: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table of rounds."""
+    failures = row.get("failures") or {}
+    weights, examples, clients = (row.get(key) or {} for key in ("weights", "num_examples", "clients"))
+    names = sorted({*(row.get("participants") or ()), *failures}, key=natural_order)
+    participants = [
+        {
+            "name": name,
+            "weight": weights.get(name),
+            "examples": examples.get(name),
+            "first_loss": clients.get(name, {}).get("first_loss"),
+            "last_loss": clients.get(name, {}).get("last_loss"),
+            "reason": text.shorten(str(failures[name]), _REASON) if name in failures else None,
+        }
+        for name in names
+    ]
+    return {
+        "round": row["round"],
+        "is_best": bool(row.get("is_best")),
+        "num_accepted": len(row.get("accepted") or ()),
+        "participants": participants,
+        "failures": [participant for participant in participants if participant["reason"] is not None],
+        "learning_rate": row.get("learning_rate"),
+        "train_loss": row.get("train_loss"),
+        "seconds": sum(value or 0.0 for value in (row.get("seconds") or {}).values()),
+    }
+
+
+def _plan(run: Run) -> list[tuple[str, str]]:
+    plan = run.plan
+    trained, parameters = plan.get("num_trained"), plan.get("num_parameters")
+    share = f" ({text.percent(trained / parameters, 2)})" if trained and parameters else ""
+    return [
+        ("Model", str(plan.get("model", "–"))),
+        ("Method", str(plan.get("method", "–"))),
+        ("Clients, rounds", f"{text.count(plan.get('num_clients'))}, {text.count(plan.get('num_rounds'))}"),
+        ("Parameters", text.count(parameters)),
+        ("Trained on each client", text.count(trained) + share),
+        ("Planned up, a client and round", text.human_bytes(plan.get("uplink_bytes"))),
+        ("Planned down, a client and round", text.human_bytes(plan.get("downlink_bytes"))),
+        ("Planned memory", text.human_bytes(plan.get("memory_bytes"))),
+        ("Planned disk", text.human_bytes(plan.get("disk_bytes"))),
+    ]
+
+
+def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = [(name, str(value)) for name, value in environment.items() if not isinstance(value, dict)]
+    for values in environment.values():
+        if isinstance(values, dict):
+            facts += [(name, str(value)) for name, value in values.items()]
+    return facts
+
+
+def _commands(name: str, *, finished: bool) -> list[tuple[str, str]]:
+    folder = shlex.quote(name)
+    merged, adapter = shlex.quote(f"{name}-merged"), shlex.quote(f"{name}-adapter")
+    config = shlex.quote(f"{name}/config.toml")
+    resume = "Go on after an interruption" if finished else "Finish this run"
+    return [
+        ("Try the model", f'fedmomentum generate {folder} --prompt "..."'),
+        ("Whole model, loads anywhere", f"fedmomentum export {folder} --to merged --out {merged}"),
+        ("Adapter and what it needs", f"fedmomentum export {folder} --to adapter --out {adapter}"),
+        (resume, f"fedmomentum run {config} --resume --out {folder}"),
+    ]

@@ -1,0 +1,482 @@
+"""The round, once for every transport: sample, send, collect, validate, aggregate, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.adapter import Adapter, from_tensors
+from fedmomentum.aggregation import Method
+from fedmomentum.aggregation.whole import AdapterAggregate, combine
+from fedmomentum.checkpoint import RunFolder, ServerState
+from fedmomentum.config import Config
+from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms
+from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
+from fedmomentum.global_model import GlobalModel
+from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
+
+LOG = logging.getLogger("fedmomentum")
+PROBES = (PROBE + "base", PROBE + "effective")
+
+Observer = Callable[[str, Mapping[str, Any]], None]
+"""Told of what happens: `observer(event, facts)`; events are `round`, `aggregate`, `evaluate`, `row`."""
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed for one purpose: independent of all others, the same everywhere."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:4])
+
+
+def sample_participants(seed: int, server_round: int, client_ids: Sequence[str], participation: float) -> list[str]:
+    """Who takes part in a round: `ceil(participation * n)` clients, drawn from (seed, round) alone; sorted."""
+    ordered = sorted(client_ids)
+    count = max(1, math.ceil(participation * len(ordered) - 1e-9))
+    generator = torch.Generator().manual_seed(derive(seed, "participants", server_round))
+    return sorted(ordered[i] for i in torch.randperm(len(ordered), generator=generator)[:count].tolist())
+
+
+def client_weights(num_examples: Mapping[str, int], max_share: float) -> dict[str, float]:
+    """`w_i = N_i / sum N`, but none above `max_share`; what is cut off goes to the others in proportion.
+
+    A cap below equal shares cannot be kept, and counts as equal shares.
+    """
+    cap = max(max_share, 1 / len(num_examples))
+    capped: set[str] = set()
+    while True:
+        rest = sum(count for client, count in num_examples.items() if client not in capped)
+        free = 1 - cap * len(capped)
+        weights = {c: cap if c in capped else free * n / rest for c, n in sorted(num_examples.items())}
+        over = {client for client, weight in weights.items() if weight > cap * (1 + 1e-12)}
+        if not over:
+            return weights
+        capped |= over
+
+
+@dataclass
+class _Exchange:
+    """One question to several clients: who was asked, who answered well, who did not and why."""
+
+    replies: dict[str, Reply] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    uplink_bytes: dict[str, int] = field(default_factory=dict)
+    downlink_bytes: dict[str, int] = field(default_factory=dict)
+    encode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+@dataclass
+class _Server:
+    """What stays the same over the rounds of one run."""
+
+    transport: Transport
+    method: Method
+    config: Config
+    folder: RunFolder
+    observer: Observer
+
+
+def run_rounds(
+    transport: Transport,
+    *,
+    method: Method,
+    model: GlobalModel,
+    state: ServerState,
+    config: Config,
+    folder: RunFolder,
+    observer: Observer = lambda event, facts: None,
+) -> GlobalModel:
+    """Run the rounds that are left, each committed to `folder` before the next begins.
+
+    Args:
+        transport: reaches the clients.
+        method: combines their adapters.
+        model: where to start: `server_round` 0 for a fresh run, which first evaluates the untouched model.
+        state: the server's memory, from `RunFolder.resume` or fresh.
+        config: the run's settings.
+        folder: takes checkpoints and metrics.
+        observer: told of progress.
+
+    Returns:
+        The global model after the last round.
+
+    Raises:
+        QuorumError: too few clients answered well; every round before is saved.
+    """
+    server = _Server(transport, method, config, folder, observer)
+    if not folder.rows:
+        model, state = _untouched(server, model, state)
+    for server_round in range(model.server_round + 1, config.federation.num_rounds + 1):
+        model, state = _round(server, model, state, server_round)
+    return model
+
+
+def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple[GlobalModel, ServerState]:
+    """Round 0: nothing is trained; the untouched model is evaluated."""
+    server.observer("round", {"round": 0, "participants": []})
+    row: dict[str, Any] = {
+        "round": 0, "participants": [], "accepted": [], "failures": {}, "weights": {}, "num_examples": {},
+        "learning_rate": None, "train_loss": None, "clients": {}, "evaluation": None, "retained_energy": None,
+        "residual_rank": None, "residual_norm": None, "carried_norm": None, "exactness_error": None,
+        "applied_share": None, "is_best": False, "version": model.version, "uplink_bytes": {}, "downlink_bytes": {},
+    }  # fmt: skip
+    exchange = _Exchange()
+    if server.config.evaluation.every:
+        exchange, state = _evaluate(server, model, state, 0, server.transport.client_ids)
+        _add_evaluation(row, exchange, None)
+    row["failures"] = exchange.failures
+    row["uplink_bytes"], row["downlink_bytes"] = exchange.uplink_bytes, exchange.downlink_bytes
+    row["seconds"] = {
+        "train": 0.0, "encode": exchange.encode_seconds, "aggregate": 0.0, "merge": 0.0,
+        "evaluate": exchange.wait_seconds,
+    }  # fmt: skip
+    return model, _commit(server, model, state, row)
+
+
+def _round(
+    server: _Server, model: GlobalModel, state: ServerState, server_round: int
+) -> tuple[GlobalModel, ServerState]:
+    """One round."""
+    config = server.config
+    federation, training = config.federation, config.training
+    client_ids = server.transport.client_ids
+    participants = sample_participants(config.run.seed, server_round, client_ids, federation.participation)
+    learning_rate = training.rate(server_round, federation.num_rounds)
+    server.observer("round", {"round": server_round, "participants": participants})
+
+    # ── train ──
+    probe_seed = derive(config.run.seed, "probe", server_round)
+    settings = {
+        client: {
+            "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
+            "batch_size": training.batch_size, "arguments": training.arguments, "probe_seed": probe_seed,
+            "seed": derive(config.run.seed, "batches", server_round, client),
+        }
+        for client in participants
+    }  # fmt: skip
+    exchange, state = _ask(server, "train", model, state, server_round, settings)
+    checking = time.perf_counter()
+    updates = _adapters(exchange, model, participants)
+    _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
+    for client, reason in exchange.failures.items():
+        LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
+    needed = max(1, math.ceil(federation.quorum * len(participants) - 1e-9))
+    if len(updates) < needed:
+        told = "; ".join(f"{client}: {reason}" for client, reason in sorted(exchange.failures.items()))
+        raise QuorumError(
+            f"round {server_round}: {len(updates)} of {len(participants)} clients gave a usable update and the "
+            f"quorum is {needed} ({told}). Rounds up to {server_round - 1} are saved; mend the clients and resume, "
+            "or lower federation.quorum"
+        )
+    exchange.encode_seconds += time.perf_counter() - checking
+
+    # ── aggregate ──
+    aggregating = time.perf_counter()
+    counts = {client: exchange.replies[client].num_examples for client in sorted(updates)}
+    weights = client_weights(counts, federation.max_client_share)
+    result = combine(
+        [updates[client] for client in weights],
+        list(weights.values()),
+        server.method,
+        ranks={module: matrix.rank for module, matrix in model.adapter.modules.items()},
+        scalings=model.adapter.scalings,
+        reference=model.adapter,
+        carried=model.carried,
+        server_round=server_round,
+        seed=config.run.seed,
+        on_module=lambda done, total: server.observer("aggregate", {"done": done, "total": total}),
+    )
+    merging = time.perf_counter()
+    later = model.after(result, repr(server.method))
+    merged = time.perf_counter()
+
+    # ── evaluate ──
+    row: dict[str, Any] = {
+        "round": server_round,
+        "participants": participants,
+        "accepted": list(weights),
+        "weights": weights,
+        "num_examples": counts,
+        "learning_rate": learning_rate,
+        **_train_metrics(exchange, weights),
+        "evaluation": None,
+        **_energies(result, later),
+        "exactness_error": None,
+        "applied_share": None,
+        "is_best": False,
+        "version": later.version,
+    }
+    last = server_round == federation.num_rounds
+    evaluation, failures = _Exchange(), dict(exchange.failures)
+    if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
+        asked = client_ids if last else list(weights)
+        evaluation, state = _evaluate(server, later, state, server_round, asked)
+        expected = _expected_probes(exchange, weights, model, later, probe_seed)
+        _add_evaluation(row, evaluation, expected)
+        failures |= {client: f"evaluation: {reason}" for client, reason in evaluation.failures.items()}
+    row["failures"] = dict(sorted(failures.items()))
+    row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
+    row["downlink_bytes"] = _added(exchange.downlink_bytes, evaluation.downlink_bytes)
+    client_merge = sum(_merge_seconds(r) for e in (exchange, evaluation) for r in e.replies.values())
+    row["seconds"] = {
+        "train": exchange.wait_seconds,
+        "encode": exchange.encode_seconds + evaluation.encode_seconds,
+        "aggregate": merging - aggregating,
+        "merge": merged - merging + client_merge,
+        "evaluate": evaluation.wait_seconds,
+    }
+    return later, _commit(server, later, state, row)
+
+
+def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> ServerState:
+    """Mark the best round so far, make the round durable, tell of it."""
+    loss = row["evaluation"]["total"]["loss"] if row["evaluation"] and row["round"] else None
+    if loss is not None and (state.best_loss is None or loss < state.best_loss):
+        row["is_best"] = True
+        state = ServerState(state.run_id, state.held, row["round"], loss)
+    server.folder.commit(model, state, row)
+    server.observer("row", row)
+    return state
+
+
+# ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ask(
+    server: _Server,
+    kind: str,
+    model: GlobalModel,
+    state: ServerState,
+    server_round: int,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> tuple[_Exchange, ServerState]:
+    """Send each client its task, with the objects it lacks; decode the answers."""
+    exchange, started = _Exchange(), time.perf_counter()
+    objects = model.objects()
+    manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
+    needed = {*manifest["base_update"], manifest["adapter"]}
+    tasks = {}
+    for client in sorted(settings):
+        lacking = needed - set(state.held.get(client, ()))
+        tasks[client] = Task(
+            kind, state.run_id, client, server_round, manifest,
+            {name: objects[name] for name in sorted(lacking)}, settings[client],
+        )  # fmt: skip
+    payloads = {client: encode_task(task) for client, task in tasks.items()}
+    exchange.downlink_bytes = {client: len(payload) for client, payload in payloads.items()}
+    sent = time.perf_counter()
+    answers = server.transport.send_and_receive(payloads)
+    received = time.perf_counter()
+    max_bytes = 2 * len(model.adapter_blob) + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
+    for client, task in tasks.items():
+        answer = answers.get(client, Failure("missing: no answer in time"))
+        if isinstance(answer, Failure):
+            exchange.failures[client] = answer.reason
+            continue
+        exchange.uplink_bytes[client] = len(answer)
+        try:
+            reply = decode_reply(answer, task, max_bytes)
+            if reply.version != model.version:
+                raise PayloadError(
+                    f"client {client} ended with base version {reply.version[:16]}; wanted {model.version[:16]}"
+                )
+            exchange.replies[client] = reply
+            state = state.holding(client, tuple(name for name in reply.holds if name in needed))
+        except FedMomentumError as error:
+            exchange.failures[client] = str(error)
+    exchange.wait_seconds = received - sent
+    exchange.encode_seconds = sent - started + time.perf_counter() - received
+    return exchange, state
+
+
+def _evaluate(
+    server: _Server, model: GlobalModel, state: ServerState, server_round: int, clients: Sequence[str]
+) -> tuple[_Exchange, ServerState]:
+    """Ask the clients to evaluate the model on their held-out examples."""
+    settings = server.config.evaluation
+    ends = server_round in (0, server.config.federation.num_rounds)
+    total = settings.final_num_examples if ends else settings.num_examples
+    share = {
+        "num_examples": math.ceil(total / max(1, len(clients))),
+        "batch_size": settings.batch_size,
+        "probe_seed": derive(server.config.run.seed, "probe", server_round),
+    }
+    server.observer("evaluate", {"clients": list(clients)})
+    return _ask(server, "evaluate", model, state, server_round, dict.fromkeys(clients, share))
+
+
+# ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _adapters(exchange: _Exchange, model: GlobalModel, participants: Sequence[str]) -> dict[str, Adapter]:
+    """The updates that are what they should be; the others become failures."""
+    updates = {}
+    modules = len(model.adapter.modules)
+    for client in participants:
+        reply = exchange.replies.get(client)
+        if reply is None:
+            continue
+        tensors = dict(reply.tensors)
+        try:
+            for name in PROBES:
+                values = tensors.pop(name, None)
+                if values is None or values.shape != (modules, NUM_PROBES) or not bool(torch.isfinite(values).all()):
+                    raise PayloadError(f"client {client}: {name} is missing or not {modules} x {NUM_PROBES} numbers")
+            for key in ("loss", "first_loss", "last_loss"):
+                if not isinstance(reply.metrics.get(key), (int, float)):
+                    raise PayloadError(f"client {client}: its metrics lack {key}")
+            tensors.pop(SECONDS, None)
+            updates[client] = from_tensors(tensors, like=model.adapter, name=f"client {client}")
+        except FedMomentumError as error:
+            exchange.failures[client] = str(error)
+            del exchange.replies[client]
+    return updates
+
+
+def _leave_out_far_ones(
+    updates: dict[str, Adapter], failures: dict[str, str], model: GlobalModel, max_ratio: float
+) -> None:
+    """Leave out, in place, clients whose update is many times the median of the round in norm.
+
+    The norm is `sqrt(sum over modules ||s (B_i A_i - B A)||_F^2)`, B A being what the clients started from. With
+    fewer than three updates there is no median to speak of.
+    """
+    if len(updates) < 3:
+        return
+    norms = {client: _distance(adapter, model.adapter) for client, adapter in updates.items()}
+    median = statistics.median(norms.values())
+    for client, norm in norms.items():
+        if norm > max_ratio * median:
+            del updates[client]
+            ratio = norm / median if median else math.inf
+            failures[client] = (
+                f"client {client}: its update has norm {norm:.3g}, {ratio:.0f} times the round's median {median:.3g}; "
+                f"at most {max_ratio:g} times is accepted (federation.max-norm-ratio)"
+            )
+
+
+def _distance(one: Adapter, other: Adapter) -> float:
+    total = 0.0
+    for module, matrix in one.modules.items():
+        theirs = other.modules[module]
+        cross = matrix.inner(matrix) - 2 * matrix.inner(theirs) + theirs.inner(theirs)
+        total += one.scalings[module] ** 2 * max(0.0, cross)
+    return math.sqrt(total)
+
+
+# ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _train_metrics(exchange: _Exchange, weights: Mapping[str, float]) -> dict[str, Any]:
+    clients = {client: dict(exchange.replies[client].metrics) for client in weights}
+    return {"train_loss": sum(w * clients[c]["loss"] for c, w in weights.items()), "clients": clients}
+
+
+def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
+    """What the method says of the sum, over all modules; None where it says nothing."""
+    s = model.adapter.scalings
+    energy = sum(s[m] ** 2 * f["energy"] for m, f in result.findings.items() if "energy" in f)
+    kept = sum(s[m] ** 2 * f["kept_energy"] for m, f in result.findings.items() if "kept_energy" in f)
+    if not energy:
+        return dict.fromkeys(("retained_energy", "residual_rank", "residual_norm", "carried_norm"))
+
+    def share(parts: Mapping[str, Any]) -> float:
+        return math.sqrt(sum(part.inner(part) for part in parts.values()) / energy)
+
+    return {
+        "retained_energy": kept / energy,
+        "residual_rank": sum(part.rank for part in result.residual.values()) / len(result.findings),
+        "residual_norm": share(result.residual),
+        "carried_norm": share(result.carried),
+        **({"fallbacks": sum(f["fallback"] for f in result.findings.values())} if _has(result, "fallback") else {}),
+    }
+
+
+def _merge_seconds(reply: Reply) -> float:
+    seconds = reply.tensors.get(SECONDS)
+    return float(seconds[0]) if seconds is not None and seconds.numel() == 2 and bool(seconds.isfinite().all()) else 0.0
+
+
+def _has(result: AdapterAggregate, finding: str) -> bool:
+    return any(finding in findings for findings in result.findings.values())
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What an exact aggregation's effective weights must give under the round's probes, and the size of the change."""
+
+    effective: Tensor
+    change: Tensor
+
+
+def _expected_probes(
+    exchange: _Exchange, weights: Mapping[str, float], before: GlobalModel, after: GlobalModel, seed: int
+) -> _Expected:
+    """The weighted mean of what the clients measured on their own trained weights, less what is carried on."""
+    effective = sum(w * exchange.replies[c].tensors[PROBES[1]] for c, w in weights.items())
+    base = sum(w * exchange.replies[c].tensors[PROBES[0]] for c, w in weights.items())
+    assert isinstance(effective, Tensor) and isinstance(base, Tensor)
+    change = effective - base
+    for row, module in enumerate(sorted(after.adapter.modules)):
+        U, X = probe_vectors(module, after.adapter.modules[module].shape, seed)
+        for model, sign in ((before, 1.0), (after, -1.0)):
+            if module in model.carried:
+                effective[row] += sign * probe(model.carried[module], U, X)
+    return _Expected(effective, change)
+
+
+def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expected | None) -> None:
+    """Put the clients' scores together, and what their probes say of exactness; in place."""
+    by_client, by_category, total = {}, dict[str, dict[str, Any]](), _score([])
+    errors, shares = [], []
+    for client, reply in sorted(exchange.replies.items()):
+        metrics = reply.metrics
+        try:
+            if "total" in metrics:
+                scores = {name: _score([score]) for name, score in metrics["by_category"].items()}
+                by_client[client] = _score([metrics["total"]])
+                total = _score([total, by_client[client]])
+                for name, score in scores.items():
+                    by_category[name] = _score([by_category.get(name, {}), score])
+            if metrics.get("applied_share") is not None:
+                shares.append(float(metrics["applied_share"]))
+            if expected is not None:
+                got = reply.tensors[PROBES[1]]
+                errors.append(relative_rms({"": got - expected.effective}, {"": expected.change}))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            exchange.failures[client] = (
+                f"client {client}: its evaluation is malformed ({type(error).__name__}: {error})"
+            )
+    if total["num_examples"]:
+        row["evaluation"] = {
+            "total": total, "by_client": by_client, "by_category": dict(sorted(by_category.items())),
+        }  # fmt: skip
+    row["exactness_error"] = max(errors) if errors else None
+    row["applied_share"] = min(shares) if shares else None
+
+
+def _score(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of scores, with its loss, perplexity and exact match."""
+    sums: dict[str, Any] = {
+        key: sum(part.get(key, 0) for part in parts) for key in ("nll", "num_tokens", "num_examples", "num_exact")
+    }
+    loss = sums["nll"] / sums["num_tokens"] if sums["num_tokens"] else None
+    return {
+        **sums,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
+        "exact_match": sums["num_exact"] / sums["num_examples"] if sums["num_examples"] else None,
+    }
+
+
+def _added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {client: one.get(client, 0) + other.get(client, 0) for client in sorted({*one, *other})}

@@ -1,0 +1,316 @@
+"""A whole run on one machine: configuration in, run folder out. Puts the pieces together; the round is `rounds`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import platform
+import random
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmomentum.aggregation import Method, build_method
+from fedmomentum.checkpoint import RunFolder, ServerState
+from fedmomentum.client import Client, LocalModel, TrainFunction, client_step
+from fedmomentum.config import Config, differences, load_config, to_toml
+from fedmomentum.data.clients import load_clients, partition_table
+from fedmomentum.data.examples import ClientData
+from fedmomentum.data.tokens import tokenise
+from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.files import write_atomically, write_json
+from fedmomentum.global_model import GlobalModel
+from fedmomentum.rounds import Observer, derive, run_rounds
+from fedmomentum.training import check_arguments, train
+from fedmomentum.transport import InProcessTransport
+
+LOG = logging.getLogger("fedmomentum")
+PACKAGES = ("fedmomentum", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, said before it starts. Bytes are estimates from above; `metrics.jsonl` has the real ones.
+
+    Attributes:
+        model: the base's name.
+        num_parameters: of the base.
+        num_trained: of the adapter.
+        num_clients: parties.
+        num_rounds: rounds.
+        method: its `repr`.
+        uplink_bytes: per client and round.
+        downlink_bytes: per client and round: the adapter and the most the residual can be.
+        memory_bytes: of this process, about.
+        disk_bytes: of the run folder, at most.
+        warnings: what the user should know before it starts.
+    """
+
+    model: str
+    num_parameters: int
+    num_trained: int
+    num_clients: int
+    num_rounds: int
+    method: str
+    uplink_bytes: int
+    downlink_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class Run:
+    """A run that is ready to start: everything is loaded and checked, nothing is trained yet."""
+
+    config: Config
+    method: Method
+    folder: RunFolder
+    local: LocalModel
+    clients: list[Client]
+    model: GlobalModel
+    state: ServerState
+    plan: Plan
+
+    def start(self, observer: Observer) -> GlobalModel:
+        """Run the rounds that are left.
+
+        Raises:
+            QuorumError: see `run_rounds`.
+        """
+        transport = InProcessTransport(
+            {c.client_id: partial(client_step, client=c, model=self.local) for c in self.clients}
+        )
+        return run_rounds(
+            transport, method=self.method, model=self.model, state=self.state, config=self.config,
+            folder=self.folder, observer=observer,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the run folder."""
+        self.folder.close()
+
+
+def prepare(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_step: Callable[[str, int, int, float], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Read the data, load the model, open the folder.
+
+    Args:
+        config: the run.
+        out: its folder.
+        resume: go on with what is in `out`; without it `out` must be new or empty.
+        on_step: told of every training step: (client, step, steps, loss).
+        say: told in a line what is being done.
+
+    Raises:
+        ConfigError: settings that contradict each other, or a run folder of other settings.
+        DataError: data that cannot be used.
+        ModelError: a base that cannot be loaded; a folder that is in use or holds something else.
+    """
+    method = make_method(config)
+    check_arguments(config.training.arguments)
+    function = _training_function(config)
+    _check_folder(config, out, resume)
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    seed = config.run.seed
+    say("Reading the data")
+    parties = _load_data(config)
+    say(f"Loading {config.model.name}")
+    local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"))
+    clients = _tokenised(config, parties, local, out, function, on_step)
+    folder = RunFolder(out, keep=config.run.keep_rounds)
+    try:
+        resumed = folder.resume() if resume else None
+        if resumed:
+            model, state = resumed
+            model.base.check(local.identity)
+        else:
+            model, state = local.initial(repr(method)), ServerState(secrets.token_hex(16))
+        plan = make_plan(config, local, model, clients, method)
+        write_atomically(out / "config.toml", to_toml(config).encode())
+        write_json(out / "plan.json", asdict(plan))
+        write_json(out / "partition.json", partition_table(parties))
+        _write_environment(local, out, resumed is not None)
+    except BaseException:
+        folder.close()
+        raise
+    return Run(config, method, folder, local, clients, model, state, plan)
+
+
+def make_method(config: Config) -> Method:
+    """The method of the configuration.
+
+    Raises:
+        ConfigError: an unknown name or setting, or a value that the method refuses.
+    """
+    return build_method(config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()})
+
+
+def _training_function(config: Config) -> TrainFunction:
+    """Our trainer, or the user's `module:function`."""
+    if config.training.function is None:
+        return train
+    module, colon, name = config.training.function.partition(":")
+    if not colon:
+        raise ConfigError(f"training.function must be module:function; got {config.training.function!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"training.function {config.training.function!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return function
+
+
+def _check_folder(config: Config, out: Path, resume: bool) -> None:
+    """A fresh run wants a fresh folder; a resumed one its own settings."""
+    saved = out / "config.toml"
+    if not resume:
+        if saved.is_file():
+            raise ModelError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
+        if out.is_dir() and any(file.name != ".lock" for file in out.iterdir()):
+            raise ModelError(f"{out} is not empty and holds no run; choose another --out")
+        return
+    if not saved.is_file():
+        return
+    changed = [key for key in differences(load_config(saved), config) if key not in _MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with its own "
+            f"configuration, {saved}, or start anew in another --out"
+        )
+
+
+_MAY_CHANGE = {"federation.num-rounds", "run.keep-rounds", "federation.quorum"}
+
+
+def _load_data(config: Config) -> list[ClientData]:
+    data = config.data
+    return load_clients(
+        source=data.source or None, client_files=data.client_files or None, client_column=data.client_column,
+        test_source=data.test_source, test_fraction=data.test_fraction, tasks=data.tasks or None,
+        num_examples=data.num_examples, num_test_examples=data.num_test_examples, num_clients=data.num_clients,
+        how=data.partition, category_column=data.category_column, concentration=data.concentration,
+        min_examples=data.min_examples, categories_per_client=data.categories_per_client,
+        sizes=data.sizes or None, split=data.split, test_split=data.test_split,
+        seed=derive(config.run.seed, "data"),
+    )  # fmt: skip
+
+
+def _tokenised(
+    config: Config,
+    parties: Sequence[ClientData],
+    local: LocalModel,
+    out: Path,
+    function: TrainFunction,
+    on_step: Callable[[str, int, int, float], None] | None,
+) -> list[Client]:
+    """Each client's examples as tokens, once for the whole run; held-out ones in a drawn order."""
+    limits: dict[str, Any] = {"max_length": config.data.max_length, "max_lost_share": config.data.max_lost_share}
+    clients = []
+    for party in parties:
+        test = list(party.test)
+        random.Random(derive(config.run.seed, "test order", party.client_id)).shuffle(test)
+        clients.append(
+            Client(
+                party.client_id,
+                tokenise(party.train, local.tokenizer, owner=party.client_id, **limits),
+                tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits),
+                store=out,
+                function=function,
+                on_step=on_step,
+            )
+        )
+    return clients
+
+
+def make_plan(config: Config, local: LocalModel, model: GlobalModel, clients: Sequence[Client], method: Method) -> Plan:
+    """The plan of a run; see `Plan`."""
+    adapter, rank = model.adapter, config.lora.rank
+    asked = max(1, math.ceil(config.federation.participation * len(clients) - 1e-9))
+    uplink = 4 * adapter.num_numbers()
+    residual = dense = 0
+    for matrix in adapter.modules.values():
+        out_size, in_size = matrix.shape
+        residual += 4 * (out_size + in_size) * (min(asked * rank, out_size, in_size) - rank) if method.exact else 0
+        dense += 4 * out_size * in_size
+    longest = max(len(ids) for client in clients for ids in client.train.input_ids)
+    text = local.peft.config.get_text_config()
+    width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
+    activations = config.training.batch_size * longest * (24 * width * local.dtype.itemsize + 4 * 1024)
+    weights = local.num_parameters * local.dtype.itemsize + (dense if local.dtype.itemsize < 4 else 0)
+    warnings = []
+    if uplink + residual > 3 * uplink:
+        warnings.append(
+            f"the residual makes the downlink up to {(uplink + residual) / uplink:.1f} times the uplink; an energy "
+            "below 1 in [method.settings] bounds it, carrying the rest on"
+        )
+    short = [c.client_id for c in clients if len(c.train) < config.training.batch_size]
+    if short:
+        warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
+    if config.evaluation.every and not any(len(client.test) for client in clients):
+        warnings.append("no client holds out examples; nothing will be evaluated")
+    return Plan(
+        model=config.model.name,
+        num_parameters=local.num_parameters,
+        num_trained=adapter.num_numbers(),
+        num_clients=len(clients),
+        num_rounds=config.federation.num_rounds,
+        method=repr(method),
+        uplink_bytes=uplink,
+        downlink_bytes=uplink + residual,
+        memory_bytes=weights + 4 * uplink + activations + 700 * 2**20,
+        disk_bytes=(config.run.keep_rounds + 1) * uplink
+        + min(2 * dense + residual, config.federation.num_rounds * residual),
+        warnings=tuple(warnings),
+    )
+
+
+def environment(local: LocalModel) -> dict[str, Any]:
+    """What the last bits of a result depend on, and what a reader wants to know."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "threads": torch.get_num_threads(),
+        "device": str(local.peft.device),
+        "dtype": str(local.dtype).removeprefix("torch."),
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "base_sha256": local.identity.sha256,
+        "tokenizer_sha256": local.identity.tokenizer_sha256,
+    }
+
+
+def _write_environment(local: LocalModel, out: Path, resumed: bool) -> None:
+    now, file = environment(local), out / "environment.json"
+    if resumed and file.is_file():
+        before = json.loads(file.read_text())
+        changed = [key for key in now if now[key] != before.get(key)]
+        if changed:
+            LOG.warning(
+                "resumed in another environment (%s differ): the rounds from here on may differ in their last bits",
+                ", ".join(changed),
+            )
+    write_json(file, now)

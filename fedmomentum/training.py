@@ -1,0 +1,312 @@
+"""Local training: some steps on one client's examples, the same bits each time for the same seed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fedmomentum.data.batches import IGNORED, completion_batch, inner_model, model_inputs, next_token_pairs
+from fedmomentum.data.tokens import TokenisedExamples
+from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
+
+PASSED_ON = frozenset(
+    {
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "dataloader_drop_last",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "label_smoothing_factor",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "optim",
+        "optim_args",
+        "train_sampling_strategy",
+        "warmup_steps",
+        "weight_decay",
+    }
+)
+"""The fields of ``transformers.TrainingArguments`` which a user may set: those known to act, and to leave nothing
+behind on a model that other clients train next."""
+
+SET_ELSEWHERE = {
+    "learning_rate": "learning-rate",
+    "max_steps": "local-steps",
+    "num_train_epochs": "local-epochs",
+    "per_device_train_batch_size": "batch-size",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "use_cpu": "device",
+    "output_dir": "the run's folder",
+}
+"""Fields which the run's own configuration decides, and the key that does."""
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What one call of ``train`` did.
+
+    Attributes:
+        loss: Mean loss of a completion token over the whole call, in nats.
+        first_loss: The same over the first step only, before any change of the weights.
+        last_loss: The same over the last step.
+        num_steps: Optimiser steps.
+        num_tokens: Completion tokens that the loss was taken on, repetitions included.
+    """
+
+    loss: float
+    first_loss: float
+    last_loss: float
+    num_steps: int
+    num_tokens: int
+
+
+def train(
+    model: nn.Module,
+    examples: TokenisedExamples,
+    *,
+    pad_token_id: int,
+    learning_rate: float,
+    local_steps: int | None,
+    local_epochs: float | None,
+    batch_size: int,
+    seed: int,
+    arguments: Mapping[str, Any] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> TrainReport:
+    """Train the model's trainable parameters in place, with a fresh optimiser and the loss on completions only.
+
+    The loss of a step is the mean over all completion tokens in it, whatever the padding and however many
+    micro-batches it is accumulated from. The learning rate is constant unless ``arguments`` asks for a schedule.
+    Order of examples and dropout follow from ``seed`` alone; the global random generators are left as they were.
+    Nothing is printed or kept on disk.
+
+    Args:
+        model: A causal language model; what has ``requires_grad`` is trained.
+        examples: The client's examples.
+        pad_token_id: Fills up short rows; any valid id, it is masked.
+        learning_rate: The optimiser's learning rate, above 0.
+        local_steps: Optimiser steps; exactly one of this and ``local_epochs`` is given.
+        local_epochs: Passes over the examples, fractions allowed, rounded up to whole steps.
+        batch_size: Rows in a batch; the last batch of a pass may be smaller.
+        seed: Seed of the order and of dropout.
+        arguments: Further fields of ``transformers.TrainingArguments``, those in ``PASSED_ON``.
+        on_step: Called after each step with (step from 1, number of steps, loss).
+
+    Raises:
+        ConfigError: A number is out of range, or ``arguments`` holds a name that cannot be set.
+        DataError: There are no examples.
+        ModelError: Nothing in the model is trainable.
+        FedMomentumError: The loss or a weight is no longer finite.
+    """
+    arguments = dict(arguments or {})
+    check_arguments(arguments)
+    _check_numbers(learning_rate, local_steps, local_epochs, batch_size)
+    if not examples:
+        raise DataError("no examples to train on; give this client some, or leave it out")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError("no parameter of the model is trainable (requires_grad); add an adapter to it first")
+    if "warmup_steps" in arguments:  # The plain constant schedule would ignore it.
+        arguments.setdefault("lr_scheduler_type", "constant_with_warmup")
+    progress = _Progress(on_step)
+    restored = _global_state_restored(model, undo_checkpointing=bool(arguments.get("gradient_checkpointing")))
+    with restored, tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            **{
+                "lr_scheduler_type": "constant",
+                **arguments,
+                "output_dir": folder,
+                "learning_rate": learning_rate,
+                "max_steps": local_steps if local_steps is not None else -1,
+                "num_train_epochs": local_epochs if local_epochs is not None else 1.0,
+                "per_device_train_batch_size": batch_size,
+                "seed": seed,
+                "use_cpu": trained[0].device.type == "cpu",
+                "dataloader_pin_memory": trained[0].device.type == "cuda",
+                "remove_unused_columns": False,
+                "save_strategy": "no",
+                "logging_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+            }
+        )
+        # One process, one device: several visible GPUs would otherwise split each batch between replicas.
+        settings._n_gpu = min(settings.n_gpu, 1)
+        trainer = _CompletionTrainer(
+            model=model,
+            args=settings,
+            train_dataset=_Rows(examples),
+            data_collator=lambda rows: completion_batch(
+                [ids for ids, _ in rows], [num_prompt for _, num_prompt in rows], pad_token_id
+            ),
+            callbacks=[progress],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.progress = progress
+        trainer.train()
+    if not all(parameter.isfinite().all() for parameter in trained):
+        raise FedMomentumError(
+            f"a trained weight is no longer finite after {progress.step} steps at learning rate {learning_rate:g}, "
+            "though the loss was; lower the learning rate or set max_grad_norm"
+        )
+    return progress.report()
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse names that are not ``TrainingArguments`` fields a user may set; the message says what to do instead.
+
+    Raises:
+        ConfigError: For the first such name.
+    """
+    known = {field.name for field in fields(TrainingArguments)}
+    for name in arguments:
+        if name in PASSED_ON & known:
+            continue
+        if name in SET_ELSEWHERE:
+            raise ConfigError(f"training argument {name} is decided by the run: set {SET_ELSEWHERE[name]} instead")
+        if name in known:
+            raise ConfigError(
+                f"training argument {name} cannot be set here: it has no effect on local training, or would leave "
+                f"traces that the next client sees. Those that can be set: {', '.join(sorted(PASSED_ON))}"
+            )
+        close = difflib.get_close_matches(name, [*PASSED_ON, *SET_ELSEWHERE], n=1, cutoff=0.0)
+        raise ConfigError(f"unknown training argument {name}; the nearest known is {close[0]}")
+
+
+class _Rows(Dataset):
+    """The examples as the trainer's data loader wants them."""
+
+    def __init__(self, examples: TokenisedExamples) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[Sequence[int], int]:
+        return self._examples.input_ids[index], self._examples.num_prompt_tokens[index]
+
+
+class _Progress(TrainerCallback):
+    """Collects the loss, which the trainer itself would only log."""
+
+    def __init__(self, on_step: Callable[[int, int, float], None] | None) -> None:
+        self._on_step = on_step
+        self._nll = 0.0  # of the step under way, over its micro-batches
+        self._num_tokens = 0
+        self._steps: list[tuple[float, int]] = []  # (loss, tokens) of each finished step
+
+    @property
+    def step(self) -> int:
+        """Steps finished."""
+        return len(self._steps)
+
+    def add(self, nll: float, num_tokens: int) -> None:
+        """Count one micro-batch; refuse a loss that is not finite before it reaches the weights."""
+        if not math.isfinite(nll):
+            raise FedMomentumError(
+                f"the training loss is {nll} at step {self.step + 1}: lower the learning rate, and check the data "
+                "and the base model if it happens at step 1"
+            )
+        self._nll += nll
+        self._num_tokens += num_tokens
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]  # noqa: D102
+        del args, control, kwargs
+        loss = self._nll / self._num_tokens
+        self._steps.append((loss, self._num_tokens))
+        self._nll, self._num_tokens = 0.0, 0
+        if self._on_step is not None:
+            self._on_step(self.step, state.max_steps, loss)
+
+    def report(self) -> TrainReport:
+        """Return the report over all steps."""
+        num_tokens = sum(tokens for _, tokens in self._steps)
+        loss = sum(loss * tokens for loss, tokens in self._steps) / num_tokens
+        return TrainReport(loss, self._steps[0][0], self._steps[-1][0], self.step, num_tokens)
+
+
+class _CompletionTrainer(Trainer):
+    """A trainer that projects to the vocabulary only where there are labels."""
+
+    loss_is_scaled_for_ga = True
+    progress: _Progress
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[no-untyped-def]  # noqa: D102
+        # Counted here, over all micro-batches of a step, because the trainer's own count depends on the model class.
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+
+    def compute_loss(  # noqa: D102
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        del return_outputs
+        assert num_items_in_batch is not None  # get_batch_samples has just counted it
+        logits, labels = next_token_pairs(model(**model_inputs(model, inputs)).logits, inputs["labels"])
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        self.progress.add(loss.item(), int((labels != IGNORED).sum()))
+        return loss / num_items_in_batch
+
+
+def _check_numbers(learning_rate: float, local_steps: int | None, local_epochs: float | None, batch_size: int) -> None:
+    if (local_steps is None) == (local_epochs is None):
+        raise ConfigError(
+            f"exactly one of local-steps and local-epochs must be given; got {local_steps} and {local_epochs}"
+        )
+    amounts = {
+        "learning-rate": learning_rate,
+        "local-steps": local_steps,
+        "local-epochs": local_epochs,
+        "batch-size": batch_size,
+    }
+    for key, value in amounts.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{key} must be above 0; got {value}")
+
+
+@contextmanager
+def _global_state_restored(model: nn.Module, *, undo_checkpointing: bool) -> Iterator[None]:
+    """Undo what a trainer does to the world: seeds the global generators, sets the model's mode and its config."""
+    was_training = model.training
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        model.train(was_training)
+        if use_cache is not None:
+            config.use_cache = use_cache
+        if undo_checkpointing:
+            inner_model(model).gradient_checkpointing_disable()

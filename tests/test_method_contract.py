@@ -1,0 +1,223 @@
+"""The contract: what every method must obey. A new method is added to METHODS and to nothing here.
+
+`SETTINGS` lists further settings of a method that are worth the same tests.
+"""
+
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmomentum.aggregation import METHODS, FedMomentum, Method
+from fedmomentum.lowrank import LowRank, zeros
+from tests.helpers import TOLERANCE, clients, dense_sum, error, generator, random_matrix, some_weights
+
+SETTINGS = [
+    FedMomentum(split="singular"),
+    FedMomentum(split="aligned"),
+    FedMomentum(energy=0.9),
+    FedMomentum(split="aligned", energy=0.5),
+    FedMomentum(svd="randomised"),
+]
+ALL = [method() for method in METHODS.values()] + SETTINGS
+EXACT = [method for method in ALL if method.exact]
+MOMENTUM = [method for method in EXACT if isinstance(method, FedMomentum) and method.svd == "exact"]
+every = pytest.mark.parametrize("method", ALL, ids=repr)
+exact = pytest.mark.parametrize("method", EXACT, ids=repr)
+momentum = pytest.mark.parametrize("method", MOMENTUM, ids=repr)
+
+
+def whole(result) -> torch.Tensor:
+    """What an aggregate says the sum is."""
+    parts = [result.adapter, result.residual, result.carried]
+    return sum(part.B.double() @ part.A.double() for part in parts if part is not None)
+
+
+def float_tolerance(method, dtype) -> float:
+    """The sketch works in float32 by definition, whatever its input."""
+    return TOLERANCE[torch.float32] if getattr(method, "svd", "") == "randomised" else TOLERANCE[dtype]
+
+
+@every
+def test_is_a_method(method):
+    assert isinstance(method, Method) and isinstance(method.exact, bool)
+
+
+@exact
+@settings(max_examples=25, deadline=None)
+@given(
+    out=st.integers(4, 40),
+    in_=st.integers(4, 40),
+    rank=st.integers(1, 4),
+    num=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_law_1_nothing_is_lost(method, out, in_, rank, num, seed):
+    updates, weights = clients((out, in_), (rank,) * num, seed=seed), some_weights(num, seed)
+    result = method(updates, weights, rank=rank)
+    assert error(whole(result), dense_sum(updates, weights)) < 10 * float_tolerance(method, torch.float64)
+
+
+@every
+def test_law_2_one_client_gives_itself_back(method):
+    (update,) = clients(ranks=(4,))
+    result = method([update], torch.ones(1), rank=4, reference=random_matrix(40, 30, 4, seed=77))
+    assert error(whole(result), update.dense()) < float_tolerance(method, torch.float64)
+    assert error(result.adapter.dense(), update.dense()) < float_tolerance(method, torch.float64)
+
+
+@every
+def test_law_2_order_of_clients_does_not_matter(method):
+    updates, weights = clients(ranks=(3,) * 4), some_weights(4)
+    wanted = None
+    for order in itertools.permutations(range(4)):
+        result = method([updates[i] for i in order], weights[list(order)], rank=3, generator=generator(1))
+        wanted = result if wanted is None else wanted
+        tolerance = 1e-12 if getattr(method, "svd", "") != "randomised" else TOLERANCE[torch.float32]
+        assert error(result.adapter.dense(), wanted.adapter.dense()) < tolerance
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_law_3_rank_dtype_and_shape_are_as_asked(method, dtype):
+    updates, weights = clients(ranks=(4, 4), dtype=dtype), some_weights(2)
+    result = method(updates, weights, rank=4)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    for part in (result.adapter, result.residual, result.carried):
+        if part is not None:
+            assert part.dtype == wanted and part.shape == (40, 30) and part.device == updates[0].device
+    assert result.adapter.rank == 4
+    if method.exact:
+        assert error(whole(result), dense_sum(updates, weights)) < float_tolerance(method, wanted)
+
+
+@exact
+@pytest.mark.parametrize("ranks", [(1, 2, 8), (8, 1), (30, 30, 30), (5,)])
+def test_unequal_ranks_and_sums_of_full_rank(method, ranks):
+    updates, weights = clients(ranks=ranks), some_weights(len(ranks))
+    for rank in (1, 4, 30):
+        result = method(updates, weights, rank=rank)
+        assert result.adapter.rank == rank
+        assert error(whole(result), dense_sum(updates, weights)) < float_tolerance(method, torch.float64)
+
+
+@exact
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_adapter_is_the_best_of_its_rank(method, condition, dtype):
+    """|sum - adapter| <= 1.0001 x the Eckart-Young error, in particular for ill-conditioned factors."""
+    updates = clients((60, 50), (6, 6, 6), dtype=dtype, condition=condition)
+    weights = some_weights(3)
+    wanted = dense_sum(updates, weights)
+    result = method(updates, weights, rank=6)
+    best = torch.linalg.svdvals(wanted)[6:].square().sum().sqrt()
+    found = torch.linalg.matrix_norm(wanted - result.adapter.B.double() @ result.adapter.A.double())
+    assert found <= 1.0001 * best + 1e-6 * torch.linalg.matrix_norm(wanted)
+    assert error(whole(result), wanted) < float_tolerance(method, dtype)
+
+
+@momentum
+@pytest.mark.parametrize("condition", [1.0, 1e6])
+def test_factors_have_the_form_of_their_split(method, condition):
+    """U and V orthonormal to 1e-5 in float32, both recovered from the factors."""
+    updates = clients((60, 50), (6, 6), dtype=torch.float32, condition=condition)
+    weights = some_weights(2)
+    result = method(updates, weights, rank=4)
+    B, A = result.adapter.B.double(), result.adapter.A.double()
+    S = torch.linalg.svdvals(dense_sum(updates, weights))[:4]
+    eye = torch.eye(4, dtype=torch.float64)
+    if method.split == "balanced":
+        assert torch.allclose(B.mT @ B, torch.diag(S), atol=1e-5 * float(S[0]))
+        assert torch.allclose(A @ A.mT, torch.diag(S), atol=1e-5 * float(S[0]))
+    elif method.split == "singular":
+        assert torch.allclose(A @ A.mT, eye, atol=1e-5)
+        assert torch.allclose((B / S).mT @ (B / S), eye, atol=1e-4)
+    assert torch.allclose(torch.linalg.svdvals(B @ A)[:4], S, rtol=1e-5)
+
+
+@every
+def test_inputs_are_untouched_and_calls_are_pure(method):
+    updates, weights = clients(ranks=(4, 4)), some_weights(2)
+    reference = random_matrix(40, 30, 4, seed=50)
+    before = [(u.B.clone(), u.A.clone()) for u in [*updates, reference]]
+    first = method(updates, weights, rank=4, reference=reference, generator=generator(3))
+    second = method(updates, weights, rank=4, reference=reference, generator=generator(3))
+    assert torch.equal(first.adapter.B, second.adapter.B) and torch.equal(first.adapter.A, second.adapter.A)
+    for update, (B, A) in zip([*updates, reference], before, strict=True):
+        assert torch.equal(update.B, B) and torch.equal(update.A, A)
+
+
+@exact
+@pytest.mark.parametrize("filled", [0, 1, 3])
+def test_law_3_no_dead_direction(method, filled):
+    """Where the sum has a lower rank, the spare directions are alive in A, zero in B, and off the kept rows."""
+    reference = random_matrix(40, 30, 4, seed=9)
+    update = random_matrix(40, 30, filled) if filled else zeros((40, 30), dtype=torch.float64)
+    result = method([update, update], torch.tensor([0.25, 0.75]), rank=4, reference=reference)
+    A, B = result.adapter.A, result.adapter.B
+    assert A.shape == (4, 30) and float(torch.linalg.svdvals(A)[-1]) > 1e-3
+    assert torch.equal(B[:, filled:], torch.zeros(40, 4 - filled, dtype=B.dtype))
+    assert float((A[:filled] @ A[filled:].mT).abs().max() if filled else 0.0) < 1e-9
+    # the spare rows are the previous A's, seen off the kept rows
+    off = A[filled:] - A[filled:] @ torch.linalg.pinv(reference.A) @ reference.A
+    if filled == 0:
+        assert float(off.norm()) < 1e-9 * float(A.norm())
+    assert error(whole(result) + 1e-30, update.dense() + 1e-30) < float_tolerance(method, torch.float64) or filled == 0
+
+
+@exact
+def test_law_3_spare_rows_without_a_reference_are_at_loras_scale(method):
+    result = method([zeros((400, 300))], torch.ones(1), rank=8, generator=generator(0))
+    norms = result.adapter.A.norm(dim=1)
+    assert float(norms.min()) > 0.4 and float(norms.max()) < 0.8  # 1/sqrt(3) = 0.577
+    assert torch.equal(result.adapter.B, torch.zeros_like(result.adapter.B))
+
+
+@exact
+def test_singular_values_at_round_off_are_spare_and_their_energy_is_not_lost(method):
+    update = random_matrix(40, 30, 1)
+    whisper = random_matrix(40, 30, 1, seed=4).scaled(1e-9)
+    noisy = LowRank(torch.cat([update.B, whisper.B], 1), torch.cat([update.A, whisper.A], 0))
+    result = method([noisy], torch.ones(1), rank=2)
+    assert torch.equal(result.adapter.B[:, 1:], torch.zeros(40, 1, dtype=torch.float64))
+    assert float(result.adapter.A[1].norm()) > 1e-3
+    assert error(whole(result), noisy.dense()) < float_tolerance(method, torch.float64)
+
+
+@every
+def test_bad_input_is_refused_by_name(method):
+    updates, weights = clients(ranks=(4, 4)), some_weights(2)
+    broken = LowRank(updates[1].B.clone(), updates[1].A.clone())
+    broken.A[2, 3] = math.nan
+    with pytest.raises(ValueError, match="update 1 holds NaN or Inf in its factor A"):
+        method([updates[0], broken], weights, rank=4)
+    for rank in (0, 31):
+        with pytest.raises(ValueError, match="rank must be from 1 to 30"):
+            method(updates, weights, rank=rank)
+    with pytest.raises(ValueError, match="sum to 1"):
+        method(updates, torch.tensor([0.5, 0.6]), rank=4)
+    with pytest.raises(ValueError, match="positive and finite"):
+        method(updates, torch.tensor([1.5, -0.5]), rank=4)
+    with pytest.raises(ValueError, match="one weight a client"):
+        method(updates, torch.ones(1), rank=4)
+    with pytest.raises(ValueError, match="one shape"):
+        method([updates[0], random_matrix(30, 40, 4)], weights, rank=4)
+    with pytest.raises(ValueError, match="no updates"):
+        method([], torch.ones(0), rank=4)
+
+
+@every
+def test_repr_equality_and_pickling(method):
+    same = eval(repr(method), {type(method).__name__: type(method)})
+    assert same == method and hash(same) == hash(method) and same is not method
+    assert pickle.loads(pickle.dumps(method)) == method
+    with pytest.raises(AttributeError):
+        method.exact_ly = 1  # frozen
+
+
+def test_names_of_the_table_are_its_classes():
+    assert METHODS == {cls.__name__.lower(): cls for cls in METHODS.values()}
