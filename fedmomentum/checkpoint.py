@@ -98,7 +98,7 @@ class RunFolder:
         self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
         if [row["round"] for row in self.rows] != list(range(rounds[-1] + 1)):
             raise ModelError(f"{self.folder / 'metrics.jsonl'} lacks rows of the rounds up to {rounds[-1]}")
-        self._sweep(rounds)
+        self._prune(state)
         return model, state
 
     def _read_rows(self) -> list[dict[str, Any]]:
@@ -113,16 +113,16 @@ class RunFolder:
         write_json(
             self.folder / "rounds" / f"{model.server_round:04d}.json", {**model.manifest(), "run": asdict(state)}
         )
+        self._prune(state)
+
+    def _prune(self, state: ServerState) -> None:
+        """Keep the last rounds and the best; delete the others, then the objects that no round names any more."""
         rounds = kept_rounds(self.folder)
         kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
         for server_round in set(rounds) - kept:
             (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
-        self._sweep(sorted(kept))
-
-    def _sweep(self, rounds: list[int]) -> None:
-        """Delete the objects that none of these rounds names."""
         named = set()
-        for server_round in rounds:
+        for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["adapter"], manifest["carried"], *manifest["base_update"]}
         files = {object_file(self.folder, name) for name in named if name}

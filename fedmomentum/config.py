@@ -163,9 +163,9 @@ class EvaluationConfig:
     """Held-out evaluation: loss, perplexity and greedy exact match, global and per client."""
 
     every: int = _option(1, "evaluate every so many rounds (and before the first and after the last); 0: never")
-    num_examples: int = _option(64, "held-out examples over the round's clients, between the ends")
+    num_examples: int = _option(16, "held-out examples of each of the round's clients, between the ends")
     final_num_examples: int = _option(
-        400, "held-out examples over all clients, before the first and after the last round"
+        100, "held-out examples of every client, before the first and after the last round"
     )
     batch_size: int = _option(32, "examples in a forward pass")
 

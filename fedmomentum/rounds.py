@@ -304,9 +304,8 @@ def _evaluate(
     """Ask the clients to evaluate the model on their held-out examples."""
     settings = server.config.evaluation
     ends = server_round in (0, server.config.federation.num_rounds)
-    total = settings.final_num_examples if ends else settings.num_examples
     share = {
-        "num_examples": math.ceil(total / max(1, len(clients))),
+        "num_examples": settings.final_num_examples if ends else settings.num_examples,
         "batch_size": settings.batch_size,
         "probe_seed": derive(server.config.run.seed, "probe", server_round),
     }

@@ -42,4 +42,4 @@ def dense_sum(updates, weights) -> torch.Tensor:
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float(torch.linalg.matrix_norm(got.double() - wanted) / torch.linalg.matrix_norm(wanted))
+    return float(torch.linalg.matrix_norm(got.detach().double() - wanted) / torch.linalg.matrix_norm(wanted))

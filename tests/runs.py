@@ -1,0 +1,95 @@
+"""A whole run on a tiny model in a second: real rounds, payloads and checkpoints, a stand-in for training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from fedmomentum.config import Config, from_dict
+from fedmomentum.run import Run, prepare
+from fedmomentum.training import TrainReport
+from tests.tiny import tiny_llama
+
+WORDS = ("ab", "cd", "ef", "gh")
+
+
+def write_data(folder: Path, num_clients: int = 3, num_examples: int = 12) -> dict[str, str]:
+    """One JSONL file a client; returns client to file."""
+    files = {}
+    for client in range(num_clients):
+        rows = [
+            {"question": f"{client} {WORDS[i % 4]} {i}", "answer": WORDS[(i + client) % 4], "kind": WORDS[i % 2]}
+            for i in range(num_examples * (client + 1))
+        ]
+        file = folder / f"site{client}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files[f"site{client}"] = str(file)
+    return files
+
+
+def tiny_config(folder: Path, *, num_clients: int = 3, **sections) -> Config:
+    """A configuration over a tiny Llama and one file a client, made in `folder` when it is not there yet."""
+    base = folder / "base"
+    if not base.exists():
+        tiny_llama(base)
+    tables = {
+        "model": {"name": str(base), "dtype": "float32", "device": "cpu"},
+        "lora": {"rank": 2, "lora-alpha": 6.0, "target-modules": ["q_proj", "v_proj"]},
+        "data": {
+            "client-files": write_data(folder, num_clients), "category-column": "kind", "test-fraction": 0.25,
+            "max-length": 128,
+        },
+        "training": {"local-steps": 2, "batch-size": 4, "learning-rate": 0.01},
+        "federation": {"num-rounds": 3},
+        "evaluation": {"num-examples": 2, "final-num-examples": 4},
+        "run": {"threads": 1, "keep-rounds": 2},
+    }  # fmt: skip
+    for name, table in sections.items():
+        tables[name] = {**tables.get(name, {}), **{key.replace("_", "-"): value for key, value in table.items()}}
+    return from_dict(tables)
+
+
+def nudge(model, examples, *, learning_rate, seed, on_step, **_) -> TrainReport:
+    """Instead of training: every LoRA factor moves by a seeded step; what it moves by depends on its value too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _name, tensor in sorted(model.named_parameters()):
+            if tensor.requires_grad:
+                step = torch.randn(tensor.shape, generator=generator) - 0.1 * tensor.float()
+                tensor += learning_rate * step.to(tensor.dtype)
+    on_step(1, 1, 1.0)
+    return TrainReport(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=len(examples))
+
+
+def start(config: Config, out: Path, *, function=nudge, resume: bool = False, observer=None) -> Run:
+    """Prepare and run; returns the closed run."""
+    run = prepare(config, out, resume=resume)
+    try:
+        for client in run.clients:
+            client.function = function or client.function
+        run.model = run.start(observer or (lambda event, facts: None))
+    finally:
+        run.close()
+    return run
+
+
+def timeless(out: Path) -> list[dict]:
+    """The rows of a run without what differs from run to run."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def chain(out: Path) -> dict[str, dict]:
+    """The kept rounds' manifests without the run's random name."""
+    found = {}
+    for file in sorted((out / "rounds").glob("*.json")):
+        manifest = json.loads(file.read_text())
+        manifest["run"].pop("run_id")
+        found[file.name] = manifest
+    return found
+
+
+def objects(out: Path) -> set[str]:
+    return {file.name for file in (out / "objects").iterdir()}

@@ -1,0 +1,251 @@
+"""The versioned object: saved, loaded, consolidated, refused; and small residuals arrive."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedmomentum import FedMomentum, GlobalModel
+from fedmomentum.adapter import Adapter
+from fedmomentum.aggregation.whole import combine
+from fedmomentum.base import HeldBase
+from fedmomentum.diagnostics import applied_share, probe, probe_vectors
+from fedmomentum.errors import ModelError, PayloadError
+from fedmomentum.export import one_adapter
+from fedmomentum.files import read_safetensors
+from fedmomentum.global_model import Blob, object_file
+from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.lowrank import LowRank
+from tests.helpers import error, generator, random_matrix
+from tests.tiny import tiny_gpt2, tiny_llama
+
+SHAPES = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.self_attn.v_proj": (16, 32)}
+
+
+def fresh(seed=0, rank=2) -> Adapter:
+    modules = {
+        m: random_matrix(*shape, rank, seed=seed + i, dtype=torch.float32)
+        for i, (m, shape) in enumerate(SHAPES.items())
+    }
+    return Adapter(modules, dict.fromkeys(SHAPES, 1.5), {}, {"r": rank, "lora_alpha": 3, "peft_type": "LORA"})
+
+
+def after_rounds(num_rounds: int, *, seed=0, method=None) -> tuple[GlobalModel, dict[str, torch.Tensor]]:
+    """A global model after so many rounds of three random clients, and the exact change of each weight."""
+    method = method or FedMomentum()
+    model = GlobalModel(BaseIdentity("base", sha256="ab" * 32), fresh(seed))
+    merged = {m: torch.zeros(shape, dtype=torch.float64) for m, shape in SHAPES.items()}
+    for t in range(num_rounds):
+        updates = [fresh(seed + 1000 * t + 10 * i + 7) for i in range(3)]
+        wanted = {m: sum(u.effective(m).dense() for u in updates) / 3 for m in SHAPES}
+        result = combine(
+            updates, [1, 1, 1], method, ranks=dict.fromkeys(SHAPES, 2), scalings=dict.fromkeys(SHAPES, 1.5)
+        )
+        model = model.after(result, repr(method))
+        merged = {m: merged[m] + wanted[m] - result.adapter.effective(m).dense() for m in SHAPES}
+    exact = {m: merged[m] + model.adapter.effective(m).dense() for m in SHAPES}
+    return model, exact
+
+
+def dense(matrix) -> torch.Tensor:
+    return matrix.dense() if isinstance(matrix, LowRank) else matrix
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3, 40])
+def test_the_effective_model_is_exact_also_through_consolidation(num_rounds):
+    model, exact = after_rounds(num_rounds)
+    for module in SHAPES:
+        assert error(dense(model.effective(module)), exact[module]) < 1e-5
+    size = sum(len(blob.data) for blob in model.base_update)
+    limit = 2 * sum(4 * a * b for a, b in SHAPES.values()) + 4096
+    assert size < limit  # bounded, however many rounds
+    if num_rounds == 40:
+        assert any("dense" in key for key in read_safetensors(model.base_update[0].data, "")[0])
+
+
+def test_one_adapter_holds_the_whole_model():
+    for num_rounds in (1, 40):
+        model, exact = after_rounds(num_rounds)
+        whole = one_adapter(model)
+        assert set(whole.scalings.values()) == {1.0}
+        for module in SHAPES:
+            assert error(whole.effective(module).dense(), exact[module]) < 1e-5
+
+
+def test_save_and_load_keep_every_bit(tmp_path):
+    model, _ = after_rounds(3, method=FedMomentum(energy=0.8))
+    model.save(tmp_path)
+    again = GlobalModel.load(tmp_path)
+    assert again.version == model.version and again.adapter_blob == model.adapter_blob
+    assert again.objects() == model.objects() and again.manifest() == model.manifest()
+    assert again.carried.keys() == model.carried.keys() != set()
+    assert not any(file.suffix in (".bin", ".pt", ".pkl") for file in tmp_path.rglob("*"))
+    assert not (tmp_path / "adapter_config.json").exists()  # the adapter alone is never written as the result
+
+
+def test_version_is_over_base_and_bytes_in_order():
+    model, _ = after_rounds(2)
+    assert model.version != replace(model, base_update=model.base_update[::-1]).version
+    assert model.version != replace(model, base=BaseIdentity("base", sha256="cd" * 32)).version
+    assert model.version == replace(model, adapter=fresh(99)).version  # the live adapter is no part of the base
+
+
+def test_what_is_not_ours_or_newer_or_damaged_is_refused_by_name(tmp_path):
+    model, _ = after_rounds(2)
+    model.save(tmp_path)
+    file = tmp_path / "global_model.json"
+    manifest = json.loads(file.read_text())
+
+    def refused(match, **changes):
+        file.write_text(json.dumps({**manifest, **changes}))
+        with pytest.raises(ModelError, match=match):
+            GlobalModel.load(tmp_path)
+
+    refused("format_version 2.*Update fedmomentum", format_version=2)
+    refused("is not a fedmomentum global model", format="else")
+    refused("was stated", version="0" * 64)
+    refused("scalings", scalings={})
+    refused("no SHA-256", adapter="../../etc/passwd")
+    file.write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        GlobalModel.load(tmp_path)
+    file.write_text(json.dumps(manifest))
+    blob = object_file(tmp_path, manifest["base_update"][0])
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(ModelError, match="does not match its hash"):
+        GlobalModel.load(tmp_path)
+    blob.unlink()
+    with pytest.raises(ModelError, match="lacks the object"):
+        GlobalModel.load(tmp_path)
+    with pytest.raises(ModelError, match="neither a global model"):
+        GlobalModel.load(tmp_path / "nowhere")
+
+
+def test_objects_that_are_no_base_update_are_refused():
+    from fedmomentum.files import safetensors_bytes
+
+    with pytest.raises(ModelError, match="no part of a base update"):
+        _ = Blob(safetensors_bytes({"q.B": torch.zeros(2, 1)})).matrices
+    for data in (b"", b"short", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}" * 40):
+        with pytest.raises(PayloadError):
+            _ = Blob(data).matrices
+
+
+# ── the base ──
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
+    """Each is 3e-4 of the weight's norm; naive adding in 16 bits, beside it, loses most."""
+    base = make(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    module = "model.layers.0.self_attn.q_proj" if make is tiny_llama else "transformer.h.0.attn.c_attn"
+    layer = model.get_submodule(module)
+    naive = layer.weight.detach().clone()
+    held = HeldBase({module: layer}, base)
+    shape = tuple(held.weight(module).shape)
+    size = held.pristine(module).norm()
+    blobs, wanted = [], torch.zeros(shape, dtype=torch.float64)
+    for t in range(50):
+        small = random_matrix(*shape, 4, seed=t)
+        small = small.scaled(3e-4 * float(size) / small.norm())
+        blobs.append(Blob.of({module: small}))
+        held.apply(blobs)
+        wanted += small.dense()
+        naive += (small.dense().T if make is tiny_gpt2 else small.dense()).to(dtype)
+    U, X = probe_vectors(module, shape, 0)
+    got = probe(held.weight(module).double() - held.pristine(module), U, X)
+    assert applied_share({"": got}, {"": probe(wanted, U, X)}) == pytest.approx(1, abs=0.01)
+    assert error(held.weight(module).double() - held.pristine(module).double(), wanted) < 1e-3
+    if dtype == torch.bfloat16:
+        start = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).get_submodule(module).weight
+        lost = (naive.double() - start.double()).T if make is tiny_gpt2 else naive.double() - start.double()
+        assert error(lost, wanted) > 0.5
+    # step by step gives the bits of all at once, and taking off gives the pristine weight back
+    step_by_step = held.weight(module).clone()
+    held.apply([])
+    assert torch.equal(held.weight(module), held.pristine(module))
+    held.apply(blobs)
+    assert torch.equal(held.weight(module), step_by_step)
+
+
+def test_a_held_layer_computes_in_float32_and_answers_in_the_models_dtype(tmp_path):
+    base = tiny_llama(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    ids = torch.randint(4, 100, (2, 9), generator=generator(0))
+    before = model(input_ids=ids).logits
+    HeldBase({m: model.get_submodule(m) for m in SHAPES}, base)
+    after = model(input_ids=ids).logits
+    assert after.dtype == torch.bfloat16
+    assert (after - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_base_update_for_other_modules_or_shapes_is_refused(tmp_path):
+    base = tiny_llama(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    held = HeldBase({m: model.get_submodule(m) for m in SHAPES}, base)
+    with pytest.raises(ModelError, match="not adapted here"):
+        held.apply([Blob.of({"lm_head": random_matrix(4, 4, 1)})])
+    with pytest.raises(ModelError, match="another shape"):
+        held.apply([Blob.of({next(iter(SHAPES)): random_matrix(4, 4, 1)})])
+    with pytest.raises(ModelError, match="is a Embedding"):
+        HeldBase({"model.embed_tokens": model.get_submodule("model.embed_tokens")}, base)
+
+
+def test_identity_is_over_content_not_over_names_or_files(tmp_path):
+    one = identify("a", tiny_llama(tmp_path / "one"))
+    same = identify("b", tiny_llama(tmp_path / "two"))
+    other = identify("a", tiny_llama(tmp_path / "three", seed=1))
+    assert one.sha256 == same.sha256 != other.sha256
+    assert one.tokenizer_sha256 == same.tokenizer_sha256
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert identify("a", tmp_path / "sharded").sha256 == one.sha256
+    half = tmp_path / "half"
+    model.to(torch.bfloat16).save_pretrained(half)
+    assert identify("a", half).sha256 != one.sha256  # the stored dtype counts
+    with pytest.raises(ModelError, match="base model differs"):
+        one.check(other)
+
+
+def test_identity_counts_tied_tensors_once(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = tiny_gpt2(tmp_path / "base")
+    one = identify("a", base)
+    tensors = load_file(base / "model.safetensors")
+    embedding = next(key for key in tensors if key.endswith("wte.weight"))
+    both = tmp_path / "both"
+    both.mkdir()
+    (both / "config.json").write_bytes((base / "config.json").read_bytes())
+    save_file({**tensors, "lm_head.weight": tensors[embedding].clone()}, both / "model.safetensors")
+    assert identify("a", both).sha256 == one.sha256
+
+
+def test_bases_that_are_not_there_are_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match="no folder ./nowhere"):
+        resolve_base("./nowhere")
+    with pytest.raises(ModelError, match="nobody/nothing.*give the path"):
+        resolve_base("nobody/nothing")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match="pickled"):
+        identify("a", tmp_path)
+
+
+def test_a_hub_name_is_found_in_the_hubs_own_cache(tmp_path, monkeypatch):
+    """The layout that huggingface_hub keeps: no network is needed for a model that was downloaded before."""
+    import huggingface_hub.constants
+
+    repo = tmp_path / "models--lab--tiny"
+    base = tiny_llama(repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    assert resolve_base("lab/tiny").resolve() == base.resolve()
