@@ -80,4 +80,4 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[st
 
 def tensor_of(data: bytes) -> Tensor:
     """Bytes as a tensor of uint8, to travel among tensors."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)

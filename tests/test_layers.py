@@ -1,0 +1,115 @@
+"""The folder tree is the architecture: who may import what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedmomentum
+
+ROOT = Path(fedmomentum.__file__).parent
+THIRD_PARTY = {
+    "transformers", "trl", "peft", "datasets", "accelerate", "flwr", "numpy", "typer", "rich", "matplotlib", "jinja2",
+    "reasoning_gym", "gguf", "huggingface_hub", "safetensors", "psutil",
+}  # fmt: skip
+ALLOWED = {  # the maths: torch alone
+    "lowrank.py": set(), "aggregation": set(), "diagnostics.py": set(), "adapter.py": set(), "errors.py": set(),
+    # one third-party library a file
+    "files.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
+    "peft_io.py": {"peft", "safetensors"},
+    "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
+    "client.py": set(), "run.py": set(), "export.py": set(), "base.py": {"transformers", "safetensors"},
+    "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
+    "report": {"matplotlib", "jinja2", "numpy"},
+}  # fmt: skip
+LAYERS = [  # a file imports from its own line or from lines above
+    {"errors", "lowrank"},
+    {"adapter", "diagnostics", "aggregation", "files"},
+    {"embedded", "data"},
+    {"identity"},
+    {"global_model", "peft_io", "config"},
+    {"base", "export", "transport", "training", "evaluation"},
+    {"client", "checkpoint"},
+    {"rounds"},
+    {"run", "report"},
+    {"live", "use", "inspection"},
+    {"cli"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Top names of all imports of a file, those within functions and for type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def files(part: str) -> list[Path]:
+    target = ROOT / part
+    return [target] if target.suffix else sorted(target.rglob("*.py"))
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_third_party_imports(part):
+    for path in files(part):
+        tops = {name.split(".")[0] for name in imports(path)}
+        assert tops & THIRD_PARTY <= ALLOWED[part], path
+
+
+def test_only_peft_io_imports_peft():
+    for path in ROOT.rglob("*.py"):
+        if path.name != "peft_io.py":
+            assert not {name.split(".")[0] for name in imports(path)} & {"peft"}, path
+
+
+def test_arrows_point_down():
+    level = {name: number for number, names in enumerate(LAYERS) for name in names}
+    for path in ROOT.rglob("*.py"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for name in imports(path):
+            if name.startswith("fedmomentum."):
+                other = name.split(".")[1]
+                assert level[other] <= level[part], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_public_names_are_the_hand_listed_ones():
+    assert sorted(fedmomentum.__all__) == [
+        "Adapter", "AdapterAggregate", "Aggregate", "FedIT", "FedMomentum", "GlobalModel", "LowRank",
+        "aggregate_adapters", "read_adapter", "write_adapter",
+    ]  # fmt: skip
+    for name in fedmomentum.__all__:
+        assert getattr(fedmomentum, name).__name__ == name and getattr(fedmomentum, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'lowrnk'"):
+        _ = fedmomentum.lowrnk
+    assert (ROOT / "py.typed").is_file()
+
+
+def test_importing_is_light_and_changes_nothing():
+    code = (
+        "import os, sys; before = dict(os.environ); import fedmomentum, fedmomentum.cli;"
+        "assert dict(os.environ) == before;"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "from fedmomentum import LowRank, FedMomentum, aggregate_adapters;"
+        "heavy = {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_nothing_is_pickled():
+    for path in ROOT.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert not {n for n in imports(path) if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve")}, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "save"), ("torch", "load")}, path
+            assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), path
