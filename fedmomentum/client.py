@@ -20,7 +20,7 @@ from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, p
 from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.evaluation import Score, evaluate
 from fedmomentum.global_model import Blob, GlobalModel, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
@@ -90,9 +90,12 @@ class LocalModel:
         """A reader of a client's objects that parses and checks each once per process."""
 
         def read(name: str) -> Blob:
-            if name not in self._blobs:
-                self._blobs[name] = Blob(read_object(store, name))
-            return self._blobs[name]
+            if name in self._blobs:
+                return self._blobs[name]
+            blob = Blob(read_object(store, name))
+            if blob.name == name:  # a damaged one is refused by whoever asked, and not kept for the others
+                self._blobs[name] = blob
+            return blob
 
         return read
 
@@ -196,6 +199,11 @@ def _train(
     report = client.function(
         model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **settings
     )
+    if not isinstance(report, TrainReport):
+        raise ConfigError(
+            f"the training function {client.function!r} returned {type(report).__name__}; wanted a "
+            "fedmomentum.training.TrainReport"
+        )
     tensors = to_tensors(model.adapter(client.client_id))
     for name, probes in model.probes(probe_seed).items():
         tensors[PROBE + name] = stack_probes(probes)

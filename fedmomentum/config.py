@@ -284,10 +284,10 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
-    """Relative paths that exist beside the configuration file are meant from there."""
+    """Relative paths that exist beside the configuration file are meant from there; saved, they are absolute."""
 
     def placed(name: str) -> str:
-        return str(folder / name) if name and not Path(name).is_absolute() and (folder / name).exists() else name
+        return str((folder / name).resolve()) if name and (folder / name).exists() else name
 
     data, model = config.data, config.model
     data = dataclasses.replace(

@@ -89,7 +89,7 @@ def export_merged(model: GlobalModel, out: Path, *, base_folder: Path, dtype: to
     live.to(dtype=dtype)  # type: ignore[call-arg]
     live.save_pretrained(out)
     load_tokenizer(base_folder).save_pretrained(out)
-    _write_card(model, out, "transformers", f"AutoModelForCausalLM.from_pretrained({str(out.name)!r})")
+    _write_card(model, out, "transformers", f"{type(live).__name__}.from_pretrained({str(out.name)!r})")
     return applied_share(got, wanted)
 
 

@@ -34,6 +34,9 @@ from fedmomentum.lowrank import LowRank, weighted_sum, zeros
 FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 1
 MANIFEST = "global_model.json"
+MANIFEST_KEYS = (
+    "base", "base_update", "version", "adapter", "adapter_config", "scalings", "carried", "round", "method",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,11 +217,14 @@ class GlobalModel:
         """
         if manifest.get("format") != FORMAT:
             raise ModelError(f"{where} is not a {FORMAT} (format {manifest.get('format')!r})")
-        if manifest["format_version"] > FORMAT_VERSION:
+        if manifest.get("format_version") != FORMAT_VERSION:
             raise ModelError(
-                f"{where} has format_version {manifest['format_version']}; this fedmomentum reads up to "
-                f"{FORMAT_VERSION}. Update fedmomentum"
+                f"{where} has format_version {manifest.get('format_version')!r}; this fedmomentum reads "
+                f"{FORMAT_VERSION}. Use the fedmomentum that wrote it, or a newer one"
             )
+        lacking = [key for key in MANIFEST_KEYS if key not in manifest]
+        if lacking:
+            raise ModelError(f"{where}: the manifest lacks {lacking[0]}")
 
         def checked(name: str) -> Blob:
             blob = fetch(name)
@@ -283,11 +289,11 @@ def object_file(folder: Path, name: str) -> Path:
 
 
 def save_objects(objects: Mapping[str, bytes], folder: Path) -> None:
-    """Write the objects that are not there yet."""
+    """Write the objects that are not there yet, or not whole."""
     (folder / "objects").mkdir(parents=True, exist_ok=True)
     for name, data in objects.items():
         file = object_file(folder, name)
-        if not file.is_file():
+        if not file.is_file() or file.stat().st_size != len(data) or file.read_bytes() != data:
             write_atomically(file, data)
 
 

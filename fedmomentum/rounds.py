@@ -226,13 +226,13 @@ def _round(
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
     row["downlink_bytes"] = _added(exchange.downlink_bytes, evaluation.downlink_bytes)
-    client_merge = sum(_merge_seconds(r) for e in (exchange, evaluation) for r in e.replies.values())
+    merge = [sum(_merge_seconds(reply) for reply in e.replies.values()) for e in (exchange, evaluation)]
     row["seconds"] = {
-        "train": exchange.wait_seconds,
+        "train": max(0.0, exchange.wait_seconds - merge[0]),
         "encode": exchange.encode_seconds + evaluation.encode_seconds,
         "aggregate": merging - aggregating,
-        "merge": merged - merging + client_merge,
-        "evaluate": evaluation.wait_seconds,
+        "merge": merged - merging + sum(merge),
+        "evaluate": max(0.0, evaluation.wait_seconds - merge[1]),
     }
     return later, _commit(server, later, state, row)
 
@@ -281,6 +281,7 @@ def _ask(
         answer = answers.get(client, Failure("missing: no answer in time"))
         if isinstance(answer, Failure):
             exchange.failures[client] = answer.reason
+            state = state.holding(client, ())  # it may have lost what it held; the next task brings everything
             continue
         exchange.uplink_bytes[client] = len(answer)
         try:
@@ -438,29 +439,59 @@ def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expecte
     by_client, by_category, total = {}, dict[str, dict[str, Any]](), _score([])
     errors, shares = [], []
     for client, reply in sorted(exchange.replies.items()):
-        metrics = reply.metrics
         try:
-            if "total" in metrics:
-                scores = {name: _score([score]) for name, score in metrics["by_category"].items()}
-                by_client[client] = _score([metrics["total"]])
-                total = _score([total, by_client[client]])
-                for name, score in scores.items():
-                    by_category[name] = _score([by_category.get(name, {}), score])
-            if metrics.get("applied_share") is not None:
-                shares.append(float(metrics["applied_share"]))
-            if expected is not None:
-                got = reply.tensors[PROBES[1]]
-                errors.append(relative_rms({"": got - expected.effective}, {"": expected.change}))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            exchange.failures[client] = (
-                f"client {client}: its evaluation is malformed ({type(error).__name__}: {error})"
-            )
+            metrics = _checked_evaluation(reply, f"client {client}")
+        except PayloadError as error:
+            exchange.failures[client] = str(error)
+            continue
+        if "total" in metrics:
+            by_client[client] = _score([metrics["total"]])
+            total = _score([total, by_client[client]])
+            for name, score in metrics["by_category"].items():
+                by_category[name] = _score([by_category.get(name, {}), score])
+        if metrics.get("applied_share") is not None:
+            shares.append(float(metrics["applied_share"]))
+        if expected is not None:
+            errors.append(relative_rms({"": reply.tensors[PROBES[1]] - expected.effective}, {"": expected.change}))
     if total["num_examples"]:
         row["evaluation"] = {
             "total": total, "by_client": by_client, "by_category": dict(sorted(by_category.items())),
         }  # fmt: skip
     row["exactness_error"] = max(errors) if errors else None
     row["applied_share"] = min(shares) if shares else None
+
+
+def _checked_evaluation(reply: Reply, name: str) -> Mapping[str, Any]:
+    """The metrics of an evaluation, if they can be what they claim.
+
+    Raises:
+        PayloadError: probes that are missing or not finite, a score that is no score, parts that do not add up.
+    """
+    probes = reply.tensors.get(PROBES[1])
+    if probes is None or probes.ndim != 2 or probes.shape[1] != NUM_PROBES or not bool(probes.isfinite().all()):
+        raise PayloadError(f"{name}: {PROBES[1]} of its evaluation is missing or no finite numbers")
+    metrics = reply.metrics
+    share = metrics.get("applied_share")
+    if share is not None and not isinstance(share, (int, float)):
+        raise PayloadError(f"{name}: applied_share is {share!r}; wanted a number")
+    if "total" not in metrics:
+        return metrics
+    parts = metrics.get("by_category")
+    if not isinstance(parts, dict):
+        raise PayloadError(f"{name}: its evaluation lacks by_category")
+    for score in (metrics["total"], *parts.values()):
+        whole = isinstance(score, dict) and all(
+            type(score.get(key)) is int and score[key] >= 0 for key in ("num_tokens", "num_examples", "num_exact")
+        )
+        if not whole or not isinstance(score.get("nll"), (int, float)) or score["nll"] < 0:
+            raise PayloadError(f"{name}: {score!r} is no score: wanted nll, num_tokens, num_examples, num_exact >= 0")
+        if score["num_exact"] > score["num_examples"]:
+            raise PayloadError(f"{name}: {score['num_exact']} exact matches of {score['num_examples']} examples")
+    if metrics["total"]["num_examples"] != reply.num_examples:
+        raise PayloadError(f"{name}: a score over {metrics['total']['num_examples']} of {reply.num_examples} examples")
+    if sum(score["num_examples"] for score in parts.values()) != reply.num_examples:
+        raise PayloadError(f"{name}: the categories of its evaluation do not add up to its total")
+    return metrics
 
 
 def _score(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

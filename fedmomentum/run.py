@@ -26,7 +26,7 @@ from fedmomentum.client import Client, LocalModel, TrainFunction, client_step
 from fedmomentum.config import Config, differences, load_config, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
-from fedmomentum.data.tokens import tokenise
+from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
@@ -35,6 +35,7 @@ from fedmomentum.training import check_arguments, train
 from fedmomentum.transport import InProcessTransport
 
 LOG = logging.getLogger("fedmomentum")
+NOTHING = TokenisedExamples((), (), (), (), 0)
 PACKAGES = ("fedmomentum", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -81,6 +82,7 @@ class Run:
     model: GlobalModel
     state: ServerState
     plan: Plan
+    partition: dict[str, dict[str, dict[str, int]]]
 
     def start(self, observer: Observer) -> GlobalModel:
         """Run the rounds that are left.
@@ -88,6 +90,11 @@ class Run:
         Raises:
             QuorumError: see `run_rounds`.
         """
+        out = self.folder.folder
+        write_atomically(out / "config.toml", to_toml(self.config).encode())
+        write_json(out / "plan.json", asdict(self.plan))
+        write_json(out / "partition.json", self.partition)
+        _write_environment(self.local, out, resumed=bool(self.folder.rows))
         transport = InProcessTransport(
             {c.client_id: partial(client_step, client=c, model=self.local) for c in self.clients}
         )
@@ -143,14 +150,10 @@ def prepare(
         else:
             model, state = local.initial(repr(method)), ServerState(secrets.token_hex(16))
         plan = make_plan(config, local, model, clients, method)
-        write_atomically(out / "config.toml", to_toml(config).encode())
-        write_json(out / "plan.json", asdict(plan))
-        write_json(out / "partition.json", partition_table(parties))
-        _write_environment(local, out, resumed is not None)
     except BaseException:
         folder.close()
         raise
-    return Run(config, method, folder, local, clients, model, state, plan)
+    return Run(config, method, folder, local, clients, model, state, plan, partition_table(parties))
 
 
 def make_method(config: Config) -> Method:
@@ -185,7 +188,7 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
     if not resume:
         if saved.is_file():
             raise ModelError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        if out.is_dir() and any(file.name != ".lock" for file in out.iterdir()):
+        if out.is_dir() and any(file.name not in (".lock", "rounds") for file in out.iterdir()):
             raise ModelError(f"{out} is not empty and holds no run; choose another --out")
         return
     if not saved.is_file():
@@ -232,7 +235,7 @@ def _tokenised(
             Client(
                 party.client_id,
                 tokenise(party.train, local.tokenizer, owner=party.client_id, **limits),
-                tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits),
+                tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
                 store=out,
                 function=function,
                 on_step=on_step,

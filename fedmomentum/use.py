@@ -48,6 +48,8 @@ class Both:
             if chosen not in ("last", "best") and not isinstance(chosen, int):
                 raise ConfigError(f"--round must be a number, last or best; got {server_round!r}")
             model = GlobalModel.load(what, chosen)
+        if model.adapter.config.get("task_type") == "SEQ_CLS":
+            raise ConfigError(f"{what} is of a sequence classifier; export it and use transformers' own pipeline")
         if not base and not model.base.name:
             raise ConfigError(f"{what} does not say which base model it is for; give --base")
         folder = resolve_base(base or model.base.name, model.base.revision)

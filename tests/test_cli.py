@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fedmomentum import cli
@@ -34,7 +35,7 @@ def fedmomentum(*arguments, monkeypatch, capsys):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "OUT", Console(width=200, highlight=False))
     return lambda *arguments: fedmomentum(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 

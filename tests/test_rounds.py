@@ -207,12 +207,12 @@ def test_weights_are_shares_of_examples_and_capped(counts, cap):
 # ── faults ──
 
 
-def with_faults(config, out, faults, rounds=None):
+def with_faults(config, out, faults, rounds=None, kind="train", stores=None):
     """A run in which `faults[client](payload, honest) -> bytes | Failure` stands between a client and the server."""
-    run = prepare(config, out)
+    run = with_faults.run = prepare(config, out)
     for client in run.clients:
         client.function = nudge
-    honest = InProcessTransport({})
+        client.store = (stores or {}).get(client.client_id, client.store)
     from functools import partial
 
     from fedmomentum.client import client_step
@@ -222,7 +222,7 @@ def with_faults(config, out, faults, rounds=None):
     def wrapped(client_id):
         def step(payload):
             task = decode_task(payload)
-            if client_id in faults and task.kind == "train" and (rounds is None or task.server_round in rounds):
+            if client_id in faults and task.kind == kind and (rounds is None or task.server_round in rounds):
                 return faults[client_id](payload, steps[client_id])
             return steps[client_id](payload)
 
@@ -233,7 +233,6 @@ def with_faults(config, out, faults, rounds=None):
             answers = super().send_and_receive(tasks)
             return {c: a for c, a in answers.items() if a is not None}
 
-    del honest
     try:
         model = run_rounds(
             Transport({c: wrapped(c) for c in steps}), method=run.method, model=run.model, state=run.state,
@@ -266,10 +265,10 @@ def _set(key, value):
     return spoil(lambda fields: fields.__setitem__(key, value))
 
 
-def _tensor(change):
+def _tensor(change, name="lora_A"):
     def edit(fields):
         tensors = dict(fields["tensors"])
-        key = next(k for k in sorted(tensors) if "lora_A" in k)
+        key = next(k for k in sorted(tensors) if name in k)
         change(tensors, key)
         fields["tensors"] = tensors
 
@@ -317,6 +316,51 @@ def test_one_bad_client_does_not_stop_the_round(folder, tmp_path, name):
     assert rows[2]["accepted"] == ["site0", "site1", "site2", "site3"] and rows[2]["failures"] == {}
     absent = with_faults(config, tmp_path / "absent", {"site1": lambda payload, honest: Failure("away")}, rounds={1})
     assert model.version == absent.version and model.adapter_blob == absent.adapter_blob
+
+
+def test_evaluations_that_cannot_be_are_refused_by_name(folder, tmp_path):
+    """A client that claims more than its examples, or NaN, decides neither the score nor which round is best."""
+    lies = {
+        "nll": -1.0, "num_exact": 10**6, "num_examples": 7, "num_tokens": -2,
+    }  # fmt: skip
+    config = tiny_config(folder, federation={"num_rounds": 1})
+    for key, value in lies.items():
+
+        def lie(fields, key=key, value=value):
+            fields["metrics"] = {**fields["metrics"], "total": {**fields["metrics"]["total"], key: value}}
+
+        with_faults(config, tmp_path / key, {"site1": spoil(lie)}, kind="evaluate")
+        row = timeless(tmp_path / key)[1]
+        assert set(row["evaluation"]["by_client"]) == {"site0", "site2"} and "site1" in row["failures"]
+    nan = _tensor(lambda t, k: t.__setitem__("probe.effective", t["probe.effective"] * float("nan")), "probe.effective")
+    with_faults(config, tmp_path / "nan", {"site1": nan}, kind="evaluate")
+    row = timeless(tmp_path / "nan")[1]
+    assert row["exactness_error"] < 1e-4 and "no finite numbers" in row["failures"]["site1"]
+
+
+def test_clients_that_hold_nothing_out_take_part(folder, tmp_path):
+    run = start(tiny_config(folder, data={"test_fraction": 0.0}, federation={"num_rounds": 1}), tmp_path / "run")
+    assert any("nothing will be evaluated" in warning for warning in run.plan.warnings)
+    assert timeless(tmp_path / "run")[1]["evaluation"] is None
+    assert timeless(tmp_path / "run")[1]["exactness_error"] < 1e-4
+
+
+def test_a_damaged_object_of_a_client_is_sent_again(folder, tmp_path):
+    """The client fails one round, by name; the next brings it everything it needs."""
+    config = tiny_config(folder, federation={"num_rounds": 4}, evaluation={"every": 0})
+    other = tmp_path / "elsewhere"
+
+    def damage(payload, honest):
+        for file in (other / "objects").iterdir():
+            file.write_bytes(b"rotten" + file.read_bytes()[6:])
+        with_faults.run.local.forget(set())  # as in a process of its own, which reads its own disk
+        return honest(payload)
+
+    stores = {"site1": other}
+    model = with_faults(config, tmp_path / "run", {"site1": damage}, rounds={3}, stores=stores)
+    rows = timeless(tmp_path / "run")
+    assert list(rows[3]["failures"]) == ["site1"] and "hash" in rows[3]["failures"]["site1"]
+    assert rows[4]["failures"] == {} and model.server_round == 4
 
 
 def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder, tmp_path):

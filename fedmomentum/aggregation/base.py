@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ class Aggregate:
         adapter: the next round's adapter, of the rank asked for.
         residual: what the base must absorb now, in the adapter's units; None where the method has none.
         carried: what is kept for the next round's sum, in the adapter's units; None where nothing is.
-        state: whatever the method wants back in the next round (its `state` argument); None where it has none.
         findings: numbers about this module worth reporting, by name.
     """
 
     adapter: LowRank
     residual: LowRank | None = None
     carried: LowRank | None = None
-    state: Any = None
     findings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -49,7 +47,6 @@ class Method(Protocol):
         rank: int,
         reference: LowRank | None = None,
         carried: LowRank | None = None,
-        state: Any = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -62,7 +59,6 @@ class Method(Protocol):
             rank: the rank of the adapter to return.
             reference: the adapter that the clients were sent; None where there was none (offline).
             carried: what the last round's `Aggregate.carried` held.
-            state: what the last round's `Aggregate.state` held.
             server_round: from 1.
             generator: for methods that draw random numbers.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,12 +37,11 @@ class FedIT:
         rank: int,
         reference: LowRank | None = None,
         carried: LowRank | None = None,
-        state: Any = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Average the factors of one module; see `Method`."""
-        del reference, carried, state, server_round, generator
+        del reference, carried, server_round, generator
         check_updates(updates, weights, rank)
         ranks = [update.rank for update in updates]
         if set(ranks) != {rank}:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,12 +67,11 @@ class FedMomentum:
         rank: int,
         reference: LowRank | None = None,
         carried: LowRank | None = None,
-        state: Any = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Aggregate one module; see `Method`. Findings: `retained_energy`, and `fallback` for `aligned`."""
-        del state, server_round
+        del server_round
         check_updates(updates, weights, rank)
         generator = generator or torch.Generator().manual_seed(0)
         dtype = adapter_dtype(updates)

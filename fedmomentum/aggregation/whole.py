@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +23,12 @@ class AdapterAggregate:
         adapter: the combined adapter; its product counts with its own scaling.
         residual: module to what the base must absorb, in effective-weight units (added with factor 1).
         carried: module to what goes into the next round's sum, in effective-weight units.
-        state: module to the method's own state.
         findings: module to the method's findings.
     """
 
     adapter: Adapter
     residual: Mapping[str, LowRank]
     carried: Mapping[str, LowRank]
-    state: Mapping[str, Any]
     findings: Mapping[str, Mapping[str, float]]
 
 
@@ -110,7 +107,6 @@ def combine(
     scalings: Mapping[str, float],
     reference: Adapter | None = None,
     carried: Mapping[str, LowRank] | None = None,
-    state: Mapping[str, Any] | None = None,
     server_round: int = 1,
     seed: int = 0,
     on_module: Callable[[int, int], None] | None = None,
@@ -125,7 +121,7 @@ def combine(
         raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
     shares = torch.tensor([w / total for w in weights], dtype=torch.float64)
     shares = shares / shares.sum()
-    parts, residual, kept, states, findings = {}, {}, {}, {}, {}
+    parts, residual, kept, findings = {}, {}, {}, {}
     for number, (module, rank) in enumerate(ranks.items()):
         s = scalings[module]
         updates = _updates(adapters, module, s)
@@ -138,7 +134,6 @@ def combine(
                 rank=rank,
                 reference=reference.modules[module] if reference else None,
                 carried=held.to(torch.float64).scaled(1 / s) if held else None,
-                state=(state or {}).get(module),
                 server_round=server_round,
                 generator=torch.Generator().manual_seed(_module_seed(seed, server_round, module)),
             )
@@ -150,8 +145,6 @@ def combine(
             residual[module] = result.residual.scaled(s).to(dtype)
         if result.carried is not None:
             kept[module] = result.carried.scaled(s).to(dtype)
-        if result.state is not None:
-            states[module] = result.state
         findings[module] = result.findings
         if on_module:
             on_module(number + 1, len(ranks))
@@ -162,7 +155,7 @@ def combine(
         saved=_mean_saved(adapters, shares),
         name="aggregate",
     )
-    return AdapterAggregate(adapter=adapter, residual=residual, carried=kept, state=states, findings=findings)
+    return AdapterAggregate(adapter=adapter, residual=residual, carried=kept, findings=findings)
 
 
 def _updates(adapters: Sequence[Adapter], module: str, scaling: float) -> list[LowRank]:

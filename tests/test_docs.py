@@ -1,0 +1,283 @@
+"""The documentation is true where a machine can tell: its code runs, its links lead somewhere, its tables are whole."""
+
+import dataclasses
+import json
+import re
+import runpy
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer
+
+from fedmomentum import Adapter, GlobalModel, LowRank, aggregate_adapters, config, write_adapter
+from fedmomentum.aggregation import METHODS
+from fedmomentum.cli import app
+from fedmomentum.files import sha256
+from fedmomentum.lowrank import relative_error, weighted_sum
+from fedmomentum.training import PASSED_ON, check_arguments
+from tests import test_method_contract as contract
+from tests.helpers import TOLERANCE, clients, random_matrix
+from tests.runs import start, timeless, tiny_config
+from tests.test_layers import LAYERS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+MADE_ELSEWHERE = {ROOT / "docs" / "report.png"}
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def documented(page: Path) -> set[str]:
+    """What stands in backticks in the first column of a page's tables."""
+    cells = re.findall(r"^\| (`[^|]*`) \|", page.read_text(), flags=re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+# ── links and names ──
+
+
+@pages
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists() or file in MADE_ELSEWHERE, target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+
+
+@pages
+def test_commands_and_their_options_exist(page):
+    command_line = typer.main.get_command(app)
+    for line in re.findall(r"(?:^|`)fedmomentum ([a-z][^`\n]*)", page.read_text(), flags=re.MULTILINE):
+        words = line.split()
+        assert words[0] in command_line.commands, line
+        options = {name for parameter in command_line.commands[words[0]].params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line
+
+
+def test_the_readme_tells_of_every_command():
+    told = set(re.findall(r"^\| `fedmomentum (\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    assert told == set(typer.main.get_command(app).commands)
+
+
+def test_every_file_of_the_package_is_in_the_tree():
+    (tree,) = re.findall(r"^```\n(fedmomentum/\n.*?)^```", (ROOT / "docs" / "architecture.md").read_text(), re.S | re.M)
+    folder, told = "", set()
+    for line in tree.splitlines()[1:]:
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        else:
+            told.add((folder if indent == 4 else "") + name)
+    package = ROOT / "fedmomentum"
+    assert told == {str(file.relative_to(package)) for file in package.rglob("*.py")}
+
+
+def test_layers_are_those_of_the_test_of_layers():
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Layers")[2].partition("\n## ")[0]
+    rows = [set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)]
+    assert rows == LAYERS
+
+
+def test_tests_named_in_the_documentation_exist():
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", "".join(page.read_text() for page in PAGES))
+    assert len(named) > 15
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(), (file, name)
+
+
+def test_configuration_page_is_made_from_the_classes():
+    assert (ROOT / "docs" / "configuration.md").read_text() == config.reference(), "run: make docs"
+
+
+def test_training_page_lists_the_arguments_that_can_be_set():
+    (line,) = re.findall(r"^These can be set: (.*)\.$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", line)) == PASSED_ON
+
+
+# ── code ──
+
+
+@pages
+def test_toml_is_accepted(page):
+    for text in blocks(page, "toml"):
+        table = tomllib.loads(text)
+        if not table.get("data"):
+            table["data"] = {"source": "data.jsonl"}
+        made = config.from_dict(table)
+        check_arguments(made.training.arguments)
+
+
+def toy_adapter(seed: int, rank: int, alpha: float, base: str = "toy") -> Adapter:
+    modules = {
+        f"model.layers.{i}.self_attn.q_proj": random_matrix(12, 10, rank, seed=seed + i, dtype=torch.float32)
+        for i in range(2)
+    }
+    config = {"base_model_name_or_path": base, "r": rank, "lora_alpha": alpha}
+    return Adapter(modules, dict.fromkeys(modules, alpha / rank), config=config, name=f"client {seed}")
+
+
+@pytest.fixture
+def two_adapters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(toy_adapter(0, 2, 4.0), "north-adapter")
+    write_adapter(toy_adapter(10, 4, 4.0), "south-adapter")
+    return tmp_path
+
+
+def test_the_readmes_python_runs(two_adapters, capsys):
+    mine = [text for text in blocks(ROOT / "README.md", "python") if "fedmomentum" in text]
+    assert len(mine) == 1
+    names: dict = {}
+    exec(mine[0], names)
+    result, adapters = names["result"], names["adapters"]
+    for module in result.adapter.modules:
+        got = weighted_sum([result.adapter.effective(module), result.residual[module]], [1, 1])
+        wanted = weighted_sum([adapter.effective(module) for adapter in adapters], [0.75, 0.25])
+        assert relative_error(got, wanted) < TOLERANCE[torch.float32]
+    assert "self_attn.q_proj" in capsys.readouterr().out
+
+
+def test_the_readmes_aggregate_commands_run(two_adapters):
+    lines = re.findall(r"^fedmomentum (aggregate .*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        app(line.replace("--rank 16", "--rank 4").split(), standalone_mode=False)
+    assert GlobalModel.load("combined").adapter.modules["model.layers.0.self_attn.q_proj"].rank == 4
+    assert json.loads(Path("one-adapter/adapter_config.json").read_text())["r"] == 6
+
+
+@pytest.fixture(scope="module")
+def fedex():
+    """The method of docs/adding-a-method.md, as the module it would be."""
+    (text,) = blocks(ROOT / "docs" / "adding-a-method.md", "python")
+    module = ModuleType("fedex_from_the_docs")
+    sys.modules[module.__name__] = module  # dataclasses and pickle look it up
+    exec(compile(text, "docs/adding-a-method.md", "exec"), module.__dict__)
+    yield module.FedEx()
+    del sys.modules[module.__name__]
+
+
+def test_the_added_method_obeys_the_contract(fedex):
+    contract.test_is_a_method(fedex)
+    contract.test_law_1_nothing_is_lost(fedex)
+    contract.test_law_2_one_client_gives_itself_back(fedex)
+    contract.test_law_2_order_of_clients_does_not_matter(fedex)
+    for dtype in TOLERANCE:
+        contract.test_law_3_rank_dtype_and_shape_are_as_asked(fedex, dtype)
+    contract.test_inputs_are_untouched_and_calls_are_pure(fedex)
+    contract.test_bad_input_is_refused_by_name(fedex)
+    contract.test_repr_equality_and_pickling(fedex)
+
+
+def test_the_added_method_is_exact_with_unequal_scalings_and_weights(fedex):
+    adapters = [toy_adapter(0, 4, 4.0), toy_adapter(10, 4, 32.0), toy_adapter(20, 4, 6.0)]
+    result = aggregate_adapters(adapters, [5, 1, 3], fedex)
+    for module in result.adapter.modules:
+        got = weighted_sum([result.adapter.effective(module), result.residual[module]], [1, 1])
+        wanted = weighted_sum([adapter.effective(module) for adapter in adapters], [5 / 9, 1 / 9, 3 / 9])
+        assert relative_error(got, wanted) < TOLERANCE[torch.float32]
+    alike = clients(ranks=(4,)) * 3
+    agreed = fedex(alike, torch.full((3,), 1 / 3, dtype=torch.float64), rank=4)
+    assert isinstance(agreed.residual, LowRank) and agreed.residual.norm() < 1e-12
+
+
+def test_the_added_method_runs(fedex, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedex", type(fedex))
+    run = start(tiny_config(tmp_path, method={"name": "fedex"}, federation={"num_rounds": 2}), tmp_path / "run")
+    assert run.model.method == "FedEx()" and len(run.model.base_update) == 2
+    assert all(row["exactness_error"] < 1e-4 for row in timeless(tmp_path / "run")[1:])
+
+
+def test_the_table_of_methods_in_the_docs_has_those_that_there_are():
+    text = (ROOT / "docs" / "adding-a-method.md").read_text()
+    assert set(re.findall(r'^    "(\w+)": \w+,$', text, flags=re.MULTILINE)) >= set(METHODS)
+
+
+# ── examples ──
+
+
+def test_aggregate_by_hand_runs(capsys):
+    runpy.run_path(str(ROOT / "examples" / "aggregate_by_hand.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    fedit, fedmomentum = (float(e) for e in re.findall(r"what the model gets: (\S+)", out))
+    assert fedit > 0.01 and fedmomentum < 1e-12
+
+
+def test_own_training_is_shown_in_full_and_trains_a_run(tmp_path, monkeypatch):
+    assert (ROOT / "examples" / "own_training.py").read_text() in blocks(ROOT / "docs" / "training.md", "python")
+    monkeypatch.chdir(ROOT / "examples")
+    settings = tiny_config(
+        tmp_path,
+        training={"function": "own_training:train", "local_steps": 4, "learning_rate": 0.5},
+        federation={"num_rounds": 2},
+    )
+    start(settings, tmp_path / "run", function=None)
+    rows = timeless(tmp_path / "run")
+    assert all(row["failures"] == {} for row in rows)
+    assert rows[2]["clients"]["site1"]["num_steps"] == 4
+    assert rows[2]["evaluation"]["total"]["loss"] < rows[0]["evaluation"]["total"]["loss"]
+    monkeypatch.delitem(sys.modules, "own_training")
+
+
+# ── tables ──
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documented")
+    settings = tiny_config(
+        folder,
+        method={"settings": {"split": "aligned", "energy": 0.8}},
+        federation={"num_rounds": 2},
+    )
+    start(settings, folder / "run")
+    return folder / "run"
+
+
+def keys_of(value, named_by_user: set[str]) -> set[str]:
+    """Every key at every depth, but those that are names of clients and categories."""
+    if not isinstance(value, dict):
+        return set()
+    return {k for k in value if k not in named_by_user}.union(*(keys_of(v, named_by_user) for v in value.values()))
+
+
+def test_every_metric_is_documented(run_folder):
+    told = documented(ROOT / "docs" / "metrics.md")
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
+    assert rows[2]["carried_norm"] > 0
+    written = set().union(*(keys_of(row, names) for row in rows))
+    assert written == told
+
+
+def test_every_manifest_key_and_file_is_documented(run_folder):
+    page = ROOT / "docs" / "folder-formats.md"
+    told = documented(page)
+    manifest = json.loads((run_folder / "rounds" / "0002.json").read_text())
+    for table in (manifest, manifest["base"], manifest["run"]):
+        assert table.keys() <= told
+    assert manifest.keys() - {"run"} == GlobalModel.load(run_folder).manifest().keys()
+    for file in run_folder.iterdir():
+        assert re.search(rf"^{re.escape(file.name)}\b", page.read_text(), flags=re.MULTILINE), file.name
+    for file in (run_folder / "objects").iterdir():
+        assert file.name == f"{sha256(file.read_bytes())}.safetensors"
+
+
+def test_every_field_of_the_wire_is_documented():
+    from fedmomentum.transport import Reply, Task
+
+    told = documented(ROOT / "docs" / "folder-formats.md")
+    for kind, in_tensors in ((Task, "objects"), (Reply, "tensors")):
+        assert {field.name for field in dataclasses.fields(kind)} - {in_tensors} <= told
