@@ -9,8 +9,6 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 # Everything below works without a network once `make install` has been through.
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
-# Threads that wait sleep: beside another busy process, spinning costs 10 to 100 times the time.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test lint install test-long bench demo-seeds docs clean
 

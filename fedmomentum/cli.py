@@ -31,9 +31,6 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Waiting threads sleep instead of spinning: beside another busy process, spinning costs 10 to 100 times the time.
-    # It is read when torch is first imported, which is why nothing above imports it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(arguments, standalone_mode=True)

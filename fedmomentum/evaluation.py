@@ -105,8 +105,9 @@ def evaluate(model: nn.Module, examples: TokenisedExamples, *, pad_token_id: int
     """Score the model on the examples in one teacher-forced pass.
 
     An item counts as exact when the most likely token is the right one at each place of the completion and its end
-    token. Greedy generation takes the same tokens, so this is its word-for-word match without generating. An item
-    whose completion was cut off (``is_truncated``) adds to the loss and never counts as exact.
+    token. Greedy generation takes the same tokens, so this is its word-for-word match without generating; in 16 bits
+    the two may differ where the best two tokens are within one rounding step of each other. An item whose
+    completion was cut off (``is_truncated``) adds to the loss and never counts as exact.
 
     The result does not depend on the order of the examples. The model keeps its train or eval mode.
 
