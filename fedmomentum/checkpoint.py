@@ -39,7 +39,7 @@ class ServerState:
     Attributes:
         run_id: names the run on the wire.
         held: client to the hashes of the objects it has said it holds.
-        best_round: the evaluated round with the lowest loss, -1 where none is.
+        best_round: the evaluated round with the lowest loss on the items that all evaluations share; -1 if none.
         best_loss: its loss.
     """
 

@@ -220,24 +220,28 @@ def _evaluate(
         if current.base_update
         else None
     }
-    examples = _first(client.test, settings["num_examples"])
-    if len(examples):
-        result = evaluate(
-            model.peft, examples, pad_token_id=model.tokenizer.pad_token_id, batch_size=settings["batch_size"]
-        )
-        metrics["total"] = _sums(result.total)
-        metrics["by_category"] = {category: _sums(score) for category, score in sorted(result.by_category.items())}
+    count, split = settings["num_examples"], settings["num_compared"]
+    scored = [
+        evaluate(model.peft, part, pad_token_id=model.tokenizer.pad_token_id, batch_size=settings["batch_size"])
+        for part in (_part(client.test, 0, min(split, count)), _part(client.test, split, count))
+        if len(part)
+    ]
+    if scored:
+        whole = scored[0] + scored[1] if len(scored) == 2 else scored[0]
+        metrics["compared"] = _sums(scored[0].total)  # the items that every evaluation of the run has
+        metrics["total"] = _sums(whole.total)
+        metrics["by_category"] = {category: _sums(score) for category, score in sorted(whole.by_category.items())}
     tensors = {PROBE + name: stack_probes(values) for name, values in probes.items()}
-    return max(1, len(examples)), metrics, tensors
+    return max(1, metrics.get("total", {}).get("num_examples", 1)), metrics, tensors
 
 
-def _first(examples: TokenisedExamples, count: int) -> TokenisedExamples:
+def _part(examples: TokenisedExamples, start: int, end: int) -> TokenisedExamples:
     return replace(
         examples,
-        input_ids=examples.input_ids[:count],
-        num_prompt_tokens=examples.num_prompt_tokens[:count],
-        categories=examples.categories[:count],
-        is_truncated=examples.is_truncated[:count],
+        input_ids=examples.input_ids[start:end],
+        num_prompt_tokens=examples.num_prompt_tokens[start:end],
+        categories=examples.categories[start:end],
+        is_truncated=examples.is_truncated[start:end],
     )
 
 

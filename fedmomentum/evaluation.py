@@ -100,6 +100,15 @@ class Evaluation:
     total: Score
     by_category: dict[str, Score]
 
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """Return the score of both groups of items together."""
+        nothing = Score(0.0, 0, 0, 0)
+        names = sorted(self.by_category.keys() | other.by_category.keys())
+        return Evaluation(
+            self.total + other.total,
+            {n: self.by_category.get(n, nothing) + other.by_category.get(n, nothing) for n in names},
+        )
+
 
 def evaluate(model: nn.Module, examples: TokenisedExamples, *, pad_token_id: int, batch_size: int = 32) -> Evaluation:
     """Score the model on the examples in one teacher-forced pass.

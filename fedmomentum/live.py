@@ -16,12 +16,12 @@ from rich.live import Live as RichLive
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.client import Client
 from fedmomentum.report import Measure, Run, summarise
-from fedmomentum.report.text import count, human_bytes, number, percent, percent_range, points
+from fedmomentum.report.text import count, human_bytes, number, percent, points
 from fedmomentum.run import Plan
 
 LOG = logging.getLogger("fedmomentum")
@@ -163,7 +163,8 @@ def _partition_table(clients: Sequence[Client]) -> Table:
             counts[category] = counts.get(category, 0) + 1
     shown = sorted(counts, key=lambda c: (-counts[c], c))[:8]
     more = ["others"] if len(counts) > len(shown) else []
-    table = Table("client", *(escape(category or "examples") for category in shown), *more, "all", "held out")
+    names = [Column(escape(category or "examples"), overflow="fold") for category in shown]
+    table = Table("client", *names, *more, "all", "held out")
     for client in clients[:40]:
         held = [client.train.categories.count(category) for category in shown]
         others = [str(len(client.train) - sum(held))] if len(counts) > len(shown) else []
@@ -174,14 +175,14 @@ def _partition_table(clients: Sequence[Client]) -> Table:
 
 
 def summary_table(run: Run) -> Table:
-    """Untouched against federated: exact match with 95 % intervals, and loss."""
+    """Untouched against federated: exact match in percent with 95 % intervals, and loss."""
     table = Table(
-        "",
-        "untouched model",
-        "federated model",
+        Column("", overflow="fold"),
+        "untouched",
+        "federated",
         "change",
         "loss",
-        title="Exact match on held-out examples, 95 % intervals",
+        title="Exact match on held-out examples, % [95 % interval]",
     )
     group = ""
     for row in summarise(run.rows):
@@ -196,7 +197,8 @@ def summary_table(run: Run) -> Table:
     return table
 
 
-def _measure(measure: Measure | None) -> str:
+def _measure(measure: Measure | None) -> Text:
     if measure is None:
-        return "-"
-    return f"{percent(measure.exact_match)}  ({percent_range(measure.interval)})"
+        return Text("-")
+    low, high = measure.interval
+    return Text(f"{100 * measure.exact_match:.1f} [{100 * low:.1f}, {100 * high:.1f}]")

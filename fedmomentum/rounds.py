@@ -239,7 +239,7 @@ def _round(
 
 def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> ServerState:
     """Mark the best round so far, make the round durable, tell of it."""
-    loss = row["evaluation"]["total"]["loss"] if row["evaluation"] and row["round"] else None
+    loss = row["evaluation"]["compared"]["loss"] if row["evaluation"] and row["round"] else None
     if loss is not None and (state.best_loss is None or loss < state.best_loss):
         row["is_best"] = True
         state = ServerState(state.run_id, state.held, row["round"], loss)
@@ -306,7 +306,8 @@ def _evaluate(
     settings = server.config.evaluation
     ends = server_round in (0, server.config.federation.num_rounds)
     share = {
-        "num_examples": settings.final_num_examples if ends else settings.num_examples,
+        "num_examples": max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples,
+        "num_compared": settings.num_examples,
         "batch_size": settings.batch_size,
         "probe_seed": derive(server.config.run.seed, "probe", server_round),
     }
@@ -436,7 +437,7 @@ def _expected_probes(
 
 def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expected | None) -> None:
     """Put the clients' scores together, and what their probes say of exactness; in place."""
-    by_client, by_category, total = {}, dict[str, dict[str, Any]](), _score([])
+    by_client, by_category, total, compared = {}, dict[str, dict[str, Any]](), _score([]), _score([])
     errors, shares = [], []
     for client, reply in sorted(exchange.replies.items()):
         try:
@@ -447,6 +448,7 @@ def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expecte
         if "total" in metrics:
             by_client[client] = _score([metrics["total"]])
             total = _score([total, by_client[client]])
+            compared = _score([compared, metrics["compared"]])
             for name, score in metrics["by_category"].items():
                 by_category[name] = _score([by_category.get(name, {}), score])
         if metrics.get("applied_share") is not None:
@@ -455,7 +457,8 @@ def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expecte
             errors.append(relative_rms({"": reply.tensors[PROBES[1]] - expected.effective}, {"": expected.change}))
     if total["num_examples"]:
         row["evaluation"] = {
-            "total": total, "by_client": by_client, "by_category": dict(sorted(by_category.items())),
+            "total": total, "compared": compared, "by_client": by_client,
+            "by_category": dict(sorted(by_category.items())),
         }  # fmt: skip
     row["exactness_error"] = max(errors) if errors else None
     row["applied_share"] = min(shares) if shares else None
@@ -479,7 +482,7 @@ def _checked_evaluation(reply: Reply, name: str) -> Mapping[str, Any]:
     parts = metrics.get("by_category")
     if not isinstance(parts, dict):
         raise PayloadError(f"{name}: its evaluation lacks by_category")
-    for score in (metrics["total"], *parts.values()):
+    for score in (metrics["total"], metrics.get("compared"), *parts.values()):
         whole = isinstance(score, dict) and all(
             type(score.get(key)) is int and score[key] >= 0 for key in ("num_tokens", "num_examples", "num_exact")
         )

@@ -292,6 +292,8 @@ def _simple(rows: Rows, name: str, title: str, label: str, caption: str, factor:
         if factor == 100:  # a share cannot pass 100 %, so its axis need not either
             bottom, top = axes.get_ylim()
             axes.set_ylim(bottom, min(top, 100 + 0.05 * (100 - bottom)))
+        else:
+            axes.set_ylim(bottom=0)
 
     data = [("round", name), *((row["round"], row.get(name)) for row in rows)]
     return make_plot(name.replace("_", "-"), title, draw, caption=caption, data=data)
