@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.adapter import Adapter
@@ -68,7 +68,15 @@ def _facts(*facts: tuple[str, str]) -> Table:
 def _modules(adapter: Adapter, model: GlobalModel | None) -> Table:
     """A row a module: its form, its norms in effective weights, how its energy lies."""
     more = ("merged rank", "merged norm") if model else ()
-    table = Table("module", "out x in", "rank", "scaling", "norm", "energy in the first", *more)
+    table = Table(
+        Column("module", overflow="fold", min_width=24),
+        "out x in",
+        "rank",
+        "scaling",
+        "norm",
+        "energy in the first",
+        *more,
+    )
     for module, matrix in adapter.modules.items():
         S = matrix.svd()[1]
         energy = S.square().cumsum(0) / S.square().sum() if float(S.square().sum()) else S * 0

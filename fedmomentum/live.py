@@ -59,8 +59,9 @@ class Live:
         self._rounds = self._progress.add_task("rounds", total=num_rounds, note="")
         self._step = self._progress.add_task("", total=1, note="", visible=False)
         self._table = Table(
-            "round", "train loss", "loss", "exact match", "kept energy", "exactness", "up", "down", "seconds"
-        )
+            "round", "train loss", "loss", "exact match", "kept energy", "exactness", "up", "down", "seconds",
+            caption="* lowest held-out loss so far", caption_justify="left",
+        )  # fmt: skip
         self._live = RichLive(console=console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> Live:
