@@ -147,42 +147,15 @@ def _round(
 ) -> tuple[GlobalModel, ServerState]:
     """One round."""
     config = server.config
-    federation, training = config.federation, config.training
     client_ids = server.transport.client_ids
-    participants = sample_participants(config.run.seed, server_round, client_ids, federation.participation)
-    learning_rate = training.rate(server_round, federation.num_rounds)
+    participants = sample_participants(config.run.seed, server_round, client_ids, config.federation.participation)
+    learning_rate = config.training.rate(server_round, config.federation.num_rounds)
     server.observer("round", {"round": server_round, "participants": participants})
+    exchange, updates, state = _train(server, model, state, server_round, participants, learning_rate)
 
-    # ── train ──
-    probe_seed = derive(config.run.seed, "probe", server_round)
-    settings = {
-        client: {
-            "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
-            "batch_size": training.batch_size, "arguments": training.arguments, "probe_seed": probe_seed,
-            "seed": derive(config.run.seed, "batches", server_round, client),
-        }
-        for client in participants
-    }  # fmt: skip
-    exchange, state = _ask(server, "train", model, state, server_round, settings)
-    checking = time.perf_counter()
-    updates = _adapters(exchange, model, participants)
-    _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
-    for client, reason in exchange.failures.items():
-        LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
-    needed = max(1, math.ceil(federation.quorum * len(participants) - 1e-9))
-    if len(updates) < needed:
-        told = "; ".join(f"{client}: {reason}" for client, reason in sorted(exchange.failures.items()))
-        raise QuorumError(
-            f"round {server_round}: {len(updates)} of {len(participants)} clients gave a usable update and the "
-            f"quorum is {needed} ({told}). Rounds up to {server_round - 1} are saved; mend the clients and resume, "
-            "or lower federation.quorum"
-        )
-    exchange.encode_seconds += time.perf_counter() - checking
-
-    # ── aggregate ──
     aggregating = time.perf_counter()
     counts = {client: exchange.replies[client].num_examples for client in sorted(updates)}
-    weights = client_weights(counts, federation.max_client_share)
+    weights = client_weights(counts, config.federation.max_client_share)
     result = combine(
         [updates[client] for client in weights],
         list(weights.values()),
@@ -199,42 +172,75 @@ def _round(
     later = model.after(result, repr(server.method))
     merged = time.perf_counter()
 
-    # ── evaluate ──
     row: dict[str, Any] = {
-        "round": server_round,
-        "participants": participants,
-        "accepted": list(weights),
-        "weights": weights,
-        "num_examples": counts,
-        "learning_rate": learning_rate,
-        **_train_metrics(exchange, weights),
-        "evaluation": None,
-        **_energies(result, later),
-        "exactness_error": None,
-        "applied_share": None,
-        "is_best": False,
-        "version": later.version,
-    }
-    last = server_round == federation.num_rounds
-    evaluation, failures = _Exchange(), dict(exchange.failures)
+        "round": server_round, "participants": participants, "accepted": list(weights), "weights": weights,
+        "num_examples": counts, "learning_rate": learning_rate, **_train_metrics(exchange, weights),
+        "evaluation": None, **_energies(result, later), "exactness_error": None, "applied_share": None,
+        "is_best": False, "version": later.version,
+    }  # fmt: skip
+    evaluation, last = _Exchange(), server_round == config.federation.num_rounds
     if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
-        asked = client_ids if last else list(weights)
-        evaluation, state = _evaluate(server, later, state, server_round, asked)
-        expected = _expected_probes(exchange, weights, model, later, probe_seed)
-        _add_evaluation(row, evaluation, expected)
-        failures |= {client: f"evaluation: {reason}" for client, reason in evaluation.failures.items()}
+        evaluation, state = _evaluate(server, later, state, server_round, client_ids if last else list(weights))
+        seed = _probe_seed(server, server_round)
+        _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed))
+    failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
     row["downlink_bytes"] = _added(exchange.downlink_bytes, evaluation.downlink_bytes)
-    merge = [sum(_merge_seconds(reply) for reply in e.replies.values()) for e in (exchange, evaluation)]
+    loading = [sum(_merge_seconds(reply) for reply in e.replies.values()) for e in (exchange, evaluation)]
     row["seconds"] = {
-        "train": max(0.0, exchange.wait_seconds - merge[0]),
+        "train": max(0.0, exchange.wait_seconds - loading[0]),
         "encode": exchange.encode_seconds + evaluation.encode_seconds,
         "aggregate": merging - aggregating,
-        "merge": merged - merging + sum(merge),
-        "evaluate": max(0.0, evaluation.wait_seconds - merge[1]),
+        "merge": merged - merging + sum(loading),
+        "evaluate": max(0.0, evaluation.wait_seconds - loading[1]),
     }
     return later, _commit(server, later, state, row)
+
+
+def _train(
+    server: _Server,
+    model: GlobalModel,
+    state: ServerState,
+    server_round: int,
+    participants: Sequence[str],
+    learning_rate: float,
+) -> tuple[_Exchange, dict[str, Adapter], ServerState]:
+    """Have the participants train; their usable updates, if they are enough.
+
+    Raises:
+        QuorumError: they are not.
+    """
+    training, federation, seed = server.config.training, server.config.federation, server.config.run.seed
+    settings = {
+        client: {
+            "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
+            "batch_size": training.batch_size, "arguments": training.arguments,
+            "probe_seed": _probe_seed(server, server_round), "seed": derive(seed, "batches", server_round, client),
+        }
+        for client in participants
+    }  # fmt: skip
+    exchange, state = _ask(server, "train", model, state, server_round, settings)
+    checking = time.perf_counter()
+    updates = _adapters(exchange, model, participants)
+    _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
+    exchange.encode_seconds += time.perf_counter() - checking
+    for client, reason in exchange.failures.items():
+        LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
+    needed = max(1, math.ceil(federation.quorum * len(participants) - 1e-9))
+    if len(updates) < needed:
+        told = "; ".join(f"{client}: {reason}" for client, reason in sorted(exchange.failures.items()))
+        raise QuorumError(
+            f"round {server_round}: {len(updates)} of {len(participants)} clients gave a usable update and the "
+            f"quorum is {needed} ({told}). Rounds up to {server_round - 1} are saved; mend the clients and resume, "
+            "or lower federation.quorum"
+        )
+    return exchange, updates, state
+
+
+def _probe_seed(server: _Server, server_round: int) -> int:
+    """The round's probes: the same for its training and for the evaluation of what came out of it."""
+    return derive(server.config.run.seed, "probe", server_round)
 
 
 def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> ServerState:
@@ -309,7 +315,7 @@ def _evaluate(
         "num_examples": max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples,
         "num_compared": settings.num_examples,
         "batch_size": settings.batch_size,
-        "probe_seed": derive(server.config.run.seed, "probe", server_round),
+        "probe_seed": _probe_seed(server, server_round),
     }
     server.observer("evaluate", {"clients": list(clients)})
     return _ask(server, "evaluate", model, state, server_round, dict.fromkeys(clients, share))

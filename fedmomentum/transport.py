@@ -198,10 +198,11 @@ class InProcessTransport:
         """Run the clients in the order of their names; what one raises is its failure."""
         answers: dict[str, bytes | Failure] = {}
         for client_id in sorted(tasks):
+            if client_id not in self._clients:
+                answers[client_id] = Failure("missing: no such client is connected")
+                continue
             try:
                 answers[client_id] = self._clients[client_id](tasks[client_id])
-            except KeyError:
-                answers[client_id] = Failure("missing: no such client is connected")
             except Exception as error:  # whatever a client does, the round goes on without it
                 answers[client_id] = Failure(f"{type(error).__name__}: {error}")
         return answers
