@@ -46,15 +46,15 @@ PASSED_ON = frozenset(
 behind on a model that other clients train next."""
 
 SET_ELSEWHERE = {
-    "learning_rate": "learning-rate",
-    "max_steps": "local-steps",
-    "num_train_epochs": "local-epochs",
-    "per_device_train_batch_size": "batch-size",
-    "seed": "seed",
-    "data_seed": "seed",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "use_cpu": "device",
+    "learning_rate": "training.learning-rate",
+    "max_steps": "training.local-steps",
+    "num_train_epochs": "training.local-epochs",
+    "per_device_train_batch_size": "training.batch-size",
+    "seed": "run.seed",
+    "data_seed": "run.seed",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "use_cpu": "model.device",
     "output_dir": "the run's folder",
 }
 """Fields which the run's own configuration decides, and the key that does."""

@@ -246,9 +246,9 @@ def test_empty_data_and_frozen_model_are_refused(folder):
     ("name", "message"),
     [
         ("weight_decey", "unknown training argument weight_decey; the nearest known is weight_decay"),
-        ("learning_rate", "set learning-rate instead"),
-        ("max_steps", "set local-steps instead"),
-        ("per_device_train_batch_size", "set batch-size instead"),
+        ("learning_rate", "set training.learning-rate instead"),
+        ("max_steps", "set training.local-steps instead"),
+        ("per_device_train_batch_size", "set training.batch-size instead"),
         ("push_to_hub", "cannot be set here.*warmup_steps"),
     ],
 )
