@@ -132,6 +132,24 @@ def test_fedit_is_inexact_and_its_report_says_by_how_much(folder, tmp_path):
     assert row["exactness_error"] > 0.01
 
 
+def test_a_round_that_learns_nothing_keeps_the_previous_A_alive(folder, tmp_path):
+    """Law 3 in a run: with a zero sum, the next adapter's A spans what the clients were sent, not something random."""
+
+    def idle(model, examples, *, on_step, **_):
+        on_step(1, 1, 1.0)
+        return nudge(model, examples, learning_rate=0.0, seed=0, on_step=on_step)
+
+    run = prepare(tiny_config(folder, federation={"num_rounds": 1}), tmp_path / "run")
+    before = run.model.adapter
+    run.close()
+    after = start(tiny_config(folder, federation={"num_rounds": 1}), tmp_path / "again", function=idle).model
+    assert after.base_update == ()
+    for module, matrix in after.adapter.modules.items():
+        sent = before.modules[module].A.double()
+        off = matrix.A.double() - matrix.A.double() @ torch.linalg.pinv(sent) @ sent
+        assert float(off.norm()) < 1e-5 * float(matrix.A.norm()) and not matrix.B.any()
+
+
 def test_a_carried_tail_keeps_the_books_exact(folder, tmp_path):
     config = tiny_config(folder, method={"settings": {"energy": 0.6, "split": "singular"}})
     run = start(config, tmp_path / "run")
