@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, adapter_dtype, check_updates
 from fedmomentum.aggregation.gauge import aligned_split, balanced_split, singular_split, spare_rows
 from fedmomentum.lowrank import (
+    CORE_DTYPE,
     LowRank,
     difference,
     energy_rank,
@@ -82,6 +83,8 @@ class FedMomentum:
             U, S, Vh = total.svd()
         else:
             U, S, Vh = randomised_svd(total, total.rank, generator)
+        held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
+        U, S, Vh = U[:, :held], S[:held], Vh[:held]
         keep = min(rank, numerical_rank(S, total.shape))
         lead = U[:, :keep], S[:keep], Vh[:keep]
         findings = {"energy": float(S.square().sum()), "kept_energy": float(lead[1].square().sum())}
