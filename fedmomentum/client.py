@@ -120,7 +120,7 @@ class LocalModel:
     def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:
         """The share of `base_update` that is in the live base weights, by their probes; 1 where nothing is merged."""
         got, wanted = {}, {}
-        for module in {m for blob in model.base_update for m in blob.matrices}:
+        for module in sorted({m for blob in model.base_update for m in blob.matrices}):  # sums have an order
             pristine = self.held.pristine(module)
             U, X = probe_vectors(module, (pristine.shape[0], pristine.shape[1]), seed)
             got[module] = probes[module] - probe(pristine, U, X)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -62,11 +63,13 @@ class Live:
             "round", "train loss", "loss", "exact match", "kept energy", "exactness", "up", "down", "seconds",
             caption="* lowest held-out loss so far", caption_justify="left",
         )  # fmt: skip
+        self._interrupted = False
         self._live = RichLive(console=console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> Live:
         LOG.addHandler(self._handler)
         LOG.propagate = False
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(
@@ -74,6 +77,16 @@ class Live:
     ) -> None:
         self.stop()
         LOG.removeHandler(self._handler)
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _stop_if_asked(self) -> None:
+        """Ctrl-C once more: where it came, a library may have caught it."""
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Leave the last state on the screen."""
@@ -111,12 +124,14 @@ class Live:
 
     def on_step(self, client: str, step: int, steps: int, loss: float) -> None:
         """A training step of a client."""
+        self._stop_if_asked()
         self._progress.update(
             self._step, description=f"  {client}", completed=step, total=steps, note=f"loss {loss:.3f}", visible=True
         )
 
     def observe(self, event: str, facts: Mapping[str, Any]) -> None:
         """An event of `run_rounds`."""
+        self._stop_if_asked()
         if event == "round":
             if self._console.is_terminal and not self._live.is_started:
                 self._live.start()

@@ -246,12 +246,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_equals_never_stopping(f
     assert timeless(out) == timeless(tmp_path / "whole") and chain(out) == chain(tmp_path / "whole")
 
 
+def test_a_run_gives_the_same_metrics_whatever_the_hash_seed(folder, tmp_path):
+    """Sets of names have another order in every process; no sum may follow it."""
+    config = tiny_config(
+        folder,
+        federation={"num_rounds": 2},
+        lora={"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]},
+    )
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config))
+    runs = [launch(file, tmp_path / seed, PYTHONHASHSEED=seed) for seed in ("1", "2")]
+    for process in runs:
+        assert process.communicate(timeout=120) and process.returncode == 0
+    assert timeless(tmp_path / "1") == timeless(tmp_path / "2") and chain(tmp_path / "1") == chain(tmp_path / "2")
+
+
 @pytest.mark.long
 def test_many_kills_at_random_moments_lose_nothing(folder, tmp_path):
     """kill -9 at random moments, resume, again; the end equals the run that was never killed."""
     import random
 
-    rounds = {"federation": {"num_rounds": 60}, "evaluation": {"every": 10}, "run": {"keep_rounds": 3}}
+    rounds = {"federation": {"num_rounds": 30}, "evaluation": {"every": 3}, "run": {"keep_rounds": 3}}
     config = tiny_config(folder, **rounds)
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config))
