@@ -182,7 +182,7 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
             num_examples=num_examples,
             metrics=metrics,
             tensors=tensors,
-        )  # fmt: skip
+        )
     )
 
 

@@ -182,7 +182,7 @@ def test_aggregate(adapters, tmp_path, call):
         (["evaluate", "{finished}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["generate", "{finished}", "--prompt", "x", "--base", "/nowhere"], "no folder /nowhere"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_end_with_2_and_one_message(arguments, message, adapters, finished, tmp_path, call, monkeypatch):
     base, (one, two) = adapters
     other = tmp_path / "other"
