@@ -194,10 +194,7 @@ def summary_table(run: Run) -> Table:
     """Untouched against federated: exact match in percent with 95 % intervals, and loss."""
     table = Table(
         Column("", overflow="fold"),
-        "untouched",
-        "federated",
-        "change",
-        "loss",
+        *(Column(name, no_wrap=True) for name in ("untouched", "federated", "change", "loss")),
         title="Exact match on held-out examples, % [95 % interval]",
     )
     group = ""
