@@ -126,11 +126,12 @@ def export(
     """Carry the result away: loads in stock transformers or PEFT, without fedmomentum."""
     from fedmomentum.base import pick_dtype
     from fedmomentum.export import export_adapter, export_merged
+    from fedmomentum.global_model import GlobalModel
     from fedmomentum.live import quiet_libraries
 
     if to not in ("merged", "adapter"):
         raise ConfigError(f"--to must be merged or adapter; got {to!r}")
-    model = _load(run_folder, server_round)
+    model = GlobalModel.load(run_folder, server_round)
     folder = _base_folder(model, base)
     with quiet_libraries(), OUT.status("Exporting"):
         if to == "adapter":
@@ -165,15 +166,14 @@ def aggregate(
     """Combine adapters you already have, exactly, without loading their base model."""
     from fedmomentum.aggregation import build_method
     from fedmomentum.aggregation.whole import aggregate_adapters
-    from fedmomentum.export import export_adapter
+    from fedmomentum.export import export_adapter, refuse_full
     from fedmomentum.global_model import Blob, GlobalModel
     from fedmomentum.identity import BaseIdentity
     from fedmomentum.peft_io import plain_config, read_adapter
 
     if to not in ("global", "adapter"):
         raise ConfigError(f"--to must be global or adapter; got {to!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; nothing was written. Give another --out")
+    refuse_full(out)
     asked = {"split": split, "energy": energy}
     chosen = build_method(method, {key: value for key, value in asked.items() if value is not None})
     with OUT.status("Combining"):
@@ -282,14 +282,6 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", show_defaul
     from fedmomentum.report import write_report
 
     OUT.print(str(write_report(run_folder)), markup=False, soft_wrap=True)
-
-
-def _load(folder: Path, server_round: str) -> Any:
-    from fedmomentum.global_model import GlobalModel
-
-    if server_round not in ("last", "best") and not server_round.isdigit():
-        raise ConfigError(f"--round must be a number, last or best; got {server_round!r}")
-    return GlobalModel.load(folder, int(server_round) if server_round.isdigit() else server_round)
 
 
 def _base_folder(model: Any, base: str) -> Path:

@@ -46,7 +46,7 @@ def export_adapter(model: GlobalModel, out: Path, *, base_folder: Path | None = 
     Raises:
         ModelError: `out` holds something already.
     """
-    _refuse_full(out)
+    refuse_full(out)
     write_adapter(one_adapter(model), out)
     if base_folder:
         _copy_tokenizer(base_folder, out)
@@ -69,9 +69,9 @@ def export_merged(model: GlobalModel, out: Path, *, base_folder: Path, dtype: to
         ModelError: another base, or `out` holds something already.
         AdapterError: a tensor of `modules_to_save` has no place in the model.
     """
-    from fedmomentum.base import HeldBase, load_base, load_tokenizer  # transformers: seconds to import
+    from fedmomentum.base import HeldBase, load_base  # transformers: seconds to import
 
-    _refuse_full(out)
+    refuse_full(out)
     model.base.check(identify(str(base_folder), base_folder))
     live = load_base(base_folder, torch.float32, torch.device("cpu"), num_labels=_num_labels(model.adapter))
     held = HeldBase({module: _submodule(live, module) for module in model.adapter.modules}, base_folder)
@@ -88,7 +88,7 @@ def export_merged(model: GlobalModel, out: Path, *, base_folder: Path, dtype: to
     out.mkdir(parents=True, exist_ok=True)
     live.to(dtype=dtype)  # type: ignore[call-arg]
     live.save_pretrained(out)
-    load_tokenizer(base_folder).save_pretrained(out)
+    _copy_tokenizer(base_folder, out)
     _write_card(model, out, "transformers", f"{type(live).__name__}.from_pretrained({str(out.name)!r})")
     return applied_share(got, wanted)
 
@@ -112,7 +112,12 @@ def _submodule(model: nn.Module, module: str) -> nn.Module:
         raise ModelError(f"the base model has no module {module}; is it the base of this adapter?") from error
 
 
-def _refuse_full(out: Path) -> None:
+def refuse_full(out: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ModelError: `out` is a file, or a folder that is not empty.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} exists and is not empty; nothing was written. Give another --out")
 

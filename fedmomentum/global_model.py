@@ -337,6 +337,10 @@ def find_manifest(folder: Path, server_round: int | str) -> Path:
     """
     if (folder / MANIFEST).is_file():
         return folder / MANIFEST
+    if isinstance(server_round, str) and server_round.isdigit():
+        server_round = int(server_round)
+    if isinstance(server_round, str) and server_round not in ("last", "best"):
+        raise ModelError(f"--round must be a number, last or best; got {server_round!r}")
     rounds = kept_rounds(folder)
     if not rounds:
         raise ModelError(f"{folder} is neither a global model (no {MANIFEST}) nor a run with a finished round")

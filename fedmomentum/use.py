@@ -44,10 +44,7 @@ class Both:
             name = str(adapter.config.get("base_model_name_or_path") or "")
             model = GlobalModel(BaseIdentity(name, adapter.config.get("revision")), adapter)
         else:
-            chosen = int(server_round) if server_round.isdigit() else server_round
-            if chosen not in ("last", "best") and not isinstance(chosen, int):
-                raise ConfigError(f"--round must be a number, last or best; got {server_round!r}")
-            model = GlobalModel.load(what, chosen)
+            model = GlobalModel.load(what, server_round)
         if model.adapter.config.get("task_type") == "SEQ_CLS":
             raise ConfigError(f"{what} is of a sequence classifier; export it and use transformers' own pipeline")
         if not base and not model.base.name:
