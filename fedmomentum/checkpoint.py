@@ -26,7 +26,7 @@ from fedmomentum.global_model import (
     GlobalModel,
     find_manifest,
     kept_rounds,
-    object_file,
+    prune_objects,
     read_manifest,
     save_objects,
 )
@@ -125,7 +125,4 @@ class RunFolder:
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["adapter"], manifest["carried"], *manifest["base_update"]}
-        files = {object_file(self.folder, name) for name in named if name}
-        for file in (self.folder / "objects").glob("*.safetensors"):
-            if file not in files:
-                file.unlink()
+        prune_objects(self.folder, {name for name in named if name})

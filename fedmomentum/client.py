@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, p
 from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
-from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.errors import ConfigError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
-from fedmomentum.global_model import Blob, GlobalModel, read_object, save_objects
+from fedmomentum.global_model import Blob, GlobalModel, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
 from fedmomentum.peft_io import ADAPTER_NAME, attach, from_model, load_into, lora_layers
@@ -137,6 +138,7 @@ class Client:
         train: what it trains on.
         test: what it holds out.
         store: folder of its objects.
+        owns_store: whether nobody else keeps objects there, so that what is no longer needed can go.
         function: trains; the user's own, or ours.
         on_step: told of every training step: (client, step, steps, loss).
     """
@@ -145,6 +147,7 @@ class Client:
     train: TokenisedExamples
     test: TokenisedExamples
     store: Path
+    owns_store: bool = False
     function: TrainFunction = train_locally
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
 
@@ -154,36 +157,81 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
 
     Raises:
         PayloadError: bytes that are no task.
-        ModelError: another base, an object that is missing or damaged, another version than stated.
+        ModelError: another base, another version than stated, an object name that is no hash.
         FedMomentumError: what training or evaluation refuses.
     """
     task = decode_task(payload)
     if task.client_id != client.client_id:
         raise ModelError(f"a task for {task.client_id} came to {client.client_id}")
+    if task.kind == "describe":
+        return _reply(task, client, "", [], *_describe(task, client, model))
     started = time.perf_counter()
-    save_objects(task.objects, client.store)
+    needed = {*task.manifest["base_update"], task.manifest["adapter"]}
+    save_objects({name: data for name, data in task.objects.items() if name in needed}, client.store)
     fetch = model.fetch(client.store)
+    if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
+        return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
     current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
     model.become(current)
-    needed = {*task.manifest["base_update"], task.manifest["adapter"]}
     model.forget(needed)
+    if client.owns_store:
+        prune_objects(client.store, needed)
     loaded = time.perf_counter()
     step = _train if task.kind == "train" else _evaluate
     num_examples, metrics, tensors = step(task, client, model, current)
     tensors[SECONDS] = torch.tensor([loaded - started, time.perf_counter() - loaded], dtype=torch.float64)
+    return _reply(task, client, current.version, sorted(needed), num_examples, metrics, tensors)
+
+
+def _reply(
+    task: Task,
+    client: Client,
+    version: str,
+    holds: list[str],
+    num_examples: int,
+    metrics: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> bytes:
+    head = {"kind": task.kind, "run_id": task.run_id, "server_round": task.server_round}
     return encode_reply(
         Reply(
-            kind=task.kind,
-            run_id=task.run_id,
-            client_id=client.client_id,
-            server_round=task.server_round,
-            version=current.version,
-            holds=sorted(needed),
-            num_examples=num_examples,
-            metrics=metrics,
-            tensors=tensors,
+            **head, client_id=client.client_id, version=version, holds=holds, num_examples=num_examples,
+            metrics=metrics, tensors=tensors,
         )
-    )
+    )  # fmt: skip
+
+
+def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
+    """Whether an object is there, undamaged."""
+    try:
+        return fetch(name).name == name
+    except MissingObject:
+        return False
+
+
+def _describe(task: Task, client: Client, model: LocalModel) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
+    """What the server needs to know before the first round, and the fresh adapter if it asks for that."""
+    fresh = model.initial("").adapter
+    facts = {
+        "base": asdict(model.identity),
+        "num_parameters": model.num_parameters,
+        "num_train": len(client.train),
+        "num_test": len(client.test),
+        "versions": {name: installed(name) for name in ("fedmomentum", "torch", "transformers", "peft")},
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "adapter_config": dict(fresh.config),
+        "scalings": dict(fresh.scalings),
+    }
+    return max(1, len(client.train)), facts, to_tensors(fresh) if task.settings.get("adapter") else {}
+
+
+def installed(package: str) -> str:
+    """The version of a package that is installed here."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _train(

@@ -21,6 +21,10 @@ class ModelError(FedMomentumError):
     """A base model or a global model folder that is missing, different or unreadable."""
 
 
+class MissingObject(ModelError):
+    """A part of a global model that is not in its folder."""
+
+
 class PayloadError(FedMomentumError):
     """Bytes from the wire that are not what the protocol allows."""
 

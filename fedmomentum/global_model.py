@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedmomentum.adapter import Adapter, split_tensors, to_tensors
 from fedmomentum.aggregation.whole import AdapterAggregate
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import MissingObject, ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.lowrank import LowRank, weighted_sum, zeros
@@ -301,12 +301,19 @@ def read_object(folder: Path, name: str) -> bytes:
     """The bytes of an object.
 
     Raises:
-        ModelError: it is not there.
+        MissingObject: it is not there.
     """
     file = object_file(folder, name)
     if not file.is_file():
-        raise ModelError(f"{folder} lacks the object {name[:16]}...; was the folder copied in part?")
+        raise MissingObject(f"{folder} lacks the object {name[:16]}...; was the folder copied in part?")
     return file.read_bytes()
+
+
+def prune_objects(folder: Path, keep: set[str]) -> None:
+    """Delete the objects that are not to be kept."""
+    for file in (folder / "objects").glob("*.safetensors"):
+        if file.stem not in keep:
+            file.unlink()
 
 
 def read_manifest(file: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
     }  # fmt: skip
     exchange = _Exchange()
     if server.config.evaluation.every:
-        exchange, state = _evaluate(server, model, state, 0, server.transport.client_ids)
+        exchange, state = _evaluate(server, model, state, 0, server.transport.clients())
         _add_evaluation(row, exchange, None)
     row["failures"] = exchange.failures
     row["uplink_bytes"], row["downlink_bytes"] = exchange.uplink_bytes, exchange.downlink_bytes
@@ -147,7 +147,7 @@ def _round(
 ) -> tuple[GlobalModel, ServerState]:
     """One round."""
     config = server.config
-    client_ids = server.transport.client_ids
+    client_ids = server.transport.clients()
     participants = sample_participants(config.run.seed, server_round, client_ids, config.federation.participation)
     learning_rate = config.training.rate(server_round, config.federation.num_rounds)
     server.observer("round", {"round": server_round, "participants": participants})
@@ -257,6 +257,9 @@ def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[s
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_KEEPS_NOTHING = "client {} says that it lacks what it was just sent; is its disk full or broken?"
+
+
 def _ask(
     server: _Server,
     kind: str,
@@ -265,44 +268,81 @@ def _ask(
     server_round: int,
     settings: Mapping[str, Mapping[str, Any]],
 ) -> tuple[_Exchange, ServerState]:
-    """Send each client its task, with the objects it lacks; decode the answers."""
-    exchange, started = _Exchange(), time.perf_counter()
+    """Send each client its task, with the objects it lacks; decode the answers.
+
+    What a client lacks is first the server's belief: what it last said it holds. A client that has lost some of it
+    since (a new disk, an older copy) says so, and is asked again with those.
+    """
+    exchange = _Exchange()
     objects = model.objects()
     manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
     needed = {*manifest["base_update"], manifest["adapter"]}
-    tasks = {}
-    for client in sorted(settings):
-        lacking = needed - set(state.held.get(client, ()))
-        tasks[client] = Task(
+    limit = 2 * len(model.adapter_blob) + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
+
+    def task(client: str, lacking: set[str]) -> Task:
+        return Task(
             kind, state.run_id, client, server_round, manifest,
             {name: objects[name] for name in sorted(lacking)}, settings[client],
         )  # fmt: skip
+
+    tasks = {client: task(client, needed - set(state.held.get(client, ()))) for client in sorted(settings)}
+    _send(server.transport, tasks, exchange, limit)
+    again = {}
+    for client in [c for c, reply in exchange.replies.items() if "lacking" in reply.metrics]:
+        reply = exchange.replies.pop(client)
+        lacking = reply.metrics["lacking"]
+        if isinstance(lacking, list) and set(map(str, lacking)) <= needed - tasks[client].objects.keys():
+            again[client] = task(client, {str(name) for name in lacking})
+        else:
+            exchange.failures[client] = _KEEPS_NOTHING.format(client)
+    if again:
+        _send(server.transport, again, exchange, limit)
+    for client in [c for c, reply in exchange.replies.items() if reply.version != model.version]:
+        reply = exchange.replies.pop(client)
+        if "lacking" in reply.metrics:
+            exchange.failures[client] = _KEEPS_NOTHING.format(client)
+            continue
+        got = reply.version
+        exchange.failures[client] = (
+            f"client {client} ended with base version {got[:16]!r}; wanted {model.version[:16]}. It sits this one out"
+        )
+    for client, reply in exchange.replies.items():
+        state = state.holding(client, tuple(name for name in reply.holds if name in needed))
+    return exchange, state
+
+
+def _send(transport: Transport, tasks: Mapping[str, Task], exchange: _Exchange, max_bytes: int) -> None:
+    """Send the tasks, wait, and add the answers to the exchange.
+
+    Raises:
+        PayloadError: a task is larger than the transport carries; nothing was sent.
+    """
+    started = time.perf_counter()
     payloads = {client: encode_task(task) for client, task in tasks.items()}
-    exchange.downlink_bytes = {client: len(payload) for client, payload in payloads.items()}
+    for client, payload in payloads.items():
+        if len(payload) > transport.max_payload_bytes:
+            raise PayloadError(
+                f"the task for {client} has {len(payload)} bytes, {sum(map(len, tasks[client].objects.values()))} of "
+                f"them objects it lacks; this transport carries at most {transport.max_payload_bytes}. Lower "
+                "lora.rank, adapt fewer modules, set an energy below 1 in [method.settings], or send 16 bits "
+                "(federation.wire-dtype)"
+            )
     sent = time.perf_counter()
-    answers = server.transport.send_and_receive(payloads)
+    answers = transport.send_and_receive(payloads)
     received = time.perf_counter()
-    max_bytes = 2 * len(model.adapter_blob) + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
     for client, task in tasks.items():
+        exchange.downlink_bytes[client] = exchange.downlink_bytes.get(client, 0) + len(payloads[client])
         answer = answers.get(client, Failure("missing: no answer in time"))
         if isinstance(answer, Failure):
             exchange.failures[client] = answer.reason
-            state = state.holding(client, ())  # it may have lost what it held; the next task brings everything
             continue
-        exchange.uplink_bytes[client] = len(answer)
+        exchange.uplink_bytes[client] = exchange.uplink_bytes.get(client, 0) + len(answer)
         try:
-            reply = decode_reply(answer, task, max_bytes)
-            if reply.version != model.version:
-                raise PayloadError(
-                    f"client {client} ended with base version {reply.version[:16]}; wanted {model.version[:16]}"
-                )
-            exchange.replies[client] = reply
-            state = state.holding(client, tuple(name for name in reply.holds if name in needed))
+            exchange.replies[client] = decode_reply(answer, task, max_bytes)
         except FedMomentumError as error:
             exchange.failures[client] = str(error)
-    exchange.wait_seconds = received - sent
-    exchange.encode_seconds = sent - started + time.perf_counter() - received
-    return exchange, state
+    exchange.wait_seconds += received - sent
+    exchange.encode_seconds += sent - started + time.perf_counter() - received
 
 
 def _evaluate(

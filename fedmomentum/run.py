@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.client import Client, LocalModel, TrainFunction, client_step
+from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
 from fedmomentum.config import Config, differences, load_config, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
@@ -288,14 +287,8 @@ def make_plan(config: Config, local: LocalModel, model: GlobalModel, clients: Se
 
 def environment(local: LocalModel) -> dict[str, Any]:
     """What the last bits of a result depend on, and what a reader wants to know."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}},
         "threads": torch.get_num_threads(),
         "device": str(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),

@@ -30,11 +30,11 @@ class Task:
     """What the server asks of one client in one round.
 
     Attributes:
-        kind: `train` or `evaluate`.
-        run_id: which run; a client answers no other's question.
+        kind: `describe`, `train` or `evaluate`.
+        run_id: which run; a reply names it, and counts for no other.
         client_id: whom.
-        server_round: from 1; 0 for the evaluation of the untouched model.
-        manifest: the global model to load (`GlobalModel.manifest`), by content hash.
+        server_round: from 1; 0 before the first round.
+        manifest: the global model to load (`GlobalModel.manifest`), by content hash; empty to `describe`.
         objects: hash to bytes of the objects that this client lacks.
         settings: what the kind needs, as JSON values: learning rate, steps, seeds, how many examples.
     """
@@ -60,8 +60,9 @@ class Reply:
         version: the version of the base that the client ended with.
         holds: hashes of the objects that the client now holds, of those the manifest named.
         num_examples: how many examples stand behind the answer; its weight.
-        metrics: numbers and tables, as JSON values.
-        tensors: the trained adapter (`train`) and the probes.
+        metrics: numbers and tables, as JSON values. Only `{"lacking": [hash, ...]}` where the client cannot do the
+            task because it lacks objects that the server believed it held; the server then asks again with them.
+        tensors: the trained adapter (`train`) and the probes, or the fresh adapter (`describe`).
     """
 
     kind: str
@@ -173,9 +174,15 @@ class Failure:
 class Transport(Protocol):
     """Carries encoded tasks to clients and their encoded replies back."""
 
-    @property
-    def client_ids(self) -> Sequence[str]:
-        """Everyone who can be asked, sorted."""
+    max_payload_bytes: int
+    """The largest payload it carries to one client."""
+
+    def clients(self) -> Sequence[str]:
+        """Everyone who can be asked now, sorted.
+
+        Raises:
+            QuorumError: too few, and waiting for more has a limit that has passed.
+        """
         ...
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
@@ -186,11 +193,12 @@ class Transport(Protocol):
 class InProcessTransport:
     """Clients in this process, one after the other, each a function from bytes to bytes."""
 
+    max_payload_bytes = 2**63
+
     def __init__(self, clients: Mapping[str, Callable[[bytes], bytes]]) -> None:
         self._clients = dict(sorted(clients.items()))
 
-    @property
-    def client_ids(self) -> Sequence[str]:
+    def clients(self) -> Sequence[str]:
         """The clients' names, sorted."""
         return list(self._clients)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fedmomentum.files import safetensors_bytes
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.rounds import client_weights, run_rounds, sample_participants
 from fedmomentum.run import prepare
-from fedmomentum.transport import Failure, InProcessTransport, decode_task
+from fedmomentum.transport import Failure, InProcessTransport, decode_task, encode_task
 from tests.runs import chain, nudge, start, timeless, tiny_config
 
 
@@ -363,22 +364,42 @@ def test_clients_that_hold_nothing_out_take_part(folder, tmp_path):
     assert timeless(tmp_path / "run")[1]["exactness_error"] < 1e-4
 
 
-def test_a_damaged_object_of_a_client_is_sent_again(folder, tmp_path):
-    """The client fails one round, by name; the next brings it everything it needs."""
+@pytest.mark.parametrize("what", ["damaged", "wiped"])
+def test_what_a_client_lost_is_sent_again_in_the_same_round(folder, tmp_path, what):
     config = tiny_config(folder, federation={"num_rounds": 4}, evaluation={"every": 0})
-    other = tmp_path / "elsewhere"
+    other, broken = tmp_path / "elsewhere", []
 
-    def damage(payload, honest):
-        for file in (other / "objects").iterdir():
-            file.write_bytes(b"rotten" + file.read_bytes()[6:])
-        with_faults.run.local.forget(set())  # as in a process of its own, which reads its own disk
+    def lose(payload, honest):
+        if not broken:
+            for file in (other / "objects").iterdir():
+                file.write_bytes(b"rotten" + file.read_bytes()[6:]) if what == "damaged" else file.unlink()
+            with_faults.run.local.forget(set())  # as in a process of its own, which reads its own disk
+        broken.append(len(payload))
         return honest(payload)
 
-    stores = {"site1": other}
-    model = with_faults(config, tmp_path / "run", {"site1": damage}, rounds={3}, stores=stores)
+    model = with_faults(config, tmp_path / "run", {"site1": lose}, rounds={3}, stores={"site1": other})
     rows = timeless(tmp_path / "run")
-    assert list(rows[3]["failures"]) == ["site1"] and "hash" in rows[3]["failures"]["site1"]
-    assert rows[4]["failures"] == {} and model.server_round == 4
+    assert all(row["failures"] == {} for row in rows) and len(broken) == 2
+    assert rows[3]["downlink_bytes"]["site1"] == sum(broken) > rows[3]["downlink_bytes"]["site0"]
+    undisturbed = start(config, tmp_path / "undisturbed").model
+    assert model.version == undisturbed.version and model.adapter_blob == undisturbed.adapter_blob
+
+
+def test_a_client_that_keeps_nothing_fails_by_name(folder, tmp_path):
+    config = tiny_config(folder, federation={"num_rounds": 3}, evaluation={"every": 0})
+    other = tmp_path / "elsewhere"
+
+    def forgetful(payload, honest):
+        with_faults.run.local.forget(set())
+        task = decode_task(payload)
+        return honest(encode_task(replace(task, objects={})))
+
+    with_faults(config, tmp_path / "run", {"site1": forgetful}, rounds={2}, stores={"site1": other})
+    rows = timeless(tmp_path / "run")
+    assert rows[2]["failures"] == {
+        "site1": "client site1 says that it lacks what it was just sent; is its disk full or broken?"
+    }
+    assert rows[3]["failures"] == {}
 
 
 def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder, tmp_path):
