@@ -64,6 +64,7 @@ class LocalModel:
         self._layers = lora_layers(self.peft)
         self.held = HeldBase({module: layer.base_layer for module, layer in self._layers.items()}, self.folder)
         self._blobs: dict[str, Blob] = {}
+        self.fresh: Adapter = self.adapter("fresh adapter")
 
     def adapter(self, name: str = "adapter") -> Adapter:
         """A copy of the live adapter."""
@@ -71,17 +72,15 @@ class LocalModel:
 
     def initial(self, method: str) -> GlobalModel:
         """The global model before the first round: this base, this fresh adapter."""
-        adapter = self.adapter("global adapter")
-        config = {key: value for key, value in adapter.config.items() if key != "base_model_name_or_path"}
-        config["base_model_name_or_path"] = self.identity.name
-        fresh = Adapter(adapter.modules, adapter.scalings, adapter.saved, config, "global adapter")
-        return GlobalModel(self.identity, fresh, method=method)
+        config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
+        return GlobalModel(self.identity, replace(self.fresh, config=config, name="global adapter"), method=method)
 
     def become(self, model: GlobalModel) -> None:
         """Be this global model: its merged base, its adapter.
 
         Raises:
             ModelError: it belongs to another base.
+            AdapterError: its adapter has other modules, ranks or scalings than the one attached here.
         """
         model.base.check(self.identity)
         self.held.apply(model.base_update)
@@ -192,13 +191,10 @@ def _reply(
     metrics: dict[str, Any],
     tensors: dict[str, Tensor],
 ) -> bytes:
-    head = {"kind": task.kind, "run_id": task.run_id, "server_round": task.server_round}
-    return encode_reply(
-        Reply(
-            **head, client_id=client.client_id, version=version, holds=holds, num_examples=num_examples,
-            metrics=metrics, tensors=tensors,
-        )
-    )  # fmt: skip
+    reply = Reply(
+        task.kind, task.run_id, client.client_id, task.server_round, version, holds, num_examples, metrics, tensors
+    )
+    return encode_reply(reply)
 
 
 def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
@@ -211,16 +207,18 @@ def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
 
 def _describe(task: Task, client: Client, model: LocalModel) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
     """What the server needs to know before the first round, and the fresh adapter if it asks for that."""
-    fresh = model.initial("").adapter
+    fresh = model.fresh
     facts = {
-        "base": asdict(model.identity),
+        "sha256": model.identity.sha256,
+        "tokenizer_sha256": model.identity.tokenizer_sha256,
         "num_parameters": model.num_parameters,
         "num_train": len(client.train),
         "num_test": len(client.test),
         "versions": {name: installed(name) for name in ("fedmomentum", "torch", "transformers", "peft")},
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "adapter_config": dict(fresh.config),
+        # what the party calls its base may be a path; the server has a name of its own for it
+        "adapter_config": {**fresh.config, "base_model_name_or_path": None},
         "scalings": dict(fresh.scalings),
     }
     return max(1, len(client.train)), facts, to_tensors(fresh) if task.settings.get("adapter") else {}

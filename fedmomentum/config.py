@@ -86,7 +86,9 @@ class DataConfig:
     max_lost_share: float = _option(0.02, "refused where a larger share of examples loses its whole answer to the cut")
 
     def __post_init__(self) -> None:
-        _need(bool(self.source) != bool(self.client_files), "data.source", self.source, "given, or data.client-files")
+        _need(
+            not (self.source and self.client_files), "data.source", self.source, "left out where client-files is given"
+        )
         _need(self.partition in ("iid", "dirichlet", "categories", "sizes"), "data.partition", self.partition,
               "iid, dirichlet, categories or sizes")  # fmt: skip
         _need(self.num_clients >= 1, "data.num-clients", self.num_clients, "at least 1")
@@ -149,6 +151,10 @@ class FederationConfig:
     quorum: float = _option(0.5, "share of the drawn clients that must answer well, else the run stops")
     max_client_share: float = _option(0.9, "largest weight of one client where there are several")
     max_norm_ratio: float = _option(20.0, "a client whose update is larger than this many medians is left out")
+    round_seconds: float = _option(3600.0, "over a network: how long clients have for one answer")
+    join_seconds: float = _option(
+        600.0, "over a network: how long a start waits for all registered clients, and a round for the quorum of them"
+    )
 
     def __post_init__(self) -> None:
         _need(self.num_rounds >= 1, "federation.num-rounds", self.num_rounds, "at least 1")
@@ -156,6 +162,8 @@ class FederationConfig:
         _need(0 < self.quorum <= 1, "federation.quorum", self.quorum, "in (0, 1]")
         _need(0 < self.max_client_share <= 1, "federation.max-client-share", self.max_client_share, "in (0, 1]")
         _need(self.max_norm_ratio > 1, "federation.max-norm-ratio", self.max_norm_ratio, "above 1")
+        _need(self.round_seconds > 0, "federation.round-seconds", self.round_seconds, "above 0")
+        _need(self.join_seconds >= 0, "federation.join-seconds", self.join_seconds, "0 or more")
 
 
 @dataclass(frozen=True)

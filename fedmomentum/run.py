@@ -1,4 +1,4 @@
-"""A whole run on one machine: configuration in, run folder out. Puts the pieces together; the round is `rounds`."""
+"""Configuration in, run folder out: puts the pieces of a run together; the round is `rounds`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import platform
 import random
 import secrets
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
@@ -26,12 +27,13 @@ from fedmomentum.config import Config, differences, load_config, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
+from fedmomentum.enrolment import enrol
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.rounds import Observer, derive, run_rounds
 from fedmomentum.training import check_arguments, train
-from fedmomentum.transport import InProcessTransport
+from fedmomentum.transport import InProcessTransport, Transport
 
 LOG = logging.getLogger("fedmomentum")
 NOTHING = TokenisedExamples((), (), (), (), 0)
@@ -155,6 +157,102 @@ def prepare(
     return Run(config, method, folder, local, clients, model, state, plan, partition_table(parties))
 
 
+def prepare_party(
+    config: Config,
+    client_id: str,
+    store: Path,
+    *,
+    on_step: Callable[[str, int, int, float], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Client, LocalModel]:
+    """Read one party's own data and load its model: what a run over a network needs on that party's machine.
+
+    Args:
+        config: `[model]`, `[lora]`, `[data]`, `[training]` and `[run]` count here.
+        client_id: the party's name. Of several `data.client-files` only its own is read; a source that is divided
+            among clients is read whole, and its share taken.
+        store: folder that will keep the objects it is sent; nothing else may be in it.
+        on_step: told of every training step: (client, step, steps, loss).
+        say: told in a line what is being done.
+
+    Raises:
+        ConfigError: settings that contradict each other, or that have no data for this client.
+        DataError: data that cannot be used.
+        ModelError: a base that cannot be loaded.
+    """
+    check_arguments(config.training.arguments)
+    function = _training_function(config)
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    if (files := config.data.client_files) and client_id in files:
+        config = replace(config, data=replace(config.data, client_files={client_id: files[client_id]}))
+    elif files:
+        raise ConfigError(f"data.client-files names {', '.join(sorted(files))}; this client is {client_id}")
+    say("Reading the data")
+    parties = {party.client_id: party for party in _load_data(config)}
+    if client_id not in parties:
+        raise ConfigError(f"the data is divided among {', '.join(parties)}; this client is {client_id}")
+    say(f"Loading {config.model.name}")
+    local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"))
+    (client,) = _tokenised(config, [parties[client_id]], local, store, function, on_step)
+    client.owns_store = True
+    return client, local
+
+
+def run_over(
+    transport: Transport,
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    observer: Observer = lambda event, facts: None,
+) -> GlobalModel:
+    """Run a federation whose clients are elsewhere; neither data nor base model are needed here.
+
+    Args:
+        transport: reaches the clients.
+        config: the run; `[data]` does not count here.
+        out: its folder.
+        resume: go on with what is in `out`; without it `out` must be new or empty.
+        observer: told of progress, and of the plan: `("plan", asdict(plan))`.
+
+    Raises:
+        ConfigError: settings that contradict each other, or a run folder of other settings.
+        ModelError: a folder that is in use or holds something else.
+        QuorumError: see `run_rounds` and `enrol`.
+    """
+    method = make_method(config)
+    check_arguments(config.training.arguments)
+    _check_folder(config, out, resume)
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    folder = RunFolder(out, keep=config.run.keep_rounds)
+    try:
+        resumed = folder.resume() if resume else None
+        if resumed:
+            model, state = resumed
+        else:
+            state = ServerState(secrets.token_hex(16))
+            enrolment = enrol(transport, config, state.run_id, repr(method))
+            model, facts = enrolment.model, enrolment.facts
+            plan = served_plan(config, model, method, facts)
+            observer("plan", asdict(plan))
+            write_atomically(out / "config.toml", to_toml(config).encode())
+            write_json(out / "plan.json", asdict(plan))
+            write_json(
+                out / "partition.json",
+                {c: {"train": {"": f["num_train"]}, "test": {"": f["num_test"]}} for c, f in facts.items()},
+            )
+            write_json(
+                out / "environment.json",
+                {**_here(), "base_sha256": model.base.sha256, "tokenizer_sha256": model.base.tokenizer_sha256,
+                 "clients": {c: f"{f['threads']} threads, {f['dtype']}, {f['versions']}" for c, f in facts.items()}},
+            )  # fmt: skip
+        return run_rounds(
+            transport, method=method, model=model, state=state, config=config, folder=folder, observer=observer
+        )
+    finally:
+        folder.close()
+
+
 def make_method(config: Config) -> Method:
     """The method of the configuration.
 
@@ -200,11 +298,16 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
         )
 
 
-_MAY_CHANGE = {"federation.num-rounds", "run.keep-rounds", "federation.quorum"}
+_MAY_CHANGE = {
+    "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
+    "run.keep-rounds",
+}  # fmt: skip
 
 
 def _load_data(config: Config) -> list[ClientData]:
     data = config.data
+    if not data.source and not data.client_files:
+        raise ConfigError("data.source must be given, or data.client-files; got neither")
     return load_clients(
         source=data.source or None, client_files=data.client_files or None, client_column=data.client_column,
         test_source=data.test_source, test_fraction=data.test_fraction, tasks=data.tasks or None,
@@ -244,56 +347,104 @@ def _tokenised(
 
 
 def make_plan(config: Config, local: LocalModel, model: GlobalModel, clients: Sequence[Client], method: Method) -> Plan:
-    """The plan of a run; see `Plan`."""
-    adapter, rank = model.adapter, config.lora.rank
-    asked = max(1, math.ceil(config.federation.participation * len(clients) - 1e-9))
-    uplink = 4 * adapter.num_numbers()
-    residual = dense = 0
-    for matrix in adapter.modules.values():
-        out_size, in_size = matrix.shape
-        residual += 4 * (out_size + in_size) * (min(asked * rank, out_size, in_size) - rank) if method.exact else 0
-        dense += 4 * out_size * in_size
+    """The plan of a run on this machine; see `Plan`."""
+    traffic = _traffic(config, model.adapter, method, len(clients))
     longest = max(len(ids) for client in clients for ids in client.train.input_ids)
     text = local.peft.config.get_text_config()
     width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
     activations = config.training.batch_size * longest * (24 * width * local.dtype.itemsize + 4 * 1024)
-    weights = local.num_parameters * local.dtype.itemsize + (dense if local.dtype.itemsize < 4 else 0)
+    weights = local.num_parameters * local.dtype.itemsize + (traffic.dense if local.dtype.itemsize < 4 else 0)
     warnings = []
-    if uplink + residual > 3 * uplink:
-        warnings.append(
-            f"the residual makes the downlink up to {(uplink + residual) / uplink:.1f} times the uplink; an energy "
-            "below 1 in [method.settings] bounds it, carrying the rest on"
-        )
     short = [c.client_id for c in clients if len(c.train) < config.training.batch_size]
     if short:
         warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
     if config.evaluation.every and not any(len(client.test) for client in clients):
         warnings.append("no client holds out examples; nothing will be evaluated")
+    memory = weights + 4 * traffic.uplink + activations + 700 * 2**20
+    return _plan(config, model, method, traffic, len(clients), local.num_parameters, memory, warnings)
+
+
+def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Mapping[str, Any]]) -> Plan:
+    """The plan of a run over a network; its memory is the server's."""
+    traffic = _traffic(config, model.adapter, method, len(facts))
+    warnings = []
+    short = [client for client, fact in facts.items() if fact["num_train"] < config.training.batch_size]
+    if short:
+        warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
+    if config.evaluation.every and not any(fact["num_test"] for fact in facts.values()):
+        warnings.append("no client holds out examples; nothing will be evaluated")
+    # what is sent to all and got from all is in memory twice, as bytes and as tensors
+    memory = 2 * len(facts) * (2 * traffic.uplink + traffic.residual) + 400 * 2**20
+    parameters = max(fact["num_parameters"] for fact in facts.values())
+    return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """Bytes in float32: of an adapter, of the most that a round's residual can be, of one dense matrix a module."""
+
+    uplink: int
+    residual: int
+    dense: int
+
+
+def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int) -> _Traffic:
+    rank, asked = config.lora.rank, max(1, math.ceil(config.federation.participation * num_clients - 1e-9))
+    residual = dense = 0
+    for matrix in adapter.modules.values():
+        out_size, in_size = matrix.shape
+        residual += 4 * (out_size + in_size) * (min(asked * rank, out_size, in_size) - rank) if method.exact else 0
+        dense += 4 * out_size * in_size
+    return _Traffic(4 * adapter.num_numbers(), residual, dense)
+
+
+def _plan(
+    config: Config,
+    model: GlobalModel,
+    method: Method,
+    traffic: _Traffic,
+    num_clients: int,
+    num_parameters: int,
+    memory_bytes: int,
+    warnings: Sequence[str],
+) -> Plan:
+    uplink, downlink = traffic.uplink, traffic.uplink + traffic.residual
+    wide = (
+        f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink; an energy "
+        "below 1 in [method.settings] bounds it, carrying the rest on"
+    )
     return Plan(
         model=config.model.name,
-        num_parameters=local.num_parameters,
-        num_trained=adapter.num_numbers(),
-        num_clients=len(clients),
+        num_parameters=num_parameters,
+        num_trained=model.adapter.num_numbers(),
+        num_clients=num_clients,
         num_rounds=config.federation.num_rounds,
         method=repr(method),
         uplink_bytes=uplink,
-        downlink_bytes=uplink + residual,
-        memory_bytes=weights + 4 * uplink + activations + 700 * 2**20,
+        downlink_bytes=downlink,
+        memory_bytes=memory_bytes,
         disk_bytes=(config.run.keep_rounds + 1) * uplink
-        + min(2 * dense + residual, config.federation.num_rounds * residual),
-        warnings=tuple(warnings),
+        + min(2 * traffic.dense + traffic.residual, config.federation.num_rounds * traffic.residual),
+        warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
     )
+
+
+def _here() -> dict[str, Any]:
+    """Versions and threads of this process."""
+    return {
+        "versions": {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}},
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def environment(local: LocalModel) -> dict[str, Any]:
     """What the last bits of a result depend on, and what a reader wants to know."""
     return {
-        "versions": {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}},
-        "threads": torch.get_num_threads(),
+        **_here(),
         "device": str(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),
-        "platform": platform.platform(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
         "base_sha256": local.identity.sha256,
         "tokenizer_sha256": local.identity.tokenizer_sha256,
     }

@@ -65,7 +65,6 @@ def test_files_are_meant_from_where_the_configuration_is(tmp_path):
         ({"lora": {"rank": True}}, "lora.rank must be of type int"),
         ({"lora": {"rank": 0}}, "lora.rank must be at least 1; got 0"),
         ({"lora": 3}, r"lora must be a table, \[lora\]"),
-        ({"data": {}}, "data.source must be given"),
         ({"data": {"source": "a", "client-files": {"a": "b"}}}, "data.source"),
         ({"data": {"source": "a", "partition": "random"}}, "iid, dirichlet, categories or sizes"),
         ({"training": {"local-steps": 1, "local-epochs": 1.0}}, "left out where local-epochs is given"),

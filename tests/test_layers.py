@@ -32,7 +32,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"global_model", "peft_io", "config"},
     {"base", "export", "transport", "training", "evaluation"},
     {"client", "checkpoint"},
-    {"rounds"},
+    {"rounds", "enrolment"},
     {"run", "report"},
     {"live", "use", "inspection"},
     {"cli"},
