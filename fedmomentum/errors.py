@@ -1,5 +1,7 @@
 """The errors a user can cause. Each says what came, what was wanted and what to do; the command line exits with 2."""
 
+import re
+
 
 class FedMomentumError(Exception):
     """A mistake in what the user or a client gave us; never a defect of the package."""
@@ -31,3 +33,17 @@ class PayloadError(FedMomentumError):
 
 class QuorumError(FedMomentumError):
     """Too few clients answered a round with something usable."""
+
+
+_PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^\s'\"(),;:=\[\]]*")
+
+
+def public_text(error: Exception) -> str:
+    """What may be said of an error on another machine: no path, and nothing of anybody's data.
+
+    Messages about data quote it, and those of other libraries can hold anything, so of these only the kind is told.
+    """
+    kind = type(error).__name__
+    if isinstance(error, FedMomentumError) and not isinstance(error, DataError):
+        return f"{kind}: {_PATH.sub('[path]', str(error))}"
+    return f"{kind} (its own log says more)"

@@ -83,7 +83,7 @@ class Live:
         self._interrupted = True
         raise KeyboardInterrupt
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
         """Ctrl-C once more: where it came, a library may have caught it."""
         if self._interrupted:
             raise KeyboardInterrupt
@@ -99,18 +99,7 @@ class Live:
 
     def show_plan(self, plan: Plan, clients: Sequence[Client], out: Path) -> None:
         """What the run will cost, before it starts."""
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in (
-            ("model", f"{plan.model}: {count(plan.num_parameters)} parameters, {count(plan.num_trained)} trained"),
-            ("method", plan.method),
-            ("rounds", f"{plan.num_rounds} with {plan.num_clients} clients"),
-            ("traffic", f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
-                        f"{human_bytes(plan.downlink_bytes)} down"),
-            ("memory", f"about {human_bytes(plan.memory_bytes)}"),
-            ("disk", f"at most {human_bytes(plan.disk_bytes)} in {out}"),
-        ):  # fmt: skip
-            table.add_row(Text(name, style="bold"), Text(value))
-        self._console.print(table)
+        self._console.print(plan_table(plan, out))
         self._console.print(_partition_table(clients))
         for warning in plan.warnings:
             self._console.print(Text(f"note: {warning}", style="yellow"), soft_wrap=True)
@@ -124,14 +113,18 @@ class Live:
 
     def on_step(self, client: str, step: int, steps: int, loss: float) -> None:
         """A training step of a client."""
-        self._stop_if_asked()
+        self.stop_if_asked()
         self._progress.update(
             self._step, description=f"  {client}", completed=step, total=steps, note=f"loss {loss:.3f}", visible=True
         )
 
+    def exchange(self, done: int, asked: int, note: str) -> None:
+        """How many of those asked over a network have answered."""
+        self._progress.update(self._step, description="  answers", completed=done, total=asked, note=note, visible=True)
+
     def observe(self, event: str, facts: Mapping[str, Any]) -> None:
         """An event of `run_rounds`."""
-        self._stop_if_asked()
+        self.stop_if_asked()
         if event == "round":
             if self._console.is_terminal and not self._live.is_started:
                 self._live.start()
@@ -153,6 +146,22 @@ class Live:
                 names = [str(column.header) for column in self._table.columns]
                 told = ", ".join(f"{n} {c}" for n, c in zip(names, cells, strict=True) if c)
                 self._console.print(Text(told), soft_wrap=True)
+
+
+def plan_table(plan: Plan, out: Path) -> Table:
+    """A run's plan."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in (
+        ("model", f"{plan.model}: {count(plan.num_parameters)} parameters, {count(plan.num_trained)} trained"),
+        ("method", plan.method),
+        ("rounds", f"{plan.num_rounds} with {plan.num_clients} clients"),
+        ("traffic", f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
+                    f"{human_bytes(plan.downlink_bytes)} down"),
+        ("memory", f"about {human_bytes(plan.memory_bytes)}"),
+        ("disk", f"at most {human_bytes(plan.disk_bytes)} in {out}"),
+    ):  # fmt: skip
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -181,7 +181,7 @@ def _round(
     evaluation, last = _Exchange(), server_round == config.federation.num_rounds
     if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
         evaluation, state = _evaluate(server, later, state, server_round, client_ids if last else list(weights))
-        seed = _probe_seed(server, server_round)
+        seed = _probe_seed(config, server_round)
         _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed))
     failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
     row["failures"] = dict(sorted(failures.items()))
@@ -211,15 +211,8 @@ def _train(
     Raises:
         QuorumError: they are not.
     """
-    training, federation, seed = server.config.training, server.config.federation, server.config.run.seed
-    settings = {
-        client: {
-            "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
-            "batch_size": training.batch_size, "arguments": training.arguments,
-            "probe_seed": _probe_seed(server, server_round), "seed": derive(seed, "batches", server_round, client),
-        }
-        for client in participants
-    }  # fmt: skip
+    federation = server.config.federation
+    settings = {client: train_settings(server.config, server_round, client, learning_rate) for client in participants}
     exchange, state = _ask(server, "train", model, state, server_round, settings)
     checking = time.perf_counter()
     updates = _adapters(exchange, model, participants)
@@ -238,9 +231,20 @@ def _train(
     return exchange, updates, state
 
 
-def _probe_seed(server: _Server, server_round: int) -> int:
+def train_settings(config: Config, server_round: int, client: str, learning_rate: float) -> dict[str, Any]:
+    """What a client is told of a round's training."""
+    training = config.training
+    return {
+        "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
+        "batch_size": training.batch_size, "arguments": training.arguments,
+        "probe_seed": _probe_seed(config, server_round),
+        "seed": derive(config.run.seed, "batches", server_round, client),
+    }  # fmt: skip
+
+
+def _probe_seed(config: Config, server_round: int) -> int:
     """The round's probes: the same for its training and for the evaluation of what came out of it."""
-    return derive(server.config.run.seed, "probe", server_round)
+    return derive(config.run.seed, "probe", server_round)
 
 
 def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> ServerState:
@@ -355,7 +359,7 @@ def _evaluate(
         "num_examples": max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples,
         "num_compared": settings.num_examples,
         "batch_size": settings.batch_size,
-        "probe_seed": _probe_seed(server, server_round),
+        "probe_seed": _probe_seed(server.config, server_round),
     }
     server.observer("evaluate", {"clients": list(clients)})
     return _ask(server, "evaluate", model, state, server_round, dict.fromkeys(clients, share))

@@ -31,9 +31,9 @@ from fedmomentum.enrolment import enrol
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
-from fedmomentum.rounds import Observer, derive, run_rounds
+from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
 from fedmomentum.training import check_arguments, train
-from fedmomentum.transport import InProcessTransport, Transport
+from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
 
 LOG = logging.getLogger("fedmomentum")
 NOTHING = TokenisedExamples((), (), (), (), 0)
@@ -198,6 +198,16 @@ def prepare_party(
     return client, local
 
 
+def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
+    """A task to train the untouched model for one step: what a first round would ask, made here."""
+    model = local.initial("rehearsal")
+    settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
+    one_step = settings | {"local_steps": 1, "local_epochs": None}
+    return encode_task(
+        Task("train", "rehearsal", client.client_id, 1, model.manifest(), model.objects(), settings=one_step)
+    )
+
+
 def run_over(
     transport: Transport,
     config: Config,
@@ -285,7 +295,9 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
     if not resume:
         if saved.is_file():
             raise ModelError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
-        if out.is_dir() and any(file.name not in (".lock", "rounds") for file in out.iterdir()):
+        if out.is_dir() and any(
+            file.name not in (".lock", "rounds", "server.log", "status.json") for file in out.iterdir()
+        ):
             raise ModelError(f"{out} is not empty and holds no run; choose another --out")
         return
     if not saved.is_file():

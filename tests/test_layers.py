@@ -35,6 +35,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"rounds", "enrolment"},
     {"run", "report"},
     {"live", "use", "inspection"},
+    {"flower"},
     {"cli"},
 ]
 
@@ -67,6 +68,13 @@ def test_only_peft_io_imports_peft():
     for path in ROOT.rglob("*.py"):
         if path.name != "peft_io.py":
             assert not {name.split(".")[0] for name in imports(path)} & {"peft"}, path
+
+
+def test_only_flower_imports_flwr():
+    for path in ROOT.rglob("*.py"):
+        if path.parent.name != "flower":
+            tops = {name.split(".")[0] for name in imports(path)}
+            assert not tops & {"flwr", "uvicorn", "fastapi", "starlette", "httpx", "cryptography"}, path
 
 
 def test_arrows_point_down():

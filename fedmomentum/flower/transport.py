@@ -1,0 +1,213 @@
+"""The Flower transport: encoded tasks to nodes and their replies back, over any `Grid`, with deadlines throughout.
+
+Flower itself waits without end for nodes, leaves a node that hangs out of its answers without a word, and names the
+wrong node in errors of its own. So what was sent is held against what came, message by message.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedmomentum.errors import QuorumError
+from fedmomentum.transport import Failure
+
+LOG = logging.getLogger("fedmomentum")
+MAX_PAYLOAD_BYTES = 2**31 - 2**20
+"""The largest payload. Flower was seen to carry 2.2 GiB, at four times that in the node's memory."""
+POLL_SECONDS = 0.2
+CHECK_SECONDS = 2.0
+"""How often to look who is connected."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One connection of a node: a node that was away, or started anew, has another `since`."""
+
+    node_id: int
+    since: str
+
+
+class Roster(Protocol):
+    """Who may take part, and who is there."""
+
+    def registered(self) -> Sequence[str]:
+        """The names of all who may take part, sorted."""
+        ...
+
+    def online(self) -> Mapping[str, Session]:
+        """Those who are connected."""
+        ...
+
+
+def packed(payload: bytes, seconds: float = 0.0) -> RecordDict:
+    """A payload as a Flower record, with how long its answer may take; Flower cuts it into parts of 5 MB by itself."""
+    array = Array("uint8", (len(payload),), "bytes", payload)
+    return RecordDict({"payload": ArrayRecord({"bytes": array}), "limits": ConfigRecord({"seconds": float(seconds)})})
+
+
+def unpacked(content: RecordDict) -> tuple[bytes, float]:
+    """The payload of a record, and its seconds.
+
+    Raises:
+        ValueError: it has another form.
+    """
+    try:
+        payload, limits = content["payload"], content["limits"]
+        assert isinstance(payload, ArrayRecord) and isinstance(limits, ConfigRecord)
+        seconds = limits["seconds"]
+        assert isinstance(seconds, float)
+        return bytes(payload["bytes"].data), seconds
+    except (KeyError, AssertionError, AttributeError, TypeError) as error:
+        raise ValueError("a message without a payload") from error
+
+
+@dataclass
+class _Pending:
+    client: str
+    session: Session
+    payload: bytes = field(repr=False)
+
+
+class FlowerTransport:
+    """`Transport` over a Flower `Grid`.
+
+    Args:
+        grid: Flower's, or the link's.
+        roster: names of nodes.
+        round_seconds: how long clients have for one answer.
+        join_seconds: how long to wait for nodes.
+        quorum: the share of the registered nodes without which no round begins.
+        observer: told `waiting`, `sent`, `answered`, `failed`, `late`, `nodes`.
+    """
+
+    max_payload_bytes = MAX_PAYLOAD_BYTES
+
+    def __init__(
+        self,
+        grid: Grid,
+        roster: Roster,
+        *,
+        round_seconds: float,
+        join_seconds: float,
+        quorum: float,
+        observer: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+    ) -> None:
+        self._grid, self._roster, self._observer = grid, roster, observer
+        self._round_seconds, self._join_seconds, self._quorum = round_seconds, join_seconds, quorum
+        self._started = False
+        self._late: dict[str, tuple[str, float]] = {}  # message id to the client and when it was given up
+
+    def clients(self) -> Sequence[str]:
+        """Who is connected, sorted. A start waits for all, a round for the quorum; neither longer than join_seconds.
+
+        Raises:
+            QuorumError: fewer than the quorum after that time.
+        """
+        end = time.monotonic() + self._join_seconds
+        while True:
+            registered, online = self._roster.registered(), sorted(self._roster.online())
+            enough = max(1, math.ceil(self._quorum * len(registered) - 1e-9))
+            wanted = enough if self._started else max(1, len(registered))
+            missing = sorted(set(registered) - set(online))
+            self._observer("nodes", {"registered": registered, "online": online})
+            if len(online) >= wanted or (len(online) >= enough and time.monotonic() >= end):
+                break
+            if time.monotonic() >= end:
+                raise QuorumError(
+                    f"{len(online)} of {len(registered)} registered clients are connected after "
+                    f"{self._join_seconds:g} s, and {enough} are needed (federation.quorum). Missing: "
+                    f"{', '.join(missing) or 'none is registered'}. Start them and resume"
+                )
+            self._observer("waiting", {"for": missing, "seconds": end - time.monotonic()})
+            time.sleep(CHECK_SECONDS)
+        if missing and not self._started:
+            LOG.warning("starting without %s", ", ".join(missing))
+        self._started = True
+        return online
+
+    def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
+        """Ask all at once; wait until each has answered or failed, but not beyond `round_seconds`.
+
+        A client that loses its connection and comes back within that time is asked again.
+        """
+        answers: dict[str, bytes | Failure] = {}
+        pending: dict[str, _Pending] = {}
+        online, end = self._roster.online(), time.monotonic() + self._round_seconds
+        for client, payload in tasks.items():
+            if client in online:
+                self._push(_Pending(client, online[client], payload), end, pending, answers)
+            else:
+                answers[client] = self._failed(client, "not connected")
+        checked = time.monotonic()
+        while pending and time.monotonic() < end:
+            self._collect(pending, answers)
+            if time.monotonic() > checked + CHECK_SECONDS:
+                checked = time.monotonic()
+                self._ask_again(pending, answers, end)
+            time.sleep(POLL_SECONDS)
+        for name, asked in pending.items():
+            self._late[name] = asked.client, time.monotonic()
+            answers[asked.client] = self._failed(asked.client, f"no answer within {self._round_seconds:g} s")
+        return answers
+
+    def _push(
+        self, asked: _Pending, end: float, pending: dict[str, _Pending], answers: dict[str, bytes | Failure]
+    ) -> None:
+        seconds = max(1.0, end - time.monotonic())
+        message = Message(
+            packed(asked.payload, seconds), asked.session.node_id, MessageType.TRAIN,
+            ttl=max(float(DEFAULT_TTL), 2 * self._round_seconds),
+        )  # fmt: skip
+        (name,) = self._grid.push_messages([message])
+        if name:
+            pending[name] = asked
+            self._observer("sent", {"client": asked.client, "bytes": len(asked.payload), "seconds": seconds})
+        else:
+            answers[asked.client] = self._failed(asked.client, "Flower did not take the message")
+
+    def _collect(self, pending: dict[str, _Pending], answers: dict[str, bytes | Failure]) -> None:
+        for reply in self._grid.pull_messages([*pending, *self._late]):
+            name = reply.metadata.reply_to_message_id
+            if name in self._late:
+                client, since = self._late.pop(name)
+                if reply.has_content():
+                    LOG.warning("%s answered %.0f s too late; ignored", client, time.monotonic() - since)
+                    self._observer("late", {"client": client})
+                continue
+            if name not in pending:
+                continue
+            asked = pending.pop(name)
+            answers[asked.client] = self._answer(asked.client, reply)
+
+    def _answer(self, client: str, reply: Message) -> bytes | Failure:
+        if reply.has_error():
+            return self._failed(client, reply.error.reason or f"Flower's error {reply.error.code}")
+        try:
+            payload, _ = unpacked(reply.content)
+        except ValueError as error:
+            return self._failed(client, f"its answer could not be read: {error}")
+        self._observer("answered", {"client": client, "bytes": len(payload)})
+        return payload
+
+    def _ask_again(self, pending: dict[str, _Pending], answers: dict[str, bytes | Failure], end: float) -> None:
+        """Ask clients anew that have started anew since they were asked; the old question is lost to them."""
+        online = self._roster.online()
+        self._observer("nodes", {"registered": self._roster.registered(), "online": sorted(online)})
+        for name, asked in list(pending.items()):
+            now = online.get(asked.client)
+            if now is not None and now != asked.session:
+                del pending[name]
+                LOG.warning("%s came back; it is asked again", asked.client)
+                self._push(_Pending(asked.client, now, asked.payload), end, pending, answers)
+
+    def _failed(self, client: str, reason: str) -> Failure:
+        self._observer("failed", {"client": client, "reason": reason})
+        return Failure(reason)

@@ -1,0 +1,261 @@
+"""A node's worker: a process of its own that holds base model and data, so that neither is loaded for every message.
+
+Node and worker are joined by a socket pair that no other process can open. What goes over it are frames of one
+letter and bytes: to the worker `T`, a task, or `C`, rehearse one; from it `S`, a line on what it is doing, `P`, a
+training step, `Y`, ready, `R`, a reply, `E`, what went wrong in words that may leave the machine. The worker ends
+with the node, also when the node is killed: the socket's end is its sign.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fedmomentum.config import Config, load_config, to_toml
+from fedmomentum.errors import FedMomentumError, public_text
+
+LOG = logging.getLogger("fedmomentum")
+
+Told = Callable[[str, Mapping[str, Any]], None]
+"""Told of what the worker does: `told(event, facts)`; events are `say`, `step`, `ready`."""
+
+
+class WorkerError(Exception):
+    """The worker has no answer; the text may leave the machine."""
+
+
+class Worker:
+    """The node's side of its worker.
+
+    Args:
+        config: the party's configuration.
+        client_id: the party's name.
+        store: folder for the objects it is sent.
+        told: told of progress.
+    """
+
+    def __init__(self, config: Config, client_id: str, store: Path, told: Told = lambda event, facts: None) -> None:
+        self._config, self._client_id, self._store, self._told = config, client_id, store, told
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._ready = False
+
+    def start(self) -> None:
+        """Start the process, unless it runs; it loads in the background."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.stop()
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "fedmomentum.flower.worker", str(theirs.fileno())]
+        self._store.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self._pipe, self._ready = Connection(ours.detach()), False
+        setup = {"config": to_toml(self._config), "client_id": self._client_id, "store": str(self._store)}
+        self._pipe.send_bytes(json.dumps(setup).encode())
+
+    def wait_until_ready(self) -> Mapping[str, Any]:
+        """Wait until model and data are loaded; what they are.
+
+        Raises:
+            WorkerError: they cannot be.
+        """
+        self.start()
+        facts: Mapping[str, Any] = json.loads(self._wait(b"Y", float("inf")))
+        return facts
+
+    def rehearse(self, seconds: float) -> bytes:
+        """Do one step of training, as a task would have it done.
+
+        Raises:
+            WorkerError: see `ask`.
+        """
+        return self._ask(b"C", seconds)
+
+    def ask(self, payload: bytes, seconds: float) -> bytes:
+        """The reply to a task.
+
+        Raises:
+            WorkerError: the worker refused it, died, or took longer than `seconds`; then it is ended, and a new
+                one is started.
+        """
+        return self._ask(b"T" + payload, seconds)
+
+    def _ask(self, frame: bytes, seconds: float) -> bytes:
+        end = time.monotonic() + seconds
+        self.start()
+        if not self._ready:
+            self._wait(b"Y", end)
+        assert self._pipe is not None
+        try:
+            self._pipe.send_bytes(frame)
+        except OSError as error:
+            raise self._died() from error
+        return self._wait(b"R", end)
+
+    def _wait(self, kind: bytes, end: float) -> bytes:
+        assert self._pipe is not None
+        while True:
+            left = end - time.monotonic()
+            try:
+                if not self._pipe.poll(min(max(left, 0), 3600.0)):
+                    if left > 0:
+                        continue
+                    self.stop()
+                    self.start()
+                    raise WorkerError("took longer than the round allows; its worker was ended")
+                frame = self._pipe.recv_bytes()
+            except (EOFError, OSError) as error:
+                raise self._died() from error
+            letter, body = frame[:1], frame[1:]
+            if letter == b"S":
+                self._told("say", {"text": body.decode()})
+            elif letter == b"P":
+                self._told("step", json.loads(body))
+            elif letter == b"E":
+                raise WorkerError(body.decode())
+            else:
+                if letter == b"Y":
+                    self._ready = True
+                    self._told("ready", json.loads(body))
+                if letter == kind:
+                    return body
+
+    def _died(self) -> WorkerError:
+        """The worker is gone: start another for the next task."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        code = self._process.poll()
+        was_ready = self._ready
+        self.stop()
+        if was_ready:
+            self.start()
+        how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
+        return WorkerError(f"its worker ended {how}" + ("" if was_ready else " while it was loading"))
+
+    def stop(self) -> None:
+        """End the process and all it started."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = self._pipe = None
+        self._ready = False
+
+
+# ── in the worker's process ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def main() -> None:
+    """Load, say so, and answer tasks until the node ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the node's; it ends us
+    pipe = Connection(int(sys.argv[1]))
+    setup = json.loads(pipe.recv_bytes())
+    tasks = _Inbox(pipe)
+    try:
+        step = _load(setup, tasks.send)
+    except Exception as error:
+        _tell(error)
+        tasks.send(b"E", public_text(error).encode())
+        sys.exit(2)
+    while True:
+        try:
+            answer = step(tasks.next())
+        except Exception as error:  # whatever a task does, the next one finds the worker
+            _tell(error)
+            tasks.send(b"E", public_text(error).encode())
+        else:
+            tasks.send(b"R", answer)
+
+
+class _Inbox:
+    """Tasks as they come; the end of the node is the end of this process, whatever it is doing."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+        self._tasks: list[bytes] = []
+        self._some = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                frame = self._pipe.recv_bytes()
+            except (EOFError, OSError):
+                os._exit(0)
+            with self._some:
+                self._tasks.append(frame)
+                self._some.notify()
+
+    def next(self) -> bytes:
+        with self._some:
+            self._some.wait_for(lambda: bool(self._tasks))
+            return self._tasks.pop(0)
+
+    def send(self, letter: bytes, body: bytes) -> None:
+        with self._lock:
+            try:
+                self._pipe.send_bytes(letter + body)
+            except OSError:
+                os._exit(0)
+
+
+def _load(setup: Mapping[str, str], send: Callable[[bytes, bytes], None]) -> Callable[[bytes], bytes]:
+    """Load model and data; the function from a task's bytes to a reply's."""
+    from fedmomentum.client import client_step
+    from fedmomentum.live import quiet_libraries
+    from fedmomentum.run import prepare_party, rehearsal
+
+    store = Path(setup["store"])
+    file = store / "config.toml"
+    file.write_text(setup["config"])
+
+    def on_step(client: str, step: int, steps: int, loss: float) -> None:
+        send(b"P", json.dumps({"step": step, "steps": steps, "loss": loss}).encode())
+
+    config = load_config(file)
+    with quiet_libraries():
+        client, local = prepare_party(
+            config, setup["client_id"], store, on_step=on_step, say=lambda text: send(b"S", text.encode())
+        )
+    facts = {
+        "num_train": len(client.train), "num_test": len(client.test), "num_parameters": local.num_parameters,
+        "dtype": str(local.dtype).removeprefix("torch."), "base_sha256": local.identity.sha256,
+    }  # fmt: skip
+    send(b"Y", json.dumps(facts).encode())
+
+    def step(frame: bytes) -> bytes:
+        with quiet_libraries():
+            payload = rehearsal(config, client, local) if frame[:1] == b"C" else frame[1:]
+            return client_step(payload, client, local)
+
+    return step
+
+
+def _tell(error: Exception) -> None:
+    """The whole error, on this machine."""
+    if isinstance(error, FedMomentumError):
+        print(f"fedmomentum: {error}", file=sys.stderr, flush=True)
+    else:
+        logging.getLogger("fedmomentum").exception("the worker failed")
+
+
+if __name__ == "__main__":
+    main()
