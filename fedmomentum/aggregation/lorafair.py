@@ -61,15 +61,19 @@ class LoRAFAIR(Method):
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
-        """Average and correct one module; see `Method`. Findings: `dropped_energy`."""
+        """Average and correct one module; see `Method`. Findings: `cosine` with the sum, `dropped_energy`."""
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
         mean, total = mean_factors(updates, weights), weighted_sum(updates, weights)
-        G = total.B @ (total.A @ mean.A.mT)  # Delta A^T, (out, rank)
+        G, norm = total.B @ (total.A @ mean.A.mT), total.norm()  # Delta A^T, (out, rank)
         solve = cosine_minimiser if self.objective == "cosine" else ridge_minimiser
-        adapter = LowRank(solve(G, mean, total.norm(), self.strength), mean.A)
-        lost = difference(total, adapter).norm() ** 2
-        return Aggregate(adapter.to(adapter_dtype(updates)), findings={"dropped_energy": lost})
+        adapter = LowRank(solve(G, mean, norm, self.strength), mean.A)
+        size = norm * adapter.norm()
+        findings = {
+            "cosine": float((G * adapter.B).sum()) / size if size else 1.0,
+            "dropped_energy": difference(total, adapter).norm() ** 2,
+        }
+        return Aggregate(adapter.to(adapter_dtype(updates)), findings=findings)
 
 
 def ridge_minimiser(G: Tensor, mean: LowRank, norm: float, strength: float) -> Tensor:
