@@ -165,6 +165,7 @@ def test_fedit_refuses_unequal_ranks_by_name():
         {"svd": "fast"},
         {"residual": "forgotten"},
         {"merge_every": 0},
+        {"merge_every": 2.5},
         {"merge_every": 2, "residual": "carried"},
         {"energy": 0.9, "residual": "dropped"},
         {"energy": 0.9, "merge_every": 2},

@@ -1,6 +1,7 @@
 """What is each method's own: its formula, computed the long way, and what it costs on the wire."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from fedmomentum.aggregation import (
     LoRAFAIR,
     RoLoRA,
 )
-from fedmomentum.aggregation.whole import aggregate_adapters, combine, initialise
+from fedmomentum.aggregation.factors import fresh_adapter
+from fedmomentum.aggregation.whole import aggregate_adapters, combine, initialise, module_seed
 from fedmomentum.lowrank import LowRank
 from tests.helpers import clients, dense_sum, error, generator, legal, random_matrix, some_weights
+from tests.runs import start, timeless, tiny_config
 
 SCALINGS = (0.5, 2.0, 4.0)  # lora_alpha / rank of three clients
 EYE = torch.eye(4, dtype=torch.float64)
@@ -85,6 +88,53 @@ def test_methods_of_one_factor_give_it_too_where_the_other_is_shared(method, sha
     for module in scalings:
         assert error(effective(result, module), dense_effective(given, WEIGHTS, module)) < 1e-10
     assert not result.residual and not result.carried
+
+
+@pytest.mark.parametrize("method", [cls() for cls in METHODS.values() if cls is not FRLoRA], ids=repr)
+def test_one_client_gets_itself_back_in_another_scaling(method):
+    (given,) = adapters(scalings=(0.5,), ranks=(4,))
+    result = aggregate_adapters([given], method=method, scaling=3.0)
+    for module in given.modules:
+        told = 3.0**2 * result.findings[module].get("dropped_energy", 0.0)
+        lost = effective(result, module) - given.effective(module).dense()
+        assert float(lost.square().sum()) == pytest.approx(told, abs=1e-20)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "flora"},
+        {"name": "fedexlora"},
+        {"name": "fedmomentum", "settings": {"merge_every": 2}},
+        {"name": "fedmomentum", "settings": {"residual": "carried", "split": "singular"}},
+    ],
+)
+def test_exactness_is_that_of_the_weights_that_clients_load(method, tmp_path):
+    start(tiny_config(tmp_path, method=method, federation={"num_rounds": 3}), tmp_path / "run")
+    assert all(row["exactness_error"] < 1e-5 for row in timeless(tmp_path / "run")[1:])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("server_round", [1, 2])
+def test_whole_adapters_need_not_be_sent_either(name, server_round):
+    """Through scalings and float32: a factor that is not sent has the bits that everyone has, or can draw."""
+    method, sent = METHODS[name](), adapters(scalings=(3.0,), ranks=(4,), seed=9)[0]
+    sent = replace(sent, modules={m: matrix.to(torch.float32) for m, matrix in sent.modules.items()})
+    given = [
+        replace(a, modules={m: legal(method, [a.modules[m].to(torch.float32)], sent.modules[m], server_round)[0]
+                            for m in a.modules})
+        for a in adapters()
+    ]  # fmt: skip
+    result = combine(
+        given, [5, 2, 3], method, ranks={"m0": 4, "m1": 4}, scalings=sent.scalings, reference=sent,
+        server_round=server_round, seed=6,
+    )  # fmt: skip
+    for module, matrix in result.adapter.modules.items():
+        seed = generator(module_seed(6, server_round, module))
+        drawn = fresh_adapter(matrix.shape, 4, seed, dtype=torch.float32)
+        for factor in set(method.shares) - set(method.sends(server_round)):
+            known = drawn if method.fresh else sent.modules[module]
+            assert torch.equal(getattr(matrix, factor), getattr(known, factor))
 
 
 # ── averages of factors ──

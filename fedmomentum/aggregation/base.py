@@ -110,6 +110,8 @@ class Method(Protocol):
     def localise(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         """A client's own adapter of `rank`, and the tail that it cannot hold: together the global adapter.
 
+        For every client of a run whose ranks differ, so that all start in one gauge; for none where they are equal.
+
         Raises:
             ValueError: another rank than the global adapter's, for a method without `unequal_ranks`; a larger one.
         """
@@ -118,7 +120,7 @@ class Method(Protocol):
         return first_components(adapter, rank)
 
     def penalty(self, modules: Sequence[LowRank]) -> Tensor | None:
-        """What a client adds to its training loss, over all its modules; None for nothing."""
+        """What a client adds to its training loss, from the live factors of all its modules; None for nothing."""
         return None
 
     def next_rank(self, rank: int, start: Sequence[LowRank], trained: Sequence[LowRank]) -> int:

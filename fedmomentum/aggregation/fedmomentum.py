@@ -65,10 +65,12 @@ class FedMomentum(Method):
             raise ValueError(f"svd must be exact or randomised; got {self.svd!r}")
         if self.residual not in ("merged", "carried", "dropped"):
             raise ValueError(f"residual must be merged, carried or dropped; got {self.residual!r}")
-        if self.merge_every < 1 or (self.merge_every > 1 and self.residual != "merged"):
-            raise ValueError(f"merge_every is at least 1, and 1 unless residual is merged; got {self.merge_every!r}")
+        if not isinstance(self.merge_every, int) or self.merge_every < 1:
+            raise ValueError(f"merge_every is a number of rounds, at least 1; got {self.merge_every!r}")
+        if self.merge_every > 1 and self.residual != "merged":
+            raise ValueError(f"merge_every says when a residual is merged, and it is {self.residual}; leave it at 1")
         if self.energy < 1 and (self.merge_every > 1 or self.residual != "merged"):
-            raise ValueError(f"energy below 1 says what is merged every round; got {self!r}. Leave it at 1")
+            raise ValueError("energy below 1 says what is merged every round; leave it at 1, or the residual at merged")
 
     @property
     def exact(self) -> bool:

@@ -23,7 +23,7 @@ class AdapterAggregate:
     Attributes:
         adapter: the combined adapter; its product counts with its own scaling.
         residual: module to what the base must absorb, in effective-weight units (added with factor 1).
-        carried: module to what goes into the next round's sum, in effective-weight units.
+        carried: module to what the method keeps for its next round, in effective-weight units.
         findings: module to the method's findings.
         weights: `(num_clients,)`, the weights of the sum, sum 1; the shares given unless the method has its own.
     """
