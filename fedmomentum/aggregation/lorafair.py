@@ -101,7 +101,7 @@ def cosine_minimiser(G: Tensor, mean: LowRank, norm: float, strength: float) -> 
         strength: lambda.
     """
     m, Q = torch.linalg.eigh(mean.A @ mean.A.mT)
-    B, G = mean.B @ Q, G @ Q  # here M is diag(m), and columns stand apart
+    m, B, G = m.clamp(min=0), mean.B @ Q, G @ Q  # here M is diag(m), and columns stand apart
     size = (m * B * B).sum()  # ||B A||^2
     if norm == 0 or size <= 0:
         return mean.B
