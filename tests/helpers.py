@@ -41,5 +41,12 @@ def dense_sum(updates, weights) -> torch.Tensor:
     return sum(float(w) * u.B.double() @ u.A.double() for u, w in zip(updates, weights, strict=True))
 
 
+def legal(method, updates, reference=None, server_round=1) -> list[LowRank]:
+    """The updates as that method's clients could send them: what is not trained is the reference's factor."""
+    trained = method.trains(server_round)
+    start = reference or updates[0]
+    return [LowRank(u.B if "B" in trained else start.B, u.A if "A" in trained else start.A) for u in updates]
+
+
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(torch.linalg.matrix_norm(got.detach().double() - wanted) / torch.linalg.matrix_norm(wanted))

@@ -13,14 +13,14 @@ import pytest
 import torch
 import typer
 
-from fedmomentum import Adapter, GlobalModel, LowRank, aggregate_adapters, config, write_adapter
-from fedmomentum.aggregation import METHODS
+from fedmomentum import Adapter, GlobalModel, aggregate_adapters, config, write_adapter
+from fedmomentum.aggregation import METHODS, Method
 from fedmomentum.cli import app
 from fedmomentum.files import sha256
 from fedmomentum.lowrank import relative_error, weighted_sum
 from fedmomentum.training import PASSED_ON, check_arguments
 from tests import test_method_contract as contract
-from tests.helpers import TOLERANCE, clients, random_matrix
+from tests.helpers import TOLERANCE, random_matrix
 from tests.runs import start, timeless, tiny_config
 from tests.test_layers import LAYERS
 
@@ -158,50 +158,78 @@ def test_the_readmes_aggregate_commands_run(two_adapters):
 
 
 @pytest.fixture(scope="module")
-def fedex():
+def median():
     """The method of docs/adding-a-method.md, as the module it would be."""
     (text,) = blocks(ROOT / "docs" / "adding-a-method.md", "python")
-    module = ModuleType("fedex_from_the_docs")
+    module = ModuleType("median_from_the_docs")
     sys.modules[module.__name__] = module  # dataclasses and pickle look it up
     exec(compile(text, "docs/adding-a-method.md", "exec"), module.__dict__)
-    yield module.FedEx()
+    yield module.MedianLoRA()
     del sys.modules[module.__name__]
 
 
-def test_the_added_method_obeys_the_contract(fedex):
-    contract.test_is_a_method(fedex)
-    contract.test_law_1_nothing_is_lost(fedex)
-    contract.test_law_2_one_client_gives_itself_back(fedex)
-    contract.test_law_2_order_of_clients_does_not_matter(fedex)
+def test_the_added_method_is_new_and_obeys_the_contract(median):
+    assert type(median).__name__.lower() not in METHODS
+    contract.test_is_a_method(median)
+    contract.test_declarations_say_what_there_is(median)
+    contract.test_law_2_one_client_gives_itself_back(median)
+    contract.test_law_2_clients_that_agree_get_what_they_agree_on(median)
+    for server_round in (1, 2):
+        contract.test_what_is_not_sent_clients_have_or_can_draw(median, server_round)
+        contract.test_law_1_what_is_lost_is_told(median, server_round)
+        contract.test_law_2_order_of_clients_does_not_matter(median, server_round)
     for dtype in TOLERANCE:
-        contract.test_law_3_rank_dtype_and_shape_are_as_asked(fedex, dtype)
-    contract.test_inputs_are_untouched_and_calls_are_pure(fedex)
-    contract.test_bad_input_is_refused_by_name(fedex)
-    contract.test_repr_equality_and_pickling(fedex)
+        contract.test_law_3_rank_dtype_and_shape_are_as_asked(median, dtype)
+    contract.test_unequal_ranks_are_refused_where_they_have_no_meaning(median)
+    contract.test_a_clients_own_adapter_and_its_tail_are_the_global_one(median)
+    contract.test_inputs_are_untouched_and_calls_are_pure(median)
+    contract.test_bad_input_is_refused_by_name(median)
+    contract.test_repr_equality_and_pickling(median)
 
 
-def test_the_added_method_is_exact_with_unequal_scalings_and_weights(fedex):
-    adapters = [toy_adapter(0, 4, 4.0), toy_adapter(10, 4, 32.0), toy_adapter(20, 4, 6.0)]
-    result = aggregate_adapters(adapters, [5, 1, 3], fedex)
-    for module in result.adapter.modules:
-        got = weighted_sum([result.adapter.effective(module), result.residual[module]], [1, 1])
-        wanted = weighted_sum([adapter.effective(module) for adapter in adapters], [5 / 9, 1 / 9, 3 / 9])
-        assert relative_error(got, wanted) < TOLERANCE[torch.float32]
-    alike = clients(ranks=(4,)) * 3
-    agreed = fedex(alike, torch.full((3,), 1 / 3, dtype=torch.float64), rank=4)
-    assert isinstance(agreed.residual, LowRank) and agreed.residual.norm() < 1e-12
+def test_the_added_method_withstands_a_client_gone_astray(median):
+    near = [toy_adapter(0, 4, 4.0)] * 4
+    astray = toy_adapter(10, 4, 4e6)
+    for method, moved in ((median, False), (METHODS["fedit"](), True)):
+        result = aggregate_adapters([*near, astray], method=method, scaling=1.0)
+        for module in result.adapter.modules:
+            assert (relative_error(result.adapter.effective(module), near[0].effective(module)) > 1) is moved
 
 
-def test_the_added_method_runs(fedex, tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "fedex", type(fedex))
-    run = start(tiny_config(tmp_path, method={"name": "fedex"}, federation={"num_rounds": 2}), tmp_path / "run")
-    assert run.model.method == "FedEx()" and len(run.model.base_update) == 2
-    assert all(row["exactness_error"] < 1e-4 for row in timeless(tmp_path / "run")[1:])
+def test_the_added_method_runs(median, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "medianlora", type(median))
+    run = start(tiny_config(tmp_path, method={"name": "medianlora"}, federation={"num_rounds": 2}), tmp_path / "run")
+    assert run.model.method == "MedianLoRA()" and not run.model.base_update
+    assert all(len(row["accepted"]) == 3 for row in timeless(tmp_path / "run")[1:])
 
 
-def test_the_table_of_methods_in_the_docs_has_those_that_there_are():
-    text = (ROOT / "docs" / "adding-a-method.md").read_text()
-    assert set(re.findall(r'^    "(\w+)": \w+,$', text, flags=re.MULTILINE)) >= set(METHODS)
+def test_declarations_in_the_docs_are_those_of_a_method():
+    told = documented(ROOT / "docs" / "adding-a-method.md")
+    declared = {name for name in vars(Method) if not name.startswith("_")} - {"uploads"}
+    assert declared <= {name.partition("(")[0] for name in told}
+
+
+def test_the_table_of_methods_is_what_they_declare():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| `(\w+)` \|" + r" ([^|]*) \|" * 6 + "$", text, re.MULTILINE)}
+    assert list(rows) == list(METHODS)
+
+    def numbers(cell: str, r: int, q: int) -> list[int]:
+        """The formulas of a cell, for odd and even rounds, of a 40 x 30 module."""
+        formulas = [part for part in cell.split(", ") if not part.startswith("q ")]
+        code = [f.replace("·", "*").replace("−", "-").replace("out", "40").replace("in", "30") for f in formulas]
+        return [eval(c, {"P": lambda x: x * 70, "r": r, "q": q}) for c in (code * 2)[:2]]
+
+    for name, (paper, exact, unequal, trains, up, down) in rows.items():
+        method = METHODS[name]()
+        assert paper.startswith(method.title) and re.search(r"\[([\w.]+)\]", paper)[1] in method.paper
+        assert exact.split(",")[0] == ("yes" if method.exact else "no")
+        assert unequal == ("yes" if method.unequal_ranks else "no")
+        assert (trains.split(", ") * 2)[:2] == [method.trains(1), method.trains(2)]
+        assert numbers(up, 4, 7) == [method.uplink_numbers(40, 30, 4, t) for t in (1, 2)], name
+        residual = 7 if "q" in down else 0
+        assert numbers(down, 4, residual) == [method.downlink_numbers(40, 30, 4, residual, t) for t in (1, 2)], name
+        assert re.search(rf"^## {method.title}$", text, re.MULTILINE)
 
 
 # ── examples ──

@@ -85,18 +85,92 @@ def test_energy_below_the_adapters_own_share_takes_nothing_from_the_adapter():
     assert relative_error(result.adapter, best) < 1e-10
 
 
-def test_fedit_is_off_by_the_cross_term():
-    updates, weights = clients(ranks=(4, 4, 4)), some_weights(3)
-    adapter = FedIT()(updates, weights, rank=4).adapter
-    B = sum(float(w) * u.B for w, u in zip(weights, updates, strict=True))
-    A = sum(float(w) * u.A for w, u in zip(weights, updates, strict=True))
-    cross = sum(float(w) * (u.B - B) @ (u.A - A) for w, u in zip(weights, updates, strict=True))
-    assert torch.allclose(adapter.dense() + cross, dense_sum(updates, weights), atol=1e-12)
+def rounds_of(method, num=7):
+    """Rounds over the same clients, what is carried handed on: (round, updates, weights, carried in, result)."""
+    carried, weights = None, some_weights(5)
+    for server_round in range(1, num + 1):
+        updates = clients((60, 50), (4,) * 5, seed=server_round)
+        result = method(updates, weights, rank=4, carried=carried, server_round=server_round)
+        yield server_round, updates, weights, carried, result
+        carried = result.carried
+
+
+def parts(*matrices):
+    return sum(m.dense() for m in matrices if m is not None)
+
+
+@pytest.mark.parametrize(
+    "method", [FedMomentum(), FedMomentum(energy=0.7), FedMomentum(merge_every=3), FedMomentum(residual="carried")]
+)
+def test_nothing_is_lost_over_rounds(method):
+    due, got = 0, 0
+    for _, updates, weights, carried, result in rounds_of(method):
+        due = dense_sum(updates, weights) + parts(carried)
+        got = parts(result.adapter, result.residual, result.carried)
+        assert error(got, due) < 1e-10
+
+
+def test_merging_every_third_round_waits_outside_the_sums():
+    waiting = torch.zeros(60, 50, dtype=torch.float64)
+    for server_round, updates, weights, _, result in rounds_of(FedMomentum(merge_every=3)):
+        now = FedMomentum()(updates, weights, rank=4)
+        assert error(result.adapter.dense(), now.adapter.dense()) < 1e-10
+        waiting = waiting + now.residual.dense()
+        if server_round % 3:
+            assert result.residual.rank == 0 and error(result.carried.dense(), waiting) < 1e-10
+        else:
+            assert result.carried is None and error(result.residual.dense(), waiting) < 1e-10
+            waiting = torch.zeros_like(waiting)
+
+
+def test_a_carried_residual_is_never_merged_and_competes_again():
+    for _, updates, weights, carried, result in rounds_of(FedMomentum(residual="carried")):
+        assert result.residual.rank == 0
+        best = weighted_sum(
+            [*updates, *([carried] if carried else [])], [*weights.tolist(), *([1.0] if carried else [])]
+        )
+        assert relative_error(result.adapter, best.recompress(rank=4)) < 1e-10
+
+
+def test_a_dropped_residual_is_told_and_not_called_exact():
+    updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
+    method = FedMomentum(residual="dropped")
+    result, kept = method(updates, weights, rank=4), FedMomentum()(updates, weights, rank=4)
+    assert not method.exact and FedMomentum(residual="carried").exact and FedMomentum(merge_every=5).exact
+    assert result.residual is None and result.carried is None
+    assert error(result.adapter.dense(), kept.adapter.dense()) < 1e-12
+    assert result.findings["dropped_energy"] == pytest.approx(kept.residual.norm() ** 2, rel=1e-10)
+
+
+def test_what_waits_survives_a_change_of_settings():
+    updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
+    waits = FedMomentum(merge_every=9)(updates, weights, rank=4).carried
+    for method in (FedMomentum(), FedMomentum(residual="carried"), FedMomentum(energy=0.5), FedMomentum(merge_every=2)):
+        result = method(updates, weights, rank=4, carried=waits)
+        got = parts(result.adapter, result.residual, result.carried)
+        assert error(got, dense_sum(updates, weights) + waits.dense()) < 1e-10
+
+
+def test_fedit_refuses_unequal_ranks_by_name():
     with pytest.raises(ValueError, match=r"ranks \[2, 4\]"):
         FedIT()(clients(ranks=(2, 4)), some_weights(2), rank=4)
 
 
-@pytest.mark.parametrize("field", [{"split": "equal"}, {"energy": 0.0}, {"energy": 1.1}, {"svd": "fast"}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"split": "equal"},
+        {"energy": 0.0},
+        {"energy": 1.1},
+        {"svd": "fast"},
+        {"residual": "forgotten"},
+        {"merge_every": 0},
+        {"merge_every": 2.5},
+        {"merge_every": 2, "residual": "carried"},
+        {"energy": 0.9, "residual": "dropped"},
+        {"energy": 0.9, "merge_every": 2},
+    ],
+)
 def test_settings_are_refused_when_they_are_made(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         FedMomentum(**field)

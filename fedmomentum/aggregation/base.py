@@ -1,14 +1,15 @@
-"""What a method is, and what it returns. torch only."""
+"""What a method is, what it declares, and what it returns. torch only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fedmomentum.aggregation.unequal import first_components
 from fedmomentum.lowrank import LowRank
 
 
@@ -19,8 +20,9 @@ class Aggregate:
     Attributes:
         adapter: the next round's adapter, of the rank asked for.
         residual: what the base must absorb now, in the adapter's units; None where the method has none.
-        carried: what is kept for the next round's sum, in the adapter's units; None where nothing is.
-        findings: numbers about this module worth reporting, by name.
+        carried: what is kept for the next call, in the adapter's units; None where nothing is.
+        findings: numbers about this module worth reporting, by name. `dropped_energy` is the squared norm of
+            what the method left out of the weighted sum: an inexact method always tells.
     """
 
     adapter: LowRank
@@ -33,11 +35,97 @@ class Aggregate:
 class Method(Protocol):
     """Combines the clients' factors of ONE module. Pure: no input or output, no in-place writes, no memory.
 
-    A method is a frozen dataclass whose fields are its settings, so that its `repr` is the record of a run.
+    A method is a frozen dataclass whose fields are its settings, so that its `repr` is the record of a run. What
+    it asks of training, of the wire and of the byte counts it declares; the values here are those of a method
+    that declares nothing: both factors are trained, uploaded and sent, at one rank.
     """
 
-    exact: ClassVar[bool]
-    """Whether `adapter + residual + carried` is the exact weighted sum."""
+    title: ClassVar[str] = ""
+    """Its name in print."""
+    paper: ClassVar[str] = ""
+    """Authors, title, venue, arXiv id."""
+    unequal_ranks: ClassVar[bool] = False
+    """Whether clients may have different ranks."""
+    best_rank: ClassVar[bool] = False
+    """Whether the adapter is the best approximation of the sum at its rank, with no direction that cannot train."""
+    shares: ClassVar[str] = "BA"
+    """The factors that ever leave a client; any other is personal and stays there for the whole run."""
+    fresh: ClassVar[bool] = False
+    """Whether the adapter is `factors.fresh_adapter` of a seed that everyone has, and need not be sent."""
+    keeps_tail: ClassVar[bool] = False
+    """Whether a client of a smaller rank keeps beside its base what its own adapter cannot hold (`localise`)."""
+    reads_base: ClassVar[bool] = False
+    """Whether `initialise` reads the base weight."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether `adapter + residual + carried` is the weighted sum, plus what was carried in."""
+        return False
+
+    def trains(self, server_round: int) -> str:
+        """The factors that clients train in this round: `BA`, `B` or `A`. What is not trained all clients share."""
+        return "BA"
+
+    def uploads(self, server_round: int) -> str:
+        """The factors that clients send up: those that they train and share."""
+        return "".join(factor for factor in self.trains(server_round) if factor in self.shares)
+
+    def sends(self, server_round: int) -> str:
+        """The adapter's factors that clients must be sent after this round; the others they have or can draw."""
+        return "BA"
+
+    def uplink_numbers(self, out_size: int, in_size: int, rank: int, server_round: int) -> int:
+        """How many numbers a client of this rank sends for one module in this round."""
+        return _numbers(self.uploads(server_round), out_size, in_size, rank)
+
+    def downlink_numbers(self, out_size: int, in_size: int, rank: int, residual_rank: int, server_round: int) -> int:
+        """How many numbers it is sent after it: the adapter's factors and a residual of rank `residual_rank`."""
+        adapter = _numbers(self.sends(server_round), out_size, in_size, rank)
+        return adapter + _numbers("BA", out_size, in_size, residual_rank)
+
+    def initialise(self, weight: Tensor | None, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
+        """The adapter before the first round, and what the base must absorb so that the model is as it was.
+
+        Args:
+            weight: `(out, in)`, the base weight divided by the adapter's scaling; only where `reads_base`.
+            fresh: LoRA's own initialisation.
+
+        Returns:
+            The adapter, and the change of the base in the adapter's units (None: none).
+        """
+        return fresh, None
+
+    def weigh(self, weights: Tensor, norms: Callable[[], Tensor]) -> Tensor:
+        """The clients' weights in the sum.
+
+        Args:
+            weights: `(num_clients,)`, the shares of examples, sum 1.
+            norms: gives `(num_clients,)`, each client's `sqrt(sum over modules ||s_i B_i A_i||_F^2)`.
+
+        Returns:
+            `(num_clients,)`, positive, sum 1.
+        """
+        return weights
+
+    def localise(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
+        """A client's own adapter of `rank`, and the tail that it cannot hold: together the global adapter.
+
+        For every client of a run whose ranks differ, so that all start in one gauge; for none where they are equal.
+
+        Raises:
+            ValueError: another rank than the global adapter's, for a method without `unequal_ranks`; a larger one.
+        """
+        if rank != adapter.rank and not self.unequal_ranks:
+            raise ValueError(f"{self.title} needs every client at rank {adapter.rank}; got {rank}")
+        return first_components(adapter, rank)
+
+    def penalty(self, modules: Sequence[LowRank]) -> Tensor | None:
+        """What a client adds to its training loss, from the live factors of all its modules; None for nothing."""
+        return None
+
+    def next_rank(self, rank: int, start: Sequence[LowRank], trained: Sequence[LowRank]) -> int:
+        """The rank at which a client goes on, from its modules before and after training."""
+        return rank
 
     def __call__(
         self,
@@ -69,6 +157,10 @@ class Method(Protocol):
             ValueError: see `check_updates`.
         """
         ...
+
+
+def _numbers(factors: str, out_size: int, in_size: int, rank: int) -> int:
+    return rank * sum({"B": out_size, "A": in_size}[factor] for factor in factors)
 
 
 def check_updates(updates: Sequence[LowRank], weights: Tensor, rank: int) -> None:

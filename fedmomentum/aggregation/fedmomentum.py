@@ -7,27 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedmomentum.aggregation.base import Aggregate, adapter_dtype, check_updates
-from fedmomentum.aggregation.gauge import aligned_split, balanced_split, singular_split, spare_rows
-from fedmomentum.lowrank import (
-    CORE_DTYPE,
-    LowRank,
-    difference,
-    energy_rank,
-    from_svd,
-    numerical_rank,
-    randomised_svd,
-    weighted_sum,
-)
+from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
+from fedmomentum.aggregation.gauge import aligned_split, balanced_split, mean_rows, singular_split, with_spares
+from fedmomentum.aggregation.unequal import first_components, in_order
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference, energy_rank, numerical_rank, weighted_sum
+from fedmomentum.lowrank import randomised_svd as sketched_svd
 
 
 @dataclass(frozen=True)
-class FedMomentum:
+class FedMomentum(Method):
     r"""`sum_i w_i B_i A_i = U S V^T`; adapter `U_r S_r V_r^T`, residual the rest.
 
     Args:
@@ -38,18 +30,30 @@ class FedMomentum:
             directions are always applied; what is left beyond the share is carried into the next sum.
         svd: `exact` works on the factors; `randomised` is the published sketch of the dense sum, of width
             `sum of the ranks`, for comparison. The residual is the sum minus the adapter with either.
+        residual: `merged` into the base; `carried` into the next round's sum instead; `dropped`, an ablation
+            that is not exact.
+        merge_every: merge in every so many rounds only. What waits stays out of the sums, and is not lost.
 
     Raises:
-        ValueError: an unknown split or svd, or an energy outside (0, 1].
+        ValueError: a setting that is unknown or out of range, or two that exclude each other.
 
     Source:
-        arXiv 2603.08014, aggregation step; the factored SVD as such is FLoRIST's, arXiv 2506.09199.
+        arXiv 2603.08014, aggregation step; the factored SVD as such is FLoRIST's, arXiv 2506.09199. Published
+        code drops what is beyond the energy share and forgets the scaling of the residual; we do neither.
     """
 
     split: str = "balanced"
     energy: float = 1.0
     svd: str = "exact"
-    exact: ClassVar[bool] = True
+    residual: str = "merged"
+    merge_every: int = 1
+    title = "FedMomentum"
+    paper = (
+        "Yan et al., FedMomentum: Preserving LoRA Training Momentum in Federated Fine-Tuning, 2026, arXiv 2603.08014"
+    )
+    unequal_ranks = True
+    best_rank = True
+    keeps_tail = True
 
     def __post_init__(self) -> None:
         """Check the settings when they are made, not in the middle of a round."""
@@ -59,6 +63,23 @@ class FedMomentum:
             raise ValueError(f"energy is a share and must be in (0, 1]; got {self.energy!r}")
         if self.svd not in ("exact", "randomised"):
             raise ValueError(f"svd must be exact or randomised; got {self.svd!r}")
+        if self.residual not in ("merged", "carried", "dropped"):
+            raise ValueError(f"residual must be merged, carried or dropped; got {self.residual!r}")
+        if not isinstance(self.merge_every, int) or self.merge_every < 1:
+            raise ValueError(f"merge_every is a number of rounds, at least 1; got {self.merge_every!r}")
+        if self.merge_every > 1 and self.residual != "merged":
+            raise ValueError(f"merge_every says when a residual is merged, and it is {self.residual}; leave it at 1")
+        if self.energy < 1 and (self.merge_every > 1 or self.residual != "merged"):
+            raise ValueError("energy below 1 says what is merged every round; leave it at 1, or the residual at merged")
+
+    @property
+    def exact(self) -> bool:
+        """Unless the residual is dropped."""
+        return self.residual != "dropped"
+
+    def localise(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
+        """The best of that rank; slices for splits whose components are singular directions."""
+        return first_components(in_order(adapter) if self.split == "aligned" else adapter, rank)
 
     def __call__(
         self,
@@ -71,55 +92,38 @@ class FedMomentum:
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
-        """Aggregate one module; see `Method`. Findings: `retained_energy`, and `fallback` for `aligned`."""
-        del server_round
+        """Aggregate one module; see `Method`. Findings: energies, and `fallback` for `aligned`."""
         check_updates(updates, weights, rank)
         generator = generator or torch.Generator().manual_seed(0)
         dtype = adapter_dtype(updates)
-        parts, shares = list(updates), weights.tolist()
-        total = weighted_sum(parts + ([carried] if carried else []), shares + ([1.0] if carried else []))
-
-        if self.svd == "exact":
-            U, S, Vh = total.svd()
-        else:
-            U, S, Vh = randomised_svd(total, total.rank, generator)
+        entering = [carried] if carried and self.merge_every == 1 else []
+        total = weighted_sum([*updates, *entering], weights.tolist() + [1.0] * len(entering))
+        U, S, Vh = total.svd() if self.svd == "exact" else sketched_svd(total, total.rank, generator)
         held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
-        U, S, Vh = U[:, :held], S[:held], Vh[:held]
         keep = min(rank, numerical_rank(S, total.shape))
+        end = max(keep, energy_rank(S, self.energy)) if self.energy < 1 else held
         lead = U[:, :keep], S[:keep], Vh[:keep]
         findings = {"energy": float(S.square().sum()), "kept_energy": float(lead[1].square().sum())}
 
-        if self.split == "balanced":
-            B, A = balanced_split(*lead)
-        elif self.split == "singular":
-            B, A = singular_split(*lead)
-        else:
-            B, A, aligned = aligned_split(*lead, mean_A=_mean_A(updates, weights, rank))
+        if self.split == "aligned":
+            B, A, aligned = aligned_split(*lead, mean_A=mean_rows(updates, weights, rank))
             findings["fallback"] = float(not aligned)
-        if keep < rank:  # a direction that is zero in both factors would never train again
-            A = torch.cat([A, spare_rows(lead[2], rank - keep, reference, generator)])
-            B = torch.cat([B, B.new_zeros(B.shape[0], rank - keep)], dim=1)
-        adapter = LowRank(B.to(dtype), A.to(dtype))
+        else:
+            B, A = balanced_split(*lead) if self.split == "balanced" else singular_split(*lead)
+        adapter = with_spares(B, A, lead[2], rank=rank, reference=reference, generator=generator).to(dtype)
 
-        end = max(keep, energy_rank(S, self.energy)) if self.energy < 1 else len(S)
+        tail = LowRank(U[:, end:held] * S[end:held], Vh[end:held])
         if self.svd == "exact":
-            residual = from_svd(U[:, keep:end], S[keep:end], Vh[keep:end], dtype)
+            rest = LowRank(U[:, keep:end] * S[keep:end], Vh[keep:end])
         else:  # a sketch may miss directions: what the adapter does not hold is measured, not assumed
-            rest = LowRank(U[:, end:] * S[end:], Vh[end:])
-            residual = difference(difference(total, adapter), rest).recompress().to(dtype)
-        tail = from_svd(U[:, end:], S[end:], Vh[end:], dtype)
-        return Aggregate(
-            adapter=adapter,
-            residual=residual,
-            carried=tail if tail.rank else None,
-            findings=findings,
-        )
-
-
-def _mean_A(updates: Sequence[LowRank], weights: Tensor, rank: int) -> Tensor:
-    """`sum_i w_i A_i` `(rank, in)`; rows that a smaller client lacks count as zero, rows beyond are left out."""
-    mean = torch.zeros(rank, updates[0].shape[1], dtype=torch.float64, device=updates[0].device)
-    for w_i, update in zip(weights.tolist(), updates, strict=True):
-        rows = min(rank, update.rank)
-        mean[:rows] += w_i * update.A[:rows].to(torch.float64)
-    return mean
+            rest = difference(difference(total, adapter), tail).recompress()
+        if self.residual == "dropped":
+            return Aggregate(adapter, findings={**findings, "dropped_energy": rest.norm() ** 2})
+        if self.residual == "carried":
+            tail, rest = rest, LowRank(rest.B[:, :0], rest.A[:0])
+        elif self.merge_every > 1:
+            waiting = [rest, carried] if carried else [rest]
+            rest = weighted_sum(waiting, [1.0] * len(waiting)).recompress()
+            if server_round % self.merge_every:
+                tail, rest = rest, tail
+        return Aggregate(adapter, rest.to(dtype), tail.to(dtype) if tail.rank else None, findings)

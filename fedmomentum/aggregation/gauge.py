@@ -1,4 +1,4 @@
-"""How `U S V^T` is shared between B and A: the gauge. B A is the same for each; training is not.
+"""How `U S V^T` is shared between B and A: the gauge. B A is the same for each; training is not. torch only.
 
 All tensors are float64: U `(out, m)`, S `(m,)` positive and descending, Vh `(m, in)`.
 """
@@ -6,6 +6,7 @@ All tensors are float64: U `(out, m)`, S `(m,)` positive and descending, Vh `(m,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +59,30 @@ def aligned_split(U: Tensor, S: Tensor, Vh: Tensor, *, mean_A: Tensor) -> tuple[
     X, _, Yh = torch.linalg.svd(mean_A[:keep] @ A.mT)
     rotation = X @ Yh  # (m, m), orthogonal
     return B @ rotation.mT, rotation @ A, False
+
+
+def mean_rows(updates: Sequence[LowRank], weights: Tensor, rank: int) -> Tensor:
+    """`sum_i w_i A_i` `(rank, in)`; rows that a smaller client lacks count as zero, rows beyond are left out."""
+    mean = torch.zeros(rank, updates[0].shape[1], dtype=torch.float64, device=updates[0].device)
+    for w_i, update in zip(weights.tolist(), updates, strict=True):
+        rows = min(rank, update.rank)
+        mean[:rows] += w_i * update.A[:rows].to(torch.float64)
+    return mean
+
+
+def with_spares(
+    B: Tensor, A: Tensor, Vh: Tensor, *, rank: int, reference: LowRank | None, generator: torch.Generator | None
+) -> LowRank:
+    """The factors of `m` kept directions at full `rank`: spare rows of A are alive, spare columns of B are zero.
+
+    A direction that is zero in both factors would never train again.
+    """
+    spare = rank - len(Vh)
+    if spare:
+        generator = generator or torch.Generator().manual_seed(0)
+        A = torch.cat([A, spare_rows(Vh, spare, reference, generator)])
+        B = torch.cat([B, B.new_zeros(len(B), spare)], dim=1)
+    return LowRank(B, A)
 
 
 def spare_rows(Vh: Tensor, count: int, reference: LowRank | None, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation.base import Method, adapter_dtype
+from fedmomentum.aggregation.unequal import with_tail
 from fedmomentum.errors import AdapterError
 from fedmomentum.lowrank import LowRank, zeros
 
@@ -22,14 +23,16 @@ class AdapterAggregate:
     Attributes:
         adapter: the combined adapter; its product counts with its own scaling.
         residual: module to what the base must absorb, in effective-weight units (added with factor 1).
-        carried: module to what goes into the next round's sum, in effective-weight units.
+        carried: module to what the method keeps for its next round, in effective-weight units.
         findings: module to the method's findings.
+        weights: `(num_clients,)`, the weights of the sum, sum 1; the shares given unless the method has its own.
     """
 
     adapter: Adapter
     residual: Mapping[str, LowRank]
     carried: Mapping[str, LowRank]
     findings: Mapping[str, Mapping[str, float]]
+    weights: Tensor
 
 
 def aggregate_adapters(
@@ -113,18 +116,19 @@ def combine(
 ) -> AdapterAggregate:
     """`aggregate_adapters` in the order given, for a round: see there and `Method` for the arguments.
 
-    Each method is handed `LowRank(B_i s_i / s, A_i)`, s being the output's scaling; what leaves for the base, and
-    what is carried, is multiplied by s.
+    Each method is handed `LowRank(B_i s_i / s, A_i)`, s being the output's scaling (or the ratio on A, in a round
+    in which A alone is trained: what is shared stays shared); what leaves for the base, and what is carried, is
+    multiplied by s.
     """
     total = sum(weights)
     if not all(0 < w < float("inf") for w in weights):
         raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
     shares = torch.tensor([w / total for w in weights], dtype=torch.float64)
-    shares = shares / shares.sum()
+    shares = method.weigh(shares / shares.sum(), lambda: _norms(adapters))
     parts, residual, kept, findings = {}, {}, {}, {}
     for number, (module, rank) in enumerate(ranks.items()):
         s = scalings[module]
-        updates = _updates(adapters, module, s)
+        updates = _updates(adapters, module, s, method.trains(server_round))
         dtype = adapter_dtype([a.modules[module] for a in adapters if module in a.modules])
         held = (carried or {}).get(module)
         try:
@@ -135,7 +139,7 @@ def combine(
                 reference=reference.modules[module] if reference else None,
                 carried=held.to(torch.float64).scaled(1 / s) if held else None,
                 server_round=server_round,
-                generator=torch.Generator().manual_seed(_module_seed(seed, server_round, module)),
+                generator=torch.Generator().manual_seed(module_seed(seed, server_round, module)),
             )
         except ValueError as error:
             names = ", ".join(f"{i}: {a.name}" for i, a in enumerate(adapters))
@@ -155,10 +159,73 @@ def combine(
         saved=_mean_saved(adapters, shares),
         name="aggregate",
     )
-    return AdapterAggregate(adapter=adapter, residual=residual, carried=kept, findings=findings)
+    return AdapterAggregate(adapter, residual, kept, findings, shares)
 
 
-def _updates(adapters: Sequence[Adapter], module: str, scaling: float) -> list[LowRank]:
+def initialise(
+    method: Method, fresh: Adapter, weight: Callable[[str], Tensor] | None = None
+) -> tuple[Adapter, dict[str, LowRank]]:
+    """The adapter before the first round, and what the base must absorb, in effective-weight units (factor 1).
+
+    Args:
+        method: decides; most leave the adapter as it is and change no base.
+        fresh: LoRA's own initialisation.
+        weight: gives a module's base weight `(out, in)`; asked only where `method.reads_base`.
+    """
+    modules, changes = {}, {}
+    for module, matrix in fresh.modules.items():
+        s = fresh.scalings[module]
+        W = weight(module).to(torch.float64) / s if weight and method.reads_base else None
+        modules[module], change = method.initialise(W, matrix)
+        if change is not None:
+            changes[module] = change.scaled(s)
+    return replace(fresh, modules=modules), changes
+
+
+def localise(
+    method: Method, adapter: Adapter, ranks: Mapping[str, int], scalings: Mapping[str, float]
+) -> tuple[Adapter, dict[str, LowRank]]:
+    """A client's own adapter, in its own scaling (the ratio is on B), and its tails in effective-weight units.
+
+    The tails belong beside the client's base where `method.keeps_tail`, and are lost to it elsewhere.
+
+    Args:
+        method: decides.
+        adapter: the global one.
+        ranks: module to this client's rank.
+        scalings: module to this client's `lora_alpha / rank`.
+    """
+    modules, tails = {}, {}
+    for module, matrix in adapter.modules.items():
+        own, tail = method.localise(matrix, ranks[module])
+        s = adapter.scalings[module]
+        modules[module] = own if s == scalings[module] else own.scaled(s / scalings[module])
+        if tail.rank:
+            tails[module] = tail.scaled(s)
+    return replace(adapter, modules=modules, scalings=dict(scalings)), tails
+
+
+def with_tails(trained: Adapter, tails: Mapping[str, LowRank]) -> Adapter:
+    """A client's trained adapter with the tails it kept: its whole effective product, as `combine` wants it."""
+    modules = {
+        module: with_tail(matrix, tails[module].scaled(1 / trained.scalings[module])) if module in tails else matrix
+        for module, matrix in trained.modules.items()
+    }
+    return replace(trained, modules=modules)
+
+
+def module_seed(seed: int, server_round: int, module: str) -> int:
+    """The seed of a method's generator: one for each module and round, whatever the order of modules."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{server_round}/{module}".encode()).digest()[:7])
+
+
+def _norms(adapters: Sequence[Adapter]) -> Tensor:
+    """`(num_clients,)`, each adapter's `sqrt(sum over modules ||s B A||_F^2)`."""
+    squares = [sum(adapter.effective(module).norm() ** 2 for module in adapter.modules) for adapter in adapters]
+    return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+
+def _updates(adapters: Sequence[Adapter], module: str, scaling: float, trained: str) -> list[LowRank]:
     """The clients' factors of one module in the output's units; a client without the module counts as zero."""
     shapes = {a.name: a.modules[module].shape for a in adapters if module in a.modules}
     if len(set(shapes.values())) > 1:
@@ -168,7 +235,10 @@ def _updates(adapters: Sequence[Adapter], module: str, scaling: float) -> list[L
     for adapter in adapters:
         update = adapter.modules.get(module, nothing)
         ratio = adapter.scalings.get(module, scaling) / scaling
-        updates.append(update if ratio == 1 else update.to(torch.float64).scaled(ratio))
+        if ratio != 1:
+            update = update.to(torch.float64)
+            update = LowRank(update.B, update.A * ratio) if trained == "A" else update.scaled(ratio)
+        updates.append(update)
     return updates
 
 
@@ -190,8 +260,3 @@ def _mean_saved(adapters: Sequence[Adapter], shares: Tensor) -> dict[str, Tensor
         ).to(tensor.dtype)
         for key, tensor in first.saved.items()
     }
-
-
-def _module_seed(seed: int, server_round: int, module: str) -> int:
-    """A seed for each module and round that does not depend on the order of modules."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{server_round}/{module}".encode()).digest()[:7])
