@@ -30,6 +30,7 @@ from fedmomentum.peft_io import ADAPTER_NAME, attach, from_model, load_into, lor
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
 from fedmomentum.transport import PROBE, SECONDS, Reply, Task, decode_task, encode_reply, stack_probes
+from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
 
 TrainFunction = Callable[..., TrainReport]
 """`function(model, examples, *, pad_token_id, learning_rate, local_steps, local_epochs, batch_size, seed, arguments,
@@ -236,7 +237,7 @@ def _train(
     task: Task, client: Client, model: LocalModel, current: GlobalModel
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
     settings = dict(task.settings)
-    probe_seed = settings.pop("probe_seed")
+    probe_seed, dtype = settings.pop("probe_seed"), wire_dtype(settings.pop("uplink_dtype"))
 
     def told(step: int, steps: int, loss: float) -> None:
         if client.on_step:
@@ -250,10 +251,12 @@ def _train(
             f"the training function {client.function!r} returned {type(report).__name__}; wanted a "
             "fedmomentum.training.TrainReport"
         )
-    tensors = to_tensors(model.adapter(client.client_id))
+    trained = model.adapter(client.client_id)
+    tensors = narrowed(to_tensors(trained), dtype)
+    metrics = {**asdict(report), "rounding": rounding_error(trained, rounded(trained, dtype))}
     for name, probes in model.probes(probe_seed).items():
         tensors[PROBE + name] = stack_probes(probes)
-    return len(client.train), asdict(report), tensors
+    return len(client.train), metrics, tensors
 
 
 def _evaluate(

@@ -151,6 +151,10 @@ class FederationConfig:
     quorum: float = _option(0.5, "share of the drawn clients that must answer well, else the run stops")
     max_client_share: float = _option(0.9, "largest weight of one client where there are several")
     max_norm_ratio: float = _option(20.0, "a client whose update is larger than this many medians is left out")
+    uplink_dtype: str = _option("float32", "of the factors that clients send: float32, float16 or bfloat16")
+    downlink_dtype: str = _option(
+        "float32", "of the adapter's factors that clients are sent; what rounding takes goes into the residual"
+    )
     round_seconds: float = _option(3600.0, "over a network: how long clients have for one answer")
     join_seconds: float = _option(
         600.0, "over a network: how long a start waits for all registered clients, and a round for the quorum of them"
@@ -162,6 +166,9 @@ class FederationConfig:
         _need(0 < self.quorum <= 1, "federation.quorum", self.quorum, "in (0, 1]")
         _need(0 < self.max_client_share <= 1, "federation.max-client-share", self.max_client_share, "in (0, 1]")
         _need(self.max_norm_ratio > 1, "federation.max-norm-ratio", self.max_norm_ratio, "above 1")
+        for key in ("uplink_dtype", "downlink_dtype"):
+            _need(getattr(self, key) in ("float32", "float16", "bfloat16"), f"federation.{key.replace('_', '-')}",
+                  getattr(self, key), "float32, float16 or bfloat16")  # fmt: skip
         _need(self.round_seconds > 0, "federation.round-seconds", self.round_seconds, "above 0")
         _need(self.join_seconds >= 0, "federation.join-seconds", self.join_seconds, "0 or more")
 

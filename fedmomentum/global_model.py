@@ -29,7 +29,8 @@ from fedmomentum.aggregation.whole import AdapterAggregate
 from fedmomentum.errors import MissingObject, ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
 from fedmomentum.identity import BaseIdentity
-from fedmomentum.lowrank import LowRank, weighted_sum, zeros
+from fedmomentum.lowrank import LowRank, difference, weighted_sum, zeros
+from fedmomentum.wire import dtype_of, narrowed, rounded, widened
 
 FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 1
@@ -98,6 +99,7 @@ class GlobalModel:
         carried: module to what the method keeps for its next sum; no part of the effective model.
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
+        adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
     """
 
     base: BaseIdentity
@@ -106,6 +108,7 @@ class GlobalModel:
     carried: Mapping[str, LowRank] = field(default_factory=dict)
     server_round: int = 0
     method: str = ""
+    adapter_dtype: torch.dtype = torch.float32
 
     # ── version ──
 
@@ -117,16 +120,31 @@ class GlobalModel:
     @cached_property
     def adapter_blob(self) -> bytes:
         """The adapter as the bytes that are sent and kept."""
-        return safetensors_bytes(to_tensors(self.adapter))
+        return safetensors_bytes(narrowed(to_tensors(self.adapter), self.adapter_dtype))
 
     # ── the round ──
 
-    def after(self, aggregate: AdapterAggregate, method: str) -> GlobalModel:
-        """The next round's model: the aggregate's adapter, its residual appended to `base_update`."""
-        blobs = self.base_update + ((Blob.of(aggregate.residual),) if aggregate.residual else ())
+    def sent_in(self, dtype: torch.dtype) -> GlobalModel:
+        """The same model, its adapter's factors in `dtype` from here on; for a fresh adapter, whose B is zero."""
+        return replace(self, adapter=rounded(self.adapter, dtype), adapter_dtype=dtype)
+
+    def after(self, aggregate: AdapterAggregate, method: str, *, exact: bool = True) -> GlobalModel:
+        """The next round's model: the aggregate's adapter, its residual appended to `base_update`.
+
+        The adapter is what arrives at the clients: with factors in 16 bits, what rounding takes from it goes into
+        the residual, `s (B A - B' A')` of rank at most twice the adapter's, unless the method is inexact anyway.
+        """
+        adapter = rounded(aggregate.adapter, self.adapter_dtype)
+        residual = dict(aggregate.residual)
+        if exact and adapter is not aggregate.adapter:
+            for module, matrix in aggregate.adapter.modules.items():
+                lost = difference(matrix, adapter.modules[module]).scaled(adapter.scalings[module])
+                parts = [residual[module], lost] if module in residual else [lost]
+                residual[module] = weighted_sum(parts, [1.0] * len(parts)).recompress().to(torch.float32)
+        blobs = self.base_update + ((Blob.of(residual),) if residual else ())
         later = replace(
             self,
-            adapter=replace(aggregate.adapter, config=self.adapter.config, name="global adapter"),
+            adapter=replace(adapter, config=self.adapter.config, name="global adapter"),
             base_update=blobs,
             carried=aggregate.carried,
             server_round=self.server_round + 1,
@@ -233,7 +251,8 @@ class GlobalModel:
             return blob
 
         tensors, _ = read_safetensors(checked(manifest["adapter"]).data, where)
-        modules, saved = split_tensors(tensors)
+        adapter_dtype = dtype_of(tensors)
+        modules, saved = split_tensors(widened(tensors, adapter_dtype, where))
         if modules.keys() != manifest["scalings"].keys():
             raise ModelError(f"{where}: the manifest's scalings and the adapter's modules differ")
         adapter = Adapter(modules, manifest["scalings"], saved, manifest["adapter_config"], name="global adapter")
@@ -245,6 +264,7 @@ class GlobalModel:
             carried={module: matrix for module, matrix in carried.items() if isinstance(matrix, LowRank)},
             server_round=manifest["round"],
             method=manifest["method"],
+            adapter_dtype=adapter_dtype,
         )
         if model.version != manifest["version"]:
             raise ModelError(f"{where}: version {model.version[:16]} came out, {manifest['version'][:16]} was stated")

@@ -23,6 +23,7 @@ from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_r
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
+from fedmomentum.wire import rounding_error, widened, wire_dtype
 
 LOG = logging.getLogger("fedmomentum")
 PROBES = (PROBE + "base", PROBE + "effective")
@@ -127,7 +128,8 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
         "round": 0, "participants": [], "accepted": [], "failures": {}, "weights": {}, "num_examples": {},
         "learning_rate": None, "train_loss": None, "clients": {}, "evaluation": None, "retained_energy": None,
         "residual_rank": None, "residual_norm": None, "carried_norm": None, "exactness_error": None,
-        "applied_share": None, "is_best": False, "version": model.version, "uplink_bytes": {}, "downlink_bytes": {},
+        "applied_share": None, "uplink_rounding": None, "downlink_rounding": None, "is_best": False,
+        "version": model.version, "uplink_bytes": {}, "downlink_bytes": {},
     }  # fmt: skip
     exchange = _Exchange()
     if server.config.evaluation.every:
@@ -169,13 +171,17 @@ def _round(
         on_module=lambda done, total: server.observer("aggregate", {"done": done, "total": total}),
     )
     merging = time.perf_counter()
-    later = model.after(result, repr(server.method))
+    later = model.after(result, repr(server.method), exact=server.method.exact)
     merged = time.perf_counter()
 
     row: dict[str, Any] = {
         "round": server_round, "participants": participants, "accepted": list(weights), "weights": weights,
         "num_examples": counts, "learning_rate": learning_rate, **_train_metrics(exchange, weights),
         "evaluation": None, **_energies(result, later), "exactness_error": None, "applied_share": None,
+        "uplink_rounding": _uplink_rounding(exchange, weights),
+        "downlink_rounding": 0.0
+        if later.adapter_dtype == torch.float32
+        else rounding_error(result.adapter, later.adapter),
         "is_best": False, "version": later.version,
     }  # fmt: skip
     evaluation, last = _Exchange(), server_round == config.federation.num_rounds
@@ -215,7 +221,7 @@ def _train(
     settings = {client: train_settings(server.config, server_round, client, learning_rate) for client in participants}
     exchange, state = _ask(server, "train", model, state, server_round, settings)
     checking = time.perf_counter()
-    updates = _adapters(exchange, model, participants)
+    updates = _adapters(exchange, model, participants, wire_dtype(federation.uplink_dtype))
     _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
     exchange.encode_seconds += time.perf_counter() - checking
     for client, reason in exchange.failures.items():
@@ -237,7 +243,7 @@ def train_settings(config: Config, server_round: int, client: str, learning_rate
     return {
         "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
         "batch_size": training.batch_size, "arguments": training.arguments,
-        "probe_seed": _probe_seed(config, server_round),
+        "uplink_dtype": config.federation.uplink_dtype, "probe_seed": _probe_seed(config, server_round),
         "seed": derive(config.run.seed, "batches", server_round, client),
     }  # fmt: skip
 
@@ -281,7 +287,7 @@ def _ask(
     objects = model.objects()
     manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
     needed = {*manifest["base_update"], manifest["adapter"]}
-    limit = 2 * len(model.adapter_blob) + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
+    limit = 8 * model.adapter.num_numbers() + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
 
     def task(client: str, lacking: set[str]) -> Task:
         return Task(
@@ -329,7 +335,7 @@ def _send(transport: Transport, tasks: Mapping[str, Task], exchange: _Exchange, 
                 f"the task for {client} has {len(payload)} bytes, {sum(map(len, tasks[client].objects.values()))} of "
                 f"them objects it lacks; this transport carries at most {transport.max_payload_bytes}. Lower "
                 "lora.rank, adapt fewer modules, set an energy below 1 in [method.settings], or send 16 bits "
-                "(federation.wire-dtype)"
+                "(federation.uplink-dtype, federation.downlink-dtype)"
             )
     sent = time.perf_counter()
     answers = transport.send_and_receive(payloads)
@@ -368,7 +374,9 @@ def _evaluate(
 # ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _adapters(exchange: _Exchange, model: GlobalModel, participants: Sequence[str]) -> dict[str, Adapter]:
+def _adapters(
+    exchange: _Exchange, model: GlobalModel, participants: Sequence[str], dtype: torch.dtype
+) -> dict[str, Adapter]:
     """The updates that are what they should be; the others become failures."""
     updates = {}
     modules = len(model.adapter.modules)
@@ -382,11 +390,12 @@ def _adapters(exchange: _Exchange, model: GlobalModel, participants: Sequence[st
                 values = tensors.pop(name, None)
                 if values is None or values.shape != (modules, NUM_PROBES) or not bool(torch.isfinite(values).all()):
                     raise PayloadError(f"client {client}: {name} is missing or not {modules} x {NUM_PROBES} numbers")
-            for key in ("loss", "first_loss", "last_loss"):
+            for key in ("loss", "first_loss", "last_loss", "rounding"):
                 if not isinstance(reply.metrics.get(key), (int, float)):
                     raise PayloadError(f"client {client}: its metrics lack {key}")
             tensors.pop(SECONDS, None)
-            updates[client] = from_tensors(tensors, like=model.adapter, name=f"client {client}")
+            wide = widened(tensors, dtype, f"client {client}")
+            updates[client] = from_tensors(wide, like=model.adapter, name=f"client {client}")
         except FedMomentumError as error:
             exchange.failures[client] = str(error)
             del exchange.replies[client]
@@ -430,6 +439,11 @@ def _distance(one: Adapter, other: Adapter) -> float:
 def _train_metrics(exchange: _Exchange, weights: Mapping[str, float]) -> dict[str, Any]:
     clients = {client: dict(exchange.replies[client].metrics) for client in weights}
     return {"train_loss": sum(w * clients[c]["loss"] for c, w in weights.items()), "clients": clients}
+
+
+def _uplink_rounding(exchange: _Exchange, weights: Mapping[str, float]) -> float:
+    """The clients' weighted mean of what 16 bits took from their updates, relative."""
+    return sum(w * float(exchange.replies[client].metrics["rounding"]) for client, w in weights.items())
 
 
 def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:

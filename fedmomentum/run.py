@@ -34,6 +34,7 @@ from fedmomentum.global_model import GlobalModel
 from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
 from fedmomentum.training import check_arguments, train
 from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
+from fedmomentum.wire import wire_dtype
 
 LOG = logging.getLogger("fedmomentum")
 NOTHING = TokenisedExamples((), (), (), (), 0)
@@ -149,7 +150,8 @@ def prepare(
             model, state = resumed
             model.base.check(local.identity)
         else:
-            model, state = local.initial(repr(method)), ServerState(secrets.token_hex(16))
+            model = local.initial(repr(method)).sent_in(wire_dtype(config.federation.downlink_dtype))
+            state = ServerState(secrets.token_hex(16))
         plan = make_plan(config, local, model, clients, method)
     except BaseException:
         folder.close()
@@ -242,7 +244,7 @@ def run_over(
         else:
             state = ServerState(secrets.token_hex(16))
             enrolment = enrol(transport, config, state.run_id, repr(method))
-            model, facts = enrolment.model, enrolment.facts
+            model, facts = enrolment.model.sent_in(wire_dtype(config.federation.downlink_dtype)), enrolment.facts
             plan = served_plan(config, model, method, facts)
             observer("plan", asdict(plan))
             write_atomically(out / "config.toml", to_toml(config).encode())
@@ -386,28 +388,32 @@ def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mappi
     if config.evaluation.every and not any(fact["num_test"] for fact in facts.values()):
         warnings.append("no client holds out examples; nothing will be evaluated")
     # what is sent to all and got from all is in memory twice, as bytes and as tensors
-    memory = 2 * len(facts) * (2 * traffic.uplink + traffic.residual) + 400 * 2**20
+    memory = 2 * len(facts) * (traffic.uplink + traffic.adapter + traffic.residual) + 400 * 2**20
     parameters = max(fact["num_parameters"] for fact in facts.values())
     return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
 
 
 @dataclass(frozen=True)
 class _Traffic:
-    """Bytes in float32: of an adapter, of the most that a round's residual can be, of one dense matrix a module."""
+    """Bytes: of an adapter either way, of the most that a round's residual can be, of one dense matrix a module."""
 
     uplink: int
+    adapter: int
     residual: int
     dense: int
 
 
 def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int) -> _Traffic:
+    up, down = wire_dtype(config.federation.uplink_dtype), wire_dtype(config.federation.downlink_dtype)
     rank, asked = config.lora.rank, max(1, math.ceil(config.federation.participation * num_clients - 1e-9))
     residual = dense = 0
     for matrix in adapter.modules.values():
         out_size, in_size = matrix.shape
-        residual += 4 * (out_size + in_size) * (min(asked * rank, out_size, in_size) - rank) if method.exact else 0
+        largest = asked * rank + (2 * rank if down.itemsize < 4 else 0)  # rounding an adapter adds twice its rank
+        residual += 4 * (out_size + in_size) * (min(largest, out_size, in_size) - rank) if method.exact else 0
         dense += 4 * out_size * in_size
-    return _Traffic(4 * adapter.num_numbers(), residual, dense)
+    numbers = adapter.num_numbers()
+    return _Traffic(up.itemsize * numbers, down.itemsize * numbers, residual, dense)
 
 
 def _plan(
@@ -420,7 +426,7 @@ def _plan(
     memory_bytes: int,
     warnings: Sequence[str],
 ) -> Plan:
-    uplink, downlink = traffic.uplink, traffic.uplink + traffic.residual
+    uplink, downlink = traffic.uplink, traffic.adapter + traffic.residual
     wide = (
         f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink; an energy "
         "below 1 in [method.settings] bounds it, carrying the rest on"
