@@ -12,7 +12,7 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint install test-long bench demo-seeds docs clean
+.PHONY: run test lint install test-long simulation bench demo-seeds docs clean
 
 run: $(STAMP)
 	$(BIN)/fedmomentum run configs/default.toml --out $(RUN)
@@ -47,6 +47,11 @@ $(TEST_STAMP): $(STAMP)
 
 test-long: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist
+
+# Flower's simulation engine; brings Ray, 230 MB
+simulation: $(TEST_STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[simulation]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist tests/test_simulation.py
 
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/aggregation_speed.py

@@ -438,6 +438,30 @@ def status(
             time.sleep(2)
 
 
+@app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")] = False,
+) -> None:
+    """Run a federation under Flower's simulation engine (Ray); on one machine, `run` is lighter."""
+    from fedmomentum.config import load_config
+    from fedmomentum.live import Live
+
+    settings = load_config(config, overrides or [])
+    out = out or Path("runs") / config.stem
+    _need_flower()
+    from fedmomentum.flower.simulation import simulate as simulate_run
+    from fedmomentum.flower.views import ServerView
+
+    with Live(OUT, settings.federation.num_rounds) as live:
+        simulate_run(settings, out, resume=resume, told=ServerView(OUT, live, out).observe)
+    _after_run(out)
+
+
 def _need_flower() -> None:
     from importlib.util import find_spec
 

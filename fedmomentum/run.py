@@ -159,11 +159,17 @@ def prepare(
     return Run(config, method, folder, local, clients, model, state, plan, partition_table(parties))
 
 
+def party_names(config: Config) -> list[str]:
+    """The parties that the configuration's data is divided among, sorted."""
+    return sorted(config.data.client_files) or [party.client_id for party in _load_data(config)]
+
+
 def prepare_party(
     config: Config,
     client_id: str,
     store: Path,
     *,
+    local: LocalModel | None = None,
     on_step: Callable[[str, int, int, float], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Client, LocalModel]:
@@ -173,7 +179,8 @@ def prepare_party(
         config: `[model]`, `[lora]`, `[data]`, `[training]` and `[run]` count here.
         client_id: the party's name. Of several `data.client-files` only its own is read; a source that is divided
             among clients is read whole, and its share taken.
-        store: folder that will keep the objects it is sent; nothing else may be in it.
+        store: folder that will keep the objects it is sent, under `objects`; made if it is not there.
+        local: the model, where this process has it already.
         on_step: told of every training step: (client, step, steps, loss).
         say: told in a line what is being done.
 
@@ -193,8 +200,9 @@ def prepare_party(
     parties = {party.client_id: party for party in _load_data(config)}
     if client_id not in parties:
         raise ConfigError(f"the data is divided among {', '.join(parties)}; this client is {client_id}")
-    say(f"Loading {config.model.name}")
-    local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"))
+    if local is None:
+        say(f"Loading {config.model.name}")
+        local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"))
     (client,) = _tokenised(config, [parties[client_id]], local, store, function, on_step)
     client.owns_store = True
     return client, local
