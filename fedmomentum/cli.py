@@ -359,7 +359,9 @@ def serve(
             serve_run(settings, keys, out, host=host, port=port, resume=resume, told=view.observe)
         except BaseException as error:
             live.stop()
-            if (out / "config.toml").is_file() and isinstance(error, (KeyboardInterrupt, FedMomentumError)):
+            if not (out / "config.toml").is_file():
+                ERR.print("The run had not begun", markup=False)
+            elif isinstance(error, (KeyboardInterrupt, FedMomentumError)):
                 ERR.print(
                     f"Finished rounds are saved. Go on with:\n  fedmomentum serve {out / 'config.toml'} --out {out} "
                     f"--keys {keys} --host {host} --port {port} --resume", markup=False,
@@ -404,9 +406,10 @@ def join(
             try:
                 take_part(settings, party, threading.Event(), view.observe)
             except WorkerError as error:
-                raise ConfigError(
-                    f"this node cannot take part: {error}. See above; --check looks at everything"
-                ) from error
+                raise ConfigError(f"this node cannot take part: {error.detail}") from error
+            except KeyboardInterrupt:
+                ERR.print("This node has left; what it was sent stays here, and it may join again", markup=False)
+                raise
             return
     table = Table("", "checked", "what is wrong", box=None)
     for what, wrong in results:

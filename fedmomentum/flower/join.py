@@ -137,7 +137,7 @@ class _Answers:
         try:
             reply = self._worker.ask(payload, seconds)
         except WorkerError as error:
-            self._told("failed", {"reason": str(error)})
+            self._told("failed", {"reason": error.detail})
             raise
         self._told("done", {**about, "bytes": len(reply), "seconds": time.monotonic() - started})
         self._last = digest, reply
@@ -158,7 +158,7 @@ def check(config: Config, party: Party, told: Told) -> list[tuple[str, str | Non
         try:
             value = act()
         except (ConfigError, WorkerError, ConnectionLost) as error:
-            results.append((what, str(error)))
+            results.append((what, error.detail if isinstance(error, WorkerError) else str(error)))
             return None
         results.append((what, None))
         return value

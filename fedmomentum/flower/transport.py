@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmomentum.errors import QuorumError
@@ -25,6 +26,8 @@ MAX_PAYLOAD_BYTES = 2**31 - 2**20
 POLL_SECONDS = 0.2
 CHECK_SECONDS = 2.0
 """How often to look who is connected."""
+AWAY_SECONDS = 30.0
+"""How long a round that has all other answers waits for a client since it lost its connection."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class _Pending:
     client: str
     session: Session
     payload: bytes = field(repr=False)
+    gone: float | None = None
+    """Since when its connection is lost, and with it the question."""
+
+    def may_answer(self) -> bool:
+        return self.gone is None or time.monotonic() < self.gone + AWAY_SECONDS
 
 
 class FlowerTransport:
@@ -136,7 +144,8 @@ class FlowerTransport:
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
         """Ask all at once; wait until each has answered or failed, but not beyond `round_seconds`.
 
-        A client that loses its connection and comes back within that time is asked again.
+        A client that loses its connection and comes back within that time is asked again; a round that has all
+        other answers waits no longer than `AWAY_SECONDS` for it.
         """
         answers: dict[str, bytes | Failure] = {}
         pending: dict[str, _Pending] = {}
@@ -147,15 +156,18 @@ class FlowerTransport:
             else:
                 answers[client] = self._failed(client, "not connected")
         checked = time.monotonic()
-        while pending and time.monotonic() < end:
+        while time.monotonic() < end and any(asked.may_answer() for asked in pending.values()):
             self._collect(pending, answers)
             if time.monotonic() > checked + CHECK_SECONDS:
                 checked = time.monotonic()
                 self._ask_again(pending, answers, end)
             time.sleep(POLL_SECONDS)
         for name, asked in pending.items():
-            self._late[name] = asked.client, time.monotonic()
-            answers[asked.client] = self._failed(asked.client, f"no answer within {self._round_seconds:g} s")
+            reason = "lost its connection and did not come back in time"
+            if asked.gone is None:
+                reason = f"no answer within {self._round_seconds:g} s"
+                self._late[name] = asked.client, time.monotonic()
+            answers[asked.client] = self._failed(asked.client, reason)
         return answers
 
     def _push(
@@ -174,7 +186,8 @@ class FlowerTransport:
             answers[asked.client] = self._failed(asked.client, "Flower did not take the message")
 
     def _collect(self, pending: dict[str, _Pending], answers: dict[str, bytes | Failure]) -> None:
-        for reply in self._grid.pull_messages([*pending, *self._late]):
+        waiting = [name for name, asked in pending.items() if asked.gone is None]
+        for reply in self._grid.pull_messages([*waiting, *self._late]):
             name = reply.metadata.reply_to_message_id
             if name in self._late:
                 client, since = self._late.pop(name)
@@ -183,6 +196,10 @@ class FlowerTransport:
                     self._observer("late", {"client": client})
                 continue
             if name not in pending:
+                continue
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                pending[name].gone = time.monotonic()
+                LOG.warning("%s lost its connection", pending[name].client)
                 continue
             asked = pending.pop(name)
             answers[asked.client] = self._answer(asked.client, reply)
@@ -203,7 +220,7 @@ class FlowerTransport:
         self._observer("nodes", {"registered": self._roster.registered(), "online": sorted(online)})
         for name, asked in list(pending.items()):
             now = online.get(asked.client)
-            if now is not None and now != asked.session:
+            if now is not None and (asked.gone is not None or now != asked.session):
                 del pending[name]
                 LOG.warning("%s came back; it is asked again", asked.client)
                 self._push(_Pending(asked.client, now, asked.payload), end, pending, answers)

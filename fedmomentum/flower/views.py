@@ -93,7 +93,8 @@ class NodeView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def observe(self, event: str, facts: Mapping[str, Any]) -> None:
         """An event of `join`."""

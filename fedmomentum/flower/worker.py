@@ -2,8 +2,8 @@
 
 Node and worker are joined by a socket pair that no other process can open. What goes over it are frames of one
 letter and bytes: to the worker `T`, a task, or `C`, rehearse one; from it `S`, a line on what it is doing, `P`, a
-training step, `Y`, ready, `R`, a reply, `E`, what went wrong in words that may leave the machine. The worker ends
-with the node, also when the node is killed: the socket's end is its sign.
+training step, `Y`, ready, `R`, a reply, `E`, what went wrong, in full and in words that may leave the machine. The
+worker ends with the node, also when the node is killed: the socket's end is its sign.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ Told = Callable[[str, Mapping[str, Any]], None]
 
 
 class WorkerError(Exception):
-    """The worker has no answer; the text may leave the machine."""
+    """The worker has no answer. The text may leave the machine; `detail` may not.
+
+    Args:
+        text: what may be said of it elsewhere.
+        detail: the same in full, for whoever runs the node.
+    """
+
+    def __init__(self, text: str, detail: str | None = None) -> None:
+        super().__init__(text)
+        self.detail = text if detail is None else detail
 
 
 class Worker:
@@ -127,7 +136,8 @@ class Worker:
             elif letter == b"P":
                 self._told("step", json.loads(body))
             elif letter == b"E":
-                raise WorkerError(body.decode())
+                told = json.loads(body)
+                raise WorkerError(told["text"], told["detail"])
             else:
                 if letter == b"Y":
                     self._ready = True
@@ -172,15 +182,13 @@ def main() -> None:
     try:
         step = _load(setup, tasks.send)
     except Exception as error:
-        _tell(error)
-        tasks.send(b"E", public_text(error).encode())
+        tasks.send(b"E", _told(error))
         sys.exit(2)
     while True:
         try:
             answer = step(tasks.next())
         except Exception as error:  # whatever a task does, the next one finds the worker
-            _tell(error)
-            tasks.send(b"E", public_text(error).encode())
+            tasks.send(b"E", _told(error))
         else:
             tasks.send(b"R", answer)
 
@@ -249,12 +257,11 @@ def _load(setup: Mapping[str, str], send: Callable[[bytes, bytes], None]) -> Cal
     return step
 
 
-def _tell(error: Exception) -> None:
-    """The whole error, on this machine."""
-    if isinstance(error, FedMomentumError):
-        print(f"fedmomentum: {error}", file=sys.stderr, flush=True)
-    else:
-        logging.getLogger("fedmomentum").exception("the worker failed")
+def _told(error: Exception) -> bytes:
+    """An error in two versions; one that nobody expected is also shown here with where it came from."""
+    if not isinstance(error, FedMomentumError):
+        LOG.exception("the worker failed")
+    return json.dumps({"text": public_text(error), "detail": f"{type(error).__name__}: {error}"}).encode()
 
 
 if __name__ == "__main__":

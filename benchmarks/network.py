@@ -1,0 +1,137 @@
+"""What a network costs: bytes on the wire beside the payload's, and a task with and without a warm worker.
+
+    python benchmarks/network.py [--megabytes 1 20 100] [--repeats 3] [--json FILE]
+
+Bytes are counted by a TCP proxy between a node's connection and the server, TLS and all. The second table times one
+training step of the embedded model through a node's worker: warm, as in a run, and started for the task, as Flower's
+own node would do it.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from flwr.app import Message, MessageType
+from rich.console import Console
+from rich.table import Table
+
+from fedmomentum.config import load_config
+from fedmomentum.flower.connection import Connection
+from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
+from fedmomentum.flower.link import Link
+from fedmomentum.flower.transport import packed
+from fedmomentum.flower.worker import Worker
+
+
+class CountingProxy:
+    """Passes TCP on to a port of this machine and counts the bytes of each direction."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self.up = self.down = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listening.accept()
+            far = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._pass, args=(near, far, "up"), daemon=True).start()
+            threading.Thread(target=self._pass, args=(far, near, "down"), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        try:
+            while data := source.recv(2**16):
+                setattr(self, way, getattr(self, way) + len(data))
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            sink.close()
+
+
+def wire(megabytes: float, folder: Path) -> dict[str, float]:
+    """One message of that size to a node, and one back."""
+    keys = folder / "keys"
+    if not keys.exists():
+        make_server_keys(keys, ["127.0.0.1"])
+        _, public = make_node_key("node", folder)
+        admit(public, keys)
+    payload, reply = os.urandom(int(megabytes * 1e6)), os.urandom(int(megabytes * 1e6))
+    with Link(keys, "127.0.0.1", 0) as link:
+        proxy = CountingProxy(link.port)
+        key = load_private(folder / "node.key")
+        with Connection(f"127.0.0.1:{proxy.port}", (keys / "ca.pem").read_bytes(), key) as connection:
+            node_id = link.online()["node"].node_id
+            proxy.up = proxy.down = 0
+            started = time.perf_counter()
+            names = list(link.grid.push_messages([Message(packed(payload, 60.0), node_id, MessageType.TRAIN)]))
+            message = connection.pull()
+            assert message is not None
+            arrived = time.perf_counter()
+            connection.push(Message(packed(reply), reply_to=message))
+            while not list(link.grid.pull_messages(names)):
+                time.sleep(0.01)
+            ended = time.perf_counter()
+            return {
+                "payload_bytes": len(payload), "down_bytes": proxy.down, "up_bytes": proxy.up,
+                "down_ratio": proxy.down / len(payload), "up_ratio": proxy.up / len(reply),
+                "down_seconds": arrived - started, "up_seconds": ended - arrived,
+            }  # fmt: skip
+
+
+def workers(repeats: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of a one-step task, warm and cold, alternating."""
+    config = load_config(Path(__file__).parents[1] / "configs" / "default.toml", ["run.threads=2"])
+    warm, times = Worker(config, "client-0", folder / "warm"), {"warm": [], "cold": []}
+    try:
+        warm.wait_until_ready()
+        warm.rehearse(600)
+        for _ in range(repeats):
+            started = time.perf_counter()
+            warm.rehearse(600)
+            times["warm"].append(time.perf_counter() - started)
+            cold = Worker(config, "client-0", folder / "cold")
+            started = time.perf_counter()
+            cold.rehearse(600)
+            times["cold"].append(time.perf_counter() - started)
+            cold.stop()
+    finally:
+        warm.stop()
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, nargs="*", default=[1, 20, 100])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [wire(size, folder) for size in options.megabytes]
+        table = Table("payload MB", "down, wire / payload", "s", "up, wire / payload", "s", title="Bytes on the wire")
+        for row in rows:
+            table.add_row(
+                f"{row['payload_bytes'] / 1e6:g}", f"{row['down_ratio']:.4f}", f"{row['down_seconds']:.2f}",
+                f"{row['up_ratio']:.4f}", f"{row['up_seconds']:.2f}",
+            )  # fmt: skip
+        console.print(table)
+        times = workers(options.repeats, folder) if options.repeats else {}
+        table = Table("worker", "median s", "all", title="One training step, asked for and answered")
+        for kind, seconds in times.items():
+            table.add_row(kind, f"{statistics.median(seconds):.2f}", " ".join(f"{s:.2f}" for s in seconds))
+        console.print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"wire": rows, "workers": times}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
