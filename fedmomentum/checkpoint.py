@@ -26,6 +26,7 @@ from fedmomentum.global_model import (
     GlobalModel,
     find_manifest,
     kept_rounds,
+    object_names,
     prune_objects,
     read_manifest,
     save_objects,
@@ -124,5 +125,5 @@ class RunFolder:
         named = set()
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
-            named |= {manifest["adapter"], manifest["carried"], *manifest["base_update"]}
+            named |= {manifest["carried"], *object_names(manifest)}
         prune_objects(self.folder, {name for name in named if name})

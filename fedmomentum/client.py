@@ -7,7 +7,8 @@ since. Every transport ends in `client_step`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,13 +18,17 @@ import torch
 from torch import Tensor
 
 from fedmomentum.adapter import Adapter, to_tensors
+from fedmomentum.aggregation import Method
+from fedmomentum.aggregation.factors import fresh_adapter
+from fedmomentum.aggregation.whole import initialise, module_seed
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
 from fedmomentum.errors import ConfigError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
-from fedmomentum.global_model import Blob, GlobalModel, prune_objects, read_object, save_objects
+from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
+from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
 from fedmomentum.peft_io import ADAPTER_NAME, attach, from_model, load_into, lora_layers
@@ -71,10 +76,12 @@ class LocalModel:
         """A copy of the live adapter."""
         return from_model(self.peft, name)
 
-    def initial(self, method: str) -> GlobalModel:
-        """The global model before the first round: this base, this fresh adapter."""
+    def initial(self, method: Method) -> GlobalModel:
+        """The global model before the first round: this base, the adapter that the method starts from."""
+        adapter, change = initialise(method, self.fresh, self.held.pristine)
         config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
-        return GlobalModel(self.identity, replace(self.fresh, config=config, name="global adapter"), method=method)
+        adapter = replace(adapter, config=config, name="global adapter")
+        return GlobalModel(self.identity, adapter, (Blob.of(change),) if change else (), method=repr(method))
 
     def become(self, model: GlobalModel) -> None:
         """Be this global model: its merged base, its adapter.
@@ -86,6 +93,29 @@ class LocalModel:
         model.base.check(self.identity)
         self.held.apply(model.base_update)
         load_into(self.peft, model.adapter)
+
+    def live(self) -> list[LowRank]:
+        """The live factors themselves, module by module, with their gradients."""
+        return [
+            LowRank(layer.lora_B[ADAPTER_NAME].weight, layer.lora_A[ADAPTER_NAME].weight)
+            for _, layer in sorted(self._layers.items())
+        ]
+
+    @contextmanager
+    def training_only(self, factors: str) -> Iterator[None]:
+        """Freeze the factors that are not named, for a while."""
+        frozen = [
+            parameter
+            for name, parameter in self.peft.named_parameters()
+            if parameter.requires_grad and any(f".lora_{f}." in name for f in "BA" if f not in factors)
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def fetch(self, store: Path) -> Callable[[str], Blob]:
         """A reader of a client's objects that parses and checks each once per process."""
@@ -137,6 +167,7 @@ class Client:
         client_id: its name.
         train: what it trains on.
         test: what it holds out.
+        method: the run's method, as this party's configuration has it; it says what is trained and what leaves.
         store: folder of its objects.
         owns_store: whether nobody else keeps objects there, so that what is no longer needed can go.
         function: trains; the user's own, or ours.
@@ -146,6 +177,7 @@ class Client:
     client_id: str
     train: TokenisedExamples
     test: TokenisedExamples
+    method: Method
     store: Path
     owns_store: bool = False
     function: TrainFunction = train_locally
@@ -166,13 +198,18 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if task.kind == "describe":
         return _reply(task, client, "", [], *_describe(task, client, model))
     started = time.perf_counter()
-    needed = {*task.manifest["base_update"], task.manifest["adapter"]}
+    needed = object_names(task.manifest)
     save_objects({name: data for name, data in task.objects.items() if name in needed}, client.store)
     fetch = model.fetch(client.store)
+    if task.settings.get("fresh"):
+        _draw(task, client, model)
     if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
         return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
     current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
+    if current.method != repr(client.method):
+        raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
     model.become(current)
+    _put_personal(client, model, task.server_round if task.kind == "train" else task.server_round + 1)
     model.forget(needed)
     if client.owns_store:
         prune_objects(client.store, needed)
@@ -206,9 +243,54 @@ def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
         return False
 
 
+def _draw(task: Task, client: Client, model: LocalModel) -> None:
+    """Make the adapter that needs no sending, from the seed: if its bits are the wanted ones, their hashes are."""
+    seed, server_round, dtype = task.settings["fresh"]
+    modules = {}
+    for module, matrix in model.fresh.modules.items():
+        generator = torch.Generator().manual_seed(module_seed(seed, server_round, module))
+        modules[module] = fresh_adapter(matrix.shape, matrix.rank, generator, dtype=torch.float32)
+    adapter = replace(model.fresh, modules=modules, saved={})
+    drawn = GlobalModel(model.identity, adapter, adapter_dtype=wire_dtype(dtype)).adapter_objects.values()
+    wanted = object_names(task.manifest)
+    save_objects({blob.name: blob.data for blob in drawn if blob.name in wanted}, client.store)
+
+
+def _personal_files(client: Client) -> dict[int, Path]:
+    """The rounds after which this client's own factors were kept."""
+    files = (client.store / "personal").glob(f"{client.client_id}-*.safetensors")
+    return {int(file.stem.rpartition("-")[2]): file for file in files}
+
+
+def _put_personal(client: Client, model: LocalModel, before: int) -> None:
+    """The factors that this client shares with nobody, as its last training before that round left them."""
+    rounds = [server_round for server_round in _personal_files(client) if server_round < before]
+    if client.method.shares != "BA" and rounds:
+        tensors, _ = read_safetensors(_personal_files(client)[max(rounds)].read_bytes(), client.client_id)
+        live = dict(model.peft.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                live[name].copy_(tensor)
+
+
+def _keep_personal(client: Client, model: LocalModel, server_round: int) -> None:
+    """Keep them by round, so that a round that is made again starts where it did; the last two are enough."""
+    if client.method.shares == "BA":
+        return
+    own = {"B": "lora_B", "A": "lora_A"}
+    kinds = [own[factor] for factor in "BA" if factor not in client.method.shares]
+    tensors = {n: p.detach().cpu().clone() for n, p in model.peft.named_parameters() if any(k in n for k in kinds)}
+    (client.store / "personal").mkdir(parents=True, exist_ok=True)
+    file = client.store / "personal" / f"{client.client_id}-{server_round:04d}.safetensors"
+    write_atomically(file, safetensors_bytes(tensors))
+    files = _personal_files(client)
+    for old in sorted(r for r in files if r < server_round)[:-1]:
+        files[old].unlink()
+
+
 def _describe(task: Task, client: Client, model: LocalModel) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
     """What the server needs to know before the first round, and the fresh adapter if it asks for that."""
-    fresh = model.fresh
+    fresh = model.initial(client.method).adapter if task.settings.get("adapter") else model.fresh
     facts = {
         "sha256": model.identity.sha256,
         "tokenizer_sha256": model.identity.tokenizer_sha256,
@@ -236,27 +318,37 @@ def installed(package: str) -> str:
 def _train(
     task: Task, client: Client, model: LocalModel, current: GlobalModel
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings = dict(task.settings)
+    settings = {key: value for key, value in task.settings.items() if key != "fresh"}
     probe_seed, dtype = settings.pop("probe_seed"), wire_dtype(settings.pop("uplink_dtype"))
 
     def told(step: int, steps: int, loss: float) -> None:
         if client.on_step:
             client.on_step(client.client_id, step, steps, loss)
 
-    report = client.function(
-        model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **settings
-    )
+    method, uploads = client.method, client.method.uploads(task.server_round)
+    penalty = {"penalty": lambda: method.penalty(model.live())} if _penalises(method, model) else {}
+    with model.training_only(method.trains(task.server_round)):
+        report = client.function(
+            model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **penalty, **settings
+        )
     if not isinstance(report, TrainReport):
         raise ConfigError(
             f"the training function {client.function!r} returned {type(report).__name__}; wanted a "
             "fedmomentum.training.TrainReport"
         )
+    _keep_personal(client, model, task.server_round)
     trained = model.adapter(client.client_id)
-    tensors = narrowed(to_tensors(trained), dtype)
+    kept_back = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
+    sent = {name: t for name, t in to_tensors(trained).items() if not any(kind in name for kind in kept_back)}
+    tensors = narrowed(sent, dtype)
     metrics = {**asdict(report), "rounding": rounding_error(trained, rounded(trained, dtype))}
     for name, probes in model.probes(probe_seed).items():
         tensors[PROBE + name] = stack_probes(probes)
     return len(client.train), metrics, tensors
+
+
+def _penalises(method: Method, model: LocalModel) -> bool:
+    return method.penalty(model.live()) is not None
 
 
 def _evaluate(

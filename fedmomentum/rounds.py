@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmomentum.adapter import Adapter, from_tensors
+from fedmomentum.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.whole import AdapterAggregate, combine
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.config import Config
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
-from fedmomentum.global_model import GlobalModel
+from fedmomentum.global_model import GlobalModel, object_names
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
 from fedmomentum.wire import rounding_error, widened, wire_dtype
 
@@ -170,6 +170,7 @@ def _round(
         seed=config.run.seed,
         on_module=lambda done, total: server.observer("aggregate", {"done": done, "total": total}),
     )
+    weights = dict(zip(weights, result.weights.tolist(), strict=True))
     merging = time.perf_counter()
     later = model.after(result, repr(server.method), exact=server.method.exact)
     merged = time.perf_counter()
@@ -188,7 +189,9 @@ def _round(
     if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
         evaluation, state = _evaluate(server, later, state, server_round, client_ids if last else list(weights))
         seed = _probe_seed(config, server_round)
-        _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed))
+        # where factors stay with their clients, there is no one model to compare with
+        one_model = server.method.shares == "BA"
+        _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed) if one_model else None)
     failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
@@ -221,7 +224,8 @@ def _train(
     settings = {client: train_settings(server.config, server_round, client, learning_rate) for client in participants}
     exchange, state = _ask(server, "train", model, state, server_round, settings)
     checking = time.perf_counter()
-    updates = _adapters(exchange, model, participants, wire_dtype(federation.uplink_dtype))
+    uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
+    updates = _adapters(exchange, model, participants, uploads, dtype)
     _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
     exchange.encode_seconds += time.perf_counter() - checking
     for client, reason in exchange.failures.items():
@@ -286,16 +290,21 @@ def _ask(
     exchange = _Exchange()
     objects = model.objects()
     manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
-    needed = {*manifest["base_update"], manifest["adapter"]}
+    needed = object_names(manifest)
     limit = 8 * model.adapter.num_numbers() + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
 
     def task(client: str, lacking: set[str]) -> Task:
         return Task(
             kind, state.run_id, client, server_round, manifest,
-            {name: objects[name] for name in sorted(lacking)}, settings[client],
+            {name: objects[name] for name in sorted(lacking)}, {**settings[client], "fresh": fresh},
         )  # fmt: skip
 
-    tasks = {client: task(client, needed - set(state.held.get(client, ()))) for client in sorted(settings)}
+    fresh, drawn = None, set[str]()
+    if server.method.fresh and model.server_round:  # clients draw the adapter themselves, and say if they cannot
+        dtype = server.config.federation.downlink_dtype
+        fresh = [server.config.run.seed, model.server_round, dtype]
+        drawn = {model.adapter_objects[kind].name for kind in "BA"}
+    tasks = {client: task(client, needed - drawn - set(state.held.get(client, ()))) for client in sorted(settings)}
     _send(server.transport, tasks, exchange, limit)
     again = {}
     for client in [c for c, reply in exchange.replies.items() if "lacking" in reply.metrics]:
@@ -375,10 +384,15 @@ def _evaluate(
 
 
 def _adapters(
-    exchange: _Exchange, model: GlobalModel, participants: Sequence[str], dtype: torch.dtype
+    exchange: _Exchange, model: GlobalModel, participants: Sequence[str], uploads: str, dtype: torch.dtype
 ) -> dict[str, Adapter]:
-    """The updates that are what they should be; the others become failures."""
+    """The updates that are what they should be; the others become failures.
+
+    A factor that this round does not ask for is the one that clients were sent, bit for bit.
+    """
     updates = {}
+    shared = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
+    known = {name: t for name, t in to_tensors(model.adapter).items() if any(kind in name for kind in shared)}
     modules = len(model.adapter.modules)
     for client in participants:
         reply = exchange.replies.get(client)
@@ -395,7 +409,9 @@ def _adapters(
                     raise PayloadError(f"client {client}: its metrics lack {key}")
             tensors.pop(SECONDS, None)
             wide = widened(tensors, dtype, f"client {client}")
-            updates[client] = from_tensors(wide, like=model.adapter, name=f"client {client}")
+            if more := sorted(wide.keys() & known.keys()):
+                raise PayloadError(f"client {client}: tensor {more[0]} was not asked for; this round takes {uploads}")
+            updates[client] = from_tensors(wide | known, like=model.adapter, name=f"client {client}")
         except FedMomentumError as error:
             exchange.failures[client] = str(error)
             del exchange.replies[client]

@@ -150,7 +150,7 @@ def prepare(
             model, state = resumed
             model.base.check(local.identity)
         else:
-            model = local.initial(repr(method)).sent_in(wire_dtype(config.federation.downlink_dtype))
+            model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
             state = ServerState(secrets.token_hex(16))
         plan = make_plan(config, local, model, clients, method)
     except BaseException:
@@ -210,7 +210,7 @@ def prepare_party(
 
 def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
-    model = local.initial("rehearsal")
+    model = local.initial(client.method)
     settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
     one_step = settings | {"local_steps": 1, "local_epochs": None}
     return encode_task(
@@ -251,7 +251,7 @@ def run_over(
             model, state = resumed
         else:
             state = ServerState(secrets.token_hex(16))
-            enrolment = enrol(transport, config, state.run_id, repr(method))
+            enrolment = enrol(transport, config, state.run_id, method)
             model, facts = enrolment.model.sent_in(wire_dtype(config.federation.downlink_dtype)), enrolment.facts
             plan = served_plan(config, model, method, facts)
             observer("plan", asdict(plan))
@@ -279,7 +279,10 @@ def make_method(config: Config) -> Method:
     Raises:
         ConfigError: an unknown name or setting, or a value that the method refuses.
     """
-    return build_method(config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()})
+    method = build_method(config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()})
+    if method.reads_base and config.federation.downlink_dtype != "float32":
+        raise ConfigError(f"{method.title} starts from the base's own directions; they need downlink-dtype float32")
+    return method
 
 
 def _training_function(config: Config) -> TrainFunction:
@@ -360,6 +363,7 @@ def _tokenised(
                 party.client_id,
                 tokenise(party.train, local.tokenizer, owner=party.client_id, **limits),
                 tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
+                method=make_method(config),
                 store=out,
                 function=function,
                 on_step=on_step,
