@@ -138,7 +138,7 @@ class TrainingConfig:
 class MethodConfig:
     """How the server combines the adapters."""
 
-    name: str = _option("fedmomentum", "fedmomentum or fedit")
+    name: str = _option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
     settings: dict[str, Any] = _option({}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)')
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
@@ -10,7 +9,6 @@ import os
 import platform
 import random
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +29,7 @@ from fedmomentum.enrolment import enrol
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
 from fedmomentum.training import check_arguments, train
 from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
@@ -289,16 +288,7 @@ def _training_function(config: Config) -> TrainFunction:
     """Our trainer, or the user's `module:function`."""
     if config.training.function is None:
         return train
-    module, colon, name = config.training.function.partition(":")
-    if not colon:
-        raise ConfigError(f"training.function must be module:function; got {config.training.function!r}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"training.function {config.training.function!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
+    function: TrainFunction = imported(config.training.function, "training.function")
     return function
 
 
