@@ -20,9 +20,9 @@ from torch import Tensor
 from fedmomentum.adapter import Adapter, to_tensors
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.factors import fresh_adapter
-from fedmomentum.aggregation.whole import initialise, module_seed
+from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
-from fedmomentum.config import LoraConfig, ModelConfig
+from fedmomentum.config import LoraConfig, ModelConfig, own_facts
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
 from fedmomentum.errors import ConfigError, MissingObject, ModelError
@@ -31,11 +31,19 @@ from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomica
 from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
-from fedmomentum.peft_io import ADAPTER_NAME, attach, from_model, load_into, lora_layers
+from fedmomentum.peft_io import ADAPTER_NAME, PeftModel, attach, detach, from_model, load_into, lora_layers
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
 from fedmomentum.transport import PROBE, SECONDS, Reply, Task, decode_task, encode_reply, stack_probes
 from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
+
+
+def _attached(base: Any, lora: LoraConfig, seed: int) -> PeftModel:
+    return attach(
+        base, rank=lora.rank, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules or None,
+        dropout=lora.dropout, use_rslora=lora.use_rslora, modules_to_save=lora.modules_to_save, seed=seed,
+    )  # fmt: skip
+
 
 TrainFunction = Callable[..., TrainReport]
 """`function(model, examples, *, pad_token_id, learning_rate, local_steps, local_epochs, batch_size, seed, arguments,
@@ -47,15 +55,16 @@ class LocalModel:
 
     Args:
         model: which base, in what dtype, on what device.
-        lora: the adapter to attach.
+        lora: the run's adapter; where `own` is given, that is what is attached here.
         seed: of the adapter's initialisation.
+        own: what this party trains, if it is less.
 
     Raises:
         ModelError: the base cannot be found or loaded.
         AdapterError: the adapter does not fit the base.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraConfig, *, seed: int) -> None:
+    def __init__(self, model: ModelConfig, lora: LoraConfig, *, seed: int, own: LoraConfig | None = None) -> None:
         self.folder: Path = resolve_base(model.name, model.revision)
         self.identity: BaseIdentity = identify(model.name, self.folder, model.revision)
         device = pick_device(model.device)
@@ -63,14 +72,17 @@ class LocalModel:
         base = load_base(self.folder, pick_dtype(model.dtype, device), device)
         self.num_parameters = sum(p.numel() for p in base.parameters())
         self.dtype = base.dtype
-        self.peft = attach(
-            base, rank=lora.rank, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules or None,
-            dropout=lora.dropout, use_rslora=lora.use_rslora, modules_to_save=lora.modules_to_save, seed=seed,
-        )  # fmt: skip
-        self._layers = lora_layers(self.peft)
-        self.held = HeldBase({module: layer.base_layer for module, layer in self._layers.items()}, self.folder)
-        self._blobs: dict[str, Blob] = {}
+        self.peft = _attached(base, lora, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
+        self.own, self._is_mixed = own or lora, lora.is_mixed
+        if own is not None and own != replace(lora, clients={}):
+            self.peft = _attached(detach(self.peft), own, seed)
+        self._layers = lora_layers(self.peft)
+        live = self.peft.get_base_model()
+        layers = {module: live.get_submodule(module) for module in self.fresh.modules}
+        self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)
+        self._blobs: dict[str, Blob] = {}
+        self._beside: dict[str, LowRank] = {}
 
     def adapter(self, name: str = "adapter") -> Adapter:
         """A copy of the live adapter."""
@@ -83,16 +95,32 @@ class LocalModel:
         adapter = replace(adapter, config=config, name="global adapter")
         return GlobalModel(self.identity, adapter, (Blob.of(change),) if change else (), method=repr(method))
 
-    def become(self, model: GlobalModel) -> None:
-        """Be this global model: its merged base, its adapter.
+    def become(self, model: GlobalModel, method: Method | None = None) -> None:
+        """Be this global model: its merged base, and of its adapter what this party trains, the rest beside the base.
+
+        Args:
+            model: the global model.
+            method: says how a part is derived; needed where this party trains less than the whole.
 
         Raises:
             ModelError: it belongs to another base.
             AdapterError: its adapter has other modules, ranks or scalings than the one attached here.
         """
         model.base.check(self.identity)
-        self.held.apply(model.base_update)
-        load_into(self.peft, model.adapter)
+        start, self._beside = model.adapter, {}
+        if method is not None and (self._is_mixed or self._layers.keys() != model.adapter.modules.keys()
+                                   or self.own.scaling not in model.adapter.scalings.values()):  # fmt: skip
+            start, self._beside = start_of(
+                method, model.adapter, self._layers, rank=self.own.rank, scaling=self.own.scaling,
+                is_mixed=self._is_mixed,
+            )  # fmt: skip
+        beside = [Blob.of(self._beside)] if self._beside else []
+        self.held.apply([*model.base_update, *beside])
+        load_into(self.peft, start)
+
+    def own_facts(self) -> dict[str, Any]:
+        """What is trained here, in the words that the server has for it."""
+        return own_facts(self.own, self._is_mixed)
 
     def live(self) -> list[LowRank]:
         """The live factors themselves, module by module, with their gradients."""
@@ -137,15 +165,18 @@ class LocalModel:
     def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Probes of the live weights, in float64: `base` of W alone, `effective` of W + scaling B A."""
         base, effective = {}, {}
-        for module, layer in self._layers.items():
+        for module in self.held.layers:
             weight = self.held.weight(module).to("cpu", torch.float64)
             U, X = probe_vectors(module, (weight.shape[0], weight.shape[1]), seed)
-            lora = LowRank(
-                layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-                layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-            )
-            base[module] = probe(weight, U, X)
-            effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
+            base[module] = effective[module] = probe(weight, U, X)
+            if (layer := self._layers.get(module)) is not None:
+                lora = LowRank(
+                    layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
+                    layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
+                )
+                effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
+            if module in self._beside:  # the adapter's, though it lies beside the base
+                base[module] = base[module] - probe(self._beside[module].to(torch.float64), U, X)
         return {"base": base, "effective": effective}
 
     def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:
@@ -206,9 +237,11 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
         return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
     current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
+    if (asked := task.settings.get("own")) and asked != (here := model.own_facts()):
+        raise ConfigError(f"the run has this client train {asked}; [lora] here gives {here}")
     if current.method != repr(client.method):
         raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
-    model.become(current)
+    model.become(current, client.method)
     _put_personal(client, model, task.server_round if task.kind == "train" else task.server_round + 1)
     model.forget(needed)
     if client.owns_store:
@@ -318,7 +351,7 @@ def installed(package: str) -> str:
 def _train(
     task: Task, client: Client, model: LocalModel, current: GlobalModel
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings = {key: value for key, value in task.settings.items() if key != "fresh"}
+    settings = {key: value for key, value in task.settings.items() if key not in ("fresh", "own")}
     probe_seed, dtype = settings.pop("probe_seed"), wire_dtype(settings.pop("uplink_dtype"))
 
     def told(step: int, steps: int, loss: float) -> None:

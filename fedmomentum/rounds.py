@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fedmomentum.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.aggregation import Method
-from fedmomentum.aggregation.whole import AdapterAggregate, combine
+from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.config import Config
+from fedmomentum.config import Config, own_facts
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
+from fedmomentum.lowrank import LowRank
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
 from fedmomentum.wire import rounding_error, widened, wire_dtype
 
@@ -225,7 +226,7 @@ def _train(
     exchange, state = _ask(server, "train", model, state, server_round, settings)
     checking = time.perf_counter()
     uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
-    updates = _adapters(exchange, model, participants, uploads, dtype)
+    updates = _adapters(exchange, model, participants, server, uploads, dtype)
     _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
     exchange.encode_seconds += time.perf_counter() - checking
     for client, reason in exchange.failures.items():
@@ -249,6 +250,7 @@ def train_settings(config: Config, server_round: int, client: str, learning_rate
         "batch_size": training.batch_size, "arguments": training.arguments,
         "uplink_dtype": config.federation.uplink_dtype, "probe_seed": _probe_seed(config, server_round),
         "seed": derive(config.run.seed, "batches", server_round, client),
+        "own": own_facts(config.lora.of(client), config.lora.is_mixed),
     }  # fmt: skip
 
 
@@ -384,7 +386,12 @@ def _evaluate(
 
 
 def _adapters(
-    exchange: _Exchange, model: GlobalModel, participants: Sequence[str], uploads: str, dtype: torch.dtype
+    exchange: _Exchange,
+    model: GlobalModel,
+    participants: Sequence[str],
+    server: _Server,
+    uploads: str,
+    dtype: torch.dtype,
 ) -> dict[str, Adapter]:
     """The updates that are what they should be; the others become failures.
 
@@ -392,7 +399,6 @@ def _adapters(
     """
     updates = {}
     shared = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
-    known = {name: t for name, t in to_tensors(model.adapter).items() if any(kind in name for kind in shared)}
     modules = len(model.adapter.modules)
     for client in participants:
         reply = exchange.replies.get(client)
@@ -408,14 +414,29 @@ def _adapters(
                 if not isinstance(reply.metrics.get(key), (int, float)):
                     raise PayloadError(f"client {client}: its metrics lack {key}")
             tensors.pop(SECONDS, None)
+            start, beside = _start(server, model, client)
+            known = {name: t for name, t in to_tensors(start).items() if any(kind in name for kind in shared)}
             wide = widened(tensors, dtype, f"client {client}")
             if more := sorted(wide.keys() & known.keys()):
                 raise PayloadError(f"client {client}: tensor {more[0]} was not asked for; this round takes {uploads}")
-            updates[client] = from_tensors(wide | known, like=model.adapter, name=f"client {client}")
+            updates[client] = with_tails(from_tensors(wide | known, like=start, name=f"client {client}"), beside)
         except FedMomentumError as error:
             exchange.failures[client] = str(error)
             del exchange.replies[client]
     return updates
+
+
+def _start(server: _Server, model: GlobalModel, client: str) -> tuple[Adapter, dict[str, LowRank]]:
+    """What a client started from, derived here as it is there; see `start_of`."""
+    lora = server.config.lora
+    if client not in lora.clients and not lora.is_mixed:
+        return model.adapter, {}
+    own = lora.of(client)
+    names = own.target_modules if client in lora.clients else []
+    mine = [m for m in model.adapter.modules if not names or any(f".{m}".endswith(f".{name}") for name in names)]
+    return start_of(
+        server.method, model.adapter, mine, rank=own.rank, scaling=own.scaling, is_mixed=lora.is_mixed
+    )  # fmt: skip
 
 
 def _leave_out_far_ones(
@@ -443,9 +464,8 @@ def _leave_out_far_ones(
 def _distance(one: Adapter, other: Adapter) -> float:
     total = 0.0
     for module, matrix in one.modules.items():
-        theirs = other.modules[module]
-        cross = matrix.inner(matrix) - 2 * matrix.inner(theirs) + theirs.inner(theirs)
-        total += one.scalings[module] ** 2 * max(0.0, cross)
+        theirs, s, t = other.modules[module], one.scalings[module], other.scalings[module]
+        total += max(0.0, s**2 * matrix.inner(matrix) - 2 * s * t * matrix.inner(theirs) + t**2 * theirs.inner(theirs))
     return math.sqrt(total)
 
 

@@ -21,7 +21,7 @@ from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, differences, load_config, to_toml
+from fedmomentum.config import Config, LoraConfig, differences, load_config, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
@@ -79,6 +79,7 @@ class Run:
     method: Method
     folder: RunFolder
     local: LocalModel
+    locals: dict[str, LocalModel]
     clients: list[Client]
     model: GlobalModel
     state: ServerState
@@ -97,7 +98,7 @@ class Run:
         write_json(out / "partition.json", self.partition)
         _write_environment(self.local, out, resumed=bool(self.folder.rows))
         transport = InProcessTransport(
-            {c.client_id: partial(client_step, client=c, model=self.local) for c in self.clients}
+            {c.client_id: partial(client_step, client=c, model=self.locals[c.client_id]) for c in self.clients}
         )
         return run_rounds(
             transport, method=self.method, model=self.model, state=self.state, config=self.config,
@@ -142,6 +143,7 @@ def prepare(
     say(f"Loading {config.model.name}")
     local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"))
     clients = _tokenised(config, parties, local, out, function, on_step)
+    locals_ = _own_models(config, local, [client.client_id for client in clients])
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
         resumed = folder.resume() if resume else None
@@ -155,7 +157,22 @@ def prepare(
     except BaseException:
         folder.close()
         raise
-    return Run(config, method, folder, local, clients, model, state, plan, partition_table(parties))
+    return Run(config, method, folder, local, locals_, clients, model, state, plan, partition_table(parties))
+
+
+def _own_models(config: Config, local: LocalModel, names: Sequence[str]) -> dict[str, LocalModel]:
+    """A model for each thing that clients train: one for all, unless some train less."""
+    lora = config.lora
+    if unknown := sorted(set(lora.clients) - set(names)):
+        raise ConfigError(f"lora.clients names {unknown[0]}, which is no client; there are {', '.join(names)}")
+    made: list[tuple[LoraConfig, LocalModel]] = [(lora.of(""), local)]
+    found = {}
+    for name in names:
+        own = lora.of(name)
+        if not any(own == other for other, _ in made):
+            made.append((own, LocalModel(config.model, lora, seed=derive(config.run.seed, "adapter"), own=own)))
+        found[name] = next(model for other, model in made if other == own)
+    return found
 
 
 def party_names(config: Config) -> list[str]:
@@ -201,7 +218,8 @@ def prepare_party(
         raise ConfigError(f"the data is divided among {', '.join(parties)}; this client is {client_id}")
     if local is None:
         say(f"Loading {config.model.name}")
-        local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"))
+        own = config.lora.of(client_id)
+        local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"), own=own)
     (client,) = _tokenised(config, [parties[client_id]], local, store, function, on_step)
     client.owns_store = True
     return client, local
@@ -279,6 +297,8 @@ def make_method(config: Config) -> Method:
         ConfigError: an unknown name or setting, or a value that the method refuses.
     """
     method = build_method(config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()})
+    if config.lora.is_mixed and not method.unequal_ranks:
+        raise ConfigError(f"{method.title} needs every client at one rank; lora.clients gives several")
     if method.reads_base and config.federation.downlink_dtype != "float32":
         raise ConfigError(f"{method.title} starts from the base's own directions; they need downlink-dtype float32")
     return method

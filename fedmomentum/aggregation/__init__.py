@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from fedmomentum.aggregation.base import Aggregate as Aggregate
 from fedmomentum.aggregation.base import Method as Method
@@ -51,8 +51,7 @@ def method_class(name: str) -> type[Method]:
         found: Any = imported(name, "method.name")
         if not isinstance(found, type) or Method not in found.__mro__ or not is_dataclass(found):
             raise ConfigError(f"method.name {name!r} is no dataclass derived from fedmomentum.aggregation.Method")
-        own: type[Method] = found
-        return own
+        return cast(type[Method], found)
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}, or module:Class of your own")
     return METHODS[name]
