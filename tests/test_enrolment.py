@@ -168,7 +168,8 @@ def test_a_client_with_another_lora_is_refused_by_name(folder, tmp_path):
     found = parties(config, tmp_path, ["site0", "site1"])
     found |= parties(replace(config, lora=replace(config.lora, lora_alpha=4.0)), tmp_path, ["site2"])
     run_over(InProcessTransport(steps(found)), config, tmp_path / "over")
-    assert "has scaling 3.0, the model 2.0" in timeless(tmp_path / "over")[1]["failures"]["site2"]
+    reason = timeless(tmp_path / "over")[1]["failures"]["site2"]
+    assert "the run has this client train {'lora_alpha': 6.0" in reason and "'lora_alpha': 4.0" in reason
 
 
 def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):
