@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ def main() -> None:
     """Entry point: the user's mistakes end with 2 and one message, Ctrl-C with 130; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -46,6 +48,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    """A service manager's way to say Ctrl-C: everything is ended and saved alike."""
+    raise KeyboardInterrupt
 
 
 @app.command()

@@ -140,7 +140,7 @@ def status_table(status: Mapping[str, Any], now: float) -> Table:
         head += f"; base version {status['version'][:16]}"
     if age > FRESH_SECONDS and status["phase"] != "ended":
         head += f"; written {age:.0f} s ago: the server is busy, or gone"
-    table = Table("client", "connected", "state", "time left", "rounds", "down", "up", "what went wrong", title=head)
+    table = Table("client", "online", "state", "left", "rounds", "down", "up", "what went wrong", title=head)
     for name, client in sorted(status["clients"].items()):
         left = f"{max(0, client['until'] - now):.0f} s" if client["until"] else ""
         table.add_row(
