@@ -69,6 +69,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "fedmomentum.flower.worker", str(theirs.fileno())]
         self._store.mkdir(parents=True, exist_ok=True)
+        self._store.chmod(0o700)  # what it is sent is for nobody else on this machine
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
