@@ -133,7 +133,10 @@ class NodeView:
 def status_table(status: Mapping[str, Any], now: float) -> Table:
     """`fedmomentum status` as a table."""
     age = now - status["written"]
-    head = f"round {status['round']} of {status['num_rounds']}, {status['phase']}"
+    where = (
+        "before the first round" if status["round"] is None else f"round {status['round']} of {status['num_rounds']}"
+    )
+    head = f"{where}, {status['phase']}"
     if status["waiting_for"]:
         head += f"; waiting {max(0, status['waits_until'] - now):.0f} s more for {', '.join(status['waiting_for'])}"
     if status["version"]:

@@ -60,6 +60,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._ready = False
+        self._facts: Mapping[str, Any] = {}
 
     def start(self) -> None:
         """Start the process, unless it runs; it loads in the background."""
@@ -85,8 +86,9 @@ class Worker:
             WorkerError: they cannot be.
         """
         self.start()
-        facts: Mapping[str, Any] = json.loads(self._wait(b"Y", float("inf")))
-        return facts
+        if not self._ready:
+            self._facts = json.loads(self._wait(b"Y", float("inf")))
+        return self._facts
 
     def rehearse(self, seconds: float) -> bytes:
         """Do one step of training, as a task would have it done.

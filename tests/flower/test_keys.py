@@ -1,7 +1,9 @@
 """Keys: private files are private from their first byte, names are kept to, and no other server or name is believed."""
 
 import os
+import shutil
 import stat
+import subprocess
 
 import pytest
 from cryptography import x509
@@ -215,3 +217,20 @@ def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
             connect(link.port, keys, "north", ca=elsewhere / "ca.pem").__enter__()
     with running(named) as link, pytest.raises(ConnectionLost, match="vouches for, for this name.*mismatch"):
         connect(link.port, named, "north").probe()
+
+
+@pytest.mark.parametrize(
+    "host", ["fed.example.org:9443", "https://fed.example.org", "über.example", "", "a b", "-x.org"]
+)
+def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path, host):
+    with pytest.raises(ConfigError, match="no host name and no address"):
+        make_server_keys(tmp_path / "keys", ["good.example", host])
+    assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh-keygen")
+def test_a_key_with_a_passphrase_is_refused_by_name(tmp_path):
+    file = tmp_path / "north.key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "secret", "-f", str(file)], check=True)
+    with pytest.raises(ConfigError, match="has a passphrase"):
+        load_private(file)

@@ -5,7 +5,10 @@ import importlib
 import os
 import re
 import socket
+import ssl
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -255,6 +258,64 @@ def test_a_reply_larger_than_any_reply_is_cut_off(link, keys, monkeypatch):
         assert list(link.grid.pull_messages([message_id])) == []
     with connect(link.port, keys, "south") as connection:  # the others go on
         assert there_and_back(link, connection, "south", b"task", b"reply") == (b"task", b"reply")
+
+
+def test_what_nobody_fetched_can_be_taken_back(link, keys):
+    with connect(link.port, keys, "north") as connection:
+        stale, fetched = ask(link, "north", b"stale"), None
+        link.withdraw([stale, "no such message"])
+        assert fetch(connection) is None
+        fresh = ask(link, "north", b"fresh")
+        fetched = fetch(connection)
+        link.withdraw([fresh])  # too late: its answer still arrives
+        answer(connection, fetched, b"reply")
+        assert len(list(link.grid.pull_messages([fresh]))) == 1
+
+
+def test_asking_again_for_room_gives_none(link, keys, monkeypatch):
+    """A node that starts its reply anew has no more bytes than before; the next question gives it new ones."""
+    monkeypatch.setattr(link_module, "MAX_PAYLOAD_BYTES", 20 * MIB)
+    with connect(link.port, keys, "north") as connection:
+        ask(link, "north", b"task")
+        message = fetch(connection)
+        answer(connection, message, os.urandom(9 * MIB))
+        with pytest.raises(ConnectionLost, match="413"):
+            for _ in range(3):
+                link.grid._state.message_res_store.clear()
+                link.grid._state.message_ins_id_to_message_res_id.clear()
+                answer(connection, message, os.urandom(9 * MIB))
+        assert link.pushed[message.metadata.dst_node_id] > 20 * MIB
+        ask(link, "north", b"next")
+        assert link.pushed[message.metadata.dst_node_id] == 0
+
+
+def test_a_redirect_is_not_followed(keys):
+    """Signed requests go to the server that was named, and to no other address."""
+    visits = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self):
+            visits.append(self.path)
+            self.send_response(307)
+            self.send_header("location", f"http://127.0.0.1:{plain.server_port}/taken")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    plain, secure = (ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) for _ in range(2))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys / "server.pem", keys / "server.key")
+    secure.socket = context.wrap_socket(secure.socket, server_side=True)
+    for server in (plain, secure):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ConnectionLost, match="307"), connect(secure.server_port, keys, "north"):
+            pass
+    finally:
+        plain.shutdown()
+        secure.shutdown()
+    assert visits == ["/v1/fleet/activate-node"]
 
 
 # ── what of flwr we stand on ──

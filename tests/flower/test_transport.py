@@ -36,6 +36,7 @@ class World:
     sent: list[tuple[float, str, Message]] = field(default_factory=list)
     events: list[tuple[str, dict]] = field(default_factory=list)
     asked_for: set[str] = field(default_factory=set)
+    withdrawn: set[str] = field(default_factory=set)
     takes_messages: bool = True
 
     def __post_init__(self):
@@ -62,6 +63,9 @@ class World:
 
     def online(self):
         return dict(self.here)
+
+    def withdraw(self, names):
+        self.withdrawn |= set(names)
 
     # the grid
     def push_messages(self, messages):

@@ -141,7 +141,7 @@ def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
     (tmp_path / "store" / "refuse").touch()
     with pytest.raises(WorkerError) as raised:
         light.wait_until_ready()
-    assert str(raised.value) == "ModelError: [path] is no model"
+    assert str(raised.value) == "ModelError: [path]"
     with pytest.raises(WorkerError):
         light.ask(b"pid", 30)
     (tmp_path / "store" / "refuse").unlink()  # mended: the next try works
