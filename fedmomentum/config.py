@@ -197,7 +197,9 @@ class FederationConfig:
     )
     round_seconds: float = _option(3600.0, "over a network: how long clients have for one answer")
     join_seconds: float = _option(
-        600.0, "over a network: how long a start waits for all registered clients, and a round for the quorum of them"
+        600.0,
+        "over a network: how long a start waits for all registered clients (a resumed one: a minute), and a round for "
+        "the quorum of them",
     )
 
     def __post_init__(self) -> None:

@@ -18,6 +18,9 @@ from fedmomentum.flower.status import Status
 from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.run import run_over
 
+RETURN_SECONDS = 60.0
+"""How long a resumed run waits for all: nodes that were there look for the server at least twice a minute."""
+
 Told = Callable[[str, Mapping[str, Any]], None]
 
 
@@ -47,7 +50,7 @@ def serve(config: Config, keys: Path, out: Path, *, host: str, port: int, resume
         def run(grid: Grid) -> None:
             transport = FlowerTransport(
                 grid, link, round_seconds=federation.round_seconds, join_seconds=federation.join_seconds,
-                quorum=federation.quorum, observer=observe,
+                quorum=federation.quorum, start_seconds=RETURN_SECONDS if resume else None, observer=observe,
             )  # fmt: skip
             run_over(transport, config, out, resume=resume, observer=observe)
 

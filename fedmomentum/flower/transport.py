@@ -96,6 +96,7 @@ class FlowerTransport:
         roster: names of nodes.
         round_seconds: how long clients have for one answer.
         join_seconds: how long to wait for nodes.
+        start_seconds: how long of that the start waits for all of them, if the quorum is there; join_seconds if None.
         quorum: the share of the registered nodes without which no round begins.
         observer: told `waiting`, `sent`, `answered`, `failed`, `late`, `nodes`.
     """
@@ -110,27 +111,31 @@ class FlowerTransport:
         round_seconds: float,
         join_seconds: float,
         quorum: float,
+        start_seconds: float | None = None,
         observer: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
     ) -> None:
         self._grid, self._roster, self._observer = grid, roster, observer
         self._round_seconds, self._join_seconds, self._quorum = round_seconds, join_seconds, quorum
+        self._start_seconds = join_seconds if start_seconds is None else min(start_seconds, join_seconds)
         self._started = False
         self._late: dict[str, tuple[str, float]] = {}  # message id to the client and when it was given up
 
     def clients(self) -> Sequence[str]:
-        """Who is connected, sorted. A start waits for all, a round for the quorum; neither longer than join_seconds.
+        """Who is connected, sorted. A start waits for all for a while, a round for the quorum up to join_seconds.
 
         Raises:
             QuorumError: fewer than the quorum after that time.
         """
-        end = time.monotonic() + self._join_seconds
+        begun = time.monotonic()
+        end = begun + self._join_seconds
         while True:
             registered, online = self._roster.registered(), sorted(self._roster.online())
             enough = max(1, math.ceil(self._quorum * len(registered) - 1e-9))
-            wanted = enough if self._started else max(1, len(registered))
+            wait_for_all = not self._started and time.monotonic() < begun + self._start_seconds
+            wanted = max(1, len(registered)) if wait_for_all else enough
             missing = sorted(set(registered) - set(online))
             self._observer("nodes", {"registered": registered, "online": online})
-            if len(online) >= wanted or (len(online) >= enough and time.monotonic() >= end):
+            if len(online) >= wanted:
                 break
             if time.monotonic() >= end:
                 raise QuorumError(
@@ -138,7 +143,8 @@ class FlowerTransport:
                     f"{self._join_seconds:g} s, and {enough} are needed (federation.quorum). Missing: "
                     f"{', '.join(missing) or 'none is registered'}. Start them and resume"
                 )
-            self._observer("waiting", {"for": missing, "seconds": end - time.monotonic()})
+            until = begun + self._start_seconds if wait_for_all and len(online) >= enough else end
+            self._observer("waiting", {"for": missing, "seconds": until - time.monotonic()})
             time.sleep(CHECK_SECONDS)
         if missing and not self._started:
             LOG.warning("starting without %s", ", ".join(missing))
