@@ -97,9 +97,9 @@ class World:
     def of(self, event):
         return [facts for name, facts in self.events if name == event]
 
-    def transport(self, *, quorum=0.5):
+    def transport(self, *, quorum=0.5, start_seconds=None):
         return FlowerTransport(
-            self, self, round_seconds=ROUND, join_seconds=JOIN, quorum=quorum,
+            self, self, round_seconds=ROUND, join_seconds=JOIN, quorum=quorum, start_seconds=start_seconds,
             observer=lambda event, facts: self.events.append((event, dict(facts))),
         )  # fmt: skip
 
@@ -374,3 +374,15 @@ def test_a_payload_that_is_too_large_is_refused_before_anything_is_sent(parties,
         run_over(transport, config, tmp_path / "over")
     kinds = {decode_task(unpacked(message.content)[0]).kind for _, _, message in world.sent}
     assert kinds == {"describe"}  # the questions before the first round are small
+
+
+def test_a_resumed_run_waits_a_while_for_all_and_then_for_the_quorum(world):
+    gone = world.here.pop("south")
+    assert world.transport(start_seconds=60).clients() == ["east", "north"] and 60 <= world.now < 70
+    world.here["south"] = gone
+    begun = world.now
+    assert world.transport(start_seconds=60).clients() == ["east", "north", "south"] and world.now == begun
+    world.here = {"east": world.here["east"]}
+    world.at(200, lambda: world.here.update(south=gone))
+    assert world.transport(start_seconds=60, quorum=0.6).clients() == ["east", "south"]
+    assert 200 <= world.now - begun < 210  # below the quorum it waits on
