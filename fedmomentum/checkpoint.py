@@ -20,16 +20,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedmomentum.adapter import split_tensors
+from fedmomentum.diagnostics import change
 from fedmomentum.errors import ModelError
-from fedmomentum.files import write_atomically, write_json
+from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
+    Blob,
     GlobalModel,
     find_manifest,
     kept_rounds,
     prune_objects,
     read_manifest,
+    read_object,
     save_objects,
 )
+from fedmomentum.lowrank import LowRank
+from fedmomentum.wire import dtype_of, widened
 
 
 @dataclass(frozen=True)
@@ -41,16 +47,26 @@ class ServerState:
         held: client to the hashes of the objects it has said it holds.
         best_round: the evaluated round with the lowest loss on the items that all evaluations share; -1 if none.
         best_loss: its loss.
+        started_from: hash of the adapter that the last round started from; None before the first. With `merged` and
+            the adapter of now it says what that round changed, which the next one is compared with.
+        merged: hash of what the last round merged into the base; None where nothing.
     """
 
     run_id: str
     held: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     best_round: int = -1
     best_loss: float | None = None
+    started_from: str | None = None
+    merged: str | None = None
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """The state after a client said what it holds."""
         return replace(self, held={**self.held, client_id: tuple(sorted(names))})
+
+    def stepped(self, before: GlobalModel, after: GlobalModel) -> ServerState:
+        """The state after a round that led from one model to the other."""
+        merged = after.newest.name if after.newest else None
+        return replace(self, started_from=before.manifest()["adapter"], merged=merged)
 
 
 class RunFolder:
@@ -105,9 +121,22 @@ class RunFolder:
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
+    def last_update(self, model: GlobalModel, state: ServerState) -> dict[str, LowRank] | None:
+        """What the round that led to `model` changed of the effective weights (`change`); None in round 0.
+
+        Read from the objects that the state names, so that it is the same to the bit after a kill.
+        """
+        if state.started_from is None:
+            return None
+        tensors, _ = read_safetensors(read_object(self.folder, state.started_from), "the last round's first adapter")
+        modules, _ = split_tensors(widened(tensors, dtype_of(tensors), "the last round's first adapter"))
+        merged = Blob(read_object(self.folder, state.merged)).low_rank if state.merged else {}
+        return change(replace(model.adapter, modules=modules), model.adapter, merged)
+
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""
-        save_objects(model.objects(), self.folder)
+        newest = {model.newest.name: model.newest.data} if model.newest else {}  # else only in what is consolidated
+        save_objects({**newest, **model.objects()}, self.folder)
         self.rows.append(row)
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in self.rows).encode())
         write_json(
@@ -121,7 +150,7 @@ class RunFolder:
         kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
         for server_round in set(rounds) - kept:
             (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
-        named = set()
+        named = {state.started_from, state.merged}
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["adapter"], manifest["carried"], *manifest["base_update"]}

@@ -75,6 +75,11 @@ class Blob:
                 raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
         return found
 
+    @property
+    def low_rank(self) -> dict[str, LowRank]:
+        """Those of the matrices that are kept factored: all but what was consolidated."""
+        return {module: matrix for module, matrix in self.matrices.items() if isinstance(matrix, LowRank)}
+
     @classmethod
     def of(cls, matrices: Mapping[str, LowRank | Tensor]) -> Blob:
         """The blob of these matrices, cast to float32."""
@@ -100,6 +105,8 @@ class GlobalModel:
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
         adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
+        newest: what the last round merged, also where it is consolidated; None where it merged nothing, and in a model
+            that was read from a folder.
     """
 
     base: BaseIdentity
@@ -109,6 +116,7 @@ class GlobalModel:
     server_round: int = 0
     method: str = ""
     adapter_dtype: torch.dtype = torch.float32
+    newest: Blob | None = field(default=None, repr=False)
 
     # ── version ──
 
@@ -141,7 +149,8 @@ class GlobalModel:
                 lost = difference(matrix, adapter.modules[module]).scaled(adapter.scalings[module])
                 parts = [residual[module], lost] if module in residual else [lost]
                 residual[module] = weighted_sum(parts, [1.0] * len(parts)).recompress().to(torch.float32)
-        blobs = self.base_update + ((Blob.of(residual),) if residual else ())
+        newest = Blob.of(residual) if residual else None
+        blobs = self.base_update + ((newest,) if newest else ())
         later = replace(
             self,
             adapter=replace(adapter, config=self.adapter.config, name="global adapter"),
@@ -149,6 +158,7 @@ class GlobalModel:
             carried=aggregate.carried,
             server_round=self.server_round + 1,
             method=method,
+            newest=newest,
         )
         return later.consolidated() if later._dense_is_smaller() else later
 
@@ -256,12 +266,12 @@ class GlobalModel:
         if modules.keys() != manifest["scalings"].keys():
             raise ModelError(f"{where}: the manifest's scalings and the adapter's modules differ")
         adapter = Adapter(modules, manifest["scalings"], saved, manifest["adapter_config"], name="global adapter")
-        carried = checked(manifest["carried"]).matrices if manifest["carried"] else {}
+        carried = checked(manifest["carried"]).low_rank if manifest["carried"] else {}
         model = cls(
             base=BaseIdentity(**manifest["base"]),
             adapter=adapter,
             base_update=tuple(checked(name) for name in manifest["base_update"]),
-            carried={module: matrix for module, matrix in carried.items() if isinstance(matrix, LowRank)},
+            carried=carried,
             server_round=manifest["round"],
             method=manifest["method"],
             adapter_dtype=adapter_dtype,
