@@ -120,8 +120,8 @@ def test_runs_without_an_evaluation_have_no_score(tmp_path):
 
 def test_runs_are_named_by_method_where_seeds_tell_them_apart(tmp_path):
     folders = [
-        made(tmp_path / "a", [0, 1], seed=1), made(tmp_path / "b", [0, 1], method="fedit"), made(tmp_path / "c", [0, 2]),
-        made(tmp_path / "d", [0, 2], settings='split = "singular"'),
+        made(tmp_path / "a", [0, 1], seed=1), made(tmp_path / "b", [0, 1], method="fedit"),
+        made(tmp_path / "c", [0, 2]), made(tmp_path / "d", [0, 2], settings='split = "singular"'),
     ]  # fmt: skip
     comparison = compare_runs(folders, 0.5)
     assert [(cell.method, cell.seed) for cell in comparison.cells] == [
