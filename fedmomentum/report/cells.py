@@ -49,6 +49,7 @@ class Cell:
         num_examples: how many items those are.
         by_client: client to its (exact match, loss) on its own items.
         runs: the runs it was read from.
+        kind: `federated`, `centralised` or `local`; the last two are references and send nothing.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Cell:
     num_examples: int | None
     by_client: dict[str, tuple[float, float]]
     runs: tuple[Run, ...]
+    kind: str = "federated"
 
     def best(self, name: str, better: Callable[[list[float]], float]) -> float | None:
         """The best score of any round after the untouched model."""
@@ -115,8 +117,8 @@ def make_cell(method: str, seed: int, runs: Sequence[Run], *, kind: str = "feder
         method: its name in the comparison.
         seed: the runs' seed.
         runs: at least one.
-        kind: `federated`, `centralised` or `local`. The last two send nothing, and their items' categories are the
-            clients that hold them out (as `fedmomentum.compare` makes them).
+        kind: see `Cell`. The items' categories of a reference are the clients that hold them out
+            (as `fedmomentum.compare` makes them).
     """
     rounds = set.intersection(*({row["round"] for row in run.rows} for run in runs))
     parts = [[point for point in _points(run) if point.round in rounds] for run in runs]
@@ -137,7 +139,7 @@ def make_cell(method: str, seed: int, runs: Sequence[Run], *, kind: str = "feder
         method, seed, points,
         _mean([score["exact_match"] for score in scores]) if whole else None,
         _mean([score["loss"] for score in scores]) if whole else None,
-        scores[0]["num_examples"] if whole else None, by_client, tuple(runs),
+        scores[0]["num_examples"] if whole else None, by_client, tuple(runs), kind,
     )  # fmt: skip
 
 

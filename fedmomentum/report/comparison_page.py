@@ -55,7 +55,8 @@ def _content(comparison: Comparison, folders: Sequence[Path]) -> dict[str, Any]:
     clients = sorted({name for cell in comparison.cells for name in cell.by_client}, key=natural_order)
     runs = [run for cell in comparison.cells for run in cell.runs]
     by_client = plots.client_plot(comparison, clients)
-    scored = [one for one in summaries if one.exact_match and one.loss]
+    references = {cell.method for cell in comparison.cells if cell.kind != "federated"}
+    scored = [one for one in summaries if one.exact_match and one.loss and one.method not in references]
     means = plots.client_means(comparison, clients)
     return {
         "comparison": comparison,
@@ -79,7 +80,8 @@ def _content(comparison: Comparison, folders: Sequence[Path]) -> dict[str, Any]:
         "first": f"{comparison.cells[0].method}, seed {comparison.cells[0].seed}",
         "environment": _environments(runs),
         "commands": _commands(comparison, folders),
-        "has_references": any(cell.points[-1].num_bytes is None for cell in comparison.cells),
+        "num_methods": len(summaries) - len(references),
+        "num_references": len(references),
         "unfinished": [
             f"{cell.method}, seed {cell.seed}"
             for cell in comparison.cells
@@ -94,7 +96,7 @@ def _mean(value: Any) -> float:
 
 def _differing(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
     """Settings that the federated runs do not share, besides what is compared: key, then value and its methods."""
-    cells = [cell for cell in comparison.cells if cell.points[-1].num_bytes is not None]
+    cells = [cell for cell in comparison.cells if cell.kind == "federated"]
     tables = [(cell.method, _flat(settings_of(cell.runs[0]))) for cell in cells]
     found = []
     for key in sorted({key for _, table in tables for key in table} - _OWN):

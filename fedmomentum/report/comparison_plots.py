@@ -130,7 +130,7 @@ def _curves(
             x, mean, low, high = (list(values) for values in zip(*drawn[method], strict=True))
             x = [value / scale for value in x]
             if low != high:
-                axes.fill_between(x, low, high, color=_colour(k), alpha=0.15, linewidth=0)
+                axes.fill_between(x, low, high, color=_colour(k), alpha=0.15 if len(drawn) < 5 else 0.08, linewidth=0)
             style: dict[str, Any] = {"linestyle": _DASHES[_turn(k)], "marker": "o" if len(x) < 30 else ""}
             axes.plot(x, mean, color=_colour(k), linewidth=2, markersize=3.5, **style)
         round_axes(axes, label)
