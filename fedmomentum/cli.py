@@ -305,6 +305,8 @@ def compare(
     baseline = baseline or entries[0].label
     if baseline not in [entry.label for entry in entries]:
         raise ConfigError(f"--baseline must be one of the methods, {methods}; got {baseline!r}")
+    if not 0 <= target <= 1:
+        raise ConfigError(f"--target must be a share from 0 to 1; got {target:g}")
     command = shlex.join(["fedmomentum", *sys.argv[1:]])
     with quiet_libraries():
         cells = comparing.plan_cells(settings, entries, comparing.parse_seeds(seeds), out)

@@ -321,6 +321,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
     scores = Table(
         "", "exact match, last", "best", "loss, last", "best",
         title="Held-out examples of all clients: mean ± standard deviation over seeds",
+        caption="best: of the rounds, on the items that every evaluation has", caption_justify="left",
     )  # fmt: skip
     differences_ = Table(
         "", "seeds", "exact match, points", "loss", title=f"Difference to {comparison.baseline}, paired by seed, "

@@ -1,5 +1,6 @@
 """The figures of a comparison: methods over rounds and bytes, with what lies between their seeds."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def client_plot(comparison: Comparison, clients: Sequence[str]) -> Plot | None:
     ]
     more = "" if len(shown) == len(clients) else f" The first {len(shown)} of {len(clients)}; all are in the data."
     caption = f"Each client's own held-out items after the last round, mean over seeds.{more}"
-    return make_plot("clients", "By client", draw, caption=caption, data=data, height=0.75 + 0.3 * len(shown),
+    return make_plot("by-client", "By client", draw, caption=caption, data=data, height=0.75 + 0.3 * len(shown),
                      legend=legend)  # fmt: skip
 
 
@@ -162,7 +163,8 @@ def _band(comparison: Comparison, method: str, name: str, factor: float, against
     by_round: dict[int, list[Point]] = {}
     for cell in cells:
         for point in cell.points:
-            if getattr(point, name) is not None and not (against_bytes and point.num_bytes is None):
+            value = getattr(point, name)
+            if value is not None and math.isfinite(value) and not (against_bytes and point.num_bytes is None):
                 by_round.setdefault(point.round, []).append(point)
     band = []
     for server_round, points in sorted(by_round.items()):
