@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedmomentum.adapter import split_tensors
 from fedmomentum.diagnostics import change
 from fedmomentum.errors import ModelError
@@ -29,6 +31,8 @@ from fedmomentum.global_model import (
     GlobalModel,
     find_manifest,
     kept_rounds,
+    low_rank_sum,
+    object_names,
     prune_objects,
     read_manifest,
     read_object,
@@ -47,17 +51,17 @@ class ServerState:
         held: client to the hashes of the objects it has said it holds.
         best_round: the evaluated round with the lowest loss on the items that all evaluations share; -1 if none.
         best_loss: its loss.
-        started_from: hash of the adapter that the last round started from; None before the first. With `merged` and
-            the adapter of now it says what that round changed, which the next one is compared with.
-        merged: hash of what the last round merged into the base; None where nothing.
+        started_from: hashes of the adapter's objects that the last round started from; none before the first. With
+            `merged` and the adapter of now they say what that round changed, which the next one is compared with.
+        merged: hashes of what the last round merged into the base.
     """
 
     run_id: str
     held: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     best_round: int = -1
     best_loss: float | None = None
-    started_from: str | None = None
-    merged: str | None = None
+    started_from: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """The state after a client said what it holds."""
@@ -65,8 +69,8 @@ class ServerState:
 
     def stepped(self, before: GlobalModel, after: GlobalModel) -> ServerState:
         """The state after a round that led from one model to the other."""
-        merged = after.newest.name if after.newest else None
-        return replace(self, started_from=before.manifest()["adapter"], merged=merged)
+        started_from = tuple(blob.name for blob in before.adapter_objects.values())
+        return replace(self, started_from=started_from, merged=tuple(blob.name for blob in after.newest))
 
 
 class RunFolder:
@@ -110,7 +114,13 @@ class RunFolder:
         manifest = read_manifest(find_manifest(self.folder, rounds[-1]))
         model = GlobalModel.load(self.folder, rounds[-1])
         run = manifest["run"]
-        state = ServerState(**{**run, "held": {client: tuple(names) for client, names in run["held"].items()}})
+        state = ServerState(
+            **{
+                **run,
+                "held": {client: tuple(names) for client, names in run["held"].items()},
+                **{key: tuple(run.get(key, ())) for key in ("started_from", "merged")},
+            }
+        )
         self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
         if [row["round"] for row in self.rows] != list(range(rounds[-1] + 1)):
             raise ModelError(f"{self.folder / 'metrics.jsonl'} lacks rows of the rounds up to {rounds[-1]}")
@@ -126,16 +136,18 @@ class RunFolder:
 
         Read from the objects that the state names, so that it is the same to the bit after a kill.
         """
-        if state.started_from is None:
+        if not state.started_from:
             return None
-        tensors, _ = read_safetensors(read_object(self.folder, state.started_from), "the last round's first adapter")
-        modules, _ = split_tensors(widened(tensors, dtype_of(tensors), "the last round's first adapter"))
-        merged = Blob(read_object(self.folder, state.merged)).low_rank if state.merged else {}
+        where, tensors = f"the start of round {model.server_round}", dict[str, Tensor]()
+        for name in state.started_from:
+            tensors |= read_safetensors(read_object(self.folder, name), where)[0]
+        modules, _ = split_tensors(widened(tensors, dtype_of(tensors), where))
+        merged = low_rank_sum([Blob(read_object(self.folder, name)) for name in state.merged])
         return change(replace(model.adapter, modules=modules), model.adapter, merged)
 
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""
-        newest = {model.newest.name: model.newest.data} if model.newest else {}  # else only in what is consolidated
+        newest = {blob.name: blob.data for blob in model.newest}  # else perhaps only in what is consolidated
         save_objects({**newest, **model.objects()}, self.folder)
         self.rows.append(row)
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in self.rows).encode())
@@ -150,8 +162,8 @@ class RunFolder:
         kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
         for server_round in set(rounds) - kept:
             (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
-        named = {state.started_from, state.merged}
+        named = {*state.started_from, *state.merged}
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
-            named |= {manifest["adapter"], manifest["carried"], *manifest["base_update"]}
+            named |= {manifest["carried"], *object_names(manifest)}
         prune_objects(self.folder, {name for name in named if name})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.errors import ConfigError, FedMomentumError
@@ -30,6 +31,7 @@ def main() -> None:
     """Entry point: the user's mistakes end with 2 and one message, Ctrl-C with 130; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -46,6 +48,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    """A service manager's way to say Ctrl-C: everything is ended and saved alike."""
+    raise KeyboardInterrupt
 
 
 @app.command()
@@ -154,7 +161,7 @@ def aggregate(
     ],
     out: OutOption,
     weights: Annotated[str, typer.Option(help="one number an adapter, e.g. 3,1,2 [default: equal]")] = "",
-    method: Annotated[str, typer.Option(help="fedmomentum or fedit")] = "fedmomentum",
+    method: Annotated[str, typer.Option(help="see `fedmomentum methods`, or module:Class")] = "fedmomentum",
     rank: Annotated[int | None, typer.Option(help="of the result [default: the largest rank]")] = None,
     split: Annotated[str | None, typer.Option(help="fedmomentum: balanced, singular or aligned")] = None,
     energy: Annotated[float | None, typer.Option(help="fedmomentum: share of the squared singular values")] = None,
@@ -209,6 +216,31 @@ def _numbers(text: str) -> list[float] | None:
         return [float(part) for part in text.split(",")] if text else None
     except ValueError as error:
         raise ConfigError(f"--weights must be numbers with commas between, e.g. 3,1,2; got {text!r}") from error
+
+
+@app.command()
+def methods() -> None:
+    """What there is to choose from for [method] name: what each method trains, sends and costs."""
+    from fedmomentum.aggregation import METHODS
+
+    table = Table(
+        Column("name", no_wrap=True), "method, paper", "exact", "ranks may differ", "trains", "up", "down",
+        caption="numbers a module, round and client; P(x) = x (out + in), r the rank, n the clients. Where two stand, "
+        "they are for odd and even rounds. exact: with its default settings", caption_justify="left",
+    )  # fmt: skip
+    cost = {"BA": "P(r)", "B": "r out", "A": "r in", "": ""}
+    for name, kind in METHODS.items():
+        method = kind()
+
+        def both(of: Any, shown: Any = lambda factors: factors) -> str:
+            return ", ".join(dict.fromkeys(shown(of(server_round)) for server_round in (1, 2)))
+
+        down = [both(method.sends, cost.get), f"P(q), {method.residual_rank}" if method.residual_rank else ""]
+        table.add_row(
+            name, Text(method.paper), "yes" if method.exact else "no", "yes" if method.unequal_ranks else "no",
+            both(method.trains), both(method.uploads, cost.get), " + ".join(part for part in down if part),
+        )  # fmt: skip
+    OUT.print(table)
 
 
 @app.command()

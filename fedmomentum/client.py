@@ -7,7 +7,8 @@ since. Every transport ends in `client_step`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,20 +18,32 @@ import torch
 from torch import Tensor
 
 from fedmomentum.adapter import Adapter, to_tensors
+from fedmomentum.aggregation import Method
+from fedmomentum.aggregation.factors import fresh_adapter
+from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
-from fedmomentum.config import LoraConfig, ModelConfig
+from fedmomentum.config import LoraConfig, ModelConfig, own_facts
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
 from fedmomentum.errors import ConfigError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
-from fedmomentum.global_model import Blob, GlobalModel, prune_objects, read_object, save_objects
+from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
+from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
-from fedmomentum.peft_io import ADAPTER_NAME, attach, from_model, load_into, lora_layers
+from fedmomentum.peft_io import ADAPTER_NAME, PeftModel, attach, detach, from_model, load_into, lora_layers
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
 from fedmomentum.transport import PROBE, SECONDS, Reply, Task, decode_task, encode_reply, stack_probes
 from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
+
+
+def _attached(base: Any, lora: LoraConfig, seed: int) -> PeftModel:
+    return attach(
+        base, rank=lora.rank, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules or None,
+        dropout=lora.dropout, use_rslora=lora.use_rslora, modules_to_save=lora.modules_to_save, seed=seed,
+    )  # fmt: skip
+
 
 TrainFunction = Callable[..., TrainReport]
 """`function(model, examples, *, pad_token_id, learning_rate, local_steps, local_epochs, batch_size, seed, arguments,
@@ -42,15 +55,16 @@ class LocalModel:
 
     Args:
         model: which base, in what dtype, on what device.
-        lora: the adapter to attach.
+        lora: the run's adapter; where `own` is given, that is what is attached here.
         seed: of the adapter's initialisation.
+        own: what this party trains, if it is less.
 
     Raises:
         ModelError: the base cannot be found or loaded.
         AdapterError: the adapter does not fit the base.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraConfig, *, seed: int) -> None:
+    def __init__(self, model: ModelConfig, lora: LoraConfig, *, seed: int, own: LoraConfig | None = None) -> None:
         self.folder: Path = resolve_base(model.name, model.revision)
         self.identity: BaseIdentity = identify(model.name, self.folder, model.revision)
         device = pick_device(model.device)
@@ -58,34 +72,78 @@ class LocalModel:
         base = load_base(self.folder, pick_dtype(model.dtype, device), device)
         self.num_parameters = sum(p.numel() for p in base.parameters())
         self.dtype = base.dtype
-        self.peft = attach(
-            base, rank=lora.rank, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules or None,
-            dropout=lora.dropout, use_rslora=lora.use_rslora, modules_to_save=lora.modules_to_save, seed=seed,
-        )  # fmt: skip
-        self._layers = lora_layers(self.peft)
-        self.held = HeldBase({module: layer.base_layer for module, layer in self._layers.items()}, self.folder)
-        self._blobs: dict[str, Blob] = {}
+        self.peft = _attached(base, lora, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
+        self.own, self._is_mixed = own or lora, lora.is_mixed
+        if own is not None and own != replace(lora, clients={}):
+            self.peft = _attached(detach(self.peft), own, seed)
+        self._layers = lora_layers(self.peft)
+        live = self.peft.get_base_model()
+        layers = {module: live.get_submodule(module) for module in self.fresh.modules}
+        self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)
+        self._blobs: dict[str, Blob] = {}
+        self._beside: dict[str, LowRank] = {}
 
     def adapter(self, name: str = "adapter") -> Adapter:
         """A copy of the live adapter."""
         return from_model(self.peft, name)
 
-    def initial(self, method: str) -> GlobalModel:
-        """The global model before the first round: this base, this fresh adapter."""
+    def initial(self, method: Method) -> GlobalModel:
+        """The global model before the first round: this base, the adapter that the method starts from."""
+        adapter, change = initialise(method, self.fresh, self.held.pristine)
         config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
-        return GlobalModel(self.identity, replace(self.fresh, config=config, name="global adapter"), method=method)
+        adapter = replace(adapter, config=config, name="global adapter")
+        return GlobalModel(self.identity, adapter, (Blob.of(change),) if change else (), method=repr(method))
 
-    def become(self, model: GlobalModel) -> None:
-        """Be this global model: its merged base, its adapter.
+    def become(self, model: GlobalModel, method: Method | None = None) -> None:
+        """Be this global model: its merged base, and of its adapter what this party trains, the rest beside the base.
+
+        Args:
+            model: the global model.
+            method: says how a part is derived; needed where this party trains less than the whole.
 
         Raises:
             ModelError: it belongs to another base.
             AdapterError: its adapter has other modules, ranks or scalings than the one attached here.
         """
         model.base.check(self.identity)
-        self.held.apply(model.base_update)
-        load_into(self.peft, model.adapter)
+        start, self._beside = model.adapter, {}
+        if method is not None and (self._is_mixed or self._layers.keys() != model.adapter.modules.keys()
+                                   or self.own.scaling not in model.adapter.scalings.values()):  # fmt: skip
+            start, self._beside = start_of(
+                method, model.adapter, self._layers, rank=self.own.rank, scaling=self.own.scaling,
+                is_mixed=self._is_mixed,
+            )  # fmt: skip
+        beside = [Blob.of(self._beside)] if self._beside else []
+        self.held.apply([*model.base_update, *beside])
+        load_into(self.peft, start)
+
+    def own_facts(self) -> dict[str, Any]:
+        """What is trained here, in the words that the server has for it."""
+        return own_facts(self.own, self._is_mixed)
+
+    def live(self) -> list[LowRank]:
+        """The live factors themselves, module by module, with their gradients."""
+        return [
+            LowRank(layer.lora_B[ADAPTER_NAME].weight, layer.lora_A[ADAPTER_NAME].weight)
+            for _, layer in sorted(self._layers.items())
+        ]
+
+    @contextmanager
+    def training_only(self, factors: str) -> Iterator[None]:
+        """Freeze the factors that are not named, for a while."""
+        frozen = [
+            parameter
+            for name, parameter in self.peft.named_parameters()
+            if parameter.requires_grad and any(f".lora_{f}." in name for f in "BA" if f not in factors)
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def fetch(self, store: Path) -> Callable[[str], Blob]:
         """A reader of a client's objects that parses and checks each once per process."""
@@ -107,15 +165,18 @@ class LocalModel:
     def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Probes of the live weights, in float64: `base` of W alone, `effective` of W + scaling B A."""
         base, effective = {}, {}
-        for module, layer in self._layers.items():
+        for module in self.held.layers:
             weight = self.held.weight(module).to("cpu", torch.float64)
             U, X = probe_vectors(module, (weight.shape[0], weight.shape[1]), seed)
-            lora = LowRank(
-                layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-                layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-            )
-            base[module] = probe(weight, U, X)
-            effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
+            base[module] = effective[module] = probe(weight, U, X)
+            if (layer := self._layers.get(module)) is not None:
+                lora = LowRank(
+                    layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
+                    layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
+                )
+                effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
+            if module in self._beside:  # the adapter's, though it lies beside the base
+                base[module] = base[module] - probe(self._beside[module].to(torch.float64), U, X)
         return {"base": base, "effective": effective}
 
     def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:
@@ -137,6 +198,7 @@ class Client:
         client_id: its name.
         train: what it trains on.
         test: what it holds out.
+        method: the run's method, as this party's configuration has it; it says what is trained and what leaves.
         store: folder of its objects.
         owns_store: whether nobody else keeps objects there, so that what is no longer needed can go.
         function: trains; the user's own, or ours.
@@ -146,6 +208,7 @@ class Client:
     client_id: str
     train: TokenisedExamples
     test: TokenisedExamples
+    method: Method
     store: Path
     owns_store: bool = False
     function: TrainFunction = train_locally
@@ -166,13 +229,20 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if task.kind == "describe":
         return _reply(task, client, "", [], *_describe(task, client, model))
     started = time.perf_counter()
-    needed = {*task.manifest["base_update"], task.manifest["adapter"]}
+    needed = object_names(task.manifest)
     save_objects({name: data for name, data in task.objects.items() if name in needed}, client.store)
     fetch = model.fetch(client.store)
+    if task.settings.get("fresh"):
+        _draw(task, client, model)
     if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
         return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
     current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
-    model.become(current)
+    if (asked := task.settings.get("own")) and asked != (here := model.own_facts()):
+        raise ConfigError(f"the run has this client train {asked}; [lora] here gives {here}")
+    if current.method != repr(client.method):
+        raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
+    model.become(current, client.method)
+    _put_personal(client, model, task.server_round if task.kind == "train" else task.server_round + 1)
     model.forget(needed)
     if client.owns_store:
         prune_objects(client.store, needed)
@@ -206,9 +276,54 @@ def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
         return False
 
 
+def _draw(task: Task, client: Client, model: LocalModel) -> None:
+    """Make the adapter that needs no sending, from the seed: if its bits are the wanted ones, their hashes are."""
+    seed, server_round, dtype = task.settings["fresh"]
+    modules = {}
+    for module, matrix in model.fresh.modules.items():
+        generator = torch.Generator().manual_seed(module_seed(seed, server_round, module))
+        modules[module] = fresh_adapter(matrix.shape, matrix.rank, generator, dtype=torch.float32)
+    adapter = replace(model.fresh, modules=modules, saved={})
+    drawn = GlobalModel(model.identity, adapter, adapter_dtype=wire_dtype(dtype)).adapter_objects.values()
+    wanted = object_names(task.manifest)
+    save_objects({blob.name: blob.data for blob in drawn if blob.name in wanted}, client.store)
+
+
+def _personal_files(client: Client) -> dict[int, Path]:
+    """The rounds after which this client's own factors were kept."""
+    files = (client.store / "personal").glob(f"{client.client_id}-*.safetensors")
+    return {int(file.stem.rpartition("-")[2]): file for file in files}
+
+
+def _put_personal(client: Client, model: LocalModel, before: int) -> None:
+    """The factors that this client shares with nobody, as its last training before that round left them."""
+    rounds = [server_round for server_round in _personal_files(client) if server_round < before]
+    if client.method.shares != "BA" and rounds:
+        tensors, _ = read_safetensors(_personal_files(client)[max(rounds)].read_bytes(), client.client_id)
+        live = dict(model.peft.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                live[name].copy_(tensor)
+
+
+def _keep_personal(client: Client, model: LocalModel, server_round: int) -> None:
+    """Keep them by round, so that a round that is made again starts where it did; the last two are enough."""
+    if client.method.shares == "BA":
+        return
+    own = {"B": "lora_B", "A": "lora_A"}
+    kinds = [own[factor] for factor in "BA" if factor not in client.method.shares]
+    tensors = {n: p.detach().cpu().clone() for n, p in model.peft.named_parameters() if any(k in n for k in kinds)}
+    (client.store / "personal").mkdir(parents=True, exist_ok=True)
+    file = client.store / "personal" / f"{client.client_id}-{server_round:04d}.safetensors"
+    write_atomically(file, safetensors_bytes(tensors))
+    files = _personal_files(client)
+    for old in sorted(r for r in files if r < server_round)[:-1]:
+        files[old].unlink()
+
+
 def _describe(task: Task, client: Client, model: LocalModel) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
     """What the server needs to know before the first round, and the fresh adapter if it asks for that."""
-    fresh = model.fresh
+    fresh = model.initial(client.method).adapter if task.settings.get("adapter") else model.fresh
     facts = {
         "sha256": model.identity.sha256,
         "tokenizer_sha256": model.identity.tokenizer_sha256,
@@ -236,27 +351,37 @@ def installed(package: str) -> str:
 def _train(
     task: Task, client: Client, model: LocalModel, current: GlobalModel
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings = dict(task.settings)
+    settings = {key: value for key, value in task.settings.items() if key not in ("fresh", "own")}
     probe_seed, dtype = settings.pop("probe_seed"), wire_dtype(settings.pop("uplink_dtype"))
 
     def told(step: int, steps: int, loss: float) -> None:
         if client.on_step:
             client.on_step(client.client_id, step, steps, loss)
 
-    report = client.function(
-        model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **settings
-    )
+    method, uploads = client.method, client.method.uploads(task.server_round)
+    penalty = {"penalty": lambda: method.penalty(model.live())} if _penalises(method, model) else {}
+    with model.training_only(method.trains(task.server_round)):
+        report = client.function(
+            model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **penalty, **settings
+        )
     if not isinstance(report, TrainReport):
         raise ConfigError(
             f"the training function {client.function!r} returned {type(report).__name__}; wanted a "
             "fedmomentum.training.TrainReport"
         )
+    _keep_personal(client, model, task.server_round)
     trained = model.adapter(client.client_id)
-    tensors = narrowed(to_tensors(trained), dtype)
+    kept_back = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
+    sent = {name: t for name, t in to_tensors(trained).items() if not any(kind in name for kind in kept_back)}
+    tensors = narrowed(sent, dtype)
     metrics = {**asdict(report), "rounding": rounding_error(trained, rounded(trained, dtype))}
     for name, probes in model.probes(probe_seed).items():
         tensors[PROBE + name] = stack_probes(probes)
     return len(client.train), metrics, tensors
+
+
+def _penalises(method: Method, model: LocalModel) -> bool:
+    return method.penalty(model.live()) is not None
 
 
 def _evaluate(

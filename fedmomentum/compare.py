@@ -20,7 +20,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.client import Client
 from fedmomentum.config import Config, EvaluationConfig, MethodConfig, differences, load_config, to_toml
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
@@ -107,12 +106,14 @@ class Cell:
 def parse_methods(text: str, config: Config) -> list[Entry]:
     """`name` or `name:key=value;key=value`, with commas between. `[method.settings]` goes to the method it names.
 
+    A name is one of the table, `module:Class` of the user's own, or a reference's.
+
     Raises:
         ConfigError: none, one twice, an unknown method or setting, or a setting of a reference.
     """
     entries: list[Entry] = []
     for label in filter(None, (part.strip() for part in text.split(","))):
-        name, _, rest = label.partition(":")
+        name, _, rest = label.rpartition(":") if "=" in label.rpartition(":")[2] else (label, "", "")
         if name in REFERENCES:
             if rest:
                 raise ConfigError(f"{name} has no settings; got {label!r}")
@@ -174,7 +175,12 @@ def plan_cells(config: Config, entries: Sequence[Entry], seeds: Sequence[int], o
             own = replace(config, method=entry.method, run=replace(config.run, seed=seed))
             folder = out / entry.folder / f"seed-{seed}"
             if entry.kind == "local":
-                cells += [Cell(entry, seed, folder / only, own, only) for only in party_names(own)]
+                cells += [
+                    Cell(entry, seed, folder / only, replace(own, lora=own.lora.of(only)), only)
+                    for only in party_names(own)
+                ]
+            elif entry.kind == "centralised":
+                cells.append(Cell(entry, seed, folder, replace(own, lora=replace(own.lora, clients={}))))
             else:
                 cells.append(Cell(entry, seed, folder, own))
     return cells
@@ -243,11 +249,7 @@ def make_reference(run: Run, only: str | None) -> None:
         + [_part(client.test, between, ends, client.client_id) for client in federated]
     )
     trained = [client for client in federated if only in (None, client.client_id)]
-    first = trained[0]
-    client = Client(
-        only or POOLED, _pooled([client.train for client in trained]), test, first.store, function=first.function,
-        on_step=first.on_step,
-    )  # fmt: skip
+    client = replace(trained[0], client_id=only or POOLED, train=_pooled([c.train for c in trained]), test=test)
     evaluation = EvaluationConfig(
         settings.every,
         max(1, sum(min(between, len(client.test)) for client in federated)),
@@ -258,7 +260,7 @@ def make_reference(run: Run, only: str | None) -> None:
     if training.local_epochs is not None:
         training = replace(training, local_epochs=training.local_epochs / len(trained))
     run.config = replace(config, evaluation=evaluation, training=training)
-    run.clients = [client]
+    run.clients, run.locals = [client], {client.client_id: run.local}
     run.partition = {client.client_id: {"train": _counts(client.train), "test": _counts(client.test)}}
     run.plan = make_plan(run.config, run.local, run.model, run.clients, run.method)
 

@@ -43,6 +43,10 @@ class ModelConfig:
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 
 
+OWN_KEYS = ("rank", "lora-alpha", "target-modules")
+"""What a client may have of its own in `[lora.clients.NAME]`."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The adapter every client trains."""
@@ -53,11 +57,47 @@ class LoraConfig:
     dropout: float = _option(0.0, "LoRA dropout in local training")
     use_rslora: bool = _option(False, "scale by lora-alpha / sqrt(rank)")
     modules_to_save: list[str] = _option([], "modules trained in full and averaged by weight")
+    clients: dict[str, Any] = _option(
+        {}, "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, target-modules"
+    )
 
     def __post_init__(self) -> None:
         _need(self.rank >= 1, "lora.rank", self.rank, "at least 1")
         _need(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
         _need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        for client, own in self.clients.items():
+            _need(isinstance(own, dict), f"lora.clients.{client}", own, "a table")
+            for key in own:
+                _need(key in OWN_KEYS, f"lora.clients.{client}.{key}", own[key], f"one of {', '.join(OWN_KEYS)}")
+            self.of(client)
+
+    def of(self, client: str) -> LoraConfig:
+        """What this client trains; it downloads the whole adapter all the same."""
+        own = self.clients.get(client, {})
+        rank, alpha = own.get("rank", self.rank), own.get("lora-alpha", self.lora_alpha)
+        modules = own.get("target-modules", self.target_modules)
+        _need(type(rank) is int and 1 <= rank <= self.rank, f"lora.clients.{client}.rank", rank,
+              f"a whole number from 1 to lora.rank, {self.rank}")  # fmt: skip
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        _need(number and alpha > 0, f"lora.clients.{client}.lora-alpha", alpha, "a number above 0")
+        names = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+        _need(names, f"lora.clients.{client}.target-modules", modules, "a list of names")
+        return dataclasses.replace(self, rank=rank, lora_alpha=float(alpha), target_modules=modules, clients={})
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clients have different ranks."""
+        return any(self.of(client).rank != self.rank for client in self.clients)
+
+    @property
+    def scaling(self) -> float:
+        """`lora_alpha / rank`, or over its root with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def own_facts(own: LoraConfig, is_mixed: bool) -> dict[str, Any]:
+    """What a client trains, for server and client to compare."""
+    return {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules, "mixed": is_mixed}
 
 
 @dataclass(frozen=True)
@@ -138,7 +178,7 @@ class TrainingConfig:
 class MethodConfig:
     """How the server combines the adapters."""
 
-    name: str = _option("fedmomentum", "fedmomentum or fedit")
+    name: str = _option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
     settings: dict[str, Any] = _option({}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)')
 
 

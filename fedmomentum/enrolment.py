@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from fedmomentum.adapter import PREFIX, Adapter, split_tensors
+from fedmomentum.aggregation import Method
 from fedmomentum.config import Config, LoraConfig
 from fedmomentum.errors import AdapterError, FedMomentumError, PayloadError, QuorumError
-from fedmomentum.global_model import GlobalModel
+from fedmomentum.global_model import Blob, GlobalModel
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.peft_io import check_config
 from fedmomentum.transport import Failure, Reply, Task, Transport, decode_reply, encode_task
@@ -41,8 +42,10 @@ class Enrolment:
     facts: Mapping[str, Mapping[str, Any]]
 
 
-def enrol(transport: Transport, config: Config, run_id: str, method: str) -> Enrolment:
-    """Ask all clients what they hold, and one of those with the commonest base for the fresh adapter.
+def enrol(transport: Transport, config: Config, run_id: str, method: Method) -> Enrolment:
+    """Ask all clients what they hold, and one of those with the commonest base for the adapter to start from.
+
+    Where the method starts from a product that is not zero, the base gives up as much: `-s B A`.
 
     Raises:
         QuorumError: too few clients, or none that answered with something usable; each with its reason.
@@ -57,9 +60,11 @@ def enrol(transport: Transport, config: Config, run_id: str, method: str) -> Enr
         failures |= reasons
         try:
             if candidate in more:
-                fresh = _fresh_adapter(more[candidate], config, f"client {candidate}")
+                start = _first_adapter(more[candidate], config, f"client {candidate}", is_zero=not method.reads_base)
                 _tell_differences(facts, base)
-                return Enrolment(GlobalModel(base, fresh, method=method), facts)
+                scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
+                given_up = (Blob.of(scaled),) if method.reads_base else ()
+                return Enrolment(GlobalModel(base, start, given_up, method=repr(method)), facts)
         except FedMomentumError as error:
             failures[candidate] = str(error)
     told = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
@@ -101,8 +106,8 @@ def _facts(reply: Reply) -> dict[str, Any]:
     return {"base": hashes, **counts, "versions": dict(sorted(versions.items())), "dtype": str(metrics.get("dtype"))}
 
 
-def _fresh_adapter(reply: Reply, config: Config, name: str) -> Adapter:
-    """The adapter in a description, if it is one that this run's settings make and that adds nothing yet.
+def _first_adapter(reply: Reply, config: Config, name: str, *, is_zero: bool) -> Adapter:
+    """The adapter in a description, if it is one that this run's settings make and, if asked, adds nothing yet.
 
     Raises:
         PayloadError: tensors that are no adapter.
@@ -122,7 +127,8 @@ def _fresh_adapter(reply: Reply, config: Config, name: str) -> Adapter:
         raise AdapterError(f"{name}: its fresh adapter holds {sorted(saved)[0]}, and this run trains no whole modules")
     wanted = lora.lora_alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
     for module, matrix in modules.items():
-        good = matrix.dtype == torch.float32 and bool(matrix.A.isfinite().all()) and not bool(matrix.B.any())
+        good = matrix.dtype == torch.float32 and all(bool(f.isfinite().all()) for f in (matrix.A, matrix.B))
+        good = good and not (is_zero and bool(matrix.B.any()))
         if matrix.B.ndim != 2 or matrix.A.ndim != 2 or matrix.rank != lora.rank or not good:
             raise AdapterError(
                 f"{name}: module {module} of its fresh adapter has rank {matrix.rank}, or adds something already; "

@@ -35,7 +35,8 @@ class QuorumError(FedMomentumError):
     """Too few clients answered a round with something usable."""
 
 
-_PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^\s'\"(),;:=\[\]]*")
+# From a word with a separator on to a quote, a bracket or a colon: names of files may have blanks and commas in them.
+_PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")
 
 
 def public_text(error: Exception) -> str:

@@ -3,7 +3,7 @@
 The exact model is, per module, `W = base + sum(base_update) + scaling * B A` in float32. Saving, loading,
 evaluating, exporting, resuming and sending all go through this object; the adapter alone is not the result.
 
-The folder (format version 1)::
+The folder (format version 2)::
 
     global_model.json       the manifest: what belongs to the model, by content hash
     objects/<sha256>.safetensors
@@ -33,7 +33,7 @@ from fedmomentum.lowrank import LowRank, difference, weighted_sum, zeros
 from fedmomentum.wire import dtype_of, narrowed, rounded, widened
 
 FORMAT = "fedmomentum global model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "global_model.json"
 MANIFEST_KEYS = (
     "base", "base_update", "version", "adapter", "adapter_config", "scalings", "carried", "round", "method",
@@ -105,8 +105,7 @@ class GlobalModel:
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
         adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
-        newest: what the last round merged, also where it is consolidated; None where it merged nothing, and in a model
-            that was read from a folder.
+        newest: what the last round merged, also where it is consolidated by now; nothing in a model that was read.
     """
 
     base: BaseIdentity
@@ -116,7 +115,7 @@ class GlobalModel:
     server_round: int = 0
     method: str = ""
     adapter_dtype: torch.dtype = torch.float32
-    newest: Blob | None = field(default=None, repr=False)
+    newest: tuple[Blob, ...] = field(default=(), repr=False)
 
     # ── version ──
 
@@ -126,9 +125,16 @@ class GlobalModel:
         return version_of(self.base, [blob.name for blob in self.base_update])
 
     @cached_property
-    def adapter_blob(self) -> bytes:
-        """The adapter as the bytes that are sent and kept."""
-        return safetensors_bytes(narrowed(to_tensors(self.adapter), self.adapter_dtype))
+    def adapter_objects(self) -> dict[str, Blob]:
+        """The adapter as the bytes that are sent and kept: all factors `B`, all factors `A`, and what else is `saved`.
+
+        Apart, so that a factor that did not change is not sent again.
+        """
+        tensors, parts = narrowed(to_tensors(self.adapter), self.adapter_dtype), dict[str, dict[str, Tensor]]()
+        for name, tensor in tensors.items():
+            kind = "B" if ".lora_B.weight" in name else "A" if ".lora_A.weight" in name else "saved"
+            parts.setdefault(kind, {})[name] = tensor
+        return {kind: Blob(safetensors_bytes(part)) for kind, part in sorted(parts.items())}
 
     # ── the round ──
 
@@ -149,8 +155,8 @@ class GlobalModel:
                 lost = difference(matrix, adapter.modules[module]).scaled(adapter.scalings[module])
                 parts = [residual[module], lost] if module in residual else [lost]
                 residual[module] = weighted_sum(parts, [1.0] * len(parts)).recompress().to(torch.float32)
-        newest = Blob.of(residual) if residual else None
-        blobs = self.base_update + ((newest,) if newest else ())
+        newest = self._parts(residual)
+        blobs = self.base_update + newest
         later = replace(
             self,
             adapter=replace(adapter, config=self.adapter.config, name="global adapter"),
@@ -161,6 +167,25 @@ class GlobalModel:
             newest=newest,
         )
         return later.consolidated() if later._dense_is_smaller() else later
+
+    def _parts(self, residual: Mapping[str, LowRank]) -> tuple[Blob, ...]:
+        """The residual as blobs: two where its last components are those that `base_update` begins with.
+
+        So FRLoRA takes off its start anew in every round without sending it anew.
+        """
+        if not residual:
+            return ()
+        known = self.base_update[0].matrices if self.base_update else {}
+        front = {}
+        for module, matrix in residual.items():
+            part = known.get(module)
+            if not isinstance(part, LowRank) or part.rank >= matrix.rank or known.keys() != residual.keys():
+                return (Blob.of(residual),)
+            split = matrix.rank - part.rank
+            if not torch.equal(matrix.B[:, split:], part.B) or not torch.equal(matrix.A[split:], part.A):
+                return (Blob.of(residual),)
+            front[module] = LowRank(matrix.B[:, :split].contiguous(), matrix.A[:split].contiguous())
+        return Blob.of(front), self.base_update[0]
 
     def _dense_is_smaller(self) -> bool:
         """Whether one dense matrix a module takes fewer numbers than the blobs do."""
@@ -206,6 +231,10 @@ class GlobalModel:
             return weighted_sum([merged, live], [1.0, 1.0])
         return merged + live.dense()
 
+    def merged_last(self) -> dict[str, LowRank]:
+        """What the last round merged into each module, in float64; nothing in a model that was read."""
+        return low_rank_sum(self.newest)
+
     # ── folder ──
 
     def manifest(self) -> dict[str, Any]:
@@ -216,7 +245,7 @@ class GlobalModel:
             "base": asdict(self.base),
             "base_update": [blob.name for blob in self.base_update],
             "version": self.version,
-            "adapter": sha256(self.adapter_blob),
+            "adapter": {kind: blob.name for kind, blob in self.adapter_objects.items()},
             "adapter_config": dict(self.adapter.config),
             "scalings": dict(self.adapter.scalings),
             "carried": Blob.of(self.carried).name if self.carried else None,
@@ -226,7 +255,7 @@ class GlobalModel:
 
     def objects(self) -> dict[str, bytes]:
         """Every object of the manifest: hash to bytes."""
-        blobs = [*self.base_update, Blob(self.adapter_blob)]
+        blobs = [*self.base_update, *self.adapter_objects.values()]
         blobs += [Blob.of(self.carried)] if self.carried else []
         return {blob.name: blob.data for blob in blobs}
 
@@ -260,7 +289,10 @@ class GlobalModel:
                 raise ModelError(f"{where}: object {name[:16]}... does not match its hash; it was damaged or altered")
             return blob
 
-        tensors, _ = read_safetensors(checked(manifest["adapter"]).data, where)
+        object_names(manifest)
+        tensors: dict[str, Tensor] = {}
+        for name in manifest["adapter"].values():
+            tensors |= read_safetensors(checked(name).data, where)[0]
         adapter_dtype = dtype_of(tensors)
         modules, saved = split_tensors(widened(tensors, adapter_dtype, where))
         if modules.keys() != manifest["scalings"].keys():
@@ -302,6 +334,30 @@ class GlobalModel:
         return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
 
 
+def low_rank_sum(blobs: Sequence[Blob]) -> dict[str, LowRank]:
+    """Module to the sum of its factored matrices in the blobs, in float64."""
+    parts: dict[str, list[LowRank]] = {}
+    for blob in blobs:
+        for module, matrix in blob.low_rank.items():
+            parts.setdefault(module, []).append(matrix)
+    return {module: weighted_sum(matrices, [1.0] * len(matrices)) for module, matrices in parts.items()}
+
+
+def object_names(manifest: Mapping[str, Any]) -> set[str]:
+    """The objects that a client needs of a manifest; what is carried is the server's own.
+
+    Raises:
+        ModelError: the manifest does not name them as it should.
+    """
+    update, adapter = manifest.get("base_update"), manifest.get("adapter")
+    if not isinstance(update, (list, tuple)) or not isinstance(adapter, Mapping):
+        raise ModelError("the manifest names no objects: wanted a list base_update and a table adapter")
+    names = {*map(str, update), *map(str, adapter.values())}
+    for name in names:
+        _check_name(name)
+    return names
+
+
 def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
     """The version of a base with this `base_update`."""
     return sha256("\n".join([base.sha256 or f"{base.name}@{base.revision}", *names]).encode())
@@ -313,9 +369,13 @@ def object_file(folder: Path, name: str) -> Path:
     Raises:
         ModelError: not 64 hexadecimal digits.
     """
+    _check_name(name)
+    return folder / "objects" / f"{name}.safetensors"
+
+
+def _check_name(name: str) -> None:
     if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
         raise ModelError(f"{name!r} is no SHA-256; object names are hashes")
-    return folder / "objects" / f"{name}.safetensors"
 
 
 def save_objects(objects: Mapping[str, bytes], folder: Path) -> None:

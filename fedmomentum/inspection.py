@@ -10,7 +10,6 @@ from rich.text import Text
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.errors import ModelError
-from fedmomentum.files import sha256
 from fedmomentum.global_model import MANIFEST, GlobalModel, kept_rounds
 from fedmomentum.lowrank import LowRank
 from fedmomentum.peft_io import read_adapter
@@ -51,7 +50,10 @@ def describe(folder: Path) -> Iterator[Table]:
         ("base SHA-256", model.base.sha256 or "unknown: combined without the base at hand"),
         ("tokenizer SHA-256", model.base.tokenizer_sha256 or "unknown"),
         ("version", model.version),
-        ("adapter", f"{sha256(model.adapter_blob)}, {human_bytes(len(model.adapter_blob))}"),
+        *(
+            (f"adapter, {kind}", f"{blob.name}, {human_bytes(len(blob.data))}")
+            for kind, blob in model.adapter_objects.items()
+        ),
         *(("base update", f"{blob.name}, {human_bytes(len(blob.data))}") for blob in model.base_update),
         *([("carried", f"a tail in {len(model.carried)} modules, not part of the model")] if model.carried else []),
     )

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmomentum.adapter import Adapter, from_tensors
+from fedmomentum.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.aggregation import Method
-from fedmomentum.aggregation.whole import AdapterAggregate, combine
+from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.config import Config
+from fedmomentum.config import Config, own_facts
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
-from fedmomentum.global_model import GlobalModel
+from fedmomentum.global_model import GlobalModel, object_names
+from fedmomentum.lowrank import LowRank
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
 from fedmomentum.wire import rounding_error, widened, wire_dtype
 
@@ -170,12 +171,13 @@ def _round(
         seed=config.run.seed,
         on_module=lambda done, total: server.observer("aggregate", {"done": done, "total": total}),
     )
+    weights = dict(zip(weights, result.weights.tolist(), strict=True))
     merging = time.perf_counter()
     later = model.after(result, repr(server.method), exact=server.method.exact)
     merged = time.perf_counter()
     diagnostics = round_diagnostics(
         model.adapter, [updates[client] for client in weights], list(weights.values()), later.adapter,
-        later.newest.low_rank if later.newest else {}, server.folder.last_update(model, state),
+        later.merged_last(), server.folder.last_update(model, state),
     )  # fmt: skip
     state = state.stepped(model, later)
 
@@ -193,7 +195,9 @@ def _round(
     if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
         evaluation, state = _evaluate(server, later, state, server_round, client_ids if last else list(weights))
         seed = _probe_seed(config, server_round)
-        _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed))
+        # where factors stay with their clients, there is no one model to compare with
+        one_model = server.method.shares == "BA"
+        _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed) if one_model else None)
     failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
@@ -226,7 +230,8 @@ def _train(
     settings = {client: train_settings(server.config, server_round, client, learning_rate) for client in participants}
     exchange, state = _ask(server, "train", model, state, server_round, settings)
     checking = time.perf_counter()
-    updates = _adapters(exchange, model, participants, wire_dtype(federation.uplink_dtype))
+    uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
+    updates = _adapters(exchange, model, participants, server, uploads, dtype)
     _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
     exchange.encode_seconds += time.perf_counter() - checking
     for client, reason in exchange.failures.items():
@@ -250,6 +255,7 @@ def train_settings(config: Config, server_round: int, client: str, learning_rate
         "batch_size": training.batch_size, "arguments": training.arguments,
         "uplink_dtype": config.federation.uplink_dtype, "probe_seed": _probe_seed(config, server_round),
         "seed": derive(config.run.seed, "batches", server_round, client),
+        "own": own_facts(config.lora.of(client), config.lora.is_mixed),
     }  # fmt: skip
 
 
@@ -291,16 +297,21 @@ def _ask(
     exchange = _Exchange()
     objects = model.objects()
     manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
-    needed = {*manifest["base_update"], manifest["adapter"]}
+    needed = object_names(manifest)
     limit = 8 * model.adapter.num_numbers() + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
 
     def task(client: str, lacking: set[str]) -> Task:
         return Task(
             kind, state.run_id, client, server_round, manifest,
-            {name: objects[name] for name in sorted(lacking)}, settings[client],
+            {name: objects[name] for name in sorted(lacking)}, {**settings[client], "fresh": fresh},
         )  # fmt: skip
 
-    tasks = {client: task(client, needed - set(state.held.get(client, ()))) for client in sorted(settings)}
+    fresh, drawn = None, set[str]()
+    if server.method.fresh and model.server_round:  # clients draw the adapter themselves, and say if they cannot
+        dtype = server.config.federation.downlink_dtype
+        fresh = [server.config.run.seed, model.server_round, dtype]
+        drawn = {model.adapter_objects[kind].name for kind in "BA"}
+    tasks = {client: task(client, needed - drawn - set(state.held.get(client, ()))) for client in sorted(settings)}
     _send(server.transport, tasks, exchange, limit)
     again = {}
     for client in [c for c, reply in exchange.replies.items() if "lacking" in reply.metrics]:
@@ -380,10 +391,19 @@ def _evaluate(
 
 
 def _adapters(
-    exchange: _Exchange, model: GlobalModel, participants: Sequence[str], dtype: torch.dtype
+    exchange: _Exchange,
+    model: GlobalModel,
+    participants: Sequence[str],
+    server: _Server,
+    uploads: str,
+    dtype: torch.dtype,
 ) -> dict[str, Adapter]:
-    """The updates that are what they should be; the others become failures."""
+    """The updates that are what they should be; the others become failures.
+
+    A factor that this round does not ask for is the one that clients were sent, bit for bit.
+    """
     updates = {}
+    shared = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
     modules = len(model.adapter.modules)
     for client in participants:
         reply = exchange.replies.get(client)
@@ -399,12 +419,29 @@ def _adapters(
                 if not isinstance(reply.metrics.get(key), (int, float)):
                     raise PayloadError(f"client {client}: its metrics lack {key}")
             tensors.pop(SECONDS, None)
+            start, beside = _start(server, model, client)
+            known = {name: t for name, t in to_tensors(start).items() if any(kind in name for kind in shared)}
             wide = widened(tensors, dtype, f"client {client}")
-            updates[client] = from_tensors(wide, like=model.adapter, name=f"client {client}")
+            if more := sorted(wide.keys() & known.keys()):
+                raise PayloadError(f"client {client}: tensor {more[0]} was not asked for; this round takes {uploads}")
+            updates[client] = with_tails(from_tensors(wide | known, like=start, name=f"client {client}"), beside)
         except FedMomentumError as error:
             exchange.failures[client] = str(error)
             del exchange.replies[client]
     return updates
+
+
+def _start(server: _Server, model: GlobalModel, client: str) -> tuple[Adapter, dict[str, LowRank]]:
+    """What a client started from, derived here as it is there; see `start_of`."""
+    lora = server.config.lora
+    if client not in lora.clients and not lora.is_mixed:
+        return model.adapter, {}
+    own = lora.of(client)
+    names = own.target_modules if client in lora.clients else []
+    mine = [m for m in model.adapter.modules if not names or any(f".{m}".endswith(f".{name}") for name in names)]
+    return start_of(
+        server.method, model.adapter, mine, rank=own.rank, scaling=own.scaling, is_mixed=lora.is_mixed
+    )  # fmt: skip
 
 
 def _leave_out_far_ones(
@@ -432,9 +469,8 @@ def _leave_out_far_ones(
 def _distance(one: Adapter, other: Adapter) -> float:
     total = 0.0
     for module, matrix in one.modules.items():
-        theirs = other.modules[module]
-        cross = matrix.inner(matrix) - 2 * matrix.inner(theirs) + theirs.inner(theirs)
-        total += one.scalings[module] ** 2 * max(0.0, cross)
+        theirs, s, t = other.modules[module], one.scalings[module], other.scalings[module]
+        total += max(0.0, s**2 * matrix.inner(matrix) - 2 * s * t * matrix.inner(theirs) + t**2 * theirs.inner(theirs))
     return math.sqrt(total)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
@@ -10,7 +9,6 @@ import os
 import platform
 import random
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +21,7 @@ from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, differences, load_config, to_toml
+from fedmomentum.config import Config, LoraConfig, differences, load_config, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
@@ -31,6 +29,7 @@ from fedmomentum.enrolment import enrol
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
 from fedmomentum.training import check_arguments, train
 from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
@@ -80,6 +79,7 @@ class Run:
     method: Method
     folder: RunFolder
     local: LocalModel
+    locals: dict[str, LocalModel]
     clients: list[Client]
     model: GlobalModel
     state: ServerState
@@ -98,7 +98,7 @@ class Run:
         write_json(out / "partition.json", self.partition)
         _write_environment(self.local, out, resumed=bool(self.folder.rows))
         transport = InProcessTransport(
-            {c.client_id: partial(client_step, client=c, model=self.local) for c in self.clients}
+            {c.client_id: partial(client_step, client=c, model=self.locals[c.client_id]) for c in self.clients}
         )
         return run_rounds(
             transport, method=self.method, model=self.model, state=self.state, config=self.config,
@@ -143,6 +143,7 @@ def prepare(
     say(f"Loading {config.model.name}")
     local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"))
     clients = _tokenised(config, parties, local, out, function, on_step)
+    locals_ = _own_models(config, local, [client.client_id for client in clients])
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
         resumed = folder.resume() if resume else None
@@ -150,13 +151,28 @@ def prepare(
             model, state = resumed
             model.base.check(local.identity)
         else:
-            model = local.initial(repr(method)).sent_in(wire_dtype(config.federation.downlink_dtype))
+            model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
             state = ServerState(secrets.token_hex(16))
         plan = make_plan(config, local, model, clients, method)
     except BaseException:
         folder.close()
         raise
-    return Run(config, method, folder, local, clients, model, state, plan, partition_table(parties))
+    return Run(config, method, folder, local, locals_, clients, model, state, plan, partition_table(parties))
+
+
+def _own_models(config: Config, local: LocalModel, names: Sequence[str]) -> dict[str, LocalModel]:
+    """A model for each thing that clients train: one for all, unless some train less."""
+    lora = config.lora
+    if unknown := sorted(set(lora.clients) - set(names)):
+        raise ConfigError(f"lora.clients names {unknown[0]}, which is no client; there are {', '.join(names)}")
+    made: list[tuple[LoraConfig, LocalModel]] = [(lora.of(""), local)]
+    found = {}
+    for name in names:
+        own = lora.of(name)
+        if not any(own == other for other, _ in made):
+            made.append((own, LocalModel(config.model, lora, seed=derive(config.run.seed, "adapter"), own=own)))
+        found[name] = next(model for other, model in made if other == own)
+    return found
 
 
 def party_names(config: Config) -> list[str]:
@@ -202,7 +218,8 @@ def prepare_party(
         raise ConfigError(f"the data is divided among {', '.join(parties)}; this client is {client_id}")
     if local is None:
         say(f"Loading {config.model.name}")
-        local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"))
+        own = config.lora.of(client_id)
+        local = LocalModel(config.model, config.lora, seed=derive(config.run.seed, "adapter"), own=own)
     (client,) = _tokenised(config, [parties[client_id]], local, store, function, on_step)
     client.owns_store = True
     return client, local
@@ -210,7 +227,7 @@ def prepare_party(
 
 def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
-    model = local.initial("rehearsal")
+    model = local.initial(client.method)
     settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
     one_step = settings | {"local_steps": 1, "local_epochs": None}
     return encode_task(
@@ -251,7 +268,7 @@ def run_over(
             model, state = resumed
         else:
             state = ServerState(secrets.token_hex(16))
-            enrolment = enrol(transport, config, state.run_id, repr(method))
+            enrolment = enrol(transport, config, state.run_id, method)
             model, facts = enrolment.model.sent_in(wire_dtype(config.federation.downlink_dtype)), enrolment.facts
             plan = served_plan(config, model, method, facts)
             observer("plan", asdict(plan))
@@ -279,23 +296,19 @@ def make_method(config: Config) -> Method:
     Raises:
         ConfigError: an unknown name or setting, or a value that the method refuses.
     """
-    return build_method(config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()})
+    method = build_method(config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()})
+    if config.lora.is_mixed and not method.unequal_ranks:
+        raise ConfigError(f"{method.title} needs every client at one rank; lora.clients gives several")
+    if method.reads_base and config.federation.downlink_dtype != "float32":
+        raise ConfigError(f"{method.title} starts from the base's own directions; they need downlink-dtype float32")
+    return method
 
 
 def _training_function(config: Config) -> TrainFunction:
     """Our trainer, or the user's `module:function`."""
     if config.training.function is None:
         return train
-    module, colon, name = config.training.function.partition(":")
-    if not colon:
-        raise ConfigError(f"training.function must be module:function; got {config.training.function!r}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"training.function {config.training.function!r} cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
+    function: TrainFunction = imported(config.training.function, "training.function")
     return function
 
 
@@ -360,6 +373,7 @@ def _tokenised(
                 party.client_id,
                 tokenise(party.train, local.tokenizer, owner=party.client_id, **limits),
                 tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
+                method=make_method(config),
                 store=out,
                 function=function,
                 on_step=on_step,

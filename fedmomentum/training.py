@@ -91,6 +91,7 @@ def train(
     seed: int,
     arguments: Mapping[str, Any] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> TrainReport:
     """Train the model's trainable parameters in place, with a fresh optimiser and the loss on completions only.
 
@@ -110,6 +111,7 @@ def train(
         seed: Seed of the order and of dropout.
         arguments: Further fields of ``transformers.TrainingArguments``, those in ``PASSED_ON``.
         on_step: Called after each step with (step from 1, number of steps, loss).
+        penalty: Added to the loss of every step; not part of the losses that are reported.
 
     Raises:
         ConfigError: A number is out of range, or ``arguments`` holds a name that cannot be set.
@@ -161,7 +163,7 @@ def train(
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.progress = progress
+        trainer.progress, trainer.penalty = progress, penalty
         trainer.train()
     if not all(parameter.isfinite().all() for parameter in trained):
         raise FedMomentumError(
@@ -249,6 +251,7 @@ class _CompletionTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
     progress: _Progress
+    penalty: Callable[[], Tensor] | None = None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):  # type: ignore[no-untyped-def]  # noqa: D102
         # Counted here, over all micro-batches of a step, because the trainer's own count depends on the model class.
@@ -273,7 +276,10 @@ class _CompletionTrainer(Trainer):
             label_smoothing=self.args.label_smoothing_factor,
         )
         self.progress.add(loss.item(), int((labels != IGNORED).sum()))
-        return loss / num_items_in_batch
+        loss = loss / num_items_in_batch
+        if self.penalty is not None:
+            loss = loss + self.penalty() / self.args.gradient_accumulation_steps
+        return loss
 
 
 def _check_numbers(learning_rate: float, local_steps: int | None, local_epochs: float | None, batch_size: int) -> None:

@@ -62,8 +62,10 @@ def test_methods_are_names_with_settings(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "must name methods"), (",", "must name methods"), ("fedit,fedit", "each once"), ("fedavg", "unknown method"),
-     ("fedavg", "centralised, local"), ("fedit:energy=1", "no setting 'energy'"), ("local:x=1", "has no settings"),
-     ("fedmomentum:split", "is no setting"), ("fedmomentum:split=equal", "split must be")],
+     ("fedavg", "centralised, local"), ("fedit:energy=1", "no setting 'energy'"), 
+     ("local:x=1", "has no settings"),
+     ("fedmomentum:split", "cannot be imported"), ("fedmomentum:split=a;b", "is no setting"),
+     ("fedmomentum:split=equal", "split must be")],
 )  # fmt: skip
 def test_methods_that_cannot_be(folder, text, message):
     with pytest.raises(ConfigError, match=message):

@@ -185,6 +185,26 @@ def test_rows_hold_what_the_saved_models_say(folder, tmp_path, sections):
         assert row["diagnostics"]["update_cosine"] == pytest.approx(angle(now, before), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_a_run(folder, tmp_path, name):
+    config = tiny_config(folder, method={"name": name}, evaluation={"every": 0}, run={"keep_rounds": 50})
+    start(config, tmp_path / "run")
+    models = [effective(GlobalModel.load(tmp_path / "run", r)) for r in kept_rounds(tmp_path / "run")]
+    for row, before, now in zip(timeless(tmp_path / "run")[1:], models, models[1:], strict=False):
+        update = torch.cat([(now[m] - before[m]).flatten() for m in now])
+        assert row["diagnostics"]["update_norm"] == pytest.approx(float(update.norm()), rel=1e-4)
+        if name != "fedsalora":  # whose server sees one factor only
+            assert row["diagnostics"]["client_drift"] > 0
+
+
+def test_clients_of_unequal_rank_count_with_all_that_they_add(folder, tmp_path):
+    own = {"site0": {"rank": 1}, "site1": {"target-modules": ["q_proj"]}}
+    config = tiny_config(folder, lora={"clients": own}, federation={"num_rounds": 3}, evaluation={"every": 0})
+    start(config, tmp_path / "run")
+    for row in timeless(tmp_path / "run")[2:]:  # an exact method: the update is the clients' mean, so none is far off
+        assert row["diagnostics"]["client_cosine"]["min"] > 0 and row["diagnostics"]["client_drift"] < 3
+
+
 def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
     """One checkpoint is kept, and every round is begun by another process."""
     settings = {"evaluation": {"every": 0}, "run": {"keep_rounds": 1}}
@@ -204,7 +224,7 @@ def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
     assert kept_rounds(tmp_path / "parts") == [12]
     state = json.loads((tmp_path / "parts" / "rounds" / "0012.json").read_text())["run"]
     kept = {file.stem for file in (tmp_path / "parts" / "objects").iterdir()}
-    assert kept == {*GlobalModel.load(tmp_path / "parts").objects(), state["started_from"], state["merged"]}
+    assert kept == {*GlobalModel.load(tmp_path / "parts").objects(), *state["started_from"], *state["merged"]}
 
 
 def test_a_checkpoint_from_before_they_were_measured_goes_on(folder, tmp_path):

@@ -78,7 +78,7 @@ def test_save_and_load_keep_every_bit(tmp_path):
     model, _ = after_rounds(3, method=FedMomentum(energy=0.8))
     model.save(tmp_path)
     again = GlobalModel.load(tmp_path)
-    assert again.version == model.version and again.adapter_blob == model.adapter_blob
+    assert again.version == model.version and again.adapter_objects == model.adapter_objects
     assert again.objects() == model.objects() and again.manifest() == model.manifest()
     assert again.carried.keys() == model.carried.keys() != set()
     assert not any(file.suffix in (".bin", ".pt", ".pkl") for file in tmp_path.rglob("*"))
@@ -103,11 +103,12 @@ def test_what_is_not_ours_or_newer_or_damaged_is_refused_by_name(tmp_path):
         with pytest.raises(ModelError, match=match):
             GlobalModel.load(tmp_path)
 
-    refused("format_version 2; this fedmomentum reads 1", format_version=2)
+    refused("format_version 3; this fedmomentum reads 2", format_version=3)
     refused("is not a fedmomentum global model", format="else")
     refused("was stated", version="0" * 64)
     refused("scalings", scalings={})
-    refused("no SHA-256", adapter="../../etc/passwd")
+    refused("no SHA-256", adapter={"A": "../../etc/passwd"})
+    refused("names no objects", adapter="../../etc/passwd")
     file.write_text("{")
     with pytest.raises(ModelError, match="not JSON"):
         GlobalModel.load(tmp_path)

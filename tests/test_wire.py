@@ -82,7 +82,7 @@ def test_what_rounding_takes_from_the_adapter_goes_into_the_residual(dtype):
         got = later.effective(module).dense()
         assert float((got - wanted).norm() / wanted.norm()) < 1e-6
     inexact = start_model.after(AdapterAggregate(whole, {}, {}, {}, {}), "m", exact=False)
-    assert inexact.base_update == () and inexact.adapter_blob == later.adapter_blob
+    assert inexact.base_update == () and inexact.adapter_objects == later.adapter_objects
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -90,7 +90,7 @@ def test_a_folder_keeps_the_bits_that_are_sent(tmp_path, dtype):
     model = GlobalModel(BaseIdentity("base"), adapter(1e-4)).sent_in(dtype)
     model.save(tmp_path)
     loaded = GlobalModel.load(tmp_path)
-    assert loaded.adapter_dtype == dtype and loaded.adapter_blob == model.adapter_blob
+    assert loaded.adapter_dtype == dtype and loaded.adapter_objects == model.adapter_objects
     for name, tensor in to_tensors(model.adapter).items():
         assert torch.equal(tensor, to_tensors(loaded.adapter)[name]) and tensor.dtype == torch.float32
 

@@ -1,7 +1,8 @@
 """The methods, one file each. `METHODS` is the table that the command line and the contract test read."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, cast
 
 from fedmomentum.aggregation.base import Aggregate as Aggregate
 from fedmomentum.aggregation.base import Method as Method
@@ -20,6 +21,7 @@ from fedmomentum.aggregation.hetlora import HetLoRA as HetLoRA
 from fedmomentum.aggregation.lorafair import LoRAFAIR as LoRAFAIR
 from fedmomentum.aggregation.rolora import RoLoRA as RoLoRA
 from fedmomentum.errors import ConfigError
+from fedmomentum.plugins import imported
 
 METHODS: dict[str, type[Method]] = {
     "fedmomentum": FedMomentum,
@@ -39,19 +41,34 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def method_class(name: str) -> type[Method]:
+    """The class of a method: a name of the table, or `module:Class` of the user's own.
+
+    Raises:
+        ConfigError: an unknown name, or something that is no method.
+    """
+    if ":" in name:
+        found: Any = imported(name, "method.name")
+        if not isinstance(found, type) or Method not in found.__mro__ or not is_dataclass(found):
+            raise ConfigError(f"method.name {name!r} is no dataclass derived from fedmomentum.aggregation.Method")
+        return cast(type[Method], found)
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}, or module:Class of your own")
+    return METHODS[name]
+
+
 def build_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """`METHODS[name](**settings)`, with errors that say what there is.
+    """`method_class(name)(**settings)`, with errors that say what there is.
 
     Raises:
         ConfigError: an unknown name or setting, or a value that the method refuses.
     """
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
-    known = list(METHODS[name].__dataclass_fields__)  # type: ignore[attr-defined]
+    chosen = method_class(name)
+    known = list(chosen.__dataclass_fields__)  # type: ignore[attr-defined]
     for key in settings:
         if key not in known:
             raise ConfigError(f"method {name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
     try:
-        return METHODS[name](**settings)
+        return chosen(**settings)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method {name}: {error}") from error

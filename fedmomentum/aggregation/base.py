@@ -54,6 +54,8 @@ class Method(Protocol):
     """Whether the adapter is `factors.fresh_adapter` of a seed that everyone has, and need not be sent."""
     keeps_tail: ClassVar[bool] = False
     """Whether a client of a smaller rank keeps beside its base what its own adapter cannot hold (`localise`)."""
+    residual_rank: ClassVar[str] = ""
+    """The rank q of what each round sends for the base, in words of r and n clients; empty where there is nothing."""
     reads_base: ClassVar[bool] = False
     """Whether `initialise` reads the base weight."""
 

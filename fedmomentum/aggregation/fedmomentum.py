@@ -51,6 +51,7 @@ class FedMomentum(Method):
     paper = (
         "Yan et al., FedMomentum: Preserving LoRA Training Momentum in Federated Fine-Tuning, 2026, arXiv 2603.08014"
     )
+    residual_rank = "q <= (n-1) r"
     unequal_ranks = True
     best_rank = True
     keeps_tail = True

@@ -34,6 +34,7 @@ class FLoRA(Method):
         "Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations, "
         "NeurIPS 2024, arXiv 2409.05976"
     )
+    residual_rank = "q = n r"
     exact = True
     unequal_ranks = True
     fresh = True

@@ -37,6 +37,7 @@ class FRLoRA(Method):
     paper = (
         "Yan et al., Federated Residual Low-Rank Adaption of Large Language Models, ICLR 2025, OpenReview e0rQRMUhs7"
     )
+    residual_rank = "q = r"
     reads_base = True
 
     def sends(self, server_round: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -205,13 +205,47 @@ def localise(
     return replace(adapter, modules=modules, scalings=dict(scalings)), tails
 
 
+def start_of(
+    method: Method, adapter: Adapter, modules: Collection[str], *, rank: int, scaling: float, is_mixed: bool
+) -> tuple[Adapter, dict[str, LowRank]]:
+    """What a client starts from: its own adapter, and what stays beside its base, in effective-weight units.
+
+    Beside the base are the tails, where the method has clients keep them, and the whole of modules that the client
+    does not adapt: they count with the effective weight they have.
+
+    Args:
+        method: decides.
+        adapter: the global one.
+        modules: those that this client adapts.
+        rank: this client's.
+        scaling: this client's `lora_alpha / rank`.
+        is_mixed: whether the run's clients have different ranks; then all start in one gauge.
+    """
+    mine = replace(adapter, modules={m: matrix for m, matrix in adapter.modules.items() if m in modules})
+    beside = {m: adapter.effective(m).to(torch.float32) for m in adapter.modules if m not in modules}
+    if is_mixed or any(adapter.scalings[m] != scaling for m in mine.modules):
+        own = dict.fromkeys(mine.modules, rank)
+        start, tails = localise(method, mine, own, dict.fromkeys(mine.modules, scaling)) if is_mixed else (
+            _rescaled(mine, scaling), {})  # fmt: skip
+        return start, beside | (tails if method.keeps_tail else {})
+    return replace(mine, scalings={m: adapter.scalings[m] for m in mine.modules}), beside
+
+
+def _rescaled(adapter: Adapter, scaling: float) -> Adapter:
+    """The same products in another scaling; the ratio is on B."""
+    modules = {m: matrix.scaled(adapter.scalings[m] / scaling) for m, matrix in adapter.modules.items()}
+    return replace(adapter, modules=modules, scalings=dict.fromkeys(modules, scaling))
+
+
 def with_tails(trained: Adapter, tails: Mapping[str, LowRank]) -> Adapter:
-    """A client's trained adapter with the tails it kept: its whole effective product, as `combine` wants it."""
-    modules = {
-        module: with_tail(matrix, tails[module].scaled(1 / trained.scalings[module])) if module in tails else matrix
-        for module, matrix in trained.modules.items()
-    }
-    return replace(trained, modules=modules)
+    """A client's trained adapter with what stayed beside its base: its whole effective product, for `combine`."""
+    modules, scalings = dict(trained.modules), dict(trained.scalings)
+    for module, tail in tails.items():
+        if module in modules:
+            modules[module] = with_tail(modules[module], tail.scaled(1 / scalings[module]))
+        else:
+            modules[module], scalings[module] = tail, 1.0
+    return replace(trained, modules=modules, scalings=scalings)
 
 
 def module_seed(seed: int, server_round: int, module: str) -> int:

@@ -70,6 +70,7 @@ class Connection:
         self._client = FleetHttpClient.from_server_address(
             server, False, authority, [NodeAuthHttpInterceptor(key, key.public_key())]
         )
+        self._client._client.follow_redirects = False  # signed requests go to this server and to no other
         self._stop = threading.Event()
         self._lost: str | None = None
 
@@ -194,7 +195,10 @@ def _refusal(error: httpx.HTTPStatusError) -> str:
             "same key, or this node ended less than half a minute ago"
         )
     if status == 401:
-        return "the server does not accept this node's signature: it restarted, or the two clocks differ by minutes"
+        return (
+            "the server does not accept this node's signature: it restarted, or this machine's clock is more than 5 s "
+            "ahead of it or 5 min behind"
+        )
     return f"the server answered {status}{': ' + told.message if told else ''}"
 
 

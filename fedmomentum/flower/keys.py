@@ -30,6 +30,8 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically
 
 NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?"
+HOST_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 AUTHORITY_YEARS, SERVER_YEARS = 10, 2
 
 
@@ -43,6 +45,8 @@ def make_server_keys(folder: Path, hosts: Sequence[str]) -> None:
     """
     if not hosts:
         raise ConfigError("give the names or addresses under which nodes reach the server, e.g. --host fed.example.org")
+    for host in hosts:
+        _host(host)
     (folder / "nodes").mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     if not (folder / "ca.key").is_file():
@@ -105,6 +109,11 @@ def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not HOST_NAME.fullmatch(host):
+            raise ConfigError(
+                f"--host {host!r} is no host name and no address; give it without https:// and without a port, and "
+                "international names in their xn-- form"
+            ) from None
         return x509.DNSName(host)
 
 
@@ -180,6 +189,8 @@ def load_private(file: Path) -> ec.EllipticCurvePrivateKey:
     check_private(file)
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), None)
+    except TypeError as error:
+        raise ConfigError(f"{file} has a passphrase, which a service cannot type; make a key without one") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{file} is no private key of a node: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):

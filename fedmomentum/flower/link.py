@@ -91,7 +91,8 @@ class Link:
         self._nodes: dict[str, tuple[int, bytes]] = {}  # name to node id and public key
         self.admit()
         self._task_id = self._start_run()
-        self.grid = LinkGrid(self._state, self._run_id)
+        self.pushed: Counter[int] = Counter()
+        self.grid = LinkGrid(self._state, self._run_id, self.pushed)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._app(), host=host, port=port, log_config=None, access_log=False, lifespan="off",
@@ -125,7 +126,7 @@ class Link:
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),
-                Middleware(BaseHTTPMiddleware, dispatch=_Senders()),
+                Middleware(BaseHTTPMiddleware, dispatch=_Senders(self.pushed)),
             ],
         )  # fmt: skip
         app.state.linkstate_factory = self._factory
@@ -179,6 +180,15 @@ class Link:
             if name not in self._nodes:
                 self._nodes[name] = self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0), key
 
+    def withdraw(self, names: Iterable[str]) -> None:
+        """Take back the messages of these names that nobody has fetched yet."""
+        state = self._state
+        for name in names:
+            message = state.message_ins_store.get(name)
+            if message is not None and message.metadata.delivered_at == "":
+                state.delete_messages(message_ins_ids={name})
+                state.object_store.delete(name)
+
     def registered(self) -> list[str]:
         """The names of all admitted nodes, sorted."""
         self.admit()
@@ -195,8 +205,8 @@ class Link:
 class LinkGrid(Grid):
     """Flower's `Grid` over a link state in this process, with the messages' objects in its object store."""
 
-    def __init__(self, state: Any, run_id: int) -> None:
-        self._state, self._run_id = state, run_id
+    def __init__(self, state: Any, run_id: int, pushed: Counter[int]) -> None:
+        self._state, self._run_id, self._pushed = state, run_id, pushed
         self._arriving: dict[str, tuple[Message, ObjectTree]] = {}
 
     def set_run(self, run: Run) -> None:
@@ -222,6 +232,7 @@ class LinkGrid(Grid):
         """Put messages up for their nodes; an empty name stands for one that was refused."""
         names = []
         for message in messages:
+            self._pushed[message.metadata.dst_node_id] = 0  # each question allows one answer's bytes
             with no_object_id_recompute():
                 message.metadata.__dict__["_message_id"] = message.object_id
                 objects, tree = get_all_nested_objects(message), get_object_tree(message)
@@ -303,10 +314,12 @@ class _Senders:
     """After a node's signature was checked: it speaks for itself only, and sends no more than a reply can have.
 
     Flower checks who makes a request, not whose message is in it.
+
+    Attributes:
+        pushed: bytes that a node has sent since it was last asked something.
     """
 
-    def __post_init__(self) -> None:
-        self._pushed: Counter[int] = Counter()
+    pushed: Counter[int]
 
     async def __call__(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         asked = request.state.protobuf_request
@@ -314,9 +327,8 @@ class _Senders:
             senders = {message.metadata.src_node_id for message in asked.messages_list}
             if len(asked.messages_list) != 1 or senders != {asked.node.node_id}:
                 raise HTTPException(403, "a node sends its own messages, one at a time")
-            self._pushed[asked.node.node_id] = 0
         elif isinstance(asked, PushObjectRequest):
-            self._pushed[asked.node.node_id] += len(asked.object_content)
-            if self._pushed[asked.node.node_id] > MAX_PAYLOAD_BYTES:
+            self.pushed[asked.node.node_id] += len(asked.object_content)
+            if self.pushed[asked.node.node_id] > MAX_PAYLOAD_BYTES:
                 raise HTTPException(413, f"a reply has at most {MAX_PAYLOAD_BYTES} bytes")
         return await call_next(request)

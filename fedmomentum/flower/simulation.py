@@ -7,7 +7,7 @@ it moves between its own processes: code and messages of one's own, no trust bou
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ class _Names:
     def __init__(self, grid: Grid, names: list[str]) -> None:
         self._grid, self._names = grid, names
         self._nodes: dict[str, Session] = {}
+
+    def withdraw(self, names: Iterable[str]) -> None:
+        """Not here: what is asked of Ray's processes is fetched at once."""
 
     def registered(self) -> list[str]:
         """All parties."""

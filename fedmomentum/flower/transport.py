@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,10 @@ class Roster(Protocol):
 
     def online(self) -> Mapping[str, Session]:
         """Those who are connected."""
+        ...
+
+    def withdraw(self, names: Iterable[str]) -> None:
+        """Take back the messages of these names that nobody has fetched yet."""
         ...
 
 
@@ -162,6 +166,7 @@ class FlowerTransport:
                 checked = time.monotonic()
                 self._ask_again(pending, answers, end)
             time.sleep(POLL_SECONDS)
+        self._roster.withdraw(pending)
         for name, asked in pending.items():
             reason = "lost its connection and did not come back in time"
             if asked.gone is None:

@@ -133,14 +133,17 @@ class NodeView:
 def status_table(status: Mapping[str, Any], now: float) -> Table:
     """`fedmomentum status` as a table."""
     age = now - status["written"]
-    head = f"round {status['round']} of {status['num_rounds']}, {status['phase']}"
+    where = (
+        "before the first round" if status["round"] is None else f"round {status['round']} of {status['num_rounds']}"
+    )
+    head = f"{where}, {status['phase']}"
     if status["waiting_for"]:
         head += f"; waiting {max(0, status['waits_until'] - now):.0f} s more for {', '.join(status['waiting_for'])}"
     if status["version"]:
         head += f"; base version {status['version'][:16]}"
     if age > FRESH_SECONDS and status["phase"] != "ended":
         head += f"; written {age:.0f} s ago: the server is busy, or gone"
-    table = Table("client", "connected", "state", "time left", "rounds", "down", "up", "what went wrong", title=head)
+    table = Table("client", "online", "state", "left", "rounds", "down", "up", "what went wrong", title=head)
     for name, client in sorted(status["clients"].items()):
         left = f"{max(0, client['until'] - now):.0f} s" if client["until"] else ""
         table.add_row(

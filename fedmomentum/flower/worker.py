@@ -60,6 +60,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._ready = False
+        self._facts: Mapping[str, Any] = {}
 
     def start(self) -> None:
         """Start the process, unless it runs; it loads in the background."""
@@ -69,6 +70,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "fedmomentum.flower.worker", str(theirs.fileno())]
         self._store.mkdir(parents=True, exist_ok=True)
+        self._store.chmod(0o700)  # what it is sent is for nobody else on this machine
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -84,8 +86,9 @@ class Worker:
             WorkerError: they cannot be.
         """
         self.start()
-        facts: Mapping[str, Any] = json.loads(self._wait(b"Y", float("inf")))
-        return facts
+        if not self._ready:
+            self._facts = json.loads(self._wait(b"Y", float("inf")))
+        return self._facts
 
     def rehearse(self, seconds: float) -> bytes:
         """Do one step of training, as a task would have it done.

@@ -1,0 +1,236 @@
+"""Keys: private files are private from their first byte, names are kept to, and no other server or name is believed."""
+
+import os
+import shutil
+import stat
+import subprocess
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from fedmomentum.errors import ConfigError
+from fedmomentum.flower import keys as module
+from fedmomentum.flower.connection import ConnectionLost
+from fedmomentum.flower.join import Party
+from fedmomentum.flower.keys import (
+    admit,
+    admitted,
+    check_private,
+    load_private,
+    load_public,
+    make_node_key,
+    make_server_keys,
+)
+from tests.flower.network import HOSTS, connect, make_keys, running
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    return make_keys(tmp_path_factory.mktemp("keys"), "north")
+
+
+def mode(file) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def certificate(keys):
+    return x509.load_pem_x509_certificate((keys / "server.pem").read_bytes())
+
+
+def pem(private) -> bytes:
+    return private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+# ── files ──
+
+
+def test_what_is_made_is_what_is_read(tmp_path):
+    keys = make_keys(tmp_path)
+    private, public = make_node_key("site-1.b", tmp_path / "new")
+    assert pem(load_private(private)) == load_public(public)
+    assert admit(public, keys) == admit(public, keys) == "site-1.b"  # twice does no harm
+    assert admitted(keys) == {"site-1.b": load_public(public)}
+
+
+def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
+    """Also while they are written, with no umask, and where a file that all may read stood before."""
+    seen = {}
+
+    def looked_at(handle, kind):
+        state = os.fstat(handle)
+        seen[os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2]] = stat.S_IMODE(state.st_mode), state.st_size
+        return opened(handle, kind)
+
+    opened = os.fdopen
+    monkeypatch.setattr(module.os, "fdopen", looked_at)
+    before = os.umask(0)
+    try:
+        keys = tmp_path / "keys"
+        make_server_keys(keys, ["localhost"])
+        (keys / "server.key").chmod(0o666)
+        make_server_keys(keys, ["localhost"])
+        make_node_key("north", tmp_path)
+    finally:
+        os.umask(before)
+    assert seen == {name: (0o600, 0) for name in ("ca.key", "server.key", "north.key")}
+    found = {file.name: mode(file) for file in [*keys.glob("*.key"), *tmp_path.glob("*.key")]}
+    assert found == dict.fromkeys(seen, 0o600) and mode(keys) == 0o700
+    for file in [*tmp_path.rglob("*.p*")]:
+        assert b"PRIVATE" not in file.read_bytes(), file
+
+
+def test_a_private_key_is_not_taken_when_others_may_touch_it(tmp_path):
+    private, _ = make_node_key("north", tmp_path)
+    for open_to in (0o640, 0o604, 0o620, 0o666):
+        private.chmod(open_to)
+        with pytest.raises(ConfigError, match="north.key may be read or written by others.*chmod 600"):
+            load_private(private)
+    private.chmod(0o400)
+    load_private(private)
+    with pytest.raises(ConfigError, match="there is no key .*east.key"):
+        check_private(tmp_path / "east.key")
+
+
+# ── refusals ──
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", ".hidden", "-x", "a b", "a\n", "x" * 65, "nörd"])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="is no name for a node"):
+        make_node_key(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_are_not_overwritten_and_names_are_not_taken_over(tmp_path):
+    keys = make_keys(tmp_path, "north")
+    with pytest.raises(ConfigError, match="north.key is there already"):
+        make_node_key("north", tmp_path)
+    _, other = make_node_key("north", tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="north is admitted already, with another key; .*remove .*north.pub"):
+        admit(other, keys)
+    renamed = tmp_path / "south.pub"
+    renamed.write_bytes((tmp_path / "north.pub").read_bytes())
+    with pytest.raises(ConfigError, match="admitted already, as north"):
+        admit(renamed, keys)
+    with pytest.raises(ConfigError, match="holds no keys of a server"):
+        admit(other, tmp_path / "nowhere")
+    assert admitted(keys) == {"north": load_public(tmp_path / "north.pub")}
+
+
+def test_what_is_no_public_key_is_refused_by_name(tmp_path):
+    keys = make_keys(tmp_path)
+    private, _ = make_node_key("north", tmp_path)
+    edwards = ed25519.Ed25519PrivateKey.generate().public_key()
+    ssh = edwards.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    (tmp_path / "ed.pub").write_bytes(ssh)
+    (tmp_path / "text.pub").write_text("hello")
+    for file, words in (
+        (private, "north.key is no public key"),  # sent by mistake
+        (tmp_path / "text.pub", "text.pub is no public key"),
+        (tmp_path / "missing.pub", "missing.pub is no public key"),
+        (tmp_path / "ed.pub", "ed.pub is no elliptic-curve key; make one with: fedmomentum keys node"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            admit(file, keys)
+    assert admitted(keys) == {}
+    (keys / "nodes" / "bad.pub").write_text("put there by hand")
+    with pytest.raises(ConfigError, match="bad.pub is no public key"):
+        admitted(keys)
+    (tmp_path / "text.key").write_text("hello")
+    (tmp_path / "text.key").chmod(0o600)
+    with pytest.raises(ConfigError, match="text.key is no private key"):
+        load_private(tmp_path / "text.key")
+
+
+def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--host fed.example.org"):
+        make_server_keys(tmp_path / "keys", [])
+    assert not (tmp_path / "keys").exists()
+    keys = make_keys(tmp_path)
+    (keys / "ca.pem").unlink()
+    with pytest.raises(ConfigError, match="the authority in .* cannot be read"):
+        make_server_keys(keys, ["localhost"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"server": "fed.example.org"}, "--server must be HOST:PORT"),
+        ({"server": ":9443"}, "--server must be HOST:PORT"),
+        ({"authority": "nothing.pem"}, "there is no authority"),
+        ({"authority": "north.pub"}, "is no authority's certificate"),
+        ({"name": "../north"}, "is no name for a node"),
+        ({"key": "south.key"}, "there is no key"),
+    ],
+)
+def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, words):
+    folder = keys.parent
+    given = {"server": "127.0.0.1:1", "authority": "keys/ca.pem", "key": "north.key", "name": "north"} | change
+    paths = {name: folder / given[name] for name in ("authority", "key")}
+    with pytest.raises(ConfigError, match=words):
+        Party(server=given["server"], name=given["name"], store=folder / "store", **paths).connection()
+
+
+# ── certificates ──
+
+
+def test_renewing_keeps_the_authority(tmp_path):
+    keys = make_keys(tmp_path, "north")
+    old, authority = certificate(keys), {name: (keys / name).read_bytes() for name in ("ca.pem", "ca.key")}
+    make_server_keys(keys, HOSTS)
+    new = certificate(keys)
+    assert {name: (keys / name).read_bytes() for name in authority} == authority
+    assert new.serial_number != old.serial_number and new.public_key() != old.public_key()
+    assert admitted(keys).keys() == {"north"}
+    with running(keys) as link:
+        connect(link.port, keys, "north").probe()  # with the ca.pem it has
+
+
+def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys):
+    authority = x509.load_pem_x509_certificate((keys / "ca.pem").read_bytes())
+    new = certificate(keys)
+    names = new.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
+    for made, days in ((authority, 3650), (new, 730)):
+        lasts = made.not_valid_after_utc - made.not_valid_before_utc
+        assert days <= lasts.total_seconds() / 86400 < days + 1
+    new.verify_directly_issued_by(authority)
+    assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not new.extensions.get_extension_for_class(x509.BasicConstraints).value.ca  # it can vouch for nobody
+
+
+def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
+    elsewhere = make_keys(tmp_path / "elsewhere")
+    named = make_keys(tmp_path / "named", "north")
+    make_server_keys(named, ["fed.example.org"])
+    with running(keys) as link:
+        connect(link.port, keys, "north").probe()
+        connect(link.port, keys, "north", host="localhost").probe()
+        with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
+            connect(link.port, keys, "north", ca=elsewhere / "ca.pem").probe()
+        with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
+            connect(link.port, keys, "north", ca=elsewhere / "ca.pem").__enter__()
+    with running(named) as link, pytest.raises(ConnectionLost, match="vouches for, for this name.*mismatch"):
+        connect(link.port, named, "north").probe()
+
+
+@pytest.mark.parametrize(
+    "host", ["fed.example.org:9443", "https://fed.example.org", "über.example", "", "a b", "-x.org"]
+)
+def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path, host):
+    with pytest.raises(ConfigError, match="no host name and no address"):
+        make_server_keys(tmp_path / "keys", ["good.example", host])
+    assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh-keygen")
+def test_a_key_with_a_passphrase_is_refused_by_name(tmp_path):
+    file = tmp_path / "north.key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "secret", "-f", str(file)], check=True)
+    with pytest.raises(ConfigError, match="has a passphrase"):
+        load_private(file)

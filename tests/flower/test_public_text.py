@@ -1,0 +1,89 @@
+"""What is said of an error on another machine: which kind, and no path, no file name and nothing of anybody's data."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmomentum import errors
+from fedmomentum.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    FedMomentumError,
+    MissingObject,
+    ModelError,
+    PayloadError,
+    QuorumError,
+    public_text,
+)
+
+OURS = [FedMomentumError, ConfigError, AdapterError, ModelError, MissingObject, PayloadError, QuorumError]
+# what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken to go on
+parts = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="/\\'\"(),;:=[]"),
+                min_size=1, max_size=12)  # fmt: skip
+roots = st.sampled_from(["/", "./", "../", "~/", "C:\\", "\\\\share\\", "data/"])
+# names of files may have blanks and commas in them
+words = st.text("abcdefghijklmnopqrstuvwxyz .,;:=()[]'\"0123456789", max_size=30)
+
+
+@st.composite
+def paths(draw):
+    names = draw(st.lists(parts, min_size=1, max_size=4))
+    return draw(roots) + draw(st.sampled_from("/\\")).join(names)
+
+
+@given(error=st.sampled_from(OURS), path=paths(), before=words, after=words, quote=st.sampled_from(["", "'", '"', " "]))
+def test_no_path_and_no_part_of_one_leaves(error, path, before, after, quote):
+    """Wherever in a message it stands; what is before it, and after the next quote, bracket or colon, is told."""
+    told = public_text(error(f"{before} {quote}{path}{quote} {after}"))
+    rest = re.search(r"['\"()\[\]:].*", f"{quote.strip()} {after}")
+    assert told == f"{error.__name__}: {before} {quote}[path]{rest.group() if rest else ''}"
+
+
+@given(words, words, paths())
+def test_of_data_and_of_other_libraries_only_the_kind_is_told(before, secret, path):
+    message = f"{before} {path}: {secret}"
+    assert public_text(DataError(message)) == "DataError (its own log says more)"
+    others = (
+        ValueError(message),
+        OSError(2, message, path),
+        KeyError(secret),
+        UnicodeDecodeError("x", b"x", 0, 1, secret),
+    )
+    for error in others:
+        assert public_text(error) == f"{type(error).__name__} (its own log says more)"
+
+
+def test_a_kind_of_data_error_and_of_a_library_stay_untold():
+    class OwnDataError(DataError):
+        pass
+
+    class Misleading(Exception):
+        def __str__(self):
+            raise AssertionError("nobody may ask")
+
+    assert public_text(OwnDataError("secret")) == "OwnDataError (its own log says more)"
+    assert public_text(Misleading()) == "Misleading (its own log says more)"
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("cannot read /srv/base: no such file", "cannot read [path]: no such file"),
+        ("model.name='/srv/base' is no folder", "model.name='[path]' is no folder"),
+        ("(C:\\data\\north.csv)", "([path])"),
+        ("cannot read /data/Doe, Jane.jsonl: no such file", "cannot read [path]: no such file"),
+        ("module model.layers.0.self_attn.q_proj has rank 4; wanted 8", None),
+        ("base differs: 5f1a..., wanted 77ab... (3 of 4)", None),
+    ],
+)
+def test_what_helps_to_mend_it_is_told(message, told):
+    assert public_text(ModelError(message)) == f"ModelError: {told or message}"
+
+
+def test_every_error_of_ours_is_looked_at_here():
+    made = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FedMomentumError)}
+    assert made == {*OURS, DataError}
+    assert re.search(r"no path", public_text.__doc__)

@@ -1,0 +1,376 @@
+"""The transport over a stand-in for Flower's grid, in stood-still time: what was sent is held against what came."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+
+from fedmomentum.client import client_step
+from fedmomentum.errors import PayloadError, QuorumError
+from fedmomentum.flower import transport as module
+from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
+from fedmomentum.run import prepare_party, run_over
+from fedmomentum.transport import Failure, InProcessTransport, decode_task
+from tests.runs import chain, nudge, timeless, tiny_config
+
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict  # isort: skip
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # isort: skip
+from flwr.supercore.task_identity import TaskIdentity  # isort: skip
+
+ROUND, JOIN = 100.0, 50.0
+
+
+@dataclass
+class World:
+    """Clients, their connections, a grid and a clock that moves only while somebody sleeps.
+
+    `script` holds for each client what to do when it is asked: a list of (seconds until then, act), where act is
+    given the message.
+    """
+
+    registered_names: list[str]
+    now: float = 0.0
+    script: dict[str, Callable] = field(default_factory=dict)
+    sent: list[tuple[float, str, Message]] = field(default_factory=list)
+    events: list[tuple[str, dict]] = field(default_factory=list)
+    asked_for: set[str] = field(default_factory=set)
+    withdrawn: set[str] = field(default_factory=set)
+    takes_messages: bool = True
+
+    def __post_init__(self):
+        self.here = {name: Session(i, "first") for i, name in enumerate(self.registered_names, 100)}
+        self._plans: list[tuple[float, Callable]] = []
+        self._arrived: dict[str, Message] = {}
+
+    # the clock
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        for plan in [plan for plan in self._plans if plan[0] <= self.now]:
+            self._plans.remove(plan)
+            plan[1]()
+
+    def at(self, seconds, act):
+        self._plans.append((self.now + seconds, act))
+
+    # the roster
+    def registered(self):
+        return sorted(self.registered_names)
+
+    def online(self):
+        return dict(self.here)
+
+    def withdraw(self, names):
+        self.withdrawn |= set(names)
+
+    # the grid
+    def push_messages(self, messages):
+        names = []
+        for message in messages:
+            if not self.takes_messages:
+                names.append("")
+                continue
+            name = f"message {len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = name
+            client = next(n for n, s in self.here.items() if s.node_id == message.metadata.dst_node_id)
+            self.sent.append((self.now, client, message))
+            names.append(name)
+            for seconds, act in self.script.get(client, lambda message: [])(message):
+                self.at(seconds, partial(act, message))
+        return names
+
+    def pull_messages(self, message_ids):
+        self.asked_for = set(message_ids)
+        return [self._arrived.pop(name) for name in list(message_ids) if name in self._arrived]
+
+    # what clients do
+    def answers(self, payload, message):
+        self.arrive(Message(packed(payload), reply_to=message), message)
+
+    def arrive(self, reply, message):
+        self._arrived[message.metadata.message_id] = reply
+
+    def of(self, event):
+        return [facts for name, facts in self.events if name == event]
+
+    def transport(self, *, quorum=0.5):
+        return FlowerTransport(
+            self, self, round_seconds=ROUND, join_seconds=JOIN, quorum=quorum,
+            observer=lambda event, facts: self.events.append((event, dict(facts))),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def world(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    found = World(["east", "north", "south"])
+    monkeypatch.setattr(module, "time", found)
+    return found
+
+
+def after(seconds, act):
+    return lambda message: [(seconds, act)]
+
+
+def never(message):
+    return []
+
+
+# ── one exchange ──
+
+
+def test_every_payload_comes_back_under_its_name_in_whatever_order(world):
+    for name, seconds in (("east", 30), ("north", 5), ("south", 60)):
+        world.script[name] = after(seconds, partial(world.answers, f"{name}'s answer".encode()))
+    answers = world.transport().send_and_receive({name: f"to {name}".encode() for name in world.here})
+    assert answers == {name: f"{name}'s answer".encode() for name in world.here}
+    for when, name, message in world.sent:
+        payload, seconds = unpacked(message.content)
+        assert when == 0 and payload == f"to {name}".encode() and seconds == ROUND  # told how long it has
+        assert message.metadata.ttl > ROUND
+    assert [f["client"] for f in world.of("answered")] == ["north", "east", "south"]
+    assert 60 <= world.now < 61
+
+
+def test_nobody_is_waited_for_beyond_the_deadline_and_the_others_count(world):
+    """Flower leaves who hangs out of its answers without a word; here every client asked has an answer or a reason."""
+    world.script["east"] = after(1, partial(world.answers, b"fine"))
+    answers = world.transport().send_and_receive(dict.fromkeys(world.here, b"task"))
+    assert answers == {"east": b"fine", "north": Failure("no answer within 100 s"),
+                       "south": Failure("no answer within 100 s")}  # fmt: skip
+    assert ROUND <= world.now < ROUND + 1
+    assert [f["client"] for f in world.of("failed")] == ["north", "south"]
+
+
+def failed(world, code, reason):
+    """The server's own error about a node: Flower signs it with the server's node id."""
+
+    def act(message):
+        reply = Message(Error(code, reason), reply_to=message)
+        reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+        world.arrive(reply, message)
+
+    return act
+
+
+def test_an_error_by_the_server_itself_counts_for_the_node_it_is_about(world):
+    """What it answers says whose it is, not who it says it is from."""
+    world.script = {
+        "east": after(2, failed(world, 8, "ClientApp stopped responding.")),
+        "south": after(3, failed(world, 8, "")),
+    }
+    world.script["north"] = after(4, partial(world.answers, b"fine"))
+    answers = world.transport().send_and_receive(dict.fromkeys(world.here, b"task"))
+    assert answers == {"east": Failure("ClientApp stopped responding."), "north": b"fine",
+                       "south": Failure("Flower's error 8")}  # fmt: skip
+
+
+def test_a_client_whose_connection_is_lost_does_not_hold_up_the_round_for_long(world):
+    """Flower's word that it is gone ends nothing yet; but once all others have answered, half a minute is enough."""
+
+    def goes(message):
+        del world.here["east"]
+        failed(world, ErrorCode.NODE_UNAVAILABLE, "Node unavailable")(message)
+
+    world.script = {"east": after(5, goes), "north": after(20, partial(world.answers, b"fine"))}
+    answers = world.transport().send_and_receive(dict.fromkeys(["east", "north"], b"task"))
+    assert answers["north"] == b"fine" and "lost its connection" in answers["east"].reason
+    assert 20 <= world.now < ROUND / 2 and len(world.sent) == 2
+
+
+def test_a_client_that_flower_gave_up_and_that_comes_back_answers_after_all(world):
+    def goes(message):
+        del world.here["east"]
+        failed(world, ErrorCode.NODE_UNAVAILABLE, "Node unavailable")(message)
+
+    def comes_back(message):
+        world.here["east"] = Session(100, "second")
+        world.script["east"] = after(5, partial(world.answers, b"after all"))
+
+    world.script["east"] = lambda message: [(5, goes), (25, comes_back)]
+    assert world.transport().send_and_receive({"east": b"task"}) == {"east": b"after all"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"payload": ConfigRecord({"bytes": b"x"}), "limits": ConfigRecord({"seconds": 1.0})}),
+        RecordDict({"payload": ArrayRecord(), "limits": ConfigRecord({"seconds": 1.0})}),
+        RecordDict({"payload": packed(b"x")["payload"], "limits": ConfigRecord({"seconds": "soon"})}),
+    ],
+)
+def test_an_answer_of_another_form_is_a_failure(world, content):
+    world.script["east"] = after(1, lambda m: world.arrive(Message(content, reply_to=m), m))
+    assert world.transport().send_and_receive({"east": b"task"}) == {
+        "east": Failure("its answer could not be read: a message without a payload")
+    }
+
+
+def test_who_is_not_connected_or_not_reached_is_not_waited_for(world):
+    del world.here["south"]
+    world.script = {name: after(1, partial(world.answers, b"fine")) for name in world.here}
+    transport = world.transport()
+    answers = transport.send_and_receive(dict.fromkeys(["east", "south"], b"task"))
+    assert answers == {"east": b"fine", "south": Failure("not connected")} and world.now < 2
+    world.takes_messages = False
+    assert transport.send_and_receive({"east": b"task"}) == {"east": Failure("Flower did not take the message")}
+
+
+def test_an_answer_after_the_deadline_is_ignored_and_told(world, caplog):
+    """It does not stand in for the answer to the next question."""
+    world.script["east"] = after(ROUND + 20, partial(world.answers, b"old"))
+    transport = world.transport()
+    assert transport.send_and_receive({"east": b"first"}) == {"east": Failure("no answer within 100 s")}
+    world.script["east"] = after(60, partial(world.answers, b"new"))
+    with caplog.at_level(logging.WARNING, "fedmomentum"):
+        assert transport.send_and_receive({"east": b"second"}) == {"east": b"new"}
+    assert world.of("late") == [{"client": "east"}] and "east answered 20 s too late; ignored" in caplog.text
+    transport.send_and_receive({})
+    assert len(world.of("late")) == 1
+
+
+# ── coming and going ──
+
+
+def test_a_client_that_comes_back_is_asked_again_with_the_time_that_is_left(world):
+    def goes(message):
+        del world.here["east"]
+
+    def comes_back(message):
+        world.here["east"] = Session(100, "second")
+        world.script["east"] = after(5, partial(world.answers, b"after all"))
+
+    world.script["east"] = lambda message: [(10, goes), (40, comes_back)]
+    assert world.transport().send_and_receive({"east": b"task"}) == {"east": b"after all"}
+    (first, _, _), (second, _, again) = world.sent
+    payload, seconds = unpacked(again.content)
+    assert first == 0 and 40 <= second <= 43 and payload == b"task" and seconds == pytest.approx(ROUND - second)
+    assert world.now < 50
+
+
+def test_a_client_that_stays_connected_is_asked_once(world):
+    world.script["east"] = after(90, partial(world.answers, b"fine"))
+    world.transport().send_and_receive({"east": b"task"})
+    assert len(world.sent) == 1
+
+
+def test_the_answer_to_the_question_before_the_break_is_not_taken_for_the_one_after(world):
+    """Only what answers the last question counts, and one client has one answer."""
+
+    def breaks(message):
+        world.here["east"] = Session(100, "second")
+        world.script["east"] = after(20, partial(world.answers, b"second"))
+
+    world.script["east"] = lambda message: [(10, breaks), (15, partial(world.answers, b"first"))]
+    assert world.transport().send_and_receive({"east": b"task"}) == {"east": b"second"}
+
+
+def test_a_start_waits_for_all_and_a_round_for_the_quorum(world):
+    del world.here["south"]
+    world.at(20, lambda: world.here.update(south=Session(102, "first")))
+    transport = world.transport()
+    assert transport.clients() == ["east", "north", "south"] and 20 <= world.now < 23
+    assert world.of("waiting")[0] == {"for": ["south"], "seconds": JOIN}
+    del world.here["south"]
+    before = world.now
+    assert transport.clients() == ["east", "north"] and world.now == before  # two of three is the quorum
+    del world.here["north"]
+    world.at(30, lambda: world.here.update(north=Session(101, "second")))
+    assert transport.clients() == ["east", "north"] and 30 <= world.now - before < 33
+
+
+def test_a_start_goes_on_without_whoever_did_not_come_in_time(world, caplog):
+    del world.here["south"]
+    with caplog.at_level(logging.WARNING, "fedmomentum"):
+        assert world.transport().clients() == ["east", "north"]
+    assert JOIN <= world.now < JOIN + 3 and "starting without south" in caplog.text
+
+
+def test_too_few_after_all_that_time_is_told_with_names_and_numbers(world):
+    del world.here["south"], world.here["north"]
+    with pytest.raises(QuorumError) as raised:
+        world.transport().clients()
+    assert str(raised.value) == (
+        "1 of 3 registered clients are connected after 50 s, and 2 are needed (federation.quorum). Missing: north, "
+        "south. Start them and resume"
+    )
+    world.registered_names, world.here = [], {}
+    with pytest.raises(QuorumError, match="0 of 0 registered clients .* Missing: none is registered"):
+        world.transport().clients()
+
+
+@pytest.mark.parametrize(("quorum", "needed"), [(0.01, 1), (1 / 3, 1), (0.34, 2), (2 / 3, 2), (0.67, 3), (1.0, 3)])
+def test_the_quorum_is_a_share_of_those_admitted_rounded_up(world, quorum, needed):
+    names = list(world.here)
+    for name in names[needed:]:
+        del world.here[name]
+    assert len(world.transport(quorum=quorum).clients()) == needed
+    del world.here[names[0]]
+    with pytest.raises(QuorumError, match=f"and {needed} are needed"):
+        world.transport(quorum=quorum).clients()
+
+
+# ── a whole run ──
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def parties(folder, tmp_path, world):
+    """Three real clients behind the grid; each answers after a second."""
+    config = tiny_config(folder, federation={"num_rounds": 2})
+    steps = {}
+    for name in ("site0", "site1", "site2"):
+        client, local = prepare_party(config, name, tmp_path / name)
+        client.function = nudge
+        steps[name] = partial(client_step, client=client, model=local)
+    world.registered_names = list(steps)
+    world.__post_init__()
+
+    def does(name, message):
+        world.answers(steps[name](unpacked(message.content)[0]), message)
+
+    world.script = {name: after(1, partial(does, name)) for name in steps}
+    return config, steps
+
+
+def test_a_run_over_the_grid_has_the_bits_of_one_in_process(parties, world, tmp_path):
+    config, steps = parties
+    run_over(world.transport(), config, tmp_path / "over")
+    run_over(InProcessTransport(steps), config, tmp_path / "one")
+    assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
+    assert chain(tmp_path / "over") == chain(tmp_path / "one")
+
+
+def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, world, tmp_path):
+    config, _ = parties
+    does = world.script["site1"]
+
+    def hangs_in_round_one(message):
+        task = decode_task(unpacked(message.content)[0])
+        return [] if (task.kind, task.server_round) == ("train", 1) else does(message)
+
+    world.script["site1"] = hangs_in_round_one
+    run_over(world.transport(), config, tmp_path / "over")
+    rows = timeless(tmp_path / "over")
+    assert [row["accepted"] for row in rows[1:]] == [["site0", "site2"], ["site0", "site1", "site2"]]
+    assert rows[1]["failures"] == {"site1": "no answer within 100 s"}
+
+
+def test_a_payload_that_is_too_large_is_refused_before_anything_is_sent(parties, world, tmp_path):
+    config, _ = parties
+    transport = world.transport()
+    transport.max_payload_bytes = 4000
+    with pytest.raises(PayloadError, match=r"the task for site0 has \d+ bytes.*carries at most 4000. Lower lora.rank"):
+        run_over(transport, config, tmp_path / "over")
+    kinds = {decode_task(unpacked(message.content)[0]).kind for _, _, message in world.sent}
+    assert kinds == {"describe"}  # the questions before the first round are small

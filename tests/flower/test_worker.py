@@ -1,0 +1,247 @@
+"""A node's worker: whatever becomes of it, the next task is answered; and it outlives its node by no means.
+
+Most tests run the real process and pipe with a stand-in for model and data, which loads in no time.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from fedmomentum.adapter import PREFIX
+from fedmomentum.flower import worker as module
+from fedmomentum.flower.worker import Worker, WorkerError
+from fedmomentum.transport import Task, decode_reply, encode_task
+from tests.runs import tiny_config
+
+STAND_IN = """#!{python}
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from fedmomentum.errors import DataError, ModelError
+from fedmomentum.flower import worker
+
+def load(setup, send):
+    if (Path(setup["store"]) / "refuse").exists():
+        raise ModelError("/srv/models/base is no model")
+    send(b"S", b"loading")
+    send(b"Y", b'{{"num_train": 5}}')
+    return step
+
+def step(frame):
+    kind, _, what = frame.partition(b" ")
+    if kind == b"Tpid":
+        return str(os.getpid()).encode()
+    if kind == b"Texit":
+        os._exit(3)
+    if kind == b"Tkill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == b"Thang":
+        time.sleep(600)
+    if kind == b"Tchild":
+        return str(subprocess.Popen(["sleep", "600"]).pid).encode()
+    if kind == b"Tdata":
+        raise DataError("/srv/data/north.jsonl, line 3: Mrs Miller, born 1951")
+    if kind == b"Tlibrary":
+        raise RuntimeError("Mrs Miller, born 1951")
+    return frame
+
+worker._load = load
+sys.argv = ["worker", sys.argv[3]]
+worker.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def light(config, tmp_path, monkeypatch, told):
+    """A worker with the stand-in."""
+    script = tmp_path / "stand_in"
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(0o700)
+    monkeypatch.setattr(module.sys, "executable", str(script))
+    found = Worker(config, "site0", tmp_path / "store", lambda event, facts: told.append((event, dict(facts))))
+    yield found
+    found.stop()
+
+
+def pid(worker) -> int:
+    return int(worker.ask(b"pid", 30))
+
+
+def gone(number, seconds=10.0) -> bool:
+    """Whether a process ends within that time (a zombie has ended)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_one_process_answers_task_after_task(light, told):
+    assert light.wait_until_ready() == {"num_train": 5}
+    first = pid(light)
+    assert first not in (0, os.getpid()) and pid(light) == first
+    payload = os.urandom(3 * 2**20)
+    assert light.ask(payload, 30) == b"T" + payload and light.rehearse(30) == b"C"
+    assert told == [("say", {"text": "loading"}), ("ready", {"num_train": 5})]
+
+
+@pytest.mark.parametrize(("how", "words"), [(b"exit", "with exit code 3"), (b"kill", "by signal SIGKILL")])
+def test_a_worker_that_dies_says_how_and_the_next_task_is_answered(light, how, words):
+    first = pid(light)
+    with pytest.raises(WorkerError, match=f"its worker ended {words}$"):
+        light.ask(how, 30)
+    assert pid(light) != first
+
+
+def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
+    first, child = pid(light), int(light.ask(b"child", 30))
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match="took longer than the round allows; its worker was ended"):
+        light.ask(b"hang", 0.5)
+    assert time.monotonic() - started < 5
+    assert gone(first) and gone(child)
+    assert pid(light) != first
+
+
+def test_what_a_task_raises_ends_nothing_and_tells_nothing(light, capfd):
+    """The kind goes to the server, the whole to whoever runs the node."""
+    first = pid(light)
+    for task, kind, whole in ((b"data", "DataError", "line 3: Mrs Miller"), (b"library", "RuntimeError", "Mrs Miller")):
+        with pytest.raises(WorkerError) as raised:
+            light.ask(task, 30)
+        assert str(raised.value) == f"{kind} (its own log says more)" and whole in raised.value.detail
+    assert pid(light) == first
+    assert "RuntimeError: Mrs Miller" in capfd.readouterr().err  # with where it came from
+
+
+def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "refuse").touch()
+    with pytest.raises(WorkerError) as raised:
+        light.wait_until_ready()
+    assert str(raised.value) == "ModelError: [path]"
+    with pytest.raises(WorkerError):
+        light.ask(b"pid", 30)
+    (tmp_path / "store" / "refuse").unlink()  # mended: the next try works
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            assert pid(light)
+            return
+        except WorkerError:
+            continue
+    pytest.fail("it was not started anew")
+
+
+def test_nobody_else_reaches_a_worker(light, config, tmp_path):
+    """It listens nowhere, and its only socket is in no other process but its node's."""
+    other = Worker(config, "site1", tmp_path / "other")
+    try:
+        pids = [pid(light), pid(other)]
+
+        def sockets(number):
+            found = set()
+            for handle in os.listdir(f"/proc/{number}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # the one that lists them
+                    found.add(os.readlink(f"/proc/{number}/fd/{handle}"))
+            return {link for link in found if link.startswith("socket:")}
+
+        ours, theirs = sockets(pids[0]), sockets(pids[1])
+        assert len(ours) == len(theirs) == 1 and not ours & theirs
+        assert not (ours | theirs) & sockets(os.getpid())  # the node holds the other ends
+        for number in pids:
+            connections = psutil.Process(number).net_connections(kind="all")
+            assert all(c.family.name == "AF_UNIX" and not c.laddr and c.status == "NONE" for c in connections)
+    finally:
+        other.stop()
+
+
+@pytest.mark.parametrize("task", [b"pid", b"hang"])
+def test_a_worker_ends_with_its_node_even_one_that_is_killed(config, tmp_path, task):
+    script = tmp_path / "stand_in"
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(0o700)
+    node = f"""
+import sys, threading
+from pathlib import Path
+from fedmomentum.config import from_dict
+from fedmomentum.flower.worker import Worker
+sys.executable = {str(script)!r}
+worker = Worker(from_dict({{}}), "site0", Path({str(tmp_path / "store")!r}))
+worker.wait_until_ready()
+print(int(worker.ask(b"pid", 30)), flush=True)
+worker.ask({task!r}, 600)
+threading.Event().wait()
+"""
+    process = subprocess.Popen([sys.executable, "-c", node], stdout=subprocess.PIPE)
+    try:
+        number = int(process.stdout.readline())
+        assert not gone(number, 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert gone(number)
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def real(config, tmp_path_factory):
+    """A worker with model and data, and what it told."""
+    own = {"site0": config.data.client_files["site0"]}
+    config = replace(config, data=replace(config.data, client_files=own), lora=replace(config.lora, rank=3))
+    told = []
+    store = tmp_path_factory.mktemp("real") / "store"
+    worker = Worker(config, "site0", store, lambda event, facts: told.append((event, dict(facts))))
+    yield worker, store, told
+    worker.stop()
+
+
+def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
+    worker, store, told = real
+    facts = worker.wait_until_ready()
+    assert facts["num_train"] == 9 and facts["num_test"] == 3 and len(facts["base_sha256"]) == 64
+    worker.rehearse(60)
+    assert [facts["step"] for event, facts in told if event == "step"] == [1]
+    task = Task("describe", "run", "site0", 0, {}, settings={"adapter": True})
+    reply = decode_reply(worker.ask(encode_task(task), 60), task, 2**30)
+    assert reply.tensors[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"].shape == torch.Size([3, 32])
+    assert "/" not in json.dumps(reply.metrics).replace("://", "")  # what the party calls its base is a path
+    with pytest.raises(WorkerError, match="a task for site1 came to site0"):
+        worker.ask(encode_task(replace(task, client_id="site1")), 60)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a" * 63, "A" * 64])
+def test_tasks_cannot_name_files(real, name):
+    """What is no hash is no object's name."""
+    worker, store, _ = real
+    describe = Task("describe", "run", "site0", 0, {}, settings={"adapter": False})
+    assert worker.ask(encode_task(describe), 60)  # it is loaded, and all it writes is there
+    before = {file for file in store.parent.rglob("*") if file.is_file()}
+    task = Task("train", "run", "site0", 1, {"base_update": [name], "adapter": {"x": "0" * 64}}, {name: b"evil"})
+    with pytest.raises(WorkerError, match="ModelError: .*hash") as raised:
+        worker.ask(encode_task(task), 60)
+    assert "evil" not in str(raised.value)
+    assert {file for file in store.parent.rglob("*") if file.is_file()} == before and not os.path.exists("/tmp/evil")
