@@ -161,6 +161,17 @@ def test_epochs_of_a_reference_are_a_clients_steps(folder, tmp_path, only):
     assert run.plan.num_clients == 1 and run.config.evaluation.final_num_examples == len(client.test)
 
 
+def test_references_where_clients_train_less(folder, tmp_path):
+    config = settings(folder, lora={"clients": {"site0": {"rank": 1}}}, federation={"num_rounds": 1})
+    cells = plan_cells(config, parse_methods("fedmomentum,centralised,local", config), [0], tmp_path)
+    assert [cell.config.lora.rank for cell in cells] == [2, 2, 1, 2, 2]
+    for cell in cells[:3]:
+        run_cell(cell)
+        assert cell.is_finished() and not timeless(cell.folder)[1]["failures"]
+    with pytest.raises(ConfigError, match="needs every client at one rank"):
+        parse_methods("fedit", config)
+
+
 def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(done, folder, tmp_path, monkeypatch):
     config, whole, _, _ = done
     entries = parse_methods("fedmomentum,centralised", config)
