@@ -48,6 +48,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a full disk, a folder that may not be written
+        if debug or error.strerror is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        ERR.print(f"fedmomentum: {error.strerror}{where}. Make room or give access, and try again", markup=False)
+        sys.exit(2)
 
 
 def _terminated(signum: int, frame: Any) -> None:
@@ -88,7 +94,7 @@ def run(
                     done = prepared.folder.rows[-1]["round"] if prepared.folder.rows else None
                     saved = "nothing is finished yet" if done is None else f"everything up to round {done} is saved"
                     ERR.print(f"Stopped; {saved}. Go on with:\n  {again}", markup=False)
-                elif isinstance(error, FedMomentumError):
+                elif isinstance(error, (FedMomentumError, OSError)):
                     ERR.print(f"Go on with:\n  {again}", markup=False)
                 raise
         finally:
@@ -461,7 +467,7 @@ def serve(
             live.stop()
             if not (out / "config.toml").is_file():
                 ERR.print("The run had not begun", markup=False)
-            elif isinstance(error, (KeyboardInterrupt, FedMomentumError)):
+            elif isinstance(error, (KeyboardInterrupt, FedMomentumError, OSError)):
                 ERR.print(
                     f"Finished rounds are saved. Go on with:\n  fedmomentum serve {out / 'config.toml'} --out {out} "
                     f"--keys {keys} --host {host} --port {port} --resume", markup=False,

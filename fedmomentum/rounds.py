@@ -136,6 +136,7 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
     if server.config.evaluation.every:
         exchange, state = _evaluate(server, model, state, 0, server.transport.clients())
         _add_evaluation(row, exchange, None)
+    _tell_failures(0, exchange.failures)
     row["failures"] = exchange.failures
     row["uplink_bytes"], row["downlink_bytes"] = exchange.uplink_bytes, exchange.downlink_bytes
     row["seconds"] = {
@@ -198,6 +199,7 @@ def _round(
         # where factors stay with their clients, there is no one model to compare with
         one_model = server.method.shares == "BA"
         _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed) if one_model else None)
+    _tell_failures(server_round, evaluation.failures)
     failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
@@ -211,6 +213,11 @@ def _round(
         "evaluate": max(0.0, evaluation.wait_seconds - loading[1]),
     }
     return later, _commit(server, later, state, row)
+
+
+def _tell_failures(server_round: int, failures: Mapping[str, str]) -> None:
+    for client, reason in failures.items():
+        LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
 
 
 def _train(

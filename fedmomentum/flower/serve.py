@@ -56,11 +56,17 @@ def serve(config: Config, keys: Path, out: Path, *, host: str, port: int, resume
         server_app(run)(grid=link.grid, context=Context(0, 0, {}, RecordDict(), {}))
 
 
+def _without_refusals(record: logging.LogRecord) -> bool:
+    """Not the line, key and all, that Flower writes whenever a node may not join: anybody could fill a disk."""
+    return "/v1/fleet/activate-node" not in record.getMessage()
+
+
 @contextlib.contextmanager
 def _logged(out: Path) -> Iterator[None]:
     """Keep what is logged, Flower's warnings too, in `out/server.log`; Flower's own go there only."""
     out.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(out / "server.log")
+    handler.addFilter(_without_refusals)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours, flower = logging.getLogger("fedmomentum"), logging.getLogger("flwr")
     theirs = list(flower.handlers)

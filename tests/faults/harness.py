@@ -1,0 +1,491 @@
+"""Start a coordinator and nodes over loopback, steer and kill them, and hold what came out against a run without.
+
+Nothing here sleeps for luck: every step waits for an event in a log, in `status.json` or in `metrics.jsonl`, and the
+case's hard limit ends them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+from flwr.app import Message
+
+from fedmomentum.client import client_step
+from fedmomentum.config import Config, to_toml
+from fedmomentum.files import write_json
+from fedmomentum.flower.connection import Connection, ConnectionLost
+from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
+from fedmomentum.flower.status import read_status
+from fedmomentum.flower.transport import packed, unpacked
+from fedmomentum.rounds import derive
+from fedmomentum.run import prepare_party, run_over
+from fedmomentum.transport import Failure, InProcessTransport, Task, decode_task
+from tests.runs import chain, nudge, objects, timeless, tiny_config
+
+REPOSITORY = Path(__file__).parents[2]
+TOKEN = "FAULTS_CASE"
+"""Set in the environment of all that a case starts, and inherited by what these start: how leftovers are found."""
+NODE_SECONDS = 15.0
+"""A node that is told to leave is gone within this."""
+
+Fail = tuple[str, int, str]
+"""`("train" or "evaluate", round, client)`: gave no usable answer; `("gone", round, client)`: was not connected."""
+
+
+class TimeLimit(Exception):
+    """A case took longer than it may."""
+
+
+@contextmanager
+def hard_limit(seconds: float) -> Iterator[None]:
+    """Interrupt whatever the main thread does after so long."""
+
+    def ring(number: int, frame: object) -> None:
+        raise TimeLimit(f"not over after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def until(event: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """Wait for an event; what it gave."""
+    end = time.monotonic() + seconds
+    while not (found := event()):
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {seconds:g} s in vain for: {what}")
+        time.sleep(0.05)
+    return found
+
+
+class Program:
+    """A process of its own group, its output in a file."""
+
+    def __init__(self, arguments: list[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True, env={**os.environ, **environment},
+            )  # fmt: skip
+
+    def text(self) -> str:
+        """All it has said, over all its starts."""
+        return self.log.read_text(errors="replace")
+
+    def says(self, pattern: str, times: int = 1) -> None:
+        """Wait until it has said something so often."""
+        until(lambda: len(re.findall(pattern, self.text())) >= times, f"{pattern!r} in {self.log}")
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to it alone, not to what it started; SIGKILL also waits for the end."""
+        self.popen.send_signal(number)
+        if number == signal.SIGKILL:
+            self.popen.wait()
+
+    def exit_code(self, seconds: float = 120.0) -> int:
+        """Wait for its end."""
+        until(lambda: self.popen.poll() is not None, f"the end of the process of {self.log}", seconds)
+        return self.popen.returncode
+
+    def child(self) -> psutil.Process:
+        """The one process that it started."""
+        (child,) = psutil.Process(self.popen.pid).children()
+        return child
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody has."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Federation:
+    """One case's: keys, a coordinator, its nodes.
+
+    Args:
+        folder: of the case.
+        shared: folder of base model and data, which all cases share.
+        sections: of the configuration, beside what makes it quick and everything kept.
+    """
+
+    def __init__(self, folder: Path, shared: Path, **sections: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.out, self.keys = folder, folder / "run", folder / "keys"
+        self.port = free_port()
+        tables: dict[str, dict[str, Any]] = {
+            "federation": {"num_rounds": 3, "quorum": 0.3, "round_seconds": 120.0, "join_seconds": 120.0},
+            "training": {"function": "tests.faults.training:train"},
+            "run": {"threads": 1, "keep_rounds": 99},
+        }
+        for name, table in sections.items():
+            tables[name] = {**tables.get(name, {}), **table}
+        self.config = tiny_config(shared, **tables)
+        make_server_keys(self.keys, ["127.0.0.1", "localhost"])
+        self.token = uuid.uuid4().hex
+        self.server: Program = None  # type: ignore[assignment]
+        self.nodes: dict[str, Program] = {}
+        self.raws: dict[str, Raw] = {}
+        self.names: list[str] = []
+        self.orders: dict[str, dict[str, str]] = {}
+        self.lost: list[str] = []
+        self.compared = ""
+
+    # ── starting ──
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Of every process."""
+        return {TOKEN: self.token, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # fmt: skip
+
+    def key(self, name: str, *, admitted: bool = True) -> Path:
+        """The private key of a node, made and admitted if it is not yet."""
+        private = self.folder / "private" / f"{name}.key"
+        if not private.exists():
+            make_node_key(name, private.parent)
+        if admitted and name not in self.names:
+            admit(private.with_suffix(".pub"), self.keys)
+            self.names.append(name)
+        return private
+
+    def serve(self, *, resume: bool = False, stall: str = "") -> Program:
+        """Start the coordinator; nodes that count must have a key by now."""
+        file = self.folder / "config.toml"
+        file.write_text(to_toml(self.config))
+        self.server = Program(
+            ["-m", "tests.faults.server" if stall else "fedmomentum.cli", "serve", str(file), "--out", str(self.out),
+             "--keys", str(self.keys), "--host", "127.0.0.1", "--port", str(self.port),
+             *(["--resume"] if resume else [])],
+            self.folder, self.folder / "server.out",
+            self.environment | ({"FAULTS_STALL": stall} if stall else {}),
+        )  # fmt: skip
+        return self.server
+
+    def join(
+        self, name: str, *, config: Config | None = None, admitted: bool = True, ca: Path | None = None
+    ) -> Program:
+        """Start a node, or start it anew."""
+        file = self.folder / f"{name}.toml"
+        file.write_text(to_toml(config or self.config))
+        self.nodes[name] = Program(
+            ["-m", "fedmomentum.cli", "join", str(file), "--server", f"127.0.0.1:{self.port}", "--key",
+             str(self.key(name, admitted=admitted)), "--ca", str(ca or self.keys / "ca.pem"), "--store",
+             str(self.store(name))],
+            self.folder / name, self.folder / f"{name}.out", self.environment,
+        )  # fmt: skip
+        return self.nodes[name]
+
+    def start(self, *names: str, raw: str = "", act: Act | None = None) -> None:
+        """Start a coordinator, nodes, and a client of our own that answers as `act` does."""
+        for name in (*names, *([raw] if raw else [])):
+            self.key(name)
+        self.serve()
+        for name in names:
+            self.join(name)
+        if raw:
+            self.raw(raw, act).start()
+
+    def raw(self, name: str, act: Act | None = None) -> Raw:
+        """A client of our own in this process, not started yet."""
+        self.raws[name] = Raw(self, name, act or honest)
+        return self.raws[name]
+
+    def store(self, name: str) -> Path:
+        """Where a node keeps what it is sent."""
+        return self.folder / f"{name}-store"
+
+    # ── steering ──
+
+    def steer(self, name: str, server_round: int, order: str) -> None:
+        """Order what a node does in the training of a round: "raise", "exit", "hold", or "" for nothing."""
+        orders = self.orders.setdefault(name, {})
+        orders[str(self._seed(name, server_round))] = order
+        (self.folder / name).mkdir(exist_ok=True)
+        write_json(self.folder / name / "steer.json", orders)
+
+    def _seed(self, name: str, server_round: int) -> int:
+        return derive(self.config.run.seed, "batches", server_round, name)
+
+    def until_held(self, name: str, server_round: int) -> None:
+        """Wait until a node is where it was ordered to hold."""
+        mark = self.folder / name / f"held-{self._seed(name, server_round)}"
+        until(mark.exists, f"{name} training in round {server_round}")
+
+    # ── watching ──
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the run so far."""
+        return timeless(self.out) if (self.out / "metrics.jsonl").is_file() else []
+
+    def until_row(self, server_round: int) -> None:
+        """Wait until a round is finished."""
+        until(lambda: len(self.rows()) > server_round, f"the end of round {server_round}")
+
+    def status(self) -> dict[str, Any]:
+        """`status.json`, or nothing."""
+        return read_status(self.out) if (self.out / "status.json").is_file() else {"phase": None, "clients": {}}
+
+    def state(self, name: str, key: str = "state") -> Any:
+        """What the coordinator says of a client."""
+        return self.status()["clients"].get(name, {}).get(key)
+
+    def log(self) -> str:
+        """RUN/server.log."""
+        return (self.out / "server.log").read_text()
+
+    def finish(self) -> None:
+        """Wait for the end of the run; it must be a good one."""
+        code = self.server.exit_code(seconds=600)  # the case's hard limit is shorter
+        assert code == 0, f"the coordinator ended with {code}:\n{self.server.text()[-3000:]}"
+
+    # ── checking ──
+
+    def check(
+        self, *, fails: Iterable[Fail] = (), says: Mapping[tuple[int, str], str] | None = None, log: Iterable[str] = (),
+        lies: Mapping[str, Callable[..., bytes]] | None = None, configs: Mapping[str, Config] | None = None,
+    ) -> str:  # fmt: skip
+        """Wait for the end; every bit must be that of a run in one process in which the same clients failed.
+
+        Args:
+            fails: who gave no usable answer, when, in both runs.
+            says: (round, client) to a pattern of what the round's row says of it; all failures there are.
+            log: patterns that RUN/server.log holds.
+            lies: clients whose answers are altered in both runs: `(payload, honest) -> bytes`.
+            configs: of nodes that have another than the run's.
+
+        Returns:
+            What the coordinator said of the first failure.
+        """
+        self.finish()
+        fails, says = set(fails), says or {}
+        rows = self.rows()
+        assert [row["round"] for row in rows] == list(range(self.config.federation.num_rounds + 1))
+        found = {(row["round"], client): text for row in rows for client, text in row["failures"].items()}
+        assert found.keys() == says.keys(), f"failures are {found}"
+        for where, pattern in says.items():
+            assert re.search(pattern, found[where]), f"{where}: {found[where]!r} does not tell of {pattern!r}"
+        for pattern in [*log, *(re.escape(text) for text in found.values() if not text.startswith("evaluation"))]:
+            assert re.search(pattern, self.log()), f"server.log does not tell of {pattern!r}:\n{self.log()}"
+        other = self.folder / "reference"
+        Reference(self, fails, lies or {}, configs or {}).run(other)
+        _same("metrics.jsonl", _comparable(rows), _comparable(timeless(other)))
+        _same("rounds", _manifests(self.out, rows), _manifests(other, rows))
+        _same("objects", objects(self.out), objects(other))
+        self.compared = f"{len(rows)} rows, same bits"
+        gone = {(n, client) for what, n, client in fails if what == "gone"}
+        self.lost = [f"{client} in round {n}" for n, client in sorted(gone | found.keys())]
+        return next((text for _, text in sorted(found.items())), "")
+
+    # ── ending ──
+
+    def close(self) -> list[str]:
+        """End everything; what was wrong with how it ended. Nodes leave by Ctrl-C, as their people would end them."""
+        wrong = []
+        for raw in self.raws.values():
+            raw.stop.set()
+        alive = {name: node for name, node in self.nodes.items() if node.popen.poll() is None}
+        for node in alive.values():
+            node.kill(signal.SIGINT)
+        for name, node in alive.items():
+            try:
+                code = node.exit_code(NODE_SECONDS)
+                if code != 130:
+                    wrong.append(f"{name} left with {code} upon Ctrl-C")
+            except AssertionError:
+                wrong.append(f"{name} did not leave upon Ctrl-C")
+        if self.server and self.server.popen.poll() is None:
+            self.server.kill()
+        for raw in self.raws.values():
+            if raw.ident:
+                raw.join(10)
+            if raw.error:
+                wrong.append(f"{raw.name}, a client of our own: {type(raw.error).__name__}: {raw.error}")
+        try:
+            until(lambda: not leftovers(self.token), "", 5)
+        except AssertionError:
+            for process in leftovers(self.token):
+                wrong.append(f"left behind: {process.pid} {' '.join(process.cmdline())[:150]}")
+                process.kill()
+        return wrong
+
+
+def leftovers(token: str) -> list[psutil.Process]:
+    """The living processes of a case, whoever started them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TOKEN) == token:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _same(what: str, got: Any, wanted: Any) -> None:
+    """Equal, or an error that shows the first difference."""
+    if got == wanted:
+        return
+    lines = [json.dumps(v, indent=1, sort_keys=True, default=sorted).splitlines() for v in (got, wanted)]
+    pairs = [f"{a.strip()!r}, wanted {b.strip()!r}" for a, b in zip(*lines) if a != b]
+    raise AssertionError(f"{what} differs from that of the run in one process: {(pairs or ['its length'])[0]}")
+
+
+def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what a fault may change: reasons, and bytes where a client was asked twice."""
+    return [{k: v for k, v in row.items() if k not in ("failures", "uplink_bytes", "downlink_bytes")} for row in rows]
+
+
+def _manifests(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The chain; of what clients hold, that of the accepted: what one that failed holds is its own affair."""
+    found = chain(out)
+    for row in rows[1:]:
+        run = found[f"{row['round']:04d}.json"]["run"]
+        run["held"] = {client: names for client, names in run["held"].items() if client in row["accepted"]}
+    return found
+
+
+class Reference(InProcessTransport):
+    """A run in this process in which the given clients fail in the given rounds."""
+
+    def __init__(
+        self, federation: Federation, fails: set[Fail], lies: Mapping[str, Callable[..., bytes]],
+        configs: Mapping[str, Config],
+    ) -> None:  # fmt: skip
+        self._config, self._fails, self._lies = federation.config, fails, lies
+        self._names, self._configs = sorted(federation.names), configs
+        self._asked = -2 if self._config.evaluation.every else -1  # once to start, and once for round 0
+
+    def run(self, out: Path) -> None:
+        """The run, in a folder beside which the clients' stores are."""
+        steps = {}
+        for name in self._names:
+            client, local = prepare_party(self._configs.get(name, self._config), name, out.with_name(f"{name}-there"))
+            client.function = nudge
+            steps[name] = partial(client_step, client=client, model=local)
+            if name in self._lies:
+                steps[name] = partial(self._lies[name], honest=steps[name])
+        super().__init__(steps)
+        run_over(self, self._config, out)
+
+    def clients(self) -> list[str]:
+        """Who is connected in the round that begins."""
+        self._asked += 1
+        return [name for name in super().clients() if ("gone", self._asked, name) not in self._fails]
+
+    def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
+        """Ask those that do not fail."""
+        asked = {name: decode_task(payload) for name, payload in tasks.items()}
+        failed = {name for name, task in asked.items() if (task.kind, task.server_round, name) in self._fails}
+        answers: dict[str, bytes | Failure] = {name: Failure("as ordered") for name in failed}
+        return answers | super().send_and_receive({name: p for name, p in tasks.items() if name not in failed})
+
+
+# ── clients of our own, for what no node of ours does ──
+
+
+@dataclass
+class Asked:
+    """A message that came to a client of our own.
+
+    Attributes:
+        raw: the client.
+        connection: over which it came.
+        message: Flower's.
+        payload: the task's bytes.
+        task: the task.
+    """
+
+    raw: Raw
+    connection: Connection
+    message: Message
+    payload: bytes = field(repr=False)
+    task: Task
+
+    def is_training(self, server_round: int) -> bool:
+        """Whether it asks to train in this round."""
+        return self.task.kind == "train" and self.task.server_round == server_round
+
+    def honest(self) -> bytes:
+        """The reply that it should have."""
+        return self.raw.step(self.payload)
+
+    def message_of(self, payload: bytes) -> Message:
+        """Flower's message with a reply."""
+        return Message(packed(payload), reply_to=self.message)
+
+    def answer(self, payload: bytes) -> None:
+        """Send a reply."""
+        self.connection.push(self.message_of(payload))
+
+
+Act = Callable[[Asked], None]
+
+
+def honest(asked: Asked) -> None:
+    """Answer as a node does."""
+    asked.answer(asked.honest())
+
+
+class Raw(threading.Thread):
+    """A client in this process, over the nodes' own connection."""
+
+    def __init__(self, federation: Federation, name: str, act: Act) -> None:
+        super().__init__(name=name, daemon=True)
+        self._federation, self._act = federation, act
+        self._key, self._authority = load_private(federation.key(name)), (federation.keys / "ca.pem").read_bytes()
+        self.stop = threading.Event()
+        self.lost: list[str] = []
+        self.error: BaseException | None = None
+        config = replace(federation.config, training=replace(federation.config.training, function=None))
+        client, local = prepare_party(config, name, federation.store(name))
+        client.function = nudge
+        self.step: Callable[[bytes], bytes] = partial(client_step, client=client, model=local)
+
+    def connection(self) -> Connection:
+        """A connection that is not open yet."""
+        return Connection(f"127.0.0.1:{self._federation.port}", self._authority, self._key)
+
+    def run(self) -> None:
+        """Answer what comes, and connect again when the connection is lost."""
+        while not self.stop.is_set():
+            try:
+                with self.connection() as connection:
+                    self._serve(connection)
+            except ConnectionLost as error:
+                self.lost.append(str(error))
+                self.stop.wait(0.5)
+            except BaseException as error:
+                self.error = error
+                return
+
+    def _serve(self, connection: Connection) -> None:
+        while not self.stop.is_set():
+            message = connection.pull()
+            if message is None:
+                self.stop.wait(0.2)
+                continue
+            payload, _ = unpacked(message.content)
+            self._act(Asked(self, connection, message, payload, decode_task(payload)))
