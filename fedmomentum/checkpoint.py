@@ -20,17 +20,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from fedmomentum.adapter import split_tensors
+from fedmomentum.diagnostics import change
 from fedmomentum.errors import ModelError
-from fedmomentum.files import write_atomically, write_json
+from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
+    Blob,
     GlobalModel,
     find_manifest,
     kept_rounds,
+    low_rank_sum,
     object_names,
     prune_objects,
     read_manifest,
+    read_object,
     save_objects,
 )
+from fedmomentum.lowrank import LowRank
+from fedmomentum.wire import dtype_of, widened
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,26 @@ class ServerState:
         held: client to the hashes of the objects it has said it holds.
         best_round: the evaluated round with the lowest loss on the items that all evaluations share; -1 if none.
         best_loss: its loss.
+        started_from: hashes of the adapter's objects that the last round started from; none before the first. With
+            `merged` and the adapter of now they say what that round changed, which the next one is compared with.
+        merged: hashes of what the last round merged into the base.
     """
 
     run_id: str
     held: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     best_round: int = -1
     best_loss: float | None = None
+    started_from: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """The state after a client said what it holds."""
         return replace(self, held={**self.held, client_id: tuple(sorted(names))})
+
+    def stepped(self, before: GlobalModel, after: GlobalModel) -> ServerState:
+        """The state after a round that led from one model to the other."""
+        started_from = tuple(blob.name for blob in before.adapter_objects.values())
+        return replace(self, started_from=started_from, merged=tuple(blob.name for blob in after.newest))
 
 
 class RunFolder:
@@ -95,7 +114,13 @@ class RunFolder:
         manifest = read_manifest(find_manifest(self.folder, rounds[-1]))
         model = GlobalModel.load(self.folder, rounds[-1])
         run = manifest["run"]
-        state = ServerState(**{**run, "held": {client: tuple(names) for client, names in run["held"].items()}})
+        state = ServerState(
+            **{
+                **run,
+                "held": {client: tuple(names) for client, names in run["held"].items()},
+                **{key: tuple(run.get(key, ())) for key in ("started_from", "merged")},
+            }
+        )
         self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
         if [row["round"] for row in self.rows] != list(range(rounds[-1] + 1)):
             raise ModelError(f"{self.folder / 'metrics.jsonl'} lacks rows of the rounds up to {rounds[-1]}")
@@ -106,9 +131,24 @@ class RunFolder:
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
+    def last_update(self, model: GlobalModel, state: ServerState) -> dict[str, LowRank] | None:
+        """What the round that led to `model` changed of the effective weights (`change`); None in round 0.
+
+        Read from the objects that the state names, so that it is the same to the bit after a kill.
+        """
+        if not state.started_from:
+            return None
+        where, tensors = f"the start of round {model.server_round}", dict[str, Tensor]()
+        for name in state.started_from:
+            tensors |= read_safetensors(read_object(self.folder, name), where)[0]
+        modules, _ = split_tensors(widened(tensors, dtype_of(tensors), where))
+        merged = low_rank_sum([Blob(read_object(self.folder, name)) for name in state.merged])
+        return change(replace(model.adapter, modules=modules), model.adapter, merged)
+
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""
-        save_objects(model.objects(), self.folder)
+        newest = {blob.name: blob.data for blob in model.newest}  # else perhaps only in what is consolidated
+        save_objects({**newest, **model.objects()}, self.folder)
         self.rows.append(row)
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in self.rows).encode())
         write_json(
@@ -122,7 +162,7 @@ class RunFolder:
         kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
         for server_round in set(rounds) - kept:
             (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
-        named = set()
+        named = {*state.started_from, *state.merged}
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["carried"], *object_names(manifest)}

@@ -315,11 +315,79 @@ def generate(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", show_default=False)]) -> None:
-    """Write a run's report.html anew."""
-    from fedmomentum.report import write_report
+def compare(
+    config: Annotated[Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option("--methods", help="with commas between; settings as name:key=value;key=value", show_default=False),
+    ] = ...,  # type: ignore[assignment]
+    seeds: Annotated[str, typer.Option("--seeds", help="whole numbers with commas between")] = "0,1,2",
+    baseline: Annotated[str, typer.Option("--baseline", help="one of the methods [default: the first]")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="folder [default: runs/compare-<name of the file>]")] = None,
+    target: Annotated[float, typer.Option("--target", help="exact match to count rounds, bytes and time to")] = 0.5,
+) -> None:
+    """Run methods on the same data over several seeds, and tabulate them; started again, it goes on."""
+    import shlex
 
-    OUT.print(str(write_report(run_folder)), markup=False, soft_wrap=True)
+    from fedmomentum import compare as comparing
+    from fedmomentum.config import load_config
+    from fedmomentum.live import Live, quiet_libraries
+    from fedmomentum.report import write_comparison_page
+
+    settings = load_config(config, overrides or [])
+    out = out or Path("runs") / f"compare-{config.stem}"
+    entries = comparing.parse_methods(methods, settings)
+    baseline = baseline or entries[0].label
+    if baseline not in [entry.label for entry in entries]:
+        raise ConfigError(f"--baseline must be one of the methods, {methods}; got {baseline!r}")
+    if not 0 <= target <= 1:
+        raise ConfigError(f"--target must be a share from 0 to 1; got {target:g}")
+    command = shlex.join(["fedmomentum", *sys.argv[1:]])
+    with quiet_libraries():
+        cells = comparing.plan_cells(settings, entries, comparing.parse_seeds(seeds), out)
+        left = [cell for cell in cells if not cell.is_finished()]
+        comparing.start_comparison(settings, out)
+        for number, cell in enumerate(left, start=1 + len(cells) - len(left)):
+            OUT.print(f"[bold]Run {number} of {len(cells)}:[/] ", Text(cell.title), sep="", soft_wrap=True)
+            with Live(OUT, cell.config.federation.num_rounds) as live:
+                try:
+                    comparing.run_cell(cell, observer=live.observe, on_step=live.on_step, say=live.say)
+                except BaseException as error:
+                    live.stop()
+                    if isinstance(error, (KeyboardInterrupt, FedMomentumError)):
+                        ERR.print(f"Stopped in {cell.title}; every finished round is saved. Go on with:\n  {command}",
+                                  markup=False)  # fmt: skip
+                    raise
+    comparison = comparing.write_comparison(out, cells, baseline=baseline, target=target, command=command)
+    for table in comparing.comparison_tables(comparison):
+        OUT.print(table)
+    page = write_comparison_page([out])
+    OUT.print(f"\nThe numbers are in {out / 'comparison.json'} and {out / 'comparison.csv'}, the page in {page}",
+              markup=False, soft_wrap=True)  # fmt: skip
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="a run, a comparison, or several runs", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="several runs: folder for comparison.html [default: the current one]")
+    ] = None,
+    target: Annotated[float, typer.Option("--target", help="several runs: exact match to count rounds to")] = 0.5,
+) -> None:
+    """Write a run's report.html anew, or comparison.html of a comparison or of several runs."""
+    from fedmomentum.report import COMPARISON, write_comparison_page, write_report
+
+    single = len(folders) == 1
+    if single and not (folders[0] / COMPARISON).is_file():
+        page = write_report(folders[0])
+    else:
+        page = write_comparison_page(folders, out=out, target=target)
+    OUT.print(str(page), markup=False, soft_wrap=True)
 
 
 # ── over a network ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -75,6 +75,11 @@ class Blob:
                 raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
         return found
 
+    @property
+    def low_rank(self) -> dict[str, LowRank]:
+        """Those of the matrices that are kept factored: all but what was consolidated."""
+        return {module: matrix for module, matrix in self.matrices.items() if isinstance(matrix, LowRank)}
+
     @classmethod
     def of(cls, matrices: Mapping[str, LowRank | Tensor]) -> Blob:
         """The blob of these matrices, cast to float32."""
@@ -100,6 +105,7 @@ class GlobalModel:
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
         adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
+        newest: what the last round merged, also where it is consolidated by now; nothing in a model that was read.
     """
 
     base: BaseIdentity
@@ -109,6 +115,7 @@ class GlobalModel:
     server_round: int = 0
     method: str = ""
     adapter_dtype: torch.dtype = torch.float32
+    newest: tuple[Blob, ...] = field(default=(), repr=False)
 
     # ── version ──
 
@@ -148,7 +155,8 @@ class GlobalModel:
                 lost = difference(matrix, adapter.modules[module]).scaled(adapter.scalings[module])
                 parts = [residual[module], lost] if module in residual else [lost]
                 residual[module] = weighted_sum(parts, [1.0] * len(parts)).recompress().to(torch.float32)
-        blobs = self.base_update + self._parts(residual)
+        newest = self._parts(residual)
+        blobs = self.base_update + newest
         later = replace(
             self,
             adapter=replace(adapter, config=self.adapter.config, name="global adapter"),
@@ -156,6 +164,7 @@ class GlobalModel:
             carried=aggregate.carried,
             server_round=self.server_round + 1,
             method=method,
+            newest=newest,
         )
         return later.consolidated() if later._dense_is_smaller() else later
 
@@ -222,6 +231,10 @@ class GlobalModel:
             return weighted_sum([merged, live], [1.0, 1.0])
         return merged + live.dense()
 
+    def merged_last(self) -> dict[str, LowRank]:
+        """What the last round merged into each module, in float64; nothing in a model that was read."""
+        return low_rank_sum(self.newest)
+
     # ── folder ──
 
     def manifest(self) -> dict[str, Any]:
@@ -285,12 +298,12 @@ class GlobalModel:
         if modules.keys() != manifest["scalings"].keys():
             raise ModelError(f"{where}: the manifest's scalings and the adapter's modules differ")
         adapter = Adapter(modules, manifest["scalings"], saved, manifest["adapter_config"], name="global adapter")
-        carried = checked(manifest["carried"]).matrices if manifest["carried"] else {}
+        carried = checked(manifest["carried"]).low_rank if manifest["carried"] else {}
         model = cls(
             base=BaseIdentity(**manifest["base"]),
             adapter=adapter,
             base_update=tuple(checked(name) for name in manifest["base_update"]),
-            carried={module: matrix for module, matrix in carried.items() if isinstance(matrix, LowRank)},
+            carried=carried,
             server_round=manifest["round"],
             method=manifest["method"],
             adapter_dtype=adapter_dtype,
@@ -319,6 +332,15 @@ class GlobalModel:
         folder = Path(folder)
         file = find_manifest(folder, server_round)
         return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
+
+
+def low_rank_sum(blobs: Sequence[Blob]) -> dict[str, LowRank]:
+    """Module to the sum of its factored matrices in the blobs, in float64."""
+    parts: dict[str, list[LowRank]] = {}
+    for blob in blobs:
+        for module, matrix in blob.low_rank.items():
+            parts.setdefault(module, []).append(matrix)
+    return {module: weighted_sum(matrices, [1.0] * len(matrices)) for module, matrices in parts.items()}
 
 
 def object_names(manifest: Mapping[str, Any]) -> set[str]:

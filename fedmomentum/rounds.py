@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.config import Config, own_facts
-from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms
+from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
 from fedmomentum.lowrank import LowRank
@@ -129,8 +129,8 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
         "round": 0, "participants": [], "accepted": [], "failures": {}, "weights": {}, "num_examples": {},
         "learning_rate": None, "train_loss": None, "clients": {}, "evaluation": None, "retained_energy": None,
         "residual_rank": None, "residual_norm": None, "carried_norm": None, "exactness_error": None,
-        "applied_share": None, "uplink_rounding": None, "downlink_rounding": None, "is_best": False,
-        "version": model.version, "uplink_bytes": {}, "downlink_bytes": {},
+        "applied_share": None, "uplink_rounding": None, "downlink_rounding": None, "diagnostics": None,
+        "is_best": False, "version": model.version, "uplink_bytes": {}, "downlink_bytes": {},
     }  # fmt: skip
     exchange = _Exchange()
     if server.config.evaluation.every:
@@ -176,6 +176,11 @@ def _round(
     merging = time.perf_counter()
     later = model.after(result, repr(server.method), exact=server.method.exact)
     merged = time.perf_counter()
+    diagnostics = round_diagnostics(
+        model.adapter, [updates[client] for client in weights], list(weights.values()), later.adapter,
+        later.merged_last(), server.folder.last_update(model, state),
+    )  # fmt: skip
+    state = state.stepped(model, later)
 
     row: dict[str, Any] = {
         "round": server_round, "participants": participants, "accepted": list(weights), "weights": weights,
@@ -185,7 +190,7 @@ def _round(
         "downlink_rounding": 0.0
         if later.adapter_dtype == torch.float32
         else rounding_error(result.adapter, later.adapter),
-        "is_best": False, "version": later.version,
+        "diagnostics": diagnostics, "is_best": False, "version": later.version,
     }  # fmt: skip
     evaluation, last = _Exchange(), server_round == config.federation.num_rounds
     if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
@@ -271,7 +276,7 @@ def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[s
     loss = row["evaluation"]["compared"]["loss"] if row["evaluation"] and row["round"] else None
     if loss is not None and (state.best_loss is None or loss < state.best_loss):
         row["is_best"] = True
-        state = ServerState(state.run_id, state.held, row["round"], loss)
+        state = replace(state, best_round=row["round"], best_loss=loss)
     server.folder.commit(model, state, row)
     server.observer("row", row)
     return state

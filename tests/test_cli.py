@@ -126,6 +126,61 @@ def test_export_inspect_report_generate_evaluate(folder, finished, tmp_path, cal
     assert code == 0 and "3 examples" in printed and "generated" in printed
 
 
+def test_compare_goes_on_and_says_what_came_out(folder, tmp_path, call):
+    file, out = tmp_path / "mine.toml", tmp_path / "out"
+    file.write_text(to_toml(tiny_config(folder, federation={"num_rounds": 1})))
+    asked = [
+        "compare",
+        file,
+        "training.local-steps=1",
+        "--methods",
+        "fedit,fedmomentum:split=singular;energy=1.0,local",
+    ]
+    code, printed, err = call(*asked, "--seeds", "3", "--out", out, "--target", "0")
+    assert code == 0, err
+    assert "Run 5 of 5: local (site2), seed 3" in printed and "Difference to fedit" in printed
+    assert (out / "fedmomentum-split-singular-energy-1.0" / "seed-3" / "metrics.jsonl").is_file()
+    assert "--methods 'fedit,fedmomentum:split=singular;energy=1.0,local'" in (
+        out / "comparison.html"
+    ).read_text().replace("&#39;", "'")
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/seed-3/**/metrics.jsonl")}
+    assert len(stamps) == 5
+    code, printed, err = call(*asked, "--seeds", "3,4", "--out", out, "--target", "0", "--baseline", "local")
+    assert code == 0 and "Run 6 of 10" in printed and "Run 5 of 10" not in printed and "Difference to local" in printed
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    code, printed, _ = call("report", out)
+    assert code == 0 and printed.strip().endswith("comparison.html")
+    runs = [out / "fedit" / f"seed-{seed}" for seed in (3, 4)]
+    code, printed, _ = call("report", *runs, "--out", tmp_path / "two", "--target", "0.1")
+    assert code == 0 and (tmp_path / "two" / "comparison-data" / "loss.csv").is_file()
+    for wrong, message in (
+        (["--methods", "fedavg"], "unknown method 'fedavg'"),
+        (["--methods", "fedit", "--seeds", "0,x"], "--seeds must be whole numbers"),
+        (["--methods", "fedit", "--baseline", "flora"], "--baseline must be one of the methods"),
+        (["--methods", "fedit", "--target", "50"], "--target must be a share"),
+        (["--methods", "fedit", "lora.rank=1"], "lora.rank"),
+        (["--methods", "fedit", "evaluation.every=0"], "evaluation.every must be 1 or more"),
+    ):
+        code, _, err = call("compare", file, *wrong, "--out", out)
+        assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, wrong
+    code, _, err = call("report", out, runs[0])
+    assert code == 2 and "not both together" in err
+
+
+def test_ctrl_c_in_a_comparison_says_how_to_go_on(folder, tmp_path, call, monkeypatch):
+    from fedmomentum import compare
+
+    def stopped(cell, *, observer, **_):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "mine.toml"
+    file.write_text(to_toml(tiny_config(folder)))
+    monkeypatch.setattr(compare, "run_cell", stopped)
+    code, _, err = call("compare", file, "--methods", "fedit,flora", "--out", tmp_path / "out")
+    assert code == 130 and "Stopped in fedit, seed 0" in err
+    assert f"fedmomentum compare {file} --methods fedit,flora --out {tmp_path / 'out'}" in err
+
+
 def test_aggregate(adapters, tmp_path, call):
     base, (one, two) = adapters
     code, printed, err = call("aggregate", one, two, "--weights", "3,1", "--rank", "3", "--out", tmp_path / "global")

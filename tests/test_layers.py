@@ -23,7 +23,7 @@ ALLOWED = {  # the maths: torch alone
     "peft_io.py": {"peft", "safetensors"},
     "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
     "client.py": set(), "run.py": set(), "export.py": set(), "base.py": {"transformers", "safetensors"},
-    "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
+    "compare.py": {"rich"}, "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
     "report": {"matplotlib", "jinja2", "numpy"},
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
@@ -37,7 +37,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"client", "checkpoint"},
     {"rounds", "enrolment"},
     {"run", "report"},
-    {"live", "use", "inspection"},
+    {"live", "use", "inspection", "compare"},
     {"flower"},
     {"cli"},
 ]

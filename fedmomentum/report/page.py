@@ -1,15 +1,12 @@
 """One page a run: `report.html`, complete in itself."""
 
-import os
 import shlex
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
-
 from fedmomentum.report import plots, text
+from fedmomentum.report.html import render, write_page
 from fedmomentum.report.run import Run, read_run
 from fedmomentum.report.summary import federated_row, natural_order, summarise, untouched_row
 
@@ -23,30 +20,9 @@ def write_report(run_dir: Path) -> Path:
         ModelError: the folder, or one of the files that every run has, is missing.
         DataError: a file of the folder is damaged.
     """
-    path = Path(run_dir) / "report.html"
-    page = _render(read_run(run_dir))
-    unfinished = path.with_name(".report.html.tmp")
-    unfinished.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
-    return path
-
-
-def _render(run: Run) -> str:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": text.percent,
-        "percent_range": text.percent_range,
-        "points": text.points,
-        "number": text.number,
-        "count": text.count,
-        "bytes": text.human_bytes,
-        "seconds": text.human_seconds,
-        "data_uri": lambda csv: "data:text/csv;charset=utf-8," + quote(csv),
-    }
-    template = (files("fedmomentum.report") / "page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(_content(run))
+    content = _content(read_run(run_dir))
+    page = render("page.html.j2", content, lambda plot: "data:text/csv;charset=utf-8," + quote(plot.csv))
+    return write_page(Path(run_dir) / "report.html", page)
 
 
 def _content(run: Run) -> dict[str, Any]:
@@ -77,6 +53,7 @@ def _content(run: Run) -> dict[str, Any]:
         ),
         "score_plots": _present(plots.exact_match(rows), plots.evaluation_loss(rows), plots.train_loss(rows)),
         "method_plots": plots.aggregation(rows),
+        "movement_plots": plots.movement(rows),
         "cost_plots": [*plots.traffic(rows), *_present(plots.seconds(rows))],
         "partition_plots": _present(plots.partition(run.partition, "train"), plots.partition(run.partition, "test")),
         "rounds": [_round(row) for row in rows if row["round"] > 0],

@@ -126,6 +126,41 @@ def aggregation(rows: Rows) -> list[Plot]:
     return [plot for plot in candidates if plot]
 
 
+def movement(rows: Rows) -> list[Plot]:
+    """How the effective weights and the factors moved; docs/metrics.md has the formulas."""
+    cosine = (
+        "Cosine of a round's change of the weights with that of the round before, and with each client's own change."
+    )
+    drift = "Mean distance of the clients' changes from their weighted mean, against its norm; 0 where all agree."
+    angle = "Mean principal angle between successive adapters: of their row spaces (A) and column spaces (B)."
+    norms = "Frobenius norm over all modules: what the clients sent, their weighted mean, and what they are sent next."
+    clients = {part: ("diagnostics", "client_cosine", part) for part in ("min", "mean", "max")}
+    factors = [
+        (f"{factor} {when}", ("diagnostics", "factor_norms", when, factor), SERIES[k], shape)
+        for when, shape in (("before", "dashed"), ("after", "thick"))
+        for k, factor in enumerate(("A", "B"))
+    ]
+    candidates = (
+        _lines(
+            rows, "update-cosine", "Direction of the update", "cosine", cosine,
+            [("with the round before", ("diagnostics", "update_cosine"), SERIES[0], "thick"),
+             ("with a client's, mean", clients["mean"], SERIES[1], "thick")],
+            band=("with a client's, least to greatest", clients["min"], clients["max"], SERIES[1]),
+        ),
+        _lines(
+            rows, "client-drift", "Client drift", "relative distance", drift,
+            [("drift", ("diagnostics", "client_drift"), SERIES[0], "thick")], zero=True,
+        ),
+        _lines(
+            rows, "subspace-angle", "Turning of the adapter", "angle (degrees)", angle,
+            [(f"{factor} ({name} space)", ("diagnostics", "subspace_angle", factor), SERIES[k], "thick")
+             for k, (factor, name) in enumerate((("A", "row"), ("B", "column")))], zero=True,
+        ),
+        _lines(rows, "factor-norms", "Size of the factors", "norm", norms, factors, zero=True),
+    )  # fmt: skip
+    return [plot for plot in candidates if plot]
+
+
 def traffic(rows: Rows) -> list[Plot]:
     """Bytes up and down, by round and summed."""
     rounds = [row["round"] for row in rows]
@@ -297,6 +332,57 @@ def _simple(rows: Rows, name: str, title: str, label: str, caption: str, factor:
 
     data = [("round", name), *((row["round"], row.get(name)) for row in rows)]
     return make_plot(name.replace("_", "-"), title, draw, caption=caption, data=data)
+
+
+Path = tuple[str, ...]
+"""Where a value lies in a row: key within key."""
+
+
+def _lines(
+    rows: Rows,
+    key: str,
+    title: str,
+    label: str,
+    caption: str,
+    lines: Sequence[tuple[str, Path, str, str]],
+    *,
+    band: tuple[str, Path, Path, str] | None = None,
+    zero: bool = False,
+) -> Plot | None:
+    """Several values by round, (name, path, colour, shape) each, and a band between two more."""
+    curves = [finite((row["round"], _at(row, path)) for row in rows) for _, path, _, _ in lines]
+    if not any(curves):
+        return None
+    edges: list[Curve] = [
+        finite((row["round"], _at(row, path)) for row in rows) for path in (band[1:3] if band else ())
+    ]
+
+    def draw(axes: Axes) -> None:
+        if band and edges[0]:
+            x, low = zip(*edges[0], strict=True)
+            axes.fill_between(x, low, [value for _, value in edges[1]], color=band[3], alpha=0.18, linewidth=0)
+            if len(x) == 1:
+                axes.plot(2 * x, [low[0], edges[1][0][1]], color=band[3], alpha=0.3, linewidth=5, solid_capstyle="butt")
+        for (_, _, colour, shape), curve in zip(lines, curves, strict=True):
+            if curve:
+                style: dict[str, Any] = {"linestyle": "--"} if shape == "dashed" else {"linestyle": "-"}
+                axes.plot(*zip(*curve, strict=True), color=colour, linewidth=2, marker="o", markersize=3.5, **style)
+        round_axes(axes, label, zero=zero)
+
+    legend = [Key(name, colour, shape) for (name, _, colour, shape), curve in zip(lines, curves, strict=True) if curve]
+    paths = [path for _, path, _, _ in lines] + list(band[1:3] if band else ())
+    if band and edges[0]:
+        legend.append(Key(band[0], band[3], "bar"))
+    data: list[Sequence[Any]] = [("round", *("_".join(path[1:]) for path in paths))]
+    data += [(row["round"], *(_at(row, path) for path in paths)) for row in rows]
+    return make_plot(key, title, draw, caption=caption, data=data, legend=legend)
+
+
+def _at(row: Mapping[str, Any], path: Path) -> float | None:
+    value: Any = row
+    for name in path:
+        value = (value or {}).get(name)
+    return value
 
 
 def _loss_plot(

@@ -3,6 +3,8 @@
 import math
 import re
 
+from fedmomentum.report.statistics import Mean
+
 _NONE = "–"
 
 
@@ -26,6 +28,24 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return _NONE
     return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def spread(value: Mean | None, factor: float = 1.0, digits: int = 3, unit: str = "") -> str:
+    """A mean and its spread over seeds, 28.2 ± 0.6."""
+    if value is None:
+        return _NONE
+    more = f" ± {factor * value.spread:.{digits}f}" if value.spread is not None else ""
+    return f"{factor * value.mean:.{digits}f}{more}{unit}".replace("-", "−")
+
+
+def interval(value: Mean | None, factor: float = 1.0, digits: int = 3) -> str:
+    """A signed mean and its 95 % interval, +1.3 [−2.1, +4.7]."""
+    if value is None:
+        return _NONE
+    ends = ""
+    if value.low is not None and value.high is not None:
+        ends = f" [{factor * value.low:+.{digits}f}, {factor * value.high:+.{digits}f}]"
+    return f"{factor * value.mean:+.{digits}f}{ends}".replace("-", "−")
 
 
 def count(value: int | None) -> str:

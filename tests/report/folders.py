@@ -79,6 +79,16 @@ def row(
         "carried_norm": 0.0 if trained else None,
         "exactness_error": draw.uniform(1e-8, 9e-8) if trained else None,
         "applied_share": 1 - 1e-4 * draw.random() if trained else None,
+        "diagnostics": {
+            "update_norm": 3.0 * 0.8**server_round,
+            "update_cosine": draw.uniform(0.2, 0.8) if server_round > 1 else None,
+            "client_cosine": {"min": 0.3, "mean": 0.5 + 0.01 * server_round, "max": 0.8},
+            "client_drift": 1.2 - 0.05 * server_round,
+            "subspace_angle": dict.fromkeys("AB", 60 * 0.8**server_round if server_round > 1 else None),
+            "factor_norms": {"before": {"A": 9.0, "B": 2.0}, "after": {"A": 4.0, "B": 4.0 + server_round}},
+        }
+        if trained
+        else None,
         "is_best": server_round % 2 == 0,
         "version": f"{server_round:064x}",
         "uplink_bytes": {client_id: 1_234_567 + k for k, client_id in enumerate(accepted)} if trained else {},

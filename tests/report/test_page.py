@@ -22,7 +22,7 @@ from tests.report.folders import PHASES, row, write_run
 CLIENTS = [f"client-{k}" for k in range(4)]
 TASKS = ["arithmetic", "copying", "dates", "sorting", "translation", "yes-no"]
 EVIL = "<script>alert(1)</script>"
-SECTIONS = ["comparison", "scores", "method", "cost", "partition", "rounds", "settings", "commands"]
+SECTIONS = ["comparison", "scores", "method", "movement", "cost", "partition", "rounds", "settings", "commands"]
 ROUND_PLOTS = {
     "exact-match",
     "loss",
@@ -34,6 +34,10 @@ ROUND_PLOTS = {
     "applied-share",
     "bytes",
     "bytes-sum",
+    "update-cosine",
+    "client-drift",
+    "subspace-angle",
+    "factor-norms",
 }
 
 
@@ -139,6 +143,16 @@ def test_data_beside_the_plots_equals_the_rows(whole):
         name = "exactness_error" if key == "exactness" else key.replace("-", "_")
         assert [cell[name] and float(cell[name]) for cell in data[key]] == ["", *(one[name] for one in rows[1:])]
 
+    cosines = [one["diagnostics"]["update_cosine"] for one in rows[2:]]
+    assert [cell["update_cosine"] for cell in data["update-cosine"][:2]] == ["", ""]
+    assert [float(cell["update_cosine"]) for cell in data["update-cosine"][2:]] == cosines
+    assert [float(cell["client_cosine_mean"]) for cell in data["update-cosine"][1:]] == [
+        one["diagnostics"]["client_cosine"]["mean"] for one in rows[1:]
+    ]
+    assert [float(cell["factor_norms_after_B"]) for cell in data["factor-norms"][1:]] == [
+        one["diagnostics"]["factor_norms"]["after"]["B"] for one in rows[1:]
+    ]
+
     assert [[float(cell[p]) for p in PHASES] for cell in data["seconds"]] == [list(o["seconds"].values()) for o in rows]
     up = sum(sum(one["uplink_bytes"].values()) for one in rows)
     down = sum(sum(one["downlink_bytes"].values()) for one in rows)
@@ -220,6 +234,7 @@ def test_nothing_was_evaluated_or_measured(tmp_path, num_rounds):
     for one in rows:
         one.update(dict.fromkeys(["evaluation", "train_loss", "retained_energy", "residual_rank", "residual_norm"]))
         one.update(dict.fromkeys(["carried_norm", "exactness_error", "applied_share", "learning_rate"]))
+        one.update(diagnostics=None)
         one.update(clients={}, uplink_bytes={}, downlink_bytes={}, seconds={}, weights={}, num_examples={})
     one = page(tmp_path, rows)
     check(one)
@@ -241,6 +256,7 @@ def test_extreme_values_are_drawn_or_left_out(tmp_path, value):
     rows = [row(r, CLIENTS[:2], TASKS[:2]) for r in range(3)]
     for name in ("exactness_error", "train_loss", "residual_norm", "retained_energy", "applied_share", "residual_rank"):
         rows[1][name] = rows[2][name] = value
+        rows[1]["diagnostics"]["update_cosine"] = rows[2]["diagnostics"]["client_drift"] = value
     rows[2]["evaluation"]["total"]["loss"] = value
     one = page(tmp_path, rows, CLIENTS[:2], TASKS[:2])
     check(one)
