@@ -24,6 +24,12 @@ ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Folder = Annotated[Path, typer.Argument(show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="folder to write", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
+]
+RunFolderOption = Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")]
 BaseOption = Annotated[str, typer.Option("--base", help="base model folder, where it is not where the run found it")]
 
 
@@ -63,12 +69,10 @@ def _terminated(signum: int, frame: Any) -> None:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")] = False,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: RunFolderOption = None,
+    resume: ResumeOption = False,
     dry_run: Annotated[bool, typer.Option("--plan", help="print the plan and stop")] = False,
 ) -> None:
     """Run a federation on this machine: clients train in turn, the server combines exactly."""
@@ -316,10 +320,8 @@ def generate(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     methods: Annotated[
         str,
         typer.Option("--methods", help="with commas between; settings as name:key=value;key=value", show_default=False),
@@ -394,6 +396,13 @@ def report(
 
 keys_app = typer.Typer(no_args_is_help=True, help="Make and admit the keys of server and nodes.")
 app.add_typer(keys_app, name="keys")
+
+
+@keys_app.callback()
+def _keys() -> None:
+    _need_flower()
+
+
 KeysOption = Annotated[Path, typer.Option("--keys", help="folder of the server's keys")]
 
 
@@ -440,14 +449,12 @@ def keys_admit(
 @app.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="TOML file; [data] does not count here", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")] = None,
+    overrides: Overrides = None,
+    out: RunFolderOption = None,
     keys: KeysOption = Path("keys"),
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="port to listen on")] = 9443,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")] = False,
+    resume: ResumeOption = False,
 ) -> None:
     """Coordinate a federation of machines: wait for the admitted nodes, then run the rounds."""
     from fedmomentum.config import load_config
@@ -479,9 +486,7 @@ def serve(
 @app.command()
 def join(
     config: Annotated[Path, typer.Argument(help="TOML file: the run's, with this party's data", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
-    ] = None,
+    overrides: Overrides = None,
     server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)] = ...,  # type: ignore[assignment]
     key: Annotated[Path, typer.Option("--key", help="this node's private key", show_default=False)] = ...,  # type: ignore[assignment]
     ca: Annotated[Path, typer.Option("--ca", help="the server's authority")] = Path("ca.pem"),
@@ -549,12 +554,10 @@ def status(
 
 @app.command()
 def simulate(
-    config: Annotated[Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")] = False,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: RunFolderOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Run a federation under Flower's simulation engine (Ray); on one machine, `run` is lighter."""
     from fedmomentum.config import load_config

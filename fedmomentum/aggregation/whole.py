@@ -223,12 +223,11 @@ def start_of(
     """
     mine = replace(adapter, modules={m: matrix for m, matrix in adapter.modules.items() if m in modules})
     beside = {m: adapter.effective(m).to(torch.float32) for m in adapter.modules if m not in modules}
-    if is_mixed or any(adapter.scalings[m] != scaling for m in mine.modules):
-        own = dict.fromkeys(mine.modules, rank)
-        start, tails = localise(method, mine, own, dict.fromkeys(mine.modules, scaling)) if is_mixed else (
-            _rescaled(mine, scaling), {})  # fmt: skip
-        return start, beside | (tails if method.keeps_tail else {})
-    return replace(mine, scalings={m: adapter.scalings[m] for m in mine.modules}), beside
+    if not is_mixed:
+        return _rescaled(mine, scaling), beside
+    ranks, scalings = dict.fromkeys(mine.modules, rank), dict.fromkeys(mine.modules, scaling)
+    start, tails = localise(method, mine, ranks, scalings)
+    return start, beside | (tails if method.keeps_tail else {})
 
 
 def _rescaled(adapter: Adapter, scaling: float) -> Adapter:
