@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.config import Config, EvaluationConfig, MethodConfig, differences, load_config, to_toml
+from fedmomentum.config import Config, EvaluationConfig, MethodConfig, differences, load_config, overridden, to_toml
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically, write_json
@@ -44,6 +44,8 @@ REFERENCES = ("centralised", "local")
 POOLED = "everyone"
 """The one client of `centralised`."""
 _PER_CELL = {"method.name", "method.settings", "run.seed", "federation.num-rounds"}
+_OWN = ("training.", "lora.", "federation.")
+"""Sections whose settings a method may have for itself; what pairs the runs and scores them is the same for all."""
 _BY_REFERENCES = {"evaluation.num-examples", "evaluation.final-num-examples", "training.local-epochs"}
 
 
@@ -54,15 +56,18 @@ class Entry:
     Attributes:
         label: as the user wrote it: `fedit`, `fedmomentum:split=singular`, `local`.
         method: the method it runs, with its settings. One client's average is that client, so references run FedIT.
+        overrides: settings of the run that only this one has, as `section.key=value`.
     """
 
     label: str
     method: MethodConfig
+    overrides: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """`federated`, `centralised` or `local`."""
-        return self.label if self.label in REFERENCES else "federated"
+        name = self.label.partition(":")[0]
+        return name if name in REFERENCES else "federated"
 
     @property
     def folder(self) -> str:
@@ -106,30 +111,39 @@ class Cell:
 def parse_methods(text: str, config: Config) -> list[Entry]:
     """`name` or `name:key=value;key=value`, with commas between. `[method.settings]` goes to the method it names.
 
-    A name is one of the table, `module:Class` of the user's own, or a reference's.
+    A name is one of the table, `module:Class` of the user's own, or a reference's. A key with a point in it,
+    `training.learning-rate`, is a setting of the run instead of the method's, for this one alone.
 
     Raises:
-        ConfigError: none, one twice, an unknown method or setting, or a setting of a reference.
+        ConfigError: none, one twice, an unknown method or setting, a method's setting given to a reference, or a
+            setting that must be the same for all.
     """
     entries: list[Entry] = []
     for label in filter(None, (part.strip() for part in text.split(","))):
         name, _, rest = label.rpartition(":") if "=" in label.rpartition(":")[2] else (label, "", "")
-        if name in REFERENCES:
-            if rest:
-                raise ConfigError(f"{name} has no settings; got {label!r}")
-            entries.append(Entry(name, MethodConfig("fedit")))
-            continue
         settings = dict(config.method.settings) if name == config.method.name else {}
-        for pair in filter(None, rest.split(";")):
+        overrides = []
+        for pair in filter(None, (part.strip() for part in rest.split(";"))):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise ConfigError(f"{pair!r} in {label!r} is no setting; write name:key=value;key=value")
-            settings[key.strip()] = _value(value.strip())
+            if "." in key:
+                overrides.append(pair)
+            else:
+                settings[key.strip()] = _value(value.strip())
+        if name in REFERENCES and settings:
+            raise ConfigError(f"{name} has no settings of its own; got {label!r}")
+        method = MethodConfig("fedit" if name in REFERENCES else name, settings)
+        for override in overrides:
+            if not override.startswith(_OWN) or override.startswith("federation.num-rounds"):
+                raise ConfigError(f"{override!r} in {label!r}: only {', '.join(_OWN)} can differ between methods")
         try:
-            make_method(replace(config, method=MethodConfig(name, settings)))
+            own = replace(overridden(config, overrides), method=method)
+            if name not in REFERENCES:
+                make_method(own)
         except ConfigError as error:
             raise ConfigError(f"--methods {label}: {error}; and the references {', '.join(REFERENCES)}") from error
-        entries.append(Entry(label, MethodConfig(name, settings)))
+        entries.append(Entry(label, method, tuple(overrides)))
     folders = [entry.folder for entry in entries]
     if not entries or len(set(folders)) < len(folders):
         raise ConfigError(f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}")
@@ -172,7 +186,8 @@ def plan_cells(config: Config, entries: Sequence[Entry], seeds: Sequence[int], o
     cells = []
     for seed in seeds:
         for entry in entries:
-            own = replace(config, method=entry.method, run=replace(config.run, seed=seed))
+            own = replace(overridden(config, entry.overrides), method=entry.method)
+            own = replace(own, run=replace(own.run, seed=seed))
             folder = out / entry.folder / f"seed-{seed}"
             if entry.kind == "local":
                 cells += [

@@ -282,6 +282,18 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return _with_paths(from_dict(table), path.parent)
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with `section.key=value` overrides.
+
+    Raises:
+        ConfigError: an unknown key, or a bad value.
+    """
+    table = to_dict(config)
+    for override in overrides:
+        _override(table, override)
+    return from_dict(table)
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")

