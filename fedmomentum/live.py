@@ -8,6 +8,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.client import Client
-from fedmomentum.report import Measure, Run, summarise
+from fedmomentum.report import Measure, Run, SummaryRow, summarise
 from fedmomentum.report.text import count, human_bytes, number, percent, points
 from fedmomentum.run import Plan
 
@@ -200,23 +201,36 @@ def _partition_table(clients: Sequence[Client]) -> Table:
 
 
 def summary_table(run: Run) -> Table:
-    """Untouched against federated: exact match in percent with 95 % intervals, and loss."""
+    """Untouched against federated: exact match in percent with 95 % intervals, and loss.
+
+    Of many categories or clients the six that gained least and the six that gained most.
+    """
     table = Table(
         Column("", overflow="fold"),
         *(Column(name, no_wrap=True) for name in ("untouched", "federated", "change", "loss")),
         title="Exact match on held-out examples, % [95 % interval]",
     )
-    group = ""
-    for row in summarise(run.rows):
-        if row.group != group:
-            group = row.group
-            table.add_section()
+    for row in _shortened(table, summarise(run.rows)):
         losses = [number(m.loss) if m and m.loss is not None else "-" for m in (row.untouched, row.federated)]
         table.add_row(
             Text(row.name if row.group != "total" else "all", style="bold" if row.group == "total" else ""),
             _measure(row.untouched), _measure(row.federated), points(row.change), " -> ".join(losses),
         )  # fmt: skip
     return table
+
+
+def _shortened(table: Table, summary: Sequence[SummaryRow]) -> Iterator[SummaryRow]:
+    """The rows to show, with a line between groups, and in a group's middle where it is left out."""
+    for _, grouped in groupby(summary, key=lambda row: row.group):
+        rows = list(grouped)
+        ordered = sorted((row for row in rows if row.change is not None), key=lambda row: row.change or 0.0)
+        if len(rows) > 12 and len(ordered) > 12:
+            yield from ordered[:6]
+            table.add_row(Text(f"... {len(rows) - 12} more, in the report", style="dim"))
+            yield from ordered[-6:]
+        else:
+            yield from rows
+        table.add_section()
 
 
 def _measure(measure: Measure | None) -> Text:
