@@ -39,29 +39,42 @@ SEEDS = tuple(range(8))
 BASELINE = "fedit"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv")
     parser.add_argument("--out", type=Path, default=Path("runs/banking77"))
     parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
     parser.add_argument("--tune-only", action="store_true", help="stop when the learning rates are chosen")
     parser.add_argument("--publish", action="store_true", help="copy results to this folder when all is done")
+    parser.add_argument("--reproduce", metavar="few|many:METHOD:SEED", help="make one committed run anew, compare")
     chosen = parser.parse_args()
     data, out = chosen.data.resolve(), chosen.out.resolve()
     os.chdir(HERE)  # `intents:train` is imported from the working folder
     with quiet_libraries():
         intents.make(data, out)
+        if chosen.reproduce:
+            return reproduce(out, chosen.reproduce)
         for name in [chosen.only] if chosen.only else ["few", "many"]:
-            config = load_config(f"{name}.toml", [
-                f"model.name={out / 'base'}", f"data.source={out / 'train.jsonl'}",
-                f"data.test-source={out / 'test.jsonl'}",
-            ])  # fmt: skip
+            config = settings(name, out)
             rates = {method: choose_rate(config, method, out / f"{name}-tuning") for method in METHODS}
             write_json(out / f"{name}-learning-rates.json", rates)
             if not chosen.tune_only:
                 compare_all(config, rates, out / name)
                 if chosen.publish:
                     publish(out, name)
+    return 0
+
+
+def settings(name: str, out: Path) -> Config:
+    """few.toml or many.toml, with the model and the data in `out`."""
+    return load_config(HERE / f"{name}.toml", [
+        f"model.name={out / 'base'}", f"data.source={out / 'train.jsonl'}", f"data.test-source={out / 'test.jsonl'}",
+    ])  # fmt: skip
+
+
+def labelled(method: str, rate: float) -> str:
+    """The method at a learning rate, as `fedmomentum compare` wants it."""
+    return f"{method}{';' if ':' in method else ':'}training.learning-rate={rate:g}"
 
 
 def choose_rate(config: Config, method: str, out: Path) -> dict:
@@ -71,7 +84,7 @@ def choose_rate(config: Config, method: str, out: Path) -> dict:
     while True:
         for rate in GRID[first:end]:
             if rate not in scores:
-                label = f"{method}{';' if ':' in method else ':'}training.learning-rate={rate:g}"
+                label = labelled(method, rate)
                 folders = run_all(config, [label], TUNING_SEEDS, out)
                 scores[rate] = statistics.mean(final_score(folder) for folder in folders)
                 print(f"{out.name} {label}: {scores[rate]:.4f}", flush=True)
@@ -103,16 +116,29 @@ def final_score(folder: Path) -> float:
 
 def compare_all(config: Config, rates: dict, out: Path) -> None:
     """The comparison proper, as `fedmomentum compare` makes it."""
-    labels = [
-        f"{method}{';' if ':' in method else ':'}training.learning-rate={rates[method]['chosen']:g}"
-        for method in METHODS
-    ]
+    labels = [labelled(method, rates[method]["chosen"]) for method in METHODS]
     run_all(config, labels, SEEDS, out)
     cells = compare.plan_cells(config, compare.parse_methods(",".join(labels), config), SEEDS, out)
     baseline = next(label for label in labels if label.partition(":")[0] == BASELINE)
     command = f"python experiments/banking77/experiment.py --data BANKING77_FOLDER --only {out.name}"
     compare.write_comparison(out, cells, baseline=baseline, target=0.7, command=command)
     write_comparison_page([out])
+
+
+def reproduce(out: Path, what: str) -> int:
+    """Make one run of the committed comparison anew; 0 if its scores are the committed ones to the last digit."""
+    name, _, rest = what.partition(":")
+    method, _, seed = rest.rpartition(":")
+    wanted = next(
+        row
+        for row in csv.DictReader((HERE / "results" / name / "comparison.csv").open())
+        if row["method"].partition("training.learning-rate=")[0].rstrip(":;") == method and row["seed"] == seed
+    )
+    (folder,) = run_all(settings(name, out), [wanted["method"]], [int(seed)], out / "reproduced" / name)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]["total"]
+    for key in ("exact_match", "loss"):
+        print(f"{key}: committed {wanted[key]}, here {last[key]!r}")
+    return int(any(float(wanted[key]) != last[key] for key in ("exact_match", "loss")))
 
 
 def publish(out: Path, name: str) -> None:

@@ -1,0 +1,159 @@
+"""Tables and plots of docs/results.md, from the committed numbers in results/.
+
+python experiments/banking77/figures.py            prints the tables, draws results/*.svg
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+from fedmomentum.report.statistics import Mean, mean_of
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NAMES = {
+    "fedmomentum": "FedMomentum, balanced",
+    "fedmomentum:split=singular": "FedMomentum, singular",
+    "fedmomentum:split=aligned": "FedMomentum, aligned",
+    "fedit": "FedIT",
+    "flora": "FLoRA",
+    "ffalora": "FFA-LoRA",
+    "frlora": "FRLoRA",
+    "flexlora": "FlexLoRA",
+    "fedexlora": "FedEx-LoRA",
+}
+BASELINES = ("fedit", "fedmomentum")
+TITLES = {"few": "2 local steps, 24 rounds", "many": "20 local steps, 6 rounds"}
+
+
+def method_of(label: str) -> str:
+    """The label of a run without its learning rate."""
+    return label.partition("training.learning-rate=")[0].rstrip(":;")
+
+
+def scores(name: str, column: str = "exact_match") -> dict[str, dict[int, float]]:
+    """Method to seed to a column of comparison.csv."""
+    found: dict[str, dict[int, float]] = {}
+    for row in csv.DictReader((RESULTS / name / "comparison.csv").open()):
+        found.setdefault(method_of(row["method"]), {})[int(row["seed"])] = float(row[column])
+    return found
+
+
+def rates(name: str) -> dict[str, dict[float, float]]:
+    """Method to learning rate to the tuning seeds' mean exact match."""
+    found: dict[str, dict[float, float]] = {}
+    for row in csv.DictReader((RESULTS / name / "learning-rates.csv").open()):
+        found.setdefault(row["method"], {})[float(row["learning_rate"])] = float(
+            row["mean_exact_match_of_tuning_seeds"]
+        )
+    return found
+
+
+def curve(name: str, file: str, column: str) -> dict[str, dict[int, float]]:
+    """Method to round to the mean over seeds of a column of the page's data."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for row in csv.DictReader((RESULTS / name / "comparison-data" / f"{file}.csv").open()):
+        values.setdefault(method_of(row["method"]), {}).setdefault(int(row["round"]), []).append(float(row[column]))
+    return {m: {r: sum(v) / len(v) for r, v in sorted(rounds.items())} for m, rounds in values.items()}
+
+
+def difference(table: dict[str, dict[int, float]], method: str, baseline: str) -> Mean:
+    """Paired by seed."""
+    mean = mean_of([table[method][seed] - table[baseline][seed] for seed in sorted(table[method])])
+    assert mean is not None
+    return mean
+
+
+def tables() -> str:
+    """The result as Markdown."""
+    lines = []
+    for name, title in TITLES.items():
+        table, losses, sent = scores(name), scores(name, "loss"), scores(name, "bytes")
+        chosen = {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()}
+        lines += [
+            f"**{title}**", "",
+            "| method | learning rate | exact match, % | loss | to FedIT, points | to FedMomentum, points | sent, MB |",
+            "|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for method in sorted(table, key=lambda m: -sum(table[m].values())):
+            mean, loss = mean_of(list(table[method].values())), mean_of(list(losses[method].values()))
+            assert mean is not None and loss is not None
+            pairs = ["" if method == base else interval(difference(table, method, base)) for base in BASELINES]
+            megabytes = sum(sent[method].values()) / len(sent[method]) / 1e6
+            lines.append(
+                f"| {NAMES[method]} | {chosen[method]:g} | {100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f} | "
+                f"{loss.mean:.3f} | {pairs[0]} | {pairs[1]} | {megabytes:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def interval(mean: Mean) -> str:
+    """In points."""
+    assert mean.low is not None and mean.high is not None
+    return f"{100 * mean.mean:+.1f} [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
+
+
+def draw() -> None:
+    """Write results/differences.svg, curves.svg, learning-rates.svg and directions.svg."""
+    plt.rcParams.update({
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fedmomentum",
+        "svg.fonttype": "none", "font.family": "sans-serif", "figure.facecolor": "white",
+    })  # fmt: skip
+    colours = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        table = scores(name)
+        for place, method in enumerate(reversed([m for m in NAMES if m != "fedit"])):
+            mean = difference(table, method, "fedit")
+            assert mean.low is not None and mean.high is not None
+            axis.plot([100 * mean.low, 100 * mean.high], [place, place], color=colours[method], linewidth=2)
+            axis.plot(100 * mean.mean, place, "o", color=colours[method])
+            seeds = [100 * (table[method][s] - table["fedit"][s]) for s in table[method]]
+            axis.plot(seeds, [place - 0.25] * len(seeds), "|", color=colours[method], alpha=0.6)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(NAMES) - 1), [NAMES[m] for m in reversed([m for m in NAMES if m != "fedit"])])
+        axis.set(title=title, xlabel="exact match against FedIT, points")
+    save(figure, "differences")
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        for method, points in curve(name, "exact-match", "exact_match").items():
+            axis.plot(list(points), [100 * v for v in points.values()], color=colours[method], label=NAMES[method])
+        axis.set(title=title, xlabel="round", ylabel="exact match, %")
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, "curves")
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        for method, points in rates(name).items():
+            axis.semilogx(list(points), [100 * v for v in points.values()], "o-", color=colours[method],
+                          label=NAMES[method])  # fmt: skip
+        axis.set(title=title, xlabel="learning rate", ylabel="exact match of the tuning seeds, %")
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, "learning-rates")
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        for method, points in curve(name, "update-cosine", "update_cosine").items():
+            axis.plot(list(points), list(points.values()), color=colours[method], label=NAMES[method])
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set(title=title, xlabel="round", ylabel="cosine with the update before")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, "directions")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(tables())
+    print(json.dumps({name: {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()} for name in TITLES}))
+    draw()
