@@ -240,6 +240,9 @@ class RunConfig:
     seed: int = _option(0, "of everything that is drawn: data, participants, initialisation, batches")
     threads: int = _option(0, "CPU threads; 0: all cores. Part of the result: other counts give other last bits")
     keep_rounds: int = _option(3, "checkpoints kept, besides the best")
+    report_to: list[str] = _option(
+        [], 'trackers that are told of every round, e.g. ["tensorboard"]; see docs/metrics.md. Empty: none'
+    )
 
     def __post_init__(self) -> None:
         _need(self.seed >= 0, "run.seed", self.seed, "0 or more")
