@@ -21,7 +21,7 @@ from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, LoraConfig, differences, load_config, to_toml
+from fedmomentum.config import Config, LoraConfig, differences, load_config, own_facts, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
@@ -232,7 +232,8 @@ def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
     model = local.initial(client.method)
     settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
-    one_step = settings | {"local_steps": 1, "local_epochs": None}
+    own = own_facts(local.own, local.is_mixed or client.method.prunes)
+    one_step = settings | {"local_steps": 1, "local_epochs": None, "own": own}
     return encode_task(
         Task("train", "rehearsal", client.client_id, 1, model.manifest(), model.objects(), settings=one_step)
     )
