@@ -54,6 +54,7 @@ class ServerState:
         started_from: hashes of the adapter's objects that the last round started from; none before the first. With
             `merged` and the adapter of now they say what that round changed, which the next one is compared with.
         merged: hashes of what the last round merged into the base.
+        ranks: client to the rank at which it goes on; only of methods that prune, and of clients that have trained.
     """
 
     run_id: str
@@ -62,6 +63,7 @@ class ServerState:
     best_loss: float | None = None
     started_from: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """The state after a client said what it holds."""

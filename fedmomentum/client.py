@@ -74,15 +74,21 @@ class LocalModel:
         self.dtype = base.dtype
         self.peft = _attached(base, lora, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
-        self.own, self._is_mixed = own or lora, lora.is_mixed
-        if own is not None and own != replace(lora, clients={}):
-            self.peft = _attached(detach(self.peft), own, seed)
+        self.own, self.is_mixed = replace(own or lora, clients={}), lora.is_mixed
+        self._seed, self._trained = seed, replace(lora, clients={})
         self._layers = lora_layers(self.peft)
+        self._train_as(self.own)
         live = self.peft.get_base_model()
         layers = {module: live.get_submodule(module) for module in self.fresh.modules}
         self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)
         self._blobs: dict[str, Blob] = {}
         self._beside: dict[str, LowRank] = {}
+
+    def _train_as(self, own: LoraConfig) -> None:
+        """Have the adapter of these settings attached; the base stays the one that is in memory."""
+        if own != self._trained:
+            self.peft = _attached(detach(self.peft), own, self._seed)
+            self._layers, self._trained = lora_layers(self.peft), own
 
     def adapter(self, name: str = "adapter") -> Adapter:
         """A copy of the live adapter."""
@@ -95,32 +101,31 @@ class LocalModel:
         adapter = replace(adapter, config=config, name="global adapter")
         return GlobalModel(self.identity, adapter, (Blob.of(change),) if change else (), method=repr(method))
 
-    def become(self, model: GlobalModel, method: Method | None = None) -> None:
+    def become(self, model: GlobalModel, method: Method | None = None, own: LoraConfig | None = None) -> None:
         """Be this global model: its merged base, and of its adapter what this party trains, the rest beside the base.
 
         Args:
             model: the global model.
             method: says how a part is derived; needed where this party trains less than the whole.
+            own: what is trained, where the method has pruned the rank of `self.own`.
 
         Raises:
             ModelError: it belongs to another base.
             AdapterError: its adapter has other modules, ranks or scalings than the one attached here.
         """
         model.base.check(self.identity)
+        own = own or self.own
+        self._train_as(own)
         start, self._beside = model.adapter, {}
-        if method is not None and (self._is_mixed or self._layers.keys() != model.adapter.modules.keys()
-                                   or self.own.scaling not in model.adapter.scalings.values()):  # fmt: skip
+        is_mixed = self.is_mixed or (method is not None and method.prunes)
+        if method is not None and (is_mixed or self._layers.keys() != model.adapter.modules.keys()
+                                   or own.scaling not in model.adapter.scalings.values()):  # fmt: skip
             start, self._beside = start_of(
-                method, model.adapter, self._layers, rank=self.own.rank, scaling=self.own.scaling,
-                is_mixed=self._is_mixed,
-            )  # fmt: skip
+                method, model.adapter, self._layers, rank=own.rank, scaling=own.scaling, is_mixed=is_mixed
+            )
         beside = [Blob.of(self._beside)] if self._beside else []
         self.held.apply([*model.base_update, *beside])
         load_into(self.peft, start)
-
-    def own_facts(self) -> dict[str, Any]:
-        """What is trained here, in the words that the server has for it."""
-        return own_facts(self.own, self._is_mixed)
 
     def live(self) -> list[LowRank]:
         """The live factors themselves, module by module, with their gradients."""
@@ -237,11 +242,9 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
         return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
     current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
-    if (asked := task.settings.get("own")) and asked != (here := model.own_facts()):
-        raise ConfigError(f"the run has this client train {asked}; [lora] here gives {here}")
     if current.method != repr(client.method):
         raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
-    model.become(current, client.method)
+    model.become(current, client.method, _own(task, client.method, model))
     _put_personal(client, model, task.server_round if task.kind == "train" else task.server_round + 1)
     model.forget(needed)
     if client.owns_store:
@@ -266,6 +269,20 @@ def _reply(
         task.kind, task.run_id, client.client_id, task.server_round, version, holds, num_examples, metrics, tensors
     )
     return encode_reply(reply)
+
+
+def _own(task: Task, method: Method, model: LocalModel) -> LoraConfig:
+    """What this client trains or evaluates now: what is configured here, at the rank to which the method pruned it.
+
+    Raises:
+        ConfigError: the server asks for something else.
+    """
+    asked, own = task.settings["own"], model.own
+    if method.prunes and type(asked["rank"]) is int and 1 <= asked["rank"] <= own.rank:
+        own = own.at_rank(asked["rank"])
+    if asked != (here := own_facts(own, model.is_mixed or method.prunes)):
+        raise ConfigError(f"the run has this client train {asked}; [lora] here gives {here}")
+    return own
 
 
 def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
@@ -360,6 +377,7 @@ def _train(
 
     method, uploads = client.method, client.method.uploads(task.server_round)
     penalty = {"penalty": lambda: method.penalty(model.live())} if _penalises(method, model) else {}
+    before = [LowRank(m.B.detach().clone(), m.A.detach().clone()) for m in model.live()] if method.prunes else []
     with model.training_only(method.trains(task.server_round)):
         report = client.function(
             model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **penalty, **settings
@@ -375,6 +393,9 @@ def _train(
     sent = {name: t for name, t in to_tensors(trained).items() if not any(kind in name for kind in kept_back)}
     tensors = narrowed(sent, dtype)
     metrics = {**asdict(report), "rounding": rounding_error(trained, rounded(trained, dtype))}
+    if method.prunes:
+        with torch.no_grad():
+            metrics["next_rank"] = method.next_rank(task.settings["own"]["rank"], before, model.live())
     for name, probes in model.probes(probe_seed).items():
         tensors[PROBE + name] = stack_probes(probes)
     return len(client.train), metrics, tensors

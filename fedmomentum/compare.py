@@ -202,11 +202,11 @@ def plan_cells(config: Config, entries: Sequence[Entry], seeds: Sequence[int], o
 
 
 def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
-    """Raises ConfigError where the folder's settings are others; rounds may be added, not taken away."""
+    """Raises ConfigError where the folder's settings are others; trackers may change, rounds be added, not taken."""
     changed = [
         key
         for key in differences(load_config(folder / "config.toml"), config)
-        if key not in may_differ and key != "federation.num-rounds"
+        if key not in {*may_differ, "federation.num-rounds", "run.report-to"}
     ]
     if changed:
         raise ConfigError(

@@ -51,7 +51,7 @@ OWN_KEYS = ("rank", "lora-alpha", "target-modules")
 class LoraConfig:
     """The adapter every client trains."""
 
-    rank: int = _option(8, "rank of the adapter, on the wire and in training; it never changes")
+    rank: int = _option(8, "rank of the global adapter; it never changes")
     lora_alpha: float = _option(16.0, "numerator of the scaling: lora-alpha / rank")
     target_modules: list[str] = _option([], "names of the adapted linear modules; empty: PEFT's choice for the model")
     dropout: float = _option(0.0, "LoRA dropout in local training")
@@ -83,6 +83,15 @@ class LoraConfig:
         names = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
         _need(names, f"lora.clients.{client}.target-modules", modules, "a list of names")
         return dataclasses.replace(self, rank=rank, lora_alpha=float(alpha), target_modules=modules, clients={})
+
+    def at_rank(self, rank: int) -> LoraConfig:
+        """The same at another rank, in the same scaling."""
+        if rank == self.rank:
+            return self
+        share = rank / self.rank
+        return dataclasses.replace(
+            self, rank=rank, lora_alpha=self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
+        )
 
     @property
     def is_mixed(self) -> bool:
@@ -240,6 +249,9 @@ class RunConfig:
     seed: int = _option(0, "of everything that is drawn: data, participants, initialisation, batches")
     threads: int = _option(0, "CPU threads; 0: all cores. Part of the result: other counts give other last bits")
     keep_rounds: int = _option(3, "checkpoints kept, besides the best")
+    report_to: list[str] = _option(
+        [], 'trackers that are told of every round, e.g. ["tensorboard"]; see docs/metrics.md. Empty: none'
+    )
 
     def __post_init__(self) -> None:
         _need(self.seed >= 0, "run.seed", self.seed, "0 or more")

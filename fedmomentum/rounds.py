@@ -18,7 +18,7 @@ from fedmomentum.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.config import Config, own_facts
+from fedmomentum.config import Config, LoraConfig, own_facts
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
@@ -155,6 +155,7 @@ def _round(
     participants = sample_participants(config.run.seed, server_round, client_ids, config.federation.participation)
     learning_rate = config.training.rate(server_round, config.federation.num_rounds)
     server.observer("round", {"round": server_round, "participants": participants})
+    ranks = {client: _own(server, state, client).rank for client in participants}
     exchange, updates, state = _train(server, model, state, server_round, participants, learning_rate)
 
     aggregating = time.perf_counter()
@@ -184,7 +185,7 @@ def _round(
 
     row: dict[str, Any] = {
         "round": server_round, "participants": participants, "accepted": list(weights), "weights": weights,
-        "num_examples": counts, "learning_rate": learning_rate, **_train_metrics(exchange, weights),
+        "num_examples": counts, "learning_rate": learning_rate, **_train_metrics(exchange, weights, ranks),
         "evaluation": None, **_energies(result, later), "exactness_error": None, "applied_share": None,
         "uplink_rounding": _uplink_rounding(exchange, weights),
         "downlink_rounding": 0.0
@@ -234,11 +235,17 @@ def _train(
         QuorumError: they are not.
     """
     federation = server.config.federation
-    settings = {client: train_settings(server.config, server_round, client, learning_rate) for client in participants}
+    settings = {
+        client: {
+            **train_settings(server.config, server_round, client, learning_rate),
+            **_own_facts(server, state, client),
+        }
+        for client in participants
+    }
     exchange, state = _ask(server, "train", model, state, server_round, settings)
     checking = time.perf_counter()
     uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
-    updates = _adapters(exchange, model, participants, server, uploads, dtype)
+    updates = _adapters(exchange, model, participants, server, state, uploads, dtype)
     _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
     exchange.encode_seconds += time.perf_counter() - checking
     for client, reason in exchange.failures.items():
@@ -251,6 +258,9 @@ def _train(
             f"quorum is {needed} ({told}). Rounds up to {server_round - 1} are saved; mend the clients and resume, "
             "or lower federation.quorum"
         )
+    if server.method.prunes:
+        pruned = {client: exchange.replies[client].metrics["next_rank"] for client in updates}
+        state = replace(state, ranks={**state.ranks, **pruned})
     return exchange, updates, state
 
 
@@ -262,7 +272,6 @@ def train_settings(config: Config, server_round: int, client: str, learning_rate
         "batch_size": training.batch_size, "arguments": training.arguments,
         "uplink_dtype": config.federation.uplink_dtype, "probe_seed": _probe_seed(config, server_round),
         "seed": derive(config.run.seed, "batches", server_round, client),
-        "own": own_facts(config.lora.of(client), config.lora.is_mixed),
     }  # fmt: skip
 
 
@@ -391,7 +400,8 @@ def _evaluate(
         "probe_seed": _probe_seed(server.config, server_round),
     }
     server.observer("evaluate", {"clients": list(clients)})
-    return _ask(server, "evaluate", model, state, server_round, dict.fromkeys(clients, share))
+    asked = {client: {**share, **_own_facts(server, state, client)} for client in clients}
+    return _ask(server, "evaluate", model, state, server_round, asked)
 
 
 # ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -402,6 +412,7 @@ def _adapters(
     model: GlobalModel,
     participants: Sequence[str],
     server: _Server,
+    state: ServerState,
     uploads: str,
     dtype: torch.dtype,
 ) -> dict[str, Adapter]:
@@ -426,7 +437,9 @@ def _adapters(
                 if not isinstance(reply.metrics.get(key), (int, float)):
                     raise PayloadError(f"client {client}: its metrics lack {key}")
             tensors.pop(SECONDS, None)
-            start, beside = _start(server, model, client)
+            own = _own(server, state, client)
+            _check_next_rank(reply, own.rank, server.method)
+            start, beside = _start(server, model, client, own)
             known = {name: t for name, t in to_tensors(start).items() if any(kind in name for kind in shared)}
             wide = widened(tensors, dtype, f"client {client}")
             if more := sorted(wide.keys() & known.keys()):
@@ -438,17 +451,37 @@ def _adapters(
     return updates
 
 
-def _start(server: _Server, model: GlobalModel, client: str) -> tuple[Adapter, dict[str, LowRank]]:
+def _own(server: _Server, state: ServerState, client: str) -> LoraConfig:
+    """What a client trains now: what is configured for it, at the rank to which the method has pruned it."""
+    own = server.config.lora.of(client)
+    return own.at_rank(state.ranks.get(client, own.rank))
+
+
+def _is_mixed(server: _Server) -> bool:
+    return server.config.lora.is_mixed or server.method.prunes
+
+
+def _own_facts(server: _Server, state: ServerState, client: str) -> dict[str, Any]:
+    return {"own": own_facts(_own(server, state, client), _is_mixed(server))}
+
+
+def _check_next_rank(reply: Reply, rank: int, method: Method) -> None:
+    """Refuse, for a method that prunes, a client that would go on at no rank, or at a larger one."""
+    got = reply.metrics.get("next_rank")
+    if method.prunes and (type(got) is not int or not 1 <= got <= rank):
+        raise PayloadError(
+            f"client {reply.client_id}: its next_rank is {got!r}; wanted a whole number from 1 to {rank}, its rank now"
+        )
+
+
+def _start(server: _Server, model: GlobalModel, client: str, own: LoraConfig) -> tuple[Adapter, dict[str, LowRank]]:
     """What a client started from, derived here as it is there; see `start_of`."""
     lora = server.config.lora
-    if client not in lora.clients and not lora.is_mixed:
+    if client not in lora.clients and not _is_mixed(server):
         return model.adapter, {}
-    own = lora.of(client)
     names = own.target_modules if client in lora.clients else []
     mine = [m for m in model.adapter.modules if not names or any(f".{m}".endswith(f".{name}") for name in names)]
-    return start_of(
-        server.method, model.adapter, mine, rank=own.rank, scaling=own.scaling, is_mixed=lora.is_mixed
-    )  # fmt: skip
+    return start_of(server.method, model.adapter, mine, rank=own.rank, scaling=own.scaling, is_mixed=_is_mixed(server))
 
 
 def _leave_out_far_ones(
@@ -484,8 +517,10 @@ def _distance(one: Adapter, other: Adapter) -> float:
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _train_metrics(exchange: _Exchange, weights: Mapping[str, float]) -> dict[str, Any]:
-    clients = {client: dict(exchange.replies[client].metrics) for client in weights}
+def _train_metrics(exchange: _Exchange, weights: Mapping[str, float], ranks: Mapping[str, int]) -> dict[str, Any]:
+    clients = {client: {**exchange.replies[client].metrics, "rank": ranks[client]} for client in weights}
+    for metrics in clients.values():
+        metrics.pop("next_rank", None)  # it is the next row's rank
     return {"train_loss": sum(w * clients[c]["loss"] for c, w in weights.items()), "clients": clients}
 
 

@@ -21,7 +21,7 @@ from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, LoraConfig, differences, load_config, to_toml
+from fedmomentum.config import Config, LoraConfig, differences, load_config, own_facts, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
@@ -31,6 +31,7 @@ from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
+from fedmomentum.tracking import check_trackers, reported
 from fedmomentum.training import check_arguments, train
 from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
 from fedmomentum.wire import wire_dtype
@@ -100,10 +101,11 @@ class Run:
         transport = InProcessTransport(
             {c.client_id: partial(client_step, client=c, model=self.locals[c.client_id]) for c in self.clients}
         )
-        return run_rounds(
-            transport, method=self.method, model=self.model, state=self.state, config=self.config,
-            folder=self.folder, observer=observer,
-        )  # fmt: skip
+        with reported(self.config.run.report_to, self.folder, self.state.run_id, observer) as observe:
+            return run_rounds(
+                transport, method=self.method, model=self.model, state=self.state, config=self.config,
+                folder=self.folder, observer=observe,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Let go of the run folder."""
@@ -134,6 +136,7 @@ def prepare(
     """
     method = make_method(config)
     check_arguments(config.training.arguments)
+    check_trackers(config.run.report_to)
     function = _training_function(config)
     _check_folder(config, out, resume)
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
@@ -229,7 +232,8 @@ def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
     model = local.initial(client.method)
     settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
-    one_step = settings | {"local_steps": 1, "local_epochs": None}
+    own = own_facts(local.own, local.is_mixed or client.method.prunes)
+    one_step = settings | {"local_steps": 1, "local_epochs": None, "own": own}
     return encode_task(
         Task("train", "rehearsal", client.client_id, 1, model.manifest(), model.objects(), settings=one_step)
     )
@@ -259,6 +263,7 @@ def run_over(
     """
     method = make_method(config)
     check_arguments(config.training.arguments)
+    check_trackers(config.run.report_to)
     _check_folder(config, out, resume)
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     folder = RunFolder(out, keep=config.run.keep_rounds)
@@ -283,9 +288,10 @@ def run_over(
                 {**_here(), "base_sha256": model.base.sha256, "tokenizer_sha256": model.base.tokenizer_sha256,
                  "clients": {c: f"{f['threads']} threads, {f['dtype']}, {f['versions']}" for c, f in facts.items()}},
             )  # fmt: skip
-        return run_rounds(
-            transport, method=method, model=model, state=state, config=config, folder=folder, observer=observer
-        )
+        with reported(config.run.report_to, folder, state.run_id, observer) as observe:
+            return run_rounds(
+                transport, method=method, model=model, state=state, config=config, folder=folder, observer=observe
+            )
     finally:
         folder.close()
 
@@ -335,7 +341,7 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
 
 _MAY_CHANGE = {
     "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
-    "run.keep-rounds",
+    "run.keep-rounds", "run.report-to",
 }  # fmt: skip
 
 

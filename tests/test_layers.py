@@ -24,7 +24,7 @@ ALLOWED = {  # the maths: torch alone
     "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
     "client.py": set(), "run.py": set(), "export.py": set(), "base.py": {"transformers", "safetensors"},
     "compare.py": {"rich"}, "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
-    "report": {"matplotlib", "jinja2", "numpy"},
+    "tracking.py": {"accelerate"}, "report": {"matplotlib", "jinja2", "numpy"},
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
@@ -35,7 +35,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"global_model", "peft_io", "config"},
     {"base", "export", "transport", "training", "evaluation"},
     {"client", "checkpoint"},
-    {"rounds", "enrolment"},
+    {"rounds", "enrolment", "tracking"},
     {"run", "report"},
     {"live", "use", "inspection", "compare"},
     {"flower"},

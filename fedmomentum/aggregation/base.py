@@ -64,6 +64,11 @@ class Method(Protocol):
         """Whether `adapter + residual + carried` is the weighted sum, plus what was carried in."""
         return False
 
+    @property
+    def prunes(self) -> bool:
+        """Whether clients' ranks can fall during a run: the method has a `next_rank` of its own."""
+        return type(self).next_rank is not Method.next_rank
+
     def trains(self, server_round: int) -> str:
         """The factors that clients train in this round: `BA`, `B` or `A`. What is not trained all clients share."""
         return "BA"
@@ -126,7 +131,11 @@ class Method(Protocol):
         return None
 
     def next_rank(self, rank: int, start: Sequence[LowRank], trained: Sequence[LowRank]) -> int:
-        """The rank at which a client goes on, from its modules before and after training."""
+        """The rank from 1 to `rank` at which a client goes on, from its modules before and after training.
+
+        For methods with `unequal_ranks` that share both factors. The scaling stays, so that what is left counts as
+        it did.
+        """
         return rank
 
     def __call__(
