@@ -8,24 +8,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, weighted_sum
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, weighted_sum, zeros
 
 
 def mean_factors(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
     """`B = sum_i w_i B_i`, `A = sum_i w_i A_i`, in float64; the updates are of one rank."""
     B, A = (torch.zeros_like(f, dtype=CORE_DTYPE) for f in (updates[0].B, updates[0].A))
     for w_i, update in zip(weights.tolist(), updates, strict=True):
-        B, A = B + w_i * update.B.to(CORE_DTYPE), A + w_i * update.A.to(CORE_DTYPE)
+        B.add_(update.B, alpha=w_i)
+        A.add_(update.A, alpha=w_i)
     return LowRank(B, A)
 
 
 def averaging_error(updates: Sequence[LowRank], weights: Tensor, mean: LowRank) -> LowRank:
-    """`sum_i w_i B_i A_i - B A = sum_i w_i (B_i - B)(A_i - A)`, stacked, for the mean factors `B`, `A`.
+    """`sum_i w_i B_i A_i - B A = sum_{i<n} w_i (B_i - B)(A_i - A_n)`, stacked, for the mean factors `B`, `A`.
 
-    A sum of n matrices of rank r, of rank at most `(n - 1) r`, and zero where the clients agree in one factor.
+    The same as `sum_i w_i (B_i - B)(A_i - A)`, for `sum_i w_i (B_i - B) = 0`, and one client shorter: of rank
+    `(n - 1) r`, in float64. Rank 0 where the clients agree in one factor.
     """
-    apart = [LowRank(u.B.to(CORE_DTYPE) - mean.B, u.A.to(CORE_DTYPE) - mean.A) for u in updates]
-    return weighted_sum(apart, weights)
+    if all(torch.equal(u.B, updates[0].B) for u in updates) or all(torch.equal(u.A, updates[0].A) for u in updates):
+        return zeros(mean.shape, dtype=CORE_DTYPE, device=mean.device)
+    last = updates[-1].A.to(CORE_DTYPE)
+    apart = [LowRank(u.B - mean.B, u.A - last) for u in updates[:-1]]
+    return weighted_sum(apart, weights[:-1])
 
 
 def check_equal_ranks(title: str, updates: Sequence[LowRank], rank: int) -> None:
@@ -71,6 +76,6 @@ def fresh_adapter(
     """
     generator = generator or torch.Generator().manual_seed(0)
     out_size, in_size = shape
-    draw = torch.rand(rank, in_size, generator=generator, dtype=torch.float64)
+    draw = torch.rand(rank, in_size, generator=generator, dtype=torch.float64, device=generator.device)
     A = ((draw * 2 - 1) / math.sqrt(in_size)).to(device, dtype)
     return LowRank(A.new_zeros(out_size, rank), A)

@@ -54,6 +54,6 @@ class FedExLoRA(Method):
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
         dtype, mean = adapter_dtype(updates), mean_factors(updates, weights)
-        residual = averaging_error(updates, weights, mean).recompress()
+        residual = averaging_error(updates, weights, mean)
         findings = {"energy": weighted_sum(updates, weights).norm() ** 2, "kept_energy": mean.norm() ** 2}
         return Aggregate(mean.to(dtype), residual.to(dtype), findings=findings)

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.gauge import aligned_split, balanced_split, mean_rows, singular_split, with_spares
 from fedmomentum.aggregation.unequal import first_components, in_order
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference, energy_rank, numerical_rank, weighted_sum
+from fedmomentum.leading import Leading, leading
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference, energy_rank, from_svd, numerical_rank, weighted_sum
 from fedmomentum.lowrank import randomised_svd as sketched_svd
 
 
@@ -98,33 +99,42 @@ class FedMomentum(Method):
         generator = generator or torch.Generator().manual_seed(0)
         dtype = adapter_dtype(updates)
         entering = [carried] if carried and self.merge_every == 1 else []
-        total = weighted_sum([*updates, *entering], weights.tolist() + [1.0] * len(entering))
-        U, S, Vh = total.svd() if self.svd == "exact" else sketched_svd(total, total.rank, generator)
-        held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
-        keep = min(rank, numerical_rank(S, total.shape))
-        end = max(keep, energy_rank(S, self.energy)) if self.energy < 1 else held
-        lead = U[:, :keep], S[:keep], Vh[:keep]
-        findings = {"energy": float(S.square().sum()), "kept_energy": float(lead[1].square().sum())}
+        parts, shares = [*updates, *entering], weights.tolist() + [1.0] * len(entering)
+        if self.svd == "exact" and self.energy == 1:
+            found, tail = leading(parts, shares, rank, dtype=dtype, reference=reference), None
+        else:
+            found, tail = self._cut(weighted_sum(parts, shares), rank, generator)
+        lead, rest = (found.U, found.S, found.Vh), found.rest
+        findings = {"energy": found.energy, "kept_energy": float(found.S.square().sum())}
 
         if self.split == "aligned":
             B, A, aligned = aligned_split(*lead, mean_A=mean_rows(updates, weights, rank))
             findings["fallback"] = float(not aligned)
         else:
             B, A = balanced_split(*lead) if self.split == "balanced" else singular_split(*lead)
-        adapter = with_spares(B, A, lead[2], rank=rank, reference=reference, generator=generator).to(dtype)
-
-        tail = LowRank(U[:, end:held] * S[end:held], Vh[end:held])
-        if self.svd == "exact":
-            rest = LowRank(U[:, keep:end] * S[keep:end], Vh[keep:end])
-        else:  # a sketch may miss directions: what the adapter does not hold is measured, not assumed
-            rest = difference(difference(total, adapter), tail).recompress()
+        adapter = with_spares(B, A, found.Vh, rank=rank, reference=reference, generator=generator).to(dtype)
+        if self.svd == "randomised":  # a sketch may miss directions: what the adapter does not hold is measured
+            rest = difference(weighted_sum(parts, shares), adapter)
+            rest = (difference(rest, tail) if tail else rest).recompress()
         if self.residual == "dropped":
             return Aggregate(adapter, findings={**findings, "dropped_energy": rest.norm() ** 2})
+        nothing = LowRank(rest.B[:, :0], rest.A[:0])
+        tail = tail or nothing
         if self.residual == "carried":
-            tail, rest = rest, LowRank(rest.B[:, :0], rest.A[:0])
+            tail, rest = rest, nothing
         elif self.merge_every > 1:
             waiting = [rest, carried] if carried else [rest]
             rest = weighted_sum(waiting, [1.0] * len(waiting)).recompress()
             if server_round % self.merge_every:
                 tail, rest = rest, tail
         return Aggregate(adapter, rest.to(dtype), tail.to(dtype) if tail.rank else None, findings)
+
+    def _cut(self, total: LowRank, rank: int, generator: torch.Generator) -> tuple[Leading, LowRank]:
+        """All singular directions: the leading ones, the rest up to the energy share, and the tail beyond it."""
+        U, S, Vh = total.svd() if self.svd == "exact" else sketched_svd(total, total.rank, generator)
+        held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
+        keep = min(rank, numerical_rank(S, total.shape))
+        end = max(keep, energy_rank(S, self.energy)) if self.energy < 1 else held
+        rest, tail = (from_svd(U[:, i:j], S[i:j], Vh[i:j], CORE_DTYPE) for i, j in ((keep, end), (end, held)))
+        energies = float(S.square().sum()), float(S[keep:].square().sum())
+        return Leading(U[:, :keep], S[:keep], Vh[:keep], rest, *energies, "svd"), tail

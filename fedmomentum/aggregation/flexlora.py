@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.gauge import singular_split, with_spares
-from fedmomentum.lowrank import LowRank, numerical_rank, weighted_sum
+from fedmomentum.leading import leading
+from fedmomentum.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,10 @@ class FlexLoRA(Method):
     ) -> Aggregate:
         """Cut one module's sum at `rank`; see `Method`. Findings: energies, `dropped_energy`."""
         check_updates(updates, weights, rank)
-        total = weighted_sum(updates, weights)
-        U, S, Vh = total.svd()
-        keep = min(rank, numerical_rank(S, total.shape))
-        B, A = singular_split(U[:, :keep], S[:keep], Vh[:keep])
-        adapter = with_spares(B, A, Vh[:keep], rank=rank, reference=reference, generator=generator)
-        energies = S.square()
-        findings = {
-            "energy": float(energies.sum()),
-            "kept_energy": float(energies[:keep].sum()),
-            "dropped_energy": float(energies[keep:].sum()),
-        }
-        return Aggregate(adapter.to(adapter_dtype(updates)), findings=findings)
+        dtype = adapter_dtype(updates)
+        found = leading(updates, weights, rank, dtype=dtype, reference=reference)
+        B, A = singular_split(found.U, found.S, found.Vh)
+        adapter = with_spares(B, A, found.Vh, rank=rank, reference=reference, generator=generator)
+        kept = float(found.S.square().sum())
+        findings = {"energy": found.energy, "kept_energy": kept, "dropped_energy": found.left}
+        return Aggregate(adapter.to(dtype), findings=findings)

@@ -109,7 +109,8 @@ def spare_rows(Vh: Tensor, count: int, reference: LowRank | None, generator: tor
         rows = S[:alive, None] * rows[:alive]
     if len(rows) < count:
         shape = (count - len(rows), in_size)
-        draw = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(in_size)
+        draw = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        draw = (draw * 2 - 1) / math.sqrt(in_size)
         directions = torch.cat([Vh, torch.nn.functional.normalize(rows, dim=1)])
         rows = torch.cat([rows, _project_off(draw.to(Vh.device), directions)])
     return rows

@@ -1,0 +1,274 @@
+"""The leading directions of a weighted sum of factored matrices, and exactly what they leave, near what reading costs.
+
+A Gram matrix squares the condition of what it is made of. A QR decomposition does not, and takes some ten times as
+long. So the cheap way is taken where a bound says that it is good enough, and the dear one elsewhere. Whichever it is,
+the rest is the sum minus what was taken out, by construction: nothing is lost, however well the directions were found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, gram, numerical_rank, weighted_sum
+
+# How much worse than the best of its rank the directions may be, as a share of the best's error ...
+SLACK = 2e-5
+# ... or of the whole sum, where the best leaves next to nothing: half the step of float32.
+FLOOR = 6e-8
+# The norms of the factors over that of their product: beyond it the parts cancel, and float32 loses digits of the sum.
+MAX_CANCELLATION = 16.0
+# More steps than any spectrum needed in the tests; beyond them the dense SVD is taken.
+MAX_STEPS = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """`sum_i w_i B_i A_i = U diag(S) Vh + rest`.
+
+    Attributes:
+        U: `(out, m)`, orthonormal columns, float64.
+        S: `(m,)`, descending, all above round-off, float64.
+        Vh: `(m, in)`, orthonormal rows, float64.
+        rest: the remainder, factored, in the dtype asked for; its rank is the sum of the ranks minus m, or less.
+        energy: `||sum_i w_i B_i A_i||_F^2`.
+        left: `||rest||_F^2`.
+        path: how it was found: `gram32`, `gram64`, `iteration` or `svd`.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    rest: LowRank
+    energy: float
+    left: float
+    path: str
+
+
+def leading(
+    matrices: Sequence[LowRank],
+    weights: Sequence[float] | Tensor,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    reference: LowRank | None = None,
+) -> Leading:
+    r"""The best approximation of rank at most `rank` of `sum_i w_i B_i A_i`, and what it leaves.
+
+    With the stack `B = [w_1 B_1, ...]` `(out, R)`, `A = [A_1; ...]` `(R, in)`:
+
+    - `gram32`, `gram64`: `A A^T = L L^T`, `L^T (B^T B) L = Z diag(S^2) Z^T`, all R x R; `U S = B L Z_r`,
+      `V^T = Z_r^T L^-1 A`. In float32 where the factors are so well conditioned that the bound below holds, else in
+      float64. `O((d + k) R^2)`, once, and `O((d + k) R r)` for the rest.
+    - `iteration`: R is not below both sides. Subspace iteration on the sum, warm from `reference`.
+    - `svd`: `LowRank.svd`, for float64, for parts that cancel, for sums of less than full rank, and wherever a bound
+      fails.
+
+    The directions are those of a sum that differs from the true one by at most p, so that
+    `||sum - U S V^T|| <= best + 2 p`; a path is taken where `p <= SLACK best` or `p <= FLOOR ||sum||`.
+
+    Args:
+        matrices: n matrices of one shape.
+        weights: n finite numbers.
+        rank: how many directions, at least 1.
+        dtype: float32 or float64; that of `rest`, and what the tall products may be made in.
+        reference: a matrix whose row space is near the wanted one; only a start, the result does not depend on it
+            beyond the bound.
+
+    Raises:
+        ValueError: see `weighted_sum`; a factor holds NaN or Inf.
+
+    Source:
+        Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085, for what a Gram matrix can bear; Halko, Martinsson, Tropp,
+        arXiv 0909.4061, section 9, for the projected approximation.
+    """
+    if dtype == torch.float32:
+        stacked = weighted_sum(matrices, weights, dtype=dtype)
+        if rank < stacked.rank < min(stacked.shape):
+            for core in (torch.float32, torch.float64):
+                found = _by_gram(stacked, rank, core)
+                if found:
+                    return found
+    total = weighted_sum(matrices, weights)
+    if dtype == torch.float32 and total.rank >= min(total.shape) > 4 * rank:
+        found = _by_iteration(total, rank, reference)
+        if found:
+            return found
+    return _by_svd(total, rank, dtype)
+
+
+def _by_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Leading:
+    U, S, Vh = total.svd()
+    held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the core itself
+    m = min(rank, numerical_rank(S, total.shape))
+    root = S[m:held].sqrt()  # on both sides: the product of two small factors may be too small for float32
+    rest = LowRank(U[:, m:held] * root, root[:, None] * Vh[m:held]).to(dtype)
+    squares = S.square()
+    return Leading(U[:, :m], S[:m], Vh[:m], rest, float(squares.sum()), float(squares[m:].sum()), "svd")
+
+
+# ── by Gram matrices ──
+
+
+def _by_gram(total: LowRank, rank: int, dtype: torch.dtype) -> Leading | None:
+    """None where the bound does not hold in `dtype`."""
+    B, A = total.B.to(dtype), total.A.to(dtype)
+    eps = math.sqrt(total.rank) * torch.finfo(dtype).eps  # of a Gram matrix, relative: round-off adds like noise
+    G_A = gram(A).to(CORE_DTYPE)
+    sizes = G_A.diagonal().sqrt()  # the rows of A are taken at unit length, and their lengths to B
+    if not bool((torch.isfinite(sizes) & (sizes > 0)).all()):
+        return None
+    G_A = G_A / sizes / sizes[:, None]
+    L, condition_A = _cholesky(G_A)
+    if not eps * condition_A**2 < 0.1:  # as good as singular in this dtype: B need not be looked at
+        return None
+    G_B = gram(B.mT).to(CORE_DTYPE)
+    if not (_is_normal(sizes) and _is_normal(G_B.diagonal().sqrt())):
+        return None
+    G_B = G_B * sizes * sizes[:, None]
+    condition_B = _cholesky(G_B)[1]
+    if not eps * condition_B**2 < 0.1:
+        return None
+    squares, Z = torch.linalg.eigh((L.mT @ G_B @ L).to(dtype))  # ascending
+    squares = squares[-rank:].flip(0).to(CORE_DTYPE).clamp(min=0)
+    Z = torch.linalg.qr(Z[:, -rank:].flip(1).to(CORE_DTYPE)).Q  # (R, rank)
+    energy = float((G_A * G_B).sum())
+    left = max(energy - float(squares.sum()), 0.0)
+    size = math.sqrt(_norm(G_A) * _norm(G_B))  # at least ||B|| ||A||
+    p = eps * size * (condition_A + condition_B)
+    if not p <= max(SLACK * math.sqrt(left), FLOOR * math.sqrt(energy)) or size > MAX_CANCELLATION * math.sqrt(energy):
+        return None
+    if numerical_rank(squares.sqrt(), total.shape) < rank:
+        return None
+    Y = torch.linalg.solve_triangular(L.mT, Z, upper=True) / sizes[:, None]  # V^T = Y^T A
+    X = sizes[:, None] * (L @ Z)  # U S = B X; Y^T X = I
+    W, V = B @ X.to(dtype), Y.mT.to(dtype) @ A
+    rest = _deflated(total, Y, X.to(total.dtype), V.to(total.dtype))
+    path = "gram32" if dtype == torch.float32 else "gram64"
+    return Leading(*_orthonormal(W, V), rest, energy, left, path)
+
+
+def _is_normal(sizes: Tensor) -> bool:
+    """Whether the greatest of the norms is far from where float32 loses digits."""
+    return 1e-32 < float(sizes.max()) < 1e32
+
+
+def _cholesky(G: Tensor) -> tuple[Tensor, float]:
+    """`G = L L^T` and a bound of the condition of the factors whose Gram matrix G is; infinity where G is singular."""
+    L, failed = torch.linalg.cholesky_ex(G)
+    if int(failed):
+        return L, math.inf
+    return L, math.sqrt(_norm(G) * _norm(torch.cholesky_inverse(L)))
+
+
+def _norm(G: Tensor) -> float:
+    """A bound of the spectral norm of a symmetric matrix: the lesser of its 1-norm and its Frobenius norm."""
+    return min(float(torch.linalg.matrix_norm(G, 1)), float(torch.linalg.matrix_norm(G)))
+
+
+def _orthonormal(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of `W V`, `(out, m)` times `(m, in)`, whose columns and rows are orthogonal but for round-off."""
+    W, V = W.to(CORE_DTYPE), V.to(CORE_DTYPE)
+    sizes = W.norm(dim=0)
+    W = W / sizes
+    L_W, L_V = torch.linalg.cholesky(W.mT @ W), torch.linalg.cholesky(V @ V.mT)
+    P, S, Qh = torch.linalg.svd(L_W.mT * sizes @ L_V)
+    U = W @ torch.linalg.solve_triangular(L_W.mT, P, upper=True)
+    return U, S, torch.linalg.solve_triangular(L_V, Qh, upper=False, left=False) @ V
+
+
+def _deflated(total: LowRank, Y: Tensor, X: Tensor, V: Tensor) -> LowRank:
+    r"""`B A - (B X)(Y^T A)` in `R - m` components instead of `R`, for `V = Y^T A` and `Y^T X = I`.
+
+    `A' = A - X V` has `Y^T A' = 0`: the rows K of A', m of them, are `-Y_K^-T Y_J^T A'_J`, so that
+
+        B A' = (B_J - B_K Y_K^-T Y_J^T)(A_J - X_J V).
+
+    K is where Gaussian elimination with partial pivoting finds its pivots in Y: then `Y_K^-T Y_J^T` is small.
+    """
+    K, J = _pivots(Y)
+    T = torch.linalg.solve(Y[K].mT, Y[J].mT).to(total.dtype)  # (m, R - m)
+    B = torch.addmm(total.B[:, J], total.B[:, K], T, alpha=-1)
+    return LowRank(B, torch.addmm(total.A[J], X[J], V, alpha=-1))
+
+
+def _pivots(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `(R, m)` that elimination takes as pivots, and the others in order."""
+    order = list(range(len(Y)))
+    for i, pivot in enumerate(torch.linalg.lu_factor(Y).pivots.tolist()):
+        order[i], order[pivot - 1] = order[pivot - 1], order[i]
+    chosen = order[: Y.shape[1]]
+    K, J = (torch.tensor(rows, device=Y.device) for rows in (chosen, sorted(order[len(chosen) :])))
+    return K, J
+
+
+# ── by iteration ──
+
+
+def _by_iteration(total: LowRank, rank: int, reference: LowRank | None) -> Leading | None:
+    """None where it does not converge, or where the parts cancel. Written for `out <= in`; else it is turned."""
+    if total.shape[0] > total.shape[1]:
+        turned = _by_iteration(_transposed(total), rank, _transposed(reference) if reference else None)
+        if turned is None:
+            return None
+        rest = _transposed(turned.rest)
+        return replace(turned, U=turned.Vh.mT, Vh=turned.U.mT, rest=rest)
+    delta = total.dense()
+    norm = float(torch.linalg.matrix_norm(delta))
+    if not 0 < norm < math.inf:
+        return None
+    U = _subspace((delta / norm).to(torch.float32), rank, reference)
+    if U is None:
+        return None
+    right = delta.mT @ U  # (in, rank)
+    S = right.norm(dim=0)
+    if numerical_rank(S, total.shape) < rank:
+        return None
+    K, J = _pivots(U)
+    # U^T delta' = 0 for delta' = delta - U right^T, so its rows K follow from the others, as in `_deflated`
+    B = delta.new_zeros(len(delta), len(J))
+    B[J, torch.arange(len(J), device=B.device)] = 1
+    B[K] = -torch.linalg.solve(U[K].mT, U[J].mT)
+    rest = LowRank(B, torch.addmm(delta[J], U[J], right.mT, alpha=-1))
+    rest = LowRank(rest.B * math.sqrt(norm), rest.A / math.sqrt(norm)).to(torch.float32)  # both of a size to hold
+    U, S, Vh = _orthonormal(U * S, (right / S).mT)
+    return Leading(U, S, Vh, rest, norm**2, max(norm**2 - float(S.square().sum()), 0.0), "iteration")
+
+
+def _subspace(delta: Tensor, rank: int, reference: LowRank | None) -> Tensor | None:
+    """The leading left directions of a dense float32 matrix of norm 1: `(out, rank)`, orthonormal, float64.
+
+    Subspace iteration with half as many directions again, from the reference's columns and random ones. The energy
+    that the directions hold grows with each step, in the end by a constant ratio; it ends where what is still to come,
+    by that ratio, is below the slack. None where that is not reached, or where float32 cannot tell.
+    """
+    width = min(rank + max(rank // 2, 8), len(delta))
+    drawn = torch.randn(len(delta), width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    start = drawn.to(delta)
+    if reference is not None:
+        near = reference.B[:, :width].to(delta)
+        near = near / near.norm(dim=0).clamp(min=torch.finfo(near.dtype).tiny)
+        start[:, : near.shape[1]] = near + 1e-3 / math.sqrt(len(delta)) * start[:, : near.shape[1]]
+    held, gained = 0.0, math.inf
+    for step in range(MAX_STEPS):
+        P = torch.linalg.qr(start).Q
+        right = delta.mT @ P
+        squares, turn = torch.linalg.eigh(right.to(CORE_DTYPE).mT @ right.to(CORE_DTYPE))
+        now = float(squares[-rank:].sum())
+        before, gained, held = gained, now - held, now
+        left = 1 - held
+        if not left > 1e-6:
+            return None
+        ratio = min(max(gained / before, 0.5), 0.98) if before > 0 else 0.98
+        if step > 1 and gained * ratio / (1 - ratio) <= SLACK * left:
+            return torch.linalg.qr(P.to(CORE_DTYPE) @ turn[:, -rank:].flip(1)).Q
+        start = delta @ right
+    return None
+
+
+def _transposed(matrix: LowRank) -> LowRank:
+    return LowRank(matrix.A.mT, matrix.B.mT)
