@@ -111,11 +111,12 @@ class HeldBase:
     """The adapted modules of a live base, in float32, set to `pristine + base_update` and back at will.
 
     `W = pristine + sum of the update's parts`, added one after the other in float32, so that adding the newest
-    part to what is there gives the same bits as starting anew.
+    part to what is there gives the same bits as starting anew. A factored part `B A` is added in place, in
+    `2 out in rank` operations: no second matrix of the weight's size is made.
 
     Args:
         layers: module path to the live layer that holds the weight: `nn.Linear`, or `Conv1D`, whose weight is
-            `(in, out)`.
+            `(in, out)`. Each gets a weight of its own; the old one is left as it was to whoever shares it.
         folder: the model folder with the pristine weights, read from memory-mapped files when needed.
 
     Raises:
@@ -125,33 +126,28 @@ class HeldBase:
     def __init__(self, layers: Mapping[str, nn.Module], folder: Path) -> None:
         self.layers: dict[str, Any] = dict(layers)
         self._applied: list[str] = []
-        self._files: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for file in checkpoint_files(folder):
             with safe_open(file, framework="pt") as opened:
-                self._files.update(dict.fromkeys(opened.keys(), file))
+                files.update(dict.fromkeys(opened.keys(), file))
+        self._stored: dict[str, tuple[Path, str]] = {}
         for module, layer in self.layers.items():
             if not isinstance(layer, (nn.Linear, Conv1D)) or type(layer).__module__.startswith("bitsandbytes"):
                 raise ModelError(f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D")
             weight = layer.weight
             if not weight.is_floating_point():
                 raise ModelError(f"module {module} is held in {weight.dtype}; load the base in a floating dtype")
-            if weight.dtype != torch.float32:
-                _compute_in_float32(layer, weight.dtype)
+            self._stored[module] = _stored_under(module, files)
+            _hold_in_float32(layer)
             self._set(module, self.pristine(module))
 
     def pristine(self, module: str) -> Tensor:
         """The stored weight of `module`, `(out, in)`, float32, on the CPU."""
-        wanted = f"{module}.weight"
-        names = [n for n in self._files if n == wanted] or [
-            n for n in self._files if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")
-        ]
-        layer = self.layers[module]
-        if len(names) != 1:
-            raise ModelError(f"the checkpoint has {len(names)} tensors for {wanted} ({names[:3]}); wanted one")
-        with safe_open(self._files[names[0]], framework="pt") as opened:
-            tensor = opened.get_tensor(names[0]).to(torch.float32)
+        layer, (file, name) = self.layers[module], self._stored[module]
+        with safe_open(file, framework="pt") as opened:
+            tensor = opened.get_tensor(name).to(torch.float32)
         if tensor.shape != layer.weight.shape:
-            raise ModelError(f"{wanted} is {tuple(tensor.shape)} on disk and {tuple(layer.weight.shape)} in the model")
+            raise ModelError(f"{name} is {tuple(tensor.shape)} on disk and {tuple(layer.weight.shape)} in the model")
         return tensor.mT if isinstance(layer, Conv1D) else tensor
 
     def _set(self, module: str, weight: Tensor) -> None:
@@ -183,13 +179,31 @@ class HeldBase:
                         "adapted here or has another shape"
                     )
                 weight = self.weight(module)
-                dense = matrix.dense() if isinstance(matrix, LowRank) else matrix
-                weight += dense.to(weight.device)
+                if isinstance(matrix, LowRank):
+                    weight.addmm_(matrix.B.to(weight.device), matrix.A.to(weight.device))
+                else:
+                    weight += matrix.to(weight.device)
             self._applied.append(blob.name)
 
 
-def _compute_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the layer in float32: its input is cast up, its output back to the model's own dtype."""
-    layer.float()
+def _stored_under(module: str, files: Mapping[str, Path]) -> tuple[Path, str]:
+    """Where a checkpoint keeps the weight of `module`: a model with a head has a prefix that one without lacks."""
+    wanted = f"{module}.weight"
+    names = [n for n in files if n == wanted] or [
+        n for n in files if n.endswith(f".{wanted}") or wanted.endswith(f".{n}")
+    ]
+    if len(names) != 1:
+        raise ModelError(f"the checkpoint has {len(names)} tensors for {wanted} ({names[:3]}); wanted one")
+    return files[names[0]], names[0]
+
+
+def _hold_in_float32(layer: Any) -> None:
+    """Give the layer room for float32 weights of its own; a 16-bit layer's input is cast up, its output back."""
+    dtype = layer.weight.dtype
+    layer.weight = nn.Parameter(torch.empty_like(layer.weight, dtype=torch.float32), requires_grad=False)
+    if dtype == torch.float32:
+        return
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
     layer.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
     layer.register_forward_hook(lambda _, __, output: output.to(dtype))

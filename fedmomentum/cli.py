@@ -256,10 +256,16 @@ def methods() -> None:
 @app.command()
 def inspect(folder: Folder) -> None:
     """Print what a run, a global model, or a PEFT adapter holds: ranks, scalings, energies, norms, hashes."""
-    from fedmomentum.inspection import describe
+    import gc
 
-    for part in describe(folder):
-        OUT.print(part)
+    gc.disable()  # Over in a second or two, a tenth of which would go into looking for garbage while torch is imported.
+    try:
+        from fedmomentum.inspection import describe
+
+        for part in describe(folder):
+            OUT.print(part)
+    finally:
+        gc.enable()
 
 
 @app.command()

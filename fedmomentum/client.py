@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,14 @@ from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomica
 from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
-from fedmomentum.peft_io import ADAPTER_NAME, PeftModel, attach, detach, from_model, load_into, lora_layers
+from fedmomentum.peft_io import ADAPTER_NAME, attach, detach, from_model, load_into, lora_layers
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
 from fedmomentum.transport import PROBE, SECONDS, Reply, Task, decode_task, encode_reply, stack_probes
 from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
+
+if TYPE_CHECKING:
+    from fedmomentum.peft_io import PeftModel
 
 
 def _attached(base: Any, lora: LoraConfig, seed: int) -> PeftModel:

@@ -1,21 +1,21 @@
 """PEFT adapters in and out: folders and live models. The only file that imports peft.
 
+That import takes seconds, so it is made by what touches a live model or writes a folder; reading one does without.
+
 What a configuration field means for the product `scaling * B A` is decided here, once: the fields known to be
 harmless are listed, every other one must hold its default, and is refused by name where it does not.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -23,6 +23,9 @@ from fedmomentum.adapter import PREFIX, Adapter, to_tensors
 from fedmomentum.errors import AdapterError
 from fedmomentum.files import safetensors_bytes, write_atomically
 from fedmomentum.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_NAME = "default"
 
@@ -42,14 +45,8 @@ HARMLESS_FIELDS = {
 HARMLESS_INIT = (True, False, "gaussian")
 """Initialisations that leave the base as it was (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA change it)."""
 
-DEFAULTS = {
-    field.name: field.default
-    if field.default is not dataclasses.MISSING
-    else field.default_factory()
-    if field.default_factory is not dataclasses.MISSING
-    else None
-    for field in dataclasses.fields(LoraConfig)
-}
+DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}
+"""PEFT's defaults of the fields which are not harmless, where they are not empty (False, 0, None); a test compares."""
 
 
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -70,7 +67,7 @@ def check_config(config: Mapping[str, Any], name: str) -> None:
         )
     known = READ_FIELDS | HARMLESS_FIELDS | {"init_lora_weights"}
     for key, value in config.items():
-        if key in known or value == DEFAULTS.get(key) or (not value and not DEFAULTS.get(key)):
+        if key in known or value == DEFAULTS.get(key) or not (value or DEFAULTS.get(key)):
             continue
         raise AdapterError(
             f"{name}: the LoRA configuration has {key} = {value!r}; supported is only its default, "
@@ -206,6 +203,8 @@ def from_peft_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], 
 
 def write_adapter(adapter: Adapter, folder: Path | str) -> None:
     """Write a plain PEFT adapter folder, with `plain_config`."""
+    from peft import LoraConfig
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", safetensors_bytes(to_tensors(adapter), ("format", "pt")))
@@ -244,6 +243,8 @@ def attach(
         AdapterError: no module matches, a target is no linear layer, its weight is tied to another, or the rank
             passes a side of its matrix.
     """
+    from peft import LoraConfig, get_peft_model
+
     targets: Any = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
     alpha: Any = lora_alpha  # PEFT declares an int and takes a float
     config = LoraConfig(
@@ -303,6 +304,8 @@ def from_model(model: PeftModel, name: str = "model") -> Adapter:
     Raises:
         AdapterError: as `read_adapter`; or the adapter is merged into its base, which then is not the base.
     """
+    from peft import get_peft_model_state_dict
+
     if any(layer.merged for layer in lora_layers(model).values()):
         raise AdapterError(f"{name}: the adapter is merged into the base; call unmerge_adapter() first")
     config = model.peft_config[ADAPTER_NAME].to_dict()
@@ -318,6 +321,8 @@ def load_into(model: PeftModel, adapter: Adapter) -> None:
     Raises:
         AdapterError: the model lacks a tensor of the adapter, or the other way round.
     """
+    from peft import set_peft_model_state_dict
+
     have = lora_layers(model)
     if have.keys() != adapter.modules.keys():
         odd = sorted(have.keys() ^ adapter.modules.keys())

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from fedmomentum import FedMomentum, GlobalModel
@@ -173,6 +174,34 @@ def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
     assert torch.equal(held.weight(module), held.pristine(module))
     held.apply(blobs)
     assert torch.equal(held.weight(module), step_by_step)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_merging_makes_no_second_matrix_and_leaves_shared_weights_alone(tmp_path, make):
+    """Neither when a part is added nor before; whoever shares the layer's old weight keeps it as it was."""
+    base = make(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    module = "model.layers.0.self_attn.q_proj" if make is tiny_llama else "transformer.h.0.attn.c_attn"
+    shared = model.get_submodule(module).weight
+    before = shared.detach().clone()
+    held = HeldBase({module: model.get_submodule(module)}, base)
+    update = Blob.of({module: random_matrix(*held.weight(module).shape, 3, seed=1)})
+    _ = update.matrices  # read beforehand: only the adding is watched
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                made.append((result.untyped_storage().data_ptr(), result.numel()))
+            return result
+
+    with Watch():
+        held.apply([update])
+    own = held.weight(module).untyped_storage().data_ptr()
+    assert any(storage == own for storage, _ in made)
+    assert not [size for storage, size in made if storage != own and size >= before.numel()]
+    assert torch.equal(shared, before) and not torch.equal(held.weight(module), held.pristine(module))
 
 
 def test_a_held_layer_computes_in_float32_and_answers_in_the_models_dtype(tmp_path):

@@ -110,7 +110,7 @@ def test_importing_is_light_and_changes_nothing():
         "assert dict(os.environ) == before;"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules);"
         "assert not heavy, heavy;"
-        "from fedmomentum import LowRank, FedMomentum, aggregate_adapters;"
+        "from fedmomentum import LowRank, FedMomentum, aggregate_adapters, read_adapter; import fedmomentum.inspection;"
         "heavy = {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

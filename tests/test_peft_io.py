@@ -14,7 +14,15 @@ from fedmomentum.export import export_adapter, export_merged
 from fedmomentum.global_model import Blob
 from fedmomentum.identity import BaseIdentity, identify
 from fedmomentum.lowrank import relative_error
-from fedmomentum.peft_io import attach, from_model, load_into, read_adapter, write_adapter
+from fedmomentum.peft_io import (
+    DEFAULTS,
+    HARMLESS_FIELDS,
+    attach,
+    from_model,
+    load_into,
+    read_adapter,
+    write_adapter,
+)
 from tests.tiny import tiny_gpt2, tiny_llama
 
 LLAMA_CONFIGS = [
@@ -51,6 +59,14 @@ def stock(request, tmp_path_factory):
     configs = LLAMA_CONFIGS if request.param == "llama" else GPT2_CONFIGS
     paths, merged = stock_adapters(folder, configs, base)
     return base, paths, merged
+
+
+def test_the_table_of_defaults_is_pefts():
+    """Every field that a configuration may leave out: what we take it for is what PEFT takes it for."""
+    whole = LoraConfig()
+    harmless = HARMLESS_FIELDS | {"init_lora_weights"}
+    theirs = {name: getattr(whole, name) for name in LoraConfig.__dataclass_fields__ if name not in harmless}
+    assert {name: value for name, value in theirs.items() if value} == DEFAULTS
 
 
 def global_model(base, aggregate, method=None):

@@ -289,7 +289,7 @@ ROOT = Path(fedmomentum.report.__file__).parents[2]
 def test_imports_neither_torch_nor_pyplot_nor_the_rest_of_us():
     program = (  # a bare parent package, so that only what the report itself asks for is loaded
         "import sys, types; parent = types.ModuleType('fedmomentum'); parent.__path__ = ['fedmomentum'];"
-        "sys.modules['fedmomentum'] = parent; import fedmomentum.report;"
+        "sys.modules['fedmomentum'] = parent; from fedmomentum.report import write_comparison_page, write_report;"
         "print([name for name in ('torch', 'peft', 'matplotlib.pyplot') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
