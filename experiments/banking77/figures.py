@@ -27,7 +27,7 @@ NAMES = {
     "fedexlora": "FedEx-LoRA",
 }
 BASELINES = ("fedit", "fedmomentum")
-TITLES = {"few": "2 local steps, 24 rounds", "many": "20 local steps, 6 rounds"}
+TITLES = {"few": "2 local steps, 24 rounds", "many": "12 local steps, 5 rounds"}
 
 
 def method_of(label: str) -> str:
