@@ -62,8 +62,10 @@ bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/network.py
 
+# the default job over three seeds, beside FedIT and each client alone; scored on all held-out examples
 demo-seeds: $(STAMP)
-	$(BIN)/python experiments/demo_seeds.py
+	$(BIN)/fedmomentum compare configs/default.toml evaluation.final-num-examples=400 \
+	  --methods fedmomentum,fedit,local --seeds 0,1,2 --out runs/demo-seeds
 
 docs: $(STAMP)
 	$(BIN)/python -m fedmomentum.config > docs/configuration.md

@@ -15,8 +15,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fedmomentum import cli
+from fedmomentum.aggregation import METHODS
 from fedmomentum.config import to_toml
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.lowrank import LowRank
 from tests.runs import chain, start, timeless, tiny_config, write_data
 from tests.tiny import tiny_llama
 
@@ -209,6 +211,58 @@ def test_aggregate(adapters, tmp_path, call):
     )
     assert code == 0 and "energy=0.9" in printed
     assert GlobalModel.load(tmp_path / "g2").adapter.scalings["model.layers.0.self_attn.q_proj"] == 2.0
+
+
+def saved_adapters(base, folder, alphas, ranks, *, shared):
+    """PEFT adapters as a user has them: every factor trained, or all with one A that nobody trained."""
+    paths = []
+    for i, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(r=r, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        )
+        generator = torch.Generator().manual_seed(i)
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_B" in name or ("lora_A" in name and not shared):
+                parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        paths.append(folder / f"adapter{i}")
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_aggregate_by_every_method(adapters, tmp_path, call, name):
+    """Scalings 4, 1.5 and 2.25, and unequal ranks where the method takes them; a result that plain PEFT loads."""
+    base, method = adapters[0], METHODS[name]()
+    ranks = (4, 2, 3) if method.unequal_ranks else (4, 4, 4)
+    alphas = [scaling * r for scaling, r in zip((4, 1.5, 2.25), ranks, strict=True)]
+    paths = saved_adapters(base, tmp_path, alphas, ranks, shared="A" not in method.trains(1))
+    asked = ["aggregate", *paths, "--weights", "3,1,2", "--method", name, "--lora-alpha", "10"]
+    code, printed, err = call(*asked, "--to", "adapter", "--out", tmp_path / "plain")
+    if method.reads_base:
+        assert code == 2 and "works within a run only" in err.replace("\n", " ") and not (tmp_path / "plain").exists()
+        return
+    assert code == 0 and f"3 adapters by {method!r}" in printed.replace("\n", " "), err
+    assert call(*asked, "--out", tmp_path / "global")[0] == 0
+    untouched = AutoModelForCausalLM.from_pretrained(base).state_dict()
+
+    def change(path):
+        """What a stock merge adds to each weight."""
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path).merge_and_unload()
+        return {k: t.double() - untouched[k].double() for k, t in loaded.state_dict().items() if ".q_proj." in k
+                or ".v_proj." in k}  # fmt: skip
+
+    got, theirs = change(tmp_path / "plain"), [change(path) for path in paths]
+    model = GlobalModel.load(tmp_path / "global")
+    assert set(model.adapter.scalings.values()) == {2.5}
+    for key, delta in got.items():
+        effective = model.effective(key.removesuffix(".weight"))
+        effective = effective.dense() if isinstance(effective, LowRank) else effective
+        assert float((delta - effective).norm()) < 1e-5 * float(delta.norm())
+        wanted = sum(w * other[key] for w, other in zip((3 / 6, 1 / 6, 2 / 6), theirs, strict=True))
+        wrong = float((delta - wanted).norm() / wanted.norm())
+        assert wrong < 1e-5 if method.exact else 1e-5 < wrong < 1.5
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_frlora_starts_as_the_base_and_telescopes(scaling):
 
 
 def test_frlora_refuses_to_go_without_its_start():
-    with pytest.raises(ValueError, match="FRLoRA needs the adapter that clients started from, of rank 4; got None"):
+    with pytest.raises(ValueError, match="the adapter they started from, of rank 4; got None for it"):
         FRLoRA()(clients(), some_weights(3), rank=4)
     with pytest.raises(ValueError, match="base weight"):
         initialise(FRLoRA(), adapters()[0])

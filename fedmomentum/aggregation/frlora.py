@@ -72,7 +72,10 @@ class FRLoRA(Method):
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
         if reference is None or reference.rank != rank:
-            raise ValueError(f"FRLoRA needs the adapter that clients started from, of rank {rank}; got {reference!r}")
+            raise ValueError(
+                f"FRLoRA merges what clients added to the adapter they started from, of rank {rank}; got {reference!r} "
+                "for it. That start is made of the base's own weights, so this method works within a run only"
+            )
         dtype, mean = adapter_dtype(updates), mean_factors(updates, weights)
         lost = averaging_error(updates, weights, mean).norm() ** 2
         residual = difference(mean, reference)

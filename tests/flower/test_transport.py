@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 
+from fedmomentum.aggregation import METHODS
 from fedmomentum.client import client_step
 from fedmomentum.errors import PayloadError, QuorumError
 from fedmomentum.flower import transport as module
 from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
 from fedmomentum.run import prepare_party, run_over
 from fedmomentum.transport import Failure, InProcessTransport, decode_task
-from tests.runs import chain, nudge, timeless, tiny_config
+from tests.runs import chain, nudge, objects, timeless, tiny_config
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict  # isort: skip
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # isort: skip
@@ -324,15 +325,23 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture
-def parties(folder, tmp_path, world):
-    """Three real clients behind the grid; each answers after a second."""
-    config = tiny_config(folder, federation={"num_rounds": 2})
+def real_steps(config, stores):
+    """Three real clients, each with a store of its own."""
     steps = {}
     for name in ("site0", "site1", "site2"):
-        client, local = prepare_party(config, name, tmp_path / name)
+        client, local = prepare_party(config, name, stores / name)
         client.function = nudge
         steps[name] = partial(client_step, client=client, model=local)
+    return steps
+
+
+@pytest.fixture
+def parties(request, folder, tmp_path, world):
+    """Three real clients behind the grid; each answers after a second. The parameter: a method."""
+    config = tiny_config(
+        folder, method={"name": getattr(request, "param", "fedmomentum")}, federation={"num_rounds": 2}
+    )
+    steps = real_steps(config, tmp_path)
     world.registered_names = list(steps)
     world.__post_init__()
 
@@ -343,12 +352,20 @@ def parties(folder, tmp_path, world):
     return config, steps
 
 
+@pytest.mark.parametrize("parties", METHODS, indirect=True)
 def test_a_run_over_the_grid_has_the_bits_of_one_in_process(parties, world, tmp_path):
-    config, steps = parties
+    config, _ = parties
     run_over(world.transport(), config, tmp_path / "over")
-    run_over(InProcessTransport(steps), config, tmp_path / "one")
-    assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
+    run_over(InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one")
+    rows = timeless(tmp_path / "over")
+    assert len(rows) == 3 and all(row["failures"] == {} for row in rows)
+    assert rows == timeless(tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
+    assert objects(tmp_path / "over") == objects(tmp_path / "one")
+    for name in ("site0", "site1", "site2"):  # and what clients keep of it
+        here, there = ({file.name for file in (stores / name).rglob("*.safetensors")}
+                       for stores in (tmp_path, tmp_path / "there"))  # fmt: skip
+        assert here == there
 
 
 def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, world, tmp_path):
