@@ -8,20 +8,24 @@ the rest is the sum minus what was taken out, by construction: nothing is lost, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, gram, numerical_rank, weighted_sum
+from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, gram, numerical_rank, weighted_sum
 
 # How much worse than the best of its rank the directions may be, as a share of the best's error ...
-SLACK = 2e-5
+SLACK = 4e-5
 # ... or of the whole sum, where the best leaves next to nothing: half the step of float32.
 FLOOR = 6e-8
 # The norms of the factors over that of their product: beyond it the parts cancel, and float32 loses digits of the sum.
 MAX_CANCELLATION = 16.0
+# Power iteration finds a norm from below: its steps, and by how much it may be short.
+POWERS = 4
+SAFETY = 2.0
 # More steps than any spectrum needed in the tests; beyond them the dense SVD is taken.
 MAX_STEPS = 60
 
@@ -116,58 +120,91 @@ def _by_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Leading:
 
 def _by_gram(total: LowRank, rank: int, dtype: torch.dtype) -> Leading | None:
     """None where the bound does not hold in `dtype`."""
-    B, A = total.B.to(dtype), total.A.to(dtype)
     eps = math.sqrt(total.rank) * torch.finfo(dtype).eps  # of a Gram matrix, relative: round-off adds like noise
-    G_A = gram(A).to(CORE_DTYPE)
-    sizes = G_A.diagonal().sqrt()  # the rows of A are taken at unit length, and their lengths to B
-    if not bool((torch.isfinite(sizes) & (sizes > 0)).all()):
+    if dtype == torch.float32 and total.shape[1] > 8 * total.rank:
+        # a few columns tell at an eighth of the cost whether float32 would be tried in vain; they count for no more
+        if eps * _factored(gram(total.A[:, : 4 * total.rank])).condition > 2 * SLACK:
+            return None
+    G_A = gram(total.A, dtype)
+    if not _is_normal(G_A.diagonal()):
         return None
-    G_A = G_A / sizes / sizes[:, None]
-    L, condition_A = _cholesky(G_A)
-    if not eps * condition_A**2 < 0.1:  # as good as singular in this dtype: B need not be looked at
+    of_A = _factored(G_A)
+    G_A, L, sizes = of_A.C, of_A.L, of_A.sizes
+    if not eps * of_A.condition <= SLACK:  # p cannot hold, whatever B is
         return None
-    G_B = gram(B.mT).to(CORE_DTYPE)
-    if not (_is_normal(sizes) and _is_normal(G_B.diagonal().sqrt())):
+    G_B = gram(total.B.mT, dtype)
+    if not _is_normal(G_B.diagonal()):
         return None
-    G_B = G_B * sizes * sizes[:, None]
-    condition_B = _cholesky(G_B)[1]
-    if not eps * condition_B**2 < 0.1:
+    G_B = G_B * sizes * sizes[:, None]  # the rows of A are taken at unit length, and their lengths to B
+    of_B = _factored(G_B)
+    energy = float((G_A * G_B).sum(dtype=CORE_DTYPE))
+    size = of_A.norm * of_B.norm * float(of_B.sizes.max())  # ||A|| ||B||
+    p = eps * size * (of_A.condition + of_B.condition)
+    if not p <= SLACK * math.sqrt(max(energy, 0.0)) or size > MAX_CANCELLATION * math.sqrt(energy):
         return None
-    squares, Z = torch.linalg.eigh((L.mT @ G_B @ L).to(dtype))  # ascending
+    squares, Z = torch.linalg.eigh(L.mT @ G_B @ L)  # ascending
     squares = squares[-rank:].flip(0).to(CORE_DTYPE).clamp(min=0)
-    Z = torch.linalg.qr(Z[:, -rank:].flip(1).to(CORE_DTYPE)).Q  # (R, rank)
-    energy = float((G_A * G_B).sum())
     left = max(energy - float(squares.sum()), 0.0)
-    size = math.sqrt(_norm(G_A) * _norm(G_B))  # at least ||B|| ||A||
-    p = eps * size * (condition_A + condition_B)
-    if not p <= max(SLACK * math.sqrt(left), FLOOR * math.sqrt(energy)) or size > MAX_CANCELLATION * math.sqrt(energy):
+    if not p <= max(SLACK * math.sqrt(left), FLOOR * math.sqrt(energy)):
         return None
     if numerical_rank(squares.sqrt(), total.shape) < rank:
         return None
-    Y = torch.linalg.solve_triangular(L.mT, Z, upper=True) / sizes[:, None]  # V^T = Y^T A
-    X = sizes[:, None] * (L @ Z)  # U S = B X; Y^T X = I
-    W, V = B @ X.to(dtype), Y.mT.to(dtype) @ A
+    Z = torch.linalg.qr(Z[:, -rank:].flip(1).to(CORE_DTYPE)).Q  # (R, rank)
+    L, sizes = L.to(CORE_DTYPE), sizes[:, None].to(CORE_DTYPE)
+    Y = torch.linalg.solve_triangular(L.mT, Z, upper=True) / sizes  # V^T = Y^T A
+    X = sizes * (L @ Z)  # U S = B X; Y^T X = I
+    W, V = _product(X.mT.to(dtype), total.B.mT).mT, _product(Y.mT.to(dtype), total.A)
     rest = _deflated(total, Y, X.to(total.dtype), V.to(total.dtype))
     path = "gram32" if dtype == torch.float32 else "gram64"
     return Leading(*_orthonormal(W, V), rest, energy, left, path)
 
 
-def _is_normal(sizes: Tensor) -> bool:
-    """Whether the greatest of the norms is far from where float32 loses digits."""
-    return 1e-32 < float(sizes.max()) < 1e32
+def _is_normal(squares: Tensor, reach: float = 1e64) -> bool:
+    """Whether the greatest of these squared norms is far from where float32 numbers lose digits."""
+    return 1 / reach < float(squares.max()) < reach
 
 
-def _cholesky(G: Tensor) -> tuple[Tensor, float]:
-    """`G = L L^T` and a bound of the condition of the factors whose Gram matrix G is; infinity where G is singular."""
-    L, failed = torch.linalg.cholesky_ex(G)
+def _product(left: Tensor, rows: Tensor) -> Tensor:
+    """`left rows`, `(m, R)` times `(R, size)`, in the dtype of `left`; other rows are cast a piece at a time."""
+    if left.dtype == rows.dtype:
+        return left @ rows
+    return torch.cat([left @ rows[:, i : i + CHUNK].to(left.dtype) for i in range(0, rows.shape[1], CHUNK)], dim=1)
+
+
+class _Factored(NamedTuple):
+    """Of the Gram matrix of some factors at unit length: itself, `C = L L^T`, and the factors' lengths.
+
+    `norm` and `condition` are those of the factors, `sqrt(||C||)` and `sqrt(||C|| ||C^-1||)`: by power iteration, and
+    with `SAFETY` for what that underestimates. The condition is infinite where C is singular.
+    """
+
+    C: Tensor
+    L: Tensor
+    sizes: Tensor
+    norm: float
+    condition: float
+
+
+def _factored(G: Tensor) -> _Factored:
+    sizes = G.diagonal().sqrt()
+    reach = 1e24 if G.dtype == torch.float32 else 1e200  # of the squares themselves
+    if not _is_normal(G.diagonal(), reach) or not bool((sizes > 0).all()):
+        return _Factored(G, G, sizes, math.inf, math.inf)
+    C = G / sizes / sizes[:, None]
+    L, failed = torch.linalg.cholesky_ex(C)
     if int(failed):
-        return L, math.inf
-    return L, math.sqrt(_norm(G) * _norm(torch.cholesky_inverse(L)))
+        return _Factored(C, L, sizes, math.inf, math.inf)
+    top, inverse = _top(lambda x: C @ x, C), _top(lambda x: torch.cholesky_solve(x, L), C)
+    return _Factored(C, L, sizes, SAFETY * math.sqrt(top), SAFETY * math.sqrt(top * inverse))
 
 
-def _norm(G: Tensor) -> float:
-    """A bound of the spectral norm of a symmetric matrix: the lesser of its 1-norm and its Frobenius norm."""
-    return min(float(torch.linalg.matrix_norm(G, 1)), float(torch.linalg.matrix_norm(G)))
+def _top(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """The greatest eigenvalue of a positive matrix, from below: power iteration of a few columns at once."""
+    drawn = torch.randn(len(like), 8, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    x = drawn.to(like)
+    for _ in range(POWERS):
+        x = apply(x / torch.linalg.vector_norm(x))
+    return float(torch.linalg.vector_norm(x))
 
 
 def _orthonormal(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,21 +225,32 @@ def _deflated(total: LowRank, Y: Tensor, X: Tensor, V: Tensor) -> LowRank:
 
         B A' = (B_J - B_K Y_K^-T Y_J^T)(A_J - X_J V).
 
-    K is where Gaussian elimination with partial pivoting finds its pivots in Y: then `Y_K^-T Y_J^T` is small.
+    K is where Gaussian elimination with partial pivoting finds its pivots in Y: then `Y_K^-T Y_J^T` is small. The
+    result is made within the memory of `total`, which is used up: new memory costs as much as the product.
     """
+    keep = total.rank - Y.shape[1]
     K, J = _pivots(Y)
+    moved = J != torch.arange(keep, device=J.device)
     T = torch.linalg.solve(Y[K].mT, Y[J].mT).to(total.dtype)  # (m, R - m)
-    B = torch.addmm(total.B[:, J], total.B[:, K], T, alpha=-1)
-    return LowRank(B, torch.addmm(total.A[J], X[J], V, alpha=-1))
+    B_K = total.B[:, K]
+    for factor in (total.B.mT, total.A, X):
+        factor[:keep][moved] = factor[J[moved]]
+    B, A = total.B[:, :keep], total.A[:keep]
+    return LowRank(B.addmm_(B_K, T, alpha=-1), A.addmm_(X[:keep], V, alpha=-1))
 
 
 def _pivots(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `(R, m)` that elimination takes as pivots, and the others in order."""
-    order = list(range(len(Y)))
+    """The rows of `(R, m)` that elimination takes as pivots, and the others: in order, but for the last ones.
+
+    The others are `0, ..., R - m - 1`, with those of them that are pivots replaced by what is no pivot beyond.
+    """
+    order, m = list(range(len(Y))), Y.shape[1]
     for i, pivot in enumerate(torch.linalg.lu_factor(Y).pivots.tolist()):
         order[i], order[pivot - 1] = order[pivot - 1], order[i]
-    chosen = order[: Y.shape[1]]
-    K, J = (torch.tensor(rows, device=Y.device) for rows in (chosen, sorted(order[len(chosen) :])))
+    chosen, keep = set(order[:m]), len(Y) - m
+    spare = iter([i for i in range(keep, len(Y)) if i not in chosen])
+    others = [next(spare) if i in chosen else i for i in range(keep)]
+    K, J = (torch.tensor(rows, device=Y.device) for rows in (order[:m], others))
     return K, J
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 CORE_DTYPE = torch.float64
 # A square that is so much smaller than what it is summed of has lost four of its sixteen digits.
 MAX_LOSS = 1e4
+# Columns that are cast at a time.
+CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +106,13 @@ class LowRank:
         """
         if self.rank == 0:
             return 0.0
-        B, A = self.B.to(CORE_DTYPE), self.A.to(CORE_DTYPE)
         if self.rank >= min(self.shape):
-            return float(torch.linalg.matrix_norm(B @ A))
-        G_B, G_A = gram(B.mT), gram(A)
+            return float(torch.linalg.matrix_norm(self.to(CORE_DTYPE).dense()))
+        G_B, G_A = gram(self.B.mT, CORE_DTYPE), gram(self.A, CORE_DTYPE)
         square, size = float((G_B * G_A).sum()), float(G_B.norm() * G_A.norm())
         if MAX_LOSS * square > size > torch.finfo(CORE_DTYPE).tiny:
             return math.sqrt(square)
+        B, A = self.B.to(CORE_DTYPE), self.A.to(CORE_DTYPE)
         return float(torch.linalg.matrix_norm(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,13 +158,19 @@ class LowRank:
         return from_svd(U[:, :keep], S[:keep], Vh[:keep], _out_dtype(self.dtype))
 
 
-def gram(rows: Tensor) -> Tensor:
-    """`rows rows^T` `(n, n)` by its upper blocks: five eighths of the product's work."""
-    n = len(rows)
-    step = max(-(-n // 4), 16)
-    G = rows.new_empty(n, n)
+def gram(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`rows rows^T` `(n, n)` by its upper blocks: five eighths of the product's work.
+
+    In `dtype`, or that of `rows`; `(n, size)` rows of another dtype are cast a piece at a time, which stays in cache.
+    """
+    (n, size), dtype = rows.shape, dtype or rows.dtype
+    step, width = max(-(-n // 4), 16), size if rows.dtype == dtype else CHUNK
+    G = torch.zeros(n, n, dtype=dtype, device=rows.device)
+    for start in range(0, size, max(width, 1)):
+        piece = rows[:, start : start + width].to(dtype)
+        for i in range(0, n, step):
+            G[i : i + step, i:].addmm_(piece[i : i + step], piece[i:].mT)
     for i in range(0, n, step):
-        G[i : i + step, i:] = rows[i : i + step] @ rows[i:].mT
         G[i + step :, i : i + step] = G[i : i + step, i + step :].mT
     return G
 
