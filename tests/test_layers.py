@@ -17,9 +17,9 @@ THIRD_PARTY = {
 ALLOWED = {  # the maths: torch alone
     "lowrank.py": set(), "aggregation": set(), "diagnostics.py": set(), "adapter.py": set(), "errors.py": set(),
     "plugins.py": set(),
-    "wire.py": set(), "enrolment.py": set(),
+    "wire.py": set(), "enrolment.py": set(), "sums.py": set(),
     # one third-party library a file
-    "files.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
+    "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
     "peft_io.py": {"peft", "safetensors"},
     "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
     "client.py": set(), "run.py": set(), "export.py": set(), "base.py": {"transformers", "safetensors"},
@@ -29,7 +29,8 @@ ALLOWED = {  # the maths: torch alone
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
     {"plugins"},
-    {"adapter", "diagnostics", "aggregation", "files", "wire"},
+    {"sums"},
+    {"adapter", "diagnostics", "aggregation", "files", "wire", "spool"},
     {"embedded", "data"},
     {"identity"},
     {"global_model", "peft_io", "config"},

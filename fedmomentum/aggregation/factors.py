@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, weighted_sum
+from fedmomentum.lowrank import CORE_DTYPE, LowRank
+from fedmomentum.sums import Each, Matrix, exact_sum
 
 
 def mean_factors(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
@@ -19,13 +20,13 @@ def mean_factors(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
     return LowRank(B, A)
 
 
-def averaging_error(updates: Sequence[LowRank], weights: Tensor, mean: LowRank) -> LowRank:
-    """`sum_i w_i B_i A_i - B A = sum_i w_i (B_i - B)(A_i - A)`, stacked, for the mean factors `B`, `A`.
+def averaging_error(updates: Sequence[LowRank], weights: Tensor, mean: LowRank) -> Matrix:
+    """`sum_i w_i B_i A_i - B A = sum_i w_i (B_i - B)(A_i - A)`, by `exact_sum`, for the mean factors `B`, `A`.
 
     A sum of n matrices of rank r, of rank at most `(n - 1) r`, and zero where the clients agree in one factor.
     """
-    apart = [LowRank(u.B.to(CORE_DTYPE) - mean.B, u.A.to(CORE_DTYPE) - mean.A) for u in updates]
-    return weighted_sum(apart, weights)
+    apart = Each(lambda u: LowRank(u.B.to(CORE_DTYPE) - mean.B, u.A.to(CORE_DTYPE) - mean.A), updates)
+    return exact_sum(apart, weights)
 
 
 def check_equal_ranks(title: str, updates: Sequence[LowRank], rank: int) -> None:

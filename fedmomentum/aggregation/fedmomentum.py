@@ -14,8 +14,9 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.gauge import aligned_split, balanced_split, mean_rows, singular_split, with_spares
 from fedmomentum.aggregation.unequal import first_components, in_order
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference, energy_rank, numerical_rank, weighted_sum
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference, energy_rank, numerical_rank, weighted_sum, zeros
 from fedmomentum.lowrank import randomised_svd as sketched_svd
+from fedmomentum.sums import Matrix, exact_sum, norm, plus, rank_of, strongest
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class FedMomentum(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -97,14 +98,21 @@ class FedMomentum(Method):
         check_updates(updates, weights, rank)
         generator = generator or torch.Generator().manual_seed(0)
         dtype = adapter_dtype(updates)
-        entering = [carried] if carried and self.merge_every == 1 else []
-        total = weighted_sum([*updates, *entering], weights.tolist() + [1.0] * len(entering))
-        U, S, Vh = total.svd() if self.svd == "exact" else sketched_svd(total, total.rank, generator)
-        held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
-        keep = min(rank, numerical_rank(S, total.shape))
-        end = max(keep, energy_rank(S, self.energy)) if self.energy < 1 else held
+        entering = [carried] if carried is not None and self.merge_every == 1 else []
+        shape, share = updates[0].shape, self.energy if self.energy < 1 else 0.0
+        if self.svd == "exact":
+            total = exact_sum(updates, weights, entering)
+            U, S, Vh, beyond = strongest(total, rank, generator, energy=share, near=reference)
+        else:  # for comparison, and with the factors of all clients at once
+            parts = [*updates, *(matrix for matrix in entering if isinstance(matrix, LowRank))]
+            total = weighted_sum(parts, weights.tolist() + [1.0] * len(entering))
+            (U, S, Vh), beyond = sketched_svd(total, total.rank, generator), None
+        held = numerical_rank(S, shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
+        keep = min(rank, numerical_rank(S, shape))
+        found, missed = float(S.square().sum()), norm(beyond) ** 2 if beyond is not None else 0.0
+        end = max(keep, energy_rank(S, share * ((found + missed) / found))) if share and found else held
         lead = U[:, :keep], S[:keep], Vh[:keep]
-        findings = {"energy": float(S.square().sum()), "kept_energy": float(lead[1].square().sum())}
+        findings = {"energy": found + missed, "kept_energy": float(lead[1].square().sum())}
 
         if self.split == "aligned":
             B, A, aligned = aligned_split(*lead, mean_A=mean_rows(updates, weights, rank))
@@ -113,18 +121,21 @@ class FedMomentum(Method):
             B, A = balanced_split(*lead) if self.split == "balanced" else singular_split(*lead)
         adapter = with_spares(B, A, lead[2], rank=rank, reference=reference, generator=generator).to(dtype)
 
-        tail = LowRank(U[:, end:held] * S[end:held], Vh[end:held])
-        if self.svd == "exact":
-            rest = LowRank(U[:, keep:end] * S[keep:end], Vh[keep:end])
-        else:  # a sketch may miss directions: what the adapter does not hold is measured, not assumed
-            rest = difference(difference(total, adapter), tail).recompress()
+        left = LowRank(U[:, end:held] * S[end:held], Vh[end:held])
+        rest: Matrix = LowRank(U[:, keep:end] * S[keep:end], Vh[keep:end])
+        if self.svd == "randomised" and isinstance(total, LowRank):
+            # a sketch may miss directions: what the adapter does not hold is measured, not assumed
+            rest = difference(difference(total, adapter), left).recompress()
+        tail: Matrix = left
+        if beyond is not None:  # directions that were not looked for
+            rest, tail = (rest, plus(beyond, tail)) if share else (plus(beyond, rest), tail)
         if self.residual == "dropped":
-            return Aggregate(adapter, findings={**findings, "dropped_energy": rest.norm() ** 2})
+            return Aggregate(adapter, findings={**findings, "dropped_energy": norm(rest) ** 2})
         if self.residual == "carried":
-            tail, rest = rest, LowRank(rest.B[:, :0], rest.A[:0])
+            tail, rest = rest, zeros(shape)
         elif self.merge_every > 1:
-            waiting = [rest, carried] if carried else [rest]
-            rest = weighted_sum(waiting, [1.0] * len(waiting)).recompress()
+            rest = rest if carried is None else plus(rest, carried)
+            rest = rest.recompress() if isinstance(rest, LowRank) else rest
             if server_round % self.merge_every:
                 tail, rest = rest, tail
-        return Aggregate(adapter, rest.to(dtype), tail.to(dtype) if tail.rank else None, findings)
+        return Aggregate(adapter, rest.to(dtype), tail.to(dtype) if rank_of(tail) else None, findings)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.gauge import singular_split, with_spares
-from fedmomentum.lowrank import LowRank, numerical_rank, weighted_sum
+from fedmomentum.lowrank import LowRank, numerical_rank
+from fedmomentum.sums import Matrix, exact_sum, norm, strongest
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,21 @@ class FlexLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Cut one module's sum at `rank`; see `Method`. Findings: energies, `dropped_energy`."""
         check_updates(updates, weights, rank)
-        total = weighted_sum(updates, weights)
-        U, S, Vh = total.svd()
-        keep = min(rank, numerical_rank(S, total.shape))
+        generator = generator or torch.Generator().manual_seed(0)
+        U, S, Vh, beyond = strongest(exact_sum(updates, weights), rank, generator, near=reference)
+        keep = min(rank, numerical_rank(S, updates[0].shape))
         B, A = singular_split(U[:, :keep], S[:keep], Vh[:keep])
         adapter = with_spares(B, A, Vh[:keep], rank=rank, reference=reference, generator=generator)
-        energies = S.square()
+        energies, missed = S.square(), norm(beyond) ** 2 if beyond is not None else 0.0
         findings = {
-            "energy": float(energies.sum()),
+            "energy": float(energies.sum()) + missed,
             "kept_energy": float(energies[:keep].sum()),
-            "dropped_energy": float(energies[keep:].sum()),
+            "dropped_energy": float(energies[keep:].sum()) + missed,
         }
         return Aggregate(adapter.to(adapter_dtype(updates)), findings=findings)
