@@ -4,11 +4,13 @@
 
     config.toml  plan.json  partition.json  environment.json    what the run is
     metrics.jsonl                                               one row a round
+    updates/                                                    a round's updates while they are needed
     rounds/0003.json                                            the global model's manifest and the server's state
     objects/<sha256>.safetensors                                what the manifests name, shared by all rounds
 
 The order of writing is: objects, metrics, manifest. The manifest is the commit: what is there without it (objects,
-a row too many, a temporary file) is swept up when the folder is opened or the next round is committed.
+a row too many, a temporary file, a round's updates) is swept up when the folder is opened or the next round is
+committed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from fedmomentum.adapter import split_tensors
-from fedmomentum.diagnostics import change
+from fedmomentum.diagnostics import Change, change
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
@@ -31,14 +33,14 @@ from fedmomentum.global_model import (
     GlobalModel,
     find_manifest,
     kept_rounds,
-    low_rank_sum,
+    merged_matrices,
     object_names,
     prune_objects,
     read_manifest,
     read_object,
     save_objects,
 )
-from fedmomentum.lowrank import LowRank
+from fedmomentum.spool import Spool
 from fedmomentum.wire import dtype_of, widened
 
 
@@ -97,9 +99,11 @@ class RunFolder:
             raise ModelError(
                 f"{self.folder} is in use by another process; wait for it or choose another --out"
             ) from error
+        self.spool = Spool(self.folder / "updates")
 
     def close(self) -> None:
         """Let others open the folder."""
+        self.spool.clear()
         self._lock.close()
 
     def resume(self) -> tuple[GlobalModel, ServerState] | None:
@@ -133,7 +137,7 @@ class RunFolder:
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    def last_update(self, model: GlobalModel, state: ServerState) -> dict[str, LowRank] | None:
+    def last_update(self, model: GlobalModel, state: ServerState) -> Change | None:
         """What the round that led to `model` changed of the effective weights (`change`); None in round 0.
 
         Read from the objects that the state names, so that it is the same to the bit after a kill.
@@ -144,7 +148,7 @@ class RunFolder:
         for name in state.started_from:
             tensors |= read_safetensors(read_object(self.folder, name), where)[0]
         modules, _ = split_tensors(widened(tensors, dtype_of(tensors), where))
-        merged = low_rank_sum([Blob(read_object(self.folder, name)) for name in state.merged])
+        merged = merged_matrices([Blob(read_object(self.folder, name)) for name in state.merged])
         return change(replace(model.adapter, modules=modules), model.adapter, merged)
 
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:

@@ -187,6 +187,7 @@ def aggregate(
     from fedmomentum.global_model import Blob, GlobalModel
     from fedmomentum.identity import BaseIdentity
     from fedmomentum.peft_io import plain_config, read_adapter
+    from fedmomentum.sums import rank_of
 
     if to not in ("global", "adapter"):
         raise ConfigError(f"--to must be global or adapter; got {to!r}")
@@ -216,7 +217,7 @@ def aggregate(
     carried = "; a tail is carried and not part of the model (energy below 1)" if result.carried else ""
     OUT.print(
         f"{len(read)} adapters by {chosen!r} -> {out}: {len(adapter.modules)} modules of rank {largest}, "
-        f"residual of rank up to {max((part.rank for part in result.residual.values()), default=0)}{carried}",
+        f"residual of rank up to {max(map(rank_of, result.residual.values()), default=0)}{carried}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedmomentum.adapter import Adapter
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, principal_angles, weighted_sum
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, principal_angles, zeros
+from fedmomentum.sums import Each, Matrix, exact_sum, inner, inner_with_each
 
 NUM_PROBES = 8
 """Probes a module. Over 60 modules their mean square is within 7 % of the Frobenius norm it stands for."""
@@ -55,15 +57,15 @@ def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
 
 # ── a round, by its factors ──────────────────────────────────────────────────────────────────────────────────────
 
-Change = Mapping[str, LowRank]
-"""Module to a matrix in effective-weight units, `(out, in)`, factored. A module that is missing counts as zero."""
+Change = Mapping[str, Matrix]
+"""Module to a matrix in effective-weight units, `(out, in)`. A module that is missing counts as zero."""
 
 _ROUND_OFF = torch.finfo(torch.float32).eps ** 2
 """A change whose square is below this share of what it is a change of is the round-off of float32 factors: none."""
 
 
-def change(before: Adapter, after: Adapter, merged: Change) -> dict[str, LowRank]:
-    """`s' B' A' - s B A + merged` per module, stacked: what a round changes of the effective weights, in float64.
+def change(before: Adapter, after: Adapter, merged: Change) -> Change:
+    """`s' B' A' - s B A + merged` per module: what a round changes of the effective weights, in float64.
 
     Args:
         before: the adapter that the round started from.
@@ -71,44 +73,24 @@ def change(before: Adapter, after: Adapter, merged: Change) -> dict[str, LowRank
         merged: what the base absorbed.
 
     Returns:
-        Module to a matrix of rank `r' + r + rank(merged)`.
+        Module to a matrix, by `exact_sum`; made when it is looked up, so that one module's is in memory at a time.
     """
-    changes = {}
-    for module in after.modules:
-        parts, signs = [after.effective(module), before.effective(module)], [1.0, -1.0]
-        if module in merged:
-            parts.append(merged[module])
-            signs.append(1.0)
-        changes[module] = weighted_sum(parts, signs)
-    return changes
+    return _Change(before, after, merged)
 
 
-def inner_products(left: Sequence[Change], right: Sequence[Change]) -> Tensor:
-    """Frobenius inner products over all modules: `(len(left), len(right))`, float64.
+class _Change(Mapping[str, Matrix]):
+    def __init__(self, before: Adapter, after: Adapter, merged: Change) -> None:
+        self._before, self._after, self._merged = before, after, merged
 
-    A module costs two products of the stacked factors, `O((d + k) R R')` with R and R' the sums of ranks: `<B A, B' A'>
-    = sum((B^T B') * (A A'^T))`, summed within each pair's block.
-    """
-    result = torch.zeros(len(left), len(right), dtype=CORE_DTYPE)
-    for module in sorted({module for one in left for module in one}):
-        B, A, rows = _stacked(left, module)
-        C, D, columns = _stacked(right, module)
-        if B is None or A is None or C is None or D is None:
-            continue
-        blocks = torch.zeros(len(left), C.shape[1], dtype=CORE_DTYPE).index_add(0, rows, (B.mT @ C) * (A @ D.mT))
-        result = result.index_add(1, columns, blocks)
-    return result
+    def __getitem__(self, module: str) -> Matrix:
+        parts = [self._after.effective(module), self._before.effective(module)]
+        return exact_sum(parts, [1.0, -1.0], [self._merged[module]] if module in self._merged else [])
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._after.modules)
 
-def _stacked(matrices: Sequence[Change], module: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """All factors of one module side by side: B `(out, R)`, A `(R, in)`, and whose each column of B is `(R,)`."""
-    held = [(i, one[module]) for i, one in enumerate(matrices) if module in one]
-    owners = torch.tensor([i for i, matrix in held for _ in range(matrix.rank)], dtype=torch.long)
-    if not len(owners):
-        return None, None, owners
-    B = torch.cat([matrix.B.to("cpu", CORE_DTYPE) for _, matrix in held], dim=1)
-    A = torch.cat([matrix.A.to("cpu", CORE_DTYPE) for _, matrix in held], dim=0)
-    return B, A, owners
+    def __len__(self) -> int:
+        return len(self._after.modules)
 
 
 def factor_norms(adapter: Adapter) -> dict[str, float]:
@@ -144,9 +126,10 @@ def round_diagnostics(
 ) -> dict[str, Any]:
     """How a round moved the model; docs/metrics.md has the formulas. What is not defined is None.
 
-    With P_i = s_i B_i A_i of client i, P_0 of the start and G the global update, everything but the angles is made of
-    the inner products of these, so the cost is that of four products of stacked factors a module and side,
-    `O((d + k) R^2)`, and no decomposition of more than an adapter's rank.
+    With P_i = s_i B_i A_i of client i, P_0 of the start, S = sum_i w_i P_i and G the global update, everything but
+    the angles is made of inner products of these, `<P_i, P_i>`, `<P_i, P_0>`, `<P_i, S>` and `<P_i, G>`: the cost is
+    that of the sum, `O((d + k) R^2)` where it is factored and `O(d k R)` beyond. Modules are taken one after the other,
+    and so are the clients' factors.
 
     Args:
         start: the adapter that the clients started from.
@@ -156,30 +139,41 @@ def round_diagnostics(
         merged: what the base absorbed in this round.
         last_update: the global update of the round before (`change`); None where there was none.
     """
-    w = torch.tensor([0.0, *weights], dtype=CORE_DTYPE)
-    products = [{module: one.effective(module) for module in one.modules} for one in (start, *clients)]
-    update = change(start, after, merged)
-    K = inner_products(products, products)  # row and column 0 are the start's
-    with_update = inner_products(products, [update])[:, 0]
-    own = K.diag() - 2 * K[0] + K[0, 0]  # ||P_i - P_0||^2
-    mean = float(w @ K @ w - 2 * w @ K[0] + K[0, 0])  # ||sum_i w_i P_i - P_0||^2
-    apart = (K.diag() - 2 * K @ w + w @ K @ w).clamp(min=0).sqrt()  # ||P_i - sum_j w_j P_j||
-    others = [update] if last_update is None else [update, last_update]
-    square, *crossed = inner_products([update], others)[0].tolist()
-    live = {module: after.effective(module) for module in after.modules}
-    square = _or_none(square, float(K[0, 0]) + float(inner_products([live], [live])))
+    w, update = torch.tensor(weights, dtype=CORE_DTYPE), change(start, after, merged)
+    own, with_start, with_mean, with_update, A, B = torch.zeros(6, len(clients), dtype=CORE_DTYPE)
+    totals = dict.fromkeys(("PP", "SS", "SP", "GG", "GP", "GL", "LL", "live"), 0.0)
+    for module in sorted(after.modules):
+        shape = after.modules[module].shape
+        P, live = _effective(start, module, shape), _effective(after, module, shape)
+        sent = Each(partial(_effective, module=module, shape=shape), clients)
+        for i, (client, matrix) in enumerate(zip(clients, sent, strict=True)):
+            own[i] += matrix.inner(matrix)
+            with_start[i] += matrix.inner(P)
+            A[i] += matrix.A.square().sum()
+            B[i] += matrix.B.square().sum() / client.scalings.get(module, 1.0) ** 2  # the scaling is on B
+        S = exact_sum(sent, w)
+        with_mean += inner_with_each(sent, S)
+        _add(totals, PP=inner(P, P), SS=inner(S, S), SP=inner(S, P), live=inner(live, live))
+        del S  # so that one dense matrix is in memory
+        G = update[module]
+        with_update += inner_with_each(sent, G)
+        _add(totals, GG=inner(G, G), GP=inner(G, P))
+        if last_update is not None and module in last_update:
+            L = last_update[module]
+            _add(totals, GL=inner(G, L), LL=inner(L, L))
+    moved = own - 2 * with_start + totals["PP"]  # ||P_i - P_0||^2
+    mean = totals["SS"] - 2 * totals["SP"] + totals["PP"]  # ||S - P_0||^2
+    apart = (own - 2 * with_mean + totals["SS"]).clamp(min=0).sqrt()  # ||P_i - S||
+    square = _or_none(totals["GG"], totals["PP"] + totals["live"])
     cosines = [
-        _cosine(float(with_update[i] - with_update[0]), _or_none(float(own[i]), float(K[i, i] + K[0, 0])), square)
-        for i in range(1, len(w))
+        _cosine(float(with_update[i]) - totals["GP"], _or_none(float(moved[i]), float(own[i]) + totals["PP"]), square)
+        for i in range(len(clients))
     ]
     defined = [cosine for cosine in cosines if cosine is not None]
-    before = float(inner_products([last_update], [last_update])) if last_update is not None else None
-    drifts = None
-    if _or_none(mean, float(w @ K @ w + K[0, 0])):
-        drifts = float(apart[1:].mean()) / math.sqrt(mean)
+    drifts = float(apart.mean()) / math.sqrt(mean) if _or_none(mean, totals["SS"] + totals["PP"]) else None
     return {
         "update_norm": math.sqrt(square or 0.0),
-        "update_cosine": _cosine(crossed[0], square, before) if crossed else None,
+        "update_cosine": _cosine(totals["GL"], square, totals["LL"]),
         "client_cosine": {
             "min": min(defined, default=None),
             "mean": sum(defined) / len(defined) if defined else None,
@@ -187,8 +181,23 @@ def round_diagnostics(
         },
         "client_drift": drifts,
         "subspace_angle": subspace_angle(start, after),
-        "factor_norms": {"before": _mean_norms(clients, weights), "after": factor_norms(after)},
+        "factor_norms": {
+            "before": {"A": float(w @ A.sqrt()), "B": float(w @ B.sqrt())},
+            "after": factor_norms(after),
+        },
     }
+
+
+def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank:
+    if module not in adapter.modules:
+        return zeros(shape)
+    matrix = adapter.effective(module)
+    return LowRank(matrix.B.contiguous(), matrix.A.contiguous())  # the last bits of products depend on strides
+
+
+def _add(totals: dict[str, float], **more: float) -> None:
+    for name, value in more.items():
+        totals[name] += value
 
 
 def _or_none(square: float, size: float) -> float | None:
@@ -201,8 +210,3 @@ def _cosine(product: float, one: float | None, other: float | None) -> float | N
     if not one or not other:
         return None
     return max(-1.0, min(1.0, product / math.sqrt(one) / math.sqrt(other)))
-
-
-def _mean_norms(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, float]:
-    norms = [factor_norms(adapter) for adapter in adapters]
-    return {factor: sum(w * one[factor] for w, one in zip(weights, norms, strict=True)) for factor in ("A", "B")}

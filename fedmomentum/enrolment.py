@@ -75,20 +75,19 @@ def _ask(
     transport: Transport, run_id: str, clients: list[str], *, adapter: bool
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     tasks = {c: Task("describe", run_id, c, 0, manifest={}, settings={"adapter": adapter}) for c in clients}
-    answers = transport.send_and_receive({client: encode_task(task) for client, task in tasks.items()})
-    replies, failures = {}, {}
-    for client, task in tasks.items():
-        answer = answers.get(client, Failure("no answer in time"))
+    replies, failures = {}, dict.fromkeys(clients, "no answer in time")
+    for client, answer in transport.send_and_receive({client: encode_task(task) for client, task in tasks.items()}):
         if isinstance(answer, Failure):
             failures[client] = answer.reason
             continue
         try:
-            reply = decode_reply(answer, task, MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES)
+            reply = decode_reply(answer, tasks[client], MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES)
             _facts(reply)
             replies[client] = reply
+            del failures[client]
         except FedMomentumError as error:
             failures[client] = str(error)
-    return replies, failures
+    return dict(sorted(replies.items())), failures
 
 
 def _facts(reply: Reply) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fedmomentum.errors import MissingObject, ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.lowrank import LowRank, difference, weighted_sum, zeros
+from fedmomentum.sums import Matrix, exact_sum, plus
 from fedmomentum.wire import dtype_of, narrowed, rounded, widened
 
 FORMAT = "fedmomentum global model"
@@ -44,7 +45,7 @@ MANIFEST_KEYS = (
 class Blob:
     """Matrices by module, as the bytes that are sent and kept; their hash is their name.
 
-    The tensors are `<module>.B` and `<module>.A` for a low-rank matrix, `<module>.dense` for a consolidated one, in
+    The tensors are `<module>.B` and `<module>.A` for a low-rank matrix, `<module>.dense` for a dense one, in
     float32 and in effective-weight units: they are added to the base with factor 1.
     """
 
@@ -56,7 +57,7 @@ class Blob:
         return sha256(self.data)
 
     @cached_property
-    def matrices(self) -> dict[str, LowRank | Tensor]:
+    def matrices(self) -> dict[str, Matrix]:
         """Module to its matrix, `(out, in)`.
 
         Raises:
@@ -64,7 +65,7 @@ class Blob:
             ModelError: tensors that are not of the form above.
         """
         tensors, _ = read_safetensors(self.data, f"object {self.name[:16]}")
-        found: dict[str, LowRank | Tensor] = {}
+        found: dict[str, Matrix] = {}
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
             if kind == "dense":
@@ -75,13 +76,8 @@ class Blob:
                 raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
         return found
 
-    @property
-    def low_rank(self) -> dict[str, LowRank]:
-        """Those of the matrices that are kept factored: all but what was consolidated."""
-        return {module: matrix for module, matrix in self.matrices.items() if isinstance(matrix, LowRank)}
-
     @classmethod
-    def of(cls, matrices: Mapping[str, LowRank | Tensor]) -> Blob:
+    def of(cls, matrices: Mapping[str, Matrix]) -> Blob:
         """The blob of these matrices, cast to float32."""
         tensors = {}
         for module, matrix in matrices.items():
@@ -111,7 +107,7 @@ class GlobalModel:
     base: BaseIdentity
     adapter: Adapter
     base_update: tuple[Blob, ...] = ()
-    carried: Mapping[str, LowRank] = field(default_factory=dict)
+    carried: Mapping[str, Matrix] = field(default_factory=dict)
     server_round: int = 0
     method: str = ""
     adapter_dtype: torch.dtype = torch.float32
@@ -153,8 +149,9 @@ class GlobalModel:
         if exact and adapter is not aggregate.adapter:
             for module, matrix in aggregate.adapter.modules.items():
                 lost = difference(matrix, adapter.modules[module]).scaled(adapter.scalings[module])
-                parts = [residual[module], lost] if module in residual else [lost]
-                residual[module] = weighted_sum(parts, [1.0] * len(parts)).recompress().to(torch.float32)
+                whole = plus(residual[module].to(torch.float64), lost) if module in residual else lost
+                whole = whole.recompress() if isinstance(whole, LowRank) else whole
+                residual[module] = whole.to(torch.float32)
         newest = self._parts(residual)
         blobs = self.base_update + newest
         later = replace(
@@ -168,7 +165,7 @@ class GlobalModel:
         )
         return later.consolidated() if later._dense_is_smaller() else later
 
-    def _parts(self, residual: Mapping[str, LowRank]) -> tuple[Blob, ...]:
+    def _parts(self, residual: Mapping[str, Matrix]) -> tuple[Blob, ...]:
         """The residual as blobs: two where its last components are those that `base_update` begins with.
 
         So FRLoRA takes off its start anew in every round without sending it anew.
@@ -179,7 +176,9 @@ class GlobalModel:
         front = {}
         for module, matrix in residual.items():
             part = known.get(module)
-            if not isinstance(part, LowRank) or part.rank >= matrix.rank or known.keys() != residual.keys():
+            if not isinstance(part, LowRank) or not isinstance(matrix, LowRank) or known.keys() != residual.keys():
+                return (Blob.of(residual),)
+            if part.rank >= matrix.rank:
                 return (Blob.of(residual),)
             split = matrix.rank - part.rank
             if not torch.equal(matrix.B[:, split:], part.B) or not torch.equal(matrix.A[split:], part.A):
@@ -231,9 +230,9 @@ class GlobalModel:
             return weighted_sum([merged, live], [1.0, 1.0])
         return merged + live.dense()
 
-    def merged_last(self) -> dict[str, LowRank]:
-        """What the last round merged into each module, in float64; nothing in a model that was read."""
-        return low_rank_sum(self.newest)
+    def merged_last(self) -> dict[str, Matrix]:
+        """What the last round merged into each module; nothing in a model that was read."""
+        return merged_matrices(self.newest)
 
     # ── folder ──
 
@@ -298,7 +297,7 @@ class GlobalModel:
         if modules.keys() != manifest["scalings"].keys():
             raise ModelError(f"{where}: the manifest's scalings and the adapter's modules differ")
         adapter = Adapter(modules, manifest["scalings"], saved, manifest["adapter_config"], name="global adapter")
-        carried = checked(manifest["carried"]).low_rank if manifest["carried"] else {}
+        carried = checked(manifest["carried"]).matrices if manifest["carried"] else {}
         model = cls(
             base=BaseIdentity(**manifest["base"]),
             adapter=adapter,
@@ -334,13 +333,13 @@ class GlobalModel:
         return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
 
 
-def low_rank_sum(blobs: Sequence[Blob]) -> dict[str, LowRank]:
-    """Module to the sum of its factored matrices in the blobs, in float64."""
-    parts: dict[str, list[LowRank]] = {}
+def merged_matrices(blobs: Sequence[Blob]) -> dict[str, Matrix]:
+    """Module to the sum of its matrices in the blobs."""
+    parts: dict[str, list[Matrix]] = {}
     for blob in blobs:
-        for module, matrix in blob.low_rank.items():
+        for module, matrix in blob.matrices.items():
             parts.setdefault(module, []).append(matrix)
-    return {module: weighted_sum(matrices, [1.0] * len(matrices)) for module, matrices in parts.items()}
+    return {m: matrices[0] if len(matrices) == 1 else exact_sum([], [], matrices) for m, matrices in parts.items()}
 
 
 def object_names(manifest: Mapping[str, Any]) -> set[str]:

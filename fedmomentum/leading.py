@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, gram, numerical_rank, weighted_sum
+from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, from_svd, gram, numerical_rank, weighted_sum
+from fedmomentum.sums import Matrix, exact_sum, is_factored, norm, plus, strongest
 
 # How much worse than the best of its rank the directions may be, as a share of the best's error ...
 SLACK = 4e-5
@@ -26,8 +27,6 @@ MAX_CANCELLATION = 16.0
 # Power iteration finds a norm from below: its steps, and by how much it may be short.
 POWERS = 4
 SAFETY = 2.0
-# More steps than any spectrum needed in the tests; beyond them the dense SVD is taken.
-MAX_STEPS = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,8 @@ class Leading:
         U: `(out, m)`, orthonormal columns, float64.
         S: `(m,)`, descending, all above round-off, float64.
         Vh: `(m, in)`, orthonormal rows, float64.
-        rest: the remainder, factored, in the dtype asked for; its rank is the sum of the ranks minus m, or less.
+        rest: the remainder, in the dtype asked for: factored, its rank the sum of the ranks minus m or less, or dense
+            where the sum is.
         energy: `||sum_i w_i B_i A_i||_F^2`.
         left: `||rest||_F^2`.
         path: how it was found: `gram32`, `gram64`, `iteration` or `svd`.
@@ -47,7 +47,7 @@ class Leading:
     U: Tensor
     S: Tensor
     Vh: Tensor
-    rest: LowRank
+    rest: Matrix
     energy: float
     left: float
     path: str
@@ -58,8 +58,10 @@ def leading(
     weights: Sequence[float] | Tensor,
     rank: int,
     *,
+    also: Sequence[Matrix] = (),
     dtype: torch.dtype,
     reference: LowRank | None = None,
+    generator: torch.Generator | None = None,
 ) -> Leading:
     r"""The best approximation of rank at most `rank` of `sum_i w_i B_i A_i`, and what it leaves.
 
@@ -68,7 +70,8 @@ def leading(
     - `gram32`, `gram64`: `A A^T = L L^T`, `L^T (B^T B) L = Z diag(S^2) Z^T`, all R x R; `U S = B L Z_r`,
       `V^T = Z_r^T L^-1 A`. In float32 where the factors are so well conditioned that the bound below holds, else in
       float64. `O((d + k) R^2)`, once, and `O((d + k) R r)` for the rest.
-    - `iteration`: R is not below both sides. Subspace iteration on the sum, warm from `reference`.
+    - `iteration`: R is so large that the dense sum is the smaller form. Subspace iteration on it, warm from
+      `reference`.
     - `svd`: `LowRank.svd`, for float64, for parts that cancel, for sums of less than full rank, and wherever a bound
       fails.
 
@@ -79,9 +82,11 @@ def leading(
         matrices: n matrices of one shape.
         weights: n finite numbers.
         rank: how many directions, at least 1.
+        also: more matrices of that shape, each with factor 1.
         dtype: float32 or float64; that of `rest`, and what the tall products may be made in.
         reference: a matrix whose row space is near the wanted one; only a start, the result does not depend on it
             beyond the bound.
+        generator: draws the rest of that start.
 
     Raises:
         ValueError: see `weighted_sum`; a factor holds NaN or Inf.
@@ -90,19 +95,33 @@ def leading(
         Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085, for what a Gram matrix can bear; Halko, Martinsson, Tropp,
         arXiv 0909.4061, section 9, for the projected approximation.
     """
+    if not is_factored(matrices, also):
+        return _by_iteration(exact_sum(matrices, weights, also), rank, dtype, reference, generator)
+    parts = [*matrices, *(matrix for matrix in also if isinstance(matrix, LowRank))]
+    shares = [*map(float, weights), *[1.0] * len(also)]
     if dtype == torch.float32:
-        stacked = weighted_sum(matrices, weights, dtype=dtype)
-        if rank < stacked.rank < min(stacked.shape):
+        stacked = weighted_sum(parts, shares, dtype=dtype)
+        if rank < stacked.rank:
             for core in (torch.float32, torch.float64):
                 found = _by_gram(stacked, rank, core)
                 if found:
                     return found
-    total = weighted_sum(matrices, weights)
-    if dtype == torch.float32 and total.rank >= min(total.shape) > 4 * rank:
-        found = _by_iteration(total, rank, reference)
-        if found:
-            return found
-    return _by_svd(total, rank, dtype)
+    return _by_svd(weighted_sum(parts, shares), rank, dtype)
+
+
+def _by_iteration(
+    delta: Matrix, rank: int, dtype: torch.dtype, reference: LowRank | None, generator: torch.Generator | None
+) -> Leading:
+    generator = generator or torch.Generator().manual_seed(0)
+    shape = delta.shape[0], delta.shape[1]
+    U, S, Vh, beyond = strongest(delta, rank, generator, near=reference)
+    m = min(rank, numerical_rank(S, shape))
+    rest: Matrix = from_svd(U[:, m:], S[m:], Vh[m:], CORE_DTYPE)
+    left = float(S[m:].square().sum())
+    if beyond is not None:
+        rest, left = plus(beyond, rest), left + norm(beyond) ** 2
+    energy = float(S[:m].square().sum()) + left
+    return Leading(U[:, :m], S[:m], Vh[:m], rest.to(dtype), energy, left, "iteration")
 
 
 def _by_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Leading:
@@ -252,71 +271,3 @@ def _pivots(Y: Tensor) -> tuple[Tensor, Tensor]:
     others = [next(spare) if i in chosen else i for i in range(keep)]
     K, J = (torch.tensor(rows, device=Y.device) for rows in (order[:m], others))
     return K, J
-
-
-# ── by iteration ──
-
-
-def _by_iteration(total: LowRank, rank: int, reference: LowRank | None) -> Leading | None:
-    """None where it does not converge, or where the parts cancel. Written for `out <= in`; else it is turned."""
-    if total.shape[0] > total.shape[1]:
-        turned = _by_iteration(_transposed(total), rank, _transposed(reference) if reference else None)
-        if turned is None:
-            return None
-        rest = _transposed(turned.rest)
-        return replace(turned, U=turned.Vh.mT, Vh=turned.U.mT, rest=rest)
-    delta = total.dense()
-    norm = float(torch.linalg.matrix_norm(delta))
-    if not 0 < norm < math.inf:
-        return None
-    U = _subspace((delta / norm).to(torch.float32), rank, reference)
-    if U is None:
-        return None
-    right = delta.mT @ U  # (in, rank)
-    S = right.norm(dim=0)
-    if numerical_rank(S, total.shape) < rank:
-        return None
-    K, J = _pivots(U)
-    # U^T delta' = 0 for delta' = delta - U right^T, so its rows K follow from the others, as in `_deflated`
-    B = delta.new_zeros(len(delta), len(J))
-    B[J, torch.arange(len(J), device=B.device)] = 1
-    B[K] = -torch.linalg.solve(U[K].mT, U[J].mT)
-    rest = LowRank(B, torch.addmm(delta[J], U[J], right.mT, alpha=-1))
-    rest = LowRank(rest.B * math.sqrt(norm), rest.A / math.sqrt(norm)).to(torch.float32)  # both of a size to hold
-    U, S, Vh = _orthonormal(U * S, (right / S).mT)
-    return Leading(U, S, Vh, rest, norm**2, max(norm**2 - float(S.square().sum()), 0.0), "iteration")
-
-
-def _subspace(delta: Tensor, rank: int, reference: LowRank | None) -> Tensor | None:
-    """The leading left directions of a dense float32 matrix of norm 1: `(out, rank)`, orthonormal, float64.
-
-    Subspace iteration with half as many directions again, from the reference's columns and random ones. The energy
-    that the directions hold grows with each step, in the end by a constant ratio; it ends where what is still to come,
-    by that ratio, is below the slack. None where that is not reached, or where float32 cannot tell.
-    """
-    width = min(rank + max(rank // 2, 8), len(delta))
-    drawn = torch.randn(len(delta), width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    start = drawn.to(delta)
-    if reference is not None:
-        near = reference.B[:, :width].to(delta)
-        near = near / near.norm(dim=0).clamp(min=torch.finfo(near.dtype).tiny)
-        start[:, : near.shape[1]] = near + 1e-3 / math.sqrt(len(delta)) * start[:, : near.shape[1]]
-    held, gained = 0.0, math.inf
-    for step in range(MAX_STEPS):
-        P = torch.linalg.qr(start).Q
-        right = delta.mT @ P
-        squares, turn = torch.linalg.eigh(right.to(CORE_DTYPE).mT @ right.to(CORE_DTYPE))
-        now = float(squares[-rank:].sum())
-        before, gained, held = gained, now - held, now
-        left = 1 - held
-        if not left > 1e-6:
-            return None
-        ratio = min(max(gained / before, 0.5), 0.98) if before > 0 else 0.98
-        if step > 1 and gained * ratio / (1 - ratio) <= SLACK * left:
-            return torch.linalg.qr(P.to(CORE_DTYPE) @ turn[:, -rank:].flip(1)).Q
-        start = delta @ right
-    return None
-
-
-def _transposed(matrix: LowRank) -> LowRank:
-    return LowRank(matrix.A.mT, matrix.B.mT)

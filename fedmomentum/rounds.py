@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_r
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import norm as norm_of
+from fedmomentum.sums import rank_of
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
 from fedmomentum.wire import rounding_error, widened, wire_dtype
 
@@ -137,8 +139,8 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
         exchange, state = _evaluate(server, model, state, 0, server.transport.clients())
         _add_evaluation(row, exchange, None)
     _tell_failures(0, exchange.failures)
-    row["failures"] = exchange.failures
-    row["uplink_bytes"], row["downlink_bytes"] = exchange.uplink_bytes, exchange.downlink_bytes
+    row["failures"] = dict(sorted(exchange.failures.items()))
+    row["uplink_bytes"], row["downlink_bytes"] = _added(exchange.uplink_bytes, {}), _added(exchange.downlink_bytes, {})
     row["seconds"] = {
         "train": 0.0, "encode": exchange.encode_seconds, "aggregate": 0.0, "merge": 0.0,
         "evaluate": exchange.wait_seconds,
@@ -182,6 +184,7 @@ def _round(
         later.merged_last(), server.folder.last_update(model, state),
     )  # fmt: skip
     state = state.stepped(model, later)
+    server.folder.spool.clear()
 
     row: dict[str, Any] = {
         "round": server_round, "participants": participants, "accepted": list(weights), "weights": weights,
@@ -242,12 +245,17 @@ def _train(
         }
         for client in participants
     }
-    exchange, state = _ask(server, "train", model, state, server_round, settings)
-    checking = time.perf_counter()
     uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
-    updates = _adapters(exchange, model, participants, server, state, uploads, dtype)
-    _leave_out_far_ones(updates, exchange.failures, model, federation.max_norm_ratio)
-    exchange.encode_seconds += time.perf_counter() - checking
+    owns = {client: _own(server, state, client) for client in participants}
+    updates, distances = dict[str, Adapter](), dict[str, float]()
+
+    def take(reply: Reply) -> None:
+        update = _update(reply, model, server, owns[reply.client_id], uploads, dtype)
+        distances[reply.client_id] = _distance(update, model.adapter)
+        updates[reply.client_id] = server.folder.spool.put(update)
+
+    exchange, state = _ask(server, "train", model, state, server_round, settings, take)
+    _leave_out_far_ones(updates, distances, exchange.failures, federation.max_norm_ratio)
     for client, reason in exchange.failures.items():
         LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
     needed = max(1, math.ceil(federation.quorum * len(participants) - 1e-9))
@@ -304,8 +312,11 @@ def _ask(
     state: ServerState,
     server_round: int,
     settings: Mapping[str, Mapping[str, Any]],
+    take: Callable[[Reply], None] = lambda reply: None,
 ) -> tuple[_Exchange, ServerState]:
-    """Send each client its task, with the objects it lacks; decode the answers.
+    """Send each client its task, with the objects it lacks; decode the answers as they come.
+
+    Each is given to `take`, which refuses it by raising a FedMomentumError; of its tensors only the small ones stay.
 
     What a client lacks is first the server's belief: what it last said it holds. A client that has lost some of it
     since (a new disk, an older copy) says so, and is asked again with those.
@@ -328,63 +339,107 @@ def _ask(
         fresh = [server.config.run.seed, model.server_round, dtype]
         drawn = {model.adapter_objects[kind].name for kind in "BA"}
     tasks = {client: task(client, needed - drawn - set(state.held.get(client, ()))) for client in sorted(settings)}
-    _send(server.transport, tasks, exchange, limit)
+    held: dict[str, tuple[str, ...]] = {}
+
+    def accept(client: str, reply: Reply) -> None:
+        if reply.version != model.version:
+            exchange.failures[client] = (
+                f"client {client} ended with base version {reply.version[:16]!r}; wanted {model.version[:16]}. It sits "
+                "this one out"
+            )
+            return
+        held[client] = tuple(name for name in reply.holds if name in needed)
+        try:
+            take(reply)
+        except FedMomentumError as error:
+            exchange.failures[client] = str(error)
+            return
+        small = {name: tensor.clone() for name, tensor in reply.tensors.items() if name in (*PROBES, SECONDS)}
+        exchange.replies[client] = replace(reply, tensors=small)
+
     again = {}
-    for client in [c for c, reply in exchange.replies.items() if "lacking" in reply.metrics]:
-        reply = exchange.replies.pop(client)
+    for client, reply in _send(server.transport, tasks, exchange, limit):
+        if "lacking" not in reply.metrics:
+            accept(client, reply)
+            continue
         lacking = reply.metrics["lacking"]
         if isinstance(lacking, list) and set(map(str, lacking)) <= needed - tasks[client].objects.keys():
             again[client] = task(client, {str(name) for name in lacking})
         else:
             exchange.failures[client] = _KEEPS_NOTHING.format(client)
     if again:
-        _send(server.transport, again, exchange, limit)
-    for client in [c for c, reply in exchange.replies.items() if reply.version != model.version]:
-        reply = exchange.replies.pop(client)
-        if "lacking" in reply.metrics:
-            exchange.failures[client] = _KEEPS_NOTHING.format(client)
-            continue
-        got = reply.version
-        exchange.failures[client] = (
-            f"client {client} ended with base version {got[:16]!r}; wanted {model.version[:16]}. It sits this one out"
-        )
-    for client, reply in exchange.replies.items():
-        state = state.holding(client, tuple(name for name in reply.holds if name in needed))
+        for client, reply in _send(server.transport, again, exchange, limit):
+            if "lacking" in reply.metrics:
+                exchange.failures[client] = _KEEPS_NOTHING.format(client)
+            else:
+                accept(client, reply)
+    for client in sorted(held):
+        state = state.holding(client, held[client])
     return exchange, state
 
 
-def _send(transport: Transport, tasks: Mapping[str, Task], exchange: _Exchange, max_bytes: int) -> None:
-    """Send the tasks, wait, and add the answers to the exchange.
+class _Payloads(Mapping[str, bytes]):
+    """Tasks as bytes, each encoded when it is sent: one at a time is in memory."""
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        self._tasks = tasks
+        self.sizes: dict[str, int] = {}
+        self.seconds = 0.0
+
+    def __getitem__(self, client: str) -> bytes:
+        started = time.perf_counter()
+        payload = encode_task(self._tasks[client])
+        self.sizes[client] = len(payload)
+        self.seconds += time.perf_counter() - started
+        return payload
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+def _send(
+    transport: Transport, tasks: Mapping[str, Task], exchange: _Exchange, max_bytes: int
+) -> Iterator[tuple[str, Reply]]:
+    """Send the tasks, and give each answer as it comes; what is none is added to the exchange's failures.
 
     Raises:
         PayloadError: a task is larger than the transport carries; nothing was sent.
     """
-    started = time.perf_counter()
-    payloads = {client: encode_task(task) for client, task in tasks.items()}
-    for client, payload in payloads.items():
-        if len(payload) > transport.max_payload_bytes:
-            raise PayloadError(
-                f"the task for {client} has {len(payload)} bytes, {sum(map(len, tasks[client].objects.values()))} of "
-                f"them objects it lacks; this transport carries at most {transport.max_payload_bytes}. Lower "
-                "lora.rank, adapt fewer modules, set an energy below 1 in [method.settings], or send 16 bits "
-                "(federation.uplink-dtype, federation.downlink-dtype)"
-            )
-    sent = time.perf_counter()
-    answers = transport.send_and_receive(payloads)
-    received = time.perf_counter()
-    for client, task in tasks.items():
-        exchange.downlink_bytes[client] = exchange.downlink_bytes.get(client, 0) + len(payloads[client])
-        answer = answers.get(client, Failure("missing: no answer in time"))
+    if not tasks:
+        return
+    payloads = _Payloads(tasks)
+    largest = max(tasks, key=lambda client: sum(map(len, tasks[client].objects.values())))
+    if (size := len(payloads[largest])) > transport.max_payload_bytes:
+        raise PayloadError(
+            f"the task for {largest} has {size} bytes, {sum(map(len, tasks[largest].objects.values()))} of them "
+            f"objects it lacks; this transport carries at most {transport.max_payload_bytes}. Lower lora.rank, adapt "
+            "fewer modules, set an energy below 1 in [method.settings], or send 16 bits (federation.uplink-dtype, "
+            "federation.downlink-dtype)"
+        )
+    silent, since, encoded = set(tasks), time.perf_counter(), payloads.seconds
+    for client, answer in transport.send_and_receive(payloads):
+        arrived = time.perf_counter()
+        exchange.wait_seconds += arrived - since
+        silent.discard(client)
         if isinstance(answer, Failure):
             exchange.failures[client] = answer.reason
-            continue
-        exchange.uplink_bytes[client] = exchange.uplink_bytes.get(client, 0) + len(answer)
-        try:
-            exchange.replies[client] = decode_reply(answer, task, max_bytes)
-        except FedMomentumError as error:
-            exchange.failures[client] = str(error)
-    exchange.wait_seconds += received - sent
-    exchange.encode_seconds += sent - started + time.perf_counter() - received
+        else:
+            exchange.uplink_bytes[client] = exchange.uplink_bytes.get(client, 0) + len(answer)
+            try:
+                yield client, decode_reply(answer, tasks[client], max_bytes)
+            except FedMomentumError as error:
+                exchange.failures[client] = str(error)
+        since = time.perf_counter()
+        exchange.encode_seconds += since - arrived
+    exchange.wait_seconds += time.perf_counter() - since - (payloads.seconds - encoded)
+    exchange.encode_seconds += payloads.seconds
+    for client in silent:
+        exchange.failures[client] = "missing: no answer in time"
+    for client, size in payloads.sizes.items():
+        exchange.downlink_bytes[client] = exchange.downlink_bytes.get(client, 0) + size
 
 
 def _evaluate(
@@ -407,48 +462,33 @@ def _evaluate(
 # ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _adapters(
-    exchange: _Exchange,
-    model: GlobalModel,
-    participants: Sequence[str],
-    server: _Server,
-    state: ServerState,
-    uploads: str,
-    dtype: torch.dtype,
-) -> dict[str, Adapter]:
-    """The updates that are what they should be; the others become failures.
+def _update(
+    reply: Reply, model: GlobalModel, server: _Server, own: LoraConfig, uploads: str, dtype: torch.dtype
+) -> Adapter:
+    """The update in a reply, if it is what it should be.
 
     A factor that this round does not ask for is the one that clients were sent, bit for bit.
+
+    Raises:
+        FedMomentumError: it is not.
     """
-    updates = {}
+    client, tensors, modules = reply.client_id, dict(reply.tensors), len(model.adapter.modules)
+    for name in PROBES:
+        values = tensors.pop(name, None)
+        if values is None or values.shape != (modules, NUM_PROBES) or not bool(torch.isfinite(values).all()):
+            raise PayloadError(f"client {client}: {name} is missing or not {modules} x {NUM_PROBES} numbers")
+    for key in ("loss", "first_loss", "last_loss", "rounding"):
+        if not isinstance(reply.metrics.get(key), (int, float)):
+            raise PayloadError(f"client {client}: its metrics lack {key}")
+    tensors.pop(SECONDS, None)
+    _check_next_rank(reply, own.rank, server.method)
+    start, beside = _start(server, model, client, own)
     shared = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
-    modules = len(model.adapter.modules)
-    for client in participants:
-        reply = exchange.replies.get(client)
-        if reply is None:
-            continue
-        tensors = dict(reply.tensors)
-        try:
-            for name in PROBES:
-                values = tensors.pop(name, None)
-                if values is None or values.shape != (modules, NUM_PROBES) or not bool(torch.isfinite(values).all()):
-                    raise PayloadError(f"client {client}: {name} is missing or not {modules} x {NUM_PROBES} numbers")
-            for key in ("loss", "first_loss", "last_loss", "rounding"):
-                if not isinstance(reply.metrics.get(key), (int, float)):
-                    raise PayloadError(f"client {client}: its metrics lack {key}")
-            tensors.pop(SECONDS, None)
-            own = _own(server, state, client)
-            _check_next_rank(reply, own.rank, server.method)
-            start, beside = _start(server, model, client, own)
-            known = {name: t for name, t in to_tensors(start).items() if any(kind in name for kind in shared)}
-            wide = widened(tensors, dtype, f"client {client}")
-            if more := sorted(wide.keys() & known.keys()):
-                raise PayloadError(f"client {client}: tensor {more[0]} was not asked for; this round takes {uploads}")
-            updates[client] = with_tails(from_tensors(wide | known, like=start, name=f"client {client}"), beside)
-        except FedMomentumError as error:
-            exchange.failures[client] = str(error)
-            del exchange.replies[client]
-    return updates
+    known = {name: t for name, t in to_tensors(start).items() if any(kind in name for kind in shared)}
+    wide = widened(tensors, dtype, f"client {client}")
+    if more := sorted(wide.keys() & known.keys()):
+        raise PayloadError(f"client {client}: tensor {more[0]} was not asked for; this round takes {uploads}")
+    return with_tails(from_tensors(wide | known, like=start, name=f"client {client}"), beside)
 
 
 def _own(server: _Server, state: ServerState, client: str) -> LoraConfig:
@@ -485,7 +525,7 @@ def _start(server: _Server, model: GlobalModel, client: str, own: LoraConfig) ->
 
 
 def _leave_out_far_ones(
-    updates: dict[str, Adapter], failures: dict[str, str], model: GlobalModel, max_ratio: float
+    updates: dict[str, Adapter], norms: Mapping[str, float], failures: dict[str, str], max_ratio: float
 ) -> None:
     """Leave out, in place, clients whose update is many times the median of the round in norm.
 
@@ -494,7 +534,6 @@ def _leave_out_far_ones(
     """
     if len(updates) < 3:
         return
-    norms = {client: _distance(adapter, model.adapter) for client, adapter in updates.items()}
     median = statistics.median(norms.values())
     for client, norm in norms.items():
         if norm > max_ratio * median:
@@ -538,11 +577,11 @@ def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
         return dict.fromkeys(("retained_energy", "residual_rank", "residual_norm", "carried_norm"))
 
     def share(parts: Mapping[str, Any]) -> float:
-        return math.sqrt(sum(part.inner(part) for part in parts.values()) / energy)
+        return math.sqrt(sum(norm_of(part) ** 2 for part in parts.values()) / energy)
 
     return {
         "retained_energy": kept / energy,
-        "residual_rank": sum(part.rank for part in result.residual.values()) / len(result.findings),
+        "residual_rank": sum(rank_of(part) for part in result.residual.values()) / len(result.findings),
         "residual_norm": share(result.residual),
         "carried_norm": share(result.carried),
         **({"fallbacks": sum(f["fallback"] for f in result.findings.values())} if _has(result, "fallback") else {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -185,8 +185,12 @@ class Transport(Protocol):
         """
         ...
 
-    def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
-        """Ask, wait, and return an answer or a failure for every client asked."""
+    def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        """Ask, wait, and yield an answer or a failure for every client asked, in the order in which they come.
+
+        Both ways are made for many clients: `tasks` may encode a payload when it is looked up, and whoever reads the
+        answers is done with one before the next is handed over. So neither side need hold more than one.
+        """
         ...
 
 
@@ -202,15 +206,16 @@ class InProcessTransport:
         """The clients' names, sorted."""
         return list(self._clients)
 
-    def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
+    def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Run the clients in the order of their names; what one raises is its failure."""
-        answers: dict[str, bytes | Failure] = {}
         for client_id in sorted(tasks):
-            if client_id not in self._clients:
-                answers[client_id] = Failure("missing: no such client is connected")
-                continue
-            try:
-                answers[client_id] = self._clients[client_id](tasks[client_id])
-            except Exception as error:  # whatever a client does, the round goes on without it
-                answers[client_id] = Failure(f"{type(error).__name__}: {error}")
-        return answers
+            yield client_id, self._answer(client_id, tasks)
+
+    def _answer(self, client_id: str, tasks: Mapping[str, bytes]) -> bytes | Failure:
+        if client_id not in self._clients:
+            return Failure("missing: no such client is connected")
+        payload = tasks[client_id]
+        try:
+            return self._clients[client_id](payload)
+        except Exception as error:  # whatever a client does, the round goes on without it
+            return Failure(f"{type(error).__name__}: {error}")

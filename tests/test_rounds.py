@@ -249,8 +249,7 @@ def with_faults(config, out, faults, rounds=None, kind="train", stores=None):
 
     class Transport(InProcessTransport):
         def send_and_receive(self, tasks):
-            answers = super().send_and_receive(tasks)
-            return {c: a for c, a in answers.items() if a is not None}
+            return ((c, a) for c, a in super().send_and_receive(tasks) if a is not None)
 
     try:
         model = run_rounds(

@@ -93,8 +93,8 @@ def test_what_a_client_raises_is_its_failure_and_ctrl_c_is_not():
 
     transport = InProcessTransport({"b": broken, "a": lambda payload: payload[::-1]})
     assert transport.clients() == ["a", "b"]
-    answers = transport.send_and_receive({"a": b"12", "b": b"", "c": b""})
+    answers = dict(transport.send_and_receive({"a": b"12", "b": b"", "c": b""}))
     assert answers["a"] == b"21" and answers["b"] == Failure("KeyError: 'lost'")
     assert "no such client" in answers["c"].reason
     with pytest.raises(KeyboardInterrupt):
-        InProcessTransport({"a": interrupted}).send_and_receive({"a": b""})
+        dict(InProcessTransport({"a": interrupted}).send_and_receive({"a": b""}))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmomentum.aggregation.unequal import first_components
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,15 +20,16 @@ class Aggregate:
 
     Attributes:
         adapter: the next round's adapter, of the rank asked for.
-        residual: what the base must absorb now, in the adapter's units; None where the method has none.
-        carried: what is kept for the next call, in the adapter's units; None where nothing is.
+        residual: what the base must absorb now, in the adapter's units; None where the method has none. Dense where
+            factors would be larger: the sum of many clients (`sums`).
+        carried: what is kept for the next call, in the adapter's units; None where nothing is. Dense as above.
         findings: numbers about this module worth reporting, by name. `dropped_energy` is the squared norm of
             what the method left out of the weighted sum: an inexact method always tells.
     """
 
     adapter: LowRank
-    residual: LowRank | None = None
-    carried: LowRank | None = None
+    residual: Matrix | None = None
+    carried: Matrix | None = None
     findings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -145,7 +147,7 @@ class Method(Protocol):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -153,7 +155,8 @@ class Method(Protocol):
 
         Args:
             updates: the clients' factors, each `(out, rank_i)` and `(rank_i, in)`, in effective-weight units
-                divided by the output's scaling, so that no scaling appears here.
+                divided by the output's scaling, so that no scaling appears here. Each look at one may read it from
+                disk anew: take them one after the other, and keep none.
             weights: `(num_clients,)`, positive, sum 1.
             rank: the rank of the adapter to return.
             reference: the adapter that the clients were sent; None where there was none (offline).

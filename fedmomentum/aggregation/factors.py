@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, weighted_sum, zeros
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, zeros
+from fedmomentum.sums import Each, Matrix, exact_sum
 
 
 def mean_factors(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
@@ -20,17 +21,18 @@ def mean_factors(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
     return LowRank(B, A)
 
 
-def averaging_error(updates: Sequence[LowRank], weights: Tensor, mean: LowRank) -> LowRank:
-    """`sum_i w_i B_i A_i - B A = sum_{i<n} w_i (B_i - B)(A_i - A_n)`, stacked, for the mean factors `B`, `A`.
+def averaging_error(updates: Sequence[LowRank], weights: Tensor, mean: LowRank) -> Matrix:
+    """`sum_i w_i B_i A_i - B A = sum_{i<n} w_i (B_i - B)(A_i - A_n)`, for the mean factors `B`, `A`.
 
     The same as `sum_i w_i (B_i - B)(A_i - A)`, for `sum_i w_i (B_i - B) = 0`, and one client shorter: of rank
     `(n - 1) r`, in float64. Rank 0 where the clients agree in one factor.
     """
-    if all(torch.equal(u.B, updates[0].B) for u in updates) or all(torch.equal(u.A, updates[0].A) for u in updates):
+    first, last = updates[0], updates[-1]
+    if all(torch.equal(u.B, first.B) for u in updates) or all(torch.equal(u.A, first.A) for u in updates):
         return zeros(mean.shape, dtype=CORE_DTYPE, device=mean.device)
-    last = updates[-1].A.to(CORE_DTYPE)
-    apart = [LowRank(u.B - mean.B, u.A - last) for u in updates[:-1]]
-    return weighted_sum(apart, weights[:-1])
+    last_A = last.A.to(CORE_DTYPE)
+    apart = Each(lambda u: LowRank(u.B - mean.B, u.A - last_A), updates[:-1])
+    return exact_sum(apart, weights[:-1])
 
 
 def check_equal_ranks(title: str, updates: Sequence[LowRank], rank: int) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import averaging_error, check_equal_ranks, mean_factors
-from fedmomentum.lowrank import LowRank, weighted_sum
+from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix, exact_sum, norm
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FedExLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -55,5 +56,5 @@ class FedExLoRA(Method):
         check_equal_ranks(self.title, updates, rank)
         dtype, mean = adapter_dtype(updates), mean_factors(updates, weights)
         residual = averaging_error(updates, weights, mean)
-        findings = {"energy": weighted_sum(updates, weights).norm() ** 2, "kept_energy": mean.norm() ** 2}
+        findings = {"energy": norm(exact_sum(updates, weights)) ** 2, "kept_energy": mean.norm() ** 2}
         return Aggregate(mean.to(dtype), residual.to(dtype), findings=findings)

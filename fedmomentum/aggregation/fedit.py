@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import averaging_error, check_equal_ranks, mean_factors
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix, norm
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FedIT(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -50,5 +51,5 @@ class FedIT(Method):
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
         mean = mean_factors(updates, weights)
-        lost = averaging_error(updates, weights, mean).norm() ** 2
+        lost = norm(averaging_error(updates, weights, mean)) ** 2
         return Aggregate(mean.to(adapter_dtype(updates)), findings={"dropped_energy": lost})

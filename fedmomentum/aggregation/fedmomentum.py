@@ -15,8 +15,18 @@ from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check
 from fedmomentum.aggregation.gauge import aligned_split, balanced_split, mean_rows, singular_split, with_spares
 from fedmomentum.aggregation.unequal import first_components, in_order
 from fedmomentum.leading import Leading, leading
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference, energy_rank, from_svd, numerical_rank, weighted_sum
+from fedmomentum.lowrank import (
+    CORE_DTYPE,
+    LowRank,
+    difference,
+    energy_rank,
+    from_svd,
+    numerical_rank,
+    weighted_sum,
+    zeros,
+)
 from fedmomentum.lowrank import randomised_svd as sketched_svd
+from fedmomentum.sums import Matrix, exact_sum, norm, plus, rank_of, strongest
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class FedMomentum(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -98,12 +108,20 @@ class FedMomentum(Method):
         check_updates(updates, weights, rank)
         generator = generator or torch.Generator().manual_seed(0)
         dtype = adapter_dtype(updates)
-        entering = [carried] if carried and self.merge_every == 1 else []
-        parts, shares = [*updates, *entering], weights.tolist() + [1.0] * len(entering)
-        if self.svd == "exact" and self.energy == 1:
-            found, tail = leading(parts, shares, rank, dtype=dtype, reference=reference), None
+        tail: Matrix
+        entering = [carried] if carried is not None and self.merge_every == 1 else []
+        if self.svd == "randomised":  # for comparison, and with the factors of all clients at once
+            parts = [*updates, *(matrix for matrix in entering if isinstance(matrix, LowRank))]
+            total = weighted_sum(parts, weights.tolist() + [1.0] * len(entering))
+            found, tail = self._cut(*sketched_svd(total, total.rank, generator), None, rank)
+        elif self.energy == 1:
+            found = leading(
+                updates, weights, rank, also=entering, dtype=dtype, reference=reference, generator=generator
+            )  # fmt: skip
+            tail = zeros(updates[0].shape, device=updates[0].device)
         else:
-            found, tail = self._cut(weighted_sum(parts, shares), rank, generator)
+            every = exact_sum(updates, weights, entering)
+            found, tail = self._cut(*strongest(every, rank, generator, energy=self.energy, near=reference), rank)
         lead, rest = (found.U, found.S, found.Vh), found.rest
         findings = {"energy": found.energy, "kept_energy": float(found.S.square().sum())}
 
@@ -114,27 +132,28 @@ class FedMomentum(Method):
             B, A = balanced_split(*lead) if self.split == "balanced" else singular_split(*lead)
         adapter = with_spares(B, A, found.Vh, rank=rank, reference=reference, generator=generator).to(dtype)
         if self.svd == "randomised":  # a sketch may miss directions: what the adapter does not hold is measured
-            rest = difference(weighted_sum(parts, shares), adapter)
-            rest = (difference(rest, tail) if tail else rest).recompress()
+            held = plus(adapter, tail)
+            rest = difference(total, held).recompress() if isinstance(held, LowRank) else rest
         if self.residual == "dropped":
-            return Aggregate(adapter, findings={**findings, "dropped_energy": rest.norm() ** 2})
-        nothing = LowRank(rest.B[:, :0], rest.A[:0])
-        tail = tail or nothing
+            return Aggregate(adapter, findings={**findings, "dropped_energy": norm(rest) ** 2})
         if self.residual == "carried":
-            tail, rest = rest, nothing
+            tail, rest = rest, zeros(adapter.shape, device=adapter.device)
         elif self.merge_every > 1:
-            waiting = [rest, carried] if carried else [rest]
-            rest = weighted_sum(waiting, [1.0] * len(waiting)).recompress()
+            rest = rest if carried is None else plus(rest, carried)
+            rest = rest.recompress() if isinstance(rest, LowRank) else rest
             if server_round % self.merge_every:
                 tail, rest = rest, tail
-        return Aggregate(adapter, rest.to(dtype), tail.to(dtype) if tail.rank else None, findings)
+        return Aggregate(adapter, rest.to(dtype), tail.to(dtype) if rank_of(tail) else None, findings)
 
-    def _cut(self, total: LowRank, rank: int, generator: torch.Generator) -> tuple[Leading, LowRank]:
-        """All singular directions: the leading ones, the rest up to the energy share, and the tail beyond it."""
-        U, S, Vh = total.svd() if self.svd == "exact" else sketched_svd(total, total.rank, generator)
-        held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
-        keep = min(rank, numerical_rank(S, total.shape))
-        end = max(keep, energy_rank(S, self.energy)) if self.energy < 1 else held
+    def _cut(self, U: Tensor, S: Tensor, Vh: Tensor, beyond: Tensor | None, rank: int) -> tuple[Leading, Matrix]:
+        """The leading directions, the rest up to the energy share, and the tail: what lies beyond that."""
+        shape, found = (len(U), Vh.shape[1]), float(S.square().sum())
+        missed = norm(beyond) ** 2 if beyond is not None else 0.0
+        held = numerical_rank(S, shape, CORE_DTYPE)  # below it is round-off of the float64 core itself
+        keep = min(rank, numerical_rank(S, shape))
+        share = self.energy * (found + missed) / found if found else 1.0  # of what was looked for
+        end = max(keep, energy_rank(S, share)) if self.energy < 1 else held
         rest, tail = (from_svd(U[:, i:j], S[i:j], Vh[i:j], CORE_DTYPE) for i, j in ((keep, end), (end, held)))
-        energies = float(S.square().sum()), float(S[keep:].square().sum())
-        return Leading(U[:, :keep], S[:keep], Vh[:keep], rest, *energies, "svd"), tail
+        left = float(S[keep:].square().sum()) + missed
+        cut = Leading(U[:, :keep], S[:keep], Vh[:keep], rest, found + missed, left, "svd")
+        return cut, tail if beyond is None else plus(beyond, tail)

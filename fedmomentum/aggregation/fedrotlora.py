@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import averaging_error, check_equal_ranks, mean_factors
 from fedmomentum.lowrank import CORE_DTYPE, LowRank
+from fedmomentum.sums import Each, Matrix, norm
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,19 @@ class FedRotLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Turn and average one module; see `Method`. Findings: `dropped_energy`."""
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
-        turned = [update.to(CORE_DTYPE) for update in updates]
+        turned = Each(lambda update: update.to(CORE_DTYPE), updates)
         if reference is not None and bool(reference.B.any()):
-            turned = [self.turn(update, reference.to(CORE_DTYPE), server_round) for update in turned]
+            towards = reference.to(CORE_DTYPE)
+            turned = Each(lambda update: self.turn(update.to(CORE_DTYPE), towards, server_round), updates)
         mean = mean_factors(turned, weights)
-        lost = averaging_error(turned, weights, mean).norm() ** 2
+        lost = norm(averaging_error(turned, weights, mean)) ** 2
         return Aggregate(mean.to(adapter_dtype(updates)), findings={"dropped_energy": lost})
 
     def turn(self, update: LowRank, reference: LowRank, server_round: int) -> LowRank:

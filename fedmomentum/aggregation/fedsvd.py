@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import check_equal_ranks, check_shared, mean_factors
 from fedmomentum.lowrank import CORE_DTYPE, LowRank, numerical_rank
+from fedmomentum.sums import Matrix
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class FedSVD(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:

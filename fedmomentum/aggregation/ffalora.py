@@ -14,6 +14,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import check_equal_ranks, check_shared, mean_factors
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class FFALoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:

@@ -16,6 +16,7 @@ from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check
 from fedmomentum.aggregation.gauge import singular_split, with_spares
 from fedmomentum.leading import leading
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class FlexLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Cut one module's sum at `rank`; see `Method`. Findings: energies, `dropped_energy`."""
         check_updates(updates, weights, rank)
         dtype = adapter_dtype(updates)
-        found = leading(updates, weights, rank, dtype=dtype, reference=reference)
+        found = leading(updates, weights, rank, dtype=dtype, reference=reference, generator=generator)
         B, A = singular_split(found.U, found.S, found.Vh)
         adapter = with_spares(B, A, found.Vh, rank=rank, reference=reference, generator=generator)
         kept = float(found.S.square().sum())

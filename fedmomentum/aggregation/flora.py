@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import fresh_adapter
-from fedmomentum.lowrank import LowRank, weighted_sum
+from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix, exact_sum, norm
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class FLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Stack one module; see `Method`. Findings: energies; the adapter keeps nothing."""
         check_updates(updates, weights, rank)
-        dtype, total = adapter_dtype(updates), weighted_sum(updates, weights)
-        adapter = fresh_adapter(total.shape, rank, generator, dtype=dtype, device=total.device)
-        return Aggregate(adapter, total.to(dtype), findings={"energy": total.norm() ** 2, "kept_energy": 0.0})
+        dtype, total = adapter_dtype(updates), exact_sum(updates, weights)
+        adapter = fresh_adapter(updates[0].shape, rank, generator, dtype=dtype, device=total.device)
+        return Aggregate(adapter, total.to(dtype), findings={"energy": norm(total) ** 2, "kept_energy": 0.0})

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import fresh_adapter
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, energy_rank, from_svd, numerical_rank, weighted_sum
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, energy_rank, from_svd, numerical_rank
+from fedmomentum.sums import Matrix, exact_sum, norm, strongest
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,20 @@ class FLoRIST(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Cut one module's sum; see `Method`. Findings: energies, `dropped_energy`; the adapter keeps nothing."""
         check_updates(updates, weights, rank)
-        dtype, total = adapter_dtype(updates), weighted_sum(updates, weights)
-        U, S, Vh = total.svd()
-        p = energy_rank(S, self.energy) if self.energy < 1 else numerical_rank(S, total.shape, CORE_DTYPE)
+        dtype, shape, device = adapter_dtype(updates), updates[0].shape, updates[0].device
+        adapter = fresh_adapter(shape, rank, generator, dtype=dtype, device=device)
+        generator = generator or torch.Generator().manual_seed(0)
+        U, S, Vh, beyond = strongest(exact_sum(updates, weights), rank, generator, energy=self.energy)
+        energies, missed = S.square(), norm(beyond) ** 2 if beyond is not None else 0.0
+        energy = float(energies.sum()) + missed
+        share = self.energy * energy / (energy - missed) if energy else 1.0  # of what was looked for
+        p = energy_rank(S, share) if self.energy < 1 else numerical_rank(S, shape, CORE_DTYPE)
         residual = from_svd(U[:, :p], S[:p], Vh[:p], dtype)
-        adapter = fresh_adapter(total.shape, rank, generator, dtype=dtype, device=total.device)
-        energies = S.square()
-        findings = {"energy": float(energies.sum()), "kept_energy": 0.0, "dropped_energy": float(energies[p:].sum())}
+        findings = {"energy": energy, "kept_energy": 0.0, "dropped_energy": float(energies[p:].sum()) + missed}
         return Aggregate(adapter, residual, findings=findings)

@@ -15,6 +15,7 @@ from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check
 from fedmomentum.aggregation.factors import averaging_error, check_equal_ranks, mean_factors
 from fedmomentum.aggregation.gauge import balanced_split
 from fedmomentum.lowrank import CORE_DTYPE, LowRank, difference
+from fedmomentum.sums import Matrix, norm
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class FRLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
@@ -77,6 +78,6 @@ class FRLoRA(Method):
                 "for it. That start is made of the base's own weights, so this method works within a run only"
             )
         dtype, mean = adapter_dtype(updates), mean_factors(updates, weights)
-        lost = averaging_error(updates, weights, mean).norm() ** 2
+        lost = norm(averaging_error(updates, weights, mean)) ** 2
         residual = difference(mean, reference)
         return Aggregate(reference.to(dtype), residual.to(dtype), findings={"dropped_energy": lost})

@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import averaging_error, mean_factors
-from fedmomentum.lowrank import LowRank, weighted_sum
+from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Each, Matrix, norm, plus
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,15 @@ class HetLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Pad and average one module; see `Method`. Findings: `dropped_energy`."""
         check_updates(updates, weights, rank)
         widest = max(rank, *(u.rank for u in updates))
-        padded = [LowRank(pad(u.B, (0, widest - u.rank)), pad(u.A, (0, 0, 0, widest - u.rank))) for u in updates]
+        padded = Each(lambda u: LowRank(pad(u.B, (0, widest - u.rank)), pad(u.A, (0, 0, 0, widest - u.rank))), updates)
         mean = mean_factors(padded, weights)
         adapter, tail = self.localise(mean, rank)
-        lost = weighted_sum([averaging_error(padded, weights, mean), tail], [1.0, 1.0])
-        return Aggregate(adapter.to(adapter_dtype(updates)), findings={"dropped_energy": lost.norm() ** 2})
+        lost = plus(averaging_error(padded, weights, mean), tail)
+        return Aggregate(adapter.to(adapter_dtype(updates)), findings={"dropped_energy": norm(lost) ** 2})

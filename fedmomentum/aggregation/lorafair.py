@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import check_equal_ranks, mean_factors
-from fedmomentum.lowrank import LowRank, difference, weighted_sum
+from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix, exact_sum, plus
+from fedmomentum.sums import norm as norm_of
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,23 @@ class LoRAFAIR(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:
         """Average and correct one module; see `Method`. Findings: `cosine` with the sum, `dropped_energy`."""
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
-        mean, total = mean_factors(updates, weights), weighted_sum(updates, weights)
-        G, norm = total.B @ (total.A @ mean.A.mT), total.norm()  # Delta A^T, (out, rank)
+        mean, total = mean_factors(updates, weights), exact_sum(updates, weights)
+        norm = norm_of(total)
+        # Delta A^T, (out, rank)
+        G = total.B @ (total.A @ mean.A.mT) if isinstance(total, LowRank) else total @ mean.A.mT
         solve = cosine_minimiser if self.objective == "cosine" else ridge_minimiser
         adapter = LowRank(solve(G, mean, norm, self.strength), mean.A)
         size = norm * adapter.norm()
         findings = {
             "cosine": float((G * adapter.B).sum()) / size if size else 1.0,
-            "dropped_energy": difference(total, adapter).norm() ** 2,
+            "dropped_energy": norm_of(plus(total, adapter.scaled(-1))) ** 2,
         }
         return Aggregate(adapter.to(adapter_dtype(updates)), findings=findings)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import check_equal_ranks, check_shared, mean_factors
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import Matrix
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RoLoRA(Method):
         *,
         rank: int,
         reference: LowRank | None = None,
-        carried: LowRank | None = None,
+        carried: Matrix | None = None,
         server_round: int = 1,
         generator: torch.Generator | None = None,
     ) -> Aggregate:

@@ -14,6 +14,7 @@ from fedmomentum.aggregation.base import Method, adapter_dtype
 from fedmomentum.aggregation.unequal import with_tail
 from fedmomentum.errors import AdapterError
 from fedmomentum.lowrank import LowRank, zeros
+from fedmomentum.sums import Each, Matrix, rank_of, scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +30,8 @@ class AdapterAggregate:
     """
 
     adapter: Adapter
-    residual: Mapping[str, LowRank]
-    carried: Mapping[str, LowRank]
+    residual: Mapping[str, Matrix]
+    carried: Mapping[str, Matrix]
     findings: Mapping[str, Mapping[str, float]]
     weights: Tensor
 
@@ -109,12 +110,15 @@ def combine(
     ranks: Mapping[str, int],
     scalings: Mapping[str, float],
     reference: Adapter | None = None,
-    carried: Mapping[str, LowRank] | None = None,
+    carried: Mapping[str, Matrix] | None = None,
     server_round: int = 1,
     seed: int = 0,
     on_module: Callable[[int, int], None] | None = None,
 ) -> AdapterAggregate:
     """`aggregate_adapters` in the order given, for a round: see there and `Method` for the arguments.
+
+    A module is summed before the next is begun, and an adapter's factors are looked up when they are needed: adapters
+    that read them from disk (`Spool`) are never in memory together.
 
     Each method is handed `LowRank(B_i s_i / s, A_i)`, s being the output's scaling (or the ratio on A, in a round
     in which A alone is trained: what is shared stays shared); what leaves for the base, and what is carried, is
@@ -129,7 +133,7 @@ def combine(
     for number, (module, rank) in enumerate(ranks.items()):
         s = scalings[module]
         updates = _updates(adapters, module, s, method.trains(server_round))
-        dtype = adapter_dtype([a.modules[module] for a in adapters if module in a.modules])
+        dtype = adapter_dtype(Each(_factors_of(module), [a for a in adapters if module in a.modules]))
         held = (carried or {}).get(module)
         try:
             result = method(
@@ -137,7 +141,7 @@ def combine(
                 shares,
                 rank=rank,
                 reference=reference.modules[module] if reference else None,
-                carried=held.to(torch.float64).scaled(1 / s) if held else None,
+                carried=scaled(held.to(torch.float64), 1 / s, torch.float64) if held is not None else None,
                 server_round=server_round,
                 generator=torch.Generator().manual_seed(module_seed(seed, server_round, module)),
             )
@@ -145,10 +149,10 @@ def combine(
             names = ", ".join(f"{i}: {a.name}" for i, a in enumerate(adapters))
             raise AdapterError(f"module {module}: {error} (updates are {names})") from error
         parts[module] = result.adapter.to(dtype)
-        if result.residual is not None and result.residual.rank:
-            residual[module] = result.residual.scaled(s).to(dtype)
+        if result.residual is not None and rank_of(result.residual):
+            residual[module] = scaled(result.residual, s, dtype)
         if result.carried is not None:
-            kept[module] = result.carried.scaled(s).to(dtype)
+            kept[module] = scaled(result.carried, s, dtype)
         findings[module] = result.findings
         if on_module:
             on_module(number + 1, len(ranks))
@@ -258,21 +262,26 @@ def _norms(adapters: Sequence[Adapter]) -> Tensor:
     return torch.tensor(squares, dtype=torch.float64).sqrt()
 
 
-def _updates(adapters: Sequence[Adapter], module: str, scaling: float, trained: str) -> list[LowRank]:
+def _factors_of(module: str) -> Callable[[Adapter], LowRank]:
+    return lambda adapter: adapter.modules[module]
+
+
+def _updates(adapters: Sequence[Adapter], module: str, scaling: float, trained: str) -> Sequence[LowRank]:
     """The clients' factors of one module in the output's units; a client without the module counts as zero."""
     shapes = {a.name: a.modules[module].shape for a in adapters if module in a.modules}
     if len(set(shapes.values())) > 1:
         raise AdapterError(f"module {module} has different shapes: {shapes}; the adapters are of different models")
     nothing = zeros(next(iter(shapes.values())))
-    updates = []
-    for adapter in adapters:
-        update = adapter.modules.get(module, nothing)
+
+    def update(adapter: Adapter) -> LowRank:
+        factors = adapter.modules.get(module, nothing)
         ratio = adapter.scalings.get(module, scaling) / scaling
-        if ratio != 1:
-            update = update.to(torch.float64)
-            update = LowRank(update.B, update.A * ratio) if trained == "A" else update.scaled(ratio)
-        updates.append(update)
-    return updates
+        if ratio == 1:
+            return factors
+        factors = factors.to(torch.float64)
+        return LowRank(factors.B, factors.A * ratio) if trained == "A" else factors.scaled(ratio)
+
+    return Each(update, adapters)
 
 
 def _mean_saved(adapters: Sequence[Adapter], shares: Tensor) -> dict[str, Tensor]:

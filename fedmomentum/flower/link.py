@@ -255,10 +255,12 @@ class LinkGrid(Grid):
             self._arriving[message.metadata.message_id] = message, tree
         complete = []
         for message_id, (message, tree) in list(self._arriving.items()):
+            if message.metadata.reply_to_message_id not in wanted:
+                continue
             names = [part.object_id for part in iterate_object_tree(tree)]
             contents = {name: state.get_object(self._run_id, name) for name in names}
-            if message.metadata.reply_to_message_id not in wanted or b"" in contents.values():
-                continue  # not asked for now, or still arriving
+            if b"" in contents.values():
+                continue  # still arriving
             del self._arriving[message_id]
             state.object_store.delete(message_id)
             given_up = None in contents.values()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -80,7 +80,6 @@ def unpacked(content: RecordDict) -> tuple[bytes, float]:
 class _Pending:
     client: str
     session: Session
-    payload: bytes = field(repr=False)
     gone: float | None = None
     """Since when its connection is lost, and with it the question."""
 
@@ -151,26 +150,25 @@ class FlowerTransport:
         self._started = True
         return online
 
-    def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
+    def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Ask all at once; wait until each has answered or failed, but not beyond `round_seconds`.
 
         A client that loses its connection and comes back within that time is asked again; a round that has all
-        other answers waits no longer than `AWAY_SECONDS` for it.
+        other answers waits no longer than `AWAY_SECONDS` for it. Answers are fetched one at a time.
         """
-        answers: dict[str, bytes | Failure] = {}
         pending: dict[str, _Pending] = {}
         online, end = self._roster.online(), time.monotonic() + self._round_seconds
-        for client, payload in tasks.items():
-            if client in online:
-                self._push(_Pending(client, online[client], payload), end, pending, answers)
-            else:
-                answers[client] = self._failed(client, "not connected")
+        for client in tasks:
+            if client not in online:
+                yield client, self._failed(client, "not connected")
+            elif failure := self._push(_Pending(client, online[client]), tasks, end, pending):
+                yield client, failure
         checked = time.monotonic()
         while time.monotonic() < end and any(asked.may_answer() for asked in pending.values()):
-            self._collect(pending, answers)
+            yield from self._collect(pending)
             if time.monotonic() > checked + CHECK_SECONDS:
                 checked = time.monotonic()
-                self._ask_again(pending, answers, end)
+                yield from self._ask_again(pending, tasks, end)
             time.sleep(POLL_SECONDS)
         self._roster.withdraw(pending)
         for name, asked in pending.items():
@@ -178,42 +176,41 @@ class FlowerTransport:
             if asked.gone is None:
                 reason = f"no answer within {self._round_seconds:g} s"
                 self._late[name] = asked.client, time.monotonic()
-            answers[asked.client] = self._failed(asked.client, reason)
-        return answers
+            yield asked.client, self._failed(asked.client, reason)
 
     def _push(
-        self, asked: _Pending, end: float, pending: dict[str, _Pending], answers: dict[str, bytes | Failure]
-    ) -> None:
-        seconds = max(1.0, end - time.monotonic())
+        self, asked: _Pending, tasks: Mapping[str, bytes], end: float, pending: dict[str, _Pending]
+    ) -> Failure | None:
+        seconds, payload = max(1.0, end - time.monotonic()), tasks[asked.client]
         message = Message(
-            packed(asked.payload, seconds), asked.session.node_id, MessageType.TRAIN,
+            packed(payload, seconds), asked.session.node_id, MessageType.TRAIN,
             ttl=max(float(DEFAULT_TTL), 2 * self._round_seconds),
         )  # fmt: skip
         (name,) = self._grid.push_messages([message])
-        if name:
-            pending[name] = asked
-            self._observer("sent", {"client": asked.client, "bytes": len(asked.payload), "seconds": seconds})
-        else:
-            answers[asked.client] = self._failed(asked.client, "Flower did not take the message")
+        if not name:
+            return self._failed(asked.client, "Flower did not take the message")
+        pending[name] = asked
+        self._observer("sent", {"client": asked.client, "bytes": len(payload), "seconds": seconds})
+        return None
 
-    def _collect(self, pending: dict[str, _Pending], answers: dict[str, bytes | Failure]) -> None:
+    def _collect(self, pending: dict[str, _Pending]) -> Iterator[tuple[str, bytes | Failure]]:
+        """What has come, message by message: Flower's store keeps the others until they are asked for."""
         waiting = [name for name, asked in pending.items() if asked.gone is None]
-        for reply in self._grid.pull_messages([*waiting, *self._late]):
-            name = reply.metadata.reply_to_message_id
-            if name in self._late:
-                client, since = self._late.pop(name)
-                if reply.has_content():
-                    LOG.warning("%s answered %.0f s too late; ignored", client, time.monotonic() - since)
-                    self._observer("late", {"client": client})
-                continue
-            if name not in pending:
-                continue
-            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                pending[name].gone = time.monotonic()
-                LOG.warning("%s lost its connection", pending[name].client)
-                continue
-            asked = pending.pop(name)
-            answers[asked.client] = self._answer(asked.client, reply)
+        for asked_for in [*waiting, *self._late]:
+            for reply in self._grid.pull_messages([asked_for]):
+                name = reply.metadata.reply_to_message_id
+                if name in self._late:
+                    client, since = self._late.pop(name)
+                    if reply.has_content():
+                        LOG.warning("%s answered %.0f s too late; ignored", client, time.monotonic() - since)
+                        self._observer("late", {"client": client})
+                elif name in pending:
+                    if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                        pending[name].gone = time.monotonic()
+                        LOG.warning("%s lost its connection", pending[name].client)
+                        continue
+                    asked = pending.pop(name)
+                    yield asked.client, self._answer(asked.client, reply)
 
     def _answer(self, client: str, reply: Message) -> bytes | Failure:
         if reply.has_error():
@@ -225,7 +222,9 @@ class FlowerTransport:
         self._observer("answered", {"client": client, "bytes": len(payload)})
         return payload
 
-    def _ask_again(self, pending: dict[str, _Pending], answers: dict[str, bytes | Failure], end: float) -> None:
+    def _ask_again(
+        self, pending: dict[str, _Pending], tasks: Mapping[str, bytes], end: float
+    ) -> Iterator[tuple[str, Failure]]:
         """Ask clients anew that have started anew since they were asked; the old question is lost to them."""
         online = self._roster.online()
         self._observer("nodes", {"registered": self._roster.registered(), "online": sorted(online)})
@@ -234,7 +233,8 @@ class FlowerTransport:
             if now is not None and (asked.gone is not None or now != asked.session):
                 del pending[name]
                 LOG.warning("%s came back; it is asked again", asked.client)
-                self._push(_Pending(asked.client, now, asked.payload), end, pending, answers)
+                if failure := self._push(_Pending(asked.client, now), tasks, end, pending):
+                    yield asked.client, failure
 
     def _failed(self, client: str, reason: str) -> Failure:
         self._observer("failed", {"client": client, "reason": reason})

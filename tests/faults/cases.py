@@ -412,7 +412,7 @@ def paths_from_server(fed: Federation) -> str:
         assert list(transport.clients()) == ["site0"]
 
         def ask(task: Task) -> bytes | Failure:
-            return transport.send_and_receive({"site0": encode_task(task)})["site0"]
+            return dict(transport.send_and_receive({"site0": encode_task(task)}))["site0"]
 
         describe = Task("describe", "run", "site0", 0, manifest={}, settings={"adapter": False})
         reply = decode_reply(ask(describe), describe, 2**20)

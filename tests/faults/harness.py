@@ -395,12 +395,12 @@ class Reference(InProcessTransport):
         self._asked += 1
         return [name for name in super().clients() if ("gone", self._asked, name) not in self._fails]
 
-    def send_and_receive(self, tasks: Mapping[str, bytes]) -> dict[str, bytes | Failure]:
+    def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Ask those that do not fail."""
         asked = {name: decode_task(payload) for name, payload in tasks.items()}
         failed = {name for name, task in asked.items() if (task.kind, task.server_round, name) in self._fails}
-        answers: dict[str, bytes | Failure] = {name: Failure("as ordered") for name in failed}
-        return answers | super().send_and_receive({name: p for name, p in tasks.items() if name not in failed})
+        yield from ((name, Failure("as ordered")) for name in failed)
+        yield from super().send_and_receive({name: p for name, p in tasks.items() if name not in failed})
 
 
 # ── clients of our own, for what no node of ours does ──
