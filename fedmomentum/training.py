@@ -288,6 +288,10 @@ class _CompletionTrainer(Trainer):
         batches = steps * self.args.gradient_accumulation_steps if steps > 0 else math.ceil(len(lengths) / size)
         return _ByLength(lengths, size, batches)
 
+    def get_decay_parameter_names(self, model):  # type: ignore[no-untyped-def]  # noqa: D102
+        # Without decay nobody needs to know; finding out walks over all modules several times.
+        return super().get_decay_parameter_names(model) if self.args.weight_decay else []
+
     def floating_point_ops(self, inputs):  # type: ignore[no-untyped-def]  # noqa: D102
         # An estimate that nobody reads; it walks over all of the model's parameters in every step.
         del inputs
