@@ -1,178 +1,199 @@
-"""What a LoRA training step costs on this machine, and which settings matter.
+"""What a LoRA training step costs on this machine: our `train` against a plain loop, and which settings matter.
 
-Run: python benchmarks/training_speed.py [--model FOLDER] [--length 64] [--batch-size 8] [--repeats 7]
+    python benchmarks/training_speed.py [--only train settings merged] [--model FOLDER] [--threads 2] [--json FILE]
 
-Each row changes one thing against the first. The rows take turns, so that a slow minute of the machine hits all of
-them, and the table gives medians. Default model: the embedded SmolLM2-135M-Instruct.
+train: `fedmomentum.training.train` against a plain PyTorch loop over the same batches of the same model, taken in turn;
+paired ratios. settings: one step each, one thing changed against the first. merged: one linear module, forward and
+backward: its weight in float32 against the weight in 16 bits beside a float32 branch that holds what was merged.
+Default model: the embedded SmolLM2-135M-Instruct; the rows have the lengths of the default job's.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Target, alternate, environment, medians, print_targets, write_json
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fedmomentum.data.batches import completion_batch, model_inputs, next_token_pairs
+from fedmomentum.base import HeldBase
+from fedmomentum.data.batches import IGNORED, completion_batch, model_inputs, next_token_pairs
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.embedded import smollm2_folder
+from fedmomentum.live import quiet_libraries
+from fedmomentum.peft_io import lora_layers
 from fedmomentum.training import train
 
-TARGETS = ["q_proj", "v_proj"]
-TRAINER_STEPS = 4
+CONSOLE = Console()
+STEPS = 5  # the default job's local-steps
+BATCH = 8
+LENGTHS = [20, 22, 24, 25, 26, 28, 31, 37]  # mean 26.6, longest 37: a usual batch of the default job
+ANSWER = 8
 
 
-def lora_model(folder: str, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).train()
-
-
-def base_layers(model: nn.Module) -> list[nn.Linear]:
-    return [module for name, module in model.named_modules() if name.endswith("base_layer")]
-
-
-def adapted_in_float32(model: nn.Module) -> nn.Module:
-    """Hold the adapted modules' own weights in float32; the rest of the model stays as it is."""
-    for layer in base_layers(model):
-        layer.float()
-        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-        layer.register_forward_hook(lambda _, __, output: output.bfloat16())
+def lora_model(folder: str, dtype: torch.dtype = torch.bfloat16, *, attention: str = "sdpa", held: bool = True) -> Any:
+    """The model as a client trains it: adapted modules in float32 where `held`."""
+    with quiet_libraries():
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])).train()
+    if held:
+        HeldBase({module: layer.base_layer for module, layer in lora_layers(model).items()}, Path(folder))
     return model
 
 
-def with_side_branch(model: nn.Module, rank: int) -> nn.Module:
-    """Add a frozen float32 branch of the given rank to each adapted module, as accumulated residuals would be."""
-
-    def hook(layer, inputs, output, *, A, B):
-        del layer
-        return output + F.linear(F.linear(inputs[0].float(), A), B).to(output.dtype)
-
-    for layer in base_layers(model):
-        A, B = torch.randn(rank, layer.in_features) * 1e-3, torch.randn(layer.out_features, rank) * 1e-3
-        layer.register_forward_hook(partial(hook, A=A, B=B))
-    return model
-
-
-def rows(batch_size: int, length: int, answer: int, *, padded: bool) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Return random rows, all of one length or (padded) from half of it upwards, and their prompts' lengths."""
+def example_rows(lengths: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Random rows of these lengths, and the lengths of their prompts."""
     generator = torch.Generator().manual_seed(0)
-    lengths = [length - (i * length // (2 * batch_size) if padded else 0) for i in range(batch_size)]
     ids = [tuple(torch.randint(3, 40000, (n,), generator=generator).tolist()) for n in lengths]
-    return ids, [n - answer for n in lengths]
+    return ids, [n - ANSWER for n in lengths]
 
 
-def by_slice(inputs: dict) -> dict:
-    return {**inputs, "logits_to_keep": len(inputs["logits_to_keep"])}
+def optimiser(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0, fused=True)
 
 
-def step(model: nn.Module, optimiser: torch.optim.Optimizer, batch: dict, change: Callable[[dict], dict]) -> None:
-    inputs = change(model_inputs(model, batch))
-    logits, labels = next_token_pairs(model(**inputs).logits, batch["labels"])
-    F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()).backward()
-    optimiser.step()
-    optimiser.zero_grad()
+def step(model: nn.Module, adamw: torch.optim.Optimizer, batch: dict, change: Callable[[dict], dict] = dict) -> None:
+    """One step as our trainer makes it: loss on completions, gradients clipped to norm 1."""
+    logits, labels = next_token_pairs(model(**change(model_inputs(model, batch))).logits, batch["labels"])
+    F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED).backward()
+    torch.nn.utils.clip_grad_norm_([p for group in adamw.param_groups for p in group["params"]], 1.0)
+    adamw.step()
+    adamw.zero_grad()
 
 
-def forward(model: nn.Module, batch: dict, mode: Callable) -> None:
-    with mode():
-        model(**model_inputs(model, batch))
-
-
-def variants(folder: str, batch_size: int, length: int, answer: int) -> dict[str, tuple[Callable[[], None], int]]:
-    """Return name -> (what to time, how many steps that is)."""
-    whole = completion_batch(*rows(batch_size, length, answer, padded=False), 0)
-    padded = completion_batch(*rows(batch_size, length, answer, padded=True), 0)
-    ones = whole["attention_mask"]
-
-    def stepping(model, batch=whole, change=lambda inputs: inputs):
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        return partial(step, model, optimiser, batch, change), 1
-
-    def with_threads(number, action):
-        def run():
-            before = torch.get_num_threads()
-            torch.set_num_threads(number)
-            action()
-            torch.set_num_threads(before)
-
-        return run
-
-    def flushing(action):
-        def run():
-            torch.set_flush_denormal(True)
-            action()
-            torch.set_flush_denormal(False)
-
-        return run
-
+def compare_train(folder: str, repeats: int) -> tuple[dict[str, Any], list[Target]]:
+    """A client's whole local training: `STEPS` steps with a fresh optimiser, and everything the trainer does around."""
     model = lora_model(folder)
-    base = stepping(model)
-    ids, num_prompt = rows(batch_size, length, answer, padded=False)
-    examples = TokenisedExamples(tuple(ids), tuple(num_prompt), ("",) * batch_size, (False,) * batch_size, 0)
-    trainer = partial(
-        train,
-        model,
-        examples,
-        pad_token_id=0,
-        learning_rate=1e-4,
-        local_steps=TRAINER_STEPS,
-        local_epochs=None,
-        batch_size=batch_size,
-        seed=0,
-    )
-    return {
-        "bfloat16, sdpa, no mask, logits of the answer": base,
-        f"the same by train(), {TRAINER_STEPS} steps a call": (trainer, TRAINER_STEPS),
-        "attention: eager": stepping(lora_model(folder, attention="eager")),
-        "mask of ones": stepping(model, change=lambda inputs: {**inputs, "attention_mask": ones}),
-        "rows padded on the left (mean 3/4 full)": stepping(model, padded),
-        "all logits": stepping(model, change=lambda inputs: {**inputs, "logits_to_keep": 0}),
-        "logits of the answer by a slice": stepping(model, change=by_slice),
+    ids, prompts = example_rows(LENGTHS)
+    examples = TokenisedExamples(tuple(ids), tuple(prompts), ("",) * BATCH, (False,) * BATCH, 0)
+    batch = completion_batch(ids, prompts, 0)
+
+    def plain() -> None:
+        adamw = optimiser(model)
+        for _ in range(STEPS):
+            step(model, adamw, batch)
+
+    ours = partial(
+        train, model, examples, pad_token_id=0, learning_rate=1e-4, local_steps=STEPS, local_epochs=None,
+        batch_size=BATCH, seed=0,
+    )  # fmt: skip
+    seconds = alternate({"plain loop": plain, "train()": ours}, repeats)
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    tokens = STEPS * sum(LENGTHS)
+    table = Table("local training of 5 steps", "s", "s a step", "tokens/s", "ratio to plain, paired")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        shown = f"{ratio:.3f}" if name == "train()" else "1"
+        table.add_row(name, f"{median:.3f}", f"{median / STEPS:.3f}", f"{tokens / median:.0f}", shown)
+    CONSOLE.print(table)
+    return seconds, [Target.at_least("tokens/s of train() against a plain loop", 0.97, ratio)]
+
+
+def compare_settings(folder: str, repeats: int) -> tuple[dict[str, Any], list[Target]]:
+    """One step, one thing changed."""
+    padded = completion_batch(*example_rows(LENGTHS), 0)
+    whole = completion_batch(*example_rows([round(sum(LENGTHS) / BATCH)] * BATCH), 0)  # as many tokens, no padding
+    model, plain = lora_model(folder), lora_model(folder, held=False)
+    no_mask = next(iter(model_inputs(model, whole)))
+
+    def stepping(model: nn.Module, batch: dict = padded, change: Callable[[dict], dict] = dict) -> Callable[[], None]:
+        return partial(step, model, optimiser(model), batch, change)
+
+    sides = {
+        "as clients train: bfloat16, adapted modules in float32": stepping(model),
+        "adapted modules in bfloat16 too": stepping(plain),
         "float32 base": stepping(lora_model(folder, torch.float32)),
-        "adapted modules in float32": stepping(adapted_in_float32(lora_model(folder))),
-        "float32 side branch, rank 24": stepping(with_side_branch(lora_model(folder), 24)),
-        "float32 side branch, rank 120": stepping(with_side_branch(lora_model(folder), 120)),
-        "flush denormals": (flushing(base[0]), 1),
-        "one thread": (with_threads(1, base[0]), 1),
-        "forward only, no_grad": (partial(forward, model, whole, torch.no_grad), 1),
-        "forward only, inference_mode": (partial(forward, model, whole, torch.inference_mode), 1),
+        "attention: eager": stepping(lora_model(folder, attention="eager")),
+        "logits of all positions": stepping(model, padded, lambda inputs: {**inputs, "logits_to_keep": 0}),
+        "logits by a slice": stepping(
+            model, padded, lambda inputs: {**inputs, "logits_to_keep": len(inputs["logits_to_keep"])}
+        ),
+        "as many tokens without padding": stepping(model, whole),
+        "the same with a mask of ones": stepping(
+            model, whole, lambda inputs: {**inputs, "attention_mask": torch.ones_like(inputs[no_mask])}
+        ),
     }
+    seconds = alternate(sides, repeats)
+    found = medians(seconds)
+    first = next(iter(found.values()))
+    table = Table(f"a step of {BATCH} rows, {sum(LENGTHS)} tokens", "s", "times the first")
+    for name, median in found.items():
+        table.add_row(name, f"{median:.3f}", f"{median / first:.2f}")
+    CONSOLE.print(table)
+    return seconds, [
+        Target.at_least(
+            "all logits against the answers' only, times", 1, found["logits of all positions"] / first
+        )
+    ]  # fmt: skip
+
+
+def compare_merged(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
+    """Which way of keeping what was merged is cheaper in a step, by size, rank and tokens."""
+    rows = []
+    for size, ranks in ((576, (24, 120, 480)), (2048, (24, 120, 480))):
+        linear = nn.Linear(size, size, bias=False).requires_grad_(False)
+        wide, narrow = linear.weight.data, linear.weight.data.bfloat16()
+        for tokens in (64, 512):
+            x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
+
+            def in_float32(x: torch.Tensor = x, wide: torch.Tensor = wide) -> None:
+                F.linear(x.float(), wide).bfloat16().sum().backward()
+
+            def branch(A: torch.Tensor, B: torch.Tensor, x: torch.Tensor, narrow: torch.Tensor) -> None:
+                (F.linear(x, narrow) + F.linear(F.linear(x.float(), A), B).bfloat16()).sum().backward()
+
+            sides = {
+                "float32": in_float32,
+                "bfloat16, nothing merged": lambda x=x, w=narrow: F.linear(x, w).sum().backward(),
+            }
+            for rank in ranks:
+                A, B = torch.randn(rank, size), torch.randn(size, rank)
+                sides[f"branch of rank {rank}"] = partial(branch, A, B, x, narrow)
+            found = medians(alternate(sides, 2 * repeats))
+            row = {name: 1000 * seconds for name, seconds in found.items()}
+            rows.append({"size": size, "tokens": tokens, **row})
+    table = Table(*("size", "tokens"), *(f"{name}, ms" for name in list(rows[0])[2:]))
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    CONSOLE.print(table)
+    return rows, []
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=["train", "settings", "merged"])
     parser.add_argument("--model", help="folder of the base model; default: the embedded one")
-    parser.add_argument("--length", type=int, default=64, help="tokens in a row")
-    parser.add_argument("--answer", type=int, default=6, help="of which the answer's")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(options.threads)
-
     folder = options.model or str(smollm2_folder(print))
-    table = variants(folder, options.batch_size, options.length, options.answer)
-    times: dict[str, list[float]] = {name: [] for name in table}
-    for repeat in range(options.repeats + 1):
-        for name, (action, num_steps) in table.items():
-            start = time.perf_counter()
-            action()
-            if repeat > 0:  # the first turn warms up
-                times[name].append((time.perf_counter() - start) / num_steps)
-    tokens = options.batch_size * options.length
-    reference = statistics.median(next(iter(times.values())))
-    print(f"batch {options.batch_size} x {options.length} tokens, {options.threads} threads, torch {torch.__version__}")
-    print(f"{'':48} {'s/step':>8} {'min':>8} {'tokens/s':>9} {'ratio':>6}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"{name:48} {median:8.3f} {min(values):8.3f} {tokens / median:9.0f} {median / reference:6.2f}")
+    measured: dict[str, Any] = {}
+    targets: list[Target] = []
+    parts = {
+        "train": lambda: compare_train(folder, options.repeats),
+        "settings": lambda: compare_settings(folder, options.repeats),
+        "merged": lambda: compare_merged(options.repeats),
+    }
+    for name in options.only:
+        measured[name], more = parts[name]()
+        targets += more
+    print_targets(targets, console=CONSOLE)
+    if options.json:
+        write_json(options.json, targets=targets, environment=environment("transformers", "peft"), **measured)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ since. Every transport ends in `client_step`.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +54,42 @@ TrainFunction = Callable[..., TrainReport]
 on_step) -> TrainReport`: trains the model's trainable parameters in place. `fedmomentum.training.train` is one."""
 
 
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model as it was loaded, for any number of `LocalModel`s of one process.
+
+    Attributes:
+        folder: where it lies.
+        identity: which it is.
+        tokenizer: its tokenizer.
+        model: never trained nor changed itself.
+    """
+
+    folder: Path
+    identity: BaseIdentity
+    tokenizer: Any
+    model: Any = field(repr=False)
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> LoadedBase:
+        """Find, identify and load the configuration's base.
+
+        Raises:
+            ModelError: it cannot be found or loaded.
+        """
+        folder = resolve_base(model.name, model.revision)
+        device = pick_device(model.device)
+        return cls(
+            folder, identify(model.name, folder, model.revision), load_tokenizer(folder),
+            load_base(folder, pick_dtype(model.dtype, device), device),
+        )  # fmt: skip
+
+    def copy(self) -> Any:
+        """Another model of the same tensors, to put an adapter on: only its modules are new."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+
+
 class LocalModel:
     """The base model of this process with one live adapter, set to any global model at will.
 
@@ -61,18 +98,25 @@ class LocalModel:
         lora: the run's adapter; where `own` is given, that is what is attached here.
         seed: of the adapter's initialisation.
         own: what this party trains, if it is less.
+        loaded: the base, where this process has it: its weights are shared, but for those of the adapted modules.
 
     Raises:
         ModelError: the base cannot be found or loaded.
         AdapterError: the adapter does not fit the base.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraConfig, *, seed: int, own: LoraConfig | None = None) -> None:
-        self.folder: Path = resolve_base(model.name, model.revision)
-        self.identity: BaseIdentity = identify(model.name, self.folder, model.revision)
-        device = pick_device(model.device)
-        self.tokenizer = load_tokenizer(self.folder)
-        base = load_base(self.folder, pick_dtype(model.dtype, device), device)
+    def __init__(
+        self,
+        model: ModelConfig,
+        lora: LoraConfig,
+        *,
+        seed: int,
+        own: LoraConfig | None = None,
+        loaded: LoadedBase | None = None,
+    ) -> None:
+        loaded = loaded or LoadedBase.of(model)
+        self.folder, self.identity, self.tokenizer = loaded.folder, loaded.identity, loaded.tokenizer
+        base = loaded.copy()
         self.num_parameters = sum(p.numel() for p in base.parameters())
         self.dtype = base.dtype
         self.peft = _attached(base, lora, seed)

@@ -20,7 +20,7 @@ import torch
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.client import Client, LocalModel, TrainFunction, client_step, installed
+from fedmomentum.client import Client, LoadedBase, LocalModel, TrainFunction, client_step, installed
 from fedmomentum.config import Config, LoraConfig, differences, load_config, own_facts, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData
@@ -144,9 +144,10 @@ def prepare(
     say("Reading the data")
     parties = _load_data(config)
     say(f"Loading {config.model.name}")
-    local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"))
+    loaded = LoadedBase.of(config.model)
+    local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"), loaded=loaded)
     clients = _tokenised(config, parties, local, out, function, on_step)
-    locals_ = _own_models(config, local, [client.client_id for client in clients])
+    locals_ = _own_models(config, local, loaded, [client.client_id for client in clients])
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
         resumed = folder.resume() if resume else None
@@ -163,8 +164,8 @@ def prepare(
     return Run(config, method, folder, local, locals_, clients, model, state, plan, partition_table(parties))
 
 
-def _own_models(config: Config, local: LocalModel, names: Sequence[str]) -> dict[str, LocalModel]:
-    """A model for each thing that clients train: one for all, unless some train less."""
+def _own_models(config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]) -> dict[str, LocalModel]:
+    """A model for each thing that clients train: one for all, unless some train less; all on one base."""
     lora = config.lora
     if unknown := sorted(set(lora.clients) - set(names)):
         raise ConfigError(f"lora.clients names {unknown[0]}, which is no client; there are {', '.join(names)}")
@@ -173,7 +174,8 @@ def _own_models(config: Config, local: LocalModel, names: Sequence[str]) -> dict
     for name in names:
         own = lora.of(name)
         if not any(own == other for other, _ in made):
-            made.append((own, LocalModel(config.model, lora, seed=derive(config.run.seed, "adapter"), own=own)))
+            seed = derive(config.run.seed, "adapter")
+            made.append((own, LocalModel(config.model, lora, seed=seed, own=own, loaded=loaded)))
         found[name] = next(model for other, model in made if other == own)
     return found
 

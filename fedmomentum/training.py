@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fedmomentum.data.batches import IGNORED, completion_batch, inner_model, model_inputs, next_token_pairs
@@ -166,7 +166,6 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.progress, trainer.penalty = progress, penalty
         trainer.train()
-        del trainer, settings  # in cycles with its optimiser and callbacks: the collection that follows takes them
     if not all(parameter.isfinite().all() for parameter in trained):
         raise FedMomentumError(
             f"a trained weight is no longer finite after {progress.step} steps at learning rate {learning_rate:g}, "
@@ -207,6 +206,31 @@ class _Rows(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Sequence[int], int]:
         return self._examples.input_ids[index], self._examples.num_prompt_tokens[index]
+
+
+class _ByLength(Sampler[int]):
+    """A random order whose batches hold rows of like length, so that little is padded.
+
+    The first ``num_batches`` batches hold the examples that a random order would put there, only dealt out otherwise,
+    and so on. transformers' own sampler starts with the longest of fifty batches: a client that makes a few steps a
+    round would train on nothing else.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, num_batches: int) -> None:
+        self._lengths, self._batch_size, self._num_batches = lengths, batch_size, num_batches
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self._lengths)).tolist()  # the trainer has seeded the global generator
+        window, size = self._num_batches * self._batch_size, self._batch_size
+        for start in range(0, len(order), window):
+            rows = sorted(order[start : start + window], key=self._lengths.__getitem__)
+            whole = len(rows) // size
+            for batch in torch.randperm(whole).tolist():
+                yield from rows[batch * size : (batch + 1) * size]
+            yield from rows[whole * size :]  # a short batch stays the last, or it would shift those behind it
 
 
 class _Progress(TrainerCallback):
@@ -254,6 +278,19 @@ class _CompletionTrainer(Trainer):
     loss_is_scaled_for_ga = True
     progress: _Progress
     penalty: Callable[[], Tensor] | None = None
+
+    def _get_train_sampler(self, train_dataset=None):  # type: ignore[no-untyped-def]
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset
+        lengths = [len(rows[i][0]) for i in range(len(rows))]
+        size, steps = self.args.per_device_train_batch_size, self.args.max_steps
+        batches = steps * self.args.gradient_accumulation_steps if steps > 0 else math.ceil(len(lengths) / size)
+        return _ByLength(lengths, size, batches)
+
+    def get_decay_parameter_names(self, model):  # type: ignore[no-untyped-def]  # noqa: D102
+        # Without decay nobody needs to know; finding out walks over all modules several times.
+        return super().get_decay_parameter_names(model) if self.args.weight_decay else []
 
     def floating_point_ops(self, inputs):  # type: ignore[no-untyped-def]  # noqa: D102
         # An estimate that nobody reads; it walks over all of the model's parameters in every step.
@@ -307,10 +344,10 @@ def _check_numbers(learning_rate: float, local_steps: int | None, local_epochs: 
 
 @contextmanager
 def _older_objects_left_alone() -> Iterator[None]:
-    """Collect garbage among the objects made meanwhile only, also once at the end; those from before stay out of it.
+    """Keep the objects that are there already out of garbage collection, for a while.
 
-    The trainer collects garbage when it starts. That would look at every object of every library: a fifth of a second,
-    at each client in each round. What the training itself leaves, optimiser moments too, is freed at its end.
+    The trainer collects garbage when it starts. That would look at every object of every library: a fifth of a second
+    and more, for each client in each round.
     """
     if gc.get_freeze_count():  # Somebody else has put objects aside, and wants them to stay there.
         yield
@@ -319,7 +356,6 @@ def _older_objects_left_alone() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
         gc.unfreeze()
 
 

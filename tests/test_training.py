@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
-from fedmomentum.training import PASSED_ON, SET_ELSEWHERE, TrainReport, check_arguments, train
+from fedmomentum.training import PASSED_ON, SET_ELSEWHERE, TrainReport, _ByLength, check_arguments, train
 from tests.tiny import PAD_TOKEN_ID, tiny_gpt2, tiny_llama
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
@@ -144,6 +144,39 @@ def test_steps_epochs_and_progress(folder):
     assert min(step[2] for step in seen) <= report.loss <= max(step[2] for step in seen)
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+def test_grouping_by_length_pads_less_and_trains_on_what_a_random_order_would_draw(steps):
+    """With few steps a sampler that sorts the longest to the front would train on them alone."""
+    lengths = torch.randint(1, 100, (43,), generator=torch.Generator().manual_seed(0)).tolist()
+    torch.manual_seed(3)
+    drawn = torch.randperm(43).tolist()
+    torch.manual_seed(3)
+    order = list(_ByLength(lengths, batch_size=4, num_batches=steps))
+    assert sorted(order) == list(range(43))
+
+    def padding(rows):
+        batches = [rows[i : i + 4] for i in range(0, 43, 4)]
+        return sum(max(lengths[i] for i in batch) * len(batch) for batch in batches) - sum(lengths)
+
+    for start in range(0, 43, 4 * steps):
+        assert set(order[start : start + 4 * steps]) == set(drawn[start : start + 4 * steps])
+    assert padding(order) < 0.8 * padding(drawn)
+
+
+def test_grouping_by_length_is_a_function_of_the_seed(folder):
+    results = []
+    for seed in (1, 1, 2):
+        model = new_model(folder)
+        report = train(
+            model,
+            tokens_of(folder),
+            **DEFAULTS | {"seed": seed},
+            arguments={"train_sampling_strategy": "group_by_length"},
+        )
+        results.append((adapter_of(model), report.num_tokens))
+    assert same_bits(results[0][0], results[1][0]) and not same_bits(results[0][0], results[2][0])
+
+
 def test_learning_rate_is_constant_unless_asked_otherwise(folder, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
@@ -202,6 +235,21 @@ def test_memory_does_not_grow_with_calls(folder):
         train(model, tokens, **DEFAULTS | {"local_steps": 1})
     assert num_tensors() == tensors
     assert psutil.Process().memory_info().rss - memory < 16 * 2**20
+
+
+def test_garbage_collection_is_left_as_it_was_and_nothing_of_the_trainer_stays(folder):
+    """Objects that somebody else has put aside stay aside; our own are taken back; the optimiser is gone at once."""
+    model, tokens = new_model(folder), tokens_of(folder)
+    gc.unfreeze()
+    train(model, tokens, **DEFAULTS | {"local_steps": 1})
+    assert gc.get_freeze_count() == 0 and gc.isenabled()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, torch.optim.AdamW)]
+    gc.freeze()
+    try:
+        train(model, tokens, **DEFAULTS | {"local_steps": 1})
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_loss_that_is_not_finite_is_refused_before_it_reaches_the_weights(folder):

@@ -46,6 +46,22 @@ def test_the_sum_is_exact_on_the_weights_that_clients_load(folder, tmp_path, own
     run.close()
 
 
+def test_models_of_one_process_share_all_weights_but_those_of_adapted_modules(folder, tmp_path):
+    run = prepare(config_of(folder, "all"), tmp_path / "run")
+    models = [local.peft.get_base_model() for local in {id(m): m for m in run.locals.values()}.values()]
+    adapted = set(run.local.held.layers)
+    run.close()
+    assert len(models) == 3 and adapted
+    first, *others = [
+        {name.replace(".base_layer", ""): p.data_ptr() for name, p in model.named_parameters() if "lora_" not in name}
+        for model in models
+    ]
+    for other in others:
+        assert other.keys() == first.keys()
+        own = {name.removesuffix(".weight") for name in first if other[name] != first[name]}
+        assert own == adapted
+
+
 @pytest.mark.parametrize("own", OWN)
 def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path, own):
     config, found = config_of(folder, own), {}
