@@ -62,14 +62,20 @@ def exact_sum(matrices: Sequence[LowRank], weights: Sequence[float] | Tensor, al
         ValueError: no matrices, shapes that differ, or another number of weights.
     """
     weights = [float(w) for w in weights]
-    factored = [matrix for matrix in also if isinstance(matrix, LowRank)]
-    out_size, in_size = (*matrices, *also)[0].shape if not matrices else matrices[0].shape
-    rank = sum(matrix.rank for matrix in matrices) + sum(matrix.rank for matrix in factored)
-    if len(factored) == len(also) and rank * (out_size + in_size) < out_size * in_size:
-        return weighted_sum([*matrices, *factored], weights + [1.0] * len(factored))
+    if not matrices and not also:
+        raise ValueError("no matrices to sum")
     if len(matrices) != len(weights):
         raise ValueError(f"one weight a matrix: got {len(matrices)} matrices, {len(weights)} weights")
-    device = matrices[0].device if matrices else also[0].device
+    first = matrices[0] if matrices else also[0]
+    (out_size, in_size), device = first.shape, first.device
+    factored, rank = [matrix for matrix in also if isinstance(matrix, LowRank)], 0
+    for part in (matrices, also):
+        for matrix in part:
+            if tuple(matrix.shape) != (out_size, in_size):
+                raise ValueError(f"a sum of a {out_size} x {in_size} matrix and one of {tuple(matrix.shape)}")
+            rank += matrix.rank if isinstance(matrix, LowRank) else 0
+    if len(factored) == len(also) and rank * (out_size + in_size) < out_size * in_size:
+        return weighted_sum([*matrices, *factored], weights + [1.0] * len(factored))
     total = torch.zeros(out_size, in_size, dtype=CORE_DTYPE, device=device)
     for part, scales in ((matrices, weights), (factored, [1.0] * len(factored))):
         for owners, B, A in _blocks(part):

@@ -1,0 +1,173 @@
+"""What the benchmarks share: alternating timings, the machine's own limits, and targets met or not.
+
+    from common import Target, alternate, environment, machine_limits, medians, print_targets, write_json
+
+A ratio is measured within one process: `alternate` runs the sides in turn, so that a machine that slows down slows
+all of them, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Sides = Mapping[str, Callable[[], Any]]
+
+
+def alternate(sides: Sides, repeats: int, *, warmups: int = 1) -> dict[str, list[float]]:
+    """Seconds of every run of every side, the sides taken in turn `repeats` times after `warmups` unmeasured turns.
+
+    On a GPU each side is waited for, so that the time is that of the work and not of its launch.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warmups + repeats):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmups:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of each side."""
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+# ── the machine ──
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do, best of several runs, with the threads that torch has now.
+
+    Attributes:
+        copy: GB/s of `a = b` over arrays that no cache holds, read and write counted (STREAM's copy).
+        triad: GB/s of `a = b + s c`, two reads and a write counted (STREAM's triad).
+        float32: GFLOP/s of a 2048 x 2048 x 2048 matrix product.
+        float64: the same in float64.
+    """
+
+    copy: float
+    triad: float
+    float32: float
+    float64: float
+
+    def seconds(self, *, gigabytes: float = 0.0, float32: float = 0.0, float64: float = 0.0) -> float:
+        """The least time for so much memory traffic and so many GFLOP, at these rates and without overlap."""
+        return gigabytes / self.triad + float32 / self.float32 + float64 / self.float64
+
+
+def machine_limits(*, repeats: int = 5) -> Limits:
+    """Measure `Limits`; about two seconds."""
+    a, b, c = (torch.ones(2**26) for _ in range(3))  # 256 MB each
+    copy = _best(lambda: a.copy_(b), repeats)
+    triad = _best(lambda: torch.add(b, c, alpha=0.5, out=a), repeats)
+    size = a.numel() * a.element_size() / 1e9
+    rates = {}
+    for dtype in (torch.float32, torch.float64):
+        x, y = (torch.rand(2048, 2048, dtype=dtype) for _ in range(2))
+        rates[dtype] = 2 * 2048**3 / 1e9 / _best(lambda x=x, y=y: x @ y, repeats)
+    return Limits(2 * size / copy, 3 * size / triad, rates[torch.float32], rates[torch.float64])
+
+
+def _best(run: Callable[[], Any], repeats: int) -> float:
+    return min(alternate({"": run}, repeats)[""])
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """What a measurement depends on: processor, threads, and the versions of Python, torch and `packages`."""
+    versions = {}
+    for package in ("torch", *packages):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# ── targets ──
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that was wanted of a measurement.
+
+    Attributes:
+        name: what is measured, and of what.
+        wanted: the bound as text, such as `at least 20`.
+        got: the measured number.
+        met: whether it keeps the bound.
+    """
+
+    name: str
+    wanted: str
+    got: float
+    met: bool
+
+    @classmethod
+    def at_least(cls, name: str, bound: float, got: float) -> Target:
+        """Met where `got >= bound`."""
+        return cls(name, f"at least {bound:g}", got, got >= bound)
+
+    @classmethod
+    def at_most(cls, name: str, bound: float, got: float) -> Target:
+        """Met where `got <= bound`."""
+        return cls(name, f"at most {bound:g}", got, got <= bound)
+
+
+def print_targets(targets: Sequence[Target], *, title: str = "Targets", console: Console | None = None) -> None:
+    """A table of the targets: wanted, got, met or not."""
+    table = Table("target", "wanted", "got", "met", title=title, title_justify="left")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for target in targets:
+        told = "[green]met[/]" if target.met else "[red]not met[/]"
+        table.add_row(target.name, target.wanted, f"{target.got:.4g}", told)
+    (console or Console()).print(table)
+
+
+def write_json(path: str | Path, *, targets: Sequence[Target] = (), **measured: Any) -> None:
+    """One JSON file: `measured` as it is, and the targets. Dataclasses become tables, NaN and infinity null."""
+    payload = {**measured, "targets": list(targets)}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(_plain(payload), indent=1, sort_keys=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
