@@ -32,7 +32,7 @@ SHAPE = (23, 17)
 @given(
     ranks=st.lists(st.integers(0, 9), min_size=1, max_size=7),
     others=st.lists(st.sampled_from(["factors", "dense"]), max_size=2),
-    block=st.sampled_from([1, 5, 512]),
+    block=st.sampled_from([1, 5, 256]),
 )
 def test_a_sum_is_the_dense_one_in_either_form_and_the_smaller_of_the_two(ranks, others, block):
     matrices = [random_matrix(*SHAPE, rank, seed=i) for i, rank in enumerate(ranks)]
