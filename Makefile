@@ -61,6 +61,8 @@ bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/aggregation_speed.py
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/wire.py
 
 demo-seeds: $(STAMP)
 	$(BIN)/python experiments/demo_seeds.py
