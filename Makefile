@@ -61,6 +61,8 @@ bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/aggregation_speed.py
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/wire.py
 
 # the default job over three seeds, beside FedIT and each client alone; scored on all held-out examples
 demo-seeds: $(STAMP)

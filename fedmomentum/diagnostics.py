@@ -154,13 +154,15 @@ def round_diagnostics(
         S = exact_sum(sent, w)
         with_mean += inner_with_each(sent, S)
         _add(totals, PP=inner(P, P), SS=inner(S, S), SP=inner(S, P), live=inner(live, live))
-        del S  # so that one dense matrix is in memory
+        del S  # one dense sum at a time is in memory
         G = update[module]
         with_update += inner_with_each(sent, G)
         _add(totals, GG=inner(G, G), GP=inner(G, P))
         if last_update is not None and module in last_update:
             L = last_update[module]
             _add(totals, GL=inner(G, L), LL=inner(L, L))
+            del L
+        del G
     moved = own - 2 * with_start + totals["PP"]  # ||P_i - P_0||^2
     mean = totals["SS"] - 2 * totals["SP"] + totals["PP"]  # ||S - P_0||^2
     apart = (own - 2 * with_mean + totals["SS"]).clamp(min=0).sqrt()  # ||P_i - S||

@@ -30,7 +30,7 @@ from fedmomentum.errors import MissingObject, ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.lowrank import LowRank, difference, weighted_sum, zeros
-from fedmomentum.sums import Matrix, exact_sum, plus
+from fedmomentum.sums import Matrix, as_dense, exact_sum, plus
 from fedmomentum.wire import dtype_of, narrowed, rounded, widened
 
 FORMAT = "fedmomentum global model"
@@ -163,7 +163,7 @@ class GlobalModel:
             method=method,
             newest=newest,
         )
-        return later.consolidated() if later._dense_is_smaller() else later
+        return later.consolidated() if later._is_due() else later
 
     def _parts(self, residual: Mapping[str, Matrix]) -> tuple[Blob, ...]:
         """The residual as blobs: two where its last components are those that `base_update` begins with.
@@ -186,42 +186,31 @@ class GlobalModel:
             front[module] = LowRank(matrix.B[:, :split].contiguous(), matrix.A[:split].contiguous())
         return Blob.of(front), self.base_update[0]
 
-    def _dense_is_smaller(self) -> bool:
-        """Whether one dense matrix a module takes fewer numbers than the blobs do."""
+    def _is_due(self) -> bool:
+        """Whether to consolidate: the list passes twice the dense size, or its newest part has that size by itself.
+
+        So nobody ever downloads more than two dense sizes, and whoever holds the last snapshot no more than one. In
+        the second case everyone has a dense size to download anyway, and the snapshot is it.
+        """
         if len(self.base_update) < 2:
             return False
-        held, dense = 0, 0
-        shapes = {}
-        for blob in self.base_update:
-            for module, matrix in blob.matrices.items():
-                held += matrix.B.numel() + matrix.A.numel() if isinstance(matrix, LowRank) else matrix.numel()
-                shapes[module] = tuple(matrix.shape)
+        shapes = {m: tuple(matrix.shape) for blob in self.base_update for m, matrix in blob.matrices.items()}
         dense = sum(out_size * in_size for out_size, in_size in shapes.values())
-        return held > 2 * dense
+        return sum(map(_numbers, self.base_update)) > 2 * dense or sum(map(_numbers, self.newest)) >= dense
 
     def consolidated(self) -> GlobalModel:
-        """The same model with `base_update` as one dense blob, summed in float64; everyone adopts it from here on.
-
-        The server does so in the round where twice the dense size is passed, so that `base_update` stays below
-        that size for good and a snapshot is sent rarely.
-        """
+        """The same model with `base_update` as one dense blob, summed in float64; everyone adopts it from here on."""
         totals = {}
         for module in sorted({m for blob in self.base_update for m in blob.matrices}):
-            total = self.merged(module)
-            totals[module] = total.dense() if isinstance(total, LowRank) else total
+            totals[module] = as_dense(self.merged(module)).to(torch.float32)
         return replace(self, base_update=(Blob.of(totals),))
 
     # ── what it is ──
 
     def merged(self, module: str) -> LowRank | Tensor:
-        """Everything merged into `module` so far, in float64: factored where every part is."""
+        """Everything merged into `module` so far, by `exact_sum`, in float64."""
         parts = [blob.matrices[module] for blob in self.base_update if module in blob.matrices]
-        low = [part for part in parts if isinstance(part, LowRank)]
-        shape = self.adapter.modules[module].shape
-        total = weighted_sum(low, [1.0] * len(low)) if low else zeros(shape, dtype=torch.float64)
-        if len(low) == len(parts):
-            return total
-        return total.dense() + sum(part.to(torch.float64) for part in parts if not isinstance(part, LowRank))
+        return exact_sum([], [], parts) if parts else zeros(self.adapter.modules[module].shape, dtype=torch.float64)
 
     def effective(self, module: str) -> LowRank | Tensor:
         """`sum(base_update) + scaling * B A`: what this model adds to the base weight of `module`, in float64."""
@@ -331,6 +320,11 @@ class GlobalModel:
         folder = Path(folder)
         file = find_manifest(folder, server_round)
         return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
+
+
+def _numbers(blob: Blob) -> int:
+    matrices = blob.matrices.values()
+    return sum(m.B.numel() + m.A.numel() if isinstance(m, LowRank) else m.numel() for m in matrices)
 
 
 def merged_matrices(blobs: Sequence[Blob]) -> dict[str, Matrix]:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, from_svd, gram, numerical_rank, weighted_sum
-from fedmomentum.sums import Matrix, exact_sum, is_factored, norm, plus, strongest
+from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, from_svd, gram, numerical_rank
+from fedmomentum.sums import Matrix, exact_sum, norm, plus, strongest
 
 # How much worse than the best of its rank the directions may be, as a share of the best's error ...
 SLACK = 4e-5
@@ -95,22 +95,21 @@ def leading(
         Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085, for what a Gram matrix can bear; Halko, Martinsson, Tropp,
         arXiv 0909.4061, section 9, for the projected approximation.
     """
-    if not is_factored(matrices, also):
-        return _by_iteration(exact_sum(matrices, weights, also), rank, dtype, reference, generator)
-    parts = [*matrices, *(matrix for matrix in also if isinstance(matrix, LowRank))]
-    shares = [*map(float, weights), *[1.0] * len(also)]
-    if dtype == torch.float32:
-        stacked = weighted_sum(parts, shares, dtype=dtype)
-        if rank < stacked.rank:
-            for core in (torch.float32, torch.float64):
-                found = _by_gram(stacked, rank, core)
-                if found:
-                    return found
-    return _by_svd(weighted_sum(parts, shares), rank, dtype)
+    total = exact_sum(matrices, weights, also, dtype=dtype)
+    if isinstance(total, Tensor):
+        return _by_iteration(total, rank, dtype, reference, generator)
+    if dtype == CORE_DTYPE:
+        return _by_svd(total, rank, dtype)
+    for core in (torch.float32, torch.float64):
+        if rank < total.rank and (found := _by_gram(total, rank, core)):
+            return found
+    again = exact_sum(matrices, weights, also)
+    assert isinstance(again, LowRank)  # as `total` is
+    return _by_svd(again, rank, dtype)
 
 
 def _by_iteration(
-    delta: Matrix, rank: int, dtype: torch.dtype, reference: LowRank | None, generator: torch.Generator | None
+    delta: Tensor, rank: int, dtype: torch.dtype, reference: LowRank | None, generator: torch.Generator | None
 ) -> Leading:
     generator = generator or torch.Generator().manual_seed(0)
     shape = delta.shape[0], delta.shape[1]

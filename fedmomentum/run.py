@@ -417,33 +417,48 @@ def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mappi
         warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
     if config.evaluation.every and not any(fact["num_test"] for fact in facts.values()):
         warnings.append("no client holds out examples; nothing will be evaluated")
-    # what is sent to all and got from all is in memory twice, as bytes and as tensors
-    memory = 2 * len(facts) * (traffic.uplink + traffic.adapter + traffic.residual) + 400 * 2**20
+    # updates are on disk: in memory are a reply as bytes and tensors, what is sent in the message store and as it is
+    # encoded, the base update and what a round makes of it as bytes and tensors, and one module's sum at work
+    memory = 3 * traffic.uplink + 4 * traffic.adapter + 8 * traffic.residual + 2 * _update_bytes(config, traffic)
+    memory += 4 * traffic.largest_sum + 400 * 2**20
     parameters = max(fact["num_parameters"] for fact in facts.values())
     return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
 
 
 @dataclass(frozen=True)
 class _Traffic:
-    """Bytes: of an adapter either way, of the most that a round's residual can be, of one dense matrix a module."""
+    """Bytes: of an adapter either way, of the most that a round's residual can be, of one dense matrix a module.
+
+    And of the largest module's sum in float64, and of all updates of a round.
+    """
 
     uplink: int
     adapter: int
     residual: int
     dense: int
+    largest_sum: int
+    spool: int
 
 
 def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int) -> _Traffic:
     up, down = wire_dtype(config.federation.uplink_dtype), wire_dtype(config.federation.downlink_dtype)
     rank, asked = config.lora.rank, max(1, math.ceil(config.federation.participation * num_clients - 1e-9))
-    residual = dense = 0
+    residual = dense = largest_sum = 0
     for matrix in adapter.modules.values():
         out_size, in_size = matrix.shape
         largest = asked * rank + (2 * rank if down.itemsize < 4 else 0)  # rounding an adapter adds twice its rank
-        residual += 4 * (out_size + in_size) * (min(largest, out_size, in_size) - rank) if method.exact else 0
+        factors = (out_size + in_size) * (min(largest, out_size, in_size) - rank)
+        residual += 4 * min(factors, out_size * in_size) if method.exact else 0
         dense += 4 * out_size * in_size
+        largest_sum = max(largest_sum, 8 * min((out_size + in_size) * asked * rank, out_size * in_size))
     numbers = adapter.num_numbers()
-    return _Traffic(up.itemsize * numbers, down.itemsize * numbers, residual, dense)
+    spool = 4 * asked * numbers  # widened to float32
+    return _Traffic(up.itemsize * numbers, down.itemsize * numbers, residual, dense, largest_sum, spool)
+
+
+def _update_bytes(config: Config, traffic: _Traffic) -> int:
+    """The most that `base_update` can come to."""
+    return min(2 * traffic.dense, config.federation.num_rounds * traffic.residual)
 
 
 def _plan(
@@ -472,7 +487,8 @@ def _plan(
         downlink_bytes=downlink,
         memory_bytes=memory_bytes,
         disk_bytes=(config.run.keep_rounds + 1) * uplink
-        + min(2 * traffic.dense + traffic.residual, config.federation.num_rounds * traffic.residual),
+        + min(2 * traffic.dense + traffic.residual, config.federation.num_rounds * traffic.residual)
+        + traffic.spool,
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
     )
 

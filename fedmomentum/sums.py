@@ -7,7 +7,6 @@ the number of matrices, and so is what is made from it. Matrices are read one af
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import TypeVar, overload
 
 import torch
@@ -19,8 +18,8 @@ Matrix = LowRank | Tensor
 """A matrix as two factors, or dense."""
 Item = TypeVar("Item")
 
-BLOCK = 512
-"""So many columns of factors are multiplied at once: enough for a fast product, and 75 MB at 14336 x 4096."""
+BLOCK = 256
+"""So many columns of factors are multiplied at once: enough for a fast product, and 38 MB at 14336 x 4096."""
 SMALL = 512
 """Of a dense matrix with a side no longer than this all directions are found: that takes a fraction of a second."""
 MAX_SWEEPS = 100
@@ -51,43 +50,55 @@ class Each(Sequence[LowRank]):
         return self._make(index)
 
 
-def exact_sum(matrices: Sequence[LowRank], weights: Sequence[float] | Tensor, also: Sequence[Matrix] = ()) -> Matrix:
-    r"""`sum_i w_i B_i A_i`, plus the matrices in `also`: stacked where `R (d + k) < d k`, else dense; float64.
+def exact_sum(
+    matrices: Sequence[LowRank],
+    weights: Sequence[float] | Tensor,
+    also: Sequence[Matrix] = (),
+    *,
+    dtype: torch.dtype = CORE_DTYPE,
+) -> Matrix:
+    r"""`sum_i w_i B_i A_i`, plus the matrices in `also`: stacked where `R (d + k) < d k`, else dense, in float64.
 
     Args:
         matrices: n matrices of one shape, each looked up twice: for its rank, and to be added.
         weights: n finite numbers.
         also: more matrices of that shape, each with factor 1. A dense one makes the sum dense.
+        dtype: of stacked factors; a dense sum is added up in float64.
 
     Raises:
         ValueError: no matrices, shapes that differ, or another number of weights.
     """
     weights = [float(w) for w in weights]
-    factored = [matrix for matrix in also if isinstance(matrix, LowRank)]
-    if is_factored(matrices, also):
-        return weighted_sum([*matrices, *factored], weights + [1.0] * len(factored))
+    if not matrices and not also:
+        raise ValueError("no matrices to sum")
     if len(matrices) != len(weights):
         raise ValueError(f"one weight a matrix: got {len(matrices)} matrices, {len(weights)} weights")
-    out_size, in_size = (*matrices, *also)[0].shape if not matrices else matrices[0].shape
-    device = matrices[0].device if matrices else also[0].device
+    first = matrices[0] if matrices else also[0]
+    (out_size, in_size), device = first.shape, first.device
+    factored, rank = [matrix for matrix in also if isinstance(matrix, LowRank)], 0
+    for part in (matrices, also):
+        for matrix in part:
+            if tuple(matrix.shape) != (out_size, in_size):
+                raise ValueError(f"a sum of a {out_size} x {in_size} matrix and one of {tuple(matrix.shape)}")
+            rank += matrix.rank if isinstance(matrix, LowRank) else 0
+    if len(factored) == len(also) and rank * (out_size + in_size) < out_size * in_size:
+        return weighted_sum([*matrices, *factored], weights + [1.0] * len(factored), dtype=dtype)
     total = torch.zeros(out_size, in_size, dtype=CORE_DTYPE, device=device)
     for part, scales in ((matrices, weights), (factored, [1.0] * len(factored))):
         for owners, B, A in _blocks(part):
-            total.addmm_(B * torch.tensor(scales, dtype=CORE_DTYPE, device=device)[owners], A)
+            B *= torch.tensor(scales, dtype=CORE_DTYPE, device=device)[owners]
+            total.addmm_(B, A)
     for matrix in also:
         if isinstance(matrix, Tensor):
-            total += matrix
+            _add(total, matrix)
     return total
 
 
-def is_factored(matrices: Sequence[LowRank], also: Sequence[Matrix] = ()) -> bool:
-    """Whether the sum of these is stacked: all are factored, and their ranks together give fewer numbers so."""
-    rank, shape = 0, None
-    for matrix in chain(also, matrices):  # one after the other: factors may be read from disk
-        if not isinstance(matrix, LowRank):
-            return False
-        rank, shape = rank + matrix.rank, matrix.shape
-    return shape is None or rank * (shape[0] + shape[1]) < shape[0] * shape[1]
+def _add(total: Tensor, matrix: Tensor) -> Tensor:
+    """In place and row by row: where dtypes differ, torch would first make a copy of the whole matrix."""
+    for row, more in zip(total, matrix, strict=True):
+        row += more
+    return total
 
 
 def _blocks(matrices: Sequence[LowRank]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -97,10 +108,11 @@ def _blocks(matrices: Sequence[LowRank]) -> Iterator[tuple[Tensor, Tensor, Tenso
         if matrix.rank:
             waiting.append((i, matrix))
         if waiting and (i == len(matrices) - 1 or sum(held.rank for _, held in waiting) >= BLOCK):
-            stacked = weighted_sum([held for _, held in waiting], [1.0] * len(waiting))
+            B = torch.cat([held.B for _, held in waiting], dim=1).to(CORE_DTYPE)
+            A = torch.cat([held.A for _, held in waiting], dim=0).to(CORE_DTYPE)
             owners = [i for i, held in waiting for _ in range(held.rank)]
             waiting = []
-            yield torch.tensor(owners, device=stacked.device), stacked.B, stacked.A
+            yield torch.tensor(owners, device=B.device), B, A
 
 
 def inner(left: Matrix, right: Matrix) -> float:
@@ -147,7 +159,7 @@ def rank_of(matrix: Matrix) -> int:
 def plus(left: Matrix, right: Matrix) -> Matrix:
     """`left + right` in float64: stacked where both are factored, else dense, in the memory of a dense left."""
     if isinstance(left, Tensor):
-        return left.addmm_(right.B.to(left), right.A.to(left)) if isinstance(right, LowRank) else left.add_(right)
+        return left.addmm_(right.B.to(left), right.A.to(left)) if isinstance(right, LowRank) else _add(left, right)
     if isinstance(right, Tensor):
         return plus(right.to(CORE_DTYPE, copy=True), left)
     return weighted_sum([left, right], [1.0, 1.0])

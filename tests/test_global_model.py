@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from fedmomentum import FedMomentum, GlobalModel
 from fedmomentum.adapter import Adapter
-from fedmomentum.aggregation.whole import combine
+from fedmomentum.aggregation.whole import AdapterAggregate, combine
 from fedmomentum.base import HeldBase
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
 from fedmomentum.errors import ModelError, PayloadError
@@ -19,6 +19,7 @@ from fedmomentum.files import read_safetensors
 from fedmomentum.global_model import Blob, object_file
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
+from fedmomentum.sums import as_dense
 from tests.helpers import error, generator, random_matrix
 from tests.tiny import tiny_gpt2, tiny_llama
 
@@ -279,3 +280,40 @@ def test_a_hub_name_is_found_in_the_hubs_own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     assert resolve_base("lab/tiny").resolve() == base.resolve()
+
+
+# ── many rounds ──
+
+
+def numbers(blobs) -> int:
+    return sum(tensor.numel() for blob in blobs for tensor in read_safetensors(blob.data, "blob")[0].values())
+
+
+@pytest.mark.parametrize("rank, most", [(1, 2), (3, 2), (9, 1)])
+def test_what_catching_up_costs_is_bounded_over_two_hundred_rounds(rank, most):
+    """Nobody downloads more than two dense sizes, whoever holds the last snapshot one; and nothing is lost.
+
+    Where a round's residual is as large as a dense matrix, the list is one snapshot, always.
+    """
+    shape = (20, 24)
+    dense = shape[0] * shape[1]
+    start = Adapter({"m": random_matrix(*shape, 2).to(torch.float32)}, {"m": 1.0})
+    model, wanted = GlobalModel(BaseIdentity("tiny"), start), torch.zeros(shape, dtype=torch.float64)
+    history, largest = [], 0
+    for server_round in range(1, 201):
+        residual = random_matrix(*shape, rank, seed=server_round).scaled(1e-3).to(torch.float32)
+        if rank == 9:
+            residual = residual.dense()
+        given = AdapterAggregate(start, {"m": residual}, {}, {}, torch.ones(1))
+        model = model.after(given, "method")
+        wanted += as_dense(residual).double()
+        history.append(model.base_update)
+        largest = max(largest, numbers(model.base_update))
+        snapshot = [blob for blob in model.base_update if "m.dense" in read_safetensors(blob.data, "")[0]]
+        assert len(snapshot) <= 1 and snapshot == list(model.base_update[: len(snapshot)])
+        for held in history[::7]:
+            names = {blob.name for blob in held}
+            lacks = numbers(blob for blob in model.base_update if blob.name not in names)
+            assert lacks <= (1 if all(blob.name in names for blob in snapshot) and snapshot else most) * dense
+    assert error(as_dense(model.merged("m")), wanted) < 1e-6
+    assert largest <= most * dense and len(model.base_update) <= 2 * dense // (rank * sum(shape)) + 1

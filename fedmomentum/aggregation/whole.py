@@ -154,6 +154,7 @@ def combine(
         if result.carried is not None:
             kept[module] = scaled(result.carried, s, dtype)
         findings[module] = result.findings
+        del result  # in its own units: not to be in memory beside the next module's
         if on_module:
             on_module(number + 1, len(ranks))
     adapter = replace(

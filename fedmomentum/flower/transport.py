@@ -55,9 +55,17 @@ class Roster(Protocol):
 
 
 def packed(payload: bytes, seconds: float = 0.0) -> RecordDict:
-    """A payload as a Flower record, with how long its answer may take; Flower cuts it into parts of 5 MB by itself."""
-    array = Array("uint8", (len(payload),), "bytes", payload)
-    return RecordDict({"payload": ArrayRecord({"bytes": array}), "limits": ConfigRecord({"seconds": float(seconds)})})
+    """A payload as a Flower record, with how long its answer may take; Flower cuts it into parts of 5 MB by itself.
+
+    Head and body apart: all clients that lack the same objects are sent the same body, and Flower's store keeps equal
+    parts once. So what waits there does not grow with the clients.
+    """
+    cut = min(8 + int.from_bytes(payload[:8], "little"), len(payload))  # safetensors: the header's length is in front
+    arrays = {
+        name: Array("uint8", (len(part),), "bytes", part)
+        for name, part in (("head", payload[:cut]), ("body", payload[cut:]))
+    }
+    return RecordDict({"payload": ArrayRecord(arrays), "limits": ConfigRecord({"seconds": float(seconds)})})
 
 
 def unpacked(content: RecordDict) -> tuple[bytes, float]:
@@ -71,7 +79,7 @@ def unpacked(content: RecordDict) -> tuple[bytes, float]:
         assert isinstance(payload, ArrayRecord) and isinstance(limits, ConfigRecord)
         seconds = limits["seconds"]
         assert isinstance(seconds, float)
-        return bytes(payload["bytes"].data), seconds
+        return payload["head"].data + payload["body"].data, seconds
     except (KeyError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError("a message without a payload") from error
 

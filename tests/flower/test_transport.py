@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
+import torch
 
 from fedmomentum.aggregation import METHODS
 from fedmomentum.client import client_step
@@ -13,7 +14,8 @@ from fedmomentum.errors import PayloadError, QuorumError
 from fedmomentum.flower import transport as module
 from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, decode_task
+from fedmomentum.transport import Failure, InProcessTransport, Task, decode_task, encode_task
+from tests.helpers import generator
 from tests.runs import chain, nudge, objects, timeless, tiny_config
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict  # isort: skip
@@ -123,6 +125,22 @@ def never(message):
 
 
 # ── one exchange ──
+
+
+def test_what_many_clients_are_sent_has_its_large_parts_in_common():
+    """Flower keeps equal parts once: the store holds what two clients lack once, and a head for each."""
+    large = {"0" * 64: torch.randn(3_000_000, generator=generator(0)).numpy().tobytes()}
+    sizes: dict[str, int] = {}
+    for client in ("east", "the far north"):
+        payload = encode_task(Task("train", "run", client, 1, {}, large, {"seed": len(client)}))
+        record = packed(payload, 1.0)
+        assert unpacked(record) == (payload, 1.0)
+        arrays = record["payload"]
+        assert isinstance(arrays, ArrayRecord)
+        sizes |= {array.object_id: len(array.data) for array in arrays.values()}
+    assert sum(sizes.values()) < 1.001 * len(large["0" * 64])
+    for payload in (b"", b"short", b"\xff" * 20):
+        assert unpacked(packed(payload)) == (payload, 0.0)
 
 
 def test_every_payload_comes_back_under_its_name_in_whatever_order(world):

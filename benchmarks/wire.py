@@ -1,0 +1,207 @@
+"""Bytes on the wire per client and round, for every method, at the shapes of Llama-2-7B and Llama-3-8B.
+
+    python benchmarks/wire.py [--rank 64] [--clients 10,100] [--out docs/performance] [--runs RUN ...]
+
+Counted from what the methods declare (`uplink_numbers`, `downlink_numbers`), and the count is held against encoded
+payloads at a small scale; and what catching up costs over 200 rounds of a small model. Nothing is timed. `--runs` adds
+what the residual came to, round by round, in finished runs:
+
+    fedmomentum run configs/default.toml --threads 1 --out runs/energy-1
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from common import Target, print_targets, write_json
+from rich.console import Console
+from rich.table import Table
+
+from fedmomentum import LowRank
+from fedmomentum.adapter import Adapter, to_tensors
+from fedmomentum.aggregation import METHODS, Method
+from fedmomentum.aggregation.whole import combine
+from fedmomentum.files import safetensors_bytes
+from fedmomentum.global_model import GlobalModel
+from fedmomentum.identity import BaseIdentity
+from fedmomentum.transport import Reply, Task, encode_reply, encode_task
+
+MODELS = {
+    "Llama-2-7B": (32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]),
+    "Llama-3-8B": (32, [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]),
+}  # all linear layers of a decoder layer
+
+
+def residual_rank(method: Method, clients: int, rank: int, shape: tuple[int, int]) -> int:
+    """The most that `method.residual_rank` says, as a number; no more than the matrix has."""
+    words = {"q <= (n-1) r": (clients - 1) * rank, "q = n r": clients * rank, "q <= n r": clients * rank,
+             "q = r": 2 * rank, "": 0}  # fmt: skip
+    return min(words[method.residual_rank], min(shape))  # of `q = r` the half is an object that clients hold
+
+
+def traffic(method: Method, clients: int, rank: int, shapes: list[tuple[int, int]], layers: int) -> tuple[int, int]:
+    """Numbers up and down, a client and round; a residual goes as a dense matrix where that is smaller."""
+    up = down = 0
+    for out_size, in_size in shapes:
+        up += method.uplink_numbers(out_size, in_size, rank, 1)
+        q = residual_rank(method, clients, rank, (out_size, in_size))
+        without = method.downlink_numbers(out_size, in_size, rank, rank if method.reads_base else 0, 1)
+        factored = method.downlink_numbers(out_size, in_size, rank, q, 1) - without
+        down += without + min(factored, out_size * in_size)
+    return up * layers, down * layers
+
+
+def in_16_bits(clients: int, rank: int, shapes: list[tuple[int, int]], layers: int) -> dict[str, int]:
+    """FedMomentum's bytes with factors in 16 bits: the residual is float32, and holds what rounding took."""
+    up = sum(2 * rank * (d + k) for d, k in shapes)
+    down = up + sum(4 * min(min((clients + 1) * rank, d, k) * (d + k), d * k) for d, k in shapes)
+    return {"up_bytes": up * layers, "down_bytes": down * layers}
+
+
+def measured(method: Method, clients: int = 3, rank: int = 4) -> tuple[float, float]:
+    """Encoded bytes over counted bytes, up and down, of one module of 1600 x 1200."""
+    shape, generator = (1600, 1200), torch.Generator().manual_seed(0)
+
+    def draw() -> LowRank:
+        return LowRank(
+            torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+        )
+
+    start = Adapter({"m": draw()}, {"m": 2.0})
+    kinds = method.uploads(1)  # of what stays with its client, the server goes on with what it sent
+    sent = [Adapter({"m": _mixed(draw(), start.modules["m"], kinds)}, {"m": 2.0}) for _ in range(clients)]
+    result = combine(
+        sent, [1.0] * clients, method, ranks={"m": rank}, scalings={"m": 2.0}, reference=start, server_round=1
+    )
+    given_up = start.modules["m"].scaled(-2.0)
+    before = GlobalModel(BaseIdentity("b"), start)
+    if method.reads_base:  # such a run begins with what the base gave up
+        from fedmomentum.global_model import Blob
+
+        before = GlobalModel(BaseIdentity("b"), start, (Blob.of({"m": given_up}),))
+    after = before.after(result, "method", exact=method.exact)
+    held = set(before.objects())
+    drawn = {blob.name for blob in after.adapter_objects.values()} if method.fresh else set()
+    objects = {name: data for name, data in after.objects().items() if name not in held | drawn}
+    if after.carried:
+        objects = {name: data for name, data in objects.items() if name != after.manifest()["carried"]}
+    task = Task("train", "run", "client", 2, after.manifest(), objects)
+    empty = Task("train", "run", "client", 2, after.manifest(), {})
+    down = len(encode_task(task)) - len(encode_task(empty))
+    kept = [f".lora_{factor}." for factor in "BA" if factor not in method.uploads(1)]
+    tensors = {name: t for name, t in to_tensors(sent[0]).items() if not any(kind in name for kind in kept)}
+    up = len(encode_reply(Reply("train", "run", "client", 1, "v", [], 1, {}, tensors))) - len(safetensors_bytes({}))
+    q = sum(matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in result.residual.values())
+    wanted_up = 4 * method.uplink_numbers(*shape, rank, 1)
+    wanted_down = 4 * method.downlink_numbers(*shape, rank, q, 1)
+    return up / wanted_up, down / wanted_down if wanted_down else float(down == 0)
+
+
+def _mixed(trained: LowRank, start: LowRank, kinds: str) -> LowRank:
+    return LowRank(trained.B if "B" in kinds else start.B, trained.A if "A" in kinds else start.A)
+
+
+def rounds_of(run: Path) -> list[dict[str, float]]:
+    keys = ("retained_energy", "residual_rank", "residual_norm", "carried_norm")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{"round": row["round"], **{key: row[key] for key in keys}} for row in rows if row["round"]]
+
+
+def catching_up(num_rounds: int = 200, clients: int = 4, rank: int = 4) -> list[dict[str, float]]:
+    """A real `base_update` over many rounds of FedMomentum, one module of 96 x 128: sizes in dense matrices."""
+    shape, generator = (96, 128), torch.Generator().manual_seed(0)
+
+    def draw() -> LowRank:
+        B, A = (torch.randn(*size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
+        return LowRank(B, A)
+
+    def size(names: list[str]) -> float:
+        return sum(sizes[name] for name in names) / (4 * shape[0] * shape[1])
+
+    model = GlobalModel(BaseIdentity("b"), Adapter({"m": draw()}, {"m": 1.0}))
+    lists, sizes, rows = [], {}, []
+    for server_round in range(1, num_rounds + 1):
+        sent = [Adapter({"m": draw()}, {"m": 1.0}) for _ in range(clients)]
+        result = combine(sent, [1.0] * clients, METHODS["fedmomentum"](), ranks={"m": rank}, scalings={"m": 1.0})
+        model = model.after(result, "fedmomentum")
+        sizes |= {blob.name: len(blob.data) for blob in model.base_update}
+        lists.append([blob.name for blob in model.base_update])
+        row = {"round": server_round, "parts": len(lists[-1]), "newcomer": size(lists[-1])}
+        for missed in (1, 10, 50):
+            known = set(lists[-1 - missed]) if missed < len(lists) else set()
+            row[f"missed {missed}"] = size([name for name in lists[-1] if name not in known])
+        rows.append(row)
+    return rows
+
+
+def plot(rows: list[dict[str, float]], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name in ("newcomer", "missed 10", "missed 1"):
+        axes.plot([row["round"] for row in rows], [row[name] for row in rows], label=name)
+    axes.set(xlabel="round", ylabel="dense sizes to download", title="Catching up with base_update", ylim=(0, None))
+    axes.legend()
+    figure.savefig(out / "catching-up.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--clients", default="10,100")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, help="write wire.json here")
+    chosen = parser.parse_args()
+    sizes, found, off = list(map(int, chosen.clients.split(","))), [], []
+    for model, (layers, shapes) in MODELS.items():
+        dense = 4 * layers * sum(d * k for d, k in shapes)
+        title = (
+            f"{model}, all linear layers, rank {chosen.rank}: GB a client and round, float32 (dense: {dense / 1e9:.1f})"
+        )
+        table = Table("method", "up", *(f"down, {n} clients" for n in sizes), title=title)
+        for name, kind in METHODS.items():
+            method = kind()
+            counts = [traffic(method, n, chosen.rank, shapes, layers) for n in sizes]
+            found += [
+                {"model": model, "method": name, "clients": n, "up_bytes": 4 * up, "down_bytes": 4 * down}
+                for n, (up, down) in zip(sizes, counts, strict=True)
+            ]
+            table.add_row(method.title, f"{4 * counts[0][0] / 1e9:.2f}", *(f"{4 * d / 1e9:.2f}" for _, d in counts))
+        for n in sizes:  # what rounding takes from the adapter, of rank 2 r, goes into the residual in float32
+            half = in_16_bits(n, chosen.rank, shapes, layers)
+            found.append({"model": model, "method": "fedmomentum, 16 bits", "clients": n, **half})
+        halves = found[-len(sizes) :]
+        table.add_row(
+            "FedMomentum, 16 bits both ways", f"{halves[0]['up_bytes'] / 1e9:.2f}",
+            *(f"{half['down_bytes'] / 1e9:.2f}" for half in halves),
+        )  # fmt: skip
+        Console().print(table)
+    for name, kind in METHODS.items():
+        ratios = measured(kind())
+        off.append(max(abs(ratio - 1) for ratio in ratios))
+        print(f"{name}: encoded over counted, up {ratios[0]:.4f}, down {ratios[1]:.4f}")
+    rounds = catching_up()
+    most = {name: max(row[name] for row in rounds) for name in ("newcomer", "missed 50", "missed 10", "missed 1")}
+    targets = [
+        Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off)),
+        *(Target.at_most(f"200 rounds, {name}: dense sizes to download", 2.01, value) for name, value in most.items()),
+        Target.at_most("200 rounds: parts of base_update", 20, max(row["parts"] for row in rounds)),
+    ]
+    print_targets(targets)
+    runs = {run.name: rounds_of(run) for run in chosen.runs}
+    for run, rows in runs.items():
+        table = Table("round", "retained energy", "residual rank", "residual norm", "carried norm", title=run)
+        for row in rows:
+            table.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
+        Console().print(table)
+    if chosen.out:
+        write_json(chosen.out / "wire.json", targets=targets, rank=chosen.rank, traffic=found, runs=runs, most=most)
+        plot(rounds, chosen.out)
+
+
+if __name__ == "__main__":
+    main()
