@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.adapter import Adapter
-from fedmomentum.lowrank import CORE_DTYPE, LowRank, principal_angles, weighted_sum
+from fedmomentum.lowrank import CORE_DTYPE, LowRank, gram, principal_angles, weighted_sum
 
 NUM_PROBES = 8
 """Probes a module. Over 60 modules their mean square is within 7 % of the Frobenius norm it stands for."""
@@ -23,9 +23,9 @@ def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tenso
     The same on every machine that is given the same seed: drawn on the CPU, from the module's name.
     """
     digest = hashlib.sha256(f"{seed}/probe/{module}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    U = torch.randn(shape[0], NUM_PROBES, generator=generator, dtype=torch.float64)
-    X = torch.randn(shape[1], NUM_PROBES, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+    U = torch.randn(shape[0], NUM_PROBES, generator=generator, dtype=torch.float64, device="cpu")
+    X = torch.randn(shape[1], NUM_PROBES, generator=generator, dtype=torch.float64, device="cpu")
     return U, X
 
 
@@ -83,19 +83,26 @@ def change(before: Adapter, after: Adapter, merged: Change) -> dict[str, LowRank
     return changes
 
 
-def inner_products(left: Sequence[Change], right: Sequence[Change]) -> Tensor:
-    """Frobenius inner products over all modules: `(len(left), len(right))`, float64.
+def inner_products(left: Sequence[Change], right: Sequence[Change] | None = None) -> Tensor:
+    """Frobenius inner products over all modules: `(len(left), len(right))`, float64, on the matrices' device.
 
     A module costs two products of the stacked factors, `O((d + k) R R')` with R and R' the sums of ranks: `<B A, B' A'>
     = sum((B^T B') * (A A'^T))`, summed within each pair's block.
+
+    Args:
+        left: n mappings.
+        right: m mappings; those of `left` where left out, at five eighths of the cost.
     """
-    result = torch.zeros(len(left), len(right), dtype=CORE_DTYPE)
+    others = left if right is None else right
+    device = next((matrix.device for one in left for matrix in one.values()), torch.device("cpu"))
+    result = torch.zeros(len(left), len(others), dtype=CORE_DTYPE, device=device)
     for module in sorted({module for one in left for module in one}):
         B, A, rows = _stacked(left, module)
-        C, D, columns = _stacked(right, module)
+        C, D, columns = (B, A, rows) if right is None else _stacked(right, module)
         if B is None or A is None or C is None or D is None:
             continue
-        blocks = torch.zeros(len(left), C.shape[1], dtype=CORE_DTYPE).index_add(0, rows, (B.mT @ C) * (A @ D.mT))
+        products = gram(B.mT) * gram(A) if right is None else (B.mT @ C) * (A @ D.mT)
+        blocks = result.new_zeros(len(left), C.shape[1]).index_add(0, rows, products)
         result = result.index_add(1, columns, blocks)
     return result
 
@@ -103,11 +110,12 @@ def inner_products(left: Sequence[Change], right: Sequence[Change]) -> Tensor:
 def _stacked(matrices: Sequence[Change], module: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """All factors of one module side by side: B `(out, R)`, A `(R, in)`, and whose each column of B is `(R,)`."""
     held = [(i, one[module]) for i, one in enumerate(matrices) if module in one]
-    owners = torch.tensor([i for i, matrix in held for _ in range(matrix.rank)], dtype=torch.long)
-    if not len(owners):
+    numbers = [i for i, matrix in held for _ in range(matrix.rank)]
+    owners = torch.tensor(numbers, dtype=torch.long, device=held[0][1].device if held else "cpu")
+    if not numbers:
         return None, None, owners
-    B = torch.cat([matrix.B.to("cpu", CORE_DTYPE) for _, matrix in held], dim=1)
-    A = torch.cat([matrix.A.to("cpu", CORE_DTYPE) for _, matrix in held], dim=0)
+    B = torch.cat([matrix.B.to(CORE_DTYPE) for _, matrix in held], dim=1)
+    A = torch.cat([matrix.A.to(CORE_DTYPE) for _, matrix in held], dim=0)
     return B, A, owners
 
 
@@ -156,10 +164,10 @@ def round_diagnostics(
         merged: what the base absorbed in this round.
         last_update: the global update of the round before (`change`); None where there was none.
     """
-    w = torch.tensor([0.0, *weights], dtype=CORE_DTYPE)
     products = [{module: one.effective(module) for module in one.modules} for one in (start, *clients)]
     update = change(start, after, merged)
-    K = inner_products(products, products)  # row and column 0 are the start's
+    K = inner_products(products)  # row and column 0 are the start's
+    w = torch.tensor([0.0, *weights], dtype=CORE_DTYPE, device=K.device)
     with_update = inner_products(products, [update])[:, 0]
     own = K.diag() - 2 * K[0] + K[0, 0]  # ||P_i - P_0||^2
     mean = float(w @ K @ w - 2 * w @ K[0] + K[0, 0])  # ||sum_i w_i P_i - P_0||^2
@@ -167,13 +175,13 @@ def round_diagnostics(
     others = [update] if last_update is None else [update, last_update]
     square, *crossed = inner_products([update], others)[0].tolist()
     live = {module: after.effective(module) for module in after.modules}
-    square = _or_none(square, float(K[0, 0]) + float(inner_products([live], [live])))
+    square = _or_none(square, float(K[0, 0]) + float(inner_products([live])))
     cosines = [
         _cosine(float(with_update[i] - with_update[0]), _or_none(float(own[i]), float(K[i, i] + K[0, 0])), square)
         for i in range(1, len(w))
     ]
     defined = [cosine for cosine in cosines if cosine is not None]
-    before = float(inner_products([last_update], [last_update])) if last_update is not None else None
+    before = float(inner_products([last_update])) if last_update is not None else None
     drifts = None
     if _or_none(mean, float(w @ K @ w + K[0, 0])):
         drifts = float(apart[1:].mean()) / math.sqrt(mean)
