@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmomentum import leading as module
+from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import METHODS, FedMomentum
+from fedmomentum.aggregation.whole import combine
 from fedmomentum.leading import leading
 from fedmomentum.lowrank import LowRank, gram, weighted_sum
 from tests.helpers import clients, dense_sum, error, generator, legal, random_matrix, some_weights
@@ -223,3 +225,25 @@ def test_every_path_stays_on_its_device(case, device):
     assert {t.device.type for t in (found.U, found.S, found.Vh, found.rest.B, found.rest.A)} == {device}
     lead = ((found.U * found.S) @ found.Vh).cpu() + found.rest.to(torch.float64).dense().cpu()
     assert error(lead, dense_sum(updates, weights)) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_whole_adapters_are_combined_where_they_are(device):
+    """Scalings that differ, a module that one lacks, a tensor trained in full."""
+    factors = clients((60, 50), (4,) * 6, dtype=torch.float32)
+    moved = [LowRank(u.B.to(device), u.A.to(device)) for u in factors]
+    saved = [{"head.weight": torch.full((2, 3), float(i), device=device)} for i in range(3)]
+    adapters = [
+        Adapter({"a": moved[0], "b": moved[1]}, {"a": 1.0, "b": 3.0}, saved=saved[0]),
+        Adapter({"a": moved[2]}, {"a": 2.0}, saved=saved[1]),
+        Adapter({"a": moved[3], "b": moved[4]}, {"a": 0.3, "b": 1.0}, saved=saved[2]),
+    ]
+    for method in (FedMomentum(), METHODS["hetlora"](min_rank=1), METHODS["flora"]()):
+        with torch.device("meta"):
+            got = combine(adapters, [1.0, 2.0, 1.0], method, ranks={"a": 4, "b": 4}, scalings={"a": 1.0, "b": 1.0})
+        for part in (*got.adapter.modules.values(), *got.residual.values()):
+            assert part.device.type == device and bool(torch.isfinite(part.dense()).all())
+        assert got.adapter.saved["head.weight"].device.type == device
+    share = got.weights.tolist()
+    wanted = share[0] * 3 * factors[1].dense().double() + share[2] * factors[4].dense().double()
+    assert error(got.residual["b"].dense().cpu(), wanted) < 1e-6
