@@ -1,6 +1,7 @@
 """One module's aggregation, exact and factored, against the published randomised SVD, dense SVDs and FedIT.
 
-    python benchmarks/aggregation_speed.py [--clients 10] [--repeats 7] [--no-dense] [--sweeps] [--busy] [--json FILE]
+    python benchmarks/aggregation_speed.py [--clients 10] [--ranks 16 64] [--repeats 7] [--no-dense] [--sweeps]
+        [--busy] [--json FILE]
 
 Sides take turns within one process, and medians are compared. "published" is the randomised SVD of the dense sum alone,
 in float32, without forming a residual. Inputs: `apart`, factors without anything in common, which float32 can bear;
@@ -88,17 +89,19 @@ def sides_of(updates: dict[str, list[LowRank]], rank: int) -> dict[str, Callable
     return sides
 
 
-def speed(n: int, repeats: int, limits: Limits, clock: Clock, console: Console) -> tuple[list[dict], list[Target]]:
+def speed(
+    n: int, ranks: Sequence[int], repeats: int, limits: Limits, clock: Clock, console: Console
+) -> tuple[list[dict], list[Target]]:
     table = Table(
         "module", "rank", "input", "path", "ours", "floor", "of floor", "published", "ratio", "wanted", "met", "FedIT",
         title=f"One module, {n} clients, {torch.get_num_threads()} threads; milliseconds, medians",
         title_justify="left",
     )  # fmt: skip
     rows, targets = [], []
-    for rank in RANKS:
+    for rank in ranks:
         for name, shape in SHAPES.items():
             updates = {kind: clients(kind, shape, rank, n) for kind in INPUTS}
-            turns = repeats if rank == RANKS[0] else max(2, repeats // 3)
+            turns = repeats if rank <= 16 else max(2, repeats // 3)
             runs = alternate(sides_of(updates, rank), turns, clock=clock)
             got = medians(runs)
             for kind in INPUTS:
@@ -148,7 +151,7 @@ def peft_svd(updates: Sequence[LowRank], rank: int, clock: Clock) -> float:
 
 def dense(n: int, rows: Sequence[dict], clock: Clock, console: Console) -> tuple[dict, list[Target]]:
     """The dense SVD of the sum and PEFT's, once each, at the first shape and rank."""
-    shape, rank = next(iter(SHAPES.values())), RANKS[0]
+    shape, rank = next(iter(SHAPES.values())), rows[0]["rank"]
     updates = clients("apart", shape, rank, n)
     delta = weighted_sum(updates, even(n), dtype=torch.float32).dense()
     svd = alternate({"": lambda: torch.linalg.svd(delta, full_matrices=False)}, 1, warmups=0, clock=clock)[""][0]
@@ -221,7 +224,7 @@ def sweeps(repeats: int, clock: Clock) -> dict[str, list[dict]]:
             at = {**usual, axis: value}
             shape = (at["width"], at["width"])
             updates = {kind: clients(kind, shape, at["rank"], at["clients"]) for kind in INPUTS[:2]}
-            runs = alternate(sides_of(updates, at["rank"]), max(3, repeats // 2), clock=clock)
+            runs = alternate(sides_of(updates, at["rank"]), min(3, repeats), clock=clock)
             found[axis].append({axis: value, **medians(runs)})
     return found
 
@@ -229,6 +232,7 @@ def sweeps(repeats: int, clock: Clock) -> dict[str, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-dense", action="store_true")
     parser.add_argument("--sweeps", action="store_true")
@@ -243,7 +247,7 @@ def main() -> None:
         f"This machine: copy {limits.copy:.0f} and triad {limits.triad:.0f} GB/s, matrix products "
         f"{limits.float32:.0f} (float32) and {limits.float64:.0f} (float64) GFLOP/s\n"
     )
-    rows, targets = speed(chosen.clients, chosen.repeats, limits, clock, console)
+    rows, targets = speed(chosen.clients, chosen.ranks, chosen.repeats, limits, clock, console)
     measured: dict = {
         "environment": environment("peft", "numpy"),
         "clock": clock.__name__,
