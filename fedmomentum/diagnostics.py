@@ -153,8 +153,8 @@ def round_diagnostics(
     """How a round moved the model; docs/metrics.md has the formulas. What is not defined is None.
 
     With P_i = s_i B_i A_i of client i, P_0 of the start and G the global update, everything but the angles is made of
-    the inner products of these, so the cost is that of four products of stacked factors a module and side,
-    `O((d + k) R^2)`, and no decomposition of more than an adapter's rank.
+    the inner products of these, so the cost is that of a Gram matrix of all factors a module and side (and of its
+    products with the last update's), `O((d + k) R^2)`, and no decomposition of more than an adapter's rank.
 
     Args:
         start: the adapter that the clients started from.
@@ -164,18 +164,18 @@ def round_diagnostics(
         merged: what the base absorbed in this round.
         last_update: the global update of the round before (`change`); None where there was none.
     """
-    products = [{module: one.effective(module) for module in one.modules} for one in (start, *clients)]
-    update = change(start, after, merged)
-    K = inner_products(products)  # row and column 0 are the start's
+    products = [{module: one.effective(module) for module in one.modules} for one in (start, *clients, after)]
+    everything = inner_products([*products, merged])
+    K = everything[:-2, :-2]  # row and column 0 are the start's
     w = torch.tensor([0.0, *weights], dtype=CORE_DTYPE, device=K.device)
-    with_update = inner_products(products, [update])[:, 0]
+    u = torch.zeros_like(everything[0])  # the update as a combination: after - start + merged
+    u[0], u[-2:] = -1, 1
+    with_update = (everything @ u)[:-2]
     own = K.diag() - 2 * K[0] + K[0, 0]  # ||P_i - P_0||^2
     mean = float(w @ K @ w - 2 * w @ K[0] + K[0, 0])  # ||sum_i w_i P_i - P_0||^2
     apart = (K.diag() - 2 * K @ w + w @ K @ w).clamp(min=0).sqrt()  # ||P_i - sum_j w_j P_j||
-    others = [update] if last_update is None else [update, last_update]
-    square, *crossed = inner_products([update], others)[0].tolist()
-    live = {module: after.effective(module) for module in after.modules}
-    square = _or_none(square, float(K[0, 0]) + float(inner_products([live])))
+    crossed = None if last_update is None else float(u @ inner_products([*products, merged], [last_update])[:, 0])
+    square = _or_none(float(u @ everything @ u), float(K[0, 0] + everything[-2, -2]))
     cosines = [
         _cosine(float(with_update[i] - with_update[0]), _or_none(float(own[i]), float(K[i, i] + K[0, 0])), square)
         for i in range(1, len(w))
@@ -187,7 +187,7 @@ def round_diagnostics(
         drifts = float(apart[1:].mean()) / math.sqrt(mean)
     return {
         "update_norm": math.sqrt(square or 0.0),
-        "update_cosine": _cosine(crossed[0], square, before) if crossed else None,
+        "update_cosine": _cosine(crossed, square, before) if crossed is not None else None,
         "client_cosine": {
             "min": min(defined, default=None),
             "mean": sum(defined) / len(defined) if defined else None,
