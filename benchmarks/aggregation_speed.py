@@ -1,66 +1,270 @@
-"""One module's aggregation, exact and factored, against the published randomised SVD and a dense SVD.
+"""One module's aggregation, exact and factored, against the published randomised SVD, dense SVDs and FedIT.
 
-    python benchmarks/aggregation_speed.py [--size 4096] [--clients 10] [--rank 16] [--repeats 5] [--dense]
+    python benchmarks/aggregation_speed.py [--clients 10] [--ranks 16 64] [--repeats 7] [--no-dense] [--sweeps]
+        [--busy] [--json FILE]
 
-Medians of alternating runs, so that a machine that slows down slows both sides. `--dense` adds the dense SVD (10 s
-and more a run at 4096).
+Sides take turns within one process, and medians are compared. "published" is the randomised SVD of the dense sum alone,
+in float32, without forming a residual. Inputs: `apart`, factors without anything in common, which float32 can bear;
+`common start`, clients that moved a tenth from one adapter, as in a round; `every client twice`, a sum of half its
+rank, which takes the dearest way. The floor is what reading the factors, writing the result and the products that
+the way needs would take at this machine's own rates. `--sweeps` adds the cost against clients, rank and width, which
+`benchmarks/plots.py` draws from the JSON file. `--no-dense` leaves out the dense SVD and PEFT's (12 s a run each).
+`--busy` is for a machine that has other work: one thread, and its CPU time instead of the time that passes.
 """
 
 import argparse
-import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from common import Limits, Target, alternate, environment, machine_limits, medians, print_targets, write_json
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from fedmomentum import FedIT, FedMomentum, LowRank
-from fedmomentum.lowrank import difference, weighted_sum
+from fedmomentum import Adapter, FedIT, FedMomentum, LowRank
+from fedmomentum.aggregation.whole import combine
+from fedmomentum.diagnostics import round_diagnostics
+from fedmomentum.leading import leading
+from fedmomentum.lowrank import difference, randomised_svd, weighted_sum
+
+SHAPES = {  # (out, in) of Linear layers
+    "LLaMA-2-7B attention": (4096, 4096),
+    "LLaMA-3-8B k, v": (1024, 4096),
+    "LLaMA-3-8B up, gate": (14336, 4096),
+    "LLaMA-3-8B down": (4096, 14336),
+}
+RANKS = (16, 64)
+INPUTS = ("apart", "common start", "every client twice")
+Clock = Callable[[], float]
+CHEAP, ANY, DENSE = 40, 20, 300  # how many times faster is wanted: where float32 will do, on any input, than dense
+
+
+def clients(kind: str, shape: tuple[int, int], rank: int, n: int, seed: int = 0) -> list[LowRank]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> LowRank:
+        B, A = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+        return LowRank(B / shape[0] ** 0.5, A / shape[1] ** 0.5)
+
+    if kind == "every client twice":
+        half = [draw() for _ in range(-(-n // 2))]
+        return (half + half)[:n]
+    if kind == "apart":
+        return [draw() for _ in range(n)]
+    start = draw()
+    return [LowRank(start.B + 0.1 * one.B, start.A + 0.1 * one.A) for one in (draw() for _ in range(n))]
+
+
+def even(n: int) -> torch.Tensor:
+    return torch.full((n,), 1 / n, dtype=torch.float64)
+
+
+def published(updates: Sequence[LowRank]) -> None:
+    total = weighted_sum(updates, even(len(updates)), dtype=torch.float32)
+    randomised_svd(total, total.rank, torch.Generator().manual_seed(0))
+
+
+def ours(updates: Sequence[LowRank], rank: int) -> None:
+    FedMomentum()(updates, even(len(updates)), rank=rank)
+
+
+def floor(limits: Limits, shape: tuple[int, int], rank: int, n: int, path: str) -> float:
+    """Seconds: factors read, result written; two symmetric Gram matrices, two bases, and the rest's two updates."""
+    sides, R = sum(shape), n * rank
+    gram = sides * R**2 / 1e9
+    thin = 2 * sides * rank * (R + R - rank) / 1e9
+    traffic = 2 * 4 * sides * R / 1e9
+    if path == "gram32":
+        return limits.seconds(gigabytes=traffic, float32=gram + thin)
+    return limits.seconds(gigabytes=traffic, float32=thin, float64=gram)
+
+
+def sides_of(updates: dict[str, list[LowRank]], rank: int) -> dict[str, Callable[[], object]]:
+    first = next(iter(updates.values()))
+    sides: dict[str, Callable[[], object]] = {kind: partial(ours, some, rank) for kind, some in updates.items()}
+    sides["published"] = partial(published, first)
+    sides["FedIT"] = lambda: FedIT()(first, even(len(first)), rank=rank)
+    return sides
+
+
+def speed(
+    n: int, ranks: Sequence[int], repeats: int, limits: Limits, clock: Clock, console: Console
+) -> tuple[list[dict], list[Target]]:
+    table = Table(
+        "module", "rank", "input", "path", "ours", "floor", "of floor", "published", "ratio", "wanted", "met", "FedIT",
+        title=f"One module, {n} clients, {torch.get_num_threads()} threads; milliseconds, medians",
+        title_justify="left",
+    )  # fmt: skip
+    rows, targets = [], []
+    for rank in ranks:
+        for name, shape in SHAPES.items():
+            updates = {kind: clients(kind, shape, rank, n) for kind in INPUTS}
+            turns = repeats if rank <= 16 else max(2, repeats // 3)
+            runs = alternate(sides_of(updates, rank), turns, clock=clock)
+            got = medians(runs)
+            for kind in INPUTS:
+                path = leading(updates[kind], even(n), rank, dtype=torch.float32).path
+                least, ratio = floor(limits, shape, rank, n, path), got["published"] / got[kind]
+                wanted = CHEAP if path == "gram32" else ANY
+                target = Target.at_least(f"{shape[0]} x {shape[1]}, rank {rank}, {kind}: times", wanted, ratio)
+                targets.append(target)
+                rows.append({
+                    "module": name, "shape": shape, "clients": n, "rank": rank, "input": kind, "path": path,
+                    "ours": got[kind], "published": got["published"], "FedIT": got["FedIT"], "floor": least,
+                    "ratio": ratio, "runs": runs[kind],
+                })  # fmt: skip
+                met = "[green]yes[/]" if target.met else "[red]no[/]"
+                table.add_row(
+                    f"{name} {shape[0]}x{shape[1]}", str(rank), kind, path, f"{got[kind] * 1e3:.1f}",
+                    f"{least * 1e3:.1f}", f"{got[kind] / least:.1f}", f"{got['published'] * 1e3:.0f}", f"{ratio:.1f}",
+                    str(wanted), met, f"{got['FedIT'] * 1e3:.1f}",
+                )  # fmt: skip
+    console.print(table)
+    return rows, targets
+
+
+def peft_svd(updates: Sequence[LowRank], rank: int, clock: Clock) -> float:
+    """Seconds of PEFT's own merge of these adapters, by the SVD of the dense sum."""
+    from peft import LoraConfig, get_peft_model
+
+    out_size, in_size = updates[0].shape
+    model = nn.ModuleDict({"layer": nn.Linear(in_size, out_size, bias=False)})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])
+    peft_model = get_peft_model(model, config, adapter_name="0")
+    for i in range(1, len(updates)):
+        peft_model.add_adapter(str(i), config)
+    layer = peft_model.base_model.model["layer"]
+    with torch.no_grad():
+        for i, update in enumerate(updates):
+            layer.lora_B[str(i)].weight.copy_(update.B)
+            layer.lora_A[str(i)].weight.copy_(update.A)
+    names = [str(i) for i in range(len(updates))]
+    merge = {"combination_type": "svd", "svd_rank": rank}
+    weights = [1 / len(updates)] * len(updates)
+    runs = alternate(
+        {"": lambda: peft_model.add_weighted_adapter(names, weights, "merged", **merge)}, 1, warmups=0, clock=clock
+    )
+    return runs[""][0]
+
+
+def dense(n: int, rows: Sequence[dict], clock: Clock, console: Console) -> tuple[dict, list[Target]]:
+    """The dense SVD of the sum and PEFT's, once each, at the first shape and rank."""
+    shape, rank = next(iter(SHAPES.values())), rows[0]["rank"]
+    updates = clients("apart", shape, rank, n)
+    delta = weighted_sum(updates, even(n), dtype=torch.float32).dense()
+    svd = alternate({"": lambda: torch.linalg.svd(delta, full_matrices=False)}, 1, warmups=0, clock=clock)[""][0]
+    merge = peft_svd(updates, rank, clock)
+    ms = rows[0]["ours"]
+    targets = [
+        Target.at_least(f"{shape[0]} x {shape[1]}, rank {rank}, apart: times the dense SVD", DENSE, svd / ms),
+        Target.at_least(f"{shape[0]} x {shape[1]}, rank {rank}, apart: times PEFT's SVD merge", DENSE, merge / ms),
+    ]
+    console.print(f"{shape[0]} x {shape[1]}, once each: dense SVD of the sum {svd:.1f} s, PEFT's {merge:.1f} s\n")
+    return {"shape": shape, "rank": rank, "dense SVD": svd, "PEFT": merge}, targets
+
+
+def accuracy(n: int, console: Console) -> tuple[list[dict], list[Target]]:
+    """Against float64, at factor conditions 1 to 1e6, each client's singular values graded."""
+    shape, rank = (1024, 1536), RANKS[0]
+    table = Table("condition", "path", "error of adapter + residual", "adapter over the best", title="Accuracy",
+                  title_justify="left")  # fmt: skip
+    rows = []
+    for condition in [10.0**i for i in range(7)]:
+        generator, updates = torch.Generator().manual_seed(1), []
+        for _ in range(n):
+            bases = [torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape]
+            turns = [torch.linalg.qr(torch.randn(rank, rank, generator=generator).double()).Q for _ in range(2)]
+            graded = torch.logspace(0, -torch.tensor(condition).log10().item(), rank, dtype=torch.float64)
+            Q = [torch.linalg.qr(basis).Q for basis in bases]
+            updates.append(LowRank(Q[0] * graded @ turns[0], turns[1] @ (graded[:, None] * Q[1].mT)).to(torch.float32))
+        total = weighted_sum(updates, even(n))
+        result, S = FedMomentum()(updates, even(n), rank=rank), total.svd()[1]
+        left = difference(total, result.adapter)
+        error = difference(left, result.residual).norm() / total.norm()
+        over = left.norm() / float(S[rank:].square().sum().sqrt()) - 1
+        path = leading(updates, even(n), rank, dtype=torch.float32).path
+        rows.append({"condition": condition, "path": path, "error": error, "over the best": over})
+        table.add_row(f"{condition:.0e}", path, f"{error:.1e}", f"{over:.1e}")
+    console.print(table)
+    return rows, [
+        Target.at_most("error of adapter + residual, any condition", 1e-6, max(row["error"] for row in rows)),
+        Target.at_most("adapter over the best of its rank, any condition", 1e-4, max(r["over the best"] for r in rows)),
+    ]
+
+
+def diagnostics(n: int, repeats: int, clock: Clock, console: Console) -> dict:
+    """What `round_diagnostics` costs beside the aggregation, of one module."""
+    shape, rank = next(iter(SHAPES.values())), RANKS[0]
+    start, *sent = [Adapter({"m": one}, {"m": 1.0}) for one in clients("common start", shape, rank, n + 1)]
+    weights = [1 / n] * n
+
+    def aggregate():
+        return combine(sent, weights, FedMomentum(), ranks={"m": rank}, scalings={"m": 1.0}, reference=start)
+
+    result = aggregate()
+    sides = {
+        "combine": aggregate,
+        "round_diagnostics": lambda: round_diagnostics(start, sent, weights, result.adapter, result.residual, None),
+    }
+    got = medians(alternate(sides, repeats, clock=clock))
+    share = got["round_diagnostics"] / got["combine"]
+    console.print(f"One module, common start: round_diagnostics takes {share:.0%} of the time of combine\n")
+    return {**got, "share": share}
+
+
+def sweeps(repeats: int, clock: Clock) -> dict[str, list[dict]]:
+    """Ours and the published one against the number of clients, the rank and the width, the others at 10, 16, 4096."""
+    axes = {"clients": [2, 5, 10, 20, 40], "rank": [4, 8, 16, 32, 64], "width": [512, 1024, 2048, 4096, 8192]}
+    usual, found = {"clients": 10, "rank": 16, "width": 4096}, {}
+    for axis, values in axes.items():
+        found[axis] = []
+        for value in values:
+            at = {**usual, axis: value}
+            shape = (at["width"], at["width"])
+            updates = {kind: clients(kind, shape, at["rank"], at["clients"]) for kind in INPUTS[:2]}
+            runs = alternate(sides_of(updates, at["rank"]), min(3, repeats), clock=clock)
+            found[axis].append({axis: value, **medians(runs)})
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--sweeps", action="store_true")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--json")
     chosen = parser.parse_args()
-    n, d, r = chosen.clients, chosen.size, chosen.rank
-    generator = torch.Generator().manual_seed(0)
-    updates = [
-        LowRank(torch.randn(d, r, generator=generator) / d**0.5, torch.randn(r, d, generator=generator) / d**0.5)
-        for _ in range(n)
-    ]
-    weights = torch.full((n,), 1 / n, dtype=torch.float64)
-    methods = {
-        "FedMomentum, exact on the factors": lambda: FedMomentum()(updates, weights, rank=r),
-        "FedMomentum, published randomised SVD": lambda: FedMomentum(svd="randomised")(updates, weights, rank=r),
-        "FedIT (inexact)": lambda: FedIT()(updates, weights, rank=r),
+    if chosen.busy:
+        torch.set_num_threads(1)
+    clock: Clock = time.thread_time if chosen.busy else time.perf_counter
+    console, limits = Console(), machine_limits(clock=clock)
+    console.print(
+        f"This machine: copy {limits.copy:.0f} and triad {limits.triad:.0f} GB/s, matrix products "
+        f"{limits.float32:.0f} (float32) and {limits.float64:.0f} (float64) GFLOP/s\n"
+    )
+    rows, targets = speed(chosen.clients, chosen.ranks, chosen.repeats, limits, clock, console)
+    measured: dict = {
+        "environment": environment("peft", "numpy"),
+        "clock": clock.__name__,
+        "limits": limits,
+        "speed": rows,
     }
-    if chosen.dense:
-        methods["dense SVD of the sum"] = lambda: torch.linalg.svd(weighted_sum(updates, weights).dense().float())
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(chosen.repeats + 1):
-        for name, method in methods.items():
-            started = time.perf_counter()
-            method()
-            if repeat:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - started)
-    total = weighted_sum(updates, weights)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
-    title = f"{d} x {d}, {n} clients of rank {r}, {torch.get_num_threads()} threads, median of {chosen.repeats}"
-    table = Table("method", "seconds", "times the first", "error of adapter + residual", title=title)
-    for name, method in methods.items():
-        error = ""
-        if "SVD of the sum" not in name:
-            result = method()
-            kept = difference(total, result.adapter)
-            rest = difference(kept, result.residual) if result.residual is not None else kept
-            error = f"{rest.norm() / total.norm():.1e}"
-        table.add_row(name, f"{medians[name]:.4f}", f"{medians[name] / first:.1f}", error)
-    Console().print(table)
+    measured["accuracy"], more = accuracy(chosen.clients, console)
+    targets += more
+    measured["diagnostics"] = diagnostics(chosen.clients, chosen.repeats, clock, console)
+    if not chosen.no_dense:
+        measured["dense"], more = dense(chosen.clients, rows, clock, console)
+        targets += more
+    if chosen.sweeps:
+        measured["sweeps"] = sweeps(chosen.repeats, clock)
+    print_targets(targets, console=console)
+    if chosen.json:
+        write_json(chosen.json, targets=targets, **measured)
 
 
 if __name__ == "__main__":

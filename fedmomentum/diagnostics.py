@@ -139,9 +139,9 @@ def round_diagnostics(
         merged: what the base absorbed in this round.
         last_update: the global update of the round before (`change`); None where there was none.
     """
-    w, update = torch.tensor(weights, dtype=CORE_DTYPE), change(start, after, merged)
-    own, with_start, with_mean, with_update, A, B = torch.zeros(6, len(clients), dtype=CORE_DTYPE)
-    totals = dict.fromkeys(("PP", "SS", "SP", "GG", "GP", "GL", "LL", "live"), 0.0)
+    w, update = torch.tensor(weights, dtype=CORE_DTYPE, device="cpu"), change(start, after, merged)
+    own, with_start, with_mean, with_update, A, B = torch.zeros(6, len(clients), dtype=CORE_DTYPE, device="cpu")
+    totals = dict.fromkeys(("PP", "GG", "GP", "GL", "LL", "live"), 0.0)
     for module in sorted(after.modules):
         shape = after.modules[module].shape
         P, live = _effective(start, module, shape), _effective(after, module, shape)
@@ -151,10 +151,8 @@ def round_diagnostics(
             with_start[i] += matrix.inner(P)
             A[i] += matrix.A.square().sum()
             B[i] += matrix.B.square().sum() / client.scalings.get(module, 1.0) ** 2  # the scaling is on B
-        S = exact_sum(sent, w)
-        with_mean += inner_with_each(sent, S)
-        _add(totals, PP=inner(P, P), SS=inner(S, S), SP=inner(S, P), live=inner(live, live))
-        del S  # one dense sum at a time is in memory
+        with_mean += inner_with_each(sent, exact_sum(sent, w))  # one dense sum at a time is in memory
+        _add(totals, PP=inner(P, P), live=inner(live, live))
         G = update[module]
         with_update += inner_with_each(sent, G)
         _add(totals, GG=inner(G, G), GP=inner(G, P))
@@ -164,15 +162,16 @@ def round_diagnostics(
             del L
         del G
     moved = own - 2 * with_start + totals["PP"]  # ||P_i - P_0||^2
-    mean = totals["SS"] - 2 * totals["SP"] + totals["PP"]  # ||S - P_0||^2
-    apart = (own - 2 * with_mean + totals["SS"]).clamp(min=0).sqrt()  # ||P_i - S||
+    size = float(w @ with_mean)  # ||S||^2
+    mean = size - 2 * float(w @ with_start) + totals["PP"]  # ||S - P_0||^2
+    apart = (own - 2 * with_mean + size).clamp(min=0).sqrt()  # ||P_i - S||
     square = _or_none(totals["GG"], totals["PP"] + totals["live"])
     cosines = [
         _cosine(float(with_update[i]) - totals["GP"], _or_none(float(moved[i]), float(own[i]) + totals["PP"]), square)
         for i in range(len(clients))
     ]
     defined = [cosine for cosine in cosines if cosine is not None]
-    drifts = float(apart.mean()) / math.sqrt(mean) if _or_none(mean, totals["SS"] + totals["PP"]) else None
+    drifts = float(apart.mean()) / math.sqrt(mean) if _or_none(mean, size + totals["PP"]) else None
     return {
         "update_norm": math.sqrt(square or 0.0),
         "update_cosine": _cosine(totals["GL"], square, totals["LL"]),
@@ -192,7 +191,8 @@ def round_diagnostics(
 
 def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank:
     if module not in adapter.modules:
-        return zeros(shape)
+        some = next(iter(adapter.modules.values()))
+        return zeros(shape, device=some.device)
     matrix = adapter.effective(module)
     return LowRank(matrix.B.contiguous(), matrix.A.contiguous())  # the last bits of products depend on strides
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, from_svd, gram, numerical_rank
-from fedmomentum.sums import Matrix, exact_sum, norm, plus, strongest
+from fedmomentum.sums import Matrix, as_dense, exact_sum, norm, plus, strongest
 
 # How much worse than the best of its rank the directions may be, as a share of the best's error ...
 SLACK = 4e-5
@@ -41,7 +41,7 @@ class Leading:
             where the sum is.
         energy: `||sum_i w_i B_i A_i||_F^2`.
         left: `||rest||_F^2`.
-        path: how it was found: `gram32`, `gram64`, `iteration` or `svd`.
+        path: how it was found: `gram32`, `gram64`, `dense` or `svd`.
     """
 
     U: Tensor
@@ -70,7 +70,7 @@ def leading(
     - `gram32`, `gram64`: `A A^T = L L^T`, `L^T (B^T B) L = Z diag(S^2) Z^T`, all R x R; `U S = B L Z_r`,
       `V^T = Z_r^T L^-1 A`. In float32 where the factors are so well conditioned that the bound below holds, else in
       float64. `O((d + k) R^2)`, once, and `O((d + k) R r)` for the rest.
-    - `iteration`: R is so large that the dense sum is the smaller form. Subspace iteration on it, warm from
+    - `dense`: R is so large that the dense sum is the smaller form. Subspace iteration on it, warm from
       `reference`.
     - `svd`: `LowRank.svd`, for float64, for parts that cancel, for sums of less than full rank, and wherever a bound
       fails.
@@ -97,7 +97,7 @@ def leading(
     """
     total = exact_sum(matrices, weights, also, dtype=dtype)
     if isinstance(total, Tensor):
-        return _by_iteration(total, rank, dtype, reference, generator)
+        return _of_dense(total, rank, dtype, reference, generator)
     if dtype == CORE_DTYPE:
         return _by_svd(total, rank, dtype)
     for core in (torch.float32, torch.float64):
@@ -108,19 +108,18 @@ def leading(
     return _by_svd(again, rank, dtype)
 
 
-def _by_iteration(
+def _of_dense(
     delta: Tensor, rank: int, dtype: torch.dtype, reference: LowRank | None, generator: torch.Generator | None
 ) -> Leading:
     generator = generator or torch.Generator().manual_seed(0)
     shape = delta.shape[0], delta.shape[1]
     U, S, Vh, beyond = strongest(delta, rank, generator, near=reference)
     m = min(rank, numerical_rank(S, shape))
-    rest: Matrix = from_svd(U[:, m:], S[m:], Vh[m:], CORE_DTYPE)
-    left = float(S[m:].square().sum())
-    if beyond is not None:
-        rest, left = plus(beyond, rest), left + norm(beyond) ** 2
+    others = from_svd(U[:, m:], S[m:], Vh[m:], CORE_DTYPE)
+    rest = as_dense(others) if beyond is None else plus(beyond, others)
+    left = norm(rest) ** 2
     energy = float(S[:m].square().sum()) + left
-    return Leading(U[:, :m], S[:m], Vh[:m], rest.to(dtype), energy, left, "iteration")
+    return Leading(U[:, :m], S[:m], Vh[:m], rest.to(dtype), energy, left, "dense")
 
 
 def _by_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Leading:

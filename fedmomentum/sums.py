@@ -131,7 +131,7 @@ def inner_with_each(matrices: Sequence[LowRank], other: Matrix) -> Tensor:
 
     `<B A, B' A'> = sum((B^T B') * (A A'^T))`, and `<B A, D> = sum(B * (D A^T))` for a dense D.
     """
-    result = torch.zeros(len(matrices), dtype=CORE_DTYPE)
+    result = torch.zeros(len(matrices), dtype=CORE_DTYPE, device="cpu")
     for owners, B, A in _blocks(matrices):
         if isinstance(other, LowRank):
             columns = ((B.mT @ other.B.to(B)) * (A @ other.A.to(A).mT)).sum(1)
@@ -209,7 +209,7 @@ def _swept(
     D: Tensor, rank: int, width: int, whole: float, generator: torch.Generator, near: LowRank | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Subspace iteration on `width` directions; the leading `rank`."""
-    X = torch.randn(D.shape[1], width, generator=generator, dtype=CORE_DTYPE).to(D.device)
+    X = torch.randn(D.shape[1], width, generator=generator, dtype=CORE_DTYPE, device=generator.device).to(D.device)
     if near is not None:
         X[:, : min(width, near.rank)] = near.A[:width].mT
     kept = -1.0

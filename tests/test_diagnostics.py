@@ -202,6 +202,16 @@ def test_clients_of_unequal_rank_count_with_all_that_they_add(folder, tmp_path):
         assert row["diagnostics"]["client_cosine"]["min"] > 0 and row["diagnostics"]["client_drift"] < 3
 
 
+def test_they_are_measured_where_the_tensors_are():
+    """The default device holds no numbers, so a tensor made there would show."""
+    start, clients = adapter(1), [nearby(adapter(1), seed) for seed in (2, 3, 4)]
+    after, merged = nearby(start, 9), {m: random_matrix(*shape, 2, seed=7) for m, shape in SHAPES.items()}
+    wanted = round_diagnostics(start, clients, WEIGHTS, after, merged, change(start, after, {}))
+    with torch.device("meta"):
+        got = round_diagnostics(start, clients, WEIGHTS, after, merged, change(start, after, {}))
+    assert got == wanted
+
+
 def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
     """One checkpoint is kept, and every round is begun by another process."""
     settings = {"evaluation": {"every": 0}, "run": {"keep_rounds": 1}}

@@ -127,7 +127,7 @@ def combine(
     total = sum(weights)
     if not all(0 < w < float("inf") for w in weights):
         raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
-    shares = torch.tensor([w / total for w in weights], dtype=torch.float64)
+    shares = torch.tensor([w / total for w in weights], dtype=torch.float64, device="cpu")
     shares = method.weigh(shares / shares.sum(), lambda: _norms(adapters))
     parts, residual, kept, findings = {}, {}, {}, {}
     for number, (module, rank) in enumerate(ranks.items()):
@@ -260,7 +260,7 @@ def module_seed(seed: int, server_round: int, module: str) -> int:
 def _norms(adapters: Sequence[Adapter]) -> Tensor:
     """`(num_clients,)`, each adapter's `sqrt(sum over modules ||s B A||_F^2)`."""
     squares = [sum(adapter.effective(module).norm() ** 2 for module in adapter.modules) for adapter in adapters]
-    return torch.tensor(squares, dtype=torch.float64).sqrt()
+    return torch.tensor(squares, dtype=torch.float64, device="cpu").sqrt()
 
 
 def _factors_of(module: str) -> Callable[[Adapter], LowRank]:
@@ -272,14 +272,15 @@ def _updates(adapters: Sequence[Adapter], module: str, scaling: float, trained: 
     shapes = {a.name: a.modules[module].shape for a in adapters if module in a.modules}
     if len(set(shapes.values())) > 1:
         raise AdapterError(f"module {module} has different shapes: {shapes}; the adapters are of different models")
-    nothing = zeros(next(iter(shapes.values())))
+    like = next(a.modules[module] for a in adapters if module in a.modules)
+    nothing = zeros(like.shape, dtype=like.dtype, device=like.device)
 
     def update(adapter: Adapter) -> LowRank:
         factors = adapter.modules.get(module, nothing)
         ratio = adapter.scalings.get(module, scaling) / scaling
         if ratio == 1:
             return factors
-        factors = factors.to(torch.float64)
+        factors = factors.to(adapter_dtype([factors]))
         return LowRank(factors.B, factors.A * ratio) if trained == "A" else factors.scaled(ratio)
 
     return Each(update, adapters)
@@ -299,7 +300,7 @@ def _mean_saved(adapters: Sequence[Adapter], shares: Tensor) -> dict[str, Tensor
     return {
         key: sum(
             (share * a.saved[key].to(torch.float64) for share, a in zip(shares, adapters, strict=True)),
-            start=torch.zeros((), dtype=torch.float64),
+            start=torch.zeros((), dtype=torch.float64, device=tensor.device),
         ).to(tensor.dtype)
         for key, tensor in first.saved.items()
     }
