@@ -60,6 +60,7 @@ simulation: $(TEST_STAMP)
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/aggregation_speed.py
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/client.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/wire.py

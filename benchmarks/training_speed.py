@@ -1,17 +1,19 @@
 """What a LoRA training step costs on this machine: our `train` against a plain loop, and which settings matter.
 
-    python benchmarks/training_speed.py [--only train settings merged] [--model FOLDER] [--threads 2] [--json FILE]
+    python benchmarks/training_speed.py [--only train overhead settings merged] [--threads 2] [--cpu-time] [--json FILE]
 
 train: `fedmomentum.training.train` against a plain PyTorch loop over the same batches of the same model, taken in turn;
-paired ratios. settings: one step each, one thing changed against the first. merged: one linear module, forward and
-backward: its weight in float32 against the weight in 16 bits beside a float32 branch that holds what was merged.
-Default model: the embedded SmolLM2-135M-Instruct; the rows have the lengths of the default job's.
+paired ratios. overhead: what `train` costs beside the model, in processor time. settings: one step each, one thing
+changed against the first. merged: one linear module, forward and backward: its weight in float32 against the weight in
+16 bits beside a float32 branch that holds what was merged. Default model: the embedded SmolLM2-135M-Instruct; the rows
+have the lengths of the default job's. `--cpu-time`, with one thread, is for a machine that is busy with other things.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +35,7 @@ from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.embedded import smollm2_folder
 from fedmomentum.live import quiet_libraries
 from fedmomentum.peft_io import lora_layers
-from fedmomentum.training import train
+from fedmomentum.training import _CompletionTrainer, train
 
 CONSOLE = Console()
 STEPS = 5  # the default job's local-steps
@@ -98,6 +100,44 @@ def compare_train(folder: str, repeats: int) -> tuple[dict[str, Any], list[Targe
         table.add_row(name, f"{median:.3f}", f"{median / STEPS:.3f}", f"{tokens / median:.0f}", shown)
     CONSOLE.print(table)
     return seconds, [Target.at_least("tokens/s of train() against a plain loop", 0.97, ratio)]
+
+
+def measure_overhead(folder: str, repeats: int) -> tuple[dict[str, Any], list[Target]]:
+    """CPU seconds of everything in `train` but the model: the loss touches the trained parameters and nothing else.
+
+    Processor time, not wall time, so that a busy machine does not change it much.
+    """
+    model = lora_model(folder)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids, prompts = example_rows(LENGTHS)
+    examples = TokenisedExamples(tuple(ids), tuple(prompts), ("",) * BATCH, (False,) * BATCH, 0)
+
+    def loss(self: Any, model: nn.Module, inputs: dict, **rest: Any) -> torch.Tensor:
+        value = torch.stack([(p * 0).sum() for p in trained]).sum() + 1
+        self.progress.add(value.item(), 1)
+        return value
+
+    original, found = _CompletionTrainer.compute_loss, {}
+    _CompletionTrainer.compute_loss = loss  # type: ignore[method-assign,assignment]
+    try:
+        for steps in (1, STEPS, 25):
+            times = []
+            for _ in range(repeats + 1):
+                started = time.process_time()
+                train(model, examples, pad_token_id=0, learning_rate=1e-4, local_steps=steps, local_epochs=None,
+                      batch_size=BATCH, seed=0)  # fmt: skip
+                times.append(time.process_time() - started)
+            found[steps] = statistics.median(times[1:])
+    finally:
+        _CompletionTrainer.compute_loss = original  # type: ignore[method-assign]
+    table = Table("steps of a call", "CPU s beside the model", "a step more costs, ms")
+    previous = None
+    for steps, seconds in found.items():
+        more = f"{1000 * (seconds - previous[1]) / (steps - previous[0]):.1f}" if previous else ""
+        table.add_row(str(steps), f"{seconds:.3f}", more)
+        previous = steps, seconds
+    CONSOLE.print(table)
+    return found, []
 
 
 def compare_settings(folder: str, repeats: int) -> tuple[dict[str, Any], list[Target]]:
@@ -172,12 +212,15 @@ def compare_merged(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=["train", "settings", "merged"])
+    parser.add_argument("--only", nargs="*", default=["train", "overhead", "settings", "merged"])
     parser.add_argument("--model", help="folder of the base model; default: the embedded one")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.cpu_time:
+        time.perf_counter = time.process_time  # what `alternate` reads
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(options.threads)
     folder = options.model or str(smollm2_folder(print))
@@ -185,6 +228,7 @@ def main() -> None:
     targets: list[Target] = []
     parts = {
         "train": lambda: compare_train(folder, options.repeats),
+        "overhead": lambda: measure_overhead(folder, options.repeats),
         "settings": lambda: compare_settings(folder, options.repeats),
         "merged": lambda: compare_merged(options.repeats),
     }
