@@ -196,8 +196,9 @@ def test_a_spooled_adapter_is_the_one_that_was_put(tmp_path):
 def test_what_a_killed_server_left_is_swept_when_the_folder_is_opened(tmp_path):
     (tmp_path / "updates").mkdir(parents=True)
     (tmp_path / "updates" / "000000.safetensors").write_bytes(b"half")
-    RunFolder(tmp_path).close()
+    opened = RunFolder(tmp_path)
     assert not (tmp_path / "updates").exists()
+    opened.close()
 
 
 # ── in runs ──
