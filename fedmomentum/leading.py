@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, from_svd, gram, numerical_rank
-from fedmomentum.sums import Matrix, as_dense, exact_sum, norm, plus, strongest
+from fedmomentum.lowrank import CHUNK, CORE_DTYPE, LowRank, gram, numerical_rank
+from fedmomentum.sums import Matrix, exact_sum, norm, plus, strongest
 
 # How much worse than the best of its rank the directions may be, as a share of the best's error ...
 SLACK = 4e-5
@@ -38,7 +38,7 @@ class Leading:
         S: `(m,)`, descending, all above round-off, float64.
         Vh: `(m, in)`, orthonormal rows, float64.
         rest: the remainder, in the dtype asked for: factored, its rank the sum of the ranks minus m or less, or dense
-            where the sum is.
+            where the sum is and not all of its directions were looked for.
         energy: `||sum_i w_i B_i A_i||_F^2`.
         left: `||rest||_F^2`.
         path: how it was found: `gram32`, `gram64`, `dense` or `svd`.
@@ -115,8 +115,8 @@ def _of_dense(
     shape = delta.shape[0], delta.shape[1]
     U, S, Vh, beyond = strongest(delta, rank, generator, near=reference)
     m = min(rank, numerical_rank(S, shape))
-    others = from_svd(U[:, m:], S[m:], Vh[m:], CORE_DTYPE)
-    rest = as_dense(others) if beyond is None else plus(beyond, others)
+    others = _components(U, S, Vh, m, numerical_rank(S, shape, CORE_DTYPE))
+    rest = others if beyond is None else plus(beyond, others)
     left = norm(rest) ** 2
     energy = float(S[:m].square().sum()) + left
     return Leading(U[:, :m], S[:m], Vh[:m], rest.to(dtype), energy, left, "dense")
@@ -126,10 +126,15 @@ def _by_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Leading:
     U, S, Vh = total.svd()
     held = numerical_rank(S, total.shape, CORE_DTYPE)  # below it is round-off of the core itself
     m = min(rank, numerical_rank(S, total.shape))
-    root = S[m:held].sqrt()  # on both sides: the product of two small factors may be too small for float32
-    rest = LowRank(U[:, m:held] * root, root[:, None] * Vh[m:held]).to(dtype)
+    rest = _components(U, S, Vh, m, held).to(dtype)
     squares = S.square()
     return Leading(U[:, :m], S[:m], Vh[:m], rest, float(squares.sum()), float(squares[m:].sum()), "svd")
+
+
+def _components(U: Tensor, S: Tensor, Vh: Tensor, start: int, end: int) -> LowRank:
+    """The singular directions from `start` to `end`."""
+    root = S[start:end].sqrt()  # on both sides: the product of two small factors may be too small for float32
+    return LowRank(U[:, start:end] * root, root[:, None] * Vh[start:end])
 
 
 # ── by Gram matrices ──
