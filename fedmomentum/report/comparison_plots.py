@@ -1,6 +1,7 @@
 """The figures of a comparison: methods over rounds and bytes, with what lies between their seeds."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -196,6 +197,10 @@ def _differences(
         for method, _ in lines
     }  # fmt: skip
 
+    # a method's settings on lines of their own, a setting of the run without its section
+    names = [re.sub(r"[:;](\w+\.)?", "\n", method) for method, _ in lines]
+    most_lines = max(name.count("\n") + 1 for name in names)
+
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=GRID, linewidth=1.2)
         for y, (method, mean) in enumerate(lines):
@@ -206,7 +211,7 @@ def _differences(
             x = [factor * value for _, value in dots[method]]
             axes.plot(x, [y + 0.22] * len(x), linestyle="none", marker="|", markersize=6, color=colour)
             axes.plot([factor * mean.mean], [y], marker="o", markersize=6.5, color=colour)
-        name_axes(axes, [method for method, _ in lines], "", f"difference ({label})")
+        name_axes(axes, names, "", f"difference ({label})")
         axes.spines["left"].set_visible(False)
 
     data: list[Sequence[Any]] = [("method", "seed", "difference", "low", "high")]
@@ -217,7 +222,9 @@ def _differences(
         f"After the last round, minus {comparison.baseline} with the same seed. Dot and line: mean and 95 % "
         "t-interval; ticks: the seeds."
     )
-    return make_plot(key, title, draw, caption=caption, data=data, height=0.8 + 0.42 * len(lines))
+    return make_plot(
+        key, title, draw, caption=caption, data=data, height=0.8 + max(0.42, 0.2 * most_lines) * len(lines)
+    )
 
 
 def _with_margin(low: float, high: float) -> tuple[float, float]:

@@ -53,8 +53,9 @@ def curves_legend(main: str, clients: dict[str, Curve]) -> list[Key]:
 
 
 def name_axes(axes: Axes, names: Sequence[str], kind: str, label: str) -> None:
-    """Names down the side, the first at the top; a long list has its scale at both ends."""
-    axes.set_yticks(range(len(names)), [shorten(name, _LABEL) for name in names])
+    """Names down the side, the first at the top; a long list has its scale at both ends. A name may have lines."""
+    shown = ["\n".join(shorten(line, _LABEL) for line in name.splitlines() or [""]) for name in names]
+    axes.set_yticks(range(len(names)), shown)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel(label)
     axes.set_ylabel(kind, loc="top" if len(names) > 12 else "center")
