@@ -1,6 +1,7 @@
 """The documentation is true where a machine can tell: its code runs, its links lead somewhere, its tables are whole."""
 
 import dataclasses
+import importlib
 import json
 import re
 import runpy
@@ -308,3 +309,10 @@ def test_every_field_of_the_wire_is_documented():
     told = documented(ROOT / "docs" / "folder-formats.md")
     for kind, in_tensors in ((Task, "objects"), (Reply, "tensors")):
         assert {field.name for field in dataclasses.fields(kind)} - {in_tensors} <= told
+
+
+def test_the_results_are_those_of_the_committed_runs(monkeypatch):
+    """The tables of docs/results.md are what the experiment's script makes of the numbers beside it."""
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "banking77")
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert importlib.import_module("figures").tables().strip() in text
