@@ -88,7 +88,8 @@ class Program:
             self.popen = subprocess.Popen(
                 [sys.executable, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True, env={**os.environ, **environment},
-            )  # fmt: skip
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip  # whoever runs the tests in the background has it ignored, and children inherit that
 
     def text(self) -> str:
         """All it has said, over all its starts."""
