@@ -57,6 +57,7 @@ simulation: $(TEST_STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[simulation]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist tests/test_simulation.py
 
+bench: export COLUMNS = 150
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/aggregation_speed.py
 	$(BIN)/python benchmarks/training_speed.py

@@ -54,7 +54,7 @@ def merge(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
     square, product = torch.rand(1024, 1024), torch.empty(1024, 1024)
     for out_size, in_size, rank in SHAPES:
         held, layer, blob = _held(out_size, in_size, rank)
-        count, matrix = [0], blob.low_rank["layer"]
+        count, matrix = [0], blob.matrices["layer"]
 
         def in_place(held: HeldBase = held, blob: Blob = blob, count: list[int] = count) -> None:
             count[0] += 1
