@@ -7,8 +7,9 @@ to disk, nothing that is kept names them, and what a killed server leaves of the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from fedmomentum.adapter import Adapter
 from fedmomentum.files import safetensors_bytes
 from fedmomentum.lowrank import LowRank
 
+NUM_OPEN = 8
+"""So many files stay mapped. A small federation's are opened once, which is most of what reading them costs; of a
+large one's each is opened anew, so that neither handles nor memory grow with it."""
+
 
 class Spool:
     """A folder of updates.
@@ -30,6 +35,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, count()
+        self._opened = lru_cache(NUM_OPEN)(lambda file: safe_open(file, framework="pt"))
         self.clear()
 
     def put(self, adapter: Adapter) -> Adapter:
@@ -44,19 +50,23 @@ class Spool:
         saved = {f"{name}.saved": tensor for name, tensor in adapter.saved.items()}
         file.write_bytes(safetensors_bytes({**factors, **saved}))
         return replace(
-            adapter, modules=_Factors(file, tuple(adapter.modules)), saved=_Saved(file, tuple(adapter.saved))
+            adapter,
+            modules=_Factors(file, self._opened, tuple(adapter.modules)),
+            saved=_Saved(file, self._opened, tuple(adapter.saved)),
         )
 
     def clear(self) -> None:
         """Delete all updates."""
+        self._opened.cache_clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class _OnDisk(Mapping[str, Any]):
-    """Names to what a file holds. Every look maps the file anew and lets go of it with the tensors it gave."""
+    """Names to what a file holds. Nothing is kept of what a look reads."""
 
     file: Path
+    opened: Callable[[Path], Any] = field(repr=False)
     names: tuple[str, ...]
     known: frozenset[str] = field(init=False, repr=False)
 
@@ -75,8 +85,7 @@ class _OnDisk(Mapping[str, Any]):
     def _read(self, name: str, *kinds: str) -> list[Tensor]:
         if name not in self.known:
             raise KeyError(name)
-        with safe_open(self.file, framework="pt") as opened:
-            return [opened.get_tensor(f"{name}.{kind}") for kind in kinds]
+        return [self.opened(self.file).get_tensor(f"{name}.{kind}") for kind in kinds]
 
 
 class _Factors(_OnDisk):
