@@ -164,7 +164,7 @@ def gram(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     In `dtype`, or that of `rows`; `(n, size)` rows of another dtype are cast a piece at a time, which stays in cache.
     """
     (n, size), dtype = rows.shape, dtype or rows.dtype
-    step, width = max(-(-n // 4), 16), size if rows.dtype == dtype else CHUNK
+    step, width = max(n if n <= 128 else -(-n // 4), 1), size if rows.dtype == dtype else CHUNK
     G = torch.zeros(n, n, dtype=dtype, device=rows.device)
     for start in range(0, size, max(width, 1)):
         piece = rows[:, start : start + width].to(dtype)
@@ -222,8 +222,15 @@ def weighted_sum(
     shapes = {m.shape for m in matrices}
     if len(shapes) > 1:
         raise ValueError(f"weighted_sum needs matrices of one shape; got {sorted(shapes)}")
-    B = torch.cat([m.B.to(dtype) * w for m, w in zip(matrices, weights, strict=True)], dim=1)
-    A = torch.cat([m.A.to(dtype) for m in matrices], dim=0)
+    (out_size, in_size), rank = matrices[0].shape, sum(m.rank for m in matrices)
+    B = torch.empty(out_size, rank, dtype=dtype, device=matrices[0].device)
+    A = torch.empty(rank, in_size, dtype=dtype, device=matrices[0].device)
+    start = 0
+    for m, w in zip(matrices, weights, strict=True):
+        end = start + m.rank
+        B[:, start:end].copy_(m.B).mul_(w)
+        A[start:end].copy_(m.A)
+        start = end
     return LowRank(B, A)
 
 

@@ -569,21 +569,26 @@ def _uplink_rounding(exchange: _Exchange, weights: Mapping[str, float]) -> float
 
 
 def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
-    """What the method says of the sum, over all modules; None where it says nothing."""
-    s = model.adapter.scalings
-    energy = sum(s[m] ** 2 * f["energy"] for m, f in result.findings.items() if "energy" in f)
-    kept = sum(s[m] ** 2 * f["kept_energy"] for m, f in result.findings.items() if "kept_energy" in f)
+    """What the method says of the sum, over all modules; None where it says nothing.
+
+    Where it does not say the sum's energy, that is what it kept and what left in this round: orthogonal parts.
+    """
+    s, told = model.adapter.scalings, {m: f for m, f in result.findings.items() if "kept_energy" in f}
+    residual, carried = (
+        {m: norm_of(part) ** 2 for m, part in parts.items()} for parts in (result.residual, result.carried)
+    )
+    kept = {m: s[m] ** 2 * f["kept_energy"] for m, f in told.items()}
+    energy = sum(
+        s[m] ** 2 * f["energy"] if "energy" in f else kept[m] + residual.get(m, 0.0) + carried.get(m, 0.0)
+        for m, f in told.items()
+    )
     if not energy:
         return dict.fromkeys(("retained_energy", "residual_rank", "residual_norm", "carried_norm"))
-
-    def share(parts: Mapping[str, Any]) -> float:
-        return math.sqrt(sum(norm_of(part) ** 2 for part in parts.values()) / energy)
-
     return {
-        "retained_energy": kept / energy,
+        "retained_energy": sum(kept.values()) / energy,
         "residual_rank": sum(rank_of(part) for part in result.residual.values()) / len(result.findings),
-        "residual_norm": share(result.residual),
-        "carried_norm": share(result.carried),
+        "residual_norm": math.sqrt(sum(residual.values()) / energy),
+        "carried_norm": math.sqrt(sum(carried.values()) / energy),
         **({"fallbacks": sum(f["fallback"] for f in result.findings.values())} if _has(result, "fallback") else {}),
     }
 

@@ -94,6 +94,42 @@ def exact_sum(
     return total
 
 
+def merged(total: LowRank) -> LowRank:
+    """The same matrix without components that are zero, or whose row of A, or column of B, is another's to the bit.
+
+    Such come from modules that several clients leave as they are, and from tails that they keep.
+    """
+    for turned in (False, True):
+        B, A = (total.A.mT, total.B.mT) if turned else (total.B, total.A)
+        owner = _owners(A)
+        if owner is not None:
+            kept, place = owner[owner >= 0].unique(return_inverse=True)
+            sums = torch.zeros(len(B), len(kept), dtype=B.dtype, device=B.device)
+            B, A = sums.index_add_(1, place, B[:, owner >= 0]), A[kept].contiguous()
+            total = LowRank(A.mT, B.mT) if turned else LowRank(B, A)
+    return total
+
+
+def _owners(rows: Tensor) -> Tensor | None:
+    """`(n,)`: for each of n rows the index of one that equals it, the same for all equals; -1 for a row of zeros.
+
+    None if all differ and none is zero. Equal rows have nearly equal sums: of the sorted sums neighbours are compared.
+    """
+    sums, order = (rows @ torch.ones(rows.shape[1], dtype=rows.dtype, device=rows.device)).sort()
+    zero = (sums == 0).nonzero()[:, 0]
+    close = (sums.diff().abs() <= 1e-5 * sums.abs()[1:]).nonzero()[:, 0]
+    if not len(zero) and not len(close):
+        return None
+    first = torch.arange(len(order), device=order.device)
+    equal = close[(rows[order[close]] == rows[order[close + 1]]).all(1)]
+    first[equal + 1] = 0
+    owner = torch.empty_like(order)
+    owner[order] = order[first.cummax(0).values]
+    zero = order[zero[~rows[order[zero]].any(1)]]
+    owner[zero] = -1
+    return owner if len(equal) or len(zero) else None
+
+
 def _add(total: Tensor, matrix: Tensor) -> Tensor:
     """In place and row by row: where dtypes differ, torch would first make a copy of the whole matrix."""
     for row, more in zip(total, matrix, strict=True):

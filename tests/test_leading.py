@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmomentum import leading as module
-from fedmomentum import sums
+from fedmomentum import by_gram, by_iteration, sums
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import METHODS, FedMomentum
 from fedmomentum.aggregation.whole import combine
@@ -64,6 +63,11 @@ def spread(shape, rank, condition, kind, g) -> LowRank:
     return LowRank(bases[0] * values @ mix[0], mix[1] @ (values[:, None] * bases[1].mT))
 
 
+def moved_from(start, steps, share) -> list[LowRank]:
+    """Clients that start from one adapter and move by a share."""
+    return [LowRank(start.B + share * u.B, start.A + share * u.A) for u in steps]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.sampled_from([(90, 70), (70, 90), (400, 60), (30, 50)]),
@@ -77,9 +81,8 @@ def spread(shape, rank, condition, kind, g) -> LowRank:
 def test_exact_and_nearly_optimal_whatever_the_condition(shape, exponent, kind, num, common, dtype, seed):
     g = generator(seed)
     updates = [spread(shape, 6, 10.0**exponent, kind, g) for _ in range(num)]
-    if common:  # clients that start from one adapter and move by a share
-        start = updates[0]
-        updates = [LowRank(start.B + common * u.B, start.A + common * u.A) for u in updates]
+    if common:
+        updates = moved_from(updates[0], updates, common)
     check([u.to(dtype) for u in updates], some_weights(num, seed), 6, dtype=dtype)
 
 
@@ -90,6 +93,47 @@ def test_the_cheap_paths_are_taken_and_hold(condition, path):
     updates = clients((600, 500), (8,) * 6, dtype=torch.float32, condition=condition)
     found = check(updates, some_weights(6), 8)
     assert found.path == path and found.rest.rank == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    share=st.sampled_from([0.3, 0.1, 1e-2, 1e-3, 1e-5]),
+    condition=st.sampled_from([1.0, 10.0, 1e3]),
+    turned=st.sampled_from([1.0, 1e2, 1e4]),
+    shape=st.sampled_from([(600, 500), (300, 700)]),
+    zero=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_clients_of_one_start_are_iterated(share, condition, turned, shape, zero, seed):
+    """Whatever the start's spectrum, and the gauge that it comes in; also where all B start at zero."""
+    start = random_matrix(*shape, 8, seed=seed + 1000, condition=condition)
+    G = random_matrix(8, 8, 8, seed=seed, condition=turned).dense()
+    start = LowRank(torch.linalg.solve(G, start.B, left=False) * (not zero), G @ start.A)
+    sizes = [float(torch.linalg.matrix_norm(factor)) for factor in (start.B, start.A)]
+    steps = [LowRank(u.B * (sizes[0] or 1.0) / 3, u.A * sizes[1] / 3) for u in clients(shape, (8,) * 6, seed=seed)]
+    found = check([u.to(torch.float32) for u in moved_from(start, steps, share)], some_weights(6, seed), 8)
+    if turned == 1 and not zero and share * condition <= 0.1:
+        assert found.path == "iterated" and found.rest.rank == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    strength=st.sampled_from([0.3, 1.0, 3.0, 30.0]),
+    count=st.sampled_from([1, 4, 8]),
+    axis=st.booleans(),
+    share=st.sampled_from([1e-1, 1e-3]),
+    seed=st.integers(0, 99),
+)
+def test_what_the_clients_mean_does_not_see_is_found(strength, count, axis, share, seed):
+    """One client has directions of its own that outweigh the common ones, and their A is as good as invisible."""
+    start = random_matrix(600, 500, 8, seed=seed)
+    updates = moved_from(start, clients((600, 500), (8,) * 6, seed=seed + 1), share)
+    other = random_matrix(600, 500, 8, seed=seed + 2000)
+    B, A = updates[0].B.clone(), updates[0].A.clone()
+    rows = torch.eye(500, dtype=torch.float64)[:count] if axis else other.A[:count]
+    B[:, :count], A[:count] = 1e4 * strength * other.B[:, :count], 1e-4 * rows
+    updates[0] = LowRank(B, A)
+    check([u.to(torch.float32) for u in updates], some_weights(6, seed), 8)
 
 
 def test_float64_stays_with_the_exact_svd():
@@ -124,7 +168,8 @@ def test_sums_of_less_than_full_rank_leave_no_more_than_they_have():
     }
     for name, updates in cases.items():
         found = check(updates, weights, 4)
-        assert found.path == "svd" and found.rest.rank == (0 if name == "one A for all" else 8), name
+        assert found.path == ("svd" if name == "one A for all" else "gram32"), name
+        assert found.rest.rank == (0 if name == "one A for all" else 8), name
     nothing = LowRank(torch.zeros(200, 4), torch.zeros(4, 150))
     empty = leading([nothing] * 3, some_weights(3), 4, dtype=torch.float32)
     assert len(empty.S) == 0 and empty.rest.rank == 0 and empty.energy == 0
@@ -161,8 +206,9 @@ def test_the_iteration_is_warm_from_the_reference(monkeypatch):
 def test_where_a_bound_fails_the_exact_svd_is_taken(monkeypatch):
     updates, weights = clients((200, 150), (8,) * 6, dtype=torch.float32), some_weights(6)
     assert check(updates, weights, 8).path != "svd"
-    monkeypatch.setattr(module, "SLACK", 0.0)
-    monkeypatch.setattr(module, "FLOOR", 0.0)
+    for module in (by_gram, by_iteration):
+        monkeypatch.setattr(module, "SLACK", 0.0)
+        monkeypatch.setattr(module, "FLOOR", 0.0)
     assert check(updates, weights, 8).path == "svd"
 
 
@@ -223,12 +269,15 @@ def test_what_comes_from_a_device_stays_there(method, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", ["gram32", "gram64", "dense", "svd"])
+@pytest.mark.parametrize("case", ["iterated", "gram32", "gram64", "dense", "svd"])
 def test_every_path_stays_on_its_device(case, device):
     ranks = (10,) * 12 if case == "dense" else (8,) * 6
     shape = (60, 50) if case == "dense" else (600, 500)
     updates = clients(shape, ranks, dtype=torch.float32, condition=1e4 if case == "gram64" else 1)
-    updates = updates if case != "svd" else updates[:3] * 2
+    if case == "iterated":
+        updates = moved_from(updates[0], updates, 0.1)
+    if case == "svd":
+        updates = updates[:3] + [LowRank(-1.0001 * u.B, u.A + 1e-5 * u.A.flip(0)) for u in updates[:3]]
     moved = [LowRank(u.B.to(device), u.A.to(device)) for u in updates]
     weights = some_weights(len(ranks))
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from fedmomentum.checkpoint import RunFolder
 from fedmomentum.diagnostics import round_diagnostics
 from fedmomentum.lowrank import LowRank
 from fedmomentum.spool import Spool
-from fedmomentum.sums import as_dense, exact_sum, inner, inner_with_each, norm, plus, rank_of, scaled, strongest
+from fedmomentum.sums import as_dense, exact_sum, inner, inner_with_each, merged, norm, plus, rank_of, scaled, strongest
 from fedmomentum.transport import InProcessTransport
 from tests.helpers import clients, dense_sum, error, generator, legal, random_matrix, some_weights
 from tests.runs import chain, objects, start, timeless, tiny_config
@@ -91,6 +91,27 @@ def test_the_strongest_directions_of_a_large_dense_matrix_are_as_good_as_the_svd
     _, many, _, rest = strongest(matrix.clone(), 8, generator(2), energy=energy)
     assert float(many.square().sum()) >= energy * float(S.square().sum()) and 8 < len(many) < 100
     assert float(rest.norm()) ** 2 <= (1 - energy) * float(S.square().sum()) * (1 + 1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    equal=st.lists(st.integers(0, 5), max_size=12),
+    side=st.sampled_from("BA"),
+    zeros=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 9),
+)
+def test_equal_components_are_merged_and_others_left_alone(equal, side, zeros, dtype, seed):
+    """`equal[i]` says which of six rows of A, or columns of B, component i has."""
+    n, few = len(equal), random_matrix(40, 30, 6, seed=seed + 50)
+    B, A = (torch.randn(*size, generator=generator(seed), dtype=torch.float64) for size in ((40, n), (n, 30)))
+    B, A = (few.B[:, equal], A) if side == "B" else (B, few.A[equal])
+    matrix = LowRank(torch.cat([B, torch.zeros(40, zeros)], 1), torch.cat([A, torch.ones(zeros, 30)])).to(dtype)
+    got = merged(matrix)
+    assert got.rank == len(set(equal)) and got.dtype == dtype
+    assert torch.allclose(got.dense(), matrix.dense(), atol=1e-12 if dtype == torch.float64 else 1e-4)
+    if len(set(equal)) == n and not zeros:
+        assert got is matrix
 
 
 MOMENTUM = [

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.gauge import aligned_split, balanced_split, mean_rows, singular_split, with_spares
 from fedmomentum.aggregation.unequal import first_components, in_order
-from fedmomentum.leading import Leading, leading
+from fedmomentum.deflation import Leading
+from fedmomentum.leading import leading
 from fedmomentum.lowrank import (
     CORE_DTYPE,
     LowRank,
@@ -123,7 +124,9 @@ class FedMomentum(Method):
             every = exact_sum(updates, weights, entering)
             found, tail = self._cut(*strongest(every, rank, generator, energy=self.energy, near=reference), rank)
         lead, rest = (found.U, found.S, found.Vh), found.rest
-        findings = {"energy": found.energy, "kept_energy": float(found.S.square().sum())}
+        findings = {"kept_energy": float(found.S.square().sum())}
+        if found.known is not None or self.residual == "dropped" or self.merge_every > 1:
+            findings["energy"] = found.energy  # elsewhere it is what adapter, residual and carried hold together
 
         if self.split == "aligned":
             B, A, aligned = aligned_split(*lead, mean_A=mean_rows(updates, weights, rank))
@@ -155,5 +158,5 @@ class FedMomentum(Method):
         end = max(keep, energy_rank(S, share)) if self.energy < 1 else held
         rest, tail = (from_svd(U[:, i:j], S[i:j], Vh[i:j], CORE_DTYPE) for i, j in ((keep, end), (end, held)))
         left = float(S[keep:].square().sum()) + missed
-        cut = Leading(U[:, :keep], S[:keep], Vh[:keep], rest, found + missed, left, "svd")
+        cut = Leading(U[:, :keep], S[:keep], Vh[:keep], rest, "svd", left)
         return cut, tail if beyond is None else plus(beyond, tail)
