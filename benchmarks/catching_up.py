@@ -1,10 +1,11 @@
 """What `base_update` comes to over hundreds of rounds: bytes for whoever missed some, time to apply it, exactness.
 
-    python benchmarks/catching_up.py [--rounds 400] [--threads 2] [--json FILE]
+    python benchmarks/catching_up.py [--threads 2] [--json FILE]
 
-Rounds of FedMomentum at energy 1, four clients of rank 8, one module of 576 x 576: a round's residual has a twelfth of
-the dense size. Everything but the clients' training is as in a run: `GlobalModel.after` with its consolidation, and
-`HeldBase.apply` on the clients. Bytes are those of the parts that a client lacks. A figure is drawn beside the JSON.
+400 rounds of FedMomentum at energy 1, four clients of rank 8, one module of 576 x 576: a round's residual has a
+twelfth of the dense size. Everything but the clients' training is as in a run: `GlobalModel.after` with its
+consolidation, and `HeldBase.apply` on the clients. Bytes are those of the parts that a client lacks. A figure is drawn
+beside the JSON.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Target, environment, print_targets, write_json
@@ -85,7 +87,7 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 
 
 def lacking(lists: list[dict[str, int]], missed: int) -> list[float]:
-    """Dense sizes to download for who missed so many rounds, for each of the last half of the rounds."""
+    """Dense sizes to download for who missed so many rounds, at each round of the last half."""
     found = []
     for end in range(len(lists) // 2, len(lists)):
         known = lists[end - missed]
@@ -134,49 +136,48 @@ def plot(rows: list[dict[str, float]], costs: list[list[float]], part: float, fi
     figure.savefig(file, metadata={"Date": None, "Creator": None})
 
 
+def report(rows: list[dict[str, float]], costs: list[list[float]]) -> tuple[dict[str, Any], list[Target]]:
+    """Print what came out; what is kept of it, and the targets."""
+    part, half = min(costs[1]), rows[len(rows) // 2 :]
+    told = [
+        {"missed": k, "mean": statistics.mean(costs[k]), "least": min(costs[k]), "most": max(costs[k])} for k in MISSED
+    ]
+    table = Table("rounds missed", "mean", "least", "most", "all that was missed", title="Dense sizes to download")
+    for row in told:
+        sizes = (row["mean"], row["least"], row["most"], row["missed"] * part)
+        table.add_row(str(row["missed"]), *(f"{size:.2f}" for size in sizes))
+    Console().print(table)
+    seconds = {
+        name: statistics.median(row[name] for row in half) for name in ("merge", "apply the newest", "apply all")
+    }
+    seconds["merge and consolidate"] = statistics.median(row["merge"] for row in half if row["parts"] == 1)
+    Console().print("ms a round: " + ", ".join(f"{name} {1e3 * value:.2f}" for name, value in seconds.items()))
+    early, late = (statistics.median(row["apply all"] for row in some) for some in (rows[:100], rows[-100:]))
+    errors = {name: max(row[name] for row in rows) for name in ("error", "live error")}
+    return {"rounds": len(rows), "part": part, "missed": told, "seconds": seconds, "largest": errors}, [
+        Target.at_most("whoever missed any number of rounds: snapshots to download", 1.01, max(map(max, costs))),
+        Target.at_most("who missed none: bytes over those of the residuals", 2.01, statistics.mean(costs[1]) / part),
+        Target.at_most("parts of base_update", round(2 / part), max(row["parts"] for row in rows)),
+        Target.at_most("time to apply all of it, last hundred rounds over the first", 1.5, late / early),
+        Target.at_most("error of base_update against the float64 sum, any round", 1e-6, errors["error"]),
+        Target.at_most("error of the live weights against it, any round", 1e-6, errors["live error"]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=400, help="at least 400: the last half is what is told of")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as folder:
-        rows, lists = rounds_of(chosen.rounds, Path(folder))
-    costs = [lacking(lists, missed) for missed in range(201)]
-    part = min(cost for cost in costs[1])
-    half = rows[len(rows) // 2 :]
-    consolidated = [row["merge"] for row in half if row["parts"] == 1]
-
-    table = Table("rounds missed", "mean", "least", "most", "all that was missed", title="Dense sizes to download")
-    told = [{"missed": k, "mean": statistics.mean(costs[k]), "least": min(costs[k]), "most": max(costs[k])}
-            for k in MISSED]  # fmt: skip
-    for row in told:
-        table.add_row(str(row["missed"]), *(f"{row[key]:.2f}" for key in ("mean", "least", "most")),
-                      f"{row['missed'] * part:.2f}")  # fmt: skip
-    Console().print(table)
-    seconds = {
-        name: statistics.median(row[name] for row in half) for name in ("merge", "apply the newest", "apply all")
-    }
-    seconds["merge and consolidate"] = statistics.median(consolidated)
-    Console().print("ms a round: " + ", ".join(f"{name} {1e3 * value:.2f}" for name, value in seconds.items()))
-    early, late = (statistics.median(row["apply all"] for row in some) for some in (rows[:100], rows[-100:]))
-    targets = [
-        Target.at_most("whoever missed any number of rounds: snapshots to download", 1.01, max(map(max, costs))),
-        Target.at_most("who missed none: bytes over those of the residuals", 2.01, statistics.mean(costs[1]) / part),
-        Target.at_most("parts of base_update", round(2 / part), max(row["parts"] for row in rows)),
-        Target.at_most("time to apply all of it, last hundred rounds over the first", 1.5, late / early),
-        Target.at_most("error of base_update against the float64 sum, any round", 1e-6, max(r["error"] for r in rows)),
-        Target.at_most("error of the live weights against it, any round", 1e-6, max(r["live error"] for r in rows)),
-    ]  # fmt: skip
+        rows, lists = rounds_of(2 * MISSED[-1], Path(folder))
+    costs = [lacking(lists, missed) for missed in range(MISSED[-1] + 1)]
+    measured, targets = report(rows, costs)
     print_targets(targets)
     if chosen.json:
-        write_json(
-            chosen.json, targets=targets, environment=environment(), rounds=len(rows), part=part, missed=told,
-            seconds=seconds, largest_error=max(row["error"] for row in rows),
-            largest_live_error=max(row["live error"] for row in rows),
-        )  # fmt: skip
-        plot(rows, costs, part, chosen.json.with_suffix(".svg"))
+        write_json(chosen.json, targets=targets, environment=environment(), **measured)
+        plot(rows, costs, measured["part"], chosen.json.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
