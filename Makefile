@@ -12,7 +12,7 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint install test-long simulation bench demo-seeds docs clean
+.PHONY: run test lint install test-long simulation bench bench-scale demo-seeds docs clean
 
 run: $(STAMP)
 	$(BIN)/fedmomentum run configs/default.toml --out $(RUN)
@@ -57,14 +57,14 @@ simulation: $(TEST_STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[simulation]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist tests/test_simulation.py
 
+# every benchmark, then all targets in one table; runs/bench/all.json. Minutes, on a machine that does nothing else
 bench: export COLUMNS = 150
 bench: $(TEST_STAMP)
-	$(BIN)/python benchmarks/aggregation_speed.py
-	$(BIN)/python benchmarks/training_speed.py
-	$(BIN)/python benchmarks/client.py
-	$(BIN)/python benchmarks/network.py
-	$(BIN)/python benchmarks/scale.py
-	$(BIN)/python benchmarks/wire.py
+	$(BIN)/python benchmarks
+
+# a round's aggregation with 10 to 1,000 clients; hours, and 21 GB of disk for a while
+bench-scale: $(TEST_STAMP)
+	$(BIN)/python benchmarks/scale.py --clients 10,30,100,300,1000 --folder runs --json runs/bench-scale/scale.json
 
 # the default job over three seeds, beside FedIT and each client alone; scored on all held-out examples
 demo-seeds: $(STAMP)

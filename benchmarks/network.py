@@ -8,7 +8,6 @@ own node would do it.
 """
 
 import argparse
-import json
 import os
 import socket
 import statistics
@@ -17,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from common import Target, environment, print_targets, write_json
 from flwr.app import Message, MessageType
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,9 @@ from fedmomentum.flower.keys import admit, load_private, make_node_key, make_ser
 from fedmomentum.flower.link import Link
 from fedmomentum.flower.transport import packed
 from fedmomentum.flower.worker import Worker
+
+LARGE = 10e6
+"""Bytes of a payload from which on what is around it should not matter."""
 
 
 class CountingProxy:
@@ -129,8 +132,15 @@ def main() -> None:
         for kind, seconds in times.items():
             table.add_row(kind, f"{statistics.median(seconds):.2f}", " ".join(f"{s:.2f}" for s in seconds))
         console.print(table)
+    large = [row for row in rows if row["payload_bytes"] >= LARGE]
+    targets = [
+        Target.at_most(f"{row['payload_bytes'] / 1e6:g} MB {way}: bytes on the wire over the payload's", 1.01, ratio)
+        for row in large
+        for way, ratio in (("down", row["down_ratio"]), ("up", row["up_ratio"]))
+    ]
+    print_targets(targets, console=console)
     if options.json:
-        options.json.write_text(json.dumps({"wire": rows, "workers": times}, indent=1))
+        write_json(options.json, targets=targets, wire=rows, workers=times, environment=environment("flwr"))
 
 
 if __name__ == "__main__":

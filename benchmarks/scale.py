@@ -1,11 +1,13 @@
 """The server of very many clients: memory and time of a round's aggregation, one decoder layer of Llama-3-8B.
 
-    python benchmarks/scale.py [--clients 10,50,100] [--rank 64] [--out docs/performance] [--folder .]
+    python benchmarks/scale.py [--clients 10] [--rank 64] [--json FILE] [--folder .]
+    make bench-scale        10 to 1,000 clients: hours
+
 
 Each number of clients runs in a process of its own, for its peak memory: updates are drawn from a seed, spooled to
 disk as in a round, combined by FedMomentum, and measured as in a round (`round_diagnostics`). A client takes 21 MB of
 disk at rank 64, so 1,000 clients 21 GB, which are deleted afterwards. The times are those of the machine as it is: for
-the fit against the number of clients, not for a comparison.
+the fit against the number of clients, not for a comparison. With several numbers a figure is drawn beside the JSON.
 """
 
 import argparse
@@ -88,7 +90,7 @@ def fit(sizes: list[float], seconds: list[float]) -> tuple[float, float, float]:
     return a, b, max(abs(a + b * n - t) / t for n, t in zip(sizes, seconds, strict=True))
 
 
-def plot(rows: list[dict[str, float]], out: Path) -> None:
+def plot(rows: list[dict[str, float]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,14 +107,14 @@ def plot(rows: list[dict[str, float]], out: Path) -> None:
         right.plot(n, [row[f"{name} seconds"] for row in rows], "o-", label=name)
     right.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds", title="Time, one layer")
     right.legend()
-    figure.savefig(out / "scale.svg", metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--clients", default="10,50,100")
+    parser.add_argument("--clients", default="10", help="numbers, with commas between")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="write scale.json and scale.svg here")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(), help="where the updates are spooled")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -125,10 +127,10 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", str(clients), "--rank", str(chosen.rank)]
         ran = subprocess.run([*command, "--folder", str(chosen.folder)], check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(ran.stdout.splitlines()[-1]))
-        report(rows, chosen.rank, chosen.out)
+        report(rows, chosen.rank, chosen.json)
 
 
-def report(rows: list[dict[str, float]], rank: int, out: Path | None) -> None:
+def report(rows: list[dict[str, float]], rank: int, file: Path | None) -> None:
     """What is known so far."""
     table = Table("clients", "peak, GiB", "combine, s", "diagnostics, s", "kept energy", title=f"rank {rank}")
     for row in rows:
@@ -150,9 +152,10 @@ def report(rows: list[dict[str, float]], rank: int, out: Path | None) -> None:
             fits[name] = {"seconds": a, "seconds_per_client": b, "largest_relative_error": off}
             targets.append(Target.at_most(f"{name}: distance from a straight line", 0.25, off))
     print_targets(targets)
-    if out:
-        write_json(out / "scale.json", targets=targets, rank=rank, rows=rows, fits=fits, environment=environment())
-        plot(rows, out)
+    if file:
+        write_json(file, targets=targets, rank=rank, rows=rows, fits=fits, environment=environment())
+        if len(rows) > 1:
+            plot(rows, file.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

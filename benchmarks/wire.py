@@ -1,16 +1,12 @@
 """Bytes on the wire per client and round, for every method, at the shapes of Llama-2-7B and Llama-3-8B.
 
-    python benchmarks/wire.py [--rank 64] [--clients 10,100] [--out docs/performance] [--runs RUN ...]
+    python benchmarks/wire.py [--rank 64] [--clients 10,100] [--json FILE]
 
 Counted from what the methods declare (`uplink_numbers`, `downlink_numbers`), and the count is held against encoded
-payloads at a small scale; and what catching up costs over 200 rounds of a small model. Nothing is timed. `--runs` adds
-what the residual came to, round by round, in finished runs:
-
-    fedmomentum run configs/default.toml --threads 1 --out runs/energy-1
+payloads at a small scale. Nothing is timed. What an energy below 1 saves depends on the data: experiments/energy.py.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -102,59 +98,11 @@ def _mixed(trained: LowRank, start: LowRank, kinds: str) -> LowRank:
     return LowRank(trained.B if "B" in kinds else start.B, trained.A if "A" in kinds else start.A)
 
 
-def rounds_of(run: Path) -> list[dict[str, float]]:
-    keys = ("retained_energy", "residual_rank", "residual_norm", "carried_norm")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{"round": row["round"], **{key: row[key] for key in keys}} for row in rows if row["round"]]
-
-
-def catching_up(num_rounds: int = 200, clients: int = 4, rank: int = 4) -> list[dict[str, float]]:
-    """A real `base_update` over many rounds of FedMomentum, one module of 96 x 128: sizes in dense matrices."""
-    shape, generator = (96, 128), torch.Generator().manual_seed(0)
-
-    def draw() -> LowRank:
-        B, A = (torch.randn(*size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
-        return LowRank(B, A)
-
-    def size(names: list[str]) -> float:
-        return sum(sizes[name] for name in names) / (4 * shape[0] * shape[1])
-
-    model = GlobalModel(BaseIdentity("b"), Adapter({"m": draw()}, {"m": 1.0}))
-    lists, sizes, rows = [], {}, []
-    for server_round in range(1, num_rounds + 1):
-        sent = [Adapter({"m": draw()}, {"m": 1.0}) for _ in range(clients)]
-        result = combine(sent, [1.0] * clients, METHODS["fedmomentum"](), ranks={"m": rank}, scalings={"m": 1.0})
-        model = model.after(result, "fedmomentum")
-        sizes |= {blob.name: len(blob.data) for blob in model.base_update}
-        lists.append([blob.name for blob in model.base_update])
-        row = {"round": server_round, "parts": len(lists[-1]), "newcomer": size(lists[-1])}
-        for missed in (1, 10, 50):
-            known = set(lists[-1 - missed]) if missed < len(lists) else set()
-            row[f"missed {missed}"] = size([name for name in lists[-1] if name not in known])
-        rows.append(row)
-    return rows
-
-
-def plot(rows: list[dict[str, float]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for name in ("newcomer", "missed 10", "missed 1"):
-        axes.plot([row["round"] for row in rows], [row[name] for row in rows], label=name)
-    axes.set(xlabel="round", ylabel="dense sizes to download", title="Catching up with base_update", ylim=(0, None))
-    axes.legend()
-    figure.savefig(out / "catching-up.svg", metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--clients", default="10,100")
-    parser.add_argument("--runs", type=Path, nargs="*", default=[])
-    parser.add_argument("--out", type=Path, help="write wire.json here")
+    parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     sizes, found, off = list(map(int, chosen.clients.split(","))), [], []
     for model, (layers, shapes) in MODELS.items():
@@ -184,23 +132,10 @@ def main() -> None:
         ratios = measured(kind())
         off.append(max(abs(ratio - 1) for ratio in ratios))
         print(f"{name}: encoded over counted, up {ratios[0]:.4f}, down {ratios[1]:.4f}")
-    rounds = catching_up()
-    most = {name: max(row[name] for row in rounds) for name in ("newcomer", "missed 50", "missed 10", "missed 1")}
-    targets = [
-        Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off)),
-        *(Target.at_most(f"200 rounds, {name}: dense sizes to download", 2.01, value) for name, value in most.items()),
-        Target.at_most("200 rounds: parts of base_update", 20, max(row["parts"] for row in rounds)),
-    ]
+    targets = [Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off))]
     print_targets(targets)
-    runs = {run.name: rounds_of(run) for run in chosen.runs}
-    for run, rows in runs.items():
-        table = Table("round", "retained energy", "residual rank", "residual norm", "carried norm", title=run)
-        for row in rows:
-            table.add_row(*("" if value is None else f"{value:.4g}" for value in row.values()))
-        Console().print(table)
-    if chosen.out:
-        write_json(chosen.out / "wire.json", targets=targets, rank=chosen.rank, traffic=found, runs=runs, most=most)
-        plot(rounds, chosen.out)
+    if chosen.json:
+        write_json(chosen.json, targets=targets, rank=chosen.rank, traffic=found)
 
 
 if __name__ == "__main__":

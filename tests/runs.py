@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedmomentum.config import Config, from_dict
 from fedmomentum.run import Run, prepare
 from fedmomentum.training import TrainReport
+from fedmomentum.transport import Reply, decode_reply, decode_task, encode_reply
 from tests.tiny import tiny_llama
 
 WORDS = ("ab", "cd", "ef", "gh")
@@ -73,6 +76,22 @@ def start(config: Config, out: Path, *, function=nudge, resume: bool = False, ob
     finally:
         run.close()
     return run
+
+
+def altered(change: Callable[[dict[str, Any]], None], kind: str = "") -> Callable[..., bytes]:
+    """A lie, `(payload, honest) -> bytes`: the honest answer with fields altered, to tasks of that kind or to all."""
+
+    def lie(payload: bytes, honest: Callable[[bytes], bytes]) -> bytes:
+        task, answer = decode_task(payload), honest(payload)
+        if kind not in ("", task.kind):
+            return answer
+        reply = decode_reply(answer, task, 2**40)
+        fields = {name: getattr(reply, name) for name in Reply.__dataclass_fields__}
+        fields["metrics"], fields["tensors"] = dict(fields["metrics"]), dict(fields["tensors"])
+        change(fields)
+        return encode_reply(Reply(**fields))
+
+    return lie
 
 
 def timeless(out: Path) -> list[dict]:

@@ -316,3 +316,19 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "banking77")
     text = (ROOT / "docs" / "results.md").read_text()
     assert importlib.import_module("figures").tables().strip() in text
+
+
+def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatch):
+    text, folder = (ROOT / "docs" / "performance.md").read_text(), ROOT / "docs" / "performance"
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    assert importlib.import_module("energy").table() in text
+    measured = json.loads((folder / "catching-up.json").read_text())
+    for row in measured["missed"]:
+        sizes = (row["mean"], row["least"], row["most"], row["missed"] * measured["part"])
+        assert f"| {row['missed']} | {' | '.join(f'{size:.2f}' for size in sizes)} |" in text
+    traffic: dict[str, list[float]] = {}
+    for row in json.loads((folder / "wire.json").read_text())["traffic"]:  # by model, then by number of clients
+        traffic.setdefault(row["method"], []).extend([row["up_bytes"], row["down_bytes"]])
+    for method, (up7, ten7, _, hundred7, up8, ten8, _, hundred8) in traffic.items():
+        cells = " | ".join(f"{size / 1e9:.2f}" for size in (up7, ten7, hundred7, up8, ten8, hundred8))
+        assert re.search(rf"^\| `{method.split(',')[0]}`.* \| {re.escape(cells)} \|$", text, re.MULTILINE), method

@@ -13,8 +13,8 @@ from fedmomentum.errors import ConfigError, QuorumError
 from fedmomentum.files import safetensors_bytes
 from fedmomentum.global_model import GlobalModel, object_names
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, Reply, decode_reply, decode_task, encode_reply
-from tests.runs import chain, nudge, objects, start, timeless, tiny_config
+from fedmomentum.transport import Failure, InProcessTransport, decode_task
+from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 from tests.tiny import tiny_llama
 
 
@@ -86,22 +86,6 @@ def test_a_party_without_data_is_told_so(folder, tmp_path):
 # ── who may start a run ──
 
 
-def described(change):
-    """A client whose description is altered on its way."""
-
-    def step(payload, honest):
-        task = decode_task(payload)
-        if task.kind != "describe":
-            return honest(payload)
-        reply = decode_reply(honest(payload), task, 2**40)
-        fields = {name: getattr(reply, name) for name in Reply.__dataclass_fields__}
-        fields["metrics"], fields["tensors"] = dict(fields["metrics"]), dict(fields["tensors"])
-        change(fields)
-        return encode_reply(Reply(**fields))
-
-    return step
-
-
 def _drop_factor(fields):
     if fields["tensors"]:
         del fields["tensors"][min(fields["tensors"])]
@@ -146,7 +130,7 @@ def test_a_bad_description_is_refused_by_name_and_another_starts_the_run(folder,
     change, words = BAD[name]
     config = tiny_config(folder, federation={"num_rounds": 1})
     honest = steps(parties(config, tmp_path, ["site0", "site1"]))
-    spoilt = honest | {"site0": lambda payload: described(change)(payload, honest["site0"])}
+    spoilt = honest | {"site0": lambda payload: altered(change, "describe")(payload, honest["site0"])}
     run_over(InProcessTransport(spoilt), config, tmp_path / "over")  # site1 starts it
     with pytest.raises(QuorumError, match=words):
         run_over(InProcessTransport({"site0": spoilt["site0"]}), config, tmp_path / "alone")

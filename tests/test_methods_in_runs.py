@@ -17,8 +17,8 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.files import read_safetensors
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import InProcessTransport, Reply, decode_reply, decode_task, encode_reply
-from tests.runs import chain, nudge, objects, start, timeless, tiny_config
+from fedmomentum.transport import InProcessTransport, decode_task
+from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
 ROUNDS = 3
 RESIDUAL_RANKS = {"fedmomentum": 4, "fedexlora": 4, "flora": 6, "frlora": 4}
@@ -145,19 +145,13 @@ def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
         client, local = prepare_party(config, name, tmp_path / name)
         client.function = nudge
         found[name] = partial(client_step, client=client, model=local)
-    honest = found["site1"]
 
-    def more(payload):
-        task, answer = decode_task(payload), honest(payload)
-        if task.kind != "train":
-            return answer
-        reply = decode_reply(answer, task, 2**40)
-        fields = {f: getattr(reply, f) for f in Reply.__dataclass_fields__}
-        key = next(k for k in reply.tensors if "lora_B" in k)
-        extra = {key.replace("lora_B", "lora_A"): torch.zeros(2, 32)}
-        return encode_reply(Reply(**{**fields, "tensors": {**reply.tensors, **extra}}))
+    def more(fields):
+        key = next(k for k in fields["tensors"] if "lora_B" in k)
+        fields["tensors"][key.replace("lora_B", "lora_A")] = torch.zeros(2, 32)
 
-    run_over(InProcessTransport({**found, "site1": more}), config, tmp_path / "run")
+    lying = partial(altered(more, "train"), honest=found["site1"])
+    run_over(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
     reason = timeless(tmp_path / "run")[1]["failures"]["site1"]
     assert "lora_A.weight was not asked for; this round takes B" in reason
 

