@@ -8,7 +8,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -59,6 +60,9 @@ SET_ELSEWHERE = {
     "output_dir": "the run's folder",
 }
 """Fields which the run's own configuration decides, and the key that does."""
+
+SHORT_ROW = 128
+"""Tokens of a row up to which 16-bit training on a CPU takes torch's plain attention (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,9 @@ def train(
     if "warmup_steps" in arguments:  # The plain constant schedule would ignore it.
         arguments.setdefault("lr_scheduler_type", "constant_with_warmup")
     progress = _Progress(on_step)
+    attention = attention_for(model, max(map(len, examples.input_ids)))
     restored = _global_state_restored(model, undo_checkpointing=bool(arguments.get("gradient_checkpointing")))
-    with _older_objects_left_alone(), restored, tempfile.TemporaryDirectory() as folder:
+    with _older_objects_left_alone(), attention, restored, tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             **{
                 "lr_scheduler_type": "constant",
@@ -193,6 +198,18 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             )
         close = difflib.get_close_matches(name, [*PASSED_ON, *SET_ELSEWHERE], n=1, cutoff=0.0)
         raise ConfigError(f"unknown training argument {name}; the nearest known is {close[0]}")
+
+
+def attention_for(model: nn.Module, longest: int) -> AbstractContextManager[Any]:
+    """The kernel of torch's attention for training on rows of at most ``longest`` tokens.
+
+    On a CPU in 16 bits the backward of torch's flash attention costs more than the matrix of scores that it saves,
+    as long as rows are short. The plain kernel computes in float32 inside, and keeps ``longest ** 2`` numbers a head.
+    Everywhere else torch chooses. A model with an attention of its own is left alone.
+    """
+    parameters = list(model.parameters())
+    is_narrow = parameters[0].device.type == "cpu" and any(p.dtype.itemsize < 4 for p in parameters)
+    return sdpa_kernel(SDPBackend.MATH) if is_narrow and longest <= SHORT_ROW else nullcontext()
 
 
 class _Rows(Dataset):
