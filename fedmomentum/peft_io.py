@@ -355,7 +355,8 @@ def _live_tensors(model: PeftModel, layers: Mapping[str, Any]) -> dict[str, Tens
     for module, layer in layers.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
         tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
-    if model.peft_config[ADAPTER_NAME].modules_to_save:
+    config: Any = model.peft_config[ADAPTER_NAME]
+    if config.modules_to_save:
         for path, module in model.get_base_model().named_modules():
             if isinstance(module, ModulesToSaveWrapper):
                 saved = module.modules_to_save[ADAPTER_NAME].state_dict()

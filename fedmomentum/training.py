@@ -138,7 +138,7 @@ def train(
     attention = attention_for(model, max(map(len, examples.input_ids)))
     restored = _global_state_restored(model, undo_checkpointing=bool(arguments.get("gradient_checkpointing")))
     with _older_objects_left_alone(), attention, restored, tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
+        settings = _Settings(
             **{
                 "lr_scheduler_type": "constant",
                 **arguments,
@@ -169,7 +169,7 @@ def train(
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.progress, trainer.penalty = progress, penalty
+        trainer.progress, trainer.penalty, trainer.trained = progress, penalty, trained
         trainer.train()
     if not all(parameter.isfinite().all() for parameter in trained):
         raise FedMomentumError(
@@ -207,9 +207,9 @@ def attention_for(model: nn.Module, longest: int) -> AbstractContextManager[Any]
     as long as rows are short. The plain kernel computes in float32 inside, and keeps ``longest ** 2`` numbers a head.
     Everywhere else torch chooses. A model with an attention of its own is left alone.
     """
-    parameters = list(model.parameters())
-    is_narrow = parameters[0].device.type == "cpu" and any(p.dtype.itemsize < 4 for p in parameters)
-    return sdpa_kernel(SDPBackend.MATH) if is_narrow and longest <= SHORT_ROW else nullcontext()
+    is_short = longest <= SHORT_ROW and next(model.parameters()).device.type == "cpu"
+    is_narrow = is_short and any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    return sdpa_kernel(SDPBackend.MATH) if is_narrow else nullcontext()
 
 
 class _Rows(Dataset):
@@ -289,12 +289,20 @@ class _Progress(TrainerCallback):
         return TrainReport(loss, self._steps[0][0], self._steps[-1][0], self.step, num_tokens)
 
 
+class _Settings(TrainingArguments):
+    @property
+    def place_model_on_device(self) -> bool:
+        """The model is where it should be; moving it there walks over all of its tensors."""
+        return False
+
+
 class _CompletionTrainer(Trainer):
     """A trainer that projects to the vocabulary only where there are labels."""
 
     loss_is_scaled_for_ga = True
     progress: _Progress
     penalty: Callable[[], Tensor] | None = None
+    trained: Sequence[nn.Parameter] = ()
 
     def _get_train_sampler(self, train_dataset=None):  # type: ignore[no-untyped-def]
         if self.args.train_sampling_strategy != "group_by_length":
@@ -308,6 +316,11 @@ class _CompletionTrainer(Trainer):
     def get_decay_parameter_names(self, model):  # type: ignore[no-untyped-def]  # noqa: D102
         # Without decay nobody needs to know; finding out walks over all modules several times.
         return super().get_decay_parameter_names(model) if self.args.weight_decay else []
+
+    def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
+        # The library's own looks for what has a gradient among all of the model's parameters.
+        del model
+        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs):  # type: ignore[no-untyped-def]  # noqa: D102
         # An estimate that nobody reads; it walks over all of the model's parameters in every step.
