@@ -166,7 +166,8 @@ def write_json(path: str | Path, *, targets: Sequence[Target] = (), **measured: 
 
 def finish(targets: Sequence[Target], file: Path | None, console: Console, *packages: str, **measured: Any) -> None:
     """A benchmark's last lines: its targets, met or not, and everything as JSON in `file`, where one was asked for."""
-    print_targets(targets, console=console)
+    if targets:
+        print_targets(targets, console=console)
     if file:
         write_json(file, targets=targets, environment=environment(*packages), **measured)
 

@@ -192,11 +192,11 @@ def compare_settings(folder: str, repeats: int) -> tuple[dict[str, Any], list[Ta
         return partial(padded_loss, batch=batch, change=change)
 
     flash, eager = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION), lora_model(folder, attention="eager")
-    packed = partial(packed_loss, ids=rows[0], prompts=rows[1])
+    packed, wide = partial(packed_loss, ids=rows[0], prompts=rows[1]), lora_model(folder, torch.float32)
     sides = {
         "as clients train: bfloat16, adapted modules in float32": stepping(model),
         "adapted modules in bfloat16 too": stepping(plain),
-        "float32 base": stepping(lora_model(folder, torch.float32)),
+        "float32 base": stepping(wide),
         "attention: flash, torch's own choice": stepping(model, kernel=flash),
         "attention: transformers' eager": stepping(eager),
         "logits of all positions": stepping(model, with_batch(padded, lambda inputs: {**inputs, "logits_to_keep": 0})),
@@ -211,6 +211,7 @@ def compare_settings(folder: str, repeats: int) -> tuple[dict[str, Any], list[Ta
         "packed, flash": stepping(model, packed, flash),
         "packed, eager": stepping(eager, packed),
     }
+    apart = _gradients_apart(wide, partial(padded_loss, batch=padded), packed)
     seconds = alternate(sides, repeats)
     found = medians(seconds)
     first = next(iter(found.values()))
@@ -223,7 +224,19 @@ def compare_settings(folder: str, repeats: int) -> tuple[dict[str, Any], list[Ta
         Target.at_least(
             "torch's own attention against ours, times", 1, found["attention: flash, torch's own choice"] / first
         ),
+        Target.at_most("packed in float32, relative difference of the gradient", 1e-5, apart),
     ]
+
+
+def _gradients_apart(model: nn.Module, *losses: Callable[[nn.Module], torch.Tensor]) -> float:
+    """How far two losses' gradients are from each other, relative to the first's norm."""
+    found = []
+    for loss in losses:
+        model.zero_grad()
+        loss(model).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    model.zero_grad()
+    return float((found[0] - found[1]).norm() / found[0].norm())
 
 
 def compare_attention(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
