@@ -25,7 +25,7 @@ from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.config import LoraConfig, ModelConfig, own_facts
 from fedmomentum.data.tokens import TokenisedExamples
-from fedmomentum.diagnostics import applied_share, probe, probe_vectors
+from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors
 from fedmomentum.errors import ConfigError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
 from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
@@ -228,9 +228,9 @@ class LocalModel:
 
         Measured anew in every call: nothing that was measured before stands for a weight that may have changed.
         """
-        base, effective = {}, {}
+        base, effective, scratch = {}, {}, torch.empty(BLOCK, dtype=torch.float64)
         for module, (U, X) in self._probe_vectors(seed).items():
-            base[module] = effective[module] = probe(self.held.weight(module), U, X)
+            base[module] = effective[module] = probe(self.held.weight(module), U, X, scratch)
             if (layer := self._layers.get(module)) is not None:
                 lora = LowRank(
                     layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),

@@ -10,7 +10,7 @@ import torch
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import METHODS
 from fedmomentum.aggregation.whole import combine
-from fedmomentum.diagnostics import change, factor_norms, probe, probe_vectors, round_diagnostics, subspace_angle
+from fedmomentum.diagnostics import BLOCK, change, factor_norms, probe, probe_vectors, round_diagnostics, subspace_angle
 from fedmomentum.global_model import GlobalModel, kept_rounds
 from fedmomentum.lowrank import LowRank
 from fedmomentum.sums import as_dense
@@ -36,7 +36,9 @@ def test_a_probe_is_its_formula_whatever_the_size_dtype_and_layout(shape, dtype)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     wanted = torch.diagonal(U.mT @ matrix.double() @ X)
     for view in (matrix, matrix.mT.contiguous().mT):
-        assert torch.allclose(probe(view, U, X), wanted, rtol=0, atol=1e-12 * float(wanted.norm()))
+        got = probe(view, U, X)
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.norm()))
+        assert torch.equal(probe(view, U, X, torch.full((BLOCK,), torch.nan, dtype=torch.float64)), got)
 
 
 def nearby(one: Adapter, seed: int, by: float = 0.1) -> Adapter:
