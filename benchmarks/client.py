@@ -18,25 +18,28 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Target, alternate, environment, medians, print_targets, write_json
+from common import Target, alternate, finish, medians
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from fedmomentum import LowRank
 from fedmomentum import client as client_module
+from fedmomentum import rounds as rounds_module
 from fedmomentum import run as run_module
 from fedmomentum.base import HeldBase
+from fedmomentum.checkpoint import RunFolder
 from fedmomentum.client import LocalModel
 from fedmomentum.config import load_config
 from fedmomentum.files import safetensors_bytes
-from fedmomentum.global_model import Blob
+from fedmomentum.global_model import Blob, GlobalModel
 from fedmomentum.live import quiet_libraries
+from fedmomentum.spool import Spool
 from fedmomentum.training import _CompletionTrainer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "default.toml"
@@ -126,28 +129,56 @@ def load(repeats: int) -> tuple[dict[str, Any], list[Target]]:
 
 
 class Clock:
-    """Seconds spent in functions that are watched."""
+    """Seconds spent in functions that are watched, by what they are for; a watched call within another is its own."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._inner = [0.0]  # of each call under way, and of none: what watched calls within it took
 
     @contextmanager
-    def watch(self, owner: Any, name: str) -> Iterator[None]:
+    def watch(self, what: str, owner: Any, name: str) -> Iterator[None]:
         """Add up what calls of `owner.name` take, for a while."""
         original: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
             started = time.perf_counter()
             try:
                 return original(*args, **kwargs)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+                took = time.perf_counter() - started
+                self.seconds[what] = self.seconds.get(what, 0.0) + took - self._inner.pop()
+                self._inner[-1] += took
 
         setattr(owner, name, timed)
         try:
             yield
         finally:
             setattr(owner, name, original)
+
+
+WATCHED = {
+    "training steps": [(_CompletionTrainer, "_run_epoch")],
+    "evaluating": [(client_module, "evaluate")],
+    "tokenising": [(run_module, "_tokenised")],
+    "loading the global model": [
+        (client_module, "save_objects"), (client_module, "_is_whole"), (GlobalModel, "from_manifest"),
+        (LocalModel, "become"),
+    ],
+    "probes": [(LocalModel, "probes"), (LocalModel, "applied_share"), (rounds_module, "_expected_probes")],
+    "starting and ending the trainer": [(run_module, "train")],
+    "the adapter out of the model": [(LocalModel, "adapter")],
+    "tasks and replies as bytes": [
+        (rounds_module, "encode_task"), (client_module, "decode_task"), (client_module, "encode_reply"),
+        (rounds_module, "decode_reply"),
+    ],
+    "checking and spooling updates": [(rounds_module, "_update"), (rounds_module, "_distance"), (Spool, "put")],
+    "aggregating": [(rounds_module, "combine"), (GlobalModel, "after")],
+    "diagnostics": [(rounds_module, "round_diagnostics")],
+    "checkpoints": [(RunFolder, "commit")],
+    "the rest": [(run_module.Run, "start")],
+}  # fmt: skip
+"""What the time of a job is for, and the functions that take it."""
 
 
 def job(out: Path, threads: int) -> tuple[dict[str, float], list[Target]]:
@@ -158,43 +189,24 @@ def job(out: Path, threads: int) -> tuple[dict[str, float], list[Target]]:
          "evaluation.final-num-examples=4"],
     )  # fmt: skip
     clock = Clock()
-    with (
-        quiet_libraries(),
-        clock.watch(run_module, "_tokenised"),
-        clock.watch(client_module, "evaluate"),
-        clock.watch(_CompletionTrainer, "_run_epoch"),
-        clock.watch(client_module, "encode_reply"),
-        clock.watch(LocalModel, "become"),
-        clock.watch(LocalModel, "probes"),
-        clock.watch(LocalModel, "applied_share"),
-        clock.watch(LocalModel, "adapter"),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(quiet_libraries())
+        for what, functions in WATCHED.items():
+            for owner, name in functions:
+                stack.enter_context(clock.watch(what, owner, name))
         prepared = run_module.prepare(config, out)
-        clock.seconds = {"_tokenised": clock.seconds["_tokenised"]}
-        started = time.perf_counter()
+        clock.seconds = {"tokenising": clock.seconds["tokenising"]}  # what else is watched was the model's load
         prepared.start(lambda event, facts: None)
-        clock.seconds["start"] = time.perf_counter() - started
-        train = sum(row["seconds"]["train"] for row in prepared.folder.rows)
-        server = sum(row["seconds"]["aggregate"] for row in prepared.folder.rows)
         prepared.close()
-    spent = clock.seconds
-    whole = spent["_tokenised"] + spent["start"] - spent["evaluate"]
-    steps = spent["_run_epoch"]
-    shares = {
-        "training steps": steps,
-        "tokenising": spent["_tokenised"],
-        "loading the global model": spent["become"],
-        "probes": spent["probes"] + spent["applied_share"],
-        "starting and ending the trainer, about": train - steps - spent["probes"] / 2 - spent["adapter"],
-        "aggregating": server,
-        "replies as bytes": spent["encode_reply"],
-        "all that is not training": whole - steps,
-    }
+    spent = {what: clock.seconds[what] for what in WATCHED if what != "evaluating"}
+    whole = sum(spent.values())
+    spent["all that is not training"] = whole - spent["training steps"]
     table = Table("of a job without model load and evaluation", "s", "%")
-    for name, seconds in shares.items():
-        table.add_row(name, f"{seconds:.2f}", f"{100 * seconds / whole:.1f}")
+    for what, seconds in spent.items():
+        table.add_row(what, f"{seconds:.2f}", f"{100 * seconds / whole:.1f}")
     CONSOLE.print(table)
-    return shares, [Target.at_most("share of a job that is not training, %", 5, 100 * (whole - steps) / whole)]
+    share = 100 * spent["all that is not training"] / whole
+    return spent, [Target.at_most("share of a job that is not training, %", 5, share)]
 
 
 def start(folder: Path, repeats: int) -> tuple[dict[str, list[float]], list[Target]]:
@@ -258,9 +270,7 @@ def main() -> None:
                 local.initial(run_module.make_method(config)).save(model)
             measured["start"], more = start(model, options.repeats)
             targets += more
-    print_targets(targets, console=CONSOLE)
-    if options.json:
-        write_json(options.json, targets=targets, environment=environment("transformers", "peft"), **measured)
+    finish(targets, options.json, CONSOLE, "transformers", "peft", **measured)
 
 
 if __name__ == "__main__":

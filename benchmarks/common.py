@@ -1,6 +1,6 @@
 """What the benchmarks share: alternating timings, the machine's own limits, and targets met or not.
 
-    from common import Target, alternate, environment, machine_limits, medians, print_targets, write_json
+    from common import Target, alternate, environment, finish, machine_limits, medians, print_targets, write_json
 
 A ratio is measured within one process: `alternate` runs the sides in turn, so that a machine that slows down slows
 all of them, and medians are compared.
@@ -162,6 +162,14 @@ def write_json(path: str | Path, *, targets: Sequence[Target] = (), **measured: 
     payload = {**measured, "targets": list(targets)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(_plain(payload), indent=1, sort_keys=False) + "\n")
+
+
+def finish(targets: Sequence[Target], file: Path | None, console: Console, *packages: str, **measured: Any) -> None:
+    """A benchmark's last lines: its targets, met or not, and everything as JSON in `file`, where one was asked for."""
+    if targets:
+        print_targets(targets, console=console)
+    if file:
+        write_json(file, targets=targets, environment=environment(*packages), **measured)
 
 
 def _plain(value: Any) -> Any:

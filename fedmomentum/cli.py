@@ -257,9 +257,13 @@ def methods() -> None:
 @app.command()
 def inspect(folder: Folder) -> None:
     """Print what a run, a global model, or a PEFT adapter holds: ranks, scalings, energies, norms, hashes."""
+    import atexit
     import gc
 
-    gc.disable()  # Over in a second or two, a tenth of which would go into looking for garbage while torch is imported.
+    # Over in a second, a third of which would go into looking for garbage: while torch is imported, and once more,
+    # through everything it brought, when Python ends.
+    gc.disable()
+    atexit.register(gc.freeze)
     try:
         from fedmomentum.inspection import describe
 

@@ -25,7 +25,7 @@ from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.config import LoraConfig, ModelConfig, own_facts
 from fedmomentum.data.tokens import TokenisedExamples
-from fedmomentum.diagnostics import applied_share, probe, probe_vectors
+from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors
 from fedmomentum.errors import ConfigError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
 from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
@@ -130,6 +130,8 @@ class LocalModel:
         self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)
         self._blobs: dict[str, Blob] = {}
         self._beside: dict[str, LowRank] = {}
+        self._vectors: tuple[int, dict[str, tuple[Tensor, Tensor]]] = (-1, {})
+        self._merged: tuple[object, dict[str, Tensor], dict[str, Tensor]] = (None, {}, {})
 
     def _train_as(self, own: LoraConfig) -> None:
         """Have the adapter of these settings attached; the base stays the one that is in memory."""
@@ -214,13 +216,21 @@ class LocalModel:
         """Let go of all objects but these."""
         self._blobs = {name: blob for name, blob in self._blobs.items() if name in keep}
 
+    def _probe_vectors(self, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every module's probe vectors; those of the last seed are kept, since all clients of a round ask for them."""
+        if self._vectors[0] != seed:
+            shapes = {module: self.held.weight(module).shape for module in self.held.layers}
+            self._vectors = seed, {m: probe_vectors(m, (shape[0], shape[1]), seed) for m, shape in shapes.items()}
+        return self._vectors[1]
+
     def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
-        """Probes of the live weights, in float64: `base` of W alone, `effective` of W + scaling B A."""
-        base, effective = {}, {}
-        for module in self.held.layers:
-            weight = self.held.weight(module).to("cpu", torch.float64)
-            U, X = probe_vectors(module, (weight.shape[0], weight.shape[1]), seed)
-            base[module] = effective[module] = probe(weight, U, X)
+        """Probes of the live weights, in float64: `base` of W alone, `effective` of W + scaling B A.
+
+        Measured anew in every call: nothing that was measured before stands for a weight that may have changed.
+        """
+        base, effective, scratch = {}, {}, torch.empty(BLOCK, dtype=torch.float64)
+        for module, (U, X) in self._probe_vectors(seed).items():
+            base[module] = effective[module] = probe(self.held.weight(module), U, X, scratch)
             if (layer := self._layers.get(module)) is not None:
                 lora = LowRank(
                     layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
@@ -232,14 +242,20 @@ class LocalModel:
         return {"base": base, "effective": effective}
 
     def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:
-        """The share of `base_update` that is in the live base weights, by their probes; 1 where nothing is merged."""
-        got, wanted = {}, {}
-        for module in sorted({m for blob in model.base_update for m in blob.matrices}):  # sums have an order
-            pristine = self.held.pristine(module)
-            U, X = probe_vectors(module, (pristine.shape[0], pristine.shape[1]), seed)
-            got[module] = probes[module] - probe(pristine, U, X)
-            wanted[module] = probe(model.merged(module), U, X)
-        return applied_share(got, wanted)
+        """The share of `base_update` that is in the live base weights, by their probes; 1 where nothing is merged.
+
+        What should be there, the weights on disk and what was merged, is the same for all clients of a round, and is
+        measured once.
+        """
+        key = seed, [blob.name for blob in model.base_update]
+        if self._merged[0] != key:
+            vectors = self._probe_vectors(seed)
+            modules = sorted({m for blob in model.base_update for m in blob.matrices})  # sums have an order
+            pristine = {module: probe(self.held.pristine(module), *vectors[module]) for module in modules}
+            merged = {module: probe(model.merged(module), *vectors[module]) for module in modules}
+            self._merged = key, pristine, merged
+        _, pristine, merged = self._merged
+        return applied_share({module: probes[module] - pristine[module] for module in merged}, merged)
 
 
 @dataclass

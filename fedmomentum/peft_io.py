@@ -304,15 +304,14 @@ def from_model(model: PeftModel, name: str = "model") -> Adapter:
     Raises:
         AdapterError: as `read_adapter`; or the adapter is merged into its base, which then is not the base.
     """
-    from peft import get_peft_model_state_dict
-
-    if any(layer.merged for layer in lora_layers(model).values()):
+    layers = lora_layers(model)
+    if any(layer.merged for layer in layers.values()):
         raise AdapterError(f"{name}: the adapter is merged into the base; call unmerge_adapter() first")
     config = model.peft_config[ADAPTER_NAME].to_dict()
     if isinstance(config.get("target_modules"), (set, frozenset)):
         config["target_modules"] = sorted(config["target_modules"])
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    return from_peft_tensors({key: t.detach().cpu().clone() for key, t in tensors.items()}, config, name)
+    tensors = {key: tensor.detach().cpu().clone() for key, tensor in _live_tensors(model, layers).items()}
+    return from_peft_tensors(tensors, config, name)
 
 
 def load_into(model: PeftModel, adapter: Adapter) -> None:
@@ -321,8 +320,6 @@ def load_into(model: PeftModel, adapter: Adapter) -> None:
     Raises:
         AdapterError: the model lacks a tensor of the adapter, or the other way round.
     """
-    from peft import set_peft_model_state_dict
-
     have = lora_layers(model)
     if have.keys() != adapter.modules.keys():
         odd = sorted(have.keys() ^ adapter.modules.keys())
@@ -336,9 +333,35 @@ def load_into(model: PeftModel, adapter: Adapter) -> None:
         live = have[module].lora_B[ADAPTER_NAME].weight, have[module].lora_A[ADAPTER_NAME].weight
         if live[0].shape != matrix.B.shape or live[1].shape != matrix.A.shape:
             raise AdapterError(f"{adapter.name}: module {module} is {matrix!r}, the model's B {tuple(live[0].shape)}")
-    outcome: Any = set_peft_model_state_dict(model, dict(to_tensors(adapter)), adapter_name=ADAPTER_NAME)
-    if outcome.unexpected_keys:
-        raise AdapterError(f"{adapter.name} does not fit the model: tensor {outcome.unexpected_keys[0]} has no place")
+    tensors, places = to_tensors(adapter), _live_tensors(model, have)
+    if odd := sorted(tensors.keys() ^ places.keys()):
+        raise AdapterError(f"{adapter.name} does not fit the model: tensor {odd[0]} is in one of them only")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            if places[key].shape != tensor.shape:
+                wanted = tuple(places[key].shape)
+                raise AdapterError(f"{adapter.name}: tensor {key} is {tuple(tensor.shape)}, the model's {wanted}")
+            places[key].copy_(tensor)
+
+
+def _live_tensors(model: PeftModel, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The adapter's tensors themselves, by the names that PEFT saves them under.
+
+    PEFT's own two ways in and out convert names by walking over every tensor of the model, some 20 ms each.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    tensors = {}
+    for module, layer in layers.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
+    config: Any = model.peft_config[ADAPTER_NAME]
+    if config.modules_to_save:
+        for path, module in model.get_base_model().named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                saved = module.modules_to_save[ADAPTER_NAME].state_dict()
+                tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in saved.items()}
+    return tensors
 
 
 def detach(model: PeftModel) -> nn.Module:

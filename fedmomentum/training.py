@@ -8,7 +8,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -59,6 +60,9 @@ SET_ELSEWHERE = {
     "output_dir": "the run's folder",
 }
 """Fields which the run's own configuration decides, and the key that does."""
+
+SHORT_ROW = 128
+"""Tokens of a row up to which 16-bit training on a CPU takes torch's plain attention (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,10 @@ def train(
     if "warmup_steps" in arguments:  # The plain constant schedule would ignore it.
         arguments.setdefault("lr_scheduler_type", "constant_with_warmup")
     progress = _Progress(on_step)
+    attention = attention_for(model, max(map(len, examples.input_ids)))
     restored = _global_state_restored(model, undo_checkpointing=bool(arguments.get("gradient_checkpointing")))
-    with _older_objects_left_alone(), restored, tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
+    with _older_objects_left_alone(), attention, restored, tempfile.TemporaryDirectory() as folder:
+        settings = _Settings(
             **{
                 "lr_scheduler_type": "constant",
                 **arguments,
@@ -164,7 +169,7 @@ def train(
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.progress, trainer.penalty = progress, penalty
+        trainer.progress, trainer.penalty, trainer.trained = progress, penalty, trained
         trainer.train()
     if not all(parameter.isfinite().all() for parameter in trained):
         raise FedMomentumError(
@@ -193,6 +198,18 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             )
         close = difflib.get_close_matches(name, [*PASSED_ON, *SET_ELSEWHERE], n=1, cutoff=0.0)
         raise ConfigError(f"unknown training argument {name}; the nearest known is {close[0]}")
+
+
+def attention_for(model: nn.Module, longest: int) -> AbstractContextManager[Any]:
+    """The kernel of torch's attention for training on rows of at most ``longest`` tokens.
+
+    On a CPU in 16 bits the backward of torch's flash attention costs more than the matrix of scores that it saves,
+    as long as rows are short. The plain kernel computes in float32 inside, and keeps ``longest ** 2`` numbers a head.
+    Everywhere else torch chooses. A model with an attention of its own is left alone.
+    """
+    is_short = longest <= SHORT_ROW and next(model.parameters()).device.type == "cpu"
+    is_narrow = is_short and any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    return sdpa_kernel(SDPBackend.MATH) if is_narrow else nullcontext()
 
 
 class _Rows(Dataset):
@@ -272,12 +289,20 @@ class _Progress(TrainerCallback):
         return TrainReport(loss, self._steps[0][0], self._steps[-1][0], self.step, num_tokens)
 
 
+class _Settings(TrainingArguments):
+    @property
+    def place_model_on_device(self) -> bool:
+        """The model is where it should be; moving it there walks over all of its tensors."""
+        return False
+
+
 class _CompletionTrainer(Trainer):
     """A trainer that projects to the vocabulary only where there are labels."""
 
     loss_is_scaled_for_ga = True
     progress: _Progress
     penalty: Callable[[], Tensor] | None = None
+    trained: Sequence[nn.Parameter] = ()
 
     def _get_train_sampler(self, train_dataset=None):  # type: ignore[no-untyped-def]
         if self.args.train_sampling_strategy != "group_by_length":
@@ -291,6 +316,11 @@ class _CompletionTrainer(Trainer):
     def get_decay_parameter_names(self, model):  # type: ignore[no-untyped-def]  # noqa: D102
         # Without decay nobody needs to know; finding out walks over all modules several times.
         return super().get_decay_parameter_names(model) if self.args.weight_decay else []
+
+    def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
+        # The library's own looks for what has a gradient among all of the model's parameters.
+        del model
+        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs):  # type: ignore[no-untyped-def]  # noqa: D102
         # An estimate that nobody reads; it walks over all of the model's parameters in every step.

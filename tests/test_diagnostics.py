@@ -10,7 +10,7 @@ import torch
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import METHODS
 from fedmomentum.aggregation.whole import combine
-from fedmomentum.diagnostics import change, factor_norms, round_diagnostics, subspace_angle
+from fedmomentum.diagnostics import BLOCK, change, factor_norms, probe, probe_vectors, round_diagnostics, subspace_angle
 from fedmomentum.global_model import GlobalModel, kept_rounds
 from fedmomentum.lowrank import LowRank
 from fedmomentum.sums import as_dense
@@ -27,6 +27,18 @@ def adapter(seed: int, rank: int = 3, scale: float = 1.0) -> Adapter:
         m: random_matrix(*shape, rank, seed=seed + i).scaled(scale) for i, (m, shape) in enumerate(SHAPES.items())
     }
     return Adapter(modules, SCALINGS, name=f"adapter {seed}")
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 1000), (3, 200_000)])  # less, and more, than is read at a time
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_probe_is_its_formula_whatever_the_size_dtype_and_layout(shape, dtype):
+    U, X = probe_vectors("m", shape, 3)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = torch.diagonal(U.mT @ matrix.double() @ X)
+    for view in (matrix, matrix.mT.contiguous().mT):
+        got = probe(view, U, X)
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.norm()))
+        assert torch.equal(probe(view, U, X, torch.full((BLOCK,), torch.nan, dtype=torch.float64)), got)
 
 
 def nearby(one: Adapter, seed: int, by: float = 0.1) -> Adapter:

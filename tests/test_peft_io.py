@@ -1,6 +1,7 @@
 """Ours against stock PEFT: mixed ranks, alphas, rsLoRA, patterns, Conv1D, heads; and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,24 +125,33 @@ def test_a_folder_round_trips(stock, tmp_path):
             assert torch.equal(tensor, to_tensors(again)[key])
 
 
-def test_live_model_and_folder_agree(tmp_path):
+@pytest.mark.parametrize("saved", [(), ("lm_head",)])
+def test_live_model_and_folder_agree(tmp_path, saved):
     base = tiny_llama(tmp_path / "base")
-    model = attach(AutoModelForCausalLM.from_pretrained(base), rank=4, lora_alpha=6, target_modules=["q_proj"], seed=3)
-    for name, tensor in model.named_parameters():
-        if "lora_B" in name:
+
+    def attached(seed):
+        return attach(
+            AutoModelForCausalLM.from_pretrained(base), rank=4, lora_alpha=6, target_modules=["q_proj"], seed=seed,
+            modules_to_save=saved,
+        )  # fmt: skip
+
+    model = attached(3)
+    for tensor in model.parameters():
+        if tensor.requires_grad:
             tensor.data.normal_()
     live = from_model(model)
     model.save_pretrained(tmp_path / "saved")
     read = read_adapter(tmp_path / "saved")
     assert live.scalings == read.scalings == dict.fromkeys(live.modules, 1.5)
     assert live.digest() == read.digest()
-    other = attach(AutoModelForCausalLM.from_pretrained(base), rank=4, lora_alpha=6, target_modules=["q_proj"], seed=4)
+    assert set(live.saved) == {f"{name}.weight" for name in saved}
+    other = attached(4)
     assert from_model(other).digest() != live.digest()
     load_into(other, live)
     assert from_model(other).digest() == live.digest()
-    same = attach(AutoModelForCausalLM.from_pretrained(base), rank=4, lora_alpha=6, target_modules=["q_proj"], seed=4)
-    again = attach(AutoModelForCausalLM.from_pretrained(base), rank=4, lora_alpha=6, target_modules=["q_proj"], seed=4)
-    assert from_model(same).digest() == from_model(again).digest()
+    assert from_model(attached(4)).digest() == from_model(attached(4)).digest()
+    with pytest.raises(AdapterError, match="is in one of them only"):
+        load_into(other, replace(live, saved={**live.saved, "model.norm.weight": torch.ones(32)}))
 
 
 def test_classification_heads_are_averaged_saved_and_exported(tmp_path):

@@ -62,6 +62,27 @@ def test_rows_hold_the_documented_keys_and_the_law_holds_on_loaded_weights(train
     }  # fmt: skip
 
 
+def test_probes_are_of_the_weights_as_they_are_when_asked(trained):
+    """What is kept between calls is drawn or on disk; a live weight that changes, by whatever means, is seen."""
+    run, _ = trained
+    run.local.become(run.model)
+    module, *others = sorted(run.local.held.layers)
+    before = run.local.probes(5)
+    assert run.local.applied_share(run.model, before["base"], 5) == pytest.approx(1, abs=1e-4)
+    run.local.held.layers[module].weight.data.copy_(run.local.held.pristine(module))  # as if nothing was merged
+    after = run.local.probes(5)
+    lost = run.local.applied_share(run.model, after["base"], 5)
+    for name in ("base", "effective"):
+        assert not torch.equal(after[name][module], before[name][module])
+        assert all(torch.equal(after[name][other], before[name][other]) for other in others)
+    run.local.held.apply([])
+    none = run.local.applied_share(run.model, run.local.probes(5)["base"], 5)
+    run.local.become(run.model)
+    again = run.local.probes(5)
+    assert none == pytest.approx(0, abs=1e-6) and none < lost < 0.99
+    assert all(torch.equal(again["base"][m], before["base"][m]) for m in run.local.held.layers)
+
+
 def test_evaluation_before_saving_equals_after_loading(trained, folder):
     run, out = trained
     before = timeless(out)[-1]["evaluation"]["by_client"]

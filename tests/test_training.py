@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
-from fedmomentum.training import PASSED_ON, SET_ELSEWHERE, TrainReport, _ByLength, check_arguments, train
+from fedmomentum.training import PASSED_ON, SET_ELSEWHERE, SHORT_ROW, TrainReport, _ByLength, check_arguments, train
 from tests.tiny import PAD_TOKEN_ID, tiny_gpt2, tiny_llama
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
@@ -192,6 +192,20 @@ def test_learning_rate_is_constant_unless_asked_otherwise(folder, monkeypatch):
     assert rates[:4] == [1e-2] * 4
     assert rates[4:8] == pytest.approx([0, 5e-3, 1e-2, 1e-2])
     assert rates[8:] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+@pytest.mark.parametrize(("dtype", "longest", "flash"), [
+    (torch.bfloat16, SHORT_ROW, False), (torch.bfloat16, SHORT_ROW + 1, True), (torch.float32, SHORT_ROW, True),
+])  # fmt: skip
+def test_short_rows_in_16_bits_take_the_plain_attention_for_the_call(folder, dtype, longest, flash):
+    model, seen = new_model(folder).to(dtype), []
+    examples = TokenisedExamples(((5,) * longest, (6,) * 8), (longest - 1, 4), ("", ""), (False, False), 0)
+    for checkpointing in (False, True):
+        train(model, examples, **DEFAULTS | {
+            "on_step": lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()),
+            "arguments": {"gradient_checkpointing": checkpointing},
+        })  # fmt: skip
+    assert seen == [flash] * 8 and torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_gradient_checkpointing_changes_nothing_and_ends_with_the_call(folder):

@@ -12,6 +12,9 @@ from fedmomentum.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_AT_ONCE = 256
+"""Texts a call of the tokenizer: a call costs more than what it does to a short text, and keeps much of each text."""
+
 
 @dataclass(frozen=True)
 class TokenisedExamples:
@@ -66,13 +69,25 @@ def tokenise(
     """
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
-    input_ids, num_prompt_tokens, categories, is_truncated = [], [], [], []
-    lengths = []
+    texts, ends = [], dict[bool, int]()
     for row, example in enumerate(examples):
+        is_chat = not isinstance(example.prompt, str)
         try:
-            prompt, answer = _prompt_and_answer_ids(example, tokenizer)
+            texts.append(_texts(example, tokenizer))
+            if is_chat not in ends:
+                ends[is_chat] = end_token_id(example.prompt, tokenizer)
         except DataError as error:
             raise DataError(f"{owner}, example {row}: {error}") from error
+    prompts = _ids([(prompt, is_chat) for prompt, _, is_chat in texts], tokenizer)
+    wholes = _ids([(whole, is_chat) for _, whole, is_chat in texts], tokenizer)
+    input_ids, num_prompt_tokens, categories, is_truncated = [], [], [], []
+    lengths = []
+    for example, (prompt_text, whole_text, is_chat), prompt, whole in zip(
+        examples, texts, prompts, wholes, strict=True
+    ):
+        prompt = _open_ended(prompt, tokenizer, is_chat)
+        answer_text = whole_text[len(prompt_text) :]
+        answer = _answer_ids(prompt, whole, answer_text, ends[is_chat], tokenizer, is_chat)
         lengths.append(len(prompt) + len(answer))
         if len(prompt) >= max_length:
             continue
@@ -99,11 +114,9 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
     Raises:
         DataError: The prompt is a chat and the tokenizer has no chat template.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-        # Some tokenizers close each text with the end token; the answer must not come after it.
-        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer(_chat_text(prompt, tokenizer, ends_with_answer=False), add_special_tokens=False)["input_ids"]
+    is_chat = not isinstance(prompt, str)
+    (ids,) = _ids([(_prompt_text(prompt, tokenizer), is_chat)], tokenizer)
+    return _open_ended(ids, tokenizer, is_chat)
 
 
 def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -134,33 +147,56 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def _prompt_and_answer_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    prompt = prompt_token_ids(example.prompt, tokenizer)
-    end = end_token_id(example.prompt, tokenizer)
+def _prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    return prompt if isinstance(prompt, str) else _chat_text(prompt, tokenizer, ends_with_answer=False)
+
+
+def _texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, bool]:
+    """The prompt, the prompt with its answer, and whether they are a chat's."""
+    prompt = _prompt_text(example.prompt, tokenizer)
     if isinstance(example.prompt, str):
-        whole = tokenizer(example.prompt + example.completion)["input_ids"]
-        answer_text = example.completion
-    else:
-        prompt_text = _chat_text(example.prompt, tokenizer, ends_with_answer=False)
-        turn = {"role": "assistant", "content": example.completion}
-        whole_text = _chat_text((*example.prompt, turn), tokenizer, ends_with_answer=True)
-        if not whole_text.startswith(prompt_text):
-            raise DataError(
-                "the chat template writes the conversation with the answer differently from the prompt that "
-                "generation would see, so training would not match use; give plain `prompt` and `completion` text "
-                f"instead. Prompt: {prompt_text!r}. Conversation: {whole_text!r}"
-            )
-        whole = tokenizer(whole_text, add_special_tokens=False)["input_ids"]
-        answer_text = whole_text[len(prompt_text) :]
+        return prompt, prompt + example.completion, False
+    turn = {"role": "assistant", "content": example.completion}
+    whole = _chat_text((*example.prompt, turn), tokenizer, ends_with_answer=True)
+    if not whole.startswith(prompt):
+        raise DataError(
+            "the chat template writes the conversation with the answer differently from the prompt that "
+            "generation would see, so training would not match use; give plain `prompt` and `completion` text "
+            f"instead. Prompt: {prompt!r}. Conversation: {whole!r}"
+        )
+    return prompt, whole, True
+
+
+def _ids(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of texts, each with whether it is a chat's; a chat's template has written the special tokens already."""
+    found: list[list[int]] = [[] for _ in texts]
+    for kind in (False, True):
+        rows = [row for row, (_, is_chat) in enumerate(texts) if is_chat == kind]
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            encoded = tokenizer([texts[row][0] for row in some], add_special_tokens=not kind)["input_ids"]
+            for row, ids in zip(some, encoded, strict=True):
+                found[row] = ids
+    return found
+
+
+def _open_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> list[int]:
+    """A prompt's ids. Some tokenizers close each text with the end token; the answer must not come after it."""
+    return ids[:-1] if not is_chat and ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _answer_ids(
+    prompt: list[int], whole: list[int], answer_text: str, end: int, tokenizer: PreTrainedTokenizerBase, is_chat: bool
+) -> list[int]:
     if whole[: len(prompt)] == prompt:
         answer = whole[len(prompt) :]
     else:
         # A token would straddle prompt and answer. Generation starts from the prompt's own tokens, so training does.
         answer = tokenizer(answer_text, add_special_tokens=False)["input_ids"]
-    if not isinstance(example.prompt, str) and end in answer:
+    if is_chat and end in answer:
         # The template may write more after the end token (a newline), which generation never reaches.
-        return prompt, answer[: len(answer) - answer[::-1].index(end)]
-    return prompt, answer if answer[-1:] == [end] else [*answer, end]
+        return answer[: len(answer) - answer[::-1].index(end)]
+    return answer if answer[-1:] == [end] else [*answer, end]
 
 
 def _chat_text(
