@@ -112,7 +112,7 @@ def test_clients_of_one_start_are_iterated(share, condition, turned, shape, zero
     sizes = [float(torch.linalg.matrix_norm(factor)) for factor in (start.B, start.A)]
     steps = [LowRank(u.B * (sizes[0] or 1.0) / 3, u.A * sizes[1] / 3) for u in clients(shape, (8,) * 6, seed=seed)]
     found = check([u.to(torch.float32) for u in moved_from(start, steps, share)], some_weights(6, seed), 8)
-    if turned == 1 and not zero and share * condition <= 0.1:
+    if turned == 1 and not zero and condition <= 10 and share * condition <= 0.1:
         assert found.path == "iterated" and found.rest.rank == 40
 
 
