@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from fedmomentum.adapter import split_tensors
-from fedmomentum.diagnostics import Change, change
+from fedmomentum.diagnostics import Update, change
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
@@ -137,7 +137,7 @@ class RunFolder:
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    def last_update(self, model: GlobalModel, state: ServerState) -> Change | None:
+    def last_update(self, model: GlobalModel, state: ServerState) -> Update | None:
         """What the round that led to `model` changed of the effective weights (`change`); None in round 0.
 
         Read from the objects that the state names, so that it is the same to the bit after a kill.
@@ -149,7 +149,8 @@ class RunFolder:
             tensors |= read_safetensors(read_object(self.folder, name), where)[0]
         modules, _ = split_tensors(widened(tensors, dtype_of(tensors), where))
         merged = merged_matrices([Blob(read_object(self.folder, name)) for name in state.merged])
-        return change(replace(model.adapter, modules=modules), model.adapter, merged)
+        told = (self.rows[model.server_round] if model.server_round < len(self.rows) else {}).get("diagnostics") or {}
+        return change(replace(model.adapter, modules=modules), model.adapter, merged, told.get("update_norm"))
 
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""

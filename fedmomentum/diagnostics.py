@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fedmomentum.adapter import Adapter
+from fedmomentum.aggregation.base import adapter_dtype
 from fedmomentum.lowrank import CORE_DTYPE, LowRank, principal_angles, zeros
-from fedmomentum.sums import Each, Matrix, exact_sum, inner, inner_with_each
+from fedmomentum.moves import Moves
+from fedmomentum.sums import Each, Matrix, exact_sum, inner, inner_with_each, times
 
 NUM_PROBES = 8
 """Probes a module. Over 60 modules their mean square is within 7 % of the Frobenius norm it stands for."""
@@ -74,27 +76,33 @@ def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
 Change = Mapping[str, Matrix]
 """Module to a matrix in effective-weight units, `(out, in)`. A module that is missing counts as zero."""
 
+ROUND_OFF = 10.0
+"""Two sums of the same that differ by so many steps of their dtype differ by round-off."""
 _ROUND_OFF = torch.finfo(torch.float32).eps ** 2
 """A change whose square is below this share of what it is a change of is the round-off of float32 factors: none."""
 
 
-def change(before: Adapter, after: Adapter, merged: Change) -> Change:
-    """`s' B' A' - s B A + merged` per module: what a round changes of the effective weights, in float64.
+def change(before: Adapter, after: Adapter, merged: Change, norm: float | None = None) -> Update:
+    """`s' B' A' - s B A + merged` per module: what a round changes of the effective weights.
 
     Args:
         before: the adapter that the round started from.
         after: the adapter that came out.
         merged: what the base absorbed.
+        norm: its norm over all modules, where it is known.
 
     Returns:
-        Module to a matrix, by `exact_sum`; made when it is looked up, so that one module's is in memory at a time.
+        Module to a matrix, by `exact_sum`, in float64; made when it is looked up, so that one module's is in memory at
+        a time.
     """
-    return _Change(before, after, merged)
+    return Update(before, after, merged, norm)
 
 
-class _Change(Mapping[str, Matrix]):
-    def __init__(self, before: Adapter, after: Adapter, merged: Change) -> None:
-        self._before, self._after, self._merged = before, after, merged
+class Update(Mapping[str, Matrix]):
+    """See `change`."""
+
+    def __init__(self, before: Adapter, after: Adapter, merged: Change, norm: float | None) -> None:
+        self._before, self._after, self._merged, self._norm = before, after, merged, norm
 
     def __getitem__(self, module: str) -> Matrix:
         parts = [self._after.effective(module), self._before.effective(module)]
@@ -105,6 +113,26 @@ class _Change(Mapping[str, Matrix]):
 
     def __len__(self) -> int:
         return len(self._after.modules)
+
+    def _parts(self, module: str) -> list[tuple[float, Matrix]]:
+        parts: list[tuple[float, Matrix]] = [(1.0, self._after.effective(module))]
+        parts += [(-1.0, self._before.effective(module))]
+        return parts + ([(1.0, self._merged[module])] if module in self._merged else [])
+
+    def times(self, module: str, x: Tensor) -> Tensor:
+        """One module times a vector `(in,)`, in its dtype; the sum is not stacked."""
+        return torch.stack([sign * times(part, x) for sign, part in self._parts(module)]).sum(0)
+
+    def square(self) -> float:
+        """`||.||_F^2` over all modules."""
+        return sum(inner(part, part) for part in self.values()) if self._norm is None else self._norm**2
+
+    def inner(self, module: str, matrix: Matrix) -> float:
+        """The inner product of one module with `matrix`; with factors, in their dtype, and the sum is not stacked."""
+        if isinstance(matrix, Tensor):
+            return inner(matrix, self[module])
+        parts = self._parts(module)
+        return sum(sign * float(inner_with_each([matrix], part, matrix.dtype)[0]) for sign, part in parts)
 
 
 def factor_norms(adapter: Adapter) -> dict[str, float]:
@@ -122,12 +150,11 @@ def subspace_angle(before: Adapter, after: Adapter) -> dict[str, float | None]:
     The spaces are those of the directions that are not zero (`principal_angles`); the mean is over the angles of a
     module, then over the modules. None where one of the adapters is zero in all modules.
     """
-    means: dict[str, float | None] = {}
-    for factor, side in (("A", "in"), ("B", "out")):
-        angles = [principal_angles(before.modules[m], after.modules[m], side=side) for m in after.modules]
-        degrees = [math.degrees(float(angle.mean())) for angle in angles if len(angle)]
-        means[factor] = sum(degrees) / len(degrees) if degrees else None
-    return means
+    degrees: dict[str, list[float]] = {"A": [], "B": []}
+    for module, matrix in after.modules.items():
+        for factor, angles in zip("AB", principal_angles(before.modules[module], matrix), strict=True):
+            degrees[factor] += [math.degrees(float(angles.mean()))] if len(angles) else []
+    return {factor: sum(means) / len(means) if means else None for factor, means in degrees.items()}
 
 
 def round_diagnostics(
@@ -136,14 +163,14 @@ def round_diagnostics(
     weights: Sequence[float],
     after: Adapter,
     merged: Change,
-    last_update: Change | None,
+    last_update: Update | None,
 ) -> dict[str, Any]:
     """How a round moved the model; docs/metrics.md has the formulas. What is not defined is None.
 
-    With P_i = s_i B_i A_i of client i, P_0 of the start, S = sum_i w_i P_i and G the global update, everything but
-    the angles is made of inner products of these, `<P_i, P_i>`, `<P_i, P_0>`, `<P_i, S>` and `<P_i, G>`: the cost is
-    that of the sum, `O((d + k) R^2)` where it is factored and `O(d k R)` beyond. Modules are taken one after the other,
-    and so are the clients' factors.
+    With D_i = s_i B_i A_i - s B A client i's own update, D their weighted mean and G the global update, everything but
+    the angles is made of the inner products `<D_i, D_j>`, `<D_i, G>` and `<G, G_-1>`. For an exact method G is D; where
+    probes find it so, it is not measured anew. The cost is that of the sum, `O((d + k) R^2)` where it is factored and
+    `O(d k R)` beyond. Modules are taken one after the other.
 
     Args:
         start: the adapter that the clients started from.
@@ -154,47 +181,55 @@ def round_diagnostics(
         last_update: the global update of the round before (`change`); None where there was none.
     """
     w, update = torch.tensor(weights, dtype=CORE_DTYPE, device="cpu"), change(start, after, merged)
-    own, with_start, with_mean, with_update, A, B = torch.zeros(6, len(clients), dtype=CORE_DTYPE, device="cpu")
-    totals = dict.fromkeys(("PP", "GG", "GP", "GL", "LL", "live"), 0.0)
+    moved, with_mean, with_update, A, B = torch.zeros(5, len(clients), dtype=CORE_DTYPE, device="cpu")
+    totals = dict.fromkeys(("PP", "DD", "GG", "GL", "live"), 0.0)
     for module in sorted(after.modules):
-        shape = after.modules[module].shape
-        P, live = _effective(start, module, shape), _effective(after, module, shape)
+        shape, dtype = after.modules[module].shape, adapter_dtype([after.modules[module]])
+        P, live = (_effective(adapter, module, shape) for adapter in (start, after))
         sent = Each(partial(_effective, module=module, shape=shape), clients)
-        for i, (client, matrix) in enumerate(zip(clients, sent, strict=True)):
-            own[i] += matrix.inner(matrix)
-            with_start[i] += matrix.inner(P)
-            A[i] += matrix.A.square().sum()
-            B[i] += matrix.B.square().sum() / client.scalings.get(module, 1.0) ** 2  # the scaling is on B
-        with_mean += inner_with_each(sent, exact_sum(sent, w))  # one dense sum at a time is in memory
-        _add(totals, PP=inner(P, P), live=inner(live, live))
-        G = update[module]
-        with_update += inner_with_each(sent, G)
-        _add(totals, GG=inner(G, G), GP=inner(G, P))
-        if last_update is not None and module in last_update:
-            L = last_update[module]
-            _add(totals, GL=inner(G, L), LL=inner(L, L))
-            del L
-        del G
-    moved = own - 2 * with_start + totals["PP"]  # ||P_i - P_0||^2
-    size = float(w @ with_mean)  # ||S||^2
-    mean = size - 2 * float(w @ with_start) + totals["PP"]  # ||S - P_0||^2
-    apart = (own - 2 * with_mean + size).clamp(min=0).sqrt()  # ||P_i - S||
-    square = _or_none(totals["GG"], totals["PP"] + totals["live"])
+        for i, client in enumerate(clients):
+            if module in client.modules:
+                factors = client.modules[module]
+                A[i] += factors.A.square().sum(dtype=CORE_DTYPE)
+                B[i] += factors.B.square().sum(dtype=CORE_DTYPE)
+        is_mean, has_last = _is_mean(update, module, sent, w, P, dtype), module in (last_update or {})
+        D: Matrix | None = None  # of factors it is not needed but for the product with the round before
+        if (len(clients) + 1) * P.rank * sum(shape) < shape[0] * shape[1]:
+            moves = Moves.of(P, sent, dtype)
+            products = moves.inner_products()
+            own, by_mean, DD = products.diagonal(), products @ w, float(w @ products @ w)
+            D = moves.mean(w) if is_mean and has_last else None
+            del moves
+        else:
+            mean = update[module] if is_mean else exact_sum([*sent, P], [*w.tolist(), -1.0])
+            D = mean = mean if isinstance(mean, LowRank) else mean.to(dtype)
+            own = torch.tensor([matrix.inner(matrix) for matrix in sent], dtype=CORE_DTYPE, device="cpu")
+            own += inner(P, P) - 2 * inner_with_each(sent, P)
+            by_mean, DD = inner_with_each(sent, mean, dtype) - inner(P, mean), inner(mean, mean)
+            del mean
+        G = D if is_mean else update[module]
+        moved, with_mean = moved + own, with_mean + by_mean
+        with_update += by_mean if is_mean or G is None else inner_with_each(sent, G) - inner(P, G)
+        _add(totals, PP=inner(P, P), live=inner(live, live), DD=DD, GG=DD if is_mean or G is None else inner(G, G))
+        if last_update is not None and G is not None and has_last:
+            _add(totals, GL=last_update.inner(module, G))
+        del G, D
+    square, common = _or_none(totals["GG"], totals["PP"] + totals["live"]), _or_none(totals["DD"], totals["PP"])
+    apart = (moved - 2 * with_mean + totals["DD"]).clamp(min=0).sqrt()  # ||D_i - D||
     cosines = [
-        _cosine(float(with_update[i]) - totals["GP"], _or_none(float(moved[i]), float(own[i]) + totals["PP"]), square)
-        for i in range(len(clients))
+        _cosine(product, _or_none(one, totals["PP"]), square)
+        for product, one in zip(with_update.tolist(), moved.tolist(), strict=True)
     ]
     defined = [cosine for cosine in cosines if cosine is not None]
-    drifts = float(apart.mean()) / math.sqrt(mean) if _or_none(mean, size + totals["PP"]) else None
     return {
         "update_norm": math.sqrt(square or 0.0),
-        "update_cosine": _cosine(totals["GL"], square, totals["LL"]),
+        "update_cosine": _cosine(totals["GL"], square, last_update.square() if last_update is not None else None),
         "client_cosine": {
             "min": min(defined, default=None),
             "mean": sum(defined) / len(defined) if defined else None,
             "max": max(defined, default=None),
         },
-        "client_drift": drifts,
+        "client_drift": float(apart.mean()) / math.sqrt(common) if common else None,
         "subspace_angle": subspace_angle(start, after),
         "factor_norms": {
             "before": {"A": float(w @ A.sqrt()), "B": float(w @ B.sqrt())},
@@ -203,10 +238,20 @@ def round_diagnostics(
     }
 
 
+def _is_mean(update: Update, module: str, sent: Sequence[LowRank], w: Tensor, P: LowRank, dtype: torch.dtype) -> bool:
+    """Whether the update is `sum_i w_i P_i - P` but for round-off beside these, as a probe vector sees it."""
+    x = torch.randn(P.shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu").to(P.device)
+    mean, before = P.B.new_zeros(P.shape[0]), times(P, x)
+    for w_i, matrix in zip(w.tolist(), sent, strict=True):
+        mean = mean + w_i * times(matrix, x)
+    error = mean - before - update.times(module, x)
+    return bool(error.norm() <= ROUND_OFF * torch.finfo(dtype).eps * (mean.norm() + before.norm()))
+
+
 def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank:
     if module not in adapter.modules:
         some = next(iter(adapter.modules.values()))
-        return zeros(shape, device=some.device)
+        return zeros(shape, dtype=CORE_DTYPE, device=some.device)
     matrix = adapter.effective(module)
     return LowRank(matrix.B.contiguous(), matrix.A.contiguous())  # the last bits of products depend on strides
 

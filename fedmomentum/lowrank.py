@@ -289,26 +289,29 @@ def energy_rank(S: Tensor, energy: float) -> int:
     return min(int((squares < energy * squares[-1]).sum()) + 1, len(S))
 
 
-def principal_angles(left: LowRank, right: LowRank, *, side: str = "in") -> Tensor:
-    """Angles between the row spaces (`side="in"`) or column spaces (`side="out"`) of two matrices.
+def principal_angles(left: LowRank, right: LowRank) -> tuple[Tensor, Tensor]:
+    """Angles between the row spaces of two matrices, and between their column spaces.
 
-    Both spaces are those of the numerically non-zero directions; the angles are those of
+    The spaces are those of the numerically non-zero directions; the angles are those of
     `scipy.linalg.subspace_angles`, in ascending order.
 
     Returns:
-        `(min(rank, rank'),)` angles in radians, in [0, pi/2], float64.
+        Twice `(min(rank, rank'),)` angles in radians, in [0, pi/2], float64.
 
     Source:
         Björck, Golub, Numerical methods for computing angles between linear subspaces, 1973; Knyazev,
         Argentati, SIAM J. Sci. Comput. 23, 2002: sines below 45 degrees, where cosines lose digits.
     """
-    if side not in ("in", "out"):
-        raise ValueError(f"side must be 'in' (row space) or 'out' (column space); got {side!r}")
-    bases = []
+    rows, columns = [], []
     for matrix in (left, right):
         U, S, Vh = matrix.svd()
         keep = numerical_rank(S, matrix.shape)
-        bases.append(Vh[:keep].mT if side == "in" else U[:, :keep])
+        rows.append(Vh[:keep].mT)
+        columns.append(U[:, :keep])
+    return _angles(rows), _angles(columns)
+
+
+def _angles(bases: Sequence[Tensor]) -> Tensor:
     P, Q = sorted(bases, key=lambda basis: basis.shape[1], reverse=True)  # dim P >= dim Q
     cosines = torch.linalg.svdvals(P.mT @ Q).clamp(max=1)
     sines = torch.linalg.svdvals(Q - P @ (P.mT @ Q)).clamp(max=1).flip(0)

@@ -139,15 +139,15 @@ def _add(total: Tensor, matrix: Tensor) -> Tensor:
     return total
 
 
-def _blocks(matrices: Sequence[LowRank]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Whose each column is `(R,)`, B `(out, R)`, A `(R, in)` in float64: of some matrices at a time, in order."""
+def _blocks(matrices: Sequence[LowRank], dtype: torch.dtype = CORE_DTYPE) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Whose each column is `(R,)`, B `(out, R)`, A `(R, in)` in `dtype`: of some matrices at a time, in order."""
     waiting: list[tuple[int, LowRank]] = []
     for i, matrix in enumerate(matrices):
         if matrix.rank:
             waiting.append((i, matrix))
         if waiting and (i == len(matrices) - 1 or sum(held.rank for _, held in waiting) >= BLOCK):
-            B = torch.cat([held.B for _, held in waiting], dim=1).to(CORE_DTYPE)
-            A = torch.cat([held.A for _, held in waiting], dim=0).to(CORE_DTYPE)
+            B = torch.cat([held.B for _, held in waiting], dim=1).to(dtype)
+            A = torch.cat([held.A for _, held in waiting], dim=0).to(dtype)
             owners = [i for i, held in waiting for _ in range(held.rank)]
             waiting = []
             yield torch.tensor(owners, device=B.device), B, A
@@ -164,19 +164,27 @@ def inner(left: Matrix, right: Matrix) -> float:
     return sum(float(torch.dot(a.to(CORE_DTYPE), b.to(CORE_DTYPE))) for a, b in zip(left, right, strict=True))
 
 
-def inner_with_each(matrices: Sequence[LowRank], other: Matrix) -> Tensor:
-    """`(n,)`: the Frobenius inner product of each of n matrices with `other`, in float64.
+def inner_with_each(matrices: Sequence[LowRank], other: Matrix, dtype: torch.dtype = CORE_DTYPE) -> Tensor:
+    """`(n,)`, float64: the Frobenius inner product of each of n matrices with `other`; products are made in `dtype`.
 
     `<B A, B' A'> = sum((B^T B') * (A A'^T))`, and `<B A, D> = sum(B * (D A^T))` for a dense D.
     """
     result = torch.zeros(len(matrices), dtype=CORE_DTYPE, device="cpu")
-    for owners, B, A in _blocks(matrices):
+    other = other.to(dtype)
+    for owners, B, A in _blocks(matrices, dtype):
         if isinstance(other, LowRank):
-            columns = ((B.mT @ other.B.to(B)) * (A @ other.A.to(A).mT)).sum(1)
+            columns = ((B.mT @ other.B) * (A @ other.A.mT)).sum(1, dtype=CORE_DTYPE)
         else:
-            columns = (B * (other.to(B) @ A.mT)).sum(0)
+            columns = (B * (other @ A.mT)).sum(0, dtype=CORE_DTYPE)
         result.index_add_(0, owners.cpu(), columns.cpu())
     return result
+
+
+def times(matrix: Matrix, x: Tensor) -> Tensor:
+    """`matrix x` for a vector `(in,)`, in its dtype; a dense matrix is not cast."""
+    if isinstance(matrix, LowRank):
+        return matrix.B.to(x) @ (matrix.A.to(x) @ x)
+    return (matrix @ x.to(matrix)).to(x)
 
 
 def norm(matrix: Matrix) -> float:
