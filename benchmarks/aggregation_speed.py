@@ -6,7 +6,7 @@
 Sides take turns within one process, and medians are compared. "published" is the randomised SVD of the dense sum alone,
 in float32, without forming a residual. Inputs: `apart`, factors without anything in common, which float32 can bear;
 `common start`, clients that moved a tenth from one adapter, as in a round; `every client twice`, a sum of half its
-rank, which takes the dearest way. The floor is what reading the factors, writing the result and the products that
+rank. The floor is what reading the factors, writing the result and the products that
 the way needs would take at this machine's own rates. `--sweeps` adds the cost against clients, rank and width, which
 `benchmarks/plots.py` draws from the JSON file. `--no-dense` leaves out the dense SVD and PEFT's (12 s a run each).
 `--busy` is for a machine that has other work: one thread, and its CPU time instead of the time that passes.
@@ -25,9 +25,11 @@ from torch import nn
 
 from fedmomentum import Adapter, FedIT, FedMomentum, LowRank
 from fedmomentum.aggregation.whole import combine
+from fedmomentum.by_iteration import SKETCH
 from fedmomentum.diagnostics import round_diagnostics
 from fedmomentum.leading import leading
 from fedmomentum.lowrank import difference, randomised_svd, weighted_sum
+from fedmomentum.memory import keep_freed_memory
 
 SHAPES = {  # (out, in) of Linear layers
     "LLaMA-2-7B attention": (4096, 4096),
@@ -71,14 +73,18 @@ def ours(updates: Sequence[LowRank], rank: int) -> None:
 
 
 def floor(limits: Limits, shape: tuple[int, int], rank: int, n: int, path: str) -> float:
-    """Seconds: factors read, result written; two symmetric Gram matrices, two bases, and the rest's two updates."""
+    """Seconds: factors read, result written; the products of the path, and of the rest."""
     sides, R = sum(shape), n * rank
     gram = sides * R**2 / 1e9
-    thin = 2 * sides * rank * (R + R - rank) / 1e9
+    rest = 2 * sides * rank * (R - rank) / 1e9
+    bases = 2 * sides * rank * R / 1e9
+    sweep = 4 * sides * (rank + SKETCH) * R / 1e9
     traffic = 2 * 4 * sides * R / 1e9
+    if path == "iterated":
+        return limits.seconds(gigabytes=traffic, float32=sweep + bases + rest)
     if path == "gram32":
-        return limits.seconds(gigabytes=traffic, float32=gram + thin)
-    return limits.seconds(gigabytes=traffic, float32=thin, float64=gram)
+        return limits.seconds(gigabytes=traffic, float32=gram + bases + rest)
+    return limits.seconds(gigabytes=traffic, float32=rest, float64=gram + bases)
 
 
 def sides_of(updates: dict[str, list[LowRank]], rank: int) -> dict[str, Callable[[], object]]:
@@ -242,6 +248,7 @@ def main() -> None:
     if chosen.busy:
         torch.set_num_threads(1)
     clock: Clock = time.thread_time if chosen.busy else time.perf_counter
+    keep_freed_memory()  # as the commands do
     console, limits = Console(), machine_limits(clock=clock)
     console.print(
         f"This machine: copy {limits.copy:.0f} and triad {limits.triad:.0f} GB/s, matrix products "

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.errors import ConfigError, FedMomentumError
+from fedmomentum.memory import keep_freed_memory
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -38,6 +39,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminated)
+    keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

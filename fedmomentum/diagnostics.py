@@ -78,6 +78,8 @@ Change = Mapping[str, Matrix]
 
 ROUND_OFF = 10.0
 """Two sums of the same that differ by so many steps of their dtype differ by round-off."""
+Parts = list[tuple[float, Matrix]]
+"""A sum as its terms, each with a sign."""
 _ROUND_OFF = torch.finfo(torch.float32).eps ** 2
 """A change whose square is below this share of what it is a change of is the round-off of float32 factors: none."""
 
@@ -105,8 +107,8 @@ class Update(Mapping[str, Matrix]):
         self._before, self._after, self._merged, self._norm = before, after, merged, norm
 
     def __getitem__(self, module: str) -> Matrix:
-        parts = [self._after.effective(module), self._before.effective(module)]
-        return exact_sum(parts, [1.0, -1.0], [self._merged[module]] if module in self._merged else [])
+        matrices = [part for _, part in self.parts(module)]
+        return exact_sum(matrices[:2], [1.0, -1.0], matrices[2:])  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._after.modules)
@@ -114,25 +116,33 @@ class Update(Mapping[str, Matrix]):
     def __len__(self) -> int:
         return len(self._after.modules)
 
-    def _parts(self, module: str) -> list[tuple[float, Matrix]]:
-        parts: list[tuple[float, Matrix]] = [(1.0, self._after.effective(module))]
-        parts += [(-1.0, self._before.effective(module))]
+    def parts(self, module: str) -> Parts:
+        """What one module's change is the sum of, each with its sign: none of it is formed."""
+        parts: Parts = [(1.0, self._after.effective(module)), (-1.0, self._before.effective(module))]
         return parts + ([(1.0, self._merged[module])] if module in self._merged else [])
-
-    def times(self, module: str, x: Tensor) -> Tensor:
-        """One module times a vector `(in,)`, in its dtype; the sum is not stacked."""
-        return torch.stack([sign * times(part, x) for sign, part in self._parts(module)]).sum(0)
 
     def square(self) -> float:
         """`||.||_F^2` over all modules."""
-        return sum(inner(part, part) for part in self.values()) if self._norm is None else self._norm**2
+        if self._norm is not None:
+            return self._norm**2
+        return sum(_inner(parts, parts) for parts in map(self.parts, self))
 
-    def inner(self, module: str, matrix: Matrix) -> float:
-        """The inner product of one module with `matrix`; with factors, in their dtype, and the sum is not stacked."""
-        if isinstance(matrix, Tensor):
-            return inner(matrix, self[module])
-        parts = self._parts(module)
-        return sum(sign * float(inner_with_each([matrix], part, matrix.dtype)[0]) for sign, part in parts)
+
+def _inner(left: Parts, right: Parts) -> float:
+    """The inner product of two sums, part by part."""
+    total = 0.0
+    for s, a in left:
+        for t, b in right:
+            factors, other = (a, b) if isinstance(a, LowRank) else (b, a)
+            each = _inner_with_each([factors], other)[0] if isinstance(factors, LowRank) else inner(a, b)
+            total += s * t * float(each)
+    return total
+
+
+def _inner_with_each(matrices: Sequence[LowRank], other: Matrix) -> Tensor:
+    """In float32 where one of the two is: nothing cancels within a part, and a dense one is not copied."""
+    narrow = torch.float32 in (other.dtype, matrices[0].dtype if matrices else other.dtype)
+    return inner_with_each(matrices, other, torch.float32 if narrow else CORE_DTYPE)
 
 
 def factor_norms(adapter: Adapter) -> dict[str, float]:
@@ -192,27 +202,26 @@ def round_diagnostics(
                 factors = client.modules[module]
                 A[i] += factors.A.square().sum(dtype=CORE_DTYPE)
                 B[i] += factors.B.square().sum(dtype=CORE_DTYPE)
-        is_mean, has_last = _is_mean(update, module, sent, w, P, dtype), module in (last_update or {})
-        D: Matrix | None = None  # of factors it is not needed but for the product with the round before
+        G = D = update.parts(module)
+        is_mean = _is_mean(G, sent, w, P, dtype)
         if (len(clients) + 1) * P.rank * sum(shape) < shape[0] * shape[1]:
             moves = Moves.of(P, sent, dtype)
             products = moves.inner_products()
             own, by_mean, DD = products.diagonal(), products @ w, float(w @ products @ w)
-            D = moves.mean(w) if is_mean and has_last else None
+            if is_mean and last_update is not None:
+                G = [(1.0, moves.mean(w))]
             del moves
         else:
-            mean = update[module] if is_mean else exact_sum([*sent, P], [*w.tolist(), -1.0])
-            D = mean = mean if isinstance(mean, LowRank) else mean.to(dtype)
+            if not is_mean:
+                D = [(1.0, exact_sum([*sent, P], [*w.tolist(), -1.0]))]
             own = torch.tensor([matrix.inner(matrix) for matrix in sent], dtype=CORE_DTYPE, device="cpu")
             own += inner(P, P) - 2 * inner_with_each(sent, P)
-            by_mean, DD = inner_with_each(sent, mean, dtype) - inner(P, mean), inner(mean, mean)
-            del mean
-        G = D if is_mean else update[module]
+            by_mean, DD = _beyond(sent, P, D), _inner(D, D)
         moved, with_mean = moved + own, with_mean + by_mean
-        with_update += by_mean if is_mean or G is None else inner_with_each(sent, G) - inner(P, G)
-        _add(totals, PP=inner(P, P), live=inner(live, live), DD=DD, GG=DD if is_mean or G is None else inner(G, G))
-        if last_update is not None and G is not None and has_last:
-            _add(totals, GL=last_update.inner(module, G))
+        with_update += by_mean if is_mean else _beyond(sent, P, G)
+        _add(totals, PP=inner(P, P), live=inner(live, live), DD=DD, GG=DD if is_mean else _inner(G, G))
+        if last_update is not None and module in last_update:
+            _add(totals, GL=_inner(G, last_update.parts(module)))
         del G, D
     square, common = _or_none(totals["GG"], totals["PP"] + totals["live"]), _or_none(totals["DD"], totals["PP"])
     apart = (moved - 2 * with_mean + totals["DD"]).clamp(min=0).sqrt()  # ||D_i - D||
@@ -238,14 +247,24 @@ def round_diagnostics(
     }
 
 
-def _is_mean(update: Update, module: str, sent: Sequence[LowRank], w: Tensor, P: LowRank, dtype: torch.dtype) -> bool:
-    """Whether the update is `sum_i w_i P_i - P` but for round-off beside these, as a probe vector sees it."""
+def _beyond(sent: Sequence[LowRank], P: LowRank, parts: Parts) -> Tensor:
+    """`(n,)`: `<P_i - P, sum of the parts>`."""
+    found = torch.zeros(len(sent), dtype=CORE_DTYPE, device="cpu")
+    for sign, part in parts:
+        found += sign * (_inner_with_each(sent, part) - _inner_with_each([P], part))
+    return found
+
+
+def _is_mean(G: Parts, sent: Sequence[LowRank], w: Tensor, P: LowRank, dtype: torch.dtype) -> bool:
+    """Whether G is `sum_i w_i P_i - P` but for round-off beside these, as a probe vector sees it."""
     x = torch.randn(P.shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu").to(P.device)
     mean, before = P.B.new_zeros(P.shape[0]), times(P, x)
+    error = -before
     for w_i, matrix in zip(w.tolist(), sent, strict=True):
         mean = mean + w_i * times(matrix, x)
-    error = mean - before - update.times(module, x)
-    return bool(error.norm() <= ROUND_OFF * torch.finfo(dtype).eps * (mean.norm() + before.norm()))
+    for sign, part in G:
+        error = error - sign * times(part, x)
+    return bool((error + mean).norm() <= ROUND_OFF * torch.finfo(dtype).eps * (mean.norm() + before.norm()))
 
 
 def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank:

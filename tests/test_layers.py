@@ -17,7 +17,7 @@ THIRD_PARTY = {
 ALLOWED = {  # the maths: torch alone
     "lowrank.py": set(), "sums.py": set(), "leading.py": set(), "deflation.py": set(),
     "by_iteration.py": set(), "by_gram.py": set(), "moves.py": set(), "aggregation": set(), "diagnostics.py": set(),
-    "adapter.py": set(), "errors.py": set(), "plugins.py": set(),
+    "adapter.py": set(), "errors.py": set(), "plugins.py": set(), "memory.py": set(),
     "wire.py": set(), "enrolment.py": set(),
     # one third-party library a file
     "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
@@ -29,7 +29,7 @@ ALLOWED = {  # the maths: torch alone
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
-    {"plugins"},
+    {"plugins", "memory"},
     {"sums"},
     {"deflation", "moves"},
     {"by_iteration", "by_gram"},
