@@ -119,7 +119,8 @@ class Update(Mapping[str, Matrix]):
     def parts(self, module: str) -> Parts:
         """What one module's change is the sum of, each with its sign: none of it is formed."""
         parts: Parts = [(1.0, self._after.effective(module)), (-1.0, self._before.effective(module))]
-        return parts + ([(1.0, self._merged[module])] if module in self._merged else [])
+        parts += [(1.0, self._merged[module])] if module in self._merged else []
+        return [(sign, _contiguous(part)) for sign, part in parts]
 
     def square(self) -> float:
         """`||.||_F^2` over all modules."""
@@ -271,8 +272,16 @@ def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank
     if module not in adapter.modules:
         some = next(iter(adapter.modules.values()))
         return zeros(shape, dtype=CORE_DTYPE, device=some.device)
-    matrix = adapter.effective(module)
-    return LowRank(matrix.B.contiguous(), matrix.A.contiguous())  # the last bits of products depend on strides
+    matrix = _contiguous(adapter.effective(module))
+    assert isinstance(matrix, LowRank)
+    return matrix
+
+
+def _contiguous(matrix: Matrix) -> Matrix:
+    """The last bits of products depend on strides, and of small ones on where in memory the numbers lie."""
+    if isinstance(matrix, LowRank):
+        return LowRank(*(factor.clone(memory_format=torch.contiguous_format) for factor in (matrix.B, matrix.A)))
+    return matrix.contiguous()
 
 
 def _add(totals: dict[str, float], **more: float) -> None:
