@@ -62,7 +62,7 @@ bench: export COLUMNS = 150
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks
 
-# a round's aggregation with 10 to 1,000 clients; hours, and 21 GB of disk for a while
+# a round's aggregation with 10 to 1,000 clients; some twenty minutes, and 21 GB of disk for a while
 bench-scale: $(TEST_STAMP)
 	$(BIN)/python benchmarks/scale.py --clients 10,30,100,300,1000 --folder runs --json runs/bench-scale/scale.json
 

@@ -1,7 +1,7 @@
 """The server of very many clients: memory and time of a round's aggregation, one decoder layer of Llama-3-8B.
 
     python benchmarks/scale.py [--clients 10] [--rank 64] [--json FILE] [--folder .]
-    make bench-scale        10 to 1,000 clients: half an hour
+    make bench-scale        10 to 1,000 clients: some twenty minutes
 
 Each number of clients runs in a process of its own, for its peak memory: updates are drawn from a seed, spooled to
 disk as in a round, combined by FedMomentum, and measured as in a round (`round_diagnostics`). A client takes 21 MB of

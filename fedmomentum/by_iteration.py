@@ -33,7 +33,7 @@ MAX_RATIO = 0.25
 REACH = 1e12
 
 
-def mean_rows(A: Tensor, weights: Sequence[float] | Tensor, rank: int) -> Tensor | None:
+def common_rows(A: Tensor, weights: Sequence[float] | Tensor, rank: int) -> Tensor | None:
     """`sum_i w_i A_i` `(rank, in)` of a stack that begins with n parts of that rank, if it has their common direction.
 
     Parts of other ranks are not told apart, and then have nothing in common.

@@ -118,9 +118,16 @@ class Update(Mapping[str, Matrix]):
 
     def parts(self, module: str) -> Parts:
         """What one module's change is the sum of, each with its sign: none of it is formed."""
-        parts: Parts = [(1.0, self._after.effective(module)), (-1.0, self._before.effective(module))]
-        parts += [(1.0, self._merged[module])] if module in self._merged else []
-        return [(sign, _contiguous(part)) for sign, part in parts]
+        own = (_contiguous(adapter.effective(module)) for adapter in (self._after, self._before))
+        parts: Parts = list(zip((1.0, -1.0), own, strict=True))
+        if module not in self._merged:
+            return parts
+        merged = self._merged[module]
+        if isinstance(merged, Tensor):
+            return [*parts, (1.0, merged.contiguous())]
+        # the last bits of small products depend on where in memory the numbers lie, too: payloads are cut anywhere
+        B, A = (factor.clone(memory_format=torch.contiguous_format) for factor in (merged.B, merged.A))
+        return [*parts, (1.0, LowRank(B, A))]
 
     def square(self) -> float:
         """`||.||_F^2` over all modules."""
@@ -272,16 +279,12 @@ def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank
     if module not in adapter.modules:
         some = next(iter(adapter.modules.values()))
         return zeros(shape, dtype=CORE_DTYPE, device=some.device)
-    matrix = _contiguous(adapter.effective(module))
-    assert isinstance(matrix, LowRank)
-    return matrix
+    return _contiguous(adapter.effective(module))
 
 
-def _contiguous(matrix: Matrix) -> Matrix:
-    """The last bits of products depend on strides, and of small ones on where in memory the numbers lie."""
-    if isinstance(matrix, LowRank):
-        return LowRank(*(factor.clone(memory_format=torch.contiguous_format) for factor in (matrix.B, matrix.A)))
-    return matrix.contiguous()
+def _contiguous(matrix: LowRank) -> LowRank:
+    """The last bits of products depend on strides."""
+    return LowRank(matrix.B.contiguous(), matrix.A.contiguous())
 
 
 def _add(totals: dict[str, float], **more: float) -> None:

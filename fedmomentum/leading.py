@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.by_gram import by_gram
-from fedmomentum.by_iteration import by_iteration, mean_rows
+from fedmomentum.by_iteration import by_iteration, common_rows
 from fedmomentum.deflation import Leading
 from fedmomentum.lowrank import CORE_DTYPE, LowRank, numerical_rank
 from fedmomentum.sums import Matrix, exact_sum, merged, norm, plus, strongest
@@ -61,7 +61,7 @@ def leading(
         return _of_dense(total, rank, dtype, reference, generator)
     if dtype == CORE_DTYPE:
         return _by_svd(total, rank, dtype)
-    rows = mean_rows(total.A, weights, rank)
+    rows = common_rows(total.A, weights, rank)
     total = merged(total)
     if rows is not None and rank < total.rank and (found := by_iteration(total, rows)):
         return found
