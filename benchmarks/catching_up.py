@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Target, environment, print_targets, write_json
+from common import Target, finish
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -174,9 +174,8 @@ def main() -> None:
         rows, lists = rounds_of(2 * MISSED[-1], Path(folder))
     costs = [lacking(lists, missed) for missed in range(MISSED[-1] + 1)]
     measured, targets = report(rows, costs)
-    print_targets(targets)
+    finish(targets, chosen.json, Console(), **measured)
     if chosen.json:
-        write_json(chosen.json, targets=targets, environment=environment(), **measured)
         plot(rows, costs, measured["part"], chosen.json.with_suffix(".svg"))
 
 

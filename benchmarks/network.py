@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import Target, environment, print_targets, write_json
+from common import Target, finish
 from flwr.app import Message, MessageType
 from rich.console import Console
 from rich.table import Table
@@ -138,9 +138,7 @@ def main() -> None:
         for row in large
         for way, ratio in (("down", row["down_ratio"]), ("up", row["up_ratio"]))
     ]
-    print_targets(targets, console=console)
-    if options.json:
-        write_json(options.json, targets=targets, wire=rows, workers=times, environment=environment("flwr"))
+    finish(targets, options.json, console, "flwr", wire=rows, workers=times)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import Target, print_targets, write_json
+from common import Target, finish
 from rich.console import Console
 from rich.table import Table
 
@@ -133,9 +133,7 @@ def main() -> None:
         off.append(max(abs(ratio - 1) for ratio in ratios))
         print(f"{name}: encoded over counted, up {ratios[0]:.4f}, down {ratios[1]:.4f}")
     targets = [Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off))]
-    print_targets(targets)
-    if chosen.json:
-        write_json(chosen.json, targets=targets, rank=chosen.rank, traffic=found)
+    finish(targets, chosen.json, Console(), rank=chosen.rank, traffic=found)
 
 
 if __name__ == "__main__":

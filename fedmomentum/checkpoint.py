@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from fedmomentum.adapter import split_tensors
-from fedmomentum.diagnostics import Update, change
+from fedmomentum.diagnostics import Update
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
@@ -138,7 +138,7 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     def last_update(self, model: GlobalModel, state: ServerState) -> Update | None:
-        """What the round that led to `model` changed of the effective weights (`change`); None in round 0.
+        """What the round that led to `model` changed of the effective weights; None in round 0.
 
         Read from the objects that the state names, so that it is the same to the bit after a kill.
         """
@@ -150,7 +150,7 @@ class RunFolder:
         modules, _ = split_tensors(widened(tensors, dtype_of(tensors), where))
         merged = merged_matrices([Blob(read_object(self.folder, name)) for name in state.merged])
         told = (self.rows[model.server_round] if model.server_round < len(self.rows) else {}).get("diagnostics") or {}
-        return change(replace(model.adapter, modules=modules), model.adapter, merged, told.get("update_norm"))
+        return Update(replace(model.adapter, modules=modules), model.adapter, merged, told.get("update_norm"))
 
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""

@@ -84,26 +84,20 @@ _ROUND_OFF = torch.finfo(torch.float32).eps ** 2
 """A change whose square is below this share of what it is a change of is the round-off of float32 factors: none."""
 
 
-def change(before: Adapter, after: Adapter, merged: Change, norm: float | None = None) -> Update:
+class Update(Mapping[str, Matrix]):
     """`s' B' A' - s B A + merged` per module: what a round changes of the effective weights.
+
+    Module to a matrix, by `exact_sum`, in float64; made when it is looked up, so that one module's is in memory at a
+    time.
 
     Args:
         before: the adapter that the round started from.
         after: the adapter that came out.
         merged: what the base absorbed.
         norm: its norm over all modules, where it is known.
-
-    Returns:
-        Module to a matrix, by `exact_sum`, in float64; made when it is looked up, so that one module's is in memory at
-        a time.
     """
-    return Update(before, after, merged, norm)
 
-
-class Update(Mapping[str, Matrix]):
-    """See `change`."""
-
-    def __init__(self, before: Adapter, after: Adapter, merged: Change, norm: float | None) -> None:
+    def __init__(self, before: Adapter, after: Adapter, merged: Change, norm: float | None = None) -> None:
         self._before, self._after, self._merged, self._norm = before, after, merged, norm
 
     def __getitem__(self, module: str) -> Matrix:
@@ -196,9 +190,9 @@ def round_diagnostics(
         weights: one positive number a client, sum 1.
         after: the next adapter, as clients will get it.
         merged: what the base absorbed in this round.
-        last_update: the global update of the round before (`change`); None where there was none.
+        last_update: the global update of the round before; None where there was none.
     """
-    w, update = torch.tensor(weights, dtype=CORE_DTYPE, device="cpu"), change(start, after, merged)
+    w, update = torch.tensor(weights, dtype=CORE_DTYPE, device="cpu"), Update(start, after, merged)
     moved, with_mean, with_update, A, B = torch.zeros(5, len(clients), dtype=CORE_DTYPE, device="cpu")
     totals = dict.fromkeys(("PP", "DD", "GG", "GL", "live"), 0.0)
     for module in sorted(after.modules):

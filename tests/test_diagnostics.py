@@ -10,7 +10,7 @@ import torch
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import METHODS
 from fedmomentum.aggregation.whole import combine
-from fedmomentum.diagnostics import BLOCK, change, factor_norms, probe, probe_vectors, round_diagnostics, subspace_angle
+from fedmomentum.diagnostics import BLOCK, Update, factor_norms, probe, probe_vectors, round_diagnostics, subspace_angle
 from fedmomentum.global_model import GlobalModel, kept_rounds
 from fedmomentum.lowrank import LowRank
 from fedmomentum.sums import as_dense
@@ -71,7 +71,7 @@ def facts():
 
 def test_every_value_is_the_dense_one(facts):
     begin, clients, after, merged, last = facts
-    got = round_diagnostics(begin, clients, WEIGHTS, after, merged, change(begin, begin, last))
+    got = round_diagnostics(begin, clients, WEIGHTS, after, merged, Update(begin, begin, last))
     update = dense(after) - dense(begin) + flat(merged)
     own = [dense(one) - dense(begin) for one in clients]
     cosines = [angle(one, update) for one in own]
@@ -98,7 +98,7 @@ def test_every_value_is_the_dense_one(facts):
 
 def test_a_change_is_the_dense_one(facts):
     begin, clients, after, merged, last = facts
-    one = change(begin, after, merged)
+    one = Update(begin, after, merged)
     assert torch.allclose(flat(one), dense(after) - dense(begin) + flat(merged), atol=1e-12)
     assert isinstance(one["a"], torch.Tensor)  # rank 10 would be more than 12 x 9 numbers, and so is rank 6
 
@@ -111,7 +111,7 @@ def test_what_is_not_defined_is_none():
     assert first["update_cosine"] is None and first["subspace_angle"] == {"A": None, "B": None}
     assert first["client_cosine"]["min"] is not None and first["client_drift"] > 0
     begin = adapter(7)
-    still = round_diagnostics(begin, [begin] * 3, WEIGHTS, begin, {}, change(fresh, begin, {}))
+    still = round_diagnostics(begin, [begin] * 3, WEIGHTS, begin, {}, Update(fresh, begin, {}))
     assert still["update_norm"] == 0 and still["update_cosine"] is None and still["client_drift"] is None
     assert still["client_cosine"] == {"min": None, "mean": None, "max": None}
     assert still["subspace_angle"]["A"] == pytest.approx(0, abs=1e-5)
@@ -218,9 +218,9 @@ def test_they_are_measured_where_the_tensors_are():
     """The default device holds no numbers, so a tensor made there would show."""
     start, clients = adapter(1), [nearby(adapter(1), seed) for seed in (2, 3, 4)]
     after, merged = nearby(start, 9), {m: random_matrix(*shape, 2, seed=7) for m, shape in SHAPES.items()}
-    wanted = round_diagnostics(start, clients, WEIGHTS, after, merged, change(start, after, {}))
+    wanted = round_diagnostics(start, clients, WEIGHTS, after, merged, Update(start, after, {}))
     with torch.device("meta"):
-        got = round_diagnostics(start, clients, WEIGHTS, after, merged, change(start, after, {}))
+        got = round_diagnostics(start, clients, WEIGHTS, after, merged, Update(start, after, {}))
     assert got == wanted
 
 
