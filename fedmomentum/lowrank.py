@@ -228,7 +228,7 @@ def weighted_sum(
     start = 0
     for m, w in zip(matrices, weights, strict=True):
         end = start + m.rank
-        B[:, start:end].copy_(m.B).mul_(w)
+        torch.mul(m.B.to(dtype), w, out=B[:, start:end])
         A[start:end].copy_(m.A)
         start = end
     return LowRank(B, A)
@@ -276,9 +276,9 @@ def numerical_rank(S: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch
 
     NumPy's `matrix_rank` uses the same threshold: below it a value is round-off of a matrix held in `dtype`.
     """
-    if len(S) == 0 or S[0] <= 0:
-        return 0
-    return int((S > S[0] * max(shape) * torch.finfo(dtype).eps).sum())
+    values = S.tolist()
+    limit = max(values, default=0.0) * max(shape) * torch.finfo(dtype).eps
+    return sum(value > limit for value in values) if limit > 0 else 0
 
 
 def energy_rank(S: Tensor, energy: float) -> int:

@@ -118,6 +118,9 @@ def _owners(rows: Tensor) -> Tensor | None:
     None if all differ and none is zero. Equal rows begin alike, so of rows sorted by the sum of their first numbers
     neighbours are compared.
     """
+    first = rows[:, 0].tolist()
+    if len({*first, 0.0}) > len(first):  # the usual case: all differ in one number already, and it is nowhere zero
+        return None
     sums, order = rows[:, :LOOK].sum(1).sort()
     zero = order[(sums == 0).nonzero()[:, 0]]
     close = (sums.diff().abs() <= 1e-5 * sums.abs()[1:]).nonzero()[:, 0]
@@ -125,9 +128,9 @@ def _owners(rows: Tensor) -> Tensor | None:
     equal = close[(rows[order[close]] == rows[order[close + 1]]).all(1)]
     if not len(equal) and not len(zero):
         return None
-    first, owner = torch.arange(len(order), device=order.device), torch.empty_like(order)
-    first[equal + 1] = 0
-    owner[order] = order[first.cummax(0).values]
+    head, owner = torch.arange(len(order), device=order.device), torch.empty_like(order)
+    head[equal + 1] = 0
+    owner[order] = order[head.cummax(0).values]
     owner[zero] = -1
     return owner
 
