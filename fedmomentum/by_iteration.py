@@ -103,19 +103,23 @@ def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
         return None
     if numerical_rank(squares[:rank].sqrt(), total.shape) < rank:
         return None
-    T = T[:, :rank]
-    C, Y = torch.linalg.solve_triangular(R, T, upper=True), P.to(CORE_DTYPE) @ T
-    lengths_of_Y = torch.linalg.vector_norm(R, dim=0)  # its columns' round-off is what C makes grow
-    growth = float(torch.linalg.vector_norm(lengths_of_Y[:, None] * C, dim=0).max())
-    if growth <= MAX_GROWTH and ROUND_OFF**2 * energy <= SLACK * left:
+    T, P = T[:, :rank], P.to(CORE_DTYPE)
+    C, turned = torch.linalg.solve_triangular(R, T, upper=True), P @ T  # (m, rank), (R, rank)
+    grown = [_length(_length(R)[:, None] * C), _length(_length(P)[:, None] * T) / _length(turned)]
+    if float(torch.cat(grown).max()) <= MAX_GROWTH and ROUND_OFF**2 * energy <= SLACK * left:
         H = H.to(CORE_DTYPE) @ C  # (R, rank)
-        Y = Y @ torch.linalg.inv(H.mT @ Y)
-        W, V = B @ H.to(B), Y.mT.to(A) @ A
+        M = torch.linalg.inv(H.mT @ turned)
+        W, V = Y[:, :m] @ C.to(Y), (T @ M).mT.to(Z) @ Z  # B H and (P T M)^T A, but for round-off
     else:
         H = product(T.mT @ Z.to(CORE_DTYPE), A.mT).mT
-        Y = Y @ torch.linalg.inv(H.mT @ Y)
-        W, V = product(H.mT, B.mT).mT, product(Y.mT, A)
-    return taken_out(total, lengths, Y, H, W, V, "iterated")
+        M = torch.linalg.inv(H.mT @ turned)
+        W, V = product(H.mT, B.mT).mT, product((turned @ M).mT, A)
+    return taken_out(total, lengths, turned @ M, H, W, V, "iterated")
+
+
+def _length(M: Tensor) -> Tensor:
+    """Of each column."""
+    return torch.linalg.vector_norm(M, dim=0)
 
 
 def _captured(rows: Tensor, R: Tensor) -> float:
