@@ -156,14 +156,14 @@ def _blocks(matrices: Sequence[LowRank], dtype: torch.dtype = CORE_DTYPE) -> Ite
             yield torch.tensor(owners, device=B.device), B, A
 
 
-def inner(left: Matrix, right: Matrix) -> float:
-    """Frobenius inner product, in float64."""
+def inner(left: Matrix, right: Matrix, dtype: torch.dtype = CORE_DTYPE) -> float:
+    """Frobenius inner product, in float64; products with factors are made in `dtype`."""
     if isinstance(left, LowRank) and isinstance(right, LowRank):
-        return left.inner(right)
+        return left.inner(right, dtype)
     if isinstance(left, LowRank) or isinstance(right, LowRank):
         factors, dense = (left, right) if isinstance(left, LowRank) else (right, left)
         assert isinstance(factors, LowRank) and isinstance(dense, Tensor)
-        return float(inner_with_each([factors], dense)[0])
+        return float(inner_with_each([factors], dense, dtype)[0])
     return sum(float(torch.dot(a.to(CORE_DTYPE), b.to(CORE_DTYPE))) for a, b in zip(left, right, strict=True))
 
 
@@ -190,9 +190,11 @@ def times(matrix: Matrix, x: Tensor) -> Tensor:
     return (matrix @ x.to(matrix)).to(x)
 
 
-def norm(matrix: Matrix) -> float:
-    """Frobenius norm, in float64."""
-    return matrix.norm() if isinstance(matrix, LowRank) else float(torch.linalg.vector_norm(matrix, dtype=CORE_DTYPE))
+def norm(matrix: Matrix, dtype: torch.dtype = CORE_DTYPE) -> float:
+    """Frobenius norm; of factors in `dtype`, as `LowRank.norm`."""
+    if isinstance(matrix, LowRank):
+        return matrix.norm(dtype)
+    return float(torch.linalg.vector_norm(matrix, dtype=CORE_DTYPE))
 
 
 def as_dense(matrix: Matrix) -> Tensor:
