@@ -20,8 +20,8 @@ from fedmomentum.sums import Each, Matrix, exact_sum, inner, inner_with_each, ti
 NUM_PROBES = 8
 """Probes a module. Over 60 modules their mean square is within 7 % of the Frobenius norm it stands for."""
 
-BLOCK = 2**17
-"""Numbers of a matrix that are cast to float64 at a time: 1 MB, which stays in a processor's cache."""
+BLOCK = 2**19
+"""Numbers of a matrix that are cast to float64 at a time: 4 MB, which stays in a processor's cache."""
 
 
 def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
