@@ -229,13 +229,10 @@ class LocalModel:
         for module, (U, X) in self._probe_vectors(seed).items():
             base[module] = effective[module] = probe(self.held.weight(module), U, X, self._scratch)
             if (layer := self._layers.get(module)) is not None:
-                lora = LowRank(
-                    layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-                    layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-                )
+                lora = LowRank(layer.lora_B[ADAPTER_NAME].weight.detach(), layer.lora_A[ADAPTER_NAME].weight.detach())
                 effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
             if module in self._beside:  # the adapter's, though it lies beside the base
-                base[module] = base[module] - probe(self._beside[module].to(torch.float64), U, X)
+                base[module] = base[module] - probe(self._beside[module], U, X)
         return {"base": base, "effective": effective}
 
     def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:

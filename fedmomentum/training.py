@@ -129,7 +129,8 @@ def train(
     _check_numbers(learning_rate, local_steps, local_epochs, batch_size)
     if not examples:
         raise DataError("no examples to train on; give this client some, or leave it out")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    seen = _Trained(model)
+    trained = list(seen.parameters())
     if not trained:
         raise ModelError("no parameter of the model is trainable (requires_grad); add an adapter to it first")
     if "warmup_steps" in arguments:  # The plain constant schedule would ignore it.
@@ -160,7 +161,7 @@ def train(
         # One process, one device: several visible GPUs would otherwise split each batch between replicas.
         settings._n_gpu = min(settings.n_gpu, 1)
         trainer = _CompletionTrainer(
-            model=_Trained(model),
+            model=seen,
             args=settings,
             train_dataset=_Rows(examples),
             data_collator=lambda rows: completion_batch(
@@ -325,9 +326,10 @@ class _Trained(nn.Module):
         self.is_set = True
         return super().train(mode)
 
-    def to(self, *args: Any, **kwargs: Any) -> _Trained:
-        """Move the model, not only what is trained of it."""
-        self.whole.to(*args, **kwargs)
+    def to(self, device: torch.device) -> _Trained:  # type: ignore[override]
+        """Move the model, and not only what is trained of it, unless it is there."""
+        if any(parameter.device != device for parameter in self.parameters()):
+            self.whole.to(device)
         return self
 
     def __getattr__(self, name: str) -> Any:
