@@ -380,7 +380,7 @@ class _CompletionTrainer(Trainer):
 
     def compute_loss(  # noqa: D102
         self,
-        model: _Trained,
+        model: Any,  # a _Trained
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
