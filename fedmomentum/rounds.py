@@ -575,9 +575,10 @@ def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
     Where it does not say the sum's energy, that is what it kept and what left in this round: orthogonal parts.
     """
     s, told = model.adapter.scalings, {m: f for m, f in result.findings.items() if "kept_energy" in f}
-    residual, carried = (
-        {m: norm_of(part) ** 2 for m, part in parts.items()} for parts in (result.residual, result.carried)
+    squares = (
+        {m: norm_of(part, torch.float32) ** 2 for m, part in p.items()} for p in (result.residual, result.carried)
     )
+    residual, carried = squares
     kept = {m: s[m] ** 2 * f["kept_energy"] for m, f in told.items()}
     energy = sum(
         s[m] ** 2 * f["energy"] if "energy" in f else kept[m] + residual.get(m, 0.0) + carried.get(m, 0.0)
