@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
-from fedmomentum.training import PASSED_ON, SET_ELSEWHERE, SHORT_ROW, TrainReport, _ByLength, _Trained, check_arguments, train
+from fedmomentum.training import (
+    PASSED_ON,
+    SET_ELSEWHERE,
+    SHORT_ROW,
+    TrainReport,
+    _ByLength,
+    _Trained,
+    check_arguments,
+    train,
+)
 from tests.tiny import PAD_TOKEN_ID, tiny_gpt2, tiny_llama
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
