@@ -22,7 +22,7 @@ from fedmomentum.config import Config, LoraConfig, own_facts
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
-from fedmomentum.lowrank import LowRank
+from fedmomentum.lowrank import LowRank, weighted_sum
 from fedmomentum.sums import norm as norm_of
 from fedmomentum.sums import rank_of
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
@@ -548,8 +548,9 @@ def _leave_out_far_ones(
 def _distance(one: Adapter, other: Adapter) -> float:
     total = 0.0
     for module, matrix in one.modules.items():
-        theirs, s, t = other.modules[module], one.scalings[module], other.scalings[module]
-        total += max(0.0, s**2 * matrix.inner(matrix) - 2 * s * t * matrix.inner(theirs) + t**2 * theirs.inner(theirs))
+        scalings = one.scalings[module], -other.scalings[module]
+        moved = weighted_sum([matrix, other.modules[module]], scalings)
+        total += max(0.0, moved.inner(moved))
     return math.sqrt(total)
 
 
@@ -620,9 +621,9 @@ def _expected_probes(
     assert isinstance(effective, Tensor) and isinstance(base, Tensor)
     change = effective - base
     for row, module in enumerate(sorted(after.adapter.modules)):
-        U, X = probe_vectors(module, after.adapter.modules[module].shape, seed)
         for model, sign in ((before, 1.0), (after, -1.0)):
             if module in model.carried:
+                U, X = probe_vectors(module, after.adapter.modules[module].shape, seed)
                 effective[row] += sign * probe(model.carried[module], U, X)
     return _Expected(effective, change)
 
