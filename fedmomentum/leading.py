@@ -2,7 +2,7 @@
 
 Clients that come from one adapter have most of their sum in common, and iteration finds that at once. A Gram matrix
 needs nothing in common, but squares the condition of what it is made of. A QR decomposition does neither, and takes
-some ten times as long. So the cheapest way is taken that is known to be good enough. Whichever it is, the rest is the
+some ten times as long but for small factors, where it is the fewest steps. So the cheapest way is taken that is known to be good enough. Whichever it is, the rest is the
 sum minus what was taken out, by construction: nothing is lost, however well the directions were found.
 """
 
@@ -18,6 +18,9 @@ from fedmomentum.by_iteration import by_iteration, common_rows
 from fedmomentum.deflation import Leading
 from fedmomentum.lowrank import CORE_DTYPE, LowRank, numerical_rank
 from fedmomentum.sums import Matrix, exact_sum, merged, norm, plus, strongest
+
+# Up to so many products a Gram matrix of both sides, `(out + in) R^2`, QR decompositions in float64 are the quickest.
+SMALL = 2**21
 
 
 def leading(
@@ -38,7 +41,7 @@ def leading(
     - `gram32`, `gram64`: R x R Gram matrices in that precision (`by_gram`).
     - `dense`: R is so large that the dense sum is the smaller form. Subspace iteration on it, warm from
       `reference`.
-    - `svd`: `LowRank.svd`, for float64, for parts that cancel, and wherever a bound fails.
+    - `svd`: `LowRank.svd`, for small factors, for float64, for parts that cancel, and wherever a bound fails.
 
     Each keeps `||sum - U S V^T||` within 1.0001 of the best of that rank, or within the round-off of float32 beside
     the sum.
@@ -61,13 +64,14 @@ def leading(
         return _of_dense(total, rank, dtype, reference, generator)
     if dtype == CORE_DTYPE:
         return _by_svd(total, rank, dtype)
-    rows = common_rows(total.A, weights, rank)
-    total = merged(total)
-    if rows is not None and rank < total.rank and (found := by_iteration(total, rows)):
-        return found
-    for core in (torch.float32, torch.float64):
-        if rank < total.rank and (found := by_gram(total, rank, core)):
+    if sum(total.shape) * total.rank**2 > SMALL:
+        rows = common_rows(total.A, weights, rank)
+        total = merged(total)
+        if rows is not None and rank < total.rank and (found := by_iteration(total, rows)):
             return found
+        for core in (torch.float32, torch.float64):
+            if rank < total.rank and (found := by_gram(total, rank, core)):
+                return found
     again = exact_sum(matrices, weights, also)
     assert isinstance(again, LowRank)  # as `total` is
     return _by_svd(again, rank, dtype)

@@ -19,6 +19,23 @@ FLOAT32 = torch.finfo(torch.float32).eps
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-10}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_paths():
+    """The matrices here are small, and would all be decomposed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedmomentum.leading.SMALL", 0)
+        yield
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 5, 1)])
+def test_small_factors_are_decomposed(ranks, monkeypatch):
+    updates = [u.to(torch.float32) for u in clients((60, 50), ranks)]
+    work = (60 + 50) * sum(ranks) ** 2
+    for small, path in ((work, "svd"), (work - 1, "gram32")):
+        monkeypatch.setattr("fedmomentum.leading.SMALL", small)
+        assert check(updates, some_weights(3), 3).path == path
+
+
 def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
     """Every law of one call, against the dense sum in float64; returns what was found."""
     wanted = dense_sum(updates, weights)
