@@ -381,7 +381,8 @@ def _make_snapshots(recipes: Sequence[Recipe], client: Client, model: LocalModel
     What comes out otherwise is dropped; the snapshot is then lacking, and the server sends it.
     """
     fetch, shapes = model.fetch(client.store), {m: matrix.shape for m, matrix in model.fresh.modules.items()}
-    if not recipes or _is_whole(recipes[-1].makes, fetch):
+    if recipes and _is_whole(name := recipes[-1].makes, fetch):
+        save_objects({name: fetch(name).data}, client.store)  # another client of this process may have made it
         return
     for recipe in recipes:
         sources = (*recipe.summed, recipe.ties)

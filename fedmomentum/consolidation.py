@@ -189,19 +189,31 @@ class Recipe:
         return recipe
 
 
-def dense_numbers(model: GlobalModel) -> int:
-    """Numbers of a snapshot: `sum(out * in)` over the modules that `base_update` changes."""
+def dense_bytes(model: GlobalModel) -> int:
+    """Bytes of a snapshot without its header: `4 sum(out * in)` over the modules that `base_update` changes."""
     shapes = {m: tuple(matrix.shape) for blob in model.base_update for m, matrix in blob.matrices.items()}
-    return sum(out_size * in_size for out_size, in_size in shapes.values())
+    return 4 * sum(out_size * in_size for out_size, in_size in shapes.values())
 
 
-def is_due(model: GlobalModel) -> bool:
-    """Whether to consolidate whoever is asked: the list passes twice the dense size, or its newest part has that size.
+def is_due(model: GlobalModel, downloads: Collection[int] = ()) -> bool:
+    """Whether to consolidate: of a list of several parts, where one of three things passes its bound.
 
-    So a list is bounded. In the second case everyone has a dense size to download anyway, and the snapshot is it.
+    What somebody who is asked next has to download for the list: one dense size. With the snapshot it is no more. The
+    list, whoever is asked: two dense sizes. What the last round merged: one dense size; everyone has that to download
+    anyway, and the snapshot is it.
+
+    Args:
+        model: with its list.
+        downloads: bytes, for each of those who are asked next (`Delivery.size`).
     """
-    dense = dense_numbers(model)
-    return sum(map(_numbers, model.base_update)) > 2 * dense or sum(map(_numbers, model.newest)) >= dense
+    if len(model.base_update) < 2:
+        return False
+    dense = dense_bytes(model)
+    return (
+        max(downloads, default=0) > dense
+        or 4 * sum(map(_numbers, model.base_update)) > 2 * dense
+        or 4 * sum(map(_numbers, model.newest)) >= dense
+    )
 
 
 def _numbers(blob: Blob) -> int:

@@ -19,7 +19,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.config import Config, LoraConfig, own_facts
-from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_numbers, is_due, worth_keeping
+from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_bytes, is_due, worth_keeping
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
@@ -325,20 +325,17 @@ def _deliveries(server: _Server, model: GlobalModel, state: ServerState, clients
 def _consolidated(
     server: _Server, model: GlobalModel, state: ServerState, asked: Sequence[str]
 ) -> tuple[GlobalModel, ServerState]:
-    """The model with its list made one snapshot, where that is due or somebody needs it.
+    """The model with its list made one snapshot, where that is due for those who are asked next.
 
-    Needed it is where one of those asked next would have more than a dense size to download. That follows from model
-    and state as they are saved, and from who is asked, so it is the same after a kill.
+    It follows from model and state as they are saved, and from who is asked, so it is the same after a kill.
     """
-    dense = 4 * dense_numbers(model)
-    if len(model.base_update) < 2 or not (
-        is_due(model) or any(way.size > dense for way in _deliveries(server, model, state, asked).values())
-    ):
+    if not is_due(model, [way.size for way in _deliveries(server, model, state, asked).values()]):
         return model, state
     later, recipe, ties = consolidated(model)
     # what the recipe names is read from the folder, where all is but for what this round made
     server.folder.put({ties.name: ties.data, **{blob.name: blob.data for blob in model.newest}})
-    return later, replace(state, recipes=worth_keeping((*state.recipes, recipe), _size(server, model), dense))
+    recipes = worth_keeping((*state.recipes, recipe), _size(server, model), dense_bytes(model))
+    return later, replace(state, recipes=recipes)
 
 
 _KEEPS_NOTHING = "client {} says that it lacks what it was just sent; is its disk full or broken?"
