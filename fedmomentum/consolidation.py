@@ -54,7 +54,7 @@ def snapshot(parts: Sequence[Blob]) -> tuple[Blob, Blob]:
         for rows, exact in _row_blocks(matrices):
             total[rows] = _rounded(exact)
             margin = reach(rows)
-            apart = _rounded(exact - margin) != _rounded(exact + margin)
+            apart = _rounded(exact + margin) != _rounded(exact.sub_(margin))
             found.append(apart.flatten().nonzero()[:, 0] + rows.start * total.shape[1])
         index = torch.cat(found)
         if len(index):
@@ -103,18 +103,22 @@ def _by_module(parts: Sequence[Blob]) -> dict[str, list[Matrix]]:
 
 
 def _row_blocks(matrices: Sequence[Matrix]) -> Iterator[tuple[slice, Tensor]]:
-    """The sum in float64, some rows at a time.
+    """The sum in float64, some rows at a time, each time in the same memory.
 
     Each part is formed before it is added: added column by column, the bound would grow with the sum of all ranks.
     """
     out_size, in_size = matrices[0].shape
     step = max(1, NUMBERS // max(in_size, 1))
     wide = [m.A.to(DTYPE) if isinstance(m, LowRank) else m for m in matrices]
+    total, product = (torch.empty(min(step, out_size), in_size, dtype=DTYPE, device="cpu") for _ in range(2))
     for start in range(0, out_size, step):
         rows = slice(start, min(start + step, out_size))
-        total = torch.zeros(rows.stop - start, in_size, dtype=DTYPE, device="cpu")
+        total, product = total[: rows.stop - start].zero_(), product[: rows.stop - start]
         for matrix, right in zip(matrices, wide, strict=True):
-            total += matrix.B[rows].to(DTYPE) @ right if isinstance(matrix, LowRank) else right[rows]
+            if isinstance(matrix, LowRank):
+                total += torch.mm(matrix.B[rows].to(DTYPE), right, out=product)
+            else:
+                total += right[rows]
         yield rows, total
 
 

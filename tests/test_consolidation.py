@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmomentum import consolidation
 from fedmomentum.adapter import Adapter
@@ -137,6 +138,24 @@ def test_ties_are_few_at_the_size_of_a_layer():
     parts = [Blob.of({"m": random_matrix(384, 512, 24, seed=i, dtype=torch.float32)}) for i in range(12)]
     made, ties = snapshot([Blob.of({"m": torch.randn(384, 512, generator=generator(1)) * 1e-3}), *parts])
     assert 0 < len(ties.data) < 1e-3 * len(made.data)
+
+
+def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
+    monkeypatch.setattr(consolidation, "NUMBERS", 2000)
+    parts, largest = [Blob.of({"m": random_matrix(90, 100, 3, seed=i)}) for i in range(3)], []
+    parts.append(Blob.of({"m": torch.ones(90, 100)}))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                largest.append(result.numel())
+            return result
+
+    with Watch():
+        _, ties = snapshot(parts)
+        remade(parts, ties, {"m": (90, 100)})
+    assert largest and max(largest) <= 2000
 
 
 def test_overflow_and_nan_are_the_servers_too():
@@ -403,6 +422,18 @@ def test_late_comers_of_a_run_download_one_snapshot_and_the_others_none(undistur
     assert snapshots <= {"site2", "site3"}
     assert all(not set(row["failures"]) - set(ABSENT) for row in timeless(out / "run"))
     assert [name for name in ABSENT if name in timeless(out / "run")[8]["failures"]] == []
+
+
+@pytest.mark.parametrize("name", ["frlora", "fedexlora", "flora"])
+def test_late_comers_of_other_methods(folder, tmp_path, name):
+    """FRLoRA's list names its start again and again; FLoRA's clients draw the adapter themselves."""
+    config = config_of(folder, method={"name": name}, federation={"num_rounds": 12})
+    tasks, model = ran(config, tmp_path)
+    trained = [task for task in tasks if task.kind == "train"]
+    assert any(task.settings["recipes"] for task in trained)
+    assert max(map(update_bytes, trained)) < dense_of(model) + 1024
+    rows = timeless(tmp_path / "run")
+    assert all(row["failures"].keys() <= ABSENT.keys() for row in rows) and rows[-1]["failures"] == {}
 
 
 def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(folder, undisturbed, tmp_path):
