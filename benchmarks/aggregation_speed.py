@@ -264,8 +264,6 @@ def main() -> None:
     measured["accuracy"], more = accuracy(chosen.clients, console)
     targets += more
     measured["diagnostics"] = diagnostics(chosen.clients, chosen.repeats, clock, console)
-    share = measured["diagnostics"]["share"]
-    targets.append(Target.at_most("time of round_diagnostics beside combine", 0.25, share))
     if not chosen.no_dense:
         measured["dense"], more = dense(chosen.clients, rows, clock, console)
         targets += more

@@ -120,8 +120,7 @@ def load(repeats: int) -> tuple[dict[str, Any], list[Target]]:
             local = LocalModel(config.model, config.lora, seed=0)
         times.append(time.perf_counter() - started)
     started = time.perf_counter()
-    for module in local.held.layers:
-        local.held._set(module, local.held.pristine(module))
+    local.held.reset()
     again = time.perf_counter() - started
     CONSOLE.print(f"base load: first {times[0]:.2f} s, then {' '.join(f'{t:.2f}' for t in times[1:])} s; "
                   f"adapted weights anew from the folder: {again:.3f} s")  # fmt: skip

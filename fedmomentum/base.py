@@ -7,7 +7,7 @@ where the rest of the model is in 16 bits: a round's residual is some 3e-4 of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,6 @@ class HeldBase:
 
     def __init__(self, layers: Mapping[str, nn.Module], folder: Path) -> None:
         self.layers: dict[str, Any] = dict(layers)
-        self._applied: list[str] = []
         files: dict[str, Path] = {}
         for file in checkpoint_files(folder):
             with safe_open(file, framework="pt") as opened:
@@ -139,21 +138,32 @@ class HeldBase:
                 raise ModelError(f"module {module} is held in {weight.dtype}; load the base in a floating dtype")
             self._stored[module] = _stored_under(module, files)
             _hold_in_float32(layer)
-            self._set(module, self.pristine(module))
+        self.reset()
 
     def pristine(self, module: str) -> Tensor:
         """The stored weight of `module`, `(out, in)`, float32, on the CPU."""
-        layer, (file, name) = self.layers[module], self._stored[module]
-        with safe_open(file, framework="pt") as opened:
-            tensor = opened.get_tensor(name).to(torch.float32)
-        if tensor.shape != layer.weight.shape:
-            raise ModelError(f"{name} is {tuple(tensor.shape)} on disk and {tuple(layer.weight.shape)} in the model")
-        return tensor.mT if isinstance(layer, Conv1D) else tensor
+        return next(self.each_pristine([module]))[1]
 
-    def _set(self, module: str, weight: Tensor) -> None:
-        layer = self.layers[module]
-        with torch.no_grad():
-            layer.weight.copy_(weight.mT if isinstance(layer, Conv1D) else weight)
+    def each_pristine(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Modules and their stored weights, one after the other; a file is opened once for all that it holds."""
+        by_file: dict[Path, list[str]] = {}
+        for module in modules:
+            by_file.setdefault(self._stored[module][0], []).append(module)
+        for file, held in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for module in held:
+                    layer, name = self.layers[module], self._stored[module][1]
+                    tensor = opened.get_tensor(name).to(torch.float32)
+                    if tensor.shape != layer.weight.shape:
+                        sizes = f"{tuple(tensor.shape)} on disk and {tuple(layer.weight.shape)} in the model"
+                        raise ModelError(f"{name} is {sizes}")
+                    yield module, tensor.mT if isinstance(layer, Conv1D) else tensor
+
+    def reset(self) -> None:
+        """Set every module to its stored weight."""
+        for module, weight in self.each_pristine(self.layers):
+            self.weight(module).copy_(weight)
+        self._applied: list[str] = []
 
     def weight(self, module: str) -> Tensor:
         """The live weight of `module` as `(out, in)`, a view."""
@@ -168,9 +178,7 @@ class HeldBase:
         """
         names = [blob.name for blob in base_update]
         if names[: len(self._applied)] != self._applied:
-            for module in self.layers:
-                self._set(module, self.pristine(module))
-            self._applied = []
+            self.reset()
         for blob in base_update[len(self._applied) :]:
             for module, matrix in blob.matrices.items():
                 if module not in self.layers or tuple(matrix.shape) != tuple(self.weight(module).shape):

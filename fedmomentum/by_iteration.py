@@ -41,22 +41,19 @@ def common_rows(A: Tensor, weights: Sequence[float] | Tensor, rank: int) -> Tens
     w = torch.as_tensor(weights, dtype=CORE_DTYPE, device=A.device)
     if len(A) < len(w) * rank or not float(w.min()) > 0:
         return None
-    shares, mean, whole = (w / w.sum()).tolist(), torch.zeros_like(A[:rank]), 0.0
-    for start, share in zip(range(0, len(A), rank), shares, strict=False):
-        part = A[start : start + rank]
-        mean.add_(part, alpha=share)
-        whole += share * float(torch.linalg.vector_norm(part)) ** 2
-    return mean if float(torch.linalg.vector_norm(mean)) ** 2 > COMMON * whole else None
+    shares, parts = w / w.sum(), A[: len(w) * rank].view(len(w), -1)
+    mean, whole = shares.to(A) @ parts, shares @ torch.linalg.vector_norm(parts, dim=1).to(w).square()
+    return mean.view(rank, -1) if float(torch.linalg.vector_norm(mean)) ** 2 > COMMON * float(whole) else None
 
 
 def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
     r"""`leading` of `total = B A`, as many directions as `rows` has: None where that is not known to be good enough.
 
-    With X `(in, m)` the rows and a sketch, a sweep is
+    With X `(m, in)` the rows and a sketch, a sweep is
 
-        H = A X,  Q R = B H,  P = B^T Q,  Z = A^T P,  Z^T Z = T diag(S^2) T^T,
+        H = A X^T,  Q R = B H,  P = B^T Q,  Z = P^T A,  Z Z^T = T diag(S^2) T^T,
 
-    and the next X is Z T. What is found is `(B H') (Y^T A)`, with `H' = H R^-1 T` and `Y = P T` scaled so that
+    and the next X is T^T Z. What is found is `(B H') (Y^T A)`, with `H' = H R^-1 T` and `Y = P T` scaled so that
     `Y^T H' = 1`: the rest is exact whatever was found. If a sweep adds g to the energy found, and rho is the squared
     ratio of the largest singular value left to the last one found, then no more than `g rho / (1 - rho)` is still to be
     gained. That must be below `SLACK` of what is left, or `FLOOR^2` of the whole. What is left is estimated
@@ -76,24 +73,24 @@ def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
         return None
     lengths = torch.linalg.vector_norm(A, dim=1)
     parts = (_signs(NUM_SIGNS, total.rank).to(A) * lengths).mT  # (R, NUM_SIGNS)
-    X, drawn, kept = torch.cat([rows, _signs(SKETCH, A.shape[1]).to(A)]).mT, None, 0.0
+    X, m, drawn, kept = torch.cat([rows, _signs(SKETCH, A.shape[1]).to(A)]), rank + SKETCH, A.new_zeros(len(B), 0), 0.0
     for _ in range(MAX_SWEEPS):
-        H = A @ X  # (R, m)
+        H = A @ X.mT  # (R, m)
         Y = B @ torch.cat([H, parts], dim=1)  # (out, m + NUM_SIGNS)
-        apart, Y = float(torch.linalg.vector_norm(Y[:, H.shape[1] :])), Y[:, : H.shape[1]]
+        apart, Y = float(torch.linalg.vector_norm(Y[:, m:])), torch.cat([Y[:, :m], drawn], dim=1)
+        drawn = Y[:, -SKETCH:]  # by the first sweep
         Q, R = torch.linalg.qr(Y)  # what the sketch adds may all but lie in the span of the rest: no Gram matrix here
+        Q, R, seen = Q[:, :m], R[:m, :m].to(CORE_DTYPE), R[:, -SKETCH:].to(CORE_DTYPE)  # drawn = (all of Q) seen
         if not 1 / REACH < apart < REACH or not bool((R.diagonal() != 0).all()):
             return None
-        if drawn is None:
-            drawn, kept = Y[:, rank:], _captured(rows, R[:rank, :rank])
+        before = kept or _captured(rows, R[:rank, :rank])
         P = B.mT @ Q  # (R, m)
-        Z = A.mT @ P  # (in, m)
-        squares, T = torch.linalg.eigh(gram(Z.mT).to(CORE_DTYPE))
+        Z = P.mT @ A  # (m, in)
+        squares, T = torch.linalg.eigh(gram(Z).to(CORE_DTYPE))
         squares, T = squares.flip(0).clamp(min=0), T.flip(1)
-        before, kept, last = kept, float(squares[:rank].sum()), float(squares[rank - 1])
-        U = Q @ T[:, :rank].to(Q)
-        missed = torch.linalg.eigvalsh(gram((drawn - U @ (U.mT @ drawn)).mT))
-        left, largest = float(missed.sum()), max(float(missed[-1]), float(squares[rank]))
+        seen[:m] -= T[:, :rank] @ (T[:, :rank].mT @ seen[:m])
+        sizes, missed = squares.tolist(), torch.linalg.eigvalsh(gram(seen.mT)).tolist()
+        kept, left, last, largest = sum(sizes[:rank]), sum(missed), sizes[rank - 1], max(missed[-1], sizes[rank])
         if not largest < MAX_RATIO * last:
             return None
         gain, energy = max(kept - before, 0.0) * largest / (last - largest), kept + left
@@ -101,24 +98,28 @@ def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
             return None
         if gain <= max(SLACK * left, FLOOR**2 * energy):
             break
-        X = Z @ T.to(Z)
+        X = T.mT.to(Z) @ Z
     else:
         return None
     if numerical_rank(squares[:rank].sqrt(), total.shape) < rank:
         return None
-    T = T[:, :rank]
-    C, Y = torch.linalg.solve_triangular(R.to(CORE_DTYPE), T, upper=True), P.to(CORE_DTYPE) @ T
-    sizes = torch.linalg.vector_norm(R, dim=0).to(C)  # of the columns of B H, whose round-off C makes grow
-    growth = float(torch.linalg.vector_norm(sizes[:, None] * C, dim=0).max())
-    if growth <= MAX_GROWTH and ROUND_OFF**2 * energy <= SLACK * left:
+    T, P = T[:, :rank], P.to(CORE_DTYPE)
+    C, turned = torch.linalg.solve_triangular(R, T, upper=True), P @ T  # (m, rank), (R, rank)
+    grown = [_length(_length(R)[:, None] * C), _length(_length(P)[:, None] * T) / _length(turned)]
+    if float(torch.cat(grown).max()) <= MAX_GROWTH and ROUND_OFF**2 * energy <= SLACK * left:
         H = H.to(CORE_DTYPE) @ C  # (R, rank)
-        Y = Y @ torch.linalg.inv(H.mT @ Y)
-        W, V = B @ H.to(B), (A.mT @ Y.to(A)).mT
+        M = torch.linalg.inv(H.mT @ turned)
+        W, V = Y[:, :m] @ C.to(Y), (T @ M).mT.to(Z) @ Z  # B H and (P T M)^T A, but for round-off
     else:
-        H = product((Z.to(CORE_DTYPE) @ T).mT, A.mT).mT
-        Y = Y @ torch.linalg.inv(H.mT @ Y)
-        W, V = product(H.mT, B.mT).mT, product(Y.mT, A)
-    return taken_out(total, lengths, Y, H, W, V, "iterated")
+        H = product(T.mT @ Z.to(CORE_DTYPE), A.mT).mT
+        M = torch.linalg.inv(H.mT @ turned)
+        W, V = product(H.mT, B.mT).mT, product((turned @ M).mT, A)
+    return taken_out(total, lengths, turned @ M, H, W, V, "iterated")
+
+
+def _length(M: Tensor) -> Tensor:
+    """Of each column."""
+    return torch.linalg.vector_norm(M, dim=0)
 
 
 def _captured(rows: Tensor, R: Tensor) -> float:

@@ -41,7 +41,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, they warn where a process is started
     try:
         app(arguments, standalone_mode=True)
     except FedMomentumError as error:

@@ -135,6 +135,7 @@ class LocalModel:
         self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)
         self._blobs: dict[str, Blob] = {}
         self._beside: dict[str, LowRank] = {}
+        self._scratch = torch.empty(BLOCK, dtype=torch.float64)
         self._vectors: tuple[int, dict[str, tuple[Tensor, Tensor]]] = (-1, {})
         self._merged: tuple[object, dict[str, Tensor], dict[str, Tensor]] = (None, {}, {})
 
@@ -191,11 +192,7 @@ class LocalModel:
     @contextmanager
     def training_only(self, factors: str) -> Iterator[None]:
         """Freeze the factors that are not named, for a while."""
-        frozen = [
-            parameter
-            for name, parameter in self.peft.named_parameters()
-            if parameter.requires_grad and any(f".lora_{f}." in name for f in "BA" if f not in factors)
-        ]
+        frozen = [getattr(factor, kind) for factor in self.live() for kind in "BA" if kind not in factors]
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -233,17 +230,14 @@ class LocalModel:
 
         Measured anew in every call: nothing that was measured before stands for a weight that may have changed.
         """
-        base, effective, scratch = {}, {}, torch.empty(BLOCK, dtype=torch.float64)
+        base, effective = {}, {}
         for module, (U, X) in self._probe_vectors(seed).items():
-            base[module] = effective[module] = probe(self.held.weight(module), U, X, scratch)
+            base[module] = effective[module] = probe(self.held.weight(module), U, X, self._scratch)
             if (layer := self._layers.get(module)) is not None:
-                lora = LowRank(
-                    layer.lora_B[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-                    layer.lora_A[ADAPTER_NAME].weight.detach().to("cpu", torch.float64),
-                )
+                lora = LowRank(layer.lora_B[ADAPTER_NAME].weight.detach(), layer.lora_A[ADAPTER_NAME].weight.detach())
                 effective[module] = base[module] + layer.scaling[ADAPTER_NAME] * probe(lora, U, X)
             if module in self._beside:  # the adapter's, though it lies beside the base
-                base[module] = base[module] - probe(self._beside[module].to(torch.float64), U, X)
+                base[module] = base[module] - probe(self._beside[module], U, X)
         return {"base": base, "effective": effective}
 
     def applied_share(self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int) -> float:
@@ -256,7 +250,8 @@ class LocalModel:
         if self._merged[0] != key:
             vectors = self._probe_vectors(seed)
             modules = sorted({m for blob in model.base_update for m in blob.matrices})  # sums have an order
-            pristine = {module: probe(self.held.pristine(module), *vectors[module]) for module in modules}
+            stored = self.held.each_pristine(modules)
+            pristine = {module: probe(weight, *vectors[module], self._scratch) for module, weight in stored}
             merged = {module: probe(model.merged(module), *vectors[module]) for module in modules}
             self._merged = key, pristine, merged
         _, pristine, merged = self._merged

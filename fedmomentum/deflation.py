@@ -83,9 +83,9 @@ def product(left: Tensor, rows: Tensor) -> Tensor:
 def _orthonormal(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of `W V`, `(out, m)` times `(m, in)`, whose columns and rows are orthogonal but for round-off."""
     W, V = W.to(CORE_DTYPE), V.to(CORE_DTYPE)
-    w, v = W.norm(dim=0), V.norm(dim=1)
-    L_W = torch.linalg.cholesky(W.mT @ W / w / w[:, None])
-    L_V = torch.linalg.cholesky(V @ V.mT / v / v[:, None])
+    G_W, G_V = W.mT @ W, V @ V.mT
+    w, v = G_W.diagonal().sqrt(), G_V.diagonal().sqrt()
+    L_W, L_V = torch.linalg.cholesky(G_W / w / w[:, None]), torch.linalg.cholesky(G_V / v / v[:, None])
     P, S, Qh = torch.linalg.svd(L_W.mT * w * v @ L_V)
     U = W @ (torch.linalg.solve_triangular(L_W.mT, P, upper=True) / w[:, None])
     return U, S, (torch.linalg.solve_triangular(L_V, Qh, upper=False, left=False) / v) @ V

@@ -20,8 +20,11 @@ from fedmomentum.sums import Each, Matrix, exact_sum, inner, inner_with_each, ti
 NUM_PROBES = 8
 """Probes a module. Over 60 modules their mean square is within 7 % of the Frobenius norm it stands for."""
 
-BLOCK = 2**17
-"""Numbers of a matrix that are cast to float64 at a time: 1 MB, which stays in a processor's cache."""
+BLOCK = 2**19
+"""Numbers of a matrix that are cast to float64 at a time: 4 MB, which stays in a processor's cache."""
+
+PART = 64
+"""Rows below which a product is not divided among threads."""
 
 
 def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
@@ -49,8 +52,14 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
         scratch = X.new_empty(rows * matrix.shape[1])
     wide = scratch[: rows * matrix.shape[1]].view(rows, -1)
     for start in range(0, matrix.shape[0], rows):
-        some = matrix[start : start + rows]
-        left.addmm_(U[start : start + rows].mT, wide[: len(some)].copy_(some))
+        some, u = matrix[start : start + rows], U[start : start + rows]
+        cast = wide[: len(some)].copy_(some)
+        # a part a thread: a core then multiplies what it has cast, which may be in no other core's cache
+        parts = max(1, min(torch.get_num_threads(), len(some) // PART))
+        whole = len(some) // parts * parts
+        u_parts, cast_parts = (rows_of[:whole].unflatten(0, (parts, -1)) for rows_of in (u, cast))
+        left += torch.bmm(u_parts.mT, cast_parts).sum(0)
+        left.addmm_(u[whole:].mT, cast[whole:])
     return (left.mT * X).sum(0)
 
 
@@ -132,19 +141,12 @@ class Update(Mapping[str, Matrix]):
 
 def _inner(left: Parts, right: Parts) -> float:
     """The inner product of two sums, part by part."""
-    total = 0.0
-    for s, a in left:
-        for t, b in right:
-            factors, other = (a, b) if isinstance(a, LowRank) else (b, a)
-            each = _inner_with_each([factors], other)[0] if isinstance(factors, LowRank) else inner(a, b)
-            total += s * t * float(each)
-    return total
+    return sum(s * t * inner(a, b, _narrower(a, b)) for s, a in left for t, b in right)
 
 
-def _inner_with_each(matrices: Sequence[LowRank], other: Matrix) -> Tensor:
-    """In float32 where one of the two is: nothing cancels within a part, and a dense one is not copied."""
-    narrow = torch.float32 in (other.dtype, matrices[0].dtype if matrices else other.dtype)
-    return inner_with_each(matrices, other, torch.float32 if narrow else CORE_DTYPE)
+def _narrower(left: Matrix, right: Matrix) -> torch.dtype:
+    """Float32 where one of the two is: nothing cancels within a part, and a dense one is not copied."""
+    return torch.float32 if torch.float32 in (left.dtype, right.dtype) else CORE_DTYPE
 
 
 def factor_norms(adapter: Adapter) -> dict[str, float]:
@@ -205,15 +207,21 @@ def round_diagnostics(
                 A[i] += factors.A.square().sum(dtype=CORE_DTYPE)
                 B[i] += factors.B.square().sum(dtype=CORE_DTYPE)
         G = D = update.parts(module)
-        is_mean = _is_mean(G, sent, w, P, dtype)
-        if (len(clients) + 1) * P.rank * sum(shape) < shape[0] * shape[1]:
-            moves = Moves.of(P, sent, dtype)
+        rank = max([P.rank, *(client.modules[module].rank for client in clients if module in client.modules)])
+        x = torch.randn(shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu").to(
+            P.device
+        )
+        if (len(clients) + 1) * rank * sum(shape) < shape[0] * shape[1]:
+            moves = Moves.of(P, sent, rank, dtype)
+            is_mean = _is_mean(G, moves.mean_times(w, x), times(P, x), x, dtype)
             products = moves.inner_products()
             own, by_mean, DD = products.diagonal(), products @ w, float(w @ products @ w)
             if is_mean and last_update is not None:
                 G = [(1.0, moves.mean(w))]
             del moves
         else:
+            mean = sum((w_i * times(matrix, x) for w_i, matrix in zip(w.tolist(), sent, strict=True)), -times(P, x))
+            is_mean = _is_mean(G, mean, times(P, x), x, dtype)
             if not is_mean:
                 D = [(1.0, exact_sum([*sent, P], [*w.tolist(), -1.0]))]
             own = torch.tensor([matrix.inner(matrix) for matrix in sent], dtype=CORE_DTYPE, device="cpu")
@@ -253,20 +261,17 @@ def _beyond(sent: Sequence[LowRank], P: LowRank, parts: Parts) -> Tensor:
     """`(n,)`: `<P_i - P, sum of the parts>`."""
     found = torch.zeros(len(sent), dtype=CORE_DTYPE, device="cpu")
     for sign, part in parts:
-        found += sign * (_inner_with_each(sent, part) - _inner_with_each([P], part))
+        found += sign * (inner_with_each(sent, part, _narrower(P, part)) - _inner([(1.0, P)], [(1.0, part)]))
     return found
 
 
-def _is_mean(G: Parts, sent: Sequence[LowRank], w: Tensor, P: LowRank, dtype: torch.dtype) -> bool:
-    """Whether G is `sum_i w_i P_i - P` but for round-off beside these, as a probe vector sees it."""
-    x = torch.randn(P.shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu").to(P.device)
-    mean, before = P.B.new_zeros(P.shape[0]), times(P, x)
-    error = -before
-    for w_i, matrix in zip(w.tolist(), sent, strict=True):
-        mean = mean + w_i * times(matrix, x)
+def _is_mean(G: Parts, mean: Tensor, before: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `G x = mean`, sum_i w_i P_i x - P x, but for round-off beside `before`, P x; so G is, for a random x."""
+    error = mean.to(CORE_DTYPE)
+    size = (error + before).norm() + before.norm()
     for sign, part in G:
         error = error - sign * times(part, x)
-    return bool((error + mean).norm() <= ROUND_OFF * torch.finfo(dtype).eps * (mean.norm() + before.norm()))
+    return bool(error.norm() <= ROUND_OFF * torch.finfo(dtype).eps * size)
 
 
 def _effective(adapter: Adapter, module: str, shape: tuple[int, int]) -> LowRank:

@@ -35,7 +35,7 @@ def quiet_libraries() -> Iterator[None]:
     import datasets
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, they warn where a process is started
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -33,9 +33,8 @@ class Moves:
     A: Tensor
 
     @classmethod
-    def of(cls, start: LowRank, clients: Sequence[LowRank], dtype: torch.dtype) -> Moves:
-        """The moves of clients, in `dtype`; factors of smaller ranks are filled up with zeros."""
-        rank = max([start.rank, *(client.rank for client in clients)])
+    def of(cls, start: LowRank, clients: Sequence[LowRank], rank: int, dtype: torch.dtype) -> Moves:
+        """The moves of clients, in `dtype`; factors of ranks below `rank`, the largest, are filled up with zeros."""
         B = torch.empty(start.shape[0], len(clients) + 1, rank, dtype=dtype, device=start.device)
         A = torch.empty(len(clients) + 1, rank, start.shape[1], dtype=dtype, device=start.device)
         B_0, A_0 = _filled(start, rank)
@@ -51,10 +50,10 @@ class Moves:
         <D_i, D_j> = <b_i^T b_j, A_i A_j^T> + <b_i^T B, A_i a_j^T> + <b_j^T B, A_j a_i^T> + <B^T B, a_i a_j^T>.
         """
         count, rank, in_size = self.A.shape
-        K_B = gram(self.B.view(len(self.B), -1).mT).view(count, rank, count, rank).transpose(1, 2)
-        K_A = (
-            gram(self.A.view(-1, in_size)).view(count, rank, count, rank).transpose(1, 2)
-        )  # (n + 1, n + 1, rank, rank)
+        K_B, K_A = (  # (n + 1, n + 1, rank, rank)
+            gram(rows).view(count, rank, count, rank).transpose(1, 2)
+            for rows in (self.B.view(len(self.B), -1).mT, self.A.view(-1, in_size))
+        )
         end_move = K_A[:1, 1:] + K_A[1:, 1:]  # A_i a_j^T
         end_end = K_A[:1, :1] + K_A[1:, :1] + end_move
         crossed = (K_B[1:, :1] * end_move).sum((2, 3), dtype=CORE_DTYPE)
@@ -67,6 +66,12 @@ class Moves:
         B = torch.cat([self.B[:, 1:] * w[:, None], self.B[:, :1]], dim=1)
         A = torch.cat([self.A[1:] + self.A[:1], (w @ self.A[1:].flatten(1)).view_as(self.A[:1])])
         return LowRank(B.flatten(1), A.flatten(0, 1))
+
+    def mean_times(self, weights: Tensor, x: Tensor) -> Tensor:
+        """`sum_i w_i D_i x`, `(out,)`, for x `(in,)`."""
+        w, moved = weights.to(self.A), self.A @ x.to(self.A)  # A x, a_1 x, ..., a_n x
+        ends = torch.cat([(w @ moved[1:])[None], w[:, None] * (moved[1:] + moved[:1])])
+        return self.B.flatten(1) @ ends.flatten()
 
 
 def _filled(matrix: LowRank, rank: int) -> tuple[Tensor, Tensor]:

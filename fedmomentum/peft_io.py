@@ -273,13 +273,12 @@ def _task_type(model: nn.Module) -> str | None:
 
 def lora_layers(model: PeftModel) -> dict[str, Any]:
     """Module path in the base model to its live LoRA layer (`base_layer`, `lora_A`, `lora_B`, `scaling`)."""
-    layers = {}
-    for path, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-            if ADAPTER_NAME not in layer.lora_A:
-                raise AdapterError(f"module {path} is adapted, but not by a linear LoRA; only linear layers can be")
-            layers[path] = layer
-    return dict(sorted(layers.items()))
+    base, names = model.get_base_model(), getattr(model.base_model, "targeted_module_names", [])
+    layers: dict[str, Any] = {path: base.get_submodule(path) for path in sorted(names)}
+    for path, layer in layers.items():
+        if ADAPTER_NAME not in getattr(layer, "lora_A", {}):
+            raise AdapterError(f"module {path} is adapted, but not by a linear LoRA; only linear layers can be")
+    return layers
 
 
 def _refuse_tied(model: PeftModel, layers: Mapping[str, Any]) -> None:

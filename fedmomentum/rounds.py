@@ -23,7 +23,7 @@ from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, 
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
-from fedmomentum.lowrank import LowRank
+from fedmomentum.lowrank import LowRank, weighted_sum
 from fedmomentum.sums import norm as norm_of
 from fedmomentum.sums import rank_of
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
@@ -592,8 +592,9 @@ def _leave_out_far_ones(
 def _distance(one: Adapter, other: Adapter) -> float:
     total = 0.0
     for module, matrix in one.modules.items():
-        theirs, s, t = other.modules[module], one.scalings[module], other.scalings[module]
-        total += max(0.0, s**2 * matrix.inner(matrix) - 2 * s * t * matrix.inner(theirs) + t**2 * theirs.inner(theirs))
+        scalings = one.scalings[module], -other.scalings[module]
+        moved = weighted_sum([matrix, other.modules[module]], scalings)
+        total += max(0.0, moved.inner(moved))
     return math.sqrt(total)
 
 
@@ -618,9 +619,10 @@ def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
     Where it does not say the sum's energy, that is what it kept and what left in this round: orthogonal parts.
     """
     s, told = model.adapter.scalings, {m: f for m, f in result.findings.items() if "kept_energy" in f}
-    residual, carried = (
-        {m: norm_of(part) ** 2 for m, part in parts.items()} for parts in (result.residual, result.carried)
+    squares = (
+        {m: norm_of(part, torch.float32) ** 2 for m, part in p.items()} for p in (result.residual, result.carried)
     )
+    residual, carried = squares
     kept = {m: s[m] ** 2 * f["kept_energy"] for m, f in told.items()}
     energy = sum(
         s[m] ** 2 * f["energy"] if "energy" in f else kept[m] + residual.get(m, 0.0) + carried.get(m, 0.0)
@@ -663,9 +665,9 @@ def _expected_probes(
     assert isinstance(effective, Tensor) and isinstance(base, Tensor)
     change = effective - base
     for row, module in enumerate(sorted(after.adapter.modules)):
-        U, X = probe_vectors(module, after.adapter.modules[module].shape, seed)
         for model, sign in ((before, 1.0), (after, -1.0)):
             if module in model.carried:
+                U, X = probe_vectors(module, after.adapter.modules[module].shape, seed)
                 effective[row] += sign * probe(model.carried[module], U, X)
     return _Expected(effective, change)
 

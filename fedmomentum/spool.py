@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._numbers = folder, count()
-        self._opened = lru_cache(NUM_OPEN)(lambda file: safe_open(file, framework="pt"))
+        # cutting a tensor out of a mapped file takes as long as a small product with it: once is enough
+        self._opened = lru_cache(NUM_OPEN)(lambda file: cache(safe_open(file, framework="pt").get_tensor))
         self.clear()
 
     def put(self, adapter: Adapter) -> Adapter:
@@ -63,10 +64,10 @@ class Spool:
 
 @dataclass(frozen=True)
 class _OnDisk(Mapping[str, Any]):
-    """Names to what a file holds. Nothing is kept of what a look reads."""
+    """Names to what a file holds. What a look gives is a part of the mapped file, no copy of it."""
 
     file: Path
-    opened: Callable[[Path], Any] = field(repr=False)
+    opened: Callable[[Path], Callable[[str], Tensor]] = field(repr=False)
     names: tuple[str, ...]
     known: frozenset[str] = field(init=False, repr=False)
 
@@ -85,7 +86,7 @@ class _OnDisk(Mapping[str, Any]):
     def _read(self, name: str, *kinds: str) -> list[Tensor]:
         if name not in self.known:
             raise KeyError(name)
-        return [self.opened(self.file).get_tensor(f"{name}.{kind}") for kind in kinds]
+        return [self.opened(self.file)(f"{name}.{kind}") for kind in kinds]
 
 
 class _Factors(_OnDisk):

@@ -118,6 +118,9 @@ def _owners(rows: Tensor) -> Tensor | None:
     None if all differ and none is zero. Equal rows begin alike, so of rows sorted by the sum of their first numbers
     neighbours are compared.
     """
+    first = rows[:, 0].tolist()
+    if len({*first, 0.0}) > len(first):  # the usual case: all differ in one number already, and it is nowhere zero
+        return None
     sums, order = rows[:, :LOOK].sum(1).sort()
     zero = order[(sums == 0).nonzero()[:, 0]]
     close = (sums.diff().abs() <= 1e-5 * sums.abs()[1:]).nonzero()[:, 0]
@@ -125,9 +128,9 @@ def _owners(rows: Tensor) -> Tensor | None:
     equal = close[(rows[order[close]] == rows[order[close + 1]]).all(1)]
     if not len(equal) and not len(zero):
         return None
-    first, owner = torch.arange(len(order), device=order.device), torch.empty_like(order)
-    first[equal + 1] = 0
-    owner[order] = order[first.cummax(0).values]
+    head, owner = torch.arange(len(order), device=order.device), torch.empty_like(order)
+    head[equal + 1] = 0
+    owner[order] = order[head.cummax(0).values]
     owner[zero] = -1
     return owner
 
@@ -153,14 +156,14 @@ def _blocks(matrices: Sequence[LowRank], dtype: torch.dtype = CORE_DTYPE) -> Ite
             yield torch.tensor(owners, device=B.device), B, A
 
 
-def inner(left: Matrix, right: Matrix) -> float:
-    """Frobenius inner product, in float64."""
+def inner(left: Matrix, right: Matrix, dtype: torch.dtype = CORE_DTYPE) -> float:
+    """Frobenius inner product, in float64; products with factors are made in `dtype`."""
     if isinstance(left, LowRank) and isinstance(right, LowRank):
-        return left.inner(right)
+        return left.inner(right, dtype)
     if isinstance(left, LowRank) or isinstance(right, LowRank):
         factors, dense = (left, right) if isinstance(left, LowRank) else (right, left)
         assert isinstance(factors, LowRank) and isinstance(dense, Tensor)
-        return float(inner_with_each([factors], dense)[0])
+        return float(inner_with_each([factors], dense, dtype)[0])
     return sum(float(torch.dot(a.to(CORE_DTYPE), b.to(CORE_DTYPE))) for a, b in zip(left, right, strict=True))
 
 
@@ -187,9 +190,11 @@ def times(matrix: Matrix, x: Tensor) -> Tensor:
     return (matrix @ x.to(matrix)).to(x)
 
 
-def norm(matrix: Matrix) -> float:
-    """Frobenius norm, in float64."""
-    return matrix.norm() if isinstance(matrix, LowRank) else float(torch.linalg.vector_norm(matrix, dtype=CORE_DTYPE))
+def norm(matrix: Matrix, dtype: torch.dtype = CORE_DTYPE) -> float:
+    """Frobenius norm; of factors in `dtype`, as `LowRank.norm`."""
+    if isinstance(matrix, LowRank):
+        return matrix.norm(dtype)
+    return float(torch.linalg.vector_norm(matrix, dtype=CORE_DTYPE))
 
 
 def as_dense(matrix: Matrix) -> Tensor:

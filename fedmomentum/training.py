@@ -129,7 +129,8 @@ def train(
     _check_numbers(learning_rate, local_steps, local_epochs, batch_size)
     if not examples:
         raise DataError("no examples to train on; give this client some, or leave it out")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    seen = _Trained(model)
+    trained = list(seen.parameters())
     if not trained:
         raise ModelError("no parameter of the model is trainable (requires_grad); add an adapter to it first")
     if "warmup_steps" in arguments:  # The plain constant schedule would ignore it.
@@ -160,7 +161,7 @@ def train(
         # One process, one device: several visible GPUs would otherwise split each batch between replicas.
         settings._n_gpu = min(settings.n_gpu, 1)
         trainer = _CompletionTrainer(
-            model=model,
+            model=seen,
             args=settings,
             train_dataset=_Rows(examples),
             data_collator=lambda rows: completion_batch(
@@ -169,7 +170,7 @@ def train(
             callbacks=[progress],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.progress, trainer.penalty, trainer.trained = progress, penalty, trained
+        trainer.progress, trainer.penalty = progress, penalty
         trainer.train()
     if not all(parameter.isfinite().all() for parameter in trained):
         raise FedMomentumError(
@@ -289,6 +290,56 @@ class _Progress(TrainerCallback):
         return TrainReport(loss, self._steps[0][0], self._steps[-1][0], self.step, num_tokens)
 
 
+class _Trained(nn.Module):
+    """A model as the trainer sees it: only what is trained is a parameter of it.
+
+    The trainer walks over all modules and parameters some dozen times when it starts, and again in every step. Of a
+    whole model they are a thousand.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._whole = [model]  # in a list: no submodule
+        self.is_set = False
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(self.own_name(name), parameter)
+
+    @staticmethod
+    def own_name(name: str) -> str:
+        """What a parameter of the model is called here: a module's own parameters have no dot in their names."""
+        return "/" + name.replace(".", "/")  # and none begins so: the model's own attributes are seen here, too
+
+    @property
+    def whole(self) -> nn.Module:
+        """The model."""
+        return self._whole[0]
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own."""
+        return self.whole(**inputs)
+
+    def train(self, mode: bool = True) -> _Trained:
+        """Set the model's mode, once and not in every step."""
+        if not self.is_set or mode != self.training:
+            self.whole.train(mode)
+        self.is_set = True
+        return super().train(mode)
+
+    def to(self, device: torch.device) -> _Trained:  # type: ignore[override]
+        """Move the model, and not only what is trained of it, unless it is there."""
+        if any(parameter.device != device for parameter in self.parameters()):
+            self.whole.to(device)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What the trainer asks of a model beside, such as its configuration, or to use checkpoints."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.whole, name)
+
+
 class _Settings(TrainingArguments):
     @property
     def place_model_on_device(self) -> bool:
@@ -302,7 +353,6 @@ class _CompletionTrainer(Trainer):
     loss_is_scaled_for_ga = True
     progress: _Progress
     penalty: Callable[[], Tensor] | None = None
-    trained: Sequence[nn.Parameter] = ()
 
     def _get_train_sampler(self, train_dataset=None):  # type: ignore[no-untyped-def]
         if self.args.train_sampling_strategy != "group_by_length":
@@ -315,12 +365,8 @@ class _CompletionTrainer(Trainer):
 
     def get_decay_parameter_names(self, model):  # type: ignore[no-untyped-def]  # noqa: D102
         # Without decay nobody needs to know; finding out walks over all modules several times.
-        return super().get_decay_parameter_names(model) if self.args.weight_decay else []
-
-    def _clip_grad_norm(self, model):  # type: ignore[no-untyped-def]
-        # The library's own looks for what has a gradient among all of the model's parameters.
-        del model
-        return nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        names = super().get_decay_parameter_names(model.whole) if self.args.weight_decay else []
+        return [model.own_name(name) for name in names]
 
     def floating_point_ops(self, inputs):  # type: ignore[no-untyped-def]  # noqa: D102
         # An estimate that nobody reads; it walks over all of the model's parameters in every step.
@@ -334,14 +380,14 @@ class _CompletionTrainer(Trainer):
 
     def compute_loss(  # noqa: D102
         self,
-        model: nn.Module,
+        model: Any,  # a _Trained
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         del return_outputs
         assert num_items_in_batch is not None  # get_batch_samples has just counted it
-        logits, labels = next_token_pairs(model(**model_inputs(model, inputs)).logits, inputs["labels"])
+        logits, labels = next_token_pairs(model(**model_inputs(model.whole, inputs)).logits, inputs["labels"])
         loss = F.cross_entropy(
             logits.float().flatten(0, 1),
             labels.flatten(),

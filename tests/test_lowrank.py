@@ -70,6 +70,15 @@ def test_norm_of_a_tiny_difference_survives():
     assert math.isclose(difference(other, one).norm(), nudge.norm(), rel_tol=1e-3)
 
 
+@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-7])
+@pytest.mark.parametrize("size", [1.0, 1e-18, 1e18])
+def test_a_norm_in_float32_keeps_five_digits_whatever_cancels_and_whatever_the_size(share, size):
+    one, nudge = random_matrix(30, 20, 4), random_matrix(30, 20, 2, seed=1).scaled(share)
+    close = difference(LowRank(torch.cat([one.B, nudge.B], 1), torch.cat([one.A, nudge.A], 0)), one).scaled(size)
+    close = close.to(torch.float32)  # its parts cancel to the bit
+    assert math.isclose(close.norm(torch.float32), float(close.to(torch.float64).dense().norm()), rel_tol=1e-5)
+
+
 def test_recompression_is_optimal_and_keeps_the_energy_asked_for():
     total = weighted_sum(clients(), some_weights(3))
     S = torch.linalg.svdvals(total.dense())

@@ -25,9 +25,11 @@ def test_inner_products_and_mean_are_the_dense_ones(shape, ranks, rank, dtype, s
         some_weights(len(ranks)),
     )
     own = torch.stack([(client.dense() - start.dense()).flatten() for client in sent])
-    moves, atol = Moves.of(start, sent, dtype), 1e-12 if dtype == torch.float64 else 1e-4
+    moves, atol = Moves.of(start, sent, max([rank, *ranks]), dtype), 1e-12 if dtype == torch.float64 else 1e-4
     assert torch.allclose(moves.inner_products(), own @ own.mT, rtol=0, atol=atol)
     assert torch.allclose(moves.mean(w).dense().double().flatten(), w @ own, rtol=0, atol=atol)
+    x = torch.randn(shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.allclose(moves.mean_times(w, x).double(), (w @ own).view(shape) @ x, rtol=0, atol=10 * atol)
 
 
 @pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-6])
@@ -39,12 +41,12 @@ def test_small_moves_keep_their_digits_in_float32(share):
         for u in clients((60, 50), (4,) * 3)
     ]
     own = torch.stack([(client.dense() - start.dense()).flatten() for client in sent])
-    got = Moves.of(start, sent, torch.float32)
+    got = Moves.of(start, sent, 4, torch.float32)
     assert error(got.inner_products(), own @ own.mT) < 1e-5
     assert error(got.mean(some_weights(3)).dense(), (some_weights(3) @ own).view(60, 50)) < 1e-5
 
 
 def test_who_lacks_the_module_has_moved_by_all_of_it():
     start = random_matrix(12, 9, 3, seed=1)
-    got = Moves.of(start, [zeros((12, 9), dtype=torch.float64)], torch.float64)
+    got = Moves.of(start, [zeros((12, 9), dtype=torch.float64)], 3, torch.float64)
     assert float(got.inner_products()) == pytest.approx(start.inner(start), rel=1e-12)

@@ -16,7 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
-from fedmomentum.training import PASSED_ON, SET_ELSEWHERE, SHORT_ROW, TrainReport, _ByLength, check_arguments, train
+from fedmomentum.training import (
+    PASSED_ON,
+    SET_ELSEWHERE,
+    SHORT_ROW,
+    TrainReport,
+    _ByLength,
+    _Trained,
+    check_arguments,
+    train,
+)
 from tests.tiny import PAD_TOKEN_ID, tiny_gpt2, tiny_llama
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
@@ -340,3 +349,35 @@ def test_arguments_reach_the_trainer(folder):
         results.append(adapter_of(model))
     for i, first in enumerate(results):
         assert not any(same_bits(first, second) for second in results[:i])
+
+
+# ── what the trainer sees ──
+
+
+def test_the_trainer_sees_what_is_trained_and_asks_the_model_for_the_rest(folder):
+    model = new_model(folder)
+    seen = _Trained(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert [id(parameter) for parameter in seen.parameters()] == [id(parameter) for parameter in trained]
+    assert len(list(seen.modules())) == 1 and seen.config is model.config and seen.to(torch.device("cpu")) is seen
+    assert seen.train().training and model.training and not seen.train(False).training and not model.training
+
+
+def test_a_parameter_of_the_model_itself_can_be_trained(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    model.loss = torch.nn.Parameter(torch.ones(2))
+    assert [parameter.shape for parameter in _Trained(model).parameters()] == [(2,)]
+
+
+def test_weight_decay_leaves_biases_and_norms_alone(folder):
+    """As transformers does, by the parameters' own names. The learning rate is so small that only decay acts."""
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    layers = {name: layer for name, layer in model.named_modules() if list(layer.parameters(recurse=False))}
+    norm = next(layer for name, layer in layers.items() if "norm" in name or "ln_" in name)
+    matrix = next(layer for layer in layers.values() if layer.weight.ndim == 2 and layer not in (model.lm_head, norm))
+    for layer in (norm, matrix):
+        layer.weight.requires_grad_(True)
+    before = norm.weight.clone(), matrix.weight.clone()
+    train(model, tokens_of(folder), **DEFAULTS | {"learning_rate": 1e-9}, arguments={"weight_decay": 1e8})
+    assert torch.allclose(norm.weight, before[0], atol=1e-7)
+    assert matrix.weight.norm() < 0.9 * before[1].norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
@@ -191,10 +192,11 @@ def check_updates(updates: Sequence[LowRank], weights: Tensor, rank: int) -> Non
         raise ValueError(f"the updates of one module must have one shape; got {[u.shape for u in updates]}")
     if tuple(weights.shape) != (len(updates),):
         raise ValueError(f"one weight a client: got {len(updates)} updates and weights of {tuple(weights.shape)}")
-    if not bool(torch.isfinite(weights).all()) or bool((weights <= 0).any()):
-        raise ValueError(f"weights must be positive and finite; got {weights.tolist()}")
-    if abs(float(weights.sum()) - 1) > 1e-6:
-        raise ValueError(f"weights must sum to 1; they sum to {float(weights.sum())!r}. Divide them by their sum")
+    shares = weights.tolist()
+    if not all(0 < share < math.inf for share in shares):
+        raise ValueError(f"weights must be positive and finite; got {shares}")
+    if abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"weights must sum to 1; they sum to {sum(shares)!r}. Divide them by their sum")
     out_size, in_size = updates[0].shape
     if not 1 <= rank <= min(out_size, in_size):
         raise ValueError(

@@ -51,5 +51,5 @@ class FedIT(Method):
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
         mean = mean_factors(updates, weights)
-        lost = norm(averaging_error(updates, weights, mean)) ** 2
+        lost = norm(averaging_error(updates, weights, mean), adapter_dtype(updates)) ** 2
         return Aggregate(mean.to(adapter_dtype(updates)), findings={"dropped_energy": lost})

@@ -71,7 +71,7 @@ class FedRotLoRA(Method):
             towards = reference.to(CORE_DTYPE)
             turned = Each(lambda update: self.turn(update.to(CORE_DTYPE), towards, server_round), updates)
         mean = mean_factors(turned, weights)
-        lost = norm(averaging_error(turned, weights, mean)) ** 2
+        lost = norm(averaging_error(turned, weights, mean), adapter_dtype(updates)) ** 2
         return Aggregate(mean.to(adapter_dtype(updates)), findings={"dropped_energy": lost})
 
     def turn(self, update: LowRank, reference: LowRank, server_round: int) -> LowRank:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmomentum.aggregation.base import Aggregate, Method, adapter_dtype, check_updates
 from fedmomentum.aggregation.factors import averaging_error, check_equal_ranks, mean_factors
 from fedmomentum.lowrank import LowRank
-from fedmomentum.sums import Matrix
+from fedmomentum.sums import Matrix, norm
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,5 @@ class FedSALoRA(Method):
         check_updates(updates, weights, rank)
         check_equal_ranks(self.title, updates, rank)
         mean = mean_factors(updates, weights)
-        lost = averaging_error(updates, weights, mean).norm() ** 2
+        lost = norm(averaging_error(updates, weights, mean), adapter_dtype(updates)) ** 2
         return Aggregate(mean.to(adapter_dtype(updates)), findings={"dropped_energy": lost})

@@ -78,6 +78,6 @@ class FRLoRA(Method):
                 "for it. That start is made of the base's own weights, so this method works within a run only"
             )
         dtype, mean = adapter_dtype(updates), mean_factors(updates, weights)
-        lost = norm(averaging_error(updates, weights, mean)) ** 2
+        lost = norm(averaging_error(updates, weights, mean), adapter_dtype(updates)) ** 2
         residual = difference(mean, reference)
         return Aggregate(reference.to(dtype), residual.to(dtype), findings={"dropped_energy": lost})

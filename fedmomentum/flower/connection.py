@@ -87,7 +87,7 @@ class Connection:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._heartbeat.join(1)
+        self._heartbeat.join(HEARTBEAT_SECONDS)  # one that came after the farewell would bring the node back
         try:
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except Exception:  # it will notice by the missing heartbeat

@@ -7,6 +7,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -177,6 +178,24 @@ def test_a_name_is_its_key_and_one_process_at_a_time_has_it(link, keys):
     with connect(link.port, keys, "north"):
         with pytest.raises(ConnectionLost, match="another process uses the same key"):
             connect(link.port, keys, "north").__enter__()
+        assert list(link.online()) == ["north"]
+
+
+def test_a_heartbeat_under_way_when_a_node_leaves_does_not_keep_it_there(link, keys, monkeypatch):
+    """If it came to count after the farewell, nobody could join under that name until it ran out."""
+    under_way, count = threading.Event(), link._state.acknowledge_node_heartbeat
+
+    def slowly(*args):
+        under_way.set()
+        time.sleep(2)  # a busy machine
+        return count(*args)
+
+    monkeypatch.setattr(link._state, "acknowledge_node_heartbeat", slowly)
+    with connect(link.port, keys, "north"):
+        assert under_way.wait(HEARTBEAT_SECONDS)
+    time.sleep(2)
+    assert list(link.online()) == []
+    with connect(link.port, keys, "north"):
         assert list(link.online()) == ["north"]
 
 
