@@ -1,6 +1,9 @@
 """Whoever holds the parts makes the snapshot, to the same bytes; nobody downloads more than one; nothing is lost."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
@@ -148,6 +151,30 @@ def test_ties_are_few_at_the_size_of_a_layer():
     parts = [Blob.of({"m": random_matrix(384, 512, 24, seed=i, dtype=torch.float32)}) for i in range(12)]
     made, ties = snapshot([Blob.of({"m": torch.randn(384, 512, generator=generator(1)) * 1e-3}), *parts])
     assert 0 < len(ties.data) < 1e-3 * len(made.data)
+
+
+REMAKE = """
+import sys
+from pathlib import Path
+from fedmomentum.consolidation import remade
+from fedmomentum.global_model import Blob
+*parts, ties = (Blob(Path(file).read_bytes()) for file in sys.argv[1:])
+print(remade(parts, ties, {"m": (300, 400)}).name)
+"""
+
+
+def test_another_code_path_of_the_matrix_product_makes_the_same_snapshot(tmp_path):
+    """MKL's path for any processor, where torch has MKL: nearly all of its float64 sums have other last bits."""
+    parts = [Blob.of({"m": random_matrix(300, 400, 60, seed=i)}) for i in range(5)]
+    wanted, ties = snapshot(parts)
+    files = [tmp_path / str(i) for i in range(6)]
+    for file, blob in zip(files, (*parts, ties), strict=True):
+        file.write_bytes(blob.data)
+    told = subprocess.run(
+        [sys.executable, "-c", REMAKE, *map(str, files)], capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
+    )  # fmt: skip
+    assert told.stdout.strip() == wanted.name
 
 
 def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
