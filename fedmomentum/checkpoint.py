@@ -25,8 +25,9 @@ from typing import Any
 from torch import Tensor
 
 from fedmomentum.adapter import split_tensors
+from fedmomentum.consolidation import Recipe
 from fedmomentum.diagnostics import Update
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import MissingObject, ModelError
 from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
     Blob,
@@ -34,6 +35,7 @@ from fedmomentum.global_model import (
     find_manifest,
     kept_rounds,
     merged_matrices,
+    object_file,
     object_names,
     prune_objects,
     read_manifest,
@@ -57,6 +59,7 @@ class ServerState:
             `merged` and the adapter of now they say what that round changed, which the next one is compared with.
         merged: hashes of what the last round merged into the base.
         ranks: client to the rank at which it goes on; only of methods that prune, and of clients that have trained.
+        recipes: how the last snapshots were made, oldest first, for whoever can make them too.
     """
 
     run_id: str
@@ -66,6 +69,7 @@ class ServerState:
     started_from: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
+    recipes: tuple[Recipe, ...] = ()
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """The state after a client said what it holds."""
@@ -125,6 +129,7 @@ class RunFolder:
                 **run,
                 "held": {client: tuple(names) for client, names in run["held"].items()},
                 **{key: tuple(run.get(key, ())) for key in ("started_from", "merged")},
+                "recipes": tuple(map(Recipe.read, run.get("recipes", ()))),
             }
         )
         self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
@@ -152,6 +157,29 @@ class RunFolder:
         told = (self.rows[model.server_round] if model.server_round < len(self.rows) else {}).get("diagnostics") or {}
         return Update(replace(model.adapter, modules=modules), model.adapter, merged, told.get("update_norm"))
 
+    def put(self, objects: Mapping[str, bytes]) -> None:
+        """Keep objects that the next manifest will name, to be sent before it is written; a crash leaves no trace."""
+        save_objects(objects, self.folder)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an object.
+
+        Raises:
+            MissingObject: it is not there.
+        """
+        return read_object(self.folder, name)
+
+    def size(self, name: str) -> int:
+        """How many bytes an object has.
+
+        Raises:
+            MissingObject: it is not there.
+        """
+        file = object_file(self.folder, name)
+        if not file.is_file():
+            raise MissingObject(f"{self.folder} lacks the object {name[:16]}...; was the folder copied in part?")
+        return file.stat().st_size
+
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""
         newest = {blob.name: blob.data for blob in model.newest}  # else perhaps only in what is consolidated
@@ -169,7 +197,7 @@ class RunFolder:
         kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
         for server_round in set(rounds) - kept:
             (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
-        named = {*state.started_from, *state.merged}
+        named = {*state.started_from, *state.merged, *(name for recipe in state.recipes for name in recipe.fetched)}
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["carried"], *object_names(manifest)}

@@ -7,8 +7,9 @@ since. Every transport ends in `client_step`.
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,9 +25,10 @@ from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.config import LoraConfig, ModelConfig, own_facts
+from fedmomentum.consolidation import Recipe, remade
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors
-from fedmomentum.errors import ConfigError, MissingObject, ModelError
+from fedmomentum.errors import ConfigError, FedMomentumError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
 from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
 from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
@@ -40,6 +42,9 @@ from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
 
 if TYPE_CHECKING:
     from fedmomentum.peft_io import PeftModel
+
+
+LOG = logging.getLogger("fedmomentum")
 
 
 def _attached(base: Any, lora: LoraConfig, seed: int) -> PeftModel:
@@ -292,11 +297,13 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if task.kind == "describe":
         return _reply(task, client, "", [], *_describe(task, client, model))
     started = time.perf_counter()
-    needed = object_names(task.manifest)
-    save_objects({name: data for name, data in task.objects.items() if name in needed}, client.store)
+    needed, recipes = object_names(task.manifest), _recipes(task)
+    named = needed.union(*(recipe.fetched for recipe in recipes))
+    save_objects({name: data for name, data in task.objects.items() if name in named}, client.store)
     fetch = model.fetch(client.store)
     if task.settings.get("fresh"):
         _draw(task, client, model)
+    _make_snapshots(recipes, client, model)
     if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
         return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
     current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
@@ -349,6 +356,42 @@ def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
         return fetch(name).name == name
     except MissingObject:
         return False
+
+
+def _recipes(task: Task) -> list[Recipe]:
+    """How to make the snapshot that was not sent, oldest first.
+
+    Raises:
+        ModelError: no list of recipes.
+    """
+    recipes = task.settings.get("recipes", [])
+    if not isinstance(recipes, list):
+        raise ModelError(f"recipes are a list; got {type(recipes).__name__}")
+    return [Recipe.read(recipe) for recipe in recipes]
+
+
+def _make_snapshots(recipes: Sequence[Recipe], client: Client, model: LocalModel) -> None:
+    """Make the snapshots that are not here and whose parts are: if the bits are the wanted ones, so is the hash.
+
+    What comes out otherwise is dropped; the snapshot is then lacking, and the server sends it.
+    """
+    fetch, shapes = model.fetch(client.store), {m: matrix.shape for m, matrix in model.fresh.modules.items()}
+    if recipes and _is_whole(name := recipes[-1].makes, fetch):
+        save_objects({name: fetch(name).data}, client.store)  # another client of this process may have made it
+        return
+    for recipe in recipes:
+        sources = (*recipe.summed, recipe.ties)
+        if _is_whole(recipe.makes, fetch) or not all(_is_whole(name, fetch) for name in sources):
+            continue
+        try:
+            made = remade([fetch(name) for name in recipe.summed], fetch(recipe.ties), shapes)
+        except FedMomentumError as error:
+            LOG.warning("the snapshot %s... cannot be made here: %s", recipe.makes[:16], error)
+            continue
+        if made.name == recipe.makes:
+            save_objects({made.name: made.data}, client.store)
+        else:
+            LOG.warning("the snapshot %s... came out as %s...; it is asked for", recipe.makes[:16], made.name[:16])
 
 
 def _draw(task: Task, client: Client, model: LocalModel) -> None:
@@ -426,7 +469,7 @@ def installed(package: str) -> str:
 def _train(
     task: Task, client: Client, model: LocalModel, current: GlobalModel
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings = {key: value for key, value in task.settings.items() if key not in ("fresh", "own")}
+    settings = {key: value for key, value in task.settings.items() if key not in ("fresh", "own", "recipes")}
     probe_seed, dtype = settings.pop("probe_seed"), wire_dtype(settings.pop("uplink_dtype"))
 
     def told(step: int, steps: int, loss: float) -> None:

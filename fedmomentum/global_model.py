@@ -30,7 +30,7 @@ from fedmomentum.errors import MissingObject, ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.lowrank import LowRank, difference, weighted_sum, zeros
-from fedmomentum.sums import Matrix, as_dense, exact_sum, plus
+from fedmomentum.sums import Matrix, exact_sum, plus
 from fedmomentum.wire import dtype_of, narrowed, rounded, widened
 
 FORMAT = "fedmomentum global model"
@@ -153,17 +153,15 @@ class GlobalModel:
                 whole = whole.recompress() if isinstance(whole, LowRank) else whole
                 residual[module] = whole.to(torch.float32)
         newest = self._parts(residual)
-        blobs = self.base_update + newest
-        later = replace(
+        return replace(
             self,
             adapter=replace(adapter, config=self.adapter.config, name="global adapter"),
-            base_update=blobs,
+            base_update=self.base_update + newest,
             carried=aggregate.carried,
             server_round=self.server_round + 1,
             method=method,
             newest=newest,
         )
-        return later.consolidated() if later._is_due() else later
 
     def _parts(self, residual: Mapping[str, Matrix]) -> tuple[Blob, ...]:
         """The residual as blobs: two where its last components are those that `base_update` begins with.
@@ -185,25 +183,6 @@ class GlobalModel:
                 return (Blob.of(residual),)
             front[module] = LowRank(matrix.B[:, :split].contiguous(), matrix.A[:split].contiguous())
         return Blob.of(front), self.base_update[0]
-
-    def _is_due(self) -> bool:
-        """Whether to consolidate: the list passes twice the dense size, or its newest part has that size by itself.
-
-        So nobody ever downloads more than two dense sizes, and whoever holds the last snapshot no more than one. In
-        the second case everyone has a dense size to download anyway, and the snapshot is it.
-        """
-        if len(self.base_update) < 2:
-            return False
-        shapes = {m: tuple(matrix.shape) for blob in self.base_update for m, matrix in blob.matrices.items()}
-        dense = sum(out_size * in_size for out_size, in_size in shapes.values())
-        return sum(map(_numbers, self.base_update)) > 2 * dense or sum(map(_numbers, self.newest)) >= dense
-
-    def consolidated(self) -> GlobalModel:
-        """The same model with `base_update` as one dense blob, summed in float64; everyone adopts it from here on."""
-        totals = {}
-        for module in sorted({m for blob in self.base_update for m in blob.matrices}):
-            totals[module] = as_dense(self.merged(module)).to(torch.float32)
-        return replace(self, base_update=(Blob.of(totals),))
 
     # ── what it is ──
 
@@ -322,11 +301,6 @@ class GlobalModel:
         return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
 
 
-def _numbers(blob: Blob) -> int:
-    matrices = blob.matrices.values()
-    return sum(m.B.numel() + m.A.numel() if isinstance(m, LowRank) else m.numel() for m in matrices)
-
-
 def merged_matrices(blobs: Sequence[Blob]) -> dict[str, Matrix]:
     """Module to the sum of its matrices in the blobs."""
     parts: dict[str, list[Matrix]] = {}
@@ -347,7 +321,7 @@ def object_names(manifest: Mapping[str, Any]) -> set[str]:
         raise ModelError("the manifest names no objects: wanted a list base_update and a table adapter")
     names = {*map(str, update), *map(str, adapter.values())}
     for name in names:
-        _check_name(name)
+        check_name(name)
     return names
 
 
@@ -362,12 +336,17 @@ def object_file(folder: Path, name: str) -> Path:
     Raises:
         ModelError: not 64 hexadecimal digits.
     """
-    _check_name(name)
+    check_name(name)
     return folder / "objects" / f"{name}.safetensors"
 
 
-def _check_name(name: str) -> None:
-    if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
+def check_name(name: Any) -> None:
+    """Refuse what is no object's name.
+
+    Raises:
+        ModelError: not 64 hexadecimal digits.
+    """
+    if not isinstance(name, str) or len(name) != 64 or not set(name) <= set("0123456789abcdef"):
         raise ModelError(f"{name!r} is no SHA-256; object names are hashes")
 
 

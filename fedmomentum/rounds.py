@@ -7,8 +7,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.config import Config, LoraConfig, own_facts
+from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_bytes, is_due, worth_keeping
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
@@ -158,6 +159,9 @@ def _round(
     learning_rate = config.training.rate(server_round, config.federation.num_rounds)
     server.observer("round", {"round": server_round, "participants": participants})
     ranks = {client: _own(server, state, client).rank for client in participants}
+    consolidating = time.perf_counter()
+    model, state = _consolidated(server, model, state, participants)
+    consolidating = time.perf_counter() - consolidating
     exchange, updates, state = _train(server, model, state, server_round, participants, learning_rate)
 
     aggregating = time.perf_counter()
@@ -178,6 +182,10 @@ def _round(
     weights = dict(zip(weights, result.weights.tolist(), strict=True))
     merging = time.perf_counter()
     later = model.after(result, repr(server.method), exact=server.method.exact)
+    last = server_round == config.federation.num_rounds
+    evaluates = bool(config.evaluation.every) and (last or server_round % config.evaluation.every == 0)
+    asked = (client_ids if last else list(weights)) if evaluates else []
+    later, state = _consolidated(server, later, state, asked)
     merged = time.perf_counter()
     diagnostics = round_diagnostics(
         model.adapter, [updates[client] for client in weights], list(weights.values()), later.adapter,
@@ -196,9 +204,9 @@ def _round(
         else rounding_error(result.adapter, later.adapter),
         "diagnostics": diagnostics, "is_best": False, "version": later.version,
     }  # fmt: skip
-    evaluation, last = _Exchange(), server_round == config.federation.num_rounds
-    if config.evaluation.every and (last or server_round % config.evaluation.every == 0):
-        evaluation, state = _evaluate(server, later, state, server_round, client_ids if last else list(weights))
+    evaluation = _Exchange()
+    if evaluates:
+        evaluation, state = _evaluate(server, later, state, server_round, asked)
         seed = _probe_seed(config, server_round)
         # where factors stay with their clients, there is no one model to compare with
         one_model = server.method.shares == "BA"
@@ -213,7 +221,7 @@ def _round(
         "train": max(0.0, exchange.wait_seconds - loading[0]),
         "encode": exchange.encode_seconds + evaluation.encode_seconds,
         "aggregate": merging - aggregating,
-        "merge": merged - merging + sum(loading),
+        "merge": consolidating + merged - merging + sum(loading),
         "evaluate": max(0.0, evaluation.wait_seconds - loading[1]),
     }
     return later, _commit(server, later, state, row)
@@ -302,6 +310,34 @@ def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[s
 # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _size(server: _Server, model: GlobalModel) -> Callable[[str], int]:
+    """Hash to bytes, of the model's parts and of what the kept recipes name."""
+    sizes = {blob.name: len(blob.data) for blob in model.base_update}
+    return lambda name: sizes[name] if name in sizes else server.folder.size(name)
+
+
+def _deliveries(server: _Server, model: GlobalModel, state: ServerState, clients: Sequence[str]) -> dict[str, Delivery]:
+    """What brings each client to the model's base, by what the server believes that it holds."""
+    names, size = [blob.name for blob in model.base_update], _size(server, model)
+    return {client: delivery(names, state.held.get(client, ()), state.recipes, size) for client in clients}
+
+
+def _consolidated(
+    server: _Server, model: GlobalModel, state: ServerState, asked: Sequence[str]
+) -> tuple[GlobalModel, ServerState]:
+    """The model with its list made one snapshot, where that is due for those who are asked next.
+
+    It follows from model and state as they are saved, and from who is asked, so it is the same after a kill.
+    """
+    if not is_due(model, [way.size for way in _deliveries(server, model, state, asked).values()]):
+        return model, state
+    later, recipe, ties = consolidated(model)
+    # what the recipe names is read from the folder, where all is but for what this round made
+    server.folder.put({ties.name: ties.data, **{blob.name: blob.data for blob in model.newest}})
+    recipes = worth_keeping((*state.recipes, recipe), _size(server, model), dense_bytes(model))
+    return later, replace(state, recipes=recipes)
+
+
 _KEEPS_NOTHING = "client {} says that it lacks what it was just sent; is its disk full or broken?"
 
 
@@ -318,19 +354,23 @@ def _ask(
 
     Each is given to `take`, which refuses it by raising a FedMomentumError; of its tensors only the small ones stay.
 
-    What a client lacks is first the server's belief: what it last said it holds. A client that has lost some of it
-    since (a new disk, an older copy) says so, and is asked again with those.
+    What a client lacks is first the server's belief: what it last said it holds; a snapshot that it can make of that
+    it is told to make. A client that has lost some of it since (a new disk, an older copy), or comes to another
+    snapshot, says so, and is asked again with what it then lacks.
     """
     exchange = _Exchange()
-    objects = model.objects()
+    deliveries, objects = _deliveries(server, model, state, sorted(settings)), model.objects()
+    for name in sorted({name for way in deliveries.values() for name in way.objects} - objects.keys()):
+        objects[name] = server.folder.read(name)
     manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
     needed = object_names(manifest)
     limit = 8 * model.adapter.num_numbers() + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
 
-    def task(client: str, lacking: set[str]) -> Task:
+    def task(client: str, lacking: Collection[str], recipes: Sequence[Recipe] = ()) -> Task:
+        more = {"fresh": fresh, "recipes": list(map(asdict, recipes))}
         return Task(
             kind, state.run_id, client, server_round, manifest,
-            {name: objects[name] for name in sorted(lacking)}, {**settings[client], "fresh": fresh},
+            {name: objects[name] for name in sorted(lacking)}, {**settings[client], **more},
         )  # fmt: skip
 
     fresh, drawn = None, set[str]()
@@ -338,7 +378,11 @@ def _ask(
         dtype = server.config.federation.downlink_dtype
         fresh = [server.config.run.seed, model.server_round, dtype]
         drawn = {model.adapter_objects[kind].name for kind in "BA"}
-    tasks = {client: task(client, needed - drawn - set(state.held.get(client, ()))) for client in sorted(settings)}
+    adapter = {blob.name for blob in model.adapter_objects.values()} - drawn
+    tasks = {
+        client: task(client, way.objects | (adapter - {*state.held.get(client, ())}), way.recipes)
+        for client, way in deliveries.items()
+    }
     held: dict[str, tuple[str, ...]] = {}
 
     def accept(client: str, reply: Reply) -> None:

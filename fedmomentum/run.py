@@ -487,7 +487,8 @@ def _plan(
         downlink_bytes=downlink,
         memory_bytes=memory_bytes,
         disk_bytes=(config.run.keep_rounds + 1) * uplink
-        + min(2 * traffic.dense + traffic.residual, config.federation.num_rounds * traffic.residual)
+        + 2 * _update_bytes(config, traffic)  # the list, and what the kept recipes name
+        + traffic.residual
         + traffic.spool,
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
     )

@@ -243,7 +243,9 @@ def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
     assert kept_rounds(tmp_path / "parts") == [12]
     state = json.loads((tmp_path / "parts" / "rounds" / "0012.json").read_text())["run"]
     kept = {file.stem for file in (tmp_path / "parts" / "objects").iterdir()}
-    assert kept == {*GlobalModel.load(tmp_path / "parts").objects(), *state["started_from"], *state["merged"]}
+    recipes = {name for recipe in state["recipes"] for name in (*recipe["parts"], recipe["ties"])}
+    assert recipes  # the base was consolidated on the way
+    assert kept == {*GlobalModel.load(tmp_path / "parts").objects(), *state["started_from"], *state["merged"], *recipes}
 
 
 def test_a_checkpoint_from_before_they_were_measured_goes_on(folder, tmp_path):

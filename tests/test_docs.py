@@ -323,9 +323,14 @@ def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatc
     monkeypatch.syspath_prepend(ROOT / "experiments")
     assert importlib.import_module("energy").table() in text
     measured = json.loads((folder / "catching-up.json").read_text())
-    for row in measured["missed"]:
+    (*rows, newcomer), busy = measured["missed"].values()
+    for row in rows:
         sizes = (row["mean"], row["least"], row["most"], row["missed"] * measured["part"])
         assert f"| {row['missed']} | {' | '.join(f'{size:.2f}' for size in sizes)} |" in text
+    sizes = [f"{newcomer[key]:.2f}" for key in ("mean", "least", "most")]
+    assert f"| all: it is new | {' | '.join(sizes)} | |" in text
+    for row, other in zip((*rows, newcomer), busy, strict=True):
+        assert all(abs(row[key] - other[key]) < 1e-3 for key in ("mean", "least", "most"))
     traffic: dict[str, list[float]] = {}
     for row in json.loads((folder / "wire.json").read_text())["traffic"]:  # by model, then by number of clients
         traffic.setdefault(row["method"], []).extend([row["up_bytes"], row["down_bytes"]])

@@ -23,7 +23,8 @@ ALLOWED = {  # the maths: torch alone
     "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
     "peft_io.py": {"peft", "safetensors"},
     "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
-    "client.py": set(), "run.py": set(), "export.py": set(), "base.py": {"transformers", "safetensors"},
+    "consolidation.py": set(), "client.py": set(), "run.py": set(), "export.py": set(),
+    "base.py": {"transformers", "safetensors"},
     "compare.py": {"rich"}, "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
     "tracking.py": {"accelerate"}, "report": {"matplotlib", "jinja2", "numpy"},
 }  # fmt: skip
@@ -38,7 +39,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"embedded", "data"},
     {"identity"},
     {"global_model", "peft_io", "config"},
-    {"base", "export", "transport", "training", "evaluation"},
+    {"base", "export", "transport", "training", "evaluation", "consolidation"},
     {"client", "checkpoint"},
     {"rounds", "enrolment", "tracking"},
     {"run", "report"},

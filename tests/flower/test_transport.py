@@ -386,6 +386,32 @@ def test_a_run_over_the_grid_has_the_bits_of_one_in_process(parties, world, tmp_
         assert here == there
 
 
+def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path, world):
+    """Two of three clients a round, so that the third has to catch up; some make snapshots, some are sent them."""
+    config = tiny_config(
+        folder, lora={"rank": 4, "target-modules": ["v_proj"]}, evaluation={"every": 0},
+        federation={"num_rounds": 10, "participation": 0.6},
+    )  # fmt: skip
+    steps, told = real_steps(config, tmp_path), []
+    world.registered_names = list(steps)
+    world.__post_init__()
+
+    def does(name, message):
+        payload = unpacked(message.content)[0]
+        told.extend(decode_task(payload).settings.get("recipes", []))
+        world.answers(steps[name](payload), message)
+
+    world.script = {name: after(1, partial(does, name)) for name in steps}
+    run_over(world.transport(), config, tmp_path / "over")
+    run_over(InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one")
+    assert told
+    assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
+    assert chain(tmp_path / "over") == chain(tmp_path / "one")
+    assert objects(tmp_path / "over") == objects(tmp_path / "one")
+    for name in steps:
+        assert objects(tmp_path / name) == objects(tmp_path / "there" / name)
+
+
 def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, world, tmp_path):
     config, _ = parties
     does = world.script["site1"]
