@@ -1,9 +1,10 @@
 """The leading directions of a weighted sum of factored matrices, and exactly what they leave, near what reading costs.
 
 Clients that come from one adapter have most of their sum in common, and iteration finds that at once. A Gram matrix
-needs nothing in common, but squares the condition of what it is made of. A QR decomposition does neither, and takes
-some ten times as long but for small factors, where it is the fewest steps. So the cheapest way is taken that is known to be good enough. Whichever it is, the rest is the
-sum minus what was taken out, by construction: nothing is lost, however well the directions were found.
+needs nothing in common, but squares the condition of what it is made of. A QR decomposition does neither; of large
+factors it takes some ten times as long, of small ones it is the fewest steps. So the cheapest way is taken that is
+known to be good enough. Whichever it is, the rest is the sum minus what was taken out, by construction: nothing is
+lost, however well the directions were found.
 """
 
 from __future__ import annotations
