@@ -171,7 +171,7 @@ WATCHED = {
         (rounds_module, "encode_task"), (client_module, "decode_task"), (client_module, "encode_reply"),
         (rounds_module, "decode_reply"),
     ],
-    "checking and spooling updates": [(rounds_module, "_update"), (rounds_module, "_distance"), (Spool, "put")],
+    "checking and spooling updates": [(rounds_module, "_update"), (rounds_module, "distance"), (Spool, "put")],
     "aggregating": [(rounds_module, "combine"), (GlobalModel, "after")],
     "diagnostics": [(rounds_module, "round_diagnostics")],
     "checkpoints": [(RunFolder, "commit")],

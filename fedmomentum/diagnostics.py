@@ -82,6 +82,8 @@ def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
 
 # ── a round, by its factors ──────────────────────────────────────────────────────────────────────────────────────
 
+TOGETHER = 2**20
+"""Numbers of factors of equal shape that are multiplied at once: 8 MB in float64."""
 Change = Mapping[str, Matrix]
 """Module to a matrix in effective-weight units, `(out, in)`. A module that is missing counts as zero."""
 
@@ -158,6 +160,28 @@ def factor_norms(adapter: Adapter) -> dict[str, float]:
     return {factor: math.sqrt(sum(values)) for factor, values in squares.items()}
 
 
+def distance(one: Adapter, other: Adapter) -> float:
+    """`sqrt(sum over modules ||s B A - t B' A'||_F^2)` of two adapters of the same modules, in float64.
+
+    Of `[s B, -t B'] [A; A']`, modules of one shape together where they are small.
+    """
+    alike, total = dict[tuple[tuple[int, int], int, int], list[str]](), 0.0
+    for module, matrix in one.modules.items():
+        alike.setdefault((matrix.shape, matrix.rank, other.modules[module].rank), []).append(module)
+    for (shape, *ranks), modules in alike.items():
+        step = max(1, TOGETHER // (sum(shape) * max(sum(ranks), 1)))
+        for start in range(0, len(modules), step):
+            B_s, A_s = list[Tensor](), list[Tensor]()
+            for adapter, sign in ((one, 1.0), (other, -1.0)):
+                some = [adapter.modules[module] for module in modules[start : start + step]]
+                s = torch.tensor([sign * adapter.scalings[m] for m in modules[start : start + step]], dtype=CORE_DTYPE)
+                B_s += [torch.stack([m.B for m in some]).to(CORE_DTYPE) * s.to(some[0].device)[:, None, None]]
+                A_s += [torch.stack([m.A for m in some]).to(CORE_DTYPE)]
+            B, A = torch.cat(B_s, dim=2), torch.cat(A_s, dim=1)
+            total += float(((B.mT @ B) * (A @ A.mT)).sum((1, 2)).clamp(min=0).sum())
+    return math.sqrt(total)
+
+
 def subspace_angle(before: Adapter, after: Adapter) -> dict[str, float | None]:
     """Mean principal angle in degrees between the row spaces (`A`) and column spaces (`B`) of two adapters' products.
 
@@ -199,18 +223,18 @@ def round_diagnostics(
     totals = dict.fromkeys(("PP", "DD", "GG", "GL", "live"), 0.0)
     for module in sorted(after.modules):
         shape, dtype = after.modules[module].shape, adapter_dtype([after.modules[module]])
-        P, live = (_effective(adapter, module, shape) for adapter in (start, after))
+        G = D = update.parts(module)
+        live, P = (part for _, part in G[:2])
+        assert isinstance(live, LowRank) and isinstance(P, LowRank)  # after and start
         sent = Each(partial(_effective, module=module, shape=shape), clients)
         for i, client in enumerate(clients):
             if module in client.modules:
                 factors = client.modules[module]
                 A[i] += factors.A.square().sum(dtype=CORE_DTYPE)
                 B[i] += factors.B.square().sum(dtype=CORE_DTYPE)
-        G = D = update.parts(module)
         rank = max([P.rank, *(client.modules[module].rank for client in clients if module in client.modules)])
-        x = torch.randn(shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu").to(
-            P.device
-        )
+        x = torch.randn(shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu")
+        x = x.to(P.device)
         if (len(clients) + 1) * rank * sum(shape) < shape[0] * shape[1]:
             moves = Moves.of(P, sent, rank, dtype)
             is_mean = _is_mean(G, moves.mean_times(w, x), times(P, x), x, dtype)

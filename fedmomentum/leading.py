@@ -9,7 +9,8 @@ lost, however well the directions were found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fedmomentum.by_gram import by_gram
 from fedmomentum.by_iteration import by_iteration, common_rows
 from fedmomentum.deflation import Leading
 from fedmomentum.lowrank import CORE_DTYPE, LowRank, numerical_rank
-from fedmomentum.sums import Matrix, exact_sum, merged, norm, plus, strongest
+from fedmomentum.sums import Matrix, exact_sum, merged, norm, plus, rank_of, strongest
 
 # Up to so many products a Gram matrix of both sides, `(out + in) R^2`, QR decompositions in float64 are the quickest.
 SMALL = 2**21
@@ -60,12 +61,10 @@ def leading(
     Raises:
         ValueError: see `weighted_sum`; a factor holds NaN or Inf.
     """
-    total = exact_sum(matrices, weights, also, dtype=dtype)
-    if isinstance(total, Tensor):
-        return _of_dense(total, rank, dtype, reference, generator)
-    if dtype == CORE_DTYPE:
-        return _by_svd(total, rank, dtype)
-    if sum(total.shape) * total.rank**2 > SMALL:
+    if dtype != CORE_DTYPE and not _is_small(chain(matrices, also)):
+        total = exact_sum(matrices, weights, also, dtype=dtype)
+        if isinstance(total, Tensor):
+            return _of_dense(total, rank, dtype, reference, generator)
         rows = common_rows(total.A, weights, rank)
         total = merged(total)
         if rows is not None and rank < total.rank and (found := by_iteration(total, rows)):
@@ -73,9 +72,19 @@ def leading(
         for core in (torch.float32, torch.float64):
             if rank < total.rank and (found := by_gram(total, rank, core)):
                 return found
-    again = exact_sum(matrices, weights, also)
-    assert isinstance(again, LowRank)  # as `total` is
-    return _by_svd(again, rank, dtype)
+    total = exact_sum(matrices, weights, also)
+    if isinstance(total, Tensor):
+        return _of_dense(total, rank, dtype, reference, generator)
+    return _by_svd(total, rank, dtype)
+
+
+def _is_small(matrices: Iterable[Matrix]) -> bool:
+    limit, R = 0.0, 0
+    for matrix in matrices:
+        limit, R = (SMALL / sum(matrix.shape)) ** 0.5, R + rank_of(matrix)
+        if limit < R:
+            return False
+    return True
 
 
 def _of_dense(

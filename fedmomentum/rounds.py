@@ -20,10 +20,10 @@ from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, w
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.config import Config, LoraConfig, own_facts
 from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_bytes, is_due, worth_keeping
-from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
+from fedmomentum.diagnostics import NUM_PROBES, distance, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
-from fedmomentum.lowrank import LowRank, weighted_sum
+from fedmomentum.lowrank import LowRank
 from fedmomentum.sums import norm as norm_of
 from fedmomentum.sums import rank_of
 from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
@@ -259,7 +259,7 @@ def _train(
 
     def take(reply: Reply) -> None:
         update = _update(reply, model, server, owns[reply.client_id], uploads, dtype)
-        distances[reply.client_id] = _distance(update, model.adapter)
+        distances[reply.client_id] = distance(update, model.adapter)
         updates[reply.client_id] = server.folder.spool.put(update)
 
     exchange, state = _ask(server, "train", model, state, server_round, settings, take)
@@ -587,15 +587,6 @@ def _leave_out_far_ones(
                 f"client {client}: its update has norm {norm:.3g}, {ratio:.0f} times the round's median {median:.3g}; "
                 f"at most {max_ratio:g} times is accepted (federation.max-norm-ratio)"
             )
-
-
-def _distance(one: Adapter, other: Adapter) -> float:
-    total = 0.0
-    for module, matrix in one.modules.items():
-        scalings = one.scalings[module], -other.scalings[module]
-        moved = weighted_sum([matrix, other.modules[module]], scalings)
-        total += max(0.0, moved.inner(moved))
-    return math.sqrt(total)
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,16 @@ import torch
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import METHODS
 from fedmomentum.aggregation.whole import combine
-from fedmomentum.diagnostics import BLOCK, Update, factor_norms, probe, probe_vectors, round_diagnostics, subspace_angle
+from fedmomentum.diagnostics import (
+    BLOCK,
+    Update,
+    distance,
+    factor_norms,
+    probe,
+    probe_vectors,
+    round_diagnostics,
+    subspace_angle,
+)
 from fedmomentum.global_model import GlobalModel, kept_rounds
 from fedmomentum.lowrank import LowRank
 from fedmomentum.sums import as_dense
@@ -39,6 +48,25 @@ def test_a_probe_is_its_formula_whatever_the_size_dtype_and_layout(shape, dtype)
         got = probe(view, U, X)
         assert torch.allclose(got, wanted, rtol=0, atol=1e-12 * float(wanted.norm()))
         assert torch.equal(probe(view, U, X, torch.full((BLOCK,), torch.nan, dtype=torch.float64)), got)
+
+
+@pytest.mark.parametrize("together", [0, 150, 10**6])  # each by itself, two at once, all of a shape
+@pytest.mark.parametrize("ranks", [(3, 3), (2, 4), (0, 2), (0, 0)])
+def test_a_distance_is_the_dense_one_however_many_modules_are_taken_at_once(together, ranks, monkeypatch):
+    monkeypatch.setattr("fedmomentum.diagnostics.TOGETHER", together)
+    one, other = (
+        Adapter(
+            {f"{m}{i}": random_matrix(*shape, rank, seed=seed + i) for m, shape in SHAPES.items() for i in range(4)},
+            {f"{m}{i}": scaling + i for m in SHAPES for i in range(4)},
+        )
+        for rank, seed, scaling in zip(ranks, (0, 50), (2.0, 0.5), strict=True)
+    )
+    apart = [
+        one.scalings[m] * one.modules[m].dense() - other.scalings[m] * other.modules[m].dense() for m in one.modules
+    ]
+    wanted = math.sqrt(sum(float(matrix.square().sum()) for matrix in apart))
+    assert distance(one, other) == pytest.approx(wanted, rel=1e-12)
+    assert distance(one, one) <= 1e-7 * distance(one, replace(one, scalings=dict.fromkeys(one.scalings, 0.0)))
 
 
 def nearby(one: Adapter, seed: int, by: float = 0.1) -> Adapter:
