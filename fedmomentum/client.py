@@ -509,12 +509,10 @@ def _penalises(method: Method, model: LocalModel) -> bool:
 def _evaluate(
     task: Task, client: Client, model: LocalModel, current: GlobalModel
 ) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings = task.settings
-    probes = model.probes(settings["probe_seed"])
+    settings, seed = task.settings, task.settings["probe_seed"]
+    probes = model.probes(seed) if seed is not None else {}
     metrics: dict[str, Any] = {
-        "applied_share": model.applied_share(current, probes["base"], settings["probe_seed"])
-        if current.base_update
-        else None
+        "applied_share": model.applied_share(current, probes["base"], seed) if current.base_update and probes else None
     }
     count, split = settings["num_examples"], settings["num_compared"]
     scored = [

@@ -138,7 +138,7 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
     exchange = _Exchange()
     if server.config.evaluation.every:
         exchange, state = _evaluate(server, model, state, 0, server.transport.clients())
-        _add_evaluation(row, exchange, None)
+        _add_evaluation(row, exchange, None, is_probed=_is_probed(model))
     _tell_failures(0, exchange.failures)
     row["failures"] = dict(sorted(exchange.failures.items()))
     row["uplink_bytes"], row["downlink_bytes"] = _added(exchange.uplink_bytes, {}), _added(exchange.downlink_bytes, {})
@@ -210,7 +210,8 @@ def _round(
         seed = _probe_seed(config, server_round)
         # where factors stay with their clients, there is no one model to compare with
         one_model = server.method.shares == "BA"
-        _add_evaluation(row, evaluation, _expected_probes(exchange, weights, model, later, seed) if one_model else None)
+        expected = _expected_probes(exchange, weights, model, later, seed) if one_model else None
+        _add_evaluation(row, evaluation, expected)
     _tell_failures(server_round, evaluation.failures)
     failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
     row["failures"] = dict(sorted(failures.items()))
@@ -294,6 +295,11 @@ def train_settings(config: Config, server_round: int, client: str, learning_rate
 def _probe_seed(config: Config, server_round: int) -> int:
     """The round's probes: the same for its training and for the evaluation of what came out of it."""
     return derive(config.run.seed, "probe", server_round)
+
+
+def _is_probed(model: GlobalModel) -> bool:
+    """Whether an evaluation measures weights: not those of an untouched model, with which nothing could be compared."""
+    return model.server_round > 0 or bool(model.base_update)
 
 
 def _commit(server: _Server, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> ServerState:
@@ -496,7 +502,7 @@ def _evaluate(
         "num_examples": max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples,
         "num_compared": settings.num_examples,
         "batch_size": settings.batch_size,
-        "probe_seed": _probe_seed(server.config, server_round),
+        "probe_seed": _probe_seed(server.config, server_round) if _is_probed(model) else None,
     }
     server.observer("evaluate", {"clients": list(clients)})
     asked = {client: {**share, **_own_facts(server, state, client)} for client in clients}
@@ -663,13 +669,15 @@ def _expected_probes(
     return _Expected(effective, change)
 
 
-def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expected | None) -> None:
+def _add_evaluation(
+    row: dict[str, Any], exchange: _Exchange, expected: _Expected | None, *, is_probed: bool = True
+) -> None:
     """Put the clients' scores together, and what their probes say of exactness; in place."""
     by_client, by_category, total, compared = {}, dict[str, dict[str, Any]](), _score([]), _score([])
     errors, shares = [], []
     for client, reply in sorted(exchange.replies.items()):
         try:
-            metrics = _checked_evaluation(reply, f"client {client}")
+            metrics = _checked_evaluation(reply, f"client {client}", is_probed)
         except PayloadError as error:
             exchange.failures[client] = str(error)
             continue
@@ -692,14 +700,14 @@ def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expecte
     row["applied_share"] = min(shares) if shares else None
 
 
-def _checked_evaluation(reply: Reply, name: str) -> Mapping[str, Any]:
+def _checked_evaluation(reply: Reply, name: str, is_probed: bool) -> Mapping[str, Any]:
     """The metrics of an evaluation, if they can be what they claim.
 
     Raises:
         PayloadError: probes that are missing or not finite, a score that is no score, parts that do not add up.
     """
-    probes = reply.tensors.get(PROBES[1])
-    if probes is None or probes.ndim != 2 or probes.shape[1] != NUM_PROBES or not bool(probes.isfinite().all()):
+    probes = reply.tensors.get(PROBES[1], torch.empty(0))
+    if is_probed and (probes.ndim != 2 or probes.shape[1] != NUM_PROBES or not bool(probes.isfinite().all())):
         raise PayloadError(f"{name}: {PROBES[1]} of its evaluation is missing or no finite numbers")
     metrics = reply.metrics
     share = metrics.get("applied_share")
