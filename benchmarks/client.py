@@ -3,7 +3,7 @@
     python benchmarks/client.py [--only merge load job start] [--threads 2] [--cpu-time] [--json FILE]
 
 merge: `HeldBase.apply` of one factored residual against the machine's floor, the larger of memory traffic and matrix
-product. load: the embedded model, again in the same process. job: the configuration's run, shortened to two rounds;
+product. load: the embedded model, again in the same process. job: the configuration's run, evaluated on less;
 everything but the trainer's steps and the evaluations counts as overhead. start: commands in new processes.
 """
 
@@ -181,12 +181,11 @@ WATCHED = {
 
 
 def job(out: Path, threads: int) -> tuple[dict[str, float], list[Target]]:
-    """Where the wall time of a short default job goes, model load and evaluation aside."""
+    """Where the wall time of the default job goes, model load and evaluation aside."""
     config = load_config(
         CONFIG,
-        [f"run.threads={threads}", "federation.num-rounds=2", "evaluation.num-examples=4",
-         "evaluation.final-num-examples=4"],
-    )  # fmt: skip
+        [f"run.threads={threads}", "evaluation.num-examples=4", "evaluation.final-num-examples=4"],
+    )
     clock = Clock()
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
