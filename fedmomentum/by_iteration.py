@@ -33,20 +33,21 @@ MAX_RATIO = 0.25
 REACH = 1e12
 
 
-def common_rows(A: Tensor, weights: Sequence[float] | Tensor, rank: int) -> Tensor | None:
+def common_rows(A: Tensor, lengths: Tensor, weights: Sequence[float] | Tensor, rank: int) -> Tensor | None:
     """`sum_i w_i A_i` `(rank, in)` of a stack that begins with n parts of that rank, if it has their common direction.
 
-    Parts of other ranks are not told apart, and then have nothing in common.
+    Parts of other ranks are not told apart, and then have nothing in common. `lengths` are those of the rows.
     """
     w = torch.as_tensor(weights, dtype=CORE_DTYPE, device=A.device)
     if len(A) < len(w) * rank or not float(w.min()) > 0:
         return None
-    shares, parts = w / w.sum(), A[: len(w) * rank].view(len(w), -1)
-    mean, whole = shares.to(A) @ parts, shares @ torch.linalg.vector_norm(parts, dim=1).to(w).square()
-    return mean.view(rank, -1) if float(torch.linalg.vector_norm(mean)) ** 2 > COMMON * float(whole) else None
+    shares, num_rows = w / w.sum(), len(w) * rank
+    mean = (shares.to(A) @ A[:num_rows].view(len(w), -1)).view(rank, -1)
+    whole = shares @ lengths[:num_rows].to(w).square().view(len(w), rank).sum(1)
+    return mean if float(torch.linalg.vector_norm(mean)) ** 2 > COMMON * float(whole) else None
 
 
-def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
+def by_iteration(total: LowRank, lengths: Tensor, rows: Tensor) -> Leading | None:
     r"""`leading` of `total = B A`, as many directions as `rows` has: None where that is not known to be good enough.
 
     With X `(m, in)` the rows and a sketch, a sweep is
@@ -63,6 +64,7 @@ def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
 
     Args:
         total: float32 factors, used up where directions are returned.
+        lengths: `(R,)`, of the rows of A.
         rows: `(rank, in)`, near the leading row space; rank below that of `total`.
 
     Source:
@@ -71,7 +73,6 @@ def by_iteration(total: LowRank, rows: Tensor) -> Leading | None:
     rank, (B, A) = len(rows), (total.B, total.A)
     if rank + SKETCH > min(total.shape):
         return None
-    lengths = torch.linalg.vector_norm(A, dim=1)
     parts = (_signs(NUM_SIGNS, total.rank).to(A) * lengths).mT  # (R, NUM_SIGNS)
     X, m, drawn, kept = torch.cat([rows, _signs(SKETCH, A.shape[1]).to(A)]), rank + SKETCH, A.new_zeros(len(B), 0), 0.0
     for _ in range(MAX_SWEEPS):

@@ -65,10 +65,12 @@ def leading(
         total = exact_sum(matrices, weights, also, dtype=dtype)
         if isinstance(total, Tensor):
             return _of_dense(total, rank, dtype, reference, generator)
-        rows = common_rows(total.A, weights, rank)
-        total = merged(total)
-        if rows is not None and rank < total.rank and (found := by_iteration(total, rows)):
-            return found
+        stack, lengths = total, torch.linalg.vector_norm(total.A, dim=1)
+        rows, total = common_rows(stack.A, lengths, weights, rank), merged(stack)
+        if rows is not None and rank < total.rank:
+            lengths = lengths if total is stack else torch.linalg.vector_norm(total.A, dim=1)
+            if found := by_iteration(total, lengths, rows):
+                return found
         for core in (torch.float32, torch.float64):
             if rank < total.rank and (found := by_gram(total, rank, core)):
                 return found
