@@ -247,7 +247,7 @@ def relative_error(got: LowRank, wanted: LowRank) -> float:
     return error / size if size > 0 else (0.0 if error == 0 else math.inf)
 
 
-def randomised_svd(matrix: LowRank, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def randomised_svd(matrix: LowRank | Tensor, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The published randomised SVD of the dense sum: for comparison, `LowRank.svd` is exact and faster.
 
     `Delta` is formed densely in float32, sketched by a Gaussian `Omega (in, width)` without power iteration,
@@ -255,7 +255,7 @@ def randomised_svd(matrix: LowRank, width: int, generator: torch.Generator) -> t
     float32 round-off.
 
     Args:
-        matrix: the matrix `Delta`, `(out, in)`.
+        matrix: the matrix `Delta`, `(out, in)`, in factors or as it is.
         width: columns of the sketch; the paper takes the sum of the clients' ranks.
         generator: draws `Omega`.
 
@@ -265,7 +265,8 @@ def randomised_svd(matrix: LowRank, width: int, generator: torch.Generator) -> t
     Source:
         FedMomentum, arXiv 2603.08014, aggregation step; Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.1.
     """
-    delta = matrix.to(torch.float32).dense()
+    delta = matrix.to(torch.float32)
+    delta = delta.dense() if isinstance(delta, LowRank) else delta
     width = min(width, *matrix.shape)
     omega = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float32).to(delta.device)
     Q = torch.linalg.qr(delta @ omega).Q  # (out, width)
