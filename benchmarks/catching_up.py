@@ -299,7 +299,7 @@ def report(
         *targets,
         Target.at_most("parts of base_update", round(2 / part), max(row["parts"] for row in every)),
         Target.at_most("4096 x 4096: server's time over merging in float32", 4, layer["server"] / layer["float32"]),
-        Target.at_most("4096 x 4096: client's time over merging in float32", 3, layer["client"] / layer["float32"]),
+        Target.at_most("4096 x 4096: client's time over merging in float32", 4, layer["client"] / layer["float32"]),
         Target.at_most("4096 x 4096: bytes of the ties over the snapshot's", 0.01, layer["ties"]),
     ]
 
