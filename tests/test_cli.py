@@ -375,7 +375,7 @@ def test_many_kills_at_random_moments_lose_nothing(folder, tmp_path):
     """kill -9 at random moments, resume, again; the end equals the run that was never killed."""
     import random
 
-    rounds = {"federation": {"num_rounds": 30}, "evaluation": {"every": 3}, "run": {"keep_rounds": 3}}
+    rounds = {"federation": {"num_rounds": 120}, "evaluation": {"every": 3}, "run": {"keep_rounds": 3}}
     config = tiny_config(folder, **rounds)
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config))
@@ -383,7 +383,7 @@ def test_many_kills_at_random_moments_lose_nothing(folder, tmp_path):
     for attempt in range(200):
         process = launch(file, out, *(["--resume"] if (out / "config.toml").exists() else []))
         try:
-            process.communicate(timeout=draw.uniform(6, 14))
+            process.communicate(timeout=draw.uniform(4, 8))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
