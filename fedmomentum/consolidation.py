@@ -26,11 +26,10 @@ from torch import Tensor
 
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes
-from fedmomentum.global_model import Blob, GlobalModel, check_name
-from fedmomentum.lowrank import LowRank
+from fedmomentum.global_model import Blob, GlobalModel, by_module, check_name
+from fedmomentum.lowrank import CORE_DTYPE, LowRank
 from fedmomentum.sums import Matrix
 
-DTYPE = torch.float64
 NUMBERS = 2**20
 """So many elements of a sum are made at a time: 8 MB, which stays in cache."""
 
@@ -48,7 +47,7 @@ def snapshot(parts: Sequence[Blob]) -> tuple[Blob, Blob]:
         `(out, in)` matrix, and `<module>.value`, `(n,)` float32.
     """
     totals, ties = dict[str, Tensor](), dict[str, Tensor]()
-    for module, matrices in _by_module(parts).items():
+    for module, matrices in by_module(parts).items():
         reach, found = _reach(matrices), list[Tensor]()
         total = totals[module] = torch.empty(matrices[0].shape, dtype=torch.float32, device="cpu")
         for rows, exact in _row_blocks(matrices):
@@ -75,7 +74,7 @@ def remade(parts: Sequence[Blob], ties: Blob, shapes: Mapping[str, tuple[int, in
         PayloadError: bytes that are no safetensors.
     """
     decided, totals = read_safetensors(ties.data, f"ties {ties.name[:16]}")[0], dict[str, Tensor]()
-    for module, matrices in _by_module(parts).items():
+    for module, matrices in by_module(parts).items():
         wrong = [m for m in matrices if tuple(m.shape) != shapes.get(module)]
         if wrong:
             raise ModelError(f"a part changes module {module} {tuple(wrong[0].shape)}; here it is {shapes.get(module)}")
@@ -94,14 +93,6 @@ def remade(parts: Sequence[Blob], ties: Blob, shapes: Mapping[str, tuple[int, in
     return Blob.of(totals)
 
 
-def _by_module(parts: Sequence[Blob]) -> dict[str, list[Matrix]]:
-    found: dict[str, list[Matrix]] = {}
-    for blob in parts:
-        for module, matrix in blob.matrices.items():
-            found.setdefault(module, []).append(matrix)
-    return dict(sorted(found.items()))
-
-
 def _row_blocks(matrices: Sequence[Matrix]) -> Iterator[tuple[slice, Tensor]]:
     """The sum in float64, some rows at a time, each time in the same memory.
 
@@ -109,14 +100,14 @@ def _row_blocks(matrices: Sequence[Matrix]) -> Iterator[tuple[slice, Tensor]]:
     """
     out_size, in_size = matrices[0].shape
     step = max(1, NUMBERS // max(in_size, 1))
-    wide = [m.A.to(DTYPE) if isinstance(m, LowRank) else m for m in matrices]
-    total, product = (torch.empty(min(step, out_size), in_size, dtype=DTYPE, device="cpu") for _ in range(2))
+    wide = [m.A.to(CORE_DTYPE) if isinstance(m, LowRank) else m for m in matrices]
+    total, product = (torch.empty(min(step, out_size), in_size, dtype=CORE_DTYPE, device="cpu") for _ in range(2))
     for start in range(0, out_size, step):
         rows = slice(start, min(start + step, out_size))
         total, product = total[: rows.stop - start].zero_(), product[: rows.stop - start]
         for matrix, right in zip(matrices, wide, strict=True):
             if isinstance(matrix, LowRank):
-                total += torch.mm(matrix.B[rows].to(DTYPE), right, out=product)
+                total += torch.mm(matrix.B[rows].to(CORE_DTYPE), right, out=product)
             else:
                 total += right[rows]
         yield rows, total
@@ -124,19 +115,19 @@ def _row_blocks(matrices: Sequence[Matrix]) -> Iterator[tuple[slice, Tensor]]:
 
 def _reach(matrices: Sequence[Matrix]) -> Callable[[slice], Tensor]:
     """`4 u M` of the rows asked for; the sum over factored parts is a product of rank n."""
-    count, unit = len(matrices), 2 * torch.finfo(DTYPE).eps  # eps is 2 u
+    count, unit = len(matrices), 2 * torch.finfo(CORE_DTYPE).eps  # eps is 2 u
     factored = [m for m in matrices if isinstance(m, LowRank)]
-    left = [torch.linalg.vector_norm(m.B, dim=1, dtype=DTYPE) * (unit * (m.rank + count)) for m in factored]
-    right = [torch.linalg.vector_norm(m.A, dim=0, dtype=DTYPE) for m in factored]
+    left = [torch.linalg.vector_norm(m.B, dim=1, dtype=CORE_DTYPE) * (unit * (m.rank + count)) for m in factored]
+    right = [torch.linalg.vector_norm(m.A, dim=0, dtype=CORE_DTYPE) for m in factored]
     dense = [m for m in matrices if isinstance(m, Tensor)]
     out_size, in_size = matrices[0].shape
-    N_B = torch.stack(left, dim=1) if left else torch.zeros(out_size, 0, dtype=DTYPE, device="cpu")
-    N_A = torch.stack(right) if right else torch.zeros(0, in_size, dtype=DTYPE, device="cpu")
+    N_B = torch.stack(left, dim=1) if left else torch.zeros(out_size, 0, dtype=CORE_DTYPE, device="cpu")
+    N_A = torch.stack(right) if right else torch.zeros(0, in_size, dtype=CORE_DTYPE, device="cpu")
 
     def reach(rows: slice) -> Tensor:
         total = N_B[rows] @ N_A
         for matrix in dense:
-            total += matrix[rows].to(DTYPE).abs_().mul_(unit * count)
+            total += matrix[rows].to(CORE_DTYPE).abs_().mul_(unit * count)
         return total
 
     return reach

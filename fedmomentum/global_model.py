@@ -303,11 +303,17 @@ class GlobalModel:
 
 def merged_matrices(blobs: Sequence[Blob]) -> dict[str, Matrix]:
     """Module to the sum of its matrices in the blobs."""
-    parts: dict[str, list[Matrix]] = {}
+    parts = by_module(blobs)
+    return {m: matrices[0] if len(matrices) == 1 else exact_sum([], [], matrices) for m, matrices in parts.items()}
+
+
+def by_module(blobs: Sequence[Blob]) -> dict[str, list[Matrix]]:
+    """Module, in sorted order, to its matrices in the blobs."""
+    found: dict[str, list[Matrix]] = {}
     for blob in blobs:
         for module, matrix in blob.matrices.items():
-            parts.setdefault(module, []).append(matrix)
-    return {m: matrices[0] if len(matrices) == 1 else exact_sum([], [], matrices) for m, matrices in parts.items()}
+            found.setdefault(module, []).append(matrix)
+    return dict(sorted(found.items()))
 
 
 def object_names(manifest: Mapping[str, Any]) -> set[str]:

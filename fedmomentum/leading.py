@@ -81,10 +81,10 @@ def leading(
 
 
 def _is_small(matrices: Iterable[Matrix]) -> bool:
-    limit, R = 0.0, 0
+    R = 0
     for matrix in matrices:
-        limit, R = (SMALL / sum(matrix.shape)) ** 0.5, R + rank_of(matrix)
-        if limit < R:
+        R += rank_of(matrix)
+        if sum(matrix.shape) * R**2 > SMALL:
             return False
     return True
 
