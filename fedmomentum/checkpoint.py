@@ -27,7 +27,7 @@ from torch import Tensor
 from fedmomentum.adapter import split_tensors
 from fedmomentum.consolidation import Recipe
 from fedmomentum.diagnostics import Update
-from fedmomentum.errors import MissingObject, ModelError
+from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, write_atomically, write_json
 from fedmomentum.global_model import (
     Blob,
@@ -35,8 +35,8 @@ from fedmomentum.global_model import (
     find_manifest,
     kept_rounds,
     merged_matrices,
-    object_file,
     object_names,
+    object_size,
     prune_objects,
     read_manifest,
     read_object,
@@ -175,10 +175,7 @@ class RunFolder:
         Raises:
             MissingObject: it is not there.
         """
-        file = object_file(self.folder, name)
-        if not file.is_file():
-            raise MissingObject(f"{self.folder} lacks the object {name[:16]}...; was the folder copied in part?")
-        return file.stat().st_size
+        return object_size(self.folder, name)
 
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
         """Make a round durable: after this returns it survives a crash; before, the round before it does."""

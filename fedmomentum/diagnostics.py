@@ -235,17 +235,18 @@ def round_diagnostics(
         rank = max([P.rank, *(client.modules[module].rank for client in clients if module in client.modules)])
         x = torch.randn(shape[1], generator=torch.Generator().manual_seed(0), dtype=CORE_DTYPE, device="cpu")
         x = x.to(P.device)
+        before = times(P, x)
         if (len(clients) + 1) * rank * sum(shape) < shape[0] * shape[1]:
             moves = Moves.of(P, sent, rank, dtype)
-            is_mean = _is_mean(G, moves.mean_times(w, x), times(P, x), x, dtype)
+            is_mean = _is_mean(G, moves.mean_times(w, x), before, x, dtype)
             products = moves.inner_products()
             own, by_mean, DD = products.diagonal(), products @ w, float(w @ products @ w)
             if is_mean and last_update is not None:
                 G = [(1.0, moves.mean(w))]
             del moves
         else:
-            mean = sum((w_i * times(matrix, x) for w_i, matrix in zip(w.tolist(), sent, strict=True)), -times(P, x))
-            is_mean = _is_mean(G, mean, times(P, x), x, dtype)
+            mean = sum((w_i * times(matrix, x) for w_i, matrix in zip(w.tolist(), sent, strict=True)), -before)
+            is_mean = _is_mean(G, mean, before, x, dtype)
             if not is_mean:
                 D = [(1.0, exact_sum([*sent, P], [*w.tolist(), -1.0]))]
             own = torch.tensor([matrix.inner(matrix) for matrix in sent], dtype=CORE_DTYPE, device="cpu")

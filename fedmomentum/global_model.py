@@ -371,10 +371,23 @@ def read_object(folder: Path, name: str) -> bytes:
     Raises:
         MissingObject: it is not there.
     """
+    return _existing(folder, name).read_bytes()
+
+
+def object_size(folder: Path, name: str) -> int:
+    """How many bytes an object has.
+
+    Raises:
+        MissingObject: it is not there.
+    """
+    return _existing(folder, name).stat().st_size
+
+
+def _existing(folder: Path, name: str) -> Path:
     file = object_file(folder, name)
     if not file.is_file():
         raise MissingObject(f"{folder} lacks the object {name[:16]}...; was the folder copied in part?")
-    return file.read_bytes()
+    return file
 
 
 def prune_objects(folder: Path, keep: set[str]) -> None:
