@@ -12,7 +12,7 @@ import fedmomentum
 ROOT = Path(fedmomentum.__file__).parent
 THIRD_PARTY = {
     "transformers", "trl", "peft", "datasets", "accelerate", "flwr", "numpy", "typer", "rich", "matplotlib", "jinja2",
-    "reasoning_gym", "gguf", "huggingface_hub", "safetensors", "psutil",
+    "reasoning_gym", "gguf", "huggingface_hub", "safetensors", "psutil", "msgspec",
 }  # fmt: skip
 ALLOWED = {  # the maths: torch alone
     "lowrank.py": set(), "sums.py": set(), "leading.py": set(), "deflation.py": set(),
@@ -20,6 +20,7 @@ ALLOWED = {  # the maths: torch alone
     "adapter.py": set(), "errors.py": set(), "plugins.py": set(), "memory.py": set(),
     "wire.py": set(), "enrolment.py": set(),
     # one third-party library a file
+    "schema.py": {"msgspec"},
     "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
     "peft_io.py": {"peft", "safetensors"},
     "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
@@ -30,7 +31,7 @@ ALLOWED = {  # the maths: torch alone
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
-    {"plugins", "memory"},
+    {"plugins", "memory", "schema"},
     {"sums"},
     {"deflation", "moves"},
     {"by_iteration", "by_gram"},

@@ -1,0 +1,110 @@
+"""Declared types for everything that comes from outside, and the one way to check a value against them.
+
+JSON that crossed a trust boundary (a reply, a task, a manifest, a row of metrics, an adapter's configuration) is
+decoded straight into a declared type: no other key, no other type, no NaN, no number out of range and no text longer
+than declared gets any further. msgspec does the work; this module holds the vocabulary and the error message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from fedmomentum.errors import FedMomentumError, PayloadError
+
+T = TypeVar("T")
+
+MAX_COUNT = 2**53 - 1
+"""The largest count that a double, and with it every JSON reader, holds exactly."""
+MAX_DEPTH = 8
+"""Nesting of free-form JSON, such as a PEFT configuration."""
+MAX_ITEMS = 200_000
+"""Values in a piece of free-form JSON; a `rank_pattern` of a large model names some thousand modules."""
+
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Seed = Annotated[int, Meta(ge=0, lt=2**64)]
+Size = Annotated[float, Meta(ge=0)]
+"""A norm, a duration, a loss: finite and not negative."""
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"""A SHA-256 in lower-case hexadecimal."""
+Text = Annotated[str, Meta(max_length=4096)]
+Label = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+"""A short name that is shown to people: a category, a version, a dtype. No control characters."""
+ModulePath = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x20\x7f-\x9f]+\Z")]
+"""The dotted path of a module in the base model."""
+
+
+class Schema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A record with declared fields; unknown fields are refused."""
+
+
+def parse_json(data: bytes | str, kind: type[T], name: str, error: type[FedMomentumError] = PayloadError) -> T:
+    """Decode JSON text into a declared type.
+
+    Args:
+        data: The JSON text, UTF-8.
+        kind: The type, such as a `Schema`.
+        name: What to call the text in the message: a client, a file.
+        error: The error to raise.
+
+    Raises:
+        FedMomentumError: If the text is not JSON, or does not fit the type; the message names the field.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as problem:
+        raise error(f"{name}: {readable(problem)}") from problem
+    except (msgspec.DecodeError, RecursionError, UnicodeError, ValueError) as problem:
+        raise error(f"{name}: not valid JSON: {problem}") from problem
+
+
+def readable(problem: Exception) -> str:
+    """Return msgspec's message with the field in front: ``metrics.loss: Expected `float`, got `str` ``."""
+    text, _, path = str(problem).partition(" - at ")
+    field = path.replace("`", "").replace("$.", "").replace("$", "")
+    return f"{field}: {text}" if field else text
+
+
+def check_free_form(value: Any, name: str, error: type[FedMomentumError] = PayloadError) -> None:
+    """Refuse free-form JSON that is nested too deep or holds too much, and keys that are not text.
+
+    Raises:
+        FedMomentumError: If it is.
+    """
+    remaining = MAX_ITEMS
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        remaining -= len(level)
+        if remaining < 0:
+            raise error(f"{name} holds more than {MAX_ITEMS} values")
+        next_level: list[Any] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                if not all(isinstance(key, str) for key in item):
+                    raise error(f"{name} has a key that is not text")
+                next_level.extend(item.values())
+            elif isinstance(item, (list, tuple)):
+                next_level.extend(item)
+        if not next_level:
+            return
+        level = next_level
+    raise error(f"{name} is nested deeper than {MAX_DEPTH} levels")
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str, max_length: int = 500) -> str:
+    """Return text from outside as it may be shown and logged: one line, no control characters, cut to a length.
+
+    Control characters (they move cursors, set titles, forge lines of a log), direction overrides and lone surrogates
+    become U+FFFD.
+    """
+    shown = text if len(text) <= max_length else text[: max_length - 1] + "…"
+    return _CONTROL.sub("\ufffd", shown)
