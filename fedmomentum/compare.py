@@ -20,11 +20,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fedmomentum.checkpoint import saved_settings
 from fedmomentum.config import Config, EvaluationConfig, MethodConfig, differences, load_config, overridden, to_toml
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically, write_json
-from fedmomentum.global_model import kept_rounds
+from fedmomentum.folders import kept_rounds
+from fedmomentum.records import checksummed
 from fedmomentum.report.cells import (
     COMPARISON,
     FORMAT,
@@ -95,8 +97,9 @@ class Cell:
 
         Raises:
             ConfigError: the folder holds a run of other settings, or more rounds than are asked for.
+        ModelError: its last checkpoint is damaged.
         """
-        if not (self.folder / "config.toml").is_file():
+        if not _begun(self.folder):
             return False
         _check_same(self.folder, self.config, _BY_REFERENCES if self.entry.kind != "federated" else set())
         done, asked = max(kept_rounds(self.folder), default=-1), self.config.federation.num_rounds
@@ -205,7 +208,7 @@ def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
     """Raises ConfigError where the folder's settings are others; trackers may change, rounds be added, not taken."""
     changed = [
         key
-        for key in differences(load_config(folder / "config.toml"), config)
+        for key in differences(_saved(folder), config)
         if key not in {*may_differ, "federation.num-rounds", "run.report-to"}
     ]
     if changed:
@@ -213,6 +216,16 @@ def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
             f"{folder} was made with other settings; these differ: {', '.join(changed)}. Compare with its own, "
             f"{folder / 'config.toml'}, or in another --out"
         )
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is a run."""
+    return (folder / "config.toml").is_file() or bool(kept_rounds(folder))
+
+
+def _saved(folder: Path) -> Config:
+    """The settings of the run, or of the comparison, in a folder."""
+    return saved_settings(folder) or load_config(folder / "config.toml")
 
 
 # ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,10 +243,9 @@ def run_cell(
     Raises:
         FedMomentumError: see `prepare` and `run_rounds`.
     """
-    saved = cell.folder / "config.toml"
-    resume = saved.is_file()
+    resume = _begun(cell.folder)
     cell.is_finished()  # whether its settings are ours; those that a reference changes are compared below
-    run = prepare(load_config(saved) if resume else cell.config, cell.folder, resume=resume, on_step=on_step, say=say)
+    run = prepare(_saved(cell.folder) if resume else cell.config, cell.folder, resume=resume, on_step=on_step, say=say)
     try:
         run.config = cell.config
         if cell.entry.kind != "federated":
@@ -324,9 +336,9 @@ def write_comparison(out: Path, cells: Sequence[Cell], *, baseline: str, target:
         ],
         "summary": [],
     }  # fmt: skip
-    write_json(out / COMPARISON, table)
+    write_json(out / COMPARISON, checksummed(table))
     comparison = read_comparison(out)
-    write_json(out / COMPARISON, table | {"summary": summary_tables(comparison)})
+    write_json(out / COMPARISON, checksummed(table | {"summary": summary_tables(comparison)}))
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(cell_rows(comparison))
     write_atomically(out / "comparison.csv", buffer.getvalue().encode())

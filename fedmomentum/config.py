@@ -420,6 +420,42 @@ def _quoted(text: str) -> str:
     return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
 
 
+MAY_CHANGE = frozenset({
+    "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
+    "run.keep-rounds", "run.report-to",
+})  # fmt: skip
+"""Settings that a resumed run may change: none of the rounds that are done depends on them."""
+
+
+def altered_settings(text: str, committed: str) -> list[str]:
+    """Return the keys of a run's config.toml that are not as its checkpoint has them, `MAY_CHANGE` aside.
+
+    Args:
+        text: config.toml, every key written out.
+        committed: the settings in the checkpoint, likewise.
+
+    Raises:
+        ConfigError: If either is not TOML.
+    """
+    try:
+        now, before = _flat(tomllib.loads(text)), _flat(tomllib.loads(committed))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    keys = sorted((now.keys() | before.keys()) - MAY_CHANGE)
+    return [key for key in keys if repr(now.get(key)) != repr(before.get(key))]
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.key` to value; a table that is none is kept under its own name."""
+    found: dict[str, Any] = {}
+    for section, values in table.items():
+        if isinstance(values, Mapping):
+            found |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            found[section] = values
+    return found
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """The keys that differ, as `section.key`."""
     before, after = to_dict(old), to_dict(new)

@@ -138,7 +138,8 @@ def status_table(status: Mapping[str, Any], now: float) -> Table:
     )
     head = f"{where}, {status['phase']}"
     if status["waiting_for"]:
-        head += f"; waiting {max(0, status['waits_until'] - now):.0f} s more for {', '.join(status['waiting_for'])}"
+        left = max(0.0, (status["waits_until"] or now) - now)
+        head += f"; waiting {left:.0f} s more for {', '.join(status['waiting_for'])}"
     if status["version"]:
         head += f"; base version {status['version'][:16]}"
     if age > FRESH_SECONDS and status["phase"] != "ended":
