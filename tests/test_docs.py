@@ -1,6 +1,5 @@
 """The documentation is true where a machine can tell: its code runs, its links lead somewhere, its tables are whole."""
 
-import dataclasses
 import importlib
 import json
 import re
@@ -19,6 +18,7 @@ from fedmomentum.aggregation import METHODS, Method
 from fedmomentum.cli import app
 from fedmomentum.files import sha256
 from fedmomentum.lowrank import relative_error, weighted_sum
+from fedmomentum.schema import Schema
 from fedmomentum.training import PASSED_ON, check_arguments
 from tests import test_method_contract as contract
 from tests.helpers import TOLERANCE, random_matrix
@@ -304,11 +304,12 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
 
 
 def test_every_field_of_the_wire_is_documented():
-    from fedmomentum.transport import Reply, Task
+    from fedmomentum import messages
 
     told = documented(ROOT / "docs" / "folder-formats.md")
-    for kind, in_tensors in ((Task, "objects"), (Reply, "tensors")):
-        assert {field.name for field in dataclasses.fields(kind)} - {in_tensors} <= told
+    for kind in vars(messages).values():
+        if isinstance(kind, type) and issubclass(kind, Schema):
+            assert set(kind.__struct_fields__) <= told, kind
 
 
 def test_the_results_are_those_of_the_committed_runs(monkeypatch):
