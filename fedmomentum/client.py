@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -478,6 +479,7 @@ def _describe(
     return max(1, len(client.train)), description, to_tensors(fresh) if request.adapter else {}
 
 
+@cache
 def installed(package: str) -> str:
     """The version of a package that is installed here."""
     try:

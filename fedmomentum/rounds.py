@@ -241,7 +241,10 @@ def _round(
         expected = _expected_probes(exchange, weights, model, later, seed) if one_model else None
         _add_evaluation(row, evaluation, expected)
     _tell_failures(server_round, evaluation.failures)
-    failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
+    failures = dict(exchange.failures)
+    for client, reason in evaluation.failures.items():
+        before = f"{failures[client]}; " if client in failures else ""
+        failures[client] = f"{before}evaluation: {reason}"
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
     row["downlink_bytes"] = _added(exchange.downlink_bytes, evaluation.downlink_bytes)
@@ -767,7 +770,8 @@ def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expecte
             "total": total, "compared": compared, "by_client": by_client,
             "by_category": dict(sorted(by_category.items())),
         }  # fmt: skip
-    row["exactness_error"] = max(errors) if errors else None
+    # Infinite where nothing changed and something came out: JSON has no number for that.
+    row["exactness_error"] = max(errors) if errors and math.isfinite(max(errors)) else None
     row["applied_share"] = min(shares) if shares else None
 
 
