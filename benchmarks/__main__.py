@@ -3,8 +3,8 @@
     python benchmarks [--only wire scale ...] [--out runs/bench]        (`make bench`)
 
 Each is a process of its own and writes `<name>.json` into the folder; `all.json` there holds everything, with the
-machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked for. One that fails is named in the end, and the others run all the same. A target that is not met is no
-failure.
+machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked for. One that fails is named in the end,
+and the others run all the same. A target that is not met is no failure.
 """
 
 import argparse

@@ -42,6 +42,8 @@ from rich.console import Console
 
 CONSOLE = Console()
 PARTS = ("rounds", "residuals", "training", "aggregation")
+FLOOR = 0.8
+"""A size is expected to take this share of its usual time at least, however quick the one before was."""
 RESERVE = 75.0
 """Seconds that the sizes leave for the aggregation after them."""
 
@@ -95,7 +97,7 @@ class Report:
 
     def skip(self, name: str, reason: str) -> None:
         """Say that a part is not measured, and why."""
-        CONSOLE.print(f"{name} is left out: {reason}", highlight=False)
+        CONSOLE.print(f"{name} is left out: {reason}", highlight=False, soft_wrap=True)
         self.measured["skipped"][name] = reason
 
     def keep(self, **measured: Any) -> None:
@@ -147,7 +149,8 @@ def run_sizes(device: torch.device, sizes: Sequence[Size], budget: Budget, reser
         if measured:
             found.append(measured)
             evaluation = measured["round"]["evaluate_task"] or {"whole": 0.0}  # is done only where there is time for it
-            slower = (time.perf_counter() - started - evaluation["whole"]) / size.seconds
+            took = time.perf_counter() - started - evaluation["whole"]
+            slower = max(FLOOR, took / size.seconds)
         report.keep(training=found)
 
 

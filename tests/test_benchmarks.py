@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rich.console import Console
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WRITES = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from common import Target, write_json
@@ -81,7 +83,7 @@ def test_the_gpu_is_measured_where_there_is_one(runner, monkeypatch):
 def gpu_trial(tmp_path_factory):
     """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that."""
     file = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "COLUMNS": "150"}
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "COLUMNS": "150", "OMP_NUM_THREADS": "1"}
 
     def run(*options: str) -> str:
         command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
@@ -140,12 +142,18 @@ def test_the_gpu_benchmark_renders_its_file_as_it_printed_it(gpu_trial):
         assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
 
 
-def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(monkeypatch, tmp_path):
+@pytest.fixture
+def importing(monkeypatch):
+    """Import scripts of the folder by their names, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    gpu, models = (importlib.import_module(name) for name in ("gpu", "gpu_models"))
-    report = gpu.Report(torch.device("cpu"), tmp_path / "gpu.json", tiny=True)
-    size = models.TINY
+    yield importlib.import_module
+    ours = [name for name, module in sys.modules.items() if str(BENCHMARKS) in str(getattr(module, "__file__", ""))]
+    for name in ours:
+        del sys.modules[name]
+
+
+def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monkeypatch, tmp_path):
+    gpu, models = importing("gpu"), importing("gpu_models")
     asked = []
 
     def measure_size(size, folder, device, budget):
@@ -155,19 +163,25 @@ def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(monkeypatch, tmp
         return {"size": size.name, "round": {"evaluate_task": None}}, []
 
     monkeypatch.setattr(gpu, "measure_size", measure_size)
-    monkeypatch.setattr(gpu, "tables", lambda measured: "")
-    sizes = [gpu.TINY.__class__(**{**size.__dict__, "name": name, "seconds": seconds})
-             for name, seconds in (("good", 10.0), ("broken", 10.0), ("large", 50.0))]  # fmt: skip
-    gpu.run_sizes(torch.device("cpu"), sizes, models.Budget(100), 60.0, report)
+    expected = {"good": 20.0, "broken": 30.0, "large": 5000.0}
+    sizes = [replace(models.TINY, name=name, seconds=seconds) for name, seconds in expected.items()]
+    report = gpu.Report(torch.device("cpu"), tmp_path / "gpu.json", tiny=True)
+    gpu.run_sizes(torch.device("cpu"), sizes, models.Budget(1000), 60.0, report)
+    report.keep()
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert asked == ["good", "broken"] and [one["size"] for one in written["training"]] == ["good"]
     assert written["failed"] == {"training, broken": "RuntimeError: out of memory"}
-    assert list(written["skipped"]) == [] or "training, large" in written["skipped"]
+    (reason,) = written["skipped"].values()
+    # as the first took no time, a size is expected to take eight tenths of its usual time, and 60 s are reserved
+    left = re.fullmatch(r"it would take about 4000 s, and (\d+) s were left for it", reason)
+    assert left and 800 < int(left[1]) <= 940
+    told = importing("gpu_tables").tables(written | {"training": []})
+    assert f"Not measured: training, large: {reason}." in told
+    assert "Failed: training, broken: RuntimeError: out of memory." in told
 
 
-def test_memory_and_time_of_the_gpu_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    models, tables = (importlib.import_module(name) for name in ("gpu_models", "gpu_tables"))
+def test_what_the_gpu_benchmark_shares(importing):
+    models, tables = importing("gpu_models"), importing("gpu_tables")
     with models.watch_memory(torch.device("cpu")) as grown:
         pass
     assert math.isnan(grown.peak) and tables.gibibytes(grown.peak) == tables.gibibytes(None) == "–"
