@@ -319,6 +319,17 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     assert importlib.import_module("figures").tables().strip() in text
 
 
+def test_what_is_said_of_a_gpu_is_what_was_measured_on_one(monkeypatch):
+    """The section exists where its numbers do, and its tables are what the benchmark renders of them."""
+    text, numbers = (ROOT / "docs" / "performance.md").read_text(), ROOT / "docs" / "performance" / "gpu.json"
+    assert ("\n## On a GPU\n" in text) == numbers.is_file()
+    if numbers.is_file():
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        measured = json.loads(numbers.read_text())
+        assert not measured["tiny"] and measured["environment"]["device"]["driver"]
+        assert importlib.import_module("gpu_tables").tables(measured).strip() in text
+
+
 def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatch):
     text, folder = (ROOT / "docs" / "performance.md").read_text(), ROOT / "docs" / "performance"
     monkeypatch.syspath_prepend(ROOT / "experiments")
