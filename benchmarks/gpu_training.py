@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from common import Target, alternate
 from gpu_models import (
@@ -32,13 +33,13 @@ from transformers import AutoModelForCausalLM
 
 from fedmomentum import FedMomentum, LowRank
 from fedmomentum.client import Client, LocalModel, client_step
-from fedmomentum.config import Config, from_dict, own_facts
+from fedmomentum.config import Config, from_dict
 from fedmomentum.data.batches import completion_batch
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.global_model import Blob, GlobalModel
-from fedmomentum.rounds import train_settings
+from fedmomentum.messages import ClientLora, EvaluateRequest, Task, encode_task
+from fedmomentum.rounds import train_request
 from fedmomentum.training import train
-from fedmomentum.transport import Task, encode_task
 
 RANK = 16
 PLAIN = "plain PEFT, plain loop"
@@ -214,9 +215,10 @@ def measure_round(
     for name in ("become", "probes", "applied_share"):
         setattr(local, name, watch.timed(name, getattr(local, name)))
     client = Client("client", examples, examples, method, store, function=watch.timed("train", train))
-    own = own_facts(local.own, local.is_mixed)
-    trains = train_settings(config, 2, "client", config.training.learning_rate) | {"own": own}
-    task = Task("train", "benchmark", "client", 2, model.manifest(), model.objects(), trains)
+    lora = ClientLora.of(local.own, local.is_mixed)
+    request = train_request(config, 2, "client", config.training.learning_rate, lora)
+    request = msgspec.structs.replace(request, manifest=model.manifest())
+    task = Task("benchmark", "client", 2, request, model.objects())
     found: dict[str, Any] = {"steps": config.training.local_steps}
     found["train_task"] = _answer(encode_task(task), client, local, watch, device)
 
@@ -224,14 +226,15 @@ def measure_round(
     if budget.left() < 30 + 4 * found["train_task"]["probes"]:
         found["evaluate_task"] = None
         return found
-    evaluates = {
-        "num_examples": len(examples),
-        "num_compared": len(examples),
-        "batch_size": len(examples),
-        "probe_seed": trains["probe_seed"],
-        "own": own,
-    }
-    task = Task("evaluate", "benchmark", "client", 2, model.manifest(), settings=evaluates)
+    evaluation = EvaluateRequest(
+        manifest=model.manifest(),
+        lora=lora,
+        num_examples=len(examples),
+        num_compared=len(examples),
+        batch_size=len(examples),
+        probe_seed=request.probe_seed,
+    )
+    task = Task("benchmark", "client", 2, evaluation)
     found["evaluate_task"] = _answer(encode_task(task), client, local, watch, device)
     return found
 
