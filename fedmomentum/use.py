@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base import load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.data.examples import Example
 from fedmomentum.data.read import read_rows, to_examples
 from fedmomentum.data.tasks import score
 from fedmomentum.data.tokens import tokenise
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.evaluation import Evaluation, Score, evaluate, generate
-from fedmomentum.export import one_adapter
-from fedmomentum.global_model import Blob, GlobalModel
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.loaded import vocabulary_size
 from fedmomentum.peft_io import read_adapter
 from fedmomentum.report.text import number, percent, percent_range
+from fedmomentum.tuned import TunedModel
 
 
 class Both:
@@ -52,29 +52,15 @@ class Both:
         folder = resolve_base(base or model.base.name, model.base.revision)
         model.base.check(identify(base or model.base.name, folder))
         device = pick_device("auto")
-        self.tokenizer = load_tokenizer(folder)
         self.model = load_base(folder, pick_dtype("auto", device), device)
-        self._held = HeldBase({m: self.model.get_submodule(m) for m in model.adapter.modules}, folder)
-        whole = one_adapter(model)
-        self._change = Blob.of(whole.modules)
-        self._saved = dict(whole.saved)
+        self.tokenizer = load_tokenizer(folder, vocabulary_size(self.model))
+        self._tuned = TunedModel(self.model, folder, model)
 
     @contextmanager
     def tuned(self) -> Iterator[None]:
         """Inside, the model is the tuned one."""
-        before = {name: self.model.get_parameter(name).detach().clone() for name in self._saved}
-        try:
-            self._held.apply([self._change])
-            self._put(self._saved)
+        with self._tuned.applied():
             yield
-        finally:
-            self._held.apply([])
-            self._put(before)
-
-    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.model.get_parameter(name).copy_(tensor)
 
 
 def answers(
