@@ -32,7 +32,8 @@ from fedmomentum.global_model import GlobalModel
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
 from fedmomentum.tracking import check_trackers, reported
-from fedmomentum.training import check_arguments, train
+from fedmomentum.training import train
+from fedmomentum.training_arguments import check_amount, check_arguments
 from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
 from fedmomentum.wire import wire_dtype
 
@@ -372,14 +373,19 @@ def _tokenised(
 ) -> list[Client]:
     """Each client's examples as tokens, once for the whole run; held-out ones in a drawn order."""
     limits: dict[str, Any] = {"max_length": config.data.max_length, "max_lost_share": config.data.max_lost_share}
-    clients = []
+    training, clients = config.training, []
     for party in parties:
         test = list(party.test)
         random.Random(derive(config.run.seed, "test order", party.client_id)).shuffle(test)
+        train_examples = tokenise(party.train, local.tokenizer, owner=party.client_id, **limits)
+        check_amount(
+            len(train_examples), local_steps=training.local_steps, local_epochs=training.local_epochs,
+            batch_size=training.batch_size, arguments=training.arguments, owner=party.client_id,
+        )  # fmt: skip
         clients.append(
             Client(
                 party.client_id,
-                tokenise(party.train, local.tokenizer, owner=party.client_id, **limits),
+                train_examples,
                 tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
                 method=make_method(config),
                 store=out,

@@ -26,7 +26,8 @@ ALLOWED = {  # the maths: torch alone
     "global_model.py": set(), "transport.py": set(), "checkpoint.py": set(), "rounds.py": set(), "config.py": set(),
     "consolidation.py": set(), "client.py": set(), "run.py": set(), "export.py": set(),
     "base.py": {"transformers", "safetensors"},
-    "compare.py": {"rich"}, "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
+    "compare.py": {"rich"}, "training_arguments.py": {"transformers", "msgspec"},
+    "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
     "tracking.py": {"accelerate"}, "report": {"matplotlib", "jinja2", "numpy"},
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
@@ -40,7 +41,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"embedded", "data"},
     {"identity"},
     {"global_model", "peft_io", "config"},
-    {"base", "export", "transport", "training", "evaluation", "consolidation"},
+    {"base", "export", "transport", "training_arguments", "training", "evaluation", "consolidation"},
     {"client", "checkpoint"},
     {"rounds", "enrolment", "tracking"},
     {"run", "report"},
