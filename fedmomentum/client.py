@@ -24,6 +24,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.chat_date import set_chat_date
 from fedmomentum.config import LoraConfig, ModelConfig, own_facts
 from fedmomentum.consolidation import Recipe, remade
 from fedmomentum.data.tokens import TokenisedExamples
@@ -84,8 +85,10 @@ class LoadedBase:
         """
         folder = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
+        tokenizer = load_tokenizer(folder)
+        set_chat_date(tokenizer, model.chat_date)
         return cls(
-            folder, identify(model.name, folder, model.revision), load_tokenizer(folder),
+            folder, identify(model.name, folder, model.revision), tokenizer,
             load_base(folder, pick_dtype(model.dtype, device), device),
         )  # fmt: skip
 

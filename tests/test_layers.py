@@ -17,8 +17,8 @@ THIRD_PARTY = {
 ALLOWED = {  # the maths: torch alone
     "lowrank.py": set(), "sums.py": set(), "leading.py": set(), "deflation.py": set(),
     "by_iteration.py": set(), "by_gram.py": set(), "moves.py": set(), "aggregation": set(), "diagnostics.py": set(),
-    "adapter.py": set(), "errors.py": set(), "plugins.py": set(), "memory.py": set(),
-    "wire.py": set(), "enrolment.py": set(),
+    "adapter.py": set(), "errors.py": set(), "plugins.py": set(), "memory.py": set(), "chat_date.py": set(),
+    "wire.py": set(), "enrolment.py": set(), "screening.py": set(),
     # one third-party library a file
     "schema.py": {"msgspec"},
     "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
@@ -32,7 +32,7 @@ ALLOWED = {  # the maths: torch alone
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
-    {"plugins", "memory", "schema"},
+    {"plugins", "memory", "schema", "chat_date"},
     {"sums"},
     {"deflation", "moves"},
     {"by_iteration", "by_gram"},
@@ -42,7 +42,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"identity"},
     {"global_model", "peft_io", "config"},
     {"base", "export", "transport", "training_arguments", "training", "evaluation", "consolidation"},
-    {"client", "checkpoint"},
+    {"client", "checkpoint", "screening"},
     {"rounds", "enrolment", "tracking"},
     {"run", "report"},
     {"live", "use", "inspection", "compare"},
