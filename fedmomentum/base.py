@@ -169,6 +169,7 @@ class HeldBase:
                 _hold_in_float32(self.layers[module])
                 self.weight(module).copy_(weight)
         self._applied: list[str] = []
+        self._is_whole = True
 
     def _refuse_other(self, module: str, stored: Tensor, folder: Path) -> None:
         """Refuse a stored weight that is not the one transformers loaded, in the dtype in which it is loaded.
@@ -214,7 +215,7 @@ class HeldBase:
         self._is_whole = False
         for module, weight in self.each_pristine(self.layers):
             self.weight(module).copy_(weight)
-        self._applied: list[str] = []
+        self._applied = []
         self._is_whole = True
 
     def weight(self, module: str) -> Tensor:

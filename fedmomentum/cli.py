@@ -119,11 +119,13 @@ def _report_if_any(out: Path) -> None:
 
 
 def _after_run(out: Path) -> None:
-    from fedmomentum.live import summary_table
+    from fedmomentum.live import absence_lines, summary_table
     from fedmomentum.report import read_run, write_report
 
-    page = write_report(out)
-    OUT.print(summary_table(read_run(out)))
+    page, finished = write_report(out), read_run(out)
+    OUT.print(summary_table(finished))
+    for line in absence_lines(finished):
+        OUT.print(line, soft_wrap=True)
     OUT.print(f"\nThe result is in [bold]{out}[/], its report in [bold]{page}[/]. Next:", soft_wrap=True)
     for what, command in (
         ("the whole model", f"fedmomentum export {out} --to merged --out {out}-merged"),

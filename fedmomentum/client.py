@@ -27,6 +27,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.chat_date import set_chat_date
 from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.consolidation import Recipe, remade
 from fedmomentum.data.tokens import TokenisedExamples
@@ -109,7 +110,9 @@ class LoadedBase:
         device = pick_device(model.device)
         identity = identify(model.name, folder, model.revision)
         base = load_base(folder, pick_dtype(model.dtype, device), device)
-        return cls(folder, identity, load_tokenizer(folder, vocabulary_size(base)), base)
+        tokenizer = load_tokenizer(folder, vocabulary_size(base))
+        set_chat_date(tokenizer, model.chat_date)
+        return cls(folder, identity, tokenizer, base)
 
     def copy(self) -> Any:
         """Another model of the same tensors, to put an adapter on: only its modules are new."""

@@ -35,7 +35,8 @@ from fedmomentum.messages import ClientLora, Description, Task, encode_task
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_request
 from fedmomentum.tracking import check_trackers, reported
-from fedmomentum.training import check_arguments, train
+from fedmomentum.training import train
+from fedmomentum.training_arguments import check_amount, check_arguments
 from fedmomentum.transport import InProcessTransport, Transport
 from fedmomentum.wire import wire_dtype
 
@@ -378,6 +379,7 @@ def _tokenised(
     limits: dict[str, Any] = {"max_length": config.data.max_length, "max_lost_share": config.data.max_lost_share}
     base = local.peft.get_base_model()
     check_max_length(base, config.data.max_length)
+    training = config.training
     clients = []
     for party in parties:
         test = list(party.test)
@@ -387,6 +389,14 @@ def _tokenised(
         test_tokens = tokenise(test, local.tokenizer, owner=held_out, **limits) if test else NOTHING
         check_token_ids(base, train_tokens.input_ids, party.client_id)
         check_token_ids(base, test_tokens.input_ids, held_out)
+        check_amount(
+            len(train_tokens),
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+            batch_size=training.batch_size,
+            arguments=training.arguments,
+            owner=party.client_id,
+        )
         clients.append(
             Client(
                 party.client_id,
