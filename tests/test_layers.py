@@ -31,7 +31,7 @@ ALLOWED = {  # the maths: torch alone
 }  # fmt: skip
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
-    {"plugins", "memory", "schema"},
+    {"plugins", "memory", "schema", "shipped"},
     {"sums"},
     {"deflation", "moves"},
     {"by_iteration", "by_gram"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmomentum.flower.status import FRESH_SECONDS
-from fedmomentum.live import Live, plan_table
+from fedmomentum.live import Live, plan_table, summary_table
+from fedmomentum.report import read_run, write_report
 from fedmomentum.report.text import human_bytes
 from fedmomentum.run import Plan
 from fedmomentum.schema import printable
@@ -176,3 +178,23 @@ def status_table(status: Mapping[str, Any], now: float) -> Table:
             human_bytes(client["down_bytes"]), human_bytes(client["up_bytes"]), Text(printable(client["reason"] or "")),
         )  # fmt: skip
     return table
+
+
+def after_serving(console: Console, out: Path) -> None:
+    """Write the report of a served run, and say where its result is and how to use it.
+
+    The base model is at the parties and need not be here, so the commands name it as a directory to fill in.
+    """
+    page = write_report(out)
+    console.print(summary_table(read_run(out)))
+    shown = shlex.quote(str(out))
+    lines = [
+        f"The result is in {out}, its report in {page}. The base model is not needed until the result is used:",
+        f"where it is, on a party's machine for one, copy {out} there and run",
+        f"  fedmomentum export {shown} --base BASE-DIRECTORY --to merged --out {shlex.quote(f'{out}-merged')}",
+        f"  fedmomentum export {shown} --base BASE-DIRECTORY --to adapter --out {shlex.quote(f'{out}-adapter')}",
+        "BASE-DIRECTORY is that of the parties' base model; leave --base out where job.toml names it.",
+        "The parties stay until they leave; end them with Ctrl-C there.",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""deploy/nginx.conf in a real nginx: nodes get through whole, and nothing else does."""
+"""fedmomentum/deploy/nginx.conf in a real nginx: nodes get through whole, and nothing else does."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from fedmomentum.flower.gate import MAX_REQUEST_BYTES, PATHS
 from tests.flower.network import Stranger, connect, fetch, make_keys, running, there_and_back
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-CONFIGURATION = Path(__file__).parents[2] / "deploy" / "nginx.conf"
+CONFIGURATION = Path(__file__).parents[2] / "fedmomentum" / "deploy" / "nginx.conf"
 MIB = 2**20
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
