@@ -95,9 +95,12 @@ def server_address(text: str) -> str:
         )
     if host.startswith("[") and host.endswith("]"):
         try:
-            return f"[{ipaddress.IPv6Address(host[1:-1])}]:{int(port)}"
-        except ValueError as error:
-            raise ConfigError(f"--server {printable(text, 200)!r}: {error}") from error
+            address = ipaddress.IPv6Address(host[1:-1])
+        except ValueError:
+            address = None
+        if address is None or address.scope_id:
+            raise ConfigError(f"--server {printable(text, 200)!r}: what stands in brackets is no IPv6 address")
+        return f"[{address}]:{int(port)}"
     if ":" in host:
         raise ConfigError(f"--server {printable(text, 200)!r}: an IPv6 address stands in brackets, [2001:db8::1]:9443")
     if not HOST_NAME.fullmatch(host):
