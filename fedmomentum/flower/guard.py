@@ -151,6 +151,10 @@ class Guard:
     def _check_answer(self, asked: PushMessagesRequest) -> PushMessagesResponse | None:
         """Check that this is one answer, of this node, to a question of this node's."""
         state, node_id = self._state, asked.node.node_id
+        if any(message.metadata.src_node_id != node_id for message in asked.messages_list):
+            # not an answer of this node's: it is refused, and the node's own may still come
+            self._notices.tell(logging.WARNING, self._name_of(node_id), "spoke for another node, which was refused")
+            raise HTTPException(403, "a node speaks for itself")
         if len(asked.messages_list) != 1 or len(asked.message_object_trees) != 1:
             raise PayloadError("a node sends one message at a time")
         if len(asked.clientapp_runtime_list) > 1 or not all(0 <= s < 1e9 for s in asked.clientapp_runtime_list):
