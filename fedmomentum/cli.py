@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.errors import ConfigError, FedMomentumError
 from fedmomentum.memory import keep_freed_memory
+from fedmomentum.terminal import SafeConsole
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Exact federated LoRA fine-tuning: FedMomentum.",
 )  # fmt: skip
-OUT = Console(highlight=False, soft_wrap=False)
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+OUT = SafeConsole(highlight=False, soft_wrap=False)
+ERR = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 Folder = Annotated[Path, typer.Argument(show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="folder to write", show_default=False)]
@@ -67,6 +67,16 @@ def main() -> None:
 def _terminated(signum: int, frame: Any) -> None:
     """A service manager's way to say Ctrl-C: everything is ended and saved alike."""
     raise KeyboardInterrupt
+
+
+def _leave_on_signals() -> None:
+    """Have SIGINT and SIGTERM end a service, also where it was started in the background.
+
+    A shell without job control starts background commands with SIGINT ignored, and that is inherited: a node that a
+    script started with `&` could be ended by SIGKILL only, and would not say goodbye.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
 
 
 @app.command()
@@ -259,6 +269,28 @@ def methods() -> None:
 
 
 @app.command()
+def files(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="which to copy [default: all]", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="directory to copy to [default: list them only]", show_default=False)
+    ] = None,
+) -> None:
+    """List or copy what comes with the package: example configurations, systemd units, an nginx configuration."""
+    from fedmomentum.shipped import ROOT, SHIPPED, copy_shipped
+
+    if out is not None:
+        for target in copy_shipped(out, names or []):
+            OUT.print(str(target), markup=False, soft_wrap=True)
+        return
+    if names:
+        raise ConfigError("give the directory to copy to: --out DIR")
+    for name, what in SHIPPED.items():
+        OUT.print(f"{ROOT / name}  {what}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(folder: Folder) -> None:
     """Print what a run, a global model, or a PEFT adapter holds: ranks, scalings, energies, norms, hashes."""
     import atexit
@@ -432,8 +464,10 @@ def keys_server(
     from fedmomentum.flower.keys import make_server_keys
 
     make_server_keys(keys, host)
-    OUT.print(f"The server's keys are in {keys}. Give {keys / 'ca.pem'} to every party, and keep the rest to yourself",
-              markup=False, soft_wrap=True)  # fmt: skip
+    OUT.print(
+        f"The server's keys are in {keys}. Send {keys / 'ca.pem'} to every party, which keeps it as ca.pem; keep the "
+        "rest to yourself", markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @keys_app.command("node")
@@ -479,8 +513,9 @@ def serve(
     out = out or Path("runs") / config.stem
     _need_flower()
     from fedmomentum.flower.serve import serve as serve_run
-    from fedmomentum.flower.views import ServerView
+    from fedmomentum.flower.views import ServerView, after_serving
 
+    _leave_on_signals()
     with Live(OUT, settings.federation.num_rounds) as live:
         view = ServerView(OUT, live, out)
         try:
@@ -495,16 +530,16 @@ def serve(
                     f"--keys {keys} --host {host} --port {port} --resume", markup=False,
                 )  # fmt: skip
             raise
-    _after_run(out)
+    after_serving(OUT, out)
 
 
 @app.command()
 def join(
     config: Annotated[Path, typer.Argument(help="TOML file: the run's, with this party's data", show_default=False)],
     overrides: Overrides = None,
-    server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)] = ...,  # type: ignore[assignment]
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT, or https://HOST:PORT", show_default=False)] = ...,  # type: ignore[assignment]
     key: Annotated[Path, typer.Option("--key", help="this node's private key", show_default=False)] = ...,  # type: ignore[assignment]
-    ca: Annotated[Path, typer.Option("--ca", help="the server's authority")] = Path("ca.pem"),
+    ca: Annotated[Path, typer.Option("--ca", help="the server's authority, its keys/ca.pem")] = Path("ca.pem"),
     name: Annotated[str, typer.Option("--name", help="[default: the key file's name]", show_default=False)] = "",
     store: Annotated[
         Path | None, typer.Option("--store", help="folder for what the server sends [default: nodes/<name>]")
@@ -523,6 +558,7 @@ def join(
     from fedmomentum.flower.views import NodeView
     from fedmomentum.flower.worker import WorkerError
 
+    _leave_on_signals()
     name = name or key.stem
     party = Party(server, ca, key, store or Path("nodes") / name, name)
     with NodeView(OUT) as view:
