@@ -520,9 +520,10 @@ def join(
     from fedmomentum.flower.join import join as take_part
     from fedmomentum.flower.views import NodeView
     from fedmomentum.flower.worker import WorkerError
+    from fedmomentum.names import directory_name
 
     name = name or key.stem
-    party = Party(server, ca, key, store or Path("nodes") / name, name)
+    party = Party(server, ca, key, store or Path("nodes") / directory_name(name), name)
     with NodeView(OUT) as view:
         if check_only:
             results = check(settings, party, view.observe)

@@ -25,6 +25,7 @@ from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import kept_rounds
+from fedmomentum.names import directory_name
 from fedmomentum.report.cells import (
     COMPARISON,
     FORMAT,
@@ -191,7 +192,7 @@ def plan_cells(config: Config, entries: Sequence[Entry], seeds: Sequence[int], o
             folder = out / entry.folder / f"seed-{seed}"
             if entry.kind == "local":
                 cells += [
-                    Cell(entry, seed, folder / only, replace(own, lora=own.lora.of(only)), only)
+                    Cell(entry, seed, folder / directory_name(only), replace(own, lora=own.lora.of(only)), only)
                     for only in party_names(own)
                 ]
             elif entry.kind == "centralised":

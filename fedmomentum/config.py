@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fedmomentum.errors import ConfigError
+from fedmomentum.names import check_client_name
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -66,6 +67,7 @@ class LoraConfig:
         _need(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
         _need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for client, own in self.clients.items():
+            check_client_name(client, "lora.clients")
             _need(isinstance(own, dict), f"lora.clients.{client}", own, "a table")
             for key in own:
                 _need(key in OWN_KEYS, f"lora.clients.{client}.{key}", own[key], f"one of {', '.join(OWN_KEYS)}")
@@ -138,6 +140,8 @@ class DataConfig:
         _need(
             not (self.source and self.client_files), "data.source", self.source, "left out where client-files is given"
         )
+        for client in self.client_files:
+            check_client_name(client, "data.client-files")
         _need(self.partition in ("iid", "dirichlet", "categories", "sizes"), "data.partition", self.partition,
               "iid, dirichlet, categories or sizes")  # fmt: skip
         _need(self.num_clients >= 1, "data.num-clients", self.num_clients, "at least 1")

@@ -29,6 +29,7 @@ from fedmomentum.enrolment import enrol
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.personal import check_personal
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
 from fedmomentum.tracking import check_trackers, reported
@@ -154,6 +155,8 @@ def prepare(
         if resumed:
             model, state = resumed
             model.base.check(local.identity)
+            if method.personal:
+                check_personal(out, state.run_id, _last_trained(folder.rows))
         else:
             model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
             state = ServerState(secrets.token_hex(16))
@@ -162,6 +165,15 @@ def prepare(
         folder.close()
         raise
     return Run(config, method, folder, local, locals_, clients, model, state, plan, partition_table(parties))
+
+
+def _last_trained(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the clients whose training has counted in a run, each with the last round in which it did."""
+    found = {}
+    for row in rows:
+        for client in row["accepted"]:
+            found[client] = row["round"]
+    return found
 
 
 def _own_models(config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]) -> dict[str, LocalModel]:
@@ -383,6 +395,7 @@ def _tokenised(
                 tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
                 method=make_method(config),
                 store=out,
+                keep_rounds=config.run.keep_rounds,
                 function=function,
                 on_step=on_step,
             )

@@ -19,6 +19,7 @@ from fedmomentum.config import Config
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.apps import client_app, server_app
 from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
+from fedmomentum.names import directory_name
 from fedmomentum.run import party_names, prepare_party, run_over
 
 WHO = b"who are you?"
@@ -87,7 +88,7 @@ def _answer(payload: bytes, context: Context, config: Config, names: list[str], 
         return name.encode()
     if name not in _PARTIES:
         shared = next((local for _, local in _PARTIES.values()), None)
-        _PARTIES[name] = prepare_party(config, name, store / name, local=shared)
+        _PARTIES[name] = prepare_party(config, name, store / directory_name(name), local=shared)
     client, local = _PARTIES[name]
     return client_step(payload, client, local)
 
