@@ -35,7 +35,7 @@ def check_client_name(name: Any, where: str, error: type[FedMomentumError] = Con
             a control character, a line or paragraph separator, a direction override, or a lone surrogate.
     """
     if not isinstance(name, str) or not name.strip():
-        raise error(f"{where}: a client's name must be text that is not empty; got {name!r}")
+        raise error(f"{where}: a client has no name; it must be text that is not blank, got {name!r}")
     if len(name) > MAX_LENGTH:
         raise error(
             f"{where}: a client's name has {len(name)} characters; at most {MAX_LENGTH} are allowed. "
