@@ -107,11 +107,6 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def own_facts(own: LoraConfig, is_mixed: bool) -> dict[str, Any]:
-    """What a client trains, for server and client to compare."""
-    return {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules, "mixed": is_mixed}
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Whose data is where, and how much is held out."""
@@ -262,7 +257,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _need(self.seed >= 0, "run.seed", self.seed, "0 or more")
+        _need(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
         _need(self.threads >= 0, "run.threads", self.threads, "0 or more")
         _need(self.keep_rounds >= 1, "run.keep-rounds", self.keep_rounds, "at least 1")
 

@@ -19,17 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes
-from fedmomentum.global_model import Blob, GlobalModel, by_module, check_name
+from fedmomentum.global_model import Blob, GlobalModel, by_module
 from fedmomentum.lowrank import CORE_DTYPE, LowRank
+from fedmomentum.schema import Hash, Schema
 from fedmomentum.sums import Matrix
 
+MAX_RECIPES, MAX_PARTS = 64, 4096
+"""Recipes that a client is sent at most, and parts that they name in all. One that is further behind downloads the
+snapshot: looking through an endless list would cost it more."""
 NUMBERS = 2**20
 """So many elements of a sum are made at a time: 8 MB, which stays in cache."""
 
@@ -141,8 +146,7 @@ def _rounded(exact: Tensor) -> Tensor:
 # ── the list ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Schema, frozen=True, kw_only=True):
     """How a snapshot can be made: of what it goes on from, and of the parts since.
 
     Attributes:
@@ -152,10 +156,10 @@ class Recipe:
         ties: hash of the near ties.
     """
 
-    makes: str
-    onto: str | None
-    parts: tuple[str, ...]
-    ties: str
+    makes: Hash
+    onto: Hash | None
+    parts: Annotated[tuple[Hash, ...], Meta(max_length=MAX_PARTS)]
+    ties: Hash
 
     @property
     def summed(self) -> tuple[str, ...]:
@@ -166,22 +170,6 @@ class Recipe:
     def fetched(self) -> set[str]:
         """Hashes of what no other recipe makes."""
         return {*self.parts, self.ties}
-
-    @classmethod
-    def read(cls, value: Any) -> Recipe:
-        """The recipe of a JSON table, as `dataclasses.asdict` makes it.
-
-        Raises:
-            ModelError: another form, or names that are no hashes.
-        """
-        if not isinstance(value, Mapping) or value.keys() != {"makes", "onto", "parts", "ties"}:
-            raise ModelError("a recipe is a table of makes, onto, parts and ties")
-        if not isinstance(value["parts"], (list, tuple)):
-            raise ModelError("a recipe's parts are a list of hashes")
-        recipe = cls(**{**value, "parts": tuple(value["parts"])})
-        for name in (recipe.makes, *recipe.summed, recipe.ties):
-            check_name(name)
-        return recipe
 
 
 def dense_bytes(model: GlobalModel) -> int:
@@ -222,7 +210,8 @@ def consolidated(model: GlobalModel) -> tuple[GlobalModel, Recipe, Blob]:
     made, ties = snapshot(model.base_update)
     onto = first.name if all(isinstance(matrix, Tensor) for matrix in first.matrices.values()) else None
     parts = others if onto else model.base_update
-    recipe = Recipe(made.name, onto, tuple(blob.name for blob in parts), ties.name)
+    names = tuple(blob.name for blob in parts)
+    recipe = Recipe(makes=made.name, onto=onto, parts=names, ties=ties.name)
     return replace(model, base_update=(made,)), recipe, ties
 
 
@@ -237,8 +226,10 @@ def worth_keeping(recipes: Sequence[Recipe], size: Callable[[str], int], dense: 
         dense: bytes of a snapshot.
     """
     kept, named = list[Recipe](), set[str]()
+    num_parts = 0
     for recipe in reversed(recipes):
-        if sum(map(size, named)) >= dense:
+        num_parts += len(recipe.parts)
+        if sum(map(size, named)) >= dense or len(kept) == MAX_RECIPES or num_parts > MAX_PARTS:
             break
         kept.append(recipe)
         named |= recipe.fetched

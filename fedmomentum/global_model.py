@@ -62,18 +62,29 @@ class Blob:
 
         Raises:
             PayloadError: the bytes are no safetensors.
-            ModelError: tensors that are not of the form above.
+            ModelError: tensors that are not of the form above, or hold NaN or Inf.
         """
-        tensors, _ = read_safetensors(self.data, f"object {self.name[:16]}")
+        name = f"object {self.name[:16]}"
+        tensors, _ = read_safetensors(self.data, name)
+        for key, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or tensor.ndim != 2:
+                raise ModelError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; wanted a float32 matrix")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"{name}: {key} holds NaN or Inf")
         found: dict[str, Matrix] = {}
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
             if kind == "dense":
+                if module in found:
+                    raise ModelError(f"{name} holds module {module} in factors and dense")
                 found[module] = tensors[key]
             elif kind == "A" and f"{module}.B" in tensors:
-                found[module] = LowRank(tensors[f"{module}.B"], tensors[key])
+                try:
+                    found[module] = LowRank(tensors[f"{module}.B"], tensors[key])
+                except ValueError as error:
+                    raise ModelError(f"{name}: module {module}: {error}") from error
             elif kind != "B" or f"{module}.A" not in tensors:
-                raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
+                raise ModelError(f"{name} holds {key}, which is no part of a base update")
         return found
 
     @classmethod

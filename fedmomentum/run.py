@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import Client, LoadedBase, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, LoraConfig, differences, load_config, own_facts, to_toml
+from fedmomentum.config import Config, LoraConfig, differences, load_config, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
@@ -29,14 +30,15 @@ from fedmomentum.enrolment import enrol
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel, kept_rounds
+from fedmomentum.messages import ClientLora, Description, Task, encode_task
 from fedmomentum.origin import FILE as DATA
 from fedmomentum.origin import LOCATIONS, Fingerprint, check_data, fingerprints, follow, refuse_missing, write_origin
 from fedmomentum.personal import check_personal
 from fedmomentum.plugins import imported
-from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
+from fedmomentum.rounds import Observer, derive, run_rounds, train_request
 from fedmomentum.tracking import check_trackers, reported
 from fedmomentum.training import check_arguments, train
-from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
+from fedmomentum.transport import InProcessTransport, Transport
 from fedmomentum.wire import wire_dtype
 
 LOG = logging.getLogger("fedmomentum")
@@ -316,12 +318,10 @@ def prepare_party(
 def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
     model = local.initial(client.method)
-    settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
-    own = own_facts(local.own, local.is_mixed or client.method.prunes)
-    one_step = settings | {"local_steps": 1, "local_epochs": None, "own": own}
-    return encode_task(
-        Task("train", "rehearsal", client.client_id, 1, model.manifest(), model.objects(), settings=one_step)
-    )
+    lora = ClientLora.of(local.own, local.is_mixed or client.method.prunes)
+    request = train_request(config, 1, client.client_id, config.training.learning_rate, lora)
+    one_step = msgspec.structs.replace(request, manifest=model.manifest(), local_steps=1, local_epochs=None)
+    return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))
 
 
 def run_over(
@@ -373,12 +373,12 @@ def run_over(
                 write_origin(out, data)
             write_json(
                 out / "partition.json",
-                {c: {"train": {"": f["num_train"]}, "test": {"": f["num_test"]}} for c, f in facts.items()},
+                {c: {"train": {"": f.num_train}, "test": {"": f.num_test}} for c, f in facts.items()},
             )
             write_json(
                 out / "environment.json",
                 {**_here(), "base_sha256": model.base.sha256, "tokenizer_sha256": model.base.tokenizer_sha256,
-                 "clients": {c: f"{f['threads']} threads, {f['dtype']}, {f['versions']}" for c, f in facts.items()}},
+                 "clients": {c: f"{f.threads} threads, {f.dtype}, {f.versions}" for c, f in facts.items()}},
             )  # fmt: skip
         with reported(config.run.report_to, folder, state.run_id, observer) as observe:
             return run_rounds(
@@ -519,20 +519,20 @@ def make_plan(config: Config, local: LocalModel, model: GlobalModel, clients: Se
     return _plan(config, model, method, traffic, len(clients), local.num_parameters, memory, warnings)
 
 
-def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Mapping[str, Any]]) -> Plan:
+def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Description]) -> Plan:
     """The plan of a run over a network; its memory is the server's."""
     traffic = _traffic(config, model.adapter, method, len(facts))
     warnings = []
-    short = [client for client, fact in facts.items() if fact["num_train"] < config.training.batch_size]
+    short = [client for client, fact in facts.items() if fact.num_train < config.training.batch_size]
     if short:
         warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
-    if config.evaluation.every and not any(fact["num_test"] for fact in facts.values()):
+    if config.evaluation.every and not any(fact.num_test for fact in facts.values()):
         warnings.append("no client holds out examples; nothing will be evaluated")
     # updates are on disk: in memory are a reply as bytes and tensors, what is sent in the message store and as it is
     # encoded, the base update and what a round makes of it as bytes and tensors, and one module's sum at work
     memory = 3 * traffic.uplink + 4 * traffic.adapter + 8 * traffic.residual + 2 * _update_bytes(config, traffic)
     memory += 4 * traffic.largest_sum + 400 * 2**20
-    parameters = max(fact["num_parameters"] for fact in facts.values())
+    parameters = max(fact.num_parameters for fact in facts.values())
     return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
 
 

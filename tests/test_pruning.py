@@ -11,9 +11,10 @@ from fedmomentum.aggregation import METHODS, Method
 from fedmomentum.client import client_step
 from fedmomentum.files import read_safetensors
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.messages import decode_task
 from fedmomentum.peft_io import ADAPTER_NAME, lora_layers
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import InProcessTransport, decode_task
+from fedmomentum.transport import InProcessTransport
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
 RANKS = {"site0": [4, 4, 2, 1], "site1": [4, 4, 4, 4], "site2": [4, 4, 2, 1]}

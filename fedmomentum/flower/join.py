@@ -20,7 +20,7 @@ from fedmomentum.flower.apps import client_app
 from fedmomentum.flower.connection import Connection, ConnectionLost
 from fedmomentum.flower.keys import NODE_NAME, load_private
 from fedmomentum.flower.worker import Told, Worker, WorkerError
-from fedmomentum.transport import decode_task
+from fedmomentum.messages import decode_task
 
 POLL_SECONDS = 1.0
 LONGEST_WAIT = 30.0

@@ -14,11 +14,12 @@ from fedmomentum.errors import PayloadError, QuorumError
 from fedmomentum.files import read_safetensors
 from fedmomentum.flower import transport as module
 from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
+from fedmomentum.messages import decode_task, encode_task
 from fedmomentum.names import directory_name
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, Task, decode_task, encode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.helpers import generator
-from tests.runs import chain, nudge, objects, start, timeless, tiny_config
+from tests.runs import chain, nudge, objects, start, timeless, tiny_config, train_task
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict  # isort: skip
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # isort: skip
@@ -134,7 +135,7 @@ def test_what_many_clients_are_sent_has_its_large_parts_in_common():
     large = {"0" * 64: torch.randn(3_000_000, generator=generator(0)).numpy().tobytes()}
     sizes: dict[str, int] = {}
     for client in ("east", "the far north"):
-        payload = encode_task(Task("train", "run", client, 1, {}, large, {"seed": len(client)}))
+        payload = encode_task(train_task(client, objects=large, seed=len(client)))
         record = packed(payload, 1.0)
         assert unpacked(record) == (payload, 1.0)
         arrays = record["payload"]
@@ -400,7 +401,7 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
 
     def does(name, message):
         payload = unpacked(message.content)[0]
-        told.extend(decode_task(payload).settings.get("recipes", []))
+        told.extend(getattr(decode_task(payload).request, "recipes", []))
         world.answers(steps[name](payload), message)
 
     world.script = {name: after(1, partial(does, name)) for name in steps}
