@@ -43,6 +43,7 @@ from fedmomentum.global_model import (
     read_object,
     save_objects,
 )
+from fedmomentum.personal import prune_personal
 from fedmomentum.spool import Spool
 from fedmomentum.wire import dtype_of, widened
 
@@ -200,4 +201,6 @@ class RunFolder:
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["carried"], *object_names(manifest)}
+        if kept:
+            prune_personal(self.folder, kept, state.run_id)
         prune_objects(self.folder, {name for name in named if name})

@@ -34,7 +34,6 @@ from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors, stack_probes
 from fedmomentum.errors import ConfigError, FedMomentumError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
-from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
 from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.loaded import vocabulary_size, within_memory
@@ -60,6 +59,7 @@ from fedmomentum.messages import (
     encode_reply,
 )
 from fedmomentum.peft_live import ADAPTER_NAME, attach, detach, from_model, load_into, lora_layers
+from fedmomentum.personal import PersonalFactors, keep_newest, load_personal, put_personal, save_personal
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
 from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
@@ -185,7 +185,8 @@ class LocalModel:
         adapter, change = initialise(method, self.fresh, self.held.pristine)
         config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
         adapter = replace(adapter, config=config, name="global adapter")
-        return GlobalModel(self.identity, adapter, (Blob.of(change),) if change else (), method=repr(method))
+        merged = (Blob.of(change),) if change else ()
+        return GlobalModel(self.identity, adapter, merged, method=repr(method), personal=method.personal)
 
     def become(self, model: GlobalModel, method: Method | None = None, own: LoraConfig | None = None) -> None:
         """Be this global model: its merged base, and of its adapter what this party trains, the rest beside the base.
@@ -212,6 +213,11 @@ class LocalModel:
         beside = [Blob.of(self._beside)] if self._beside else []
         self.held.apply([*model.base_update, *beside])
         load_into(self.peft, start)
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The adapted modules' paths, and their live LoRA layers."""
+        return self._layers
 
     def live(self) -> list[LowRank]:
         """The live factors themselves, module by module, with their gradients."""
@@ -300,6 +306,7 @@ class Client:
         method: the run's method, as this party's configuration has it; it says what is trained and what leaves.
         store: folder of its objects.
         owns_store: whether nobody else keeps objects there, so that what is no longer needed can go.
+        keep_rounds: in a store of its own, after how many rounds its personal factors are kept, and one more.
         function: trains; the user's own, or ours.
         on_step: told of every training step: (client, step, steps, loss).
     """
@@ -310,6 +317,7 @@ class Client:
     method: Method
     store: Path
     owns_store: bool = False
+    keep_rounds: int = 3
     function: TrainFunction = train_locally
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
 
@@ -345,9 +353,10 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     current = GlobalModel.from_manifest(request.manifest, fetch, f"round {task.server_round}")
     if current.method != repr(client.method):
         raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
-    model.become(current, client.method, _own(request.lora, client.method, model))
+    own = _own(request.lora, client.method, model)
+    model.become(current, client.method, own)
     is_training = isinstance(request, TrainRequest)
-    _put_personal(client, model, task.server_round if is_training else task.server_round + 1)
+    _put_personal(task, client, model, own, is_training=is_training)
     model.forget(needed)
     if client.owns_store:
         prune_objects(client.store, needed)
@@ -356,6 +365,7 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     answer: Answer
     if isinstance(request, TrainRequest):
         num_examples, answer, tensors = _train(task.server_round, request, client, model)
+        _keep_personal(task, client, model, own)
     else:
         num_examples, answer, tensors = _evaluate(request, client, model, current)
     tensors[SECONDS] = torch.tensor([loaded - started, time.perf_counter() - loaded], dtype=torch.float64)
@@ -433,36 +443,44 @@ def _draw(fresh: FreshAdapter, needed: set[str], client: Client, model: LocalMod
     save_objects({blob.name: blob.data for blob in drawn if blob.name in needed}, client.store)
 
 
-def _personal_files(client: Client) -> dict[int, Path]:
-    """The rounds after which this client's own factors were kept."""
-    files = (client.store / "personal").glob(f"{client.client_id}-*.safetensors")
-    return {int(file.stem.rpartition("-")[2]): file for file in files}
+def _own_factors(client: Client, model: LocalModel) -> dict[str, Tensor]:
+    """Return the live factors that this client shares with nobody, by `<module>.B` or `<module>.A`."""
+    return {
+        f"{module}.{kind}": getattr(matrix, kind)
+        for module, matrix in zip(sorted(model.layers), model.live(), strict=True)
+        for kind in client.method.personal
+    }
 
 
-def _put_personal(client: Client, model: LocalModel, before: int) -> None:
-    """The factors that this client shares with nobody, as its last training before that round left them."""
-    rounds = [server_round for server_round in _personal_files(client) if server_round < before]
-    if client.method.shares != "BA" and rounds:
-        tensors, _ = read_safetensors(_personal_files(client)[max(rounds)].read_bytes(), client.client_id)
-        live = dict(model.peft.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                live[name].copy_(tensor)
+def _put_personal(task: Task, client: Client, model: LocalModel, own: LoraConfig, *, is_training: bool) -> None:
+    """Put the client's own factors in place, as its last training before this task left them.
 
-
-def _keep_personal(client: Client, model: LocalModel, server_round: int) -> None:
-    """Keep them by round, so that a round that is made again starts where it did; the last two are enough."""
-    if client.method.shares == "BA":
+    Raises:
+        ModelError: If they are damaged, or of another form than the adapter.
+    """
+    if not client.method.personal:
         return
-    own = {"B": "lora_B", "A": "lora_A"}
-    kinds = [own[factor] for factor in "BA" if factor not in client.method.shares]
-    tensors = {n: p.detach().cpu().clone() for n, p in model.peft.named_parameters() if any(k in n for k in kinds)}
-    (client.store / "personal").mkdir(parents=True, exist_ok=True)
-    file = client.store / "personal" / f"{client.client_id}-{server_round:04d}.safetensors"
-    write_atomically(file, safetensors_bytes(tensors))
-    files = _personal_files(client)
-    for old in sorted(r for r in files if r < server_round)[:-1]:
-        files[old].unlink()
+    last_round = task.server_round - 1 if is_training else task.server_round
+    factors = load_personal(client.store, task.run_id, client.client_id, last_round)
+    if factors is not None:
+        put_personal(factors, _own_factors(client, model), rank=own.rank, scaling=own.scaling)
+
+
+def _keep_personal(task: Task, client: Client, model: LocalModel, own: LoraConfig) -> None:
+    """Keep them by round, so that a round that is made again starts where it did.
+
+    In a run's directory its checkpoints decide which rounds are kept; a store that is the client's own keeps the last.
+    """
+    if not client.method.personal:
+        return
+    tensors = {name: factor.detach().cpu().clone() for name, factor in _own_factors(client, model).items()}
+    is_mixed = model.is_mixed or client.method.prunes
+    save_personal(
+        client.store,
+        PersonalFactors(client.client_id, task.run_id, task.server_round, own.rank, own.scaling, is_mixed, tensors),
+    )
+    if client.owns_store:
+        keep_newest(client.store, task.run_id, client.client_id, client.keep_rounds + 1)
 
 
 def _describe(
@@ -525,7 +543,6 @@ def _train(
             **penalty,
         )
     _check_report(report, client.function)
-    _keep_personal(client, model, server_round)
 
     # What leaves: the factors that the method uploads, in the wire's dtype.
     trained = model.adapter(client.client_id)

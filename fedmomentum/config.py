@@ -18,6 +18,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fedmomentum.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.errors import ConfigError
+from fedmomentum.names import check_client_name
+from fedmomentum.schema import check_free_form
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -75,6 +77,7 @@ class LoraConfig:
         _need(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
         _need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for client, own in self.clients.items():
+            check_client_name(client, "lora.clients")
             _need(isinstance(own, dict), f"lora.clients.{client}", own, "a table")
             for key in own:
                 _need(key in OWN_KEYS, f"lora.clients.{client}.{key}", own[key], f"one of {', '.join(OWN_KEYS)}")
@@ -142,6 +145,8 @@ class DataConfig:
         _need(
             not (self.source and self.client_files), "data.source", self.source, "left out where client-files is given"
         )
+        for client in self.client_files:
+            check_client_name(client, "data.client-files")
         _need(self.partition in ("iid", "dirichlet", "categories", "sizes"), "data.partition", self.partition,
               "iid, dirichlet, categories or sizes")  # fmt: skip
         _need(self.num_clients >= 1, "data.num-clients", self.num_clients, "at least 1")
@@ -193,6 +198,9 @@ class MethodConfig:
 
     name: str = _option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
     settings: dict[str, Any] = _option({}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)')
+
+    def __post_init__(self) -> None:
+        _check_free(self.settings, "method.settings")
 
 
 @dataclass(frozen=True)
@@ -292,10 +300,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no file, not UTF-8, a number of thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:
         _override(table, override)
@@ -314,15 +322,21 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(table)
 
 
+def parse_value(text: str) -> Any:
+    """Return a value given on the command line: TOML, or the text itself where it is no TOML (`method.name=fedit`)."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return table["value"] if table.keys() == {"value"} else text
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2:
         raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: method.name=fedit
+    value = parse_value(text)
     for name in names[:-1]:
         inner = table.setdefault(name, {})
         if not isinstance(inner, dict):
@@ -363,13 +377,37 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     for kind in kinds:
         origin = get_origin(kind) or kind
         if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            _check_free(value, key)
             return float(value)
         if origin is list and isinstance(value, (list, tuple)):
             return [_typed(item, get_args(kind)[0], key) for item in value]
+        if origin is dict and isinstance(value, Mapping) and get_args(kind)[1] is not Any:
+            return {name: _typed(item, get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
         if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
+            _check_free(value, key)
             return value
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
     raise ConfigError(f"{key} must be of type {names}; got {value!r}")
+
+
+def _check_free(value: Any, key: str) -> None:
+    """Refuse numbers that are not finite or do not fit 64 bits, at any depth.
+
+    Raises:
+        ConfigError: If there is one; or if tables are nested deeper than any setting is.
+    """
+    check_free_form(value, key, ConfigError)
+    inner: list[tuple[str, Any]] = [(key, value)]
+    while inner:
+        name, item = inner.pop()
+        if isinstance(item, Mapping):
+            inner.extend((f"{name}.{part}", held) for part, held in item.items())
+        elif isinstance(item, (list, tuple)):
+            inner.extend((name, held) for held in item)
+        elif isinstance(item, float):
+            _need(math.isfinite(item), name, item, "a finite number")
+        elif isinstance(item, int):
+            _need(-(2**63) <= item < 2**63, name, "a number of more than 64 bits", "a whole number of at most 64 bits")
 
 
 def _with_paths(config: Config, folder: Path) -> Config:

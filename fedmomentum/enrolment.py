@@ -71,7 +71,8 @@ def enrol(transport: Transport, config: Config, run_id: str, method: Method) -> 
             _tell_differences(facts, agreed)
             scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
             given_up = (Blob.of(scaled),) if method.reads_base else ()
-            return Enrolment(GlobalModel(base, start, given_up, method=repr(method)), facts)
+            model = GlobalModel(base, start, given_up, method=repr(method), personal=method.personal)
+            return Enrolment(model, facts)
     reasons_text = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
     raise QuorumError(
         f"none of {len(clients)} clients could start the run ({reasons_text or 'no client is connected'})"

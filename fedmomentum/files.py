@@ -89,6 +89,24 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[st
     return tensors, metadata
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file without reading its tensors.
+
+    Raises:
+        PayloadError: If the header is too long or is not JSON.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+            raise PayloadError(f"{file}: the header claims {length} bytes, more than the file holds")
+        header = opened.read(length)
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise PayloadError(f"{file}: not safetensors: {error}") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def tensor_of(data: bytes) -> Tensor:
     """Bytes as a tensor of uint8, to travel among tensors."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)

@@ -241,7 +241,7 @@ def _round(
         evaluation, state = _evaluate(server, later, state, server_round, asked)
         seed = _probe_seed(config, server_round)
         # where factors stay with their clients, there is no one model to compare with
-        one_model = server.method.shares == "BA"
+        one_model = not server.method.personal
         expected = _expected_probes(exchange, weights, model, later, seed) if one_model else None
         _add_evaluation(row, evaluation, expected)
     _tell_failures(server_round, evaluation.failures)
