@@ -22,7 +22,7 @@ import fcntl
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,9 +48,10 @@ from fedmomentum.global_model import (
     save_objects,
     whole_instead,
 )
-from fedmomentum.manifest import ModelFile
+from fedmomentum.manifest import Fingerprint, ModelFile
+from fedmomentum.personal import prune_personal
 from fedmomentum.records import checksummed
-from fedmomentum.run_files import METRICS, check_metrics, encode_row, metrics_prefix, parse_row, read_metrics
+from fedmomentum.run_files import DATA, METRICS, check_metrics, encode_row, metrics_prefix, parse_row, read_metrics
 from fedmomentum.spool import Spool
 from fedmomentum.wire import dtype_of, widened
 
@@ -110,6 +111,7 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self.settings = ""
         self._lines: list[bytes] = []
+        self._data: dict[str, Any] | None = None
         self._named: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
         self._finite: set[str] = set()
         self._lock = self._locked()
@@ -183,7 +185,9 @@ class RunFolder:
             note_committed(self.folder, server_round)
             for later in [r for r in rounds if r > server_round]:
                 round_file(self.folder, later).unlink()
-        self._lines = lines[: manifest.run.metrics.rows]  # type: ignore[union-attr]
+        assert manifest.run is not None  # read_manifest asks for it
+        self._data = msgspec.to_builtins(manifest.run.data)
+        self._lines = lines[: manifest.run.metrics.rows]
         self.rows = [parse_row(line, "metrics", ModelError) for line in self._lines]
         self._prune(state)
         return model, state
@@ -205,7 +209,9 @@ class RunFolder:
             started_from=run.started_from,
             merged=run.merged,
             ranks=run.ranks,
-            recipes=tuple(Recipe(one.makes, one.onto, one.parts, one.ties) for one in run.recipes),
+            recipes=tuple(
+                Recipe(makes=one.makes, onto=one.onto, parts=one.parts, ties=one.ties) for one in run.recipes
+            ),
         )
         self.last_update(model, state)
         return manifest, model, state
@@ -296,6 +302,7 @@ class RunFolder:
         plan: Mapping[str, Any] | None = None,
         partition: Mapping[str, Any] | None = None,
         environment: Mapping[str, Any] | None = None,
+        data: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         """Write what the run is: config.toml, and those of plan, partition and environment that are given.
 
@@ -305,6 +312,7 @@ class RunFolder:
             plan: how `run.Plan` reads as a table.
             partition: client to `train` and `test`, to category, to number of examples.
             environment: versions, threads and the like.
+            data: fingerprints of the clients' data; all checkpoints from here on hold them.
         """
         self.settings = settings
         write_atomically(self.folder / "config.toml", settings.encode())
@@ -312,6 +320,10 @@ class RunFolder:
         for name, table in tables.items():
             if table is not None:
                 write_json(self.folder / f"{name}.json", checksummed({**table, "run_id": run_id}))
+        if data is not None:
+            self._data = msgspec.to_builtins(data)
+            here = {"directory": str(self.folder.resolve()), "clients": self._data, "run_id": run_id}
+            write_json(self.folder / DATA, checksummed(here))
 
     def put(self, objects: Mapping[str, bytes]) -> None:
         """Keep objects that the next manifest will name, to be sent before it is written; a crash leaves no trace."""
@@ -337,9 +349,10 @@ class RunFolder:
         table = {
             **manifest,
             "run": {
-                **asdict(state),
+                **msgspec.to_builtins(state),
                 "settings": self.settings,
                 "metrics": msgspec.to_builtins(metrics_prefix(self._lines)),
+                "data": self._data,
             },
             "sizes": {name: len(objects[name]) if name in objects else self.size(name) for name in sorted(needed)},
         }
@@ -377,6 +390,8 @@ class RunFolder:
             named |= needed if server_round in last else own
         for server_round in set(rounds) - kept:
             round_file(self.folder, server_round).unlink(missing_ok=True)
+        if kept:
+            prune_personal(self.folder, kept, state.run_id)
         prune_objects(self.folder, named)
 
     def _names(self, server_round: int) -> tuple[frozenset[str], frozenset[str]]:
@@ -432,3 +447,20 @@ def saved_settings(folder: Path, server_round: int | None = None) -> Config | No
         return from_dict(tomllib.loads(run.settings))
     except tomllib.TOMLDecodeError as error:
         raise ModelError(f"{file}: run.settings is not TOML: {error}") from error
+
+
+def committed_rows(folder: Path, server_round: int) -> list[dict[str, Any]]:
+    """Return the rows of metrics that a kept round was committed with.
+
+    Raises:
+        ModelError: If the checkpoint is damaged, or rows are missing or were altered.
+    """
+    run = read_manifest(round_file(folder, server_round)).run
+    assert run is not None  # read_manifest asks for it
+    path = folder / METRICS
+    try:
+        lines = read_metrics(path, ModelError)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; restore it from a copy") from None
+    check_metrics(lines, run.metrics, path)
+    return [parse_row(line, f"{path}, line {n}", ModelError) for n, line in enumerate(lines[: run.metrics.rows], 1)]

@@ -110,6 +110,8 @@ class GlobalModel:
         carried: module to what the method keeps for its next sum; no part of the effective model.
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
+        personal: the factors that the method leaves with each client, such as `B`. Where there are some, this model
+            is nobody's: what the server has of them is what all clients started from (see `personal`).
         adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
         newest: what the last round merged, also where it is consolidated by now; nothing in a model that was read.
     """
@@ -120,6 +122,7 @@ class GlobalModel:
     carried: Mapping[str, Matrix] = field(default_factory=dict)
     server_round: int = 0
     method: str = ""
+    personal: str = ""
     adapter_dtype: torch.dtype = torch.float32
     newest: tuple[Blob, ...] = field(default=(), repr=False)
 
@@ -228,6 +231,7 @@ class GlobalModel:
             "carried": Blob.of(self.carried).name if self.carried else None,
             "round": self.server_round,
             "method": self.method,
+            "personal": self.personal,
         }
 
     def objects(self) -> dict[str, bytes]:
@@ -295,6 +299,7 @@ class GlobalModel:
             carried=carried[0].matrices if carried else {},
             server_round=manifest.round,
             method=manifest.method,
+            personal=manifest.personal,
             adapter_dtype=adapter_dtype,
         )
         if model.version != manifest.version:

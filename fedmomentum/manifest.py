@@ -70,6 +70,7 @@ class Manifest(Schema, frozen=True, kw_only=True):
     carried: Hash | None
     round: Count
     method: Text
+    personal: Literal["", "A", "B", "BA"]
 
     def __post_init__(self) -> None:
         """Check what the types cannot say; msgspec reports a ValueError with the path of the field."""
@@ -100,6 +101,14 @@ class MetricsPrefix(Schema, frozen=True, kw_only=True):
     sha256: Hash
 
 
+class Fingerprint(Schema, frozen=True, kw_only=True):
+    """Hashes of one client's data: the texts trained on, those held out, and all of them as tokens."""
+
+    train: Hash
+    held_out: Hash
+    tokens: Hash | None = None
+
+
 class RunState(Schema, frozen=True, kw_only=True):
     """What a run's checkpoint holds besides the model.
 
@@ -114,6 +123,7 @@ class RunState(Schema, frozen=True, kw_only=True):
         recipes: how the last snapshots were made, oldest first.
         settings: the run's configuration as TOML; config.toml is a copy of it for people.
         metrics: the rows up to this round.
+        data: fingerprints of the clients' data, where the process that wrote the run knew it.
     """
 
     run_id: Label
@@ -126,6 +136,7 @@ class RunState(Schema, frozen=True, kw_only=True):
     recipes: tuple[SnapshotRecipe, ...]
     settings: str
     metrics: MetricsPrefix
+    data: dict[Text, Fingerprint] | None = None
 
     @property
     def needed(self) -> frozenset[str]:

@@ -16,11 +16,12 @@ import msgspec
 from msgspec import Meta
 
 from fedmomentum.errors import DataError, FedMomentumError, ModelError
-from fedmomentum.manifest import MetricsPrefix
+from fedmomentum.manifest import Fingerprint, MetricsPrefix
 from fedmomentum.records import MAX_JSON_BYTES, parse_record, read_file
 from fedmomentum.schema import Count, Fraction, Hash, Seed, check_free_form, parse_json
 
 METRICS = "metrics.jsonl"
+DATA = "data.json"
 
 
 class _Open(msgspec.Struct, frozen=True, kw_only=True):
@@ -244,6 +245,13 @@ class PartitionFile(_RunRecord, frozen=True, kw_only=True):
     """partition.json: client to `train` and `test`, to category, to number of examples."""
 
     clients: dict[str, dict[Literal["train", "test"], dict[str, Count]]]
+
+
+class OriginFile(_RunRecord, frozen=True, kw_only=True):
+    """data.json: where a run was made, and the fingerprint of each client's data."""
+
+    directory: str
+    clients: dict[str, Fingerprint]
 
 
 class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmomentum.errors import DataError
+from fedmomentum.names import check_client_name
 
 Prompt = str | tuple[dict[str, str], ...]
 """Plain text, or the chat messages (``{"role": ..., "content": ...}``) that stand before the answer."""
@@ -56,12 +57,12 @@ class ClientData:
     """The examples which one client holds.
 
     Attributes:
-        client_id: The client's name, never empty.
+        client_id: The client's name, one that `check_client_name` takes.
         train: What it trains on.
         test: What it keeps aside; shares no prompt with ``train``.
 
     Raises:
-        DataError: The client has no name or nothing to train on.
+        DataError: The client has no name that can be used, or nothing to train on.
     """
 
     client_id: str
@@ -70,7 +71,6 @@ class ClientData:
 
     def __post_init__(self) -> None:
         """Refuse a client which could not take part."""
-        if not self.client_id:
-            raise DataError("a client has no name; its client_id must be text")
+        check_client_name(self.client_id, "the data", DataError)
         if not self.train:
             raise DataError(f"client {self.client_id}: no training examples; give it some or leave it out")

@@ -78,16 +78,21 @@ class Status:
             write_json(self._file, checksummed({**self._state, "written": self._written}))
 
     def close(self) -> None:
-        """The server ends."""
+        """The server ends: nobody is connected to it any more, and nobody is at work for it."""
         self._state |= {"phase": "ended", "waiting_for": [], "waits_until": None}
+        for client in self._state["clients"].values():
+            client["connected"] = False
+            client["until"] = None
+            if client["state"] == "asked":
+                client["state"] = "idle"
         self._write()
 
 
 def read_status(out: Path) -> dict[str, Any]:
-    """Return the status of a run.
+    """The status of a run.
 
     Raises:
-        ModelError: If there is none, or the file was damaged.
+        ModelError: nothing of the kind there.
     """
     try:
         status, _ = read_facts(out / FILE, StatusFile)

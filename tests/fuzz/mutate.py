@@ -399,7 +399,7 @@ def mutate_directory(folder: Path, random: random.Random, *, others: Path | None
 
 
 class Budget:
-    """Time and memory of what is done inside: `with Budget() as spent: ...`, then `spent.check("what")`.
+    """Processor time and memory of what is done inside: `with Budget() as spent: ...`, then `spent.check("what")`.
 
     Memory is how far the process grew above what it had at the start, by the kernel's own high-water mark.
     """
@@ -407,11 +407,11 @@ class Budget:
     def __enter__(self) -> Budget:
         _reset_peak()
         self._before = _memory("VmRSS")
-        self._started = time.perf_counter()
+        self._started = time.process_time()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.process_time() - self._started
         self.bytes = max(0, _memory("VmHWM") - self._before)
 
     def check(self, what: str) -> None:
