@@ -75,10 +75,13 @@ class Blob:
         name = f"object {self.name[:16]}"
         tensors, _ = read_safetensors(self.data, name)
         found: dict[str, Matrix] = {}
+        for key, tensor in tensors.items():
+            _check_matrix(tensor, f"{name}: tensor {key}")
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
-            _check_matrix(tensors[key], f"{name}: tensor {key}")
-            if kind == "dense" and module not in found:
+            if kind == "dense":
+                if module in found:
+                    raise ModelError(f"{name} holds module {module} in factors and dense")
                 found[module] = tensors[key]
             elif kind == "A" and f"{module}.B" in tensors:
                 found[module] = _low_rank(tensors[f"{module}.B"], tensors[key], f"{name}: module {module}")

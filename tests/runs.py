@@ -22,6 +22,7 @@ from fedmomentum.messages import (
     decode_reply,
     decode_task,
 )
+from fedmomentum.records import checksummed
 from fedmomentum.run import Run, prepare
 from fedmomentum.training import TrainReport
 from tests.tiny import tiny_llama
@@ -147,6 +148,13 @@ def raw_reply(fields: dict[str, Any]) -> bytes:
     head = {key: value for key, value in fields.items() if key not in ("metrics", "tensors")}
     text = json.dumps({"protocol": PROTOCOL, **head, "answer": fields["metrics"]})
     return safetensors_bytes(fields["tensors"], ("reply", text))
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a record as whoever writes it would: with a checksum that fits."""
+    table = json.loads(file.read_text())
+    change(table)
+    file.write_text(json.dumps(checksummed(table)))
 
 
 def timeless(out: Path) -> list[dict]:

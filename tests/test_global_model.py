@@ -217,7 +217,7 @@ def test_objects_that_are_no_base_update_are_refused():
     for change, message in (
         ({"q.A": torch.ones(3, 3)}, "module q: B must be"),
         ({"q.A": torch.ones(2, 3, dtype=torch.float64)}, "tensor q.A is float64"),
-        ({"q.B": torch.ones(4)}, r"q.B is torch.float32 \(4,\)"),
+        ({"q.B": torch.ones(4)}, r"q.B is float32 \(4,\)"),
         ({"q.B": torch.tensor([[float("nan")] * 2] * 4)}, "q.B holds NaN or Inf"),
         ({"q.dense": torch.ones(4, 3)}, "in factors and dense"),
         ({"p.dense": torch.full((1, 1), float("inf"))}, "p.dense holds NaN or Inf"),
