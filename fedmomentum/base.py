@@ -160,6 +160,7 @@ class HeldBase:
         for module, layer in self.layers.items():
             if not isinstance(layer, (nn.Linear, Conv1D)) or type(layer).__module__.startswith("bitsandbytes"):
                 raise ModelError(f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D")
+            _refuse_other_forward(module, layer)
             if layer.weight.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                 raise ModelError(f"module {module} is held in {layer.weight.dtype}; load the base in a floating dtype")
             self._stored[module] = _stored_under(module, files, (tied or {}).get(f"{module}.weight", ()))
@@ -253,6 +254,28 @@ class HeldBase:
                     weight += matrix.to(weight.device)
         self._applied = names
         self._is_whole = True
+
+
+def _refuse_other_forward(module: str, layer: Any) -> None:
+    """Refuse a kind of linear layer that computes something else than `x W + b`, such as a router of experts.
+
+    What is merged into its weight would not be what its adapter did.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return
+    weight = layer.weight.detach()
+    x = torch.linspace(-1, 1, weight.shape[0 if isinstance(layer, Conv1D) else 1], device=weight.device)
+    x = x.to(weight.dtype)[None]
+    wanted = x @ (weight if isinstance(layer, Conv1D) else weight.mT)
+    wanted = wanted if layer.bias is None else wanted + layer.bias.detach()
+    with torch.no_grad():
+        got = layer(x)
+    tolerance = 16 * torch.finfo(weight.dtype).eps
+    if not isinstance(got, Tensor) or not torch.allclose(got, wanted, rtol=tolerance, atol=tolerance):
+        raise ModelError(
+            f"module {module} is a {type(layer).__name__}, which computes something else than a linear layer does; "
+            "leave it out of target-modules"
+        )
 
 
 def _stored_under(module: str, files: Mapping[str, Path], tied: Collection[str]) -> tuple[Path, str]:

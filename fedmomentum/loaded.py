@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedmomentum.data.batches import inner_model
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
 from fedmomentum.schema import printable
 from fedmomentum.stored import FLOATING, stored_tensors
@@ -130,7 +132,7 @@ def refuse_other_kinds(folder: Path, model: PreTrainedModel) -> None:
     row = torch.arange(8) * 7 % size
     rows = torch.stack([row, torch.cat([row[:-1], (row[-1:] + 1) % size])])
     with told_by_name(f"the model in {folder} cannot compute", {}), torch.no_grad():
-        logits = model(input_ids=rows.to(model.device)).logits[:, :-1].float()
+        logits = answers(model, rows)[:, :-1].float()
     if not bool(logits.isfinite().all()):
         raise ModelError(
             f"the model in {folder} computes NaN or Inf in {str(model.dtype).removeprefix('torch.')}; its weights are "
@@ -142,6 +144,15 @@ def refuse_other_kinds(folder: Path, model: PreTrainedModel) -> None:
             f"the model in {folder} is no causal language model: a later token changes its answer to earlier ones (by "
             f"{difference:.2g}). Encoders and embedding models cannot be trained here"
         )
+
+
+def answers(model: Any, tokens: Tensor) -> Tensor:
+    """Return the model's logits for rows of tokens, of one pass without a cache."""
+    tokens = tokens.to(next(model.parameters()).device)
+    # A PEFT wrapper's own forward takes anything; what counts is the model inside.
+    has_cache = "use_cache" in inspect.signature(inner_model(model).forward).parameters
+    logits: Tensor = (model(input_ids=tokens, use_cache=False) if has_cache else model(input_ids=tokens)).logits
+    return logits
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
@@ -168,7 +179,7 @@ def max_positions(model: nn.Module) -> tuple[int | None, bool]:
         name for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if tensor.ndim == 2 and positions <= tensor.shape[0] <= positions + 8
     ]  # fmt: skip
-    return positions, any("wpe" in name or "position" in name for name in tables)
+    return positions, any(re.search(r"(^|[._])(wpe|pos)", name) for name in tables)
 
 
 def check_max_length(model: nn.Module, max_length: int, key: str = "data.max-length") -> None:

@@ -58,7 +58,7 @@ def attach(
 
     targets: Any = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
     alpha: Any = lora_alpha  # PEFT declares an int and takes a float
-    saved_paths = _modules_to_save(model, modules_to_save)
+    _refuse_both(model, targets, _modules_to_save(model, modules_to_save))
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, use_rslora=use_rslora,
         modules_to_save=list(modules_to_save) or None, task_type=_task_type(model),
@@ -71,7 +71,6 @@ def attach(
             raise AdapterError(f"target-modules {target_modules}: {error}") from error
     layers = lora_layers(wrapped)
     _refuse_unmatched(wrapped, targets, layers)
-    _refuse_both(layers, saved_paths)
     _refuse_tied(wrapped, layers)
     for module, layer in layers.items():
         side = min(layer.in_features, layer.out_features)
@@ -125,12 +124,14 @@ def _refuse_unmatched(model: PeftModel, targets: Any, layers: Mapping[str, Any])
             )
 
 
-def _refuse_both(layers: Mapping[str, Any], saved: Sequence[str]) -> None:
-    """A weight that is trained in full and adapted as well would count twice, or once, by the order of loading."""
-    for path in saved:
-        if both := [module for module in layers if module == path or module.startswith(f"{path}.")]:
+def _refuse_both(model: nn.Module, targets: Any, saved: Sequence[str]) -> None:
+    """Refuse a module that is named to be adapted and to be trained in full; PEFT leaves the adapter out."""
+    names = targets if isinstance(targets, list) else []
+    for path, _ in model.named_modules():
+        owner = next((owner for owner in saved if path == owner or path.startswith(f"{owner}.")), None)
+        if owner is not None and any(_is_called(path, name) for name in names):
             raise AdapterError(
-                f"module {both[0]} is in target-modules and in modules-to-save ({path}); leave it out of one of them"
+                f"module {path} is in target-modules and in modules-to-save ({owner}); leave it out of one of them"
             )
 
 

@@ -134,6 +134,19 @@ def test_copies_are_whole_and_replace_nothing(tmp_path):
         copy_shipped(tmp_path / "there", ["../x"])
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("unit", ["fedmomentum-serve.service", "fedmomentum-join.service"])
+def test_units_are_ones_that_systemd_takes(tmp_path, unit):
+    """And they name nothing that the guide does not make: a user, its home, and the program."""
+    text = (PACKAGE / "deploy" / unit).read_text()
+    guide = (ROOT / "docs" / "deployment.md").read_text()
+    named = set(re.findall(r"/(?:opt|var/lib|srv)/[a-z]+", text))
+    assert named == {"/opt/fedmomentum", "/var/lib/fedmomentum"} and all(name in guide for name in named)
+    (tmp_path / unit).write_text(text.replace("/opt/fedmomentum/bin/fedmomentum", sys.executable))
+    seen = subprocess.run(["systemd-analyze", "verify", str(tmp_path / unit)], capture_output=True, text=True)
+    assert (seen.returncode, seen.stderr) == (0, "")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel of the files that git knows, made as pip makes it."""

@@ -1,9 +1,11 @@
 """Honest clients of any size stay in, whatever the others do; updates that no such training makes are left out."""
 
+import importlib
 import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +295,40 @@ def test_a_norm_that_is_not_zero_where_no_step_can_be_is_infinitely_far():
     assert Move(1.0, 0.0, 1).in_steps == math.inf
     clients = federation(Move(1.0, 0.0, 5), Move(1.0, 1.0, 5), Move(1.0, 1.0, 5))
     assert left_out(clients) == {"site0"}
+
+
+# ── what was measured ──
+
+
+def test_the_tables_of_the_docs_are_those_of_the_committed_measurements(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(root / "experiments")
+    experiment = importlib.import_module("screening")
+    measured = json.loads(experiment.MEASURED.read_text())
+    text = (root / "docs" / "security.md").read_text()
+    assert experiment.honest_table(measured) in text and experiment.attack_table(measured) in text
+    facts = experiment.facts(measured)
+    assert f"led {facts['smallest_reach']:.3f} to {facts['largest_reach']:.2f} times the length of so many" in text
+    assert f"at most {facts['largest_ratio_equal']:.1f} times as far as the others" in text
+    assert f"{facts['largest_ratio_unequal']:.1f} times as far for its work" in text
+    assert f"from {facts['least_cosine']:.2f} to {facts['most_cosine']:.2f}, and" in text
+    assert facts["largest_reach"] < REACH and facts["largest_ratio_unequal"] < 5
+
+
+def test_a_real_federation_moves_as_the_curves_say(folder, tmp_path):
+    """The same model and learning rate: a client of 45 steps beside two of one, in a run and on a measured curve."""
+    experiment = json.loads((Path(__file__).parent.parent / "experiments" / "screening.json").read_text())
+    curves = [
+        curve for curve in experiment["curves"]
+        if curve["adapter"] == "rank 2 on q, v" and curve["stage"] == "first round" and curve["examples"] == 10_000
+    ]  # fmt: skip
+    steps = [curve["norms"]["45"] / curve["step"] for curve in curves]
+    training = {"local_epochs": 1.0, "local_steps": None, "batch_size": 8, "learning_rate": 1e-3}
+    lora = {"rank": 2, "lora_alpha": 16.0}
+    config = config_of_sizes(folder, [8, 8, 360], training=training, lora=lora, federation={"num_rounds": 1})
+    start(config, tmp_path / "run", function=None)
+    row = timeless(tmp_path / "run")[1]
+    one, other, many = (row["screening"][client] for client in row["accepted"])
+    went = many["ratio"] * 45 * 1.1  # in steps: the median of the others is one step, which is 1.1 of its length
+    assert 0.7 * min(steps) < went < 1.4 * max(steps)
+    assert many["norm"] / one["norm"] == pytest.approx(many["norm"] / other["norm"], rel=0.2)
