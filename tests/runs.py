@@ -164,12 +164,13 @@ def timeless(out: Path) -> list[dict]:
 
 
 def chain(out: Path) -> dict[str, dict]:
-    """The kept rounds' manifests without the run's random name and its settings, and hashes of what tells time."""
+    """The kept rounds' manifests without the run's random name, settings and data, and hashes of what tells time."""
     found = {}
     for file in sorted((out / "rounds").glob("*.json")):
         manifest = json.loads(file.read_text())
         manifest["run"].pop("run_id")
         manifest["run"].pop("settings")
+        manifest["run"].pop("data")
         manifest["run"]["metrics"].pop("sha256")
         manifest.pop("sha256")
         found[file.name] = manifest
