@@ -32,6 +32,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
 ]
 RunFolderOption = Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")]
+ResumeRoundOption = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        help="with --resume: go on from this checkpoint instead of the last; the rounds after it are done again",
+        show_default=False,
+    ),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")]
 BaseOption = Annotated[str, typer.Option("--base", help="base model folder, where it is not where the run found it")]
 DataOption = Annotated[
@@ -120,6 +128,7 @@ def run(
     overrides: Overrides = None,
     out: RunFolderOption = None,
     resume: ResumeOption = False,
+    resume_round: ResumeRoundOption = None,
     dry_run: Annotated[bool, typer.Option("--plan", help="print the plan and stop; nothing is written")] = False,
     base: BaseOption = "",
     data: DataOption = None,
@@ -130,6 +139,7 @@ def run(
     from fedmomentum.origin import placed
     from fedmomentum.run import plan_run, prepare
 
+    _check_resume_round(resume, resume_round)
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
     with quiet_libraries(), Live(OUT, settings.federation.num_rounds) as live:
@@ -137,7 +147,7 @@ def run(
             plan, clients = plan_run(settings, out, resume=resume, say=live.say)
             live.show_plan(plan, clients, out)
             return
-        prepared = prepare(settings, out, resume=resume, on_step=live.on_step, say=live.say)
+        prepared = prepare(settings, out, resume=resume, server_round=resume_round, on_step=live.on_step, say=live.say)
         try:
             live.show_plan(prepared.plan, prepared.clients, out)
             try:
@@ -151,6 +161,11 @@ def run(
         finally:
             prepared.close()
     _after_run(out)
+
+
+def _check_resume_round(resume: bool, server_round: int | None) -> None:
+    if server_round is not None and not resume:
+        raise ConfigError("--round says from which checkpoint to go on; it goes with --resume")
 
 
 def _say_how_to_go_on(error: BaseException, out: Path, done: int | None, verb: str, *more: object) -> None:
@@ -608,11 +623,13 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="port to listen on")] = 9443,
     resume: ResumeOption = False,
+    resume_round: ResumeRoundOption = None,
 ) -> None:
     """Coordinate a federation of machines: wait for the admitted nodes, then run the rounds."""
     from fedmomentum.config import load_config
     from fedmomentum.live import Live
 
+    _check_resume_round(resume, resume_round)
     settings = load_config(config, overrides or [])
     out = out if out is not None else Path("runs") / config.stem
     if not 0 <= port < 2**16:
@@ -626,7 +643,9 @@ def serve(
     with Live(OUT, settings.federation.num_rounds) as live:
         view = ServerView(OUT, live, out)
         try:
-            serve_run(settings, keys, out, host=host, port=port, resume=resume, told=view.observe)
+            serve_run(
+                settings, keys, out, host=host, port=port, resume=resume, server_round=resume_round, told=view.observe
+            )
         except BaseException as error:
             live.stop()
             done = max(kept_rounds(out), default=None)
@@ -713,6 +732,7 @@ def simulate(
     overrides: Overrides = None,
     out: RunFolderOption = None,
     resume: ResumeOption = False,
+    resume_round: ResumeRoundOption = None,
     base: BaseOption = "",
     data: DataOption = None,
 ) -> None:
@@ -721,6 +741,7 @@ def simulate(
     from fedmomentum.live import Live
     from fedmomentum.origin import placed
 
+    _check_resume_round(resume, resume_round)
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
     _need_flower()
@@ -730,7 +751,8 @@ def simulate(
 
     with Live(OUT, settings.federation.num_rounds) as live:
         try:
-            simulate_run(settings, out, resume=resume, told=ServerView(OUT, live, out).observe)
+            told = ServerView(OUT, live, out).observe
+            simulate_run(settings, out, resume=resume, server_round=resume_round, told=told)
         except BaseException as error:
             live.stop()
             _say_how_to_go_on(error, out, max(kept_rounds(out), default=None), "simulate")

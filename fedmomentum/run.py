@@ -171,7 +171,7 @@ def prepare(
         if resumed:
             model, state = resumed
             model.base.check(local.identity)
-            check_data(out, loaded.data)
+            check_data(out, loaded.data, server_round)
             if method.personal:
                 check_personal(out, state.run_id, _last_trained(folder.rows))
         else:
@@ -375,7 +375,7 @@ def run_over(
         if resumed:
             model, state = resumed
             if data is not None:
-                check_data(out, data)
+                check_data(out, data, server_round)
             folder.describe(to_toml(config), state.run_id, data=data)
         else:
             state = ServerState(secrets.token_hex(16))

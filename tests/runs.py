@@ -78,9 +78,9 @@ def nudge(model, examples, *, learning_rate, seed, on_step, **_) -> TrainReport:
     return TrainReport(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=len(examples))
 
 
-def start(config: Config, out: Path, *, function=nudge, resume: bool = False, observer=None) -> Run:
+def start(config: Config, out: Path, *, function=nudge, resume: bool = False, server_round=None, observer=None) -> Run:
     """Prepare and run; returns the closed run."""
-    run = prepare(config, out, resume=resume)
+    run = prepare(config, out, resume=resume, server_round=server_round)
     try:
         for client in run.clients:
             client.function = function or client.function
