@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.errors import ConfigError, FedMomentumError
 from fedmomentum.memory import keep_freed_memory
+from fedmomentum.terminal import SafeConsole
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Exact federated LoRA fine-tuning: FedMomentum.",
 )  # fmt: skip
-OUT = Console(highlight=False, soft_wrap=False)
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+OUT = SafeConsole(highlight=False, soft_wrap=False)
+ERR = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 Folder = Annotated[Path, typer.Argument(show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="folder to write", show_default=False)]
@@ -62,8 +62,7 @@ def main() -> None:
     """Entry point: the user's mistakes end with 2 and one message, Ctrl-C with 130; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    interruption = Interruption()
-    interruption.listen()
+    INTERRUPTION.listen()
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, they warn where a process is started
@@ -71,7 +70,7 @@ def main() -> None:
         app(arguments, standalone_mode=True)
     except BaseException as error:
         # typer makes an exit of Ctrl-C, and a library may catch it and fail in some other way
-        if interruption.came and not debug:
+        if INTERRUPTION.came and not debug:
             ERR.print("fedmomentum: interrupted", markup=False)
             sys.exit(130)
         if isinstance(error, BrokenPipeError):
@@ -89,15 +88,24 @@ class Interruption:
     def __init__(self) -> None:
         self.came = False
 
-    def listen(self) -> None:
-        """Take SIGINT and SIGTERM from here on; SIGINT stays ignored where it was, as for a script's background."""
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    def listen(self, *, although_ignored: bool = False) -> None:
+        """Take SIGINT and SIGTERM from here on.
+
+        Args:
+            although_ignored: Take SIGINT where the parent had it ignored, too. A shell without job control starts
+                background commands so, and a service that a script started with `&` could be ended by SIGKILL only.
+        """
+        self.came = False
+        if although_ignored or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
         signal.signal(signal.SIGTERM, self._interrupt)
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         self.came = True
         raise KeyboardInterrupt
+
+
+INTERRUPTION = Interruption()
 
 
 def _mistake(error: BaseException) -> str | None:
@@ -209,14 +217,17 @@ def _report_if_any(out: Path) -> None:
 
 
 def _after_run(out: Path) -> None:
-    from fedmomentum.live import summary_table
+    from fedmomentum.live import absence_lines, summary_table
     from fedmomentum.report import read_run, write_report
 
     page = write_report(out)
-    OUT.print(summary_table(read_run(out)))
+    finished = read_run(out)
+    OUT.print(summary_table(finished))
+    for absence in absence_lines(finished):
+        OUT.print(absence, soft_wrap=True)
     OUT.print(f"\nThe result is in {out}, its report in {page}. Next:", markup=False, soft_wrap=True)
-    for what, line in _next_steps(out):
-        OUT.print(f"  {what + ':':<24}{line}", markup=False, soft_wrap=True)
+    for what, next_command in _next_steps(out):
+        OUT.print(f"  {what + ':':<24}{next_command}", markup=False, soft_wrap=True)
 
 
 def _next_steps(out: Path) -> list[tuple[str, str]]:
@@ -372,6 +383,28 @@ def methods() -> None:
             both(method.trains), both(method.uploads, cost.get), " + ".join(part for part in down if part),
         )  # fmt: skip
     OUT.print(table)
+
+
+@app.command()
+def files(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="which to copy [default: all]", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="directory to copy to [default: list them only]", show_default=False)
+    ] = None,
+) -> None:
+    """List or copy what comes with the package: example configurations, systemd units, an nginx configuration."""
+    from fedmomentum.shipped import ROOT, SHIPPED, copy_shipped
+
+    if out is not None:
+        for target in copy_shipped(out, names or []):
+            OUT.print(str(target), markup=False, soft_wrap=True)
+        return
+    if names:
+        raise ConfigError("give the directory to copy to: --out DIR")
+    for name, what in SHIPPED.items():
+        OUT.print(f"{ROOT / name}  {what}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -579,8 +612,10 @@ def keys_server(
     from fedmomentum.flower.keys import make_server_keys
 
     make_server_keys(keys, host)
-    OUT.print(f"The server's keys are in {keys}. Give {keys / 'ca.pem'} to every party, and keep the rest to yourself",
-              markup=False, soft_wrap=True)  # fmt: skip
+    OUT.print(
+        f"The server's keys are in {keys}. Send {keys / 'ca.pem'} to every party, which keeps it as ca.pem; keep the "
+        "rest to yourself", markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @keys_app.command("node")
@@ -629,9 +664,10 @@ def serve(
     _check_out(out)
     _need_flower()
     from fedmomentum.flower.serve import serve as serve_run
-    from fedmomentum.flower.views import ServerView
+    from fedmomentum.flower.views import ServerView, after_serving
     from fedmomentum.global_model import kept_rounds
 
+    INTERRUPTION.listen(although_ignored=True)
     with Live(OUT, settings.federation.num_rounds) as live:
         view = ServerView(OUT, live, out)
         try:
@@ -641,16 +677,16 @@ def serve(
             done = max(kept_rounds(out), default=None)
             _say_how_to_go_on(error, out, done, "serve", "--keys", keys, "--host", host, "--port", port)
             raise
-    _after_run(out)
+    after_serving(OUT, out)
 
 
 @app.command()
 def join(
     config: Annotated[Path, typer.Argument(help="TOML file: the run's, with this party's data", show_default=False)],
     overrides: Overrides = None,
-    server: Annotated[str, typer.Option("--server", help="HOST:PORT", show_default=False)] = ...,  # type: ignore[assignment]
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT, or https://HOST:PORT", show_default=False)] = ...,  # type: ignore[assignment]
     key: Annotated[Path, typer.Option("--key", help="this node's private key", show_default=False)] = ...,  # type: ignore[assignment]
-    ca: Annotated[Path, typer.Option("--ca", help="the server's authority")] = Path("ca.pem"),
+    ca: Annotated[Path, typer.Option("--ca", help="the server's authority, its keys/ca.pem")] = Path("ca.pem"),
     name: Annotated[str, typer.Option("--name", help="[default: the key file's name]", show_default=False)] = "",
     store: Annotated[
         Path | None, typer.Option("--store", help="folder for what the server sends [default: nodes/<name>]")
@@ -670,6 +706,7 @@ def join(
     from fedmomentum.flower.worker import WorkerError
     from fedmomentum.names import directory_name
 
+    INTERRUPTION.listen(although_ignored=True)
     if not name:
         name = key.stem
     party = Party(server, ca, key, store if store is not None else Path("nodes") / directory_name(name), name)

@@ -27,6 +27,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.chat_date import set_chat_date
 from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.consolidation import Recipe, remade
 from fedmomentum.data.tokens import TokenisedExamples
@@ -35,6 +36,7 @@ from fedmomentum.errors import ConfigError, FedMomentumError, MissingObject, Mod
 from fedmomentum.evaluation import Score, evaluate
 from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.loaded import vocabulary_size, within_memory
 from fedmomentum.lowrank import LowRank
 from fedmomentum.messages import (
     BASE_PROBES,
@@ -56,14 +58,14 @@ from fedmomentum.messages import (
     decode_task,
     encode_reply,
 )
-from fedmomentum.peft_io import ADAPTER_NAME, attach, detach, from_model, load_into, lora_layers
+from fedmomentum.peft_live import ADAPTER_NAME, attach, detach, from_model, load_into, lora_layers
 from fedmomentum.personal import PersonalFactors, keep_newest, load_personal, put_personal, save_personal
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
 from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
 
 if TYPE_CHECKING:
-    from fedmomentum.peft_io import PeftModel
+    from fedmomentum.peft_live import PeftModel
 
 
 LOG = logging.getLogger("fedmomentum")
@@ -106,10 +108,11 @@ class LoadedBase:
         """
         folder = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
-        return cls(
-            folder, identify(model.name, folder, model.revision), load_tokenizer(folder),
-            load_base(folder, pick_dtype(model.dtype, device), device),
-        )  # fmt: skip
+        identity = identify(model.name, folder, model.revision)
+        base = load_base(folder, pick_dtype(model.dtype, device), device)
+        tokenizer = load_tokenizer(folder, vocabulary_size(base))
+        set_chat_date(tokenizer, model.chat_date)
+        return cls(folder, identity, tokenizer, base)
 
     def copy(self) -> Any:
         """Another model of the same tensors, to put an adapter on: only its modules are new."""
@@ -146,12 +149,18 @@ class LocalModel:
         base = loaded.copy()
         self.num_parameters = sum(p.numel() for p in base.parameters())
         self.dtype = base.dtype
-        self.peft = _attached(base, lora, seed)
+        with within_memory(f"an adapter on {model.name} does not fit"):
+            self.peft = _attached(base, lora, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
         self.own, self.is_mixed = replace(own or lora, clients={}), lora.is_mixed
         self._seed, self._trained = seed, replace(lora, clients={})
         self._layers = lora_layers(self.peft)
         self._train_as(self.own)
+        if beyond := sorted(self._layers.keys() - self.fresh.modules.keys()):
+            raise ConfigError(
+                f"target-modules {self.own.target_modules} of a client adapt {beyond[0]}, which the run's own "
+                "lora.target-modules leave out; a client can only train less than the run"
+            )
         live = self.peft.get_base_model()
         layers = {module: live.get_submodule(module) for module in self.fresh.modules}
         self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fedmomentum.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.errors import ConfigError
 from fedmomentum.names import check_client_name
 from fedmomentum.schema import check_free_form, printable
@@ -48,6 +49,14 @@ class ModelConfig:
     revision: str | None = _option(None, "hub revision (commit, tag or branch)")
     dtype: str = _option("auto", "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16")
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    chat_date: str = _option(
+        DEFAULT_DATE, "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "
+                      "generation alike; the same for all clients. The default is what Llama's templates show without "
+                      "a clock"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        parse_date(self.chat_date)
 
 
 OWN_KEYS = ("rank", "lora-alpha", "target-modules")
@@ -207,7 +216,11 @@ class FederationConfig:
     participation: float = _option(1.0, "share of the clients drawn each round, in (0, 1]")
     quorum: float = _option(0.5, "share of the drawn clients that must answer well, else the run stops")
     max_client_share: float = _option(0.9, "largest weight of one client where there are several")
-    max_norm_ratio: float = _option(20.0, "a client whose update is larger than this many medians is left out")
+    max_norm_ratio: float = _option(
+        20.0,
+        "how many times further than the others, for the same work, a client may move the model; one that goes "
+        "further, and further than its own steps can take it, is left out of the round",
+    )
     uplink_dtype: str = _option("float32", "of the factors that clients send: float32, float16 or bfloat16")
     downlink_dtype: str = _option(
         "float32", "of the adapter's factors that clients are sent; what rounding takes goes into the residual"

@@ -60,6 +60,7 @@ def snapshot(parts: Sequence[Blob]) -> tuple[Blob, Blob]:
             margin = reach(rows)
             apart = _rounded(exact + margin) != _rounded(exact.sub_(margin))
             found.append(apart.flatten().nonzero()[:, 0] + rows.start * total.shape[1])
+        _refuse_overflow(module, total)
         index = torch.cat(found)
         if len(index):
             ties |= {f"{module}.index": index, f"{module}.value": total.flatten()[index]}
@@ -93,6 +94,7 @@ def remade(parts: Sequence[Blob], ties: Blob, shapes: Mapping[str, tuple[int, in
             ):  # fmt: skip
                 raise ModelError(f"ties {ties.name[:16]} name no elements of module {module}, or no values for them")
             total.view(-1)[index] = value
+        _refuse_overflow(module, total)
     if decided:
         raise ModelError(f"ties {ties.name[:16]} hold {min(decided)}, which is no element of these parts")
     return Blob.of(totals)
@@ -136,6 +138,16 @@ def _reach(matrices: Sequence[Matrix]) -> Callable[[slice], Tensor]:
         return total
 
     return reach
+
+
+def _refuse_overflow(module: str, total: Tensor) -> None:
+    """Refuse a sum that float32 cannot hold.
+
+    Raises:
+        ModelError: If it holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(total).all()):
+        raise ModelError(f"the sum of module {module} is beyond float32; nothing is made of it")
 
 
 def _rounded(exact: Tensor) -> Tensor:

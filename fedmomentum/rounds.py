@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ from fedmomentum.checks import (
 )
 from fedmomentum.config import Config, LoraConfig
 from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_bytes, is_due, worth_keeping
-from fedmomentum.diagnostics import NUM_PROBES, distance, probe, probe_vectors, relative_rms, round_diagnostics
+from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
 from fedmomentum.lowrank import LowRank
@@ -51,6 +51,7 @@ from fedmomentum.messages import (
     encode_task,
 )
 from fedmomentum.schema import printable
+from fedmomentum.screening import Screening
 from fedmomentum.sums import norm as norm_of
 from fedmomentum.sums import rank_of
 from fedmomentum.transport import Failure, Transport
@@ -104,6 +105,7 @@ class _Exchange:
     downlink_bytes: dict[str, int] = field(default_factory=dict)
     encode_seconds: float = 0.0
     wait_seconds: float = 0.0
+    screening: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,7 +159,8 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
     server.observer("round", {"round": 0, "participants": []})
     row: dict[str, Any] = {
         "round": 0, "participants": [], "accepted": [], "failures": {}, "weights": {}, "num_examples": {},
-        "learning_rate": None, "train_loss": None, "clients": {}, "evaluation": None, "retained_energy": None,
+        "learning_rate": None, "train_loss": None, "clients": {}, "screening": {}, "evaluation": None,
+        "retained_energy": None,
         "residual_rank": None, "residual_norm": None, "carried_norm": None, "exactness_error": None,
         "applied_share": None, "uplink_rounding": None, "downlink_rounding": None, "diagnostics": None,
         "is_best": False, "version": model.version, "uplink_bytes": {}, "downlink_bytes": {},
@@ -225,7 +228,8 @@ def _round(
     row: dict[str, Any] = {
         "round": server_round, "participants": participants, "accepted": list(weights), "weights": weights,
         "num_examples": counts, "learning_rate": learning_rate, **_train_metrics(exchange, weights, ranks),
-        "evaluation": None, **_energies(result, later), "exactness_error": None, "applied_share": None,
+        "screening": exchange.screening, "evaluation": None, **_energies(result, later), "exactness_error": None,
+        "applied_share": None,
         "uplink_rounding": _uplink_rounding(exchange, weights),
         "downlink_rounding": 0.0
         if later.adapter_dtype == torch.float32
@@ -283,16 +287,20 @@ def _train(
         for client in participants
     }
     uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
-    owns = {client: _own(server, state, client) for client in participants}
-    updates, distances = dict[str, Adapter](), dict[str, float]()
+    owns, owned = {client: _own(server, state, client) for client in participants}, server.config.lora.clients
+    updates, screening = dict[str, Adapter](), Screening(server.config, server.method, server_round, learning_rate)
 
     def take(reply: Reply) -> None:
-        update = _update(reply, model, server, owns[reply.client_id], uploads, dtype)
-        distances[reply.client_id] = distance(update, model.adapter)
-        updates[reply.client_id] = server.folder.spool.put(update)
+        client = reply.client_id
+        update = _update(reply, model, server, owns[client], uploads, dtype)
+        start = partial(_start, server, model, client, owns[client])
+        screening.add(
+            client, update, start, like=repr((owns[client], client in owned)), num_examples=reply.num_examples
+        )
+        updates[client] = server.folder.spool.put(update)
 
     exchange, state = _ask(server, model, state, server_round, requests, take)
-    _leave_out_far_ones(updates, distances, exchange.failures, federation.max_norm_ratio)
+    exchange.screening = screening.leave_out(updates, exchange.failures)
     for client, reason in exchange.failures.items():
         LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
     needed = max(1, math.ceil(federation.quorum * len(participants) - 1e-9))
@@ -644,27 +652,6 @@ def _start(server: _Server, model: GlobalModel, client: str, own: LoraConfig) ->
     names = own.target_modules if client in lora.clients else []
     mine = [m for m in model.adapter.modules if not names or any(f".{m}".endswith(f".{name}") for name in names)]
     return start_of(server.method, model.adapter, mine, rank=own.rank, scaling=own.scaling, is_mixed=_is_mixed(server))
-
-
-def _leave_out_far_ones(
-    updates: dict[str, Adapter], norms: Mapping[str, float], failures: dict[str, str], max_ratio: float
-) -> None:
-    """Leave out, in place, clients whose update is many times the median of the round in norm.
-
-    The norm is `sqrt(sum over modules ||s (B_i A_i - B A)||_F^2)`, B A being what the clients started from. With
-    fewer than three updates there is no median to speak of.
-    """
-    if len(updates) < 3:
-        return
-    median = statistics.median(norms.values())
-    for client, norm in norms.items():
-        if norm > max_ratio * median:
-            del updates[client]
-            ratio = norm / median if median else math.inf
-            failures[client] = (
-                f"client {client}: its update has norm {norm:.3g}, {ratio:.0f} times the round's median {median:.3g}; "
-                f"at most {max_ratio:g} times is accepted (federation.max-norm-ratio)"
-            )
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────

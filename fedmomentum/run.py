@@ -27,9 +27,10 @@ from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.enrolment import enrol
-from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.files import write_atomically, write_json
 from fedmomentum.global_model import GlobalModel, kept_rounds
+from fedmomentum.loaded import check_max_length, check_token_ids, max_positions
 from fedmomentum.messages import ClientLora, Description, Task, encode_task
 from fedmomentum.origin import FILE as DATA
 from fedmomentum.origin import LOCATIONS, Fingerprint, check_data, fingerprints, follow, refuse_missing, write_origin
@@ -37,7 +38,8 @@ from fedmomentum.personal import check_personal
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_request
 from fedmomentum.tracking import check_trackers, reported
-from fedmomentum.training import check_arguments, train
+from fedmomentum.training import train
+from fedmomentum.training_arguments import check_amount, check_arguments
 from fedmomentum.transport import InProcessTransport, Transport
 from fedmomentum.wire import wire_dtype
 
@@ -260,7 +262,10 @@ def _own_models(config: Config, local: LocalModel, loaded: LoadedBase, names: Se
         own = lora.of(name)
         if not any(own == other for other, _ in made):
             seed = derive(config.run.seed, "adapter")
-            made.append((own, LocalModel(config.model, lora, seed=seed, own=own, loaded=loaded)))
+            try:
+                made.append((own, LocalModel(config.model, lora, seed=seed, own=own, loaded=loaded)))
+            except (AdapterError, ConfigError) as error:
+                raise ConfigError(f"lora.clients.{name}: {error}") from error
         found[name] = next(model for other, model in made if other == own)
     return found
 
@@ -483,14 +488,30 @@ def _tokenised(
 ) -> list[Client]:
     """Each client's examples as tokens, once for the whole run; held-out ones in a drawn order."""
     limits: dict[str, Any] = {"max_length": config.data.max_length, "max_lost_share": config.data.max_lost_share}
+    base = local.peft.get_base_model()
+    check_max_length(base, config.data.max_length)
+    training = config.training
     clients = []
     for party in parties:
         test = held_out_order(config, party)
+        held_out = f"{party.client_id} (held out)"
+        train_tokens = tokenise(party.train, local.tokenizer, owner=party.client_id, **limits)
+        test_tokens = tokenise(test, local.tokenizer, owner=held_out, **limits) if test else NOTHING
+        check_token_ids(base, train_tokens.input_ids, party.client_id)
+        check_token_ids(base, test_tokens.input_ids, held_out)
+        check_amount(
+            len(train_tokens),
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+            batch_size=training.batch_size,
+            arguments=training.arguments,
+            owner=party.client_id,
+        )
         clients.append(
             Client(
                 party.client_id,
-                tokenise(party.train, local.tokenizer, owner=party.client_id, **limits),
-                tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
+                train_tokens,
+                test_tokens,
                 method=make_method(config),
                 store=out,
                 keep_rounds=config.run.keep_rounds,
@@ -515,6 +536,12 @@ def make_plan(config: Config, local: LocalModel, model: GlobalModel, clients: Se
         warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
     if config.evaluation.every and not any(len(client.test) for client in clients):
         warnings.append("no client holds out examples; nothing will be evaluated")
+    positions, _ = max_positions(local.peft.get_base_model())
+    if positions is not None and longest > positions:
+        warnings.append(
+            f"the longest example has {longest} tokens and the model was made for {positions}; "
+            f"data.max-length = {positions} cuts them"
+        )
     memory = weights + 4 * traffic.uplink + activations + 700 * 2**20
     return _plan(config, model, method, traffic, len(clients), local.num_parameters, memory, warnings)
 

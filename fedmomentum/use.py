@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.chat_date import DEFAULT_DATE, set_chat_date
 from fedmomentum.data.examples import Example
 from fedmomentum.data.read import read_rows, to_examples
 from fedmomentum.data.tasks import score
 from fedmomentum.data.tokens import TokenisedExamples, prompt_token_ids, tokenise
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation import Evaluation, Score, evaluate, generate
-from fedmomentum.export import one_adapter
-from fedmomentum.global_model import Blob
 from fedmomentum.identity import identify
+from fedmomentum.loaded import check_token_ids, max_positions, vocabulary_size
 from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing_data
 from fedmomentum.report.text import number
 from fedmomentum.results import Result, base_folder
 from fedmomentum.run import held_out_order, load_data, set_threads
 from fedmomentum.schema import printable
+from fedmomentum.tuned import TunedModel
 
 LOG = logging.getLogger("fedmomentum")
 DEFAULT_MAX_LENGTH = 512
@@ -75,7 +75,6 @@ class Both:
         dtype, device = _as_in_the_run(result, settings)
         if result.config is not None:
             set_threads(result.config.run.threads)
-        self.tokenizer = _tokenizer(result, folder)
         if model.base.tokenizer_sha256 and found.tokenizer_sha256 != model.base.tokenizer_sha256:
             LOG.warning(
                 "the tokenizer or chat template in %s is not that of the run %s; scores and answers may differ",
@@ -87,35 +86,36 @@ class Both:
         except ModelError as error:
             raise ModelError(f"{error}. Give another by --device") from error
         self.model = load_base(folder, pick_dtype(dtype, chosen), chosen)
-        _check_vocabulary(result, self.model, self.tokenizer)
-        self._held = HeldBase({m: self.model.get_submodule(m) for m in model.adapter.modules}, folder)
-        whole = one_adapter(model)
-        self._change = Blob.of(whole.modules)
-        self._saved = dict(whole.saved)
+        self._tuned = TunedModel(self.model, folder, model)
+        date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
+        self._set_tokenizers(result, folder, date)
+        self.tokenizer = self._tokenizers[0]
+
+    def _set_tokenizers(self, result: Result, folder: Path, date: str) -> None:
+        """Choose the tokenizers of the untouched and of the tuned model: the same, unless tokens were added."""
+        size = vocabulary_size(self.model)
+        tuned = _tokenizer(result, folder, size)
+        untouched = tuned
+        if size is not None and len(tuned) > size and (folder / "tokenizer_config.json").is_file():
+            untouched = load_tokenizer(folder, size)
+        for tokenizer in (untouched, tuned):
+            set_chat_date(tokenizer, date)
+        self._tokenizers = untouched, tuned
 
     @property
     def longest(self) -> int | None:
         """The most tokens that the model can see; None where it does not say."""
-        text = self.model.config.get_text_config()
-        longest = getattr(text, "max_position_embeddings", None)
-        return longest if isinstance(longest, int) and longest > 0 else None
+        return max_positions(self.model)[0]
 
     @contextmanager
     def tuned(self) -> Iterator[None]:
-        """Be the tuned model for a while."""
-        before = {name: self.model.get_parameter(name).detach().clone() for name in self._saved}
-        try:
-            self._held.apply([self._change])
-            self._put(self._saved)
-            yield
-        finally:
-            self._held.apply([])
-            self._put(before)
-
-    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.model.get_parameter(name).copy_(tensor)
+        """Be the tuned model for a while, with its own tokenizer."""
+        with self._tuned.applied():
+            self.tokenizer = self._tokenizers[1]
+            try:
+                yield
+            finally:
+                self.tokenizer = self._tokenizers[0]
 
 
 def _as_in_the_run(result: Result, settings: Settings) -> tuple[str, str]:
@@ -137,33 +137,18 @@ def _dtype_of_the_run(path: Path) -> str | None:
     return dtype if dtype in ("float32", "bfloat16", "float16") else None
 
 
-def _tokenizer(result: Result, folder: Path) -> Any:
+def _tokenizer(result: Result, folder: Path, vocabulary: int | None) -> Any:
     """The tokenizer that belongs to the result: an adapter's directory may hold one of its own, or a chat template."""
     own = result.path
     if (own / "adapter_config.json").is_file():
         if any((own / name).is_file() for name in TOKENIZER_FILES):
-            return load_tokenizer(own)
+            tables = [tensor.shape[0] for tensor in result.model.adapter.saved.values() if tensor.ndim == 2]
+            return load_tokenizer(own, max([vocabulary, *tables]) if vocabulary is not None else None)
         if (own / CHAT_TEMPLATE).is_file():
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, vocabulary)
             tokenizer.chat_template = (own / CHAT_TEMPLATE).read_text(encoding="utf-8")
             return tokenizer
-    return load_tokenizer(folder)
-
-
-def _check_vocabulary(result: Result, model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that knows more tokens than the model has embeddings."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    for name, tensor in result.model.adapter.saved.items():
-        if model.get_parameter(name).shape != tensor.shape:
-            raise ModelError(
-                f"{result.path} was trained after tokens were added: {name} is {tuple(tensor.shape)}, and the base "
-                f"model's is {tuple(model.get_parameter(name).shape)}. Give the enlarged base by --base"
-            )
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens and the base model {rows} embeddings: {result.path} was "
-            "trained after tokens were added. Give the enlarged base by --base"
-        )
+    return load_tokenizer(folder, vocabulary)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +182,9 @@ def answers(
     for prompt in prompts:
         asked.append(({"role": "user", "content": prompt},) if chat else prompt)
     for prompt, shown in zip(asked, prompts, strict=True):
-        length = len(prompt_token_ids(prompt, both.tokenizer))
+        ids = prompt_token_ids(prompt, both.tokenizer)
+        check_token_ids(both.model, [ids], f"the prompt {printable(shown, 40)!r}")
+        length = len(ids)
         if both.longest is not None and length + max_new_tokens > both.longest:
             raise DataError(
                 f"the prompt {printable(shown, 40)!r} has {length} tokens, and with {max_new_tokens} more passes the "
@@ -352,15 +339,23 @@ def _refuse_reference(path: Path, clients: set[str]) -> None:
 
 def _teacher_forced(both: Both, parts: Sequence[_Part], max_length: int, batch_size: int) -> Comparison:
     """One pass over the examples with their answers."""
-    tokens: list[tuple[str, TokenisedExamples]] = []
-    for part in parts:
-        made = tokenise(part.examples, both.tokenizer, max_length=max_length, max_lost_share=1, owner=part.owner)
-        tokens.append((part.client, made.first(part.most)))
+    # The two models may have tokenizers of their own, where tokens were added.
+    tokens_by_tokenizer: dict[int, list[tuple[str, TokenisedExamples]]] = {}
+
+    def tokens() -> list[tuple[str, TokenisedExamples]]:
+        tokenizer = both.tokenizer
+        if id(tokenizer) not in tokens_by_tokenizer:
+            own = tokens_by_tokenizer[id(tokenizer)] = []
+            for part in parts:
+                made = tokenise(part.examples, tokenizer, max_length=max_length, max_lost_share=1, owner=part.owner)
+                check_token_ids(both.model, made.input_ids, part.owner)
+                own.append((part.client, made.first(part.most)))
+        return tokens_by_tokenizer[id(tokenizer)]
 
     def measured() -> Scored:
         total = Evaluation(Score(), {})
         by_client = {}
-        for client, examples in tokens:
+        for client, examples in tokens():
             one = evaluate(both.model, examples, pad_token_id=both.tokenizer.pad_token_id, batch_size=batch_size)
             total = total + one
             if client:
@@ -370,8 +365,8 @@ def _teacher_forced(both: Both, parts: Sequence[_Part], max_length: int, batch_s
     untouched = measured()
     with both.tuned():
         tuned = measured()
-    num_cut = sum(examples.num_truncated for _, examples in tokens)
-    num_lost = sum(examples.num_lost for _, examples in tokens)
+        num_cut = sum(examples.num_truncated for _, examples in tokens())
+        num_lost = sum(examples.num_lost for _, examples in tokens())
     return Comparison(untouched, tuned, num_cut, num_lost, max_length, by_generation=False)
 
 
@@ -445,8 +440,9 @@ def comparison_table(comparison: Comparison) -> Table:
             table.add_row(Text(printable(client)), *_columns(untouched.by_client[client], tuned.by_client[client]))
     if len(untouched.all.by_category) > 1:
         table.add_section()
-        for category in sorted(untouched.all.by_category):
-            before, after = untouched.all.by_category[category], tuned.all.by_category[category]
+        for category in sorted(untouched.all.by_category.keys() | tuned.all.by_category.keys()):
+            before = untouched.all.by_category.get(category, Score())
+            after = tuned.all.by_category.get(category, Score())
             table.add_row(Text(printable(category)), *_columns(before, after))
     return table
 

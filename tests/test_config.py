@@ -114,5 +114,5 @@ def test_every_key_is_documented():
 def test_the_shipped_configuration_is_valid():
     from pathlib import Path
 
-    config = load_config(Path(__file__).parent.parent / "configs" / "default.toml")
+    config = load_config(Path(__file__).parent.parent / "fedmomentum" / "configs" / "default.toml")
     assert config.data.source == "reasoning-gym" and config.method.name == "fedmomentum"

@@ -89,8 +89,8 @@ class Program:
             self.popen = subprocess.Popen(
                 [sys.executable, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True, env={**os.environ, **environment},
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip  # whoever runs the tests in the background has it ignored, and children inherit that
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            )  # fmt: skip  # as a script's background commands have it: it must end them all the same
 
     def text(self) -> str:
         """All it has said, over all its starts."""
