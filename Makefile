@@ -12,7 +12,7 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint install test-long simulation bench bench-scale demo-seeds docs clean
+.PHONY: run test lint install test-long simulation bench bench-gpu bench-scale demo-seeds docs clean
 
 run: $(STAMP)
 	$(BIN)/fedmomentum run fedmomentum/configs/default.toml --out $(RUN)
@@ -61,6 +61,11 @@ simulation: $(TEST_STAMP)
 bench: export COLUMNS = 150
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks
+
+# exactness, speed and memory on a GPU, with random weights of real shapes; some six minutes, without a network
+bench-gpu: export COLUMNS = 150
+bench-gpu: $(TEST_STAMP)
+	$(BIN)/python benchmarks/gpu.py --json runs/bench-gpu/gpu.json
 
 # a round's aggregation with 10 to 1,000 clients; some twenty minutes, and 21 GB of disk for a while
 bench-scale: $(TEST_STAMP)

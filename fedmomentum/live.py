@@ -21,12 +21,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.client import Client
-from fedmomentum.report import Measure, Run, SummaryRow, summarise
+from fedmomentum.report import Measure, Run, SummaryRow, absences, summarise
 from fedmomentum.report.text import count, human_bytes, number, percent, points
 from fedmomentum.run import Plan
 from fedmomentum.terminal import log_handler
 
 LOG = logging.getLogger("fedmomentum")
+MOST_ABSENCES = 12
+"""Clients that the terminal names at a run's end because their updates are missing."""
 
 
 @contextmanager
@@ -217,6 +219,21 @@ def summary_table(run: Run) -> Table:
             _measure(row.untouched), _measure(row.federated), points(row.change), " -> ".join(losses),
         )  # fmt: skip
     return table
+
+
+def absence_lines(run: Run) -> list[Text]:
+    """Return a warning for each client whose update is missing from a round; of many, for those missing most."""
+    found = absences(run.rows, run.partition)
+    lines = [
+        Text.assemble(
+            (f"left out: {one.headline}", "bold red" if one.is_total or one.num_too_large else "bold yellow"),
+            f"\n  round {one.last_round}: {one.reason}",
+        )
+        for one in found[:MOST_ABSENCES]
+    ]
+    if len(found) > MOST_ABSENCES:
+        lines.append(Text(f"... and {len(found) - MOST_ABSENCES} more clients, in the report", style="yellow"))
+    return lines
 
 
 def _shortened(table: Table, summary: Sequence[SummaryRow]) -> Iterator[SummaryRow]:

@@ -23,8 +23,8 @@ from fedmomentum.flower.apps import client_app
 from fedmomentum.flower.connection import Connection, ConnectionLost
 from fedmomentum.flower.keys import HOST_NAME, NODE_NAME, load_private
 from fedmomentum.flower.worker import Told, Worker, WorkerError
+from fedmomentum.messages import decode_task
 from fedmomentum.schema import printable
-from fedmomentum.transport import decode_task
 
 LOG = logging.getLogger("fedmomentum")
 POLL_SECONDS = 1.0

@@ -33,9 +33,10 @@ from fedmomentum.flower.connection import Connection, ConnectionLost
 from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
 from fedmomentum.flower.status import read_status
 from fedmomentum.flower.transport import packed, unpacked
+from fedmomentum.messages import Task, decode_task
 from fedmomentum.rounds import derive
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, Task, decode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.runs import chain, nudge, objects, timeless, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
