@@ -170,6 +170,7 @@ class HeldBase:
                 _hold_in_float32(self.layers[module])
                 self.weight(module).copy_(weight)
         self._applied: list[str] = []
+        self._is_whole = True
 
     def _refuse_other(self, module: str, stored: Tensor, folder: Path) -> None:
         """Refuse a stored weight that is not the one transformers loaded, in the dtype in which it is loaded.
@@ -212,9 +213,11 @@ class HeldBase:
 
     def reset(self) -> None:
         """Set every module to its stored weight."""
+        self._is_whole = False
         for module, weight in self.each_pristine(self.layers):
             self.weight(module).copy_(weight)
         self._applied = []
+        self._is_whole = True
 
     def weight(self, module: str) -> Tensor:
         """The live weight of `module` as `(out, in)`, a view."""
@@ -224,25 +227,33 @@ class HeldBase:
     def apply(self, base_update: Sequence[Blob]) -> None:
         """Set every module to `pristine + sum of base_update`; what is there already is not added again.
 
+        All or nothing: every part is checked before the first is added, and a base that was left half changed (memory
+        ran out, somebody pressed Ctrl-C) is reset before the next one is applied.
+
         Raises:
             ModelError: a module that is not held here, or a shape that differs.
         """
-        names = [blob.name for blob in base_update]
-        if names[: len(self._applied)] != self._applied:
-            self.reset()
-        for blob in base_update[len(self._applied) :]:
+        for blob in base_update:
             for module, matrix in blob.matrices.items():
                 if module not in self.layers or tuple(matrix.shape) != tuple(self.weight(module).shape):
                     raise ModelError(
                         f"base update {blob.name[:16]} changes module {module} {tuple(matrix.shape)}, which is not "
                         "adapted here or has another shape"
                     )
+        names = [blob.name for blob in base_update]
+        if not self._is_whole or names[: len(self._applied)] != self._applied:
+            self.reset()
+        num_applied = len(self._applied)
+        self._is_whole = False
+        for blob in base_update[num_applied:]:
+            for module, matrix in blob.matrices.items():
                 weight = self.weight(module)
                 if isinstance(matrix, LowRank):
                     weight.addmm_(matrix.B.to(weight.device), matrix.A.to(weight.device))
                 else:
                     weight += matrix.to(weight.device)
-            self._applied.append(blob.name)
+        self._applied = names
+        self._is_whole = True
 
 
 def _refuse_other_forward(module: str, layer: Any) -> None:

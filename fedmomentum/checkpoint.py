@@ -18,10 +18,11 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from fedmomentum.adapter import split_tensors
@@ -42,6 +43,7 @@ from fedmomentum.global_model import (
     read_object,
     save_objects,
 )
+from fedmomentum.personal import prune_personal
 from fedmomentum.spool import Spool
 from fedmomentum.wire import dtype_of, widened
 
@@ -129,7 +131,7 @@ class RunFolder:
                 **run,
                 "held": {client: tuple(names) for client, names in run["held"].items()},
                 **{key: tuple(run.get(key, ())) for key in ("started_from", "merged")},
-                "recipes": tuple(map(Recipe.read, run.get("recipes", ()))),
+                "recipes": msgspec.convert(run.get("recipes", ()), tuple[Recipe, ...]),
             }
         )
         self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
@@ -184,7 +186,8 @@ class RunFolder:
         self.rows.append(row)
         write_atomically(self.folder / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in self.rows).encode())
         write_json(
-            self.folder / "rounds" / f"{model.server_round:04d}.json", {**model.manifest(), "run": asdict(state)}
+            self.folder / "rounds" / f"{model.server_round:04d}.json",
+            {**model.manifest(), "run": msgspec.to_builtins(state)},
         )
         self._prune(state)
 
@@ -198,4 +201,6 @@ class RunFolder:
         for server_round in kept:
             manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
             named |= {manifest["carried"], *object_names(manifest)}
+        if kept:
+            prune_personal(self.folder, kept, state.run_id)
         prune_objects(self.folder, {name for name in named if name})

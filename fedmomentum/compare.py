@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,24 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.config import Config, EvaluationConfig, MethodConfig, differences, load_config, overridden, to_toml
+from fedmomentum.config import (
+    Config,
+    EvaluationConfig,
+    MethodConfig,
+    differences,
+    load_config,
+    overridden,
+    parse_value,
+    to_toml,
+)
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically, write_json
-from fedmomentum.global_model import kept_rounds
+from fedmomentum.global_model import find_manifest, kept_rounds, read_manifest
+from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.names import directory_name
+from fedmomentum.origin import FILE as DATA
+from fedmomentum.origin import LOCATIONS, Fingerprint, check_data, fingerprints
 from fedmomentum.report.cells import (
     COMPARISON,
     FORMAT,
@@ -38,7 +50,7 @@ from fedmomentum.report.cells import (
 from fedmomentum.report.statistics import Mean
 from fedmomentum.report.text import human_bytes, human_seconds
 from fedmomentum.rounds import Observer
-from fedmomentum.run import Run, make_method, make_plan, party_names, prepare
+from fedmomentum.run import Run, load_data, make_method, make_plan, party_names, prepare
 
 REFERENCES = ("centralised", "local")
 POOLED = "everyone"
@@ -130,7 +142,7 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
             if "." in key:
                 overrides.append(pair)
             else:
-                settings[key.strip()] = _value(value.strip())
+                settings[key.strip()] = parse_value(value.strip())
         if name in REFERENCES and settings:
             raise ConfigError(f"{name} has no settings of its own; got {label!r}")
         method = MethodConfig("fedit" if name in REFERENCES else name, settings)
@@ -148,13 +160,6 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
     if not entries or len(set(folders)) < len(folders):
         raise ConfigError(f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}")
     return entries
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string: split=singular
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -191,23 +196,50 @@ def plan_cells(config: Config, entries: Sequence[Entry], seeds: Sequence[int], o
             folder = out / entry.folder / f"seed-{seed}"
             if entry.kind == "local":
                 cells += [
-                    Cell(entry, seed, folder / only, replace(own, lora=own.lora.of(only)), only)
+                    Cell(entry, seed, folder / directory_name(only), replace(own, lora=own.lora.of(only)), only)
                     for only in party_names(own)
                 ]
             elif entry.kind == "centralised":
                 cells.append(Cell(entry, seed, folder, replace(own, lora=replace(own.lora, clients={}))))
             else:
                 cells.append(Cell(entry, seed, folder, own))
+    _check_content(cells)
     return cells
 
 
+def _check_content(cells: Sequence[Cell]) -> None:
+    """Refuse to go on where runs of the comparison were made with other data or another base model than there is now.
+
+    Settings that say where something is may have changed, and what is there as well; both show only here.
+
+    Raises:
+        DataError: If a run has other data.
+        ModelError: If a run has another base model.
+    """
+    begun = [cell for cell in cells if kept_rounds(cell.folder)]
+    data: dict[int, dict[str, Fingerprint]] = {}
+    for cell in begun:
+        model = cell.config.model
+        made_with = BaseIdentity(**read_manifest(find_manifest(cell.folder, "last"))["base"])
+        made_with.check(identify(model.name, resolve_base(model.name, model.revision), model.revision))
+        if cell.seed not in data:  # a seed divides the data; the methods share it
+            data[cell.seed] = fingerprints(load_data(cell.config))
+        check_data(cell.folder, data[cell.seed])
+
+
 def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
-    """Raises ConfigError where the folder's settings are others; trackers may change, rounds be added, not taken."""
-    changed = [
-        key
-        for key in differences(load_config(folder / "config.toml"), config)
-        if key not in {*may_differ, "federation.num-rounds", "run.report-to"}
-    ]
+    """Refuse a folder whose settings are others; trackers and paths may change, rounds be added, not taken.
+
+    Raises:
+        ConfigError: If they are. What lies at the paths is for `_check_content` and `prepare` to compare.
+    """
+    saved = load_config(folder / "config.toml")
+    may_differ = {*may_differ, "federation.num-rounds", "run.report-to"}
+    if (folder / DATA).is_file() or not kept_rounds(folder):
+        may_differ |= LOCATIONS
+    changed = [key for key in differences(saved, config) if key not in may_differ]
+    if saved.data.client_files.keys() != config.data.client_files.keys():
+        changed.append("data.client-files")
     if changed:
         raise ConfigError(
             f"{folder} was made with other settings; these differ: {', '.join(changed)}. Compare with its own, "
@@ -233,7 +265,10 @@ def run_cell(
     saved = cell.folder / "config.toml"
     resume = saved.is_file()
     cell.is_finished()  # whether its settings are ours; those that a reference changes are compared below
-    run = prepare(load_config(saved) if resume else cell.config, cell.folder, resume=resume, on_step=on_step, say=say)
+    began = cell.config
+    if resume:  # a reference has settings of its own; where things are now, the comparison's configuration says
+        began = replace(load_config(saved), model=cell.config.model, data=cell.config.data)
+    run = prepare(began, cell.folder, resume=resume, on_step=on_step, say=say)
     try:
         run.config = cell.config
         if cell.entry.kind != "federated":

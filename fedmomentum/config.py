@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from fedmomentum.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.errors import ConfigError
+from fedmomentum.names import check_client_name
+from fedmomentum.schema import check_free_form
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -41,6 +44,14 @@ class ModelConfig:
     revision: str | None = _option(None, "hub revision (commit, tag or branch)")
     dtype: str = _option("auto", "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16")
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    chat_date: str = _option(
+        DEFAULT_DATE, "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "
+                      "generation alike; the same for all clients. The default is what Llama's templates show without "
+                      "a clock"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        parse_date(self.chat_date)
 
 
 OWN_KEYS = ("rank", "lora-alpha", "target-modules")
@@ -66,6 +77,7 @@ class LoraConfig:
         _need(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
         _need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for client, own in self.clients.items():
+            check_client_name(client, "lora.clients")
             _need(isinstance(own, dict), f"lora.clients.{client}", own, "a table")
             for key in own:
                 _need(key in OWN_KEYS, f"lora.clients.{client}.{key}", own[key], f"one of {', '.join(OWN_KEYS)}")
@@ -104,11 +116,6 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def own_facts(own: LoraConfig, is_mixed: bool) -> dict[str, Any]:
-    """What a client trains, for server and client to compare."""
-    return {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules, "mixed": is_mixed}
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Whose data is where, and how much is held out."""
@@ -138,6 +145,8 @@ class DataConfig:
         _need(
             not (self.source and self.client_files), "data.source", self.source, "left out where client-files is given"
         )
+        for client in self.client_files:
+            check_client_name(client, "data.client-files")
         _need(self.partition in ("iid", "dirichlet", "categories", "sizes"), "data.partition", self.partition,
               "iid, dirichlet, categories or sizes")  # fmt: skip
         _need(self.num_clients >= 1, "data.num-clients", self.num_clients, "at least 1")
@@ -190,6 +199,9 @@ class MethodConfig:
     name: str = _option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
     settings: dict[str, Any] = _option({}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)')
 
+    def __post_init__(self) -> None:
+        _check_free(self.settings, "method.settings")
+
 
 @dataclass(frozen=True)
 class FederationConfig:
@@ -199,7 +211,11 @@ class FederationConfig:
     participation: float = _option(1.0, "share of the clients drawn each round, in (0, 1]")
     quorum: float = _option(0.5, "share of the drawn clients that must answer well, else the run stops")
     max_client_share: float = _option(0.9, "largest weight of one client where there are several")
-    max_norm_ratio: float = _option(20.0, "a client whose update is larger than this many medians is left out")
+    max_norm_ratio: float = _option(
+        20.0,
+        "how many times further than the others, for the same work, a client may move the model; one that goes "
+        "further, and further than its own steps can take it, is left out of the round",
+    )
     uplink_dtype: str = _option("float32", "of the factors that clients send: float32, float16 or bfloat16")
     downlink_dtype: str = _option(
         "float32", "of the adapter's factors that clients are sent; what rounding takes goes into the residual"
@@ -254,7 +270,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _need(self.seed >= 0, "run.seed", self.seed, "0 or more")
+        _need(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
         _need(self.threads >= 0, "run.threads", self.threads, "0 or more")
         _need(self.keep_rounds >= 1, "run.keep-rounds", self.keep_rounds, "at least 1")
 
@@ -284,10 +300,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no file, not UTF-8, a number of thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:
         _override(table, override)
@@ -306,15 +322,21 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(table)
 
 
+def parse_value(text: str) -> Any:
+    """Return a value given on the command line: TOML, or the text itself where it is no TOML (`method.name=fedit`)."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return table["value"] if table.keys() == {"value"} else text
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2:
         raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: method.name=fedit
+    value = parse_value(text)
     for name in names[:-1]:
         inner = table.setdefault(name, {})
         if not isinstance(inner, dict):
@@ -355,13 +377,37 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     for kind in kinds:
         origin = get_origin(kind) or kind
         if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            _check_free(value, key)
             return float(value)
         if origin is list and isinstance(value, (list, tuple)):
             return [_typed(item, get_args(kind)[0], key) for item in value]
+        if origin is dict and isinstance(value, Mapping) and get_args(kind)[1] is not Any:
+            return {name: _typed(item, get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
         if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
+            _check_free(value, key)
             return value
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
     raise ConfigError(f"{key} must be of type {names}; got {value!r}")
+
+
+def _check_free(value: Any, key: str) -> None:
+    """Refuse numbers that are not finite or do not fit 64 bits, at any depth.
+
+    Raises:
+        ConfigError: If there is one; or if tables are nested deeper than any setting is.
+    """
+    check_free_form(value, key, ConfigError)
+    inner: list[tuple[str, Any]] = [(key, value)]
+    while inner:
+        name, item = inner.pop()
+        if isinstance(item, Mapping):
+            inner.extend((f"{name}.{part}", held) for part, held in item.items())
+        elif isinstance(item, (list, tuple)):
+            inner.extend((name, held) for held in item)
+        elif isinstance(item, float):
+            _need(math.isfinite(item), name, item, "a finite number")
+        elif isinstance(item, int):
+            _need(-(2**63) <= item < 2**63, name, "a number of more than 64 bits", "a whole number of at most 64 bits")
 
 
 def _with_paths(config: Config, folder: Path) -> Config:

@@ -37,7 +37,7 @@ FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 2
 MANIFEST = "global_model.json"
 MANIFEST_KEYS = (
-    "base", "base_update", "version", "adapter", "adapter_config", "scalings", "carried", "round", "method",
+    "base", "base_update", "version", "adapter", "adapter_config", "scalings", "carried", "round", "method", "personal",
 )  # fmt: skip
 
 
@@ -62,18 +62,29 @@ class Blob:
 
         Raises:
             PayloadError: the bytes are no safetensors.
-            ModelError: tensors that are not of the form above.
+            ModelError: tensors that are not of the form above, or hold NaN or Inf.
         """
-        tensors, _ = read_safetensors(self.data, f"object {self.name[:16]}")
+        name = f"object {self.name[:16]}"
+        tensors, _ = read_safetensors(self.data, name)
+        for key, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or tensor.ndim != 2:
+                raise ModelError(f"{name}: {key} is {tensor.dtype} {tuple(tensor.shape)}; wanted a float32 matrix")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"{name}: {key} holds NaN or Inf")
         found: dict[str, Matrix] = {}
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
             if kind == "dense":
+                if module in found:
+                    raise ModelError(f"{name} holds module {module} in factors and dense")
                 found[module] = tensors[key]
             elif kind == "A" and f"{module}.B" in tensors:
-                found[module] = LowRank(tensors[f"{module}.B"], tensors[key])
+                try:
+                    found[module] = LowRank(tensors[f"{module}.B"], tensors[key])
+                except ValueError as error:
+                    raise ModelError(f"{name}: module {module}: {error}") from error
             elif kind != "B" or f"{module}.A" not in tensors:
-                raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
+                raise ModelError(f"{name} holds {key}, which is no part of a base update")
         return found
 
     @classmethod
@@ -100,6 +111,8 @@ class GlobalModel:
         carried: module to what the method keeps for its next sum; no part of the effective model.
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
+        personal: the factors that the method leaves with each client, such as `B`. Where there are some, this model
+            is nobody's: what the server has of them is what all clients started from (see `personal`).
         adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
         newest: what the last round merged, also where it is consolidated by now; nothing in a model that was read.
     """
@@ -110,6 +123,7 @@ class GlobalModel:
     carried: Mapping[str, Matrix] = field(default_factory=dict)
     server_round: int = 0
     method: str = ""
+    personal: str = ""
     adapter_dtype: torch.dtype = torch.float32
     newest: tuple[Blob, ...] = field(default=(), repr=False)
 
@@ -218,6 +232,7 @@ class GlobalModel:
             "carried": Blob.of(self.carried).name if self.carried else None,
             "round": self.server_round,
             "method": self.method,
+            "personal": self.personal,
         }
 
     def objects(self) -> dict[str, bytes]:
@@ -273,6 +288,7 @@ class GlobalModel:
             carried=carried,
             server_round=manifest["round"],
             method=manifest["method"],
+            personal=manifest["personal"],
             adapter_dtype=adapter_dtype,
         )
         if model.version != manifest["version"]:

@@ -15,18 +15,20 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live as RichLive
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.client import Client
-from fedmomentum.report import Measure, Run, SummaryRow, summarise
+from fedmomentum.report import Measure, Run, SummaryRow, absences, summarise
 from fedmomentum.report.text import count, human_bytes, number, percent, points
 from fedmomentum.run import Plan
+from fedmomentum.terminal import log_handler
 
 LOG = logging.getLogger("fedmomentum")
+MOST_ABSENCES = 12
+"""Clients that the terminal names at a run's end because their updates are missing."""
 
 
 @contextmanager
@@ -53,7 +55,7 @@ class Live:
     def __init__(self, console: Console, num_rounds: int) -> None:
         self._console = console
         self._num_rounds = num_rounds
-        self._handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        self._handler = log_handler(console)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console,
@@ -217,6 +219,21 @@ def summary_table(run: Run) -> Table:
             _measure(row.untouched), _measure(row.federated), points(row.change), " -> ".join(losses),
         )  # fmt: skip
     return table
+
+
+def absence_lines(run: Run) -> list[Text]:
+    """Return a warning for each client whose update is missing from a round; of many, for those missing most."""
+    found = absences(run.rows, run.partition)
+    lines = [
+        Text.assemble(
+            (f"left out: {one.headline}", "bold red" if one.is_total or one.num_too_large else "bold yellow"),
+            f"\n  round {one.last_round}: {one.reason}",
+        )
+        for one in found[:MOST_ABSENCES]
+    ]
+    if len(found) > MOST_ABSENCES:
+        lines.append(Text(f"... and {len(found) - MOST_ABSENCES} more clients, in the report", style="yellow"))
+    return lines
 
 
 def _shortened(table: Table, summary: Sequence[SummaryRow]) -> Iterator[SummaryRow]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,43 +22,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from fedmomentum.data.batches import IGNORED, completion_batch, inner_model, model_inputs, next_token_pairs
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
-
-PASSED_ON = frozenset(
-    {
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "dataloader_drop_last",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "label_smoothing_factor",
-        "lr_scheduler_kwargs",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "optim",
-        "optim_args",
-        "train_sampling_strategy",
-        "warmup_steps",
-        "weight_decay",
-    }
-)
-"""The fields of ``transformers.TrainingArguments`` which a user may set: those known to act, and to leave nothing
-behind on a model that other clients train next."""
-
-SET_ELSEWHERE = {
-    "learning_rate": "training.learning-rate",
-    "max_steps": "training.local-steps",
-    "num_train_epochs": "training.local-epochs",
-    "per_device_train_batch_size": "training.batch-size",
-    "seed": "run.seed",
-    "data_seed": "run.seed",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "use_cpu": "model.device",
-    "output_dir": "the run's folder",
-}
-"""Fields which the run's own configuration decides, and the key that does."""
+from fedmomentum.training_arguments import PASSED_ON as PASSED_ON
+from fedmomentum.training_arguments import SET_ELSEWHERE as SET_ELSEWHERE
+from fedmomentum.training_arguments import check_arguments as check_arguments
+from fedmomentum.training_arguments import count_steps, count_warmup
 
 SHORT_ROW = 128
 """Tokens of a row up to which 16-bit training on a CPU takes torch's plain attention (docs/performance.md)."""
@@ -120,7 +86,7 @@ def train(
 
     Raises:
         ConfigError: A number is out of range, or ``arguments`` holds a name that cannot be set.
-        DataError: There are no examples.
+        DataError: There are no examples, or too few for one batch where only full ones count.
         ModelError: Nothing in the model is trainable.
         FedMomentumError: The loss or a weight is no longer finite.
     """
@@ -133,30 +99,30 @@ def train(
     trained = list(seen.parameters())
     if not trained:
         raise ModelError("no parameter of the model is trainable (requires_grad); add an adapter to it first")
-    if "warmup_steps" in arguments:  # The plain constant schedule would ignore it.
+    num_steps = count_steps(
+        len(examples),
+        local_steps=local_steps,
+        local_epochs=local_epochs,
+        batch_size=batch_size,
+        arguments=arguments,
+    )
+    if "warmup_steps" in arguments:
+        arguments["warmup_steps"] = count_warmup(num_steps, arguments)
+        # The plain constant schedule would ignore it.
         arguments.setdefault("lr_scheduler_type", "constant_with_warmup")
     progress = _Progress(on_step)
     attention = attention_for(model, max(map(len, examples.input_ids)))
     restored = _global_state_restored(model, undo_checkpointing=bool(arguments.get("gradient_checkpointing")))
     with _older_objects_left_alone(), attention, restored, tempfile.TemporaryDirectory() as folder:
-        settings = _Settings(
-            **{
-                "lr_scheduler_type": "constant",
-                **arguments,
-                "output_dir": folder,
-                "learning_rate": learning_rate,
-                "max_steps": local_steps if local_steps is not None else -1,
-                "num_train_epochs": local_epochs if local_epochs is not None else 1.0,
-                "per_device_train_batch_size": batch_size,
-                "seed": seed,
-                "use_cpu": trained[0].device.type == "cpu",
-                "dataloader_pin_memory": trained[0].device.type == "cuda",
-                "remove_unused_columns": False,
-                "save_strategy": "no",
-                "logging_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-            }
+        settings = _settings(
+            arguments,
+            output_dir=folder,
+            learning_rate=learning_rate,
+            max_steps=num_steps,
+            per_device_train_batch_size=batch_size,
+            seed=seed,
+            use_cpu=trained[0].device.type == "cpu",
+            dataloader_pin_memory=trained[0].device.type == "cuda",
         )
         # One process, one device: several visible GPUs would otherwise split each batch between replicas.
         settings._n_gpu = min(settings.n_gpu, 1)
@@ -171,6 +137,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.progress, trainer.penalty = progress, penalty
+        _make_optimizer(trainer, num_steps)
         trainer.train()
     if not all(parameter.isfinite().all() for parameter in trained):
         raise FedMomentumError(
@@ -180,25 +147,44 @@ def train(
     return progress.report()
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse names that are not ``TrainingArguments`` fields a user may set; the message says what to do instead.
+def _settings(arguments: Mapping[str, Any], **decided: Any) -> _Settings:
+    """Return the trainer's settings: the user's, those decided by the run, and those that keep it silent.
 
     Raises:
-        ConfigError: For the first such name.
+        ConfigError: If transformers does not know a value, such as the name of an optimizer.
     """
-    known = {field.name for field in fields(TrainingArguments)}
-    for name in arguments:
-        if name in PASSED_ON & known:
-            continue
-        if name in SET_ELSEWHERE:
-            raise ConfigError(f"training argument {name} is decided by the run: set {SET_ELSEWHERE[name]} instead")
-        if name in known:
-            raise ConfigError(
-                f"training argument {name} cannot be set here: it has no effect on local training, or would leave "
-                f"traces that the next client sees. Those that can be set: {', '.join(sorted(PASSED_ON))}"
-            )
-        close = difflib.get_close_matches(name, [*PASSED_ON, *SET_ELSEWHERE], n=1, cutoff=0.0)
-        raise ConfigError(f"unknown training argument {name}; the nearest known is {close[0]}")
+    fixed = {
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    try:
+        return _Settings(**{"lr_scheduler_type": "constant", **arguments, **decided, **fixed})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"[training.arguments] cannot be used: {_first_line(error)}") from error
+
+
+def _make_optimizer(trainer: Trainer, num_steps: int) -> None:
+    """Make the trainer's optimizer and schedule, which it would otherwise make itself.
+
+    Raises:
+        ConfigError: If the optimizer's package is missing, or an argument of the optimizer or schedule is.
+    """
+    try:
+        trainer.create_optimizer_and_scheduler(num_training_steps=num_steps)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        optimizer, schedule = trainer.args.optim, trainer.args.lr_scheduler_type
+        raise ConfigError(
+            f"[training.arguments]: the optimizer {getattr(optimizer, 'value', optimizer)} with the schedule "
+            f"{getattr(schedule, 'value', schedule)} cannot be made: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def attention_for(model: nn.Module, longest: int) -> AbstractContextManager[Any]:
@@ -359,9 +345,8 @@ class _CompletionTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset
         lengths = [len(rows[i][0]) for i in range(len(rows))]
-        size, steps = self.args.per_device_train_batch_size, self.args.max_steps
-        batches = steps * self.args.gradient_accumulation_steps if steps > 0 else math.ceil(len(lengths) / size)
-        return _ByLength(lengths, size, batches)
+        num_batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        return _ByLength(lengths, self.args.per_device_train_batch_size, num_batches)
 
     def get_decay_parameter_names(self, model):  # type: ignore[no-untyped-def]  # noqa: D102
         # Without decay nobody needs to know; finding out walks over all modules several times.
@@ -388,17 +373,23 @@ class _CompletionTrainer(Trainer):
         del return_outputs
         assert num_items_in_batch is not None  # get_batch_samples has just counted it
         logits, labels = next_token_pairs(model(**model_inputs(model.whole, inputs)).logits, inputs["labels"])
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1),
-            labels.flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        self.progress.add(loss.item(), int((labels != IGNORED).sum()))
+        scores, wanted = logits.float().flatten(0, 1), labels.flatten()
+        nll = F.cross_entropy(scores, wanted, ignore_index=IGNORED, reduction="sum")
+        # What is reported is the loss of the evaluation, also where smoothed labels are trained on.
+        self.progress.add(nll.item(), int((labels != IGNORED).sum()))
+        loss = nll
+        if self.args.label_smoothing_factor:
+            loss = F.cross_entropy(
+                scores,
+                wanted,
+                ignore_index=IGNORED,
+                reduction="sum",
+                label_smoothing=self.args.label_smoothing_factor,
+            )
         loss = loss / num_items_in_batch
         if self.penalty is not None:
-            loss = loss + self.penalty() / self.args.gradient_accumulation_steps
+            # The last step of a pass may have fewer micro-batches than are usually accumulated.
+            loss = loss + self.penalty() / self.current_gradient_accumulation_steps
         return loss
 
 

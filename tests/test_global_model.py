@@ -143,6 +143,18 @@ def test_objects_that_are_no_base_update_are_refused():
     for data in (b"", b"short", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}" * 40):
         with pytest.raises(PayloadError):
             _ = Blob(data).matrices
+    whole = {"q.B": torch.ones(4, 2), "q.A": torch.ones(2, 3)}
+    assert set(Blob(safetensors_bytes(whole)).matrices) == {"q"}
+    for change, message in (
+        ({"q.A": torch.ones(3, 3)}, "module q: B must be"),
+        ({"q.A": torch.ones(2, 3, dtype=torch.float64)}, "q.A is torch.float64"),
+        ({"q.B": torch.ones(4)}, r"q.B is torch.float32 \(4,\)"),
+        ({"q.B": torch.tensor([[float("nan")] * 2] * 4)}, "q.B holds NaN or Inf"),
+        ({"q.dense": torch.ones(4, 3)}, "in factors and dense"),
+        ({"p.dense": torch.full((1, 1), float("inf"))}, "p.dense holds NaN or Inf"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            _ = Blob(safetensors_bytes(whole | change)).matrices
 
 
 # ── the base ──
@@ -233,6 +245,56 @@ def test_base_update_for_other_modules_or_shapes_is_refused(tmp_path):
         held.apply([Blob.of({next(iter(SHAPES)): random_matrix(4, 4, 1)})])
     with pytest.raises(ModelError, match="is a Embedding"):
         HeldBase({"model.embed_tokens": model.get_submodule("model.embed_tokens")}, base)
+
+
+def test_a_base_update_is_applied_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Whatever stops it midway, the next base that is applied has the bits of one applied to a fresh model."""
+    base = tiny_llama(tmp_path / "base")
+    first, second = SHAPES
+    parts = [
+        Blob.of({m: random_matrix(*shape, 2, seed=10 * seed + i, dtype=torch.float32)
+                 for i, (m, shape) in enumerate(SHAPES.items())})
+        for seed in range(3)
+    ]  # fmt: skip
+
+    def held_base() -> HeldBase:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        return HeldBase({m: model.get_submodule(m) for m in SHAPES}, base)
+
+    def weights(held: HeldBase) -> list[torch.Tensor]:
+        return [held.weight(m).clone() for m in SHAPES]
+
+    undisturbed = held_base()
+    undisturbed.apply(parts)
+    disturbed = held_base()
+    disturbed.apply(parts[:1])
+
+    # A part of another shape behind a good one is found before anything is added.
+    before = weights(disturbed)
+    wrong = Blob.of({first: random_matrix(*SHAPES[first], 2), second: random_matrix(4, 4, 1)})
+    with pytest.raises(ModelError, match="another shape"):
+        disturbed.apply([parts[0], parts[1], wrong])
+    assert all(map(torch.equal, before, weights(disturbed)))
+
+    # Memory runs out, or somebody presses Ctrl-C, after the first module.
+    for error_type in (RuntimeError, KeyboardInterrupt):
+        original, calls = HeldBase.weight, []
+
+        def failing(self, module, error_type=error_type, original=original, calls=calls):
+            calls.append(module)
+            if len(calls) > len(SHAPES) * len(parts) + 1:  # the checks look at every weight, too
+                raise error_type("stopped")
+            return original(self, module)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HeldBase, "weight", failing)
+            with pytest.raises(error_type, match="stopped"):
+                disturbed.apply(parts)
+        assert not all(map(torch.equal, before, weights(disturbed)))  # it did stop midway
+        disturbed.apply(parts)
+        assert all(map(torch.equal, weights(undisturbed), weights(disturbed)))
+        disturbed.apply(parts[:1])
+        assert all(map(torch.equal, before, weights(disturbed)))
 
 
 def test_identity_is_over_content_not_over_names_or_files(tmp_path):

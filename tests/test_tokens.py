@@ -42,10 +42,19 @@ def test_answer_merged_with_the_prompt_by_the_tokenizer_is_split_where_generatio
         eos_token_id = 0
         chat_template = None
 
+        def __init__(self):
+            self.texts = {}
+
         def __call__(self, text, add_special_tokens=True):
             if isinstance(text, list):
                 return {"input_ids": [self(one)["input_ids"] for one in text]}
-            return {"input_ids": [1 + hash(text[i : i + 2]) % 10**6 for i in range(0, len(text), 2)]}
+            pieces = [text[i : i + 2] for i in range(0, len(text), 2)]
+            ids = [1 + hash(piece) % 10**6 for piece in pieces]
+            self.texts.update(zip(ids, pieces, strict=True))
+            return {"input_ids": ids}
+
+        def decode(self, ids, **_):
+            return "".join(self.texts[index] for index in ids)
 
     tokenizer = Merging()
     tokens = tokenise_all([Example("a", "bc")], tokenizer)

@@ -6,9 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmomentum.errors import DataError
+from fedmomentum.names import check_client_name
+from fedmomentum.schema import printable
+
+MAX_LABEL = 256
+"""The most characters of a category: as many as `schema.Label` lets through where names arrive."""
 
 Prompt = str | tuple[dict[str, str], ...]
 """Plain text, or the chat messages (``{"role": ..., "content": ...}``) that stand before the answer."""
+
+
+def label_problem(text: str) -> str | None:
+    """Return what is wrong with the name of a category or client, in words that follow on it; None: nothing."""
+    if len(text) > MAX_LABEL:
+        return f"is a text of {len(text)} characters"
+    if printable(text, MAX_LABEL) != text:
+        bad = next(c for c in text if printable(c) != c)
+        return f"holds {bad!r}, a character that cannot be shown"
+    return None
 
 
 @dataclass(frozen=True)
@@ -18,11 +33,12 @@ class Example:
     Attributes:
         prompt: Plain text, or chat messages before the answer, each with exactly ``role`` and ``content``.
         completion: The answer's text (the last turn of the assistant), never empty.
-        category: The label or task by which examples are partitioned and results reported.
+        category: The label or task by which examples are partitioned and results reported: a short name.
         scoring: JSON which the task's own scorer needs; empty means an exact match of the stripped text.
 
     Raises:
-        DataError: The completion is empty, or the prompt has no text or a message of another shape.
+        DataError: The completion is empty; the prompt has no text, a message of another shape, or an empty message
+            that is not the system's; the category is too long, or cannot be shown.
     """
 
     prompt: Prompt
@@ -36,6 +52,8 @@ class Example:
             raise DataError(f"the completion is {type(self.completion).__name__}; it must be text")
         if not self.completion.strip():
             raise DataError("the completion is empty; every example needs an answer to learn: fill it in or drop it")
+        if (problem := label_problem(self.category)) is not None:
+            raise DataError(f"the category {problem}; it must be a short name of at most {MAX_LABEL} characters")
         if isinstance(self.prompt, str):
             if not self.prompt.strip():
                 raise DataError("the prompt is empty; every example needs a prompt: fill it in or drop it")
@@ -46,9 +64,25 @@ class Example:
             raise DataError("the prompt holds no message; at least one must stand before the answer")
         for position, message in enumerate(self.prompt, start=1):
             if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-                raise DataError(f"message {position} of the prompt must have exactly role and content; got {message!r}")
+                raise DataError(
+                    f"message {position} of the prompt must have exactly role and content; got {_shown(message)}"
+                )
             if not all(isinstance(value, str) for value in message.values()):
-                raise DataError(f"message {position} of the prompt: role and content must be text; got {message!r}")
+                raise DataError(
+                    f"message {position} of the prompt: role and content must be text; got {_shown(message)}"
+                )
+            # An empty system message is common, and says what it means: no instruction.
+            if not message["content"].strip() and message["role"] != "system":
+                raise DataError(
+                    f"message {position} of the prompt, the {printable(message['role'], 40)}'s, is empty; fill it in "
+                    "or drop the row"
+                )
+        if not any(message["content"].strip() for message in self.prompt):
+            raise DataError("the prompt is empty; every example needs a prompt: fill it in or drop it")
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), 100)
 
 
 @dataclass(frozen=True)
@@ -56,12 +90,12 @@ class ClientData:
     """The examples which one client holds.
 
     Attributes:
-        client_id: The client's name, never empty.
+        client_id: The client's name, one that `check_client_name` takes.
         train: What it trains on.
         test: What it keeps aside; shares no prompt with ``train``.
 
     Raises:
-        DataError: The client has no name or nothing to train on.
+        DataError: The client has no name that can be used, or nothing to train on.
     """
 
     client_id: str
@@ -70,7 +104,6 @@ class ClientData:
 
     def __post_init__(self) -> None:
         """Refuse a client which could not take part."""
-        if not self.client_id:
-            raise DataError("a client has no name; its client_id must be text")
+        check_client_name(self.client_id, "the data", DataError)
         if not self.train:
             raise DataError(f"client {self.client_id}: no training examples; give it some or leave it out")

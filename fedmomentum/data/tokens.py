@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fedmomentum.chat_date import date_arguments
+from fedmomentum.data.continuation import continuation_ids
 from fedmomentum.data.examples import Example, Prompt
 from fedmomentum.errors import DataError
 
@@ -37,6 +39,16 @@ class TokenisedExamples:
     def __len__(self) -> int:
         """Return the number of examples kept."""
         return len(self.input_ids)
+
+    def first(self, count: int | None) -> TokenisedExamples:
+        """Return the first so many examples; None: all."""
+        return replace(
+            self,
+            input_ids=self.input_ids[:count],
+            num_prompt_tokens=self.num_prompt_tokens[:count],
+            categories=self.categories[:count],
+            is_truncated=self.is_truncated[:count],
+        )
 
     @property
     def num_truncated(self) -> int:
@@ -82,12 +94,12 @@ def tokenise(
     wholes = _ids([(whole, is_chat) for _, whole, is_chat in texts], tokenizer)
     input_ids, num_prompt_tokens, categories, is_truncated = [], [], [], []
     lengths = []
-    for example, (prompt_text, whole_text, is_chat), prompt, whole in zip(
-        examples, texts, prompts, wholes, strict=True
-    ):
-        prompt = _open_ended(prompt, tokenizer, is_chat)
-        answer_text = whole_text[len(prompt_text) :]
-        answer = _answer_ids(prompt, whole, answer_text, ends[is_chat], tokenizer, is_chat)
+    for row, (example, text, prompt, whole) in enumerate(zip(examples, texts, prompts, wholes, strict=True)):
+        prompt_text, whole_text, is_chat = text
+        try:
+            answer = _answer_ids(prompt, whole, whole_text[len(prompt_text) :], ends[is_chat], tokenizer, is_chat)
+        except DataError as error:
+            raise DataError(f"{owner}, example {row}: {error}") from error
         lengths.append(len(prompt) + len(answer))
         if len(prompt) >= max_length:
             continue
@@ -114,9 +126,8 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
     Raises:
         DataError: The prompt is a chat and the tokenizer has no chat template.
     """
-    is_chat = not isinstance(prompt, str)
-    (ids,) = _ids([(_prompt_text(prompt, tokenizer), is_chat)], tokenizer)
-    return _open_ended(ids, tokenizer, is_chat)
+    (ids,) = _ids([(_prompt_text(prompt, tokenizer), not isinstance(prompt, str))], tokenizer)
+    return ids
 
 
 def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -168,31 +179,52 @@ def _texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, s
 
 
 def _ids(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of texts, each with whether it is a chat's; a chat's template has written the special tokens already."""
+    """Return the ids of texts, each with whether it is a chat's, without the tokens that close a text.
+
+    A chat's template has written the special tokens already.
+    """
     found: list[list[int]] = [[] for _ in texts]
     for kind in (False, True):
         rows = [row for row, (_, is_chat) in enumerate(texts) if is_chat == kind]
+        closing = _closing_ids(tokenizer) if rows and not kind else []
         for start in range(0, len(rows), _AT_ONCE):
             some = rows[start : start + _AT_ONCE]
             encoded = tokenizer([texts[row][0] for row in some], add_special_tokens=not kind)["input_ids"]
             for row, ids in zip(some, encoded, strict=True):
-                found[row] = ids
+                found[row] = _open_ended(ids, closing)
     return found
 
 
-def _open_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> list[int]:
-    """A prompt's ids. Some tokenizers close each text with the end token; the answer must not come after it."""
-    return ids[:-1] if not is_chat and ids and ids[-1] == tokenizer.eos_token_id else ids
+def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens with which the tokenizer closes each plain text: an end token, a separator, or none."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[start + len(plain) :]
+    return []
+
+
+def _open_ended(ids: list[int], closing: Sequence[int]) -> list[int]:
+    """Return a text's ids without the tokens that close it: the answer comes before those."""
+    return ids[: -len(closing)] if closing and ids[-len(closing) :] == closing else ids
 
 
 def _answer_ids(
-    prompt: list[int], whole: list[int], answer_text: str, end: int, tokenizer: PreTrainedTokenizerBase, is_chat: bool
+    prompt: list[int],
+    whole: list[int],
+    answer_text: str,
+    end: int,
+    tokenizer: PreTrainedTokenizerBase,
+    is_chat: bool,
 ) -> list[int]:
-    if whole[: len(prompt)] == prompt:
-        answer = whole[len(prompt) :]
-    else:
-        # A token would straddle prompt and answer. Generation starts from the prompt's own tokens, so training does.
-        answer = tokenizer(answer_text, add_special_tokens=False)["input_ids"]
+    """Return the ids of an answer after the prompt's own, with the token that ends it.
+
+    Raises:
+        DataError: The tokenizer cannot write the answer right behind the prompt.
+    """
+    is_prefix = whole[: len(prompt)] == prompt
+    answer = whole[len(prompt) :] if is_prefix else continuation_ids(prompt, whole, answer_text, tokenizer)
     if is_chat and end in answer:
         # The template may write more after the end token (a newline), which generation never reaches.
         return answer[: len(answer) - answer[::-1].index(end)]
@@ -208,7 +240,12 @@ def _chat_text(
             "`prompt` and `completion` text instead, or use an instruction-tuned model"
         )
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not ends_with_answer, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=not ends_with_answer,
+            tokenize=False,
+            **date_arguments(tokenizer),
+        )
     except Exception as error:  # Templates raise whatever they like on a role or an order they do not know.
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the chat template refuses messages with the roles {roles}: {error}") from error

