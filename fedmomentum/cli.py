@@ -70,56 +70,81 @@ def main() -> None:
     """Entry point: the user's mistakes end with 2 and one message, Ctrl-C with 130; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, _terminated)
+    INTERRUPTION.listen()
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, they warn where a process is started
     try:
         app(arguments, standalone_mode=True)
-    except FedMomentumError as error:
-        if debug:
+    except BaseException as error:
+        # typer makes an exit of Ctrl-C, and a library may catch it and fail in some other way
+        if INTERRUPTION.came and not debug:
+            ERR.print("fedmomentum: interrupted", markup=False)
+            sys.exit(130)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        told = None if debug else _mistake(error)
+        if told is None:
             raise
-        ERR.print(f"fedmomentum: {error}", markup=False)
+        ERR.print(f"fedmomentum: {told}", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        ERR.print("fedmomentum: interrupted", markup=False)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
-    except OSError as error:  # a full disk, a folder that may not be written
-        if debug or error.strerror is None:
-            raise
+
+
+class Interruption:
+    """Whether the user, or a service manager, asked this process to end."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def listen(self, *, although_ignored: bool = False) -> None:
+        """Take SIGINT and SIGTERM from here on.
+
+        Args:
+            although_ignored: Take SIGINT where the parent had it ignored, too. A shell without job control starts
+                background commands so, and a service that a script started with `&` could be ended by SIGKILL only.
+        """
+        self.came = False
+        if although_ignored or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGTERM, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+INTERRUPTION = Interruption()
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Return the sentence to end with, for what is a mistake or a lack of means; None for a defect of the package."""
+    if isinstance(error, FedMomentumError):
+        return str(error)
+    if isinstance(error, OSError):  # a full disk, a directory that may not be written
+        if error.strerror is None:
+            return str(error) or type(error).__name__
         where = f": {error.filename}" if error.filename else ""
-        ERR.print(f"fedmomentum: {error.strerror}{where}. Make room or give access, and try again", markup=False)
-        sys.exit(2)
+        return f"{error.strerror}{where}. Make room or give access, and try again"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return "out of memory. Use a machine or device with more, smaller batches, or a smaller dtype"
+    return None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        OUT.print(f"fedmomentum {version('fedmomentum')}", markup=False)
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="print the version and stop", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        OUT.print(f"fedmomentum {installed('fedmomentum')}", markup=False)
-        raise typer.Exit
-
-
-def _terminated(signum: int, frame: Any) -> None:
-    """A service manager's way to say Ctrl-C: everything is ended and saved alike."""
-    raise KeyboardInterrupt
-
-
-def _leave_on_signals() -> None:
-    """Have SIGINT and SIGTERM end a service, also where it was started in the background.
-
-    A shell without job control starts background commands with SIGINT ignored, and that is inherited: a node that a
-    script started with `&` could be ended by SIGKILL only, and would not say goodbye.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminated)
+    pass
 
 
 @app.command()
@@ -147,6 +172,7 @@ def run(
             plan, clients = plan_run(settings, out, resume=resume, say=live.say)
             live.show_plan(plan, clients, out)
             return
+        _check_out(out)
         prepared = prepare(settings, out, resume=resume, server_round=resume_round, on_step=live.on_step, say=live.say)
         try:
             live.show_plan(prepared.plan, prepared.clients, out)
@@ -166,6 +192,21 @@ def run(
 def _check_resume_round(resume: bool, server_round: int | None) -> None:
     if server_round is not None and not resume:
         raise ConfigError("--round says from which checkpoint to go on; it goes with --resume")
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a directory that cannot be made, before anything is loaded.
+
+    Raises:
+        ConfigError: If there is a file in its place, or its parent may not be written.
+    """
+    place = out
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"--out {out}: {place} is no directory; choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: {place} may not be written; give access, or choose another --out")
 
 
 def _say_how_to_go_on(error: BaseException, out: Path, done: int | None, verb: str, *more: object) -> None:
@@ -217,7 +258,7 @@ def _next_steps(out: Path) -> list[tuple[str, str]]:
             "one plain PEFT adapter",
             command("fedmomentum", "export", out, *whose, "--to", "adapter", "--out", f"{out}-adapter"),
         ),
-        ("try it", command("fedmomentum", "generate", out, *whose, "--prompt", "...")),
+        ("try it", f'{command("fedmomentum", "generate", out, *whose)} --prompt "..."'),
     ]
 
 
@@ -245,6 +286,7 @@ def export(
     if to not in ("merged", "adapter"):
         raise ConfigError(f"--to must be merged or adapter; got {to!r}")
     chosen = pick_dtype(dtype, torch.device("cpu"))
+    _check_out(out)
     refuse_full(out)
     result = open_result(run_folder, server_round=server_round, client=client, store=store)
     folder = base_folder(result, base)
@@ -289,6 +331,7 @@ def aggregate(
         raise ConfigError(f"--rank must be at least 1; got {rank}")
     if lora_alpha is not None and not 0 < lora_alpha < math.inf:
         raise ConfigError(f"--lora-alpha must be a number above 0; got {lora_alpha:g}")
+    _check_out(out)
     refuse_full(out)
     asked = {"split": split, "energy": energy}
     chosen = build_method(method, {key: value for key, value in asked.items() if value is not None})
@@ -501,6 +544,7 @@ def compare(
 
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / f"compare-{config.stem}"
+    _check_out(out)
     entries = comparing.parse_methods(methods, settings)
     if not baseline:
         baseline = entries[0].label
@@ -634,12 +678,13 @@ def serve(
     out = out if out is not None else Path("runs") / config.stem
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port must be from 0 (any free port) to 65535; got {port}")
+    _check_out(out)
     _need_flower()
     from fedmomentum.flower.serve import serve as serve_run
     from fedmomentum.flower.views import ServerView, after_serving
     from fedmomentum.global_model import kept_rounds
 
-    _leave_on_signals()
+    INTERRUPTION.listen(although_ignored=True)
     with Live(OUT, settings.federation.num_rounds) as live:
         view = ServerView(OUT, live, out)
         try:
@@ -680,7 +725,7 @@ def join(
     from fedmomentum.flower.worker import WorkerError
     from fedmomentum.names import directory_name
 
-    _leave_on_signals()
+    INTERRUPTION.listen(although_ignored=True)
     if not name:
         name = key.stem
     party = Party(server, ca, key, store if store is not None else Path("nodes") / directory_name(name), name)
@@ -744,6 +789,7 @@ def simulate(
     _check_resume_round(resume, resume_round)
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
+    _check_out(out)
     _need_flower()
     from fedmomentum.flower.simulation import simulate as simulate_run
     from fedmomentum.flower.views import ServerView

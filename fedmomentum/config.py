@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from fedmomentum.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.errors import ConfigError
 from fedmomentum.names import check_client_name
-from fedmomentum.schema import check_free_form
+from fedmomentum.schema import check_free_form, printable
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -31,7 +31,12 @@ def _option(default: Any, doc: str) -> Any:
 
 def _need(good: bool, key: str, value: Any, wanted: str) -> None:
     if not good:
-        raise ConfigError(f"{key} must be {wanted}; got {value!r}")
+        raise ConfigError(f"{printable(key)} must be {wanted}; got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not in full where it is long."""
+    return printable(repr(value), 200)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ class LoraConfig:
     target_modules: list[str] = _option([], "names of the adapted linear modules; empty: PEFT's choice for the model")
     dropout: float = _option(0.0, "LoRA dropout in local training")
     use_rslora: bool = _option(False, "scale by lora-alpha / sqrt(rank)")
-    modules_to_save: list[str] = _option([], "modules trained in full and averaged by weight")
+    modules_to_save: list[str] = _option(
+        [], "modules trained in full, in float32, and averaged by weight; names as above"
+    )
     clients: dict[str, Any] = _option(
         {}, "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, target-modules"
     )
@@ -271,7 +278,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _need(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
-        _need(self.threads >= 0, "run.threads", self.threads, "0 or more")
+        _need(0 <= self.threads <= 4096, "run.threads", self.threads, "from 0 to 4096")
         _need(self.keep_rounds >= 1, "run.keep-rounds", self.keep_rounds, "at least 1")
 
 
@@ -356,7 +363,7 @@ def from_dict(table: Mapping[str, Any]) -> Config:
 
 def _section(kind: type, section: str, table: Any) -> Any:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{section} must be a table, [{section}]; got {table!r}")
+        raise ConfigError(f"{section} must be a table, [{section}]; got {_shown(table)}")
     hints = get_type_hints(kind)
     _known(table, [name.replace("_", "-") for name in hints], f"key in [{section}]")
     values = {}
@@ -371,7 +378,7 @@ def _known(table: Mapping[str, Any], known: Any, what: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown {what}: {key}; {hint}")
+            raise ConfigError(f"unknown {what}: {printable(str(key), 100)}; {hint}")
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
@@ -390,7 +397,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             _check_free(value, key)
             return value
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
-    raise ConfigError(f"{key} must be of type {names}; got {value!r}")
+    raise ConfigError(f"{printable(key)} must be of type {names}; got {_shown(value)}")
 
 
 def _check_free(value: Any, key: str) -> None:

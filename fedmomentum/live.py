@@ -84,6 +84,8 @@ class Live:
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         self._interrupted = True
+        if callable(self._before):  # whoever listened before wants to know too
+            self._before(signum, frame)
         raise KeyboardInterrupt
 
     def stop_if_asked(self) -> None:

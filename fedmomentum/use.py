@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.base import load_base, load_tokenizer, pick_device, pick_dtype
@@ -23,7 +23,7 @@ from fedmomentum.evaluation import Evaluation, Score, evaluate, generate
 from fedmomentum.identity import identify
 from fedmomentum.loaded import check_token_ids, max_positions, vocabulary_size
 from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing_data
-from fedmomentum.report.text import number, percent, percent_range
+from fedmomentum.report.text import number
 from fedmomentum.results import Result, base_folder
 from fedmomentum.run import held_out_order, load_data, set_threads
 from fedmomentum.run_files import EnvironmentFile, PartitionFile, read_facts
@@ -432,7 +432,7 @@ def heading(result: Result, comparison: Comparison) -> str:
     """Return what was scored: which model, on how many examples, and how."""
     how = ", answers generated" if comparison.by_generation else ""
     num_examples = comparison.tuned.all.total.num_examples
-    return f"{result.title}: {num_examples} examples{how}, exact match with 95 % intervals"
+    return f"{result.title}: {num_examples} examples{how}; exact match in % [95 % interval]"
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -449,7 +449,8 @@ def notes(comparison: Comparison) -> list[str]:
 def comparison_table(comparison: Comparison) -> Table:
     """Return the scores as a table: of all examples, by client, by category."""
     untouched, tuned = comparison.untouched, comparison.tuned
-    table = Table("", "untouched model", "tuned model", "loss", "perplexity")
+    columns = [Column(name, no_wrap=True) for name in ("untouched", "tuned", "loss")]
+    table = Table(Column("", overflow="fold", min_width=8), *columns, "perplexity")
     table.add_row("all", *_columns(untouched.all.total, tuned.all.total))
     if len(untouched.by_client) > 1:
         table.add_section()
@@ -457,9 +458,10 @@ def comparison_table(comparison: Comparison) -> Table:
             table.add_row(Text(printable(client)), *_columns(untouched.by_client[client], tuned.by_client[client]))
     if len(untouched.all.by_category) > 1:
         table.add_section()
-        for category in sorted(untouched.all.by_category):
-            columns = _columns(untouched.all.by_category[category], tuned.all.by_category[category])
-            table.add_row(Text(printable(category)), *columns)
+        for category in sorted(untouched.all.by_category.keys() | tuned.all.by_category.keys()):
+            before = untouched.all.by_category.get(category, Score())
+            after = tuned.all.by_category.get(category, Score())
+            table.add_row(Text(printable(category)), *_columns(before, after))
     return table
 
 
@@ -470,9 +472,10 @@ def _columns(before: Score, after: Score) -> list[str]:
         _exact(before),
         _exact(after),
         f"{number(before.loss)} -> {number(after.loss)}",
-        f"{number(before.perplexity)} -> {number(after.perplexity)}",
+        f"{before.perplexity:.3g} -> {after.perplexity:.3g}",
     ]
 
 
 def _exact(one: Score) -> str:
-    return f"{percent(one.exact_match)}  ({percent_range(one.interval)})"
+    low, high = one.interval
+    return f"{100 * one.exact_match:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -60,6 +60,7 @@ LAYERS = [  # a file imports from its own line or from lines above
     {"live", "use", "inspection", "compare"},
     {"flower"},
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def read_nodes(folder: Path) -> Nodes:
             _check_name(file.stem)
             key = load_public(file)
         except ConfigError as error:
-            problems[str(file)] = str(error)
+            problems[str(file)] = str(error).replace(f"{file} is", "it is", 1)
             continue
         if key in names_by_key:
             problems[str(file)] = f"its key is that of {names_by_key[key]}; a node has one name"
@@ -260,7 +261,9 @@ def check_private(file: Path) -> None:
     if not file.is_file():
         raise ConfigError(f"there is no key {file}; make one with: fedmomentum keys")
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise ConfigError(f"{file} may be read or written by others than its owner; run: chmod 600 {file}")
+        raise ConfigError(
+            f"{file} may be read or written by others than its owner; run: chmod 600 {shlex.quote(str(file))}"
+        )
 
 
 def _check_name(name: str) -> None:
