@@ -79,7 +79,6 @@ def reported(names: Sequence[str], folder: RunFolder, run_id: str, observer: Obs
         yield observer
         return
     out = folder.folder / FOLDER
-    out.mkdir(exist_ok=True)
     file = out / "reported.json"
     last = _last_reported(file, run_id)
     trackers: dict[str, GeneralTracker] = {}
@@ -127,11 +126,17 @@ def _last_reported(file: Path, run_id: str) -> dict[str, int]:
     Raises:
         ModelError: If the file was damaged, or is another run's.
     """
+    folder = file.parent
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder} is no folder, and trackers write into it; move it away")
+    folder.mkdir(exist_ok=True)
     try:
         told, owner = read_facts(file, ReportedFile)
         if owner != run_id:
             raise ModelError(f"{file} is of another run")
     except FileNotFoundError:
+        if any(folder.iterdir()):
+            LOG.warning("%s is missing: trackers that know earlier rounds are told of them again", file)
         return {}
     except ModelError as error:
         raise ModelError(
