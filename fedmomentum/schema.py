@@ -68,7 +68,7 @@ def readable(problem: Exception) -> str:
     """Return msgspec's message with the field in front: ``metrics.loss: Expected `float`, got `str` ``."""
     text, _, path = str(problem).partition(" - at ")
     field = path.replace("`", "").replace("$.", "").replace("$", "")
-    return f"{field}: {text}" if field else text
+    return printable(f"{field}: {text}" if field else text)  # an unknown field may have any name
 
 
 def check_free_form(value: Any, name: str, error: type[FedMomentumError] = PayloadError) -> None:
