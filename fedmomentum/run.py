@@ -30,7 +30,7 @@ from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.folders import kept_rounds
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.loaded import check_max_length, check_token_ids, max_positions
-from fedmomentum.manifest import Fingerprint
+from fedmomentum.manifest import Fingerprint, as_manifest
 from fedmomentum.messages import ClientLora, Description, Task, encode_task
 from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.personal import check_personal
@@ -332,8 +332,9 @@ def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
     model = local.initial(client.method)
     lora = ClientLora.of(local.own, local.is_mixed or client.method.prunes)
-    request = train_request(config, 1, client.client_id, config.training.learning_rate, lora)
-    one_step = msgspec.structs.replace(request, manifest=model.manifest(), local_steps=1, local_epochs=None)
+    manifest = as_manifest(model.manifest(), "the untouched model")
+    request = train_request(config, 1, client.client_id, config.training.learning_rate, lora, manifest)
+    one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)
     return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))
 
 
