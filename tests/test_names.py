@@ -55,7 +55,7 @@ def test_a_name_in_a_column_is_refused_with_its_row(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text('who,prompt,completion\nnorth,a,b\n"so\x07uth",c,d\n')
     with pytest.raises(
-        DataError, match=r"rows.csv, row 2, column 'who': the client's name 'so\\x07uth' holds a control"
+        DataError, match=r"rows.csv: row 2: column 'who' holds '\\x07', a character that cannot be shown"
     ):
         load_clients(source=file, client_column="who", test_fraction=0)
     file.write_text("who,prompt,completion\nnorth,a,b\na/../b,c,d\n")
