@@ -34,7 +34,7 @@ from fedmomentum.loaded import check_max_length, check_token_ids, max_positions
 from fedmomentum.messages import ClientLora, Description, Task, encode_task
 from fedmomentum.origin import FILE as DATA
 from fedmomentum.origin import LOCATIONS, Fingerprint, check_data, fingerprints, follow, refuse_missing, write_origin
-from fedmomentum.personal import check_personal
+from fedmomentum.personal import check_personal, drop_later
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_request
 from fedmomentum.tracking import check_trackers, reported
@@ -167,6 +167,7 @@ def prepare(
             check_data(out, loaded.data)
             if method.personal:
                 check_personal(out, state.run_id, _last_trained(folder.rows))
+                drop_later(out, state.run_id, model.server_round)
         else:
             model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
             state = ServerState(secrets.token_hex(16))
