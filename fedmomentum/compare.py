@@ -18,7 +18,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fedmomentum.checkpoint import saved_settings
 from fedmomentum.config import (
+    LOCATIONS,
     Config,
     EvaluationConfig,
     MethodConfig,
@@ -31,11 +33,12 @@ from fedmomentum.config import (
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically, write_json
-from fedmomentum.global_model import find_manifest, kept_rounds, read_manifest
+from fedmomentum.folders import find_manifest, kept_rounds, read_manifest
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.manifest import Fingerprint
 from fedmomentum.names import directory_name, readable_name
-from fedmomentum.origin import FILE as DATA
-from fedmomentum.origin import LOCATIONS, Fingerprint, check_data, fingerprints
+from fedmomentum.origin import check_data, fingerprints
+from fedmomentum.records import checksummed
 from fedmomentum.report.cells import (
     COMPARISON,
     FORMAT,
@@ -106,8 +109,9 @@ class Cell:
 
         Raises:
             ConfigError: the folder holds a run of other settings, or more rounds than are asked for.
+            ModelError: its last checkpoint is damaged.
         """
-        if not (self.folder / "config.toml").is_file():
+        if not _begun(self.folder):
             return False
         _check_same(self.folder, self.config, _BY_REFERENCES if self.entry.kind != "federated" else set())
         done, asked = max(kept_rounds(self.folder), default=-1), self.config.federation.num_rounds
@@ -219,11 +223,22 @@ def _check_content(cells: Sequence[Cell]) -> None:
     data: dict[int, dict[str, Fingerprint]] = {}
     for cell in begun:
         model = cell.config.model
-        made_with = BaseIdentity(**read_manifest(find_manifest(cell.folder, "last"))["base"])
+        base = read_manifest(find_manifest(cell.folder, "last")).base
+        made_with = BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256)
         made_with.check(identify(model.name, resolve_base(model.name, model.revision), model.revision))
         if cell.seed not in data:  # a seed divides the data; the methods share it
             data[cell.seed] = fingerprints(load_data(cell.config))
         check_data(cell.folder, data[cell.seed])
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is a run."""
+    return (folder / "config.toml").is_file() or bool(kept_rounds(folder))
+
+
+def _saved(folder: Path) -> Config:
+    """The settings of the run, or of the comparison, in a folder."""
+    return saved_settings(folder) or load_config(folder / "config.toml")
 
 
 def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
@@ -232,10 +247,8 @@ def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
     Raises:
         ConfigError: If they are. What lies at the paths is for `_check_content` and `prepare` to compare.
     """
-    saved = load_config(folder / "config.toml")
-    may_differ = {*may_differ, "federation.num-rounds", "run.report-to"}
-    if (folder / DATA).is_file() or not kept_rounds(folder):
-        may_differ |= LOCATIONS
+    saved = _saved(folder)
+    may_differ = {*may_differ, "federation.num-rounds", "run.report-to", *LOCATIONS}
     changed = [key for key in differences(saved, config) if key not in may_differ]
     if saved.data.client_files.keys() != config.data.client_files.keys():
         changed.append("data.client-files")
@@ -261,12 +274,11 @@ def run_cell(
     Raises:
         FedMomentumError: see `prepare` and `run_rounds`.
     """
-    saved = cell.folder / "config.toml"
-    resume = saved.is_file()
+    resume = _begun(cell.folder)
     cell.is_finished()  # whether its settings are ours; those that a reference changes are compared below
     began = cell.config
     if resume:  # a reference has settings of its own; where things are now, the comparison's configuration says
-        began = replace(load_config(saved), model=cell.config.model, data=cell.config.data)
+        began = replace(_saved(cell.folder), model=cell.config.model, data=cell.config.data)
     run = prepare(began, cell.folder, resume=resume, on_step=on_step, say=say)
     try:
         run.config = cell.config
@@ -358,9 +370,9 @@ def write_comparison(out: Path, cells: Sequence[Cell], *, baseline: str, target:
         ],
         "summary": [],
     }  # fmt: skip
-    write_json(out / COMPARISON, table)
+    write_json(out / COMPARISON, checksummed(table))
     comparison = read_comparison(out)
-    write_json(out / COMPARISON, table | {"summary": summary_tables(comparison)})
+    write_json(out / COMPARISON, checksummed(table | {"summary": summary_tables(comparison)}))
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(cell_rows(comparison))
     write_atomically(out / "comparison.csv", buffer.getvalue().encode())

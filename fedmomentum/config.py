@@ -72,7 +72,9 @@ class LoraConfig:
     target_modules: list[str] = _option([], "names of the adapted linear modules; empty: PEFT's choice for the model")
     dropout: float = _option(0.0, "LoRA dropout in local training")
     use_rslora: bool = _option(False, "scale by lora-alpha / sqrt(rank)")
-    modules_to_save: list[str] = _option([], "modules trained in full and averaged by weight")
+    modules_to_save: list[str] = _option(
+        [], "modules trained in full, in float32, and averaged by weight; names as above"
+    )
     clients: dict[str, Any] = _option(
         {}, "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, target-modules"
     )
@@ -305,6 +307,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
+        # A pipe or a device in place of a file would never end; one that the user's shell made is meant.
+        if path.exists() and not path.is_file() and not str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/")):
+            raise ConfigError(f"{path} is no regular file")
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file {path}") from error
@@ -469,6 +474,47 @@ def _toml(value: Any) -> str:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
+
+
+LOCATIONS = frozenset({"model.name", "model.revision", "data.source", "data.test-source", "data.client-files"})
+"""Settings that say where something is: another value is the same run if the content is."""
+MAY_CHANGE = frozenset({
+    "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
+    "run.keep-rounds", "run.report-to",
+    "model.name", "model.revision",  # the base model is compared by content
+})  # fmt: skip
+"""Settings that a resumed run may change: none of the rounds that are done depends on them."""
+
+
+def altered_settings(text: str, committed: str) -> list[str]:
+    """Return the keys of a run's config.toml that are not as its checkpoint has them.
+
+    Those of `MAY_CHANGE` and `LOCATIONS` are left aside.
+
+    Args:
+        text: config.toml, every key written out.
+        committed: the settings in the checkpoint, likewise.
+
+    Raises:
+        ConfigError: If either is not TOML.
+    """
+    try:
+        now, before = _flat(tomllib.loads(text)), _flat(tomllib.loads(committed))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    keys = sorted((now.keys() | before.keys()) - MAY_CHANGE - LOCATIONS)
+    return [key for key in keys if repr(now.get(key)) != repr(before.get(key))]
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.key` to value; a table that is none is kept under its own name."""
+    found: dict[str, Any] = {}
+    for section, values in table.items():
+        if isinstance(values, Mapping):
+            found |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            found[section] = values
+    return found
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -107,6 +107,16 @@ def read_metadata(file: Path) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor Inf; no second tensor of its size is made."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # aminmax knows no float8
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
 def tensor_of(data: bytes) -> Tensor:
     """Bytes as a tensor of uint8, to travel among tensors."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)

@@ -10,11 +10,12 @@ from rich.text import Text
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.errors import ModelError
-from fedmomentum.global_model import MANIFEST, GlobalModel, find_manifest, kept_rounds, read_manifest
+from fedmomentum.folders import MANIFEST, find_manifest, kept_rounds
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.lowrank import LowRank
 from fedmomentum.peft_io import read_adapter
 from fedmomentum.report.text import human_bytes
-from fedmomentum.results import whose_factors
+from fedmomentum.results import checkpoint_state, whose_factors
 from fedmomentum.schema import printable
 
 
@@ -69,11 +70,11 @@ def _personal(folder: Path, model: GlobalModel) -> Iterator[tuple[str, str]]:
         return
     yield "personal factors", f"{model.personal} stays with each client; there is no one global model (--client NAME)"
     if kept_rounds(folder):
-        run = read_manifest(find_manifest(folder, "last"))["run"]
+        run = checkpoint_state(find_manifest(folder, "last"))
         here = whose_factors(folder, run)
         for client, rounds in here.items():
             yield f"  {printable(client, 80)}", f"after the rounds {', '.join(map(str, rounds))}"
-        elsewhere = sorted(set(run["held"]) - here.keys())
+        elsewhere = sorted(set(run.held) - here.keys())
         if elsewhere:
             yield "  not here", ", ".join(printable(client, 80) for client in elsewhere)
 

@@ -17,27 +17,11 @@ from fedmomentum.config import Config
 from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError, DataError, ModelError
-from fedmomentum.files import write_json
-from fedmomentum.schema import Hash, Schema, parse_json, printable
-
-FILE = "data.json"
-LOCATIONS = frozenset({"model.name", "model.revision", "data.source", "data.test-source", "data.client-files"})
-"""Settings that say where something is: another value is the same run if the content is."""
-
-
-class Fingerprint(Schema, frozen=True):
-    """Hashes of one client's data: the texts trained on, those held out, and all of them as tokens."""
-
-    train: Hash
-    held_out: Hash
-    tokens: Hash | None = None
-
-
-class Origin(Schema, frozen=True):
-    """The content of `data.json`."""
-
-    directory: str
-    clients: dict[str, Fingerprint]
+from fedmomentum.folders import kept_rounds, read_manifest, round_file
+from fedmomentum.manifest import Fingerprint
+from fedmomentum.records import read_record
+from fedmomentum.run_files import DATA, OriginFile
+from fedmomentum.schema import printable
 
 
 def fingerprints(
@@ -77,28 +61,30 @@ def _hash(items: Iterator[str]) -> str:
     return digest.hexdigest()
 
 
-def write_origin(folder: Path, clients: Mapping[str, Fingerprint]) -> None:
-    """Note in a run's directory where it is now, and its data."""
-    table = {}
-    for client, one in clients.items():
-        table[client] = {"train": one.train, "held_out": one.held_out, "tokens": one.tokens}
-    write_json(folder / FILE, {"directory": str(folder.resolve()), "clients": table})
-
-
-def read_origin(folder: Path) -> Origin | None:
+def read_origin(folder: Path) -> OriginFile | None:
     """Return what a run's directory says of its data; None where it says nothing.
 
     Raises:
         ModelError: If the file is damaged.
     """
-    file = folder / FILE
     try:
-        data = file.read_bytes()
+        return read_record(folder / DATA, OriginFile)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    return parse_json(data, Origin, str(file), ModelError)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. Restore it from a copy; or delete it, and say by --base and --data where things are"
+        ) from error
+
+
+def _began_with(folder: Path) -> Mapping[str, Fingerprint] | None:
+    """The data that a run was made with: as its last checkpoint has it, else data.json."""
+    rounds = kept_rounds(folder)
+    if rounds:
+        run = read_manifest(round_file(folder, rounds[-1])).run
+        return run.data if run else None
+    origin = read_origin(folder)
+    return origin.clients if origin else None
 
 
 def check_data(folder: Path, now: Mapping[str, Fingerprint]) -> None:
@@ -112,10 +98,9 @@ def check_data(folder: Path, now: Mapping[str, Fingerprint]) -> None:
         DataError: If a client's data differs, naming clients and parts.
         ModelError: If the record in the directory is damaged.
     """
-    origin = read_origin(folder)
-    if origin is None:
+    began = _began_with(folder)
+    if began is None:
         return
-    began = origin.clients
     different = []
     other_tokens = []
     for client in sorted(began.keys() | now.keys()):
@@ -152,7 +137,7 @@ def _few(items: Sequence[str]) -> str:
 # ── moved projects ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def moved_path(path: str, origin: Origin, folder: Path) -> str:
+def moved_path(path: str, origin: OriginFile, folder: Path) -> str:
     """Return where a path of a run's configuration lies now, if it moved together with the run's directory.
 
     Args:

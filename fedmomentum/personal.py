@@ -229,6 +229,8 @@ def _digest(head: _Head, tensors: Mapping[str, Tensor]) -> str:
 
 def _read_head(file: Path) -> _Head:
     try:
+        if not file.is_file():
+            raise ModelError(f"{file} is no regular file")
         metadata = read_metadata(file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error

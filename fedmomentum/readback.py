@@ -78,6 +78,8 @@ def written_aside(out: Path) -> Iterator[Path]:
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.incomplete")
+    if target.is_dir() and not os.access(target.parent, os.W_OK):
+        aside = target / aside.name
     shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
     aside.mkdir()
     try:
@@ -95,6 +97,10 @@ def _move(aside: Path, target: Path) -> None:
     except OSError:
         if not target.is_dir():
             raise
+        if others := [file.name for file in target.iterdir() if file != aside]:
+            raise ModelError(
+                f"{target} was empty when the export began and now holds {others[0]}; nothing was exported"
+            ) from None
         # A directory without its configuration is no model and no adapter: that comes last.
         for file in sorted(aside.iterdir(), key=lambda file: file.name.endswith("config.json")):
             shutil.move(file, target / file.name)

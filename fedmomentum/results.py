@@ -6,17 +6,19 @@ a whole model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmomentum.aggregation import Method, build_method
-from fedmomentum.config import Config, load_config
+from fedmomentum.checkpoint import committed_rows, saved_settings
+from fedmomentum.config import Config
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
-from fedmomentum.global_model import GlobalModel, find_manifest, kept_rounds, read_manifest
+from fedmomentum.folders import find_manifest, kept_rounds, read_manifest
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.identity import BaseIdentity, resolve_base
+from fedmomentum.manifest import RunState
 from fedmomentum.names import directory_name
 from fedmomentum.origin import moved_path, read_origin
 from fedmomentum.peft_io import read_adapter
@@ -77,24 +79,24 @@ def open_result(path: Path, *, server_round: str = "last", client: str = "", sto
     if not kept_rounds(path):
         _refuse_choices(path, "a global model", server_round, client)
         return Result(path, model)
-    config = _settings(path)
+    config = saved_settings(path, model.server_round)
     if not model.personal:
         if client:
             raise ConfigError(
                 f"{path} was made by {model.method}, which has one global model; leave out --client {client}"
             )
         return Result(path, model, config)
-    run = read_manifest(file)["run"]
+    run = checkpoint_state(file)
     factors = _factors(path, model, run, client, store)
     method = _method(config) if factors.mixed else None
     return Result(path, personal_model(model, factors, method), config, client)
 
 
-def whose_factors(path: Path, run: dict[str, Any]) -> dict[str, list[int]]:
+def whose_factors(path: Path, run: RunState) -> dict[str, list[int]]:
     """Return the clients of a run whose own factors are in its directory, each with the rounds that are kept."""
     found: dict[str, list[int]] = {}
     for store in _stores(path):
-        found |= clients_with_factors(store, run["run_id"])
+        found |= clients_with_factors(store, run.run_id)
     return dict(sorted(found.items()))
 
 
@@ -102,10 +104,22 @@ def example_client(path: Path) -> str | None:
     """Return a client to name in a command, where a run has a model for each client; None where it has one for all."""
     file = find_manifest(path, "last")
     manifest = read_manifest(file)
-    if not manifest["personal"]:
+    if not manifest.personal:
         return None
-    run = manifest["run"]
-    return next(iter([*whose_factors(path, run), *sorted(run["held"])]), "NAME")
+    run = checkpoint_state(file)
+    return next(iter([*whose_factors(path, run), *sorted(run.held)]), "NAME")
+
+
+def checkpoint_state(file: Path) -> RunState:
+    """Return the server's state in a run's checkpoint.
+
+    Raises:
+        ModelError: If the file is damaged, or no run's.
+    """
+    run = read_manifest(file).run
+    if run is None:
+        raise ModelError(f"{file} is of a global model alone: the clients' own factors belong to a run")
+    return run
 
 
 def _refuse_choices(path: Path, kind: str, server_round: str, client: str) -> None:
@@ -113,12 +127,6 @@ def _refuse_choices(path: Path, kind: str, server_round: str, client: str) -> No
         raise ConfigError(f"{path} is {kind}, the same for all clients; leave out --client")
     if server_round != "last":
         raise ConfigError(f"{path} is {kind}, which has no rounds; leave out --round")
-
-
-def _settings(path: Path) -> Config | None:
-    """The settings of a run; None where the file is missing."""
-    file = path / "config.toml"
-    return load_config(file) if file.is_file() else None
 
 
 def _method(config: Config | None) -> Method | None:
@@ -133,10 +141,10 @@ def _stores(path: Path) -> list[Path]:
     return [path, *(sorted(clients.iterdir()) if clients.is_dir() else [])]
 
 
-def _factors(path: Path, model: GlobalModel, run: dict[str, Any], client: str, store: Path | None) -> PersonalFactors:
+def _factors(path: Path, model: GlobalModel, run: RunState, client: str, store: Path | None) -> PersonalFactors:
     """The own factors of a client, as of the model's round."""
     here = whose_factors(path, run)
-    known = sorted({*run["held"], *here})
+    known = sorted({*run.held, *here})
     if not client:
         which = (
             f"those of {_listed(list(here))} are here"
@@ -149,11 +157,11 @@ def _factors(path: Path, model: GlobalModel, run: dict[str, Any], client: str, s
         )
     stores = [store] if store is not None else [path, path / "clients" / directory_name(client)]
     for place in stores:
-        factors = load_personal(place, run["run_id"], client, model.server_round)
+        factors = load_personal(place, run.run_id, client, model.server_round)
         if factors is not None:
             _refuse_stale(path, factors, model.server_round)
             return factors
-    kept = [trained for place in stores for trained in personal_files(place, run["run_id"], client)]
+    kept = [trained for place in stores for trained in personal_files(place, run.run_id, client)]
     if kept:
         raise ModelError(
             f"client {client}: its own factors after round {model.server_round} are no longer kept; there are those "
@@ -173,16 +181,13 @@ def _factors(path: Path, model: GlobalModel, run: dict[str, Any], client: str, s
 
 
 def _refuse_stale(path: Path, factors: PersonalFactors, server_round: int) -> None:
-    """Refuse a store that lacks a later training of the client, one that counted in the run."""
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            trained = row["round"] if factors.client in row["accepted"] else 0
-        except (ValueError, KeyError, TypeError):
-            continue
+    """Refuse a store that lacks a later training of the client, one that counted in the run.
+
+    Raises:
+        ModelError: If it does, or the rows of metrics are not those that were committed.
+    """
+    for row in committed_rows(path, server_round):
+        trained = row["round"] if factors.client in row["accepted"] else 0
         if factors.server_round < trained <= server_round:
             raise ModelError(
                 f"client {factors.client}: the newest of its own factors up to round {server_round} are those after "

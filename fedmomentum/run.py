@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,23 +19,24 @@ import torch
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
-from fedmomentum.checkpoint import RunFolder, ServerState
+from fedmomentum.checkpoint import RunFolder, ServerState, saved_settings
 from fedmomentum.client import Client, LoadedBase, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, LoraConfig, differences, load_config, to_toml
+from fedmomentum.config import LOCATIONS, MAY_CHANGE, Config, LoraConfig, differences, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
 from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.enrolment import enrol
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
-from fedmomentum.files import write_atomically, write_json
-from fedmomentum.global_model import GlobalModel, kept_rounds
+from fedmomentum.folders import kept_rounds
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.loaded import check_max_length, check_token_ids, max_positions
+from fedmomentum.manifest import Fingerprint
 from fedmomentum.messages import ClientLora, Description, Task, encode_task
-from fedmomentum.origin import FILE as DATA
-from fedmomentum.origin import LOCATIONS, Fingerprint, check_data, fingerprints, follow, refuse_missing, write_origin
+from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.personal import check_personal, drop_later
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_request
+from fedmomentum.run_files import EnvironmentFile, read_facts
 from fedmomentum.tracking import check_trackers, reported
 from fedmomentum.training import train
 from fedmomentum.training_arguments import check_amount, check_arguments
@@ -101,12 +101,17 @@ class Run:
         Raises:
             QuorumError: see `run_rounds`.
         """
-        out = self.folder.folder
-        write_atomically(out / "config.toml", to_toml(self.config).encode())
-        write_json(out / "plan.json", asdict(self.plan))
-        write_json(out / "partition.json", self.partition)
-        write_origin(out, self.data)
-        _write_environment(self.local, out, resumed=bool(self.folder.rows))
+        now = environment(self.local)
+        if self.folder.rows:
+            _warn_of_another_environment(now, self.folder.folder)
+        self.folder.describe(
+            to_toml(self.config),
+            self.state.run_id,
+            plan=asdict(self.plan),
+            partition=self.partition,
+            environment=now,
+            data=self.data,
+        )
         transport = InProcessTransport(
             {c.client_id: partial(client_step, client=c, model=self.locals[c.client_id]) for c in self.clients}
         )
@@ -139,6 +144,7 @@ def prepare(
     out: Path,
     *,
     resume: bool = False,
+    server_round: int | None = None,
     on_step: Callable[[str, int, int, float], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
@@ -148,6 +154,7 @@ def prepare(
         config: the run.
         out: its folder.
         resume: go on with what is in `out`; without it `out` must be new or empty.
+        server_round: resume from this round instead of the last one; the rounds after it are done again.
         on_step: told of every training step: (client, step, steps, loss).
         say: told in a line what is being done.
 
@@ -156,11 +163,11 @@ def prepare(
         DataError: data that cannot be used, or other data than the run began with.
         ModelError: a base that cannot be loaded; a folder that is in use or holds something else.
     """
-    loaded = _load(config, out, resume=resume, on_step=on_step, say=say)
+    loaded = _load(config, out, resume=resume, server_round=server_round, on_step=on_step, say=say)
     config, method, local = loaded.config, loaded.method, loaded.local
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
-        resumed = folder.resume() if resume else None
+        resumed = folder.resume(server_round) if resume else None
         if resumed:
             model, state = resumed
             model.base.check(local.identity)
@@ -211,6 +218,7 @@ def _load(
     out: Path,
     *,
     resume: bool,
+    server_round: int | None = None,
     is_plan: bool = False,
     on_step: Callable[[str, int, int, float], None] | None = None,
     say: Callable[[str], None],
@@ -224,7 +232,7 @@ def _load(
         config = follow(config, out)
         refuse_missing(config)
     if resume or not is_plan:
-        _check_folder(config, out, resume)
+        _check_folder(config, out, resume, server_round)
     set_threads(config.run.threads)
     seed = config.run.seed
     say("Reading the data")
@@ -336,6 +344,7 @@ def run_over(
     out: Path,
     *,
     resume: bool = False,
+    server_round: int | None = None,
     observer: Observer = lambda event, facts: None,
     data: Mapping[str, Fingerprint] | None = None,
 ) -> GlobalModel:
@@ -346,6 +355,7 @@ def run_over(
         config: the run; `[data]` does not count here, unless `data` is given.
         out: its folder.
         resume: go on with what is in `out`; without it `out` must be new or empty.
+        server_round: resume from this round instead of the last one; the rounds after it are done again.
         observer: told of progress, and of the plan: `("plan", asdict(plan))`.
         data: fingerprints of the clients' data, where this process knows it.
 
@@ -358,34 +368,35 @@ def run_over(
     method = make_method(config)
     check_arguments(config.training.arguments)
     check_trackers(config.run.report_to)
-    _check_folder(config, out, resume, data_counts=data is not None)
+    _check_folder(config, out, resume, server_round, data_counts=data is not None)
     set_threads(config.run.threads)
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
-        resumed = folder.resume() if resume else None
+        resumed = folder.resume(server_round) if resume else None
         if resumed:
             model, state = resumed
             if data is not None:
                 check_data(out, data)
+            folder.describe(to_toml(config), state.run_id, data=data)
         else:
             state = ServerState(secrets.token_hex(16))
             enrolment = enrol(transport, config, state.run_id, method)
             model, facts = enrolment.model.sent_in(wire_dtype(config.federation.downlink_dtype)), enrolment.facts
             plan = served_plan(config, model, method, facts)
             observer("plan", asdict(plan))
-            write_atomically(out / "config.toml", to_toml(config).encode())
-            write_json(out / "plan.json", asdict(plan))
-            if data is not None:
-                write_origin(out, data)
-            write_json(
-                out / "partition.json",
-                {c: {"train": {"": f.num_train}, "test": {"": f.num_test}} for c, f in facts.items()},
+            folder.describe(
+                to_toml(config),
+                state.run_id,
+                plan=asdict(plan),
+                partition={c: {"train": {"": f.num_train}, "test": {"": f.num_test}} for c, f in facts.items()},
+                environment={
+                    **_here(),
+                    "base_sha256": model.base.sha256,
+                    "tokenizer_sha256": model.base.tokenizer_sha256,
+                    "clients": {c: f"{f.threads} threads, {f.dtype}, {f.versions}" for c, f in facts.items()},
+                },
+                data=data,
             )
-            write_json(
-                out / "environment.json",
-                {**_here(), "base_sha256": model.base.sha256, "tokenizer_sha256": model.base.tokenizer_sha256,
-                 "clients": {c: f"{f.threads} threads, {f.dtype}, {f.versions}" for c, f in facts.items()}},
-            )  # fmt: skip
         with reported(config.run.report_to, folder, state.run_id, observer) as observe:
             return run_rounds(
                 transport, method=method, model=model, state=state, config=config, folder=folder, observer=observe
@@ -416,39 +427,33 @@ def _training_function(config: Config) -> TrainFunction:
     return function
 
 
-def _check_folder(config: Config, out: Path, resume: bool, *, data_counts: bool = True) -> None:
+def _check_folder(
+    config: Config, out: Path, resume: bool, server_round: int | None = None, *, data_counts: bool = True
+) -> None:
     """A fresh run wants a fresh folder; a resumed one its own settings. Where things are may have changed."""
-    saved = out / "config.toml"
     if not resume:
-        if saved.is_file():
+        if (out / "config.toml").is_file() or kept_rounds(out):
             raise ModelError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
         if out.is_dir() and any(
             file.name not in (".lock", "rounds", "server.log", "status.json") for file in out.iterdir()
         ):
             raise ModelError(f"{out} is not empty and holds no run; choose another --out")
         return
-    if not saved.is_file():
+    began = saved_settings(out, server_round)
+    if began is None:
         return
-    began = load_config(saved)
-    changed = [key for key in differences(began, config) if key not in _MAY_CHANGE]
+    changed = [key for key in differences(began, config) if key not in MAY_CHANGE]
     if not data_counts:
         changed = [key for key in changed if not key.startswith("data.")]
-    elif (out / DATA).is_file():  # then the content is compared
+    else:  # the content is compared
         changed = [key for key in changed if key not in LOCATIONS]
         if began.data.client_files.keys() != config.data.client_files.keys():
             changed.append("data.client-files")
     if changed:
         raise ConfigError(
-            f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with its own "
-            f"configuration, {saved}, or start anew in another --out"
+            f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with its own settings, "
+            f"{out / 'config.toml'} as the run wrote it (its checkpoints hold them too), or start anew in another --out"
         )
-
-
-_MAY_CHANGE = {
-    "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
-    "run.keep-rounds", "run.report-to",
-    "model.name", "model.revision",  # the base model is compared by content
-}  # fmt: skip
 
 
 def load_data(config: Config) -> list[ClientData]:
@@ -654,14 +659,23 @@ def environment(local: LocalModel) -> dict[str, Any]:
     }
 
 
-def _write_environment(local: LocalModel, out: Path, resumed: bool) -> None:
-    now, file = environment(local), out / "environment.json"
-    if resumed and file.is_file():
-        before = json.loads(file.read_text())
-        changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            LOG.warning(
-                "resumed in another environment (%s differ): the rounds from here on may differ in their last bits",
-                ", ".join(changed),
-            )
-    write_json(file, now)
+def _warn_of_another_environment(now: Mapping[str, Any], out: Path) -> None:
+    """Warn where a run is resumed with other versions, threads or the like than it was made with.
+
+    Raises:
+        ModelError: If environment.json was damaged.
+    """
+    file = out / "environment.json"
+    try:
+        before, _ = read_facts(file, EnvironmentFile)
+    except FileNotFoundError:
+        LOG.warning("%s is missing: whether this is the run's environment is not known", file)
+        return
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy; or delete it, and resume without its check") from error
+    changed = [key for key in now if now[key] != before.get(key)]
+    if changed:
+        LOG.warning(
+            "resumed in another environment (%s differ): the rounds from here on may differ in their last bits",
+            ", ".join(changed),
+        )

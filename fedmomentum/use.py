@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing_
 from fedmomentum.report.text import number
 from fedmomentum.results import Result, base_folder
 from fedmomentum.run import held_out_order, load_data, set_threads
+from fedmomentum.run_files import EnvironmentFile, PartitionFile, read_facts
 from fedmomentum.schema import printable
 from fedmomentum.tuned import TunedModel
 
@@ -129,11 +129,21 @@ def _as_in_the_run(result: Result, settings: Settings) -> tuple[str, str]:
 
 
 def _dtype_of_the_run(path: Path) -> str | None:
-    """The dtype that `auto` came to on the machine of the run."""
+    """The dtype that `auto` came to on the machine of the run; None where that is not known, in a run over a network.
+
+    Raises:
+        ModelError: If environment.json is missing or damaged.
+    """
+    file = path / "environment.json"
     try:
-        dtype = json.loads((path / "environment.json").read_text(encoding="utf-8")).get("dtype")
-    except (OSError, ValueError, AttributeError):
-        return None
+        environment, _ = read_facts(file, EnvironmentFile)
+    except FileNotFoundError:
+        raise ModelError(
+            f"{file} is missing; it says in which dtype the run was. Restore it, or give --dtype"
+        ) from None
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy, or give --dtype") from error
+    dtype = environment.get("dtype")
     return dtype if dtype in ("float32", "bfloat16", "float16") else None
 
 
@@ -339,12 +349,20 @@ def _held_out(result: Result, limit: int | None) -> list[_Part]:
 
 
 def _refuse_reference(path: Path, clients: set[str]) -> None:
-    """Refuse a comparison's reference (`centralised`, `local`): it is scored on the examples of all as one client's."""
+    """Refuse a comparison's reference (`centralised`, `local`): it is scored on the examples of all as one client's.
+
+    Raises:
+        DataError: If it is one.
+        ModelError: If partition.json, which tells, is missing or damaged.
+    """
+    file = path / "partition.json"
     try:
-        partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if isinstance(partition, dict) and partition.keys() != clients:
+        partition, _ = read_facts(file, PartitionFile)
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing; restore it from a copy, or give --data") from None
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy, or give --data") from error
+    if partition["clients"].keys() != clients:
         raise DataError(f"{path} is a reference of a comparison, with other clients than its data; give --data")
 
 

@@ -22,6 +22,7 @@ from fedmomentum.messages import (
     decode_reply,
     decode_task,
 )
+from fedmomentum.records import checksummed
 from fedmomentum.run import Run, prepare
 from fedmomentum.training import TrainReport
 from tests.tiny import tiny_llama
@@ -149,6 +150,13 @@ def raw_reply(fields: dict[str, Any]) -> bytes:
     return safetensors_bytes(fields["tensors"], ("reply", text))
 
 
+def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a record as whoever writes it would: with a checksum that fits."""
+    table = json.loads(file.read_text())
+    change(table)
+    file.write_text(json.dumps(checksummed(table)))
+
+
 def timeless(out: Path) -> list[dict]:
     """The rows of a run without what differs from run to run."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -156,11 +164,14 @@ def timeless(out: Path) -> list[dict]:
 
 
 def chain(out: Path) -> dict[str, dict]:
-    """The kept rounds' manifests without the run's random name."""
+    """The kept rounds' manifests without the run's random name and its settings, and hashes of what tells time."""
     found = {}
     for file in sorted((out / "rounds").glob("*.json")):
         manifest = json.loads(file.read_text())
         manifest["run"].pop("run_id")
+        manifest["run"].pop("settings")
+        manifest["run"]["metrics"].pop("sha256")
+        manifest.pop("sha256")
         found[file.name] = manifest
     return found
 

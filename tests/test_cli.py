@@ -71,7 +71,7 @@ def test_run_from_a_users_files_to_results(folder, tmp_path, call):
     assert (out / "report.html").stat().st_size > 10_000
     assert len(timeless(out)) == 2
     partition = json.loads((out / "partition.json").read_text())
-    assert set(partition) == set(files)
+    assert set(partition["clients"]) == set(files)
     code, _, err = call("run", config, "federation.num-rounds=1", "--out", out)
     assert code == 2 and "holds a run already" in err and "Traceback" not in err
     code, printed, _ = call("run", out / "config.toml", "federation.num-rounds=2", "--out", out, "--resume")

@@ -296,7 +296,7 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
     manifest = json.loads((run_folder / "rounds" / "0002.json").read_text())
     for table in (manifest, manifest["base"], manifest["run"]):
         assert table.keys() <= told
-    assert manifest.keys() - {"run"} == GlobalModel.load(run_folder).manifest().keys()
+    assert manifest.keys() - {"run", "sizes", "sha256"} == GlobalModel.load(run_folder).manifest().keys()
     for file in run_folder.iterdir():
         assert re.search(rf"^{re.escape(file.name)}\b", page.read_text(), flags=re.MULTILINE), file.name
     for file in (run_folder / "objects").iterdir():

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.results import open_result
 from fedmomentum.use import Both, Settings, evaluate_on
-from tests.runs import start, timeless, tiny_config
+from tests.runs import rewritten, start, timeless, tiny_config
 from tests.tiny import CHAT_TEMPLATE, tiny_llama
 
 
@@ -67,34 +67,38 @@ def test_an_adapter_gives_the_same_numbers_on_the_same_examples(folder, finished
 def test_the_runs_own_examples_must_be_those_it_was_made_with(finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    record = json.loads((copy / "data.json").read_text())
-    record["clients"]["site1"]["held_out"] = "0" * 64
-    (copy / "data.json").write_text(json.dumps(record))
+    rewritten(copy / "rounds" / "0002.json", lambda table: table["run"]["data"]["site1"].update(held_out="0" * 64))
     with pytest.raises(DataError, match=r"made with other data; it differs for site1 \(held-out examples\)"):
         evaluate_on(open_result(copy), None, Settings())
 
 
-def rewritten(run: Path, copy: Path, old: str, new: str) -> Path:
+def made_with(run: Path, copy: Path, old: str, new: str) -> Path:
+    """A copy of the run as it would be with another setting; the checkpoint's settings are what counts."""
     shutil.copytree(run, copy)
-    text = (copy / "config.toml").read_text()
-    assert old in text
-    (copy / "config.toml").write_text(text.replace(old, new, 1))
+
+    def change(table):
+        assert old in table["run"]["settings"]
+        table["run"]["settings"] = table["run"]["settings"].replace(old, new, 1)
+
+    rewritten(copy / "rounds" / "0002.json", change)
     return copy
 
 
 def test_dtype_and_device_are_the_runs(finished, adapter, tmp_path):
     assert Both(open_result(finished), Settings()).model.dtype == torch.float32
     assert Both(open_result(finished), Settings(dtype="bfloat16")).model.dtype == torch.bfloat16
-    half = rewritten(finished, tmp_path / "half", 'dtype = "float32"', 'dtype = "bfloat16"')
+    half = made_with(finished, tmp_path / "half", 'dtype = "float32"', 'dtype = "bfloat16"')
     assert Both(open_result(half), Settings()).model.dtype == torch.bfloat16
     assert Both(open_result(half), Settings(dtype="float32")).model.dtype == torch.float32
     # what `auto` came to where the run was made
-    auto = rewritten(finished, tmp_path / "auto", 'dtype = "float32"', 'dtype = "auto"')
+    auto = made_with(finished, tmp_path / "auto", 'dtype = "float32"', 'dtype = "auto"')
     for dtype in ("bfloat16", "float32"):
-        environment = json.loads((auto / "environment.json").read_text())
-        (auto / "environment.json").write_text(json.dumps(environment | {"dtype": dtype}))
+        rewritten(auto / "environment.json", lambda table, dtype=dtype: table.update(dtype=dtype))
         assert str(Both(open_result(auto), Settings()).model.dtype) == f"torch.{dtype}"
-    elsewhere = rewritten(finished, tmp_path / "elsewhere", 'device = "cpu"', 'device = "cuda:7"')
+    (auto / "environment.json").unlink()
+    with pytest.raises(ModelError, match="environment.json is missing; it says in which dtype the run was"):
+        Both(open_result(auto), Settings())
+    elsewhere = made_with(finished, tmp_path / "elsewhere", 'device = "cpu"', 'device = "cuda:7"')
     with pytest.raises(ModelError, match="'cuda:7' cannot be used: .* Give another by --device"):
         Both(open_result(elsewhere), Settings())
     assert Both(open_result(elsewhere), Settings(device="cpu")).model.device.type == "cpu"

@@ -20,7 +20,8 @@ from msgspec import Meta
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ModelError
 from fedmomentum.files import write_json
-from fedmomentum.schema import Count, Hash, Schema, Text, parse_json
+from fedmomentum.records import checksummed, read_record
+from fedmomentum.schema import Count, Hash, Schema, Text
 
 FILE = "split.json"
 DIGEST_BYTES = 16
@@ -36,6 +37,7 @@ class Split(Schema, frozen=True):
         held_out: Digests of the examples held out, sorted.
         num_train: How many examples were trained on.
         seed: The configuration's `run.seed`.
+        sha256: Checksum of the file.
     """
 
     run_id: Text
@@ -44,6 +46,7 @@ class Split(Schema, frozen=True):
     held_out: list[Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]]
     num_train: Count
     seed: int
+    sha256: Hash
 
 
 def split_fingerprint(train: TokenisedExamples, test: TokenisedExamples, key: str) -> str:
@@ -85,20 +88,29 @@ def compare_split(
         What is wrong, in words for whoever runs the client; None if nothing is.
     """
     file = folder / FILE
-    began = _read(file)
+    damage = None
+    try:
+        began: Split | None = read_record(file, Split)
+    except FileNotFoundError:
+        began = None
+    except ModelError as error:
+        began = None
+        damage = (
+            f"{error}. Whether the examples are divided as before is not known; the division of now is kept instead"
+        )
     if began is None or began.run_id != run_id:
         salt = secrets.token_hex(32)
-        now = Split(
-            run_id=run_id,
-            salt=salt,
-            whole=split_fingerprint(train, test, salt),
-            held_out=sorted(_digests(test, salt)),
-            num_train=len(train),
-            seed=seed,
-        )
-        write_json(file, {field: getattr(now, field) for field in now.__struct_fields__})
+        now = {
+            "run_id": run_id,
+            "salt": salt,
+            "whole": split_fingerprint(train, test, salt),
+            "held_out": sorted(_digests(test, salt)),
+            "num_train": len(train),
+            "seed": seed,
+        }
+        write_json(file, checksummed(now))
         file.chmod(0o600)
-        return None
+        return damage
     if split_fingerprint(train, test, began.salt) == began.whole:
         return None
     leaked = len(set(began.held_out).intersection(_digests(train, began.salt)))
@@ -113,11 +125,3 @@ def compare_split(
         f"({sizes}.) Stop this client and start it with the data and the seed that it had; or, to go on knowingly, "
         f"remove {file}"
     )
-
-
-def _read(file: Path) -> Split | None:
-    """Return the division that was kept; None if there is none that can be read."""
-    try:
-        return parse_json(file.read_bytes(), Split, str(file), ModelError)
-    except (OSError, ModelError):
-        return None

@@ -60,8 +60,8 @@ class Ledger:
         self.pushed[node_id] = self.pushes[node_id] = 0
 
     def close(self, message_id: str) -> None:
-        """Note that a question is over."""
-        for node_id in [node_id for node_id, asked in self.open.items() if asked == message_id]:
+        """Note that a question is over; called from another thread than `refuse`."""
+        for node_id in [node_id for node_id, asked in list(self.open.items()) if asked == message_id]:
             self.open.pop(node_id, None)
         self.refused.pop(message_id, None)
 

@@ -199,7 +199,7 @@ def read_nodes(folder: Path) -> Nodes:
             _check_name(file.stem)
             key = load_public(file)
         except ConfigError as error:
-            problems[str(file)] = str(error)
+            problems[str(file)] = str(error).replace(f"{file} is", "it is", 1)
             continue
         if key in names_by_key:
             problems[str(file)] = f"its key is that of {names_by_key[key]}; a node has one name"

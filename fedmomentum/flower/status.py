@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from fedmomentum.errors import ModelError
 from fedmomentum.files import write_json
-from fedmomentum.schema import Count, Label, Schema, Text, parse_json
+from fedmomentum.records import checksummed
+from fedmomentum.run_files import StatusFile, read_facts
 
 FILE = "status.json"
 FRESH_SECONDS = 30.0
@@ -76,7 +75,7 @@ class Status:
     def _write(self) -> None:
         if self._file.parent.is_dir():
             self._written = time.time()
-            write_json(self._file, {**self._state, "written": self._written})
+            write_json(self._file, checksummed({**self._state, "written": self._written}))
 
     def close(self) -> None:
         """The server ends: nobody is connected to it any more, and nobody is at work for it."""
@@ -89,31 +88,6 @@ class Status:
         self._write()
 
 
-class ClientStatus(Schema, frozen=True):
-    """A client in `status.json`."""
-
-    connected: bool
-    state: Label
-    until: float | None
-    reason: Text | None
-    up_bytes: Count
-    down_bytes: Count
-    rounds: Count
-
-
-class StatusFile(Schema, frozen=True):
-    """`status.json`."""
-
-    phase: Label
-    round: Count | None
-    num_rounds: Count
-    version: Label | None
-    waiting_for: list[Label]
-    waits_until: float | None
-    clients: dict[Label, ClientStatus]
-    written: float
-
-
 def read_status(out: Path) -> dict[str, Any]:
     """The status of a run.
 
@@ -121,10 +95,9 @@ def read_status(out: Path) -> dict[str, Any]:
         ModelError: nothing of the kind there.
     """
     try:
-        data = (out / FILE).read_bytes()
-    except OSError as error:
-        raise ModelError(
-            f"{out / FILE} cannot be read ({error.strerror}); give the folder of a run that `fedmomentum serve` made"
-        ) from error
-    status: dict[str, Any] = msgspec.to_builtins(parse_json(data, StatusFile, str(out / FILE), ModelError))
+        status, _ = read_facts(out / FILE, StatusFile)
+    except FileNotFoundError as error:
+        raise ModelError(f"{out} has no {FILE}; give the folder of a run that `fedmomentum serve` made") from error
+    except ModelError as error:
+        raise ModelError(f"{error}. A server that runs writes it again with its next event") from error
     return status

@@ -64,8 +64,10 @@ def test_the_file_tells_nobody_the_examples(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 10**6, b'{"run_id": 1}'])
-def test_a_damaged_file_is_made_anew(tmp_path, content):
+def test_a_damaged_file_is_told_and_made_anew(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
+    text = compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
+    assert text.startswith(str(tmp_path / FILE)) and "Whether the examples are divided as before is not known" in text
     assert compare_split(tmp_path, "run", TRAIN, TEST, seed=0) is None
     assert compare_split(tmp_path, "run", TEST, TRAIN, seed=0) is not None
 

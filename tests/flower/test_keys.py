@@ -144,7 +144,7 @@ def test_what_is_no_public_key_is_refused_by_name(tmp_path):
     (keys / "nodes" / "bad.pub").write_text("put there by hand")
     assert admitted(keys) == {}
     (problem,) = read_nodes(keys).problems.values()
-    assert "bad.pub is no public key" in problem
+    assert problem.startswith("it is no public key of a node: ")
     (tmp_path / "text.key").write_text("hello")
     (tmp_path / "text.key").chmod(0o600)
     with pytest.raises(ConfigError, match="text.key is no private key"):

@@ -235,6 +235,28 @@ def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
         worker.ask(encode_task(replace(task, client_id="site1")), 60)
 
 
+def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
+    """Another seed trains on what was held out: told at the node, and nothing of it to the server."""
+    worker, store, told = real
+    describe = describe_task(adapter=False)
+    worker.belong_to(describe.run_id)
+    worker.ask(encode_task(describe), 60)
+    assert not [facts for event, facts in told if event == "warning"]
+    later = []
+    own = replace(config.data, client_files={"site0": config.data.client_files["site0"]})
+    other = replace(config, data=own, run=replace(config.run, seed=config.run.seed + 1))
+    restarted = Worker(other, "site0", store, lambda event, facts: later.append((event, dict(facts))))
+    try:
+        restarted.belong_to(describe.run_id)
+        answer = restarted.ask(encode_task(describe), 60)
+    finally:
+        restarted.stop()
+    (warning,) = [facts["text"] for event, facts in later if event == "warning"]
+    assert "of 3 that were held out are trained on now" in warning and str(store / "split.json") in warning
+    assert f"run.seed was {config.run.seed} and is {config.run.seed + 1}" in warning
+    assert b"held" not in answer
+
+
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a" * 63, "A" * 64])
 def test_tasks_cannot_name_files(real, name):
     """What is no hash is no object's name."""
