@@ -325,7 +325,8 @@ def personal_model(model: GlobalModel, factors: PersonalFactors, method: Method 
             given[kind] = tensor
         parts[module] = LowRank(given["B"], given["A"])
     own = with_tails(replace(start, modules=parts, name=f"adapter of {factors.client}"), beside)
-    return replace(model, adapter=own, personal="")
+    whose = re.sub(r"[`|<>]", "_", factors.client)  # it stands in a table of an export's README.md
+    return replace(model, adapter=own, method=f"{model.method}, the model of client {whose}", personal="")
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
