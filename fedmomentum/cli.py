@@ -38,6 +38,10 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="[NAME=]FILE", help="a client's file, or the source, where it is now; repeatable"),
 ]
+ResumeRoundOption = Annotated[
+    int | None,
+    typer.Option("--round", help="with --resume: go on from this round instead of the last; those after it are redone"),
+]
 RoundOption = Annotated[str, typer.Option("--round", help="a number, last or best")]
 ClientOption = Annotated[
     str, typer.Option("--client", help="whose model, where the method leaves factors with each client")
@@ -145,6 +149,7 @@ def run(
     overrides: Overrides = None,
     out: RunFolderOption = None,
     resume: ResumeOption = False,
+    server_round: ResumeRoundOption = None,
     dry_run: Annotated[bool, typer.Option("--plan", help="print the plan and stop; nothing is written")] = False,
     base: BaseOption = "",
     data: DataOption = None,
@@ -157,13 +162,14 @@ def run(
 
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
+    _check_resume_round(server_round, resume)
     with quiet_libraries(), Live(OUT, settings.federation.num_rounds) as live:
         if dry_run:
-            plan, clients = plan_run(settings, out, resume=resume, say=live.say)
+            plan, clients = plan_run(settings, out, resume=resume, server_round=server_round, say=live.say)
             live.show_plan(plan, clients, out)
             return
         _check_out(out)
-        prepared = prepare(settings, out, resume=resume, on_step=live.on_step, say=live.say)
+        prepared = prepare(settings, out, resume=resume, server_round=server_round, on_step=live.on_step, say=live.say)
         try:
             live.show_plan(prepared.plan, prepared.clients, out)
             try:
@@ -177,6 +183,11 @@ def run(
         finally:
             prepared.close()
     _after_run(out)
+
+
+def _check_resume_round(server_round: int | None, resume: bool) -> None:
+    if server_round is not None and (not resume or server_round < 0):
+        raise ConfigError(f"--round goes with --resume and is a round, 0 or more; got {server_round}")
 
 
 def _check_out(out: Path) -> None:
@@ -652,6 +663,7 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="port to listen on")] = 9443,
     resume: ResumeOption = False,
+    server_round: ResumeRoundOption = None,
 ) -> None:
     """Coordinate a federation of machines: wait for the admitted nodes, then run the rounds."""
     from fedmomentum.config import load_config
@@ -661,6 +673,8 @@ def serve(
     out = out if out is not None else Path("runs") / config.stem
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port must be from 0 (any free port) to 65535; got {port}")
+    _check_resume_round(server_round, resume)
+    _check_resume_round(server_round, resume)
     _check_out(out)
     _need_flower()
     from fedmomentum.flower.serve import serve as serve_run
@@ -671,7 +685,9 @@ def serve(
     with Live(OUT, settings.federation.num_rounds) as live:
         view = ServerView(OUT, live, out)
         try:
-            serve_run(settings, keys, out, host=host, port=port, resume=resume, told=view.observe)
+            serve_run(
+                settings, keys, out, host=host, port=port, resume=resume, server_round=server_round, told=view.observe
+            )
         except BaseException as error:
             live.stop()
             done = max(kept_rounds(out), default=None)
@@ -758,6 +774,7 @@ def simulate(
     overrides: Overrides = None,
     out: RunFolderOption = None,
     resume: ResumeOption = False,
+    server_round: ResumeRoundOption = None,
     base: BaseOption = "",
     data: DataOption = None,
 ) -> None:
@@ -768,6 +785,7 @@ def simulate(
 
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
+    _check_resume_round(server_round, resume)
     _check_out(out)
     _need_flower()
     from fedmomentum.flower.simulation import simulate as simulate_run
@@ -776,7 +794,8 @@ def simulate(
 
     with Live(OUT, settings.federation.num_rounds) as live:
         try:
-            simulate_run(settings, out, resume=resume, told=ServerView(OUT, live, out).observe)
+            told = ServerView(OUT, live, out).observe
+            simulate_run(settings, out, resume=resume, server_round=server_round, told=told)
         except BaseException as error:
             live.stop()
             _say_how_to_go_on(error, out, max(kept_rounds(out), default=None), "simulate")

@@ -77,28 +77,29 @@ def read_origin(folder: Path) -> OriginFile | None:
         ) from error
 
 
-def _began_with(folder: Path) -> Mapping[str, Fingerprint] | None:
-    """The data that a run was made with: as its last checkpoint has it, else data.json."""
+def _began_with(folder: Path, server_round: int | None) -> Mapping[str, Fingerprint] | None:
+    """The data that a run was made with: as a checkpoint has it, else data.json."""
     rounds = kept_rounds(folder)
     if rounds:
-        run = read_manifest(round_file(folder, rounds[-1])).run
+        run = read_manifest(round_file(folder, rounds[-1] if server_round is None else server_round)).run
         return run.data if run else None
     origin = read_origin(folder)
     return origin.clients if origin else None
 
 
-def check_data(folder: Path, now: Mapping[str, Fingerprint]) -> None:
+def check_data(folder: Path, now: Mapping[str, Fingerprint], server_round: int | None = None) -> None:
     """Refuse to go on with a run on other data than it began with.
 
     Args:
         folder: The run's directory; one that says nothing of its data fits any.
         now: The fingerprints of the data as it is now.
+        server_round: The checkpoint to believe; by default the last.
 
     Raises:
         DataError: If a client's data differs, naming clients and parts.
         ModelError: If the record in the directory is damaged.
     """
-    began = _began_with(folder)
+    began = _began_with(folder, server_round)
     if began is None:
         return
     different = []

@@ -25,7 +25,17 @@ RETURN_SECONDS = 60.0
 Told = Callable[[str, Mapping[str, Any]], None]
 
 
-def serve(config: Config, keys: Path, out: Path, *, host: str, port: int, resume: bool = False, told: Told) -> None:
+def serve(
+    config: Config,
+    keys: Path,
+    out: Path,
+    *,
+    host: str,
+    port: int,
+    resume: bool = False,
+    server_round: int | None = None,
+    told: Told,
+) -> None:
     """Serve a run to the nodes that are admitted in `keys`, to its end.
 
     Args:
@@ -35,6 +45,7 @@ def serve(config: Config, keys: Path, out: Path, *, host: str, port: int, resume
         host: address to listen on.
         port: port to listen on.
         resume: go on with what is in `out`.
+        server_round: from this round instead of the last; the rounds after it are done again.
         told: told of progress: the events of `run_over`, of `FlowerTransport`, and `listening`.
 
     Raises:
@@ -53,7 +64,7 @@ def serve(config: Config, keys: Path, out: Path, *, host: str, port: int, resume
                 grid, link, round_seconds=federation.round_seconds, join_seconds=federation.join_seconds,
                 quorum=federation.quorum, start_seconds=RETURN_SECONDS if resume else None, observer=observe,
             )  # fmt: skip
-            run_over(transport, config, out, resume=resume, observer=observe)
+            run_over(transport, config, out, resume=resume, server_round=server_round, observer=observe)
 
         told("listening", {"host": host, "port": link.port, "registered": link.registered()})
         after.callback(status.close)

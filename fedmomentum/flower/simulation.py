@@ -29,7 +29,12 @@ _PARTIES: dict[str, tuple[Client, LocalModel]] = {}
 
 
 def simulate(
-    config: Config, out: Path, *, resume: bool = False, told: Callable[[str, Mapping[str, Any]], None]
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    server_round: int | None = None,
+    told: Callable[[str, Mapping[str, Any]], None],
 ) -> None:
     """Run a federation under Flower's simulation engine.
 
@@ -37,6 +42,7 @@ def simulate(
         config: the run, data included.
         out: its folder; the clients keep what they are sent in `out/clients`.
         resume: go on with what is in `out`.
+        server_round: from this round instead of the last; the rounds after it are done again.
         told: told of progress.
 
     Raises:
@@ -65,7 +71,7 @@ def simulate(
                 grid, _Names(grid, names), round_seconds=federation.round_seconds, join_seconds=federation.join_seconds,
                 quorum=federation.quorum, observer=told,
             )  # fmt: skip
-            run_over(transport, config, out, resume=resume, observer=told, data=data)
+            run_over(transport, config, out, resume=resume, server_round=server_round, observer=told, data=data)
         except BaseException as error:
             ended.append(error)
             raise
