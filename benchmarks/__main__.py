@@ -3,8 +3,8 @@
     python benchmarks [--only wire scale ...] [--out runs/bench]        (`make bench`)
 
 Each is a process of its own and writes `<name>.json` into the folder; `all.json` there holds everything, with the
-machine's limits. One that fails is named in the end, and the others run all the same. A target that is not met is no
-failure.
+machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked for. One that fails is named in the end,
+and the others run all the same. A target that is not met is no failure.
 """
 
 import argparse
@@ -16,13 +16,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import environment, machine_limits, write_json
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("aggregation_speed", "training_speed", "client", "network", "scale", "wire", "catching_up")
+NAMES = ("aggregation_speed", "training_speed", "client", "network", "scale", "wire", "catching_up", "gpu")
 SCRIPTS = {name: HERE / f"{name}.py" for name in NAMES}
+
+
+def default_names() -> list[str]:
+    """Return the names of the benchmarks that can say something on this machine."""
+    return [name for name in NAMES if name != "gpu" or torch.cuda.is_available()]
 
 
 def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[str]:
@@ -75,7 +81,7 @@ def report(targets: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=default_names())
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     return int(bool(run_all({name: SCRIPTS[name] for name in chosen.only}, chosen.out, Console())))

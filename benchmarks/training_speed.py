@@ -40,7 +40,7 @@ from fedmomentum.data.batches import IGNORED, completion_batch, model_inputs, ne
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.embedded import smollm2_folder
 from fedmomentum.live import quiet_libraries
-from fedmomentum.peft_io import lora_layers
+from fedmomentum.peft_live import lora_layers
 from fedmomentum.training import SHORT_ROW, _CompletionTrainer, attention_for, train
 
 CONSOLE = Console()

@@ -8,6 +8,7 @@ payloads at a small scale. Nothing is timed. What an energy below 1 saves depend
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Target, finish
@@ -21,12 +22,29 @@ from fedmomentum.aggregation.whole import combine
 from fedmomentum.files import safetensors_bytes
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.identity import BaseIdentity
-from fedmomentum.transport import Reply, Task, encode_reply, encode_task
+from fedmomentum.messages import ClientLora, Reply, Task, TrainRequest, TrainResult, encode_reply, encode_task
 
 MODELS = {
     "Llama-2-7B": (32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]),
     "Llama-3-8B": (32, [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]),
 }  # all linear layers of a decoder layer
+
+
+def train_task(manifest: dict[str, Any], objects: dict[str, bytes]) -> Task:
+    """A task to train this model."""
+    request = TrainRequest(
+        manifest=manifest,
+        lora=ClientLora(rank=8, lora_alpha=16.0, target_modules=[], mixed=False),
+        learning_rate=1e-3,
+        local_steps=10,
+        local_epochs=None,
+        batch_size=8,
+        arguments={},
+        seed=0,
+        probe_seed=0,
+        uplink_dtype="float32",
+    )
+    return Task("run", "client", 2, request, objects)
 
 
 def residual_rank(method: Method, clients: int, rank: int, shape: tuple[int, int]) -> int:
@@ -82,12 +100,13 @@ def measured(method: Method, clients: int = 3, rank: int = 4) -> tuple[float, fl
     objects = {name: data for name, data in after.objects().items() if name not in held | drawn}
     if after.carried:
         objects = {name: data for name, data in objects.items() if name != after.manifest()["carried"]}
-    task = Task("train", "run", "client", 2, after.manifest(), objects)
-    empty = Task("train", "run", "client", 2, after.manifest(), {})
+    task = train_task(after.manifest(), objects)
+    empty = train_task(after.manifest(), {})
     down = len(encode_task(task)) - len(encode_task(empty))
     kept = [f".lora_{factor}." for factor in "BA" if factor not in method.uploads(1)]
     tensors = {name: t for name, t in to_tensors(sent[0]).items() if not any(kind in name for kind in kept)}
-    up = len(encode_reply(Reply("train", "run", "client", 1, "v", [], 1, {}, tensors))) - len(safetensors_bytes({}))
+    result = TrainResult(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=1, rounding=0.0)
+    up = len(encode_reply(Reply("run", "client", 1, "", [], 1, result, tensors))) - len(safetensors_bytes({}))
     q = sum(matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in result.residual.values())
     wanted_up = 4 * method.uplink_numbers(*shape, rank, 1)
     wanted_down = 4 * method.downlink_numbers(*shape, rank, q, 1)

@@ -11,37 +11,47 @@
 The order of writing is: objects, metrics, manifest. The manifest is the commit: what is there without it (objects,
 a row too many, a temporary file, a round's updates) is swept up when the folder is opened or the next round is
 committed.
+
+The manifest guards everything that the next round depends on: itself by a checksum, objects by their names and sizes,
+the rows of metrics by a hash, the settings by holding them. What was damaged or altered since is refused by name.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import msgspec
 from torch import Tensor
 
-from fedmomentum.adapter import split_tensors
+from fedmomentum.adapter import to_tensors
+from fedmomentum.config import Config, from_dict, load_config
 from fedmomentum.consolidation import Recipe
 from fedmomentum.diagnostics import Update
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import FedMomentumError, FormatError, ModelError
 from fedmomentum.files import read_safetensors, write_atomically, write_json
+from fedmomentum.folders import check_last, find_manifest, kept_rounds, note_committed, read_manifest, round_file
 from fedmomentum.global_model import (
     Blob,
     GlobalModel,
-    find_manifest,
-    kept_rounds,
+    adapter_parts,
     merged_matrices,
     object_names,
     object_size,
     prune_objects,
-    read_manifest,
     read_object,
     save_objects,
+    whole_instead,
 )
+from fedmomentum.manifest import Fingerprint, ModelFile
+from fedmomentum.personal import prune_personal
+from fedmomentum.records import checksummed
+from fedmomentum.run_files import DATA, METRICS, check_metrics, encode_row, metrics_prefix, parse_row, read_metrics
 from fedmomentum.spool import Spool
 from fedmomentum.wire import dtype_of, widened
 
@@ -88,84 +98,189 @@ class RunFolder:
         folder: made if it is not there.
         keep: how many of the last rounds to keep, besides the best.
 
+    Attributes:
+        rows: the rows of metrics.jsonl so far.
+        settings: the run's configuration as TOML; every checkpoint holds it.
+
     Raises:
-        ModelError: another process has it open.
+        ModelError: If another process has it open, or files stand where its folders should be.
     """
 
     def __init__(self, folder: Path | str, *, keep: int = 3) -> None:
         self.folder, self.keep = Path(folder), keep
         self.rows: list[dict[str, Any]] = []
+        self.settings = ""
+        self._lines: list[bytes] = []
+        self._data: dict[str, Any] | None = None
+        self._named: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
+        self._finite: set[str] = set()
+        self._lock = self._locked()
+        self.spool = Spool(self.folder / "updates")
+
+    def _locked(self) -> IO[str]:
+        for part in (self.folder, self.folder / "rounds", self.folder / "objects", self.folder / "updates"):
+            if os.path.lexists(part) and not part.is_dir():
+                raise ModelError(f"{part} is no folder, and a run's has one there; move it away")
         (self.folder / "rounds").mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / ".lock").open("w")
+        file = self.folder / ".lock"
+        if os.path.lexists(file) and not file.is_file():
+            raise ModelError(f"{file} is no regular file, and a run's lock is one; remove it")
+        lock = file.open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            lock.close()
             raise ModelError(
                 f"{self.folder} is in use by another process; wait for it or choose another --out"
             ) from error
-        self.spool = Spool(self.folder / "updates")
+        return lock
 
     def close(self) -> None:
         """Let others open the folder."""
         self.spool.clear()
         self._lock.close()
 
-    def resume(self) -> tuple[GlobalModel, ServerState] | None:
-        """The last finished round, or None in a fresh folder; what an interrupted round left is swept up.
+    # ── reading ──
+
+    def resume(self, server_round: int | None = None) -> tuple[GlobalModel, ServerState] | None:
+        """Return the last finished round, or None in a fresh folder; what an interrupted round left is swept up.
+
+        Everything that the next round depends on is checked: the manifest, all objects that it names, the rows of
+        metrics. Nothing is deleted before all of it has been found whole.
+
+        Args:
+            server_round: take this round instead of the last; the rounds after it are deleted, and done again.
 
         Raises:
-            ModelError: a damaged folder.
+            ModelError: If anything was damaged or altered, or is missing; the message names it, and an older round
+                that is whole, if there is one.
         """
         rounds = kept_rounds(self.folder)
-        for leftover in self.folder.rglob(".*.tmp"):
-            leftover.unlink()
-        if not rounds:
+        asked = server_round
+        if server_round is None:
+            check_last(self.folder, rounds[-1] if rounds else -1)
+            server_round = rounds[-1] if rounds else -1
+        elif server_round not in rounds:
+            raise ModelError(f"{self.folder} keeps the rounds {rounds}; round {server_round} is not among them")
+        lines = self._read_lines()
+        if server_round == -1:
+            if len(lines) > 1:
+                raise ModelError(
+                    f"{self.folder / METRICS} has {len(lines)} rows, and there is no checkpoint in "
+                    f"{self.folder / 'rounds'}. Restore that folder from a copy, or start anew in another --out"
+                )
+            self._sweep()
             return None
-        manifest = read_manifest(find_manifest(self.folder, rounds[-1]))
-        model = GlobalModel.load(self.folder, rounds[-1])
-        run = manifest["run"]
-        state = ServerState(
-            **{
-                **run,
-                "held": {client: tuple(names) for client, names in run["held"].items()},
-                **{key: tuple(run.get(key, ())) for key in ("started_from", "merged")},
-                "recipes": tuple(map(Recipe.read, run.get("recipes", ()))),
-            }
-        )
-        self.rows = [row for row in self._read_rows() if row["round"] <= rounds[-1]]
-        if [row["round"] for row in self.rows] != list(range(rounds[-1] + 1)):
-            raise ModelError(f"{self.folder / 'metrics.jsonl'} lacks rows of the rounds up to {rounds[-1]}")
+        try:
+            manifest, model, state = self._read_round(server_round)
+            self._check_lines(lines, manifest, None if asked is None else rounds[-1])
+        except FormatError:
+            raise
+        except FedMomentumError as error:
+            raise ModelError(f"{str(error).rstrip('.?')}. {self._what_to_do(server_round)}") from error
+
+        # All is whole: what comes after this round can go.
+        self._sweep()
+        if asked is not None and rounds[-1] > server_round:
+            note_committed(self.folder, server_round)
+            for later in [r for r in rounds if r > server_round]:
+                round_file(self.folder, later).unlink()
+        assert manifest.run is not None  # read_manifest asks for it
+        self._data = msgspec.to_builtins(manifest.run.data)
+        self._lines = lines[: manifest.run.metrics.rows]
+        self.rows = [parse_row(line, "metrics", ModelError) for line in self._lines]
         self._prune(state)
         return model, state
 
-    def _read_rows(self) -> list[dict[str, Any]]:
-        file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    def _read_round(self, server_round: int) -> tuple[ModelFile, GlobalModel, ServerState]:
+        """A round's checkpoint with all that the next round needs; each object is read, and its bytes are hashed."""
+        file = round_file(self.folder, server_round)
+        manifest = read_manifest(file)
+        model = GlobalModel.read(self.folder, file)
+        run = manifest.run
+        assert run is not None  # read_manifest asks for it
+        for name in sorted(run.needed - manifest.needed):
+            read_object(self.folder, name, manifest.sizes[name])
+        state = ServerState(
+            run_id=run.run_id,
+            held=run.held,
+            best_round=run.best_round,
+            best_loss=run.best_loss,
+            started_from=run.started_from,
+            merged=run.merged,
+            ranks=run.ranks,
+            recipes=tuple(
+                Recipe(makes=one.makes, onto=one.onto, parts=one.parts, ties=one.ties) for one in run.recipes
+            ),
+        )
+        self.last_update(model, state)
+        return manifest, model, state
+
+    def _read_lines(self) -> list[bytes]:
+        try:
+            return read_metrics(self.folder / METRICS, ModelError)
+        except FileNotFoundError:
+            return []
+
+    def _check_lines(self, lines: Sequence[bytes], manifest: ModelFile, last: int | None) -> None:
+        """Refuse rows other than those that were committed.
+
+        A killed run leaves one row more at most, which belongs to the round that it was about to commit. More of them
+        mean that checkpoints are missing, unless the rounds up to `last` are to be done again.
+        """
+        assert manifest.run is not None
+        path, wanted = self.folder / METRICS, manifest.run.metrics
+        check_metrics(lines, wanted, path)
+        most = wanted.rows + 1 + (last - manifest.round if last is not None else 0)
+        if len(lines) > most:
+            raise ModelError(
+                f"{path} has rows of {len(lines)} rounds, and the last checkpoint is of round {manifest.round}; "
+                "checkpoints are missing"
+            )
+
+    def _what_to_do(self, damaged: int) -> str:
+        for server_round in reversed(kept_rounds(self.folder)):
+            if server_round >= damaged:
+                continue
+            try:
+                manifest, _, _ = self._read_round(server_round)
+                check_metrics(self._read_lines(), manifest.run.metrics, self.folder / METRICS)  # type: ignore[union-attr]
+            except FedMomentumError:
+                continue
+            return (
+                f"Restore it from a copy; or resume from round {server_round}, which is whole, with --round "
+                f"{server_round}: the rounds after it are then done again"
+            )
+        return "Restore it from a copy, or start anew in another --out"
+
+    def _sweep(self) -> None:
+        for leftover in self.folder.rglob(".*.tmp"):
+            if leftover.is_symlink() or leftover.is_file():
+                leftover.unlink()
 
     def last_update(self, model: GlobalModel, state: ServerState) -> Update | None:
         """What the round that led to `model` changed of the effective weights; None in round 0.
 
         Read from the objects that the state names, so that it is the same to the bit after a kill.
+
+        Raises:
+            ModelError: If one of them is missing or damaged, or holds something else than its part.
         """
         if not state.started_from:
             return None
         where, tensors = f"the start of round {model.server_round}", dict[str, Tensor]()
         for name in state.started_from:
             tensors |= read_safetensors(read_object(self.folder, name), where)[0]
-        modules, _ = split_tensors(widened(tensors, dtype_of(tensors), where))
-        merged = merged_matrices([Blob(read_object(self.folder, name)) for name in state.merged])
+        modules, _ = adapter_parts(widened(tensors, dtype_of(tensors), where), where)
+        merged = merged_matrices([Blob.read(self.folder, name) for name in state.merged])
         told = (self.rows[model.server_round] if model.server_round < len(self.rows) else {}).get("diagnostics") or {}
         return Update(replace(model.adapter, modules=modules), model.adapter, merged, told.get("update_norm"))
-
-    def put(self, objects: Mapping[str, bytes]) -> None:
-        """Keep objects that the next manifest will name, to be sent before it is written; a crash leaves no trace."""
-        save_objects(objects, self.folder)
 
     def read(self, name: str) -> bytes:
         """The bytes of an object.
 
         Raises:
-            MissingObject: it is not there.
+            MissingObject: it is not there, or damaged.
         """
         return read_object(self.folder, name)
 
@@ -177,25 +292,175 @@ class RunFolder:
         """
         return object_size(self.folder, name)
 
+    # ── writing ──
+
+    def describe(
+        self,
+        settings: str,
+        run_id: str,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        partition: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Any] | None = None,
+        data: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
+        """Write what the run is: config.toml, and those of plan, partition and environment that are given.
+
+        Args:
+            settings: the configuration as TOML; all checkpoints from here on hold it.
+            run_id: the run's, to tie the files to it.
+            plan: how `run.Plan` reads as a table.
+            partition: client to `train` and `test`, to category, to number of examples.
+            environment: versions, threads and the like.
+            data: fingerprints of the clients' data; all checkpoints from here on hold them.
+        """
+        self.settings = settings
+        write_atomically(self.folder / "config.toml", settings.encode())
+        tables = {"plan": plan, "environment": environment, "partition": partition and {"clients": partition}}
+        for name, table in tables.items():
+            if table is not None:
+                write_json(self.folder / f"{name}.json", checksummed({**table, "run_id": run_id}))
+        if data is not None:
+            self._data = msgspec.to_builtins(data)
+            here = {"directory": str(self.folder.resolve()), "clients": self._data, "run_id": run_id}
+            write_json(self.folder / DATA, checksummed(here))
+
+    def put(self, objects: Mapping[str, bytes]) -> None:
+        """Keep objects that the next manifest will name, to be sent before it is written; a crash leaves no trace."""
+        save_objects(objects, self.folder)
+
     def commit(self, model: GlobalModel, state: ServerState, row: dict[str, Any]) -> None:
-        """Make a round durable: after this returns it survives a crash; before, the round before it does."""
+        """Make a round durable: after this returns it survives a crash; before, the round before it does.
+
+        Raises:
+            ModelError: If the model or the row holds a number that is not finite; nothing is written then.
+        """
+        line = encode_row(row)
+        self._check_finite(model)
         newest = {blob.name: blob.data for blob in model.newest}  # else perhaps only in what is consolidated
-        save_objects({**newest, **model.objects()}, self.folder)
+        objects = {**newest, **model.objects()}
+        save_objects(objects, self.folder)
         self.rows.append(row)
-        write_atomically(self.folder / "metrics.jsonl", "".join(f"{json.dumps(r)}\n" for r in self.rows).encode())
-        write_json(
-            self.folder / "rounds" / f"{model.server_round:04d}.json", {**model.manifest(), "run": asdict(state)}
-        )
+        self._lines.append(line)
+        write_atomically(self.folder / METRICS, b"".join(self._lines))
+        manifest = model.manifest()
+        own = object_names(manifest) | ({str(manifest["carried"])} if manifest["carried"] else set())
+        needed = own | _needed(state)
+        table = {
+            **manifest,
+            "run": {
+                **msgspec.to_builtins(state),
+                "settings": self.settings,
+                "metrics": msgspec.to_builtins(metrics_prefix(self._lines)),
+                "data": self._data,
+            },
+            "sizes": {name: len(objects[name]) if name in objects else self.size(name) for name in sorted(needed)},
+        }
+        write_json(round_file(self.folder, model.server_round), checksummed(table))
+        note_committed(self.folder, model.server_round)
+        self._named[model.server_round] = frozenset(own), frozenset(needed)
         self._prune(state)
 
+    def _check_finite(self, model: GlobalModel) -> None:
+        """Refuse a model that could not be read again; what was checked in an earlier commit is not looked at again."""
+        try:
+            adapter_parts(to_tensors(model.adapter), "the adapter")
+            for blob in (*model.newest, *model.base_update):
+                if blob.name not in self._finite:
+                    _ = blob.matrices
+            if model.carried:
+                _ = Blob.of(model.carried).matrices
+        except ModelError as error:
+            raise ModelError(
+                f"round {model.server_round} is not committed: {error}. The rounds before it are saved"
+            ) from error
+        self._finite = {blob.name for blob in (*model.newest, *model.base_update)}
+
     def _prune(self, state: ServerState) -> None:
-        """Keep the last rounds and the best; delete the others, then the objects that no round names any more."""
+        """Keep the last rounds and the best; delete the others, then the objects that no round names any more.
+
+        Of the last rounds all objects stay that are needed to go on from them, of an older best one the model's.
+        """
         rounds = kept_rounds(self.folder)
-        kept = {*rounds[-self.keep :], *({state.best_round} & set(rounds))}
+        last = set(rounds[-self.keep :])
+        kept = last | ({state.best_round} & set(rounds))
+        named = _needed(state)
+        for server_round in sorted(kept):
+            own, needed = self._names(server_round)
+            named |= needed if server_round in last else own
         for server_round in set(rounds) - kept:
-            (self.folder / "rounds" / f"{server_round:04d}.json").unlink()
-        named = {*state.started_from, *state.merged, *(name for recipe in state.recipes for name in recipe.fetched)}
-        for server_round in kept:
-            manifest = read_manifest(self.folder / "rounds" / f"{server_round:04d}.json")
-            named |= {manifest["carried"], *object_names(manifest)}
-        prune_objects(self.folder, {name for name in named if name})
+            round_file(self.folder, server_round).unlink(missing_ok=True)
+        if kept:
+            prune_personal(self.folder, kept, state.run_id)
+        prune_objects(self.folder, named)
+
+    def _names(self, server_round: int) -> tuple[frozenset[str], frozenset[str]]:
+        """The objects of a kept round's model, and all that its checkpoint names."""
+        if server_round not in self._named:
+            try:
+                manifest = read_manifest(round_file(self.folder, server_round))
+            except FormatError:
+                raise
+            except ModelError as error:
+                raise ModelError(f"{error}. It is not needed to go on: restore it from a copy, or delete it") from error
+            own = manifest.needed | ({manifest.carried} if manifest.carried else set())
+            self._named[server_round] = own, frozenset(manifest.sizes)
+        return self._named[server_round]
+
+
+def _needed(state: ServerState) -> set[str]:
+    """The objects that a state names: `RunState.needed` of what it is saved as."""
+    return {*state.started_from, *state.merged, *(name for recipe in state.recipes for name in recipe.fetched)}
+
+
+def saved_settings(folder: Path, server_round: int | None = None) -> Config | None:
+    """Return the settings of the run in a folder: those of its last checkpoint, else those of config.toml.
+
+    Args:
+        folder: the run's.
+        server_round: a kept round, where it is not to be the last.
+
+    Returns:
+        None where there is neither.
+
+    Raises:
+        ModelError: If the checkpoint was damaged.
+        ConfigError: If there is none, and config.toml is no configuration.
+    """
+    rounds = kept_rounds(folder)
+    if not rounds:
+        file = folder / "config.toml"
+        return load_config(file) if file.is_file() else None
+    if server_round is None:
+        check_last(folder, rounds[-1])
+    file = find_manifest(folder, rounds[-1] if server_round is None else server_round)
+    try:
+        run = read_manifest(file).run
+    except FormatError:
+        raise
+    except ModelError as error:
+        raise ModelError(f"{str(error).rstrip('.?')}. {whole_instead(folder, file)}") from error
+    assert run is not None  # read_manifest asks for it
+    if not run.settings:
+        return None
+    try:
+        return from_dict(tomllib.loads(run.settings))
+    except tomllib.TOMLDecodeError as error:
+        raise ModelError(f"{file}: run.settings is not TOML: {error}") from error
+
+
+def committed_rows(folder: Path, server_round: int) -> list[dict[str, Any]]:
+    """Return the rows of metrics that a kept round was committed with.
+
+    Raises:
+        ModelError: If the checkpoint is damaged, or rows are missing or were altered.
+    """
+    run = read_manifest(round_file(folder, server_round)).run
+    assert run is not None  # read_manifest asks for it
+    path = folder / METRICS
+    try:
+        lines = read_metrics(path, ModelError)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing; restore it from a copy") from None
+    check_metrics(lines, run.metrics, path)
+    return [parse_row(line, f"{path}, line {n}", ModelError) for n, line in enumerate(lines[: run.metrics.rows], 1)]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -25,24 +28,44 @@ from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.chat_date import set_chat_date
-from fedmomentum.config import LoraConfig, ModelConfig, own_facts
+from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.consolidation import Recipe, remade
 from fedmomentum.data.tokens import TokenisedExamples
-from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors
+from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors, stack_probes
 from fedmomentum.errors import ConfigError, FedMomentumError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
-from fedmomentum.files import read_safetensors, safetensors_bytes, write_atomically
 from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.loaded import vocabulary_size, within_memory
 from fedmomentum.lowrank import LowRank
-from fedmomentum.peft_io import ADAPTER_NAME, attach, detach, from_model, load_into, lora_layers
+from fedmomentum.messages import (
+    BASE_PROBES,
+    EFFECTIVE_PROBES,
+    SECONDS,
+    Answer,
+    ClientLora,
+    DescribeRequest,
+    Description,
+    EvaluateRequest,
+    EvaluateResult,
+    FreshAdapter,
+    MissingObjects,
+    Reply,
+    ScoreSums,
+    Task,
+    TrainRequest,
+    TrainResult,
+    decode_task,
+    encode_reply,
+)
+from fedmomentum.peft_live import ADAPTER_NAME, attach, detach, from_model, load_into, lora_layers
+from fedmomentum.personal import PersonalFactors, keep_newest, load_personal, put_personal, save_personal
 from fedmomentum.training import TrainReport
 from fedmomentum.training import train as train_locally
-from fedmomentum.transport import PROBE, SECONDS, Reply, Task, decode_task, encode_reply, stack_probes
 from fedmomentum.wire import narrowed, rounded, rounding_error, wire_dtype
 
 if TYPE_CHECKING:
-    from fedmomentum.peft_io import PeftModel
+    from fedmomentum.peft_live import PeftModel
 
 
 LOG = logging.getLogger("fedmomentum")
@@ -85,12 +108,11 @@ class LoadedBase:
         """
         folder = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
-        tokenizer = load_tokenizer(folder)
+        identity = identify(model.name, folder, model.revision)
+        base = load_base(folder, pick_dtype(model.dtype, device), device)
+        tokenizer = load_tokenizer(folder, vocabulary_size(base))
         set_chat_date(tokenizer, model.chat_date)
-        return cls(
-            folder, identify(model.name, folder, model.revision), tokenizer,
-            load_base(folder, pick_dtype(model.dtype, device), device),
-        )  # fmt: skip
+        return cls(folder, identity, tokenizer, base)
 
     def copy(self) -> Any:
         """Another model of the same tensors, to put an adapter on: only its modules are new."""
@@ -127,12 +149,18 @@ class LocalModel:
         base = loaded.copy()
         self.num_parameters = sum(p.numel() for p in base.parameters())
         self.dtype = base.dtype
-        self.peft = _attached(base, lora, seed)
+        with within_memory(f"an adapter on {model.name} does not fit"):
+            self.peft = _attached(base, lora, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
         self.own, self.is_mixed = replace(own or lora, clients={}), lora.is_mixed
         self._seed, self._trained = seed, replace(lora, clients={})
         self._layers = lora_layers(self.peft)
         self._train_as(self.own)
+        if beyond := sorted(self._layers.keys() - self.fresh.modules.keys()):
+            raise ConfigError(
+                f"target-modules {self.own.target_modules} of a client adapt {beyond[0]}, which the run's own "
+                "lora.target-modules leave out; a client can only train less than the run"
+            )
         live = self.peft.get_base_model()
         layers = {module: live.get_submodule(module) for module in self.fresh.modules}
         self.held = HeldBase({m: getattr(layer, "base_layer", layer) for m, layer in layers.items()}, self.folder)
@@ -157,7 +185,8 @@ class LocalModel:
         adapter, change = initialise(method, self.fresh, self.held.pristine)
         config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
         adapter = replace(adapter, config=config, name="global adapter")
-        return GlobalModel(self.identity, adapter, (Blob.of(change),) if change else (), method=repr(method))
+        merged = (Blob.of(change),) if change else ()
+        return GlobalModel(self.identity, adapter, merged, method=repr(method), personal=method.personal)
 
     def become(self, model: GlobalModel, method: Method | None = None, own: LoraConfig | None = None) -> None:
         """Be this global model: its merged base, and of its adapter what this party trains, the rest beside the base.
@@ -184,6 +213,11 @@ class LocalModel:
         beside = [Blob.of(self._beside)] if self._beside else []
         self.held.apply([*model.base_update, *beside])
         load_into(self.peft, start)
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The adapted modules' paths, and their live LoRA layers."""
+        return self._layers
 
     def live(self) -> list[LowRank]:
         """The live factors themselves, module by module, with their gradients."""
@@ -272,6 +306,7 @@ class Client:
         method: the run's method, as this party's configuration has it; it says what is trained and what leaves.
         store: folder of its objects.
         owns_store: whether nobody else keeps objects there, so that what is no longer needed can go.
+        keep_rounds: in a store of its own, after how many rounds its personal factors are kept, and one more.
         function: trains; the user's own, or ours.
         on_step: told of every training step: (client, step, steps, loss).
     """
@@ -282,6 +317,7 @@ class Client:
     method: Method
     store: Path
     owns_store: bool = False
+    keep_rounds: int = 3
     function: TrainFunction = train_locally
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
 
@@ -290,38 +326,50 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     """Answer one task: load the global model it names, train on or evaluate it, reply.
 
     Raises:
-        PayloadError: bytes that are no task.
-        ModelError: another base, another version than stated, an object name that is no hash.
-        FedMomentumError: what training or evaluation refuses.
+        PayloadError: If the bytes are no task.
+        ModelError: If the task is for another base, or another version than stated comes out.
+        FedMomentumError: If training or evaluation refuses.
     """
     task = decode_task(payload)
     if task.client_id != client.client_id:
         raise ModelError(f"a task for {task.client_id} came to {client.client_id}")
-    if task.kind == "describe":
-        return _reply(task, client, "", [], *_describe(task, client, model))
+    request = task.request
+    if isinstance(request, DescribeRequest):
+        return _reply(task, client, "", [], *_describe(request, client, model))
     started = time.perf_counter()
-    needed, recipes = object_names(task.manifest), _recipes(task)
-    named = needed.union(*(recipe.fetched for recipe in recipes))
+    needed = object_names(request.manifest)
+
+    # Keep what came, and make what did not come: the adapter from its seed, snapshots from their parts.
+    named = needed.union(*(recipe.fetched for recipe in request.recipes))
     save_objects({name: data for name, data in task.objects.items() if name in named}, client.store)
     fetch = model.fetch(client.store)
-    if task.settings.get("fresh"):
-        _draw(task, client, model)
-    _make_snapshots(recipes, client, model)
-    if lacking := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
-        return _reply(task, client, "", sorted(needed - {*lacking}), 1, {"lacking": lacking}, {})
-    current = GlobalModel.from_manifest(task.manifest, fetch, f"round {task.server_round}")
+    if request.fresh is not None:
+        _draw(request.fresh, needed, client, model)
+    _make_snapshots(request.recipes, client, model)
+    if missing := [name for name in sorted(needed) if not _is_whole(name, fetch)]:
+        return _reply(task, client, "", sorted(needed - {*missing}), 1, MissingObjects(missing=missing), {})
+
+    # Become the global model.
+    current = GlobalModel.from_manifest(request.manifest, fetch, f"round {task.server_round}")
     if current.method != repr(client.method):
         raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
-    model.become(current, client.method, _own(task, client.method, model))
-    _put_personal(client, model, task.server_round if task.kind == "train" else task.server_round + 1)
+    own = _own(request.lora, client.method, model)
+    model.become(current, client.method, own)
+    is_training = isinstance(request, TrainRequest)
+    _put_personal(task, client, model, own, is_training=is_training)
     model.forget(needed)
     if client.owns_store:
         prune_objects(client.store, needed)
     loaded = time.perf_counter()
-    step = _train if task.kind == "train" else _evaluate
-    num_examples, metrics, tensors = step(task, client, model, current)
+
+    answer: Answer
+    if isinstance(request, TrainRequest):
+        num_examples, answer, tensors = _train(task.server_round, request, client, model)
+        _keep_personal(task, client, model, own)
+    else:
+        num_examples, answer, tensors = _evaluate(request, client, model, current)
     tensors[SECONDS] = torch.tensor([loaded - started, time.perf_counter() - loaded], dtype=torch.float64)
-    return _reply(task, client, current.version, sorted(needed), num_examples, metrics, tensors)
+    return _reply(task, client, current.version, sorted(needed), num_examples, answer, tensors)
 
 
 def _reply(
@@ -330,26 +378,25 @@ def _reply(
     version: str,
     holds: list[str],
     num_examples: int,
-    metrics: dict[str, Any],
+    answer: Answer,
     tensors: dict[str, Tensor],
 ) -> bytes:
-    reply = Reply(
-        task.kind, task.run_id, client.client_id, task.server_round, version, holds, num_examples, metrics, tensors
-    )
+    reply = Reply(task.run_id, client.client_id, task.server_round, version, holds, num_examples, answer, tensors)
     return encode_reply(reply)
 
 
-def _own(task: Task, method: Method, model: LocalModel) -> LoraConfig:
+def _own(asked: ClientLora, method: Method, model: LocalModel) -> LoraConfig:
     """What this client trains or evaluates now: what is configured here, at the rank to which the method pruned it.
 
     Raises:
         ConfigError: the server asks for something else.
     """
-    asked, own = task.settings["own"], model.own
-    if method.prunes and type(asked["rank"]) is int and 1 <= asked["rank"] <= own.rank:
-        own = own.at_rank(asked["rank"])
-    if asked != (here := own_facts(own, model.is_mixed or method.prunes)):
-        raise ConfigError(f"the run has this client train {asked}; [lora] here gives {here}")
+    own = model.own
+    if method.prunes and asked.rank <= own.rank:
+        own = own.at_rank(asked.rank)
+    if asked != (here := ClientLora.of(own, model.is_mixed or method.prunes)):
+        wanted = msgspec.structs.asdict(asked)
+        raise ConfigError(f"the run has this client train {wanted}; [lora] here gives {msgspec.structs.asdict(here)}")
     return own
 
 
@@ -359,18 +406,6 @@ def _is_whole(name: str, fetch: Callable[[str], Blob]) -> bool:
         return fetch(name).name == name
     except MissingObject:
         return False
-
-
-def _recipes(task: Task) -> list[Recipe]:
-    """How to make the snapshot that was not sent, oldest first.
-
-    Raises:
-        ModelError: no list of recipes.
-    """
-    recipes = task.settings.get("recipes", [])
-    if not isinstance(recipes, list):
-        raise ModelError(f"recipes are a list; got {type(recipes).__name__}")
-    return [Recipe.read(recipe) for recipe in recipes]
 
 
 def _make_snapshots(recipes: Sequence[Recipe], client: Client, model: LocalModel) -> None:
@@ -397,70 +432,81 @@ def _make_snapshots(recipes: Sequence[Recipe], client: Client, model: LocalModel
             LOG.warning("the snapshot %s... came out as %s...; it is asked for", recipe.makes[:16], made.name[:16])
 
 
-def _draw(task: Task, client: Client, model: LocalModel) -> None:
+def _draw(fresh: FreshAdapter, needed: set[str], client: Client, model: LocalModel) -> None:
     """Make the adapter that needs no sending, from the seed: if its bits are the wanted ones, their hashes are."""
-    seed, server_round, dtype = task.settings["fresh"]
     modules = {}
     for module, matrix in model.fresh.modules.items():
-        generator = torch.Generator().manual_seed(module_seed(seed, server_round, module))
+        generator = torch.Generator().manual_seed(module_seed(fresh.seed, fresh.server_round, module))
         modules[module] = fresh_adapter(matrix.shape, matrix.rank, generator, dtype=torch.float32)
     adapter = replace(model.fresh, modules=modules, saved={})
-    drawn = GlobalModel(model.identity, adapter, adapter_dtype=wire_dtype(dtype)).adapter_objects.values()
-    wanted = object_names(task.manifest)
-    save_objects({blob.name: blob.data for blob in drawn if blob.name in wanted}, client.store)
+    drawn = GlobalModel(model.identity, adapter, adapter_dtype=wire_dtype(fresh.dtype)).adapter_objects.values()
+    save_objects({blob.name: blob.data for blob in drawn if blob.name in needed}, client.store)
 
 
-def _personal_files(client: Client) -> dict[int, Path]:
-    """The rounds after which this client's own factors were kept."""
-    files = (client.store / "personal").glob(f"{client.client_id}-*.safetensors")
-    return {int(file.stem.rpartition("-")[2]): file for file in files}
-
-
-def _put_personal(client: Client, model: LocalModel, before: int) -> None:
-    """The factors that this client shares with nobody, as its last training before that round left them."""
-    rounds = [server_round for server_round in _personal_files(client) if server_round < before]
-    if client.method.shares != "BA" and rounds:
-        tensors, _ = read_safetensors(_personal_files(client)[max(rounds)].read_bytes(), client.client_id)
-        live = dict(model.peft.named_parameters())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                live[name].copy_(tensor)
-
-
-def _keep_personal(client: Client, model: LocalModel, server_round: int) -> None:
-    """Keep them by round, so that a round that is made again starts where it did; the last two are enough."""
-    if client.method.shares == "BA":
-        return
-    own = {"B": "lora_B", "A": "lora_A"}
-    kinds = [own[factor] for factor in "BA" if factor not in client.method.shares]
-    tensors = {n: p.detach().cpu().clone() for n, p in model.peft.named_parameters() if any(k in n for k in kinds)}
-    (client.store / "personal").mkdir(parents=True, exist_ok=True)
-    file = client.store / "personal" / f"{client.client_id}-{server_round:04d}.safetensors"
-    write_atomically(file, safetensors_bytes(tensors))
-    files = _personal_files(client)
-    for old in sorted(r for r in files if r < server_round)[:-1]:
-        files[old].unlink()
-
-
-def _describe(task: Task, client: Client, model: LocalModel) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    """What the server needs to know before the first round, and the fresh adapter if it asks for that."""
-    fresh = model.initial(client.method).adapter if task.settings.get("adapter") else model.fresh
-    facts = {
-        "sha256": model.identity.sha256,
-        "tokenizer_sha256": model.identity.tokenizer_sha256,
-        "num_parameters": model.num_parameters,
-        "num_train": len(client.train),
-        "num_test": len(client.test),
-        "versions": {name: installed(name) for name in ("fedmomentum", "torch", "transformers", "peft")},
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        # what the party calls its base may be a path; the server has a name of its own for it
-        "adapter_config": {**fresh.config, "base_model_name_or_path": None},
-        "scalings": dict(fresh.scalings),
+def _own_factors(client: Client, model: LocalModel) -> dict[str, Tensor]:
+    """Return the live factors that this client shares with nobody, by `<module>.B` or `<module>.A`."""
+    return {
+        f"{module}.{kind}": getattr(matrix, kind)
+        for module, matrix in zip(sorted(model.layers), model.live(), strict=True)
+        for kind in client.method.personal
     }
-    return max(1, len(client.train)), facts, to_tensors(fresh) if task.settings.get("adapter") else {}
 
 
+def _put_personal(task: Task, client: Client, model: LocalModel, own: LoraConfig, *, is_training: bool) -> None:
+    """Put the client's own factors in place, as its last training before this task left them.
+
+    Raises:
+        ModelError: If they are damaged, or of another form than the adapter.
+    """
+    if not client.method.personal:
+        return
+    last_round = task.server_round - 1 if is_training else task.server_round
+    factors = load_personal(client.store, task.run_id, client.client_id, last_round)
+    if factors is not None:
+        put_personal(factors, _own_factors(client, model), rank=own.rank, scaling=own.scaling)
+
+
+def _keep_personal(task: Task, client: Client, model: LocalModel, own: LoraConfig) -> None:
+    """Keep them by round, so that a round that is made again starts where it did.
+
+    In a run's directory its checkpoints decide which rounds are kept; a store that is the client's own keeps the last.
+    """
+    if not client.method.personal:
+        return
+    tensors = {name: factor.detach().cpu().clone() for name, factor in _own_factors(client, model).items()}
+    is_mixed = model.is_mixed or client.method.prunes
+    save_personal(
+        client.store,
+        PersonalFactors(client.client_id, task.run_id, task.server_round, own.rank, own.scaling, is_mixed, tensors),
+    )
+    if client.owns_store:
+        keep_newest(client.store, task.run_id, client.client_id, client.keep_rounds + 1)
+
+
+def _describe(
+    request: DescribeRequest, client: Client, model: LocalModel
+) -> tuple[int, Description, dict[str, Tensor]]:
+    """Say what the server needs to know before the first round; with the fresh adapter if it asks for that."""
+    fresh = model.initial(client.method).adapter if request.adapter else model.fresh
+    description = Description(
+        sha256=model.identity.sha256 or "",
+        tokenizer_sha256=model.identity.tokenizer_sha256 or "",
+        num_parameters=model.num_parameters,
+        num_train=len(client.train),
+        num_test=len(client.test),
+        versions={name: installed(name) for name in ("fedmomentum", "torch", "transformers", "peft")},
+        threads=torch.get_num_threads(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        # What the client calls its base may be a path; the server has a name of its own for it.
+        adapter_config={**fresh.config, "base_model_name_or_path": None},
+        scalings=dict(fresh.scalings),
+        shapes={module: matrix.shape for module, matrix in fresh.modules.items()},
+        saved_shapes={name: list(tensor.shape) for name, tensor in fresh.saved.items()},
+    )
+    return max(1, len(client.train)), description, to_tensors(fresh) if request.adapter else {}
+
+
+@cache
 def installed(package: str) -> str:
     """The version of a package that is installed here."""
     try:
@@ -470,39 +516,68 @@ def installed(package: str) -> str:
 
 
 def _train(
-    task: Task, client: Client, model: LocalModel, current: GlobalModel
-) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings = {key: value for key, value in task.settings.items() if key not in ("fresh", "own", "recipes")}
-    probe_seed, dtype = settings.pop("probe_seed"), wire_dtype(settings.pop("uplink_dtype"))
+    server_round: int, request: TrainRequest, client: Client, model: LocalModel
+) -> tuple[int, TrainResult, dict[str, Tensor]]:
+    """Train the adapter, and measure the weights that came of it."""
+    dtype = wire_dtype(request.uplink_dtype)
 
-    def told(step: int, steps: int, loss: float) -> None:
+    def on_step(step: int, steps: int, loss: float) -> None:
         if client.on_step:
             client.on_step(client.client_id, step, steps, loss)
 
-    method, uploads = client.method, client.method.uploads(task.server_round)
+    method = client.method
     penalty = {"penalty": lambda: method.penalty(model.live())} if _penalises(method, model) else {}
     before = [LowRank(m.B.detach().clone(), m.A.detach().clone()) for m in model.live()] if method.prunes else []
-    with model.training_only(method.trains(task.server_round)):
+    with model.training_only(method.trains(server_round)):
         report = client.function(
-            model.peft, client.train, pad_token_id=model.tokenizer.pad_token_id, on_step=told, **penalty, **settings
+            model.peft,
+            client.train,
+            pad_token_id=model.tokenizer.pad_token_id,
+            on_step=on_step,
+            learning_rate=request.learning_rate,
+            local_steps=request.local_steps,
+            local_epochs=request.local_epochs,
+            batch_size=request.batch_size,
+            arguments=request.arguments,
+            seed=request.seed,
+            **penalty,
         )
-    if not isinstance(report, TrainReport):
-        raise ConfigError(
-            f"the training function {client.function!r} returned {type(report).__name__}; wanted a "
-            "fedmomentum.training.TrainReport"
-        )
-    _keep_personal(client, model, task.server_round)
+    _check_report(report, client.function)
+
+    # What leaves: the factors that the method uploads, in the wire's dtype.
     trained = model.adapter(client.client_id)
+    uploads = method.uploads(server_round)
     kept_back = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
     sent = {name: t for name, t in to_tensors(trained).items() if not any(kind in name for kind in kept_back)}
     tensors = narrowed(sent, dtype)
-    metrics = {**asdict(report), "rounding": rounding_error(trained, rounded(trained, dtype))}
+    next_rank = None
     if method.prunes:
         with torch.no_grad():
-            metrics["next_rank"] = method.next_rank(task.settings["own"]["rank"], before, model.live())
-    for name, probes in model.probes(probe_seed).items():
-        tensors[PROBE + name] = stack_probes(probes)
-    return len(client.train), metrics, tensors
+            next_rank = method.next_rank(request.lora.rank, before, model.live())
+    result = TrainResult(
+        **asdict(report), rounding=rounding_error(trained, rounded(trained, dtype)), next_rank=next_rank
+    )
+    probes = model.probes(request.probe_seed)
+    tensors[BASE_PROBES] = stack_probes(probes["base"])
+    tensors[EFFECTIVE_PROBES] = stack_probes(probes["effective"])
+    return len(client.train), result, tensors
+
+
+def _check_report(report: Any, function: Callable[..., Any]) -> None:
+    """Refuse what a user's own training function must not return.
+
+    Raises:
+        ConfigError: If it is no `TrainReport`, or one with a loss that is not finite.
+    """
+    if not isinstance(report, TrainReport):
+        raise ConfigError(
+            f"the training function {function!r} returned {type(report).__name__}; wanted a "
+            "fedmomentum.training.TrainReport"
+        )
+    for name in ("loss", "first_loss", "last_loss"):
+        value = getattr(report, name)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"the training function {function!r} reported {name} = {value!r}; wanted a finite number")
 
 
 def _penalises(method: Method, model: LocalModel) -> bool:
@@ -510,26 +585,35 @@ def _penalises(method: Method, model: LocalModel) -> bool:
 
 
 def _evaluate(
-    task: Task, client: Client, model: LocalModel, current: GlobalModel
-) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    settings, seed = task.settings, task.settings["probe_seed"]
-    probes = model.probes(seed) if seed is not None else {}
-    metrics: dict[str, Any] = {
-        "applied_share": model.applied_share(current, probes["base"], seed) if current.base_update and probes else None
-    }
-    count, split = settings["num_examples"], settings["num_compared"]
+    request: EvaluateRequest, client: Client, model: LocalModel, current: GlobalModel
+) -> tuple[int, EvaluateResult, dict[str, Tensor]]:
+    """Score the model on the first of the client's held-out examples, and measure the weights that it loaded."""
+    tensors = {}
+    share = None
+    if request.probe_seed is not None:
+        probes = model.probes(request.probe_seed)
+        tensors[BASE_PROBES] = stack_probes(probes["base"])
+        tensors[EFFECTIVE_PROBES] = stack_probes(probes["effective"])
+        if current.base_update:
+            share = model.applied_share(current, probes["base"], request.probe_seed)
+
+    # The examples that every evaluation of the run has in common, then the others.
+    split = min(request.num_compared, request.num_examples)
     scored = [
-        evaluate(model.peft, part, pad_token_id=model.tokenizer.pad_token_id, batch_size=settings["batch_size"])
-        for part in (_part(client.test, 0, min(split, count)), _part(client.test, split, count))
+        evaluate(model.peft, part, pad_token_id=model.tokenizer.pad_token_id, batch_size=request.batch_size)
+        for part in (_part(client.test, 0, split), _part(client.test, split, request.num_examples))
         if len(part)
     ]
-    if scored:
-        whole = scored[0] + scored[1] if len(scored) == 2 else scored[0]
-        metrics["compared"] = _sums(scored[0].total)  # the items that every evaluation of the run has
-        metrics["total"] = _sums(whole.total)
-        metrics["by_category"] = {category: _sums(score) for category, score in sorted(whole.by_category.items())}
-    tensors = {PROBE + name: stack_probes(values) for name, values in probes.items()}
-    return max(1, metrics.get("total", {}).get("num_examples", 1)), metrics, tensors
+    if not scored:
+        return 1, EvaluateResult(applied_share=share), tensors
+    whole = scored[0] + scored[1] if len(scored) == 2 else scored[0]
+    result = EvaluateResult(
+        applied_share=share,
+        compared=_sums(scored[0].total),
+        total=_sums(whole.total),
+        by_category={category: _sums(score) for category, score in sorted(whole.by_category.items())},
+    )
+    return whole.total.num_examples, result, tensors
 
 
 def _part(examples: TokenisedExamples, start: int, end: int) -> TokenisedExamples:
@@ -542,5 +626,5 @@ def _part(examples: TokenisedExamples, start: int, end: int) -> TokenisedExample
     )
 
 
-def _sums(score: Score) -> dict[str, float | int]:
-    return {key: getattr(score, key) for key in ("nll", "num_tokens", "num_examples", "num_exact")}
+def _sums(score: Score) -> ScoreSums:
+    return ScoreSums(**{key: getattr(score, key) for key in ("nll", "num_tokens", "num_examples", "num_exact")})

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,27 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.config import Config, EvaluationConfig, MethodConfig, differences, load_config, overridden, to_toml
+from fedmomentum.checkpoint import saved_settings
+from fedmomentum.config import (
+    LOCATIONS,
+    Config,
+    EvaluationConfig,
+    MethodConfig,
+    differences,
+    load_config,
+    overridden,
+    parse_value,
+    to_toml,
+)
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically, write_json
-from fedmomentum.global_model import kept_rounds
+from fedmomentum.folders import find_manifest, kept_rounds, read_manifest
+from fedmomentum.identity import BaseIdentity, identify, resolve_base
+from fedmomentum.manifest import Fingerprint
+from fedmomentum.names import directory_name
+from fedmomentum.origin import check_data, fingerprints
+from fedmomentum.records import checksummed
 from fedmomentum.report.cells import (
     COMPARISON,
     FORMAT,
@@ -38,7 +53,7 @@ from fedmomentum.report.cells import (
 from fedmomentum.report.statistics import Mean
 from fedmomentum.report.text import human_bytes, human_seconds
 from fedmomentum.rounds import Observer
-from fedmomentum.run import Run, make_method, make_plan, party_names, prepare
+from fedmomentum.run import Run, load_data, make_method, make_plan, party_names, prepare
 
 REFERENCES = ("centralised", "local")
 POOLED = "everyone"
@@ -95,8 +110,9 @@ class Cell:
 
         Raises:
             ConfigError: the folder holds a run of other settings, or more rounds than are asked for.
+            ModelError: its last checkpoint is damaged.
         """
-        if not (self.folder / "config.toml").is_file():
+        if not _begun(self.folder):
             return False
         _check_same(self.folder, self.config, _BY_REFERENCES if self.entry.kind != "federated" else set())
         done, asked = max(kept_rounds(self.folder), default=-1), self.config.federation.num_rounds
@@ -130,7 +146,7 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
             if "." in key:
                 overrides.append(pair)
             else:
-                settings[key.strip()] = _value(value.strip())
+                settings[key.strip()] = parse_value(value.strip())
         if name in REFERENCES and settings:
             raise ConfigError(f"{name} has no settings of its own; got {label!r}")
         method = MethodConfig("fedit" if name in REFERENCES else name, settings)
@@ -148,13 +164,6 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
     if not entries or len(set(folders)) < len(folders):
         raise ConfigError(f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}")
     return entries
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string: split=singular
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -191,23 +200,59 @@ def plan_cells(config: Config, entries: Sequence[Entry], seeds: Sequence[int], o
             folder = out / entry.folder / f"seed-{seed}"
             if entry.kind == "local":
                 cells += [
-                    Cell(entry, seed, folder / only, replace(own, lora=own.lora.of(only)), only)
+                    Cell(entry, seed, folder / directory_name(only), replace(own, lora=own.lora.of(only)), only)
                     for only in party_names(own)
                 ]
             elif entry.kind == "centralised":
                 cells.append(Cell(entry, seed, folder, replace(own, lora=replace(own.lora, clients={}))))
             else:
                 cells.append(Cell(entry, seed, folder, own))
+    _check_content(cells)
     return cells
 
 
+def _check_content(cells: Sequence[Cell]) -> None:
+    """Refuse to go on where runs of the comparison were made with other data or another base model than there is now.
+
+    Settings that say where something is may have changed, and what is there as well; both show only here.
+
+    Raises:
+        DataError: If a run has other data.
+        ModelError: If a run has another base model.
+    """
+    begun = [cell for cell in cells if kept_rounds(cell.folder)]
+    data: dict[int, dict[str, Fingerprint]] = {}
+    for cell in begun:
+        model = cell.config.model
+        base = read_manifest(find_manifest(cell.folder, "last")).base
+        made_with = BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256)
+        made_with.check(identify(model.name, resolve_base(model.name, model.revision), model.revision))
+        if cell.seed not in data:  # a seed divides the data; the methods share it
+            data[cell.seed] = fingerprints(load_data(cell.config))
+        check_data(cell.folder, data[cell.seed])
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is a run."""
+    return (folder / "config.toml").is_file() or bool(kept_rounds(folder))
+
+
+def _saved(folder: Path) -> Config:
+    """The settings of the run, or of the comparison, in a folder."""
+    return saved_settings(folder) or load_config(folder / "config.toml")
+
+
 def _check_same(folder: Path, config: Config, may_differ: set[str]) -> None:
-    """Raises ConfigError where the folder's settings are others; trackers may change, rounds be added, not taken."""
-    changed = [
-        key
-        for key in differences(load_config(folder / "config.toml"), config)
-        if key not in {*may_differ, "federation.num-rounds", "run.report-to"}
-    ]
+    """Refuse a folder whose settings are others; trackers and paths may change, rounds be added, not taken.
+
+    Raises:
+        ConfigError: If they are. What lies at the paths is for `_check_content` and `prepare` to compare.
+    """
+    saved = _saved(folder)
+    may_differ = {*may_differ, "federation.num-rounds", "run.report-to", *LOCATIONS}
+    changed = [key for key in differences(saved, config) if key not in may_differ]
+    if saved.data.client_files.keys() != config.data.client_files.keys():
+        changed.append("data.client-files")
     if changed:
         raise ConfigError(
             f"{folder} was made with other settings; these differ: {', '.join(changed)}. Compare with its own, "
@@ -230,10 +275,12 @@ def run_cell(
     Raises:
         FedMomentumError: see `prepare` and `run_rounds`.
     """
-    saved = cell.folder / "config.toml"
-    resume = saved.is_file()
+    resume = _begun(cell.folder)
     cell.is_finished()  # whether its settings are ours; those that a reference changes are compared below
-    run = prepare(load_config(saved) if resume else cell.config, cell.folder, resume=resume, on_step=on_step, say=say)
+    began = cell.config
+    if resume:  # a reference has settings of its own; where things are now, the comparison's configuration says
+        began = replace(_saved(cell.folder), model=cell.config.model, data=cell.config.data)
+    run = prepare(began, cell.folder, resume=resume, on_step=on_step, say=say)
     try:
         run.config = cell.config
         if cell.entry.kind != "federated":
@@ -324,9 +371,9 @@ def write_comparison(out: Path, cells: Sequence[Cell], *, baseline: str, target:
         ],
         "summary": [],
     }  # fmt: skip
-    write_json(out / COMPARISON, table)
+    write_json(out / COMPARISON, checksummed(table))
     comparison = read_comparison(out)
-    write_json(out / COMPARISON, table | {"summary": summary_tables(comparison)})
+    write_json(out / COMPARISON, checksummed(table | {"summary": summary_tables(comparison)}))
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(cell_rows(comparison))
     write_atomically(out / "comparison.csv", buffer.getvalue().encode())

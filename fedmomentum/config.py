@@ -18,6 +18,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fedmomentum.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.errors import ConfigError
+from fedmomentum.names import check_client_name
+from fedmomentum.schema import check_free_form, printable
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -29,7 +31,12 @@ def _option(default: Any, doc: str) -> Any:
 
 def _need(good: bool, key: str, value: Any, wanted: str) -> None:
     if not good:
-        raise ConfigError(f"{key} must be {wanted}; got {value!r}")
+        raise ConfigError(f"{printable(key)} must be {wanted}; got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not in full where it is long."""
+    return printable(repr(value), 200)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class LoraConfig:
     target_modules: list[str] = _option([], "names of the adapted linear modules; empty: PEFT's choice for the model")
     dropout: float = _option(0.0, "LoRA dropout in local training")
     use_rslora: bool = _option(False, "scale by lora-alpha / sqrt(rank)")
-    modules_to_save: list[str] = _option([], "modules trained in full and averaged by weight")
+    modules_to_save: list[str] = _option([], "modules trained in full, in float32, and averaged by weight; names as above")
     clients: dict[str, Any] = _option(
         {}, "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, target-modules"
     )
@@ -75,6 +82,7 @@ class LoraConfig:
         _need(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
         _need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         for client, own in self.clients.items():
+            check_client_name(client, "lora.clients")
             _need(isinstance(own, dict), f"lora.clients.{client}", own, "a table")
             for key in own:
                 _need(key in OWN_KEYS, f"lora.clients.{client}.{key}", own[key], f"one of {', '.join(OWN_KEYS)}")
@@ -113,11 +121,6 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def own_facts(own: LoraConfig, is_mixed: bool) -> dict[str, Any]:
-    """What a client trains, for server and client to compare."""
-    return {"rank": own.rank, "lora_alpha": own.lora_alpha, "target_modules": own.target_modules, "mixed": is_mixed}
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Whose data is where, and how much is held out."""
@@ -147,6 +150,8 @@ class DataConfig:
         _need(
             not (self.source and self.client_files), "data.source", self.source, "left out where client-files is given"
         )
+        for client in self.client_files:
+            check_client_name(client, "data.client-files")
         _need(self.partition in ("iid", "dirichlet", "categories", "sizes"), "data.partition", self.partition,
               "iid, dirichlet, categories or sizes")  # fmt: skip
         _need(self.num_clients >= 1, "data.num-clients", self.num_clients, "at least 1")
@@ -198,6 +203,9 @@ class MethodConfig:
 
     name: str = _option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
     settings: dict[str, Any] = _option({}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)')
+
+    def __post_init__(self) -> None:
+        _check_free(self.settings, "method.settings")
 
 
 @dataclass(frozen=True)
@@ -267,8 +275,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        _need(self.seed >= 0, "run.seed", self.seed, "0 or more")
-        _need(self.threads >= 0, "run.threads", self.threads, "0 or more")
+        _need(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
+        _need(0 <= self.threads <= 4096, "run.threads", self.threads, "from 0 to 4096")
         _need(self.keep_rounds >= 1, "run.keep-rounds", self.keep_rounds, "at least 1")
 
 
@@ -297,10 +305,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text())
+        # A pipe or a device in place of a file would never end; one that the user's shell made is meant.
+        if path.exists() and not path.is_file() and not str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/")):
+            raise ConfigError(f"{path} is no regular file")
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file {path}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no file, not UTF-8, a number of thousands of digits
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:
         _override(table, override)
@@ -319,15 +330,21 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(table)
 
 
+def parse_value(text: str) -> Any:
+    """Return a value given on the command line: TOML, or the text itself where it is no TOML (`method.name=fedit`)."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return table["value"] if table.keys() == {"value"} else text
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2:
         raise ConfigError(f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: method.name=fedit
+    value = parse_value(text)
     for name in names[:-1]:
         inner = table.setdefault(name, {})
         if not isinstance(inner, dict):
@@ -344,7 +361,7 @@ def from_dict(table: Mapping[str, Any]) -> Config:
 
 def _section(kind: type, section: str, table: Any) -> Any:
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{section} must be a table, [{section}]; got {table!r}")
+        raise ConfigError(f"{section} must be a table, [{section}]; got {_shown(table)}")
     hints = get_type_hints(kind)
     _known(table, [name.replace("_", "-") for name in hints], f"key in [{section}]")
     values = {}
@@ -359,7 +376,7 @@ def _known(table: Mapping[str, Any], known: Any, what: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(key.replace("_", "-"), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown {what}: {key}; {hint}")
+            raise ConfigError(f"unknown {what}: {printable(str(key), 100)}; {hint}")
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
@@ -368,13 +385,37 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     for kind in kinds:
         origin = get_origin(kind) or kind
         if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            _check_free(value, key)
             return float(value)
         if origin is list and isinstance(value, (list, tuple)):
             return [_typed(item, get_args(kind)[0], key) for item in value]
+        if origin is dict and isinstance(value, Mapping) and get_args(kind)[1] is not Any:
+            return {name: _typed(item, get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
         if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
+            _check_free(value, key)
             return value
     names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
-    raise ConfigError(f"{key} must be of type {names}; got {value!r}")
+    raise ConfigError(f"{printable(key)} must be of type {names}; got {_shown(value)}")
+
+
+def _check_free(value: Any, key: str) -> None:
+    """Refuse numbers that are not finite or do not fit 64 bits, at any depth.
+
+    Raises:
+        ConfigError: If there is one; or if tables are nested deeper than any setting is.
+    """
+    check_free_form(value, key, ConfigError)
+    inner: list[tuple[str, Any]] = [(key, value)]
+    while inner:
+        name, item = inner.pop()
+        if isinstance(item, Mapping):
+            inner.extend((f"{name}.{part}", held) for part, held in item.items())
+        elif isinstance(item, (list, tuple)):
+            inner.extend((name, held) for held in item)
+        elif isinstance(item, float):
+            _need(math.isfinite(item), name, item, "a finite number")
+        elif isinstance(item, int):
+            _need(-(2**63) <= item < 2**63, name, "a number of more than 64 bits", "a whole number of at most 64 bits")
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
@@ -431,6 +472,47 @@ def _toml(value: Any) -> str:
 def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
+
+
+LOCATIONS = frozenset({"model.name", "model.revision", "data.source", "data.test-source", "data.client-files"})
+"""Settings that say where something is: another value is the same run if the content is."""
+MAY_CHANGE = frozenset({
+    "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
+    "run.keep-rounds", "run.report-to",
+    "model.name", "model.revision",  # the base model is compared by content
+})  # fmt: skip
+"""Settings that a resumed run may change: none of the rounds that are done depends on them."""
+
+
+def altered_settings(text: str, committed: str) -> list[str]:
+    """Return the keys of a run's config.toml that are not as its checkpoint has them.
+
+    Those of `MAY_CHANGE` and `LOCATIONS` are left aside.
+
+    Args:
+        text: config.toml, every key written out.
+        committed: the settings in the checkpoint, likewise.
+
+    Raises:
+        ConfigError: If either is not TOML.
+    """
+    try:
+        now, before = _flat(tomllib.loads(text)), _flat(tomllib.loads(committed))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    keys = sorted((now.keys() | before.keys()) - MAY_CHANGE - LOCATIONS)
+    return [key for key in keys if repr(now.get(key)) != repr(before.get(key))]
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.key` to value; a table that is none is kept under its own name."""
+    found: dict[str, Any] = {}
+    for section, values in table.items():
+        if isinstance(values, Mapping):
+            found |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            found[section] = values
+    return found
 
 
 def differences(old: Config, new: Config) -> list[str]:

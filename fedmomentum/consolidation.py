@@ -19,17 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes
-from fedmomentum.global_model import Blob, GlobalModel, by_module, check_name
+from fedmomentum.global_model import Blob, GlobalModel, by_module
 from fedmomentum.lowrank import CORE_DTYPE, LowRank
+from fedmomentum.schema import Hash, Schema
 from fedmomentum.sums import Matrix
 
+MAX_RECIPES, MAX_PARTS = 64, 4096
+"""Recipes that a client is sent at most, and parts that they name in all. One that is further behind downloads the
+snapshot: looking through an endless list would cost it more."""
 NUMBERS = 2**20
 """So many elements of a sum are made at a time: 8 MB, which stays in cache."""
 
@@ -55,6 +60,7 @@ def snapshot(parts: Sequence[Blob]) -> tuple[Blob, Blob]:
             margin = reach(rows)
             apart = _rounded(exact + margin) != _rounded(exact.sub_(margin))
             found.append(apart.flatten().nonzero()[:, 0] + rows.start * total.shape[1])
+        _refuse_overflow(module, total)
         index = torch.cat(found)
         if len(index):
             ties |= {f"{module}.index": index, f"{module}.value": total.flatten()[index]}
@@ -88,6 +94,7 @@ def remade(parts: Sequence[Blob], ties: Blob, shapes: Mapping[str, tuple[int, in
             ):  # fmt: skip
                 raise ModelError(f"ties {ties.name[:16]} name no elements of module {module}, or no values for them")
             total.view(-1)[index] = value
+        _refuse_overflow(module, total)
     if decided:
         raise ModelError(f"ties {ties.name[:16]} hold {min(decided)}, which is no element of these parts")
     return Blob.of(totals)
@@ -133,6 +140,16 @@ def _reach(matrices: Sequence[Matrix]) -> Callable[[slice], Tensor]:
     return reach
 
 
+def _refuse_overflow(module: str, total: Tensor) -> None:
+    """Refuse a sum that float32 cannot hold.
+
+    Raises:
+        ModelError: If it holds NaN or Inf.
+    """
+    if not bool(torch.isfinite(total).all()):
+        raise ModelError(f"the sum of module {module} is beyond float32; nothing is made of it")
+
+
 def _rounded(exact: Tensor) -> Tensor:
     """To float32; a zero has no sign, for whether a sum is 0.0 or -0.0 depends on its order."""
     return exact.to(torch.float32).add_(0.0)
@@ -141,8 +158,7 @@ def _rounded(exact: Tensor) -> Tensor:
 # ── the list ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Schema, frozen=True, kw_only=True):
     """How a snapshot can be made: of what it goes on from, and of the parts since.
 
     Attributes:
@@ -152,10 +168,10 @@ class Recipe:
         ties: hash of the near ties.
     """
 
-    makes: str
-    onto: str | None
-    parts: tuple[str, ...]
-    ties: str
+    makes: Hash
+    onto: Hash | None
+    parts: Annotated[tuple[Hash, ...], Meta(max_length=MAX_PARTS)]
+    ties: Hash
 
     @property
     def summed(self) -> tuple[str, ...]:
@@ -166,22 +182,6 @@ class Recipe:
     def fetched(self) -> set[str]:
         """Hashes of what no other recipe makes."""
         return {*self.parts, self.ties}
-
-    @classmethod
-    def read(cls, value: Any) -> Recipe:
-        """The recipe of a JSON table, as `dataclasses.asdict` makes it.
-
-        Raises:
-            ModelError: another form, or names that are no hashes.
-        """
-        if not isinstance(value, Mapping) or value.keys() != {"makes", "onto", "parts", "ties"}:
-            raise ModelError("a recipe is a table of makes, onto, parts and ties")
-        if not isinstance(value["parts"], (list, tuple)):
-            raise ModelError("a recipe's parts are a list of hashes")
-        recipe = cls(**{**value, "parts": tuple(value["parts"])})
-        for name in (recipe.makes, *recipe.summed, recipe.ties):
-            check_name(name)
-        return recipe
 
 
 def dense_bytes(model: GlobalModel) -> int:
@@ -222,7 +222,8 @@ def consolidated(model: GlobalModel) -> tuple[GlobalModel, Recipe, Blob]:
     made, ties = snapshot(model.base_update)
     onto = first.name if all(isinstance(matrix, Tensor) for matrix in first.matrices.values()) else None
     parts = others if onto else model.base_update
-    recipe = Recipe(made.name, onto, tuple(blob.name for blob in parts), ties.name)
+    names = tuple(blob.name for blob in parts)
+    recipe = Recipe(makes=made.name, onto=onto, parts=names, ties=ties.name)
     return replace(model, base_update=(made,)), recipe, ties
 
 
@@ -237,8 +238,10 @@ def worth_keeping(recipes: Sequence[Recipe], size: Callable[[str], int], dense: 
         dense: bytes of a snapshot.
     """
     kept, named = list[Recipe](), set[str]()
+    num_parts = 0
     for recipe in reversed(recipes):
-        if sum(map(size, named)) >= dense:
+        num_parts += len(recipe.parts)
+        if sum(map(size, named)) >= dense or len(kept) == MAX_RECIPES or num_parts > MAX_PARTS:
             break
         kept.append(recipe)
         named |= recipe.fetched

@@ -63,6 +63,11 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
     return (left.mT * X).sum(0)
 
 
+def stack_probes(probes: Mapping[str, Tensor]) -> Tensor:
+    """`(num_modules, NUM_PROBES)`, modules in sorted order."""
+    return torch.stack([probes[module] for module in sorted(probes)])
+
+
 def relative_rms(error: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> float:
     """Root mean square of all probes of `error` over that of `size`: a relative Frobenius norm over modules."""
     top = sum(float(values.square().sum()) for values in error.values())

@@ -1,31 +1,36 @@
-"""Before the first round of a run whose clients are elsewhere: who holds which base, and the fresh adapter.
+"""Before the first round of a run whose clients are elsewhere: which base they have, and the fresh adapter.
 
-The server has no base model. It asks every client what it holds, takes the base that most of them have, and has one
-of those make the adapter that all start from: the seed decides its bits, so it does not matter which.
+The server has no base model. It asks every client what it has, takes the base and the adapted modules that most of
+them agree on, and has one of those make the adapter that all start from: the seed decides its bits, so it does not
+matter which.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedmomentum.adapter import PREFIX, Adapter, split_tensors
 from fedmomentum.aggregation import Method
+from fedmomentum.checks import check_magnitude
 from fedmomentum.config import Config, LoraConfig
-from fedmomentum.errors import AdapterError, FedMomentumError, PayloadError, QuorumError
+from fedmomentum.errors import AdapterError, PayloadError, QuorumError
+from fedmomentum.files import canonical_json
 from fedmomentum.global_model import Blob, GlobalModel
 from fedmomentum.identity import BaseIdentity
+from fedmomentum.messages import DescribeRequest, Description, Reply, Task, decode_reply, encode_task
 from fedmomentum.peft_io import check_config
-from fedmomentum.transport import Failure, Reply, Task, Transport, decode_reply, encode_task
+from fedmomentum.rounds import containing
+from fedmomentum.transport import Failure, Transport
 
 LOG = logging.getLogger("fedmomentum")
-MAX_FACTS_BYTES = 2**20
+MAX_FACTS_BYTES = 2**24
 MAX_ADAPTER_BYTES = 2**33
 
 
@@ -34,113 +39,177 @@ class Enrolment:
     """What is known before the first round.
 
     Attributes:
-        model: the untouched model with its fresh adapter.
-        facts: client to what it said: `num_train`, `num_test`, `num_parameters`, `threads`, `dtype`, `versions`.
+        model: The untouched model with its fresh adapter.
+        facts: Client to its description of itself.
     """
 
     model: GlobalModel
-    facts: Mapping[str, Mapping[str, Any]]
+    facts: Mapping[str, Description]
 
 
 def enrol(transport: Transport, config: Config, run_id: str, method: Method) -> Enrolment:
-    """Ask all clients what they hold, and one of those with the commonest base for the adapter to start from.
+    """Ask all clients what they have, and one of those in the majority for the adapter to start from.
 
     Where the method starts from a product that is not zero, the base gives up as much: `-s B A`.
 
     Raises:
-        QuorumError: too few clients, or none that answered with something usable; each with its reason.
+        QuorumError: If too few clients are there, if no majority has the same base and modules, or if none of it
+            answers with a usable adapter; with each client's reason.
     """
-    clients = transport.clients()
-    replies, failures = _ask(transport, run_id, list(clients), adapter=False)
-    facts = {client: _facts(reply) for client, reply in replies.items()}
-    bases = Counter(facts[client]["base"]["sha256"] for client in sorted(facts))
-    for candidate in sorted(facts, key=lambda c: (-bases[facts[c]["base"]["sha256"]], c)):
-        base = BaseIdentity(config.model.name, config.model.revision, **facts[candidate]["base"])
-        more, reasons = _ask(transport, run_id, [candidate], adapter=True)
+    clients = list(transport.clients())
+    replies, failures = _ask(transport, run_id, clients, config.lora, adapter=False)
+    facts = {client: _description(reply) for client, reply in replies.items()}
+    for candidate in _majority(facts, failures):
+        agreed = facts[candidate]
+        more, reasons = _ask(transport, run_id, [candidate], config.lora, adapter=True)
         failures |= reasons
-        try:
-            if candidate in more:
-                start = _first_adapter(more[candidate], config, f"client {candidate}", is_zero=not method.reads_base)
-                _tell_differences(facts, base)
-                scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
-                given_up = (Blob.of(scaled),) if method.reads_base else ()
-                return Enrolment(GlobalModel(base, start, given_up, method=repr(method)), facts)
-        except FedMomentumError as error:
-            failures[candidate] = str(error)
-    told = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
-    raise QuorumError(f"none of {len(clients)} clients could start the run ({told or 'no client is connected'})")
+        if candidate not in more:
+            continue
+        with containing(candidate, failures):
+            start = _first_adapter(more[candidate], agreed, config, is_zero=not method.reads_base)
+            base = BaseIdentity(config.model.name, config.model.revision, agreed.sha256, agreed.tokenizer_sha256)
+            _tell_differences(facts, agreed)
+            scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
+            given_up = (Blob.of(scaled),) if method.reads_base else ()
+            model = GlobalModel(base, start, given_up, method=repr(method), personal=method.personal)
+            return Enrolment(model, facts)
+    reasons_text = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
+    raise QuorumError(
+        f"none of {len(clients)} clients could start the run ({reasons_text or 'no client is connected'})"
+    )
+
+
+def _structure(fact: Description) -> str:
+    """What all clients of a run must have in common: the base, and what is trained of it."""
+    shapes = {module: list(shape) for module, shape in fact.shapes.items()}
+    return canonical_json([fact.sha256, shapes, fact.scalings, fact.saved_shapes])
+
+
+def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> list[str]:
+    """Return the clients that agree with most others on the base and on what is adapted, sorted.
+
+    Raises:
+        QuorumError: If two groups are equally large: the server has no base of its own to tell which is right.
+    """
+    groups: dict[str, list[str]] = {}
+    for client, fact in sorted(facts.items()):
+        groups.setdefault(_structure(fact), []).append(client)
+    ordered = sorted(groups.values(), key=lambda members: -len(members))
+    if len(ordered) > 1 and len(ordered[0]) == len(ordered[1]):
+        told = "; ".join(
+            f"{', '.join(members)}: base SHA-256 {facts[members[0]].sha256[:16]}..., {len(facts[members[0]].shapes)} "
+            "modules adapted"
+            for members in ordered
+        )
+        others = "".join(f"; {client}: {reason}" for client, reason in sorted(failures.items()))
+        raise QuorumError(
+            f"the clients disagree on the base model or on what is adapted, and no group is larger than the others "
+            f"({told}{others}). Give all of them the same base and the same [lora], or remove the one that is wrong"
+        )
+    return ordered[0] if ordered else []
 
 
 def _ask(
-    transport: Transport, run_id: str, clients: list[str], *, adapter: bool
+    transport: Transport, run_id: str, clients: Sequence[str], lora: LoraConfig, *, adapter: bool
 ) -> tuple[dict[str, Reply], dict[str, str]]:
-    tasks = {c: Task("describe", run_id, c, 0, manifest={}, settings={"adapter": adapter}) for c in clients}
-    replies, failures = {}, dict.fromkeys(clients, "no answer in time")
+    """Have clients describe themselves; the replies that can be right, and for the others the reason."""
+    tasks = {client: Task(run_id, client, 0, DescribeRequest(adapter=adapter)) for client in clients}
+    limit = MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES
+    replies = {}
+    failures = dict.fromkeys(clients, "no answer in time")
     for client, answer in transport.send_and_receive({client: encode_task(task) for client, task in tasks.items()}):
         if isinstance(answer, Failure):
             failures[client] = answer.reason
             continue
-        try:
-            reply = decode_reply(answer, tasks[client], MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES)
-            _facts(reply)
+        del failures[client]
+        with containing(client, failures):
+            reply = decode_reply(answer, tasks[client], limit)
+            _check_description(reply, lora)
+            if reply.tensors and not adapter:
+                raise PayloadError(f"client {client}: its description holds tensors; none were asked for")
             replies[client] = reply
-            del failures[client]
-        except FedMomentumError as error:
-            failures[client] = str(error)
     return dict(sorted(replies.items())), failures
 
 
-def _facts(reply: Reply) -> dict[str, Any]:
-    """The facts of a description, if they have the form they should."""
-    name, metrics = f"client {reply.client_id}", reply.metrics
-    hashes = {key: metrics.get(key) for key in ("sha256", "tokenizer_sha256")}
-    if not all(isinstance(value, str) and len(value) == 64 for value in hashes.values()):
-        raise PayloadError(f"{name}: its description holds no hashes of its base model and tokenizer")
-    counts = {key: metrics.get(key) for key in ("num_parameters", "num_train", "num_test", "threads")}
-    if not all(type(value) is int and value >= 0 for value in counts.values()):
-        raise PayloadError(f"{name}: its description lacks a count; it holds {counts}")
-    versions = metrics.get("versions")
-    if not isinstance(versions, dict) or not all(isinstance(v, str) and len(v) < 100 for v in versions.values()):
-        raise PayloadError(f"{name}: its description lacks the versions of its packages")
-    return {"base": hashes, **counts, "versions": dict(sorted(versions.items())), "dtype": str(metrics.get("dtype"))}
+def _description(reply: Reply) -> Description:
+    assert isinstance(reply.answer, Description)  # the answer to a request to describe
+    return reply.answer
 
 
-def _first_adapter(reply: Reply, config: Config, name: str, *, is_zero: bool) -> Adapter:
-    """The adapter in a description, if it is one that this run's settings make and, if asked, adds nothing yet.
+def _check_description(reply: Reply, lora: LoraConfig) -> None:
+    """Check that a client would train what this run's settings ask for.
 
     Raises:
-        PayloadError: tensors that are no adapter.
-        AdapterError: another rank, scaling or setting than the run's.
+        FedMomentumError: If it would not; naming module or setting.
     """
-    lora = config.lora
-    tensors, scalings, settings = reply.tensors, reply.metrics.get("scalings"), reply.metrics.get("adapter_config")
-    names = {key.removeprefix(PREFIX) for key in tensors}
-    pairs = {key.removesuffix(".lora_A.weight") for key in names if key.endswith(".lora_A.weight")}
-    complete = {f"{module}.lora_B.weight" for module in pairs} == {k for k in names if k.endswith(".lora_B.weight")}
-    if not pairs or not complete or not all(key.startswith(PREFIX) for key in tensors):
-        raise PayloadError(f"{name}: its fresh adapter has no pairs of factors under PEFT's names")
-    if not isinstance(scalings, dict) or scalings.keys() != pairs or not isinstance(settings, dict):
-        raise PayloadError(f"{name}: its fresh adapter lacks the scalings or settings of its modules")
-    modules, saved = split_tensors(tensors)
-    if saved and not lora.modules_to_save:
-        raise AdapterError(f"{name}: its fresh adapter holds {sorted(saved)[0]}, and this run trains no whole modules")
-    wanted = lora.lora_alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+    name = f"client {reply.client_id}"
+    fact = _description(reply)
+    hint = "Does its configuration have the run's [lora]?"
+    if not fact.shapes or fact.shapes.keys() != fact.scalings.keys():
+        raise PayloadError(f"{name}: its description lacks the scalings or the shapes of its modules")
+    if fact.saved_shapes and not lora.modules_to_save:
+        raise AdapterError(f"{name}: its adapter holds {min(fact.saved_shapes)}; this run trains no whole modules")
+    for module, (out_size, in_size) in fact.shapes.items():
+        if lora.rank > min(out_size, in_size):
+            raise AdapterError(f"{name}: module {module} is {out_size} x {in_size}; too small for rank {lora.rank}")
+        if fact.scalings[module] != lora.scaling:
+            raise AdapterError(
+                f"{name}: module {module} has scaling {fact.scalings[module]!r}; wanted {lora.scaling!r}. {hint}"
+            )
+    _check_settings(fact.adapter_config, lora, name)
+
+
+def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero: bool) -> Adapter:
+    """Return the adapter in a description, if it is one that all can start from.
+
+    Args:
+        reply: With the adapter's tensors.
+        agreed: What the client, with the majority, said before of its modules.
+        config: The run's settings.
+        is_zero: Whether it must add nothing yet.
+
+    Raises:
+        PayloadError: If its tensors are others than those agreed on.
+        AdapterError: If a module adds something already, or can never train.
+    """
+    name = f"client {reply.client_id}"
+    fact = _description(reply)
+    if _structure(fact) != _structure(agreed):
+        raise PayloadError(f"{name}: it described another base or other modules before")
+    _check_tensors(reply.tensors, agreed, config.lora.rank, name)
+    modules, saved = split_tensors(reply.tensors)
+    settings = {**fact.adapter_config, "base_model_name_or_path": config.model.name}
+    adapter = Adapter(modules, dict(fact.scalings), saved, settings, name)
+    check_magnitude(adapter)
     for module, matrix in modules.items():
-        good = matrix.dtype == torch.float32 and all(bool(f.isfinite().all()) for f in (matrix.A, matrix.B))
-        good = good and not (is_zero and bool(matrix.B.any()))
-        if matrix.B.ndim != 2 or matrix.A.ndim != 2 or matrix.rank != lora.rank or not good:
-            raise AdapterError(
-                f"{name}: module {module} of its fresh adapter has rank {matrix.rank}, or adds something already; "
-                f"wanted rank {lora.rank} in float32 with B = 0. Does its configuration have the run's [lora]?"
-            )
-        if scalings[module] != wanted:
-            raise AdapterError(
-                f"{name}: module {module} of its fresh adapter has scaling {scalings[module]!r}; wanted {wanted!r}. "
-                "Does its configuration have the run's [lora]?"
-            )
-    _check_settings(settings, lora, name)
-    settings = {**settings, "base_model_name_or_path": config.model.name}
-    return Adapter(modules, dict(scalings), saved, settings, "global adapter")
+        if is_zero and bool(matrix.B.any()):
+            raise AdapterError(f"{name}: module {module} of its fresh adapter adds something already; wanted B = 0")
+        # Where A is short of directions and B is zero, those never train.
+        if int(torch.linalg.matrix_rank(matrix.A.to(torch.float64), rtol=1e-6)) < matrix.rank:
+            raise AdapterError(f"{name}: module {module} of its fresh adapter has rows of A that depend on each other")
+    return Adapter(modules, dict(fact.scalings), saved, settings, "global adapter")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], agreed: Description, rank: int, name: str) -> None:
+    """Check names, shapes and dtypes of a fresh adapter.
+
+    Raises:
+        PayloadError: If a tensor is missing, unknown, or not what was agreed on; with what came and what was wanted.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for module, (out_size, in_size) in agreed.shapes.items():
+        wanted[f"{PREFIX}{module}.lora_B.weight"] = (out_size, rank)
+        wanted[f"{PREFIX}{module}.lora_A.weight"] = (rank, in_size)
+    for key, shape in agreed.saved_shapes.items():
+        wanted[PREFIX + key] = tuple(shape)
+    for key in sorted(wanted.keys() | tensors.keys()):
+        if key not in wanted:
+            raise PayloadError(f"{name}: its fresh adapter holds {key[:200]!r}, which it did not describe")
+        tensor = tensors.get(key)
+        got = "missing" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
+        good = tensor is not None and tuple(tensor.shape) == wanted[key] and tensor.dtype == torch.float32
+        if not good:
+            raise PayloadError(f"{name}: tensor {key} of its fresh adapter is {got}; wanted {wanted[key]} in float32")
 
 
 def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) -> None:
@@ -155,16 +224,23 @@ def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) ->
             )
 
 
-def _tell_differences(facts: Mapping[str, Mapping[str, Any]], base: BaseIdentity) -> None:
-    """Warn of clients that hold another base, or whose libraries may give other last bits."""
-    versions = Counter(str(fact["versions"]) for fact in facts.values())
+def _tell_differences(facts: Mapping[str, Description], agreed: Description) -> None:
+    """Warn of clients that have another base, or whose libraries may give other last bits."""
+    versions = Counter(canonical_json(fact.versions) for fact in facts.values())
     for client, fact in sorted(facts.items()):
-        if fact["base"]["sha256"] != base.sha256:
+        if fact.sha256 != agreed.sha256:
             LOG.warning(
-                "%s holds another base model (SHA-256 %s..., the run's is %s...); it will be left out until it has "
-                "the same", client, fact["base"]["sha256"][:16], str(base.sha256)[:16],
-            )  # fmt: skip
-        elif fact["base"]["tokenizer_sha256"] != base.tokenizer_sha256:
+                "%s has another base model (SHA-256 %s..., the run's is %s...); it will be left out until it has the "
+                "same",
+                client,
+                fact.sha256[:16],
+                agreed.sha256[:16],
+            )
+        elif _structure(fact) != _structure(agreed):
+            LOG.warning(
+                "%s adapts other modules than the run; it will be left out until its [lora] is the run's", client
+            )
+        elif fact.tokenizer_sha256 != agreed.tokenizer_sha256:
             LOG.warning("%s has another tokenizer or chat template than the others", client)
         if len(versions) > 1:
-            LOG.warning("%s has %s", client, ", ".join(f"{k} {v}" for k, v in fact["versions"].items()))
+            LOG.warning("%s has %s", client, ", ".join(f"{k} {v}" for k, v in sorted(fact.versions.items())))

@@ -23,8 +23,16 @@ class ModelError(FedMomentumError):
     """A base model or a global model folder that is missing, different or unreadable."""
 
 
+class FormatError(ModelError):
+    """A file of another format, or of another version of ours; it may be whole, but this release does not read it."""
+
+
 class MissingObject(ModelError):
     """A part of a global model that is not in its folder."""
+
+
+class DamagedObject(MissingObject):
+    """A part of a global model whose file does not hold what its name says; it is as good as missing."""
 
 
 class PayloadError(FedMomentumError):

@@ -47,6 +47,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
+def canonical_json(value: Any) -> str:
+    """Encode a value as compact JSON with sorted keys: equal values give equal text.
+
+    Raises:
+        ValueError: If the value holds NaN or an infinity, which JSON does not have.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def sha256(data: bytes) -> str:
     """The name of these bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
@@ -72,10 +81,40 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[st
         raise PayloadError(f"{name}: the header claims {length} bytes of {len(data)} received; these are no tensors")
     try:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no table")
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise PayloadError(f"{name}: not safetensors: {error}") from error
     return tensors, metadata
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file without reading its tensors.
+
+    Raises:
+        PayloadError: If the header is too long or is not JSON.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, file.stat().st_size - 8):
+            raise PayloadError(f"{file}: the header claims {length} bytes, more than the file holds")
+        header = opened.read(length)
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise PayloadError(f"{file}: not safetensors: {error}") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor Inf; no second tensor of its size is made."""
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # aminmax knows no float8
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def tensor_of(data: bytes) -> Tensor:

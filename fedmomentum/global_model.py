@@ -3,18 +3,17 @@
 The exact model is, per module, `W = base + sum(base_update) + scaling * B A` in float32. Saving, loading,
 evaluating, exporting, resuming and sending all go through this object; the adapter alone is not the result.
 
-The folder (format version 2)::
+The folder (format version 3)::
 
     global_model.json       the manifest: what belongs to the model, by content hash
     objects/<sha256>.safetensors
 
 A run's folder holds many: `rounds/0003.json` is the manifest of round 3, and all share one `objects/`. The manifest's
-keys are those of `GlobalModel.manifest`.
+fields are those of `manifest.Manifest`, on disk of `manifest.ModelFile`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,21 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmomentum.adapter import Adapter, split_tensors, to_tensors
+from fedmomentum.adapter import PREFIX, Adapter, split_tensors, to_tensors
 from fedmomentum.aggregation.whole import AdapterAggregate
-from fedmomentum.errors import MissingObject, ModelError
-from fedmomentum.files import read_safetensors, safetensors_bytes, sha256, write_atomically, write_json
+from fedmomentum.errors import FedMomentumError, FormatError, ModelError
+from fedmomentum.files import is_finite, read_safetensors, safetensors_bytes, sha256, write_json
+from fedmomentum.folders import MANIFEST as MANIFEST
+from fedmomentum.folders import find_manifest, kept_rounds, read_manifest, round_file
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.lowrank import LowRank, difference, weighted_sum, zeros
+from fedmomentum.manifest import FORMAT, FORMAT_VERSION, Manifest, as_manifest
+from fedmomentum.objects import check_name as check_name
+from fedmomentum.objects import object_file as object_file
+from fedmomentum.objects import object_size as object_size
+from fedmomentum.objects import prune_objects as prune_objects
+from fedmomentum.objects import read_object, save_objects
+from fedmomentum.records import checksummed
 from fedmomentum.sums import Matrix, exact_sum, plus
-from fedmomentum.wire import dtype_of, narrowed, rounded, widened
-
-FORMAT = "fedmomentum global model"
-FORMAT_VERSION = 2
-MANIFEST = "global_model.json"
-MANIFEST_KEYS = (
-    "base", "base_update", "version", "adapter", "adapter_config", "scalings", "carried", "round", "method",
-)  # fmt: skip
+from fedmomentum.wire import DTYPES, dtype_of, narrowed, rounded, widened
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,36 @@ class Blob:
         """SHA-256 of the bytes."""
         return sha256(self.data)
 
+    @classmethod
+    def read(cls, folder: Path, name: str, size: int | None = None) -> Blob:
+        """Read an object whose bytes are checked against its name, once; see `read_object`."""
+        blob = cls(read_object(folder, name, size))
+        blob.__dict__["name"] = name  # hashed a moment ago
+        return blob
+
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """Module to its matrix, `(out, in)`.
 
         Raises:
             PayloadError: the bytes are no safetensors.
-            ModelError: tensors that are not of the form above.
+            ModelError: tensors that are not of the form above, or not finite.
         """
-        tensors, _ = read_safetensors(self.data, f"object {self.name[:16]}")
+        name = f"object {self.name[:16]}"
+        tensors, _ = read_safetensors(self.data, name)
         found: dict[str, Matrix] = {}
+        for key, tensor in tensors.items():
+            _check_matrix(tensor, f"{name}: tensor {key}")
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
             if kind == "dense":
+                if module in found:
+                    raise ModelError(f"{name} holds module {module} in factors and dense")
                 found[module] = tensors[key]
             elif kind == "A" and f"{module}.B" in tensors:
-                found[module] = LowRank(tensors[f"{module}.B"], tensors[key])
+                found[module] = _low_rank(tensors[f"{module}.B"], tensors[key], f"{name}: module {module}")
             elif kind != "B" or f"{module}.A" not in tensors:
-                raise ModelError(f"object {self.name[:16]} holds {key}, which is no part of a base update")
+                raise ModelError(f"{name} holds {key}, which is no part of a base update")
         return found
 
     @classmethod
@@ -100,6 +113,8 @@ class GlobalModel:
         carried: module to what the method keeps for its next sum; no part of the effective model.
         server_round: how many rounds made it; 0 is the untouched model with a fresh adapter.
         method: the method and its settings, as its `repr`.
+        personal: the factors that the method leaves with each client, such as `B`. Where there are some, this model
+            is nobody's: what the server has of them is what all clients started from (see `personal`).
         adapter_dtype: what the adapter's factors are sent and kept in; `adapter` holds what that leaves of them.
         newest: what the last round merged, also where it is consolidated by now; nothing in a model that was read.
     """
@@ -110,6 +125,7 @@ class GlobalModel:
     carried: Mapping[str, Matrix] = field(default_factory=dict)
     server_round: int = 0
     method: str = ""
+    personal: str = ""
     adapter_dtype: torch.dtype = torch.float32
     newest: tuple[Blob, ...] = field(default=(), repr=False)
 
@@ -205,7 +221,7 @@ class GlobalModel:
     # ── folder ──
 
     def manifest(self) -> dict[str, Any]:
-        """What `global_model.json` holds: every part by content hash, and what is no tensor in full."""
+        """The model as JSON values: every part by content hash, and what is no tensor in full; see `Manifest`."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -218,6 +234,7 @@ class GlobalModel:
             "carried": Blob.of(self.carried).name if self.carried else None,
             "round": self.server_round,
             "method": self.method,
+            "personal": self.personal,
         }
 
     def objects(self) -> dict[str, bytes]:
@@ -227,28 +244,22 @@ class GlobalModel:
         return {blob.name: blob.data for blob in blobs}
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], fetch: Callable[[str], Blob], where: str) -> GlobalModel:
+    def from_manifest(
+        cls, manifest: Manifest | Mapping[str, Any], fetch: Callable[[str], Blob], where: str
+    ) -> GlobalModel:
         """Put a model together from its manifest and its objects.
 
         Args:
-            manifest: as `manifest` made it.
+            manifest: as `manifest` made it; plain JSON values are checked first.
             fetch: hash to object; its bytes are checked against the hash here.
             where: what to call it in messages.
 
         Raises:
-            ModelError: not our format, a newer one, an object that does not match its hash, or another version
-                than the manifest states.
+            ModelError: If it is not our format or another version of it, a field does not fit, an object does not
+                match its hash or holds other tensors than it should, or another model version comes out than stated.
+            PayloadError: If an object is no safetensors file.
         """
-        if manifest.get("format") != FORMAT:
-            raise ModelError(f"{where} is not a {FORMAT} (format {manifest.get('format')!r})")
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ModelError(
-                f"{where} has format_version {manifest.get('format_version')!r}; this fedmomentum reads "
-                f"{FORMAT_VERSION}. Use the fedmomentum that wrote it, or a newer one"
-            )
-        lacking = [key for key in MANIFEST_KEYS if key not in manifest]
-        if lacking:
-            raise ModelError(f"{where}: the manifest lacks {lacking[0]}")
+        manifest = as_manifest(manifest, where)
 
         def checked(name: str) -> Blob:
             blob = fetch(name)
@@ -256,34 +267,54 @@ class GlobalModel:
                 raise ModelError(f"{where}: object {name[:16]}... does not match its hash; it was damaged or altered")
             return blob
 
-        object_names(manifest)
+        # The adapter: its factors come in up to three objects, and in 16 bits where the run sends them so.
         tensors: dict[str, Tensor] = {}
-        for name in manifest["adapter"].values():
-            tensors |= read_safetensors(checked(name).data, where)[0]
+        for name in manifest.adapter.names:
+            part = read_safetensors(checked(name).data, where)[0]
+            if twice := sorted(part.keys() & tensors.keys()):
+                raise ModelError(f"{where}: tensor {twice[0]} comes twice among the adapter's objects")
+            tensors |= part
         adapter_dtype = dtype_of(tensors)
-        modules, saved = split_tensors(widened(tensors, adapter_dtype, where))
-        if modules.keys() != manifest["scalings"].keys():
+        if adapter_dtype not in DTYPES.values():
+            raise ModelError(f"{where}: the adapter's factors are {adapter_dtype}; wanted {', '.join(DTYPES)}")
+        modules, saved = adapter_parts(widened(tensors, adapter_dtype, where), where)
+        if modules.keys() != manifest.scalings.keys():
             raise ModelError(f"{where}: the manifest's scalings and the adapter's modules differ")
-        adapter = Adapter(modules, manifest["scalings"], saved, manifest["adapter_config"], name="global adapter")
-        carried = checked(manifest["carried"]).matrices if manifest["carried"] else {}
+        adapter = Adapter(modules, manifest.scalings, saved, manifest.adapter_config, name="global adapter")
+
+        # What was merged, and what is carried, changes the adapter's modules and no others.
+        base_update = tuple(checked(name) for name in manifest.base_update)
+        carried = [checked(manifest.carried)] if manifest.carried else []
+        for blob in (*base_update, *carried):
+            for module, matrix in blob.matrices.items():
+                wanted = modules[module].shape if module in modules else None
+                if tuple(matrix.shape) != wanted:
+                    raise ModelError(
+                        f"{where}: object {blob.name[:16]} changes module {module} {tuple(matrix.shape)}, which is not "
+                        f"adapted or has another shape ({wanted})"
+                    )
         model = cls(
-            base=BaseIdentity(**manifest["base"]),
+            base=BaseIdentity(
+                manifest.base.name, manifest.base.revision, manifest.base.sha256, manifest.base.tokenizer_sha256
+            ),
             adapter=adapter,
-            base_update=tuple(checked(name) for name in manifest["base_update"]),
-            carried=carried,
-            server_round=manifest["round"],
-            method=manifest["method"],
+            base_update=base_update,
+            carried=carried[0].matrices if carried else {},
+            server_round=manifest.round,
+            method=manifest.method,
+            personal=manifest.personal,
             adapter_dtype=adapter_dtype,
         )
-        if model.version != manifest["version"]:
-            raise ModelError(f"{where}: version {model.version[:16]} came out, {manifest['version'][:16]} was stated")
+        if model.version != manifest.version:
+            raise ModelError(f"{where}: version {model.version[:16]} came out, {manifest.version[:16]} was stated")
         return model
 
     def save(self, folder: Path | str) -> None:
         """Write the model into `folder`: objects first, the manifest last, each atomically."""
-        folder = Path(folder)
-        save_objects(self.objects(), folder)
-        write_json(folder / MANIFEST, self.manifest())
+        folder, objects = Path(folder), self.objects()
+        save_objects(objects, folder)
+        sizes = {name: len(data) for name, data in sorted(objects.items())}
+        write_json(folder / MANIFEST, checksummed({**self.manifest(), "sizes": sizes}))
 
     @classmethod
     def load(cls, folder: Path | str, server_round: int | str = "last") -> GlobalModel:
@@ -294,11 +325,64 @@ class GlobalModel:
             server_round: for a run: a number, `last` or `best`.
 
         Raises:
-            ModelError: nothing of the kind there, the round is not kept, or what `from_manifest` refuses.
+            ModelError: If there is nothing of the kind, the round is not kept, or anything of it is damaged; where
+                another round of the run is whole, the message says which.
         """
         folder = Path(folder)
         file = find_manifest(folder, server_round)
-        return cls.from_manifest(read_manifest(file), lambda name: Blob(read_object(folder, name)), str(file))
+        try:
+            return cls.read(folder, file)
+        except FormatError:
+            raise
+        except FedMomentumError as error:
+            raise ModelError(f"{str(error).rstrip('.?')}. {whole_instead(folder, file)}") from error
+
+    @classmethod
+    def read(cls, folder: Path, file: Path) -> GlobalModel:
+        """Read the model of one manifest.
+
+        Raises:
+            ModelError: If anything of it is missing or damaged.
+        """
+        manifest = read_manifest(file)
+        return cls.from_manifest(manifest, lambda name: Blob.read(folder, name, manifest.sizes.get(name)), str(file))
+
+
+def _check_matrix(tensor: Tensor, name: str) -> None:
+    """Refuse a tensor that is no finite float32 matrix."""
+    if tensor.dtype != torch.float32 or tensor.ndim != 2:
+        raise ModelError(f"{name} is {str(tensor.dtype)[6:]} {tuple(tensor.shape)}; wanted a float32 matrix")
+    if not is_finite(tensor):
+        raise ModelError(f"{name} holds NaN or Inf")
+
+
+def _low_rank(B: Tensor, A: Tensor, name: str) -> LowRank:
+    try:
+        return LowRank(B, A)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
+def adapter_parts(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """Return an adapter's modules and its saved tensors, of tensors under PEFT's names in float32.
+
+    Raises:
+        ModelError: If a factor lacks its counterpart, they do not fit each other, or a number is not finite.
+    """
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ModelError(f"{where}: tensor {key[:200]} does not belong to an adapter; names begin with {PREFIX}")
+        for kind, other in ((".lora_A.weight", ".lora_B.weight"), (".lora_B.weight", ".lora_A.weight")):
+            if key.endswith(kind) and key.removesuffix(kind) + other not in tensors:
+                raise ModelError(f"{where}: tensor {key} comes without its other factor")
+        if key.endswith((".lora_A.weight", ".lora_B.weight")):
+            _check_matrix(tensor, f"{where}: tensor {key}")
+        elif tensor.is_complex() or (tensor.is_floating_point() and not is_finite(tensor)):
+            raise ModelError(f"{where}: tensor {key} holds NaN, Inf or complex numbers")
+    try:
+        return split_tensors(tensors)
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}") from error
 
 
 def merged_matrices(blobs: Sequence[Blob]) -> dict[str, Matrix]:
@@ -316,19 +400,13 @@ def by_module(blobs: Sequence[Blob]) -> dict[str, list[Matrix]]:
     return dict(sorted(found.items()))
 
 
-def object_names(manifest: Mapping[str, Any]) -> set[str]:
+def object_names(manifest: Manifest | Mapping[str, Any]) -> set[str]:
     """The objects that a client needs of a manifest; what is carried is the server's own.
 
     Raises:
         ModelError: the manifest does not name them as it should.
     """
-    update, adapter = manifest.get("base_update"), manifest.get("adapter")
-    if not isinstance(update, (list, tuple)) or not isinstance(adapter, Mapping):
-        raise ModelError("the manifest names no objects: wanted a list base_update and a table adapter")
-    names = {*map(str, update), *map(str, adapter.values())}
-    for name in names:
-        check_name(name)
-    return names
+    return set(as_manifest(manifest, "the manifest").needed)
 
 
 def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
@@ -336,106 +414,16 @@ def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
     return sha256("\n".join([base.sha256 or f"{base.name}@{base.revision}", *names]).encode())
 
 
-def object_file(folder: Path, name: str) -> Path:
-    """Where an object lies; `name` is checked to be a hash, so that no path can hide in it.
-
-    Raises:
-        ModelError: not 64 hexadecimal digits.
-    """
-    check_name(name)
-    return folder / "objects" / f"{name}.safetensors"
-
-
-def check_name(name: Any) -> None:
-    """Refuse what is no object's name.
-
-    Raises:
-        ModelError: not 64 hexadecimal digits.
-    """
-    if not isinstance(name, str) or len(name) != 64 or not set(name) <= set("0123456789abcdef"):
-        raise ModelError(f"{name!r} is no SHA-256; object names are hashes")
-
-
-def save_objects(objects: Mapping[str, bytes], folder: Path) -> None:
-    """Write the objects that are not there yet, or not whole."""
-    (folder / "objects").mkdir(parents=True, exist_ok=True)
-    for name, data in objects.items():
-        file = object_file(folder, name)
-        if not file.is_file() or file.stat().st_size != len(data) or file.read_bytes() != data:
-            write_atomically(file, data)
-
-
-def read_object(folder: Path, name: str) -> bytes:
-    """The bytes of an object.
-
-    Raises:
-        MissingObject: it is not there.
-    """
-    return _existing(folder, name).read_bytes()
-
-
-def object_size(folder: Path, name: str) -> int:
-    """How many bytes an object has.
-
-    Raises:
-        MissingObject: it is not there.
-    """
-    return _existing(folder, name).stat().st_size
-
-
-def _existing(folder: Path, name: str) -> Path:
-    file = object_file(folder, name)
-    if not file.is_file():
-        raise MissingObject(f"{folder} lacks the object {name[:16]}...; was the folder copied in part?")
-    return file
-
-
-def prune_objects(folder: Path, keep: set[str]) -> None:
-    """Delete the objects that are not to be kept."""
-    for file in (folder / "objects").glob("*.safetensors"):
-        if file.stem not in keep:
-            file.unlink()
-
-
-def read_manifest(file: Path) -> dict[str, Any]:
-    """A manifest as JSON.
-
-    Raises:
-        ModelError: not JSON.
-    """
-    try:
-        manifest = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ModelError(f"{file} holds no manifest")
-    return manifest
-
-
-def kept_rounds(folder: Path) -> list[int]:
-    """The rounds of a run's folder that can be loaded, ascending."""
-    return sorted(int(file.stem) for file in (folder / "rounds").glob("*.json") if file.stem.isdigit())
-
-
-def find_manifest(folder: Path, server_round: int | str) -> Path:
-    """The manifest of a global model's folder, or of one round of a run's.
-
-    Raises:
-        ModelError: there is none, with what there is.
-    """
-    if (folder / MANIFEST).is_file():
-        return folder / MANIFEST
-    if isinstance(server_round, str) and server_round.isdigit():
-        server_round = int(server_round)
-    if isinstance(server_round, str) and server_round not in ("last", "best"):
-        raise ModelError(f"--round must be a number, last or best; got {server_round!r}")
-    rounds = kept_rounds(folder)
-    if not rounds:
-        raise ModelError(f"{folder} is neither a global model (no {MANIFEST}) nor a run with a finished round")
-    if server_round == "last":
-        server_round = rounds[-1]
-    elif server_round == "best":
-        server_round = read_manifest(folder / "rounds" / f"{rounds[-1]:04d}.json").get("run", {}).get("best_round", -1)
-    if server_round not in rounds:
-        raise ModelError(f"{folder} keeps the rounds {rounds}; round {server_round} is not among them")
-    return folder / "rounds" / f"{server_round:04d}.json"
+def whole_instead(folder: Path, damaged: Path) -> str:
+    """What to do about a damaged model, in words: which other round of the run can be used, if there is one."""
+    for server_round in reversed(kept_rounds(folder)):
+        file = round_file(folder, server_round)
+        try:
+            if file != damaged:
+                GlobalModel.read(folder, file)
+                return (
+                    f"Restore the file from a copy, or use round {server_round}, which is whole: --round {server_round}"
+                )
+        except FedMomentumError:
+            continue
+    return "Restore it from a copy"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from fedmomentum.embedded import cache_folder, smollm2_folder
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import FedMomentumError, ModelError
 from fedmomentum.files import sha256, write_json
+from fedmomentum.schema import Hash, Schema, parse_json
+from fedmomentum.stored import checkpoint_files, read_config
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 TOKENIZER_FILES = (
@@ -81,36 +81,24 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        ModelError: none, or only pickled ones.
-    """
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = (
-            ", which holds pickled weights only: convert them with save_pretrained"
-            if list(folder.glob("*.bin"))
-            else ""
-        )
-        raise ModelError(f"no *.safetensors in {folder}{pickled}")
-    return files
-
-
 def identify(name: str, folder: Path, revision: str | None = None) -> BaseIdentity:
-    """The identity of the model in `folder`; the hash is cached by the files' paths, sizes and times.
+    """Return the identity of the model in a directory.
+
+    The hash is kept in a cache by the files' paths, sizes and times.
 
     Raises:
-        ModelError: no or unreadable weights.
+        ModelError: If there are no weights, or they cannot be read.
     """
     files = checkpoint_files(folder)
-    stamp = sha256(repr([(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
-    cache = cache_folder() / "identities" / f"{stamp}.json"
-    if cache.is_file():
-        digest = json.loads(cache.read_text())["sha256"]
-    else:
-        digest = _hash_tensors(files, tied=bool(_config(folder).get("tie_word_embeddings")))
+    is_tied = bool(read_config(folder).get("tie_word_embeddings"))
+    facts: list[str | int] = [is_tied]
+    for file in files:
+        status = file.stat()
+        facts += [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    cache = cache_folder() / "identities" / f"{sha256(repr(facts).encode())}.json"
+    digest = _cached(cache)
+    if digest is None:
+        digest = _hash_tensors(files, tied=is_tied)
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {"sha256": digest})
     tokenizer = hashlib.sha256()
@@ -120,9 +108,16 @@ def identify(name: str, folder: Path, revision: str | None = None) -> BaseIdenti
     return BaseIdentity(name, revision, digest, tokenizer.hexdigest())
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+class _CachedHash(Schema, frozen=True):
+    sha256: Hash
+
+
+def _cached(file: Path) -> str | None:
+    """The hash in a file of the cache; None where there is none, or the file is damaged."""
+    try:
+        return parse_json(file.read_bytes(), _CachedHash, str(file)).sha256
+    except (OSError, FedMomentumError):
+        return None
 
 
 def _hash_tensors(files: Sequence[Path], *, tied: bool) -> str:

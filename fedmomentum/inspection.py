@@ -10,10 +10,13 @@ from rich.text import Text
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.errors import ModelError
-from fedmomentum.global_model import MANIFEST, GlobalModel, kept_rounds
+from fedmomentum.folders import MANIFEST, find_manifest, kept_rounds
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.lowrank import LowRank
 from fedmomentum.peft_io import read_adapter
 from fedmomentum.report.text import human_bytes
+from fedmomentum.results import checkpoint_state, whose_factors
+from fedmomentum.schema import printable
 
 
 def describe(folder: Path) -> Iterator[Table]:
@@ -46,6 +49,7 @@ def describe(folder: Path) -> Iterator[Table]:
         *([("rounds kept", ", ".join(map(str, rounds)))] if rounds else []),
         ("round", str(model.server_round)),
         ("method", model.method),
+        *_personal(folder, model),
         ("base model", f"{model.base.name}{f' @ {model.base.revision}' if model.base.revision else ''}"),
         ("base SHA-256", model.base.sha256 or "unknown: combined without the base at hand"),
         ("tokenizer SHA-256", model.base.tokenizer_sha256 or "unknown"),
@@ -58,6 +62,21 @@ def describe(folder: Path) -> Iterator[Table]:
         *([("carried", f"a tail in {len(model.carried)} modules, not part of the model")] if model.carried else []),
     )
     yield _modules(model.adapter, model)
+
+
+def _personal(folder: Path, model: GlobalModel) -> Iterator[tuple[str, str]]:
+    """Say that there is no one global model, and whose own factors are at hand."""
+    if not model.personal:
+        return
+    yield "personal factors", f"{model.personal} stays with each client; there is no one global model (--client NAME)"
+    if kept_rounds(folder):
+        run = checkpoint_state(find_manifest(folder, "last"))
+        here = whose_factors(folder, run)
+        for client, rounds in here.items():
+            yield f"  {printable(client, 80)}", f"after the rounds {', '.join(map(str, rounds))}"
+        elsewhere = sorted(set(run.held) - here.keys())
+        if elsewhere:
+            yield "  not here", ", ".join(printable(client, 80) for client in elsewhere)
 
 
 def _facts(*facts: tuple[str, str]) -> Table:

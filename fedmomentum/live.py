@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live as RichLive
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
@@ -25,6 +24,7 @@ from fedmomentum.client import Client
 from fedmomentum.report import Measure, Run, SummaryRow, absences, summarise
 from fedmomentum.report.text import count, human_bytes, number, percent, points
 from fedmomentum.run import Plan
+from fedmomentum.terminal import log_handler
 
 LOG = logging.getLogger("fedmomentum")
 MOST_ABSENCES = 12
@@ -55,7 +55,7 @@ class Live:
     def __init__(self, console: Console, num_rounds: int) -> None:
         self._console = console
         self._num_rounds = num_rounds
-        self._handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        self._handler = log_handler(console)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console,
@@ -84,6 +84,8 @@ class Live:
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         self._interrupted = True
+        if callable(self._before):  # whoever listened before wants to know too
+            self._before(signum, frame)
         raise KeyboardInterrupt
 
     def stop_if_asked(self) -> None:

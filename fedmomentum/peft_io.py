@@ -1,6 +1,6 @@
-"""PEFT adapters in and out: folders and live models. The only file that imports peft.
+"""PEFT adapters in and out: folders. With `peft_live` the only file that imports peft.
 
-That import takes seconds, so it is made by what touches a live model or writes a folder; reading one does without.
+That import takes seconds, so it is made by what writes a folder; reading one does without.
 
 What a configuration field means for the product `scaling * B A` is decided here, once: the fields known to be
 harmless are listed, every other one must hold its default, and is refused by name where it does not.
@@ -13,21 +13,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmomentum.adapter import PREFIX, Adapter, to_tensors
 from fedmomentum.errors import AdapterError
 from fedmomentum.files import safetensors_bytes, write_atomically
 from fedmomentum.lowrank import LowRank
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-ADAPTER_NAME = "default"
 
 READ_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
 """Fields that change what the factors mean, and that we obey."""
@@ -47,6 +42,9 @@ HARMLESS_INIT = (True, False, "gaussian")
 
 DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}
 """PEFT's defaults of the fields which are not harmless, where they are not empty (False, 0, None); a test compares."""
+
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+"""What models call their embeddings and their head."""
 
 
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,13 +159,17 @@ def from_peft_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], 
     check_config(config, name)
     factors: dict[str, dict[str, Tensor]] = {}
     saved = {}
-    saved_modules = config.get("modules_to_save") or []
+    saved_modules = list(config.get("modules_to_save") or [])
+    tensors = _once(tensors, name)
+    if added := _added_embeddings(tensors, saved_modules):
+        saved_modules += added
+        config = {**config, "modules_to_save": saved_modules}
     for key, tensor in tensors.items():
         path = key.removeprefix(PREFIX)
         found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", path)
         if key.startswith(PREFIX) and found and tensor.ndim == 2:
             factors.setdefault(found[1], {})[found[2]] = tensor
-        elif key.startswith(PREFIX) and any(re.match(rf"(.*\.)?{re.escape(m)}\.", path) for m in saved_modules):
+        elif key.startswith(PREFIX) and _is_saved(path, saved_modules):
             saved[path] = tensor
         elif "lora_embedding" in key:
             raise AdapterError(f"{name}: tensor {key} adapts an embedding; only linear layers can be combined")
@@ -201,6 +203,43 @@ def from_peft_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], 
     return Adapter(modules=modules, scalings=scalings, saved=saved, config=dict(config), name=name)
 
 
+def _once(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors without the copies that PEFT adds where the vocabulary was resized.
+
+    It then writes a saved module three times: by its name, as `modules_to_save`, and as the `original_module` that it
+    was before training, which no model uses.
+    """
+    kept = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        owner, _, copy = module.rpartition(".")
+        plain = tensors.get(f"{owner}.{leaf}")
+        if plain is None or copy not in ("modules_to_save", "original_module"):
+            kept[key] = tensor
+        elif copy == "modules_to_save" and not torch.equal(plain, tensor):
+            raise AdapterError(
+                f"{name}: {key} and {owner}.{leaf} should be the same and differ; save the adapter again"
+            )
+    return kept
+
+
+def _is_saved(path: str, saved_modules: Sequence[str]) -> bool:
+    """Whether a tensor belongs to a module in `modules_to_save`.
+
+    PEFT's rule is that the module's path ends in the name, also in the middle of a word: `norm` is every layer norm.
+    """
+    parts = path.split(".")
+    owners = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(owner.endswith(name) for owner in owners for name in saved_modules if name)
+
+
+def _added_embeddings(tensors: Mapping[str, Tensor], saved_modules: Sequence[str]) -> list[str]:
+    """Embeddings and head that PEFT saves unasked, because tokens were added: they are modules to save all the same."""
+    modules = [key.removeprefix(PREFIX).removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    tables = [module for module in modules if module.rpartition(".")[2] in EMBEDDING_NAMES]
+    return sorted(m for m in tables if not any(m == name or m.endswith(f".{name}") for name in saved_modules))
+
+
 def write_adapter(adapter: Adapter, folder: Path | str) -> None:
     """Write a plain PEFT adapter folder, with `plain_config`."""
     from peft import LoraConfig
@@ -211,158 +250,3 @@ def write_adapter(adapter: Adapter, folder: Path | str) -> None:
     config = LoraConfig(**plain_config(adapter)).to_dict()
     config["target_modules"] = sorted(adapter.modules)  # a set in PEFT: sorted, equal adapters have equal files
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str).encode())
-
-
-# ── live models ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def attach(
-    model: nn.Module,
-    *,
-    rank: int,
-    lora_alpha: float,
-    target_modules: Sequence[str] | str | None,
-    dropout: float = 0.0,
-    use_rslora: bool = False,
-    modules_to_save: Sequence[str] = (),
-    seed: int = 0,
-) -> PeftModel:
-    """Put a fresh float32 LoRA adapter on a base model: A drawn from `seed`, B zero.
-
-    Args:
-        model: a transformers model; its class decides the task type.
-        rank: `r`.
-        lora_alpha: as in PEFT.
-        target_modules: names or a regular expression as in PEFT; None for PEFT's choice for this architecture.
-        dropout: `lora_dropout`.
-        use_rslora: scale by `alpha / sqrt(rank)`.
-        modules_to_save: modules trained in full.
-        seed: of the initialisation.
-
-    Raises:
-        AdapterError: no module matches, a target is no linear layer, its weight is tied to another, or the rank
-            passes a side of its matrix.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
-    alpha: Any = lora_alpha  # PEFT declares an int and takes a float
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, use_rslora=use_rslora,
-        modules_to_save=list(modules_to_save) or None, task_type=_task_type(model),
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            wrapped = get_peft_model(model, config)
-        except ValueError as error:
-            raise AdapterError(f"target-modules {target_modules}: {error}") from error
-    layers = lora_layers(wrapped)
-    _refuse_tied(wrapped, layers)
-    for module, layer in layers.items():
-        side = min(layer.in_features, layer.out_features)
-        if layer.r[ADAPTER_NAME] > side:
-            raise AdapterError(f"rank {layer.r[ADAPTER_NAME]} passes the smaller side {side} of module {module}")
-    return wrapped
-
-
-def _task_type(model: nn.Module) -> str | None:
-    kind = type(model).__name__
-    return {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}.get(re.sub(r"^.*For", "", kind))
-
-
-def lora_layers(model: PeftModel) -> dict[str, Any]:
-    """Module path in the base model to its live LoRA layer (`base_layer`, `lora_A`, `lora_B`, `scaling`)."""
-    base, names = model.get_base_model(), getattr(model.base_model, "targeted_module_names", [])
-    layers: dict[str, Any] = {path: base.get_submodule(path) for path in sorted(names)}
-    for path, layer in layers.items():
-        if ADAPTER_NAME not in getattr(layer, "lora_A", {}):
-            raise AdapterError(f"module {path} is adapted, but not by a linear LoRA; only linear layers can be")
-    return layers
-
-
-def _refuse_tied(model: PeftModel, layers: Mapping[str, Any]) -> None:
-    """A weight that two modules share would take a residual twice, or where nobody meant it."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.get_base_model().named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            owners.setdefault(id(weight), []).append(path)
-    for path, layer in layers.items():
-        shared = [owner for owner in owners.get(id(layer.base_layer.weight), []) if not owner.startswith(path)]
-        if shared:
-            raise AdapterError(
-                f"module {path} shares its weight with {', '.join(shared)} (tied weights); adapting it would change "
-                "both. Leave it out of target-modules"
-            )
-
-
-def from_model(model: PeftModel, name: str = "model") -> Adapter:
-    """The adapter of a live PeftModel, its tensors copied.
-
-    Raises:
-        AdapterError: as `read_adapter`; or the adapter is merged into its base, which then is not the base.
-    """
-    layers = lora_layers(model)
-    if any(layer.merged for layer in layers.values()):
-        raise AdapterError(f"{name}: the adapter is merged into the base; call unmerge_adapter() first")
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    if isinstance(config.get("target_modules"), (set, frozenset)):
-        config["target_modules"] = sorted(config["target_modules"])
-    tensors = {key: tensor.detach().cpu().clone() for key, tensor in _live_tensors(model, layers).items()}
-    return from_peft_tensors(tensors, config, name)
-
-
-def load_into(model: PeftModel, adapter: Adapter) -> None:
-    """Copy the adapter's tensors into the live model, in place.
-
-    Raises:
-        AdapterError: the model lacks a tensor of the adapter, or the other way round.
-    """
-    have = lora_layers(model)
-    if have.keys() != adapter.modules.keys():
-        odd = sorted(have.keys() ^ adapter.modules.keys())
-        raise AdapterError(f"{adapter.name} does not fit the model: module {odd[0]} is adapted in one of them only")
-    for module, matrix in adapter.modules.items():
-        if not math.isclose(have[module].scaling[ADAPTER_NAME], adapter.scalings[module], rel_tol=1e-12):
-            raise AdapterError(
-                f"{adapter.name}: module {module} has scaling {adapter.scalings[module]}, the model "
-                f"{have[module].scaling[ADAPTER_NAME]}; use the lora-alpha and rank the adapter was made with"
-            )
-        live = have[module].lora_B[ADAPTER_NAME].weight, have[module].lora_A[ADAPTER_NAME].weight
-        if live[0].shape != matrix.B.shape or live[1].shape != matrix.A.shape:
-            raise AdapterError(f"{adapter.name}: module {module} is {matrix!r}, the model's B {tuple(live[0].shape)}")
-    tensors, places = to_tensors(adapter), _live_tensors(model, have)
-    if odd := sorted(tensors.keys() ^ places.keys()):
-        raise AdapterError(f"{adapter.name} does not fit the model: tensor {odd[0]} is in one of them only")
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            if places[key].shape != tensor.shape:
-                wanted = tuple(places[key].shape)
-                raise AdapterError(f"{adapter.name}: tensor {key} is {tuple(tensor.shape)}, the model's {wanted}")
-            places[key].copy_(tensor)
-
-
-def _live_tensors(model: PeftModel, layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The adapter's tensors themselves, by the names that PEFT saves them under.
-
-    PEFT's own two ways in and out convert names by walking over every tensor of the model, some 20 ms each.
-    """
-    from peft.utils import ModulesToSaveWrapper
-
-    tensors = {}
-    for module, layer in layers.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
-    config: Any = model.peft_config[ADAPTER_NAME]
-    if config.modules_to_save:
-        for path, module in model.get_base_model().named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                saved = module.modules_to_save[ADAPTER_NAME].state_dict()
-                tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in saved.items()}
-    return tensors
-
-
-def detach(model: PeftModel) -> nn.Module:
-    """The base model as it was, its LoRA layers taken off; nothing is merged."""
-    return model.unload()

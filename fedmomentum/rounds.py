@@ -7,10 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -18,20 +20,45 @@ from fedmomentum.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.whole import AdapterAggregate, combine, start_of, with_tails
 from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.config import Config, LoraConfig, own_facts
+from fedmomentum.checks import (
+    check_aggregate,
+    check_evaluation,
+    check_losses,
+    check_magnitude,
+    check_measurements,
+)
+from fedmomentum.config import Config, LoraConfig
 from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_bytes, is_due, worth_keeping
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
 from fedmomentum.global_model import GlobalModel, object_names
 from fedmomentum.lowrank import LowRank
+from fedmomentum.messages import (
+    BASE_PROBES,
+    EFFECTIVE_PROBES,
+    SECONDS,
+    ClientLora,
+    EvaluateRequest,
+    EvaluateResult,
+    FreshAdapter,
+    MissingObjects,
+    Reply,
+    ScoreSums,
+    Task,
+    TrainRequest,
+    TrainResult,
+    decode_reply,
+    encode_task,
+)
+from fedmomentum.schema import printable
 from fedmomentum.screening import Screening
 from fedmomentum.sums import norm as norm_of
 from fedmomentum.sums import rank_of
-from fedmomentum.transport import PROBE, SECONDS, Failure, Reply, Task, Transport, decode_reply, encode_task
+from fedmomentum.transport import Failure, Transport
 from fedmomentum.wire import rounding_error, widened, wire_dtype
 
 LOG = logging.getLogger("fedmomentum")
-PROBES = (PROBE + "base", PROBE + "effective")
+PROBES = (BASE_PROBES, EFFECTIVE_PROBES)
 
 Observer = Callable[[str, Mapping[str, Any]], None]
 """Told of what happens: `observer(event, facts)`; events are `round`, `aggregate`, `evaluate`, `row`."""
@@ -141,7 +168,7 @@ def _untouched(server: _Server, model: GlobalModel, state: ServerState) -> tuple
     exchange = _Exchange()
     if server.config.evaluation.every:
         exchange, state = _evaluate(server, model, state, 0, server.transport.clients())
-        _add_evaluation(row, exchange, None, is_probed=_is_probed(model))
+        _add_evaluation(row, exchange, None)
     _tell_failures(0, exchange.failures)
     row["failures"] = dict(sorted(exchange.failures.items()))
     row["uplink_bytes"], row["downlink_bytes"] = _added(exchange.uplink_bytes, {}), _added(exchange.downlink_bytes, {})
@@ -182,6 +209,7 @@ def _round(
         seed=config.run.seed,
         on_module=lambda done, total: server.observer("aggregate", {"done": done, "total": total}),
     )
+    check_aggregate(result, server_round)
     weights = dict(zip(weights, result.weights.tolist(), strict=True))
     merging = time.perf_counter()
     later = model.after(result, repr(server.method), exact=server.method.exact)
@@ -213,11 +241,14 @@ def _round(
         evaluation, state = _evaluate(server, later, state, server_round, asked)
         seed = _probe_seed(config, server_round)
         # where factors stay with their clients, there is no one model to compare with
-        one_model = server.method.shares == "BA"
+        one_model = not server.method.personal
         expected = _expected_probes(exchange, weights, model, later, seed) if one_model else None
         _add_evaluation(row, evaluation, expected)
     _tell_failures(server_round, evaluation.failures)
-    failures = exchange.failures | {c: f"evaluation: {reason}" for c, reason in evaluation.failures.items()}
+    failures = dict(exchange.failures)
+    for client, reason in evaluation.failures.items():
+        before = f"{failures[client]}; " if client in failures else ""
+        failures[client] = f"{before}evaluation: {reason}"
     row["failures"] = dict(sorted(failures.items()))
     row["uplink_bytes"] = _added(exchange.uplink_bytes, evaluation.uplink_bytes)
     row["downlink_bytes"] = _added(exchange.downlink_bytes, evaluation.downlink_bytes)
@@ -251,11 +282,8 @@ def _train(
         QuorumError: they are not.
     """
     federation = server.config.federation
-    settings = {
-        client: {
-            **train_settings(server.config, server_round, client, learning_rate),
-            **_own_facts(server, state, client),
-        }
+    requests = {
+        client: train_request(server.config, server_round, client, learning_rate, _client_lora(server, state, client))
         for client in participants
     }
     uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
@@ -271,7 +299,7 @@ def _train(
         )
         updates[client] = server.folder.spool.put(update)
 
-    exchange, state = _ask(server, "train", model, state, server_round, settings, take)
+    exchange, state = _ask(server, model, state, server_round, requests, take)
     exchange.screening = screening.leave_out(updates, exchange.failures)
     for client, reason in exchange.failures.items():
         LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
@@ -284,20 +312,27 @@ def _train(
             "or lower federation.quorum"
         )
     if server.method.prunes:
-        pruned = {client: exchange.replies[client].metrics["next_rank"] for client in updates}
-        state = replace(state, ranks={**state.ranks, **pruned})
+        state = replace(state, ranks={**state.ranks, **{c: _next_rank(exchange.replies[c]) for c in updates}})
     return exchange, updates, state
 
 
-def train_settings(config: Config, server_round: int, client: str, learning_rate: float) -> dict[str, Any]:
-    """What a client is told of a round's training."""
+def train_request(
+    config: Config, server_round: int, client: str, learning_rate: float, lora: ClientLora
+) -> TrainRequest:
+    """What a client is asked to train in a round; the model comes when the request is sent."""
     training = config.training
-    return {
-        "learning_rate": learning_rate, "local_steps": training.local_steps, "local_epochs": training.local_epochs,
-        "batch_size": training.batch_size, "arguments": training.arguments,
-        "uplink_dtype": config.federation.uplink_dtype, "probe_seed": _probe_seed(config, server_round),
-        "seed": derive(config.run.seed, "batches", server_round, client),
-    }  # fmt: skip
+    return TrainRequest(
+        manifest={},
+        lora=lora,
+        learning_rate=learning_rate,
+        local_steps=training.local_steps,
+        local_epochs=training.local_epochs,
+        batch_size=training.batch_size,
+        arguments=training.arguments,
+        seed=derive(config.run.seed, "batches", server_round, client),
+        probe_seed=_probe_seed(config, server_round),
+        uplink_dtype=config.federation.uplink_dtype,  # type: ignore[arg-type]
+    )
 
 
 def _probe_seed(config: Config, server_round: int) -> int:
@@ -357,23 +392,22 @@ _KEEPS_NOTHING = "client {} says that it lacks what it was just sent; is its dis
 
 def _ask(
     server: _Server,
-    kind: str,
     model: GlobalModel,
     state: ServerState,
     server_round: int,
-    settings: Mapping[str, Mapping[str, Any]],
+    requests: Mapping[str, TrainRequest] | Mapping[str, EvaluateRequest],
     take: Callable[[Reply], None] = lambda reply: None,
 ) -> tuple[_Exchange, ServerState]:
     """Send each client its task, with the objects it lacks; decode the answers as they come.
 
-    Each is given to `take`, which refuses it by raising a FedMomentumError; of its tensors only the small ones stay.
+    Each is given to `take`, which refuses it by raising; of its tensors only the small ones stay.
 
     What a client lacks is first the server's belief: what it last said it holds; a snapshot that it can make of that
     it is told to make. A client that has lost some of it since (a new disk, an older copy), or comes to another
     snapshot, says so, and is asked again with what it then lacks.
     """
     exchange = _Exchange()
-    deliveries, objects = _deliveries(server, model, state, sorted(settings)), model.objects()
+    deliveries, objects = _deliveries(server, model, state, sorted(requests)), model.objects()
     for name in sorted({name for way in deliveries.values() for name in way.objects} - objects.keys()):
         objects[name] = server.folder.read(name)
     manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
@@ -381,16 +415,17 @@ def _ask(
     limit = 8 * model.adapter.num_numbers() + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
 
     def task(client: str, lacking: Collection[str], recipes: Sequence[Recipe] = ()) -> Task:
-        more = {"fresh": fresh, "recipes": list(map(asdict, recipes))}
-        return Task(
-            kind, state.run_id, client, server_round, manifest,
-            {name: objects[name] for name in sorted(lacking)}, {**settings[client], **more},
-        )  # fmt: skip
+        request: TrainRequest | EvaluateRequest = requests[client]
+        request = msgspec.structs.replace(request, manifest=manifest, fresh=fresh, recipes=list(recipes))
+        return Task(state.run_id, client, server_round, request, {name: objects[name] for name in sorted(lacking)})
 
     fresh, drawn = None, set[str]()
     if server.method.fresh and model.server_round:  # clients draw the adapter themselves, and say if they cannot
-        dtype = server.config.federation.downlink_dtype
-        fresh = [server.config.run.seed, model.server_round, dtype]
+        fresh = FreshAdapter(
+            seed=server.config.run.seed,
+            server_round=model.server_round,
+            dtype=server.config.federation.downlink_dtype,  # type: ignore[arg-type]
+        )
         drawn = {model.adapter_objects[kind].name for kind in "BA"}
     adapter = {blob.name for blob in model.adapter_objects.values()} - drawn
     tasks = {
@@ -406,34 +441,51 @@ def _ask(
                 "this one out"
             )
             return
-        held[client] = tuple(name for name in reply.holds if name in needed)
-        try:
+        held[client] = tuple(sorted(needed.intersection(reply.holds)))
+        with containing(client, exchange.failures):
             take(reply)
-        except FedMomentumError as error:
-            exchange.failures[client] = str(error)
+        if client in exchange.failures:
             return
         small = {name: tensor.clone() for name, tensor in reply.tensors.items() if name in (*PROBES, SECONDS)}
         exchange.replies[client] = replace(reply, tensors=small)
 
     again = {}
     for client, reply in _send(server.transport, tasks, exchange, limit):
-        if "lacking" not in reply.metrics:
+        if not isinstance(reply.answer, MissingObjects):
             accept(client, reply)
-            continue
-        lacking = reply.metrics["lacking"]
-        if isinstance(lacking, list) and set(map(str, lacking)) <= needed - tasks[client].objects.keys():
-            again[client] = task(client, {str(name) for name in lacking})
+        elif set(reply.answer.missing) <= needed - tasks[client].objects.keys():
+            again[client] = task(client, set(reply.answer.missing))
         else:
             exchange.failures[client] = _KEEPS_NOTHING.format(client)
     if again:
         for client, reply in _send(server.transport, again, exchange, limit):
-            if "lacking" in reply.metrics:
+            if isinstance(reply.answer, MissingObjects):
                 exchange.failures[client] = _KEEPS_NOTHING.format(client)
             else:
                 accept(client, reply)
     for client in sorted(held):
         state = state.holding(client, held[client])
     return exchange, state
+
+
+@contextmanager
+def containing(client: str, failures: dict[str, str]) -> Iterator[None]:
+    """Contain what is raised while one client's answer is handled: it ends that client's part, not the server's.
+
+    A disk that is full, or any other trouble of this machine, is no fault of the client's.
+
+    Raises:
+        OSError: If this machine could not do its own part.
+    """
+    try:
+        yield
+    except FedMomentumError as error:
+        failures[client] = printable(str(error))
+    except OSError:
+        raise
+    except Exception as error:
+        LOG.debug("the answer of %s could not be handled", client, exc_info=error)
+        failures[client] = f"client {client}: its answer could not be handled ({type(error).__name__})"
 
 
 class _Payloads(Mapping[str, bytes]):
@@ -486,10 +538,11 @@ def _send(
             exchange.failures[client] = answer.reason
         else:
             exchange.uplink_bytes[client] = exchange.uplink_bytes.get(client, 0) + len(answer)
-            try:
-                yield client, decode_reply(answer, tasks[client], max_bytes)
-            except FedMomentumError as error:
-                exchange.failures[client] = str(error)
+            reply = None
+            with containing(client, exchange.failures):
+                reply = decode_reply(answer, tasks[client], max_bytes)
+            if reply is not None:
+                yield client, reply
         since = time.perf_counter()
         exchange.encode_seconds += since - arrived
     exchange.wait_seconds += time.perf_counter() - since - (payloads.seconds - encoded)
@@ -506,15 +559,26 @@ def _evaluate(
     """Ask the clients to evaluate the model on their held-out examples."""
     settings = server.config.evaluation
     ends = server_round in (0, server.config.federation.num_rounds)
-    share = {
-        "num_examples": max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples,
-        "num_compared": settings.num_examples,
-        "batch_size": settings.batch_size,
-        "probe_seed": _probe_seed(server.config, server_round) if _is_probed(model) else None,
+    num_examples = max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples
+    is_probed = _is_probed(model)
+    requests = {
+        client: EvaluateRequest(
+            manifest={},
+            lora=_client_lora(server, state, client),
+            num_examples=num_examples,
+            num_compared=settings.num_examples,
+            batch_size=settings.batch_size,
+            probe_seed=_probe_seed(server.config, server_round) if is_probed else None,
+        )
+        for client in clients
     }
     server.observer("evaluate", {"clients": list(clients)})
-    asked = {client: {**share, **_own_facts(server, state, client)} for client in clients}
-    return _ask(server, "evaluate", model, state, server_round, asked)
+    num_modules = len(model.adapter.modules)
+
+    def take(reply: Reply) -> None:
+        check_evaluation(reply, num_examples, num_modules if is_probed else 0)
+
+    return _ask(server, model, state, server_round, requests, take)
 
 
 # ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -530,23 +594,24 @@ def _update(
     Raises:
         FedMomentumError: it is not.
     """
-    client, tensors, modules = reply.client_id, dict(reply.tensors), len(model.adapter.modules)
-    for name in PROBES:
-        values = tensors.pop(name, None)
-        if values is None or values.shape != (modules, NUM_PROBES) or not bool(torch.isfinite(values).all()):
-            raise PayloadError(f"client {client}: {name} is missing or not {modules} x {NUM_PROBES} numbers")
-    for key in ("loss", "first_loss", "last_loss", "rounding"):
-        if not isinstance(reply.metrics.get(key), (int, float)):
-            raise PayloadError(f"client {client}: its metrics lack {key}")
-    tensors.pop(SECONDS, None)
-    _check_next_rank(reply, own.rank, server.method)
+    client, tensors = reply.client_id, dict(reply.tensors)
+    name = f"client {client}"
+    assert isinstance(reply.answer, TrainResult)  # the answer to a request to train
+    check_losses(reply.answer, name)
+    check_measurements(tensors, len(model.adapter.modules), name)
+    for key in (*PROBES, SECONDS):
+        del tensors[key]
+    if server.method.prunes:
+        _check_next_rank(reply, own.rank)
     start, beside = _start(server, model, client, own)
     shared = [f".lora_{factor}." for factor in "BA" if factor not in uploads]
     known = {name: t for name, t in to_tensors(start).items() if any(kind in name for kind in shared)}
-    wide = widened(tensors, dtype, f"client {client}")
+    wide = widened(tensors, dtype, name)
     if more := sorted(wide.keys() & known.keys()):
-        raise PayloadError(f"client {client}: tensor {more[0]} was not asked for; this round takes {uploads}")
-    return with_tails(from_tensors(wide | known, like=start, name=f"client {client}"), beside)
+        raise PayloadError(f"{name}: tensor {more[0]} was not asked for; this round takes {uploads}")
+    update = from_tensors(wide | known, like=start, name=name)
+    check_magnitude(update)
+    return with_tails(update, beside)
 
 
 def _own(server: _Server, state: ServerState, client: str) -> LoraConfig:
@@ -559,14 +624,21 @@ def _is_mixed(server: _Server) -> bool:
     return server.config.lora.is_mixed or server.method.prunes
 
 
-def _own_facts(server: _Server, state: ServerState, client: str) -> dict[str, Any]:
-    return {"own": own_facts(_own(server, state, client), _is_mixed(server))}
+def _client_lora(server: _Server, state: ServerState, client: str) -> ClientLora:
+    return ClientLora.of(_own(server, state, client), _is_mixed(server))
 
 
-def _check_next_rank(reply: Reply, rank: int, method: Method) -> None:
-    """Refuse, for a method that prunes, a client that would go on at no rank, or at a larger one."""
-    got = reply.metrics.get("next_rank")
-    if method.prunes and (type(got) is not int or not 1 <= got <= rank):
+def _next_rank(reply: Reply) -> int:
+    """The rank at which a client of a method that prunes continues; checked when the reply was taken."""
+    assert isinstance(reply.answer, TrainResult) and reply.answer.next_rank is not None
+    return reply.answer.next_rank
+
+
+def _check_next_rank(reply: Reply, rank: int) -> None:
+    """Refuse, for a method that prunes, a client that would continue at no rank, or at a larger one."""
+    assert isinstance(reply.answer, TrainResult)
+    got = reply.answer.next_rank
+    if got is None or got > rank:
         raise PayloadError(
             f"client {reply.client_id}: its next_rank is {got!r}; wanted a whole number from 1 to {rank}, its rank now"
         )
@@ -586,15 +658,23 @@ def _start(server: _Server, model: GlobalModel, client: str, own: LoraConfig) ->
 
 
 def _train_metrics(exchange: _Exchange, weights: Mapping[str, float], ranks: Mapping[str, int]) -> dict[str, Any]:
-    clients = {client: {**exchange.replies[client].metrics, "rank": ranks[client]} for client in weights}
-    for metrics in clients.values():
-        metrics.pop("next_rank", None)  # it is the next row's rank
+    clients = {}
+    for client in weights:
+        metrics = msgspec.structs.asdict(_result(exchange, client))
+        del metrics["next_rank"]  # it is the next row's rank
+        clients[client] = {**dict(sorted(metrics.items())), "rank": ranks[client]}
     return {"train_loss": sum(w * clients[c]["loss"] for c, w in weights.items()), "clients": clients}
+
+
+def _result(exchange: _Exchange, client: str) -> TrainResult:
+    answer = exchange.replies[client].answer
+    assert isinstance(answer, TrainResult)
+    return answer
 
 
 def _uplink_rounding(exchange: _Exchange, weights: Mapping[str, float]) -> float:
     """The clients' weighted mean of what 16 bits took from their updates, relative."""
-    return sum(w * float(exchange.replies[client].metrics["rounding"]) for client, w in weights.items())
+    return sum(w * _result(exchange, client).rounding for client, w in weights.items())
 
 
 def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
@@ -624,8 +704,7 @@ def _energies(result: AdapterAggregate, model: GlobalModel) -> dict[str, Any]:
 
 
 def _merge_seconds(reply: Reply) -> float:
-    seconds = reply.tensors.get(SECONDS)
-    return float(seconds[0]) if seconds is not None and seconds.numel() == 2 and bool(seconds.isfinite().all()) else 0.0
+    return float(reply.tensors[SECONDS][0])
 
 
 def _has(result: AdapterAggregate, finding: str) -> bool:
@@ -656,26 +735,21 @@ def _expected_probes(
     return _Expected(effective, change)
 
 
-def _add_evaluation(
-    row: dict[str, Any], exchange: _Exchange, expected: _Expected | None, *, is_probed: bool = True
-) -> None:
+def _add_evaluation(row: dict[str, Any], exchange: _Exchange, expected: _Expected | None) -> None:
     """Put the clients' scores together, and what their probes say of exactness; in place."""
     by_client, by_category, total, compared = {}, dict[str, dict[str, Any]](), _score([]), _score([])
     errors, shares = [], []
     for client, reply in sorted(exchange.replies.items()):
-        try:
-            metrics = _checked_evaluation(reply, f"client {client}", is_probed)
-        except PayloadError as error:
-            exchange.failures[client] = str(error)
-            continue
-        if "total" in metrics:
-            by_client[client] = _score([metrics["total"]])
+        result = reply.answer
+        assert isinstance(result, EvaluateResult)
+        if result.total is not None and result.compared is not None:
+            by_client[client] = _score([_sums(result.total)])
             total = _score([total, by_client[client]])
-            compared = _score([compared, metrics["compared"]])
-            for name, score in metrics["by_category"].items():
-                by_category[name] = _score([by_category.get(name, {}), score])
-        if metrics.get("applied_share") is not None:
-            shares.append(float(metrics["applied_share"]))
+            compared = _score([compared, _sums(result.compared)])
+            for name, score in result.by_category.items():
+                by_category[name] = _score([by_category.get(name, {}), _sums(score)])
+        if result.applied_share is not None:
+            shares.append(result.applied_share)
         if expected is not None:
             errors.append(relative_rms({"": reply.tensors[PROBES[1]] - expected.effective}, {"": expected.change}))
     if total["num_examples"]:
@@ -683,41 +757,13 @@ def _add_evaluation(
             "total": total, "compared": compared, "by_client": by_client,
             "by_category": dict(sorted(by_category.items())),
         }  # fmt: skip
-    row["exactness_error"] = max(errors) if errors else None
+    # Infinite where nothing changed and something came out: JSON has no number for that.
+    row["exactness_error"] = max(errors) if errors and math.isfinite(max(errors)) else None
     row["applied_share"] = min(shares) if shares else None
 
 
-def _checked_evaluation(reply: Reply, name: str, is_probed: bool) -> Mapping[str, Any]:
-    """The metrics of an evaluation, if they can be what they claim.
-
-    Raises:
-        PayloadError: probes that are missing or not finite, a score that is no score, parts that do not add up.
-    """
-    probes = reply.tensors.get(PROBES[1], torch.empty(0))
-    if is_probed and (probes.ndim != 2 or probes.shape[1] != NUM_PROBES or not bool(probes.isfinite().all())):
-        raise PayloadError(f"{name}: {PROBES[1]} of its evaluation is missing or no finite numbers")
-    metrics = reply.metrics
-    share = metrics.get("applied_share")
-    if share is not None and not isinstance(share, (int, float)):
-        raise PayloadError(f"{name}: applied_share is {share!r}; wanted a number")
-    if "total" not in metrics:
-        return metrics
-    parts = metrics.get("by_category")
-    if not isinstance(parts, dict):
-        raise PayloadError(f"{name}: its evaluation lacks by_category")
-    for score in (metrics["total"], metrics.get("compared"), *parts.values()):
-        whole = isinstance(score, dict) and all(
-            type(score.get(key)) is int and score[key] >= 0 for key in ("num_tokens", "num_examples", "num_exact")
-        )
-        if not whole or not isinstance(score.get("nll"), (int, float)) or score["nll"] < 0:
-            raise PayloadError(f"{name}: {score!r} is no score: wanted nll, num_tokens, num_examples, num_exact >= 0")
-        if score["num_exact"] > score["num_examples"]:
-            raise PayloadError(f"{name}: {score['num_exact']} exact matches of {score['num_examples']} examples")
-    if metrics["total"]["num_examples"] != reply.num_examples:
-        raise PayloadError(f"{name}: a score over {metrics['total']['num_examples']} of {reply.num_examples} examples")
-    if sum(score["num_examples"] for score in parts.values()) != reply.num_examples:
-        raise PayloadError(f"{name}: the categories of its evaluation do not add up to its total")
-    return metrics
+def _sums(score: ScoreSums) -> dict[str, Any]:
+    return msgspec.structs.asdict(score)
 
 
 def _score(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -15,26 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
-from fedmomentum.checkpoint import RunFolder, ServerState
+from fedmomentum.checkpoint import RunFolder, ServerState, saved_settings
 from fedmomentum.client import Client, LoadedBase, LocalModel, TrainFunction, client_step, installed
-from fedmomentum.config import Config, LoraConfig, differences, load_config, own_facts, to_toml
+from fedmomentum.config import LOCATIONS, MAY_CHANGE, Config, LoraConfig, differences, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
-from fedmomentum.data.examples import ClientData
+from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.enrolment import enrol
-from fedmomentum.errors import ConfigError, ModelError
-from fedmomentum.files import write_atomically, write_json
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
+from fedmomentum.folders import kept_rounds
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.loaded import check_max_length, check_token_ids, max_positions
+from fedmomentum.manifest import Fingerprint
+from fedmomentum.messages import ClientLora, Description, Task, encode_task
+from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing
+from fedmomentum.personal import check_personal
 from fedmomentum.plugins import imported
-from fedmomentum.rounds import Observer, derive, run_rounds, train_settings
+from fedmomentum.rounds import Observer, derive, run_rounds, train_request
+from fedmomentum.run_files import EnvironmentFile, read_facts
 from fedmomentum.tracking import check_trackers, reported
 from fedmomentum.training import train
 from fedmomentum.training_arguments import check_amount, check_arguments
-from fedmomentum.transport import InProcessTransport, Task, Transport, encode_task
+from fedmomentum.transport import InProcessTransport, Transport
 from fedmomentum.wire import wire_dtype
 
 LOG = logging.getLogger("fedmomentum")
@@ -87,6 +93,7 @@ class Run:
     state: ServerState
     plan: Plan
     partition: dict[str, dict[str, dict[str, int]]]
+    data: dict[str, Fingerprint]
 
     def start(self, observer: Observer) -> GlobalModel:
         """Run the rounds that are left.
@@ -94,11 +101,17 @@ class Run:
         Raises:
             QuorumError: see `run_rounds`.
         """
-        out = self.folder.folder
-        write_atomically(out / "config.toml", to_toml(self.config).encode())
-        write_json(out / "plan.json", asdict(self.plan))
-        write_json(out / "partition.json", self.partition)
-        _write_environment(self.local, out, resumed=bool(self.folder.rows))
+        now = environment(self.local)
+        if self.folder.rows:
+            _warn_of_another_environment(now, self.folder.folder)
+        self.folder.describe(
+            to_toml(self.config),
+            self.state.run_id,
+            plan=asdict(self.plan),
+            partition=self.partition,
+            environment=now,
+            data=self.data,
+        )
         transport = InProcessTransport(
             {c.client_id: partial(client_step, client=c, model=self.locals[c.client_id]) for c in self.clients}
         )
@@ -113,11 +126,25 @@ class Run:
         self.folder.close()
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What a run on this machine is made of, before its directory is opened."""
+
+    config: Config
+    method: Method
+    local: LocalModel
+    locals: dict[str, LocalModel]
+    clients: list[Client]
+    parties: list[ClientData]
+    data: dict[str, Fingerprint]
+
+
 def prepare(
     config: Config,
     out: Path,
     *,
     resume: bool = False,
+    server_round: int | None = None,
     on_step: Callable[[str, int, int, float], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
@@ -127,42 +154,109 @@ def prepare(
         config: the run.
         out: its folder.
         resume: go on with what is in `out`; without it `out` must be new or empty.
+        server_round: resume from this round instead of the last one; the rounds after it are done again.
         on_step: told of every training step: (client, step, steps, loss).
         say: told in a line what is being done.
 
     Raises:
         ConfigError: settings that contradict each other, or a run folder of other settings.
-        DataError: data that cannot be used.
+        DataError: data that cannot be used, or other data than the run began with.
         ModelError: a base that cannot be loaded; a folder that is in use or holds something else.
     """
+    loaded = _load(config, out, resume=resume, server_round=server_round, on_step=on_step, say=say)
+    config, method, local = loaded.config, loaded.method, loaded.local
+    folder = RunFolder(out, keep=config.run.keep_rounds)
+    try:
+        resumed = folder.resume(server_round) if resume else None
+        if resumed:
+            model, state = resumed
+            model.base.check(local.identity)
+            check_data(out, loaded.data)
+            if method.personal:
+                check_personal(out, state.run_id, _last_trained(folder.rows))
+        else:
+            model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
+            state = ServerState(secrets.token_hex(16))
+        plan = make_plan(config, local, model, loaded.clients, method)
+    except BaseException:
+        folder.close()
+        raise
+    return Run(
+        config, method, folder, local, loaded.locals, loaded.clients, model, state, plan,
+        partition_table(loaded.parties), loaded.data,
+    )  # fmt: skip
+
+
+def plan_run(
+    config: Config, out: Path, *, resume: bool = False, say: Callable[[str], None] = lambda text: None
+) -> tuple[Plan, list[Client]]:
+    """Make the plan of a run without touching its directory, whether or not there is a run in it already.
+
+    Args:
+        config: The run.
+        out: Its directory.
+        resume: Check the settings and the data against those of the run in `out`.
+        say: Told in a line what is being done.
+
+    Raises:
+        FedMomentumError: See `prepare`.
+    """
+    loaded = _load(config, out, resume=resume, is_plan=True, say=say)
+    if resume and kept_rounds(out):
+        check_data(out, loaded.data)
+    model = loaded.local.initial(loaded.method).sent_in(wire_dtype(config.federation.downlink_dtype))
+    plan = make_plan(loaded.config, loaded.local, model, loaded.clients, loaded.method)
+    if not resume and (out / "config.toml").is_file():
+        there = f"{out} holds a run already; without --resume, or another --out, this run would be refused"
+        plan = replace(plan, warnings=(*plan.warnings, there))
+    return plan, loaded.clients
+
+
+def _load(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool,
+    server_round: int | None = None,
+    is_plan: bool = False,
+    on_step: Callable[[str, int, int, float], None] | None = None,
+    say: Callable[[str], None],
+) -> _Loaded:
+    """Check the settings, read the data and load the model; see `prepare`."""
     method = make_method(config)
     check_arguments(config.training.arguments)
     check_trackers(config.run.report_to)
     function = _training_function(config)
-    _check_folder(config, out, resume)
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    if resume:
+        config = follow(config, out)
+        refuse_missing(config)
+    if resume or not is_plan:
+        _check_folder(config, out, resume, server_round)
+    set_threads(config.run.threads)
     seed = config.run.seed
     say("Reading the data")
-    parties = _load_data(config)
+    parties = load_data(config)
     say(f"Loading {config.model.name}")
-    loaded = LoadedBase.of(config.model)
-    local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"), loaded=loaded)
+    base = LoadedBase.of(config.model)
+    local = LocalModel(config.model, config.lora, seed=derive(seed, "adapter"), loaded=base)
     clients = _tokenised(config, parties, local, out, function, on_step)
-    locals_ = _own_models(config, local, loaded, [client.client_id for client in clients])
-    folder = RunFolder(out, keep=config.run.keep_rounds)
-    try:
-        resumed = folder.resume() if resume else None
-        if resumed:
-            model, state = resumed
-            model.base.check(local.identity)
-        else:
-            model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
-            state = ServerState(secrets.token_hex(16))
-        plan = make_plan(config, local, model, clients, method)
-    except BaseException:
-        folder.close()
-        raise
-    return Run(config, method, folder, local, locals_, clients, model, state, plan, partition_table(parties))
+    locals_ = _own_models(config, local, base, [client.client_id for client in clients])
+    data = fingerprints(parties, {client.client_id: (client.train, client.test) for client in clients})
+    return _Loaded(config, method, local, locals_, clients, parties, data)
+
+
+def set_threads(threads: int) -> None:
+    """Have torch use so many threads; 0: as many as there are cores."""
+    torch.set_num_threads(threads if threads > 0 else os.cpu_count() or 1)
+
+
+def _last_trained(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the clients whose training has counted in a run, each with the last round in which it did."""
+    found = {}
+    for row in rows:
+        for client in row["accepted"]:
+            found[client] = row["round"]
+    return found
 
 
 def _own_models(config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]) -> dict[str, LocalModel]:
@@ -176,14 +270,17 @@ def _own_models(config: Config, local: LocalModel, loaded: LoadedBase, names: Se
         own = lora.of(name)
         if not any(own == other for other, _ in made):
             seed = derive(config.run.seed, "adapter")
-            made.append((own, LocalModel(config.model, lora, seed=seed, own=own, loaded=loaded)))
+            try:
+                made.append((own, LocalModel(config.model, lora, seed=seed, own=own, loaded=loaded)))
+            except (AdapterError, ConfigError) as error:
+                raise ConfigError(f"lora.clients.{name}: {error}") from error
         found[name] = next(model for other, model in made if other == own)
     return found
 
 
 def party_names(config: Config) -> list[str]:
     """The parties that the configuration's data is divided among, sorted."""
-    return sorted(config.data.client_files) or [party.client_id for party in _load_data(config)]
+    return sorted(config.data.client_files) or [party.client_id for party in load_data(config)]
 
 
 def prepare_party(
@@ -213,13 +310,13 @@ def prepare_party(
     """
     check_arguments(config.training.arguments)
     function = _training_function(config)
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    set_threads(config.run.threads)
     if (files := config.data.client_files) and client_id in files:
         config = replace(config, data=replace(config.data, client_files={client_id: files[client_id]}))
     elif files:
         raise ConfigError(f"data.client-files names {', '.join(sorted(files))}; this client is {client_id}")
     say("Reading the data")
-    parties = {party.client_id: party for party in _load_data(config)}
+    parties = {party.client_id: party for party in load_data(config)}
     if client_id not in parties:
         raise ConfigError(f"the data is divided among {', '.join(parties)}; this client is {client_id}")
     if local is None:
@@ -234,12 +331,10 @@ def prepare_party(
 def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
     model = local.initial(client.method)
-    settings = train_settings(config, 1, client.client_id, config.training.learning_rate)
-    own = own_facts(local.own, local.is_mixed or client.method.prunes)
-    one_step = settings | {"local_steps": 1, "local_epochs": None, "own": own}
-    return encode_task(
-        Task("train", "rehearsal", client.client_id, 1, model.manifest(), model.objects(), settings=one_step)
-    )
+    lora = ClientLora.of(local.own, local.is_mixed or client.method.prunes)
+    request = train_request(config, 1, client.client_id, config.training.learning_rate, lora)
+    one_step = msgspec.structs.replace(request, manifest=model.manifest(), local_steps=1, local_epochs=None)
+    return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))
 
 
 def run_over(
@@ -248,49 +343,59 @@ def run_over(
     out: Path,
     *,
     resume: bool = False,
+    server_round: int | None = None,
     observer: Observer = lambda event, facts: None,
+    data: Mapping[str, Fingerprint] | None = None,
 ) -> GlobalModel:
     """Run a federation whose clients are elsewhere; neither data nor base model are needed here.
 
     Args:
         transport: reaches the clients.
-        config: the run; `[data]` does not count here.
+        config: the run; `[data]` does not count here, unless `data` is given.
         out: its folder.
         resume: go on with what is in `out`; without it `out` must be new or empty.
+        server_round: resume from this round instead of the last one; the rounds after it are done again.
         observer: told of progress, and of the plan: `("plan", asdict(plan))`.
+        data: fingerprints of the clients' data, where this process knows it.
 
     Raises:
         ConfigError: settings that contradict each other, or a run folder of other settings.
+        DataError: other data than the run began with.
         ModelError: a folder that is in use or holds something else.
         QuorumError: see `run_rounds` and `enrol`.
     """
     method = make_method(config)
     check_arguments(config.training.arguments)
     check_trackers(config.run.report_to)
-    _check_folder(config, out, resume)
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    _check_folder(config, out, resume, server_round, data_counts=data is not None)
+    set_threads(config.run.threads)
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
-        resumed = folder.resume() if resume else None
+        resumed = folder.resume(server_round) if resume else None
         if resumed:
             model, state = resumed
+            if data is not None:
+                check_data(out, data)
+            folder.describe(to_toml(config), state.run_id, data=data)
         else:
             state = ServerState(secrets.token_hex(16))
             enrolment = enrol(transport, config, state.run_id, method)
             model, facts = enrolment.model.sent_in(wire_dtype(config.federation.downlink_dtype)), enrolment.facts
             plan = served_plan(config, model, method, facts)
             observer("plan", asdict(plan))
-            write_atomically(out / "config.toml", to_toml(config).encode())
-            write_json(out / "plan.json", asdict(plan))
-            write_json(
-                out / "partition.json",
-                {c: {"train": {"": f["num_train"]}, "test": {"": f["num_test"]}} for c, f in facts.items()},
+            folder.describe(
+                to_toml(config),
+                state.run_id,
+                plan=asdict(plan),
+                partition={c: {"train": {"": f.num_train}, "test": {"": f.num_test}} for c, f in facts.items()},
+                environment={
+                    **_here(),
+                    "base_sha256": model.base.sha256,
+                    "tokenizer_sha256": model.base.tokenizer_sha256,
+                    "clients": {c: f"{f.threads} threads, {f.dtype}, {f.versions}" for c, f in facts.items()},
+                },
+                data=data,
             )
-            write_json(
-                out / "environment.json",
-                {**_here(), "base_sha256": model.base.sha256, "tokenizer_sha256": model.base.tokenizer_sha256,
-                 "clients": {c: f"{f['threads']} threads, {f['dtype']}, {f['versions']}" for c, f in facts.items()}},
-            )  # fmt: skip
         with reported(config.run.report_to, folder, state.run_id, observer) as observe:
             return run_rounds(
                 transport, method=method, model=model, state=state, config=config, folder=folder, observer=observe
@@ -321,34 +426,42 @@ def _training_function(config: Config) -> TrainFunction:
     return function
 
 
-def _check_folder(config: Config, out: Path, resume: bool) -> None:
-    """A fresh run wants a fresh folder; a resumed one its own settings."""
-    saved = out / "config.toml"
+def _check_folder(
+    config: Config, out: Path, resume: bool, server_round: int | None = None, *, data_counts: bool = True
+) -> None:
+    """A fresh run wants a fresh folder; a resumed one its own settings. Where things are may have changed."""
     if not resume:
-        if saved.is_file():
+        if (out / "config.toml").is_file() or kept_rounds(out):
             raise ModelError(f"{out} holds a run already; go on with it by --resume, or choose another --out")
         if out.is_dir() and any(
             file.name not in (".lock", "rounds", "server.log", "status.json") for file in out.iterdir()
         ):
             raise ModelError(f"{out} is not empty and holds no run; choose another --out")
         return
-    if not saved.is_file():
+    began = saved_settings(out, server_round)
+    if began is None:
         return
-    changed = [key for key in differences(load_config(saved), config) if key not in _MAY_CHANGE]
+    changed = [key for key in differences(began, config) if key not in MAY_CHANGE]
+    if not data_counts:
+        changed = [key for key in changed if not key.startswith("data.")]
+    else:  # the content is compared
+        changed = [key for key in changed if key not in LOCATIONS]
+        if began.data.client_files.keys() != config.data.client_files.keys():
+            changed.append("data.client-files")
     if changed:
         raise ConfigError(
-            f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with its own "
-            f"configuration, {saved}, or start anew in another --out"
+            f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with its own settings, "
+            f"{out / 'config.toml'} as the run wrote it (its checkpoints hold them too), or start anew in another --out"
         )
 
 
-_MAY_CHANGE = {
-    "federation.num-rounds", "federation.quorum", "federation.round-seconds", "federation.join-seconds",
-    "run.keep-rounds", "run.report-to",
-}  # fmt: skip
+def load_data(config: Config) -> list[ClientData]:
+    """Every client's examples, as `[data]` has them.
 
-
-def _load_data(config: Config) -> list[ClientData]:
+    Raises:
+        ConfigError: no data is named.
+        DataError: data that cannot be used.
+    """
     data = config.data
     if not data.source and not data.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
@@ -363,6 +476,13 @@ def _load_data(config: Config) -> list[ClientData]:
     )  # fmt: skip
 
 
+def held_out_order(config: Config, party: ClientData) -> list[Example]:
+    """A client's held-out examples in the drawn order in which evaluations take them."""
+    test = list(party.test)
+    random.Random(derive(config.run.seed, "test order", party.client_id)).shuffle(test)
+    return test
+
+
 def _tokenised(
     config: Config,
     parties: Sequence[ClientData],
@@ -373,22 +493,33 @@ def _tokenised(
 ) -> list[Client]:
     """Each client's examples as tokens, once for the whole run; held-out ones in a drawn order."""
     limits: dict[str, Any] = {"max_length": config.data.max_length, "max_lost_share": config.data.max_lost_share}
-    training, clients = config.training, []
+    base = local.peft.get_base_model()
+    check_max_length(base, config.data.max_length)
+    training = config.training
+    clients = []
     for party in parties:
-        test = list(party.test)
-        random.Random(derive(config.run.seed, "test order", party.client_id)).shuffle(test)
-        train_examples = tokenise(party.train, local.tokenizer, owner=party.client_id, **limits)
+        test = held_out_order(config, party)
+        held_out = f"{party.client_id} (held out)"
+        train_tokens = tokenise(party.train, local.tokenizer, owner=party.client_id, **limits)
+        test_tokens = tokenise(test, local.tokenizer, owner=held_out, **limits) if test else NOTHING
+        check_token_ids(base, train_tokens.input_ids, party.client_id)
+        check_token_ids(base, test_tokens.input_ids, held_out)
         check_amount(
-            len(train_examples), local_steps=training.local_steps, local_epochs=training.local_epochs,
-            batch_size=training.batch_size, arguments=training.arguments, owner=party.client_id,
-        )  # fmt: skip
+            len(train_tokens),
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+            batch_size=training.batch_size,
+            arguments=training.arguments,
+            owner=party.client_id,
+        )
         clients.append(
             Client(
                 party.client_id,
-                train_examples,
-                tokenise(test, local.tokenizer, owner=f"{party.client_id} (held out)", **limits) if test else NOTHING,
+                train_tokens,
+                test_tokens,
                 method=make_method(config),
                 store=out,
+                keep_rounds=config.run.keep_rounds,
                 function=function,
                 on_step=on_step,
             )
@@ -410,24 +541,30 @@ def make_plan(config: Config, local: LocalModel, model: GlobalModel, clients: Se
         warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
     if config.evaluation.every and not any(len(client.test) for client in clients):
         warnings.append("no client holds out examples; nothing will be evaluated")
+    positions, _ = max_positions(local.peft.get_base_model())
+    if positions is not None and longest > positions:
+        warnings.append(
+            f"the longest example has {longest} tokens and the model was made for {positions}; "
+            f"data.max-length = {positions} cuts them"
+        )
     memory = weights + 4 * traffic.uplink + activations + 700 * 2**20
     return _plan(config, model, method, traffic, len(clients), local.num_parameters, memory, warnings)
 
 
-def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Mapping[str, Any]]) -> Plan:
+def served_plan(config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Description]) -> Plan:
     """The plan of a run over a network; its memory is the server's."""
     traffic = _traffic(config, model.adapter, method, len(facts))
     warnings = []
-    short = [client for client, fact in facts.items() if fact["num_train"] < config.training.batch_size]
+    short = [client for client, fact in facts.items() if fact.num_train < config.training.batch_size]
     if short:
         warnings.append(f"fewer examples than a batch: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}")
-    if config.evaluation.every and not any(fact["num_test"] for fact in facts.values()):
+    if config.evaluation.every and not any(fact.num_test for fact in facts.values()):
         warnings.append("no client holds out examples; nothing will be evaluated")
     # updates are on disk: in memory are a reply as bytes and tensors, what is sent in the message store and as it is
     # encoded, the base update and what a round makes of it as bytes and tensors, and one module's sum at work
     memory = 3 * traffic.uplink + 4 * traffic.adapter + 8 * traffic.residual + 2 * _update_bytes(config, traffic)
     memory += 4 * traffic.largest_sum + 400 * 2**20
-    parameters = max(fact["num_parameters"] for fact in facts.values())
+    parameters = max(fact.num_parameters for fact in facts.values())
     return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
 
 
@@ -521,14 +658,23 @@ def environment(local: LocalModel) -> dict[str, Any]:
     }
 
 
-def _write_environment(local: LocalModel, out: Path, resumed: bool) -> None:
-    now, file = environment(local), out / "environment.json"
-    if resumed and file.is_file():
-        before = json.loads(file.read_text())
-        changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            LOG.warning(
-                "resumed in another environment (%s differ): the rounds from here on may differ in their last bits",
-                ", ".join(changed),
-            )
-    write_json(file, now)
+def _warn_of_another_environment(now: Mapping[str, Any], out: Path) -> None:
+    """Warn where a run is resumed with other versions, threads or the like than it was made with.
+
+    Raises:
+        ModelError: If environment.json was damaged.
+    """
+    file = out / "environment.json"
+    try:
+        before, _ = read_facts(file, EnvironmentFile)
+    except FileNotFoundError:
+        LOG.warning("%s is missing: whether this is the run's environment is not known", file)
+        return
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy; or delete it, and resume without its check") from error
+    changed = [key for key in now if now[key] != before.get(key)]
+    if changed:
+        LOG.warning(
+            "resumed in another environment (%s differ): the rounds from here on may differ in their last bits",
+            ", ".join(changed),
+        )

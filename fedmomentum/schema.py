@@ -27,7 +27,7 @@ MAX_ITEMS = 200_000
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
-Seed = Annotated[int, Meta(ge=0, lt=2**64)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Size = Annotated[float, Meta(ge=0)]
 """A norm, a duration, a loss: finite and not negative."""
 Fraction = Annotated[float, Meta(ge=0, le=1)]

@@ -5,7 +5,6 @@ accelerate has the trackers; here is what goes into them and when. The server re
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,11 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from fedmomentum.checkpoint import RunFolder
-from fedmomentum.errors import ConfigError
+from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.files import write_json
+from fedmomentum.records import checksummed
 from fedmomentum.rounds import Observer
+from fedmomentum.run_files import ReportedFile, read_facts
 
 LOG = logging.getLogger("fedmomentum")
 FOLDER = "trackers"
@@ -80,7 +81,7 @@ def reported(names: Sequence[str], folder: RunFolder, run_id: str, observer: Obs
     out = folder.folder / FOLDER
     out.mkdir(exist_ok=True)
     file = out / "reported.json"
-    last: dict[str, int] = json.loads(file.read_text()) if file.is_file() else {}
+    last = _last_reported(file, run_id)
     trackers: dict[str, GeneralTracker] = {}
 
     def attempt(name: str, call: Callable[[], Any]) -> bool:
@@ -98,7 +99,7 @@ def reported(names: Sequence[str], folder: RunFolder, run_id: str, observer: Obs
         for name, tracker in list(trackers.items()):
             if step > last.get(name, -1) and attempt(name, partial(tracker.log, values, step=step)):
                 last[name] = step
-                write_json(file, last)
+                write_json(file, checksummed({"rounds": last, "run_id": run_id}))
 
     def observe(event: str, facts: Mapping[str, Any]) -> None:
         observer(event, facts)
@@ -118,6 +119,26 @@ def reported(names: Sequence[str], folder: RunFolder, run_id: str, observer: Obs
     finally:
         for name, tracker in list(trackers.items()):
             attempt(name, tracker.finish)
+
+
+def _last_reported(file: Path, run_id: str) -> dict[str, int]:
+    """Tracker to the last round that it was told of.
+
+    Raises:
+        ModelError: If the file was damaged, or is another run's.
+    """
+    try:
+        told, owner = read_facts(file, ReportedFile)
+        if owner != run_id:
+            raise ModelError(f"{file} is of another run")
+    except FileNotFoundError:
+        return {}
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. Restore it from a copy; or delete it, and the trackers are told of all rounds again"
+        ) from error
+    last: dict[str, int] = told["rounds"]
+    return last
 
 
 def _tracker(name: str, out: Path, title: str, run_id: str) -> GeneralTracker:

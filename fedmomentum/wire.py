@@ -68,14 +68,17 @@ def widened(tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> dic
     """The inverse of `narrowed`, in float32.
 
     Raises:
-        PayloadError: a factor in another dtype, or an exponent that is missing or no exponent; naming `name` and the
-            tensor.
+        PayloadError: a factor in another dtype, or an exponent that is missing, no exponent, or no factor's; naming
+            `name` and the tensor.
     """
     if dtype == torch.float32:
         return dict(tensors)
     result = {}
     for key, tensor in tensors.items():
         if key.endswith(EXPONENT):
+            factor = key.removesuffix(EXPONENT)
+            if dtype != torch.float16 or not factor.endswith(FACTORS) or factor not in tensors:
+                raise PayloadError(f"{name}: tensor {key} is the exponent of no factor in float16")
             continue
         if not key.endswith(FACTORS):
             result[key] = tensor

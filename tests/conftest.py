@@ -1,10 +1,34 @@
-"""No test reaches for a network, and tiny models are quickest on one thread."""
+"""No test reaches for a network, and tiny models are quickest on one thread; the command line in this process."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import sys
+
+import pytest
 import torch
+from rich.console import Console
+
+from fedmomentum import cli
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command in this process: `call(*words)` gives (exit code, standard output, standard error)."""
+    monkeypatch.setattr(cli, "OUT", Console(width=200, highlight=False))
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["fedmomentum", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -7,12 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fedmomentum.config import Config, from_dict
+from fedmomentum.files import safetensors_bytes
+from fedmomentum.messages import (
+    PROTOCOL,
+    ClientLora,
+    DescribeRequest,
+    Reply,
+    Task,
+    TrainRequest,
+    decode_reply,
+    decode_task,
+)
+from fedmomentum.records import checksummed
 from fedmomentum.run import Run, prepare
 from fedmomentum.training import TrainReport
-from fedmomentum.transport import Reply, decode_reply, decode_task, encode_reply
 from tests.tiny import tiny_llama
 
 WORDS = ("ab", "cd", "ef", "gh")
@@ -78,20 +90,71 @@ def start(config: Config, out: Path, *, function=nudge, resume: bool = False, ob
     return run
 
 
+def train_task(
+    client_id: str = "site0",
+    *,
+    server_round: int = 1,
+    manifest: dict[str, Any] | None = None,
+    objects: dict[str, bytes] | None = None,
+    **fields: Any,
+) -> Task:
+    """A task to train, of the run "run"; fields of the request as given."""
+    request = {
+        "manifest": manifest or {},
+        "lora": ClientLora(rank=2, lora_alpha=6.0, target_modules=["q_proj", "v_proj"], mixed=False),
+        "learning_rate": 0.1,
+        "local_steps": 1,
+        "local_epochs": None,
+        "batch_size": 1,
+        "arguments": {},
+        "seed": 0,
+        "probe_seed": 0,
+        "uplink_dtype": "float32",
+    }
+    return Task("run", client_id, server_round, TrainRequest(**request | fields), objects or {})
+
+
+def describe_task(client_id: str = "site0", *, adapter: bool = False) -> Task:
+    """A task to describe oneself, of the run "run"."""
+    return Task("run", client_id, 0, DescribeRequest(adapter=adapter))
+
+
 def altered(change: Callable[[dict[str, Any]], None], kind: str = "") -> Callable[..., bytes]:
-    """A lie, `(payload, honest) -> bytes`: the honest answer with fields altered, to tasks of that kind or to all."""
+    """A lie, `(payload, honest) -> bytes`: the honest answer with fields altered, to tasks of that kind or to all.
+
+    The fields are those of a reply, as JSON values; those of its answer are under `metrics`.
+    """
 
     def lie(payload: bytes, honest: Callable[[bytes], bytes]) -> bytes:
         task, answer = decode_task(payload), honest(payload)
         if kind not in ("", task.kind):
             return answer
-        reply = decode_reply(answer, task, 2**40)
-        fields = {name: getattr(reply, name) for name in Reply.__dataclass_fields__}
-        fields["metrics"], fields["tensors"] = dict(fields["metrics"]), dict(fields["tensors"])
+        fields = reply_fields(answer, task)
         change(fields)
-        return encode_reply(Reply(**fields))
+        return raw_reply(fields)
 
     return lie
+
+
+def reply_fields(answer: bytes, task: Task) -> dict[str, Any]:
+    """A reply's fields as JSON values, the answer's under `metrics`, and its tensors."""
+    reply = decode_reply(answer, task, 2**40)
+    fields = {name: getattr(reply, name) for name in Reply.HEAD if name != "answer"}
+    return fields | {"metrics": msgspec.to_builtins(reply.answer), "tensors": dict(reply.tensors)}
+
+
+def raw_reply(fields: dict[str, Any]) -> bytes:
+    """The bytes of a reply with these fields, whether they are right or not."""
+    head = {key: value for key, value in fields.items() if key not in ("metrics", "tensors")}
+    text = json.dumps({"protocol": PROTOCOL, **head, "answer": fields["metrics"]})
+    return safetensors_bytes(fields["tensors"], ("reply", text))
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a record as whoever writes it would: with a checksum that fits."""
+    table = json.loads(file.read_text())
+    change(table)
+    file.write_text(json.dumps(checksummed(table)))
 
 
 def timeless(out: Path) -> list[dict]:
@@ -101,11 +164,14 @@ def timeless(out: Path) -> list[dict]:
 
 
 def chain(out: Path) -> dict[str, dict]:
-    """The kept rounds' manifests without the run's random name."""
+    """The kept rounds' manifests without the run's random name and its settings, and hashes of what tells time."""
     found = {}
     for file in sorted((out / "rounds").glob("*.json")):
         manifest = json.loads(file.read_text())
         manifest["run"].pop("run_id")
+        manifest["run"].pop("settings")
+        manifest["run"]["metrics"].pop("sha256")
+        manifest.pop("sha256")
         found[file.name] = manifest
     return found
 

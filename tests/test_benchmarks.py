@@ -1,16 +1,24 @@
 """`python benchmarks` runs every script, and says of all of them what was met and what failed."""
 
+import importlib
 import importlib.util
 import json
+import math
+import os
+import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WRITES = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from common import Target, write_json
@@ -29,7 +37,16 @@ def runner(monkeypatch):
 
 
 def test_every_benchmark_is_run_and_writes_what_is_asked(runner):
-    helpers = {"__main__", "common", "plots"}
+    helpers = {
+        "__main__",
+        "common",
+        "plots",
+        "gpu_aggregation",
+        "gpu_models",
+        "gpu_rounds",
+        "gpu_tables",
+        "gpu_training",
+    }
     assert {file.stem for file in BENCHMARKS.glob("*.py")} - helpers == set(runner.SCRIPTS)
     for script in runner.SCRIPTS.values():
         text = script.read_text()
@@ -52,3 +69,125 @@ def test_one_that_fails_is_named_and_the_others_run(runner, tmp_path, monkeypatc
     ]  # fmt: skip
     assert written["failed"] == ["broken", "silent"] and written["benchmarks"]["good"]["rows"] == [7]
     assert written["limits"]["float32"] > 0 and written["seconds"].keys() == scripts.keys()
+
+
+def test_the_gpu_is_measured_where_there_is_one(runner, monkeypatch):
+    others = [name for name in runner.NAMES if name != "gpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runner.default_names() == others
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runner.default_names() == [*others, "gpu"]
+
+
+@pytest.fixture(scope="module")
+def gpu_trial(tmp_path_factory):
+    """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that."""
+    file = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "COLUMNS": "150", "OMP_NUM_THREADS": "1"}
+
+    def run(*options: str) -> str:
+        command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = run("--tiny", "--device", "cpu", "--json", str(file))
+    return json.loads(file.read_text()), printed, run("--render", str(file))
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial):
+    measured, _, _ = gpu_trial
+    assert measured["failed"] == {} and measured["skipped"] == {} and measured["tiny"]
+    assert measured["environment"]["device"]["name"] == "cpu"
+    for row in measured["rounds"]["rows"]:
+        # something was trained and merged, and all of it arrives: in probes, in forwards and in both exports
+        assert row["exactness_error"] < 1e-6 and row["applied_share"] == pytest.approx(1, abs=1e-4)
+        assert row["forward_share"] == pytest.approx(1, abs=1e-5 if row["dtype"] == "float32" else 0.02)
+        assert row["change"] > 0.01 and max(row["merged_difference"], row["adapter_difference"]) < 1e-5
+        assert row["live_difference"] < (1e-5 if row["dtype"] == "float32" else 0.05)
+    shares = {(row["products"], row["residuals"]): row["share"] for row in measured["residuals"]["rows"]}
+    assert all(shares["float32", count] == pytest.approx(1, abs=1e-3) for count in (1, 10, 50))
+    assert shares["bfloat16 autocast", 1] < 0.5  # 16 bits let no more of one residual through
+    (size,) = measured["training"]
+    assert [row["ratio"] for row in size["speed"]][0] == 1 and all(
+        row["tokens_per_second"] > 0 for row in size["speed"]
+    )
+    assert size["client"]["rest"] is None  # a CPU's memory is not counted
+    layer = 2 * (2 * 64 * 64 + 2 * 32 * 64) // 2 + 3 * 64 * 128
+    assert size["adapted"] == 2 * layer and size["parameters"] == 2 * (layer + 2 * 64) + 64 + 2 * 128 * 64
+    for task in (size["round"]["train_task"], size["round"]["evaluate_task"]):
+        assert 0 < task["probes_share"] < 1 and task["merging"] + task["training"] + task["probes"] < task["whole"]
+
+
+def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_model(gpu_trial):
+    measured = gpu_trial[0]["aggregation"]
+    assert {row["path"] for row in measured["modules"]} <= {"iterated", "gram32", "gram64", "dense", "svd"}
+    assert all(row["error"] < 1e-6 for row in measured["modules"])
+    for row in measured["rounds"]:
+        mine = [one for one in measured["modules"] if (one["rank"], one["input"]) == (row["rank"], row["input"])]
+        assert sum(one["count"] for one in mine) == 7
+        for side in ("device", "cpu", "published"):
+            assert row[side] == pytest.approx(32 * sum(one["count"] * one[side] for one in mine))
+        assert row["whole"] > 0
+
+
+def test_the_gpu_benchmark_renders_its_file_as_it_printed_it(gpu_trial):
+    measured, printed, rendered = gpu_trial
+    assert rendered.strip() in printed
+    for row in measured["rounds"]["rows"]:
+        assert f"| {row['exactness_error']:.1e} | {row['applied_share']:.5f} | {row['forward_share']:.5f} |" in rendered
+    for row in measured["training"][0]["speed"]:
+        assert f"| {row['side']} | {row['tokens_per_second']:.0f} | {row['ratio']:.3f} |" in rendered
+    for table in re.findall(r"(?:^\|.*\n)+", rendered, re.MULTILINE):
+        assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
+
+
+@pytest.fixture
+def importing(monkeypatch):
+    """Import scripts of the folder by their names, for one test."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    ours = [name for name, module in sys.modules.items() if str(BENCHMARKS) in str(getattr(module, "__file__", ""))]
+    for name in ours:
+        del sys.modules[name]
+
+
+def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monkeypatch, tmp_path):
+    gpu, models = importing("gpu"), importing("gpu_models")
+    asked = []
+
+    def measure_size(size, folder, device, budget):
+        asked.append(size.name)
+        if size.name == "broken":
+            raise RuntimeError("out of memory\nand so on")
+        return {"size": size.name, "round": {"evaluate_task": None}}, []
+
+    monkeypatch.setattr(gpu, "measure_size", measure_size)
+    expected = {"good": 20.0, "broken": 30.0, "large": 5000.0}
+    sizes = [replace(models.TINY, name=name, seconds=seconds) for name, seconds in expected.items()]
+    report = gpu.Report(torch.device("cpu"), tmp_path / "gpu.json", tiny=True)
+    gpu.run_sizes(torch.device("cpu"), sizes, models.Budget(1000), 60.0, report)
+    report.keep()
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert asked == ["good", "broken"] and [one["size"] for one in written["training"]] == ["good"]
+    assert written["failed"] == {"training, broken": "RuntimeError: out of memory"}
+    (reason,) = written["skipped"].values()
+    # as the first took no time, a size is expected to take eight tenths of its usual time, and 60 s are reserved
+    left = re.fullmatch(r"it would take about 4000 s, and (\d+) s were left for it", reason)
+    assert left and 800 < int(left[1]) <= 940
+    told = importing("gpu_tables").tables(written | {"training": []})
+    assert f"Not measured: training, large: {reason}." in told
+    assert "Failed: training, broken: RuntimeError: out of memory." in told
+
+
+def test_what_the_gpu_benchmark_shares(importing):
+    models, tables = importing("gpu_models"), importing("gpu_tables")
+    with models.watch_memory(torch.device("cpu")) as grown:
+        pass
+    assert math.isnan(grown.peak) and tables.gibibytes(grown.peak) == tables.gibibytes(None) == "–"
+    assert tables.gibibytes(3 * 2**29) == "1.50"
+    assert [round(size.parameters() / 1e9, 2) for size in models.SIZES.values()] == [1.24, 3.21, 8.03]
+    before = torch.get_float32_matmul_precision()
+    with models.float32_products("high"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before

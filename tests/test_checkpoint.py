@@ -7,7 +7,8 @@ import pytest
 
 from fedmomentum import files
 from fedmomentum.errors import ModelError
-from fedmomentum.global_model import GlobalModel, kept_rounds
+from fedmomentum.folders import kept_rounds, round_file
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.run import prepare
 from tests.runs import chain, nudge, objects, start, timeless, tiny_config
 
@@ -132,10 +133,13 @@ def test_the_last_rounds_and_the_best_are_kept_and_nothing_else(whole):
     assert kept_rounds(whole) == sorted({1, 2, best})
     assert GlobalModel.load(whole, "best").server_round == best
     assert GlobalModel.load(whole).server_round == 2
-    named = set()
+    named, models = set(), set()
     for server_round in kept_rounds(whole):
-        named |= set(GlobalModel.load(whole, server_round).objects())
+        models |= set(GlobalModel.load(whole, server_round).objects())
+        named |= json.loads(round_file(whole, server_round).read_text())["sizes"].keys()
     assert {f"{name}.safetensors" for name in named} == objects(whole)
+    start = set(json.loads(round_file(whole, 1).read_text())["run"]["started_from"])
+    assert named - models == start - models  # so that the older round can be gone on from too
     with pytest.raises(ModelError, match=r"keeps the rounds .* round 1 is not|keeps the rounds"):
         GlobalModel.load(whole, 99)
 
@@ -145,5 +149,5 @@ def test_a_damaged_metrics_file_is_refused_rather_than_continued(config, tmp_pat
     start(config, out)
     rows = (out / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text("\n".join([rows[0], *rows[2:]]) + "\n")
-    with pytest.raises(ModelError, match="lacks rows"):
+    with pytest.raises(ModelError, match="metrics.jsonl has 2 rows, and 3 were committed"):
         prepare(config, out, resume=True)

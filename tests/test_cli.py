@@ -11,34 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from fedmomentum import cli
 from fedmomentum.aggregation import METHODS
 from fedmomentum.config import to_toml
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.lowrank import LowRank
 from tests.runs import chain, start, timeless, tiny_config, write_data
 from tests.tiny import tiny_llama
-
-
-def fedmomentum(*arguments, monkeypatch, capsys):
-    """The command in this process: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["fedmomentum", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "OUT", Console(width=200, highlight=False))
-    return lambda *arguments: fedmomentum(*arguments, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +71,7 @@ def test_run_from_a_users_files_to_results(folder, tmp_path, call):
     assert (out / "report.html").stat().st_size > 10_000
     assert len(timeless(out)) == 2
     partition = json.loads((out / "partition.json").read_text())
-    assert set(partition) == set(files)
+    assert set(partition["clients"]) == set(files)
     code, _, err = call("run", config, "federation.num-rounds=1", "--out", out)
     assert code == 2 and "holds a run already" in err and "Traceback" not in err
     code, printed, _ = call("run", out / "config.toml", "federation.num-rounds=2", "--out", out, "--resume")

@@ -19,7 +19,7 @@ def write(folder, text):
 def test_toml_round_trips(tmp_path):
     config = from_dict(
         {
-            "data": {"client-files": {'odd "name" \\ é\n': "x.jsonl"}, "partition": "sizes", "sizes": [1, 2.5]},
+            "data": {"client-files": {'odd "name" \\ é': "x\n.jsonl"}, "partition": "sizes", "sizes": [1, 2.5]},
             "training": {"local-epochs": 1.5, "arguments": {"weight_decay": 0.01, "optim": "adamw_torch"}},
             "method": {"settings": {"split": "aligned", "energy": 0.99}},
             "lora": {"target-modules": ["q_proj", "v_proj"]},
@@ -114,5 +114,5 @@ def test_every_key_is_documented():
 def test_the_shipped_configuration_is_valid():
     from pathlib import Path
 
-    config = load_config(Path(__file__).parent.parent / "configs" / "default.toml")
+    config = load_config(Path(__file__).parent.parent / "fedmomentum" / "configs" / "default.toml")
     assert config.data.source == "reasoning-gym" and config.method.name == "fedmomentum"

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,17 +21,20 @@ from fedmomentum.aggregation.whole import AdapterAggregate
 from fedmomentum.checkpoint import RunFolder, ServerState
 from fedmomentum.client import client_step
 from fedmomentum.consolidation import Recipe, consolidated, delivery, is_due, remade, snapshot, worth_keeping
-from fedmomentum.errors import FedMomentumError, ModelError
+from fedmomentum.errors import FedMomentumError, ModelError, PayloadError
 from fedmomentum.files import read_safetensors, safetensors_bytes
 from fedmomentum.global_model import Blob, GlobalModel
 from fedmomentum.identity import BaseIdentity
 from fedmomentum.lowrank import LowRank
+from fedmomentum.messages import decode_task, encode_task
 from fedmomentum.run import prepare_party, run_over
+from fedmomentum.schema import parse_json
 from fedmomentum.sums import as_dense
-from fedmomentum.transport import Failure, InProcessTransport, decode_task, encode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.helpers import error, generator, random_matrix
 from tests.runs import chain, nudge, objects, timeless, tiny_config
 
+RECIPE = {"makes": "0" * 64, "onto": None, "parts": [], "ties": "0" * 64}
 NO_TIES = Blob(safetensors_bytes({}))
 
 
@@ -195,11 +199,15 @@ def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
     assert largest and max(largest) <= 2000
 
 
-def test_overflow_and_nan_are_the_servers_too():
-    huge = Blob.of({"m": LowRank(torch.full((2, 1), 1e38), torch.tensor([[1.0, 3.4028236, 10.0, float("nan")]]))})
-    made, ties = snapshot([huge])
-    assert made.matrices["m"][0, 2].isinf() and made.matrices["m"][0, 3].isnan()
-    assert remade([huge], ties, {"m": (2, 4)}).name == made.name
+def test_a_sum_beyond_float32_is_refused_before_anybody_adopts_it():
+    large = Blob.of({"m": LowRank(torch.full((2, 1), 1e38), torch.tensor([[1.0, 3.4028234, -2.0]]))})
+    made, ties = snapshot([large])
+    assert remade([large], ties, {"m": (2, 3)}).name == made.name
+    for parts in ([large, large], [Blob.of({"m": LowRank(torch.full((2, 1), 1e38), torch.full((1, 3), 10.0))})]):
+        with pytest.raises(ModelError, match="the sum of module m is beyond float32"):
+            snapshot(parts)
+        with pytest.raises(ModelError, match="the sum of module m is beyond float32"):
+            remade(parts, ties, {"m": (2, 3)})
 
 
 WRONG_TIES = {
@@ -232,7 +240,11 @@ def test_parts_of_other_modules_or_shapes_are_refused_before_anything_is_made():
 # ── what is sent ──
 
 A, B, C, D, E, F, S1, S2, S3, T1, T2, T3 = (c * 64 for c in "abcdef123789")
-RECIPES = (Recipe(S1, None, (A, B), T1), Recipe(S2, S1, (C, D), T2), Recipe(S3, S2, (E,), T3))
+RECIPES = (
+    Recipe(makes=S1, onto=None, parts=(A, B), ties=T1),
+    Recipe(makes=S2, onto=S1, parts=(C, D), ties=T2),
+    Recipe(makes=S3, onto=S2, parts=(E,), ties=T3),
+)
 SIZES = (
     {name: 30 for name in (A, B, C, D, E, F)} | {name: 100 for name in (S1, S2, S3)} | dict.fromkeys((T1, T2, T3), 1)
 )
@@ -260,14 +272,14 @@ def test_the_cheaper_way_is_taken(held, objects, recipes):
 
 
 def test_at_equal_cost_the_snapshot_is_downloaded():
-    recipe = [Recipe(S2, S1, (C,), T2)]
+    recipe = [Recipe(makes=S2, onto=S1, parts=(C,), ties=T2)]
     assert delivery([S2], {S1}, recipe, {**SIZES, S2: 31}.__getitem__).objects == {S2}
     assert delivery([S2], {S1}, recipe, {**SIZES, S2: 32}.__getitem__).objects == {C, T2}
 
 
 def test_a_part_that_comes_again_is_sent_once():
     """As FRLoRA's start, in every round."""
-    recipe = [Recipe(S1, None, (A, B, A, C, A), T1)]
+    recipe = [Recipe(makes=S1, onto=None, parts=(A, B, A, C, A), ties=T1)]
     way = delivery([S1, A, D], {A, B}, recipe, SIZES.__getitem__)
     assert way.objects == {C, T1, D} and way.size == 61
     way = delivery([S1, A, D], {B, C}, recipe, SIZES.__getitem__)
@@ -278,8 +290,8 @@ def test_without_the_link_in_between_or_in_a_circle_the_snapshot_is_sent():
     for recipes in (
         (RECIPES[0], RECIPES[2]),
         (),
-        (Recipe(S3, S3, (A,), T1),),
-        (Recipe(S3, S2, (A,), T1), Recipe(S2, S3, (A,), T1)),
+        (Recipe(makes=S3, onto=S3, parts=(A,), ties=T1),),
+        (Recipe(makes=S3, onto=S2, parts=(A,), ties=T1), Recipe(makes=S2, onto=S3, parts=(A,), ties=T1)),
     ):
         assert delivery([S3], {S1, C, D, E}, recipes, SIZES.__getitem__).objects == {S3}
     assert delivery([], {A}, RECIPES, SIZES.__getitem__).objects == frozenset()
@@ -295,14 +307,24 @@ def test_recipes_are_kept_while_they_can_be_worth_it():
 
 
 def test_recipes_from_elsewhere_are_checked():
-    good = asdict(RECIPES[1])
-    assert Recipe.read(json.loads(json.dumps(good))) == RECIPES[1]
+    good = msgspec.structs.asdict(RECIPES[1])
+    assert parse_json(json.dumps(good), Recipe, "a task") == RECIPES[1]
     for bad in (
         [], {**good, "parts": "abc"}, {**good, "parts": ["../../x"]}, {**good, "ties": None}, {**good, "more": 1},
         {**good, "makes": 7}, {**good, "onto": "../x"}, {k: v for k, v in good.items() if k != "onto"},
+        {**good, "parts": [A] * 5000},
     ):  # fmt: skip
-        with pytest.raises(ModelError):
-            Recipe.read(bad)
+        with pytest.raises(PayloadError, match="a task: "):
+            parse_json(json.dumps(bad), Recipe, "a task")
+
+
+def test_recipes_stay_few():
+    """What a client would have to look through is bounded, whatever a run has had."""
+    names = [f"{number:064x}" for number in range(201)]
+    many = [Recipe(makes=names[number + 1], onto=names[number], parts=(A,), ties=T1) for number in range(200)]
+    assert worth_keeping(many, lambda name: 0, 1) == tuple(many[-64:])
+    wide = [Recipe(makes=recipe.makes, onto=recipe.onto, parts=(A,) * 1000, ties=T1) for recipe in many]
+    assert worth_keeping(wide, lambda name: 0, 1) == tuple(wide[-4:])
 
 
 # ── many rounds ──
@@ -439,7 +461,7 @@ def undisturbed(folder, tmp_path_factory):
 
 def update_bytes(task):
     """Bytes of what a task brought for the base."""
-    adapter = {*task.manifest["adapter"].values()}
+    adapter = {*task.request.manifest["adapter"].values()}
     return sum(len(data) for name, data in task.objects.items() if name not in adapter)
 
 
@@ -450,7 +472,7 @@ def dense_of(model):
 def test_late_comers_of_a_run_download_one_snapshot_and_the_others_none(undisturbed):
     tasks, model, out = undisturbed
     dense, trained = dense_of(model), [task for task in tasks if task.kind == "train"]
-    assert any(task.settings["recipes"] for task in trained)
+    assert any(task.request.recipes for task in trained)
     largest = {name: max(update_bytes(task) for task in trained if task.client_id == name) for name in
                ("site0", "site1", "site2", "site3")}  # fmt: skip
     assert max(largest.values()) < dense + 1024 < 2 * dense  # headers of two small matrices
@@ -467,7 +489,7 @@ def test_late_comers_of_other_methods(folder, tmp_path, name):
     config = config_of(folder, method={"name": name}, federation={"num_rounds": 12})
     tasks, model = ran(config, tmp_path)
     trained = [task for task in tasks if task.kind == "train"]
-    assert any(task.settings["recipes"] for task in trained)
+    assert any(task.request.recipes for task in trained)
     assert max(map(update_bytes, trained)) < dense_of(model) + 1024
     rows = timeless(tmp_path / "run")
     assert all(row["failures"].keys() <= ABSENT.keys() for row in rows) and rows[-1]["failures"] == {}
@@ -477,7 +499,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(folder, u
     """Killed after the snapshot was made and before its round was saved, and in the round after."""
     tasks, _, whole = undisturbed
     config, parties = config_of(folder), parties_of(config_of(folder), tmp_path)
-    needed = sorted({task.server_round for task in tasks if task.settings.get("recipes")})
+    needed = sorted({task.server_round for task in tasks if getattr(task.request, "recipes", [])})
     for number, server_round in enumerate([*needed, needed[0] + 1 if needed[0] + 1 not in needed else 8]):
 
         def stop(event, facts, server_round=server_round):
@@ -501,7 +523,7 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
     told = []
 
     def alter(task):
-        recipes = [dict(recipe) for recipe in task.settings.get("recipes", [])]
+        recipes = [msgspec.structs.asdict(recipe) for recipe in getattr(task.request, "recipes", [])]
         if not recipes:
             return task
         last, sent = recipes[-1], dict(task.objects)
@@ -509,11 +531,11 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
         if what == "ties":
             sent[last["ties"]] = sent[last["ties"]][:-1] + b"?"
         elif what == "other ties":  # whole, under their own name, and wrong
-            module = next(iter(task.manifest["scalings"]))
+            module = next(iter(task.request.manifest["scalings"]))
             wrong = Blob(safetensors_bytes({f"{module}.index": torch.tensor([0]), f"{module}.value": torch.ones(1)}))
             last["ties"], sent[wrong.name] = wrong.name, wrong.data
         elif what == "a part":
-            wrong = Blob.of({m: random_matrix(16, 32, 1, seed=3) for m in task.manifest["scalings"]})
+            wrong = Blob.of({m: random_matrix(16, 32, 1, seed=3) for m in task.request.manifest["scalings"]})
             last["parts"], sent[wrong.name] = [wrong.name, *last["parts"][1:]], wrong.data
         elif what == "no part":
             last["parts"] = last["parts"][1:]
@@ -521,7 +543,8 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
             last["parts"] = [*last["parts"], *last["parts"]]
         else:
             last["makes"] = "0" * 64
-        return replace(task, objects=sent, settings={**task.settings, "recipes": recipes})
+        changed = [Recipe(**recipe) for recipe in recipes]
+        return replace(task, objects=sent, request=msgspec.structs.replace(task.request, recipes=changed))
 
     tasks, model, whole = undisturbed
     config = config_of(folder)
@@ -537,16 +560,22 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
     }
 
 
-@pytest.mark.parametrize("bad", ["x", [1], [{"makes": "../../x", "onto": None, "parts": [], "ties": "0" * 64}]])
+@pytest.mark.parametrize(
+    "bad",
+    ["x", [1], [{**RECIPE, "makes": "../../x"}], [RECIPE] * 100_000],
+    ids=["text", "numbers", "path", "many"],
+)
 def test_recipes_of_another_form_are_refused_by_name(folder, tmp_path, bad):
     config = config_of(folder, federation={"num_rounds": 1})
 
     def alter(task):
-        return replace(task, settings={**task.settings, "recipes": bad}) if task.client_id == "site1" else task
+        changed = msgspec.structs.replace(task.request, recipes=bad)
+        return replace(task, request=changed) if task.client_id == "site1" else task
 
     tasks, _ = ran(config, tmp_path, absent={}, alter=lambda task: alter(task) if task.kind == "train" else task)
     row = timeless(tmp_path / "run")[1]
-    assert list(row["failures"]) == ["site1"] and "ModelError" in row["failures"]["site1"]
+    assert list(row["failures"]) == ["site1"]
+    assert "PayloadError: a task: request.recipes" in row["failures"]["site1"]
 
 
 def test_a_snapshot_is_due_by_size_by_need_and_never_of_one_part():

@@ -20,11 +20,12 @@ from fedmomentum.diagnostics import (
     round_diagnostics,
     subspace_angle,
 )
+from fedmomentum.errors import ModelError
 from fedmomentum.global_model import GlobalModel, kept_rounds
 from fedmomentum.lowrank import LowRank
 from fedmomentum.sums import as_dense
 from tests.helpers import random_matrix
-from tests.runs import nudge, start, timeless, tiny_config
+from tests.runs import start, timeless, tiny_config
 
 SHAPES = {"a": (12, 9), "b": (7, 15)}
 SCALINGS = {"a": 3.0, "b": 0.5}
@@ -276,13 +277,12 @@ def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
     assert kept == {*GlobalModel.load(tmp_path / "parts").objects(), *state["started_from"], *state["merged"], *recipes}
 
 
-def test_a_checkpoint_from_before_they_were_measured_goes_on(folder, tmp_path):
+def test_a_checkpoint_that_does_not_say_what_they_are_measured_against_is_refused(folder, tmp_path):
     start(tiny_config(folder, federation={"num_rounds": 2}), tmp_path / "run")
     file = tmp_path / "run" / "rounds" / "0002.json"
     manifest = json.loads(file.read_text())
     for key in ("started_from", "merged"):
         del manifest["run"][key]
-    file.write_text(json.dumps(manifest))
-    start(tiny_config(folder, federation={"num_rounds": 4}), tmp_path / "run", resume=True, function=nudge)
-    rows = timeless(tmp_path / "run")
-    assert rows[3]["diagnostics"]["update_cosine"] is None and rows[4]["diagnostics"]["update_cosine"] is not None
+        file.write_text(json.dumps(manifest))
+        with pytest.raises(ModelError, match="0002.json: run: Object missing required field `started_from`"):
+            start(tiny_config(folder, federation={"num_rounds": 4}), tmp_path / "run", resume=True)

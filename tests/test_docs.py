@@ -1,6 +1,5 @@
 """The documentation is true where a machine can tell: its code runs, its links lead somewhere, its tables are whole."""
 
-import dataclasses
 import importlib
 import json
 import re
@@ -19,6 +18,7 @@ from fedmomentum.aggregation import METHODS, Method
 from fedmomentum.cli import app
 from fedmomentum.files import sha256
 from fedmomentum.lowrank import relative_error, weighted_sum
+from fedmomentum.schema import Schema
 from fedmomentum.training import PASSED_ON, check_arguments
 from tests import test_method_contract as contract
 from tests.helpers import TOLERANCE, random_matrix
@@ -296,7 +296,7 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
     manifest = json.loads((run_folder / "rounds" / "0002.json").read_text())
     for table in (manifest, manifest["base"], manifest["run"]):
         assert table.keys() <= told
-    assert manifest.keys() - {"run"} == GlobalModel.load(run_folder).manifest().keys()
+    assert manifest.keys() - {"run", "sizes", "sha256"} == GlobalModel.load(run_folder).manifest().keys()
     for file in run_folder.iterdir():
         assert re.search(rf"^{re.escape(file.name)}\b", page.read_text(), flags=re.MULTILINE), file.name
     for file in (run_folder / "objects").iterdir():
@@ -304,11 +304,12 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
 
 
 def test_every_field_of_the_wire_is_documented():
-    from fedmomentum.transport import Reply, Task
+    from fedmomentum import messages
 
     told = documented(ROOT / "docs" / "folder-formats.md")
-    for kind, in_tensors in ((Task, "objects"), (Reply, "tensors")):
-        assert {field.name for field in dataclasses.fields(kind)} - {in_tensors} <= told
+    for kind in vars(messages).values():
+        if isinstance(kind, type) and issubclass(kind, Schema):
+            assert set(kind.__struct_fields__) <= told, kind
 
 
 def test_the_results_are_those_of_the_committed_runs(monkeypatch):
@@ -316,6 +317,17 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "banking77")
     text = (ROOT / "docs" / "results.md").read_text()
     assert importlib.import_module("figures").tables().strip() in text
+
+
+def test_what_is_said_of_a_gpu_is_what_was_measured_on_one(monkeypatch):
+    """The section exists where its numbers do, and its tables are what the benchmark renders of them."""
+    text, numbers = (ROOT / "docs" / "performance.md").read_text(), ROOT / "docs" / "performance" / "gpu.json"
+    assert ("\n## On a GPU\n" in text) == numbers.is_file()
+    if numbers.is_file():
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        measured = json.loads(numbers.read_text())
+        assert not measured["tiny"] and measured["environment"]["device"]["driver"]
+        assert importlib.import_module("gpu_tables").tables(measured).strip() in text
 
 
 def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatch):

@@ -12,8 +12,9 @@ from fedmomentum.client import client_step
 from fedmomentum.errors import ConfigError, QuorumError
 from fedmomentum.files import safetensors_bytes
 from fedmomentum.global_model import GlobalModel, object_names
+from fedmomentum.messages import decode_task
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, decode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 from tests.tiny import tiny_llama
 
@@ -97,6 +98,33 @@ def _fill_b(fields):
             fields["tensors"][name] = tensor + 1
 
 
+def _factors(change):
+    """Alter every factor A of the adapter."""
+
+    def alter(fields):
+        for name, tensor in fields["tensors"].items():
+            if "lora_A" in name:
+                fields["tensors"][name] = change(tensor)
+
+    return alter
+
+
+def _rename(old, new):
+    """Rename a module in the adapter's tensors, and nowhere else."""
+
+    def alter(fields):
+        fields["tensors"] = {name.replace(old, new): tensor for name, tensor in fields["tensors"].items()}
+
+    return alter
+
+
+def _deep(levels):
+    value = 1
+    for _ in range(levels):
+        value = {"r": value}
+    return value
+
+
 def _metric(key, value):
     return lambda fields: fields["metrics"].update({key: value})
 
@@ -108,19 +136,40 @@ def _setting(key, value):
 
 
 BAD = {
-    "no hash": (_metric("sha256", None), "no hashes of its base model"),
-    "a count that is none": (_metric("num_train", -1), "lacks a count"),
-    "versions that are none": (_metric("versions", {"torch": 3}), "lacks the versions"),
-    "half a pair": (_drop_factor, "no pairs of factors"),
+    "no hash": (_metric("sha256", None), "answer.sha256: Expected `str`, got `null`"),
+    "a count that is none": (_metric("num_train", -1), "answer.num_train: Expected `int` >= 0"),
+    "versions that are none": (_metric("versions", {"torch": 3}), "answer.versions.*Expected `str`, got `int`"),
+    "half a pair": (_drop_factor, "lora_A.weight of its fresh adapter is missing"),
     "adds something": (_fill_b, "adds something already"),
     "another scaling": (lambda f: f["metrics"].update(scalings=dict.fromkeys(f["metrics"]["scalings"], 9.0)), "9.0"),
     "no scalings": (_metric("scalings", {}), "lacks the scalings"),
+    "a number of 400 digits": (_metric("num_train", 10**400), "answer.num_train"),
+    "settings without end": (_metric("adapter_config", _deep(400)), "adapter_config is nested deeper"),
+    "a name that moves the cursor": (_metric("dtype", "\x1b[2J"), "answer.dtype"),
+    "a mebibyte of name": (_metric("dtype", "x" * 2**20), "answer.dtype"),
+    "float64": (_factors(lambda t: t.double()), "in torch.float64; wanted"),
+    "one dimension": (_factors(lambda t: t.flatten()), "wanted .2, 32. in float32"),
+    "nothing in them": (_factors(lambda t: t[:0]), "wanted .2, 32. in float32"),
+    "another inner size": (_factors(lambda t: t[:1]), "wanted .2, 32. in float32"),
+    "not finite": (_factors(lambda t: t * float("nan")), "holds a number of size nan"),
+    "beyond all bounds": (_factors(lambda t: t * 1e30), "at most 10000 is accepted"),
+    "nothing that can train": (_factors(lambda t: t * 0), "rows of A that depend on each other"),
+    "one direction twice": (_factors(lambda t: t[:1].expand(2, -1).contiguous()), "rows of A that depend"),
+    "one module more": (
+        lambda f: (
+            f["tensors"].update({f"base_model.model.x.lora_{k}.weight": torch.ones(2, 2) for k in "AB"})
+            if f["tensors"]
+            else None
+        ),
+        "which it did not describe",
+    ),
+    "other modules": (_rename("q_proj", "x_proj"), "q_proj.lora_A.weight of its fresh adapter is missing"),
     "another alpha": (_setting("lora_alpha", 1), "lora_alpha = 1; wanted 6"),
     "a library to import": (_setting("auto_mapping", {"parent_library": "os"}), "auto_mapping"),
     "more than W + sBA": (_setting("use_dora", True), "use_dora"),
     "a whole module": (
         lambda f: f["tensors"].update({"base_model.model.x.weight": torch.ones(2)}) if f["tensors"] else None,
-        "trains no whole modules",
+        "which it did not describe",
     ),
 }
 
@@ -142,7 +191,7 @@ def test_the_commonest_base_is_the_runs_and_others_sit_out(folder, tmp_path, cap
     found = parties(config, tmp_path, ["site1", "site2"])
     found |= parties(replace(config, model=replace(config.model, name=str(other))), tmp_path, ["site0"])
     run_over(InProcessTransport(steps(found)), config, tmp_path / "over")
-    assert "site0 holds another base model" in caplog.text
+    assert "site0 has another base model" in caplog.text
     row = timeless(tmp_path / "over")[1]
     assert row["accepted"] == ["site1", "site2"] and "the base model differs" in row["failures"]["site0"]
 
@@ -153,7 +202,27 @@ def test_a_client_with_another_lora_is_refused_by_name(folder, tmp_path):
     found |= parties(replace(config, lora=replace(config.lora, lora_alpha=4.0)), tmp_path, ["site2"])
     run_over(InProcessTransport(steps(found)), config, tmp_path / "over")
     reason = timeless(tmp_path / "over")[1]["failures"]["site2"]
-    assert "the run has this client train {'lora_alpha': 6.0" in reason and "'lora_alpha': 4.0" in reason
+    assert "the run has this client train {'rank': 2, 'lora_alpha': 6.0" in reason and "'lora_alpha': 4.0" in reason
+
+
+def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
+    """One that names other modules, or another base, decides nothing, whatever its name sorts before."""
+    config = tiny_config(folder, federation={"num_rounds": 1})
+    honest = steps(parties(config, tmp_path))
+
+    def another_module(fields):
+        for key in ("shapes", "scalings"):
+            fields["metrics"][key] = {n.replace("q_proj", "x_proj"): v for n, v in fields["metrics"][key].items()}
+        fields["tensors"] = {n.replace("q_proj", "x_proj"): t for n, t in fields["tensors"].items()}
+
+    spoilt = honest | {"site0": lambda payload: altered(another_module, "describe")(payload, honest["site0"])}
+    model = run_over(InProcessTransport(spoilt), config, tmp_path / "over")
+    assert not any("x_proj" in module for module in model.adapter.modules)
+    assert "site0 adapts other modules than the run" in caplog.text
+    two = {name: spoilt[name] for name in ("site0", "site1")}
+    with pytest.raises(QuorumError, match="disagree on the base model or on what is adapted.*site0: .*; site1: "):
+        run_over(InProcessTransport(two), config, tmp_path / "two")
+    assert not (tmp_path / "two" / "config.toml").exists()
 
 
 def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):

@@ -16,10 +16,11 @@ from fedmomentum.consolidation import consolidated, is_due
 from fedmomentum.diagnostics import applied_share, probe, probe_vectors
 from fedmomentum.errors import ModelError, PayloadError
 from fedmomentum.export import one_adapter
-from fedmomentum.files import read_safetensors
+from fedmomentum.files import read_safetensors, safetensors_bytes
 from fedmomentum.global_model import Blob, object_file
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.lowrank import LowRank
+from fedmomentum.records import checksummed
 from fedmomentum.sums import as_dense
 from tests.helpers import error, generator, random_matrix
 from tests.tiny import tiny_gpt2, tiny_llama
@@ -108,41 +109,121 @@ def test_what_is_not_ours_or_newer_or_damaged_is_refused_by_name(tmp_path):
     manifest = json.loads(file.read_text())
 
     def refused(match, **changes):
-        file.write_text(json.dumps({**manifest, **changes}))
+        file.write_text(json.dumps(checksummed({**manifest, **changes})))
         with pytest.raises(ModelError, match=match):
             GlobalModel.load(tmp_path)
 
-    refused("format_version 3; this fedmomentum reads 2", format_version=3)
+    refused("format_version 2; this fedmomentum reads 3", format_version=2)
+    refused("format_version 4; this fedmomentum reads 3", format_version=4)
+    refused("format_version True; this fedmomentum reads 3", format_version=True)
     refused("is not a fedmomentum global model", format="else")
     refused("was stated", version="0" * 64)
     refused("scalings", scalings={})
-    refused("no SHA-256", adapter={"A": "../../etc/passwd"})
-    refused("names no objects", adapter="../../etc/passwd")
+    refused("global_model.json: adapter.A: Expected `str` matching regex", adapter={"A": "../../etc/passwd"})
+    refused("global_model.json: adapter: Expected `object`", adapter="../../etc/passwd")
+    refused("global_model.json: round: Expected `int` >= 0", round=-1)
+    refused("global_model.json: scalings.*Expected `float` > 0", scalings=dict.fromkeys(SHAPES, 0.0))
+    refused("unknown field `more`", more=1)
+    refused("nested deeper", adapter_config=json.loads('{"a":' * 50 + "1" + "}" * 50))
     file.write_text("{")
-    with pytest.raises(ModelError, match="not JSON"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         GlobalModel.load(tmp_path)
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps({**manifest, "scalings": dict.fromkeys(SHAPES, 3.0)}))
+    with pytest.raises(ModelError, match="global_model.json was damaged or altered since it was written"):
+        GlobalModel.load(tmp_path)
+    file.write_text(json.dumps(manifest))  # laid out in another way
+    assert GlobalModel.load(tmp_path).version == model.version
     blob = object_file(tmp_path, manifest["base_update"][0])
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
     with pytest.raises(ModelError, match="does not match its hash"):
         GlobalModel.load(tmp_path)
+    blob.write_bytes(content[:-1])
+    with pytest.raises(ModelError, match=f"has {len(content) - 1} bytes, {len(content)} were written"):
+        GlobalModel.load(tmp_path)
     blob.unlink()
     with pytest.raises(ModelError, match="lacks the object"):
+        GlobalModel.load(tmp_path)
+    blob.mkdir()
+    with pytest.raises(ModelError, match="is no regular file"):
         GlobalModel.load(tmp_path)
     with pytest.raises(ModelError, match="neither a global model"):
         GlobalModel.load(tmp_path / "nowhere")
 
 
-def test_objects_that_are_no_base_update_are_refused():
-    from fedmomentum.files import safetensors_bytes
+def test_a_manifest_from_the_wire_is_checked_by_the_same_type():
+    model, _ = after_rounds(2)
+    objects = model.objects()
 
+    def received(**changes):
+        return GlobalModel.from_manifest({**model.manifest(), **changes}, lambda name: Blob(objects[name]), "a task")
+
+    assert received().manifest() == model.manifest()
+    for changes, match in (
+        ({"base": {"name": "base"}}, "a task: base: Object missing required field `revision`"),
+        ({"base_update": ["x"]}, r"a task: base_update\[0\]: Expected `str` matching"),
+        ({"round": 10**400}, "a task: round"),
+        ({"scalings": {"a": float("nan")}}, "a task: scalings"),
+        ({"sizes": {}}, "unknown field `sizes`"),
+        ({"adapter": {"A": model.manifest()["adapter"]["A"]}}, "missing required field `B`"),
+        ({"adapter": dict.fromkeys("AB", model.manifest()["adapter"]["A"])}, "comes twice"),
+    ):
+        with pytest.raises(ModelError, match=match):
+            received(**changes)
+
+
+def test_objects_whose_tensors_do_not_fit_the_model_are_refused_by_name():
+    model, _ = after_rounds(1)
+    module = next(iter(SHAPES))
+    factor = f"base_model.model.{module}.lora_B.weight"
+    B = read_safetensors(model.adapter_objects["B"].data, "")[0]
+
+    def received(kind, tensors):
+        """The model with one object in place of its own, and the manifest that names it."""
+        blob, manifest = Blob(safetensors_bytes(tensors)), model.manifest()
+        objects = {**model.objects(), blob.name: blob.data}
+        if kind == "base_update":
+            manifest["base_update"] = [blob.name]
+        else:
+            manifest["adapter"] = {**manifest["adapter"], kind: blob.name}
+        return GlobalModel.from_manifest(manifest, lambda name: Blob(objects[name]), "a task")
+
+    nan = torch.full_like(B[factor], float("nan"))
+    for kind, tensors, match in (
+        ("B", {**B, factor: nan}, f"a task: tensor {factor} holds NaN or Inf"),
+        ("B", {**B, factor: B[factor][0]}, "is float32 .2,.; wanted a float32 matrix"),
+        ("B", {**B, factor: torch.zeros(32, 5)}, "must be .out, rank. and A .rank, in."),
+        ("B", {**B, "stray.weight": nan}, "stray.weight does not belong to an adapter"),
+        ("B", {name: tensor for name, tensor in B.items() if name != factor}, "without its other factor"),
+        ("B", {name: tensor.double() for name, tensor in B.items()}, "factors are torch.float64|float64"),
+        ("base_update", {"elsewhere.dense": torch.zeros(2, 2)}, "changes module elsewhere .2, 2., which is not"),
+        ("base_update", {f"{module}.dense": torch.zeros(2, 2)}, r"has another shape \(.32, 32.\)"),
+        ("base_update", {f"{module}.dense": torch.full((32, 32), float("inf"))}, "holds NaN or Inf"),
+        ("base_update", {f"{module}.dense": torch.zeros(32)}, "wanted a float32 matrix"),
+    ):
+        with pytest.raises(ModelError, match=match):
+            received(kind, tensors)
+
+
+def test_objects_that_are_no_base_update_are_refused():
     with pytest.raises(ModelError, match="no part of a base update"):
         _ = Blob(safetensors_bytes({"q.B": torch.zeros(2, 1)})).matrices
     for data in (b"", b"short", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}" * 40):
         with pytest.raises(PayloadError):
             _ = Blob(data).matrices
+    whole = {"q.B": torch.ones(4, 2), "q.A": torch.ones(2, 3)}
+    assert set(Blob(safetensors_bytes(whole)).matrices) == {"q"}
+    for change, message in (
+        ({"q.A": torch.ones(3, 3)}, "module q: B must be"),
+        ({"q.A": torch.ones(2, 3, dtype=torch.float64)}, "tensor q.A is float64"),
+        ({"q.B": torch.ones(4)}, r"q.B is float32 \(4,\)"),
+        ({"q.B": torch.tensor([[float("nan")] * 2] * 4)}, "q.B holds NaN or Inf"),
+        ({"q.dense": torch.ones(4, 3)}, "in factors and dense"),
+        ({"p.dense": torch.full((1, 1), float("inf"))}, "p.dense holds NaN or Inf"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            _ = Blob(safetensors_bytes(whole | change)).matrices
 
 
 # ── the base ──
@@ -233,6 +314,56 @@ def test_base_update_for_other_modules_or_shapes_is_refused(tmp_path):
         held.apply([Blob.of({next(iter(SHAPES)): random_matrix(4, 4, 1)})])
     with pytest.raises(ModelError, match="is a Embedding"):
         HeldBase({"model.embed_tokens": model.get_submodule("model.embed_tokens")}, base)
+
+
+def test_a_base_update_is_applied_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Whatever stops it midway, the next base that is applied has the bits of one applied to a fresh model."""
+    base = tiny_llama(tmp_path / "base")
+    first, second = SHAPES
+    parts = [
+        Blob.of({m: random_matrix(*shape, 2, seed=10 * seed + i, dtype=torch.float32)
+                 for i, (m, shape) in enumerate(SHAPES.items())})
+        for seed in range(3)
+    ]  # fmt: skip
+
+    def held_base() -> HeldBase:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        return HeldBase({m: model.get_submodule(m) for m in SHAPES}, base)
+
+    def weights(held: HeldBase) -> list[torch.Tensor]:
+        return [held.weight(m).clone() for m in SHAPES]
+
+    undisturbed = held_base()
+    undisturbed.apply(parts)
+    disturbed = held_base()
+    disturbed.apply(parts[:1])
+
+    # A part of another shape behind a good one is found before anything is added.
+    before = weights(disturbed)
+    wrong = Blob.of({first: random_matrix(*SHAPES[first], 2), second: random_matrix(4, 4, 1)})
+    with pytest.raises(ModelError, match="another shape"):
+        disturbed.apply([parts[0], parts[1], wrong])
+    assert all(map(torch.equal, before, weights(disturbed)))
+
+    # Memory runs out, or somebody presses Ctrl-C, after the first module.
+    for error_type in (RuntimeError, KeyboardInterrupt):
+        original, calls = HeldBase.weight, []
+
+        def failing(self, module, error_type=error_type, original=original, calls=calls):
+            calls.append(module)
+            if len(calls) > len(SHAPES) * len(parts) + 1:  # the checks look at every weight, too
+                raise error_type("stopped")
+            return original(self, module)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HeldBase, "weight", failing)
+            with pytest.raises(error_type, match="stopped"):
+                disturbed.apply(parts)
+        assert not all(map(torch.equal, before, weights(disturbed)))  # it did stop midway
+        disturbed.apply(parts)
+        assert all(map(torch.equal, weights(undisturbed), weights(disturbed)))
+        disturbed.apply(parts[:1])
+        assert all(map(torch.equal, before, weights(disturbed)))
 
 
 def test_identity_is_over_content_not_over_names_or_files(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from fedmomentum import run as run_module
 from fedmomentum.aggregation import METHODS
 from fedmomentum.client import client_step
+from fedmomentum.messages import decode_reply, decode_task
 from fedmomentum.run import prepare
-from fedmomentum.transport import decode_reply, decode_task
 from tests.runs import nudge, timeless, tiny_config
 
 ROUNDS, CATEGORIES = 4, 60

@@ -16,8 +16,9 @@ from fedmomentum.diagnostics import NUM_PROBES
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import read_safetensors
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.messages import decode_task
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import InProcessTransport, decode_task
+from fedmomentum.transport import InProcessTransport
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
 ROUNDS = 3

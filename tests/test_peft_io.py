@@ -18,12 +18,10 @@ from fedmomentum.lowrank import relative_error
 from fedmomentum.peft_io import (
     DEFAULTS,
     HARMLESS_FIELDS,
-    attach,
-    from_model,
-    load_into,
     read_adapter,
     write_adapter,
 )
+from fedmomentum.peft_live import attach, from_model, load_into
 from tests.tiny import tiny_gpt2, tiny_llama
 
 LLAMA_CONFIGS = [

@@ -11,9 +11,10 @@ from fedmomentum.aggregation import METHODS, Method
 from fedmomentum.client import client_step
 from fedmomentum.files import read_safetensors
 from fedmomentum.global_model import GlobalModel
-from fedmomentum.peft_io import ADAPTER_NAME, lora_layers
+from fedmomentum.messages import decode_task
+from fedmomentum.peft_live import ADAPTER_NAME, lora_layers
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import InProcessTransport, decode_task
+from fedmomentum.transport import InProcessTransport
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
 RANKS = {"site0": [4, 4, 2, 1], "site1": [4, 4, 4, 4], "site2": [4, 4, 2, 1]}
@@ -137,17 +138,30 @@ def test_a_run_resumes_to_the_same_bits(folder, tmp_path, stopped):
     assert objects(tmp_path / "parts") == objects(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lie", [5, 0, -1, True, 2.0, "2", None])
-def test_a_rank_that_no_client_can_have_is_refused_by_name(folder, tmp_path, lie):
+OUT_OF_RANGE = "client site1: its next_rank is {}; wanted a whole number from 1 to 4, its rank now"
+NO_RANK = "client site1: answer.next_rank: Expected `int"
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (5, OUT_OF_RANGE.format(5)),
+        (None, OUT_OF_RANGE.format(None)),
+        (0, NO_RANK),
+        (-1, NO_RANK),
+        (True, NO_RANK),
+        (2.0, NO_RANK),
+        ("2", NO_RANK),
+    ],
+)
+def test_a_rank_that_no_client_can_have_is_refused_by_name(folder, tmp_path, lie, reason):
     config = config_of(folder, num_rounds=1)
     found = parties(config, tmp_path)
     altering = altered(lambda fields: fields["metrics"].update(next_rank=lie), "train")
     lying = partial(altering, honest=found["site1"])
     run_over(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
     row = timeless(tmp_path / "run")[1]
-    assert row["failures"] == {
-        "site1": f"client site1: its next_rank is {lie!r}; wanted a whole number from 1 to 4, its rank now"
-    }
+    assert list(row["failures"]) == ["site1"] and row["failures"]["site1"].startswith(reason)
     assert row["accepted"] == ["site0", "site2"]
     assert json.loads((tmp_path / "run" / "rounds" / "0001.json").read_text())["run"]["ranks"].keys() == {
         "site0",

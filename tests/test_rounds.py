@@ -17,9 +17,10 @@ from fedmomentum.evaluation import evaluate
 from fedmomentum.export import export_adapter, export_merged
 from fedmomentum.files import safetensors_bytes
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.messages import decode_task, encode_task
 from fedmomentum.rounds import client_weights, run_rounds, sample_participants
 from fedmomentum.run import prepare
-from fedmomentum.transport import Failure, InProcessTransport, decode_task, encode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.runs import altered, chain, nudge, start, timeless, tiny_config
 
 
@@ -320,8 +321,8 @@ FAULTS = {
     "another run": (_set("run_id", "else"), "run_id"),
     "another client": (_set("client_id", "site0"), "client_id"),
     "another base version": (_set("version", "0" * 64), "base version"),
-    "metrics of NaN": (_set("metrics", {"loss": float("nan"), "first_loss": 1.0, "last_loss": 1.0}), "finite"),
-    "metrics missing": (_set("metrics", {}), "lack loss"),
+    "metrics of NaN": (_set("metrics", {"loss": float("nan"), "first_loss": 1.0, "last_loss": 1.0}), "not valid JSON"),
+    "metrics missing": (_set("metrics", {}), "answer: .*kind"),
     "too large": (_tensor(lambda t, k: t.__setitem__("pad", torch.zeros(2**20))), "bytes; at most"),
 }  # fmt: skip
 
@@ -358,7 +359,7 @@ def test_evaluations_that_cannot_be_are_refused_by_name(folder, tmp_path):
     nan = _tensor(lambda t, k: t.__setitem__("probe.effective", t["probe.effective"] * float("nan")), "probe.effective")
     with_faults(config, tmp_path / "nan", {"site1": nan}, kind="evaluate")
     row = timeless(tmp_path / "nan")[1]
-    assert row["exactness_error"] < 1e-4 and "no finite numbers" in row["failures"]["site1"]
+    assert row["exactness_error"] < 1e-4 and "probe.effective holds NaN" in row["failures"]["site1"]
 
 
 def test_clients_that_hold_nothing_out_take_part(folder, tmp_path):

@@ -65,6 +65,9 @@ def test_what_is_no_factor_in_the_wire_dtype_is_refused_by_name():
                 sent | {exponent: torch.tensor([3.0])}):  # fmt: skip
         with pytest.raises(PayloadError, match=f"client x: tensor {NAME}"):
             widened(bad, torch.float16, "client x")
+    for key in ("evil" + exponent, "evil.exponent"):
+        with pytest.raises(PayloadError, match=f"client x: tensor {key} is the exponent of no factor"):
+            widened(sent | {key: sent[exponent]}, torch.float16, "client x")
     with pytest.raises(ConfigError, match="float8"):
         wire_dtype("float8")
 

@@ -68,6 +68,11 @@ class Method(Protocol):
         return False
 
     @property
+    def personal(self) -> str:
+        """The factors that never leave a client; where there are some, there is no one global model."""
+        return "".join(factor for factor in "BA" if factor not in self.shares)
+
+    @property
     def prunes(self) -> bool:
         """Whether clients' ranks can fall during a run: the method has a `next_rank` of its own."""
         return type(self).next_rank is not Method.next_rank

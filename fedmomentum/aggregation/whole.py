@@ -145,7 +145,7 @@ def combine(
                 server_round=server_round,
                 generator=torch.Generator().manual_seed(module_seed(seed, server_round, module)),
             )
-        except ValueError as error:
+        except (ValueError, torch.linalg.LinAlgError) as error:
             names = ", ".join(f"{i}: {a.name}" for i, a in enumerate(adapters))
             raise AdapterError(f"module {module}: {error} (updates are {names})") from error
         parts[module] = result.adapter.to(dtype)

@@ -16,6 +16,7 @@ from fedmomentum.data.partition import partition, share
 from fedmomentum.data.read import column_texts, read_rows, to_examples
 from fedmomentum.data.tasks import DEFAULT_TASKS, task_examples
 from fedmomentum.errors import DataError
+from fedmomentum.names import check_client_name
 
 BUILT_IN = "reasoning-gym"
 """The ``source`` that stands for the built-in tasks."""
@@ -105,7 +106,10 @@ def load_clients(
         else:
             rows = read_rows(source, split=split)
             examples = to_examples(rows, category_column=category_column, where=str(source))
-            owners = column_texts(rows, client_column, where=str(source)) if client_column else None
+            if client_column:
+                owners = column_texts(rows, client_column, where=str(source))
+                for number, owner in enumerate(owners, start=1):
+                    check_client_name(owner, f"{source}, row {number}, column {client_column!r}", DataError)
         if owners is None:
             if how in ("dirichlet", "categories") and not built_in and category_column is None:
                 raise DataError(f'partition "{how}" divides by category; give category_column')

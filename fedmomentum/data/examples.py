@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmomentum.errors import DataError
+from fedmomentum.names import check_client_name
 from fedmomentum.schema import printable
 
 MAX_LABEL = 256
@@ -89,12 +90,12 @@ class ClientData:
     """The examples which one client holds.
 
     Attributes:
-        client_id: The client's name, never empty.
+        client_id: The client's name, one that `check_client_name` takes.
         train: What it trains on.
         test: What it keeps aside; shares no prompt with ``train``.
 
     Raises:
-        DataError: The client has no name or nothing to train on.
+        DataError: The client has no name that can be used, or nothing to train on.
     """
 
     client_id: str
@@ -103,7 +104,6 @@ class ClientData:
 
     def __post_init__(self) -> None:
         """Refuse a client which could not take part."""
-        if not self.client_id:
-            raise DataError("a client has no name; its client_id must be text")
+        check_client_name(self.client_id, "the data", DataError)
         if not self.train:
             raise DataError(f"client {self.client_id}: no training examples; give it some or leave it out")

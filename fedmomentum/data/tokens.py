@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.chat_date import date_arguments
@@ -39,6 +39,16 @@ class TokenisedExamples:
     def __len__(self) -> int:
         """Return the number of examples kept."""
         return len(self.input_ids)
+
+    def first(self, count: int | None) -> TokenisedExamples:
+        """Return the first so many examples; None: all."""
+        return replace(
+            self,
+            input_ids=self.input_ids[:count],
+            num_prompt_tokens=self.num_prompt_tokens[:count],
+            categories=self.categories[:count],
+            is_truncated=self.is_truncated[:count],
+        )
 
     @property
     def num_truncated(self) -> int:

@@ -16,10 +16,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -35,16 +37,20 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedmomentum.errors import FedMomentumError, PayloadError
+from fedmomentum.flower.records import check_envelope, check_objects, check_task, tree_names
+from fedmomentum.schema import printable
+
 HEARTBEAT_SECONDS = 10
 """Flower's shortest; a node that is silent for twice that counts as gone."""
-
-
+PROBE_SECONDS = 1
+"""The heartbeat interval of a look; the server refuses it once it has found name and signature good."""
 RETRY_SECONDS = (1.0, 3.0, None)
 """Pauses before a request is made again."""
 
@@ -106,6 +112,8 @@ class Connection:
                 if pause is None or "CERTIFICATE" in str(error):
                     raise ConnectionLost(_trouble(error)) from error
                 self._stop.wait(pause)
+            except Exception as error:  # whatever an answer of the server's causes, the node goes on
+                raise ConnectionLost(f"the server's answer cannot be used ({_short(error)})") from error
         raise AssertionError("the last pause is None")
 
     def probe(self) -> None:
@@ -114,9 +122,9 @@ class Connection:
         A request to activate is refused for its heartbeat interval only after name and signature were found good.
         """
         try:
-            self._client.ActivateNode(ActivateNodeRequest(public_key=self._public, heartbeat_interval=1))
+            self._client.ActivateNode(ActivateNodeRequest(public_key=self._public, heartbeat_interval=PROBE_SECONDS))
         except httpx.HTTPStatusError as error:
-            told = FlowerError.from_json(error.response.text)
+            told = _told(error)
             if told is None or told.code != ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
                 raise ConnectionLost(_refusal(error)) from error
         except (httpx.HTTPError, OSError, ValueError) as error:
@@ -138,28 +146,55 @@ class Connection:
     def pull(self) -> Message | None:
         """The next message for this node, if there is one."""
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
-        if not response.messages_list:
+        if not len(response.messages_list):
             return None
-        run_id, tree = response.messages_list[0].metadata.run_id, response.message_object_trees[0]
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._node.node_id, 0
         try:
-            message: Message = pull_and_inflate_object_from_tree(
-                tree,
-                make_pull_object_fn_protobuf(partial(self._call, self._client.PullObject), self._node, run_id),
-                make_confirm_message_received_fn_protobuf(
-                    partial(self._call, self._client.ConfirmMessageReceived), self._node, run_id
-                ),
-                return_type=Message,
-            )
+            return self._fetched(response)
         except ConnectionLost:
             raise
         except Exception as error:  # a message that is none, or whose parts are gone
-            raise ConnectionLost(f"a message could not be fetched: {type(error).__name__}") from error
-        message.metadata.__dict__["_message_id"] = tree.object_id
+            raise ConnectionLost(f"a message could not be fetched: {_short(error)}") from error
+
+    def _fetched(self, response: PullMessagesResponse) -> Message:
+        """Return the message that a response announces, with its parts.
+
+        Raises:
+            PayloadError: If it is not of the form that tasks have.
+            ConnectionLost: If its parts cannot be had.
+            Exception: Whatever Flower raises where they cannot be put together.
+        """
+        if len(response.messages_list) != 1 or len(response.message_object_trees) != 1:
+            raise PayloadError("not one message and its tree came")
+        envelope, tree = response.messages_list[0], response.message_object_trees[0]
+        check_task(envelope.metadata, node_id=self._node.node_id)
+        check_envelope(envelope, tree)
+        if envelope.HasField("error"):
+            raise PayloadError("a task is no error")
+        run_id = envelope.metadata.run_id
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, self._node.node_id, 0
+        pull = make_pull_object_fn_protobuf(partial(self._call, self._client.PullObject), self._node, run_id)
+        contents = pull_objects(list(dict.fromkeys(tree_names(tree))), pull)
+        make_confirm_message_received_fn_protobuf(
+            partial(self._call, self._client.ConfirmMessageReceived), self._node, run_id
+        )(tree.object_id)
+        check_objects(tree.object_id, contents)
+        message = inflate_object_from_contents(tree.object_id, contents)
+        if not isinstance(message, Message) or not message.has_content():
+            raise PayloadError("it is no task")
+        # the envelope, which was checked, counts for the answer, and not what is inside
+        message.__dict__["_metadata"] = metadata_from_proto(envelope.metadata)
         return message
 
     def push(self, reply: Message) -> None:
         """Send a reply."""
+        try:
+            self._push(reply)
+        except ConnectionLost:
+            raise
+        except Exception as error:
+            raise ConnectionLost(f"a reply could not be sent whole: {_short(error)}") from error
+
+    def _push(self, reply: Message) -> None:
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
@@ -173,22 +208,31 @@ class Connection:
                 ),
             )
             push = partial(self._call, self._client.PushObject)
-            try:
-                push_objects(
-                    objects,
-                    make_push_object_fn_protobuf(push, self._node, reply.metadata.run_id, response.session_id),
-                    object_ids_to_push=set(response.objects_to_push),
-                )
-            except ConnectionLost:
-                raise
-            except Exception as error:
-                raise ConnectionLost(f"a reply could not be sent whole: {type(error).__name__}") from error
+            push_objects(
+                objects,
+                make_push_object_fn_protobuf(push, self._node, reply.metadata.run_id, response.session_id),
+                object_ids_to_push=set(response.objects_to_push),
+            )
+
+
+def _told(error: httpx.HTTPStatusError) -> FlowerError | None:
+    """Return the error in the body of a refusal, if there is one."""
+    try:
+        return FlowerError.from_json(error.response.text[:4096])
+    except (ValueError, RecursionError):
+        return None
+
+
+def _short(error: Exception) -> str:
+    """Return what may be shown of an error that the server's answer caused."""
+    own = isinstance(error, FedMomentumError)
+    return printable(str(error) if own else f"{type(error).__name__}: {error}", 300)
 
 
 def _refusal(error: httpx.HTTPStatusError) -> str:
     """What the server's refusal means for whoever runs the node."""
     status = error.response.status_code
-    told = FlowerError.from_json(error.response.text)
+    told = _told(error)
     if told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
         return (
             "the server does not admit this node: its public key is not admitted there, another process uses the "
@@ -199,12 +243,12 @@ def _refusal(error: httpx.HTTPStatusError) -> str:
             "the server does not accept this node's signature: it restarted, or this machine's clock is more than 5 s "
             "ahead of it or 5 min behind"
         )
-    return f"the server answered {status}{': ' + told.message if told else ''}"
+    return f"the server answered {status}{': ' + printable(told.message, 200) if told else ''}"
 
 
 def _trouble(error: Exception) -> str:
     """A transport error, in words."""
-    text = str(error)
+    text = printable(str(error), 300)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return f"the server's certificate is not one that --ca vouches for, for this name ({text})"
     if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:

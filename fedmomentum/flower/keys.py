@@ -15,8 +15,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,11 +30,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmomentum.errors import ConfigError
 from fedmomentum.files import write_atomically
+from fedmomentum.schema import printable
 
 NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 AUTHORITY_YEARS, SERVER_YEARS = 10, 2
+MAX_PUBLIC_BYTES = 16384
 
 
 def make_server_keys(folder: Path, hosts: Sequence[str]) -> None:
@@ -156,13 +160,58 @@ def admit(public: Path, folder: Path) -> str:
             raise ConfigError(
                 f"{name} is admitted already, with another key; to replace it, remove {folder / 'nodes' / public.name}"
             )
-    write_atomically(folder / "nodes" / f"{name}.pub", public.read_bytes())
+    # the key alone: what else stands in the file, such as a comment, is of no use here
+    text = serialization.load_pem_public_key(key).public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    write_atomically(folder / "nodes" / f"{name}.pub", text + b" " + name.encode() + b"\n")
     return name
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """What the files in `keys/nodes` say.
+
+    Attributes:
+        keys: Name to public key (PEM) of the nodes that are admitted, sorted; None if the directory cannot be read.
+        problems: File to what is wrong with it, of those that admit nobody.
+    """
+
+    keys: Mapping[str, bytes] | None
+    problems: Mapping[str, str]
+
+
+def read_nodes(folder: Path) -> Nodes:
+    """Read which nodes are admitted. A file that is no node's key admits nobody; the others count as ever.
+
+    Of two files with one key the first by name counts.
+    """
+    directory = folder / "nodes"
+    try:
+        files = sorted(file for file in directory.iterdir() if file.suffix == ".pub")
+    except OSError as error:
+        return Nodes(None, {str(directory): f"it cannot be read ({error.strerror}); who was admitted stays so"})
+    keys: dict[str, bytes] = {}
+    problems: dict[str, str] = {}
+    names_by_key: dict[bytes, str] = {}
+    for file in files:
+        try:
+            _check_name(file.stem)
+            key = load_public(file)
+        except ConfigError as error:
+            problems[str(file)] = str(error).replace(f"{file} is", "it is", 1)
+            continue
+        if key in names_by_key:
+            problems[str(file)] = f"its key is that of {names_by_key[key]}; a node has one name"
+            continue
+        keys[file.stem] = key
+        names_by_key[key] = file.stem
+    return Nodes(keys, problems)
+
+
 def admitted(folder: Path) -> dict[str, bytes]:
-    """The nodes' names and public keys (PEM), sorted; a file that is no key is an error, by name."""
-    return {file.stem: load_public(file) for file in sorted((folder / "nodes").glob("*.pub"))}
+    """The nodes' names and public keys (PEM), sorted."""
+    return dict(read_nodes(folder).keys or {})
 
 
 def load_public(file: Path) -> bytes:
@@ -172,9 +221,14 @@ def load_public(file: Path) -> bytes:
         ConfigError: no such file, or no elliptic-curve public key in OpenSSH's format.
     """
     try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{file} is no file, and so no public key of a node")
+        if status.st_size > MAX_PUBLIC_BYTES:
+            raise ConfigError(f"{file} has {status.st_size} bytes; a public key of a node has some 200")
         key = serialization.load_ssh_public_key(file.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{file} is no public key of a node: {error}") from error
+        raise ConfigError(f"{file} is no public key of a node: {printable(str(error), 200)}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError(f"{file} is no elliptic-curve key; make one with: fedmomentum keys node NAME")
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -207,12 +261,16 @@ def check_private(file: Path) -> None:
     if not file.is_file():
         raise ConfigError(f"there is no key {file}; make one with: fedmomentum keys")
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise ConfigError(f"{file} may be read or written by others than its owner; run: chmod 600 {file}")
+        raise ConfigError(
+            f"{file} may be read or written by others than its owner; run: chmod 600 {shlex.quote(str(file))}"
+        )
 
 
 def _check_name(name: str) -> None:
     if not NODE_NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} is no name for a node: up to 64 letters, digits, dots, dashes and underscores")
+        raise ConfigError(
+            f"{printable(name, 80)!r} is no name for a node: up to 64 letters, digits, dots, dashes and underscores"
+        )
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -9,20 +9,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
-from flwr.app import Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+from fastapi import FastAPI
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.serverapp import Grid
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
@@ -30,7 +26,6 @@ from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -42,28 +37,18 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.base import BaseHTTPMiddleware
 
-from fedmomentum.errors import ConfigError
-from fedmomentum.flower.keys import admitted, check_private
-from fedmomentum.flower.transport import MAX_PAYLOAD_BYTES, Session
+from fedmomentum.errors import ConfigError, FedMomentumError, PayloadError
+from fedmomentum.flower.gate import Gate, Notices
+from fedmomentum.flower.guard import HEARTBEAT_SECONDS, Guard, Ledger
+from fedmomentum.flower.keys import check_private, read_nodes
+from fedmomentum.flower.listener import Limits, Listener
+from fedmomentum.flower.records import check_objects, tree_names
+from fedmomentum.flower.transport import Session
+from fedmomentum.schema import printable
 
 LOG = logging.getLogger("fedmomentum")
-PATHS = frozenset(
-    "/v1/fleet/" + name
-    for name in (
-        "activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object",
-        "pull-object", "confirm-message-received",
-    )
-)  # fmt: skip
-"""All that a node needs. What else Flower's router offers (nodes that register themselves, runs, code) is not found."""
-MAX_REQUEST_BYTES = 16 * 2**20
-"""Flower cuts what it sends into parts of 5 MB."""
-HEARTBEAT_SECONDS = 10
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Link:
@@ -73,12 +58,13 @@ class Link:
         keys: folder of `fedmomentum keys server`.
         host: address to listen on.
         port: port to listen on; 0 for a free one.
+        limits: of connections.
 
     Raises:
         ConfigError: keys that are missing or readable by others, or a port that cannot be had.
     """
 
-    def __init__(self, keys: Path, host: str, port: int) -> None:
+    def __init__(self, keys: Path, host: str, port: int, limits: Limits | None = None) -> None:
         for name in ("server.pem", "ca.pem"):
             if not (keys / name).is_file():
                 raise ConfigError(f"{keys} lacks {name}; make the keys with: fedmomentum keys server")
@@ -89,22 +75,21 @@ class Link:
         )
         self._state: Any = self._factory.state()
         self._nodes: dict[str, tuple[int, bytes]] = {}  # name to node id and public key
+        self._names_by_key: dict[bytes, str] = {}
+        self._names_by_id: dict[int, str] = {}
+        self._warned: dict[str, str] = {}  # file in keys/nodes to what is wrong with it
+        self._notices = Notices()
+        self.ledger = Ledger()
         self.admit()
         self._task_id = self._start_run()
-        self.pushed: Counter[int] = Counter()
-        self.grid = LinkGrid(self._state, self._run_id, self.pushed)
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self._app(), host=host, port=port, log_config=None, access_log=False, lifespan="off",
-                ssl_certfile=keys / "server.pem", ssl_keyfile=keys / "server.key", timeout_keep_alive=30,
-                server_header=False,
-            )
+        self.ledger.run_id = self._run_id
+        self.grid = LinkGrid(self._state, self.ledger)
+        self._listener = Listener(
+            Gate(self._app(), self._names_by_key.get, self._refuse, self._notices), host, port,
+            certificate=keys / "server.pem", key=keys / "server.key", limits=limits,
         )  # fmt: skip
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._serve, name="link", daemon=True),
-            threading.Thread(target=self._beat, name="link heartbeat", daemon=True),
-        ]
+        self._heartbeat = threading.Thread(target=self._beat, name="link heartbeat", daemon=True)
 
     def _start_run(self) -> int:
         """Flower wants messages to belong to a run with a live task; ours is the life of this process."""
@@ -119,14 +104,14 @@ class Link:
         return task_id
 
     def _app(self) -> FastAPI:
+        guard = Guard(self._state, self.ledger, lambda node_id: self._names_by_id.get(node_id, "a node"), self._notices)
         app = FastAPI(
             docs_url=None, redoc_url=None, openapi_url=None,
             middleware=[
-                Middleware(_Limits),
                 Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
                 Middleware(ProtobufTranslationMiddleware),
                 Middleware(NodeAuthMiddleware),
-                Middleware(BaseHTTPMiddleware, dispatch=_Senders(self.pushed)),
+                Middleware(BaseHTTPMiddleware, dispatch=guard),
             ],
         )  # fmt: skip
         app.state.linkstate_factory = self._factory
@@ -134,32 +119,27 @@ class Link:
         app.include_router(fleet_router)
         return app
 
+    def _refuse(self, name: str, reason: str) -> None:
+        if name in self._nodes:
+            self.ledger.refuse(self._nodes[name][0], f"its answer was refused: {printable(reason, 300)}")
+
     def __enter__(self) -> Link:
-        for thread in self._threads:
-            thread.start()
-        while not self._server.started:
-            if not self._threads[0].is_alive():
-                raise ConfigError(
-                    f"cannot listen on {self._server.config.host}:{self._server.config.port}; is the port in use?"
-                )
-            time.sleep(0.05)
+        self._listener.__enter__()
+        self._heartbeat.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._server.should_exit = True
-        self._threads[0].join(10)
+        self._listener.__exit__()
 
     @property
     def port(self) -> int:
         """The port it listens on."""
-        return int(self._server.servers[0].sockets[0].getsockname()[1])
+        return self._listener.port
 
-    def _serve(self) -> None:
-        try:
-            self._server.run()
-        except SystemExit:  # uvicorn's way to say that it could not start; __enter__ tells the user
-            LOG.debug("the service ended")
+    def num_connections(self) -> int:
+        """Return how many connections are open, nodes' and strangers'."""
+        return self._listener.num_connections()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -168,23 +148,39 @@ class Link:
     # ── who is there ──
 
     def admit(self) -> None:
-        """Bring the admitted nodes in line with the files in `keys/nodes`."""
-        wanted = admitted(self._keys)
-        for name in [n for n, (_, key) in self._nodes.items() if wanted.get(n) != key]:
-            node_id, _ = self._nodes.pop(name)
+        """Bring the admitted nodes in line with the files in `keys/nodes`.
+
+        A file that admits nobody (half copied, no key, a name that is none, a key that another file has) is a slip of
+        the operator: it is told once, and the others go on.
+        """
+        found = read_nodes(self._keys)
+        for file, problem in found.problems.items():
+            if self._warned.get(file) != problem:
+                LOG.warning("%s admits nobody: %s", printable(file, 200), printable(problem))
+        self._warned = dict(found.problems)
+        if found.keys is None:
+            return
+        for name in [n for n, (_, key) in self._nodes.items() if found.keys.get(n) != key]:
+            node_id, key = self._nodes.pop(name)
             if self._state.get_node_info(node_ids=[node_id])[0].online_until is None:
                 self._state.activate_node(node_id, HEARTBEAT_SECONDS)  # Flower deletes no node that never was online
             self._state.delete_node(NOOP_FLWR_AID, node_id)
+            # Flower keeps the keys of deleted nodes, and would not take this one again
+            self._state.node_public_key_to_node_id.pop(key, None)
+            del self._names_by_key[key], self._names_by_id[node_id]
             LOG.warning("%s is no longer admitted", name)
-        for name, key in wanted.items():
+        for name, key in found.keys.items():
             if name not in self._nodes:
-                self._nodes[name] = self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0), key
+                node_id = self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
+                self._nodes[name] = node_id, key
+                self._names_by_key[key] = self._names_by_id[node_id] = name
 
     def withdraw(self, names: Iterable[str]) -> None:
         """Take back the messages of these names that nobody has fetched yet."""
         state = self._state
         for name in names:
             message = state.message_ins_store.get(name)
+            self.ledger.close(name)
             if message is not None and message.metadata.delivered_at == "":
                 state.delete_messages(message_ins_ids={name})
                 state.object_store.delete(name)
@@ -203,11 +199,15 @@ class Link:
 
 
 class LinkGrid(Grid):
-    """Flower's `Grid` over a link state in this process, with the messages' objects in its object store."""
+    """Flower's `Grid` over a link state in this process, with the messages' objects in its object store.
 
-    def __init__(self, state: Any, run_id: int, pushed: Counter[int]) -> None:
-        self._state, self._run_id, self._pushed = state, run_id, pushed
-        self._arriving: dict[str, tuple[Message, ObjectTree]] = {}
+    Whatever goes wrong with one answer is an error in that answer's place: whoever waits for it is told, and the
+    other answers come as they would.
+    """
+
+    def __init__(self, state: Any, ledger: Ledger) -> None:
+        self._state, self._ledger = state, ledger
+        self._arriving: dict[str, tuple[Message, ObjectTree]] = {}  # by the question's name
 
     def set_run(self, run: Run) -> None:
         """Not used: the run is the link's."""
@@ -215,7 +215,7 @@ class LinkGrid(Grid):
     @property
     def run(self) -> Run:
         """The link's run."""
-        found: Run = deepcopy(self._state.get_run_info(run_ids=[self._run_id])[0])
+        found: Run = deepcopy(self._state.get_run_info(run_ids=[self._ledger.run_id])[0])
         return found
 
     def create_message(
@@ -226,46 +226,81 @@ class LinkGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes that are connected."""
-        return sorted(self._state.get_nodes(self._run_id))
+        return sorted(self._state.get_nodes(self._ledger.run_id))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Put messages up for their nodes; an empty name stands for one that was refused."""
         names = []
         for message in messages:
-            self._pushed[message.metadata.dst_node_id] = 0  # each question allows one answer's bytes
             with no_object_id_recompute():
                 message.metadata.__dict__["_message_id"] = message.object_id
                 objects, tree = get_all_nested_objects(message), get_object_tree(message)
-                session = self._state.start_session(self._run_id)
+                session = self._state.start_session(self._ledger.run_id)
                 stored, missing = self._state.store_message_and_object_tree(
                     remove_content_from_message(message), tree, session
                 )
+                if stored:
+                    self._ledger.asked(message.metadata.dst_node_id, message.metadata.message_id)
                 for name in missing:
-                    self._state.store_object(self._run_id, session, name, objects.pop(name).deflate())
+                    self._state.store_object(self._ledger.run_id, session, name, objects.pop(name).deflate())
             names.append(message.metadata.message_id if stored else "")
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are complete, and Flower's own errors for nodes that are gone."""
-        state, wanted = self._state, set(message_ids)
-        started = {message.metadata.reply_to_message_id for message, _ in self._arriving.values()}
-        for message in state.get_message_res(message_ids=wanted - started, run_id=self._run_id):
-            state.delete_messages(message_ins_ids={message.metadata.reply_to_message_id})
-            tree = state.object_store.get_object_tree(message.metadata.message_id)
-            self._arriving[message.metadata.message_id] = message, tree
-        complete = []
-        for message_id, (message, tree) in list(self._arriving.items()):
-            if message.metadata.reply_to_message_id not in wanted:
-                continue
-            names = [part.object_id for part in iterate_object_tree(tree)]
-            contents = {name: state.get_object(self._run_id, name) for name in names}
-            if b"" in contents.values():
-                continue  # still arriving
-            del self._arriving[message_id]
-            state.object_store.delete(message_id)
-            given_up = None in contents.values()
-            complete.append(message if given_up else _inflated(message, contents))
-        return complete
+        replies = []
+        for question in dict.fromkeys(message_ids):
+            try:
+                reply = self._reply_to(question)
+            except Exception as error:
+                # whatever an answer causes ends that answer; what of it is left in Flower's stores goes
+                kind = "" if isinstance(error, FedMomentumError) else f"{type(error).__name__}: "
+                reason = f"its answer could not be read: {kind}{printable(str(error), 300)}"
+                reply = self._failed(question, reason)
+            if reply is not None:
+                self._ledger.close(question)
+                replies.append(reply)
+        return replies
+
+    def _reply_to(self, question: str) -> Message | None:
+        """Return the complete answer to a question, if it is there."""
+        state = self._state
+        if question in self._ledger.refused:
+            return self._failed(question, self._ledger.refused.pop(question))
+        if question not in self._arriving:
+            for message in state.get_message_res(message_ids={question}, run_id=self._ledger.run_id):
+                state.delete_messages(message_ins_ids={question})
+                tree = state.object_store.get_object_tree(message.metadata.message_id)
+                self._arriving[question] = message, tree
+        if question not in self._arriving:
+            return None
+        message, tree = self._arriving[question]
+        contents = {name: state.get_object(self._ledger.run_id, name) for name in tree_names(tree)}
+        if b"" in contents.values():
+            return None  # still arriving
+        del self._arriving[question]
+        state.object_store.delete(message.metadata.message_id)
+        if message.has_error():
+            return message
+        if None in contents.values():
+            return self._failed(question, "its answer stopped half-way")
+        check_objects(message.metadata.message_id, contents)
+        return _inflated(message, contents)
+
+    def _failed(self, question: str, reason: str) -> Message:
+        """Forget what came for a question; return the error that stands for its answer."""
+        state = self._state
+        arriving = self._arriving.pop(question, None)
+        name = state.message_ins_id_to_message_res_id.get(question)
+        state.delete_messages(message_ins_ids={question})
+        for message_id in (question, name, arriving[0].metadata.message_id if arriving else None):
+            if message_id is not None:
+                state.object_store.delete(message_id)
+        metadata = Metadata(
+            run_id=self._ledger.run_id, message_id="", src_node_id=SUPERLINK_NODE_ID, dst_node_id=SUPERLINK_NODE_ID,
+            reply_to_message_id=question, group_id="", created_at=time.time(), ttl=1.0, message_type="train",
+        )  # fmt: skip
+        return make_message(metadata, error=Error(ErrorCode.MOD_FAILED_PRECONDITION, reason))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push, and pull until all have answered or the time is over."""
@@ -280,57 +315,16 @@ class LinkGrid(Grid):
 
 
 def _inflated(message: Message, contents: dict[str, bytes]) -> Message:
-    """The message with its content; what cannot be read stays without."""
-    try:
-        whole = inflate_object_from_contents(message.metadata.message_id, contents)
-    except Exception as error:  # whatever a node sends, the service goes on
-        LOG.warning("a reply could not be read: %s", type(error).__name__)
-        return message
+    """The message with its content.
+
+    Raises:
+        PayloadError: If the objects are no message.
+        Exception: Whatever Flower raises where they cannot be put together.
+    """
+    whole = inflate_object_from_contents(message.metadata.message_id, contents)
     if not isinstance(whole, Message):
-        return message
+        raise PayloadError(f"it is a {type(whole).__name__}, no message")
     whole.metadata.__dict__["_message_id"] = message.metadata.message_id
     # the envelope that Flower checked counts, not the one inside
     whole.metadata.__dict__["_reply_to_message_id"] = message.metadata.reply_to_message_id
     return whole
-
-
-class _Limits:
-    """Only the paths that nodes need, and requests of a size that they make."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in PATHS or scope["method"] != "POST":
-            await Response(status_code=404)(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if not length.isdigit() or int(length) > MAX_REQUEST_BYTES:  # the server holds a body to its stated length
-            await Response(status_code=413)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-
-@dataclass
-class _Senders:
-    """After a node's signature was checked: it speaks for itself only, and sends no more than a reply can have.
-
-    Flower checks who makes a request, not whose message is in it.
-
-    Attributes:
-        pushed: bytes that a node has sent since it was last asked something.
-    """
-
-    pushed: Counter[int]
-
-    async def __call__(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        asked = request.state.protobuf_request
-        if isinstance(asked, PushMessagesRequest):
-            senders = {message.metadata.src_node_id for message in asked.messages_list}
-            if len(asked.messages_list) != 1 or senders != {asked.node.node_id}:
-                raise HTTPException(403, "a node sends its own messages, one at a time")
-        elif isinstance(asked, PushObjectRequest):
-            self.pushed[asked.node.node_id] += len(asked.object_content)
-            if self.pushed[asked.node.node_id] > MAX_PAYLOAD_BYTES:
-                raise HTTPException(413, f"a reply has at most {MAX_PAYLOAD_BYTES} bytes")
-        return await call_next(request)

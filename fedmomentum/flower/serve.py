@@ -17,6 +17,7 @@ from fedmomentum.flower.link import Link
 from fedmomentum.flower.status import Status
 from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.run import run_over
+from fedmomentum.terminal import LineFormatter, Throttle
 
 RETURN_SECONDS = 60.0
 """How long a resumed run waits for all: nodes that were there look for the server at least twice a minute."""
@@ -59,26 +60,54 @@ def serve(config: Config, keys: Path, out: Path, *, host: str, port: int, resume
         server_app(run)(grid=link.grid, context=Context(0, 0, {}, RecordDict(), {}))
 
 
-def _without_refusals(record: logging.LogRecord) -> bool:
-    """Not the line, key and all, that Flower writes whenever a node may not join: anybody could fill a disk."""
-    return "/v1/fleet/activate-node" not in record.getMessage()
+LIBRARIES = ("flwr", "uvicorn", "asyncio", "httpx")
+"""Whose loggers strangers and nodes can make speak: they go to `server.log` alone, and not without end."""
 
 
 @contextlib.contextmanager
 def _logged(out: Path) -> Iterator[None]:
-    """Keep what is logged, Flower's warnings too, in `out/server.log`; Flower's own go there only."""
+    """Keep what is logged, the libraries' warnings too, in `out/server.log`; theirs go there only.
+
+    Lines are cut and have no control characters, whoever caused them.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(out / "server.log")
+    file = logging.FileHandler(out / "server.log", encoding="utf-8")
+    file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = _Throttled(file)
     handler.addFilter(_without_refusals)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours, flower = logging.getLogger("fedmomentum"), logging.getLogger("flwr")
-    theirs = list(flower.handlers)
-    ours.addHandler(handler)
-    flower.handlers, flower.propagate = [handler], False
-    flower.setLevel(logging.WARNING)
+    handler.addFilter(Throttle(burst=100, rate=0.2))
+    ours = logging.getLogger("fedmomentum")
+    level = ours.level
+    ours.addHandler(file)
+    ours.setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        ours.removeHandler(handler)
-        flower.handlers = theirs
-        handler.close()
+        ours.removeHandler(file)
+        ours.setLevel(level)
+        for logger, handlers, propagate, old_level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(old_level)
+        file.close()
+
+
+class _Throttled(logging.Handler):
+    """Passes records on to another handler: filters put here count for them alone."""
+
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__()
+        self._target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.exc_info = record.exc_text = None  # a line each, no traceback
+        self._target.handle(record)
+
+
+def _without_refusals(record: logging.LogRecord) -> bool:
+    """Not the line, key and all, that Flower writes whenever a node may not join; ours says it shorter."""
+    return "/v1/fleet/activate-node" not in str(record.msg)

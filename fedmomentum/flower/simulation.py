@@ -19,7 +19,9 @@ from fedmomentum.config import Config
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.apps import client_app, server_app
 from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
-from fedmomentum.run import party_names, prepare_party, run_over
+from fedmomentum.names import directory_name
+from fedmomentum.origin import fingerprints, follow, refuse_missing
+from fedmomentum.run import load_data, prepare_party, run_over
 
 WHO = b"who are you?"
 _PARTIES: dict[str, tuple[Client, LocalModel]] = {}
@@ -49,7 +51,13 @@ def simulate(
         raise ConfigError(
             "the simulation engine needs Ray; install it with: pip install 'fedmomentum[simulation]'"
         ) from error
-    names, federation, ended = party_names(config), config.federation, list[BaseException]()
+    if resume:
+        config = follow(config, out)
+        refuse_missing(config)
+    parties = load_data(config)
+    names = [party.client_id for party in parties]
+    data = fingerprints(parties)
+    federation, ended = config.federation, list[BaseException]()
 
     def run(grid: Grid) -> None:
         try:
@@ -57,7 +65,7 @@ def simulate(
                 grid, _Names(grid, names), round_seconds=federation.round_seconds, join_seconds=federation.join_seconds,
                 quorum=federation.quorum, observer=told,
             )  # fmt: skip
-            run_over(transport, config, out, resume=resume, observer=told)
+            run_over(transport, config, out, resume=resume, observer=told, data=data)
         except BaseException as error:
             ended.append(error)
             raise
@@ -87,7 +95,7 @@ def _answer(payload: bytes, context: Context, config: Config, names: list[str], 
         return name.encode()
     if name not in _PARTIES:
         shared = next((local for _, local in _PARTIES.values()), None)
-        _PARTIES[name] = prepare_party(config, name, store / name, local=shared)
+        _PARTIES[name] = prepare_party(config, name, store / directory_name(name), local=shared)
     client, local = _PARTIES[name]
     return client_step(payload, client, local)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from fedmomentum.errors import ModelError
 from fedmomentum.files import write_json
+from fedmomentum.records import checksummed
+from fedmomentum.run_files import StatusFile, read_facts
 
 FILE = "status.json"
 FRESH_SECONDS = 30.0
@@ -74,11 +75,16 @@ class Status:
     def _write(self) -> None:
         if self._file.parent.is_dir():
             self._written = time.time()
-            write_json(self._file, {**self._state, "written": self._written})
+            write_json(self._file, checksummed({**self._state, "written": self._written}))
 
     def close(self) -> None:
-        """The server ends."""
+        """The server ends: nobody is connected to it any more, and nobody is at work for it."""
         self._state |= {"phase": "ended", "waiting_for": [], "waits_until": None}
+        for client in self._state["clients"].values():
+            client["connected"] = False
+            client["until"] = None
+            if client["state"] == "asked":
+                client["state"] = "idle"
         self._write()
 
 
@@ -89,9 +95,9 @@ def read_status(out: Path) -> dict[str, Any]:
         ModelError: nothing of the kind there.
     """
     try:
-        status: dict[str, Any] = json.loads((out / FILE).read_text())
+        status, _ = read_facts(out / FILE, StatusFile)
     except FileNotFoundError as error:
         raise ModelError(f"{out} has no {FILE}; give the folder of a run that `fedmomentum serve` made") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{out / FILE} is not JSON: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{error}. A server that runs writes it again with its next event") from error
     return status

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
 from fedmomentum.errors import QuorumError
+from fedmomentum.schema import printable
 from fedmomentum.transport import Failure
 
 LOG = logging.getLogger("fedmomentum")
 MAX_PAYLOAD_BYTES = 2**31 - 2**20
 """The largest payload. Flower was seen to carry 2.2 GiB, at four times that in the node's memory."""
+MAX_REASON = 500
+"""Characters of what a client says went wrong."""
 POLL_SECONDS = 0.2
 CHECK_SECONDS = 2.0
 """How often to look who is connected."""
@@ -76,12 +79,31 @@ def unpacked(content: RecordDict) -> tuple[bytes, float]:
     """
     try:
         payload, limits = content["payload"], content["limits"]
-        assert isinstance(payload, ArrayRecord) and isinstance(limits, ConfigRecord)
+        if not isinstance(payload, ArrayRecord) or not isinstance(limits, ConfigRecord):
+            raise TypeError("other records")
         seconds = limits["seconds"]
-        assert isinstance(seconds, float)
+        if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+            raise TypeError("no duration")
         return payload["head"].data + payload["body"].data, seconds
-    except (KeyError, AssertionError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError("a message without a payload") from error
+
+
+def _read(reply: Message) -> bytes | Failure | None:
+    """Return the payload of a reply, why there is none, or None if Flower itself says that the node is gone.
+
+    Raises:
+        Exception: Whatever Flower's records raise that are none.
+    """
+    if reply.has_error():
+        error = reply.error
+        if error.code == ErrorCode.NODE_UNAVAILABLE and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
+            return None
+        return Failure(str(error.reason or f"Flower's error {error.code}"))
+    try:
+        return unpacked(reply.content)[0]
+    except ValueError as error:
+        return Failure(f"its answer could not be read: {error}")
 
 
 @dataclass
@@ -194,7 +216,10 @@ class FlowerTransport:
             packed(payload, seconds), asked.session.node_id, MessageType.TRAIN,
             ttl=max(float(DEFAULT_TTL), 2 * self._round_seconds),
         )  # fmt: skip
-        (name,) = self._grid.push_messages([message])
+        try:
+            (name,) = self._grid.push_messages([message])
+        except Exception as error:
+            return self._failed(asked.client, f"the message could not be sent: {type(error).__name__}: {error}")
         if not name:
             return self._failed(asked.client, "Flower did not take the message")
         pending[name] = asked
@@ -202,33 +227,38 @@ class FlowerTransport:
         return None
 
     def _collect(self, pending: dict[str, _Pending]) -> Iterator[tuple[str, bytes | Failure]]:
-        """What has come, message by message: Flower's store keeps the others until they are asked for."""
+        """What has come, message by message: Flower's store keeps the others until they are asked for.
+
+        Whatever is raised while one client's answer is fetched and read ends that client's part, and nothing else.
+        """
         waiting = [name for name, asked in pending.items() if asked.gone is None]
-        for asked_for in [*waiting, *self._late]:
-            for reply in self._grid.pull_messages([asked_for]):
-                name = reply.metadata.reply_to_message_id
+        for name in [*waiting, *self._late]:
+            try:
+                answers = [
+                    _read(reply)
+                    for reply in self._grid.pull_messages([name])
+                    if reply.metadata.reply_to_message_id == name
+                ]
+            except Exception as error:
+                answers = [Failure(f"its answer could not be read: {type(error).__name__}: {error}")]
+            for answer in answers[:1]:
                 if name in self._late:
                     client, since = self._late.pop(name)
-                    if reply.has_content():
+                    if not isinstance(answer, Failure) and answer is not None:
                         LOG.warning("%s answered %.0f s too late; ignored", client, time.monotonic() - since)
                         self._observer("late", {"client": client})
-                elif name in pending:
-                    if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                        pending[name].gone = time.monotonic()
-                        LOG.warning("%s lost its connection", pending[name].client)
-                        continue
-                    asked = pending.pop(name)
-                    yield asked.client, self._answer(asked.client, reply)
+                elif answer is None:
+                    pending[name].gone = time.monotonic()
+                    LOG.warning("%s lost its connection", pending[name].client)
+                else:
+                    client = pending.pop(name).client
+                    yield client, self._answer(client, answer)
 
-    def _answer(self, client: str, reply: Message) -> bytes | Failure:
-        if reply.has_error():
-            return self._failed(client, reply.error.reason or f"Flower's error {reply.error.code}")
-        try:
-            payload, _ = unpacked(reply.content)
-        except ValueError as error:
-            return self._failed(client, f"its answer could not be read: {error}")
-        self._observer("answered", {"client": client, "bytes": len(payload)})
-        return payload
+    def _answer(self, client: str, answer: bytes | Failure) -> bytes | Failure:
+        if isinstance(answer, Failure):
+            return self._failed(client, answer.reason)
+        self._observer("answered", {"client": client, "bytes": len(answer)})
+        return answer
 
     def _ask_again(
         self, pending: dict[str, _Pending], tasks: Mapping[str, bytes], end: float
@@ -245,5 +275,6 @@ class FlowerTransport:
                     yield asked.client, failure
 
     def _failed(self, client: str, reason: str) -> Failure:
+        reason = printable(reason, MAX_REASON)  # a client's words go to the terminal, logs and status.json
         self._observer("failed", {"client": client, "reason": reason})
         return Failure(reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmomentum.flower.status import FRESH_SECONDS
-from fedmomentum.live import Live, plan_table
+from fedmomentum.live import Live, plan_table, summary_table
+from fedmomentum.report import read_run, write_report
 from fedmomentum.report.text import human_bytes
 from fedmomentum.run import Plan
+from fedmomentum.schema import printable
+from fedmomentum.terminal import log_handler
 
 
 class ServerView:
@@ -79,6 +84,7 @@ class NodeView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._handler = log_handler(console)
         self._progress = Progress(
             TextColumn("  training"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), console=console, transient=True,
@@ -86,6 +92,12 @@ class NodeView:
         self._task = self._progress.add_task("", total=1, note="", visible=False)
 
     def __enter__(self) -> NodeView:
+        # ours and Flower's warnings, which may quote the server, go where everything else does
+        self._before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in _LOGGERS]
+        for logger in _LOGGERS:
+            logger.handlers = [self._handler]
+            logger.propagate = False
+            logger.setLevel(logging.WARNING)
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -95,6 +107,9 @@ class NodeView:
     ) -> None:
         if self._console.is_terminal:
             self._progress.stop()
+        for logger, handlers, propagate, level in self._before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
     def observe(self, event: str, facts: Mapping[str, Any]) -> None:
         """An event of `join`."""
@@ -108,7 +123,7 @@ class NodeView:
             )
             return
         self._progress.update(self._task, visible=False)
-        if event == "say":
+        if event in ("say", "warning"):
             text = facts["text"]
         elif event == "ready":
             text = (
@@ -127,7 +142,12 @@ class NodeView:
             text = f"Round {facts['round']}: asked the same again; the answer is still here"
         else:
             text = f"Could not: {facts['reason']}"
-        self._console.print(Text(f"{time.strftime('%H:%M:%S')} {text}"), soft_wrap=True)
+        style = "bold red" if event == "warning" else ""
+        line = printable(text, 2000)  # some of it is the server's
+        self._console.print(Text(f"{time.strftime('%H:%M:%S')} {line}", style=style), soft_wrap=True)
+
+
+_LOGGERS = (logging.getLogger("fedmomentum"), logging.getLogger("flwr"))
 
 
 def status_table(status: Mapping[str, Any], now: float) -> Table:
@@ -137,18 +157,44 @@ def status_table(status: Mapping[str, Any], now: float) -> Table:
         "before the first round" if status["round"] is None else f"round {status['round']} of {status['num_rounds']}"
     )
     head = f"{where}, {status['phase']}"
-    if status["waiting_for"]:
-        head += f"; waiting {max(0, status['waits_until'] - now):.0f} s more for {', '.join(status['waiting_for'])}"
+    is_over, is_stale = status["phase"] == "ended", age > FRESH_SECONDS
+    if status["waiting_for"] and status["waits_until"] and not is_over:
+        names = ", ".join(printable(name, 80) for name in status["waiting_for"])
+        head += f"; waiting {max(0, status['waits_until'] - now):.0f} s more for {names}"
     if status["version"]:
         head += f"; base version {status['version'][:16]}"
-    if age > FRESH_SECONDS and status["phase"] != "ended":
+    if is_stale and not is_over:
         head += f"; written {age:.0f} s ago: the server is busy, or gone"
-    table = Table("client", "online", "state", "left", "rounds", "down", "up", "what went wrong", title=head)
+    table = Table(
+        "client", "online", "state", "left", "rounds", "down", "up", "what went wrong", title=Text(printable(head))
+    )
     for name, client in sorted(status["clients"].items()):
-        left = f"{max(0, client['until'] - now):.0f} s" if client["until"] else ""
+        left = f"{max(0, client['until'] - now):.0f} s" if client["until"] and not is_over else ""
+        online = Text("yes") if client["connected"] else Text("no", style="yellow")
+        if is_over or is_stale:  # the file says who was connected, not who is
+            online = Text("" if is_over else "?")
         table.add_row(
-            Text(name), "yes" if client["connected"] else Text("no", style="yellow"), client["state"], left,
-            str(client["rounds"]), human_bytes(client["down_bytes"]), human_bytes(client["up_bytes"]),
-            Text(client["reason"] or ""),
+            Text(printable(name, 80)), online, Text(printable(client["state"], 80)), left, str(client["rounds"]),
+            human_bytes(client["down_bytes"]), human_bytes(client["up_bytes"]), Text(printable(client["reason"] or "")),
         )  # fmt: skip
     return table
+
+
+def after_serving(console: Console, out: Path) -> None:
+    """Write the report of a served run, and say where its result is and how to use it.
+
+    The base model is at the parties and need not be here, so the commands name it as a directory to fill in.
+    """
+    page = write_report(out)
+    console.print(summary_table(read_run(out)))
+    shown = shlex.quote(str(out))
+    lines = [
+        f"The result is in {out}, its report in {page}. The base model is not needed until the result is used:",
+        f"where it is, on a party's machine for one, copy {out} there and run",
+        f"  fedmomentum export {shown} --base BASE-DIRECTORY --to merged --out {shlex.quote(f'{out}-merged')}",
+        f"  fedmomentum export {shown} --base BASE-DIRECTORY --to adapter --out {shlex.quote(f'{out}-adapter')}",
+        "BASE-DIRECTORY is that of the parties' base model; leave --base out where job.toml names it.",
+        "The parties stay until they leave; end them with Ctrl-C there.",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,9 +1,10 @@
 """A node's worker: a process of its own that holds base model and data, so that neither is loaded for every message.
 
 Node and worker are joined by a socket pair that no other process can open. What goes over it are frames of one
-letter and bytes: to the worker `T`, a task, or `C`, rehearse one; from it `S`, a line on what it is doing, `P`, a
-training step, `Y`, ready, `R`, a reply, `E`, what went wrong, in full and in words that may leave the machine. The
-worker ends with the node, also when the node is killed: the socket's end is its sign.
+letter and bytes: to the worker `I`, the run that the next tasks belong to, `T`, a task, or `C`, rehearse one; from it
+`S`, a line on what it is doing, `W`, a warning, `P`, a training step, `Y`, ready, `R`, a reply, `E`, what went wrong,
+in full and in words that may leave the machine. The worker ends with the node, also when the node is killed: the
+socket's end is its sign.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from typing import Any
 
 from fedmomentum.config import Config, load_config, to_toml
 from fedmomentum.errors import FedMomentumError, public_text
+from fedmomentum.terminal import LineFormatter
 
 LOG = logging.getLogger("fedmomentum")
 
 Told = Callable[[str, Mapping[str, Any]], None]
-"""Told of what the worker does: `told(event, facts)`; events are `say`, `step`, `ready`."""
+"""Told of what the worker does: `told(event, facts)`; events are `say`, `warning`, `step`, `ready`."""
 
 
 class WorkerError(Exception):
@@ -60,6 +62,8 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._ready = False
+        self._run_id: str | None = None
+        self._known_run_id: str | None = None  # to the process
         self._facts: Mapping[str, Any] = {}
 
     def start(self) -> None:
@@ -75,7 +79,7 @@ class Worker:
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
-        self._pipe, self._ready = Connection(ours.detach()), False
+        self._pipe, self._ready, self._known_run_id = Connection(ours.detach()), False, None
         setup = {"config": to_toml(self._config), "client_id": self._client_id, "store": str(self._store)}
         self._pipe.send_bytes(json.dumps(setup).encode())
 
@@ -98,6 +102,10 @@ class Worker:
         """
         return self._ask(b"C", seconds)
 
+    def belong_to(self, run_id: str) -> None:
+        """Say which run the tasks from now on belong to: its client's examples must be divided as when it began."""
+        self._run_id = run_id
+
     def ask(self, payload: bytes, seconds: float) -> bytes:
         """The reply to a task.
 
@@ -114,6 +122,9 @@ class Worker:
             self._wait(b"Y", end)
         assert self._pipe is not None
         try:
+            if self._run_id is not None and self._run_id != self._known_run_id:
+                self._pipe.send_bytes(b"I" + self._run_id.encode(errors="replace"))
+                self._known_run_id = self._run_id
             self._pipe.send_bytes(frame)
         except OSError as error:
             raise self._died() from error
@@ -136,6 +147,8 @@ class Worker:
             letter, body = frame[:1], frame[1:]
             if letter == b"S":
                 self._told("say", {"text": body.decode()})
+            elif letter == b"W":
+                self._told("warning", {"text": body.decode()})
             elif letter == b"P":
                 self._told("step", json.loads(body))
             elif letter == b"E":
@@ -179,6 +192,9 @@ class Worker:
 def main() -> None:
     """Load, say so, and answer tasks until the node ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the node's; it ends us
+    shown = logging.StreamHandler()
+    shown.setFormatter(LineFormatter("%(message)s"))  # a task's names, and an error's text, may hold anything
+    LOG.addHandler(shown)
     pipe = Connection(int(sys.argv[1]))
     setup = json.loads(pipe.recv_bytes())
     tasks = _Inbox(pipe)
@@ -193,7 +209,8 @@ def main() -> None:
         except Exception as error:  # whatever a task does, the next one finds the worker
             tasks.send(b"E", _told(error))
         else:
-            tasks.send(b"R", answer)
+            if answer is not None:
+                tasks.send(b"R", answer)
 
 
 class _Inbox:
@@ -228,9 +245,10 @@ class _Inbox:
                 os._exit(0)
 
 
-def _load(setup: Mapping[str, str], send: Callable[[bytes, bytes], None]) -> Callable[[bytes], bytes]:
-    """Load model and data; the function from a task's bytes to a reply's."""
+def _load(setup: Mapping[str, str], send: Callable[[bytes, bytes], None]) -> Callable[[bytes], bytes | None]:
+    """Load model and data; the function from a frame to a reply's bytes, if there is to be one."""
     from fedmomentum.client import client_step
+    from fedmomentum.data.split import compare_split
     from fedmomentum.live import quiet_libraries
     from fedmomentum.run import prepare_party, rehearsal
 
@@ -252,7 +270,12 @@ def _load(setup: Mapping[str, str], send: Callable[[bytes, bytes], None]) -> Cal
     }  # fmt: skip
     send(b"Y", json.dumps(facts).encode())
 
-    def step(frame: bytes) -> bytes:
+    def step(frame: bytes) -> bytes | None:
+        if frame[:1] == b"I":
+            run_id = frame[1:].decode()
+            if problem := compare_split(store, run_id, client.train, client.test, seed=config.run.seed):
+                send(b"W", problem.encode())
+            return None
         with quiet_libraries():
             payload = rehearsal(config, client, local) if frame[:1] == b"C" else frame[1:]
             return client_step(payload, client, local)

@@ -1,6 +1,5 @@
 """The cells of a comparison, a method and a seed each, read from run folders; and what they say together."""
 
-import json
 import math
 import tomllib
 from collections.abc import Callable, Sequence
@@ -9,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fedmomentum.errors import DataError, ModelError
+from fedmomentum.records import parse_record, read_file
 from fedmomentum.report.run import Run, read_run
 from fedmomentum.report.statistics import Mean, mean_of
 from fedmomentum.report.summary import federated_row
+from fedmomentum.run_files import ComparisonFile, ComparisonHead
+from fedmomentum.schema import parse_json
 
 COMPARISON = "comparison.json"
-FORMAT, FORMAT_VERSION = "fedmomentum comparison", 1
+FORMAT, FORMAT_VERSION = "fedmomentum comparison", 2
 
 
 @dataclass(frozen=True)
@@ -196,24 +198,27 @@ def read_comparison(folder: Path) -> Comparison:
         ModelError: no comparison there, or a run of it is missing.
         DataError: a file that is damaged, or of a newer format.
     """
-    file = Path(folder) / COMPARISON
+    folder = Path(folder)
+    file = folder / COMPARISON
+    again = "run the comparison again, finished runs are kept"
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-        if table["format"] != FORMAT or table["format_version"] != FORMAT_VERSION:
-            raise DataError(f"{file} is of another format than {FORMAT} {FORMAT_VERSION}; use the fedmomentum it is of")
-        cells = tuple(
-            make_cell(
-                one["method"], one["seed"], [read_run(Path(folder) / name) for name in one["folders"]], kind=one["kind"]
-            )
-            for one in table["cells"]
-        )
-        return Comparison(
-            Path(folder).resolve().name, cells, table["baseline"], float(table["target"]), table["command"]
-        )
+        data = read_file(file, error=DataError)
     except FileNotFoundError as error:
         raise ModelError(f"{folder} holds no {COMPARISON}; give the folder that `fedmomentum compare` wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error}); run the comparison again, finished runs are kept") from error
+    except DataError as error:
+        raise DataError(f"{error}; {again}") from error
+    try:
+        head = parse_json(data, ComparisonHead, str(file), DataError)
+        if (head.format, head.format_version) != (FORMAT, FORMAT_VERSION):
+            raise DataError(f"{file} is of another format than {FORMAT} {FORMAT_VERSION}, or of another version")
+        table = parse_record(data, ComparisonFile, str(file), DataError)
+    except DataError as error:
+        raise DataError(f"{error}; {again}") from error
+    cells = tuple(
+        make_cell(one.method, one.seed, [read_run(folder / name) for name in one.folders], kind=one.kind)
+        for one in table.cells
+    )
+    return Comparison(folder.resolve().name, cells, table.baseline, table.target, table.command)
 
 
 def compare_runs(folders: Sequence[Path], target: float) -> Comparison:

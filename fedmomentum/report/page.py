@@ -1,5 +1,6 @@
 """One page a run: `report.html`, complete in itself."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,23 @@ def write_report(run_dir: Path) -> Path:
         ModelError: the folder, or one of the files that every run has, is missing.
         DataError: a file of the folder is damaged.
     """
-    content = _content(read_run(run_dir))
+    run_dir = Path(run_dir)
+    content = _content(read_run(run_dir), _example_client(run_dir))
     page = render("page.html.j2", content, lambda plot: "data:text/csv;charset=utf-8," + quote(plot.csv))
-    return write_page(Path(run_dir) / "report.html", page)
+    return write_page(run_dir / "report.html", page)
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _example_client(run_dir: Path) -> str | None:
+    """Return a client to name in commands, where the last checkpoint says that each has a model of its own."""
+    checkpoints = sorted(file for file in (run_dir / "rounds").glob("*.json") if file.stem.isdecimal())
+    try:
+        manifest = json.loads(checkpoints[-1].read_text(encoding="utf-8"))
+        return min(manifest["run"]["held"], default="NAME") if manifest["personal"] else None
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None  # without a checkpoint there is nothing to carry away
+
+
+def _content(run: Run, client: str | None) -> dict[str, Any]:
     rows, summary = run.rows, summarise(run.rows)
     before, after = untouched_row(rows), federated_row(rows)
     done = rows[-1]["round"]
@@ -63,7 +75,7 @@ def _content(run: Run) -> dict[str, Any]:
         "plan": _plan(run),
         "environment": _environment(run.environment),
         "version": rows[-1].get("version"),
-        "commands": _commands(run.name, finished=done >= planned),
+        "commands": _commands(run.name, finished=done >= planned, client=client),
     }
 
 
@@ -124,14 +136,21 @@ def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _commands(name: str, *, finished: bool) -> list[tuple[str, str]]:
-    folder = shlex.quote(name)
-    merged, adapter = shlex.quote(f"{name}-merged"), shlex.quote(f"{name}-adapter")
-    config = shlex.quote(f"{name}/config.toml")
+def _commands(name: str, *, finished: bool, client: str | None) -> list[tuple[str, str]]:
+    """What can be done with the run, as commands that can be pasted into a shell.
+
+    Args:
+        name: The run's directory.
+        finished: Whether all rounds are done.
+        client: One of the clients, where each has a model of its own.
+    """
+    whose = [] if client is None else ["--client", client]
     resume = "Go on after an interruption" if finished else "Finish this run"
-    return [
-        ("Try the model", f'fedmomentum generate {folder} --prompt "..."'),
-        ("Whole model, loads anywhere", f"fedmomentum export {folder} --to merged --out {merged}"),
-        ("Adapter and what it needs", f"fedmomentum export {folder} --to adapter --out {adapter}"),
-        (resume, f"fedmomentum run {config} --resume --out {folder}"),
+    commands = [
+        ("Whole model, loads anywhere", ["export", name, *whose, "--to", "merged", "--out", f"{name}-merged"]),
+        ("Adapter and what it needs", ["export", name, *whose, "--to", "adapter", "--out", f"{name}-adapter"]),
+        (resume, ["run", f"{name}/config.toml", "--resume", "--out", name]),
     ]
+    generate = shlex.join(["fedmomentum", "generate", name, *whose])
+    joined = [(title, shlex.join(["fedmomentum", *words])) for title, words in commands]
+    return [("Try the model", f'{generate} --prompt "..."'), *joined]

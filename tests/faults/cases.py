@@ -23,9 +23,10 @@ from fedmomentum.flower.connection import ConnectionLost
 from fedmomentum.flower.keys import make_server_keys
 from fedmomentum.flower.link import Link
 from fedmomentum.flower.transport import FlowerTransport
-from fedmomentum.transport import Failure, Task, decode_reply, decode_task, encode_task
+from fedmomentum.messages import Task, decode_reply, decode_task, encode_task
+from fedmomentum.transport import Failure
 from tests.faults.harness import Asked, Federation, honest, until
-from tests.runs import altered
+from tests.runs import altered, describe_task, train_task
 from tests.tiny import tiny_llama
 
 
@@ -407,26 +408,26 @@ def paths_from_server(fed: Federation) -> str:
         def ask(task: Task) -> bytes | Failure:
             return dict(transport.send_and_receive({"site0": encode_task(task)}))["site0"]
 
-        describe = Task("describe", "run", "site0", 0, manifest={}, settings={"adapter": False})
+        describe = describe_task()
         reply = decode_reply(ask(describe), describe, 2**20)
-        base = {"name": "x", "revision": None, "sha256": reply.metrics["sha256"],
-                "tokenizer_sha256": reply.metrics["tokenizer_sha256"]}  # fmt: skip
+        fact = reply.answer
+        base = {"name": "x", "revision": None, "sha256": fact.sha256, "tokenizer_sha256": fact.tokenizer_sha256}
         assert (fed.store("site0") / "config.toml").is_file()
         before = {path for path in fed.folder.rglob("*")}
         reasons = []
         for name in names:
             for update, adapter in (([], name), ([name], "0" * 64)):
                 manifest = {"base_update": update, "adapter": {"factors": adapter}}
-                task = Task("train", "run", "site0", 1, {"base": base, "carried": None, **manifest}, {name: evil}, {})
+                task = train_task(manifest={"base": base, "carried": None, **manifest}, objects={name: evil})
                 answer = ask(task)
                 assert isinstance(answer, Failure), f"{name!r} in {manifest} was answered"
                 assert "is no SHA-256; object names are hashes" in answer.reason, f"{name!r}: {answer.reason}"
                 reasons.append(answer.reason)
-        answer = ask(Task("train", "run", "../../x", 1, {"base_update": [], "adapter": {}}, {}, {}))
+        answer = ask(train_task("../../x", manifest={"base_update": [], "adapter": {}}))
         assert isinstance(answer, Failure) and "a task for" in answer.reason
         made = {path for path in fed.folder.rglob("*")} - before - {fed.store("site0") / "objects"}
         assert not made, f"the node wrote {made}"
-        assert decode_reply(ask(describe), describe, 2**20).metrics == reply.metrics, "the node no longer answers"
+        assert decode_reply(ask(describe), describe, 2**20).answer == reply.answer, "the node no longer answers"
     fed.compared = "the node answers on"
     return f"the node: {reasons[0]}"
 

@@ -33,9 +33,10 @@ from fedmomentum.flower.connection import Connection, ConnectionLost
 from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
 from fedmomentum.flower.status import read_status
 from fedmomentum.flower.transport import packed, unpacked
+from fedmomentum.messages import Task, decode_task
 from fedmomentum.rounds import derive
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, Task, decode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.runs import chain, nudge, objects, timeless, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,8 +89,8 @@ class Program:
             self.popen = subprocess.Popen(
                 [sys.executable, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True, env={**os.environ, **environment},
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip  # whoever runs the tests in the background has it ignored, and children inherit that
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            )  # fmt: skip  # as a script's background commands have it: it must end them all the same
 
     def text(self) -> str:
         """All it has said, over all its starts."""

@@ -1,7 +1,9 @@
 """Keys: private files are private from their first byte, names are kept to, and no other server or name is believed."""
 
+import logging
 import os
 import shutil
+import socket
 import stat
 import subprocess
 
@@ -13,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower import keys as module
 from fedmomentum.flower.connection import ConnectionLost
-from fedmomentum.flower.join import Party
+from fedmomentum.flower.join import Party, server_address
 from fedmomentum.flower.keys import (
     admit,
     admitted,
@@ -22,8 +24,10 @@ from fedmomentum.flower.keys import (
     load_public,
     make_node_key,
     make_server_keys,
+    read_nodes,
 )
-from tests.flower.network import HOSTS, connect, make_keys, running
+from fedmomentum.flower.link import Link
+from tests.flower.network import HOSTS, connect, make_keys, running, there_and_back
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +142,9 @@ def test_what_is_no_public_key_is_refused_by_name(tmp_path):
             admit(file, keys)
     assert admitted(keys) == {}
     (keys / "nodes" / "bad.pub").write_text("put there by hand")
-    with pytest.raises(ConfigError, match="bad.pub is no public key"):
-        admitted(keys)
+    assert admitted(keys) == {}
+    (problem,) = read_nodes(keys).problems.values()
+    assert problem.startswith("it is no public key of a node: ")
     (tmp_path / "text.key").write_text("hello")
     (tmp_path / "text.key").chmod(0o600)
     with pytest.raises(ConfigError, match="text.key is no private key"):
@@ -161,7 +166,7 @@ def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
     [
         ({"server": "fed.example.org"}, "--server must be HOST:PORT"),
         ({"server": ":9443"}, "--server must be HOST:PORT"),
-        ({"authority": "nothing.pem"}, "there is no authority"),
+        ({"authority": "nothing.pem"}, "there is no authority .* as keys/ca.pem. Give its path by --ca"),
         ({"authority": "north.pub"}, "is no authority's certificate"),
         ({"name": "../north"}, "is no name for a node"),
         ({"key": "south.key"}, "there is no key"),
@@ -173,6 +178,111 @@ def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, word
     paths = {name: folder / given[name] for name in ("authority", "key")}
     with pytest.raises(ConfigError, match=words):
         Party(server=given["server"], name=given["name"], store=folder / "store", **paths).connection()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("fed.example.org:9443", "fed.example.org:9443"),
+        ("https://fed.example.org:9443", "fed.example.org:9443"),
+        ("HTTPS://fed.example.org:443/", "fed.example.org:443"),
+        (" 192.0.2.10:09443 ", "192.0.2.10:9443"),
+        ("[2001:DB8:0::1]:9443", "[2001:db8::1]:9443"),
+        ("https://[::1]:9443/", "[::1]:9443"),
+    ],
+)
+def test_an_address_is_taken_in_the_forms_that_people_write(given, wanted):
+    assert server_address(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("http://fed.example.org:9443", "speaks TLS only"),
+        ("grpc://fed.example.org:9443", "speaks TLS only"),
+        ("https://fed.example.org", "must be HOST:PORT"),
+        ("fed.example.org:0", "must be HOST:PORT"),
+        ("fed.example.org:65536", "must be HOST:PORT"),
+        ("fed.example.org:" + "9" * 5000, "must be HOST:PORT"),
+        ("fed.example.org:\u0663", "must be HOST:PORT"),
+        ("fed.example.org:9443/path", "must be HOST:PORT"),
+        ("::1:9443", "stands in brackets"),
+        ("[fed.example.org]:9443", "no IPv6 address"),
+        ("[fe80::1%eth0]:9443", "no IPv6 address"),
+        ("user@fed.example.org:9443", "no host name"),
+        ("fed example:9443", "no host name"),
+        ("\x1b[2Jfed:9443", "no host name"),
+        ("", "must be HOST:PORT"),
+    ],
+)
+def test_what_is_no_address_is_refused_in_words(given, words):
+    with pytest.raises(ConfigError, match=words) as raised:
+        server_address(given)
+    assert len(str(raised.value)) < 600 and "\x1b" not in str(raised.value)
+
+
+def test_a_node_reaches_a_server_by_its_ipv6_address(tmp_path):
+    keys = make_keys(tmp_path, "north")
+    make_server_keys(keys, ["::1"])
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with Link(keys, "::1", 0) as link:
+        party = Party(f"https://[::1]:{link.port}", keys / "ca.pem", tmp_path / "north.key", tmp_path, "north")
+        party.connection().probe()
+
+
+# ── slips of the operator ──
+
+
+def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, caplog):
+    """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a link to nowhere."""
+    keys = make_keys(tmp_path, "north", "south")
+    nodes = keys / "nodes"
+    whole = (nodes / "north.pub").read_bytes()
+
+    def slips():
+        (nodes / "half.pub").write_bytes(whole[: len(whole) // 2])
+        (nodes / "text.pub").write_text("hello\x1b[2J")
+        (nodes / "empty.pub").touch()
+        (nodes / "directory.pub").mkdir()
+        os.mkfifo(nodes / "pipe.pub")
+        (nodes / "huge.pub").write_bytes(whole + b" " * 20_000_000)
+        (nodes / "nowhere.pub").symlink_to(tmp_path / "nothing")
+        (nodes / "north copy.pub").write_bytes(whole)
+        (nodes / "-x.pub").write_bytes(whole)
+        (nodes / "zwilling.pub").write_bytes(whole)
+        (nodes / "readme.txt").write_text("not looked at")
+
+    with caplog.at_level(logging.WARNING, "fedmomentum"), running(keys) as link:
+        assert link.registered() == ["north", "south"]
+        with connect(link.port, keys, "north") as connection:
+            slips()
+            for _ in range(3):
+                assert link.registered() == ["north", "south"]
+                assert there_and_back(link, connection, "north", b"task", b"reply") == (b"task", b"reply")
+        told = [record.getMessage() for record in caplog.records if "admits nobody" in record.getMessage()]
+        assert len(told) == 10, told
+        for name in ("half", "text", "empty", "directory", "pipe", "huge", "nowhere", "north copy", "-x", "zwilling"):
+            assert sum(f"{name}.pub admits nobody" in line for line in told) == 1
+        assert any("zwilling.pub admits nobody: its key is that of north; a node has one name" in line for line in told)
+        assert all(line.isprintable() or "\ufffd" in line for line in told)
+
+        (nodes / "south.pub").write_bytes(b"")  # half copied over the one that was there: south is out, north is not
+        assert link.registered() == ["north"]
+        (nodes / "north.pub").rename(nodes / "elsewhere")
+        assert link.registered() == ["zwilling"]  # whose key it is now
+        shutil.rmtree(nodes)
+        assert link.registered() == ["zwilling"]  # what cannot be read changes nothing
+        assert any("who was admitted stays so" in record.getMessage() for record in caplog.records)
+
+
+def test_a_bad_file_does_not_keep_another_from_being_admitted(tmp_path):
+    keys = make_keys(tmp_path, "north")
+    (keys / "nodes" / "bad.pub").write_text("hello")
+    _, public = make_node_key("south", tmp_path)
+    public.write_bytes(public.read_bytes().rstrip() + b" a comment\x1b[2J\n")
+    assert admit(public, keys) == "south" and list(admitted(keys)) == ["north", "south"]
+    assert (keys / "nodes" / "south.pub").read_bytes().endswith(b" south\n")  # the key and the name, nothing else
 
 
 # ── certificates ──

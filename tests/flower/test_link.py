@@ -18,10 +18,11 @@ import pytest
 
 import fedmomentum.flower
 from fedmomentum.errors import ConfigError
-from fedmomentum.flower import link as link_module
+from fedmomentum.flower import guard as guard_module
 from fedmomentum.flower.connection import HEARTBEAT_SECONDS, ConnectionLost
+from fedmomentum.flower.gate import MAX_REQUEST_BYTES, PATHS
 from fedmomentum.flower.keys import admit, make_node_key
-from fedmomentum.flower.link import MAX_REQUEST_BYTES, PATHS, Link
+from fedmomentum.flower.link import Link
 from tests.flower import network
 from tests.flower.network import (
     Stranger,
@@ -86,7 +87,7 @@ def test_other_paths_are_not_found(stranger, path):
 
 
 def test_the_eight_paths_take_posts_only_and_want_a_signature(stranger):
-    assert len(PATHS) == 8 and {route.path for route in router.routes} >= PATHS
+    assert len(PATHS) == 8 and {route.path for route in router.routes} >= PATHS.keys()
     for path in PATHS:
         assert stranger.client.get(path).status_code == 404
         assert stranger.post(path.removeprefix("/v1/fleet/")).status_code == 401
@@ -215,6 +216,7 @@ def test_a_node_speaks_for_itself_only(link, keys, stranger):
 
         def pushed_by_south(source):
             forged.metadata.__dict__["_src_node_id"] = source
+            forged.metadata.__dict__["_message_id"] = forged.object_id  # it is named by its content
             push = PushMessagesRequest(
                 node=Node(node_id=ids["south"]),
                 messages_list=[message_to_proto(remove_content_from_message(forged))],
@@ -269,12 +271,13 @@ def test_many_parts_arrive_whole_both_ways(link, keys):
 
 
 def test_a_reply_larger_than_any_reply_is_cut_off(link, keys, monkeypatch):
-    monkeypatch.setattr(link_module, "MAX_PAYLOAD_BYTES", 6 * MIB)
+    monkeypatch.setattr(guard_module, "MAX_PAYLOAD_BYTES", 6 * MIB)
     with connect(link.port, keys, "north") as connection:
         message_id = ask(link, "north", b"task")
         with pytest.raises(ConnectionLost):
             answer(connection, fetch(connection), os.urandom(12 * MIB))
-        assert list(link.grid.pull_messages([message_id])) == []
+        (reply,) = link.grid.pull_messages([message_id])  # whoever waits for it is told at once
+        assert reply.error.reason == f"its answer was refused: a reply has at most {6 * MIB} bytes; more came"
     with connect(link.port, keys, "south") as connection:  # the others go on
         assert there_and_back(link, connection, "south", b"task", b"reply") == (b"task", b"reply")
 
@@ -293,7 +296,7 @@ def test_what_nobody_fetched_can_be_taken_back(link, keys):
 
 def test_asking_again_for_room_gives_none(link, keys, monkeypatch):
     """A node that starts its reply anew has no more bytes than before; the next question gives it new ones."""
-    monkeypatch.setattr(link_module, "MAX_PAYLOAD_BYTES", 20 * MIB)
+    monkeypatch.setattr(guard_module, "MAX_PAYLOAD_BYTES", 20 * MIB)
     with connect(link.port, keys, "north") as connection:
         ask(link, "north", b"task")
         message = fetch(connection)
@@ -303,9 +306,9 @@ def test_asking_again_for_room_gives_none(link, keys, monkeypatch):
                 link.grid._state.message_res_store.clear()
                 link.grid._state.message_ins_id_to_message_res_id.clear()
                 answer(connection, message, os.urandom(9 * MIB))
-        assert link.pushed[message.metadata.dst_node_id] > 20 * MIB
+        assert link.ledger.pushed[message.metadata.dst_node_id] > 20 * MIB
         ask(link, "north", b"next")
-        assert link.pushed[message.metadata.dst_node_id] == 0
+        assert link.ledger.pushed[message.metadata.dst_node_id] == 0
 
 
 def test_a_redirect_is_not_followed(keys):
@@ -341,13 +344,14 @@ def test_a_redirect_is_not_followed(keys):
 
 PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.simulation"}
 PRIVATE = {
-    "flwr.app.message", "flwr.common.constant", "flwr.common.serde", "flwr.proto.fleet_pb2", "flwr.proto.heartbeat_pb2",
-    "flwr.proto.message_pb2", "flwr.proto.node_pb2", "flwr.server.superlink.linkstate", "flwr.supercore.constant",
-    "flwr.supercore.error", "flwr.supercore.inflatable.inflatable_object",
-    "flwr.supercore.inflatable.inflatable_protobuf_utils", "flwr.supercore.inflatable.inflatable_utils",
-    "flwr.supercore.object_store", "flwr.supercore.primitives.asymmetric", "flwr.supercore.protobuf.translation",
-    "flwr.supercore.run", "flwr.supercore.task_identity", "flwr.superlink.federation",
-    "flwr.superlink.routers.fleet.node_auth", "flwr.superlink.routers.fleet.router", "flwr.supernode.fleet_http_client",
+    "flwr.app.message", "flwr.common.constant", "flwr.common.serde", "flwr.common.serde_utils",
+    "flwr.proto.fleet_pb2", "flwr.proto.heartbeat_pb2", "flwr.proto.message_pb2", "flwr.proto.node_pb2",
+    "flwr.proto.recorddict_pb2", "flwr.server.superlink.linkstate", "flwr.supercore.constant", "flwr.supercore.error",
+    "flwr.supercore.inflatable.inflatable_object", "flwr.supercore.inflatable.inflatable_protobuf_utils",
+    "flwr.supercore.inflatable.inflatable_utils", "flwr.supercore.object_store",
+    "flwr.supercore.primitives.asymmetric", "flwr.supercore.protobuf.translation", "flwr.supercore.run",
+    "flwr.supercore.task_identity", "flwr.superlink.federation", "flwr.superlink.routers.fleet.node_auth",
+    "flwr.superlink.routers.fleet.router", "flwr.supernode.fleet_http_client",
     "flwr.supernode.node_auth_http_interceptor",
 }  # fmt: skip
 
@@ -364,10 +368,11 @@ def test_private_names_of_flwr_are_the_listed_ones_and_the_version_is_pinned():
     for module in sorted(PRIVATE | {"flwr.app", "flwr.serverapp", "flwr.clientapp"}):
         for name in used[module]:
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
-    assert re.match(r"1\.41\.", version("flwr"))
+    assert re.match(r"1\.4[12]\.", version("flwr"))
     pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert pyproject["project"]["optional-dependencies"]["flower"] == ["flwr>=1.41,<1.42"]
-    assert HEARTBEAT_SECONDS == link_module.HEARTBEAT_SECONDS == importlib.import_module(
+    flower = pyproject["project"]["optional-dependencies"]["flower"]
+    assert flower[0] == "flwr>=1.41,<1.43" and "uvicorn>=0.49,<0.50" in flower
+    assert HEARTBEAT_SECONDS == guard_module.HEARTBEAT_SECONDS == importlib.import_module(
         "flwr.common.constant"
     ).HEARTBEAT_MIN_INTERVAL  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -11,12 +11,15 @@ import torch
 from fedmomentum.aggregation import METHODS
 from fedmomentum.client import client_step
 from fedmomentum.errors import PayloadError, QuorumError
+from fedmomentum.files import read_safetensors
 from fedmomentum.flower import transport as module
 from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
+from fedmomentum.messages import decode_task, encode_task
+from fedmomentum.names import directory_name
 from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport, Task, decode_task, encode_task
+from fedmomentum.transport import Failure, InProcessTransport
 from tests.helpers import generator
-from tests.runs import chain, nudge, objects, timeless, tiny_config
+from tests.runs import chain, nudge, objects, start, timeless, tiny_config, train_task
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict  # isort: skip
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # isort: skip
@@ -132,7 +135,7 @@ def test_what_many_clients_are_sent_has_its_large_parts_in_common():
     large = {"0" * 64: torch.randn(3_000_000, generator=generator(0)).numpy().tobytes()}
     sizes: dict[str, int] = {}
     for client in ("east", "the far north"):
-        payload = encode_task(Task("train", "run", client, 1, {}, large, {"seed": len(client)}))
+        payload = encode_task(train_task(client, objects=large, seed=len(client)))
         record = packed(payload, 1.0)
         assert unpacked(record) == (payload, 1.0)
         arrays = record["payload"]
@@ -398,7 +401,7 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
 
     def does(name, message):
         payload = unpacked(message.content)[0]
-        told.extend(decode_task(payload).settings.get("recipes", []))
+        told.extend(getattr(decode_task(payload).request, "recipes", []))
         world.answers(steps[name](payload), message)
 
     world.script = {name: after(1, partial(does, name)) for name in steps}
@@ -410,6 +413,42 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
     assert objects(tmp_path / "over") == objects(tmp_path / "one")
     for name in steps:
         assert objects(tmp_path / name) == objects(tmp_path / "there" / name)
+
+
+def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(folder, tmp_path, world):
+    config = tiny_config(folder, method={"name": "fedsalora"}, federation={"num_rounds": 3})
+    files = dict(zip(("north", "north-2", "a/../b"), config.data.client_files.values(), strict=True))
+    config = replace(config, data=replace(config.data, client_files=files))
+
+    def steps(stores):
+        found = {}
+        for name in files:
+            client, local = prepare_party(config, name, stores / directory_name(name))
+            client.function = nudge
+            found[name] = partial(client_step, client=client, model=local)
+        return found
+
+    grid = steps(tmp_path / "grid")
+    world.registered_names = list(grid)
+    world.__post_init__()
+
+    def does(name, message):
+        world.answers(grid[name](unpacked(message.content)[0]), message)
+
+    world.script = {name: after(1, partial(does, name)) for name in grid}
+    run_over(world.transport(), config, tmp_path / "over")
+    start(config, tmp_path / "one")
+    assert [row["evaluation"]["by_client"] for row in timeless(tmp_path / "over")] == [
+        row["evaluation"]["by_client"] for row in timeless(tmp_path / "one")
+    ]
+    assert objects(tmp_path / "over") == objects(tmp_path / "one")
+    for name in files:
+        last = [
+            read_safetensors(file.read_bytes(), name)[0]
+            for stores in (tmp_path / "grid" / directory_name(name), tmp_path / "one")
+            for file in stores.glob(f"personal/*/{directory_name(name)}/0003.safetensors")
+        ]
+        assert len(last) == 2 and all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 
 def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, world, tmp_path):

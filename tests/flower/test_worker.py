@@ -4,7 +4,6 @@ Most tests run the real process and pipe with a stand-in for model and data, whi
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,15 +11,17 @@ import sys
 import time
 from dataclasses import replace
 
+import msgspec
 import psutil
 import pytest
 import torch
 
 from fedmomentum.adapter import PREFIX
+from fedmomentum.files import canonical_json
 from fedmomentum.flower import worker as module
 from fedmomentum.flower.worker import Worker, WorkerError
-from fedmomentum.transport import Task, decode_reply, encode_task
-from tests.runs import tiny_config
+from fedmomentum.messages import decode_reply, encode_task
+from tests.runs import describe_task, tiny_config, train_task
 
 STAND_IN = """#!{python}
 import os, signal, subprocess, sys, time
@@ -225,22 +226,45 @@ def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
     assert facts["num_train"] == 9 and facts["num_test"] == 3 and len(facts["base_sha256"]) == 64
     worker.rehearse(60)
     assert [facts["step"] for event, facts in told if event == "step"] == [1]
-    task = Task("describe", "run", "site0", 0, {}, settings={"adapter": True})
+    task = describe_task(adapter=True)
     reply = decode_reply(worker.ask(encode_task(task), 60), task, 2**30)
     assert reply.tensors[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"].shape == torch.Size([3, 32])
-    assert "/" not in json.dumps(reply.metrics).replace("://", "")  # what the party calls its base is a path
+    said = canonical_json(msgspec.to_builtins(reply.answer))
+    assert "/" not in said.replace("://", "")  # what the party calls its base is a path
     with pytest.raises(WorkerError, match="a task for site1 came to site0"):
         worker.ask(encode_task(replace(task, client_id="site1")), 60)
+
+
+def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
+    """Another seed trains on what was held out: told at the node, and nothing of it to the server."""
+    worker, store, told = real
+    describe = describe_task(adapter=False)
+    worker.belong_to(describe.run_id)
+    worker.ask(encode_task(describe), 60)
+    assert not [facts for event, facts in told if event == "warning"]
+    later = []
+    own = replace(config.data, client_files={"site0": config.data.client_files["site0"]})
+    other = replace(config, data=own, run=replace(config.run, seed=config.run.seed + 1))
+    restarted = Worker(other, "site0", store, lambda event, facts: later.append((event, dict(facts))))
+    try:
+        restarted.belong_to(describe.run_id)
+        answer = restarted.ask(encode_task(describe), 60)
+    finally:
+        restarted.stop()
+    (warning,) = [facts["text"] for event, facts in later if event == "warning"]
+    assert "of 3 that were held out are trained on now" in warning and str(store / "split.json") in warning
+    assert f"run.seed was {config.run.seed} and is {config.run.seed + 1}" in warning
+    assert b"held" not in answer
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a" * 63, "A" * 64])
 def test_tasks_cannot_name_files(real, name):
     """What is no hash is no object's name."""
     worker, store, _ = real
-    describe = Task("describe", "run", "site0", 0, {}, settings={"adapter": False})
+    describe = describe_task()
     assert worker.ask(encode_task(describe), 60)  # it is loaded, and all it writes is there
     before = {file for file in store.parent.rglob("*") if file.is_file()}
-    task = Task("train", "run", "site0", 1, {"base_update": [name], "adapter": {"x": "0" * 64}}, {name: b"evil"})
+    task = train_task(manifest={"base_update": [name], "adapter": {"x": "0" * 64}}, objects={name: b"evil"})
     with pytest.raises(WorkerError, match="ModelError: .*hash") as raised:
         worker.ask(encode_task(task), 60)
     assert "evil" not in str(raised.value)

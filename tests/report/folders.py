@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmomentum.records import checksummed
+
 PHASES = ("train", "encode", "aggregate", "merge", "evaluate")
 
 
@@ -104,6 +106,11 @@ def row(
     }
 
 
+def write_record(file: Path, table: dict[str, Any]) -> None:
+    """A file as a run writes it: with its checksum."""
+    file.write_text(json.dumps(checksummed(table)))
+
+
 def write_run(
     folder: Path,
     rows: Sequence[dict[str, Any]],
@@ -141,8 +148,8 @@ def write_run(
         "platform": "Linux-6.1-x86_64",
     }
     (folder / "config.toml").write_text('[run]\nseed = 1\nrounds = 5\n\n[method]\nname = "fedmomentum"\n')
-    (folder / "plan.json").write_text(json.dumps(settings | plan))
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "partition.json").write_text(json.dumps(partition))
+    write_record(folder / "plan.json", settings | plan)
+    write_record(folder / "environment.json", environment)
+    write_record(folder / "partition.json", {"clients": partition})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return folder

@@ -135,7 +135,8 @@ def test_runs_are_named_by_method_where_seeds_tell_them_apart(tmp_path):
 def test_a_folder_without_a_comparison_or_a_damaged_one_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"holds no comparison\.json"):
         read_comparison(tmp_path)
-    for text in ("{", "[]", '{"format": "x", "format_version": 1}', '{"format": "fedmomentum comparison"}'):
+    for text in ("{", "[]", '{"format": "x", "format_version": 2}', '{"format": "fedmomentum comparison"}',
+                 '{"format": "fedmomentum comparison", "format_version": 1}'):  # fmt: skip
         (tmp_path / "comparison.json").write_text(text)
         with pytest.raises(DataError, match=r"comparison\.json"):
             read_comparison(tmp_path)

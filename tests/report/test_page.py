@@ -15,9 +15,9 @@ import matplotlib
 import pytest
 
 import fedmomentum.report
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import DataError, ModelError
 from fedmomentum.report import read_run, summarise, write_report
-from tests.report.folders import PHASES, row, write_run
+from tests.report.folders import PHASES, row, write_record, write_run
 
 CLIENTS = [f"client-{k}" for k in range(4)]
 TASKS = ["arithmetic", "copying", "dates", "sorting", "translation", "yes-no"]
@@ -244,15 +244,15 @@ def test_nothing_was_evaluated_or_measured(tmp_path, num_rounds):
 
 def test_row_with_nothing_but_its_round_and_empty_settings(tmp_path):
     folder = write_run(tmp_path / "run", [{"round": 0}, {"round": 1}], [], [])
-    for name in ("plan", "environment", "partition"):
-        (folder / f"{name}.json").write_text("{}")
+    write_record(folder / "environment.json", {"versions": {}, "threads": 1})
+    write_record(folder / "partition.json", {"clients": {}})
     one = Page(write_report(folder))
     check(one)
     assert not one.data
 
 
-@pytest.mark.parametrize("value", [0.0, 5e-324, 1e300, math.inf, math.nan])
-def test_extreme_values_are_drawn_or_left_out(tmp_path, value):
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e300])
+def test_extreme_values_are_drawn(tmp_path, value):
     rows = [row(r, CLIENTS[:2], TASKS[:2]) for r in range(3)]
     for name in ("exactness_error", "train_loss", "residual_norm", "retained_energy", "applied_share", "residual_rank"):
         rows[1][name] = rows[2][name] = value
@@ -261,6 +261,13 @@ def test_extreme_values_are_drawn_or_left_out(tmp_path, value):
     one = page(tmp_path, rows, CLIENTS[:2], TASKS[:2])
     check(one)
     assert "nan" not in " ".join(a.get("d", "") for tag, a in one.elements if tag == "path").lower()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_was_never_written_and_is_refused(tmp_path, value):
+    rows = [row(0, CLIENTS[:2], TASKS[:2]), row(1, CLIENTS[:2], TASKS[:2]) | {"train_loss": value}]
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not valid JSON"):
+        page(tmp_path, rows, CLIENTS[:2], TASKS[:2])
 
 
 def test_one_client_without_categories(tmp_path):
@@ -286,6 +293,12 @@ def test_same_folder_same_bytes(tmp_path):
 ROOT = Path(fedmomentum.report.__file__).parents[2]
 
 
+READERS = [
+    f"fedmomentum.{name}" for name in ("config", "errors", "folders", "manifest", "records", "run_files", "schema")
+]
+"""What checks a run's files before they are read; none of it needs torch."""
+
+
 def test_imports_neither_torch_nor_pyplot_nor_the_rest_of_us():
     program = (  # a bare parent package, so that only what the report itself asks for is loaded
         "import sys, types; parent = types.ModuleType('fedmomentum'); parent.__path__ = ['fedmomentum'];"
@@ -297,7 +310,7 @@ def test_imports_neither_torch_nor_pyplot_nor_the_rest_of_us():
     for path in sorted((ROOT / "fedmomentum" / "report").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedmomentum"):
-                assert node.module == "fedmomentum.errors" or node.module.startswith("fedmomentum.report")
+                assert node.module.startswith("fedmomentum.report") or node.module in READERS
 
 
 def test_global_settings_of_matplotlib_are_left_alone(tmp_path):

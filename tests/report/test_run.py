@@ -6,7 +6,8 @@ import pytest
 
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.report import read_run
-from tests.report.folders import row, write_run
+from fedmomentum.run_files import encode_row
+from tests.report.folders import row, write_record, write_run
 
 CLIENTS, CATEGORIES = ["client-0", "client-1"], ["a", "b"]
 FILES = ["config.toml", "environment.json", "plan.json", "partition.json", "metrics.jsonl"]
@@ -21,7 +22,7 @@ def test_read_run_gives_what_the_files_hold(folder):
     run = read_run(folder)
     assert run.name == "run"
     assert run.rows == [row(r, CLIENTS, CATEGORIES) for r in range(3)]
-    assert run.plan == json.loads((folder / "plan.json").read_text())
+    assert run.plan == {k: v for k, v in json.loads((folder / "plan.json").read_text()).items() if k != "sha256"}
     assert run.environment["threads"] == 2
     assert set(run.partition) == set(CLIENTS)
     assert run.config_text == (folder / "config.toml").read_text()
@@ -55,9 +56,20 @@ def test_file_that_is_not_an_object_is_named(folder, name, content):
 
 
 def test_partition_without_splits_names_the_client(folder):
-    (folder / "partition.json").write_text('{"client-1": {"train": 3}}')
-    with pytest.raises(DataError, match="client-1"):
+    write_record(folder / "partition.json", {"clients": {"client-1": {"train": 3}}})
+    with pytest.raises(DataError, match=r"partition\.json: clients.*train|partition\.json: clients"):
         read_run(folder)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "plan.json", "partition.json"])
+def test_a_file_that_was_changed_since_it_was_written_is_refused_whatever_it_says(folder, name):
+    text = (folder / name).read_text()
+    digit = next(c for c in text if c in "123456789")
+    (folder / name).write_text(text.replace(digit, "4" if digit != "4" else "5", 1))
+    with pytest.raises(DataError, match=f"{name} was damaged or altered since it was written.*Restore"):
+        read_run(folder)
+    (folder / name).write_text(json.dumps(json.loads(text), indent=3))  # laid out in another way
+    read_run(folder)
 
 
 @pytest.mark.parametrize("rest", ['{"round": 3, "particip', '{"round', "{", '{"round": 3, "x": "\\ud8'])
@@ -95,4 +107,26 @@ def test_round_written_again_counts_once(folder):
 def test_names_lose_what_cannot_be_printed(folder):
     rows = [row(0, CLIENTS, CATEGORIES), row(1, CLIENTS, CATEGORIES, failures={"a\u0000\ud800b": "x\u001b[31m\ny"})]
     write_run(folder, rows)
-    assert read_run(folder).rows[1]["failures"] == {"a\ufffd\ufffdb": "x\ufffd[31m\ny"}
+    with pytest.raises(DataError, match="line 2"):  # half a surrogate pair is not written, and not read
+        read_run(folder)
+    (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_row, rows)))
+    assert read_run(folder).rows[1]["failures"] == {"a\ufffd?b": "x\ufffd[31m\ny"}
+
+
+def test_a_row_with_a_field_that_cannot_be_is_refused_by_line_and_field(folder):
+    good = row(1, CLIENTS, CATEGORIES)
+    score = good["evaluation"]["total"]
+    for wrong, match in (
+        ({"evaluation": {"total": {**score, "num_exact": score["num_examples"] + 1}}}, "line 2: evaluation.total: "),
+        ({"evaluation": {"total": {**score, "loss": None}}}, "line 2: evaluation.total: a score over examples needs"),
+        ({"evaluation": {"total": {}}}, "line 2: evaluation.total: Object missing required field"),
+        ({"train_loss": float("nan")}, "line 2: not valid JSON"),
+        ({"uplink_bytes": {"client-0": -1}}, "line 2: uplink_bytes.*>= 0"),
+        ({"weights": {"client-0": 2.0}}, "line 2: weights.*<= 1"),
+        ({"more": json.loads("[" * 50 + "]" * 50)}, "line 2 is nested deeper"),
+    ):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines[1] = json.dumps({**good, **wrong})
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(DataError, match=match):
+            read_run(folder)

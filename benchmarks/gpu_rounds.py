@@ -1,0 +1,340 @@
+"""Correctness on a device: rounds of a small trained model, its exports, and what a forward gives of merged parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Target, alternate, medians
+from gpu_models import LINEAR, PRECISIONS, float32_products, write_tokenizer
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fedmomentum import FedMomentum, GlobalModel, LowRank
+from fedmomentum.base import HeldBase
+from fedmomentum.checkpoint import RunFolder, ServerState
+from fedmomentum.client import Client, LocalModel, client_step
+from fedmomentum.config import Config, ModelConfig, from_dict
+from fedmomentum.data.tokens import TokenisedExamples
+from fedmomentum.export import export_adapter, export_merged
+from fedmomentum.files import safetensors_bytes
+from fedmomentum.global_model import Blob
+from fedmomentum.rounds import run_rounds
+from fedmomentum.sums import as_dense
+from fedmomentum.training import train
+from fedmomentum.transport import InProcessTransport
+
+MODULUS = 61
+FIRST_ID = 3
+ANSWER = 6
+RESIDUAL = 3e-4
+"""The norm of a round's residual beside that of the weight, as measured in real runs."""
+
+
+# ── a small trained model ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def progressions(differences: Sequence[int], count: int, seed: int) -> TokenisedExamples:
+    """Make examples of one task: two numbers are given, the arithmetic progression modulo `MODULUS` is to go on.
+
+    Args:
+        differences: The differences of successive numbers that occur.
+        count: How many examples.
+        seed: Of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        start = int(torch.randint(MODULUS, (1,), generator=generator))
+        difference = differences[index % len(differences)]
+        numbers = [FIRST_ID + (start + place * difference) % MODULUS for place in range(2 + ANSWER)]
+        rows.append((1, *numbers, 2))
+    return TokenisedExamples(tuple(rows), (3,) * count, ("progressions",) * count, (False,) * count, 0)
+
+
+def write_trained_model(folder: Path, device: torch.device, *, tiny: bool) -> dict[str, float]:
+    """Train a small Llama from scratch and save it as `folder/float32` and `folder/bfloat16`.
+
+    Returns:
+        The first and the last loss.
+    """
+    hidden = 32 if tiny else 256
+    config = LlamaConfig(
+        vocab_size=FIRST_ID + MODULUS,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2 if tiny else 4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    report = train(
+        model,
+        progressions(range(1, 30), 2048, seed=0),
+        pad_token_id=0,
+        learning_rate=2e-3,
+        local_steps=20 if tiny else 300,
+        local_epochs=None,
+        batch_size=64,
+        seed=0,
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        model.to(dtype=dtype).save_pretrained(folder / name)
+        write_tokenizer(folder / name)
+    return {"first_loss": report.first_loss, "last_loss": report.last_loss}
+
+
+def federation(base: Path, dtype: str, device: torch.device, *, tiny: bool) -> Config:
+    """Return the settings of the rounds that are run on the small model."""
+    tables = {
+        "model": {"name": str(base), "dtype": dtype, "device": str(device)},
+        "lora": {"rank": 4 if tiny else 8, "lora-alpha": 16.0, "target-modules": LINEAR},
+        "training": {"local-steps": 2 if tiny else 10, "batch-size": 16, "learning-rate": 5e-3},
+        "federation": {"num-rounds": 2 if tiny else 4},
+        "evaluation": {"num-examples": 16, "final-num-examples": 32},
+        "run": {"keep-rounds": 1},
+    }
+    return from_dict(tables)
+
+
+def run_federation(config: Config, out: Path, num_clients: int) -> tuple[GlobalModel, LocalModel, list[dict[str, Any]]]:
+    """Run all rounds in this process; every client has other differences than the others and than the base.
+
+    Returns:
+        The global model, the model of the process that played the clients, and the rows of `metrics.jsonl`.
+    """
+    method = FedMomentum()
+    local = LocalModel(config.model, config.lora, seed=0)
+    steps = {}
+    for index in range(num_clients):
+        differences = range(30 + 5 * index, 35 + 5 * index)
+        examples = progressions(differences, 256, seed=index)
+        held_out = progressions(differences, 64, seed=100 + index)
+        client = Client(f"client-{index}", examples, held_out, method, out / "store")
+        steps[client.client_id] = partial(client_step, client=client, model=local)
+    folder = RunFolder(out, keep=config.run.keep_rounds)
+    try:
+        model = run_rounds(
+            InProcessTransport(steps),
+            method=method,
+            model=local.initial(method),
+            state=ServerState("benchmark"),
+            config=config,
+            folder=folder,
+        )
+        return model, local, list(folder.rows)
+    finally:
+        folder.close()
+
+
+# ── what a layer's forward gives ─────────────────────────────────────────────────────────────────────────────────
+
+
+def share_and_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
+    """Return `<got, wanted> / <wanted, wanted>` and `||got - wanted|| / ||wanted||` over all outputs, in float64."""
+    product = square = apart = 0.0
+    for one, other in zip(got, wanted, strict=True):
+        product += float((one * other).sum())
+        square += float(other.square().sum())
+        apart += float((one - other).square().sum())
+    return product / square, math.sqrt(apart / square)
+
+
+def forward_share(local: LocalModel, model: GlobalModel, *, rows: int = 256) -> tuple[float, float]:
+    """Measure what `base_update` adds to the outputs of the live base layers, against what it should add.
+
+    Every adapted layer is given the same random inputs with everything merged and with nothing merged. Its outputs are
+    in the model's dtype, whose rounding is in the error; it has mean zero, and leaves the share as it is.
+
+    Returns:
+        Share and error, as `share_and_error` has them.
+    """
+    layers = dict(local.held.layers)
+    device = next(local.peft.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = {}
+    for module in layers:
+        size = local.held.weight(module).shape[1]
+        inputs[module] = torch.randn(rows, size, generator=generator, device=device).to(local.dtype)
+    with torch.no_grad():
+        local.become(model)
+        merged = {module: layer(inputs[module]) for module, layer in layers.items()}
+        local.held.apply([])
+        got = [merged[module].double() - layer(inputs[module]).double() for module, layer in layers.items()]
+        local.become(model)
+        wanted = [inputs[module].double() @ as_dense(model.merged(module)).to(device).mT for module in layers]
+    return share_and_error(got, wanted)
+
+
+# ── exports ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare_exports(local: LocalModel, model: GlobalModel, out: Path, device: torch.device) -> dict[str, float]:
+    """Compare logits of the live model, of the merged export and of the adapter export, all on the device.
+
+    The exports, and a live model of the same base, are loaded in float32. Differences are relative to the norm of the
+    logits; `change` is how far the untouched base is from them.
+    """
+    applied_share = export_merged(model, out / "merged", base_folder=local.folder)
+    export_adapter(model, out / "adapter", base_folder=local.folder)
+    rows = progressions(range(30, 45), 32, seed=7).input_ids
+    input_ids = torch.tensor(rows, device=device)
+
+    def logits(wanted: Any) -> Tensor:
+        with torch.no_grad():
+            return wanted.eval()(input_ids=input_ids).logits.double()
+
+    def load(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+    lora = local.own
+    wide = LocalModel(ModelConfig(str(local.folder), dtype="float32", device=str(device)), lora, seed=0)
+    wide.become(model)
+    local.become(model)
+    live = logits(wide.peft)
+    adapter = PeftModel.from_pretrained(load(local.folder), str(out / "adapter"))
+    return {
+        "merged_difference": _apart(logits(load(out / "merged")), live),
+        "adapter_difference": _apart(logits(adapter), live),
+        "live_difference": _apart(logits(local.peft), live),
+        "change": _apart(logits(load(local.folder)), live),
+        "merged_applied_share": applied_share,
+    }
+
+
+def _apart(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def measure_rounds(folder: Path, device: torch.device, *, tiny: bool) -> tuple[dict[str, Any], list[Target]]:
+    """Run the small federation in float32 and bfloat16, with float32 products in float32 and in TF32."""
+    pretrained = write_trained_model(folder / "base", device, tiny=tiny)
+    rows: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    for dtype in ("float32", "bfloat16"):
+        for precision in PRECISIONS:
+            config = federation(folder / "base" / dtype, dtype, device, tiny=tiny)
+            out = folder / f"run-{dtype}-{precision}"
+            with float32_products(precision):
+                model, local, metrics = run_federation(config, out, 2 if tiny else 3)
+                share, error = forward_share(local, model)
+            with float32_products("highest"):
+                exports = compare_exports(local, model, out, device)
+            done = [row for row in metrics if row["round"]]
+            row = {
+                "dtype": dtype,
+                "products": precision,
+                "rounds": len(done),
+                "clients": len(done[-1]["accepted"]),
+                "loss": [done[0]["train_loss"], done[-1]["train_loss"]],
+                "exactness_error": max(row["exactness_error"] for row in done),
+                "applied_share": min(row["applied_share"] for row in done),
+                "forward_share": share,
+                "forward_error": error,
+                **exports,
+            }
+            rows.append(row)
+            if precision == "highest":  # nobody promises anything of TF32
+                targets += _targets_of(row)
+    return {"pretrained": pretrained, "rows": rows}, targets
+
+
+def _targets_of(row: Mapping[str, Any]) -> list[Target]:
+    what = f"small model, {row['dtype']}"
+    return [
+        Target.at_most(f"{what}: exactness error", 1e-5, row["exactness_error"]),
+        Target.at_least(f"{what}: applied share of the stored weights", 0.99, row["applied_share"]),
+        Target.at_least(f"{what}: applied share in the forward", 0.99, row["forward_share"]),
+        Target.at_most(f"{what}: merged export against live", 1e-4, row["merged_difference"]),
+        Target.at_most(f"{what}: adapter export against live", 1e-4, row["adapter_difference"]),
+    ]
+
+
+# ── many small residuals in one layer of real size ───────────────────────────────────────────────────────────────
+
+
+def measure_residuals(folder: Path, device: torch.device, *, tiny: bool) -> tuple[dict[str, Any], list[Target]]:
+    """Merge 1, 10 and 50 residuals of `RESIDUAL` into one bfloat16 weight, and measure what its forward gives of them.
+
+    The weight is held as clients hold it, in float32, and its products are made in float32, in TF32, and under bfloat16
+    autocast. Outputs stay as the product gives them; a client's layer rounds them to bfloat16 afterwards.
+    """
+    size = 64 if tiny else 4096
+    generator = torch.Generator().manual_seed(0)
+    stored = (torch.randn(size, size, generator=generator) / math.sqrt(size)).bfloat16()
+    checkpoint = folder / "layer"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(safetensors_bytes({"layer.weight": stored}))
+    layer, narrow, as_held = (_layer(size, dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    held = HeldBase({"layer": layer}, checkpoint)
+    HeldBase({"layer": as_held}, checkpoint)  # for the time that a client's layer takes, casts and all
+    blobs = _residuals(size, 50, float(stored.float().norm()), generator)
+    x = torch.randn(64 if tiny else 1024, size, generator=generator).bfloat16().float().to(device)
+
+    before = {name: _forward(layer, x, way).double() for name, way in _ways(device).items()}
+    rows: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    total = torch.zeros(size, size, dtype=torch.float64, device=device)
+    for count, blob in enumerate(blobs, start=1):
+        total += as_dense(blob.matrices["layer"]).to(device, torch.float64)
+        if count not in (1, 10, 50):
+            continue
+        held.apply(blobs[:count])
+        wanted = x.double() @ total.mT
+        for name, way in _ways(device).items():
+            share, error = share_and_error([_forward(layer, x, way).double() - before[name]], [wanted])
+            rows.append({"products": name, "residuals": count, "share": share, "error": error})
+            if name == "float32":  # what clients do; the others show what they would lose
+                targets.append(Target.at_least(f"{count} residuals merged: share in the forward", 0.99, share))
+
+    tokens = torch.randn(64 if tiny else 4096, size, generator=generator).to(device, torch.bfloat16)
+    sides: dict[str, Callable[[], Any]] = {
+        name: partial(_forward, as_held, tokens, way) for name, way in _ways(device).items()
+    }
+    sides[NOTHING_MERGED] = partial(_forward, narrow, tokens, nullcontext)
+    seconds = medians(alternate(sides, 3 if tiny else 20, warmups=2))
+    return {"size": size, "tokens": len(tokens), "rows": rows, "seconds": seconds}, targets
+
+
+NOTHING_MERGED = "bfloat16 weight, nothing merged"
+Way = Callable[[], AbstractContextManager[Any]]
+
+
+def _layer(size: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    return nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
+
+
+def _ways(device: torch.device) -> dict[str, Way]:
+    return {
+        "float32": nullcontext,
+        "TF32": partial(float32_products, "high"),
+        "bfloat16 autocast": partial(torch.autocast, device.type, dtype=torch.bfloat16),
+    }
+
+
+def _forward(layer: nn.Module, x: Tensor, way: Way) -> Tensor:
+    with torch.no_grad(), way():
+        return layer(x)
+
+
+def _residuals(size: int, count: int, norm: float, generator: torch.Generator) -> list[Blob]:
+    """Draw residuals of rank 16, each of norm `RESIDUAL * norm`."""
+    rank = min(16, size // 4)
+    blobs = []
+    for _ in range(count):
+        drawn = LowRank(torch.randn(size, rank, generator=generator), torch.randn(rank, size, generator=generator))
+        blobs.append(Blob.of({"layer": drawn.scaled(RESIDUAL * norm / drawn.norm())}))
+    return blobs

@@ -1,0 +1,288 @@
+"""A client at real size on a device: speed and memory against plain PEFT, and what a round takes beside training."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from common import Target, alternate
+from gpu_models import (
+    LINEAR,
+    Budget,
+    Grown,
+    Size,
+    float32_products,
+    free_memory,
+    synchronize,
+    watch_memory,
+    write_model,
+)
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from torch import nn
+from training_speed import optimiser, padded_loss, step
+from transformers import AutoModelForCausalLM
+
+from fedmomentum import FedMomentum, LowRank
+from fedmomentum.client import Client, LocalModel, client_step
+from fedmomentum.config import Config, from_dict
+from fedmomentum.data.batches import completion_batch
+from fedmomentum.data.tokens import TokenisedExamples
+from fedmomentum.global_model import Blob, GlobalModel
+from fedmomentum.messages import ClientLora, EvaluateRequest, Task, encode_task
+from fedmomentum.rounds import train_request
+from fedmomentum.training import train
+
+RANK = 16
+PLAIN = "plain PEFT, plain loop"
+PLAIN_TRAIN = "plain PEFT, train()"
+CLIENT = "client, train()"
+CLIENT_TF32 = "client, train(), TF32 allowed"
+
+
+def settings_of(size: Size, folder: Path, device: torch.device) -> Config:
+    """Return the settings of a client that trains LoRA on all linear modules of a bfloat16 base."""
+    tables = {
+        "model": {"name": str(folder), "dtype": "bfloat16", "device": str(device)},
+        "lora": {"rank": RANK, "lora-alpha": 2.0 * RANK, "target-modules": LINEAR},
+        "training": {"local-steps": size.local_steps, "batch-size": size.batch, "learning-rate": 1e-4},
+    }
+    return from_dict(tables)
+
+
+def random_examples(size: Size, vocabulary: int) -> TokenisedExamples:
+    """Draw one batch of full rows; the loss is taken on the last three quarters of each."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(4, vocabulary, (size.batch, size.length), generator=generator)
+    rows = tuple(tuple(row) for row in drawn.tolist())
+    return TokenisedExamples(rows, (size.length // 4,) * size.batch, ("",) * size.batch, (False,) * size.batch, 0)
+
+
+def plain_peft(folder: Path, device: torch.device) -> Any:
+    """Load the base in bfloat16 and put a LoRA adapter on it, as PEFT's documentation has it."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    config = PeftLoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+def plain_training(model: nn.Module, examples: TokenisedExamples, steps: int, device: torch.device) -> None:
+    """Train for some steps in a plain loop: the batches, the loss, the optimizer and the clipping of `train`."""
+    model.train()
+    adamw = optimiser(model)
+    for _ in range(steps):
+        batch = completion_batch(examples.input_ids, examples.num_prompt_tokens, 0)
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        step(model, adamw, partial(padded_loss, batch=on_device))
+
+
+# ── one size ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure_size(size: Size, folder: Path, device: torch.device, budget: Budget) -> tuple[dict[str, Any], list[Target]]:
+    """Make the model, load it both ways, train both in turn, and answer one round's task; everything is freed again."""
+    found: dict[str, Any] = {"size": size.name, "rank": RANK, "training": asdict(size)}
+    started = time.perf_counter()
+    write_model(size.llama(), folder, device, torch.bfloat16)
+    free_memory(device)
+    found["make_seconds"] = time.perf_counter() - started
+
+    # each is loaded and trained while nobody else trains, so that its peaks are its own
+    config = settings_of(size, folder, device)
+    examples = random_examples(size, size.config["vocab_size"])
+    ours, memory = _load_and_train(
+        lambda: LocalModel(config.model, config.lora, seed=0),
+        lambda local: _train(local.peft, examples, size),
+        device,
+    )
+    found["client"] = memory
+    plain, memory = _load_and_train(
+        lambda: plain_peft(folder, device), lambda model: plain_training(model, examples, size.steps, device), device
+    )
+    found["plain"] = memory
+    found["parameters"] = ours.num_parameters
+    found["adapted"] = sum(math.prod(ours.held.weight(module).shape) for module in ours.held.layers)
+
+    found["speed"] = compare_speed(plain, ours, examples, size, device)
+    del plain
+    free_memory(device)
+    found["round"] = measure_round(ours, config, examples, folder / "store", device, budget)
+    return found, targets_of(found)
+
+
+def _load_and_train(
+    load: Callable[[], Any], train_once: Callable[[Any], Any], device: torch.device
+) -> tuple[Any, dict[str, float]]:
+    """Load a model and train it once.
+
+    Returns:
+        The model, and what it took: bytes at rest, at most while it was loaded and while it was trained, and seconds.
+    """
+    started = time.perf_counter()
+    with watch_memory(device) as loading:
+        model = load()
+        free_memory(device)
+    seconds = time.perf_counter() - started
+    with watch_memory(device) as training:
+        train_once(model)
+    return model, _bytes(loading, training) | {"load_seconds": seconds}
+
+
+def _bytes(loading: Grown, training: Grown) -> dict[str, float]:
+    return {"rest": loading.after, "loading": loading.peak, "training": loading.after + training.peak}
+
+
+def _train(model: nn.Module, examples: TokenisedExamples, size: Size) -> None:
+    train(
+        model,
+        examples,
+        pad_token_id=0,
+        learning_rate=1e-4,
+        local_steps=size.steps,
+        local_epochs=None,
+        batch_size=size.batch,
+        seed=0,
+    )
+
+
+def compare_speed(
+    plain: Any, ours: LocalModel, examples: TokenisedExamples, size: Size, device: torch.device
+) -> list[dict[str, Any]]:
+    """Time trainings of the same batches, the sides in turn; ratios are of paired runs, against the plain loop."""
+
+    def in_tf32() -> None:
+        with float32_products("high"):
+            _train(ours.peft, examples, size)
+
+    # further ways of holding the base are further sides
+    sides: dict[str, Callable[[], None]] = {
+        PLAIN: partial(plain_training, plain, examples, size.steps, device),
+        PLAIN_TRAIN: partial(_train, plain, examples, size),
+        CLIENT: partial(_train, ours.peft, examples, size),
+        CLIENT_TF32: in_tf32,
+    }
+    synchronize(device)
+    seconds = alternate(sides, size.repeats)
+    tokens = size.steps * size.batch * size.length
+    rows = []
+    for name, times in seconds.items():
+        ratios = [one / other for one, other in zip(seconds[PLAIN], times, strict=True)]
+        rate = tokens / statistics.median(times)
+        rows.append({"side": name, "seconds": times, "tokens_per_second": rate, "ratio": statistics.median(ratios)})
+    return rows
+
+
+# ── a round ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stopwatch:
+    """Seconds spent in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, its calls counted under `name`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+        return call
+
+
+def measure_round(
+    local: LocalModel, config: Config, examples: TokenisedExamples, store: Path, device: torch.device, budget: Budget
+) -> dict[str, Any]:
+    """Answer a training task of a second round, and say what the answer's time was for.
+
+    The model that the task names has a residual of rank `RANK` in every module, which has to be merged first. Where
+    time is left, an evaluation of one batch is answered too, which probes the weights on disk as well.
+    """
+    method = FedMomentum()
+    model = _second_round(local, method)
+    watch = Stopwatch()
+    for name in ("become", "probes", "applied_share"):
+        setattr(local, name, watch.timed(name, getattr(local, name)))
+    client = Client("client", examples, examples, method, store, function=watch.timed("train", train))
+    lora = ClientLora.of(local.own, local.is_mixed)
+    request = train_request(config, 2, "client", config.training.learning_rate, lora)
+    request = msgspec.structs.replace(request, manifest=model.manifest())
+    task = Task("benchmark", "client", 2, request, model.objects())
+    found: dict[str, Any] = {"steps": config.training.local_steps}
+    found["train_task"] = _answer(encode_task(task), client, local, watch, device)
+
+    # the weights on disk are read and probed too: about as long again as the live ones, and once more for the residual
+    if budget.left() < 30 + 4 * found["train_task"]["probes"]:
+        found["evaluate_task"] = None
+        return found
+    evaluation = EvaluateRequest(
+        manifest=model.manifest(),
+        lora=lora,
+        num_examples=len(examples),
+        num_compared=len(examples),
+        batch_size=len(examples),
+        probe_seed=request.probe_seed,
+    )
+    task = Task("benchmark", "client", 2, evaluation)
+    found["evaluate_task"] = _answer(encode_task(task), client, local, watch, device)
+    return found
+
+
+def _second_round(local: LocalModel, method: FedMomentum) -> GlobalModel:
+    initial = local.initial(method)
+    generator = torch.Generator().manual_seed(0)
+    residual = {}
+    for module, matrix in initial.adapter.modules.items():
+        out_size, in_size = matrix.shape
+        B = torch.randn(out_size, RANK, generator=generator) * 1e-5
+        residual[module] = LowRank(B, torch.randn(RANK, in_size, generator=generator))
+    return replace(initial, base_update=(Blob.of(residual),), server_round=1)
+
+
+def _answer(
+    payload: bytes, client: Client, local: LocalModel, watch: Stopwatch, device: torch.device
+) -> dict[str, float]:
+    watch.seconds = {}
+    synchronize(device)
+    started = time.perf_counter()
+    reply = client_step(payload, client, local)
+    synchronize(device)
+    whole = time.perf_counter() - started
+    probes = watch.seconds.get("probes", 0.0) + watch.seconds.get("applied_share", 0.0)
+    return {
+        "whole": whole,
+        "merging": watch.seconds["become"],
+        "training": watch.seconds.get("train", 0.0),
+        "probes": probes,
+        "probes_share": probes / whole,
+        "task_bytes": len(payload),
+        "reply_bytes": len(reply),
+    }
+
+
+def targets_of(found: dict[str, Any]) -> list[Target]:
+    """Return what is wanted of one size's numbers; memory only where it was measured."""
+    name = found["size"]
+    ratios = {row["side"]: row["ratio"] for row in found["speed"]}
+    targets = [
+        Target.at_least(f"{name}: a client's tokens/s against plain PEFT", 0.95, ratios[CLIENT]),
+        Target.at_most(
+            f"{name}: share of probes in a client's round", 0.02, found["round"]["train_task"]["probes_share"]
+        ),
+    ]
+    for when in ("rest", "loading", "training"):
+        times = found["client"][when] / found["plain"][when]
+        if math.isfinite(times):
+            targets.append(Target.at_most(f"{name}: memory of a client, {when}, times plain PEFT's", 1.15, times))
+    return targets

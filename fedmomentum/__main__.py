@@ -1,0 +1,19 @@
+"""The command line's entry point: `fedmomentum`, or `python -m fedmomentum`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Load the command line and run it; Ctrl-C while it is loading ends like Ctrl-C later."""
+    try:
+        from fedmomentum import cli
+    except KeyboardInterrupt:
+        print("fedmomentum: interrupted", file=sys.stderr)
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

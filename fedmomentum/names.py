@@ -1,0 +1,62 @@
+"""Client names: which ones are allowed, and the one rule that turns a name into a path.
+
+A client is named in a configuration, in a column of data or by its key, so a name is untrusted text: `a/b`, `..`,
+`*`, or `north` beside `north-2`. No other module puts a name into a path, and none looks for files by a pattern that
+holds a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+from fedmomentum.errors import ConfigError, FedMomentumError
+from fedmomentum.schema import printable
+
+MAX_LENGTH = 256
+"""Characters in a name; what the wire takes as a label."""
+
+_PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_READABLE = 48
+_HASH_DIGITS = 24
+
+
+def check_client_name(name: Any, where: str, error: type[FedMomentumError] = ConfigError) -> None:
+    """Refuse a name that cannot be shown, sent and stored as it is.
+
+    Args:
+        name: The name.
+        where: Where it stands, for the message: a key of the configuration, a row of a file.
+        error: The error to raise.
+
+    Raises:
+        FedMomentumError: If the name is not text, is empty or blank, is longer than `MAX_LENGTH` characters, or holds
+            a control character, a line or paragraph separator, a direction override, or a lone surrogate.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise error(f"{where}: a client has no name; it must be text that is not blank, got {name!r}")
+    if len(name) > MAX_LENGTH:
+        raise error(
+            f"{where}: a client's name has {len(name)} characters; at most {MAX_LENGTH} are allowed. "
+            f"It begins with {printable(name, 40)!r}"
+        )
+    if printable(name, MAX_LENGTH) != name:
+        raise error(
+            f"{where}: the client's name {ascii(name)} holds a control character or another character that cannot be "
+            "shown; rename the client"
+        )
+
+
+def directory_name(name: str) -> str:
+    """Return the name of the directory (or file, before its ending) that belongs to a name.
+
+    Different names have different directories, also on a file system that ignores case or normalizes Unicode. The
+    result is at most 73 characters of ASCII and is never hidden, `.` or `..`. A plain name (lower-case ASCII letters,
+    digits, dots, dashes and underscores, at most 64) is its own directory; any other gets what is readable of it, a
+    tilde, which no plain name holds, and a hash of the whole name.
+    """
+    if _PLAIN.fullmatch(name):
+        return name
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:_READABLE].lstrip(".-")
+    return f"{readable or '_'}~{hashlib.sha256(name.encode()).hexdigest()[:_HASH_DIGITS]}"

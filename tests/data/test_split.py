@@ -1,0 +1,81 @@
+"""A client that starts again with another division of its examples is found out, and no other."""
+
+import json
+import stat
+from dataclasses import replace
+
+import pytest
+
+from fedmomentum.data.split import FILE, compare_split, split_fingerprint
+from fedmomentum.data.tokens import TokenisedExamples
+
+
+def examples(*numbers):
+    return TokenisedExamples(
+        tuple((number, number + 1, 7) for number in numbers), (1,) * len(numbers), ("",) * len(numbers),
+        (False,) * len(numbers), 0,
+    )  # fmt: skip
+
+
+TRAIN, TEST = examples(*range(20)), examples(*range(100, 105))
+
+
+def test_the_same_division_is_no_news_in_whatever_order(tmp_path):
+    assert compare_split(tmp_path, "run", TRAIN, TEST, seed=0) is None
+    assert compare_split(tmp_path, "run", examples(*reversed(range(20))), TEST, seed=0) is None
+    assert compare_split(tmp_path, "run", TRAIN, examples(*reversed(range(100, 105))), seed=0) is None
+
+
+def test_examples_that_were_held_out_and_are_trained_on_are_counted(tmp_path):
+    compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
+    text = compare_split(tmp_path, "run", examples(*range(3, 20), 100, 101, 102), examples(0, 1, 2, 103, 104), seed=1)
+    assert text is not None and "3 of 5 that were held out are trained on now" in text
+    assert "run.seed was 0 and is 1" in text and f"remove {tmp_path / FILE}" in text
+    again = compare_split(tmp_path, "run", examples(*range(20), 104), TEST, seed=0)  # what the run began with counts
+    assert again is not None and "1 of 5 that were held out are trained on now" in again and "run.seed" not in again
+
+
+def test_other_data_of_which_none_was_held_out_is_told_more_quietly(tmp_path):
+    compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
+    text = compare_split(tmp_path, "run", examples(*range(25)), TEST, seed=0)
+    assert text == (
+        "the examples differ from those this run began with: 20 examples were trained on and 5 held out, now 25 and 5. "
+        "None that was held out is trained on now"
+    )
+    moved = replace(TRAIN, num_prompt_tokens=(2,) * 20)  # the same tokens, divided otherwise into prompt and answer
+    assert compare_split(tmp_path, "run", moved, TEST, seed=0) is not None
+
+
+def test_another_run_begins_anew(tmp_path):
+    compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
+    assert compare_split(tmp_path, "another", TEST, TRAIN, seed=0) is None
+    assert compare_split(tmp_path, "another", TRAIN, TEST, seed=0) is not None
+
+
+def test_the_file_tells_nobody_the_examples(tmp_path):
+    """Digests under a secret of the client's own, for its owner's eyes."""
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        folder.mkdir()
+        compare_split(folder, "run", TRAIN, TEST, seed=0)
+        assert stat.S_IMODE((folder / FILE).stat().st_mode) == 0o600
+    one, other = (json.loads((tmp_path / name / FILE).read_text()) for name in ("one", "other"))
+    assert one["salt"] != other["salt"] and not set(one["held_out"]) & set(other["held_out"])
+    assert len(one["held_out"]) == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 10**6, b'{"run_id": 1}'])
+def test_a_damaged_file_is_told_and_made_anew(tmp_path, content):
+    (tmp_path / FILE).write_bytes(content)
+    text = compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
+    assert text.startswith(str(tmp_path / FILE)) and "Whether the examples are divided as before is not known" in text
+    assert compare_split(tmp_path, "run", TRAIN, TEST, seed=0) is None
+    assert compare_split(tmp_path, "run", TEST, TRAIN, seed=0) is not None
+
+
+def test_a_fingerprint_depends_on_the_division_and_the_key():
+    one = split_fingerprint(TRAIN, TEST, "run")
+    assert one == split_fingerprint(examples(*reversed(range(20))), TEST, "run") and len(one) == 64
+    others = [split_fingerprint(TRAIN, TEST, "other"), split_fingerprint(TEST, TRAIN, "run"),
+              split_fingerprint(examples(*range(19)), examples(*range(100, 105), 19), "run"),
+              split_fingerprint(TRAIN, examples(), "run")]  # fmt: skip
+    assert len({one, *others}) == 5
