@@ -185,7 +185,8 @@ class Screening:
         for client, finding in screen(moves, self._max_ratio, is_step_known=self._rule.is_known).items():
             told[client] = {
                 "norm": math.sqrt(sum(move.norm**2 for move in moves[client].values())),
-                "ratio": finding.ratio,
+                # A client that moved what it does not train is infinitely far; JSON has no word for that.
+                "ratio": finding.ratio if finding.ratio is None or math.isfinite(finding.ratio) else None,
                 "is_left_out": finding.reason is not None,
             }
             if finding.reason is not None:
