@@ -72,7 +72,9 @@ class LoraConfig:
     target_modules: list[str] = _option([], "names of the adapted linear modules; empty: PEFT's choice for the model")
     dropout: float = _option(0.0, "LoRA dropout in local training")
     use_rslora: bool = _option(False, "scale by lora-alpha / sqrt(rank)")
-    modules_to_save: list[str] = _option([], "modules trained in full, in float32, and averaged by weight; names as above")
+    modules_to_save: list[str] = _option(
+        [], "modules trained in full, in float32, and averaged by weight; names as above"
+    )
     clients: dict[str, Any] = _option(
         {}, "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, target-modules"
     )
