@@ -27,7 +27,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
-from fedmomentum.chat_date import set_chat_date
+from fedmomentum.chat_date import check_chat_date, set_chat_date
 from fedmomentum.config import LoraConfig, ModelConfig
 from fedmomentum.consolidation import remade
 from fedmomentum.data.split import split_fingerprint
@@ -363,6 +363,7 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if current.method != repr(client.method):
         raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
     own = _own(request.lora, client.method, model)
+    check_chat_date(model.tokenizer, request.chat_date)
     model.become(current, client.method, own)
     is_training = isinstance(request, TrainRequest)
     _put_personal(task, client, model, own, is_training=is_training)

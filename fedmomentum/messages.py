@@ -16,6 +16,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from fedmomentum.chat_date import DEFAULT_DATE
 from fedmomentum.config import LoraConfig
 from fedmomentum.errors import PayloadError
 from fedmomentum.files import canonical_json, read_safetensors, safetensors_bytes, tensor_of
@@ -111,12 +112,14 @@ class ModelRequest(Schema, frozen=True, kw_only=True):
     Attributes:
         manifest: The global model to load (`GlobalModel.manifest`), by content hash.
         lora: What this client trains of it.
+        chat_date: The date that chat templates take for today's; the client's must be the same.
         fresh: How to draw the adapter, where it is not sent.
         recipes: How to make the snapshots that are not sent, oldest first.
     """
 
     manifest: Manifest
     lora: ClientLora
+    chat_date: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")] = DEFAULT_DATE
     fresh: FreshAdapter | None = None
     recipes: Annotated[list[Recipe], Meta(max_length=MAX_RECIPES)] = []
 

@@ -326,6 +326,7 @@ def train_request(
     return TrainRequest(
         manifest=manifest,
         lora=lora,
+        chat_date=config.model.chat_date,
         learning_rate=learning_rate,
         local_steps=training.local_steps,
         local_epochs=training.local_epochs,
@@ -581,6 +582,7 @@ def _evaluate(
         client: EvaluateRequest(
             manifest=manifest,
             lora=_client_lora(server, state, client),
+            chat_date=server.config.model.chat_date,
             num_examples=num_examples,
             num_compared=settings.num_examples,
             batch_size=settings.batch_size,

@@ -34,7 +34,7 @@ from fedmomentum.training_arguments import count_steps
 
 REACH = 2.0
 """An update within so many times its own number of steps is never left out. Measured with AdamW, from 1 to 1,250
-steps: all of a client's steps together are at most 1.5 times as long as their number says."""
+steps: all of a client's steps together are at most 1.6 times as long as their number says."""
 
 MAX_WORK = 1000.0
 """A client's number of steps counts for at most so many times the median of the others'. With `local-epochs` it
