@@ -33,7 +33,7 @@ from fedmomentum.adapter import to_tensors
 from fedmomentum.config import Config, from_dict, load_config
 from fedmomentum.diagnostics import Update
 from fedmomentum.errors import FedMomentumError, FormatError, ModelError
-from fedmomentum.files import read_safetensors, write_atomically, write_json
+from fedmomentum.files import json_bytes, read_safetensors, write_atomically, write_json
 from fedmomentum.folders import check_last, find_manifest, kept_rounds, note_committed, read_manifest, round_file
 from fedmomentum.global_model import (
     Blob,
@@ -117,6 +117,7 @@ class RunFolder:
         self.settings = ""
         self._lines: list[bytes] = []
         self._data: dict[str, Any] | None = None
+        self._later: list[int] = []
         self._named: dict[int, tuple[frozenset[str], frozenset[str]]] = {}
         self._finite: set[str] = set()
         self._lock = self._locked()
@@ -154,7 +155,8 @@ class RunFolder:
         metrics. Nothing is deleted before all of it has been found whole.
 
         Args:
-            server_round: take this round instead of the last; the rounds after it are deleted, and done again.
+            server_round: take this round instead of the last; the rounds after it are done again. Their checkpoints
+                are deleted when the run starts (`describe`), and not before.
 
         Raises:
             ModelError: If anything was damaged or altered, or is missing; the message names it, and an older round
@@ -184,17 +186,14 @@ class RunFolder:
         except FedMomentumError as error:
             raise ModelError(f"{str(error).rstrip('.?')}. {self._what_to_do(server_round)}") from error
 
-        # All is whole: what comes after this round can go.
         self._sweep()
-        if asked is not None and rounds[-1] > server_round:
-            note_committed(self.folder, server_round)
-            for later in [r for r in rounds if r > server_round]:
-                round_file(self.folder, later).unlink()
         assert manifest.run is not None  # read_manifest asks for it
         self._data = msgspec.to_builtins(manifest.run.data)
         self._lines = lines[: manifest.run.metrics.rows]
         self.rows = [parse_row(line, "metrics", ModelError) for line in self._lines]
-        self._prune(state)
+        self._later = [later for later in rounds if later > server_round]
+        if not self._later:
+            self._prune(state)
         return model, state
 
     def _read_round(self, server_round: int) -> tuple[ModelFile, GlobalModel, ServerState]:
@@ -319,15 +318,31 @@ class RunFolder:
             data: fingerprints of the clients' data; all checkpoints from here on hold them.
         """
         self.settings = settings
-        write_atomically(self.folder / "config.toml", settings.encode())
-        tables = {"plan": plan, "environment": environment, "partition": partition and {"clients": partition}}
-        for name, table in tables.items():
-            if table is not None:
-                write_json(self.folder / f"{name}.json", checksummed({**table, "run_id": run_id}))
+        if self._later:
+            note_committed(self.folder, self._later[0] - 1)
+            for later in self._later:
+                round_file(self.folder, later).unlink()
+            self._later = []
+        tables: dict[str, Mapping[str, Any] | None] = {"plan.json": plan, "environment.json": environment}
+        if partition is not None:
+            tables["partition.json"] = {"clients": partition}
         if data is not None:
             self._data = msgspec.to_builtins(data)
-            here = {"directory": str(self.folder.resolve()), "clients": self._data, "run_id": run_id}
-            write_json(self.folder / DATA, checksummed(here))
+            tables[DATA] = {"directory": str(self.folder.resolve()), "clients": self._data}
+        contents = {"config.toml": settings.encode()}
+        for name, table in tables.items():
+            if table is not None:
+                contents[name] = json_bytes(checksummed({**table, "run_id": run_id}))
+        for name, content in contents.items():
+            self._replace(name, content)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Write a file where it does not hold that already: a resumed run mostly finds its own."""
+        file = self.folder / name
+        if os.path.lexists(file) and not file.is_file():
+            raise ModelError(f"{file} is no regular file; move it away")
+        if not file.is_file() or file.stat().st_size != len(content) or file.read_bytes() != content:
+            write_atomically(file, content)
 
     def put(self, objects: Mapping[str, bytes]) -> None:
         """Keep objects that the next manifest will name, to be sent before it is written; a crash leaves no trace."""

@@ -32,15 +32,19 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False)
 ]
 RunFolderOption = Annotated[Path | None, typer.Option("--out", help="run folder [default: runs/<name of the file>]")]
+ResumeRoundOption = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        help="with --resume: go on from this checkpoint instead of the last; the rounds after it are done again",
+        show_default=False,
+    ),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="go on where the run in --out stopped")]
 BaseOption = Annotated[str, typer.Option("--base", help="base model folder, where it is not where the run found it")]
 DataOption = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="[NAME=]FILE", help="a client's file, or the source, where it is now; repeatable"),
-]
-ResumeRoundOption = Annotated[
-    int | None,
-    typer.Option("--round", help="with --resume: go on from this round instead of the last; those after it are redone"),
 ]
 RoundOption = Annotated[str, typer.Option("--round", help="a number, last or best")]
 ClientOption = Annotated[
@@ -673,7 +677,6 @@ def serve(
     out = out if out is not None else Path("runs") / config.stem
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port must be from 0 (any free port) to 65535; got {port}")
-    _check_resume_round(server_round, resume)
     _check_resume_round(server_round, resume)
     _check_out(out)
     _need_flower()

@@ -44,7 +44,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_atomically`, as readable JSON."""
-    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_atomically(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value as readable JSON."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def canonical_json(value: Any) -> str:

@@ -15,6 +15,7 @@ from fedmomentum.records import parse_record, read_file
 from fedmomentum.schema import parse_json
 
 MANIFEST = "global_model.json"
+ADAPTER_CONFIG = "adapter_config.json"
 COMMITTED = ".committed"
 """In a run's folder: the number of the round that was committed last, written after its manifest."""
 
@@ -57,6 +58,20 @@ def kept_rounds(folder: Path) -> list[int]:
     """The rounds of a run's folder that can be loaded, ascending."""
     names = (file.stem for file in (folder / "rounds").glob("*.json"))
     return sorted(int(name) for name in names if re.fullmatch("[0-9]{4}|[1-9][0-9]{4,8}", name))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter's, rather than a run's or a global model's.
+
+    Raises:
+        ModelError: If it is several of these: what was meant could not be told.
+    """
+    if not os.path.lexists(folder / ADAPTER_CONFIG):
+        return False
+    other = MANIFEST if os.path.lexists(folder / MANIFEST) else "rounds/" if kept_rounds(folder) else ""
+    if other:
+        raise ModelError(f"{folder} holds a PEFT adapter ({ADAPTER_CONFIG}) and {other}; move one of them away")
+    return True
 
 
 def find_manifest(folder: Path, server_round: int | str) -> Path:

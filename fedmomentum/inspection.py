@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.errors import ModelError
-from fedmomentum.folders import MANIFEST, find_manifest, kept_rounds
+from fedmomentum.folders import MANIFEST, find_manifest, is_adapter, kept_rounds
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.lowrank import LowRank
 from fedmomentum.peft_io import read_adapter
@@ -26,7 +26,7 @@ def describe(folder: Path) -> Iterator[Table]:
         ModelError: none of the three.
         AdapterError: a PEFT adapter that cannot be read.
     """
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         adapter = read_adapter(folder)
         yield _facts(
             ("kind", "PEFT adapter"),

@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmomentum.adapter import PREFIX, Adapter, to_tensors
+from fedmomentum.adapter_config import AdapterConfig
 from fedmomentum.errors import AdapterError
-from fedmomentum.files import safetensors_bytes, write_atomically
+from fedmomentum.files import is_finite, safetensors_bytes, write_atomically
 from fedmomentum.lowrank import LowRank
+from fedmomentum.records import read_file
+from fedmomentum.schema import check_free_form, parse_json, printable
 
 READ_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
 """Fields that change what the factors mean, and that we obey."""
@@ -43,6 +46,13 @@ HARMLESS_INIT = (True, False, "gaussian")
 DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}
 """PEFT's defaults of the fields which are not harmless, where they are not empty (False, 0, None); a test compares."""
 
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_HEADER = 2**24
+"""Bytes of adapter_config.json, and of the header of the weights: 100,000 tensors have some 15 MB."""
+MAX_SIDE = 2**22
+"""Of a factor; vocabularies have some 300,000 entries."""
+MAX_NAME = 512
+
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 """What models call their embeddings and their head."""
 
@@ -50,45 +60,42 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "w
 # ── configuration ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_config(config: Mapping[str, Any], name: str) -> None:
+def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
     """Refuse an adapter configuration that asks for more than `W + scaling * B A`.
 
+    Args:
+        config: of an adapter's directory, a live model or a client; nothing in it is trusted.
+        name: what to call the adapter in messages.
+
+    Returns:
+        The fields that decide something.
+
     Raises:
-        AdapterError: naming the field, its value and the default.
+        AdapterError: If a field has a type or a value that it cannot have, or is off its default and not known to be
+            harmless; naming the field, its value and what was wanted.
     """
-    if str(config.get("peft_type", "LORA")).rsplit(".", 1)[-1] != "LORA":
-        raise AdapterError(f"{name}: peft_type is {config['peft_type']!r}; only LORA adapters can be combined")
+    declared = AdapterConfig.of(config, name)
+    if str(declared.peft_type or "LORA").rsplit(".", 1)[-1] != "LORA":
+        raise AdapterError(f"{name}: peft_type is {_shown(declared.peft_type)}; only LORA adapters can be combined")
     if config.get("init_lora_weights", True) not in HARMLESS_INIT:
         raise AdapterError(
-            f"{name}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights at the "
-            f"start of training, so that this adapter does not fit the published base. Supported: {HARMLESS_INIT}"
+            f"{name}: init_lora_weights is {_shown(config['init_lora_weights'])}, which changes the base weights at "
+            f"the start of training, so that this adapter does not fit the published base. Supported: {HARMLESS_INIT}"
         )
     known = READ_FIELDS | HARMLESS_FIELDS | {"init_lora_weights"}
     for key, value in config.items():
         if key in known or value == DEFAULTS.get(key) or not (value or DEFAULTS.get(key)):
             continue
+        shown = printable(str(key), 100)
         raise AdapterError(
-            f"{name}: the LoRA configuration has {key} = {value!r}; supported is only its default, "
-            f"{DEFAULTS.get(key)!r}. Train without {key}, or merge this adapter into its base with PEFT"
+            f"{name}: the LoRA configuration has {shown} = {_shown(value)}; supported is only its default, "
+            f"{DEFAULTS.get(key)!r}. Train without {shown}, or merge this adapter into its base with PEFT"
         )
+    return declared
 
 
-def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's scaling of one module: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA.
-
-    alpha is `alpha_pattern`'s entry that matches the module's path (first match, as a regular expression at the
-    path's end, as in PEFT), else `lora_alpha`.
-    """
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", DEFAULTS["lora_alpha"]))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches, PEFT's rule."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _shown(value: Any) -> str:
+    return printable(repr(value), 100)
 
 
 def plain_config(adapter: Adapter) -> dict[str, Any]:
@@ -142,24 +149,50 @@ def read_adapter(folder: Path | str, name: str | None = None) -> Adapter:
                 "PEFT where you trust it and save_pretrained(..., safe_serialization=True)"
             )
         raise AdapterError(f"{name}: no adapter_model.safetensors in {folder}")
+    data = read_file(config_file, max_bytes=MAX_HEADER, error=AdapterError)
+    config = parse_json(data, dict[str, Any], f"{name}: adapter_config.json", AdapterError)
+    check_free_form(config, f"{name}: adapter_config.json", AdapterError)
+    declared = check_config(config, name)
     try:
-        config = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{name}: adapter_config.json is not JSON: {error}") from error
-    try:
+        _check_header_length(weights_file, name)
         with safe_open(weights_file, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+            keys = list(file.keys())
+            # The header tells shapes; what cannot be right is refused before a number is read.
+            for key in keys:
+                _check_shape(key, file.get_slice(key).get_shape(), name)
+            tensors = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterError(f"{name}: adapter_model.safetensors cannot be read: {error}") from error
-    return from_peft_tensors(tensors, config, name)
+    return _adapter(tensors, config, declared, name)
+
+
+def _check_header_length(file: Path, name: str) -> None:
+    """Refuse a header that would take seconds to parse."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > MAX_HEADER:
+        raise AdapterError(
+            f"{name}: adapter_model.safetensors claims a header of {length} bytes; at most {MAX_HEADER} are taken"
+        )
+
+
+def _check_shape(key: str, shape: Sequence[int], name: str) -> None:
+    """Refuse a tensor's name that could not be shown, and factors larger than any layer has."""
+    if len(key) > MAX_NAME or not key.isprintable():
+        raise AdapterError(f"{name}: a tensor is called {printable(key, 100)!r}, which is no name of a module")
+    if ".lora_" in key and any(side > MAX_SIDE for side in shape):
+        raise AdapterError(f"{name}: tensor {key} claims the shape {tuple(shape)}; no layer is so large")
 
 
 def from_peft_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Adapter:
     """An adapter from PEFT's tensors and configuration; the checks of `read_adapter`."""
-    check_config(config, name)
+    return _adapter(tensors, config, check_config(config, name), name)
+
+
+def _adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], declared: AdapterConfig, name: str) -> Adapter:
     factors: dict[str, dict[str, Tensor]] = {}
     saved = {}
-    saved_modules = list(config.get("modules_to_save") or [])
+    saved_modules = list(declared.modules_to_save or [])
     tensors = _once(tensors, name)
     if added := _added_embeddings(tensors, saved_modules):
         saved_modules += added
@@ -174,32 +207,41 @@ def from_peft_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], 
         elif "lora_embedding" in key:
             raise AdapterError(f"{name}: tensor {key} adapts an embedding; only linear layers can be combined")
         else:
+            listed = _shown(saved_modules) if saved_modules else "none"
             raise AdapterError(
                 f"{name}: tensor {key} of shape {tuple(tensor.shape)} is neither a factor of a linear layer nor of a "
-                f"module in modules_to_save ({saved_modules or 'none'}); it cannot be combined"
+                f"module in modules_to_save ({listed}); it cannot be combined"
             )
     if not factors:
         raise AdapterError(f"{name}: the adapter holds no LoRA factors")
+    ranks, alphas = declared.ranks(name), declared.alphas(name)
     modules, scalings = {}, {}
     for module, pair in sorted(factors.items()):
         if pair.keys() != {"A", "B"}:
             raise AdapterError(f"{name}: module {module} has lora_{next(iter(pair))} only; wanted both factors")
         for side, factor in pair.items():
-            if not factor.is_floating_point():
+            if factor.dtype not in FACTOR_DTYPES:
                 raise AdapterError(f"{name}: lora_{side} of {module} is {factor.dtype}; wanted floating point")
-            if not bool(torch.isfinite(factor).all()):
+            if not factor.numel():
+                raise AdapterError(f"{name}: lora_{side} of {module} is empty, {tuple(factor.shape)}")
+            if not is_finite(factor):
                 raise AdapterError(f"{name}: lora_{side} of {module} holds NaN or Inf")
         try:
             matrix = LowRank(pair["B"], pair["A"])
         except ValueError as error:
             raise AdapterError(f"{name}: module {module}: {error}") from error
-        wanted = _pattern(config.get("rank_pattern"), module, config.get("r", DEFAULTS["r"]))
+        wanted = ranks.find(module, declared.r)
         if matrix.rank != wanted:
             raise AdapterError(
                 f"{name}: module {module} has rank {matrix.rank} and the configuration says {wanted}; "
                 "the scaling would be wrong. Mend r or rank_pattern in adapter_config.json"
             )
-        modules[module], scalings[module] = matrix, scaling_of(config, module, matrix.rank)
+        alpha = alphas.find(module, declared.lora_alpha)
+        modules[module] = matrix
+        scalings[module] = alpha / math.sqrt(matrix.rank) if declared.use_rslora else alpha / matrix.rank
+    for key, tensor in saved.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and not is_finite(tensor)):
+            raise AdapterError(f"{name}: tensor {key} of modules_to_save holds NaN, Inf or complex numbers")
     return Adapter(modules=modules, scalings=scalings, saved=saved, config=dict(config), name=name)
 
 

@@ -15,7 +15,7 @@ from fedmomentum.aggregation import Method, build_method
 from fedmomentum.checkpoint import committed_rows, saved_settings
 from fedmomentum.config import Config
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
-from fedmomentum.folders import find_manifest, kept_rounds, read_manifest
+from fedmomentum.folders import ADAPTER_CONFIG, find_manifest, is_adapter, kept_rounds, read_manifest
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.identity import BaseIdentity, resolve_base
 from fedmomentum.manifest import RunState
@@ -24,8 +24,6 @@ from fedmomentum.origin import moved_path, read_origin
 from fedmomentum.peft_io import read_adapter
 from fedmomentum.personal import PersonalFactors, clients_with_factors, load_personal, personal_files, personal_model
 from fedmomentum.schema import printable
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,7 @@ def open_result(path: Path, *, server_round: str = "last", client: str = "", sto
     """
     if store is not None and not client:
         raise ConfigError("--store is where a client's own factors are; name the client by --client")
-    if (path / ADAPTER_CONFIG).is_file():
+    if is_adapter(path):
         _refuse_choices(path, "a PEFT adapter", server_round, client)
         adapter = read_adapter(path)
         name = str(adapter.config.get("base_model_name_or_path") or "")

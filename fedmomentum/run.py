@@ -401,7 +401,7 @@ def run_over(
         if resumed:
             model, state = resumed
             if data is not None:
-                check_data(out, data)
+                check_data(out, data, server_round)
             folder.describe(to_toml(config), state.run_id, data=data)
         else:
             state = ServerState(secrets.token_hex(16))

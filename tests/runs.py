@@ -79,9 +79,9 @@ def nudge(model, examples, *, learning_rate, seed, on_step, **_) -> TrainReport:
     return TrainReport(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=len(examples))
 
 
-def start(config: Config, out: Path, *, function=nudge, resume: bool = False, observer=None) -> Run:
+def start(config: Config, out: Path, *, function=nudge, resume: bool = False, server_round=None, observer=None) -> Run:
     """Prepare and run; returns the closed run."""
-    run = prepare(config, out, resume=resume)
+    run = prepare(config, out, resume=resume, server_round=server_round)
     try:
         for client in run.clients:
             client.function = function or client.function
@@ -182,13 +182,14 @@ def timeless(out: Path) -> list[dict]:
 
 
 def chain(out: Path) -> dict[str, dict]:
-    """The kept rounds' manifests without the run's random name and its settings, and hashes of what tells time."""
+    """The kept rounds' manifests without the run's random name, settings and data, and hashes of what tells time."""
     found = {}
     for file in sorted((out / "rounds").glob("*.json")):
         manifest = json.loads(file.read_text())
         manifest["run"].pop("run_id")
         manifest["run"].pop("settings")
         manifest["run"].pop("splits")  # keyed with the random name
+        manifest["run"].pop("data")
         manifest["run"]["metrics"].pop("sha256")
         manifest.pop("sha256")
         found[file.name] = manifest

@@ -2,15 +2,24 @@
 
 import json
 import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fedmomentum import files
-from fedmomentum.errors import ModelError
+from fedmomentum.checkpoint import RunFolder
+from fedmomentum.config import to_toml
+from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.folders import kept_rounds, round_file
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.lowrank import LowRank
+from fedmomentum.objects import object_file
+from fedmomentum.report import read_run
 from fedmomentum.run import prepare
-from tests.runs import chain, nudge, objects, start, timeless, tiny_config
+from tests.runs import chain, nudge, objects, rewritten, start, timeless, tiny_config
 
 
 class Crash(BaseException):
@@ -151,3 +160,199 @@ def test_a_damaged_metrics_file_is_refused_rather_than_continued(config, tmp_pat
     (out / "metrics.jsonl").write_text("\n".join([rows[0], *rows[2:]]) + "\n")
     with pytest.raises(ModelError, match="metrics.jsonl has 2 rows, and 3 were committed"):
         prepare(config, out, resume=True)
+
+
+# ── damage ──
+
+
+def copied(whole, out):
+    shutil.copytree(whole, out)
+    return out
+
+
+def resumed(out, server_round=None):
+    """What a run would go on from."""
+    folder = RunFolder(out, keep=9)
+    try:
+        return folder.resume(server_round), list(folder.rows)
+    finally:
+        folder.close()
+
+
+def refused(out, match):
+    with pytest.raises(ModelError, match=match):
+        resumed(out)
+
+
+def test_a_damaged_last_round_is_refused_and_the_older_one_is_gone_on_from_when_asked(config, whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    file = round_file(out, 2)
+    manifest = json.loads(file.read_text())
+    scalings = {module: 2 * scaling for module, scaling in manifest["scalings"].items()}
+    file.write_text(json.dumps({**manifest, "scalings": scalings}))
+    refused(
+        out, "0002.json was damaged or altered since it was written.*resume from round 1, which is whole, with --round"
+    )
+    for load in (lambda: GlobalModel.load(out), lambda: GlobalModel.load(out, "best"), lambda: read_run(out)):
+        with pytest.raises(ModelError, match="0002.json was damaged or altered"):
+            load()
+    with pytest.raises(ModelError, match="or use round 1, which is whole: --round 1"):
+        GlobalModel.load(out)
+    assert GlobalModel.load(out, 1).version == GlobalModel.load(whole, 1).version
+    with pytest.raises(ModelError, match="keeps the rounds .*; round 7 is not among them"):
+        resumed(out, 7)
+    # another run's settings, or data, delete nothing
+    other = replace(config, training=replace(config.training, learning_rate=0.5))
+    with pytest.raises(ConfigError, match="these differ: training.learning-rate"):
+        prepare(other, out, resume=True, server_round=1)
+    assert kept_rounds(out) == kept_rounds(whole)
+    start(config, out, resume=True, server_round=1)
+    assert (chain(out), timeless(out), objects(out)) == (chain(whole), timeless(whole), objects(whole))
+
+
+def test_a_checkpoint_that_vanished_is_missed(config, whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    round_file(out, 2).unlink()
+    message = "finished round 2, but .*0002.json is missing. Restore it from a copy, or give --round 1"
+    refused(out, message)
+    for load in (lambda: GlobalModel.load(out), lambda: read_run(out)):
+        with pytest.raises(ModelError, match=message):
+            load()
+    assert GlobalModel.load(out, 1).server_round == 1
+    (out / ".committed").unlink()  # a copy without hidden files: the run as it was just before the commit
+    (model, _), _ = resumed(out)
+    assert model.server_round == 1
+    round_file(out, 1).unlink()
+    kept = kept_rounds(out)
+    if kept:
+        round_file(out, kept[0]).unlink()
+    refused(out, "metrics.jsonl has 3 rows, and there is no checkpoint")
+
+
+def test_a_renamed_or_copied_checkpoint_is_not_another_rounds(whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    shutil.copy(round_file(out, 2), round_file(out, 3))
+    refused(out, "0003.json holds round 2, not the checkpoint of round 3")
+    round_file(out, 3).unlink()
+    shutil.copy(round_file(out, 1), out / "global_model.json")
+    with pytest.raises(ModelError, match="holds a run .* and a global model"):
+        GlobalModel.load(out)
+
+
+@pytest.mark.parametrize("kind", ["started_from", "merged"])
+def test_an_object_that_only_diagnostics_read_is_checked_too(whole, tmp_path, kind):
+    out = copied(whole, tmp_path / "run")
+    name = json.loads(round_file(out, 2).read_text())["run"][kind][0]
+    file = object_file(out, name)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused(out, f"{name}.safetensors does not match its hash")
+    file.unlink()
+    refused(out, "lacks the object")
+
+
+@pytest.mark.parametrize("server_round", [0, 1, 2])
+def test_an_altered_row_is_refused(whole, tmp_path, server_round):
+    out = copied(whole, tmp_path / "run")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows[server_round]["seconds"]["train"] += 1e-9
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused(out, "metrics.jsonl was damaged or altered: its first 3 rows are not those that were committed")
+    with pytest.raises(DataError, match="metrics.jsonl was damaged or altered.*Restore"):
+        read_run(out)
+
+
+def test_settings_are_the_checkpoints_whatever_config_toml_says(config, whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    other = replace(config, training=replace(config.training, learning_rate=0.5))
+    more = replace(config, federation=replace(config.federation, num_rounds=9))
+    (out / "config.toml").unlink()
+    with pytest.raises(ConfigError, match="these differ: training.learning-rate"):
+        prepare(other, out, resume=True)
+    with pytest.raises(ModelError, match="holds a run already"):
+        prepare(config, out)
+    (out / "config.toml").write_text(to_toml(other))
+    with pytest.raises(ConfigError, match="these differ: training.learning-rate"):
+        prepare(other, out, resume=True)
+    with pytest.raises(DataError, match="config.toml was altered .*: training.learning-rate"):
+        read_run(out)
+    (out / "config.toml").write_text("# a remark\n" + to_toml(more))  # rounds may be added
+    assert read_run(out).rows
+    start(config, out, resume=True)
+    assert (out / "config.toml").read_text() == to_toml(config)
+
+
+def test_data_is_compared_with_the_checkpoint_also_without_its_record(config, whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    (out / "data.json").unlink()
+    file = tmp_path / "other.jsonl"
+    file.write_text(Path(config.data.client_files["site1"]).read_text().replace("ab", "cd"))
+    other = replace(config, data=replace(config.data, client_files={**config.data.client_files, "site1": str(file)}))
+    with pytest.raises(DataError, match="was made with other data; it differs for site1"):
+        prepare(other, out, resume=True)
+
+
+def test_another_environment_is_told_and_a_damaged_record_of_it_refused(config, whole, tmp_path, caplog):
+    out = copied(whole, tmp_path / "run")
+    rewritten(out / "environment.json", lambda table: table.update(threads=77))
+    start(config, out, resume=True)
+    assert "resumed in another environment (threads differ)" in caplog.text
+    (out / "environment.json").unlink()
+    start(config, out, resume=True)
+    assert "environment.json is missing" in caplog.text
+    (out / "environment.json").write_text("{}")
+    with pytest.raises(ModelError, match="environment.json.*or delete it"):
+        start(config, out, resume=True)
+
+
+def test_records_of_another_run_are_refused(config, whole, tmp_path):
+    start(config, tmp_path / "other")
+    out = copied(whole, tmp_path / "run")
+    shutil.copy(tmp_path / "other" / "plan.json", out / "plan.json")
+    with pytest.raises(DataError, match="files of several runs"):
+        read_run(out)
+
+
+def test_an_older_checkpoint_that_is_damaged_is_named_as_not_needed(whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    round_file(out, 1).write_text("{}")
+    refused(out, "0001.json .*is not a fedmomentum global model")
+    manifest = json.loads(round_file(whole, 1).read_text())
+    round_file(out, 1).write_text(json.dumps({**manifest, "method": "other"}))
+    refused(out, "0001.json was damaged.*not needed to go on: restore it from a copy, or delete it")
+    round_file(out, 1).unlink()
+    (model, _), _ = resumed(out)
+    assert model.server_round == 2
+
+
+@pytest.mark.parametrize("part", ["rounds", "objects", "updates", ".lock"])
+def test_a_file_where_a_folder_should_be_and_the_other_way_round(whole, tmp_path, part):
+    out = copied(whole, tmp_path / "run")
+    if (out / part).is_dir():
+        shutil.rmtree(out / part)
+        (out / part).write_text("")
+    elif part == ".lock":
+        (out / part).unlink()
+        (out / part).mkdir()
+    else:
+        (out / part).write_text("")
+    with pytest.raises(ModelError, match=re.escape(part)):
+        RunFolder(out)
+
+
+def test_nothing_that_is_not_finite_is_committed(whole, tmp_path):
+    out = copied(whole, tmp_path / "run")
+    folder = RunFolder(out, keep=2)
+    model, state = folder.resume()
+    row = {**folder.rows[-1], "round": 3}
+    before = sorted(path for path in out.rglob("*"))
+    with pytest.raises(ModelError, match="the metrics of round 3 hold a number that is not finite"):
+        folder.commit(replace(model, server_round=3), state, {**row, "train_loss": float("nan")})
+    module, matrix = next(iter(model.adapter.modules.items()))
+    broken = LowRank(matrix.B * float("inf"), matrix.A)
+    adapter = replace(model.adapter, modules={**model.adapter.modules, module: broken})
+    with pytest.raises(ModelError, match=f"round 3 is not committed: .*{module}.lora_B.weight holds NaN or Inf"):
+        folder.commit(replace(model, server_round=3, adapter=adapter), state, row)
+    assert sorted(path for path in out.rglob("*")) == before
+    folder.close()

@@ -12,7 +12,7 @@ import fedmomentum
 ROOT = Path(fedmomentum.__file__).parent
 THIRD_PARTY = {
     "transformers", "trl", "peft", "datasets", "accelerate", "flwr", "numpy", "typer", "rich", "matplotlib", "jinja2",
-    "reasoning_gym", "gguf", "huggingface_hub", "safetensors", "psutil", "msgspec",
+    "reasoning_gym", "gguf", "huggingface_hub", "safetensors", "psutil", "msgspec", "re2",
 }  # fmt: skip
 ALLOWED = {  # the maths: torch alone
     "lowrank.py": set(), "sums.py": set(), "leading.py": set(), "deflation.py": set(),
@@ -25,6 +25,7 @@ ALLOWED = {  # the maths: torch alone
     "names.py": set(),
     "origin.py": set(), "results.py": set(),
     "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
+    "adapter_config.py": {"msgspec"}, "patterns.py": {"re2"},
     "peft_io.py": {"peft", "safetensors"}, "peft_live.py": {"peft"}, "stored.py": {"safetensors"},
     "precision.py": set(), "loaded.py": {"transformers"}, "tuned.py": {"transformers"}, "readback.py": set(),
     "messages.py": {"msgspec"}, "consolidation.py": {"msgspec"},
@@ -39,8 +40,8 @@ ALLOWED = {  # the maths: torch alone
 LAYERS = [  # a file imports from its own line or from lines above
     {"errors", "lowrank"},
     {"plugins", "memory", "schema", "chat_date", "shipped"},
-    {"names", "manifest", "records"},
-    {"folders", "run_files"},
+    {"names", "manifest", "records", "patterns"},
+    {"folders", "run_files", "adapter_config"},
     {"sums"},
     {"deflation", "moves"},
     {"by_iteration", "by_gram"},

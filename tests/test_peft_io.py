@@ -234,7 +234,7 @@ def test_broken_folders_are_refused_by_name(stock, tmp_path):
     with pytest.raises(AdapterError, match="has rank 4 and the configuration says 7"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterError, match="not JSON"):
+    with pytest.raises(AdapterError, match="not valid JSON"):
         read_adapter(tmp_path)
 
 

@@ -16,6 +16,9 @@ from fedmomentum.errors import AdapterError
 from fedmomentum.lowrank import LowRank, zeros
 from fedmomentum.sums import Each, Matrix, rank_of, scaled
 
+MAX_NORM = 1e18
+"""Of a factor, and of what an adapter adds to a module. The square of it is still a float32 number."""
+
 
 @dataclass(frozen=True, eq=False)
 class AdapterAggregate:
@@ -81,6 +84,11 @@ def aggregate_adapters(
     shares = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     if len(shares) != len(adapters):
         raise AdapterError(f"one weight an adapter: got {len(adapters)} adapters and {len(shares)} weights")
+    total = sum(shares)
+    if not all(0 < share < float("inf") for share in shares) or not 0 < min(shares) / total < float("inf"):
+        raise AdapterError(f"weights must be positive numbers with a finite sum; got {shares}")
+    for adapter in adapters:
+        _check_size(adapter)
     bases = {adapter.config.get("base_model_name_or_path") for adapter in adapters}
     if len(bases) > 1:
         which = ", ".join(f"{a.name}: {a.config.get('base_model_name_or_path')}" for a in adapters)
@@ -92,7 +100,7 @@ def aggregate_adapters(
         rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].digest(), shares[i]))
     modules = sorted({module for adapter in adapters for module in adapter.modules})
-    return combine(
+    result = combine(
         [adapters[i] for i in order],
         [shares[i] for i in order],
         method or FedMomentum(),
@@ -100,6 +108,41 @@ def aggregate_adapters(
         scalings=dict.fromkeys(modules, scaling),
         seed=seed,
     )
+    _check_finite(result)
+    return result
+
+
+def _check_size(adapter: Adapter) -> None:
+    """Refuse factors whose products, squared and summed, would leave the range of float32.
+
+    Raises:
+        AdapterError: naming adapter and module.
+    """
+    for module, matrix in adapter.modules.items():
+        scaling = adapter.scalings[module]
+        norms = [float(torch.linalg.vector_norm(factor.to(torch.float64))) for factor in (matrix.B, matrix.A)]
+        largest = max(*norms, scaling * norms[0], scaling * norms[0] * norms[1])
+        if not largest < MAX_NORM:
+            raise AdapterError(
+                f"{adapter.name}: module {module} has factors of norm {norms[0]:.3g} and {norms[1]:.3g} and scaling "
+                f"{scaling:.3g}, beyond what sums in float32 hold ({MAX_NORM:g}); its training diverged. Leave it out"
+            )
+
+
+def _check_finite(result: AdapterAggregate) -> None:
+    """Refuse a result that holds NaN or Inf, before anybody writes it.
+
+    Raises:
+        AdapterError: naming the module or tensor.
+    """
+    for kind, parts in (("adapter", result.adapter.modules), ("residual", result.residual), ("tail", result.carried)):
+        for module, matrix in parts.items():
+            tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                raise AdapterError(f"module {module}: the {kind} of the sum holds NaN or Inf; nothing was written")
+    for name, tensor in result.adapter.saved.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"tensor {name}: the mean holds NaN or Inf; nothing was written")
 
 
 def combine(
