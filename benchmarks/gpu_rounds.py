@@ -279,6 +279,8 @@ def measure_residuals(folder: Path, device: torch.device, *, tiny: bool) -> tupl
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(safetensors_bytes({"layer.weight": stored}))
     layer, narrow, as_held = (_layer(size, dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    for loaded in (layer, as_held):
+        loaded.weight.data.copy_(stored)
     held = HeldBase({"layer": layer}, checkpoint)
     HeldBase({"layer": as_held}, checkpoint)  # for the time that a client's layer takes, casts and all
     blobs = _residuals(size, 50, float(stored.float().norm()), generator)

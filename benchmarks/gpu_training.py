@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from common import Target, alternate
 from gpu_models import (
@@ -37,6 +36,7 @@ from fedmomentum.config import Config, from_dict
 from fedmomentum.data.batches import completion_batch
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.global_model import Blob, GlobalModel
+from fedmomentum.manifest import as_manifest
 from fedmomentum.messages import ClientLora, EvaluateRequest, Task, encode_task
 from fedmomentum.rounds import train_request
 from fedmomentum.training import train
@@ -216,8 +216,8 @@ def measure_round(
         setattr(local, name, watch.timed(name, getattr(local, name)))
     client = Client("client", examples, examples, method, store, function=watch.timed("train", train))
     lora = ClientLora.of(local.own, local.is_mixed)
-    request = train_request(config, 2, "client", config.training.learning_rate, lora)
-    request = msgspec.structs.replace(request, manifest=model.manifest())
+    manifest = as_manifest(model.manifest(), "the model")
+    request = train_request(config, 2, "client", config.training.learning_rate, lora, manifest)
     task = Task("benchmark", "client", 2, request, model.objects())
     found: dict[str, Any] = {"steps": config.training.local_steps}
     found["train_task"] = _answer(encode_task(task), client, local, watch, device)
@@ -227,7 +227,7 @@ def measure_round(
         found["evaluate_task"] = None
         return found
     evaluation = EvaluateRequest(
-        manifest=model.manifest(),
+        manifest=manifest,
         lora=lora,
         num_examples=len(examples),
         num_compared=len(examples),

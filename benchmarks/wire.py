@@ -8,7 +8,6 @@ payloads at a small scale. Nothing is timed. What an energy below 1 saves depend
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import Target, finish
@@ -22,6 +21,7 @@ from fedmomentum.aggregation.whole import combine
 from fedmomentum.files import safetensors_bytes
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.identity import BaseIdentity
+from fedmomentum.manifest import as_manifest
 from fedmomentum.messages import ClientLora, Reply, Task, TrainRequest, TrainResult, encode_reply, encode_task
 
 MODELS = {
@@ -30,10 +30,10 @@ MODELS = {
 }  # all linear layers of a decoder layer
 
 
-def train_task(manifest: dict[str, Any], objects: dict[str, bytes]) -> Task:
+def train_task(model: GlobalModel, objects: dict[str, bytes]) -> Task:
     """A task to train this model."""
     request = TrainRequest(
-        manifest=manifest,
+        manifest=as_manifest(model.manifest(), "the model"),
         lora=ClientLora(rank=8, lora_alpha=16.0, target_modules=[], mixed=False),
         learning_rate=1e-3,
         local_steps=10,
@@ -100,13 +100,13 @@ def measured(method: Method, clients: int = 3, rank: int = 4) -> tuple[float, fl
     objects = {name: data for name, data in after.objects().items() if name not in held | drawn}
     if after.carried:
         objects = {name: data for name, data in objects.items() if name != after.manifest()["carried"]}
-    task = train_task(after.manifest(), objects)
-    empty = train_task(after.manifest(), {})
+    task = train_task(after, objects)
+    empty = train_task(after, {})
     down = len(encode_task(task)) - len(encode_task(empty))
     kept = [f".lora_{factor}." for factor in "BA" if factor not in method.uploads(1)]
     tensors = {name: t for name, t in to_tensors(sent[0]).items() if not any(kind in name for kind in kept)}
     result = TrainResult(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=1, rounding=0.0)
-    up = len(encode_reply(Reply("run", "client", 1, "", [], 1, result, tensors))) - len(safetensors_bytes({}))
+    up = len(encode_reply(Reply("run", "client", 1, "", [], 1, "0" * 64, result, tensors))) - len(safetensors_bytes({}))
     q = sum(matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in result.residual.values())
     wanted_up = 4 * method.uplink_numbers(*shape, rank, 1)
     wanted_down = 4 * method.downlink_numbers(*shape, rank, q, 1)

@@ -77,7 +77,7 @@ def measure() -> dict[str, Any]:
 
     from fedmomentum.data import TokenisedExamples
     from fedmomentum.diagnostics import distance
-    from fedmomentum.peft_io import attach, from_model, load_into
+    from fedmomentum.peft_live import attach, from_model, load_into
     from fedmomentum.screening import StepRule, step_norms
     from fedmomentum.sums import inner
     from fedmomentum.training import train

@@ -58,6 +58,20 @@ def set_chat_date(tokenizer: Any, date: str) -> None:
     setattr(tokenizer, _ATTRIBUTE, date)
 
 
+def check_chat_date(tokenizer: Any, date: str) -> None:
+    """Refuse a run whose chats show another date than those that were written with this tokenizer.
+
+    Raises:
+        ConfigError: If its chat template would write other text at that date.
+    """
+    own = getattr(tokenizer, _ATTRIBUTE, DEFAULT_DATE)
+    if tokenizer.chat_template is not None and _arguments(tokenizer, date) != _arguments(tokenizer, own):
+        raise ConfigError(
+            f"the run's chats show the date {date}, and model.chat-date here is {own}: set it to the run's, for "
+            "otherwise this client would train on other tokens than the others"
+        )
+
+
 def date_arguments(tokenizer: Any) -> dict[str, Any]:
     """Return what `apply_chat_template` must be given so that the template shows the tokenizer's date.
 
@@ -65,8 +79,11 @@ def date_arguments(tokenizer: Any) -> dict[str, Any]:
     (Llama's), which have a fixed date of their own where it is not given: it is given only where a run sets a date of
     its own. A template that knows neither is given nothing.
     """
+    return _arguments(tokenizer, getattr(tokenizer, _ATTRIBUTE, DEFAULT_DATE))
+
+
+def _arguments(tokenizer: Any, date: str) -> dict[str, Any]:
     template = tokenizer.get_chat_template()
-    date = getattr(tokenizer, _ATTRIBUTE, DEFAULT_DATE)
     arguments: dict[str, Any] = {}
     if "strftime_now" in template:
         arguments["chat_template"] = _CLOCK + template

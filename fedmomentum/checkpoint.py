@@ -31,7 +31,6 @@ from torch import Tensor
 
 from fedmomentum.adapter import to_tensors
 from fedmomentum.config import Config, from_dict, load_config
-from fedmomentum.consolidation import Recipe
 from fedmomentum.diagnostics import Update
 from fedmomentum.errors import FedMomentumError, FormatError, ModelError
 from fedmomentum.files import json_bytes, read_safetensors, write_atomically, write_json
@@ -48,7 +47,7 @@ from fedmomentum.global_model import (
     save_objects,
     whole_instead,
 )
-from fedmomentum.manifest import Fingerprint, ModelFile
+from fedmomentum.manifest import Fingerprint, ModelFile, Recipe
 from fedmomentum.personal import prune_personal
 from fedmomentum.records import checksummed
 from fedmomentum.run_files import DATA, METRICS, check_metrics, encode_row, metrics_prefix, parse_row, read_metrics
@@ -70,6 +69,7 @@ class ServerState:
         merged: hashes of what the last round merged into the base.
         ranks: client to the rank at which it goes on; only of methods that prune, and of clients that have trained.
         recipes: how the last snapshots were made, oldest first, for whoever can make them too.
+        splits: client to the hash of how its examples are divided, as it last said.
     """
 
     run_id: str
@@ -80,6 +80,11 @@ class ServerState:
     merged: tuple[str, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     recipes: tuple[Recipe, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+    def dividing(self, client_id: str, split: str) -> ServerState:
+        """The state after a client said how its examples are divided."""
+        return replace(self, splits={**self.splits, client_id: split})
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """The state after a client said what it holds."""
@@ -208,9 +213,8 @@ class RunFolder:
             started_from=run.started_from,
             merged=run.merged,
             ranks=run.ranks,
-            recipes=tuple(
-                Recipe(makes=one.makes, onto=one.onto, parts=one.parts, ties=one.ties) for one in run.recipes
-            ),
+            recipes=run.recipes,
+            splits=run.splits,
         )
         self.last_update(model, state)
         return manifest, model, state

@@ -153,7 +153,7 @@ def run(
     overrides: Overrides = None,
     out: RunFolderOption = None,
     resume: ResumeOption = False,
-    resume_round: ResumeRoundOption = None,
+    server_round: ResumeRoundOption = None,
     dry_run: Annotated[bool, typer.Option("--plan", help="print the plan and stop; nothing is written")] = False,
     base: BaseOption = "",
     data: DataOption = None,
@@ -164,16 +164,16 @@ def run(
     from fedmomentum.origin import placed
     from fedmomentum.run import plan_run, prepare
 
-    _check_resume_round(resume, resume_round)
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
+    _check_resume_round(server_round, resume)
     with quiet_libraries(), Live(OUT, settings.federation.num_rounds) as live:
         if dry_run:
-            plan, clients = plan_run(settings, out, resume=resume, say=live.say)
+            plan, clients = plan_run(settings, out, resume=resume, server_round=server_round, say=live.say)
             live.show_plan(plan, clients, out)
             return
         _check_out(out)
-        prepared = prepare(settings, out, resume=resume, server_round=resume_round, on_step=live.on_step, say=live.say)
+        prepared = prepare(settings, out, resume=resume, server_round=server_round, on_step=live.on_step, say=live.say)
         try:
             live.show_plan(prepared.plan, prepared.clients, out)
             try:
@@ -189,9 +189,9 @@ def run(
     _after_run(out)
 
 
-def _check_resume_round(resume: bool, server_round: int | None) -> None:
-    if server_round is not None and not resume:
-        raise ConfigError("--round says from which checkpoint to go on; it goes with --resume")
+def _check_resume_round(server_round: int | None, resume: bool) -> None:
+    if server_round is not None and (not resume or server_round < 0):
+        raise ConfigError(f"--round goes with --resume and is a round, 0 or more; got {server_round}")
 
 
 def _check_out(out: Path) -> None:
@@ -667,17 +667,17 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="port to listen on")] = 9443,
     resume: ResumeOption = False,
-    resume_round: ResumeRoundOption = None,
+    server_round: ResumeRoundOption = None,
 ) -> None:
     """Coordinate a federation of machines: wait for the admitted nodes, then run the rounds."""
     from fedmomentum.config import load_config
     from fedmomentum.live import Live
 
-    _check_resume_round(resume, resume_round)
     settings = load_config(config, overrides or [])
     out = out if out is not None else Path("runs") / config.stem
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port must be from 0 (any free port) to 65535; got {port}")
+    _check_resume_round(server_round, resume)
     _check_out(out)
     _need_flower()
     from fedmomentum.flower.serve import serve as serve_run
@@ -689,7 +689,7 @@ def serve(
         view = ServerView(OUT, live, out)
         try:
             serve_run(
-                settings, keys, out, host=host, port=port, resume=resume, server_round=resume_round, told=view.observe
+                settings, keys, out, host=host, port=port, resume=resume, server_round=server_round, told=view.observe
             )
         except BaseException as error:
             live.stop()
@@ -777,7 +777,7 @@ def simulate(
     overrides: Overrides = None,
     out: RunFolderOption = None,
     resume: ResumeOption = False,
-    resume_round: ResumeRoundOption = None,
+    server_round: ResumeRoundOption = None,
     base: BaseOption = "",
     data: DataOption = None,
 ) -> None:
@@ -786,9 +786,9 @@ def simulate(
     from fedmomentum.live import Live
     from fedmomentum.origin import placed
 
-    _check_resume_round(resume, resume_round)
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
+    _check_resume_round(server_round, resume)
     _check_out(out)
     _need_flower()
     from fedmomentum.flower.simulation import simulate as simulate_run
@@ -798,7 +798,7 @@ def simulate(
     with Live(OUT, settings.federation.num_rounds) as live:
         try:
             told = ServerView(OUT, live, out).observe
-            simulate_run(settings, out, resume=resume, server_round=resume_round, told=told)
+            simulate_run(settings, out, resume=resume, server_round=server_round, told=told)
         except BaseException as error:
             live.stop()
             _say_how_to_go_on(error, out, max(kept_rounds(out), default=None), "simulate")

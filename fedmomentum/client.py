@@ -27,17 +27,19 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.factors import fresh_adapter
 from fedmomentum.aggregation.whole import initialise, module_seed, start_of
 from fedmomentum.base import HeldBase, load_base, load_tokenizer, pick_device, pick_dtype
-from fedmomentum.chat_date import set_chat_date
+from fedmomentum.chat_date import check_chat_date, set_chat_date
 from fedmomentum.config import LoraConfig, ModelConfig
-from fedmomentum.consolidation import Recipe, remade
+from fedmomentum.consolidation import remade
+from fedmomentum.data.split import split_fingerprint
 from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.diagnostics import BLOCK, applied_share, probe, probe_vectors, stack_probes
 from fedmomentum.errors import ConfigError, FedMomentumError, MissingObject, ModelError
 from fedmomentum.evaluation import Score, evaluate
-from fedmomentum.global_model import Blob, GlobalModel, object_names, prune_objects, read_object, save_objects
+from fedmomentum.global_model import Blob, GlobalModel, prune_objects, read_object, save_objects
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.loaded import vocabulary_size, within_memory
 from fedmomentum.lowrank import LowRank
+from fedmomentum.manifest import Recipe
 from fedmomentum.messages import (
     BASE_PROBES,
     EFFECTIVE_PROBES,
@@ -320,6 +322,13 @@ class Client:
     keep_rounds: int = 3
     function: TrainFunction = train_locally
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
+    _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)
+
+    def split(self, run_id: str) -> str:
+        """Return a hash of how the examples are divided into those trained on and those held out, for one run."""
+        if run_id not in self._splits:
+            self._splits[run_id] = split_fingerprint(self.train, self.test, run_id)
+        return self._splits[run_id]
 
 
 def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
@@ -337,7 +346,7 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if isinstance(request, DescribeRequest):
         return _reply(task, client, "", [], *_describe(request, client, model))
     started = time.perf_counter()
-    needed = object_names(request.manifest)
+    needed = set(request.manifest.needed)
 
     # Keep what came, and make what did not come: the adapter from its seed, snapshots from their parts.
     named = needed.union(*(recipe.fetched for recipe in request.recipes))
@@ -354,6 +363,7 @@ def client_step(payload: bytes, client: Client, model: LocalModel) -> bytes:
     if current.method != repr(client.method):
         raise ConfigError(f"the run's method is {current.method}; [method] here gives {client.method!r}")
     own = _own(request.lora, client.method, model)
+    check_chat_date(model.tokenizer, request.chat_date)
     model.become(current, client.method, own)
     is_training = isinstance(request, TrainRequest)
     _put_personal(task, client, model, own, is_training=is_training)
@@ -381,7 +391,10 @@ def _reply(
     answer: Answer,
     tensors: dict[str, Tensor],
 ) -> bytes:
-    reply = Reply(task.run_id, client.client_id, task.server_round, version, holds, num_examples, answer, tensors)
+    split = client.split(task.run_id)
+    reply = Reply(
+        task.run_id, client.client_id, task.server_round, version, holds, num_examples, split, answer, tensors
+    )
     return encode_reply(reply)
 
 

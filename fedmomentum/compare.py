@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from fedmomentum.files import write_atomically, write_json
 from fedmomentum.folders import find_manifest, kept_rounds, read_manifest
 from fedmomentum.identity import BaseIdentity, identify, resolve_base
 from fedmomentum.manifest import Fingerprint
-from fedmomentum.names import directory_name
+from fedmomentum.names import directory_name, readable_name
 from fedmomentum.origin import check_data, fingerprints
 from fedmomentum.records import checksummed
 from fedmomentum.report.cells import (
@@ -87,7 +86,7 @@ class Entry:
     @property
     def folder(self) -> str:
         """The label as a folder's name."""
-        return re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-")
+        return readable_name(self.label)
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
             raise ConfigError(f"--methods {label}: {error}; and the references {', '.join(REFERENCES)}") from error
         entries.append(Entry(label, method, tuple(overrides)))
     folders = [entry.folder for entry in entries]
-    if not entries or len(set(folders)) < len(folders):
+    if not entries or len({folder.lower() for folder in folders}) < len(folders):
         raise ConfigError(f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}")
     return entries
 
@@ -388,8 +387,8 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
         caption="best: of the rounds, on the items that every evaluation has", caption_justify="left",
     )  # fmt: skip
     differences_ = Table(
-        "", "seeds", "exact match, points", "loss", title=f"Difference to {comparison.baseline}, paired by seed, "
-        "[95 % t-interval]",
+        "", "seeds", "exact match, points", "loss",
+        title=Text(f"Difference to {comparison.baseline}, paired by seed, [95 % t-interval]"),
     )  # fmt: skip
     cost = Table("", "reached by", "rounds", "sent, both ways", "time", title=f"To {comparison.target:.0%} exact match")
     for one in summarise_methods(comparison):

@@ -19,22 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
-from msgspec import Meta
 from torch import Tensor
 
 from fedmomentum.errors import ModelError
 from fedmomentum.files import read_safetensors, safetensors_bytes
 from fedmomentum.global_model import Blob, GlobalModel, by_module
 from fedmomentum.lowrank import CORE_DTYPE, LowRank
-from fedmomentum.schema import Hash, Schema
+from fedmomentum.manifest import MAX_PARTS, MAX_RECIPES, Recipe
 from fedmomentum.sums import Matrix
 
-MAX_RECIPES, MAX_PARTS = 64, 4096
-"""Recipes that a client is sent at most, and parts that they name in all. One that is further behind downloads the
-snapshot: looking through an endless list would cost it more."""
 NUMBERS = 2**20
 """So many elements of a sum are made at a time: 8 MB, which stays in cache."""
 
@@ -156,32 +151,6 @@ def _rounded(exact: Tensor) -> Tensor:
 
 
 # ── the list ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Recipe(Schema, frozen=True, kw_only=True):
-    """How a snapshot can be made: of what it goes on from, and of the parts since.
-
-    Attributes:
-        makes: hash of the snapshot.
-        onto: hash of the dense part that is summed first; None where all parts are factors.
-        parts: hashes of the others, in order; FRLoRA's start comes in again and again.
-        ties: hash of the near ties.
-    """
-
-    makes: Hash
-    onto: Hash | None
-    parts: Annotated[tuple[Hash, ...], Meta(max_length=MAX_PARTS)]
-    ties: Hash
-
-    @property
-    def summed(self) -> tuple[str, ...]:
-        """Hashes of all that is summed, in order."""
-        return (self.onto, *self.parts) if self.onto else self.parts
-
-    @property
-    def fetched(self) -> set[str]:
-        """Hashes of what no other recipe makes."""
-        return {*self.parts, self.ties}
 
 
 def dense_bytes(model: GlobalModel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,8 +100,9 @@ def identify(name: str, folder: Path, revision: str | None = None) -> BaseIdenti
     digest = _cached(cache)
     if digest is None:
         digest = _hash_tensors(files, tied=is_tied)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, {"sha256": digest})
+        with contextlib.suppress(OSError):  # a home that may not be written costs the time of the next hash
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, {"sha256": digest})
     tokenizer = hashlib.sha256()
     for file in (folder / name for name in TOKENIZER_FILES):
         if file.is_file():

@@ -57,8 +57,8 @@ class Live:
         self._num_rounds = num_rounds
         self._handler = log_handler(console)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn(), console=console,
         )  # fmt: skip
         self._rounds = self._progress.add_task("rounds", total=num_rounds, note="")
         self._step = self._progress.add_task("", total=1, note="", visible=False)

@@ -29,6 +29,11 @@ from fedmomentum.schema import (
 FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 3
 
+MAX_RECIPES = 64
+MAX_PARTS = 4096
+"""Recipes that a client is sent at most, and parts that they name in all. One that is further behind downloads the
+snapshot: looking through an endless list would cost it more."""
+
 Scaling = Annotated[float, Meta(gt=0)]
 """`lora_alpha / rank` of a module."""
 Round = Annotated[int, Meta(ge=-1, le=2**31)]
@@ -85,13 +90,30 @@ class Manifest(Schema, frozen=True, kw_only=True):
         return frozenset((*self.base_update, *self.adapter.names))
 
 
-class SnapshotRecipe(Schema, frozen=True, kw_only=True):
-    """How a snapshot is made; the fields are those of `consolidation.Recipe`."""
+class Recipe(Schema, frozen=True, kw_only=True):
+    """How a snapshot can be made: of what it continues from, and of the parts since.
+
+    Attributes:
+        makes: hash of the snapshot.
+        onto: hash of the dense part that is summed first; None where all parts are factors.
+        parts: hashes of the others, in order; FRLoRA's start comes in again and again.
+        ties: hash of the near ties.
+    """
 
     makes: Hash
     onto: Hash | None
-    parts: tuple[Hash, ...]
+    parts: Annotated[tuple[Hash, ...], Meta(max_length=MAX_PARTS)]
     ties: Hash
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Hashes of all that is summed, in order."""
+        return (self.onto, *self.parts) if self.onto else self.parts
+
+    @property
+    def fetched(self) -> set[str]:
+        """Hashes of what no other recipe makes."""
+        return {*self.parts, self.ties}
 
 
 class MetricsPrefix(Schema, frozen=True, kw_only=True):
@@ -121,6 +143,7 @@ class RunState(Schema, frozen=True, kw_only=True):
         merged: hashes of what the round merged into the base.
         ranks: with a method that prunes, client to the rank at which it continues.
         recipes: how the last snapshots were made, oldest first.
+        splits: client to the hash of how its examples are divided into those trained on and those held out.
         settings: the run's configuration as TOML; config.toml is a copy of it for people.
         metrics: the rows up to this round.
         data: fingerprints of the clients' data, where the process that wrote the run knew it.
@@ -133,7 +156,8 @@ class RunState(Schema, frozen=True, kw_only=True):
     started_from: tuple[Hash, ...]
     merged: tuple[Hash, ...]
     ranks: dict[Text, PositiveCount]
-    recipes: tuple[SnapshotRecipe, ...]
+    recipes: tuple[Recipe, ...]
+    splits: dict[Text, Hash]
     settings: str
     metrics: MetricsPrefix
     data: dict[Text, Fingerprint] | None = None
@@ -141,7 +165,7 @@ class RunState(Schema, frozen=True, kw_only=True):
     @property
     def needed(self) -> frozenset[str]:
         """Hashes of the objects from which the next round is measured and snapshots are made again."""
-        fetched = (name for recipe in self.recipes for name in (*recipe.parts, recipe.ties))
+        fetched = (name for recipe in self.recipes for name in recipe.fetched)
         return frozenset((*self.started_from, *self.merged, *fetched))
 
 

@@ -16,10 +16,11 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from fedmomentum.chat_date import DEFAULT_DATE
 from fedmomentum.config import LoraConfig
-from fedmomentum.consolidation import MAX_RECIPES, Recipe
 from fedmomentum.errors import PayloadError
 from fedmomentum.files import canonical_json, read_safetensors, safetensors_bytes, tensor_of
+from fedmomentum.manifest import MAX_RECIPES, Manifest, Recipe
 from fedmomentum.schema import (
     MAX_COUNT,
     Count,
@@ -111,12 +112,14 @@ class ModelRequest(Schema, frozen=True, kw_only=True):
     Attributes:
         manifest: The global model to load (`GlobalModel.manifest`), by content hash.
         lora: What this client trains of it.
+        chat_date: The date that chat templates take for today's; the client's must be the same.
         fresh: How to draw the adapter, where it is not sent.
         recipes: How to make the snapshots that are not sent, oldest first.
     """
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     lora: ClientLora
+    chat_date: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")] = DEFAULT_DATE
     fresh: FreshAdapter | None = None
     recipes: Annotated[list[Recipe], Meta(max_length=MAX_RECIPES)] = []
 
@@ -308,6 +311,7 @@ class _ReplyHead(Schema, frozen=True, kw_only=True):
     version: Version
     holds: Annotated[list[Hash], Meta(max_length=MAX_OBJECTS)]
     num_examples: PositiveCount
+    split: Hash
     answer: Answer
 
 
@@ -322,6 +326,8 @@ class Reply:
         version: The version of the base that the client ended with; empty where it loaded none.
         holds: Hashes of the objects that the client now has, of those the manifest named.
         num_examples: How many examples stand behind the answer; its weight.
+        split: A hash of how the client's examples are divided into those trained on and those held out. It must not
+            change during a run: scores would be taken on examples that were trained on.
         answer: What came of the task.
         tensors: The trained adapter, the fresh adapter, or the probes.
     """
@@ -332,6 +338,7 @@ class Reply:
     version: str
     holds: list[str]
     num_examples: int
+    split: str
     answer: Answer
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -342,6 +349,7 @@ class Reply:
         "version",
         "holds",
         "num_examples",
+        "split",
         "answer",
     )
 
@@ -386,7 +394,6 @@ def decode_task(data: bytes) -> Task:
         objects[name] = tensor.numpy().tobytes()
     request = head.request
     if not isinstance(request, DescribeRequest):
-        check_free_form(request.manifest, "a task: its manifest")
         if isinstance(request, TrainRequest):
             check_free_form(request.arguments, "a task: its training arguments")
             if (request.local_steps is None) == (request.local_epochs is None):

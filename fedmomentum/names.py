@@ -20,6 +20,7 @@ MAX_LENGTH = 256
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _READABLE = 48
 _HASH_DIGITS = 24
+_LONGEST_LABEL = 150
 
 
 def check_client_name(name: Any, where: str, error: type[FedMomentumError] = ConfigError) -> None:
@@ -60,3 +61,14 @@ def directory_name(name: str) -> str:
         return name
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:_READABLE].lstrip(".-")
     return f"{readable or '_'}~{hashlib.sha256(name.encode()).hexdigest()[:_HASH_DIGITS]}"
+
+
+def readable_name(label: str) -> str:
+    """Return a label of the user's as a directory's name for people: `-` for all but ASCII letters, digits and dots.
+
+    Labels may come to the same name; whoever uses this refuses that. One that is long is cut and gets a hash.
+    """
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.") or "-"
+    if len(readable) <= _LONGEST_LABEL:
+        return readable
+    return f"{readable[:_LONGEST_LABEL]}~{hashlib.sha256(label.encode()).hexdigest()[:_HASH_DIGITS]}"

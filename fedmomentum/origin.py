@@ -78,7 +78,7 @@ def read_origin(folder: Path) -> OriginFile | None:
 
 
 def _began_with(folder: Path, server_round: int | None) -> Mapping[str, Fingerprint] | None:
-    """The data that a run was made with: as its last checkpoint has it, else data.json."""
+    """The data that a run was made with: as a checkpoint has it, else data.json."""
     rounds = kept_rounds(folder)
     if rounds:
         run = read_manifest(round_file(folder, rounds[-1] if server_round is None else server_round)).run
@@ -93,7 +93,7 @@ def check_data(folder: Path, now: Mapping[str, Fingerprint], server_round: int |
     Args:
         folder: The run's directory; one that says nothing of its data fits any.
         now: The fingerprints of the data as it is now.
-        server_round: The checkpoint that says what the run began with; by default the last.
+        server_round: The checkpoint to believe; by default the last.
 
     Raises:
         DataError: If a client's data differs, naming clients and parts.

@@ -166,6 +166,14 @@ def check_personal(store: Path, run_id: str, trained: Mapping[str, int]) -> None
         load_personal(store, run_id, client, server_round)
 
 
+def drop_later(store: Path, run_id: str, last_round: int) -> None:
+    """Delete what rounds after `last_round` left, which are made again: a client that sits one out must not find it."""
+    for folder in _folders(store, run_id):
+        for trained, file in _files(folder).items():
+            if trained > last_round:
+                file.unlink(missing_ok=True)
+
+
 def prune_personal(store: Path, rounds: Collection[int], run_id: str) -> None:
     """Delete what no kept round of a run needs: for each of them a client's newest factors up to it are kept.
 
@@ -317,7 +325,8 @@ def personal_model(model: GlobalModel, factors: PersonalFactors, method: Method 
             given[kind] = tensor
         parts[module] = LowRank(given["B"], given["A"])
     own = with_tails(replace(start, modules=parts, name=f"adapter of {factors.client}"), beside)
-    return replace(model, adapter=own, personal="")
+    whose = re.sub(r"[`|<>]", "_", factors.client)  # it stands in a table of an export's README.md
+    return replace(model, adapter=own, method=f"{model.method}, the model of client {whose}", personal="")
 
 
 def _check_tensor(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:

@@ -28,11 +28,12 @@ from fedmomentum.checks import (
     check_measurements,
 )
 from fedmomentum.config import Config, LoraConfig
-from fedmomentum.consolidation import Delivery, Recipe, consolidated, delivery, dense_bytes, is_due, worth_keeping
+from fedmomentum.consolidation import Delivery, consolidated, delivery, dense_bytes, is_due, worth_keeping
 from fedmomentum.diagnostics import NUM_PROBES, probe, probe_vectors, relative_rms, round_diagnostics
 from fedmomentum.errors import FedMomentumError, PayloadError, QuorumError
-from fedmomentum.global_model import GlobalModel, object_names
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.lowrank import LowRank
+from fedmomentum.manifest import Manifest, Recipe, as_manifest
 from fedmomentum.messages import (
     BASE_PROBES,
     EFFECTIVE_PROBES,
@@ -282,10 +283,11 @@ def _train(
         QuorumError: they are not.
     """
     federation = server.config.federation
-    requests = {
-        client: train_request(server.config, server_round, client, learning_rate, _client_lora(server, state, client))
-        for client in participants
-    }
+    manifest = _sent_manifest(model)
+    requests = {}
+    for client in participants:
+        lora = _client_lora(server, state, client)
+        requests[client] = train_request(server.config, server_round, client, learning_rate, lora, manifest)
     uploads, dtype = server.method.uploads(server_round), wire_dtype(federation.uplink_dtype)
     owns, owned = {client: _own(server, state, client) for client in participants}, server.config.lora.clients
     updates, screening = dict[str, Adapter](), Screening(server.config, server.method, server_round, learning_rate)
@@ -317,13 +319,14 @@ def _train(
 
 
 def train_request(
-    config: Config, server_round: int, client: str, learning_rate: float, lora: ClientLora
+    config: Config, server_round: int, client: str, learning_rate: float, lora: ClientLora, manifest: Manifest
 ) -> TrainRequest:
-    """What a client is asked to train in a round; the model comes when the request is sent."""
+    """What a client is asked to train in a round."""
     training = config.training
     return TrainRequest(
-        manifest={},
+        manifest=manifest,
         lora=lora,
+        chat_date=config.model.chat_date,
         learning_rate=learning_rate,
         local_steps=training.local_steps,
         local_epochs=training.local_epochs,
@@ -333,6 +336,11 @@ def train_request(
         probe_seed=_probe_seed(config, server_round),
         uplink_dtype=config.federation.uplink_dtype,  # type: ignore[arg-type]
     )
+
+
+def _sent_manifest(model: GlobalModel) -> Manifest:
+    """The manifest as clients are sent it: what is carried is the server's own."""
+    return as_manifest({**model.manifest(), "carried": None}, "the model")
 
 
 def _probe_seed(config: Config, server_round: int) -> int:
@@ -410,13 +418,12 @@ def _ask(
     deliveries, objects = _deliveries(server, model, state, sorted(requests)), model.objects()
     for name in sorted({name for way in deliveries.values() for name in way.objects} - objects.keys()):
         objects[name] = server.folder.read(name)
-    manifest = {**model.manifest(), "carried": None}  # what is carried is the server's own
-    needed = object_names(manifest)
+    needed = _sent_manifest(model).needed
     limit = 8 * model.adapter.num_numbers() + 16 * NUM_PROBES * len(model.adapter.modules) + 2**20
 
     def task(client: str, lacking: Collection[str], recipes: Sequence[Recipe] = ()) -> Task:
         request: TrainRequest | EvaluateRequest = requests[client]
-        request = msgspec.structs.replace(request, manifest=manifest, fresh=fresh, recipes=list(recipes))
+        request = msgspec.structs.replace(request, fresh=fresh, recipes=list(recipes))
         return Task(state.run_id, client, server_round, request, {name: objects[name] for name in sorted(lacking)})
 
     fresh, drawn = None, set[str]()
@@ -433,6 +440,7 @@ def _ask(
         for client, way in deliveries.items()
     }
     held: dict[str, tuple[str, ...]] = {}
+    splits: dict[str, str] = {}
 
     def accept(client: str, reply: Reply) -> None:
         if reply.version != model.version:
@@ -442,6 +450,7 @@ def _ask(
             )
             return
         held[client] = tuple(sorted(needed.intersection(reply.holds)))
+        splits[client] = reply.split
         with containing(client, exchange.failures):
             take(reply)
         if client in exchange.failures:
@@ -464,7 +473,14 @@ def _ask(
             else:
                 accept(client, reply)
     for client in sorted(held):
-        state = state.holding(client, held[client])
+        if state.splits.get(client, splits[client]) != splits[client]:
+            LOG.warning(
+                "round %d: %s divides its examples otherwise than before (another seed, or other data): it trains on "
+                "examples that it held out, and its scores are too good from here on. Start it again with what it had",
+                server_round,
+                client,
+            )
+        state = state.holding(client, held[client]).dividing(client, splits[client])
     return exchange, state
 
 
@@ -561,10 +577,12 @@ def _evaluate(
     ends = server_round in (0, server.config.federation.num_rounds)
     num_examples = max(settings.num_examples, settings.final_num_examples) if ends else settings.num_examples
     is_probed = _is_probed(model)
+    manifest = _sent_manifest(model)
     requests = {
         client: EvaluateRequest(
-            manifest={},
+            manifest=manifest,
             lora=_client_lora(server, state, client),
+            chat_date=server.config.model.chat_date,
             num_examples=num_examples,
             num_compared=settings.num_examples,
             batch_size=settings.batch_size,

@@ -19,7 +19,7 @@ import torch
 
 from fedmomentum.adapter import Adapter
 from fedmomentum.aggregation import Method, build_method
-from fedmomentum.checkpoint import RunFolder, ServerState, saved_settings
+from fedmomentum.checkpoint import RunFolder, ServerState, committed_rows, saved_settings
 from fedmomentum.client import Client, LoadedBase, LocalModel, TrainFunction, client_step, installed
 from fedmomentum.config import LOCATIONS, MAY_CHANGE, Config, LoraConfig, differences, to_toml
 from fedmomentum.data.clients import load_clients, partition_table
@@ -27,13 +27,14 @@ from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.tokens import TokenisedExamples, tokenise
 from fedmomentum.enrolment import enrol
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
-from fedmomentum.folders import kept_rounds
+from fedmomentum.folders import kept_rounds, read_manifest, round_file
 from fedmomentum.global_model import GlobalModel
+from fedmomentum.identity import BaseIdentity
 from fedmomentum.loaded import check_max_length, check_token_ids, max_positions
-from fedmomentum.manifest import Fingerprint
+from fedmomentum.manifest import Fingerprint, as_manifest
 from fedmomentum.messages import ClientLora, Description, Task, encode_task
 from fedmomentum.origin import check_data, fingerprints, follow, refuse_missing
-from fedmomentum.personal import check_personal
+from fedmomentum.personal import check_personal, drop_later
 from fedmomentum.plugins import imported
 from fedmomentum.rounds import Observer, derive, run_rounds, train_request
 from fedmomentum.run_files import EnvironmentFile, read_facts
@@ -167,13 +168,13 @@ def prepare(
     config, method, local = loaded.config, loaded.method, loaded.local
     folder = RunFolder(out, keep=config.run.keep_rounds)
     try:
+        if resume and server_round is not None:  # what comes after that round is about to go
+            _check_made_from(out, server_round, loaded)
         resumed = folder.resume(server_round) if resume else None
         if resumed:
             model, state = resumed
-            model.base.check(local.identity)
-            check_data(out, loaded.data, server_round)
-            if method.personal:
-                check_personal(out, state.run_id, _last_trained(folder.rows))
+            _check_made_from(out, model.server_round, loaded)
+            drop_later(out, state.run_id, model.server_round)
         else:
             model = local.initial(method).sent_in(wire_dtype(config.federation.downlink_dtype))
             state = ServerState(secrets.token_hex(16))
@@ -187,8 +188,30 @@ def prepare(
     )  # fmt: skip
 
 
+def _check_made_from(out: Path, server_round: int, loaded: _Loaded) -> None:
+    """Refuse to go on from a round with another base, other data, or without the clients' own factors.
+
+    Raises:
+        DataError: If the data is other data.
+        ModelError: If the base is another, a client's own factors are missing or damaged, or the checkpoint is.
+    """
+    if server_round not in kept_rounds(out):
+        return  # for `RunFolder.resume` to say
+    manifest = read_manifest(round_file(out, server_round))
+    base = manifest.base
+    BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256).check(loaded.local.identity)
+    check_data(out, loaded.data, server_round)
+    if loaded.method.personal and manifest.run is not None:
+        check_personal(out, manifest.run.run_id, _last_trained(committed_rows(out, server_round)))
+
+
 def plan_run(
-    config: Config, out: Path, *, resume: bool = False, say: Callable[[str], None] = lambda text: None
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    server_round: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Plan, list[Client]]:
     """Make the plan of a run without touching its directory, whether or not there is a run in it already.
 
@@ -196,14 +219,16 @@ def plan_run(
         config: The run.
         out: Its directory.
         resume: Check the settings and the data against those of the run in `out`.
+        server_round: As in `prepare`.
         say: Told in a line what is being done.
 
     Raises:
         FedMomentumError: See `prepare`.
     """
-    loaded = _load(config, out, resume=resume, is_plan=True, say=say)
-    if resume and kept_rounds(out):
-        check_data(out, loaded.data)
+    loaded = _load(config, out, resume=resume, server_round=server_round, is_plan=True, say=say)
+    rounds = kept_rounds(out)
+    if resume and rounds:
+        _check_made_from(out, rounds[-1] if server_round is None else server_round, loaded)
     model = loaded.local.initial(loaded.method).sent_in(wire_dtype(config.federation.downlink_dtype))
     plan = make_plan(loaded.config, loaded.local, model, loaded.clients, loaded.method)
     if not resume and (out / "config.toml").is_file():
@@ -332,8 +357,9 @@ def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """A task to train the untouched model for one step: what a first round would ask, made here."""
     model = local.initial(client.method)
     lora = ClientLora.of(local.own, local.is_mixed or client.method.prunes)
-    request = train_request(config, 1, client.client_id, config.training.learning_rate, lora)
-    one_step = msgspec.structs.replace(request, manifest=model.manifest(), local_steps=1, local_epochs=None)
+    manifest = as_manifest(model.manifest(), "the untouched model")
+    request = train_request(config, 1, client.client_id, config.training.learning_rate, lora, manifest)
+    one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)
     return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))
 
 

@@ -34,7 +34,7 @@ from fedmomentum.training_arguments import count_steps
 
 REACH = 2.0
 """An update within so many times its own number of steps is never left out. Measured with AdamW, from 1 to 1,250
-steps: all of a client's steps together are at most 1.5 times as long as their number says."""
+steps: all of a client's steps together are at most 1.6 times as long as their number says."""
 
 MAX_WORK = 1000.0
 """A client's number of steps counts for at most so many times the median of the others'. With `local-epochs` it
@@ -185,7 +185,8 @@ class Screening:
         for client, finding in screen(moves, self._max_ratio, is_step_known=self._rule.is_known).items():
             told[client] = {
                 "norm": math.sqrt(sum(move.norm**2 for move in moves[client].values())),
-                "ratio": finding.ratio,
+                # A client that moved what it does not train is infinitely far; JSON has no word for that.
+                "ratio": finding.ratio if finding.ratio is None or math.isfinite(finding.ratio) else None,
                 "is_left_out": finding.reason is not None,
             }
             if finding.reason is not None:

@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 
 from fedmomentum.checkpoint import RunFolder
 from fedmomentum.errors import ConfigError, ModelError
-from fedmomentum.files import write_json
+from fedmomentum.files import sha256, write_json
 from fedmomentum.records import checksummed
 from fedmomentum.rounds import Observer
 from fedmomentum.run_files import ReportedFile, read_facts
@@ -46,7 +46,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a row of `metrics.jsonl` but its round, as `evaluation/total/loss`.
 
-    Characters that some trackers refuse become `_`: what is left is letters, digits and `_ . - /` and the blank.
+    Characters that some trackers refuse become `_`: what is left is letters, digits and `_ . - /` and the blank. Where
+    two names (clients `a*` and `a?`) would so come to one, the later has a hash of the whole name behind it.
     """
     found: dict[str, float] = {}
 
@@ -55,7 +56,8 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
             for key, inner in value.items():
                 walk(f"{name}/{key}" if name else str(key), inner)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[re.sub(r"[^\w.\-/ ]", "_", name)] = value
+            tag = re.sub(r"[^\w.\-/ ]", "_", name)
+            found[f"{tag}-{sha256(name.encode())[:8]}" if tag in found else tag] = value
 
     walk("", {key: value for key, value in row.items() if key != "round"})
     return found

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedmomentum.base import load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.chat_date import DEFAULT_DATE, set_chat_date
-from fedmomentum.data.examples import Example
+from fedmomentum.data.examples import Example, Prompt
 from fedmomentum.data.read import read_rows, to_examples
 from fedmomentum.data.tasks import score
 from fedmomentum.data.tokens import TokenisedExamples, prompt_token_ids, tokenise
@@ -191,19 +191,30 @@ def answers(
     asked: list[Any] = []
     for prompt in prompts:
         asked.append(({"role": "user", "content": prompt},) if chat else prompt)
-    for prompt, shown in zip(asked, prompts, strict=True):
-        ids = prompt_token_ids(prompt, both.tokenizer)
-        check_token_ids(both.model, [ids], f"the prompt {printable(shown, 40)!r}")
-        length = len(ids)
-        if both.longest is not None and length + max_new_tokens > both.longest:
-            raise DataError(
-                f"the prompt {printable(shown, 40)!r} has {length} tokens, and with {max_new_tokens} more passes the "
-                f"{both.longest} that the model can see; shorten it, or lower --max-new-tokens"
-            )
-    untouched = generate(both.model, both.tokenizer, asked, max_new_tokens=max_new_tokens)
+    untouched = _generated(both, asked, max_new_tokens=max_new_tokens)
     with both.tuned():
-        tuned = generate(both.model, both.tokenizer, asked, max_new_tokens=max_new_tokens)
+        tuned = _generated(both, asked, max_new_tokens=max_new_tokens)
     return list(zip(prompts, untouched, tuned, strict=True))
+
+
+def _generated(both: Both, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 32) -> list[str]:
+    """Answer prompts with the model as it is now.
+
+    Raises:
+        DataError: If a prompt and its answer are longer than what the model can see.
+        FedMomentumError: If a prompt has a token that the model does not know.
+    """
+    for prompt in prompts:
+        ids = prompt_token_ids(prompt, both.tokenizer)
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        name = f"the prompt {printable(text, 40)!r}"
+        check_token_ids(both.model, [ids], name)
+        if both.longest is not None and len(ids) + max_new_tokens > both.longest:
+            raise DataError(
+                f"{name} has {len(ids)} tokens, and with {max_new_tokens} more passes the {both.longest} that the "
+                "model can see; shorten it, or lower --max-new-tokens"
+            )
+    return generate(both.model, both.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 # ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -406,13 +417,8 @@ def _generating(both: Both, parts: Sequence[_Part], max_length: int, batch_size:
         )
 
     def measured() -> Scored:
-        texts = generate(
-            both.model,
-            both.tokenizer,
-            [example.prompt for _, example in asked],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
+        prompts = [example.prompt for _, example in asked]
+        texts = _generated(both, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         total = Evaluation(Score(), {})
         by_client: dict[str, Score] = {}
         for (client, example), text in zip(asked, texts, strict=True):

@@ -12,6 +12,7 @@ import torch
 
 from fedmomentum.config import Config, from_dict
 from fedmomentum.files import safetensors_bytes
+from fedmomentum.manifest import as_manifest
 from fedmomentum.messages import (
     PROTOCOL,
     ClientLora,
@@ -90,6 +91,23 @@ def start(config: Config, out: Path, *, function=nudge, resume: bool = False, se
     return run
 
 
+MANIFEST = {
+    "format": "fedmomentum global model",
+    "format_version": 3,
+    "base": {"name": "x", "revision": None, "sha256": "1" * 64, "tokenizer_sha256": "2" * 64},
+    "base_update": [],
+    "version": "3" * 64,
+    "adapter": {"A": "4" * 64, "B": "5" * 64},
+    "adapter_config": {},
+    "scalings": {"q": 3.0},
+    "carried": None,
+    "round": 0,
+    "method": "FedMomentum()",
+    "personal": "",
+}
+"""A manifest of the right form, of no model that there is."""
+
+
 def train_task(
     client_id: str = "site0",
     *,
@@ -100,7 +118,7 @@ def train_task(
 ) -> Task:
     """A task to train, of the run "run"; fields of the request as given."""
     request = {
-        "manifest": manifest or {},
+        "manifest": MANIFEST | manifest if manifest else as_manifest(MANIFEST, "a test's manifest"),
         "lora": ClientLora(rank=2, lora_alpha=6.0, target_modules=["q_proj", "v_proj"], mixed=False),
         "learning_rate": 0.1,
         "local_steps": 1,
@@ -170,6 +188,7 @@ def chain(out: Path) -> dict[str, dict]:
         manifest = json.loads(file.read_text())
         manifest["run"].pop("run_id")
         manifest["run"].pop("settings")
+        manifest["run"].pop("splits")  # keyed with the random name
         manifest["run"].pop("data")
         manifest["run"]["metrics"].pop("sha256")
         manifest.pop("sha256")

@@ -13,8 +13,9 @@ from fedmomentum.evaluation import evaluate
 from fedmomentum.export import export_adapter, export_merged
 from fedmomentum.global_model import GlobalModel
 from fedmomentum.peft_live import attach, detach, from_model
+from fedmomentum.results import open_result
 from fedmomentum.run import prepare
-from fedmomentum.use import Both
+from fedmomentum.use import Both, Settings
 from tests.runs import start, tiny_config
 from tests.tiny import tiny_gpt2, tiny_llama
 
@@ -202,9 +203,9 @@ def test_a_run_on_tied_weights_is_the_same_model_wherever_it_is_used(tmp_path, k
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     assert loss(merged) == pytest.approx(loss(adapter), rel=1e-5)
     assert loss(merged) == pytest.approx(losses[-1], rel=1e-5 if dtype == "float32" else 0.01)
-    both = Both(tmp_path / "out", "last", "")
+    both = Both(open_result(tmp_path / "out"), Settings())
     with both.tuned():
-        assert loss(both.model) == pytest.approx(losses[-1], rel=0.01)  # in the dtype that this machine prefers
+        assert loss(both.model) == pytest.approx(losses[-1], rel=0.01)  # in the run's dtype
     assert loss(both.model) == pytest.approx(losses[0], rel=0.01)
     for name, tensor in model.adapter.saved.items():  # what was trained arrives whole, also from 16 bits
         assert torch.equal(merged.get_parameter(name), tensor)

@@ -1,19 +1,23 @@
 """Templates that print the date of the day: one date for the whole run, whatever the clock says."""
 
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 import transformers.utils.chat_template_utils as templates
 
 from fedmomentum.chat_date import DEFAULT_DATE, date_arguments, set_chat_date
+from fedmomentum.client import client_step
 from fedmomentum.config import load_config
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokens import prompt_token_ids, tokenise
 from fedmomentum.errors import ConfigError
-from fedmomentum.run import prepare
-from tests.runs import chain, start, timeless, tiny_config
-from tests.tiny import tiny_llama, tiny_tokenizer
+from fedmomentum.run import prepare, prepare_party, run_over
+from fedmomentum.transport import InProcessTransport
+from tests.runs import chain, nudge, start, timeless, tiny_config
+from tests.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 HEAD = "{%- for m in messages %}{%- if loop.first %}"
 TAIL = (
@@ -168,3 +172,21 @@ def test_a_run_keeps_its_date_and_refuses_another(tmp_path):
     other = tiny_config(tmp_path, model={**model, "chat_date": "2030-02-02"}, federation={"num_rounds": 2})
     with pytest.raises(ConfigError, match="these differ: .*model.chat-date"):
         prepare(other, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("Granite", True), ("Llama 3.1", True), ("plain", False)])
+def test_a_party_with_another_date_sits_out_where_its_template_would_show_it(name, is_refused, tmp_path):
+    base = tiny_llama(tmp_path / "base", chat_template=TEMPLATES.get(name, CHAT_TEMPLATE))
+    config = tiny_config(tmp_path, model={"name": str(base)}, federation={"num_rounds": 1}, data={"max_length": 200})
+    other = replace(config, model=replace(config.model, chat_date="2030-02-01"))
+    steps = {}
+    for client_id, settings in (("site0", config), ("site1", config), ("site2", other)):
+        client, local = prepare_party(settings, client_id, tmp_path / client_id)
+        client.function = nudge
+        steps[client_id] = partial(client_step, client=client, model=local)
+    run_over(InProcessTransport(steps), config, tmp_path / "run")
+    row = timeless(tmp_path / "run")[1]
+    assert row["accepted"] == ["site0", "site1"] + ["site2"] * (not is_refused)
+    if is_refused:
+        reason = "the run's chats show the date 2024-07-26, and model.chat-date here is 2030-02-01"
+        assert reason in row["failures"]["site2"]

@@ -186,6 +186,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "new").exists() and file.read_text() == ""
 
 
+def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, monkeypatch):
+    """The cache of hashes saves time; nothing depends on it."""
+    (tmp_path / "home").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    code, _, err = call("run", job, "--out", tmp_path / "out")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("raised", "told"),
     [

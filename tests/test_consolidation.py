@@ -461,7 +461,7 @@ def undisturbed(folder, tmp_path_factory):
 
 def update_bytes(task):
     """Bytes of what a task brought for the base."""
-    adapter = {*task.request.manifest["adapter"].values()}
+    adapter = {*task.request.manifest.adapter.names}
     return sum(len(data) for name, data in task.objects.items() if name not in adapter)
 
 
@@ -531,11 +531,11 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
         if what == "ties":
             sent[last["ties"]] = sent[last["ties"]][:-1] + b"?"
         elif what == "other ties":  # whole, under their own name, and wrong
-            module = next(iter(task.request.manifest["scalings"]))
+            module = next(iter(task.request.manifest.scalings))
             wrong = Blob(safetensors_bytes({f"{module}.index": torch.tensor([0]), f"{module}.value": torch.ones(1)}))
             last["ties"], sent[wrong.name] = wrong.name, wrong.data
         elif what == "a part":
-            wrong = Blob.of({m: random_matrix(16, 32, 1, seed=3) for m in task.request.manifest["scalings"]})
+            wrong = Blob.of({m: random_matrix(16, 32, 1, seed=3) for m in task.request.manifest.scalings})
             last["parts"], sent[wrong.name] = [wrong.name, *last["parts"][1:]], wrong.data
         elif what == "no part":
             last["parts"] = last["parts"][1:]

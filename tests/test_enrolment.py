@@ -238,6 +238,25 @@ def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):
         run_over(Silent(bad), config, tmp_path / "over")
 
 
+def test_a_client_that_divides_its_examples_otherwise_is_warned_of(folder, tmp_path, caplog):
+    """It comes back with another seed, and would be scored on what it trained on before; resumed or not."""
+    config = tiny_config(folder, federation={"num_rounds": 3})
+    found = parties(config, tmp_path)
+
+    def stop(event, facts):
+        if event == "aggregate" and len(list((tmp_path / "over" / "rounds").iterdir())) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_over(InProcessTransport(steps(found)), config, tmp_path / "over", observer=stop)
+    assert "divides its examples otherwise" not in caplog.text
+    other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
+    found |= parties(other, tmp_path, ["site1"])
+    run_over(InProcessTransport(steps(found)), config, tmp_path / "over", resume=True)
+    warnings = [record.message for record in caplog.records if "divides its examples otherwise" in record.message]
+    assert len(warnings) == 1 and warnings[0].startswith("round 2: site1 divides its examples otherwise than before")
+
+
 # ── versions ──
 
 

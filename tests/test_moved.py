@@ -182,12 +182,34 @@ def test_other_clients_are_refused(project):
         prepare(replace(config, data=replace(config.data, client_files=files)), project / "runs" / "job", resume=True)
 
 
-def test_without_a_record_of_its_data_the_paths_must_be_the_same(project):
-    """Where the content cannot be compared, nothing is taken on trust."""
+def test_the_checkpoint_knows_the_data_too(project):
+    """data.json says where things were; what they were stands in every checkpoint."""
     out = project / "runs" / "job"
     (out / "data.json").unlink()
-    with pytest.raises(ConfigError, match="these differ: data.client-files"):
+    prepare(load_config(project / "job.toml"), out, resume=True).close()
+    file = project / "site0.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")
+    with pytest.raises(DataError, match="made with other data; it differs for north"):
         prepare(load_config(project / "job.toml"), out, resume=True)
+
+
+def test_nothing_is_given_up_for_an_older_round_before_all_is_checked(project, call):
+    out = project / "runs" / "job"
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != ".lock"}
+    file = project / "site0.jsonl"
+    rows = file.read_text()
+    file.write_text("\n".join(rows.splitlines()[1:]) + "\n")
+    again = ["run", project / "job.toml", "--out", out, "--resume", "--round", "0"]
+    code, _, err = call(*again)
+    assert code == 2 and "made with other data" in err
+    assert {file: file.read_bytes() for file in before} == before
+    file.write_text(rows)
+    code, _, err = call("run", project / "job.toml", "--out", out, "--round", "0")
+    assert code == 2 and "--round goes with --resume" in err
+    code, _, err = call(*again[:-1], "7")
+    assert code == 2 and "keeps the rounds [0, 1]" in err
+    code, _, err = call(*again)
+    assert code == 0 and len(timeless(out)) == 3, err
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"directory": 5, "clients": {}}', '{"directory": "x"}', "\x00"])

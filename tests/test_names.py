@@ -9,7 +9,7 @@ from fedmomentum.config import from_dict
 from fedmomentum.data.clients import load_clients
 from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.errors import ConfigError, DataError
-from fedmomentum.names import MAX_LENGTH, check_client_name, directory_name
+from fedmomentum.names import MAX_LENGTH, check_client_name, directory_name, readable_name
 
 ODD = (
     "north", "north-2", "north-0002", "North", "NORTH", "a/b", "a_b", "a b", "a", "..", ".", "...", ".hidden", "-x",
@@ -55,7 +55,7 @@ def test_a_name_in_a_column_is_refused_with_its_row(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text('who,prompt,completion\nnorth,a,b\n"so\x07uth",c,d\n')
     with pytest.raises(
-        DataError, match=r"rows.csv, row 2, column 'who': the client's name 'so\\x07uth' holds a control"
+        DataError, match=r"rows.csv: row 2: column 'who' holds '\\x07', a character that cannot be shown"
     ):
         load_clients(source=file, client_column="who", test_fraction=0)
     file.write_text("who,prompt,completion\nnorth,a,b\na/../b,c,d\n")
@@ -75,3 +75,37 @@ def test_a_comparisons_folders_come_from_the_same_rule(tmp_path, monkeypatch):
     folders = [cell.folder for cell in cells]
     assert [cell.only for cell in cells] == sorted(odd) and len({str(f).lower() for f in folders}) == len(odd)
     assert all(folder.resolve().parent == (tmp_path / "out" / "local" / "seed-0").resolve() for folder in folders)
+
+
+def test_trackers_tell_names_apart_that_they_write_alike():
+    from fedmomentum.tracking import numbers_of
+
+    row = {"round": 1, "evaluation": {"by_client": {"a*": {"loss": 1.0}, "a?": {"loss": 2.0}, "a_": {"loss": 3.0}}}}
+    found = numbers_of(row)
+    assert list(found.values()) == [1.0, 2.0, 3.0] and len(found) == 3
+    assert all(re.fullmatch(r"[\w.\-/ ]+", tag) for tag in found)
+
+
+def test_labels_of_a_comparison_are_readable_and_short():
+    assert readable_name("fedmomentum:split=singular;energy=1.0") == "fedmomentum-split-singular-energy-1.0"
+    assert readable_name("..") == "-" and "/" not in readable_name("../../x")
+    long = [readable_name("a:x=" + "1" * 400 + end) for end in "12"]
+    assert len(set(long)) == 2 and max(map(len, long)) < 200
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[x]", "[bold", "a[/]"])
+def test_a_name_is_no_markup(name):
+    """A closing tag that opens nothing would end the run where its progress is drawn."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from fedmomentum.live import Live
+
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    with Live(console, 2) as live:
+        live.observe("round", {"round": 1, "participants": [name]})
+        live.on_step(name, 1, 2, 1.5)
+        live.exchange(0, 1, f"waiting for {name}")
+        live._live.refresh()
+    assert f"waiting for {name}" in console.file.getvalue()

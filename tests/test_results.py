@@ -83,6 +83,7 @@ def test_a_clients_model_is_the_one_that_the_run_evaluated(folder, finished, tmp
     code, printed, err = call("export", finished, "--client", client, "--to", "merged", "--out", tmp_path / "merged")
     assert code == 0 and f"round 3 of {finished}, client {client} -> " in printed, err
     assert call("export", finished, "--client", client, "--to", "adapter", "--out", tmp_path / "adapter")[0] == 0
+    assert f"FedSALoRA(), the model of client {client}" in (tmp_path / "merged" / "README.md").read_text()
     assert loss_of(tmp_path / "merged", config, client) == pytest.approx(last, rel=1e-5)
     assert loss_of(folder / "base", config, client, tmp_path / "adapter") == pytest.approx(last, rel=1e-5)
     assert abs(loss_of(folder / "base", config, client) - last) > 1e-3 * last

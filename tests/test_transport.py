@@ -14,9 +14,9 @@ from fedmomentum.transport import Failure, InProcessTransport
 from tests.runs import train_task
 
 texts = st.text(max_size=20)
-TASK = train_task("site é", server_round=3, manifest={"adapter": "x"}, objects={"ab" * 32: b"\x00\x01bytes"})
+TASK = train_task("site é", server_round=3, objects={"ab" * 32: b"\x00\x01bytes"})
 RESULT = TrainResult(loss=1.0, first_loss=2.0, last_loss=0.5, num_steps=3, num_tokens=40, rounding=0.0)
-REPLY = Reply("run", "site é", 3, "cd" * 32, ["ab" * 32], 5, RESULT, {"t": torch.arange(6.0).reshape(2, 3)})
+REPLY = Reply("run", "site é", 3, "cd" * 32, ["ab" * 32], 5, "ef" * 32, RESULT, {"t": torch.arange(6.0).reshape(2, 3)})
 
 
 def test_round_trips_and_canonical_bytes():

@@ -134,15 +134,19 @@ def test_an_adapters_own_tokenizer_and_template_are_used(folder, adapter, tmp_pa
     assert losses[str(own)] == losses[str(template_only)] != losses[str(adapter)]
 
 
-def test_an_adapter_trained_after_tokens_were_added_is_refused(adapter, tmp_path, call):
+def test_tokens_that_the_model_does_not_have_are_refused(adapter, tmp_path, call):
     copy = tmp_path / "more"
     shutil.copytree(adapter, copy)
     tokenizer = AutoTokenizer.from_pretrained(copy)
-    tokenizer.add_tokens(["<extra>", "<another>"])
+    tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(copy)
-    for words in (["evaluate", copy, "--data", adapter.parent / "site0.jsonl"], ["generate", copy, "--prompt", "ab"]):
-        code, _, err = call(*words)
-        assert code == 2 and "has 102 tokens and the base model 100 embeddings" in err.replace("\n", " "), err
+    for text, wanted in (("ab", 0), ("a <extra> b", 2)):
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps({"prompt": text, "completion": "cd"}) + "\n")
+        for words in (["evaluate", copy, "--data", file], ["generate", copy, "--prompt", text]):
+            code, _, err = call(*words)
+            assert code == wanted and "Traceback" not in err, err
+            assert wanted == 0 or "100" in err, err
 
 
 def test_another_tokenizer_than_the_runs_is_told(folder, finished, tmp_path, caplog):

@@ -12,6 +12,9 @@ from fedmomentum.schema import printable
 MAX_LABEL = 256
 """The most characters of a category: as many as `schema.Label` lets through where names arrive."""
 
+MAX_CATEGORIES = 10_000
+"""The most categories of a data set: as many as a client may report its scores by."""
+
 Prompt = str | tuple[dict[str, str], ...]
 """Plain text, or the chat messages (``{"role": ..., "content": ...}``) that stand before the answer."""
 

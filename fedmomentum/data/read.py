@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.data.examples import MAX_LABEL, Example, Prompt, label_problem
+from fedmomentum.data.examples import MAX_CATEGORIES, MAX_LABEL, Example, Prompt, label_problem
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
 from fedmomentum.errors import DataError
@@ -51,6 +51,11 @@ def to_examples(rows: Rows | Dataset, *, category_column: str | None = None, whe
     kind = _detect(rows.column_names, where)
     names = _used(kind, rows.column_names)
     categories = column_texts(rows, category_column, where=where) if category_column else [""] * rows.num_rows
+    if (count := len(set(categories))) > MAX_CATEGORIES:
+        raise DataError(
+            f"{_place(where)}column {category_column!r} has {count} different values, more than {MAX_CATEGORIES}; a "
+            "category is what many rows have in common"
+        )
     columns = [_column(rows, name, where) for name in names]
     examples = []
     for number, (category, *values) in enumerate(zip(categories, *columns, strict=True), start=1):

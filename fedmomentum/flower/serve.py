@@ -45,7 +45,7 @@ def serve(
         host: address to listen on.
         port: port to listen on.
         resume: go on with what is in `out`.
-        server_round: resume from this round instead of the last one.
+        server_round: from this round instead of the last; the rounds after it are done again.
         told: told of progress: the events of `run_over`, of `FlowerTransport`, and `listening`.
 
     Raises:

@@ -42,7 +42,7 @@ def simulate(
         config: the run, data included.
         out: its folder; the clients keep what they are sent in `out/clients`.
         resume: go on with what is in `out`.
-        server_round: resume from this round instead of the last one.
+        server_round: from this round instead of the last; the rounds after it are done again.
         told: told of progress.
 
     Raises:

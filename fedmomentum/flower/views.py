@@ -17,8 +17,10 @@ from rich.text import Text
 
 from fedmomentum.flower.status import FRESH_SECONDS
 from fedmomentum.live import Live, plan_table, summary_table
+from fedmomentum.names import directory_name
 from fedmomentum.report import read_run, write_report
 from fedmomentum.report.text import human_bytes
+from fedmomentum.results import example_client
 from fedmomentum.run import Plan
 from fedmomentum.schema import printable
 from fedmomentum.terminal import log_handler
@@ -86,7 +88,8 @@ class NodeView:
         self._console = console
         self._handler = log_handler(console)
         self._progress = Progress(
-            TextColumn("  training"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("  training"), BarColumn(bar_width=30), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(), console=console, transient=True,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=1, note="", visible=False)
@@ -188,11 +191,17 @@ def after_serving(console: Console, out: Path) -> None:
     page = write_report(out)
     console.print(summary_table(read_run(out)))
     shown = shlex.quote(str(out))
+    client = example_client(out)
+    whose = ""
+    where = "where it is, on a party's machine for one,"
+    if client is not None:
+        whose = f" --client {shlex.quote(client)} --store {shlex.quote(f'nodes/{directory_name(client)}')}"
+        where = "each client has a model of its own, made of this and of what is in its store; on its machine"
     lines = [
         f"The result is in {out}, its report in {page}. The base model is not needed until the result is used:",
-        f"where it is, on a party's machine for one, copy {out} there and run",
-        f"  fedmomentum export {shown} --base BASE-DIRECTORY --to merged --out {shlex.quote(f'{out}-merged')}",
-        f"  fedmomentum export {shown} --base BASE-DIRECTORY --to adapter --out {shlex.quote(f'{out}-adapter')}",
+        f"{where} copy {out} there and run",
+        f"  fedmomentum export {shown}{whose} --base BASE-DIRECTORY --to merged --out {shlex.quote(f'{out}-merged')}",
+        f"  fedmomentum export {shown}{whose} --base BASE-DIRECTORY --to adapter --out {shlex.quote(f'{out}-adapter')}",
         "BASE-DIRECTORY is that of the parties' base model; leave --base out where job.toml names it.",
         "The parties stay until they leave; end them with Ctrl-C there.",
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import datasets
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -14,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmomentum import messages, schema
 from fedmomentum.data import load_clients, read_rows, to_examples
-from fedmomentum.data.examples import MAX_LABEL, Example
+from fedmomentum.data.examples import MAX_CATEGORIES, MAX_LABEL, Example
 from fedmomentum.data.read import column_texts
 from fedmomentum.data.rows import Rows
 from fedmomentum.errors import DataError
@@ -300,6 +302,22 @@ def test_categories_that_are_no_short_names_are_refused(values, message, tmp_pat
     with pytest.raises(DataError, match=rf"d\.jsonl: .*{message}") as raised:
         examples_of(tmp_path / "d.jsonl", category_column="kind")
     assert len(str(raised.value)) < 500 and str(raised.value).isprintable()
+
+
+def test_a_column_of_names_of_rows_is_no_category(tmp_path):
+    rows = [{**PLAIN[0], "kind": f"row {i}"} for i in range(MAX_CATEGORIES + 1)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"d\.jsonl: column 'kind' has 10001 different values, more than 10000"):
+        examples_of(tmp_path / "d.jsonl", category_column="kind")
+    assert len(examples_of(tmp_path / "d.jsonl")) == MAX_CATEGORIES + 1
+
+
+def test_what_data_may_name_arrives():
+    """The limits of a data set are those of the messages in which its categories travel."""
+    assert MAX_CATEGORIES == messages.MAX_CATEGORIES
+    assert msgspec.convert("x" * MAX_LABEL, schema.Label) and msgspec.convert("größe 📏 \u2029"[:-2], schema.Label)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert("x" * (MAX_LABEL + 1), schema.Label)
 
 
 @pytest.mark.parametrize("category", ["a\nb", "\x1b]0;title\x07", "x" * 257])

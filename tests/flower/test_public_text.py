@@ -10,8 +10,10 @@ from fedmomentum import errors
 from fedmomentum.errors import (
     AdapterError,
     ConfigError,
+    DamagedObject,
     DataError,
     FedMomentumError,
+    FormatError,
     MissingObject,
     ModelError,
     PayloadError,
@@ -19,7 +21,17 @@ from fedmomentum.errors import (
     public_text,
 )
 
-OURS = [FedMomentumError, ConfigError, AdapterError, ModelError, MissingObject, PayloadError, QuorumError]
+OURS = [
+    FedMomentumError,
+    ConfigError,
+    AdapterError,
+    ModelError,
+    FormatError,
+    MissingObject,
+    DamagedObject,
+    PayloadError,
+    QuorumError,
+]
 # what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken to go on
 parts = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="/\\'\"(),;:=[]"),
                 min_size=1, max_size=12)  # fmt: skip

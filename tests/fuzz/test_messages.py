@@ -20,7 +20,7 @@ from fedmomentum.checkpoint import RunFolder
 from fedmomentum.client import client_step
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.files import read_safetensors
-from fedmomentum.global_model import GlobalModel, object_names
+from fedmomentum.global_model import GlobalModel
 from fedmomentum.messages import DescribeRequest, Task, decode_reply, decode_task, encode_task
 from fedmomentum.run import prepare_party, run_over
 from fedmomentum.transport import Failure, InProcessTransport
@@ -41,7 +41,7 @@ def with_all_objects(payload: bytes, pool: dict[str, bytes]) -> bytes:
     task = decode_task(payload)
     if isinstance(task.request, DescribeRequest):
         return payload
-    names = object_names(task.request.manifest)
+    names = task.request.manifest.needed
     return encode_task(replace(task, objects={name: pool[name] for name in sorted(names)}))
 
 
