@@ -29,7 +29,6 @@ from typing import IO, Any
 import msgspec
 from torch import Tensor
 
-from fedmomentum.adapter import to_tensors
 from fedmomentum.config import Config, from_dict, load_config
 from fedmomentum.diagnostics import Update
 from fedmomentum.errors import FedMomentumError, FormatError, ModelError
@@ -383,12 +382,7 @@ class RunFolder:
     def _check_finite(self, model: GlobalModel) -> None:
         """Refuse a model that could not be read again; what was checked in an earlier commit is not looked at again."""
         try:
-            adapter_parts(to_tensors(model.adapter), "the adapter")
-            for blob in (*model.newest, *model.base_update):
-                if blob.name not in self._finite:
-                    _ = blob.matrices
-            if model.carried:
-                _ = Blob.of(model.carried).matrices
+            model.check_finite(self._finite)
         except ModelError as error:
             raise ModelError(
                 f"round {model.server_round} is not committed: {error}. The rounds before it are saved"

@@ -317,6 +317,8 @@ def aggregate(
     ] = "global",
 ) -> None:
     """Combine adapters you already have, exactly, without loading their base model."""
+    import torch
+
     from fedmomentum.aggregation import build_method
     from fedmomentum.aggregation.whole import aggregate_adapters
     from fedmomentum.export import export_adapter, refuse_full
@@ -345,7 +347,13 @@ def aggregate(
         adapter = result.adapter
         model = GlobalModel(
             base=BaseIdentity(str(config.get("base_model_name_or_path") or "unknown"), config.get("revision")),
-            adapter=type(adapter)(adapter.modules, adapter.scalings, adapter.saved, plain_config(adapter), "aggregate"),
+            adapter=type(adapter)(
+                {module: matrix.to(torch.float32) for module, matrix in adapter.modules.items()},
+                adapter.scalings,
+                adapter.saved,
+                plain_config(adapter),
+                "aggregate",
+            ),
             base_update=(Blob.of(result.residual),) if result.residual else (),
             carried=result.carried,
             server_round=1,

@@ -14,7 +14,7 @@ fields are those of `manifest.Manifest`, on disk of `manifest.ModelFile`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -310,11 +310,30 @@ class GlobalModel:
         return model
 
     def save(self, folder: Path | str) -> None:
-        """Write the model into `folder`: objects first, the manifest last, each atomically."""
+        """Write the model into `folder`: objects first, the manifest last, each atomically.
+
+        Raises:
+            ModelError: If a number is not finite; nothing is written then.
+        """
+        self.check_finite()
         folder, objects = Path(folder), self.objects()
         save_objects(objects, folder)
         sizes = {name: len(data) for name, data in sorted(objects.items())}
         write_json(folder / MANIFEST, checksummed({**self.manifest(), "sizes": sizes}))
+
+    def check_finite(self, known: Collection[str] = ()) -> None:
+        """Refuse a model that holds NaN or Inf, which nobody could read again.
+
+        Args:
+            known: hashes of merged parts that were looked at before.
+
+        Raises:
+            ModelError: naming the tensor.
+        """
+        adapter_parts(to_tensors(self.adapter), "the adapter")
+        for blob in (*self.newest, *self.base_update, *([Blob.of(self.carried)] if self.carried else [])):
+            if blob.name not in known:
+                _ = blob.matrices
 
     @classmethod
     def load(cls, folder: Path | str, server_round: int | str = "last") -> GlobalModel:

@@ -283,9 +283,16 @@ def _added_embeddings(tensors: Mapping[str, Tensor], saved_modules: Sequence[str
 
 
 def write_adapter(adapter: Adapter, folder: Path | str) -> None:
-    """Write a plain PEFT adapter folder, with `plain_config`."""
+    """Write a plain PEFT adapter folder, with `plain_config`.
+
+    Raises:
+        AdapterError: If a tensor holds NaN or Inf; nothing is written then.
+    """
     from peft import LoraConfig
 
+    for key, tensor in to_tensors(adapter).items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise AdapterError(f"{adapter.name}: tensor {key} holds NaN or Inf; nothing was written")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_model.safetensors", safetensors_bytes(to_tensors(adapter), ("format", "pt")))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from fedmomentum.aggregation.whole import check_size
 from fedmomentum.base import HeldBase, tied_names
 from fedmomentum.errors import AdapterError, ModelError
 from fedmomentum.global_model import Blob, GlobalModel
@@ -58,7 +59,8 @@ class TunedModel:
 
     Raises:
         ModelError: If the base lacks an adapted module, or holds another weight than its directory.
-        AdapterError: If a fully trained tensor has no place in the model, another shape, or is not finite.
+        AdapterError: If a fully trained tensor has no place in the model, another shape, or is not finite; or if the
+            adapter's products are beyond float32.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class TunedModel:
     ) -> None:
         self.base = base
         adapter = model.adapter
+        check_size(adapter)
         self._dtype = base.dtype
         layers = {module: _submodule(base, module) for module in adapter.modules}
         self._slots = [self._slot(name, tensor, layers) for name, tensor in sorted(adapter.saved.items())]

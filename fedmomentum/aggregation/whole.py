@@ -88,7 +88,7 @@ def aggregate_adapters(
     if not all(0 < share < float("inf") for share in shares) or not 0 < min(shares) / total < float("inf"):
         raise AdapterError(f"weights must be positive numbers with a finite sum; got {shares}")
     for adapter in adapters:
-        _check_size(adapter)
+        check_size(adapter)
     bases = {adapter.config.get("base_model_name_or_path") for adapter in adapters}
     if len(bases) > 1:
         which = ", ".join(f"{a.name}: {a.config.get('base_model_name_or_path')}" for a in adapters)
@@ -112,7 +112,7 @@ def aggregate_adapters(
     return result
 
 
-def _check_size(adapter: Adapter) -> None:
+def check_size(adapter: Adapter) -> None:
     """Refuse factors whose products, squared and summed, would leave the range of float32.
 
     Raises:
