@@ -12,7 +12,7 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint install test-long simulation bench bench-gpu bench-scale demo-seeds docs clean
+.PHONY: run test lint install test-long test-faults test-fuzz simulation bench bench-gpu bench-scale demo-seeds docs clean
 
 run: $(STAMP)
 	$(BIN)/fedmomentum run fedmomentum/configs/default.toml --out $(RUN)
@@ -51,6 +51,10 @@ test-long: $(TEST_STAMP)
 # coordinators and nodes over loopback, broken in every way we know; about a quarter of an hour
 test-faults: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+# replies, tasks, run directories, global models and adapters, 20,000 mutations of each; an hour and a half
+test-fuzz: $(TEST_STAMP)
+	FUZZ_TRIALS=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rP tests/fuzz
 
 # Flower's simulation engine; brings Ray, 230 MB
 simulation: $(TEST_STAMP)

@@ -153,6 +153,7 @@ def test_mutated_replies_hurt_nobody_else(federation, tmp_path, monkeypatch):
             assert model.version == whole.version, what
         assert len(json.dumps(rows)) < 100_000, what
         shutil.rmtree(out)
+    print(f"\n{NUM_TRIALS} replies, {num_refused} of them refused")
     assert num_refused > NUM_TRIALS / 4
 
 
@@ -193,6 +194,7 @@ def test_mutated_tasks_leave_a_client_as_it_was(federation):
         if trial % 5 == 0 or trial == NUM_TRIALS - 1:
             honest = draw.choice([key for key in own if key[1] != "describe"])
             assert_same(client_step(tasks[honest], client, local), answers[honest], f"after {what}: {honest}")
+    print(f"\n{NUM_TRIALS} tasks, {num_refused} of them refused")
     assert num_refused > NUM_TRIALS / 4
 
 
