@@ -59,7 +59,7 @@ test-fuzz: $(TEST_STAMP)
 # Flower's simulation engine; brings Ray, 230 MB
 simulation: $(TEST_STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[simulation]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist tests/test_simulation.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist tests/flower/test_simulation.py
 
 # every benchmark, then all targets in one table; runs/bench/all.json. Minutes, on a machine that does nothing else
 bench: export COLUMNS = 150
@@ -82,6 +82,8 @@ demo-seeds: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m fedmomentum.config > docs/configuration.md
+	$(BIN)/python tools/architecture.py
+	$(BIN)/python tools/metrics_tables.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -2,9 +2,10 @@
 
     python benchmarks [--only wire scale ...] [--out runs/bench]        (`make bench`)
 
-Each is a process of its own and writes `<name>.json` into the folder; `all.json` there holds everything, with the
-machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked for. One that fails is named in the end,
-and the others run all the same. A target that is not met is no failure.
+Each is a process of its own and writes `<name>.json` into the folder; `all.json` there holds
+everything, with the machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked
+for. One that fails is named in the end, and the others run all the same. A target that is not met
+is no failure.
 """
 
 import argparse
@@ -22,7 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("aggregation_speed", "training_speed", "client", "network", "scale", "wire", "catching_up", "gpu")
+NAMES = (
+    "aggregation_speed",
+    "training_speed",
+    "client",
+    "network",
+    "scale",
+    "wire",
+    "catching_up",
+    "gpu",
+)
 SCRIPTS = {name: HERE / f"{name}.py" for name in NAMES}
 
 
@@ -32,7 +42,7 @@ def default_names() -> list[str]:
 
 
 def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[str]:
-    """Run every script into `out`, print and write what they say together; the names of those that failed."""
+    """Run every script into `out`, print and write the results; return the names of failures."""
     out.mkdir(parents=True, exist_ok=True)
     began, seconds, failed, found = time.perf_counter(), {}, [], {}
     limits = machine_limits()
@@ -46,7 +56,9 @@ def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[st
             failed.append(name)
         if file.is_file():
             found[name] = json.loads(file.read_text())
-    targets = [{"benchmark": name, **target} for name, told in found.items() for target in told["targets"]]
+    targets = [
+        {"benchmark": name, **target} for name, told in found.items() for target in told["targets"]
+    ]
     total = time.perf_counter() - began
     console.rule("all")
     report(targets, console)
@@ -54,20 +66,30 @@ def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[st
         f"This machine: copy {limits.copy:.0f} and triad {limits.triad:.0f} GB/s, matrix products "
         f"{limits.float32:.0f} (float32) and {limits.float64:.0f} (float64) GFLOP/s"
     )
-    console.print(f"{total / 60:.1f} minutes: {', '.join(f'{name} {s:.0f} s' for name, s in seconds.items())}")
+    console.print(
+        f"{total / 60:.1f} minutes: {', '.join(f'{name} {s:.0f} s' for name, s in seconds.items())}"
+    )
     for name in failed:
         console.print(f"[red]{name} failed[/]; what it said is above")
     write_json(
-        out / "all.json", targets=targets, failed=failed, seconds=seconds, total_seconds=total, limits=limits,
-        environment=environment("transformers", "peft", "flwr"), benchmarks=found,
-    )  # fmt: skip
+        out / "all.json",
+        targets=targets,
+        failed=failed,
+        seconds=seconds,
+        total_seconds=total,
+        limits=limits,
+        environment=environment("transformers", "peft", "flwr"),
+        benchmarks=found,
+    )
     console.print(f"all of it: {out / 'all.json'}")
     return failed
 
 
 def report(targets: Sequence[Mapping[str, Any]], console: Console) -> None:
     """The table of all targets, and how many are met."""
-    table = Table("benchmark", "target", "wanted", "got", "met", title="Targets", title_justify="left")
+    table = Table(
+        "benchmark", "target", "wanted", "got", "met", title="Targets", title_justify="left"
+    )
     before = ""
     for target in targets:
         got = "not finite" if target["got"] is None else f"{target['got']:.4g}"
@@ -80,7 +102,9 @@ def report(targets: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python benchmarks", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=default_names())
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()

@@ -1,17 +1,19 @@
-"""One module's aggregation, exact and factored, against the published randomised SVD, dense SVDs and FedIT.
+"""One module's aggregation against the published randomized SVD, dense SVDs and FedIT.
 
-    python benchmarks/aggregation_speed.py [--clients 10] [--ranks 16 64] [--repeats 7] [--no-dense] [--sweeps]
+    python benchmarks/aggregation_speed.py [--clients 10] [--ranks 16 64] [--repeats 7] [--no-dense]
+    [--sweeps]
         [--busy] [--json FILE]
 
-Sides take turns within one process, and medians are compared. "published" is the dense sum as the method's public code
-makes it, `total = total + w_i * (B_i @ A_i)` client by client, and its randomised SVD, in float32, without forming a
-residual; "stacked" is the same with the sum made in one product of stacked factors, as our own option does. Inputs:
-`apart`, factors without anything in common, which float32 can bear; `common start`, clients that moved a tenth from one
-adapter, as in a round; `every client twice`, a sum of half its rank. The floor is what reading the factors, writing the
-result and the products that the way needs would take at this machine's own rates. `--sweeps` adds the cost against
-clients, rank and width, which `benchmarks/plots.py` draws from the JSON file. `--no-dense` leaves out the dense SVD and
-PEFT's (12 s a run each). `--busy` is for a machine that has other work: one thread, and its CPU time instead of the
-time that passes.
+Sides take turns within one process, and medians are compared. "published" is the dense sum as the
+method's public code makes it, `total = total + w_i * (B_i @ A_i)` client by client, and its
+randomised SVD, in float32, without forming a residual; "stacked" is the same with the sum made in
+one product of stacked factors, as our own option does. Inputs: `apart`, factors without anything in
+common, which float32 can bear; `common start`, clients that moved a tenth from one adapter, as in a
+round; `every client twice`, a sum of half its rank. The floor is what reading the factors, writing
+the result and the products that the way needs would take at this machine's own rates. `--sweeps`
+adds the cost against clients, rank and width, which `benchmarks/plots.py` draws from the JSON file.
+`--no-dense` leaves out the dense SVD and PEFT's (12 s a run each). `--busy` is for a machine that
+has other work: one thread, and its CPU time instead of the time that passes.
 """
 
 import argparse
@@ -20,18 +22,28 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from common import Limits, Target, alternate, environment, machine_limits, medians, print_targets, write_json
+from common import (
+    Limits,
+    Target,
+    alternate,
+    environment,
+    machine_limits,
+    medians,
+    print_targets,
+    write_json,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fedmomentum import Adapter, FedIT, FedMomentum, LowRank
-from fedmomentum.aggregation.whole import combine
-from fedmomentum.by_iteration import SKETCH
-from fedmomentum.diagnostics import round_diagnostics
-from fedmomentum.leading import leading
-from fedmomentum.lowrank import difference, randomised_svd, weighted_sum
-from fedmomentum.memory import keep_freed_memory
+from fedmomentum import Adapter, AggregationContext, ClientUpdates, FedIT, FedMomentum, LowRank
+from fedmomentum.aggregation.aggregate import RoundContext, aggregate_updates
+from fedmomentum.linalg.low_rank import difference, weighted_sum
+from fedmomentum.linalg.spectral import randomized_svd
+from fedmomentum.linalg.truncated_svd.dispatch import truncated_svd
+from fedmomentum.linalg.truncated_svd.subspace_iteration import SKETCH_COLUMNS
+from fedmomentum.server.diagnostics import round_diagnostics
+from fedmomentum.utils.process import tune_malloc
 
 SHAPES = {  # (out, in) of Linear layers
     "LLaMA-2-7B attention": (4096, 4096),
@@ -42,14 +54,21 @@ SHAPES = {  # (out, in) of Linear layers
 RANKS = (16, 64)
 INPUTS = ("apart", "common start", "every client twice")
 Clock = Callable[[], float]
-CHEAP, ANY, DENSE = 40, 20, 300  # how many times faster is wanted: where float32 will do, on any input, than dense
+CHEAP, ANY, DENSE = (
+    40,
+    20,
+    300,
+)  # how many times faster is wanted: where float32 will do, on any input, than dense
 
 
 def clients(kind: str, shape: tuple[int, int], rank: int, n: int, seed: int = 0) -> list[LowRank]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> LowRank:
-        B, A = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+        B, A = (
+            torch.randn(shape[0], rank, generator=generator),
+            torch.randn(rank, shape[1], generator=generator),
+        )
         return LowRank(B / shape[0] ** 0.5, A / shape[1] ** 0.5)
 
     if kind == "every client twice":
@@ -58,7 +77,9 @@ def clients(kind: str, shape: tuple[int, int], rank: int, n: int, seed: int = 0)
     if kind == "apart":
         return [draw() for _ in range(n)]
     start = draw()
-    return [LowRank(start.B + 0.1 * one.B, start.A + 0.1 * one.A) for one in (draw() for _ in range(n))]
+    return [
+        LowRank(start.B + 0.1 * one.B, start.A + 0.1 * one.A) for one in (draw() for _ in range(n))
+    ]
 
 
 def even(n: int) -> torch.Tensor:
@@ -70,16 +91,18 @@ def published(updates: Sequence[LowRank]) -> None:
     total = weight * (first.B @ first.A)
     for update in updates[1:]:
         total = total + weight * (update.B @ update.A)
-    randomised_svd(total, sum(update.rank for update in updates), torch.Generator().manual_seed(0))
+    randomized_svd(total, sum(update.rank for update in updates), torch.Generator().manual_seed(0))
 
 
 def stacked(updates: Sequence[LowRank]) -> None:
     total = weighted_sum(updates, even(len(updates)), dtype=torch.float32)
-    randomised_svd(total, total.rank, torch.Generator().manual_seed(0))
+    randomized_svd(total, total.rank, torch.Generator().manual_seed(0))
 
 
 def ours(updates: Sequence[LowRank], rank: int) -> None:
-    FedMomentum()(updates, even(len(updates)), rank=rank)
+    FedMomentum().aggregate(
+        ClientUpdates(updates, even(len(updates))), AggregationContext(rank=rank)
+    )
 
 
 def floor(limits: Limits, shape: tuple[int, int], rank: int, n: int, path: str) -> float:
@@ -88,7 +111,7 @@ def floor(limits: Limits, shape: tuple[int, int], rank: int, n: int, path: str) 
     gram = sides * R**2 / 1e9
     rest = 2 * sides * rank * (R - rank) / 1e9
     bases = 2 * sides * rank * R / 1e9
-    sweep = 4 * sides * (rank + SKETCH) * R / 1e9
+    sweep = 4 * sides * (rank + SKETCH_COLUMNS) * R / 1e9
     traffic = 2 * 4 * sides * R / 1e9
     if path == "iterated":
         return limits.seconds(gigabytes=traffic, float32=sweep + bases + rest)
@@ -99,10 +122,14 @@ def floor(limits: Limits, shape: tuple[int, int], rank: int, n: int, path: str) 
 
 def sides_of(updates: dict[str, list[LowRank]], rank: int) -> dict[str, Callable[[], object]]:
     first = next(iter(updates.values()))
-    sides: dict[str, Callable[[], object]] = {kind: partial(ours, some, rank) for kind, some in updates.items()}
+    sides: dict[str, Callable[[], object]] = {
+        kind: partial(ours, some, rank) for kind, some in updates.items()
+    }
     sides["published"] = partial(published, first)
     sides["stacked"] = partial(stacked, first)
-    sides["FedIT"] = lambda: FedIT()(first, even(len(first)), rank=rank)
+    sides["FedIT"] = lambda: FedIT().aggregate(
+        ClientUpdates(first, even(len(first))), AggregationContext(rank=rank)
+    )
     return sides
 
 
@@ -110,11 +137,23 @@ def speed(
     n: int, ranks: Sequence[int], repeats: int, limits: Limits, clock: Clock, console: Console
 ) -> tuple[list[dict], list[Target]]:
     table = Table(
-        "module", "rank", "input", "path", "ours", "floor", "of floor", "published", "ratio", "wanted", "met",
-        "stacked", "ratio", "FedIT",
+        "module",
+        "rank",
+        "input",
+        "path",
+        "ours",
+        "floor",
+        "of floor",
+        "published",
+        "ratio",
+        "wanted",
+        "met",
+        "stacked",
+        "ratio",
+        "FedIT",
         title=f"One module, {n} clients, {torch.get_num_threads()} threads; milliseconds, medians",
         title_justify="left",
-    )  # fmt: skip
+    )
     rows, targets = [], []
     for rank in ranks:
         for name, shape in SHAPES.items():
@@ -123,23 +162,47 @@ def speed(
             runs = alternate(sides_of(updates, rank), turns, clock=clock)
             got = medians(runs)
             for kind in INPUTS:
-                path = leading(updates[kind], even(n), rank, dtype=torch.float32).path
+                path = truncated_svd(updates[kind], even(n), rank, dtype=torch.float32).path
                 least, ratio = floor(limits, shape, rank, n, path), got["published"] / got[kind]
                 wanted = CHEAP if path == "gram32" else ANY
-                target = Target.at_least(f"{shape[0]} x {shape[1]}, rank {rank}, {kind}: times", wanted, ratio)
+                target = Target.at_least(
+                    f"{shape[0]} x {shape[1]}, rank {rank}, {kind}: times", wanted, ratio
+                )
                 targets.append(target)
-                rows.append({
-                    "module": name, "shape": shape, "clients": n, "rank": rank, "input": kind, "path": path,
-                    "ours": got[kind], "published": got["published"], "stacked": got["stacked"], "FedIT": got["FedIT"],
-                    "floor": least, "ratio": ratio, "runs": runs[kind],
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "module": name,
+                        "shape": shape,
+                        "clients": n,
+                        "rank": rank,
+                        "input": kind,
+                        "path": path,
+                        "ours": got[kind],
+                        "published": got["published"],
+                        "stacked": got["stacked"],
+                        "FedIT": got["FedIT"],
+                        "floor": least,
+                        "ratio": ratio,
+                        "runs": runs[kind],
+                    }
+                )
                 met = "[green]yes[/]" if target.met else "[red]no[/]"
                 table.add_row(
-                    f"{name} {shape[0]}x{shape[1]}", str(rank), kind, path, f"{got[kind] * 1e3:.1f}",
-                    f"{least * 1e3:.1f}", f"{got[kind] / least:.1f}", f"{got['published'] * 1e3:.0f}", f"{ratio:.1f}",
-                    str(wanted), met, f"{got['stacked'] * 1e3:.0f}", f"{got['stacked'] / got[kind]:.1f}",
+                    f"{name} {shape[0]}x{shape[1]}",
+                    str(rank),
+                    kind,
+                    path,
+                    f"{got[kind] * 1e3:.1f}",
+                    f"{least * 1e3:.1f}",
+                    f"{got[kind] / least:.1f}",
+                    f"{got['published'] * 1e3:.0f}",
+                    f"{ratio:.1f}",
+                    str(wanted),
+                    met,
+                    f"{got['stacked'] * 1e3:.0f}",
+                    f"{got['stacked'] / got[kind]:.1f}",
                     f"{got['FedIT'] * 1e3:.1f}",
-                )  # fmt: skip
+                )
     console.print(table)
     return rows, targets
 
@@ -163,79 +226,136 @@ def peft_svd(updates: Sequence[LowRank], rank: int, clock: Clock) -> float:
     merge = {"combination_type": "svd", "svd_rank": rank}
     weights = [1 / len(updates)] * len(updates)
     runs = alternate(
-        {"": lambda: peft_model.add_weighted_adapter(names, weights, "merged", **merge)}, 1, warmups=0, clock=clock
+        {"": lambda: peft_model.add_weighted_adapter(names, weights, "merged", **merge)},
+        1,
+        warmups=0,
+        clock=clock,
     )
     return runs[""][0]
 
 
-def dense(n: int, rows: Sequence[dict], clock: Clock, console: Console) -> tuple[dict, list[Target]]:
+def dense(
+    n: int, rows: Sequence[dict], clock: Clock, console: Console
+) -> tuple[dict, list[Target]]:
     """The dense SVD of the sum and PEFT's, once each, at the first shape and rank."""
     shape, rank = next(iter(SHAPES.values())), rows[0]["rank"]
     updates = clients("apart", shape, rank, n)
     delta = weighted_sum(updates, even(n), dtype=torch.float32).dense()
-    svd = alternate({"": lambda: torch.linalg.svd(delta, full_matrices=False)}, 1, warmups=0, clock=clock)[""][0]
+    svd = alternate(
+        {"": lambda: torch.linalg.svd(delta, full_matrices=False)}, 1, warmups=0, clock=clock
+    )[""][0]
     merge = peft_svd(updates, rank, clock)
     ms = rows[0]["ours"]
     targets = [
-        Target.at_least(f"{shape[0]} x {shape[1]}, rank {rank}, apart: times the dense SVD", DENSE, svd / ms),
-        Target.at_least(f"{shape[0]} x {shape[1]}, rank {rank}, apart: times PEFT's SVD merge", DENSE, merge / ms),
+        Target.at_least(
+            f"{shape[0]} x {shape[1]}, rank {rank}, apart: times the dense SVD", DENSE, svd / ms
+        ),
+        Target.at_least(
+            f"{shape[0]} x {shape[1]}, rank {rank}, apart: times PEFT's SVD merge",
+            DENSE,
+            merge / ms,
+        ),
     ]
-    console.print(f"{shape[0]} x {shape[1]}, once each: dense SVD of the sum {svd:.1f} s, PEFT's {merge:.1f} s\n")
+    console.print(
+        f"{shape[0]} x {shape[1]}, once each: dense SVD of the sum {svd:.1f} s, PEFT's "
+        f"{merge:.1f} s\n"
+    )
     return {"shape": shape, "rank": rank, "dense SVD": svd, "PEFT": merge}, targets
 
 
 def accuracy(n: int, console: Console) -> tuple[list[dict], list[Target]]:
     """Against float64, at factor conditions 1 to 1e6, each client's singular values graded."""
     shape, rank = (1024, 1536), RANKS[0]
-    table = Table("condition", "path", "error of adapter + residual", "adapter over the best", title="Accuracy",
-                  title_justify="left")  # fmt: skip
+    table = Table(
+        "condition",
+        "path",
+        "error of adapter + residual",
+        "adapter over the best",
+        title="Accuracy",
+        title_justify="left",
+    )
     rows = []
     for condition in [10.0**i for i in range(7)]:
         generator, updates = torch.Generator().manual_seed(1), []
         for _ in range(n):
-            bases = [torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape]
-            turns = [torch.linalg.qr(torch.randn(rank, rank, generator=generator).double()).Q for _ in range(2)]
-            graded = torch.logspace(0, -torch.tensor(condition).log10().item(), rank, dtype=torch.float64)
+            bases = [
+                torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape
+            ]
+            turns = [
+                torch.linalg.qr(torch.randn(rank, rank, generator=generator).double()).Q
+                for _ in range(2)
+            ]
+            graded = torch.logspace(
+                0, -torch.tensor(condition).log10().item(), rank, dtype=torch.float64
+            )
             Q = [torch.linalg.qr(basis).Q for basis in bases]
-            updates.append(LowRank(Q[0] * graded @ turns[0], turns[1] @ (graded[:, None] * Q[1].mT)).to(torch.float32))
+            updates.append(
+                LowRank(Q[0] * graded @ turns[0], turns[1] @ (graded[:, None] * Q[1].mT)).to(
+                    torch.float32
+                )
+            )
         total = weighted_sum(updates, even(n))
-        result, S = FedMomentum()(updates, even(n), rank=rank), total.svd()[1]
+        result, S = (
+            FedMomentum().aggregate(ClientUpdates(updates, even(n)), AggregationContext(rank=rank)),
+            total.svd()[1],
+        )
         left = difference(total, result.adapter)
         error = difference(left, result.residual).norm() / total.norm()
         over = left.norm() / float(S[rank:].square().sum().sqrt()) - 1
-        path = leading(updates, even(n), rank, dtype=torch.float32).path
+        path = truncated_svd(updates, even(n), rank, dtype=torch.float32).path
         rows.append({"condition": condition, "path": path, "error": error, "over the best": over})
         table.add_row(f"{condition:.0e}", path, f"{error:.1e}", f"{over:.1e}")
     console.print(table)
     return rows, [
-        Target.at_most("error of adapter + residual, any condition", 1e-6, max(row["error"] for row in rows)),
-        Target.at_most("adapter over the best of its rank, any condition", 1e-4, max(r["over the best"] for r in rows)),
+        Target.at_most(
+            "error of adapter + residual, any condition", 1e-6, max(row["error"] for row in rows)
+        ),
+        Target.at_most(
+            "adapter over the best of its rank, any condition",
+            1e-4,
+            max(r["over the best"] for r in rows),
+        ),
     ]
 
 
 def diagnostics(n: int, repeats: int, clock: Clock, console: Console) -> dict:
     """What `round_diagnostics` costs beside the aggregation, of one module."""
     shape, rank = next(iter(SHAPES.values())), RANKS[0]
-    start, *sent = [Adapter({"m": one}, {"m": 1.0}) for one in clients("common start", shape, rank, n + 1)]
+    start, *sent = [
+        Adapter({"m": one}, {"m": 1.0}) for one in clients("common start", shape, rank, n + 1)
+    ]
     weights = [1 / n] * n
 
     def aggregate():
-        return combine(sent, weights, FedMomentum(), ranks={"m": rank}, scalings={"m": 1.0}, reference=start)
+        return aggregate_updates(
+            sent,
+            weights,
+            FedMomentum(),
+            RoundContext(ranks={"m": rank}, scalings={"m": 1.0}, reference=start),
+        )
 
     result = aggregate()
     sides = {
         "combine": aggregate,
-        "round_diagnostics": lambda: round_diagnostics(start, sent, weights, result.adapter, result.residual, None),
+        "round_diagnostics": lambda: round_diagnostics(
+            start, sent, weights, result.adapter, result.residual, None
+        ),
     }
     got = medians(alternate(sides, repeats, clock=clock))
     share = got["round_diagnostics"] / got["combine"]
-    console.print(f"One module, common start: round_diagnostics takes {share:.0%} of the time of combine\n")
+    console.print(
+        f"One module, common start: round_diagnostics takes {share:.0%} of the time of combine\n"
+    )
     return {**got, "share": share}
 
 
 def sweeps(repeats: int, clock: Clock) -> dict[str, list[dict]]:
-    """Ours and the published one against the number of clients, the rank and the width, the others at 10, 16, 4096."""
-    axes = {"clients": [2, 5, 10, 20, 40], "rank": [4, 8, 16, 32, 64], "width": [512, 1024, 2048, 4096, 8192]}
+    """Ours and the published one by number of clients, rank and width, else at 10, 16, 4096."""
+    axes = {
+        "clients": [2, 5, 10, 20, 40],
+        "rank": [4, 8, 16, 32, 64],
+        "width": [512, 1024, 2048, 4096, 8192],
+    }
     usual, found = {"clients": 10, "rank": 16, "width": 4096}, {}
     for axis, values in axes.items():
         found[axis] = []
@@ -261,7 +381,7 @@ def main() -> None:
     if chosen.busy:
         torch.set_num_threads(1)
     clock: Clock = time.thread_time if chosen.busy else time.perf_counter
-    keep_freed_memory()  # as the commands do
+    tune_malloc()  # as the commands do
     console, limits = Console(), machine_limits(clock=clock)
     console.print(
         f"This machine: copy {limits.copy:.0f} and triad {limits.triad:.0f} GB/s, matrix products "

@@ -1,10 +1,12 @@
-"""What a client costs beside its training: merging a residual, loading the base, starting, and its share of a job.
+"""What a client costs besides training: merging a residual, loading the base, starting, a job.
 
-    python benchmarks/client.py [--only merge load job start] [--threads 2] [--cpu-time] [--json FILE]
+    python benchmarks/client.py [--only merge load job start] [--threads 2] [--cpu-time] [--json
+    FILE]
 
-merge: `HeldBase.apply` of one factored residual against the machine's floor, the larger of memory traffic and matrix
-product. load: the embedded model, again in the same process. job: the configuration's run, evaluated on less;
-everything but the trainer's steps and the evaluations counts as overhead. start: commands in new processes.
+merge: `Float32Weights.apply` of one factored residual against the machine's floor, the larger of
+memory traffic and matrix product. load: the embedded model, again in the same process. job: the configuration's run,
+evaluated on less; everything but the trainer's steps and the evaluations counts as overhead. start:
+commands in new processes.
 """
 
 from __future__ import annotations
@@ -29,18 +31,25 @@ from rich.table import Table
 from torch import nn
 
 from fedmomentum import LowRank
-from fedmomentum import client as client_module
-from fedmomentum import rounds as rounds_module
-from fedmomentum import run as run_module
-from fedmomentum.base import HeldBase
-from fedmomentum.checkpoint import RunFolder
-from fedmomentum.client import LocalModel
-from fedmomentum.config import load_config
-from fedmomentum.files import safetensors_bytes
-from fedmomentum.global_model import Blob, GlobalModel
-from fedmomentum.live import quiet_libraries
-from fedmomentum.spool import Spool
-from fedmomentum.training import _CompletionTrainer
+from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.client import client as client_module
+from fedmomentum.client import work as work_module
+from fedmomentum.client.local_model import LocalModel
+from fedmomentum.client.store import ClientStore
+from fedmomentum.config.toml import load_config
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.run import setup as setup_module
+from fedmomentum.run.federated_trainer import FederatedTrainer
+from fedmomentum.server import exchange as exchange_module
+from fedmomentum.server import screening as screening_module
+from fedmomentum.server import server as server_module
+from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.client_updates import UpdateReader
+from fedmomentum.server.update_store import UpdateStore
+from fedmomentum.training.hf_trainer import CompletionTrainer
+from fedmomentum.utils.process import quiet_libraries
+from fedmomentum.utils.tensors import safetensors_bytes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "default.toml"
 SHAPES = [(4096, 4096, 150), (4096, 4096, 24), (576, 576, 24)]
@@ -48,10 +57,10 @@ CONSOLE = Console()
 
 
 def merge(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
-    """Seconds to add `B A` to a float32 weight `(out, in)`: in place as `HeldBase` does, and through `B A`.
+    """Seconds to add `B A` to a float32 weight `(out, in)`: in place, and through `B A`.
 
-    The floor is the larger of the time to read and write the weight once, and that of so many operations in a square
-    matrix product; both are measured in turn with the sides.
+    The floor is the larger of the time to read and write the weight once, and that of so many
+    operations in a square matrix product; both are measured in turn with the sides.
     """
     rows, targets = [], []
     square, product = torch.rand(1024, 1024), torch.empty(1024, 1024)
@@ -59,31 +68,60 @@ def merge(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
         held, layer, blob = _held(out_size, in_size, rank)
         count, matrix = [0], blob.matrices["layer"]
 
-        def in_place(held: HeldBase = held, blob: Blob = blob, count: list[int] = count) -> None:
+        def in_place(
+            held: Float32Weights = held, blob: StoredObject = blob, count: list[int] = count
+        ) -> None:
             count[0] += 1
             held.apply([blob] * count[0])
 
         def dense(layer: nn.Linear = layer, matrix: LowRank = matrix) -> None:
             layer.weight.data.add_(matrix.B @ matrix.A)
 
-        grown = {name: _peak_mb(side) for name, side in (("in place", in_place), ("through B A", dense))}
+        grown = {
+            name: _peak_mb(side) for name, side in (("in place", in_place), ("through B A", dense))
+        }
         size, other = out_size * in_size, torch.empty_like(layer.weight)
 
         def copy(layer: nn.Linear = layer, other: torch.Tensor = other) -> None:
             other.copy_(layer.weight.data)
 
-        sides = {"in place": in_place, "through B A": dense, "copy": copy,
-                 "product": lambda: torch.mm(square, square, out=product)}  # fmt: skip
+        sides = {
+            "in place": in_place,
+            "through B A": dense,
+            "copy": copy,
+            "product": lambda: torch.mm(square, square, out=product),
+        }
         seconds = medians(alternate(sides, repeats))
         floor = max(seconds["copy"], seconds["product"] * size * rank / 1024**3)
-        rows.append({"shape": f"{out_size} x {in_size}", "rank": rank, "floor": floor, **seconds, "peak_mb": grown})
+        rows.append(
+            {
+                "shape": f"{out_size} x {in_size}",
+                "rank": rank,
+                "floor": floor,
+                **seconds,
+                "peak_mb": grown,
+            }
+        )
         if size > 2**20:  # below, a call's own cost is the floor
             name = f"merging rank {rank} into {out_size} x {in_size}, times the floor"
             targets.append(Target.at_most(name, 2, seconds["in place"] / floor))
-    table = Table("weight", "rank", "floor ms", "in place ms", "through B A ms", "peak MB, in place", "through B A")
+    table = Table(
+        "weight",
+        "rank",
+        "floor ms",
+        "in place ms",
+        "through B A ms",
+        "peak MB, in place",
+        "through B A",
+    )
     for row in rows:
         numbers = [f"{1000 * row[key]:.2f}" for key in ("floor", "in place", "through B A")]
-        table.add_row(row["shape"], str(row["rank"]), *numbers, *(f"{mb:.0f}" for mb in row["peak_mb"].values()))
+        table.add_row(
+            row["shape"],
+            str(row["rank"]),
+            *numbers,
+            *(f"{mb:.0f}" for mb in row["peak_mb"].values()),
+        )
     CONSOLE.print(table)
     return rows, targets
 
@@ -100,12 +138,16 @@ def _peak_mb(side: Callable[[], Any]) -> float:
     return (int(sizes["VmHWM"].split()[0]) - int(sizes["VmRSS"].split()[0])) / 1024
 
 
-def _held(out_size: int, in_size: int, rank: int) -> tuple[HeldBase, nn.Linear, Blob]:
+def _held(out_size: int, in_size: int, rank: int) -> tuple[Float32Weights, nn.Linear, StoredObject]:
     with tempfile.TemporaryDirectory() as folder:
         layer = nn.Linear(in_size, out_size, bias=False)
-        (Path(folder) / "model.safetensors").write_bytes(safetensors_bytes({"layer.weight": layer.weight.detach()}))
-        held = HeldBase({"layer": layer}, Path(folder))
-    blob = Blob.of({"layer": LowRank(torch.randn(out_size, rank) * 1e-4, torch.randn(rank, in_size))})
+        (Path(folder) / "model.safetensors").write_bytes(
+            safetensors_bytes({"layer.weight": layer.weight.detach()})
+        )
+        held = Float32Weights({"layer": layer}, Path(folder))
+    blob = StoredObject.of(
+        {"layer": LowRank(torch.randn(out_size, rank) * 1e-4, torch.randn(rank, in_size))}
+    )
     _ = blob.name, blob.matrices
     return held, layer, blob
 
@@ -120,19 +162,25 @@ def load(repeats: int) -> tuple[dict[str, Any], list[Target]]:
             local = LocalModel(config.model, config.lora, seed=0)
         times.append(time.perf_counter() - started)
     started = time.perf_counter()
-    local.held.reset()
+    local.base_weights.reset()
     again = time.perf_counter() - started
-    CONSOLE.print(f"base load: first {times[0]:.2f} s, then {' '.join(f'{t:.2f}' for t in times[1:])} s; "
-                  f"adapted weights anew from the folder: {again:.3f} s")  # fmt: skip
-    return {"load": times, "pristine": again}, [Target.at_most("a later base load, s", 3, statistics.median(times[1:]))]
+    CONSOLE.print(
+        f"base load: first {times[0]:.2f} s, then {' '.join(f'{t:.2f}' for t in times[1:])} s; "
+        f"adapted weights anew from the folder: {again:.3f} s"
+    )
+    return {"load": times, "pristine": again}, [
+        Target.at_most("a later base load, s", 3, statistics.median(times[1:]))
+    ]
 
 
 class Clock:
-    """Seconds spent in functions that are watched, by what they are for; a watched call within another is its own."""
+    """Seconds spent in watched functions by purpose; nested calls are counted separately."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inner = [0.0]  # of each call under way, and of none: what watched calls within it took
+        self._inner = [
+            0.0
+        ]  # of each call under way, and of none: what watched calls within it took
 
     @contextmanager
     def watch(self, what: str, owner: Any, name: str) -> Iterator[None]:
@@ -157,26 +205,36 @@ class Clock:
 
 
 WATCHED = {
-    "training steps": [(_CompletionTrainer, "_run_epoch")],
-    "evaluating": [(client_module, "evaluate")],
-    "tokenising": [(run_module, "_tokenised")],
+    "training steps": [(CompletionTrainer, "_run_epoch")],
+    "evaluating": [(work_module, "evaluate")],
+    "tokenising": [(setup_module, "tokenized_clients")],
     "loading the global model": [
-        (client_module, "save_objects"), (client_module, "_is_whole"), (GlobalModel, "from_manifest"),
-        (LocalModel, "become"),
+        (ClientStore, "receive"),
+        (LocalModel, "load_global_model"),
     ],
-    "probes": [(LocalModel, "probes"), (LocalModel, "applied_share"), (rounds_module, "_expected_probes")],
-    "starting and ending the trainer": [(run_module, "train")],
+    "probes": [
+        (LocalModel, "probes"),
+        (LocalModel, "applied_fraction"),
+        (server_module, "expected_probes"),
+    ],
+    "starting and ending the trainer": [(setup_module, "train")],
     "the adapter out of the model": [(LocalModel, "adapter")],
     "tasks and replies as bytes": [
-        (rounds_module, "encode_task"), (client_module, "decode_task"), (client_module, "encode_reply"),
-        (rounds_module, "decode_reply"),
+        (exchange_module, "encode_task"),
+        (client_module, "decode_task"),
+        (client_module, "encode_reply"),
+        (exchange_module, "decode_reply"),
     ],
-    "checking and spooling updates": [(rounds_module, "_update"), (rounds_module, "distance"), (Spool, "put")],
-    "aggregating": [(rounds_module, "combine"), (GlobalModel, "after")],
-    "diagnostics": [(rounds_module, "round_diagnostics")],
-    "checkpoints": [(RunFolder, "commit")],
-    "the rest": [(run_module.Run, "start")],
-}  # fmt: skip
+    "checking and spooling updates": [
+        (UpdateReader, "read"),
+        (screening_module, "distance"),
+        (UpdateStore, "put"),
+    ],
+    "aggregating": [(server_module, "aggregate_updates"), (GlobalModel, "advance")],
+    "diagnostics": [(server_module, "round_diagnostics")],
+    "checkpoints": [(RunDirectory, "commit")],
+    "the rest": [(FederatedTrainer, "train")],
+}
 """What the time of a job is for, and the functions that take it."""
 
 
@@ -192,10 +250,12 @@ def job(out: Path, threads: int) -> tuple[dict[str, float], list[Target]]:
         for what, functions in WATCHED.items():
             for owner, name in functions:
                 stack.enter_context(clock.watch(what, owner, name))
-        prepared = run_module.prepare(config, out)
-        clock.seconds = {"tokenising": clock.seconds["tokenising"]}  # what else is watched was the model's load
-        prepared.start(lambda event, facts: None)
-        prepared.close()
+        trainer = FederatedTrainer(config, out)
+        trainer.prepare()
+        clock.seconds = {
+            "tokenising": clock.seconds["tokenising"]
+        }  # what else is watched was the model's load
+        trainer.train()
     spent = {what: clock.seconds[what] for what in WATCHED if what != "evaluating"}
     whole = sum(spent.values())
     spent["all that is not training"] = whole - spent["training steps"]
@@ -211,11 +271,13 @@ def start(folder: Path, repeats: int) -> tuple[dict[str, list[float]], list[Targ
     """Seconds of commands in new processes."""
 
     def command(*arguments: str) -> Callable[[], Any]:
-        return lambda: subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        return lambda: subprocess.run(
+            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
+        )
 
     sides = {
-        "--help": command("-m", "fedmomentum.cli", "--help"),
-        "inspect": command("-m", "fedmomentum.cli", "inspect", str(folder)),
+        "--help": command("-m", "fedmomentum", "--help"),
+        "inspect": command("-m", "fedmomentum", "inspect", str(folder)),
         "import torch alone": command("-c", "import torch"),
     }
     seconds = alternate(sides, repeats)
@@ -228,7 +290,9 @@ def start(folder: Path, repeats: int) -> tuple[dict[str, list[float]], list[Targ
         Target.at_most("fedmomentum --help, s", 1.5, found["--help"]),
         Target.at_most("fedmomentum inspect, s", 1.5, found["inspect"]),
         Target.at_most(
-            "fedmomentum inspect, times `import torch`", 1.5, found["inspect"] / found["import torch alone"]
+            "fedmomentum inspect, times `import torch`",
+            1.5,
+            found["inspect"] / found["import torch alone"],
         ),
     ]
 
@@ -238,7 +302,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["merge", "load", "job", "start"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time; for merge and job on a busy machine")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="processor time; for merge and job on a busy machine",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.cpu_time:
@@ -265,7 +333,7 @@ def main() -> None:
                 config = load_config(CONFIG)
                 with quiet_libraries():
                     local = LocalModel(config.model, config.lora, seed=0)
-                local.initial(run_module.make_method(config)).save(model)
+                local.initial_global_model(setup_module.make_method(config)).save(model)
             measured["start"], more = start(model, options.repeats)
             targets += more
     finish(targets, options.json, CONSOLE, "transformers", "peft", **measured)

@@ -1,9 +1,10 @@
 """What the benchmarks share: alternating timings, the machine's own limits, and targets met or not.
 
-    from common import Target, alternate, environment, finish, machine_limits, medians, print_targets, write_json
+    from common import Target, alternate, environment, finish, machine_limits, medians,
+    print_targets, write_json
 
-A ratio is measured within one process: `alternate` runs the sides in turn, so that a machine that slows down slows
-all of them, and medians are compared.
+A ratio is measured within one process: `alternate` runs the sides in turn, so that a machine that
+slows down slows all of them, and medians are compared.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ Sides = Mapping[str, Callable[[], Any]]
 def alternate(
     sides: Sides, repeats: int, *, warmups: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every run of every side, the sides taken in turn `repeats` times after `warmups` unmeasured turns.
+    """Seconds of every run of every side, in turn, after `warmups` unmeasured turns.
 
-    On a GPU each side is waited for, so that the time is that of the work and not of its launch. On a machine that has
-    other work, `time.thread_time` on one thread counts this work only.
+    On a GPU each side is waited for, so that the time is that of the work and not of its launch. On
+    a machine that has other work, `time.thread_time` on one thread counts this work only.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmups + repeats):
@@ -59,7 +60,8 @@ class Limits:
     """What this machine can do, best of several runs, with the threads that torch has now.
 
     Attributes:
-        copy: GB/s of `a = b` over arrays that no cache holds, read and write counted (STREAM's copy).
+        copy: GB/s of `a = b` over arrays that no cache holds, read and write counted (STREAM's
+            copy).
         triad: GB/s of `a = b + s c`, two reads and a write counted (STREAM's triad).
         float32: GFLOP/s of a 2048 x 2048 x 2048 matrix product.
         float64: the same in float64.
@@ -70,8 +72,10 @@ class Limits:
     float32: float
     float64: float
 
-    def seconds(self, *, gigabytes: float = 0.0, float32: float = 0.0, float64: float = 0.0) -> float:
-        """The least time for so much memory traffic and so many GFLOP, at these rates and without overlap."""
+    def seconds(
+        self, *, gigabytes: float = 0.0, float32: float = 0.0, float64: float = 0.0
+    ) -> float:
+        """The least time for this memory traffic and these GFLOP, without overlap."""
         return gigabytes / self.triad + float32 / self.float32 + float64 / self.float64
 
 
@@ -93,7 +97,7 @@ def _best(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> f
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """What a measurement depends on: processor, threads, and the versions of Python, torch and `packages`."""
+    """What a measurement depends on: processor, threads, versions of Python, torch, `packages`."""
     versions = {}
     for package in ("torch", *packages):
         try:
@@ -113,7 +117,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 # ── targets ──
@@ -146,7 +153,9 @@ class Target:
         return cls(name, f"at most {bound:g}", got, got <= bound)
 
 
-def print_targets(targets: Sequence[Target], *, title: str = "Targets", console: Console | None = None) -> None:
+def print_targets(
+    targets: Sequence[Target], *, title: str = "Targets", console: Console | None = None
+) -> None:
     """A table of the targets: wanted, got, met or not."""
     table = Table("target", "wanted", "got", "met", title=title, title_justify="left")
     for column in table.columns[1:3]:
@@ -158,14 +167,16 @@ def print_targets(targets: Sequence[Target], *, title: str = "Targets", console:
 
 
 def write_json(path: str | Path, *, targets: Sequence[Target] = (), **measured: Any) -> None:
-    """One JSON file: `measured` as it is, and the targets. Dataclasses become tables, NaN and infinity null."""
+    """Write `measured` and the targets as JSON; dataclasses become tables, NaN null."""
     payload = {**measured, "targets": list(targets)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(_plain(payload), indent=1, sort_keys=False) + "\n")
 
 
-def finish(targets: Sequence[Target], file: Path | None, console: Console, *packages: str, **measured: Any) -> None:
-    """A benchmark's last lines: its targets, met or not, and everything as JSON in `file`, where one was asked for."""
+def finish(
+    targets: Sequence[Target], file: Path | None, console: Console, *packages: str, **measured: Any
+) -> None:
+    """Print a benchmark's targets, met or not, and write everything as JSON to `file`, if given."""
     if targets:
         print_targets(targets, console=console)
     if file:

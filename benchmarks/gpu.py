@@ -1,16 +1,19 @@
-"""What the package does on a GPU: exactness, a client's speed and memory, and the aggregation of an 8B round.
+"""The package on a GPU: exactness, a client's speed and memory, aggregation of an 8B round.
 
-    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 3B] [--only rounds residuals training aggregation]
-                             [--device cuda] [--json FILE]                               (`make bench-gpu`)
-    python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too: whether everything runs, in seconds
-    python benchmarks/gpu.py --render FILE      the Markdown of what was measured, for docs/performance.md
+    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 3B] [--only rounds residuals training
+    aggregation]
+                             [--device cuda] [--json FILE]         (`make bench-gpu`)
+    python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too, in seconds
+    python benchmarks/gpu.py --render FILE      Markdown for docs/appendix/performance.md
 
-No network is needed: weights of real shapes are drawn on the device. rounds: a small Llama is trained from scratch,
-then federated; exactness, applied share and exports, in float32 and bfloat16, with TF32 and without. residuals: what
-the forward of one layer gives of many small residuals. training: for each size, tokens/s and peak memory of a client
-and of a plain PEFT loop, and the share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
-on the device, on the CPU of the same machine, and the published way on the device. A size that would not end in time,
-judged by the one before, is left out and named. The file is written after every part: what is measured stays measured.
+No network is needed: weights of real shapes are drawn on the device. rounds: a small Llama is
+trained from scratch, then federated; exactness, applied share and exports, in float32 and bfloat16,
+with TF32 and without. residuals: what the forward of one layer gives of many small residuals.
+training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop, and the
+share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
+on the device, on the CPU of the same machine, and the published way on the device. A size that
+would not end in time, judged by the one before, is left out and named. The file is written after
+every part: what is measured stays measured.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from rich.console import Console
 CONSOLE = Console()
 PARTS = ("rounds", "residuals", "training", "aggregation")
 FLOOR = 0.8
-"""A size is expected to take this share of its usual time at least, however quick the one before was."""
+"""A size is expected to take at least this fraction of its usual time."""
 RESERVE = 75.0
 """Seconds that the sizes leave for the aggregation after them."""
 
@@ -61,7 +64,10 @@ class Report:
         self.device = device
         self.targets: list[Target] = []
         self.measured: dict[str, Any] = {
-            "environment": {**environment("transformers", "peft", "accelerate"), "device": describe_device(device)},
+            "environment": {
+                **environment("transformers", "peft", "accelerate"),
+                "device": describe_device(device),
+            },
             "tiny": tiny,
             "seconds": {},
             "total_seconds": 0.0,
@@ -108,24 +114,44 @@ class Report:
             write_json(self._file, targets=self.targets, **self.measured)
 
 
-def run_all(device: torch.device, parts: Sequence[str], sizes: Sequence[Size], budget: Budget, report: Report) -> None:
+def run_all(
+    device: torch.device,
+    parts: Sequence[str],
+    sizes: Sequence[Size],
+    budget: Budget,
+    report: Report,
+) -> None:
     """Run the parts that were asked for, each within what is left of the time."""
     tiny = report.measured["tiny"]
     with tempfile.TemporaryDirectory(prefix="fedmomentum-gpu-") as name:
         folder = Path(name)
-        os.environ["FEDMOMENTUM_CACHE"] = str(folder / "cache")  # of models that are gone afterwards
+        os.environ["FEDMOMENTUM_CACHE"] = str(
+            folder / "cache"
+        )  # of models that are gone afterwards
         if "rounds" in parts:
-            report.keep(rounds=report.run("rounds", lambda: measure_rounds(folder, device, tiny=tiny)))
+            report.keep(
+                rounds=report.run("rounds", lambda: measure_rounds(folder, device, tiny=tiny))
+            )
         if "residuals" in parts:
-            report.keep(residuals=report.run("residuals", lambda: measure_residuals(folder, device, tiny=tiny)))
+            report.keep(
+                residuals=report.run(
+                    "residuals", lambda: measure_residuals(folder, device, tiny=tiny)
+                )
+            )
         if "training" in parts:
             run_sizes(device, sizes, budget, RESERVE if "aggregation" in parts else 0.0, report)
         if "aggregation" in parts:
-            report.keep(aggregation=report.run("aggregation", lambda: measure_aggregation(device, budget, tiny=tiny)))
+            report.keep(
+                aggregation=report.run(
+                    "aggregation", lambda: measure_aggregation(device, budget, tiny=tiny)
+                )
+            )
 
 
-def run_sizes(device: torch.device, sizes: Sequence[Size], budget: Budget, reserve: float, report: Report) -> None:
-    """Measure the sizes in the order given, those that will fit into the time by what the one before took.
+def run_sizes(
+    device: torch.device, sizes: Sequence[Size], budget: Budget, reserve: float, report: Report
+) -> None:
+    """Measure the sizes in the order given, as far as the time allows.
 
     Args:
         device: What is measured.
@@ -141,14 +167,19 @@ def run_sizes(device: torch.device, sizes: Sequence[Size], budget: Budget, reser
         wanted = size.seconds * slower
         left = budget.left() - reserve
         if wanted > left:
-            report.skip(name, f"it would take about {wanted:.0f} s, and {max(0.0, left):.0f} s were left for it")
+            report.skip(
+                name,
+                f"it would take about {wanted:.0f} s, and {max(0.0, left):.0f} s were left for it",
+            )
             continue
         started = time.perf_counter()
         with scratch_folder(2 * size.parameters()) as folder:
             measured = report.run(name, partial(measure_size, size, folder, device, budget))
         if measured:
             found.append(measured)
-            evaluation = measured["round"]["evaluate_task"] or {"whole": 0.0}  # is done only where there is time for it
+            evaluation = measured["round"]["evaluate_task"] or {
+                "whole": 0.0
+            }  # is done only where there is time for it
             took = time.perf_counter() - started - evaluation["whole"]
             slower = max(FLOOR, took / size.seconds)
         report.keep(training=found)
@@ -158,18 +189,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "8B", "3B"])
-    parser.add_argument("--minutes", type=float, default=5.5, help="nothing is begun that would end later")
+    parser.add_argument(
+        "--minutes", type=float, default=5.5, help="nothing is begun that would end later"
+    )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU if there is no GPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes, on the CPU if there is no GPU"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--render", type=Path, help="print the Markdown of such a file, and measure nothing")
+    parser.add_argument(
+        "--render", type=Path, help="print the Markdown of such a file, and measure nothing"
+    )
     chosen = parser.parse_args()
     if chosen.render:
         print(tables(json.loads(chosen.render.read_text())), end="")
         return 0
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
         if not chosen.tiny:
-            parser.error("torch sees no GPU here; --tiny runs everything on the CPU with tiny shapes")
+            parser.error(
+                "torch sees no GPU here; --tiny runs everything on the CPU with tiny shapes"
+            )
         chosen.device = "cpu"
     device = torch.device(chosen.device)
     budget = Budget(60 * chosen.minutes)

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: models of real shapes, peak memory, the precision of products, the time left."""
+"""What the parts of `gpu.py` share: models of real shapes, peak memory, precision, time left."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Size:
         steps: Steps of a timed training.
         repeats: Timed trainings of each side.
         local_steps: Steps of a client's round.
-        seconds: About what all of it takes on an H100, by which it is decided whether it still fits into the time.
+        seconds: About what all of it takes on an H100, by which it is decided whether it still fits
+            into the time.
     """
 
     name: str
@@ -61,7 +62,9 @@ class Size:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+def _shape(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any
+) -> dict[str, Any]:
     shape = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -77,16 +80,22 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 SIZES = {
     "1B": Size("1B", _shape(2048, 8192, 16, 32, 8, tie_word_embeddings=True), 8, 512, 4, 4, 10, 40),
     "3B": Size("3B", _shape(3072, 8192, 28, 24, 8, tie_word_embeddings=True), 8, 512, 3, 3, 10, 80),
-    "8B": Size("8B", _shape(4096, 14336, 32, 32, 8, tie_word_embeddings=False), 4, 512, 2, 3, 10, 150),
+    "8B": Size(
+        "8B", _shape(4096, 14336, 32, 32, 8, tie_word_embeddings=False), 4, 512, 2, 3, 10, 150
+    ),
 }
 """The shapes of Llama-3.2-1B and 3B and of Llama-3.1-8B."""
 
-TINY = Size("tiny", _shape(64, 128, 2, 4, 2, tie_word_embeddings=False, vocab_size=128), 2, 16, 2, 2, 2, 5)
+TINY = Size(
+    "tiny", _shape(64, 128, 2, 4, 2, tie_word_embeddings=False, vocab_size=128), 2, 16, 2, 2, 2, 5
+)
 """A shape that shows within seconds, and without a GPU, that everything runs."""
 
 
-def write_model(config: LlamaConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Draw a model's weights on the device and save them, with a tokenizer that knows the special tokens only."""
+def write_model(
+    config: LlamaConfig, folder: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Initialize a model on the device and save it, with a tokenizer of special tokens only."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -95,29 +104,35 @@ def write_model(config: LlamaConfig, folder: Path, device: torch.device, dtype: 
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Save a tokenizer with padding, start and end tokens; the benchmarks make token ids themselves."""
+    """Save a tokenizer with padding, start and end tokens; benchmarks make their own token ids."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
 def scratch_folder(needed: int) -> Iterator[Path]:
-    """Give a folder for checkpoints, in memory where `needed` bytes and half as much again are free there."""
+    """Return a directory for checkpoints, in memory if 1.5 times `needed` bytes are free there."""
     memory = Path("/dev/shm")
     fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.5 * needed
-    with tempfile.TemporaryDirectory(dir=memory if fits else None, prefix="fedmomentum-gpu-") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=memory if fits else None, prefix="fedmomentum-gpu-"
+    ) as folder:
         yield Path(folder)
 
 
-# ── the device ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the device ────────────────────────────────────────────────────────────────────────────────────
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return the device's name, memory and driver, and the CUDA version that torch was built for."""
+    """Return the device's name, memory and driver, and the CUDA version of torch."""
     if device.type != "cuda":
         return {"name": device.type, "memory_bytes": None, "driver": None, "cuda": None}
     properties = torch.cuda.get_device_properties(device)
@@ -132,7 +147,9 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
@@ -163,7 +180,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 @dataclass
 class Grown:
-    """Bytes of tensors on a device beyond those that were there before a block of code; NaN on a CPU.
+    """Bytes of tensors on a device beyond those before a block of code; NaN on a CPU.
 
     Attributes:
         peak: The most at any time within the block.
@@ -190,7 +207,7 @@ def watch_memory(device: torch.device) -> Iterator[Grown]:
     grown.after = torch.cuda.memory_allocated(device) - before
 
 
-# ── the time ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the time ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Budget:

@@ -1,4 +1,4 @@
-"""Correctness on a device: rounds of a small trained model, its exports, and what a forward gives of merged parts."""
+"""Correctness on a device: rounds of a small model, its exports, and merged parts in a forward."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fedmomentum import FedMomentum, GlobalModel, LowRank
-from fedmomentum.base import HeldBase
-from fedmomentum.checkpoint import RunFolder, ServerState
-from fedmomentum.client import Client, LocalModel, client_step
-from fedmomentum.config import Config, ModelConfig, from_dict
-from fedmomentum.data.tokens import TokenisedExamples
-from fedmomentum.export import export_adapter, export_merged
-from fedmomentum.files import safetensors_bytes
-from fedmomentum.global_model import Blob
-from fedmomentum.rounds import run_rounds
-from fedmomentum.sums import as_dense
-from fedmomentum.training import train
-from fedmomentum.transport import InProcessTransport
+from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.client.client import Client
+from fedmomentum.client.local_model import LocalModel
+from fedmomentum.client.store import ClientStore
+from fedmomentum.config.schema import Config, ModelConfig
+from fedmomentum.config.toml import from_dict
+from fedmomentum.config.training import LocalTraining
+from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.global_model.export import export_adapter, export_merged
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.linalg.matrix import to_dense
+from fedmomentum.protocol.transport import InProcessTransport
+from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.server import Server
+from fedmomentum.server.state import ServerState
+from fedmomentum.training.trainer import train
+from fedmomentum.utils.tensors import safetensors_bytes
 
 MODULUS = 61
 FIRST_ID = 3
@@ -37,11 +42,11 @@ RESIDUAL = 3e-4
 """The norm of a round's residual beside that of the weight, as measured in real runs."""
 
 
-# ── a small trained model ────────────────────────────────────────────────────────────────────────────────────────
+# ── a small trained model ─────────────────────────────────────────────────────────────────────────
 
 
-def progressions(differences: Sequence[int], count: int, seed: int) -> TokenisedExamples:
-    """Make examples of one task: two numbers are given, the arithmetic progression modulo `MODULUS` is to go on.
+def progressions(differences: Sequence[int], count: int, seed: int) -> TokenizedExamples:
+    """Make examples of one task: continue an arithmetic progression modulo `MODULUS`.
 
     Args:
         differences: The differences of successive numbers that occur.
@@ -55,7 +60,9 @@ def progressions(differences: Sequence[int], count: int, seed: int) -> Tokenised
         difference = differences[index % len(differences)]
         numbers = [FIRST_ID + (start + place * difference) % MODULUS for place in range(2 + ANSWER)]
         rows.append((1, *numbers, 2))
-    return TokenisedExamples(tuple(rows), (3,) * count, ("progressions",) * count, (False,) * count, 0)
+    return TokenizedExamples(
+        tuple(rows), (3,) * count, ("progressions",) * count, (False,) * count, 0
+    )
 
 
 def write_trained_model(folder: Path, device: torch.device, *, tiny: bool) -> dict[str, float]:
@@ -83,11 +90,8 @@ def write_trained_model(folder: Path, device: torch.device, *, tiny: bool) -> di
     report = train(
         model,
         progressions(range(1, 30), 2048, seed=0),
+        LocalTraining(learning_rate=2e-3, batch_size=64, local_steps=20 if tiny else 300),
         pad_token_id=0,
-        learning_rate=2e-3,
-        local_steps=20 if tiny else 300,
-        local_epochs=None,
-        batch_size=64,
         seed=0,
     )
     for dtype in (torch.float32, torch.bfloat16):
@@ -105,46 +109,57 @@ def federation(base: Path, dtype: str, device: torch.device, *, tiny: bool) -> C
         "training": {"local-steps": 2 if tiny else 10, "batch-size": 16, "learning-rate": 5e-3},
         "federation": {"num-rounds": 2 if tiny else 4},
         "evaluation": {"num-examples": 16, "final-num-examples": 32},
-        "run": {"keep-rounds": 1},
+        "run": {"keep-checkpoints": 1},
     }
     return from_dict(tables)
 
 
-def run_federation(config: Config, out: Path, num_clients: int) -> tuple[GlobalModel, LocalModel, list[dict[str, Any]]]:
-    """Run all rounds in this process; every client has other differences than the others and than the base.
+def run_federation(
+    config: Config, out: Path, num_clients: int
+) -> tuple[GlobalModel, LocalModel, list[dict[str, Any]]]:
+    """Run all rounds in this process; every client has differences of its own.
 
     Returns:
-        The global model, the model of the process that played the clients, and the rows of `metrics.jsonl`.
+        The global model, the model of the process that played the clients, and the rows of
+        `metrics.jsonl`.
     """
     method = FedMomentum()
     local = LocalModel(config.model, config.lora, seed=0)
+    store = ClientStore(out / "store")
     steps = {}
     for index in range(num_clients):
         differences = range(30 + 5 * index, 35 + 5 * index)
         examples = progressions(differences, 256, seed=index)
         held_out = progressions(differences, 64, seed=100 + index)
-        client = Client(f"client-{index}", examples, held_out, method, out / "store")
-        steps[client.client_id] = partial(client_step, client=client, model=local)
-    folder = RunFolder(out, keep=config.run.keep_rounds)
+        client = Client(
+            client_id=f"client-{index}",
+            train=examples,
+            test=held_out,
+            method=method,
+            model=local,
+            store=store,
+        )
+        steps[client.client_id] = client.handle
+    folder = RunDirectory(out, keep=config.run.keep_checkpoints)
     try:
-        model = run_rounds(
+        model = Server(
             InProcessTransport(steps),
             method=method,
-            model=local.initial(method),
+            model=local.initial_global_model(method),
             state=ServerState("benchmark"),
             config=config,
-            folder=folder,
-        )
-        return model, local, list(folder.rows)
+            directory=folder,
+        ).run()
+        return model, local, [record.to_json() for record in folder.records]
     finally:
         folder.close()
 
 
-# ── what a layer's forward gives ─────────────────────────────────────────────────────────────────────────────────
+# ── what a layer's forward gives ──────────────────────────────────────────────────────────────────
 
 
 def share_and_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
-    """Return `<got, wanted> / <wanted, wanted>` and `||got - wanted|| / ||wanted||` over all outputs, in float64."""
+    """Return `<got, wanted> / <wanted, wanted>` and the relative error over all outputs."""
     product = square = apart = 0.0
     for one, other in zip(got, wanted, strict=True):
         product += float((one * other).sum())
@@ -154,42 +169,51 @@ def share_and_error(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[fl
 
 
 def forward_share(local: LocalModel, model: GlobalModel, *, rows: int = 256) -> tuple[float, float]:
-    """Measure what `base_update` adds to the outputs of the live base layers, against what it should add.
+    """Measure what `base_update` adds to the outputs of the live layers, against what it should.
 
-    Every adapted layer is given the same random inputs with everything merged and with nothing merged. Its outputs are
-    in the model's dtype, whose rounding is in the error; it has mean zero, and leaves the share as it is.
+    Every adapted layer is given the same random inputs with everything merged and with nothing
+    merged. Its outputs are in the model's dtype, whose rounding is in the error; it has mean zero,
+    and leaves the share as it is.
 
     Returns:
         Share and error, as `share_and_error` has them.
     """
-    layers = dict(local.held.layers)
+    layers = dict(local.base_weights.layers)
     device = next(local.peft.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     inputs = {}
     for module in layers:
-        size = local.held.weight(module).shape[1]
+        size = local.base_weights.weight(module).shape[1]
         inputs[module] = torch.randn(rows, size, generator=generator, device=device).to(local.dtype)
     with torch.no_grad():
-        local.become(model)
+        local.load_global_model(model)
         merged = {module: layer(inputs[module]) for module, layer in layers.items()}
-        local.held.apply([])
-        got = [merged[module].double() - layer(inputs[module]).double() for module, layer in layers.items()]
-        local.become(model)
-        wanted = [inputs[module].double() @ as_dense(model.merged(module)).to(device).mT for module in layers]
+        local.base_weights.apply([])
+        got = [
+            merged[module].double() - layer(inputs[module]).double()
+            for module, layer in layers.items()
+        ]
+        local.load_global_model(model)
+        wanted = [
+            inputs[module].double() @ to_dense(model.merged(module)).to(device).mT
+            for module in layers
+        ]
     return share_and_error(got, wanted)
 
 
-# ── exports ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── exports ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def compare_exports(local: LocalModel, model: GlobalModel, out: Path, device: torch.device) -> dict[str, float]:
-    """Compare logits of the live model, of the merged export and of the adapter export, all on the device.
+def compare_exports(
+    local: LocalModel, model: GlobalModel, out: Path, device: torch.device
+) -> dict[str, float]:
+    """Compare logits of the live model, the merged export and the adapter export on the device.
 
-    The exports, and a live model of the same base, are loaded in float32. Differences are relative to the norm of the
-    logits; `change` is how far the untouched base is from them.
+    The exports, and a live model of the same base, are loaded in float32. Differences are relative
+    to the norm of the logits; `change` is how far the untouched base is from them.
     """
-    applied_share = export_merged(model, out / "merged", base_folder=local.folder)
-    export_adapter(model, out / "adapter", base_folder=local.folder)
+    applied_share = export_merged(model, out / "merged", base_directory=local.directory)
+    export_adapter(model, out / "adapter", base_directory=local.directory)
     rows = progressions(range(30, 45), 32, seed=7).input_ids
     input_ids = torch.tensor(rows, device=device)
 
@@ -200,17 +224,19 @@ def compare_exports(local: LocalModel, model: GlobalModel, out: Path, device: to
     def load(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
-    lora = local.own
-    wide = LocalModel(ModelConfig(str(local.folder), dtype="float32", device=str(device)), lora, seed=0)
-    wide.become(model)
-    local.become(model)
+    lora = local.client_lora
+    wide = LocalModel(
+        ModelConfig(str(local.directory), dtype="float32", device=str(device)), lora, seed=0
+    )
+    wide.load_global_model(model)
+    local.load_global_model(model)
     live = logits(wide.peft)
-    adapter = PeftModel.from_pretrained(load(local.folder), str(out / "adapter"))
+    adapter = PeftModel.from_pretrained(load(local.directory), str(out / "adapter"))
     return {
         "merged_difference": _apart(logits(load(out / "merged")), live),
         "adapter_difference": _apart(logits(adapter), live),
         "live_difference": _apart(logits(local.peft), live),
-        "change": _apart(logits(load(local.folder)), live),
+        "change": _apart(logits(load(local.directory)), live),
         "merged_applied_share": applied_share,
     }
 
@@ -219,8 +245,10 @@ def _apart(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def measure_rounds(folder: Path, device: torch.device, *, tiny: bool) -> tuple[dict[str, Any], list[Target]]:
-    """Run the small federation in float32 and bfloat16, with float32 products in float32 and in TF32."""
+def measure_rounds(
+    folder: Path, device: torch.device, *, tiny: bool
+) -> tuple[dict[str, Any], list[Target]]:
+    """Run the small federation in float32 and bfloat16, with products in float32 and in TF32."""
     pretrained = write_trained_model(folder / "base", device, tiny=tiny)
     rows: list[dict[str, Any]] = []
     targets: list[Target] = []
@@ -263,14 +291,17 @@ def _targets_of(row: Mapping[str, Any]) -> list[Target]:
     ]
 
 
-# ── many small residuals in one layer of real size ───────────────────────────────────────────────────────────────
+# ── many small residuals in one layer of real size ────────────────────────────────────────────────
 
 
-def measure_residuals(folder: Path, device: torch.device, *, tiny: bool) -> tuple[dict[str, Any], list[Target]]:
-    """Merge 1, 10 and 50 residuals of `RESIDUAL` into one bfloat16 weight, and measure what its forward gives of them.
+def measure_residuals(
+    folder: Path, device: torch.device, *, tiny: bool
+) -> tuple[dict[str, Any], list[Target]]:
+    """Merge 1, 10 and 50 residuals of `RESIDUAL` into one bfloat16 weight, and measure its forward.
 
-    The weight is held as clients hold it, in float32, and its products are made in float32, in TF32, and under bfloat16
-    autocast. Outputs stay as the product gives them; a client's layer rounds them to bfloat16 afterwards.
+    The weight is held as clients hold it, in float32, and its products are made in float32, in
+    TF32, and under bfloat16 autocast. Outputs stay as the product gives them; a client's layer
+    rounds them to bfloat16 afterwards.
     """
     size = 64 if tiny else 4096
     generator = torch.Generator().manual_seed(0)
@@ -278,11 +309,15 @@ def measure_residuals(folder: Path, device: torch.device, *, tiny: bool) -> tupl
     checkpoint = folder / "layer"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(safetensors_bytes({"layer.weight": stored}))
-    layer, narrow, as_held = (_layer(size, dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    layer, narrow, as_held = (
+        _layer(size, dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
     for loaded in (layer, as_held):
         loaded.weight.data.copy_(stored)
-    held = HeldBase({"layer": layer}, checkpoint)
-    HeldBase({"layer": as_held}, checkpoint)  # for the time that a client's layer takes, casts and all
+    held = Float32Weights({"layer": layer}, checkpoint)
+    Float32Weights(
+        {"layer": as_held}, checkpoint
+    )  # for the time that a client's layer takes, casts and all
     blobs = _residuals(size, 50, float(stored.float().norm()), generator)
     x = torch.randn(64 if tiny else 1024, size, generator=generator).bfloat16().float().to(device)
 
@@ -291,16 +326,20 @@ def measure_residuals(folder: Path, device: torch.device, *, tiny: bool) -> tupl
     targets: list[Target] = []
     total = torch.zeros(size, size, dtype=torch.float64, device=device)
     for count, blob in enumerate(blobs, start=1):
-        total += as_dense(blob.matrices["layer"]).to(device, torch.float64)
+        total += to_dense(blob.matrices["layer"]).to(device, torch.float64)
         if count not in (1, 10, 50):
             continue
         held.apply(blobs[:count])
         wanted = x.double() @ total.mT
         for name, way in _ways(device).items():
-            share, error = share_and_error([_forward(layer, x, way).double() - before[name]], [wanted])
+            share, error = share_and_error(
+                [_forward(layer, x, way).double() - before[name]], [wanted]
+            )
             rows.append({"products": name, "residuals": count, "share": share, "error": error})
             if name == "float32":  # what clients do; the others show what they would lose
-                targets.append(Target.at_least(f"{count} residuals merged: share in the forward", 0.99, share))
+                targets.append(
+                    Target.at_least(f"{count} residuals merged: share in the forward", 0.99, share)
+                )
 
     tokens = torch.randn(64 if tiny else 4096, size, generator=generator).to(device, torch.bfloat16)
     sides: dict[str, Callable[[], Any]] = {
@@ -332,11 +371,16 @@ def _forward(layer: nn.Module, x: Tensor, way: Way) -> Tensor:
         return layer(x)
 
 
-def _residuals(size: int, count: int, norm: float, generator: torch.Generator) -> list[Blob]:
+def _residuals(
+    size: int, count: int, norm: float, generator: torch.Generator
+) -> list[StoredObject]:
     """Draw residuals of rank 16, each of norm `RESIDUAL * norm`."""
     rank = min(16, size // 4)
     blobs = []
     for _ in range(count):
-        drawn = LowRank(torch.randn(size, rank, generator=generator), torch.randn(rank, size, generator=generator))
-        blobs.append(Blob.of({"layer": drawn.scaled(RESIDUAL * norm / drawn.norm())}))
+        drawn = LowRank(
+            torch.randn(size, rank, generator=generator),
+            torch.randn(rank, size, generator=generator),
+        )
+        blobs.append(StoredObject.of({"layer": drawn.scaled(RESIDUAL * norm / drawn.norm())}))
     return blobs

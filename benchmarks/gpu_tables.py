@@ -1,4 +1,4 @@
-"""The numbers of `gpu.py` as Markdown, for docs/performance.md: `python benchmarks/gpu.py --render FILE`."""
+"""The numbers of `gpu.py` as Markdown: `python benchmarks/gpu.py --render FILE`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ ABSENT = "–"
 
 
 def tables(measured: Measured) -> str:
-    """Return everything that was measured as paragraphs and tables, and what was not, with the reason."""
+    """Return everything that was measured as paragraphs and tables, and why something was not."""
     parts = [machine(measured)]
     if measured["tiny"]:
-        parts.append("Tiny shapes, whatever the texts say: a trial of the script, whose numbers mean nothing.")
+        parts.append(
+            "Tiny shapes, whatever the texts say: a trial of the script, whose numbers mean "
+            "nothing."
+        )
     if "rounds" in measured:
         parts += [_ROUNDS, rounds(measured["rounds"]), _EXPORTS, exports(measured["rounds"])]
     if "residuals" in measured:
         parts += [_residuals_text(measured["residuals"]), residuals(measured["residuals"])]
     if "aggregation" in measured:
-        parts += [_aggregation_text(measured["aggregation"]), aggregated_rounds(measured["aggregation"])]
+        parts += [
+            _aggregation_text(measured["aggregation"]),
+            aggregated_rounds(measured["aggregation"]),
+        ]
         parts += [_MODULES, aggregated_modules(measured["aggregation"])]
     if measured.get("training"):
         parts += [_SPEED, speed(measured["training"]), _MEMORY, memory(measured["training"])]
@@ -32,25 +38,35 @@ def tables(measured: Measured) -> str:
 def machine(measured: Measured) -> str:
     """Return one line on the device, the libraries and the time that the run took."""
     device = measured["environment"]["device"]
-    versions = ", ".join(f"{name} {version}" for name, version in measured["environment"]["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in measured["environment"]["versions"].items()
+    )
     told = device["name"]
     if device["driver"]:
-        told += f" ({gibibytes(device['memory_bytes'])} GiB, driver {device['driver']}, CUDA {device['cuda']})"
-    threads = f"{measured['environment']['processor']}, {measured['environment']['threads']} threads"
+        told += f" ({gibibytes(device['memory_bytes'])} GiB, driver {device['driver']}, "
+        told += f"CUDA {device['cuda']})"
+    threads = (
+        f"{measured['environment']['processor']}, {measured['environment']['threads']} threads"
+    )
     return f"{told}; {threads}; {versions}. The whole run took {measured['total_seconds']:.0f} s."
 
 
-# ── correctness ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── correctness ───────────────────────────────────────────────────────────────────────────────────
 
 _ROUNDS = (
-    "Rounds of a small trained Llama in one process: the largest exactness error and the smallest applied share of any "
-    "round, as the run's metrics have them, and what the adapted layers' forward gives of everything merged. "
-    "`high` lets float32 products be made in TF32, and is on for the whole run. In bfloat16 the forward's error is "
+    "Rounds of a small trained Llama in one process: the largest exactness error and the smallest "
+    "applied share of any "
+    "round, as the run's metrics have them, and what the adapted layers' forward gives of "
+    "everything merged. "
+    "`high` lets float32 products be made in TF32, and is on for the whole run. In bfloat16 the "
+    "forward's error is "
     "that of its rounded outputs."
 )
 _EXPORTS = (
-    "The same runs' exports, loaded in float32: how far their logits are from those of a live float32 model, relative "
-    "to the logits' norm. The last columns say how far the run's own live model is, and the untouched base."
+    "The same runs' exports, loaded in float32: how far their logits are from those of a live "
+    "float32 model, relative "
+    "to the logits' norm. The last columns say how far the run's own live model is, and the "
+    "untouched base."
 )
 
 
@@ -84,17 +100,33 @@ def rounds(measured: Measured) -> str:
 def exports(measured: Measured) -> str:
     """Return the exports' distances from the live model."""
     keys = ("merged_difference", "adapter_difference", "live_difference", "change")
-    rows = [[row["dtype"], f"`{row['products']}`", *(f"{row[key]:.1e}" for key in keys)] for row in measured["rows"]]
-    return markdown(["base", "products", "merged export", "adapter export", "run's live model", "untouched base"], rows)
+    rows = [
+        [row["dtype"], f"`{row['products']}`", *(f"{row[key]:.1e}" for key in keys)]
+        for row in measured["rows"]
+    ]
+    return markdown(
+        [
+            "base",
+            "products",
+            "merged export",
+            "adapter export",
+            "run's live model",
+            "untouched base",
+        ],
+        rows,
+    )
 
 
 def _residuals_text(measured: Measured) -> str:
     size = measured["size"]
     plain = 1e3 * measured["seconds"]["bfloat16 weight, nothing merged"]
     return (
-        f"One {size} × {size} weight, stored in bfloat16 and held in float32, with 1, 10 and 50 residuals merged, each "
-        "3e-4 of the weight's norm: the share of them that its products give, and their error; and the milliseconds of "
-        f"a client's forward of {measured['tokens']} tokens, casts included. A bfloat16 weight with nothing merged "
+        f"One {size} × {size} weight, stored in bfloat16 and held in float32, with 1, 10 and 50 "
+        f"residuals merged, each "
+        "3e-4 of the weight's norm: the share of them that its products give, and their error; "
+        "and the milliseconds of "
+        f"a client's forward of {measured['tokens']} tokens, casts included. A bfloat16 weight "
+        f"with nothing merged "
         f"takes {plain:.2f} ms."
     )
 
@@ -111,17 +143,19 @@ def residuals(measured: Measured) -> str:
     return markdown(names, list(found.values()))
 
 
-# ── aggregation ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── aggregation ───────────────────────────────────────────────────────────────────────────────────
 
 _MODULES = (
-    "One module of each shape, in milliseconds. The published way was timed on its own, with as many runs as fit; the "
+    "One module of each shape, in milliseconds. The published way was timed on its own, with as "
+    "many runs as fit; the "
     "other two in turn. Its time does not depend on what the clients have in common."
 )
 
 
 def _aggregation_text(measured: Measured) -> str:
     return (
-        f"A whole round's adapters, all linear modules of Llama-3.1-8B, {measured['clients']} clients, in seconds. "
+        f"A whole round's adapters, all linear modules of Llama-3.1-8B, {measured['clients']} "
+        f"clients, in seconds. "
         "All but the whole round are one module of each shape, times how many there are in "
         f"{measured['layers']} layers."
     )
@@ -135,7 +169,16 @@ def aggregated_rounds(measured: Measured) -> str:
         whole = f"{row['whole']:.2f}" if "whole" in row else ABSENT
         ratios = [f"{row[side] / row['device']:.1f}" for side in ("cpu", "published")]
         rows.append([str(row["rank"]), row["input"], whole, *sides, *ratios])
-    names = ["rank", "clients", "whole round", "by modules", "CPU", "published", "CPU / ours", "published / ours"]
+    names = [
+        "rank",
+        "clients",
+        "whole round",
+        "by modules",
+        "CPU",
+        "published",
+        "CPU / ours",
+        "published / ours",
+    ]
     return markdown(names, rows)
 
 
@@ -151,20 +194,25 @@ def aggregated_modules(measured: Measured) -> str:
     return markdown([*names, "error of adapter + residual"], rows)
 
 
-# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── training ──────────────────────────────────────────────────────────────────────────────────────
 
 _SPEED = (
-    "Training of LoRA on all linear modules of a random bfloat16 base, full rows, no gradient checkpointing. The sides "
-    "take turns; ratios are medians of paired runs against the plain loop, which has the same batches, loss, optimizer "
+    "Training of LoRA on all linear modules of a random bfloat16 base, full rows, no gradient "
+    "checkpointing. The sides "
+    "take turns; ratios are medians of paired runs against the plain loop, which has the same "
+    "batches, loss, optimizer "
     "and clipping. With TF32 allowed a client's products round what was merged, as above."
 )
 _MEMORY = (
-    "Peak memory of the device's tensors in GiB, by torch's allocator: at rest, while the base is loaded and the "
+    "Peak memory of the device's tensors in GiB, by torch's allocator: at rest, while the base is "
+    "loaded and the "
     "adapter put on it, and while it trains."
 )
 _TASKS = (
-    "A client's round, in seconds: a training task of a second round, with a residual to merge first, and an "
-    "evaluation of one batch. Probes are those of the live weights, and in an evaluation those of the weights on disk "
+    "A client's round, in seconds: a training task of a second round, with a residual to merge "
+    "first, and an "
+    "evaluation of one batch. Probes are those of the live weights, and in an evaluation those of "
+    "the weights on disk "
     "and of what was merged too."
 )
 
@@ -182,7 +230,7 @@ def speed(measured: Sequence[Measured]) -> str:
 
 
 def memory(measured: Sequence[Measured]) -> str:
-    """Return peak memory of a client and of plain PEFT; nothing where the device does not count it."""
+    """Return peak memory of a client and of plain PEFT; nothing if the device does not count it."""
     rows = []
     for size in measured:
         cells = [size["size"], f"{size['parameters'] / 1e9:.2f}", f"{size['adapted'] / 1e9:.2f}"]
@@ -192,7 +240,15 @@ def memory(measured: Sequence[Measured]) -> str:
             cells += [f"{gibibytes(one)} / {gibibytes(other)}", ratio]
         seconds = [f"{size[side]['load_seconds']:.1f}" for side in ("client", "plain")]
         rows.append([*cells, " / ".join(seconds)])
-    names = ["size", "parameters, billion", "of them adapted", "at rest, client / plain", "ratio", "loading", "ratio"]
+    names = [
+        "size",
+        "parameters, billion",
+        "of them adapted",
+        "at rest, client / plain",
+        "ratio",
+        "loading",
+        "ratio",
+    ]
     return markdown([*names, "training", "ratio", "load, s"], rows)
 
 
@@ -209,10 +265,12 @@ def tasks(measured: Sequence[Measured]) -> str:
             steps = str(size["round"]["steps"]) if name == "train_task" else ABSENT
             times = [f"{task[key]:.2f}" for key in ("whole", "merging", "training", "probes")]
             rows.append([size["size"], what, steps, *times, f"{100 * task['probes_share']:.1f} %"])
-    return markdown(["size", "task", "steps", "whole", "merging", "training", "probes", "share of probes"], rows)
+    return markdown(
+        ["size", "task", "steps", "whole", "merging", "training", "probes", "share of probes"], rows
+    )
 
 
-# ── Markdown ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Markdown ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def gibibytes(size: float | None) -> str:

@@ -1,4 +1,4 @@
-"""A client at real size on a device: speed and memory against plain PEFT, and what a round takes beside training."""
+"""A client at real size on a device: speed and memory against plain PEFT, and a round's costs."""
 
 from __future__ import annotations
 
@@ -31,15 +31,22 @@ from training_speed import optimiser, padded_loss, step
 from transformers import AutoModelForCausalLM
 
 from fedmomentum import FedMomentum, LowRank
-from fedmomentum.client import Client, LocalModel, client_step
-from fedmomentum.config import Config, from_dict
-from fedmomentum.data.batches import completion_batch
-from fedmomentum.data.tokens import TokenisedExamples
-from fedmomentum.global_model import Blob, GlobalModel
-from fedmomentum.manifest import as_manifest
-from fedmomentum.messages import ClientLora, EvaluateRequest, Task, encode_task
-from fedmomentum.rounds import train_request
-from fedmomentum.training import train
+from fedmomentum.client.client import Client
+from fedmomentum.client.local_model import LocalModel
+from fedmomentum.client.store import ClientStore
+from fedmomentum.config.schema import Config
+from fedmomentum.config.toml import from_dict
+from fedmomentum.config.training import LocalTraining
+from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.objectives.collation import completion_batch
+from fedmomentum.protocol.codec import encode_task
+from fedmomentum.protocol.messages import ClientLora, EvaluateRequest, Task
+from fedmomentum.server.round_parts import train_request
+from fedmomentum.training.function import OnStep, TrainReport
+from fedmomentum.training.trainer import train
 
 RANK = 16
 PLAIN = "plain PEFT, plain loop"
@@ -53,28 +60,38 @@ def settings_of(size: Size, folder: Path, device: torch.device) -> Config:
     tables = {
         "model": {"name": str(folder), "dtype": "bfloat16", "device": str(device)},
         "lora": {"rank": RANK, "lora-alpha": 2.0 * RANK, "target-modules": LINEAR},
-        "training": {"local-steps": size.local_steps, "batch-size": size.batch, "learning-rate": 1e-4},
+        "training": {
+            "local-steps": size.local_steps,
+            "batch-size": size.batch,
+            "learning-rate": 1e-4,
+        },
     }
     return from_dict(tables)
 
 
-def random_examples(size: Size, vocabulary: int) -> TokenisedExamples:
+def random_examples(size: Size, vocabulary: int) -> TokenizedExamples:
     """Draw one batch of full rows; the loss is taken on the last three quarters of each."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(4, vocabulary, (size.batch, size.length), generator=generator)
     rows = tuple(tuple(row) for row in drawn.tolist())
-    return TokenisedExamples(rows, (size.length // 4,) * size.batch, ("",) * size.batch, (False,) * size.batch, 0)
+    return TokenizedExamples(
+        rows, (size.length // 4,) * size.batch, ("",) * size.batch, (False,) * size.batch, 0
+    )
 
 
 def plain_peft(folder: Path, device: torch.device) -> Any:
     """Load the base in bfloat16 and put a LoRA adapter on it, as PEFT's documentation has it."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
-    config = PeftLoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM")
+    config = PeftLoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM"
+    )
     return get_peft_model(base, config)
 
 
-def plain_training(model: nn.Module, examples: TokenisedExamples, steps: int, device: torch.device) -> None:
-    """Train for some steps in a plain loop: the batches, the loss, the optimizer and the clipping of `train`."""
+def plain_training(
+    model: nn.Module, examples: TokenizedExamples, steps: int, device: torch.device
+) -> None:
+    """Train in a plain loop with the batches, loss, optimizer and clipping of `train`."""
     model.train()
     adamw = optimiser(model)
     for _ in range(steps):
@@ -83,11 +100,13 @@ def plain_training(model: nn.Module, examples: TokenisedExamples, steps: int, de
         step(model, adamw, partial(padded_loss, batch=on_device))
 
 
-# ── one size ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one size ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_size(size: Size, folder: Path, device: torch.device, budget: Budget) -> tuple[dict[str, Any], list[Target]]:
-    """Make the model, load it both ways, train both in turn, and answer one round's task; everything is freed again."""
+def measure_size(
+    size: Size, folder: Path, device: torch.device, budget: Budget
+) -> tuple[dict[str, Any], list[Target]]:
+    """Make the model, load it both ways, train both in turn, answer one round's task, free all."""
     found: dict[str, Any] = {"size": size.name, "rank": RANK, "training": asdict(size)}
     started = time.perf_counter()
     write_model(size.llama(), folder, device, torch.bfloat16)
@@ -104,11 +123,15 @@ def measure_size(size: Size, folder: Path, device: torch.device, budget: Budget)
     )
     found["client"] = memory
     plain, memory = _load_and_train(
-        lambda: plain_peft(folder, device), lambda model: plain_training(model, examples, size.steps, device), device
+        lambda: plain_peft(folder, device),
+        lambda model: plain_training(model, examples, size.steps, device),
+        device,
     )
     found["plain"] = memory
     found["parameters"] = ours.num_parameters
-    found["adapted"] = sum(math.prod(ours.held.weight(module).shape) for module in ours.held.layers)
+    found["adapted"] = sum(
+        math.prod(ours.base_weights.weight(module).shape) for module in ours.base_weights.layers
+    )
 
     found["speed"] = compare_speed(plain, ours, examples, size, device)
     del plain
@@ -123,7 +146,8 @@ def _load_and_train(
     """Load a model and train it once.
 
     Returns:
-        The model, and what it took: bytes at rest, at most while it was loaded and while it was trained, and seconds.
+        The model, and what it took: bytes at rest, at most while it was loaded and while it was
+        trained, and seconds.
     """
     started = time.perf_counter()
     with watch_memory(device) as loading:
@@ -136,26 +160,47 @@ def _load_and_train(
 
 
 def _bytes(loading: Grown, training: Grown) -> dict[str, float]:
-    return {"rest": loading.after, "loading": loading.peak, "training": loading.after + training.peak}
+    return {
+        "rest": loading.after,
+        "loading": loading.peak,
+        "training": loading.after + training.peak,
+    }
 
 
-def _train(model: nn.Module, examples: TokenisedExamples, size: Size) -> None:
+def _train_by_keywords(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    *,
+    pad_token_id: int,
+    seed: int,
+    on_step: OnStep,
+    **hyperparameters: Any,
+) -> TrainReport:
+    """Train as a client without a function of its own does; as a function, to be timed."""
+    return train(
+        model,
+        examples,
+        LocalTraining(**hyperparameters),
+        pad_token_id=pad_token_id,
+        seed=seed,
+        on_step=on_step,
+    )
+
+
+def _train(model: nn.Module, examples: TokenizedExamples, size: Size) -> None:
     train(
         model,
         examples,
+        LocalTraining(learning_rate=1e-4, batch_size=size.batch, local_steps=size.steps),
         pad_token_id=0,
-        learning_rate=1e-4,
-        local_steps=size.steps,
-        local_epochs=None,
-        batch_size=size.batch,
         seed=0,
     )
 
 
 def compare_speed(
-    plain: Any, ours: LocalModel, examples: TokenisedExamples, size: Size, device: torch.device
+    plain: Any, ours: LocalModel, examples: TokenizedExamples, size: Size, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Time trainings of the same batches, the sides in turn; ratios are of paired runs, against the plain loop."""
+    """Time trainings of the same batches in turn; ratios are of paired runs, to the plain loop."""
 
     def in_tf32() -> None:
         with float32_products("high"):
@@ -175,11 +220,18 @@ def compare_speed(
     for name, times in seconds.items():
         ratios = [one / other for one, other in zip(seconds[PLAIN], times, strict=True)]
         rate = tokens / statistics.median(times)
-        rows.append({"side": name, "seconds": times, "tokens_per_second": rate, "ratio": statistics.median(ratios)})
+        rows.append(
+            {
+                "side": name,
+                "seconds": times,
+                "tokens_per_second": rate,
+                "ratio": statistics.median(ratios),
+            }
+        )
     return rows
 
 
-# ── a round ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a round ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Stopwatch:
@@ -202,27 +254,43 @@ class Stopwatch:
 
 
 def measure_round(
-    local: LocalModel, config: Config, examples: TokenisedExamples, store: Path, device: torch.device, budget: Budget
+    local: LocalModel,
+    config: Config,
+    examples: TokenizedExamples,
+    store: Path,
+    device: torch.device,
+    budget: Budget,
 ) -> dict[str, Any]:
     """Answer a training task of a second round, and say what the answer's time was for.
 
-    The model that the task names has a residual of rank `RANK` in every module, which has to be merged first. Where
-    time is left, an evaluation of one batch is answered too, which probes the weights on disk as well.
+    The model that the task names has a residual of rank `RANK` in every module, which has to be
+    merged first. Where time is left, an evaluation of one batch is answered too, which probes the
+    weights on disk as well.
     """
     method = FedMomentum()
     model = _second_round(local, method)
     watch = Stopwatch()
-    for name in ("become", "probes", "applied_share"):
+    for name in ("load_global_model", "probes", "applied_fraction"):
         setattr(local, name, watch.timed(name, getattr(local, name)))
-    client = Client("client", examples, examples, method, store, function=watch.timed("train", train))
-    lora = ClientLora.of(local.own, local.is_mixed)
+    client = Client(
+        client_id="client",
+        train=examples,
+        test=examples,
+        method=method,
+        model=local,
+        store=ClientStore(store),
+        training_function=watch.timed("train", _train_by_keywords),
+    )
+    lora = ClientLora.of(local.client_lora, local.is_mixed)
     manifest = as_manifest(model.manifest(), "the model")
-    request = train_request(config, 2, "client", config.training.learning_rate, lora, manifest)
+    hyperparameters = config.training.hyperparameters(2, config.federation.num_rounds)
+    request = train_request(config, 2, "client", hyperparameters, lora, manifest)
     task = Task("benchmark", "client", 2, request, model.objects())
     found: dict[str, Any] = {"steps": config.training.local_steps}
-    found["train_task"] = _answer(encode_task(task), client, local, watch, device)
+    found["train_task"] = _answer(encode_task(task), client, watch, device)
 
-    # the weights on disk are read and probed too: about as long again as the live ones, and once more for the residual
+    # the weights on disk are read and probed too: about as long again as the live ones, and once
+    # more for the residual
     if budget.left() < 30 + 4 * found["train_task"]["probes"]:
         found["evaluate_task"] = None
         return found
@@ -235,34 +303,34 @@ def measure_round(
         probe_seed=request.probe_seed,
     )
     task = Task("benchmark", "client", 2, evaluation)
-    found["evaluate_task"] = _answer(encode_task(task), client, local, watch, device)
+    found["evaluate_task"] = _answer(encode_task(task), client, watch, device)
     return found
 
 
 def _second_round(local: LocalModel, method: FedMomentum) -> GlobalModel:
-    initial = local.initial(method)
+    initial = local.initial_global_model(method)
     generator = torch.Generator().manual_seed(0)
     residual = {}
     for module, matrix in initial.adapter.modules.items():
         out_size, in_size = matrix.shape
         B = torch.randn(out_size, RANK, generator=generator) * 1e-5
         residual[module] = LowRank(B, torch.randn(RANK, in_size, generator=generator))
-    return replace(initial, base_update=(Blob.of(residual),), server_round=1)
+    return replace(initial, base_update=(StoredObject.of(residual),), server_round=1)
 
 
 def _answer(
-    payload: bytes, client: Client, local: LocalModel, watch: Stopwatch, device: torch.device
+    payload: bytes, client: Client, watch: Stopwatch, device: torch.device
 ) -> dict[str, float]:
     watch.seconds = {}
     synchronize(device)
     started = time.perf_counter()
-    reply = client_step(payload, client, local)
+    reply = client.handle(payload)
     synchronize(device)
     whole = time.perf_counter() - started
-    probes = watch.seconds.get("probes", 0.0) + watch.seconds.get("applied_share", 0.0)
+    probes = watch.seconds.get("probes", 0.0) + watch.seconds.get("applied_fraction", 0.0)
     return {
         "whole": whole,
-        "merging": watch.seconds["become"],
+        "merging": watch.seconds["load_global_model"],
         "training": watch.seconds.get("train", 0.0),
         "probes": probes,
         "probes_share": probes / whole,
@@ -278,11 +346,17 @@ def targets_of(found: dict[str, Any]) -> list[Target]:
     targets = [
         Target.at_least(f"{name}: a client's tokens/s against plain PEFT", 0.95, ratios[CLIENT]),
         Target.at_most(
-            f"{name}: share of probes in a client's round", 0.02, found["round"]["train_task"]["probes_share"]
+            f"{name}: share of probes in a client's round",
+            0.02,
+            found["round"]["train_task"]["probes_share"],
         ),
     ]
     for when in ("rest", "loading", "training"):
         times = found["client"][when] / found["plain"][when]
         if math.isfinite(times):
-            targets.append(Target.at_most(f"{name}: memory of a client, {when}, times plain PEFT's", 1.15, times))
+            targets.append(
+                Target.at_most(
+                    f"{name}: memory of a client, {when}, times plain PEFT's", 1.15, times
+                )
+            )
     return targets

@@ -1,10 +1,10 @@
-"""What a network costs: bytes on the wire beside the payload's, and a task with and without a warm worker.
+"""What a network costs: bytes on the wire besides the payload, tasks with and without a worker.
 
     python benchmarks/network.py [--megabytes 1 20 100] [--repeats 3] [--json FILE]
 
-Bytes are counted by a TCP proxy between a node's connection and the server, TLS and all. The second table times one
-training step of the embedded model through a node's worker: warm, as in a run, and started for the task, as Flower's
-own node would do it.
+Bytes are counted by a TCP proxy between a node's connection and the server, TLS and all. The second
+table times one training step of the embedded model through a node's worker: warm, as in a run, and
+started for the task, as Flower's own node would do it.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from flwr.app import Message, MessageType
 from rich.console import Console
 from rich.table import Table
 
-from fedmomentum.config import load_config
-from fedmomentum.flower.connection import Connection
-from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
-from fedmomentum.flower.link import Link
-from fedmomentum.flower.transport import packed
+from fedmomentum.config.toml import load_config
+from fedmomentum.flower.certificates import make_server_keys
+from fedmomentum.flower.fleet_client import FleetClient
+from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
+from fedmomentum.flower.superlink import SuperLink
+from fedmomentum.flower.transport import pack_payload
 from fedmomentum.flower.worker import Worker
 
 LARGE = 10e6
@@ -65,28 +66,38 @@ def wire(megabytes: float, folder: Path) -> dict[str, float]:
     if not keys.exists():
         make_server_keys(keys, ["127.0.0.1"])
         _, public = make_node_key("node", folder)
-        admit(public, keys)
+        admit_node(public, keys)
     payload, reply = os.urandom(int(megabytes * 1e6)), os.urandom(int(megabytes * 1e6))
-    with Link(keys, "127.0.0.1", 0) as link:
+    with SuperLink(keys, "127.0.0.1", 0) as link:
         proxy = CountingProxy(link.port)
-        key = load_private(folder / "node.key")
-        with Connection(f"127.0.0.1:{proxy.port}", (keys / "ca.pem").read_bytes(), key) as connection:
+        key = load_private_key(folder / "node.key")
+        with FleetClient(
+            f"127.0.0.1:{proxy.port}", (keys / "ca.pem").read_bytes(), key
+        ) as connection:
             node_id = link.online()["node"].node_id
             proxy.up = proxy.down = 0
             started = time.perf_counter()
-            names = list(link.grid.push_messages([Message(packed(payload, 60.0), node_id, MessageType.TRAIN)]))
+            names = list(
+                link.grid.push_messages(
+                    [Message(pack_payload(payload, 60.0), node_id, MessageType.TRAIN)]
+                )
+            )
             message = connection.pull()
             assert message is not None
             arrived = time.perf_counter()
-            connection.push(Message(packed(reply), reply_to=message))
+            connection.push(Message(pack_payload(reply), reply_to=message))
             while not list(link.grid.pull_messages(names)):
                 time.sleep(0.01)
             ended = time.perf_counter()
             return {
-                "payload_bytes": len(payload), "down_bytes": proxy.down, "up_bytes": proxy.up,
-                "down_ratio": proxy.down / len(payload), "up_ratio": proxy.up / len(reply),
-                "down_seconds": arrived - started, "up_seconds": ended - arrived,
-            }  # fmt: skip
+                "payload_bytes": len(payload),
+                "down_bytes": proxy.down,
+                "up_bytes": proxy.up,
+                "down_ratio": proxy.down / len(payload),
+                "up_ratio": proxy.up / len(reply),
+                "down_seconds": arrived - started,
+                "up_seconds": ended - arrived,
+            }
 
 
 def workers(repeats: int, folder: Path) -> dict[str, list[float]]:
@@ -95,14 +106,14 @@ def workers(repeats: int, folder: Path) -> dict[str, list[float]]:
     warm, times = Worker(config, "client-0", folder / "warm"), {"warm": [], "cold": []}
     try:
         warm.wait_until_ready()
-        warm.rehearse(600)
+        warm.run_smoke_test(600)
         for _ in range(repeats):
             started = time.perf_counter()
-            warm.rehearse(600)
+            warm.run_smoke_test(600)
             times["warm"].append(time.perf_counter() - started)
             cold = Worker(config, "client-0", folder / "cold")
             started = time.perf_counter()
-            cold.rehearse(600)
+            cold.run_smoke_test(600)
             times["cold"].append(time.perf_counter() - started)
             cold.stop()
     finally:
@@ -120,21 +131,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = [wire(size, folder) for size in options.megabytes]
-        table = Table("payload MB", "down, wire / payload", "s", "up, wire / payload", "s", title="Bytes on the wire")
+        table = Table(
+            "payload MB",
+            "down, wire / payload",
+            "s",
+            "up, wire / payload",
+            "s",
+            title="Bytes on the wire",
+        )
         for row in rows:
             table.add_row(
-                f"{row['payload_bytes'] / 1e6:g}", f"{row['down_ratio']:.4f}", f"{row['down_seconds']:.2f}",
-                f"{row['up_ratio']:.4f}", f"{row['up_seconds']:.2f}",
-            )  # fmt: skip
+                f"{row['payload_bytes'] / 1e6:g}",
+                f"{row['down_ratio']:.4f}",
+                f"{row['down_seconds']:.2f}",
+                f"{row['up_ratio']:.4f}",
+                f"{row['up_seconds']:.2f}",
+            )
         console.print(table)
         times = workers(options.repeats, folder) if options.repeats else {}
-        table = Table("worker", "median s", "all", title="One training step, asked for and answered")
+        table = Table(
+            "worker", "median s", "all", title="One training step, asked for and answered"
+        )
         for kind, seconds in times.items():
-            table.add_row(kind, f"{statistics.median(seconds):.2f}", " ".join(f"{s:.2f}" for s in seconds))
+            table.add_row(
+                kind, f"{statistics.median(seconds):.2f}", " ".join(f"{s:.2f}" for s in seconds)
+            )
         console.print(table)
     large = [row for row in rows if row["payload_bytes"] >= LARGE]
     targets = [
-        Target.at_most(f"{row['payload_bytes'] / 1e6:g} MB {way}: bytes on the wire over the payload's", 1.01, ratio)
+        Target.at_most(
+            f"{row['payload_bytes'] / 1e6:g} MB {way}: bytes on the wire over the payload's",
+            1.01,
+            ratio,
+        )
         for row in large
         for way, ratio in (("down", row["down_ratio"]), ("up", row["up_ratio"]))
     ]

@@ -1,8 +1,9 @@
 """Draw what `aggregation_speed.py --sweeps --json FILE` measured.
 
-    python benchmarks/plots.py FILE [--out docs/performance]
+    python benchmarks/plots.py FILE [--out docs/appendix/performance]
 
-Writes `aggregation-cost.svg`: milliseconds for one module against the number of clients, the rank and the width.
+Writes `aggregation-cost.svg`: milliseconds for one module against the number of clients, the rank
+and the width.
 """
 
 import argparse
@@ -24,7 +25,9 @@ USUAL = {"clients": "10 clients", "rank": "rank 16", "width": "4096 x 4096"}
 
 def draw(measured: dict, target: Path) -> None:
     sweeps = measured["sweeps"]
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(11, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(sweeps), figsize=(11, 3.6), sharey=True, layout="constrained"
+    )
     for axis, (name, points) in zip(axes, sweeps.items(), strict=True):
         for key, (label, colour, marker) in SIDES.items():
             x, y = [point[name] for point in points], [point[key] * 1e3 for point in points]
@@ -33,7 +36,11 @@ def draw(measured: dict, target: Path) -> None:
         axis.set_yscale("log")
         axis.set_xticks(x, [str(value) for value in x])
         axis.minorticks_off()
-        axis.set_xlabel({"clients": "clients", "rank": "rank of a client", "width": "width of a square module"}[name])
+        axis.set_xlabel(
+            {"clients": "clients", "rank": "rank of a client", "width": "width of a square module"}[
+                name
+            ]
+        )
         axis.set_title(", ".join(text for key, text in USUAL.items() if key != name), fontsize=9)
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -46,7 +53,7 @@ def draw(measured: dict, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("file")
-    parser.add_argument("--out", default="docs/performance")
+    parser.add_argument("--out", default="docs/appendix/performance")
     chosen = parser.parse_args()
     plt.rcParams["svg.hashsalt"] = "fedmomentum"  # the same bytes for the same numbers
     draw(json.loads(Path(chosen.file).read_text()), Path(chosen.out))

@@ -1,12 +1,13 @@
-"""The server of very many clients: memory and time of a round's aggregation, one decoder layer of Llama-3-8B.
+"""The server of very many clients: memory and time of aggregating one layer of Llama-3-8B.
 
     python benchmarks/scale.py [--clients 10] [--rank 64] [--json FILE] [--folder .]
     make bench-scale        10 to 1,000 clients: some twenty minutes
 
-Each number of clients runs in a process of its own, for its peak memory: updates are drawn from a seed, spooled to
-disk as in a round, combined by FedMomentum, and measured as in a round (`round_diagnostics`). A client takes 21 MB of
-disk at rank 64, so 1,000 clients 21 GB, which are deleted afterwards. The times are those of the machine as it is: for
-the fit against the number of clients, not for a comparison. With several numbers a figure is drawn beside the JSON.
+Each number of clients runs in a process of its own, for its peak memory: updates are drawn from a
+seed, spooled to disk as in a round, combined by FedMomentum, and measured as in a round
+(`round_diagnostics`). A client takes 21 MB of disk at rank 64, so 1,000 clients 21 GB, which are
+deleted afterwards. The times are those of the machine as it is: for the fit against the number of
+clients, not for a comparison. With several numbers a figure is drawn beside the JSON.
 """
 
 import argparse
@@ -25,16 +26,21 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmomentum import FedMomentum, LowRank
-from fedmomentum.adapter import Adapter
-from fedmomentum.aggregation.whole import combine
-from fedmomentum.diagnostics import round_diagnostics
-from fedmomentum.spool import Spool
-from fedmomentum.sums import norm
+from fedmomentum.aggregation.aggregate import RoundContext, aggregate_updates
+from fedmomentum.linalg.matrix import norm
+from fedmomentum.lora.adapter import Adapter
+from fedmomentum.server.diagnostics import round_diagnostics
+from fedmomentum.server.update_store import UpdateStore
 
 LAYER = {
-    "q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096),
-    "gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336),
-}  # fmt: skip
+    "q_proj": (4096, 4096),
+    "k_proj": (1024, 4096),
+    "v_proj": (1024, 4096),
+    "o_proj": (4096, 4096),
+    "gate_proj": (14336, 4096),
+    "up_proj": (14336, 4096),
+    "down_proj": (4096, 14336),
+}
 SCALING = 2.0
 LIMIT = 2 * 2**30
 
@@ -57,35 +63,45 @@ def one(clients: int, rank: int, folder: Path) -> dict[str, float]:
     scalings = dict.fromkeys(LAYER, SCALING)
     begin = Adapter(factors(0, rank), scalings)
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    spool, seconds, clock = Spool(folder), {}, time.perf_counter()
+    spool, seconds, clock = UpdateStore(folder), {}, time.perf_counter()
     spooled = [
-        spool.put(Adapter(factors(i, rank, begin.modules), scalings, name=f"client {i}")) for i in range(1, clients + 1)
+        spool.put(Adapter(factors(i, rank, begin.modules), scalings, name=f"client {i}"))
+        for i in range(1, clients + 1)
     ]
     weights = torch.arange(1, clients + 1, dtype=torch.float64)
     seconds["draw and spool"], clock = time.perf_counter() - clock, time.perf_counter()
-    result = combine(
-        spooled, weights.tolist(), FedMomentum(), ranks=dict.fromkeys(LAYER, rank), scalings=scalings, reference=begin
+    result = aggregate_updates(
+        spooled,
+        weights.tolist(),
+        FedMomentum(),
+        RoundContext(ranks=dict.fromkeys(LAYER, rank), scalings=scalings, reference=begin),
     )
     seconds["combine"], clock = time.perf_counter() - clock, time.perf_counter()
     combined = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    told = round_diagnostics(begin, spooled, result.weights.tolist(), result.adapter, result.residual, None)
+    told = round_diagnostics(
+        begin, spooled, result.weights.tolist(), result.adapter, result.residual, None
+    )
     seconds["diagnostics"] = time.perf_counter() - clock
     spool.clear()
     kept = sum(SCALING**2 * f["kept_energy"] for f in result.findings.values())
     return {
-        "clients": clients, "idle_bytes": idle, "combine_bytes": combined,
+        "clients": clients,
+        "idle_bytes": idle,
+        "combine_bytes": combined,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "kept_energy": kept / (kept + sum(norm(part) ** 2 for part in result.residual.values())),
         "client_drift": told["client_drift"],
         **{f"{name} seconds": value for name, value in seconds.items()},
-    }  # fmt: skip
+    }
 
 
 def fit(sizes: list[float], seconds: list[float]) -> tuple[float, float, float]:
     """Least squares `a + b n`: a, b, and the largest relative distance from it."""
     X = torch.tensor([[1.0, n] for n in sizes], dtype=torch.float64)
     y = torch.tensor(seconds, dtype=torch.float64)
-    a, b = torch.linalg.lstsq(X / y[:, None], torch.ones_like(y)[:, None]).solution[:, 0].tolist()  # relative errors
+    a, b = (
+        torch.linalg.lstsq(X / y[:, None], torch.ones_like(y)[:, None]).solution[:, 0].tolist()
+    )  # relative errors
     return a, b, max(abs(a + b * n - t) / t for n, t in zip(sizes, seconds, strict=True))
 
 
@@ -100,11 +116,19 @@ def plot(rows: list[dict[str, float]], file: Path) -> None:
     left.plot(n, [row["peak_bytes"] / 2**30 for row in rows], "o-", label="peak of the process")
     left.plot(n, [row["idle_bytes"] / 2**30 for row in rows], "o:", label="before the first update")
     left.axhline(LIMIT / 2**30, color="grey", linestyle="--", label="2 GiB")
-    left.set(xscale="log", xlabel="clients", ylabel="GiB", ylim=(0, None), title="Memory of the server, one layer")
+    left.set(
+        xscale="log",
+        xlabel="clients",
+        ylabel="GiB",
+        ylim=(0, None),
+        title="Memory of the server, one layer",
+    )
     left.legend()
     for name in ("combine", "diagnostics"):
         right.plot(n, [row[f"{name} seconds"] for row in rows], "o-", label=name)
-    right.set(xscale="log", yscale="log", xlabel="clients", ylabel="seconds", title="Time, one layer")
+    right.set(
+        xscale="log", yscale="log", xlabel="clients", ylabel="seconds", title="Time, one layer"
+    )
     right.legend()
     figure.savefig(file, metadata={"Date": None})
 
@@ -124,35 +148,62 @@ def main() -> None:
     rows: list[dict[str, float]] = []
     for clients in map(int, chosen.clients.split(",")):
         command = [sys.executable, __file__, "--one", str(clients), "--rank", str(chosen.rank)]
-        ran = subprocess.run([*command, "--folder", str(chosen.folder)], check=True, stdout=subprocess.PIPE, text=True)
+        ran = subprocess.run(
+            [*command, "--folder", str(chosen.folder)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         rows.append(json.loads(ran.stdout.splitlines()[-1]))
         report(rows, chosen.rank, chosen.json)
 
 
 def report(rows: list[dict[str, float]], rank: int, file: Path | None) -> None:
     """What is known so far."""
-    table = Table("clients", "peak, GiB", "combine, s", "diagnostics, s", "kept energy", title=f"rank {rank}")
+    table = Table(
+        "clients", "peak, GiB", "combine, s", "diagnostics, s", "kept energy", title=f"rank {rank}"
+    )
     for row in rows:
         table.add_row(
-            str(row["clients"]), f"{row['peak_bytes'] / 2**30:.2f}", f"{row['combine seconds']:.1f}",
-            f"{row['diagnostics seconds']:.1f}", f"{row['kept_energy']:.3f}",
-        )  # fmt: skip
+            str(row["clients"]),
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['combine seconds']:.1f}",
+            f"{row['diagnostics seconds']:.1f}",
+            f"{row['kept_energy']:.3f}",
+        )
     Console().print(table)
-    targets = [Target.at_most("peak memory, GiB", LIMIT / 2**30, max(row["peak_bytes"] for row in rows) / 2**30)]
-    # as rank (out + in) n >= out in for every module: all sums are dense from here on, and cost the same a client
-    dense = [row for row in rows if all(row["clients"] * rank * (d + k) >= d * k for d, k in LAYER.values())]
+    targets = [
+        Target.at_most(
+            "peak memory, GiB", LIMIT / 2**30, max(row["peak_bytes"] for row in rows) / 2**30
+        )
+    ]
+    # as rank (out + in) n >= out in for every module: all sums are dense from here on, and cost the
+    # same a client
+    dense = [
+        row
+        for row in rows
+        if all(row["clients"] * rank * (d + k) >= d * k for d, k in LAYER.values())
+    ]
     if len(dense) > 1:
         peaks = [row["peak_bytes"] for row in dense]
-        targets.append(Target.at_most("largest peak over least, where sums are dense", 1.1, max(peaks) / min(peaks)))
+        targets.append(
+            Target.at_most(
+                "largest peak over least, where sums are dense", 1.1, max(peaks) / min(peaks)
+            )
+        )
     fits = {}
     if len(dense) > 2:
         for name in ("combine", "diagnostics"):
-            a, b, off = fit([row["clients"] for row in dense], [row[f"{name} seconds"] for row in dense])
+            a, b, off = fit(
+                [row["clients"] for row in dense], [row[f"{name} seconds"] for row in dense]
+            )
             fits[name] = {"seconds": a, "seconds_per_client": b, "largest_relative_error": off}
             targets.append(Target.at_most(f"{name}: distance from a straight line", 0.25, off))
     print_targets(targets)
     if file:
-        write_json(file, targets=targets, rank=rank, rows=rows, fits=fits, environment=environment())
+        write_json(
+            file, targets=targets, rank=rank, rows=rows, fits=fits, environment=environment()
+        )
         if len(rows) > 1:
             plot(rows, file.with_suffix(".svg"))
 

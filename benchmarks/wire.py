@@ -1,9 +1,10 @@
-"""Bytes on the wire per client and round, for every method, at the shapes of Llama-2-7B and Llama-3-8B.
+"""Bytes on the wire per client and round, by method, for Llama-2-7B and Llama-3-8B.
 
     python benchmarks/wire.py [--rank 64] [--clients 10,100] [--json FILE]
 
-Counted from what the methods declare (`uplink_numbers`, `downlink_numbers`), and the count is held against encoded
-payloads at a small scale. Nothing is timed. What an energy below 1 saves depends on the data: experiments/energy.py.
+Counted from what the methods declare (`num_uplink_parameters`, `num_downlink_parameters`), and the
+count is compared with encoded payloads at a small scale. Nothing is timed. What an energy below 1
+saves depends on the data: experiments/energy.py.
 """
 
 import argparse
@@ -15,18 +16,23 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmomentum import LowRank
-from fedmomentum.adapter import Adapter, to_tensors
-from fedmomentum.aggregation import METHODS, Method
-from fedmomentum.aggregation.whole import combine
-from fedmomentum.files import safetensors_bytes
-from fedmomentum.global_model import GlobalModel
-from fedmomentum.identity import BaseIdentity
-from fedmomentum.manifest import as_manifest
-from fedmomentum.messages import ClientLora, Reply, Task, TrainRequest, TrainResult, encode_reply, encode_task
+from fedmomentum.aggregation import Method
+from fedmomentum.aggregation.aggregate import RoundContext, aggregate_updates
+from fedmomentum.aggregation.registry import METHODS
+from fedmomentum.base_model.identity import BaseIdentity
+from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.lora.adapter import Adapter, to_tensors
+from fedmomentum.protocol.codec import encode_reply, encode_task
+from fedmomentum.protocol.messages import ClientLora, Reply, Task, TrainRequest, TrainResult
+from fedmomentum.utils.tensors import safetensors_bytes
 
 MODELS = {
     "Llama-2-7B": (32, [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]),
-    "Llama-3-8B": (32, [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]),
+    "Llama-3-8B": (
+        32,
+        [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)],
+    ),
 }  # all linear layers of a decoder layer
 
 
@@ -49,25 +55,38 @@ def train_task(model: GlobalModel, objects: dict[str, bytes]) -> Task:
 
 def residual_rank(method: Method, clients: int, rank: int, shape: tuple[int, int]) -> int:
     """The most that `method.residual_rank` says, as a number; no more than the matrix has."""
-    words = {"q <= (n-1) r": (clients - 1) * rank, "q = n r": clients * rank, "q <= n r": clients * rank,
-             "q = r": 2 * rank, "": 0}  # fmt: skip
-    return min(words[method.residual_rank], min(shape))  # of `q = r` the half is an object that clients hold
+    words = {
+        "q <= (n-1) r": (clients - 1) * rank,
+        "q = n r": clients * rank,
+        "q <= n r": clients * rank,
+        "q = r": 2 * rank,
+        "": 0,
+    }
+    return min(
+        words[method.residual_rank], min(shape)
+    )  # of `q = r` the half is an object that clients hold
 
 
-def traffic(method: Method, clients: int, rank: int, shapes: list[tuple[int, int]], layers: int) -> tuple[int, int]:
-    """Numbers up and down, a client and round; a residual goes as a dense matrix where that is smaller."""
+def traffic(
+    method: Method, clients: int, rank: int, shapes: list[tuple[int, int]], layers: int
+) -> tuple[int, int]:
+    """Parameters up and down, a client and round; a residual is dense where that is smaller."""
     up = down = 0
     for out_size, in_size in shapes:
-        up += method.uplink_numbers(out_size, in_size, rank, 1)
+        up += method.num_uplink_parameters(out_size, in_size, rank, 1)
         q = residual_rank(method, clients, rank, (out_size, in_size))
-        without = method.downlink_numbers(out_size, in_size, rank, rank if method.reads_base else 0, 1)
-        factored = method.downlink_numbers(out_size, in_size, rank, q, 1) - without
+        without = method.num_downlink_parameters(
+            out_size, in_size, rank, rank if method.reads_base else 0, 1
+        )
+        factored = method.num_downlink_parameters(out_size, in_size, rank, q, 1) - without
         down += without + min(factored, out_size * in_size)
     return up * layers, down * layers
 
 
-def in_16_bits(clients: int, rank: int, shapes: list[tuple[int, int]], layers: int) -> dict[str, int]:
-    """FedMomentum's bytes with factors in 16 bits: the residual is float32, and holds what rounding took."""
+def in_16_bits(
+    clients: int, rank: int, shapes: list[tuple[int, int]], layers: int
+) -> dict[str, int]:
+    """FedMomentum's bytes with 16-bit factors; the float32 residual has what rounding removed."""
     up = sum(2 * rank * (d + k) for d, k in shapes)
     down = up + sum(4 * min(min((clients + 1) * rank, d, k) * (d + k), d * k) for d, k in shapes)
     return {"up_bytes": up * layers, "down_bytes": down * layers}
@@ -79,37 +98,56 @@ def measured(method: Method, clients: int = 3, rank: int = 4) -> tuple[float, fl
 
     def draw() -> LowRank:
         return LowRank(
-            torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+            torch.randn(shape[0], rank, generator=generator),
+            torch.randn(rank, shape[1], generator=generator),
         )
 
     start = Adapter({"m": draw()}, {"m": 2.0})
-    kinds = method.uploads(1)  # of what stays with its client, the server goes on with what it sent
-    sent = [Adapter({"m": _mixed(draw(), start.modules["m"], kinds)}, {"m": 2.0}) for _ in range(clients)]
-    result = combine(
-        sent, [1.0] * clients, method, ranks={"m": rank}, scalings={"m": 2.0}, reference=start, server_round=1
+    kinds = method.uploaded_factors(
+        1
+    )  # of what stays with its client, the server goes on with what it sent
+    sent = [
+        Adapter({"m": _mixed(draw(), start.modules["m"], kinds)}, {"m": 2.0})
+        for _ in range(clients)
+    ]
+    result = aggregate_updates(
+        sent,
+        [1.0] * clients,
+        method,
+        RoundContext(ranks={"m": rank}, scalings={"m": 2.0}, reference=start, server_round=1),
     )
     given_up = start.modules["m"].scaled(-2.0)
     before = GlobalModel(BaseIdentity("b"), start)
     if method.reads_base:  # such a run begins with what the base gave up
-        from fedmomentum.global_model import Blob
+        from fedmomentum.global_model.objects import StoredObject
 
-        before = GlobalModel(BaseIdentity("b"), start, (Blob.of({"m": given_up}),))
-    after = before.after(result, "method", exact=method.exact)
+        before = GlobalModel(BaseIdentity("b"), start, (StoredObject.of({"m": given_up}),))
+    after = before.advance(result, "method", exact=method.exact)
     held = set(before.objects())
     drawn = {blob.name for blob in after.adapter_objects.values()} if method.fresh else set()
     objects = {name: data for name, data in after.objects().items() if name not in held | drawn}
     if after.carried:
-        objects = {name: data for name, data in objects.items() if name != after.manifest()["carried"]}
+        objects = {
+            name: data for name, data in objects.items() if name != after.manifest()["carried"]
+        }
     task = train_task(after, objects)
     empty = train_task(after, {})
     down = len(encode_task(task)) - len(encode_task(empty))
-    kept = [f".lora_{factor}." for factor in "BA" if factor not in method.uploads(1)]
-    tensors = {name: t for name, t in to_tensors(sent[0]).items() if not any(kind in name for kind in kept)}
-    result = TrainResult(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=1, rounding=0.0)
-    up = len(encode_reply(Reply("run", "client", 1, "", [], 1, "0" * 64, result, tensors))) - len(safetensors_bytes({}))
-    q = sum(matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in result.residual.values())
-    wanted_up = 4 * method.uplink_numbers(*shape, rank, 1)
-    wanted_down = 4 * method.downlink_numbers(*shape, rank, q, 1)
+    kept = [f".lora_{factor}." for factor in "BA" if factor not in method.uploaded_factors(1)]
+    tensors = {
+        name: t for name, t in to_tensors(sent[0]).items() if not any(kind in name for kind in kept)
+    }
+    result = TrainResult(
+        loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=1, rounding=0.0
+    )
+    up = len(encode_reply(Reply("run", "client", 1, "", [], 1, "0" * 64, result, tensors))) - len(
+        safetensors_bytes({})
+    )
+    q = sum(
+        matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in result.residual.values()
+    )
+    wanted_up = 4 * method.num_uplink_parameters(*shape, rank, 1)
+    wanted_down = 4 * method.num_downlink_parameters(*shape, rank, q, 1)
     return up / wanted_up, down / wanted_down if wanted_down else float(down == 0)
 
 
@@ -126,32 +164,46 @@ def main() -> None:
     sizes, found, off = list(map(int, chosen.clients.split(","))), [], []
     for model, (layers, shapes) in MODELS.items():
         dense = 4 * layers * sum(d * k for d, k in shapes)
-        title = (
-            f"{model}, all linear layers, rank {chosen.rank}: GB a client and round, float32 (dense: {dense / 1e9:.1f})"
-        )
+        title = f"{model}, all linear layers, rank {chosen.rank}: GB a client and round, "
+        title += f"float32 (dense: {dense / 1e9:.1f})"
         table = Table("method", "up", *(f"down, {n} clients" for n in sizes), title=title)
         for name, kind in METHODS.items():
             method = kind()
             counts = [traffic(method, n, chosen.rank, shapes, layers) for n in sizes]
             found += [
-                {"model": model, "method": name, "clients": n, "up_bytes": 4 * up, "down_bytes": 4 * down}
+                {
+                    "model": model,
+                    "method": name,
+                    "clients": n,
+                    "up_bytes": 4 * up,
+                    "down_bytes": 4 * down,
+                }
                 for n, (up, down) in zip(sizes, counts, strict=True)
             ]
-            table.add_row(method.title, f"{4 * counts[0][0] / 1e9:.2f}", *(f"{4 * d / 1e9:.2f}" for _, d in counts))
-        for n in sizes:  # what rounding takes from the adapter, of rank 2 r, goes into the residual in float32
+            table.add_row(
+                method.title,
+                f"{4 * counts[0][0] / 1e9:.2f}",
+                *(f"{4 * d / 1e9:.2f}" for _, d in counts),
+            )
+        for n in (
+            sizes
+        ):  # what rounding takes from the adapter, of rank 2 r, goes into the residual in float32
             half = in_16_bits(n, chosen.rank, shapes, layers)
             found.append({"model": model, "method": "fedmomentum, 16 bits", "clients": n, **half})
         halves = found[-len(sizes) :]
         table.add_row(
-            "FedMomentum, 16 bits both ways", f"{halves[0]['up_bytes'] / 1e9:.2f}",
+            "FedMomentum, 16 bits both ways",
+            f"{halves[0]['up_bytes'] / 1e9:.2f}",
             *(f"{half['down_bytes'] / 1e9:.2f}" for half in halves),
-        )  # fmt: skip
+        )
         Console().print(table)
     for name, kind in METHODS.items():
         ratios = measured(kind())
         off.append(max(abs(ratio - 1) for ratio in ratios))
         print(f"{name}: encoded over counted, up {ratios[0]:.4f}, down {ratios[1]:.4f}")
-    targets = [Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off))]
+    targets = [
+        Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off))
+    ]
     finish(targets, chosen.json, Console(), rank=chosen.rank, traffic=found)
 
 

@@ -1,18 +1,19 @@
-"""Three toy adapters combined by hand: what averaging the factors gets wrong, and where the exact sum goes.
+"""Combine three toy adapters: what averaging the factors loses, and where the exact sum goes.
 
 Run: python examples/aggregate_by_hand.py
 """
 
 import torch
 
-from fedmomentum import FedIT, FedMomentum, LowRank
-from fedmomentum.lowrank import relative_error, weighted_sum
+from fedmomentum import AggregationContext, ClientUpdates, FedIT, FedMomentum, LowRank
+from fedmomentum.linalg.low_rank import weighted_sum
+from fedmomentum.linalg.spectral import relative_error
 
 OUT, IN, RANK = 64, 48, 4
 
 
 def drifted(A: torch.Tensor, generator: torch.Generator) -> LowRank:
-    """A client's adapter of one module: all start from the same A and from B = 0, then drift apart."""
+    """Return a client's adapter of one module: all start from the same A and B = 0, then drift."""
     step = torch.randn(RANK, IN, generator=generator, dtype=torch.float64) * 0.1
     B = torch.randn(OUT, RANK, generator=generator, dtype=torch.float64) * 0.1
     return LowRank(B, A + step)
@@ -27,11 +28,13 @@ def main() -> None:
     exact = weighted_sum(updates, weights)
     S = exact.svd()[1]
     shares = S.square() / S.square().sum()
-    print(f"{len(updates)} clients, a {OUT} x {IN} module, rank {RANK}; their sum has rank {len(S)}")
+    print(
+        f"{len(updates)} clients, a {OUT} x {IN} module, rank {RANK}; their sum has rank {len(S)}"
+    )
     print("energy of its directions:", " ".join(f"{share:.1%}" for share in shares.tolist()))
 
     for method in (FedIT(), FedMomentum()):
-        result = method(updates, weights, rank=RANK)
+        result = method.aggregate(ClientUpdates(updates, weights), AggregationContext(rank=RANK))
         kept = [result.adapter] + ([result.residual] if result.residual else [])
         got = weighted_sum(kept, [1.0] * len(kept))
         residual = f"rank {result.residual.rank}" if result.residual else "none"

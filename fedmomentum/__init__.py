@@ -1,40 +1,69 @@
 """Exact federated LoRA fine-tuning of language models.
 
-The names below are the public ones. They are imported when they are first used, so that `import fedmomentum` and the
-command line stay quick.
+The names below are the public ones. They are imported when they are first used, so that
+`import fedmomentum` and the command line stay quick.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedmomentum.adapter import Adapter as Adapter
-    from fedmomentum.aggregation import Aggregate as Aggregate
+    from fedmomentum.aggregation import METHODS as METHODS
+    from fedmomentum.aggregation import AggregationContext as AggregationContext
+    from fedmomentum.aggregation import ClientUpdates as ClientUpdates
     from fedmomentum.aggregation import FedIT as FedIT
     from fedmomentum.aggregation import FedMomentum as FedMomentum
-    from fedmomentum.aggregation.whole import AdapterAggregate as AdapterAggregate
-    from fedmomentum.aggregation.whole import aggregate_adapters as aggregate_adapters
-    from fedmomentum.global_model import GlobalModel as GlobalModel
-    from fedmomentum.lowrank import LowRank as LowRank
-    from fedmomentum.peft_io import read_adapter as read_adapter
-    from fedmomentum.peft_io import write_adapter as write_adapter
+    from fedmomentum.aggregation import Method as Method
+    from fedmomentum.aggregation import ModuleAggregate as ModuleAggregate
+    from fedmomentum.aggregation.aggregate import AggregationResult as AggregationResult
+    from fedmomentum.aggregation.aggregate import aggregate_adapters as aggregate_adapters
+    from fedmomentum.config.schema import Config as Config
+    from fedmomentum.config.toml import load_config as load_config
+    from fedmomentum.formats.round_record import RoundRecord as RoundRecord
+    from fedmomentum.global_model.model import GlobalModel as GlobalModel
+    from fedmomentum.linalg.low_rank import LowRank as LowRank
+    from fedmomentum.lora.adapter import Adapter as Adapter
+    from fedmomentum.lora.peft_folder import read_adapter as read_adapter
+    from fedmomentum.lora.peft_folder import write_adapter as write_adapter
+    from fedmomentum.results.run_results import RunResults as RunResults
+    from fedmomentum.run.evaluate import evaluate as evaluate
+    from fedmomentum.run.federated_trainer import FederatedTrainer as FederatedTrainer
+    from fedmomentum.run.inference import generate as generate
+    from fedmomentum.server.callbacks import Callback as Callback
+    from fedmomentum.training import TrainReport as TrainReport
 
-_HOMES = {
-    "Adapter": "fedmomentum.adapter",
-    "AdapterAggregate": "fedmomentum.aggregation.whole",
-    "Aggregate": "fedmomentum.aggregation",
+
+_MODULES = {
+    "Adapter": "fedmomentum.lora.adapter",
+    "AggregationContext": "fedmomentum.aggregation",
+    "AggregationResult": "fedmomentum.aggregation.aggregate",
+    "Callback": "fedmomentum.server.callbacks",
+    "ClientUpdates": "fedmomentum.aggregation",
+    "Config": "fedmomentum.config.schema",
     "FedIT": "fedmomentum.aggregation",
     "FedMomentum": "fedmomentum.aggregation",
-    "GlobalModel": "fedmomentum.global_model",
-    "LowRank": "fedmomentum.lowrank",
-    "aggregate_adapters": "fedmomentum.aggregation.whole",
-    "read_adapter": "fedmomentum.peft_io",
-    "write_adapter": "fedmomentum.peft_io",
+    "FederatedTrainer": "fedmomentum.run.federated_trainer",
+    "GlobalModel": "fedmomentum.global_model.model",
+    "LowRank": "fedmomentum.linalg.low_rank",
+    "METHODS": "fedmomentum.aggregation",
+    "Method": "fedmomentum.aggregation",
+    "ModuleAggregate": "fedmomentum.aggregation",
+    "RoundRecord": "fedmomentum.formats.round_record",
+    "RunResults": "fedmomentum.results.run_results",
+    "TrainReport": "fedmomentum.training.hf_trainer",
+    "aggregate_adapters": "fedmomentum.aggregation.aggregate",
+    "evaluate": "fedmomentum.run.evaluate",
+    "generate": "fedmomentum.run.inference",
+    "load_config": "fedmomentum.config.toml",
+    "read_adapter": "fedmomentum.lora.peft_folder",
+    "write_adapter": "fedmomentum.lora.peft_folder",
 }
-__all__ = list(_HOMES)
+"""Public name to the module that defines it."""
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fedmomentum' has no attribute {name!r}; it has {', '.join(_HOMES)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name not in _MODULES:
+        names = ", ".join(_MODULES)
+        raise AttributeError(f"module 'fedmomentum' has no attribute {name!r}; it has {names}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Load the command line and run it; Ctrl-C while it is loading ends like Ctrl-C later."""
     try:
-        from fedmomentum import cli
+        from fedmomentum.cli import main as cli
     except KeyboardInterrupt:
         print("fedmomentum: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,7 @@
-"""The errors a user can cause. Each says what came, what was wanted and what to do; the command line exits with 2."""
+"""The errors a user can cause: what came, what was wanted, what to do.
+
+The command line prints them and exits with 2.
+"""
 
 import re
 
@@ -20,19 +23,19 @@ class AdapterError(FedMomentumError):
 
 
 class ModelError(FedMomentumError):
-    """A base model or a global model folder that is missing, different or unreadable."""
+    """A base model or a global model directory that is missing, different or unreadable."""
 
 
 class FormatError(ModelError):
-    """A file of another format, or of another version of ours; it may be whole, but this release does not read it."""
+    """A file of another format or version: it may be intact, but this release does not read it."""
 
 
 class MissingObject(ModelError):
-    """A part of a global model that is not in its folder."""
+    """A part of a global model that is not in its directory."""
 
 
 class DamagedObject(MissingObject):
-    """A part of a global model whose file does not hold what its name says; it is as good as missing."""
+    """A part of a global model whose file does not match its name; it counts as missing."""
 
 
 class PayloadError(FedMomentumError):
@@ -43,14 +46,16 @@ class QuorumError(FedMomentumError):
     """Too few clients answered a round with something usable."""
 
 
-# From a word with a separator on to a quote, a bracket or a colon: names of files may have blanks and commas in them.
+# From a word with a separator to a quote, a bracket or a colon: file names may have blanks and
+# commas in them.
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")
 
 
 def public_text(error: Exception) -> str:
-    """What may be said of an error on another machine: no path, and nothing of anybody's data.
+    """Return what another machine may be told of an error: no path, and no data.
 
-    Messages about data quote it, and those of other libraries can hold anything, so of these only the kind is told.
+    Messages about data quote it, and those of other libraries can contain anything, so only the
+    kind of these is returned.
     """
     kind = type(error).__name__
     if isinstance(error, FedMomentumError) and not isinstance(error, DataError):

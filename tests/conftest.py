@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 
-from fedmomentum import cli
+from fedmomentum.cli import main as cli
+from fedmomentum.cli.options import OUT
 
 torch.set_num_threads(1)
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def call(monkeypatch, capsys):
     """The command in this process: `call(*words)` gives (exit code, standard output, standard error)."""
-    monkeypatch.setattr(cli, "OUT", Console(width=200, highlight=False))
+    monkeypatch.setattr(OUT, "_width", 200)
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["fedmomentum", *map(str, words)])

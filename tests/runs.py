@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from fedmomentum.config import Config, from_dict
-from fedmomentum.files import safetensors_bytes
-from fedmomentum.manifest import as_manifest
-from fedmomentum.messages import (
+from fedmomentum.config.schema import Config
+from fedmomentum.config.toml import from_dict
+from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.protocol.codec import decode_reply, decode_task
+from fedmomentum.protocol.messages import (
     PROTOCOL,
     ClientLora,
     DescribeRequest,
     Reply,
     Task,
     TrainRequest,
-    decode_reply,
-    decode_task,
 )
-from fedmomentum.records import checksummed
-from fedmomentum.run import Run, prepare
+from fedmomentum.run.federated_trainer import FederatedTrainer, PreparedRun
+from fedmomentum.server.callbacks import Callback
 from fedmomentum.training import TrainReport
+from fedmomentum.utils.records import with_checksum
+from fedmomentum.utils.tensors import safetensors_bytes
 from tests.tiny import tiny_llama
 
 WORDS = ("ab", "cd", "ef", "gh")
@@ -36,7 +38,11 @@ def write_data(folder: Path, num_clients: int = 3, num_examples: int = 12) -> di
     files = {}
     for client in range(num_clients):
         rows = [
-            {"question": f"{client} {WORDS[i % 4]} {i}", "answer": WORDS[(i + client) % 4], "kind": WORDS[i % 2]}
+            {
+                "question": f"{client} {WORDS[i % 4]} {i}",
+                "answer": WORDS[(i + client) % 4],
+                "kind": WORDS[i % 2],
+            }
             for i in range(num_examples * (client + 1))
         ]
         file = folder / f"site{client}.jsonl"
@@ -54,16 +60,21 @@ def tiny_config(folder: Path, *, num_clients: int = 3, **sections) -> Config:
         "model": {"name": str(base), "dtype": "float32", "device": "cpu"},
         "lora": {"rank": 2, "lora-alpha": 6.0, "target-modules": ["q_proj", "v_proj"]},
         "data": {
-            "client-files": write_data(folder, num_clients), "category-column": "kind", "test-fraction": 0.25,
+            "client-files": write_data(folder, num_clients),
+            "category-column": "kind",
+            "test-fraction": 0.25,
             "max-length": 128,
         },
         "training": {"local-steps": 2, "batch-size": 4, "learning-rate": 0.01},
         "federation": {"num-rounds": 3},
         "evaluation": {"num-examples": 2, "final-num-examples": 4},
-        "run": {"threads": 1, "keep-rounds": 2},
-    }  # fmt: skip
+        "run": {"threads": 1, "keep-checkpoints": 2},
+    }
     for name, table in sections.items():
-        tables[name] = {**tables.get(name, {}), **{key.replace("_", "-"): value for key, value in table.items()}}
+        tables[name] = {
+            **tables.get(name, {}),
+            **{key.replace("_", "-"): value for key, value in table.items()},
+        }
     return from_dict(tables)
 
 
@@ -76,16 +87,97 @@ def nudge(model, examples, *, learning_rate, seed, on_step, **_) -> TrainReport:
                 step = torch.randn(tensor.shape, generator=generator) - 0.1 * tensor.float()
                 tensor += learning_rate * step.to(tensor.dtype)
     on_step(1, 1, 1.0)
-    return TrainReport(loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=len(examples))
+    return TrainReport(
+        loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=len(examples)
+    )
 
 
-def start(config: Config, out: Path, *, function=nudge, resume: bool = False, server_round=None, observer=None) -> Run:
+class Events(Callback):
+    """Calls `function(event, facts)` for the events of the round, so that a test can stop anywhere."""
+
+    def __init__(self, function: Callable[[str, dict[str, Any]], None]) -> None:
+        self.function = function
+
+    def on_plan(self, plan):
+        self.function("plan", asdict(plan))
+
+    def on_round_begin(self, server_round, clients):
+        self.function("round", {"round": server_round, "participants": list(clients)})
+
+    def on_aggregate(self, num_done, num_modules):
+        self.function("aggregate", {"done": num_done, "total": num_modules})
+
+    def on_evaluate(self, clients):
+        self.function("evaluate", {"clients": list(clients)})
+
+    def on_task_sent(self, client, num_bytes, timeout):
+        self.function("sent", {"client": client, "bytes": num_bytes, "seconds": timeout})
+
+    def on_reply(self, client, num_bytes):
+        self.function("answered", {"client": client, "bytes": num_bytes})
+
+    def on_failure(self, client, reason):
+        self.function("failed", {"client": client, "reason": reason})
+
+    def on_late_reply(self, client):
+        self.function("late", {"client": client})
+
+    def on_nodes(self, registered, online):
+        self.function("nodes", {"registered": list(registered), "online": list(online)})
+
+    def on_waiting(self, missing, seconds):
+        self.function("waiting", {"for": list(missing), "seconds": seconds})
+
+    def on_round_end(self, record):
+        self.function("row", record.to_json())
+
+
+class TestRun:
+    """A prepared run under a test's control: its parts are attributes, `start` trains it."""
+
+    __test__ = False
+
+    def __init__(self, trainer: FederatedTrainer) -> None:
+        self.trainer = trainer
+        self.prepared: PreparedRun = trainer.prepare()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.prepared, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = self if name in ("trainer", "prepared") else self.prepared
+        object.__setattr__(owner, name, value)
+
+    def start(self, observer: Callable[[str, dict[str, Any]], None] | None = None):
+        if observer is not None:
+            self.trainer._callbacks.callbacks.append(Events(observer))
+        return self.trainer.train()
+
+    def close(self) -> None:
+        self.trainer.close()
+
+
+def prepare(config: Config, out: Path, **settings: Any) -> TestRun:
+    """Load everything and open the directory, without training."""
+    return TestRun(FederatedTrainer(config, out, **settings))
+
+
+def start(
+    config: Config,
+    out: Path,
+    *,
+    function=nudge,
+    resume: bool = False,
+    server_round=None,
+    observer=None,
+    callbacks=(),
+) -> TestRun:
     """Prepare and run; returns the closed run."""
-    run = prepare(config, out, resume=resume, server_round=server_round)
+    run = prepare(config, out, resume=resume, server_round=server_round, callbacks=callbacks)
     try:
         for client in run.clients:
-            client.function = function or client.function
-        run.model = run.start(observer or (lambda event, facts: None))
+            client.training_function = function or client.training_function
+        run.start(observer)
     finally:
         run.close()
     return run
@@ -119,7 +211,9 @@ def train_task(
     """A task to train, of the run "run"; fields of the request as given."""
     request = {
         "manifest": MANIFEST | manifest if manifest else as_manifest(MANIFEST, "a test's manifest"),
-        "lora": ClientLora(rank=2, lora_alpha=6.0, target_modules=["q_proj", "v_proj"], mixed=False),
+        "lora": ClientLora(
+            rank=2, lora_alpha=6.0, target_modules=["q_proj", "v_proj"], mixed=False
+        ),
         "learning_rate": 0.1,
         "local_steps": 1,
         "local_epochs": None,
@@ -172,7 +266,7 @@ def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a record as whoever writes it would: with a checksum that fits."""
     table = json.loads(file.read_text())
     change(table)
-    file.write_text(json.dumps(checksummed(table)))
+    file.write_text(json.dumps(with_checksum(table)))
 
 
 def timeless(out: Path) -> list[dict]:

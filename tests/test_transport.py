@@ -8,27 +8,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmomentum.errors import PayloadError
-from fedmomentum.files import safetensors_bytes
-from fedmomentum.messages import Reply, TrainResult, decode_reply, decode_task, encode_reply, encode_task
-from fedmomentum.transport import Failure, InProcessTransport
+from fedmomentum.protocol.codec import decode_reply, decode_task, encode_reply, encode_task
+from fedmomentum.protocol.messages import Reply, TrainResult
+from fedmomentum.protocol.transport import Failure, InProcessTransport
+from fedmomentum.utils.tensors import safetensors_bytes
 from tests.runs import train_task
 
 texts = st.text(max_size=20)
 TASK = train_task("site é", server_round=3, objects={"ab" * 32: b"\x00\x01bytes"})
-RESULT = TrainResult(loss=1.0, first_loss=2.0, last_loss=0.5, num_steps=3, num_tokens=40, rounding=0.0)
-REPLY = Reply("run", "site é", 3, "cd" * 32, ["ab" * 32], 5, "ef" * 32, RESULT, {"t": torch.arange(6.0).reshape(2, 3)})
+RESULT = TrainResult(
+    loss=1.0, first_loss=2.0, last_loss=0.5, num_steps=3, num_tokens=40, rounding=0.0
+)
+REPLY = Reply(
+    "run",
+    "site é",
+    3,
+    "cd" * 32,
+    ["ab" * 32],
+    5,
+    "ef" * 32,
+    RESULT,
+    {"t": torch.arange(6.0).reshape(2, 3)},
+)
 
 
 def test_round_trips_and_canonical_bytes():
     assert decode_task(encode_task(TASK)) == TASK
     again = decode_reply(encode_reply(REPLY), TASK, 10**6)
     assert again.answer == REPLY.answer and torch.equal(again.tensors["t"], REPLY.tensors["t"])
-    assert len({encode_task(TASK) for _ in range(20)}) == len({encode_reply(REPLY) for _ in range(20)}) == 1
+    assert (
+        len({encode_task(TASK) for _ in range(20)})
+        == len({encode_reply(REPLY) for _ in range(20)})
+        == 1
+    )
 
 
 @given(
-    objects=st.dictionaries(st.text("0123456789abcdef", min_size=64, max_size=64), st.binary(max_size=200), max_size=4),
-    arguments=st.dictionaries(texts, st.one_of(texts, st.integers(), st.booleans(), st.none()), max_size=4),
+    objects=st.dictionaries(
+        st.text("0123456789abcdef", min_size=64, max_size=64), st.binary(max_size=200), max_size=4
+    ),
+    arguments=st.dictionaries(
+        texts, st.one_of(texts, st.integers(), st.booleans(), st.none()), max_size=4
+    ),
 )
 def test_any_task_round_trips(objects, arguments):
     task = train_task(objects=objects, arguments=arguments)
@@ -57,7 +78,11 @@ def test_damaged_replies_are_refused_or_differ_only_in_numbers(data):
         reply = decode_reply(bytes(good), TASK, 10**6)
     except PayloadError:
         return
-    assert isinstance(reply.answer, TrainResult) and reply.num_examples > 0 and reply.client_id == TASK.client_id
+    assert (
+        isinstance(reply.answer, TrainResult)
+        and reply.num_examples > 0
+        and reply.client_id == TASK.client_id
+    )
 
 
 @pytest.mark.parametrize("claimed", [2**63 - 1, 2**43, 2**31, 1000])
@@ -67,7 +92,9 @@ def test_a_header_that_claims_more_than_came_is_refused_at_once(claimed):
 
 
 def test_a_tensor_that_claims_terabytes_is_refused():
-    header = json.dumps({"t": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    header = json.dumps(
+        {"t": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
     with pytest.raises(PayloadError, match="not safetensors"):
         decode_task(len(header).to_bytes(8, "little") + header)
 

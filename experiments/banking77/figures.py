@@ -1,4 +1,4 @@
-"""Tables and plots of docs/results.md, from the committed numbers in results/.
+"""Tables and plots of docs/appendix/results.md, from the committed numbers in results/.
 
 python experiments/banking77/figures.py            prints the tables, draws results/*.svg
 """
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from fedmomentum.report.statistics import Mean, mean_of
+from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {
@@ -57,13 +57,19 @@ def curve(name: str, file: str, column: str) -> dict[str, dict[int, float]]:
     """Method to round to the mean over seeds of a column of the page's data."""
     values: dict[str, dict[int, list[float]]] = {}
     for row in csv.DictReader((RESULTS / name / "comparison-data" / f"{file}.csv").open()):
-        values.setdefault(method_of(row["method"]), {}).setdefault(int(row["round"]), []).append(float(row[column]))
-    return {m: {r: sum(v) / len(v) for r, v in sorted(rounds.items())} for m, rounds in values.items()}
+        values.setdefault(method_of(row["method"]), {}).setdefault(int(row["round"]), []).append(
+            float(row[column])
+        )
+    return {
+        m: {r: sum(v) / len(v) for r, v in sorted(rounds.items())} for m, rounds in values.items()
+    }
 
 
-def difference(table: dict[str, dict[int, float]], method: str, baseline: str) -> Mean:
+def difference(table: dict[str, dict[int, float]], method: str, baseline: str) -> MeanEstimate:
     """Paired by seed."""
-    mean = mean_of([table[method][seed] - table[baseline][seed] for seed in sorted(table[method])])
+    mean = estimate_mean(
+        [table[method][seed] - table[baseline][seed] for seed in sorted(table[method])]
+    )
     assert mean is not None
     return mean
 
@@ -75,24 +81,33 @@ def tables() -> str:
         table, losses, sent = scores(name), scores(name, "loss"), scores(name, "bytes")
         chosen = {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()}
         lines += [
-            f"**{title}**", "",
-            "| method | learning rate | exact match, % | loss | to FedIT, points | to FedMomentum, points | sent, MB |",
+            f"**{title}**",
+            "",
+            "| method | learning rate | exact match, % | loss | to FedIT, points | to "
+            "FedMomentum, points | sent, MB |",
             "|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
+        ]
         for method in sorted(table, key=lambda m: -sum(table[m].values())):
-            mean, loss = mean_of(list(table[method].values())), mean_of(list(losses[method].values()))
+            mean, loss = (
+                estimate_mean(list(table[method].values())),
+                estimate_mean(list(losses[method].values())),
+            )
             assert mean is not None and loss is not None
-            pairs = ["" if method == base else interval(difference(table, method, base)) for base in BASELINES]
+            pairs = [
+                "" if method == base else interval(difference(table, method, base))
+                for base in BASELINES
+            ]
             megabytes = sum(sent[method].values()) / len(sent[method]) / 1e6
             lines.append(
-                f"| {NAMES[method]} | {chosen[method]:g} | {100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f} | "
+                f"| {NAMES[method]} | {chosen[method]:g} | {100 * mean.mean:.1f} ± "
+                f"{100 * (mean.spread or 0):.1f} | "
                 f"{loss.mean:.3f} | {pairs[0]} | {pairs[1]} | {megabytes:.0f} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
-def interval(mean: Mean) -> str:
+def interval(mean: MeanEstimate) -> str:
     """In points."""
     assert mean.low is not None and mean.high is not None
     return f"{100 * mean.mean:+.1f} [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
@@ -100,10 +115,17 @@ def interval(mean: Mean) -> str:
 
 def draw() -> None:
     """Write results/differences.svg, curves.svg, learning-rates.svg and directions.svg."""
-    plt.rcParams.update({
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "fedmomentum",
-        "svg.fonttype": "none", "font.family": "sans-serif", "figure.facecolor": "white",
-    })  # fmt: skip
+    plt.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "svg.hashsalt": "fedmomentum",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "figure.facecolor": "white",
+        }
+    )
     colours = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
@@ -112,19 +134,31 @@ def draw() -> None:
         for place, method in enumerate(reversed([m for m in NAMES if m != "fedit"])):
             mean = difference(table, method, "fedit")
             assert mean.low is not None and mean.high is not None
-            axis.plot([100 * mean.low, 100 * mean.high], [place, place], color=colours[method], linewidth=2)
+            axis.plot(
+                [100 * mean.low, 100 * mean.high],
+                [place, place],
+                color=colours[method],
+                linewidth=2,
+            )
             axis.plot(100 * mean.mean, place, "o", color=colours[method])
             seeds = [100 * (table[method][s] - table["fedit"][s]) for s in table[method]]
             axis.plot(seeds, [place - 0.25] * len(seeds), "|", color=colours[method], alpha=0.6)
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set_yticks(range(len(NAMES) - 1), [NAMES[m] for m in reversed([m for m in NAMES if m != "fedit"])])
+        axis.set_yticks(
+            range(len(NAMES) - 1), [NAMES[m] for m in reversed([m for m in NAMES if m != "fedit"])]
+        )
         axis.set(title=title, xlabel="exact match against FedIT, points")
     save(figure, "differences")
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         for method, points in curve(name, "exact-match", "exact_match").items():
-            axis.plot(list(points), [100 * v for v in points.values()], color=colours[method], label=NAMES[method])
+            axis.plot(
+                list(points),
+                [100 * v for v in points.values()],
+                color=colours[method],
+                label=NAMES[method],
+            )
         axis.set(title=title, xlabel="round", ylabel="exact match, %")
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, "curves")
@@ -132,8 +166,13 @@ def draw() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         for method, points in rates(name).items():
-            axis.semilogx(list(points), [100 * v for v in points.values()], "o-", color=colours[method],
-                          label=NAMES[method])  # fmt: skip
+            axis.semilogx(
+                list(points),
+                [100 * v for v in points.values()],
+                "o-",
+                color=colours[method],
+                label=NAMES[method],
+            )
         axis.set(title=title, xlabel="learning rate", ylabel="exact match of the tuning seeds, %")
     axes[1].legend(frameon=False, fontsize=8)
     save(figure, "learning-rates")
@@ -141,7 +180,9 @@ def draw() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         for method, points in curve(name, "update-cosine", "update_cosine").items():
-            axis.plot(list(points), list(points.values()), color=colours[method], label=NAMES[method])
+            axis.plot(
+                list(points), list(points.values()), color=colours[method], label=NAMES[method]
+            )
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title=title, xlabel="round", ylabel="cosine with the update before")
     axes[0].legend(frameon=False, fontsize=8)
@@ -155,5 +196,12 @@ def save(figure: plt.Figure, name: str) -> None:
 
 if __name__ == "__main__":
     print(tables())
-    print(json.dumps({name: {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()} for name in TITLES}))
+    print(
+        json.dumps(
+            {
+                name: {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()}
+                for name in TITLES
+            }
+        )
+    )
     draw()

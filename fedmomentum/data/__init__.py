@@ -1,16 +1,17 @@
-"""What clients train and are tested on: users' files, built-in tasks, and how they are divided among clients."""
+"""What clients train and are tested on.
 
-from fedmomentum.data.clients import load_clients as load_clients
-from fedmomentum.data.clients import partition_table as partition_table
+Users' files and built-in tasks, how they are divided among clients, and their token ids.
+"""
+
+from fedmomentum.data.builtin_tasks import DEFAULT_TASKS as DEFAULT_TASKS
+from fedmomentum.data.builtin_tasks import score_answer as score_answer
+from fedmomentum.data.builtin_tasks import task_examples as task_examples
+from fedmomentum.data.client_data import load_clients as load_clients
+from fedmomentum.data.client_data import partition_table as partition_table
 from fedmomentum.data.examples import ClientData as ClientData
 from fedmomentum.data.examples import Example as Example
 from fedmomentum.data.examples import Prompt as Prompt
-from fedmomentum.data.partition import PARTITIONS as PARTITIONS
-from fedmomentum.data.partition import partition as partition
-from fedmomentum.data.read import read_rows as read_rows
-from fedmomentum.data.read import to_examples as to_examples
-from fedmomentum.data.tasks import DEFAULT_TASKS as DEFAULT_TASKS
-from fedmomentum.data.tasks import score as score
-from fedmomentum.data.tasks import task_examples as task_examples
-from fedmomentum.data.tokens import TokenisedExamples as TokenisedExamples
-from fedmomentum.data.tokens import tokenise as tokenise
+from fedmomentum.data.readers import read_rows as read_rows
+from fedmomentum.data.readers import to_examples as to_examples
+from fedmomentum.data.tokenization import TokenizedExamples as TokenizedExamples
+from fedmomentum.data.tokenization import tokenize as tokenize

@@ -1,25 +1,38 @@
-"""Divides examples among simulated clients: each index to exactly one client, decided by the seed alone.
+"""Divides examples among simulated clients: each index to exactly one client.
 
-Needs NumPy only. Categories are sorted before any draw and each client's indices come back ascending, so the
-result depends on the seed and on the order of the examples, never on hash seeds.
+The seed alone decides how. Needs NumPy only. Categories are sorted before anything is sampled and
+each client's indices are returned in ascending order, so the result depends on the seed and on the
+order of the examples, never on hash seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmomentum.errors import DataError
 
-PARTITIONS = ("iid", "dirichlet", "categories", "sizes")
-"""The known ways to divide examples."""
-
-# At usual settings one draw in a few succeeds; where a thousand fail, the settings do not fit the data.
-_MAX_DRAWS = 1000
+# At usual settings one attempt in a few succeeds; where a thousand fail, the settings do not fit
+# the data.
+MAX_ATTEMPTS = 1000
 
 Clients = list[list[int]]
+"""The indices of each client's examples, ascending."""
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """The settings of all partitions; see `partition`."""
+
+    num_clients: int
+    min_examples: int
+    concentration: float
+    categories_per_client: int
+    sizes: Sequence[float] | None
 
 
 def partition(
@@ -33,81 +46,67 @@ def partition(
     categories_per_client: int = 2,
     sizes: Sequence[float] | None = None,
 ) -> list[list[int]]:
-    """Divide the indices of ``categories`` among clients: a disjoint cover of ``range(len(categories))``.
+    """Divide the indices of ``categories`` among clients, each index to exactly one.
 
     - ``iid``: shuffled and dealt evenly; sizes differ by at most one.
-    - ``dirichlet``: each category is divided by proportions drawn from a symmetric Dirichlet distribution; a
-      small concentration gives very unequal clients, a large one tends to ``iid``.
-    - ``categories``: each client holds ``categories_per_client`` categories, each category being held by equally
-      many clients (within one), which share its examples evenly.
+    - ``dirichlet``: each category is divided by proportions sampled from a symmetric Dirichlet
+      distribution; a small concentration gives very unequal clients, a large one tends to ``iid``.
+    - ``categories``: each client has ``categories_per_client`` categories; each category belongs to
+      equally many clients (within one), which divide its examples evenly.
     - ``sizes``: shuffled and divided in the given proportions, whatever the categories.
 
     Args:
         categories: One label an example; the position is the example's index.
         num_clients: Number of clients, at least 1.
         how: One of `PARTITIONS`.
-        seed: Decides everything drawn, at least 0.
+        seed: Decides everything random, at least 0.
         concentration: Dirichlet parameter, above 0; only for ``dirichlet``.
-        min_examples: Each client gets at least so many, at least 1. ``dirichlet`` and ``categories`` are
-            redrawn until it is so, at most 1000 times.
+        min_examples: The fewest examples of a client, at least 1. ``dirichlet`` and ``categories``
+            are sampled again until every client has so many, at most 1000 times.
         categories_per_client: Only for ``categories``.
         sizes: One positive number a client, in any unit; given if and only if ``how`` is ``sizes``.
 
     Returns:
-        For each client its indices, ascending.
+        The indices of each client, ascending.
 
     Raises:
-        DataError: A setting is out of range, or the data cannot be divided so; it says what to change.
+        DataError: If a setting is out of range, or the data cannot be divided so; the message says
+            what to change.
     """
     if how not in PARTITIONS:
         raise DataError(f"partition {how!r} is unknown; known: {', '.join(PARTITIONS)}")
     if num_clients < 1 or min_examples < 1:
-        raise DataError(f"num_clients={num_clients} and min_examples={min_examples} must both be at least 1")
+        raise DataError(
+            f"num_clients={num_clients} and min_examples={min_examples} must both be at least 1"
+        )
     if seed < 0:
         raise DataError(f"seed={seed} must be at least 0")
     if (sizes is not None) != (how == "sizes"):
-        raise DataError(f'sizes belongs to the partition "sizes" and to no other; got {how!r} with sizes={sizes}')
+        raise DataError(
+            f'sizes belongs to the partition "sizes" and to no other; got {how!r} with '
+            f"sizes={sizes}"
+        )
     if len(categories) < num_clients * min_examples:
         raise DataError(
             f"{len(categories)} examples cannot give {num_clients} clients {min_examples} each; "
             "lower num_clients or min_examples, or bring more data"
         )
-    rng = np.random.default_rng(seed)
-    if how == "dirichlet":
-        if not (np.isfinite(concentration) and concentration > 0):
-            raise DataError(f"concentration={concentration} must be a finite number above 0")
-        return _redraw(
-            lambda: _dirichlet(categories, num_clients, concentration, rng),
-            min_examples,
-            f"dirichlet with concentration {concentration}",
-            "raise concentration, or lower num_clients or min_examples",
-        )
-    if how == "categories":
-        _check_categories(len(set(categories)), num_clients, categories_per_client)
-        return _redraw(
-            lambda: _by_category(categories, num_clients, categories_per_client, rng),
-            min_examples,
-            f"categories with {categories_per_client} per client",
-            "raise categories_per_client, or lower num_clients or min_examples",
-        )
-    proportions = np.ones(num_clients) if sizes is None else _check_sizes(sizes, num_clients)
-    indices = rng.permutation(len(categories))
-    clients = _ascending(np.split(indices, np.cumsum(_round_counts(proportions, len(indices)))[:-1]))
-    smallest = min(range(num_clients), key=lambda client: len(clients[client]))
-    if len(clients[smallest]) < min_examples:
-        raise DataError(
-            f"sizes: client {smallest} would get {len(clients[smallest])} of {len(categories)} examples, fewer "
-            f"than min_examples={min_examples}; raise its share or lower min_examples"
-        )
-    return clients
+    # Everything else that can be wrong is a matter of one partition.
+    settings = PartitionSettings(
+        num_clients, min_examples, concentration, categories_per_client, sizes
+    )
+    return PARTITIONS[how](categories, settings, np.random.default_rng(seed))
 
 
-def share(indices: Sequence[int], proportions: Sequence[float], rng: np.random.Generator) -> list[list[int]]:
-    """Divide shuffled indices in proportion; without bias, however few there are.
+def divide_in_proportion(
+    indices: Sequence[int], proportions: Sequence[float], rng: np.random.Generator
+) -> list[list[int]]:
+    """Divide shuffled indices in proportion, without bias however few there are.
 
-    With cumulative shares c and u uniform in [0, 1), client k gets floor(c_k n + u) - floor(c_{k-1} n + u) of the
-    n indices: within one of its exact share, and equal to it on average. (Cutting at floor(c_k n) would send
-    each category's remainder to the last client, which is everything when categories are small.)
+    With cumulative fractions c and u uniform in [0, 1), client k gets floor(c_k n + u) -
+    floor(c_{k-1} n + u) of the n indices: within one of its exact number, and equal to it in
+    expectation. (Cutting at floor(c_k n) would send each category's remainder to the last client,
+    which is everything when categories are small.)
 
     Args:
         indices: What to divide.
@@ -115,82 +114,202 @@ def share(indices: Sequence[int], proportions: Sequence[float], rng: np.random.G
         rng: Source of the shuffle and of u.
 
     Returns:
-        For each client its indices, ascending.
+        The indices of each client, ascending.
     """
     cumulative = np.cumsum(np.asarray(proportions, dtype=np.float64))
-    cuts = np.floor(cumulative[:-1] / cumulative[-1] * len(indices) + rng.random()).astype(np.int64)
+    fractions = cumulative[:-1] / cumulative[-1]
+    cuts = np.floor(fractions * len(indices) + rng.random()).astype(np.int64)
     shuffled = rng.permutation(np.asarray(indices, dtype=np.int64))
     return _ascending(np.split(shuffled, np.minimum(cuts, len(indices))))
 
 
-def _redraw(draw: Callable[[], Clients], min_examples: int, what: str, remedy: str) -> Clients:
+# ── one function a partition ──────────────────────────────────────────────────────────────────────
+
+
+def partition_iid(
+    categories: Sequence[str], settings: PartitionSettings, rng: np.random.Generator
+) -> Clients:
+    """Shuffle and deal evenly."""
+    return _divide_shuffled(len(categories), np.ones(settings.num_clients), settings, rng)
+
+
+def partition_by_sizes(
+    categories: Sequence[str], settings: PartitionSettings, rng: np.random.Generator
+) -> Clients:
+    """Shuffle and divide in the given proportions.
+
+    Raises:
+        DataError: If the sizes do not fit the number of clients, or one client would get fewer
+            examples than it must have.
+    """
+    sizes = list(settings.sizes or ())
+    proportions = np.asarray(sizes, dtype=np.float64)
+    are_positive = np.all(np.isfinite(proportions) & (proportions > 0))
+    if proportions.shape != (settings.num_clients,) or not are_positive:
+        raise DataError(
+            f"sizes must hold {settings.num_clients} finite numbers above 0, one a client; got "
+            f"{sizes}"
+        )
+    return _divide_shuffled(len(categories), proportions, settings, rng)
+
+
+def partition_dirichlet(
+    categories: Sequence[str], settings: PartitionSettings, rng: np.random.Generator
+) -> Clients:
+    """Divide each category by proportions sampled from a symmetric Dirichlet distribution.
+
+    Raises:
+        DataError: If the concentration is not above 0, or no attempt gives every client enough.
+    """
+    concentration = settings.concentration
+    if not (np.isfinite(concentration) and concentration > 0):
+        raise DataError(f"concentration={concentration} must be a finite number above 0")
+    groups = _by_category(categories)
+
+    def attempt() -> Clients:
+        clients: Clients = [[] for _ in range(settings.num_clients)]
+        for indices in groups.values():
+            parameters = np.full(settings.num_clients, concentration)
+            proportions = rng.dirichlet(parameters).tolist()
+            parts = divide_in_proportion(indices, proportions, rng)
+            for client, part in zip(clients, parts, strict=True):
+                client.extend(part)
+        return [sorted(client) for client in clients]
+
+    return _retry(
+        attempt,
+        settings.min_examples,
+        f"dirichlet with concentration {concentration}",
+        "raise concentration, or lower num_clients or min_examples",
+    )
+
+
+def partition_by_categories(
+    categories: Sequence[str], settings: PartitionSettings, rng: np.random.Generator
+) -> Clients:
+    """Give each client some of the categories.
+
+    Raises:
+        DataError: If the clients cannot have so many categories, or no attempt gives every client
+            enough examples.
+    """
+    groups = _by_category(categories)
+    per_client = settings.categories_per_client
+    _check_categories(len(groups), settings.num_clients, per_client)
+
+    def attempt() -> Clients:
+        # Each client takes the categories with the fewest owners, ties broken at random: no
+        # category is left out, and the numbers of owners differ by at most one.
+        owners: dict[str, list[int]] = {name: [] for name in groups}
+        for client in rng.permutation(settings.num_clients):
+            priority = dict(zip(groups, rng.permutation(len(groups)), strict=True))
+            ranked = sorted(groups, key=lambda name: (len(owners[name]), priority[name]))
+            for name in ranked[:per_client]:
+                owners[name].append(int(client))
+
+        # The owners of a category divide its examples evenly.
+        clients: Clients = [[] for _ in range(settings.num_clients)]
+        for name, indices in groups.items():
+            parts = divide_in_proportion(indices, [1.0] * len(owners[name]), rng)
+            for client, part in zip(owners[name], parts, strict=True):
+                clients[client].extend(part)
+        return [sorted(indices) for indices in clients]
+
+    return _retry(
+        attempt,
+        settings.min_examples,
+        f"categories with {per_client} per client",
+        "raise categories_per_client, or lower num_clients or min_examples",
+    )
+
+
+Partition = Callable[[Sequence[str], PartitionSettings, np.random.Generator], Clients]
+PARTITIONS: Mapping[str, Partition] = MappingProxyType(
+    {
+        "iid": partition_iid,
+        "dirichlet": partition_dirichlet,
+        "categories": partition_by_categories,
+        "sizes": partition_by_sizes,
+    }
+)
+"""The partitions by name; the configuration's names are `fedmomentum.config.schema.PARTITIONS`."""
+
+
+# ── their parts ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _divide_shuffled(
+    num_examples: int,
+    proportions: NDArray[np.float64],
+    settings: PartitionSettings,
+    rng: np.random.Generator,
+) -> Clients:
+    """Shuffle the indices of all examples and cut them in proportion."""
+    indices = rng.permutation(num_examples)
+    cuts = np.cumsum(_round_counts(proportions, num_examples))[:-1]
+    clients = _ascending(np.split(indices, cuts))
+    # Only unequal sizes can leave a client with too few.
+    smallest = min(range(len(clients)), key=lambda client: len(clients[client]))
+    if len(clients[smallest]) < settings.min_examples:
+        raise DataError(
+            f"sizes: client {smallest} would get {len(clients[smallest])} of {num_examples} "
+            f"examples, fewer than min_examples={settings.min_examples}; raise its size or lower "
+            "min_examples"
+        )
+    return clients
+
+
+def _round_counts(proportions: NDArray[np.float64], total: int) -> NDArray[np.int64]:
+    """Round proportions to whole numbers that sum to the total.
+
+    Floors, then one more for the largest remainders (ties: the first).
+    """
+    exact = proportions / proportions.sum() * total
+    counts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    num_missing = total - int(counts.sum())
+    by_remainder: NDArray[np.int64] = np.argsort(counts - exact, kind="stable")
+    counts[by_remainder[:num_missing]] += 1
+    return counts
+
+
+def _retry(attempt: Callable[[], Clients], min_examples: int, what: str, remedy: str) -> Clients:
+    """Sample partitions until one gives every client enough examples.
+
+    Raises:
+        DataError: If none of `MAX_ATTEMPTS` does.
+    """
     best = 0
-    for _ in range(_MAX_DRAWS):
-        clients = draw()
+    for _ in range(MAX_ATTEMPTS):
+        clients = attempt()
         smallest = min(len(client) for client in clients)
         if smallest >= min_examples:
             return clients
         best = max(best, smallest)
     raise DataError(
-        f"{what}: none of {_MAX_DRAWS} draws gave each of {len(clients)} clients {min_examples} examples "
-        f"(the best draw's smallest client had {best}); {remedy}"
+        f"{what}: none of {MAX_ATTEMPTS} draws gave each of {len(clients)} clients {min_examples} "
+        f"examples (the best draw's smallest client had {best}); {remedy}"
     )
 
 
-def _dirichlet(categories: Sequence[str], num_clients: int, concentration: float, rng: np.random.Generator) -> Clients:
-    clients: Clients = [[] for _ in range(num_clients)]
-    for indices in _by_name(categories).values():
-        proportions = rng.dirichlet(np.full(num_clients, concentration)).tolist()
-        for client, part in zip(clients, share(indices, proportions, rng), strict=True):
-            client.extend(part)
-    return [sorted(client) for client in clients]
-
-
-def _by_category(categories: Sequence[str], num_clients: int, per_client: int, rng: np.random.Generator) -> Clients:
-    groups = _by_name(categories)
-    holders: dict[str, list[int]] = {name: [] for name in groups}
-    # Each client takes the categories with the fewest holders, ties by lot: no category is left out, and the
-    # numbers of holders differ by at most one.
-    for client in rng.permutation(num_clients):
-        lot = dict(zip(groups, rng.permutation(len(groups)), strict=True))
-        for name in sorted(groups, key=lambda name: (len(holders[name]), lot[name]))[:per_client]:
-            holders[name].append(int(client))
-    clients: Clients = [[] for _ in range(num_clients)]
-    for name, indices in groups.items():
-        for client, part in zip(holders[name], share(indices, [1.0] * len(holders[name]), rng), strict=True):
-            clients[client].extend(part)
-    return [sorted(client) for client in clients]
-
-
 def _check_categories(num_categories: int, num_clients: int, per_client: int) -> None:
+    """Refuse numbers of categories and clients that leave a category without a client."""
     if not 1 <= per_client <= num_categories:
         raise DataError(
-            f"categories_per_client={per_client} must lie between 1 and the {num_categories} categories found"
+            f"categories_per_client={per_client} must lie between 1 and the {num_categories} "
+            "categories found"
         )
     if num_clients * per_client < num_categories:
+        enough_per_client = -(-num_categories // num_clients)
+        enough_clients = -(-num_categories // per_client)
         raise DataError(
-            f"{num_clients} clients with {per_client} categories each cannot hold all {num_categories}; "
-            f"raise categories_per_client to {-(-num_categories // num_clients)} or num_clients to "
-            f"{-(-num_categories // per_client)}"
+            f"{num_clients} clients with {per_client} categories each cannot hold all "
+            f"{num_categories}; raise categories_per_client to {enough_per_client} or num_clients "
+            f"to {enough_clients}"
         )
 
 
-def _check_sizes(sizes: Sequence[float], num_clients: int) -> NDArray[np.float64]:
-    values = np.asarray(sizes, dtype=np.float64)
-    if values.shape != (num_clients,) or not np.all(np.isfinite(values) & (values > 0)):
-        raise DataError(f"sizes must hold {num_clients} finite numbers above 0, one a client; got {list(sizes)}")
-    return values
-
-
-def _round_counts(proportions: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Whole counts that sum to total: floors, then one more to the largest remainders (ties: the first)."""
-    exact = proportions / proportions.sum() * total
-    counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
-    return counts
-
-
-def _by_name(categories: Sequence[str]) -> dict[str, list[int]]:
+def _by_category(categories: Sequence[str]) -> dict[str, list[int]]:
+    """Return the indices of each category, categories sorted by name."""
     groups: dict[str, list[int]] = {name: [] for name in sorted(set(categories))}
     for index, name in enumerate(categories):
         groups[name].append(index)
@@ -198,4 +317,5 @@ def _by_name(categories: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _ascending(parts: Sequence[NDArray[np.int64]]) -> Clients:
+    """Return each part's indices as a sorted list."""
     return [sorted(int(index) for index in part) for part in parts]

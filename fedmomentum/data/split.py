@@ -1,8 +1,8 @@
-"""Which examples a client holds out: remembered while a run lasts, so that no other division goes unnoticed.
+"""Which examples a client holds out, remembered for as long as a run lasts.
 
-A client that starts again with another seed or other data trains on examples that it held out before. Its scores then
-measure memory, and nothing in them shows it. So the division that a run began with is kept beside the client's other
-files, and a later one is compared with it.
+A client that starts again with another seed or other data trains on examples that it held out
+before. Its scores then measure memory, and nothing in them shows it. So the division that a run
+began with is stored with the client's other files, and a later one is compared with it.
 """
 
 from __future__ import annotations
@@ -13,29 +13,35 @@ import secrets
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from fedmomentum.data.tokens import TokenisedExamples
 from fedmomentum.errors import ModelError
-from fedmomentum.files import write_json
-from fedmomentum.records import checksummed, read_record
-from fedmomentum.schema import Count, Hash, Schema, Text
+from fedmomentum.utils.io import write_json
+from fedmomentum.utils.records import read_record, with_checksum
+from fedmomentum.utils.schema import Count, Hash, Schema, Text
+
+if TYPE_CHECKING:
+    from fedmomentum.data.tokenization import TokenizedExamples
+
 
 FILE = "split.json"
+# 128 bits: no two examples of any data set share a digest by accident.
 DIGEST_BYTES = 16
+SALT_BYTES = 32
 
 
 class Split(Schema, frozen=True):
     """The division that a run began with.
 
     Attributes:
-        run_id: Of the run.
-        salt: Secret of this client; without it the digests cannot be compared with guessed examples.
-        whole: Digest of the whole division.
+        run_id: The run.
+        salt: Secret of this client; without it the digests cannot be compared with guessed
+            examples.
+        whole: Digest of the complete division.
         held_out: Digests of the examples held out, sorted.
-        num_train: How many examples were trained on.
+        num_train: Number of examples trained on.
         seed: The configuration's `run.seed`.
         sha256: Checksum of the file.
     """
@@ -49,79 +55,106 @@ class Split(Schema, frozen=True):
     sha256: Hash
 
 
-def split_fingerprint(train: TokenisedExamples, test: TokenisedExamples, key: str) -> str:
+def split_fingerprint(train: TokenizedExamples, test: TokenizedExamples, key: str) -> str:
     """Return a hash of how examples are divided; the order within the parts does not count.
 
     Args:
         train: The examples trained on.
         test: The examples held out.
-        key: Without it nobody can tell whether a guess of all the examples is right.
+        key: Secret without which a guess of all examples cannot be confirmed.
     """
-    whole = hmac.new(key.encode(), digestmod=hashlib.sha256)
+    fingerprint = hmac.new(key.encode(), digestmod=hashlib.sha256)
     for part in (train, test):
         digests = sorted(_digests(part, key))
-        whole.update(len(digests).to_bytes(8, "little"))
-        whole.update("".join(digests).encode())
-    return whole.hexdigest()
+        fingerprint.update(len(digests).to_bytes(8, "little"))
+        fingerprint.update("".join(digests).encode())
+    return fingerprint.hexdigest()
 
 
-def _digests(examples: TokenisedExamples, key: str) -> Iterator[str]:
-    """Yield a short hash for every example."""
+def _digests(examples: TokenizedExamples, key: str) -> Iterator[str]:
+    """Yield a short hash of every example."""
     for ids, num_prompt_tokens in zip(examples.input_ids, examples.num_prompt_tokens, strict=True):
         content = array("q", [num_prompt_tokens, *ids]).tobytes()
-        yield hmac.new(key.encode(), content, hashlib.sha256).hexdigest()[: 2 * DIGEST_BYTES]
+        digest = hmac.new(key.encode(), content, hashlib.sha256).hexdigest()
+        yield digest[: 2 * DIGEST_BYTES]
 
 
 def compare_split(
-    folder: Path, run_id: str, train: TokenisedExamples, test: TokenisedExamples, *, seed: int
+    directory: Path, run_id: str, train: TokenizedExamples, test: TokenizedExamples, *, seed: int
 ) -> str | None:
-    """Compare the division with the one that the run began with, and keep it if this is another run or the first.
+    """Compare the division of a client's examples with the one that the run began with.
+
+    Where this is another run, or the first, the division is stored.
 
     Args:
-        folder: Of this client's files.
-        run_id: Of the run that the client takes part in.
+        directory: The directory of this client's files.
+        run_id: The run that the client takes part in.
         train: The examples trained on now.
         test: The examples held out now.
         seed: The configuration's `run.seed` now.
 
     Returns:
-        What is wrong, in words for whoever runs the client; None if nothing is.
+        What is wrong, for the person who runs the client; None if nothing is.
     """
-    file = folder / FILE
+    file = directory / FILE
+    original: Split | None = None
     damage = None
     try:
-        began: Split | None = read_record(file, Split)
+        original = read_record(file, Split)
     except FileNotFoundError:
-        began = None
+        pass
     except ModelError as error:
-        began = None
         damage = (
-            f"{error}. Whether the examples are divided as before is not known; the division of now is kept instead"
+            f"{error}. Whether the examples are divided as before is not known; the division of "
+            "now is kept instead"
         )
-    if began is None or began.run_id != run_id:
-        salt = secrets.token_hex(32)
-        now = {
-            "run_id": run_id,
-            "salt": salt,
-            "whole": split_fingerprint(train, test, salt),
-            "held_out": sorted(_digests(test, salt)),
-            "num_train": len(train),
-            "seed": seed,
-        }
-        write_json(file, checksummed(now))
-        file.chmod(0o600)
+    if original is None or original.run_id != run_id:
+        _store_split(file, run_id, train, test, seed)
         return damage
-    if split_fingerprint(train, test, began.salt) == began.whole:
+    if split_fingerprint(train, test, original.salt) == original.whole:
         return None
-    leaked = len(set(began.held_out).intersection(_digests(train, began.salt)))
-    why = f" run.seed was {began.seed} and is {seed}." if seed != began.seed else ""
-    sizes = f"{began.num_train} examples were trained on and {len(began.held_out)} held out, now {len(train)} and "
-    sizes += str(len(test))
-    if not leaked:
-        return f"the examples differ from those this run began with: {sizes}. None that was held out is trained on now"
+    return _describe_change(file, original, train, test, seed)
+
+
+def _store_split(
+    file: Path, run_id: str, train: TokenizedExamples, test: TokenizedExamples, seed: int
+) -> None:
+    """Store how the examples are divided, readable by this user only."""
+    salt = secrets.token_hex(SALT_BYTES)
+    table = {
+        "run_id": run_id,
+        "salt": salt,
+        "whole": split_fingerprint(train, test, salt),
+        "held_out": sorted(_digests(test, salt)),
+        "num_train": len(train),
+        "seed": seed,
+    }
+    write_json(file, with_checksum(table))
+    file.chmod(0o600)
+
+
+def _describe_change(
+    file: Path, original: Split, train: TokenizedExamples, test: TokenizedExamples, seed: int
+) -> str:
+    """Return what a division that differs from the original one means for the client's scores."""
+    # The examples themselves are not stored; their digests tell which ones are known.
+    num_leaked = len(set(original.held_out).intersection(_digests(train, original.salt)))
+    sizes = (
+        f"{original.num_train} examples were trained on and {len(original.held_out)} held out, "
+        f"now {len(train)} and {len(test)}"
+    )
+    if not num_leaked:
+        return (
+            f"the examples differ from those this run began with: {sizes}. None that was held out "
+            "is trained on now"
+        )
+    reason = ""
+    if seed != original.seed:
+        reason = f" run.seed was {original.seed} and is {seed}."
     return (
-        f"THE EXAMPLES ARE DIVIDED OTHERWISE THAN WHEN THIS RUN BEGAN: {leaked} of {len(began.held_out)} that were "
-        f"held out are trained on now, and this client's scores no longer measure what the model has learned.{why} "
-        f"({sizes}.) Stop this client and start it with the data and the seed that it had; or, to go on knowingly, "
-        f"remove {file}"
+        f"THE EXAMPLES ARE DIVIDED OTHERWISE THAN WHEN THIS RUN BEGAN: {num_leaked} of "
+        f"{len(original.held_out)} that were held out are trained on now, and this client's scores "
+        f"no longer measure what the model has learned.{reason} ({sizes}.) Stop this client and "
+        "start it with the data and the seed that it had; or, to go on knowingly, remove "
+        f"{file}"
     )

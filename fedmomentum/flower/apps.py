@@ -1,4 +1,4 @@
-"""The two Flower apps, both thin: the round is `run_rounds`, a client's answer is `client_step`."""
+"""The two Flower apps, both thin: the server runs the rounds, a client answers one message."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedmomentum.flower.transport import packed, unpacked
+from fedmomentum.flower.transport import pack_payload, unpack_payload
 
 
 def server_app(run: Callable[[Grid], None]) -> ServerApp:
-    """A ServerApp whose main function is `run`, given Flower's grid."""
+    """Return a ServerApp whose main function calls `run` with Flower's grid."""
     app = ServerApp()
 
     @app.main()
@@ -23,14 +23,16 @@ def server_app(run: Callable[[Grid], None]) -> ServerApp:
 
 
 def client_app(answer: Callable[[bytes, float, Context], bytes]) -> ClientApp:
-    """A ClientApp that answers each message with `answer(payload, seconds, context)`.
+    """Return a ClientApp that answers each message with `answer(payload, timeout, context)`.
 
-    `seconds` is how long the server will wait for it.
+    Args:
+        answer: Returns the reply's payload; `timeout` is how long the server will wait for it.
     """
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(packed(answer(*unpacked(message.content), context)), reply_to=message)
+        payload, timeout = unpack_payload(message.content)
+        return Message(pack_payload(answer(payload, timeout, context)), reply_to=message)
 
     return app

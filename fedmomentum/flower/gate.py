@@ -1,7 +1,8 @@
-"""The first door before Flower's fleet service: who may ask, and how much.
+"""The outer check before Flower's fleet service: who may send requests, and how many.
 
-It looks at a request's headers alone: path, size and signature. Whoever is not admitted gets no further, and nothing
-else of their request is read. What an admitted node asks is looked at behind the second door, `guard`.
+It looks only at a request's headers: path, size and signature. Requests that are not signed by an
+admitted node get no further, and nothing else of them is read. What an admitted node sends is
+checked by the inner check, `guard`.
 """
 
 from __future__ import annotations
@@ -28,213 +29,268 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.error import ApiErrorCode
 from starlette.responses import JSONResponse
 
-from fedmomentum.schema import printable
+from fedmomentum.utils.text import printable
 
 LOG = logging.getLogger("fedmomentum")
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 KIB = 2**10
 MAX_REQUEST_BYTES = 16 * KIB**2
-"""Flower cuts what it sends into parts of 5 MB."""
-ACTIVATE = "/v1/fleet/activate-node"
+"""The largest request; Flower splits what it sends into parts of 5 MB."""
+ACTIVATE_PATH = "/v1/fleet/activate-node"
 PATHS: Mapping[str, int] = {
-    ACTIVATE: 4 * KIB,
+    ACTIVATE_PATH: 4 * KIB,
     "/v1/fleet/deactivate-node": 4 * KIB,
     "/v1/fleet/send-node-heartbeat": 4 * KIB,
     "/v1/fleet/pull-messages": 4 * KIB,
-    "/v1/fleet/push-messages": 2 * KIB**2,  # a tree of names, or an error's text
+    "/v1/fleet/push-messages": 2 * KIB**2,  # a tree of object ids, or an error's text
     "/v1/fleet/push-object": MAX_REQUEST_BYTES,
     "/v1/fleet/pull-object": 4 * KIB,
     "/v1/fleet/confirm-message-received": 4 * KIB,
 }
-"""All that a node needs, and how large a request each takes.
+"""Every path that a node needs, and the largest request that each accepts.
 
-What else Flower's router offers (nodes that register themselves, runs, code) is not found.
+The other paths of Flower's router (nodes that register themselves, runs, code) are not found.
 """
 MAX_KEY_BYTES = 512
-PAUSE_SECONDS = 60.0
-"""Longest pause between two pieces of a request's body."""
+"""The longest public key or signature in a header; those of P-384 have fewer than 250 bytes."""
+BODY_TIMEOUT_SECONDS = 60.0
+"""The longest pause between two pieces of a request's body."""
 REQUESTS_PER_SECOND = 200.0
-"""Of one node; what comes faster waits. An honest one sends a few, and one for each part of 5 MB."""
+"""For each node; faster requests wait. A node sends a few, and one for each part of 5 MB."""
 REQUEST_BURST = 400.0
-REQUESTS_AT_ONCE = 16
-"""Of one node; an honest one has four under way at most."""
-TOLD_AGAIN_SECONDS = 60.0
-"""A node's name comes into the log no more often than this for one and the same thing."""
+"""For each node; this many requests may come at once before they have to wait."""
+MAX_CONCURRENT_REQUESTS = 16
+"""For each node; ours has at most four under way."""
+NOTICE_INTERVAL_SECONDS = 60.0
+"""How often at most one and the same notice about one node is logged."""
+MAX_RECENT_NOTICES = 1000
+"""How many notices are remembered; beyond that nothing is logged until old ones expire."""
 
 
 class Peer(Protocol):
     """A connection, as the listener knows it."""
 
     def signed_by(self, name: str) -> None:
-        """Note that a request of this node came over the connection."""
+        """Record that a request of this node came over the connection."""
         ...
 
     def busy(self) -> None:
-        """Note that a request is being answered."""
+        """Record that a request is being answered."""
         ...
 
     def idle(self) -> None:
-        """Note that it has been."""
+        """Record that a request has been answered."""
         ...
 
 
-class Notices:
-    """Log lines about nodes and strangers, so few that nobody can fill a disk with them."""
+class ThrottledLog:
+    """Log lines about nodes and strangers, few enough that nobody can fill a disk with them.
+
+    Args:
+        clock: Tells the time, in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._last: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
 
-    def tell(self, level: int, who: str, text: str, key: str = "") -> None:
-        """Log one line, unless one was logged less than a minute ago for the same key; without one, who and text."""
+    def log(self, level: int, subject: str, text: str, key: str = "") -> None:
+        """Log one line, unless one with the same key was logged less than a minute ago.
+
+        Args:
+            level: Of the `logging` module.
+            subject: Who the line is about.
+            text: What happened.
+            key: What counts as the same notice; by default the subject and the text's beginning.
+        """
         now = self._clock()
-        line = f"{who} {text}"
-        key = key or f"{who} {text[:40]}"
-        if now < self._last.get(key, -math.inf) + TOLD_AGAIN_SECONDS:
+        key = key or f"{subject} {text[:40]}"
+        if now < self._logged_at.get(key, -math.inf) + NOTICE_INTERVAL_SECONDS:
             return
-        if len(self._last) > 1000:
-            self._last = {known: then for known, then in self._last.items() if now < then + TOLD_AGAIN_SECONDS}
-            if len(self._last) > 1000:
+        if len(self._logged_at) > MAX_RECENT_NOTICES:
+            self._forget_before(now - NOTICE_INTERVAL_SECONDS)
+            if len(self._logged_at) > MAX_RECENT_NOTICES:
                 return
-        self._last[key] = now
-        LOG.log(level, "%s", printable(line, 400))
+        self._logged_at[key] = now
+        LOG.log(level, "%s", printable(f"{subject} {text}", 400))
+
+    def _forget_before(self, time_limit: float) -> None:
+        recent = {key: then for key, then in self._logged_at.items() if then > time_limit}
+        self._logged_at = recent
+
+
+@dataclass
+class _RequestRate:
+    """A token bucket: how fast one node sends requests.
+
+    Attributes:
+        under_way: Requests that have not been answered yet.
+        tokens: Requests that the node may make at once.
+        updated_at: When `tokens` was computed.
+    """
+
+    under_way: int = 0
+    tokens: float = REQUEST_BURST
+    updated_at: float = 0.0
+
+    def delay(self, now: float) -> float:
+        """Take a token; return how many seconds the request has to wait for it."""
+        refilled = self.tokens + (now - self.updated_at) * REQUESTS_PER_SECOND
+        self.tokens = min(REQUEST_BURST, refilled) - 1
+        self.updated_at = now
+        return max(0.0, -self.tokens / REQUESTS_PER_SECOND)
+
+
+@dataclass(frozen=True)
+class _SignedRequest:
+    """A request whose headers passed: which node signed it, and the size of its body."""
+
+    name: str
+    length: int
 
 
 class Gate:
-    """Let in requests of the form that nodes make, signed by an admitted node; an ASGI middleware.
+    """ASGI middleware that passes on requests of the form nodes make, signed by an admitted node.
 
     Args:
-        app: What lies behind.
-        name_of: The name of the admitted node with this public key (PEM), or None.
-        refuse: Told that a node's request was refused for its size: `refuse(name, reason)`.
-        notices: Takes what the operator should know.
+        app: The application behind it.
+        name_of: Returns the name of the admitted node with this public key (PEM), or None.
+        on_refusal: Called as `on_refusal(name, reason)` if a node's request is too large.
+        notices: Log for what the operator should know.
     """
 
     def __init__(
         self,
         app: App,
         name_of: Callable[[bytes], str | None],
-        refuse: Callable[[str, str], None],
-        notices: Notices,
+        on_refusal: Callable[[str, str], None],
+        notices: ThrottledLog,
     ) -> None:
         self._app = app
         self._name_of = name_of
-        self._refuse = refuse
+        self._on_refusal = on_refusal
         self._notices = notices
-        self._pace: dict[str, _Pace] = defaultdict(_Pace)
+        self._rates: dict[str, _RequestRate] = defaultdict(_RequestRate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
-        response = await self._answer(scope, receive, send)
+        """Refuse a request, or pass it on."""
+        request = self._authenticate(scope)
+        if isinstance(request, Response):
+            response: Response | None = request
+        else:
+            response = await self._forward(request, scope, receive, send)
         if response is not None:
-            response.headers["connection"] = "close"  # one refused request a connection
+            # a connection ends with its first refused request
+            response.headers["connection"] = "close"
             await response(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
-        """Return the refusal, or None if the request was passed on and answered."""
+    def _authenticate(self, scope: Scope) -> _SignedRequest | Response:
+        """Check path, headers, signature and size; return who signed the request, or a refusal."""
+        # what no node requests does not exist
         if scope["type"] != "http" or scope["path"] not in PATHS or scope["method"] != "POST":
             return Response(status_code=404)
-        headers = _single_headers(scope)
+        headers = _unique_headers(scope)
         if headers is None:
             return Response(status_code=400)
+        # without a valid signature: the answer says nothing about who is admitted
         signer = _signer(headers)
-        length = _length(headers)
+        length = _content_length(headers)
         if signer is None:
-            too_large = length is None or length > MAX_REQUEST_BYTES
-            return Response(status_code=413) if too_large else _unsigned()
+            is_too_large = length is None or length > MAX_REQUEST_BYTES
+            return Response(status_code=413) if is_too_large else _unsigned_response()
+
+        # signed, but is the signer admitted?
         name = self._name_of(signer)
         if name is None:
-            key = hashlib.sha256(signer).hexdigest()[:16]
-            text = f"asked to join; its public key, as PEM, has the SHA-256 {key}..."
-            self._notices.tell(logging.WARNING, "a node that is not admitted", text, key="stranger")
-            return _not_admitted() if scope["path"] == ACTIVATE else _unsigned()
-        if length is None or length > PATHS[scope["path"]]:
-            reason = f"its request has {'no stated size' if length is None else f'{length} bytes'}; {scope['path']} "
-            reason += f"takes at most {PATHS[scope['path']]}"
-            self._notices.tell(logging.WARNING, name, f"was refused: {reason}")
-            self._refuse(name, reason)
-            return Response(status_code=413)
+            key_hash = hashlib.sha256(signer).hexdigest()[:16]
+            text = f"asked to join; its public key, as PEM, has the SHA-256 {key_hash}..."
+            subject = "a node that is not admitted"
+            self._notices.log(logging.WARNING, subject, text, key="stranger")
+            return _not_admitted() if scope["path"] == ACTIVATE_PATH else _unsigned_response()
 
+        # the operator learns which node sends too much, and so does its open task
+        limit = PATHS[scope["path"]]
+        if length is None or length > limit:
+            size = "no stated size" if length is None else f"{length} bytes"
+            reason = f"its request has {size}; {scope['path']} takes at most {limit}"
+            self._notices.log(logging.WARNING, name, f"was refused: {reason}")
+            self._on_refusal(name, reason)
+            return Response(status_code=413)
+        return _SignedRequest(name, length)
+
+    async def _forward(
+        self, request: _SignedRequest, scope: Scope, receive: Receive, send: Send
+    ) -> Response | None:
+        """Pass a signed request on at its node's rate; return a refusal if it was not answered."""
+        # a node that floods the server is refused before anything of its request is read
         peer: Peer | None = scope.get("state", {}).get("peer")
-        pace = self._pace[name]
-        if pace.under_way >= REQUESTS_AT_ONCE:
+        rate = self._rates[request.name]
+        if rate.under_way >= MAX_CONCURRENT_REQUESTS:
             return Response(status_code=429)
         if peer is not None:
-            peer.signed_by(name)
+            peer.signed_by(request.name)
             peer.busy()
         has_begun = False
 
-        async def noting_send(event: MutableMapping[str, Any]) -> None:
+        async def send_and_record(event: Event) -> None:
             nonlocal has_begun
             has_begun = True
             await send(event)
 
-        pace.under_way += 1
+        # wait for a token, read the body, and let Flower answer
+        rate.under_way += 1
         try:
-            await asyncio.sleep(pace.wait(time.monotonic()))
-            body = await _body(receive, length)
+            await asyncio.sleep(rate.delay(time.monotonic()))
+            body = await _read_body(receive, request.length)
             if body is None:
                 return Response(status_code=408)
-            await self._app(scope, _replay(body, receive), noting_send)
-        except Exception as error:  # whatever a request causes, the service goes on
-            self._notices.tell(logging.WARNING, name, f"sent a request that failed: {type(error).__name__}")
+            await self._app(scope, _replay(body, receive), send_and_record)
+        except Exception as error:
+            # whatever a request causes, the service carries on
+            text = f"sent a request that failed: {type(error).__name__}"
+            self._notices.log(logging.WARNING, request.name, text)
             return None if has_begun else Response(status_code=500)
         finally:
-            pace.under_way -= 1
+            rate.under_way -= 1
             if peer is not None:
                 peer.idle()
         return None
 
 
-@dataclass
-class _Pace:
-    """How fast a node asks.
-
-    Attributes:
-        under_way: Its requests that have no answer yet.
-        left: Requests that it may make at once.
-        last: When that was reckoned.
-    """
-
-    under_way: int = 0
-    left: float = REQUEST_BURST
-    last: float = 0.0
-
-    def wait(self, now: float) -> float:
-        """Return how long the next request has to wait."""
-        self.left = min(REQUEST_BURST, self.left + (now - self.last) * REQUESTS_PER_SECOND)
-        self.last = now
-        self.left -= 1
-        return max(0.0, -self.left / REQUESTS_PER_SECOND)
-
-
-_NEEDED = (
-    b"content-type",
-    FLEET_HTTP_PUBLIC_KEY_HEADER.encode(),
-    FLEET_HTTP_SIGNATURE_HEADER.encode(),
-    TIMESTAMP_HEADER.encode(),
+_UNIQUE_HEADERS = frozenset(
+    (
+        b"content-type",
+        b"content-length",
+        b"transfer-encoding",
+        b"host",
+        FLEET_HTTP_PUBLIC_KEY_HEADER.encode(),
+        FLEET_HTTP_SIGNATURE_HEADER.encode(),
+        TIMESTAMP_HEADER.encode(),
+    )
 )
-_SINGLE = frozenset((*_NEEDED, b"content-length", b"transfer-encoding", b"host"))
+"""The headers that decide about a request; each may come only once."""
 
 
-def _single_headers(scope: Scope) -> dict[bytes, bytes] | None:
-    """Return the headers that count; None if one of them comes twice, for then two readers may read two things."""
-    found: dict[bytes, bytes] = {}
+def _unique_headers(scope: Scope) -> dict[bytes, bytes] | None:
+    """Return the headers that count; None if one comes twice, as two readers may then disagree."""
+    headers: dict[bytes, bytes] = {}
     for key, value in scope["headers"]:
-        if key in _SINGLE:
-            if key in found:
+        if key in _UNIQUE_HEADERS:
+            # a repeated header
+            if key in headers:
                 return None
-            found[key] = value
-    return found
+            headers[key] = value
+    return headers
 
 
-def _length(headers: Mapping[bytes, bytes]) -> int | None:
-    """Return the stated length of the body; the server holds a body to it."""
+def _content_length(headers: Mapping[bytes, bytes]) -> int | None:
+    """Return the stated length of the body, to which the server holds it; None if there is none."""
     text = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers or not text.isdigit() or len(text) > 12:
         return None
@@ -242,57 +298,65 @@ def _length(headers: Mapping[bytes, bytes]) -> int | None:
 
 
 def _signer(headers: Mapping[bytes, bytes]) -> bytes | None:
-    """Return the public key (PEM) that signed the request within the last minutes; None if none did."""
+    """Return the public key (PEM) that signed the request within the last minutes, or None."""
     try:
-        pem, signature = (
-            b64decode(headers[name.encode()], validate=True)
-            for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
-        )
+        pem = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
+        signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.encode()], validate=True)
         if len(pem) > MAX_KEY_BYTES or len(signature) > MAX_KEY_BYTES:
             return None
+        # an old signature may have been recorded and sent again
         timestamp = headers[TIMESTAMP_HEADER.encode()].decode("ascii")
-        signed = datetime.datetime.fromisoformat(timestamp)
-        age = (datetime.datetime.now(datetime.UTC) - signed).total_seconds()
+        signed_at = datetime.datetime.fromisoformat(timestamp)
+        age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
         if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
             return None
+        # only keys of the kind that nodes have
         key = serialization.load_pem_public_key(pem)
         if not isinstance(key, ec.EllipticCurvePublicKey):
             return None
         key.verify(signature, timestamp.encode("ascii"), ec.ECDSA(hashes.SHA256()))
-    except (KeyError, ValueError, TypeError, OverflowError, binascii.Error, UnsupportedAlgorithm, InvalidSignature):
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        binascii.Error,
+        UnsupportedAlgorithm,
+        InvalidSignature,
+    ):
         return None
     return pem
 
 
-async def _body(receive: Receive, length: int) -> bytes | None:
-    """Return the whole body; None if it stops coming."""
-    parts = bytearray()
+async def _read_body(receive: Receive, length: int) -> bytes | None:
+    """Return the complete body; None if it stops arriving or is longer than stated."""
+    body = bytearray()
     while True:
         try:
-            event = await asyncio.wait_for(receive(), PAUSE_SECONDS)
+            event = await asyncio.wait_for(receive(), BODY_TIMEOUT_SECONDS)
         except TimeoutError:
             return None
         if event["type"] != "http.request":
             return None
-        parts += event.get("body", b"")
-        if len(parts) > length:
+        body += event.get("body", b"")
+        if len(body) > length:
             return None
         if not event.get("more_body", False):
-            return bytes(parts)
+            return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read, then whatever comes after it."""
-    events: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    """Return a `receive` that gives the body that was read, then the events that follow it."""
+    events: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> MutableMapping[str, Any]:
+    async def replay() -> Event:
         return events.pop() if events else await receive()
 
     return replay
 
 
-def _unsigned() -> Response:
-    """Return Flower's answer to a request whose signature counts for nothing."""
+def _unsigned_response() -> Response:
+    """Return Flower's answer to a request without a valid signature."""
     return JSONResponse({"detail": "Invalid SuperNode authentication"}, status_code=401)
 
 

@@ -1,6 +1,7 @@
-"""The second door before Flower's fleet service: an admitted node sends what a node of ours sends, and nothing else.
+"""The inner check before Flower's fleet service: admitted nodes send only what our nodes send.
 
-It looks at a request after its bytes were parsed and its signature was checked, and before Flower's handlers see it.
+It checks a request after its bytes were parsed and its signature was verified, and before Flower's
+handlers see it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException, Request, Response
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -20,180 +21,246 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesResponse,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    Metadata,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.message_pb2 import Message as MessageProto
 from starlette.middleware.base import RequestResponseEndpoint
 
 from fedmomentum.errors import PayloadError
-from fedmomentum.flower.gate import Notices
-from fedmomentum.flower.records import check_envelope, check_metadata, is_hash, tree_names
+from fedmomentum.flower.records import (
+    HEARTBEAT_SECONDS,
+    PROBE_SECONDS,
+    check_envelope,
+    check_metadata,
+    is_hash,
+    tree_names,
+)
 from fedmomentum.flower.transport import MAX_PAYLOAD_BYTES
-from fedmomentum.schema import printable
+from fedmomentum.utils.text import printable
 
-HEARTBEAT_SECONDS = 10
-PROBE_SECONDS = 1
-"""The heartbeat interval of a node that only looks in (`join --check`); Flower refuses it, so it joins nothing."""
-PUSHES_PER_QUESTION = 16
-"""How often one question may be answered; more than once only where a connection broke in between."""
+if TYPE_CHECKING:
+    from fedmomentum.flower.gate import ThrottledLog
+
+
+MAX_PUSHES_PER_TASK = 16
+"""How often one task may be answered; more than once only if a connection broke in between."""
+MAX_RUNTIME_SECONDS = 1e9
+"""The longest runtime that a node may report: thirty years, so that no sum of them overflows."""
+MAX_SESSION_ID_LENGTH = 64
+"""Characters of an upload session's id; Flower's have 32."""
 
 
 @dataclass
-class Ledger:
-    """What is known of each node's doings since it was last asked something.
+class TaskLedger:
+    """What each node has done since it was last sent a task.
 
     Attributes:
         run_id: Flower's number of the run.
-        open: Node to the message that it was asked last, while that has no answer.
-        pushed: Node to the bytes that it has sent since.
-        pushes: Node to how often it has begun an answer since.
-        refused: Message to why its answer was refused; whoever waits for the answer is told.
+        open_tasks: The message that each node was last sent, while it is unanswered.
+        pushed_bytes: Bytes that each node has sent since.
+        num_pushes: How often each node has begun an answer since.
+        refusals: Why the answer to a message was refused; reported in the answer's place.
     """
 
     run_id: int = 0
-    open: dict[int, str] = field(default_factory=dict)
-    pushed: Counter[int] = field(default_factory=Counter)
-    pushes: Counter[int] = field(default_factory=Counter)
-    refused: dict[str, str] = field(default_factory=dict)
+    open_tasks: dict[int, str] = field(default_factory=dict)
+    pushed_bytes: Counter[int] = field(default_factory=Counter)
+    num_pushes: Counter[int] = field(default_factory=Counter)
+    refusals: dict[str, str] = field(default_factory=dict)
 
-    def asked(self, node_id: int, message_id: str) -> None:
-        """Note that a node is asked something: that allows one answer's bytes."""
-        self.open[node_id] = message_id
-        self.pushed[node_id] = self.pushes[node_id] = 0
+    def open(self, node_id: int, message_id: str) -> None:
+        """Record that a node was sent a task, which allows the bytes of one answer."""
+        self.open_tasks[node_id] = message_id
+        self.pushed_bytes[node_id] = 0
+        self.num_pushes[node_id] = 0
 
     def close(self, message_id: str) -> None:
-        """Note that a question is over; called from another thread than `refuse`."""
-        for node_id in [node_id for node_id, asked in list(self.open.items()) if asked == message_id]:
-            self.open.pop(node_id, None)
-        self.refused.pop(message_id, None)
+        """Record that a task is over; may be called from another thread than `refuse`."""
+        for node_id, open_id in list(self.open_tasks.items()):
+            if open_id == message_id:
+                self.open_tasks.pop(node_id, None)
+        self.refusals.pop(message_id, None)
 
     def refuse(self, node_id: int, reason: str) -> None:
-        """End the part of a node in what it was asked, if anything: it has shown that it does not keep to the rules."""
-        if message_id := self.open.pop(node_id, ""):
-            self.refused[message_id] = reason
+        """End a node's open task, if it has one, because the node has broken the rules."""
+        message_id = self.open_tasks.pop(node_id, "")
+        if message_id:
+            self.refusals[message_id] = reason
 
 
 class Guard:
-    """Pass on what a node of ours sends, in its own name, and nothing else; a middleware's dispatch.
+    """Middleware dispatch that passes on only what our nodes send, each in its own name.
 
-    Flower checks who makes a request. It does not check whose message is in it, whose message is confirmed, nor that
-    the parts of a message are those of a message.
+    Flower checks who makes a request. It does not check whose message is in it, whose message is
+    confirmed, nor that the parts of a message are those of a message.
 
     Args:
         state: Flower's link state.
-        ledger: Of the nodes' doings.
-        name_of: The name of the node with this number.
-        notices: Takes what the operator should know.
+        ledger: What each node has done since its last task.
+        name_of: Returns the name of the node with this number.
+        notices: Log for what the operator should know.
     """
 
-    def __init__(self, state: Any, ledger: Ledger, name_of: Callable[[int], str], notices: Notices) -> None:
+    def __init__(
+        self, state: Any, ledger: TaskLedger, name_of: Callable[[int], str], notices: ThrottledLog
+    ) -> None:
         self._state = state
         self._ledger = ledger
         self._name_of = name_of
         self._notices = notices
 
     async def __call__(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Check a request, and pass it on."""
-        asked = request.state.protobuf_request
+        """Refuse a request, answer it, or pass it on."""
+        body = request.state.protobuf_request
         try:
-            answer = self._check(asked)
+            answer = self._check(body)
         except PayloadError as error:
-            self._refuse(_sender(asked), str(error))
-            raise HTTPException(403, "no node of this federation's sends that") from error
+            self._refuse(_sender(body), str(error))
+            raise HTTPException(403, "no node of this federation sends that") from error
         if answer is not None:
             request.state.protobuf_response = answer
             return Response(status_code=200)
         return await call_next(request)
 
     def _refuse(self, node_id: int, reason: str) -> None:
-        self._notices.tell(logging.WARNING, self._name_of(node_id), f"sent what no node of ours sends: {reason}")
+        """Log that a node has broken the rules, and end its open task."""
+        text = f"sent what no node of ours sends: {reason}"
+        self._notices.log(logging.WARNING, self._name_of(node_id), text)
         self._ledger.refuse(node_id, f"its answer was refused: {printable(reason, 300)}")
 
-    def _check(self, asked: Any) -> PushMessagesResponse | None:
-        """Refuse a request that no node of ours makes; return the answer if Flower need not be asked for it.
+    def _check(self, body: Any) -> PushMessagesResponse | None:
+        """Refuse a request that no node of ours makes.
+
+        Returns:
+            The answer, if Flower does not have to handle the request; otherwise None.
 
         Raises:
-            PayloadError: If it is refused.
-            HTTPException: If it is only too much, or too late.
+            PayloadError: If no node of ours makes it.
+            HTTPException: If it is merely too much, or too late.
         """
-        if isinstance(asked, ActivateNodeRequest):
-            self._check_activation(asked)
-        elif isinstance(asked, SendNodeHeartbeatRequest):
-            if asked.heartbeat_interval != HEARTBEAT_SECONDS:
-                raise PayloadError(f"heartbeat_interval is {asked.heartbeat_interval!r}; wanted {HEARTBEAT_SECONDS}")
-        elif isinstance(asked, PullMessagesRequest):
-            if asked.message_ids:
-                raise PayloadError("a node does not ask for messages by name")
-        elif isinstance(asked, PushMessagesRequest):
-            return self._check_answer(asked)
-        elif isinstance(asked, PushObjectRequest):
-            self._check_part(asked)
-        elif isinstance(asked, PullObjectRequest):
-            self._check_run(asked.run_id)
-            if not is_hash(asked.object_id):
-                raise PayloadError(f"object_id is {printable(repr(asked.object_id), 80)}; wanted a SHA-256")
-        elif isinstance(asked, ConfirmMessageReceivedRequest):
-            self._check_run(asked.run_id)
-            known = self._state.message_ins_store.get(asked.message_object_id)
-            if known is None or known.metadata.dst_node_id != asked.node.node_id:
+        if isinstance(body, ActivateNodeRequest):
+            self._check_activation(body)
+        elif isinstance(body, SendNodeHeartbeatRequest):
+            _check_heartbeat(body.heartbeat_interval)
+        elif isinstance(body, PullMessagesRequest):
+            if body.message_ids:
+                raise PayloadError("a node does not ask for messages by id")
+        elif isinstance(body, PushMessagesRequest):
+            return self._check_answer(body)
+        elif isinstance(body, PushObjectRequest):
+            self._check_pushed_object(body)
+        elif isinstance(body, PullObjectRequest):
+            self._check_run(body.run_id)
+            if not is_hash(body.object_id):
+                shown = printable(repr(body.object_id), 80)
+                raise PayloadError(f"object_id is {shown}; expected a SHA-256")
+        elif isinstance(body, ConfirmMessageReceivedRequest):
+            self._check_run(body.run_id)
+            message = self._state.message_ins_store.get(body.message_object_id)
+            if message is None or message.metadata.dst_node_id != body.node.node_id:
                 raise HTTPException(404, "no such message for this node")
         return None
 
     def _check_run(self, run_id: int) -> None:
         if run_id != self._ledger.run_id:
-            raise PayloadError(f"run_id is {run_id}; wanted {self._ledger.run_id}")
+            raise PayloadError(f"run_id is {run_id}; expected {self._ledger.run_id}")
 
-    def _check_activation(self, asked: ActivateNodeRequest) -> None:
-        if asked.heartbeat_interval == PROBE_SECONDS:
-            if (node_id := self._state.get_node_id_by_public_key(asked.public_key)) is not None:
-                self._notices.tell(logging.INFO, self._name_of(node_id), "looked in: ok (join --check)")
-        elif asked.heartbeat_interval != HEARTBEAT_SECONDS:
-            raise PayloadError(f"heartbeat_interval is {asked.heartbeat_interval!r}; wanted {HEARTBEAT_SECONDS}")
+    def _check_activation(self, body: ActivateNodeRequest) -> None:
+        """Check that a node joins, or only probes (`join --check`), which is logged."""
+        if body.heartbeat_interval != PROBE_SECONDS:
+            _check_heartbeat(body.heartbeat_interval)
+            return
+        node_id = self._state.get_node_id_by_public_key(body.public_key)
+        if node_id is not None:
+            name = self._name_of(node_id)
+            self._notices.log(logging.INFO, name, "looked in: ok (join --check)")
 
-    def _check_answer(self, asked: PushMessagesRequest) -> PushMessagesResponse | None:
-        """Check that this is one answer, of this node, to a question of this node's."""
-        state, node_id = self._state, asked.node.node_id
-        if any(message.metadata.src_node_id != node_id for message in asked.messages_list):
-            # not an answer of this node's: it is refused, and the node's own may still come
-            self._notices.tell(logging.WARNING, self._name_of(node_id), "spoke for another node, which was refused")
-            raise HTTPException(403, "a node speaks for itself")
-        if len(asked.messages_list) != 1 or len(asked.message_object_trees) != 1:
-            raise PayloadError("a node sends one message at a time")
-        if len(asked.clientapp_runtime_list) > 1 or not all(0 <= s < 1e9 for s in asked.clientapp_runtime_list):
-            raise PayloadError("clientapp_runtime_list is no duration")
-        message, tree = asked.messages_list[0], asked.message_object_trees[0]
-        metadata = message.metadata
+    # ── answers ──
+
+    def _check_answer(self, body: PushMessagesRequest) -> PushMessagesResponse | None:
+        """Check that this is one answer, from this node, to a task that this node was sent."""
+        node_id = body.node.node_id
+        # its form
+        message, tree = self._single_message(body)
         check_metadata(
-            metadata, run_id=self._ledger.run_id, source=node_id, destination=SUPERLINK_NODE_ID, is_reply=True
+            message.metadata,
+            run_id=self._ledger.run_id,
+            source=node_id,
+            destination=SUPERLINK_NODE_ID,
+            is_reply=True,
         )
         check_envelope(message, tree)
-        question = state.message_ins_store.get(metadata.reply_to_message_id)
-        if question is None or question.metadata.dst_node_id != node_id:
-            # another's question, or one that is over: nothing is taken, and Flower's store grows by nothing
-            return PushMessagesResponse(results={metadata.message_id: 0})
-        self._ledger.pushes[node_id] += 1
-        if self._ledger.pushes[node_id] > PUSHES_PER_QUESTION:
-            raise HTTPException(429, "this question was answered too often")
-        # No object of the answer may stand for a message: its end would be the other's end.
-        messages = {*state.message_ins_store, *state.message_res_store}
-        repeated = state.message_res_store.get(metadata.message_id)
-        if repeated is not None and repeated.metadata.src_node_id == node_id:
-            messages.discard(metadata.message_id)
-        elif metadata.message_id in state.object_store:
-            raise PayloadError("metadata.message_id is that of another object")
-        if not message.HasField("error") and messages.intersection(tree_names(tree)):
-            raise PayloadError("the object tree names another message")
+        # the task that it answers
+        task = self._state.message_ins_store.get(message.metadata.reply_to_message_id)
+        if task is None or task.metadata.dst_node_id != node_id:
+            # another node's task, or one that is over: nothing is accepted, so that Flower's store
+            # does not grow
+            return PushMessagesResponse(results={message.metadata.message_id: 0})
+        # an honest node repeats an answer only if its connection broke
+        self._ledger.num_pushes[node_id] += 1
+        if self._ledger.num_pushes[node_id] > MAX_PUSHES_PER_TASK:
+            raise HTTPException(429, "this task was answered too often")
+        self._check_object_names(message, tree, node_id)
         return None
 
-    def _check_part(self, asked: PushObjectRequest) -> None:
-        self._check_run(asked.run_id)
-        if not is_hash(asked.object_id) or not 0 < len(asked.session_id) <= 64:
+    def _single_message(self, body: PushMessagesRequest) -> tuple[MessageProto, ObjectTree]:
+        """Return the one message of a request and its object tree, if the node sends its own."""
+        node_id = body.node.node_id
+        if any(message.metadata.src_node_id != node_id for message in body.messages_list):
+            # not this node's answer: it is refused, and the node's own may still come
+            text = "spoke for another node, which was refused"
+            self._notices.log(logging.WARNING, self._name_of(node_id), text)
+            raise HTTPException(403, "a node speaks for itself")
+        if len(body.messages_list) != 1 or len(body.message_object_trees) != 1:
+            raise PayloadError("a node sends one message at a time")
+        # Flower adds the runtimes up
+        runtimes = body.clientapp_runtime_list
+        are_durations = all(0 <= seconds < MAX_RUNTIME_SECONDS for seconds in runtimes)
+        if len(runtimes) > 1 or not are_durations:
+            raise PayloadError("clientapp_runtime_list is not a duration")
+        return body.messages_list[0], body.message_object_trees[0]
+
+    def _check_object_names(self, message: MessageProto, tree: ObjectTree, node_id: int) -> None:
+        """Refuse an answer one of whose objects is named like a message.
+
+        When either is deleted, the other would be deleted with it.
+        """
+        metadata: Metadata = message.metadata
+        message_ids = {*self._state.message_ins_store, *self._state.message_res_store}
+        previous = self._state.message_res_store.get(metadata.message_id)
+        if previous is not None and previous.metadata.src_node_id == node_id:
+            message_ids.discard(metadata.message_id)  # the node sends its answer again
+        elif metadata.message_id in self._state.object_store:
+            raise PayloadError("metadata.message_id is that of another object")
+        if not message.HasField("error") and message_ids.intersection(tree_names(tree)):
+            raise PayloadError("the object tree names another message")
+
+    def _check_pushed_object(self, body: PushObjectRequest) -> None:
+        """Check one part of an answer, and count its bytes."""
+        self._check_run(body.run_id)
+        has_session = 0 < len(body.session_id) <= MAX_SESSION_ID_LENGTH
+        if not is_hash(body.object_id) or not has_session:
             raise PayloadError("an object comes under its SHA-256, in a session")
-        self._ledger.pushed[asked.node.node_id] += len(asked.object_content)
-        if self._ledger.pushed[asked.node.node_id] > MAX_PAYLOAD_BYTES:
+        # one answer may have the size of the largest payload, in all its parts together
+        node_id = body.node.node_id
+        self._ledger.pushed_bytes[node_id] += len(body.object_content)
+        if self._ledger.pushed_bytes[node_id] > MAX_PAYLOAD_BYTES:
             reason = f"a reply has at most {MAX_PAYLOAD_BYTES} bytes; more came"
-            self._refuse(asked.node.node_id, reason)
+            self._refuse(node_id, reason)
             raise HTTPException(413, reason)
 
 
-def _sender(asked: Any) -> int:
-    """Return the node that made a request; Flower has checked that it is the signer's."""
-    return int(asked.node.node_id if hasattr(asked, "node") else getattr(asked, "node_id", 0))
+def _check_heartbeat(interval: float) -> None:
+    if interval != HEARTBEAT_SECONDS:
+        raise PayloadError(f"heartbeat_interval is {interval!r}; expected {HEARTBEAT_SECONDS}")
+
+
+def _sender(body: Any) -> int:
+    """Return the node that made a request; Flower has checked that it is the signer."""
+    node_id = body.node.node_id if hasattr(body, "node") else getattr(body, "node_id", 0)
+    return int(node_id)

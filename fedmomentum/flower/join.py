@@ -1,10 +1,9 @@
-"""A party's process: a node that fetches tasks, has its worker do them, and sends the replies."""
+"""A client's process: a node that fetches tasks, has its worker do them, and sends the replies."""
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
-import logging
 import random
 import re
 import tempfile
@@ -13,38 +12,46 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from fedmomentum.config import Config
 from fedmomentum.errors import ConfigError, public_text
 from fedmomentum.flower.apps import client_app
-from fedmomentum.flower.connection import Connection, ConnectionLost
-from fedmomentum.flower.keys import HOST_NAME, NODE_NAME, load_private
-from fedmomentum.flower.worker import Told, Worker, WorkerError
-from fedmomentum.messages import decode_task
-from fedmomentum.schema import printable
+from fedmomentum.flower.certificates import HOST_NAME
+from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
+from fedmomentum.flower.keys import NODE_NAME, load_private_key
+from fedmomentum.flower.node_callback import NodeCallback, TaskInfo
+from fedmomentum.flower.worker import Worker, WorkerError
+from fedmomentum.protocol.codec import decode_task
+from fedmomentum.utils.text import printable
 
-LOG = logging.getLogger("fedmomentum")
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+
+
 POLL_SECONDS = 1.0
-LONGEST_WAIT = 30.0
-RAISED = 2
-"""Flower's code of an app that raised."""
+"""How often the node asks the server for work."""
+MAX_RETRY_SECONDS = 30.0
+"""The longest pause before connecting again; a server that returns is found within this time."""
+APP_RAISED_CODE = 2
+"""Flower's error code for an app that raised."""
 MAX_REASON = 1000
-"""Characters of what the server is told when a task fails."""
+"""Characters that the server is sent about a task that failed."""
+SMOKE_TEST_SECONDS = 600.0
+"""How long the training step of `join --check` may take."""
 
 
 @dataclass(frozen=True)
-class Party:
-    """Who joins what.
+class NodeIdentity:
+    """Which node joins which server.
 
     Attributes:
-        server: `host:port`.
-        authority: the server's authority, a PEM file.
-        key: the node's private key; its name without the ending is the party's, unless `name` is given.
-        store: folder for the objects it is sent.
-        name: the name under which the coordinator admitted the node.
+        server: The server's `host:port`.
+        authority: Certificate of the server's authority, a PEM file.
+        key: The node's private key.
+        store: Directory for the objects that the server sends.
+        name: The name under which the server admitted the node.
     """
 
     server: str
@@ -53,177 +60,227 @@ class Party:
     store: Path
     name: str
 
-    def connection(self) -> Connection:
-        """A connection that is not open yet.
+    def fleet_client(self) -> FleetClient:
+        """Return a connection to the server that is not open yet.
 
         Raises:
-            ConfigError: a file that is missing, unreadable or readable by others, or an address without a port.
+            ConfigError: If a file is missing, unreadable or accessible to others, or the address
+                has no port.
         """
         server = server_address(self.server)
         if not self.authority.is_file():
             raise ConfigError(
-                f"there is no authority {self.authority}; the coordinator has it, as keys/ca.pem. Give its path by --ca"
+                f"there is no authority {self.authority}; the server has it, as keys/ca.pem. "
+                f"Give its path by --ca"
             )
         if not NODE_NAME.fullmatch(self.name):
-            raise ConfigError(f"{self.name!r} is no name for a node; give the name it was admitted under, --name")
-        key = load_private(self.key)
+            raise ConfigError(
+                f"{self.name!r} is not a valid node name; give the name under which this node was "
+                f"admitted, --name"
+            )
+        key = load_private_key(self.key)
         try:
-            return Connection(server, self.authority.read_bytes(), key)
+            return FleetClient(server, self.authority.read_bytes(), key)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.authority} is no authority's certificate: {error}") from error
 
 
 def server_address(text: str) -> str:
-    """Return `HOST:PORT` as it stands in a URL, of what was given by `--server`.
+    """Return `HOST:PORT`, as it stands in a URL, of what was given by `--server`.
 
-    `https://` in front and a slash behind are taken away; an IPv6 address stands in brackets.
+    A leading `https://` and a trailing slash are removed; an IPv6 address stands in brackets.
 
     Raises:
-        ConfigError: If it is no host and port, or asks for something else than TLS.
+        ConfigError: If it is not a host and a port, or asks for something other than TLS.
     """
-    rest = text.strip()
-    scheme, separator, after = rest.partition("://")
+    shown = f"--server {printable(text, 200)!r}"
+    # the scheme: TLS, or none
+    address = text.strip()
+    scheme, separator, after_scheme = address.partition("://")
     if separator:
         if scheme.lower() != "https":
-            raise ConfigError(f"--server {printable(text, 200)!r}: the server speaks TLS only; give HOST:PORT")
-        rest = after
-    host, _, port = rest.removesuffix("/").rpartition(":")
+            raise ConfigError(f"{shown}: the server speaks TLS only; give HOST:PORT")
+        address = after_scheme
+    # host and port
+    host, _, port = address.removesuffix("/").rpartition(":")
     if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigError(
             f"--server must be HOST:PORT, such as fed.example.org:9443 or [2001:db8::1]:9443; got "
             f"{printable(text, 200)!r}"
         )
     if host.startswith("[") and host.endswith("]"):
-        try:
-            address = ipaddress.IPv6Address(host[1:-1])
-        except ValueError:
-            address = None
-        if address is None or address.scope_id:
-            raise ConfigError(f"--server {printable(text, 200)!r}: what stands in brackets is no IPv6 address")
-        return f"[{address}]:{int(port)}"
-    if ":" in host:
-        raise ConfigError(f"--server {printable(text, 200)!r}: an IPv6 address stands in brackets, [2001:db8::1]:9443")
-    if not HOST_NAME.fullmatch(host):
-        raise ConfigError(f"--server {printable(text, 200)!r}: {printable(host, 200)!r} is no host name and no address")
+        host = _bracketed_ipv6(host[1:-1], shown)
+    elif ":" in host:
+        raise ConfigError(f"{shown}: an IPv6 address stands in brackets, [2001:db8::1]:9443")
+    elif not HOST_NAME.fullmatch(host):
+        raise ConfigError(
+            f"{shown}: {printable(host, 200)!r} is neither a host name nor an address"
+        )
     return f"{host}:{int(port)}"
 
 
-def join(config: Config, party: Party, stop: threading.Event, told: Told) -> None:
-    """Take part until `stop` is set. Whatever happens to network or server, connect again.
+def _bracketed_ipv6(text: str, shown: str) -> str:
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError:
+        address = None
+    if address is None or address.scope_id:
+        raise ConfigError(f"{shown}: what stands in brackets is not an IPv6 address")
+    return f"[{address}]"
+
+
+# ── taking part ──
+
+
+def join(
+    config: Config, identity: NodeIdentity, stop: threading.Event, callback: NodeCallback
+) -> None:
+    """Take part until `stop` is set; connect again whatever happens to network or server.
 
     Args:
-        config: the party's.
-        party: who joins what.
-        stop: set it to leave.
-        told: told of progress: `say`, `warning`, `step` and `ready` of the worker; `connected`, `lost`, `task`, `done`.
+        config: The client's configuration.
+        identity: Which node joins which server.
+        stop: Set it to leave.
+        callback: Receives what happens.
 
     Raises:
-        ConfigError: see `Party.connection`.
-        WorkerError: model or data cannot be loaded.
+        ConfigError: See `NodeIdentity.fleet_client`.
+        WorkerError: If model or data cannot be loaded.
     """
-    party.connection()  # mistakes in keys and names are told before anything is loaded
-    worker = Worker(config, party.name, party.store, told)
+    identity.fleet_client()  # mistakes in keys and names are reported before anything is loaded
+    # model and data are loaded once, for all connections
+    worker = Worker(config, identity.name, identity.store, callback)
     try:
         worker.wait_until_ready()
-        answers = _Answers(worker, told)
-        app = client_app(lambda payload, seconds, context: answers(payload, seconds))
-        tries, since = 0, time.monotonic()
+        handler = _TaskHandler(worker, callback)
+        app = client_app(lambda payload, timeout, context: handler(payload, timeout))
+        num_failures = 0
+        # a connection after the other
         while not stop.is_set():
             try:
-                with party.connection() as connection:
-                    told("connected", {"server": party.server})
-                    tries = 0
-                    _serve(connection, app, stop)
-            except (ConnectionLost, ConfigError) as error:  # a file that is being replaced; it was good at the start
-                tries += 1
-                wait = min(LONGEST_WAIT, 2.0 ** min(tries, 5)) * random.uniform(0.7, 1.0)
-                told("lost", {"reason": str(error), "seconds": wait, "after": time.monotonic() - since})
-                since = time.monotonic()
-                stop.wait(wait)
+                with identity.fleet_client() as connection:
+                    callback.on_connected(identity.server)
+                    num_failures = 0
+                    _answer_messages(connection, app, stop)
+            except (ConnectionLost, ConfigError) as error:
+                # a ConfigError is a file that is being replaced: it was valid at the start
+                num_failures += 1
+                backoff = min(MAX_RETRY_SECONDS, 2.0 ** min(num_failures, 5))
+                delay = backoff * random.uniform(0.7, 1.0)  # nodes do not return all at once
+                callback.on_connection_lost(str(error), delay)
+                stop.wait(delay)
     finally:
         worker.stop()
 
 
-def _serve(connection: Connection, app: Callable[..., Message], stop: threading.Event) -> None:
+def _answer_messages(
+    connection: FleetClient, app: Callable[..., Message], stop: threading.Event
+) -> None:
     """Answer messages, one after the other."""
     while not stop.is_set():
         message = connection.pull()
         if message is None:
             stop.wait(POLL_SECONDS)
             continue
-        connection.push(_answer(message, app))
+        connection.push(_reply(message, app))
 
 
-def _answer(message: Message, app: Callable[..., Message]) -> Message:
-    """Return the app's reply, or an error that says what may be said of what it raised.
+def _reply(message: Message, app: Callable[..., Message]) -> Message:
+    """Return the app's reply, or an error with what the server may learn of what it raised.
 
     Raises:
-        ConnectionLost: If the message is such that it cannot even be answered with an error.
+        ConnectionLost: If the message cannot even be answered with an error.
     """
     metadata = message.metadata
     try:
         context = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
         return app(message=message, context=context)
-    except Exception as error:  # what it is stays in the node's log; what may be said of it goes to the server
+    except Exception as error:
+        # the details stay in the node's log
         text = str(error) if isinstance(error, WorkerError) else public_text(error)
     try:
-        return Message(Error(RAISED, printable(text, MAX_REASON)), reply_to=message)
+        return Message(Error(APP_RAISED_CODE, printable(text, MAX_REASON)), reply_to=message)
     except Exception as error:
         raise ConnectionLost(f"a message cannot be answered: {type(error).__name__}") from error
 
 
-class _Answers:
-    """The worker's replies. The last is kept: a connection that breaks while it is sent costs no training anew."""
+class _TaskHandler:
+    """Has the worker do tasks.
 
-    def __init__(self, worker: Worker, told: Told) -> None:
-        self._worker, self._told = worker, told
-        self._last: tuple[bytes, bytes] | None = None
+    The last reply is kept: if the connection breaks while it is sent, the server sends the same
+    task again, and it does not have to be trained again.
+    """
 
-    def __call__(self, payload: bytes, seconds: float) -> bytes:
-        task, digest = decode_task(payload), hashlib.sha256(payload).digest()
-        about = {"kind": task.kind, "round": task.server_round}
-        if self._last and self._last[0] == digest:
-            self._told("again", about)
-            return self._last[1]
-        self._told("task", {**about, "bytes": len(payload), "seconds": seconds})
-        self._worker.belong_to(task.run_id)
+    def __init__(self, worker: Worker, callback: NodeCallback) -> None:
+        self._worker = worker
+        self._callback = callback
+        self._last_digest = b""
+        self._last_reply = b""
+
+    def __call__(self, payload: bytes, timeout: float) -> bytes:
+        task = decode_task(payload)
+        info = TaskInfo(task.kind, task.server_round)
+        digest = hashlib.sha256(payload).digest()
+        if digest == self._last_digest:
+            self._callback.on_repeated_task(info)
+            return self._last_reply
+        self._callback.on_task(info, len(payload))
+        self._worker.set_run(task.run_id)
         started = time.monotonic()
         try:
-            reply = self._worker.ask(payload, seconds)
+            reply = self._worker.run_task(payload, timeout)
         except WorkerError as error:
-            self._told("failed", {"reason": error.detail})
+            self._callback.on_task_failed(error.detail)
             raise
-        self._told("done", {**about, "bytes": len(reply), "seconds": time.monotonic() - started})
-        self._last = digest, reply
+        self._callback.on_task_done(info, len(reply), time.monotonic() - started)
+        self._last_digest = digest
+        self._last_reply = reply
         return reply
 
 
-# ── the pre-flight ──
+# ── the pre-flight check ──
 
 
-def check(config: Config, party: Party, told: Told) -> list[tuple[str, str | None]]:
-    """Whether this party can take part: each thing that was looked at, and what is wrong with it, if anything is.
+@dataclass(frozen=True)
+class CheckResult:
+    """What was checked, and what is wrong with it; "" if nothing is."""
 
-    Keys, base model and data, a step of training, and the way to the server.
+    name: str
+    problem: str
+
+
+def preflight_check(
+    config: Config, identity: NodeIdentity, callback: NodeCallback
+) -> list[CheckResult]:
+    """Check whether this node can take part.
+
+    Keys, base model and data, a step of training, and whether the server admits it.
+
+    Args:
+        config: The client's configuration.
+        identity: Which node would join which server.
+        callback: Receives what happens.
     """
-    results: list[tuple[str, str | None]] = []
+    results: list[CheckResult] = []
 
-    def look(what: str, act: Callable[[], Any]) -> Any:
+    def passes(name: str, check: Callable[[], object]) -> bool:
+        problem = ""
         try:
-            value = act()
-        except (ConfigError, WorkerError, ConnectionLost) as error:
-            results.append((what, error.detail if isinstance(error, WorkerError) else str(error)))
-            return None
-        results.append((what, None))
-        return value
+            check()
+        except WorkerError as error:
+            problem = error.detail
+        except (ConfigError, ConnectionLost) as error:
+            problem = str(error)
+        results.append(CheckResult(name, problem))
+        return not problem
 
-    look("key, authority and name", party.connection)
-    with tempfile.TemporaryDirectory() as folder:
-        worker = Worker(config, party.name, Path(folder), told)
+    passes("key, authority and name", identity.fleet_client)
+    with tempfile.TemporaryDirectory() as directory:
+        worker = Worker(config, identity.name, Path(directory), callback)
         try:
-            if look("base model and data", worker.wait_until_ready) is not None:
-                look("a step of training", lambda: worker.rehearse(600.0))
+            if passes("base model and data", worker.wait_until_ready):
+                passes("a step of training", lambda: worker.run_smoke_test(SMOKE_TEST_SECONDS))
         finally:
             worker.stop()
-    look(f"the server {party.server}", lambda: party.connection().probe())
+    passes(f"the server {identity.server}", lambda: identity.fleet_client().probe())
     return results

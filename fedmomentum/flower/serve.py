@@ -1,28 +1,32 @@
-"""The coordinator's process: Flower's fleet service, and the run over it."""
+"""The server's process: Flower's fleet service, and the run over it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
-from fedmomentum.config import Config
 from fedmomentum.flower.apps import server_app
-from fedmomentum.flower.link import Link
-from fedmomentum.flower.status import Status
+from fedmomentum.flower.status import StatusWriter
+from fedmomentum.flower.superlink import SuperLink
 from fedmomentum.flower.transport import FlowerTransport
-from fedmomentum.run import run_over
-from fedmomentum.terminal import LineFormatter, Throttle
+from fedmomentum.run.networked import run_over
+from fedmomentum.server.callbacks import Callback, CallbackList
+from fedmomentum.utils.terminal import LineFormatter, Throttle
 
-RETURN_SECONDS = 60.0
-"""How long a resumed run waits for all: nodes that were there look for the server at least twice a minute."""
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
 
-Told = Callable[[str, Mapping[str, Any]], None]
+
+RESUME_WAIT_SECONDS = 60.0
+"""How long a resumed run waits for all nodes, which look for the server at least twice a minute."""
+LIBRARIES = ("flwr", "uvicorn", "asyncio", "httpx")
+"""Libraries whose logs strangers and nodes can trigger: only into `server.log`, and throttled."""
 
 
 def serve(
@@ -34,91 +38,115 @@ def serve(
     port: int,
     resume: bool = False,
     server_round: int | None = None,
-    told: Told,
+    callbacks: Iterable[Callback] = (),
 ) -> None:
-    """Serve a run to the nodes that are admitted in `keys`, to its end.
+    """Serve a run to the admitted nodes, until it ends.
 
     Args:
-        config: the run; its `[data]` does not count here.
-        keys: folder of `fedmomentum keys server`.
-        out: the run's folder; also gets `status.json` and `server.log`.
-        host: address to listen on.
-        port: port to listen on.
-        resume: go on with what is in `out`.
-        server_round: from this round instead of the last; the rounds after it are done again.
-        told: told of progress: the events of `run_over`, of `FlowerTransport`, and `listening`.
+        config: The run's configuration; its `[data]` is not used.
+        keys: Directory written by `fedmomentum keys server`.
+        out: The run's directory; also gets `status.json` and `server.log`.
+        host: Address to listen on.
+        port: Port to listen on.
+        resume: Continue the run in `out`.
+        server_round: Resume from this round instead of the last; later rounds are repeated.
+        callbacks: Receive progress, what is sent and received, and which nodes are connected.
 
     Raises:
-        ConfigError, ModelError, QuorumError: see `Link` and `run_over`.
+        ConfigError: If keys or settings are wrong, or the port cannot be opened; see `SuperLink`.
+        ModelError: If `out` cannot be used; see `run_over`.
+        QuorumError: If too few nodes take part.
     """
     federation = config.federation
-    with _logged(out), Link(keys, host, port) as link, contextlib.ExitStack() as after:
-        status = Status(out, config.federation.num_rounds)
-
-        def observe(event: str, facts: Mapping[str, Any]) -> None:
-            status.observe(event, facts)
-            told(event, facts)
+    with (
+        _server_log(out),
+        SuperLink(keys, host, port) as superlink,
+        contextlib.closing(StatusWriter(out, federation.num_rounds)) as status,
+    ):
+        callback_list = CallbackList([status, *callbacks])
 
         def run(grid: Grid) -> None:
             transport = FlowerTransport(
-                grid, link, round_seconds=federation.round_seconds, join_seconds=federation.join_seconds,
-                quorum=federation.quorum, start_seconds=RETURN_SECONDS if resume else None, observer=observe,
-            )  # fmt: skip
-            run_over(transport, config, out, resume=resume, server_round=server_round, observer=observe)
+                grid,
+                superlink,
+                round_timeout=federation.round_timeout,
+                join_timeout=federation.join_timeout,
+                min_valid_fraction=federation.min_valid_fraction,
+                start_timeout=RESUME_WAIT_SECONDS if resume else None,
+                callback=callback_list,
+            )
+            run_over(
+                transport,
+                config,
+                out,
+                resume=resume,
+                server_round=server_round,
+                callbacks=[callback_list],
+            )
 
-        told("listening", {"host": host, "port": link.port, "registered": link.registered()})
-        after.callback(status.close)
-        server_app(run)(grid=link.grid, context=Context(0, 0, {}, RecordDict(), {}))
-
-
-LIBRARIES = ("flwr", "uvicorn", "asyncio", "httpx")
-"""Whose loggers strangers and nodes can make speak: they go to `server.log` alone, and not without end."""
+        admitted = ", ".join(superlink.registered()) or "nobody yet (fedmomentum keys admit)"
+        callback_list.on_message(
+            f"Listening on {host}:{superlink.port} (TLS). Admitted: {admitted}"
+        )
+        # the run, in this thread, until it ends
+        app = server_app(run)
+        app(grid=superlink.grid, context=Context(0, 0, {}, RecordDict(), {}))
 
 
 @contextlib.contextmanager
-def _logged(out: Path) -> Iterator[None]:
-    """Keep what is logged, the libraries' warnings too, in `out/server.log`; theirs go there only.
+def _server_log(out: Path) -> Iterator[None]:
+    """Write what is logged to `out/server.log`, the libraries' warnings too, and theirs only there.
 
-    Lines are cut and have no control characters, whoever caused them.
+    Lines are cut and have no control characters, no matter who caused them.
     """
     out.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(out / "server.log", encoding="utf-8")
-    file.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler = _Throttled(file)
-    handler.addFilter(_without_refusals)
-    handler.addFilter(Throttle(burst=100, rate=0.2))
-    ours = logging.getLogger("fedmomentum")
-    level = ours.level
-    ours.addHandler(file)
-    ours.setLevel(logging.INFO)
+    # everything that is logged goes to the file
+    file_handler = logging.FileHandler(out / "server.log", encoding="utf-8")
+    file_handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # libraries: without the lines that ours replace, and not without end
+    library_handler = _ForwardingHandler(file_handler)
+    library_handler.addFilter(_is_not_refusal)
+    library_handler.addFilter(Throttle(burst=100, rate=0.2))
+
+    package_logger = logging.getLogger("fedmomentum")
+    package_level = package_logger.level
+    package_logger.addHandler(file_handler)
+    package_logger.setLevel(logging.INFO)
+    # their usual handlers, such as the terminal, are put aside meanwhile
     loggers = [logging.getLogger(name) for name in LIBRARIES]
-    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    previous = [
+        (logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers
+    ]
     for logger in loggers:
-        logger.handlers, logger.propagate = [handler], False
+        logger.handlers = [library_handler]
+        logger.propagate = False
         logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        ours.removeHandler(file)
-        ours.setLevel(level)
-        for logger, handlers, propagate, old_level in before:
-            logger.handlers, logger.propagate = handlers, propagate
-            logger.setLevel(old_level)
-        file.close()
+        package_logger.removeHandler(file_handler)
+        package_logger.setLevel(package_level)
+        for logger, handlers, propagate, level in previous:
+            logger.handlers = handlers
+            logger.propagate = propagate
+            logger.setLevel(level)
+        file_handler.close()
 
 
-class _Throttled(logging.Handler):
-    """Passes records on to another handler: filters put here count for them alone."""
+class _ForwardingHandler(logging.Handler):
+    """Passes records on to another handler, so that filters added here apply to them alone."""
 
     def __init__(self, target: logging.Handler) -> None:
         super().__init__()
         self._target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        record.exc_info = record.exc_text = None  # a line each, no traceback
+        # one line each, without a traceback
+        record.exc_info = None
+        record.exc_text = None
         self._target.handle(record)
 
 
-def _without_refusals(record: logging.LogRecord) -> bool:
-    """Not the line, key and all, that Flower writes whenever a node may not join; ours says it shorter."""
+def _is_not_refusal(record: logging.LogRecord) -> bool:
+    """Drop the line, key included, that Flower logs if a node may not join; ours is shorter."""
     return "/v1/fleet/activate-node" not in str(record.msg)

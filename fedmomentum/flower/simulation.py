@@ -1,31 +1,42 @@
-"""The same two apps under Flower's simulation engine, which plays the clients in Ray's processes on one machine.
+"""The same two apps under Flower's simulation engine, which runs the clients in Ray's processes.
 
-For whoever has a cluster that Ray runs on; on one machine `fedmomentum run` does the same without it. Ray pickles what
-it moves between its own processes: code and messages of one's own, no trust boundary.
+It is for clusters that Ray runs on; on one machine `fedmomentum run` does the same without it. Ray
+pickles what it moves between its own processes: only this installation's code and messages, not
+across a trust boundary.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid
 
-from fedmomentum.client import Client, LocalModel, client_step
-from fedmomentum.config import Config
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.apps import client_app, server_app
-from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
-from fedmomentum.names import directory_name
-from fedmomentum.origin import fingerprints, follow, refuse_missing
-from fedmomentum.run import load_data, prepare_party, run_over
+from fedmomentum.flower.transport import FlowerTransport, Session, pack_payload, unpack_payload
+from fedmomentum.run.client_setup import prepare_party
+from fedmomentum.run.networked import run_over
+from fedmomentum.run.origin import fingerprints, follow, refuse_missing
+from fedmomentum.run.setup import load_data
+from fedmomentum.server.callbacks import Callback, CallbackList
+from fedmomentum.utils.names import directory_name
 
-WHO = b"who are you?"
-_PARTIES: dict[str, tuple[Client, LocalModel]] = {}
-"""The parties that this process plays; a Ray process lives through the run, and one base model serves them all."""
+if TYPE_CHECKING:
+    from fedmomentum.client.client import Client
+    from fedmomentum.config.schema import Config
+
+
+NAME_QUERY = b"who are you?"
+"""The payload that asks a node which client it simulates."""
+NAME_QUERY_SECONDS = 120.0
+"""How long Ray may take to start a process that answers the query."""
+_CLIENTS: dict[str, Client] = {}
+"""The clients that this process simulates; it lives as long as the run, with one base model."""
 
 
 def simulate(
@@ -34,102 +45,144 @@ def simulate(
     *,
     resume: bool = False,
     server_round: int | None = None,
-    told: Callable[[str, Mapping[str, Any]], None],
+    callbacks: Iterable[Callback] = (),
 ) -> None:
     """Run a federation under Flower's simulation engine.
 
     Args:
-        config: the run, data included.
-        out: its folder; the clients keep what they are sent in `out/clients`.
-        resume: go on with what is in `out`.
-        server_round: from this round instead of the last; the rounds after it are done again.
-        told: told of progress.
+        config: The run's configuration, data included.
+        out: The run's directory; the clients' stores are in `out/clients`.
+        resume: Continue the run in `out`.
+        server_round: Resume from this round instead of the last; later rounds are repeated.
+        callbacks: Receive progress.
 
     Raises:
-        ConfigError: Ray is not there.
-        Exception: whatever ended the run; Flower's engine keeps it to itself, this does not.
+        ConfigError: If Ray is not installed.
+        Exception: Whatever ended the run; Flower's engine would hide it.
     """
+    # no telemetry; Ray reads this when it starts
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
         from flwr.simulation import run_simulation
     except ImportError as error:
         raise ConfigError(
-            "the simulation engine needs Ray; install it with: pip install 'fedmomentum[simulation]'"
+            "the simulation engine needs Ray; install it with: pip install "
+            "'fedmomentum[simulation]'"
         ) from error
+    # the data is read here for its names and fingerprints; each Ray process reads it again
     if resume:
         config = follow(config, out)
         refuse_missing(config)
-    parties = load_data(config)
-    names = [party.client_id for party in parties]
-    data = fingerprints(parties)
-    federation, ended = config.federation, list[BaseException]()
+    clients = load_data(config)
+    names = [client.client_id for client in clients]
+    data = fingerprints(clients)
+    federation = config.federation
+    errors: list[BaseException] = []
+    callback_list = CallbackList(callbacks)
 
     def run(grid: Grid) -> None:
         try:
             transport = FlowerTransport(
-                grid, _Names(grid, names), round_seconds=federation.round_seconds, join_seconds=federation.join_seconds,
-                quorum=federation.quorum, observer=told,
-            )  # fmt: skip
-            run_over(transport, config, out, resume=resume, server_round=server_round, observer=told, data=data)
+                grid,
+                _SimulatedRoster(grid, names),
+                round_timeout=federation.round_timeout,
+                join_timeout=federation.join_timeout,
+                min_valid_fraction=federation.min_valid_fraction,
+                callback=callback_list,
+            )
+            run_over(
+                transport,
+                config,
+                out,
+                resume=resume,
+                server_round=server_round,
+                callbacks=[callback_list],
+                data=data,
+            )
         except BaseException as error:
-            ended.append(error)
+            errors.append(error)
             raise
 
-    store = (out / "clients").resolve()
-    app = client_app(lambda payload, seconds, context: _answer(payload, context, config, names, store))
+    # one node for each client; Ray starts as many processes as the machine has cores
+    simulated = _SimulatedClients(config, names, (out / "clients").resolve())
     resources = {"num_cpus": 1.0, "num_gpus": 0.0}
     try:
         run_simulation(
-            server_app(run), app, num_supernodes=len(names),
-            backend_config={"client_resources": resources, "init_args": {"include_dashboard": False}},  # type: ignore[dict-item]
-        )  # fmt: skip
+            server_app(run),
+            client_app(simulated.answer),
+            num_supernodes=len(names),
+            backend_config={
+                "client_resources": resources,  # type: ignore[dict-item]
+                "init_args": {"include_dashboard": False},
+            },
+        )
     except BaseException as error:
-        if not ended:
+        if not errors:
             raise
-        raise ended[0] from error
+        raise errors[0] from error
     finally:
         ray.shutdown()
-    if ended:
-        raise ended[0]
+    if errors:
+        raise errors[0]
 
 
-def _answer(payload: bytes, context: Context, config: Config, names: list[str], store: Path) -> bytes:
-    """In a Ray process: be the party of this node."""
-    name = names[int(context.node_config["partition-id"])]
-    if payload == WHO:
-        return name.encode()
-    if name not in _PARTIES:
-        shared = next((local for _, local in _PARTIES.values()), None)
-        _PARTIES[name] = prepare_party(config, name, store / directory_name(name), local=shared)
-    client, local = _PARTIES[name]
-    return client_step(payload, client, local)
+@dataclass(frozen=True)
+class _SimulatedClients:
+    """Answers messages in a Ray process, each as the client of the message's node.
+
+    Attributes:
+        config: The run's configuration.
+        names: The clients' names; a node's partition is an index into them.
+        store: Directory of the clients' stores.
+    """
+
+    config: Config
+    names: list[str]
+    store: Path
+
+    def answer(self, payload: bytes, timeout: float, context: Context) -> bytes:
+        name = self.names[int(context.node_config["partition-id"])]
+        if payload == NAME_QUERY:
+            return name.encode()
+        if name not in _CLIENTS:
+            # One base model, and one cache of objects, serve all clients of a process.
+            first = next(iter(_CLIENTS.values()), None)
+            shared = None if first is None else first.model
+            store = self.store / directory_name(name)
+            client, _ = prepare_party(self.config, name, store, local=shared)
+            if first is not None:
+                client.store.cache = first.store.cache
+            _CLIENTS[name] = client
+        return _CLIENTS[name].handle(payload)
 
 
-class _Names:
-    """The roster: node ids are random, so each node is asked once which party it plays."""
+class _SimulatedRoster:
+    """The roster; node ids are random, so each node is asked once which client it simulates."""
 
     def __init__(self, grid: Grid, names: list[str]) -> None:
-        self._grid, self._names = grid, names
+        self._grid = grid
+        self._names = names
         self._nodes: dict[str, Session] = {}
 
-    def withdraw(self, names: Iterable[str]) -> None:
-        """Not here: what is asked of Ray's processes is fetched at once."""
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Do nothing: Ray's processes fetch their messages at once."""
 
     def registered(self) -> list[str]:
-        """All parties."""
+        """Return the names of all clients."""
         return self._names
 
     def online(self) -> dict[str, Session]:
-        """All that have said who they are."""
-        known = {session.node_id for session in self._nodes.values()}
-        asked = [
-            Message(packed(WHO), node_id, MessageType.TRAIN)
+        """Return the clients whose nodes have answered, sorted."""
+        known_ids = {session.node_id for session in self._nodes.values()}
+        queries = [
+            Message(pack_payload(NAME_QUERY), node_id, MessageType.TRAIN)
             for node_id in self._grid.get_node_ids()
-            if node_id not in known
+            if node_id not in known_ids
         ]
-        for reply in self._grid.send_and_receive(asked, timeout=120.0) if asked else []:
-            if reply.has_content():
-                name, _ = unpacked(reply.content)
-                self._nodes[name.decode()] = Session(reply.metadata.src_node_id, "")
+        if queries:
+            for reply in self._grid.send_and_receive(queries, timeout=NAME_QUERY_SECONDS):
+                if reply.has_content():
+                    name = unpack_payload(reply.content).payload.decode()
+                    self._nodes[name] = Session(reply.metadata.src_node_id, "")
         return dict(sorted(self._nodes.items()))

@@ -1,7 +1,8 @@
-"""The Flower transport: encoded tasks to nodes and their replies back, over any `Grid`, with deadlines throughout.
+"""The Flower transport: encoded tasks to nodes and their replies back, over any `Grid`.
 
-Flower itself waits without end for nodes, leaves a node that hangs out of its answers without a word, and names the
-wrong node in errors of its own. So what was sent is held against what came, message by message.
+Flower itself waits indefinitely for nodes, silently omits a node that hangs from its answers, and
+names the wrong node in errors of its own. Therefore every wait here has a deadline, and what came
+is matched with what was sent, message by message.
 """
 
 from __future__ import annotations
@@ -9,125 +10,178 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 
 from fedmomentum.errors import QuorumError
-from fedmomentum.schema import printable
-from fedmomentum.transport import Failure
+from fedmomentum.protocol.transport import Failure
+from fedmomentum.server.callbacks import Callback
+from fedmomentum.utils.text import printable
 
 LOG = logging.getLogger("fedmomentum")
 MAX_PAYLOAD_BYTES = 2**31 - 2**20
-"""The largest payload. Flower was seen to carry 2.2 GiB, at four times that in the node's memory."""
+"""The largest payload. Flower has carried 2.2 GiB, at four times that in the node's memory."""
 MAX_REASON = 500
 """Characters of what a client says went wrong."""
 POLL_SECONDS = 0.2
+"""How often to look for replies."""
 CHECK_SECONDS = 2.0
-"""How often to look who is connected."""
-AWAY_SECONDS = 30.0
-"""How long a round that has all other answers waits for a client since it lost its connection."""
+"""How often to look which nodes are connected."""
+RECONNECT_GRACE_SECONDS = 30.0
+"""How long a round that has all other replies waits for a client after its connection was lost."""
+MIN_TASK_SECONDS = 1.0
+"""The shortest time that a client is given, even if the round is about to end."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """One connection of a node: a node that was away, or started anew, has another `since`."""
+    """One connection of a node; a node that reconnected or restarted has another `connected_at`."""
 
     node_id: int
-    since: str
+    connected_at: str
 
 
 class Roster(Protocol):
-    """Who may take part, and who is there."""
+    """Which nodes may take part, and which are connected."""
 
     def registered(self) -> Sequence[str]:
-        """The names of all who may take part, sorted."""
+        """Return the names of all nodes that may take part, sorted."""
         ...
 
     def online(self) -> Mapping[str, Session]:
-        """Those who are connected."""
+        """Return the connected nodes by name."""
         ...
 
-    def withdraw(self, names: Iterable[str]) -> None:
-        """Take back the messages of these names that nobody has fetched yet."""
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Take back those of these messages that nobody has fetched yet."""
         ...
 
 
-def packed(payload: bytes, seconds: float = 0.0) -> RecordDict:
-    """A payload as a Flower record, with how long its answer may take; Flower cuts it into parts of 5 MB by itself.
+# ── payloads in Flower's records ──
 
-    Head and body apart: all clients that lack the same objects are sent the same body, and Flower's store keeps equal
-    parts once. So what waits there does not grow with the clients.
+
+def pack_payload(payload: bytes, timeout: float = 0.0) -> RecordDict:
+    """Return a payload as a Flower record; Flower splits it into parts of 5 MB by itself.
+
+    Header and body of the payload are separate arrays: all clients that need the same objects are
+    sent the same body, and Flower's store keeps equal parts only once. What waits there does not
+    grow with the number of clients.
+
+    Args:
+        payload: An encoded task or reply, in safetensors' format.
+        timeout: How many seconds the answer may take.
     """
-    cut = min(8 + int.from_bytes(payload[:8], "little"), len(payload))  # safetensors: the header's length is in front
-    arrays = {
-        name: Array("uint8", (len(part),), "bytes", part)
-        for name, part in (("head", payload[:cut]), ("body", payload[cut:]))
-    }
-    return RecordDict({"payload": ArrayRecord(arrays), "limits": ConfigRecord({"seconds": float(seconds)})})
+    # a safetensors file begins with the header's length, in 8 bytes
+    header_end = 8 + int.from_bytes(payload[:8], "little")
+    split = min(header_end, len(payload))
+    arrays = {"head": _as_array(payload[:split]), "body": _as_array(payload[split:])}
+    limits = ConfigRecord({"seconds": float(timeout)})
+    return RecordDict({"payload": ArrayRecord(arrays), "limits": limits})
 
 
-def unpacked(content: RecordDict) -> tuple[bytes, float]:
-    """The payload of a record, and its seconds.
+def _as_array(data: bytes) -> Array:
+    return Array("uint8", (len(data),), "bytes", data)
+
+
+class Unpacked(NamedTuple):
+    """The content of a Flower record: a payload, and how many seconds its answer may take."""
+
+    payload: bytes
+    timeout: float
+
+
+def unpack_payload(content: RecordDict) -> Unpacked:
+    """Return the payload of a Flower record, and how many seconds its answer may take.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: If the record has another form.
     """
     try:
-        payload, limits = content["payload"], content["limits"]
+        payload = content["payload"]
+        limits = content["limits"]
         if not isinstance(payload, ArrayRecord) or not isinstance(limits, ConfigRecord):
             raise TypeError("other records")
         seconds = limits["seconds"]
         if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
             raise TypeError("no duration")
-        return payload["head"].data + payload["body"].data, seconds
+        return Unpacked(payload["head"].data + payload["body"].data, seconds)
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError("a message without a payload") from error
 
 
-def _read(reply: Message) -> bytes | Failure | None:
-    """Return the payload of a reply, why there is none, or None if Flower itself says that the node is gone.
+def _read_reply(reply: Message) -> bytes | Failure | None:
+    """Return the payload of a reply, or why there is none; None if Flower says the node is gone.
 
     Raises:
-        Exception: Whatever Flower's records raise that are none.
+        Exception: Whatever Flower's records raise if they are damaged.
     """
     if reply.has_error():
         error = reply.error
-        if error.code == ErrorCode.NODE_UNAVAILABLE and reply.metadata.src_node_id == SUPERLINK_NODE_ID:
+        is_from_flower = reply.metadata.src_node_id == SUPERLINK_NODE_ID
+        if is_from_flower and error.code == ErrorCode.NODE_UNAVAILABLE:
             return None
         return Failure(str(error.reason or f"Flower's error {error.code}"))
     try:
-        return unpacked(reply.content)[0]
+        return unpack_payload(reply.content).payload
     except ValueError as error:
         return Failure(f"its answer could not be read: {error}")
 
 
+# ── the transport ──
+
+
 @dataclass
-class _Pending:
+class _PendingTask:
+    """A task that has no reply yet.
+
+    Attributes:
+        client: The client it was sent to.
+        session: The client's connection at that time.
+        disconnected_at: When that connection was lost, and the task with it; None while it stands.
+    """
+
     client: str
     session: Session
-    gone: float | None = None
-    """Since when its connection is lost, and with it the question."""
+    disconnected_at: float | None = None
 
-    def may_answer(self) -> bool:
-        return self.gone is None or time.monotonic() < self.gone + AWAY_SECONDS
+    def may_be_answered(self) -> bool:
+        if self.disconnected_at is None:
+            return True
+        return time.monotonic() < self.disconnected_at + RECONNECT_GRACE_SECONDS
+
+
+class _ExpiredTask(NamedTuple):
+    """A task whose reply will be ignored: its client, and when its time ran out."""
+
+    client: str
+    expired_at: float
+
+
+class _RoundTrip(NamedTuple):
+    """One exchange: the tasks by client, when it ends, and the tasks without a reply by message."""
+
+    tasks: Mapping[str, bytes]
+    end: float
+    pending: dict[str, _PendingTask]
 
 
 class FlowerTransport:
     """`Transport` over a Flower `Grid`.
 
     Args:
-        grid: Flower's, or the link's.
-        roster: names of nodes.
-        round_seconds: how long clients have for one answer.
-        join_seconds: how long to wait for nodes.
-        start_seconds: how long of that the start waits for all of them, if the quorum is there; join_seconds if None.
-        quorum: the share of the registered nodes without which no round begins.
-        observer: told `waiting`, `sent`, `answered`, `failed`, `late`, `nodes`.
+        grid: Flower's, or the SuperLink's.
+        roster: Names and connections of the nodes.
+        round_timeout: How many seconds clients have for one answer.
+        join_timeout: How many seconds to wait for nodes.
+        start_timeout: How many seconds of these the start waits for all nodes when enough are
+            there; by default, `join_timeout`.
+        min_valid_fraction: The fraction of the registered nodes without which no round begins.
+        callback: Receives what is sent, what comes, and which nodes are connected.
     """
 
     max_payload_bytes = MAX_PAYLOAD_BYTES
@@ -137,144 +191,190 @@ class FlowerTransport:
         grid: Grid,
         roster: Roster,
         *,
-        round_seconds: float,
-        join_seconds: float,
-        quorum: float,
-        start_seconds: float | None = None,
-        observer: Callable[[str, Mapping[str, Any]], None] = lambda event, facts: None,
+        round_timeout: float,
+        join_timeout: float,
+        min_valid_fraction: float,
+        start_timeout: float | None = None,
+        callback: Callback | None = None,
     ) -> None:
-        self._grid, self._roster, self._observer = grid, roster, observer
-        self._round_seconds, self._join_seconds, self._quorum = round_seconds, join_seconds, quorum
-        self._start_seconds = join_seconds if start_seconds is None else min(start_seconds, join_seconds)
-        self._started = False
-        self._late: dict[str, tuple[str, float]] = {}  # message id to the client and when it was given up
+        self._grid = grid
+        self._roster = roster
+        self._callback = callback or Callback()
+        self._round_timeout = round_timeout
+        self._join_timeout = join_timeout
+        self._min_valid_fraction = min_valid_fraction
+        self._start_timeout = join_timeout
+        if start_timeout is not None:
+            self._start_timeout = min(start_timeout, join_timeout)
+        self._has_started = False
+        self._expired: dict[str, _ExpiredTask] = {}
 
     def clients(self) -> Sequence[str]:
-        """Who is connected, sorted. A start waits for all for a while, a round for the quorum up to join_seconds.
+        """Return the connected clients, sorted.
+
+        The start waits a while for all of them; a round waits up to `join_timeout` for the minimum.
 
         Raises:
-            QuorumError: fewer than the quorum after that time.
+            QuorumError: If fewer than the minimum are connected after that time.
         """
         begun = time.monotonic()
-        end = begun + self._join_seconds
+        end = begun + self._join_timeout
+        start_end = begun + self._start_timeout
         while True:
-            registered, online = self._roster.registered(), sorted(self._roster.online())
-            enough = max(1, math.ceil(self._quorum * len(registered) - 1e-9))
-            wait_for_all = not self._started and time.monotonic() < begun + self._start_seconds
-            wanted = max(1, len(registered)) if wait_for_all else enough
+            registered = self._roster.registered()
+            online = sorted(self._roster.online())
+            # how many are needed now: all while a start waits for all, then the minimum
+            # 1e-9 undoes the rounding of a fraction such as 0.1 * 30
+            min_clients = max(1, math.ceil(self._min_valid_fraction * len(registered) - 1e-9))
+            waits_for_all = not self._has_started and time.monotonic() < start_end
+            num_wanted = max(1, len(registered)) if waits_for_all else min_clients
             missing = sorted(set(registered) - set(online))
-            self._observer("nodes", {"registered": registered, "online": online})
-            if len(online) >= wanted:
+            self._callback.on_nodes(registered, online)
+            # enough, or too late, or wait
+            if len(online) >= num_wanted:
                 break
             if time.monotonic() >= end:
                 raise QuorumError(
                     f"{len(online)} of {len(registered)} registered clients are connected after "
-                    f"{self._join_seconds:g} s, and {enough} are needed (federation.quorum). Missing: "
+                    f"{self._join_timeout:g} s, and {min_clients} are needed "
+                    f"(federation.min-valid-fraction). Missing: "
                     f"{', '.join(missing) or 'none is registered'}. Start them and resume"
                 )
-            until = begun + self._start_seconds if wait_for_all and len(online) >= enough else end
-            self._observer("waiting", {"for": missing, "seconds": until - time.monotonic()})
+            has_enough = len(online) >= min_clients
+            wait_end = start_end if waits_for_all and has_enough else end
+            self._callback.on_waiting(missing, wait_end - time.monotonic())
             time.sleep(CHECK_SECONDS)
-        if missing and not self._started:
+        if missing and not self._has_started:
             LOG.warning("starting without %s", ", ".join(missing))
-        self._started = True
+        self._has_started = True
         return online
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Ask all at once; wait until each has answered or failed, but not beyond `round_seconds`.
+        """Send all tasks; yield each client's reply or failure, at the latest at `round_timeout`.
 
-        A client that loses its connection and comes back within that time is asked again; a round that has all
-        other answers waits no longer than `AWAY_SECONDS` for it. Answers are fetched one at a time.
+        A client that loses its connection and comes back within that time is sent its task again; a
+        round that has all other replies waits for it no longer than `RECONNECT_GRACE_SECONDS`.
+        Replies are fetched one at a time.
         """
-        pending: dict[str, _Pending] = {}
-        online, end = self._roster.online(), time.monotonic() + self._round_seconds
+        online = self._roster.online()
+        round_trip = _RoundTrip(tasks, time.monotonic() + self._round_timeout, {})
+        # send to every client that is connected
         for client in tasks:
             if client not in online:
-                yield client, self._failed(client, "not connected")
-            elif failure := self._push(_Pending(client, online[client]), tasks, end, pending):
+                yield client, self._fail(client, "not connected")
+                continue
+            failure = self._push(client, online[client], round_trip)
+            if failure is not None:
                 yield client, failure
-        checked = time.monotonic()
-        while time.monotonic() < end and any(asked.may_answer() for asked in pending.values()):
-            yield from self._collect(pending)
-            if time.monotonic() > checked + CHECK_SECONDS:
-                checked = time.monotonic()
-                yield from self._ask_again(pending, tasks, end)
-            time.sleep(POLL_SECONDS)
-        self._roster.withdraw(pending)
-        for name, asked in pending.items():
-            reason = "lost its connection and did not come back in time"
-            if asked.gone is None:
-                reason = f"no answer within {self._round_seconds:g} s"
-                self._late[name] = asked.client, time.monotonic()
-            yield asked.client, self._failed(asked.client, reason)
 
-    def _push(
-        self, asked: _Pending, tasks: Mapping[str, bytes], end: float, pending: dict[str, _Pending]
-    ) -> Failure | None:
-        seconds, payload = max(1.0, end - time.monotonic()), tasks[asked.client]
+        # collect replies until all are there, the round is over, or only lost clients are missing
+        pending = round_trip.pending
+        checked_at = time.monotonic()
+        while time.monotonic() < round_trip.end:
+            if not any(task.may_be_answered() for task in pending.values()):
+                break
+            yield from self._collect(pending)
+            if time.monotonic() > checked_at + CHECK_SECONDS:
+                checked_at = time.monotonic()
+                yield from self._resend(round_trip)
+            time.sleep(POLL_SECONDS)
+        # what is missing now is a failure
+        yield from self._give_up(pending)
+
+    def _push(self, client: str, session: Session, round_trip: _RoundTrip) -> Failure | None:
+        """Send a client its task; return a failure if Flower does not take it."""
+        timeout = max(MIN_TASK_SECONDS, round_trip.end - time.monotonic())
+        payload = round_trip.tasks[client]
         message = Message(
-            packed(payload, seconds), asked.session.node_id, MessageType.TRAIN,
-            ttl=max(float(DEFAULT_TTL), 2 * self._round_seconds),
-        )  # fmt: skip
+            pack_payload(payload, timeout),
+            session.node_id,
+            MessageType.TRAIN,
+            ttl=max(float(DEFAULT_TTL), 2 * self._round_timeout),
+        )
         try:
-            (name,) = self._grid.push_messages([message])
+            (message_id,) = self._grid.push_messages([message])
         except Exception as error:
-            return self._failed(asked.client, f"the message could not be sent: {type(error).__name__}: {error}")
-        if not name:
-            return self._failed(asked.client, "Flower did not take the message")
-        pending[name] = asked
-        self._observer("sent", {"client": asked.client, "bytes": len(payload), "seconds": seconds})
+            reason = f"the message could not be sent: {type(error).__name__}: {error}"
+            return self._fail(client, reason)
+        if not message_id:
+            return self._fail(client, "Flower did not take the message")
+        round_trip.pending[message_id] = _PendingTask(client, session)
+        self._callback.on_task_sent(client, len(payload), timeout)
         return None
 
-    def _collect(self, pending: dict[str, _Pending]) -> Iterator[tuple[str, bytes | Failure]]:
-        """What has come, message by message: Flower's store keeps the others until they are asked for.
+    def _collect(self, pending: dict[str, _PendingTask]) -> Iterator[tuple[str, bytes | Failure]]:
+        """Yield the replies that have come, message by message.
 
-        Whatever is raised while one client's answer is fetched and read ends that client's part, and nothing else.
+        Flower's store keeps the others until they are fetched. Whatever is raised while one
+        client's reply is fetched and read is that client's failure, and nobody else's.
         """
-        waiting = [name for name, asked in pending.items() if asked.gone is None]
-        for name in [*waiting, *self._late]:
-            try:
-                answers = [
-                    _read(reply)
-                    for reply in self._grid.pull_messages([name])
-                    if reply.metadata.reply_to_message_id == name
-                ]
-            except Exception as error:
-                answers = [Failure(f"its answer could not be read: {type(error).__name__}: {error}")]
-            for answer in answers[:1]:
-                if name in self._late:
-                    client, since = self._late.pop(name)
-                    if not isinstance(answer, Failure) and answer is not None:
-                        LOG.warning("%s answered %.0f s too late; ignored", client, time.monotonic() - since)
-                        self._observer("late", {"client": client})
-                elif answer is None:
-                    pending[name].gone = time.monotonic()
-                    LOG.warning("%s lost its connection", pending[name].client)
+        connected = [name for name, task in pending.items() if task.disconnected_at is None]
+        for message_id in [*connected, *self._expired]:
+            replies = self._pull(message_id)
+            if not replies:
+                continue
+            reply = replies[0]
+            # a reply after its deadline, a lost connection, or an answer in time
+            if message_id in self._expired:
+                self._ignore_late(message_id, reply)
+            elif reply is None:
+                pending[message_id].disconnected_at = time.monotonic()
+                LOG.warning("%s lost its connection", pending[message_id].client)
+            else:
+                client = pending.pop(message_id).client
+                if isinstance(reply, Failure):
+                    yield client, self._fail(client, reply.reason)
                 else:
-                    client = pending.pop(name).client
-                    yield client, self._answer(client, answer)
+                    self._callback.on_reply(client, len(reply))
+                    yield client, reply
 
-    def _answer(self, client: str, answer: bytes | Failure) -> bytes | Failure:
-        if isinstance(answer, Failure):
-            return self._failed(client, answer.reason)
-        self._observer("answered", {"client": client, "bytes": len(answer)})
-        return answer
+    def _pull(self, message_id: str) -> list[bytes | Failure | None]:
+        """Return the replies to one message: none or one, unless Flower is mistaken."""
+        try:
+            return [
+                _read_reply(reply)
+                for reply in self._grid.pull_messages([message_id])
+                if reply.metadata.reply_to_message_id == message_id
+            ]
+        except Exception as error:
+            return [Failure(f"its answer could not be read: {type(error).__name__}: {error}")]
 
-    def _ask_again(
-        self, pending: dict[str, _Pending], tasks: Mapping[str, bytes], end: float
-    ) -> Iterator[tuple[str, Failure]]:
-        """Ask clients anew that have started anew since they were asked; the old question is lost to them."""
+    def _ignore_late(self, message_id: str, reply: bytes | Failure | None) -> None:
+        """Report a reply that came after its deadline."""
+        task = self._expired.pop(message_id)
+        if isinstance(reply, bytes):
+            seconds = time.monotonic() - task.expired_at
+            LOG.warning("%s answered %.0f s too late; ignored", task.client, seconds)
+            self._callback.on_late_reply(task.client)
+
+    def _resend(self, round_trip: _RoundTrip) -> Iterator[tuple[str, Failure]]:
+        """Send clients their task again if they have reconnected: the first one is lost to them."""
         online = self._roster.online()
-        self._observer("nodes", {"registered": self._roster.registered(), "online": sorted(online)})
-        for name, asked in list(pending.items()):
-            now = online.get(asked.client)
-            if now is not None and (asked.gone is not None or now != asked.session):
-                del pending[name]
-                LOG.warning("%s came back; it is asked again", asked.client)
-                if failure := self._push(_Pending(asked.client, now), tasks, end, pending):
-                    yield asked.client, failure
+        self._callback.on_nodes(self._roster.registered(), sorted(online))
+        for message_id, task in list(round_trip.pending.items()):
+            session = online.get(task.client)
+            if session is None:
+                continue
+            if task.disconnected_at is not None or session != task.session:
+                del round_trip.pending[message_id]
+                LOG.warning("%s came back; it is asked again", task.client)
+                failure = self._push(task.client, session, round_trip)
+                if failure is not None:
+                    yield task.client, failure
 
-    def _failed(self, client: str, reason: str) -> Failure:
-        reason = printable(reason, MAX_REASON)  # a client's words go to the terminal, logs and status.json
-        self._observer("failed", {"client": client, "reason": reason})
+    def _give_up(self, pending: dict[str, _PendingTask]) -> Iterator[tuple[str, Failure]]:
+        """Take back the tasks without a reply, and yield their clients' failures."""
+        self._roster.withdraw(pending)
+        for message_id, task in pending.items():
+            reason = "lost its connection and did not come back in time"
+            if task.disconnected_at is None:
+                reason = f"no answer within {self._round_timeout:g} s"
+                self._expired[message_id] = _ExpiredTask(task.client, time.monotonic())
+            yield task.client, self._fail(task.client, reason)
+
+    def _fail(self, client: str, reason: str) -> Failure:
+        """Report and return a client's failure."""
+        # a client's words go to the terminal, to logs and to status.json
+        reason = printable(reason, MAX_REASON)
+        self._callback.on_failure(client, reason)
         return Failure(reason)

@@ -1,142 +1,238 @@
-"""One page a comparison: `comparison.html`, complete in itself, with the data of its figures as files beside it."""
+"""The page of a comparison, `comparison.html`, and the data of its figures as CSV files."""
+
+from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmomentum.errors import ConfigError
-from fedmomentum.report import comparison_plots as plots
-from fedmomentum.report.cells import (
+from fedmomentum.report.figures import method_curves, method_scores
+from fedmomentum.report.figures.svg import Plot
+from fedmomentum.report.html import render, write_page
+from fedmomentum.results.comparison import (
     COMPARISON,
     Comparison,
     compare_runs,
     read_comparison,
-    settings_of,
-    summarise_methods,
+    read_settings,
 )
-from fedmomentum.report.html import render, write_page
-from fedmomentum.report.run import Run
-from fedmomentum.report.summary import natural_order
+from fedmomentum.results.method_summary import MethodSummary, summarize_methods
+from fedmomentum.results.run_results import RunResults
+from fedmomentum.results.statistics import MeanEstimate
+from fedmomentum.results.summary import natural_order
 
 DATA = "comparison-data"
-_OWN = {"method.name", "method.settings", "run.seed"}  # what a comparison compares
+# Settings in which the runs of a comparison differ by intention.
+_COMPARED_KEYS = {"method.name", "method.settings", "run.seed"}
+
+# Settings that runs do not share: key to (value, its methods) pairs.
+Differences = list[tuple[str, list[tuple[str, str]]]]
 
 
-def write_comparison_page(folders: Sequence[Path], *, out: Path | None = None, target: float = 0.5) -> Path:
-    """Write `comparison.html`, and a CSV a figure into `comparison-data/` beside it. Same folders, same bytes.
+def write_comparison_page(
+    directories: Sequence[str | Path], *, out: str | Path | None = None, target: float = 0.5
+) -> Path:
+    """Write `comparison.html` and a CSV a figure in `comparison-data/`.
+
+    The same directories give the same bytes.
 
     Args:
-        folders: one that `fedmomentum compare` wrote, or several runs' folders.
-        out: where to write; by default the comparison's folder, or the current one.
-        target: the exact match to count rounds, bytes and time to; a comparison has its own.
+        directories: One that `fedmomentum compare` wrote, or those of several runs.
+        out: Where to write; by default the comparison's directory, or the current one.
+        target: The exact match up to which rounds, bytes and time are counted; a comparison has its
+            own.
+
+    Returns:
+        The page's path.
 
     Raises:
-        ConfigError: a comparison among several folders.
-        ModelError: a folder that is neither.
-        DataError: a damaged file.
+        ConfigError: If a comparison is given together with others.
+        ModelError: If a directory is neither a run nor a comparison.
+        DataError: If a file is damaged.
     """
-    alone = len(folders) == 1 and (Path(folders[0]) / COMPARISON).is_file()
-    if not alone and any((Path(folder) / COMPARISON).is_file() for folder in folders):
-        raise ConfigError("report takes one comparison's folder, or several runs' folders, not both together")
-    comparison = read_comparison(folders[0]) if alone else compare_runs(folders, target)
-    place = Path(out or (folders[0] if alone else "."))
-    content = _content(comparison, [] if alone else list(folders))
-    page = render("comparison.html.j2", content, lambda plot: f"{DATA}/{plot.key}.csv")
-    (place / DATA).mkdir(parents=True, exist_ok=True)
-    for name in ("difference_plots", "score_plots", "method_plots", "client_plots"):
-        for plot in content[name]:
-            (place / DATA / f"{plot.key}.csv").write_text(plot.csv, encoding="utf-8", newline="\n")
-    return write_page(place / "comparison.html", page)
+    # One comparison, or several runs.
+    paths = [Path(directory) for directory in directories]
+    are_comparisons = [(path / COMPARISON).is_file() for path in paths]
+    if any(are_comparisons) and len(paths) > 1:
+        raise ConfigError(
+            "report takes one comparison's directory, or those of several runs, not both together"
+        )
+    if any(are_comparisons):
+        comparison = read_comparison(paths[0])
+        content = _content(comparison, _commands(comparison, []))
+        out_dir = Path(out or paths[0])
+    else:
+        comparison = compare_runs(paths, target)
+        content = _content(comparison, _commands(comparison, paths))
+        out_dir = Path(out or ".")
+
+    # The page, and the data of its figures.
+    plots = _plots(comparison, content["summaries"], content["clients"])
+    page = render("comparison.html.j2", content | plots, lambda plot: f"{DATA}/{plot.key}.csv")
+    (out_dir / DATA).mkdir(parents=True, exist_ok=True)
+    for section in plots.values():
+        for plot in section:
+            file = out_dir / DATA / f"{plot.key}.csv"
+            file.write_text(plot.csv, encoding="utf-8", newline="\n")
+    return write_page(out_dir / "comparison.html", page)
 
 
-def _content(comparison: Comparison, folders: Sequence[Path]) -> dict[str, Any]:
-    summaries = summarise_methods(comparison)
-    clients = sorted({name for cell in comparison.cells for name in cell.by_client}, key=natural_order)
-    runs = [run for cell in comparison.cells for run in cell.runs]
-    by_client = plots.client_plot(comparison, clients)
-    references = {cell.method for cell in comparison.cells if cell.kind != "federated"}
-    scored = [one for one in summaries if one.exact_match and one.loss and one.method not in references]
-    means = plots.client_means(comparison, clients)
+@dataclass(frozen=True)
+class _Leaders:
+    """The methods of the cards at the top of the page; None where none has the score."""
+
+    highest: MethodSummary | None
+    lowest: MethodSummary | None
+    least: MethodSummary | None
+
+
+def _content(comparison: Comparison, commands: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return what the template shows, figures excepted."""
+    summaries = summarize_methods(comparison)
+    references = {one.method for one in comparison.method_runs if one.kind != "federated"}
+    leaders = _find_leaders(summaries, references)
+    clients = _client_names(comparison)
+    means = method_scores.client_means(comparison, clients)
+    runs = [run for one in comparison.method_runs for run in one.runs]
+    first = comparison.method_runs[0]
     return {
         "comparison": comparison,
         "summaries": summaries,
-        "seeds": sorted({cell.seed for cell in comparison.cells}),
-        "highest": max(scored, key=lambda one: _mean(one.exact_match), default=None),
-        "lowest": min(scored, key=lambda one: _mean(one.loss), default=None),
-        "least": min(
-            (one for one in summaries if one.bytes_to_target), key=lambda one: _mean(one.bytes_to_target), default=None
-        ),
-        "items": sorted({cell.num_examples for cell in comparison.cells if cell.num_examples}),
-        "model": str(runs[0].plan.get("model", "a model")),
+        "seeds": sorted({one.seed for one in comparison.method_runs}),
+        "highest": leaders.highest,
+        "lowest": leaders.lowest,
+        "least": leaders.least,
+        "items": _example_counts(comparison),
+        "model": runs[0].plan.model,
         "clients": clients,
-        "by_client": [[means.get((client, method)) for method in comparison.methods] for client in clients],
-        "difference_plots": plots.difference_plots(comparison, summaries),
-        "score_plots": plots.score_plots(comparison),
-        "method_plots": plots.method_plots(comparison),
-        "client_plots": [by_client] if by_client else [],
-        "differing": _differing(comparison),
+        "by_client": [
+            [means.get((client, method)) for method in comparison.methods] for client in clients
+        ],
+        "differing": _find_differences(comparison),
         "config_text": runs[0].config_text,
-        "first": f"{comparison.cells[0].method}, seed {comparison.cells[0].seed}",
-        "environment": _environments(runs),
-        "commands": _commands(comparison, folders),
+        "first": f"{first.method}, seed {first.seed}",
+        "environment": _environment_facts(runs),
+        "commands": commands,
         "num_methods": len(summaries) - len(references),
         "num_references": len(references),
-        "unfinished": [
-            f"{cell.method}, seed {cell.seed}"
-            for cell in comparison.cells
-            if cell.points[-1].round < cell.runs[0].plan.get("num_rounds", 0)
-        ],
+        "unfinished": _unfinished(comparison),
     }
 
 
-def _mean(value: Any) -> float:
-    return float(value.mean)
-
-
-def _differing(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Settings that the federated runs do not share, besides what is compared: key, then value and its methods."""
-    cells = [cell for cell in comparison.cells if cell.kind == "federated"]
-    tables = [(cell.method, _flat(settings_of(cell.runs[0]))) for cell in cells]
-    found = []
-    for key in sorted({key for _, table in tables for key in table} - _OWN):
-        values: dict[str, list[str]] = {}
-        for method, table in tables:
-            values.setdefault(table.get(key, "not set"), []).append(method)
-        if len(values) > 1:
-            found.append((key, [(value, ", ".join(dict.fromkeys(who))) for value, who in values.items()]))
-    return found
-
-
-def _flat(table: dict[str, Any]) -> dict[str, str]:
+def _plots(
+    comparison: Comparison, summaries: Sequence[MethodSummary], clients: Sequence[str]
+) -> dict[str, list[Plot]]:
+    """Return the figures by section."""
+    by_client = method_scores.client_plot(comparison, clients)
     return {
-        f"{section}.{key}": repr(value)
-        for section, values in table.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
+        "difference_plots": method_scores.difference_plots(comparison, summaries),
+        "score_plots": method_curves.score_plots(comparison),
+        "method_plots": method_curves.method_plots(comparison),
+        "client_plots": [by_client] if by_client else [],
     }
 
 
-def _environments(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Every fact of the runs' environments, all its values."""
+def _find_leaders(summaries: Sequence[MethodSummary], references: set[str]) -> _Leaders:
+    """Find the best method by each measure; references compete for the fewest bytes only."""
+    scored = []
+    for summary in summaries:
+        if summary.exact_match and summary.loss and summary.method not in references:
+            scored.append(summary)
+    reached = [summary for summary in summaries if summary.bytes_to_target]
+    return _Leaders(
+        highest=max(scored, key=_mean_of(lambda one: one.exact_match), default=None),
+        lowest=min(scored, key=_mean_of(lambda one: one.loss), default=None),
+        least=min(reached, key=_mean_of(lambda one: one.bytes_to_target), default=None),
+    )
+
+
+def _mean_of(
+    estimate_of: Callable[[MethodSummary], MeanEstimate | None],
+) -> Callable[[MethodSummary], float]:
+    def mean(summary: MethodSummary) -> float:
+        estimate = estimate_of(summary)
+        assert estimate is not None
+        return estimate.mean
+
+    return mean
+
+
+def _client_names(comparison: Comparison) -> list[str]:
+    names: set[str] = set()
+    for one in comparison.method_runs:
+        names.update(one.by_client)
+    return sorted(names, key=natural_order)
+
+
+def _example_counts(comparison: Comparison) -> list[int]:
+    counts = {one.num_examples for one in comparison.method_runs if one.num_examples}
+    return sorted(counts)
+
+
+def _unfinished(comparison: Comparison) -> list[str]:
+    unfinished = []
+    for one in comparison.method_runs:
+        if one.points[-1].round < one.runs[0].plan.num_rounds:
+            unfinished.append(f"{one.method}, seed {one.seed}")
+    return unfinished
+
+
+def _find_differences(comparison: Comparison) -> Differences:
+    """Find settings that the federated runs do not share, besides those that are compared."""
+    # The settings of each federated run.
+    settings = []
+    for one in comparison.method_runs:
+        if one.kind == "federated":
+            settings.append((one.method, _flatten(read_settings(one.runs[0]))))
+    keys: set[str] = set()
+    for _, table in settings:
+        keys.update(table)
+
+    # Keys with several values, each value with the methods that have it.
+    differences = []
+    for key in sorted(keys - _COMPARED_KEYS):
+        methods_by_value: dict[str, list[str]] = {}
+        for method, table in settings:
+            methods_by_value.setdefault(table.get(key, "not set"), []).append(method)
+        if len(methods_by_value) > 1:
+            values = []
+            for value, methods in methods_by_value.items():
+                values.append((value, ", ".join(dict.fromkeys(methods))))
+            differences.append((key, values))
+    return differences
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, str]:
+    """Return `section.key` to value."""
+    flat = {}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            for key, value in values.items():
+                flat[f"{section}.{key}"] = repr(value)
+    return flat
+
+
+def _environment_facts(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
+    """Return every fact of the runs' environments with all its values."""
     facts: dict[str, list[str]] = {}
     for run in runs:
         for name, value in run.environment.items():
-            inner = value.items() if isinstance(value, dict) else [(name, value)]
-            for key, one in inner:
+            table = value if isinstance(value, dict) else {name: value}
+            for key, one in table.items():
                 facts.setdefault(key, []).append(str(one))
     return [(name, " | ".join(dict.fromkeys(values))) for name, values in facts.items()]
 
 
-def _commands(comparison: Comparison, folders: Sequence[Path]) -> list[tuple[str, str]]:
+def _commands(comparison: Comparison, directories: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return the comparison's command, or those that make this page and runs like these."""
     if comparison.command:
-        return [("This comparison; started again, it goes on", comparison.command)]
-    again = shlex.join(["fedmomentum", "report", *map(str, folders)])
-    runs = [
-        (
-            f"A run like {folder}",
-            shlex.join(["fedmomentum", "run", f"{folder}/config.toml", "--out", f"{folder}-again"]),
-        )
-        for folder in folders
-    ]
-    return [("This page", again), *runs]
+        return [("This comparison; run again, it continues where it stopped", comparison.command)]
+    page = shlex.join(["fedmomentum", "report", *map(str, directories)])
+    commands = [("This page", page)]
+    for directory in directories:
+        arguments = ["run", f"{directory}/config.toml", "--out", f"{directory}-again"]
+        commands.append((f"A run like {directory}", shlex.join(["fedmomentum", *arguments])))
+    return commands

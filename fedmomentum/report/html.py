@@ -1,4 +1,4 @@
-"""What the pages have in common: their templates, and how they are put in place."""
+"""What the pages share: rendering a template, and writing the file."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -8,39 +8,46 @@ from typing import Any
 
 import jinja2
 
-from fedmomentum.report import text
-from fedmomentum.report.svg import Plot
+from fedmomentum.report.figures.svg import Plot
+from fedmomentum.results import formatting
 
 
 def render(template: str, content: Mapping[str, Any], csv_link: Callable[[Plot], str]) -> str:
-    """The page as HTML.
+    """Render a page as HTML.
 
     Args:
-        template: its file beside this one.
-        content: what it shows.
-        csv_link: where a plot's CSV is.
+        template: A template file of this package.
+        content: What the template shows.
+        csv_link: Returns the address of a plot's CSV.
     """
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: (files("fedmomentum.report") / name).read_text(encoding="utf-8")),
-    )  # fmt: skip
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_load_template),
+    )
     environment.filters |= {
-        "percent": text.percent,
-        "percent_range": text.percent_range,
-        "points": text.points,
-        "number": text.number,
-        "count": text.count,
-        "bytes": text.human_bytes,
-        "seconds": text.human_seconds,
-        "spread": text.spread,
-        "interval": text.interval,
+        "percent": formatting.percent,
+        "percent_range": formatting.percent_range,
+        "points": formatting.points,
+        "number": formatting.number,
+        "count": formatting.count,
+        "bytes": formatting.human_bytes,
+        "seconds": formatting.human_seconds,
+        "spread": formatting.mean_and_spread,
+        "interval": formatting.mean_and_interval,
         "csv_link": csv_link,
     }
     return environment.get_template(template).render(content)
 
 
+def _load_template(name: str) -> str:
+    return (files("fedmomentum.report") / name).read_text(encoding="utf-8")
+
+
 def write_page(path: Path, page: str) -> Path:
-    """Write the file whole or not at all."""
+    """Write a page completely or not at all, and return its path."""
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(page, encoding="utf-8", newline="\n")
     os.replace(unfinished, path)

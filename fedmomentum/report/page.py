@@ -1,156 +1,234 @@
-"""One page a run: `report.html`, complete in itself."""
+"""The page of a run, `report.html`: one file that needs no others."""
 
-import json
+from __future__ import annotations
+
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fedmomentum.report import plots, text
+from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.report.figures import aggregation, cost, scores
+from fedmomentum.report.figures.lines import present
+from fedmomentum.report.figures.svg import Plot
 from fedmomentum.report.html import render, write_page
-from fedmomentum.report.participation import absences
-from fedmomentum.report.run import Run, read_run
-from fedmomentum.report.summary import federated_row, natural_order, summarise, untouched_row
+from fedmomentum.results.formatting import count, human_bytes, percent, shorten
+from fedmomentum.results.participation import REASON_LENGTH, find_absences
+from fedmomentum.results.run_results import RunResults
+from fedmomentum.results.summary import (
+    SummaryRow,
+    find_base_round,
+    find_federated_round,
+    natural_order,
+    summarize_run,
+    total_seconds,
+)
 
-_REASON = 600  # characters of a failure's reason
+# Name and value, as a table of two columns.
+Facts = list[tuple[str, str]]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run folder and return its path. The same folder gives the same bytes.
+@dataclass(frozen=True)
+class Participant:
+    """A client in a row of the table of rounds; `reason` says why its update is missing."""
+
+    name: str
+    weight: float | None
+    num_examples: int | None
+    first_loss: float | None
+    last_loss: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A row of the table of rounds."""
+
+    record: RoundRecord
+    participants: list[Participant]
+    seconds: float
+
+    @property
+    def failures(self) -> list[Participant]:
+        """The participants whose update, or evaluation, is missing."""
+        return [one for one in self.participants if one.reason is not None]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run directory; the same directory gives the same bytes.
+
+    Returns:
+        The page's path.
 
     Raises:
-        ModelError: the folder, or one of the files that every run has, is missing.
-        DataError: a file of the folder is damaged.
+        ModelError: If the directory, or a file that every run has, is missing.
+        DataError: If a file is damaged.
     """
     run_dir = Path(run_dir)
-    content = _content(read_run(run_dir), _example_client(run_dir))
-    page = render("page.html.j2", content, lambda plot: "data:text/csv;charset=utf-8," + quote(plot.csv))
+    content = _content(RunResults.load(run_dir))
+    page = render("page.html.j2", content, _embedded_csv)
     return write_page(run_dir / "report.html", page)
 
 
-def _example_client(run_dir: Path) -> str | None:
-    """Return a client to name in commands, where the last checkpoint says that each has a model of its own."""
-    checkpoints = sorted(file for file in (run_dir / "rounds").glob("*.json") if file.stem.isdecimal())
-    try:
-        manifest = json.loads(checkpoints[-1].read_text(encoding="utf-8"))
-        return min(manifest["run"]["held"], default="NAME") if manifest["personal"] else None
-    except (IndexError, OSError, ValueError, KeyError, TypeError):
-        return None  # without a checkpoint there is nothing to carry away
+def _embedded_csv(plot: Plot) -> str:
+    return "data:text/csv;charset=utf-8," + quote(plot.csv)
 
 
-def _content(run: Run, client: str | None) -> dict[str, Any]:
-    rows, summary = run.rows, summarise(run.rows)
-    before, after = untouched_row(rows), federated_row(rows)
-    done = rows[-1]["round"]
-    best = [row["round"] for row in rows if row.get("is_best") and row["round"] > 0]
-    planned = run.plan.get("num_rounds", done)
-    categories = [line for line in summary if line.group == "category"]
-    named = [line for line in categories if line.name]
+def _content(run: RunResults) -> dict[str, Any]:
+    """Return what the template shows."""
+    rounds = run.rounds
+    num_done = rounds[-1].round
+    is_finished = num_done >= run.plan.num_rounds
+    summary = summarize_run(rounds)
     return {
         "run": run,
-        "method": str(run.plan.get("method", "the method")).partition("(")[0],
-        "num_clients": run.plan.get("num_clients", len(run.partition)),
-        "done": done,
-        "planned": planned,
+        "method": run.plan.method.partition("(")[0],
+        "num_clients": run.plan.num_clients,
+        "done": num_done,
+        "planned": run.plan.num_rounds,
         "total": summary[0],
-        "groups": [("category", named), ("client", [line for line in summary if line.group == "client"])],
-        "before": before,
-        "after": after,
-        "best": best[-1] if best else None,
-        "uplink": sum(sum((row.get("uplink_bytes") or {}).values()) for row in rows),
-        "downlink": sum(sum((row.get("downlink_bytes") or {}).values()) for row in rows),
-        "elapsed": sum(sum(value or 0.0 for value in (row.get("seconds") or {}).values()) for row in rows),
-        "interval_plots": _present(
-            plots.intervals(summary, "category", "By category") if named else None,
-            plots.intervals(summary, "client", "By client"),
-        ),
-        "score_plots": _present(plots.exact_match(rows), plots.evaluation_loss(rows), plots.train_loss(rows)),
-        "method_plots": plots.aggregation(rows),
-        "movement_plots": plots.movement(rows),
-        "cost_plots": [*plots.traffic(rows), *_present(plots.seconds(rows))],
-        "partition_plots": _present(plots.partition(run.partition, "train"), plots.partition(run.partition, "test")),
-        "rounds": [_round(row) for row in rows if row["round"] > 0],
-        "absences": absences(rows, run.partition),
-        "num_failures": sum(len(row.get("failures") or {}) for row in rows),
-        "plan": _plan(run),
-        "environment": _environment(run.environment),
-        "version": rows[-1].get("version"),
-        "commands": _commands(run.name, finished=done >= planned, client=client),
+        "groups": [
+            ("category", _named_categories(summary)),
+            ("client", [row for row in summary if row.group == "client"]),
+        ],
+        "before": find_base_round(rounds),
+        "after": find_federated_round(rounds),
+        "best": _best_round(rounds),
+        "uplink": sum(sum(record.uplink_bytes.values()) for record in rounds),
+        "downlink": sum(sum(record.downlink_bytes.values()) for record in rounds),
+        "elapsed": sum(total_seconds(record) for record in rounds),
+        "rounds": [_round_row(record) for record in rounds if record.round > 0],
+        "absences": find_absences(rounds, run.partition),
+        "num_failures": sum(len(record.failures) for record in rounds),
+        "plan": _plan_facts(run),
+        "environment": _environment_facts(run.environment),
+        "version": rounds[-1].version,
+        "commands": _commands(run.name, finished=is_finished, client=_example_client(run)),
+        **_plots(run, summary),
     }
 
 
-def _present(*candidates: plots.Plot | None) -> list[plots.Plot]:
-    return [plot for plot in candidates if plot]
-
-
-def _round(row: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table of rounds."""
-    failures = row.get("failures") or {}
-    weights, examples, clients = (row.get(key) or {} for key in ("weights", "num_examples", "clients"))
-    names = sorted({*(row.get("participants") or ()), *failures}, key=natural_order)
-    participants = [
-        {
-            "name": name,
-            "weight": weights.get(name),
-            "examples": examples.get(name),
-            "first_loss": clients.get(name, {}).get("first_loss"),
-            "last_loss": clients.get(name, {}).get("last_loss"),
-            "reason": text.shorten(str(failures[name]), _REASON) if name in failures else None,
-        }
-        for name in names
-    ]
+def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plot]]:
+    """Return the figures by section."""
+    # A run without categories has a single one without a name.
+    by_category = None
+    if _named_categories(summary):
+        by_category = scores.intervals_plot(summary, "category", "By category")
+    by_client = scores.intervals_plot(summary, "client", "By client")
     return {
-        "round": row["round"],
-        "is_best": bool(row.get("is_best")),
-        "num_accepted": len(row.get("accepted") or ()),
-        "participants": participants,
-        "failures": [participant for participant in participants if participant["reason"] is not None],
-        "learning_rate": row.get("learning_rate"),
-        "train_loss": row.get("train_loss"),
-        "seconds": sum(value or 0.0 for value in (row.get("seconds") or {}).values()),
+        "interval_plots": present(by_category, by_client),
+        "score_plots": present(
+            scores.exact_match_plot(run.rounds),
+            scores.evaluation_loss_plot(run.rounds),
+            scores.train_loss_plot(run.rounds),
+        ),
+        "method_plots": aggregation.aggregation_plots(run.rounds),
+        "movement_plots": aggregation.movement_plots(run.rounds),
+        "cost_plots": [*cost.traffic_plots(run.rounds), *present(cost.seconds_plot(run.rounds))],
+        "partition_plots": present(
+            cost.partition_plot(run.partition, "train"),
+            cost.partition_plot(run.partition, "test"),
+        ),
     }
 
 
-def _plan(run: Run) -> list[tuple[str, str]]:
+def _named_categories(summary: Sequence[SummaryRow]) -> list[SummaryRow]:
+    return [row for row in summary if row.group == "category" and row.name]
+
+
+def _best_round(rounds: Sequence[RoundRecord]) -> int | None:
+    best = None
+    for record in rounds:
+        if record.is_best and record.round > 0:
+            best = record.round
+    return best
+
+
+def _round_row(record: RoundRecord) -> RoundRow:
+    # Clients that were sampled, and those whose evaluation failed.
+    participants = []
+    names = {*record.participants, *record.failures}
+    for name in sorted(names, key=natural_order):
+        training = record.clients.get(name)
+        failure = record.failures.get(name)
+        participant = Participant(
+            name=name,
+            weight=record.weights.get(name),
+            num_examples=record.num_examples.get(name),
+            first_loss=training.first_loss if training else None,
+            last_loss=training.last_loss if training else None,
+            reason=None if failure is None else shorten(failure, REASON_LENGTH),
+        )
+        participants.append(participant)
+    return RoundRow(record, participants, total_seconds(record))
+
+
+def _plan_facts(run: RunResults) -> Facts:
     plan = run.plan
-    trained, parameters = plan.get("num_trained"), plan.get("num_parameters")
-    share = f" ({text.percent(trained / parameters, 2)})" if trained and parameters else ""
+    trained = count(plan.num_trained)
+    if plan.num_trained and plan.num_parameters:
+        trained += f" ({percent(plan.num_trained / plan.num_parameters, 2)})"
     return [
-        ("Model", str(plan.get("model", "–"))),
-        ("Method", str(plan.get("method", "–"))),
-        ("Clients, rounds", f"{text.count(plan.get('num_clients'))}, {text.count(plan.get('num_rounds'))}"),
-        ("Parameters", text.count(parameters)),
-        ("Trained on each client", text.count(trained) + share),
-        ("Planned up, a client and round", text.human_bytes(plan.get("uplink_bytes"))),
-        ("Planned down, a client and round", text.human_bytes(plan.get("downlink_bytes"))),
-        ("Planned memory", text.human_bytes(plan.get("memory_bytes"))),
-        ("Planned disk", text.human_bytes(plan.get("disk_bytes"))),
+        ("Model", plan.model),
+        ("Method", plan.method),
+        ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
+        ("Parameters", count(plan.num_parameters)),
+        ("Trained on each client", trained),
+        ("Planned up, a client and round", human_bytes(plan.uplink_bytes)),
+        ("Planned down, a client and round", human_bytes(plan.downlink_bytes)),
+        ("Planned memory", human_bytes(plan.memory_bytes)),
+        ("Planned disk", human_bytes(plan.disk_bytes)),
     ]
 
 
-def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = [(name, str(value)) for name, value in environment.items() if not isinstance(value, dict)]
-    for values in environment.values():
-        if isinstance(values, dict):
-            facts += [(name, str(value)) for name, value in values.items()]
+def _environment_facts(environment: dict[str, Any]) -> Facts:
+    """Return the single facts, then those of its tables."""
+    # Single facts.
+    facts = []
+    for name, value in environment.items():
+        if not isinstance(value, dict):
+            facts.append((name, str(value)))
+
+    # Tables, such as the versions of the libraries.
+    for value in environment.values():
+        if isinstance(value, dict):
+            facts += [(name, str(one)) for name, one in value.items()]
     return facts
 
 
+def _example_client(run: RunResults) -> str | None:
+    """Return a client to name in commands; None where all clients share one model."""
+    checkpoint = run.checkpoint
+    if checkpoint is None or checkpoint.run is None or not checkpoint.personal:
+        return None
+    return min(checkpoint.run.held, default="NAME")
+
+
 def _commands(name: str, *, finished: bool, client: str | None) -> list[tuple[str, str]]:
-    """What can be done with the run, as commands that can be pasted into a shell.
+    """Return what can be done with the run, as commands that can be pasted into a shell.
 
     Args:
         name: The run's directory.
         finished: Whether all rounds are done.
         client: One of the clients, where each has a model of its own.
     """
-    whose = [] if client is None else ["--client", client]
-    resume = "Go on after an interruption" if finished else "Finish this run"
-    commands = [
-        ("Whole model, loads anywhere", ["export", name, *whose, "--to", "merged", "--out", f"{name}-merged"]),
-        ("Adapter and what it needs", ["export", name, *whose, "--to", "adapter", "--out", f"{name}-adapter"]),
-        (resume, ["run", f"{name}/config.toml", "--resume", "--out", name]),
-    ]
-    generate = shlex.join(["fedmomentum", "generate", name, *whose])
-    joined = [(title, shlex.join(["fedmomentum", *words])) for title, words in commands]
-    return [("Try the model", f'{generate} --prompt "..."'), *joined]
+    client_option = [] if client is None else ["--client", client]
+    export = ["export", name, *client_option]
+    commands = {
+        "Merged model, loads anywhere": [*export, "--to", "merged", "--out", f"{name}-merged"],
+        "Adapter for the base model": [*export, "--to", "adapter", "--out", f"{name}-adapter"],
+        "Resume after an interruption" if finished else "Finish this run": [
+            "run",
+            f"{name}/config.toml",
+            "--resume",
+            "--out",
+            name,
+        ],
+    }
+    generate = shlex.join(["fedmomentum", "generate", name, *client_option])
+    lines = [("Try the model", f'{generate} --prompt "..."')]
+    for purpose, arguments in commands.items():
+        lines.append((purpose, shlex.join(["fedmomentum", *arguments])))
+    return lines

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmomentum.data.continuation import continuation_ids
 from fedmomentum.data.examples import Example
-from fedmomentum.data.tokens import prompt_token_ids, tokenise
+from fedmomentum.data.tokenization import prompt_token_ids, tokenize
 from fedmomentum.errors import DataError
 
 WORDS = ["the", "cat", "yes", "no", "play", "ing", "playing", "42", "Q:", "A:", "no-one"]
@@ -18,7 +18,9 @@ CHARACTERS = [c for c in string.printable[:95] if c != " "] + ["\n"]
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 BOS = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
 BOTH = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-SEPARATED = processors.TemplateProcessing(single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 0)])
+SEPARATED = processors.TemplateProcessing(
+    single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 0)]
+)
 
 
 def wrapped(tokenizer, post_processor=None):
@@ -31,9 +33,13 @@ def unigram(scheme, split, post_processor=None):
     """As SentencePiece's unigram models are converted (T5, XLM-R, newer Llama-likes)."""
     pieces = [*(f"▁{word}" for word in WORDS), *WORDS]
     vocabulary = [(token, 0.0) for token in SPECIAL.values()] + [("▁", -6.0)]
-    vocabulary += [(piece, -2.0 - len(piece) / 100) for piece in pieces] + [(c, -8.0) for c in CHARACTERS]
+    vocabulary += [(piece, -2.0 - len(piece) / 100) for piece in pieces] + [
+        (c, -8.0) for c in CHARACTERS
+    ]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=split)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme=scheme, split=split
+    )
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme=scheme, split=split)
     return wrapped(tokenizer, post_processor)
 
@@ -56,8 +62,12 @@ def legacy_llama(post_processor=None):
     tokens = [*SPECIAL.values(), "▁", *CHARACTERS, *pieces]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return wrapped(tokenizer, post_processor)
 
 
@@ -65,7 +75,9 @@ def byte_level(add_prefix_space, post_processor=None):
     """As GPT-2, Llama 3, Qwen."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges, pieces = merges_of([*(f"Ġ{word}" for word in WORDS), *WORDS])
-    vocabulary = {t: i for i, t in enumerate(dict.fromkeys([*SPECIAL.values(), *alphabet, *pieces]))}
+    vocabulary = {
+        t: i for i, t in enumerate(dict.fromkeys([*SPECIAL.values(), *alphabet, *pieces]))
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,11 +110,19 @@ LOSSLESS = SENTENCE_PIECE | {
 }
 ALL = LOSSLESS | {"word piece": word_piece(), "word piece with separators": word_piece(SEPARATED)}
 
-TEXT = st.lists(st.sampled_from([*WORDS, " ", "  ", "\n", ".", "-", "x", ":"]), min_size=1, max_size=6).map("".join)
+TEXT = st.lists(
+    st.sampled_from([*WORDS, " ", "  ", "\n", ".", "-", "x", ":"]), min_size=1, max_size=6
+).map("".join)
 
 
 def ids_of(tokenizer, prompt, completion):
-    tokens = tokenise([Example(prompt, completion)], tokenizer, max_length=500, max_lost_share=0.0, owner="north")
+    tokens = tokenize(
+        [Example(prompt, completion)],
+        tokenizer,
+        max_length=500,
+        max_truncated_fraction=0.0,
+        owner="north",
+    )
     return list(tokens.input_ids[0]), tokens.num_prompt_tokens[0]
 
 
@@ -127,7 +147,9 @@ def test_the_ids_read_as_prompt_and_completion_to_the_letter(name, prompt, compl
     if name == "byte level with a space in front":
         text = text[1:] if not prompt.startswith((" ", "\n")) else text
     wanted = prompt + completion
-    assert text.lstrip(" ") == wanted.lstrip(" ")  # SentencePiece does not tell a first space from its own
+    assert text.lstrip(" ") == wanted.lstrip(
+        " "
+    )  # SentencePiece does not tell a first space from its own
     # and as generation goes on from the prompt's ids: with each of the answer's
     assert text.endswith(completion) and read(tokenizer, ids[:num_prompt]).strip() == prompt.strip()
 
@@ -146,7 +168,9 @@ def test_a_prompt_that_ends_in_a_space_is_learned_with_one(name):
 @given(prompt=TEXT.filter(str.strip), completion=TEXT.filter(str.strip))
 @example(prompt="play", completion="ing")
 @example(prompt="the cat", completion="the")
-def test_a_tokenizer_that_keeps_no_blanks_reads_as_it_would_read_the_whole(name, prompt, completion):
+def test_a_tokenizer_that_keeps_no_blanks_reads_as_it_would_read_the_whole(
+    name, prompt, completion
+):
     tokenizer = ALL[name]
     ids, num_prompt = ids_of(tokenizer, prompt, completion)
     assert ids[:num_prompt] == prompt_token_ids(prompt, tokenizer)
@@ -187,10 +211,16 @@ def test_an_answer_that_cannot_be_written_there_is_refused_by_name():
             return "".join(chr(i) if i < 1000 else "#" for i in ids)
 
     tokenizer = Marking()
-    with pytest.raises(DataError, match=r"would read \.\.\.'#a#b' instead of \.\.\.'#ab'. Let the answer begin"):
+    with pytest.raises(
+        DataError, match=r"would read \.\.\.'#a#b' instead of \.\.\.'#ab'. Let the answer begin"
+    ):
         continuation_ids(tokenizer("a")["input_ids"], tokenizer("ab")["input_ids"], "b", tokenizer)
-    with pytest.raises(DataError, match="north, example 0: after this prompt the tokenizer cannot write"):
-        tokenise([Example("a", "b")], tokenizer, max_length=9, max_lost_share=0.0, owner="north")
+    with pytest.raises(
+        DataError, match="north, example 0: after this prompt the tokenizer cannot write"
+    ):
+        tokenize(
+            [Example("a", "b")], tokenizer, max_length=9, max_truncated_fraction=0.0, owner="north"
+        )
 
 
 @pytest.mark.parametrize("name", SENTENCE_PIECE)

@@ -16,7 +16,11 @@ from fedmomentum.errors import DataError
         ((), "x", "holds no message"),
         ([{"role": "user", "content": "a"}], "x", "prompt is list"),
         (({"role": "user"},), "x", "message 1 .* exactly role and content"),
-        (({"role": "user", "content": "a"}, {"role": "user", "content": 3}), "x", "message 2 .* must be text"),
+        (
+            ({"role": "user", "content": "a"}, {"role": "user", "content": 3}),
+            "x",
+            "message 2 .* must be text",
+        ),
     ],
 )
 def test_unusable_example_is_refused(prompt, completion, message):

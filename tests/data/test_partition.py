@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedmomentum.data.partition import PARTITIONS, partition, share
+from fedmomentum.data.partition import PARTITIONS, divide_in_proportion, partition
 from fedmomentum.errors import DataError
 
 LABELS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=120)
@@ -16,9 +16,13 @@ LABELS = st.lists(st.sampled_from("abcde"), min_size=1, max_size=120)
 @st.composite
 def requests(draw):
     """Settings that may or may not fit the labels drawn."""
-    how = draw(st.sampled_from(PARTITIONS))
+    how = draw(st.sampled_from(sorted(PARTITIONS)))
     num_clients = draw(st.integers(1, 6))
-    sizes = draw(st.lists(st.floats(0.1, 10), min_size=num_clients, max_size=num_clients)) if how == "sizes" else None
+    sizes = (
+        draw(st.lists(st.floats(0.1, 10), min_size=num_clients, max_size=num_clients))
+        if how == "sizes"
+        else None
+    )
     return draw(LABELS), {
         "how": how,
         "num_clients": num_clients,
@@ -55,10 +59,18 @@ def test_iid_always_fits_and_deals_evenly(num_clients, extra, seed):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 8), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32))
-def test_each_client_holds_its_categories_and_each_category_as_many_clients(num_clients, num_names, per_client, seed):
+def test_each_client_holds_its_categories_and_each_category_as_many_clients(
+    num_clients, num_names, per_client, seed
+):
     assume(per_client <= num_names <= num_clients * per_client)
     labels = [f"c{index % num_names}" for index in range(50 * num_names)]
-    clients = partition(labels, num_clients=num_clients, how="categories", seed=seed, categories_per_client=per_client)
+    clients = partition(
+        labels,
+        num_clients=num_clients,
+        how="categories",
+        seed=seed,
+        categories_per_client=per_client,
+    )
     held = [Counter(labels[index] for index in client) for client in clients]
     assert {len(counts) for counts in held} == {per_client}
     holders = Counter(name for counts in held for name in counts)
@@ -76,7 +88,9 @@ def label_skew(labels, clients):
     distances = []
     for client in clients:
         counts = Counter(labels[index] for index in client)
-        distances.append(np.abs(np.array([counts[name] for name in names]) / len(client) - whole).sum() / 2)
+        distances.append(
+            np.abs(np.array([counts[name] for name in names]) / len(client) - whole).sum() / 2
+        )
     return float(np.mean(distances))
 
 
@@ -85,7 +99,9 @@ def test_dirichlet_tends_to_iid_with_the_concentration(seed):
     labels = [name for name in "abcdefgh" for _ in range(100)]
     skews, sizes = [], []
     for concentration in (0.05, 1.0, 1e7):
-        clients = partition(labels, num_clients=5, how="dirichlet", seed=seed, concentration=concentration)
+        clients = partition(
+            labels, num_clients=5, how="dirichlet", seed=seed, concentration=concentration
+        )
         skews.append(label_skew(labels, clients))
         sizes.append([len(client) for client in clients])
     assert skews[0] > skews[1] > skews[2]
@@ -108,7 +124,9 @@ def test_sizes_follow_the_proportions():
 def test_seeds_differ():
     labels = list("abcd") * 10
     for how in ("iid", "dirichlet", "categories"):
-        assert partition(labels, num_clients=4, how=how, seed=0) != partition(labels, num_clients=4, how=how, seed=1)
+        assert partition(labels, num_clients=4, how=how, seed=0) != partition(
+            labels, num_clients=4, how=how, seed=1
+        )
 
 
 def test_result_does_not_depend_on_the_hash_seed(monkeypatch):
@@ -120,7 +138,11 @@ def test_result_does_not_depend_on_the_hash_seed(monkeypatch):
     outputs = set()
     for hash_seed in ("1", "2"):
         monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
-        outputs.add(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        outputs.add(
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            ).stdout
+        )
     assert len(outputs) == 1
 
 
@@ -132,7 +154,7 @@ def test_result_does_not_depend_on_the_hash_seed(monkeypatch):
 )
 def test_share_covers_and_stays_within_one_of_the_proportions(count, proportions, seed):
     indices = list(range(100, 100 + count))
-    parts = share(indices, proportions, np.random.default_rng(seed))
+    parts = divide_in_proportion(indices, proportions, np.random.default_rng(seed))
     assert sorted(index for part in parts for index in part) == indices
     for part, proportion in zip(parts, proportions, strict=True):
         assert abs(len(part) - count * proportion / sum(proportions)) < 1 + 1e-9
@@ -140,7 +162,10 @@ def test_share_covers_and_stays_within_one_of_the_proportions(count, proportions
 
 def test_share_is_unbiased():
     rng = np.random.default_rng(0)
-    counts = np.mean([[len(part) for part in share([0], [1, 2, 1], rng)] for _ in range(4000)], axis=0)
+    counts = np.mean(
+        [[len(part) for part in divide_in_proportion([0], [1, 2, 1], rng)] for _ in range(4000)],
+        axis=0,
+    )
     np.testing.assert_allclose(counts, [0.25, 0.5, 0.25], atol=0.03)
 
 

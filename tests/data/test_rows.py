@@ -15,12 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmomentum import messages, schema
-from fedmomentum.data import load_clients, read_rows, to_examples
+from fedmomentum.data import read_rows, to_examples
 from fedmomentum.data.examples import MAX_CATEGORIES, MAX_LABEL, Example
-from fedmomentum.data.read import column_texts
+from fedmomentum.data.readers import column_texts
 from fedmomentum.data.rows import Rows
 from fedmomentum.errors import DataError
+from fedmomentum.protocol import messages
+from fedmomentum.utils import schema
+from tests.data.test_client_data import load_clients
 
 PLAIN = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
 WANTED = [Example(({"role": "user", "content": row["question"]},), row["answer"]) for row in PLAIN]
@@ -32,7 +34,9 @@ def examples_of(path, **more):
 
 def with_column(*texts):
     """The plain rows as JSON lines, each with a column `odd` whose value is given as JSON text."""
-    lines = [json.dumps(row)[:-1] + f', "odd": {text}}}' for row, text in zip(PLAIN, texts, strict=True)]
+    lines = [
+        json.dumps(row)[:-1] + f', "odd": {text}}}' for row, text in zip(PLAIN, texts, strict=True)
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -89,15 +93,23 @@ def test_of_parquet(tmp_path):
         table = table.append_column(name, column)
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     assert examples_of(tmp_path / "d.parquet") == WANTED
-    assert [e.category for e in examples_of(tmp_path / "d.parquet", category_column="a.b")] == ["x"] * 3
-    with pytest.raises(DataError, match=r"d\.parquet, row 1: column 'not UTF-8' cannot be read: .*utf-8"):
+    assert [e.category for e in examples_of(tmp_path / "d.parquet", category_column="a.b")] == [
+        "x"
+    ] * 3
+    with pytest.raises(
+        DataError, match=r"d\.parquet, row 1: column 'not UTF-8' cannot be read: .*utf-8"
+    ):
         examples_of(tmp_path / "d.parquet", category_column="not UTF-8")
 
 
 def test_of_a_saved_data_set(tmp_path):
     """A column of pictures, which are none, is not decoded."""
     features = datasets.Features(
-        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "picture": datasets.Image()}
+        {
+            "question": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "picture": datasets.Image(),
+        }
     )
     rows = {
         **{name: [row[name] for row in PLAIN] for name in ("question", "answer")},
@@ -124,7 +136,10 @@ def test_columns_of_another_format_are_not_read_either(tmp_path):
         ("answer", pa.array([row["answer"] for row in PLAIN]).dictionary_encode()),
         ("answer", pa.array([row["answer"] for row in PLAIN], pa.large_string())),
         ("answer", pa.array([row["answer"] for row in PLAIN], pa.string_view())),
-        ("question", pa.chunked_array([pa.array([row["question"]]).dictionary_encode() for row in PLAIN])),
+        (
+            "question",
+            pa.chunked_array([pa.array([row["question"]]).dictionary_encode() for row in PLAIN]),
+        ),
     ],
 )
 def test_text_of_any_arrow_type_is_text(column, values, tmp_path):
@@ -136,43 +151,84 @@ def test_text_of_any_arrow_type_is_text(column, values, tmp_path):
 
 def test_labels_of_a_parquet_file_are_their_names(tmp_path):
     features = datasets.Features(
-        {"question": datasets.Value("string"), "answer": datasets.Value("string"),
-         "kind": datasets.ClassLabel(names=["no", "yes"])}
-    )  # fmt: skip
+        {
+            "question": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+            "kind": datasets.ClassLabel(names=["no", "yes"]),
+        }
+    )
     rows = {"question": ["a", "b"], "answer": ["c", "d"], "kind": [1, 0]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
-    assert [e.category for e in examples_of(tmp_path / "d.parquet", category_column="kind")] == ["yes", "no"]
+    assert [e.category for e in examples_of(tmp_path / "d.parquet", category_column="kind")] == [
+        "yes",
+        "no",
+    ]
 
 
 PAIR = '{"question": "a", "answer": "b"}'
-MESSAGES = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}\n'
+MESSAGES = (
+    '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}\n'
+)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"question": "a", "answer": "x\\ud83d"}', r"d\.jsonl: row 1: column 'answer' holds '\\ud83d', half of a"),
-        (MESSAGES + MESSAGES.replace("hi", "\\udc00"), r"d\.jsonl: row 2: column 'messages' holds '\\udc00', half"),
-        ('{"question": "a", "answer": "1", "answer": "2"}', r"row 1: column 'answer': the key 'answer' comes twice"),
-        (MESSAGES + MESSAGES.replace('"content": "a"', '"content": "a", "content": "b"'),
-         r"d\.jsonl, row 2: column 'messages': the key 'content' comes twice in one object, .*; keep one"),
-        ('{"question": "a", "answer": NaN}', r"d\.jsonl: row 1: column 'answer' is nan; it must be text"),
-        ('{"question": "a", "answer": ' + "7" * 5000 + "}", "row 1: column 'answer' is inf; it must be text"),
+        (
+            '{"question": "a", "answer": "x\\ud83d"}',
+            r"d\.jsonl: row 1: column 'answer' holds '\\ud83d', half of a",
+        ),
+        (
+            MESSAGES + MESSAGES.replace("hi", "\\udc00"),
+            r"d\.jsonl: row 2: column 'messages' holds '\\udc00', half",
+        ),
+        (
+            '{"question": "a", "answer": "1", "answer": "2"}',
+            r"row 1: column 'answer': the key 'answer' comes twice",
+        ),
+        (
+            MESSAGES + MESSAGES.replace('"content": "a"', '"content": "a", "content": "b"'),
+            r"d\.jsonl, row 2: column 'messages': the key 'content' comes twice in one object, .*; keep one",
+        ),
+        (
+            '{"question": "a", "answer": NaN}',
+            r"d\.jsonl: row 1: column 'answer' is nan; it must be text",
+        ),
+        (
+            '{"question": "a", "answer": ' + "7" * 5000 + "}",
+            "row 1: column 'answer' is inf; it must be text",
+        ),
         ('{"question": "a", "answer": true}', "row 1: column 'answer' is True; it must be text"),
-        ('{"question": "a", "answer": ["b"]}', r"row 1: column 'answer' is \['b'\]; it must be text"),
+        (
+            '{"question": "a", "answer": ["b"]}',
+            r"row 1: column 'answer' is \['b'\]; it must be text",
+        ),
         (PAIR + '\n{"question": "a"}', "row 2: column 'answer' is None; it must be text"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}', "row 2: column 'prompt' must be a"),
-        (MESSAGES + '{"messages": [null]}', "row 2: column 'messages', message 1: must have exactly role and content"),
-        (MESSAGES + MESSAGES.replace('"hi"', '[{"type": "text", "text": "hi"}]'),
-         "row 2: message 1 of the prompt: role and content must be text"),
-        (PAIR + '\n{"question": "a", "answer": "b",}',
-         r"d\.jsonl, line 2: not valid JSON: .*a comma stands before the closing bracket"),
-        ("{'question': 'a', 'answer': 'b'}", r"line 1: not valid JSON: .*names and texts stand in double quotes"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}',
+            "row 2: column 'prompt' must be a",
+        ),
+        (
+            MESSAGES + '{"messages": [null]}',
+            "row 2: column 'messages', message 1: must have exactly role and content",
+        ),
+        (
+            MESSAGES + MESSAGES.replace('"hi"', '[{"type": "text", "text": "hi"}]'),
+            "row 2: message 1 of the prompt: role and content must be text",
+        ),
+        (
+            PAIR + '\n{"question": "a", "answer": "b",}',
+            r"d\.jsonl, line 2: not valid JSON: .*a comma stands before the closing bracket",
+        ),
+        (
+            "{'question': 'a', 'answer': 'b'}",
+            r"line 1: not valid JSON: .*names and texts stand in double quotes",
+        ),
         (PAIR + "\n" + "[" * 10**5, r"d\.jsonl, line 2: not usable JSON: it is nested too deep"),
         ('{"question": "a\0", "answer": "b"}', r"d\.jsonl, line 1: holds a NUL character"),
         (f"{PAIR}\n\ufeff{PAIR}", r"d\.jsonl, line 2: not valid JSON"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_used_is_refused_by_file_row_and_column(text, message, tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text(text, encoding="utf-8")
@@ -182,9 +238,15 @@ def test_what_cannot_be_used_is_refused_by_file_row_and_column(text, message, tm
 
 
 def test_prompts_that_are_text_in_one_row_and_a_chat_in_another_are_both_read(tmp_path):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": [{"role": "user", "content": "hi"}], "completion": "c"}]
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": "c"},
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [e.prompt for e in examples_of(tmp_path / "d.jsonl")] == ["a", ({"role": "user", "content": "hi"},)]
+    assert [e.prompt for e in examples_of(tmp_path / "d.jsonl")] == [
+        "a",
+        ({"role": "user", "content": "hi"},),
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
@@ -192,7 +254,9 @@ def test_prompts_that_are_text_in_one_row_and_a_chat_in_another_are_both_read(tm
 def test_other_encodings_are_refused_by_name(name, encoding, tmp_path):
     text = 'question,answer\nä?,"b"\n' if name == "d.csv" else '{"question": "ä?", "answer": "b"}\n'
     (tmp_path / name).write_bytes(text.encode(encoding))
-    with pytest.raises(DataError, match=rf"{name}.*(not UTF-8 text|NUL character).*save it as UTF-8"):
+    with pytest.raises(
+        DataError, match=rf"{name}.*(not UTF-8 text|NUL character).*save it as UTF-8"
+    ):
         read_rows(tmp_path / name)
 
 
@@ -202,7 +266,9 @@ def test_line_ends_and_byte_order_marks_are_no_part_of_the_data(end, mark, tmp_p
     lines = ["question,answer", *(f"{row['question']},{row['answer']}" for row in PLAIN)]
     (tmp_path / "d.csv").write_bytes((mark + end.join(lines) + end * 2).encode())
     (tmp_path / "d.jsonl").write_bytes((mark + end.join(map(json.dumps, PLAIN)) + end).encode())
-    (tmp_path / "d.json").write_bytes((mark + json.dumps(PLAIN, indent=1).replace("\n", end)).encode())
+    (tmp_path / "d.json").write_bytes(
+        (mark + json.dumps(PLAIN, indent=1).replace("\n", end)).encode()
+    )
     for name in ("d.csv", "d.jsonl", "d.json"):
         assert examples_of(tmp_path / name) == WANTED
 
@@ -210,7 +276,10 @@ def test_line_ends_and_byte_order_marks_are_no_part_of_the_data(end, mark, tmp_p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("question,answer,\na,b,\n", r"d\.csv: the header must name each column once; .*comma at the end"),
+        (
+            "question,answer,\na,b,\n",
+            r"d\.csv: the header must name each column once; .*comma at the end",
+        ),
         ("question,answer\na,b,\n", r"d\.csv, line 2: 3 values for 2 columns"),
         ("question,answer\na\0,b\n", r"d\.csv, line 2: holds a NUL character"),
         ('question,answer\n"a,b\n', r"d\.csv, line 2: not valid CSV"),
@@ -224,8 +293,12 @@ def test_broken_csv_is_refused_by_line(text, message, tmp_path):
 
 def test_long_texts_and_line_ends_within_a_value_are_kept_to_the_letter(tmp_path):
     long = "word " * 100_000
-    (tmp_path / "d.csv").write_bytes(f'question,answer\r\n"{long}","two\r\nlines, ""quoted"""\r\n'.encode())
-    assert read_rows(tmp_path / "d.csv").to_list() == [{"question": long, "answer": 'two\r\nlines, "quoted"'}]
+    (tmp_path / "d.csv").write_bytes(
+        f'question,answer\r\n"{long}","two\r\nlines, ""quoted"""\r\n'.encode()
+    )
+    assert read_rows(tmp_path / "d.csv").to_list() == [
+        {"question": long, "answer": 'two\r\nlines, "quoted"'}
+    ]
 
 
 def test_a_column_that_comes_twice_in_parquet_is_refused(tmp_path):
@@ -241,8 +314,14 @@ def test_a_column_that_comes_twice_in_parquet_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([("user", ""), ("assistant", "a")], "row 1: message 1 of the prompt, the user's, is empty"),
-        ([("system", "s"), ("user", " \n"), ("assistant", "a")], "message 2 of the prompt, the user's, is empty"),
+        (
+            [("user", ""), ("assistant", "a")],
+            "row 1: message 1 of the prompt, the user's, is empty",
+        ),
+        (
+            [("system", "s"), ("user", " \n"), ("assistant", "a")],
+            "message 2 of the prompt, the user's, is empty",
+        ),
         (
             [("user", "q"), ("assistant", ""), ("user", "q"), ("assistant", "a")],
             "message 2 .* the assistant's, is empty",
@@ -270,12 +349,21 @@ def test_an_empty_system_message_means_no_instruction(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "category"),
-    [("math", "math"), (7, "7"), (-1, "-1"), (True, "True"), (10**30, str(10**30)), ("x" * MAX_LABEL, "x" * MAX_LABEL),
-     ("größe 📏", "größe 📏")],
-)  # fmt: skip
+    [
+        ("math", "math"),
+        (7, "7"),
+        (-1, "-1"),
+        (True, "True"),
+        (10**30, str(10**30)),
+        ("x" * MAX_LABEL, "x" * MAX_LABEL),
+        ("größe 📏", "größe 📏"),
+    ],
+)
 def test_categories_are_short_names(value, category, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({**PLAIN[0], "kind": value}))
-    assert [e.category for e in examples_of(tmp_path / "d.jsonl", category_column="kind")] == [category]
+    assert [e.category for e in examples_of(tmp_path / "d.jsonl", category_column="kind")] == [
+        category
+    ]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +395,9 @@ def test_categories_that_are_no_short_names_are_refused(values, message, tmp_pat
 def test_a_column_of_names_of_rows_is_no_category(tmp_path):
     rows = [{**PLAIN[0], "kind": f"row {i}"} for i in range(MAX_CATEGORIES + 1)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=r"d\.jsonl: column 'kind' has 10001 different values, more than 10000"):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl: column 'kind' has 10001 different values, more than 10000"
+    ):
         examples_of(tmp_path / "d.jsonl", category_column="kind")
     assert len(examples_of(tmp_path / "d.jsonl")) == MAX_CATEGORIES + 1
 
@@ -315,7 +405,9 @@ def test_a_column_of_names_of_rows_is_no_category(tmp_path):
 def test_what_data_may_name_arrives():
     """The limits of a data set are those of the messages in which its categories travel."""
     assert MAX_CATEGORIES == messages.MAX_CATEGORIES
-    assert msgspec.convert("x" * MAX_LABEL, schema.Label) and msgspec.convert("größe 📏 \u2029"[:-2], schema.Label)
+    assert msgspec.convert("x" * MAX_LABEL, schema.Label) and msgspec.convert(
+        "größe 📏 \u2029"[:-2], schema.Label
+    )
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert("x" * (MAX_LABEL + 1), schema.Label)
 
@@ -326,7 +418,9 @@ def test_a_category_given_by_hand_is_held_to_the_same_rule(category):
         Example("a", "b", category)
 
 
-@pytest.mark.parametrize(("label", "told"), [(-1, "is -1, which is none of its 2 labels"), (5, "is 5, which is none")])
+@pytest.mark.parametrize(
+    ("label", "told"), [(-1, "is -1, which is none of its 2 labels"), (5, "is 5, which is none")]
+)
 def test_a_label_without_a_name_is_refused(label, told):
     rows = Rows({"kind": lambda: [0, label]}, 2, {"kind": ["no", "yes"]})
     with pytest.raises(DataError, match=f"f: row 2: column 'kind' {told}"):
@@ -335,7 +429,9 @@ def test_a_label_without_a_name_is_refused(label, told):
 
 def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
     (tmp_path / "d.jsonl").write_text(with_column("1", "2", "3"))
-    with pytest.raises(DataError, match=r"d\.jsonl: no column 'topic'; found: question, answer, odd"):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl: no column 'topic'; found: question, answer, odd"
+    ):
         examples_of(tmp_path / "d.jsonl", category_column="topic")
 
 
@@ -344,19 +440,30 @@ def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
 TEXT = st.text(max_size=8)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system"]) | VALUES, "content": st.text(max_size=8) | VALUES}
+    {
+        "role": st.sampled_from(["user", "assistant", "system"]) | VALUES,
+        "content": st.text(max_size=8) | VALUES,
+    }
 )
 CHAT = st.lists(MESSAGE | VALUES, max_size=3)
 COLUMNS = {
-    "messages": CHAT | VALUES, "prompt": TEXT | CHAT | VALUES, "completion": TEXT | VALUES,
-    "question": TEXT | VALUES, "answer": TEXT | VALUES,
-}  # fmt: skip
+    "messages": CHAT | VALUES,
+    "prompt": TEXT | CHAT | VALUES,
+    "completion": TEXT | VALUES,
+    "question": TEXT | VALUES,
+    "answer": TEXT | VALUES,
+}
 ROW = st.sampled_from([("messages",), ("prompt", "completion"), ("question", "answer")]).flatmap(
-    lambda names: st.fixed_dictionaries({name: COLUMNS[name] for name in names}, optional={"kind": VALUES})
+    lambda names: st.fixed_dictionaries(
+        {name: COLUMNS[name] for name in names}, optional={"kind": VALUES}
+    )
 )
 
 
@@ -368,13 +475,18 @@ def test_any_rows_are_read_or_refused_by_name(rows, category_column):
         try:
             examples = examples_of(file, category_column=category_column)
         except DataError as error:
-            assert re.search(r"d\.jsonl(, line|, row|: row) \d+|d\.jsonl: (the columns|no column)", str(error))
+            assert re.search(
+                r"d\.jsonl(, line|, row|: row) \d+|d\.jsonl: (the columns|no column)", str(error)
+            )
             assert len(str(error)) < 1000 and str(error).isprintable()
             return
     assert len(examples) == len(rows)
     for row, made in zip(rows, examples, strict=True):
         if "question" in row:
-            assert made.prompt == ({"role": "user", "content": row["question"]},) and made.completion == row["answer"]
+            assert (
+                made.prompt == ({"role": "user", "content": row["question"]},)
+                and made.completion == row["answer"]
+            )
         if isinstance(row.get("prompt"), str):
             assert made.prompt == row["prompt"]
         if "messages" in row:

@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 
 from fedmomentum.data.split import FILE, compare_split, split_fingerprint
-from fedmomentum.data.tokens import TokenisedExamples
+from fedmomentum.data.tokenization import TokenizedExamples
 
 
 def examples(*numbers):
-    return TokenisedExamples(
-        tuple((number, number + 1, 7) for number in numbers), (1,) * len(numbers), ("",) * len(numbers),
-        (False,) * len(numbers), 0,
-    )  # fmt: skip
+    return TokenizedExamples(
+        tuple((number, number + 1, 7) for number in numbers),
+        (1,) * len(numbers),
+        ("",) * len(numbers),
+        (False,) * len(numbers),
+        0,
+    )
 
 
 TRAIN, TEST = examples(*range(20)), examples(*range(100, 105))
@@ -23,26 +26,39 @@ TRAIN, TEST = examples(*range(20)), examples(*range(100, 105))
 def test_the_same_division_is_no_news_in_whatever_order(tmp_path):
     assert compare_split(tmp_path, "run", TRAIN, TEST, seed=0) is None
     assert compare_split(tmp_path, "run", examples(*reversed(range(20))), TEST, seed=0) is None
-    assert compare_split(tmp_path, "run", TRAIN, examples(*reversed(range(100, 105))), seed=0) is None
+    assert (
+        compare_split(tmp_path, "run", TRAIN, examples(*reversed(range(100, 105))), seed=0) is None
+    )
 
 
 def test_examples_that_were_held_out_and_are_trained_on_are_counted(tmp_path):
     compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
-    text = compare_split(tmp_path, "run", examples(*range(3, 20), 100, 101, 102), examples(0, 1, 2, 103, 104), seed=1)
+    text = compare_split(
+        tmp_path, "run", examples(*range(3, 20), 100, 101, 102), examples(0, 1, 2, 103, 104), seed=1
+    )
     assert text is not None and "3 of 5 that were held out are trained on now" in text
     assert "run.seed was 0 and is 1" in text and f"remove {tmp_path / FILE}" in text
-    again = compare_split(tmp_path, "run", examples(*range(20), 104), TEST, seed=0)  # what the run began with counts
-    assert again is not None and "1 of 5 that were held out are trained on now" in again and "run.seed" not in again
+    again = compare_split(
+        tmp_path, "run", examples(*range(20), 104), TEST, seed=0
+    )  # what the run began with counts
+    assert (
+        again is not None
+        and "1 of 5 that were held out are trained on now" in again
+        and "run.seed" not in again
+    )
 
 
 def test_other_data_of_which_none_was_held_out_is_told_more_quietly(tmp_path):
     compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
     text = compare_split(tmp_path, "run", examples(*range(25)), TEST, seed=0)
     assert text == (
-        "the examples differ from those this run began with: 20 examples were trained on and 5 held out, now 25 and 5. "
+        "the examples differ from those this run began with: 20 examples were trained on and 5 "
+        "held out, now 25 and 5. "
         "None that was held out is trained on now"
     )
-    moved = replace(TRAIN, num_prompt_tokens=(2,) * 20)  # the same tokens, divided otherwise into prompt and answer
+    moved = replace(
+        TRAIN, num_prompt_tokens=(2,) * 20
+    )  # the same tokens, divided otherwise into prompt and answer
     assert compare_split(tmp_path, "run", moved, TEST, seed=0) is not None
 
 
@@ -67,7 +83,10 @@ def test_the_file_tells_nobody_the_examples(tmp_path):
 def test_a_damaged_file_is_told_and_made_anew(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     text = compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
-    assert text.startswith(str(tmp_path / FILE)) and "Whether the examples are divided as before is not known" in text
+    assert (
+        text.startswith(str(tmp_path / FILE))
+        and "Whether the examples are divided as before is not known" in text
+    )
     assert compare_split(tmp_path, "run", TRAIN, TEST, seed=0) is None
     assert compare_split(tmp_path, "run", TEST, TRAIN, seed=0) is not None
 
@@ -75,7 +94,10 @@ def test_a_damaged_file_is_told_and_made_anew(tmp_path, content):
 def test_a_fingerprint_depends_on_the_division_and_the_key():
     one = split_fingerprint(TRAIN, TEST, "run")
     assert one == split_fingerprint(examples(*reversed(range(20))), TEST, "run") and len(one) == 64
-    others = [split_fingerprint(TRAIN, TEST, "other"), split_fingerprint(TEST, TRAIN, "run"),
-              split_fingerprint(examples(*range(19)), examples(*range(100, 105), 19), "run"),
-              split_fingerprint(TRAIN, examples(), "run")]  # fmt: skip
+    others = [
+        split_fingerprint(TRAIN, TEST, "other"),
+        split_fingerprint(TEST, TRAIN, "run"),
+        split_fingerprint(examples(*range(19)), examples(*range(100, 105), 19), "run"),
+        split_fingerprint(TRAIN, examples(), "run"),
+    ]
     assert len({one, *others}) == 5

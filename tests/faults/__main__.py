@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.live import quiet_libraries
+from fedmomentum.utils.process import quiet_libraries
 from tests.faults.cases import CASES, Case, Skipped
 from tests.faults.harness import Federation, hard_limit
 
@@ -67,7 +67,9 @@ def run_case(case: Case, folder: Path, shared: Path) -> Result:
             except BaseException as error:
                 wrong = [f"{type(error).__name__}: {error}"]
     if wrong:
-        survived = f"NO: {'; '.join(wrong)}" + (f"; and {survived}" if survived.startswith("NO") else "")
+        survived = f"NO: {'; '.join(wrong)}" + (
+            f"; and {survived}" if survived.startswith("NO") else ""
+        )
     lost = federation.lost if federation is not None else []
     return Result(case.name, case.fault, seen, survived, lost, round(time.monotonic() - started, 1))
 
@@ -78,9 +80,12 @@ def table_of(results: list[Result]) -> Table:
     for result in results:
         style = {"y": "green", "s": "yellow", "N": "red"}[result.survived[0]]
         table.add_row(
-            Text(result.fault), Text(result.seen_by[:160]), Text(result.survived[:1000], style=style),
-            Text(", ".join(result.lost) or "nothing"), f"{result.seconds:.1f}",
-        )  # fmt: skip
+            Text(result.fault),
+            Text(result.seen_by[:160]),
+            Text(result.survived[:1000], style=style),
+            Text(", ".join(result.lost) or "nothing"),
+            f"{result.seconds:.1f}",
+        )
     return table
 
 
@@ -88,7 +93,9 @@ def main() -> int:
     """Run the cases that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--only", action="append", metavar="NAME", help="a case; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="for results.json and failed cases")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/faults"), help="for results.json and failed cases"
+    )
     parser.add_argument("--list", action="store_true", help="name the cases, and stop")
     arguments = parser.parse_args()
     known = {case.name: case for case in CASES}
@@ -101,20 +108,28 @@ def main() -> int:
     chosen = [known[name] for name in arguments.only] if arguments.only else CASES
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = []
-    logging.getLogger("fedmomentum").addHandler(logging.NullHandler())  # the reference runs have failures, as ordered
+    logging.getLogger("fedmomentum").addHandler(
+        logging.NullHandler()
+    )  # the reference runs have failures, as ordered
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with quiet_libraries(), tempfile.TemporaryDirectory(prefix="faults-") as work:
         (shared := Path(work) / "shared").mkdir()
         for case in chosen:
             result = run_case(case, folder := Path(work) / case.name, shared)
             results.append(result)
-            OUT.print(f"{case.name:<28}{result.seconds:6.1f} s  {result.survived}", markup=False, soft_wrap=True)
+            OUT.print(
+                f"{case.name:<28}{result.seconds:6.1f} s  {result.survived}",
+                markup=False,
+                soft_wrap=True,
+            )
             shutil.rmtree(kept := arguments.out / case.name, ignore_errors=True)
             if result.survived.startswith("NO"):  # all that is needed to see why, but no keys
                 shutil.copytree(folder, kept, ignore=shutil.ignore_patterns("*.key", "filler"))
             shutil.rmtree(folder)
     OUT.print(table_of(results))
-    (arguments.out / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    (arguments.out / "results.json").write_text(
+        json.dumps([asdict(result) for result in results], indent=1) + "\n"
+    )
     failed = [result.name for result in results if result.survived.startswith("NO")]
     if failed:
         told = f"{len(failed)} of {len(results)} failed: {', '.join(failed)}; their logs are in {arguments.out}"

@@ -1,7 +1,7 @@
 """Start a coordinator and nodes over loopback, steer and kill them, and hold what came out against a run without.
 
-Nothing here sleeps for luck: every step waits for an event in a log, in `status.json` or in `metrics.jsonl`, and the
-case's hard limit ends them all.
+Nothing here sleeps for luck: every step waits for an event in a log, in `status.json` or in
+`metrics.jsonl`, and the case's hard limit ends them all.
 """
 
 from __future__ import annotations
@@ -26,17 +26,21 @@ from typing import Any
 import psutil
 from flwr.app import Message
 
-from fedmomentum.client import client_step
-from fedmomentum.config import Config, to_toml
-from fedmomentum.files import write_json
-from fedmomentum.flower.connection import Connection, ConnectionLost
-from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
+from fedmomentum.config.schema import Config
+from fedmomentum.config.toml import to_toml
+from fedmomentum.flower.certificates import make_server_keys
+from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
+from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
 from fedmomentum.flower.status import read_status
-from fedmomentum.flower.transport import packed, unpacked
-from fedmomentum.messages import Task, decode_task
-from fedmomentum.rounds import derive
-from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport
+from fedmomentum.flower.transport import pack_payload, unpack_payload
+from fedmomentum.formats.run_files import StatusFile
+from fedmomentum.protocol.codec import decode_task
+from fedmomentum.protocol.messages import Task
+from fedmomentum.protocol.transport import Failure, InProcessTransport
+from fedmomentum.run.client_setup import prepare_party
+from fedmomentum.run.networked import run_over
+from fedmomentum.utils.io import write_json
+from fedmomentum.utils.seeding import derive_seed
 from tests.runs import chain, nudge, objects, timeless, tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -82,15 +86,22 @@ def until(event: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
 class Program:
     """A process of its own group, its output in a file."""
 
-    def __init__(self, arguments: list[str], folder: Path, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, arguments: list[str], folder: Path, log: Path, environment: Mapping[str, str]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = log
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, env={**os.environ, **environment},
+                [sys.executable, *arguments],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, **environment},
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-            )  # fmt: skip  # as a script's background commands have it: it must end them all the same
+            )  # as a script's background commands have it: it must end them all the same
 
     def text(self) -> str:
         """All it has said, over all its starts."""
@@ -108,7 +119,9 @@ class Program:
 
     def exit_code(self, seconds: float = 120.0) -> int:
         """Wait for its end."""
-        until(lambda: self.popen.poll() is not None, f"the end of the process of {self.log}", seconds)
+        until(
+            lambda: self.popen.poll() is not None, f"the end of the process of {self.log}", seconds
+        )
         return self.popen.returncode
 
     def child(self) -> psutil.Process:
@@ -138,9 +151,14 @@ class Federation:
         self.folder, self.out, self.keys = folder, folder / "run", folder / "keys"
         self.port = free_port()
         tables: dict[str, dict[str, Any]] = {
-            "federation": {"num_rounds": 3, "quorum": 0.3, "round_seconds": 120.0, "join_seconds": 120.0},
+            "federation": {
+                "num_rounds": 3,
+                "min-valid-fraction": 0.3,
+                "round_timeout": 120.0,
+                "join_timeout": 120.0,
+            },
             "training": {"function": "tests.faults.training:train"},
-            "run": {"threads": 1, "keep_rounds": 99},
+            "run": {"threads": 1, "keep_checkpoints": 99},
         }
         for name, table in sections.items():
             tables[name] = {**tables.get(name, {}), **table}
@@ -160,8 +178,14 @@ class Federation:
     @cached_property
     def environment(self) -> dict[str, str]:
         """Of every process."""
-        return {TOKEN: self.token, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # fmt: skip
+        return {
+            TOKEN: self.token,
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "200",
+        }
 
     def key(self, name: str, *, admitted: bool = True) -> Path:
         """The private key of a node, made and admitted if it is not yet."""
@@ -169,7 +193,7 @@ class Federation:
         if not private.exists():
             make_node_key(name, private.parent)
         if admitted and name not in self.names:
-            admit(private.with_suffix(".pub"), self.keys)
+            admit_node(private.with_suffix(".pub"), self.keys)
             self.names.append(name)
         return private
 
@@ -178,26 +202,57 @@ class Federation:
         file = self.folder / "config.toml"
         file.write_text(to_toml(self.config))
         self.server = Program(
-            ["-m", "tests.faults.server" if stall else "fedmomentum.cli", "serve", str(file), "--out", str(self.out),
-             "--keys", str(self.keys), "--host", "127.0.0.1", "--port", str(self.port),
-             *(["--resume"] if resume else [])],
-            self.folder, self.folder / "server.out",
+            [
+                "-m",
+                "tests.faults.server" if stall else "fedmomentum",
+                "serve",
+                str(file),
+                "--out",
+                str(self.out),
+                "--keys",
+                str(self.keys),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                *(["--resume"] if resume else []),
+            ],
+            self.folder,
+            self.folder / "server.out",
             self.environment | ({"FAULTS_STALL": stall} if stall else {}),
-        )  # fmt: skip
+        )
         return self.server
 
     def join(
-        self, name: str, *, config: Config | None = None, admitted: bool = True, ca: Path | None = None
+        self,
+        name: str,
+        *,
+        config: Config | None = None,
+        admitted: bool = True,
+        ca: Path | None = None,
     ) -> Program:
         """Start a node, or start it anew."""
         file = self.folder / f"{name}.toml"
         file.write_text(to_toml(config or self.config))
         self.nodes[name] = Program(
-            ["-m", "fedmomentum.cli", "join", str(file), "--server", f"127.0.0.1:{self.port}", "--key",
-             str(self.key(name, admitted=admitted)), "--ca", str(ca or self.keys / "ca.pem"), "--store",
-             str(self.store(name))],
-            self.folder / name, self.folder / f"{name}.out", self.environment,
-        )  # fmt: skip
+            [
+                "-m",
+                "fedmomentum",
+                "join",
+                str(file),
+                "--server",
+                f"127.0.0.1:{self.port}",
+                "--key",
+                str(self.key(name, admitted=admitted)),
+                "--ca",
+                str(ca or self.keys / "ca.pem"),
+                "--store",
+                str(self.store(name)),
+            ],
+            self.folder / name,
+            self.folder / f"{name}.out",
+            self.environment,
+        )
         return self.nodes[name]
 
     def start(self, *names: str, raw: str = "", act: Act | None = None) -> None:
@@ -229,7 +284,7 @@ class Federation:
         write_json(self.folder / name / "steer.json", orders)
 
     def _seed(self, name: str, server_round: int) -> int:
-        return derive(self.config.run.seed, "batches", server_round, name)
+        return derive_seed(self.config.run.seed, "batches", server_round, name)
 
     def until_held(self, name: str, server_round: int) -> None:
         """Wait until a node is where it was ordered to hold."""
@@ -246,13 +301,19 @@ class Federation:
         """Wait until a round is finished."""
         until(lambda: len(self.rows()) > server_round, f"the end of round {server_round}")
 
-    def status(self) -> dict[str, Any]:
-        """`status.json`, or nothing."""
-        return read_status(self.out) if (self.out / "status.json").is_file() else {"phase": None, "clients": {}}
+    def status(self) -> StatusFile | None:
+        """`status.json`, if it is there."""
+        return read_status(self.out) if (self.out / "status.json").is_file() else None
+
+    def waiting_for(self) -> list[str]:
+        """The clients that the server waits for."""
+        status = self.status()
+        return [] if status is None else status.waiting_for
 
     def state(self, name: str, key: str = "state") -> Any:
-        """What the coordinator says of a client."""
-        return self.status()["clients"].get(name, {}).get(key)
+        """What the server says of a client."""
+        status = self.status()
+        return None if status is None else getattr(status.clients.get(name), key, None)
 
     def log(self) -> str:
         """RUN/server.log."""
@@ -266,14 +327,20 @@ class Federation:
     # ── checking ──
 
     def check(
-        self, *, fails: Iterable[Fail] = (), says: Mapping[tuple[int, str], str] | None = None, log: Iterable[str] = (),
-        lies: Mapping[str, Callable[..., bytes]] | None = None, configs: Mapping[str, Config] | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        *,
+        fails: Iterable[Fail] = (),
+        says: Mapping[tuple[int, str], str] | None = None,
+        log: Iterable[str] = (),
+        lies: Mapping[str, Callable[..., bytes]] | None = None,
+        configs: Mapping[str, Config] | None = None,
+    ) -> str:
         """Wait for the end; every bit must be that of a run in one process in which the same clients failed.
 
         Args:
             fails: who gave no usable answer, when, in both runs.
-            says: (round, client) to a pattern of what the round's row says of it; all failures there are.
+            says: (round, client) to a pattern of what the round's row says of it; all failures
+                there are.
             log: patterns that RUN/server.log holds.
             lies: clients whose answers are altered in both runs: `(payload, honest) -> bytes`.
             configs: of nodes that have another than the run's.
@@ -285,12 +352,20 @@ class Federation:
         fails, says = set(fails), says or {}
         rows = self.rows()
         assert [row["round"] for row in rows] == list(range(self.config.federation.num_rounds + 1))
-        found = {(row["round"], client): text for row in rows for client, text in row["failures"].items()}
+        found = {
+            (row["round"], client): text for row in rows for client, text in row["failures"].items()
+        }
         assert found.keys() == says.keys(), f"failures are {found}"
         for where, pattern in says.items():
-            assert re.search(pattern, found[where]), f"{where}: {found[where]!r} does not tell of {pattern!r}"
-        for pattern in [*log, *(re.escape(text) for text in found.values() if not text.startswith("evaluation"))]:
-            assert re.search(pattern, self.log()), f"server.log does not tell of {pattern!r}:\n{self.log()}"
+            assert re.search(pattern, found[where]), (
+                f"{where}: {found[where]!r} does not tell of {pattern!r}"
+            )
+        # a client that gave neither an update nor an evaluation has two reasons, told one by one
+        reasons = [part for text in found.values() for part in re.split("; (?=evaluation: )", text)]
+        for pattern in [*log, *map(re.escape, reasons)]:
+            assert re.search(pattern, self.log()), (
+                f"server.log does not tell of {pattern!r}:\n{self.log()}"
+            )
         other = self.folder / "reference"
         Reference(self, fails, lies or {}, configs or {}).run(other)
         _same("metrics.jsonl", _comparable(rows), _comparable(timeless(other)))
@@ -324,7 +399,9 @@ class Federation:
             if raw.ident:
                 raw.join(10)
             if raw.error:
-                wrong.append(f"{raw.name}, a client of our own: {type(raw.error).__name__}: {raw.error}")
+                wrong.append(
+                    f"{raw.name}, a client of our own: {type(raw.error).__name__}: {raw.error}"
+                )
         try:
             until(lambda: not leftovers(self.token), "", 5)
         except AssertionError:
@@ -350,14 +427,21 @@ def _same(what: str, got: Any, wanted: Any) -> None:
     """Equal, or an error that shows the first difference."""
     if got == wanted:
         return
-    lines = [json.dumps(v, indent=1, sort_keys=True, default=sorted).splitlines() for v in (got, wanted)]
+    lines = [
+        json.dumps(v, indent=1, sort_keys=True, default=sorted).splitlines() for v in (got, wanted)
+    ]
     pairs = [f"{a.strip()!r}, wanted {b.strip()!r}" for a, b in zip(*lines) if a != b]
-    raise AssertionError(f"{what} differs from that of the run in one process: {(pairs or ['its length'])[0]}")
+    raise AssertionError(
+        f"{what} differs from that of the run in one process: {(pairs or ['its length'])[0]}"
+    )
 
 
 def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without what a fault may change: reasons, and bytes where a client was asked twice."""
-    return [{k: v for k, v in row.items() if k not in ("failures", "uplink_bytes", "downlink_bytes")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("failures", "uplink_bytes", "downlink_bytes")}
+        for row in rows
+    ]
 
 
 def _manifests(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -365,7 +449,9 @@ def _manifests(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = chain(out)
     for row in rows[1:]:
         run = found[f"{row['round']:04d}.json"]["run"]
-        run["held"] = {client: names for client, names in run["held"].items() if client in row["accepted"]}
+        run["held"] = {
+            client: names for client, names in run["held"].items() if client in row["accepted"]
+        }
     return found
 
 
@@ -373,20 +459,27 @@ class Reference(InProcessTransport):
     """A run in this process in which the given clients fail in the given rounds."""
 
     def __init__(
-        self, federation: Federation, fails: set[Fail], lies: Mapping[str, Callable[..., bytes]],
+        self,
+        federation: Federation,
+        fails: set[Fail],
+        lies: Mapping[str, Callable[..., bytes]],
         configs: Mapping[str, Config],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config, self._fails, self._lies = federation.config, fails, lies
         self._names, self._configs = sorted(federation.names), configs
-        self._asked = -2 if self._config.evaluation.every else -1  # once to start, and once for round 0
+        self._asked = (
+            -2 if self._config.evaluation.every else -1
+        )  # once to start, and once for round 0
 
     def run(self, out: Path) -> None:
         """The run, in a folder beside which the clients' stores are."""
         steps = {}
         for name in self._names:
-            client, local = prepare_party(self._configs.get(name, self._config), name, out.with_name(f"{name}-there"))
-            client.function = nudge
-            steps[name] = partial(client_step, client=client, model=local)
+            client, local = prepare_party(
+                self._configs.get(name, self._config), name, out.with_name(f"{name}-there")
+            )
+            client.training_function = nudge
+            steps[name] = client.handle
             if name in self._lies:
                 steps[name] = partial(self._lies[name], honest=steps[name])
         super().__init__(steps)
@@ -395,14 +488,22 @@ class Reference(InProcessTransport):
     def clients(self) -> list[str]:
         """Who is connected in the round that begins."""
         self._asked += 1
-        return [name for name in super().clients() if ("gone", self._asked, name) not in self._fails]
+        return [
+            name for name in super().clients() if ("gone", self._asked, name) not in self._fails
+        ]
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Ask those that do not fail."""
         asked = {name: decode_task(payload) for name, payload in tasks.items()}
-        failed = {name for name, task in asked.items() if (task.kind, task.server_round, name) in self._fails}
+        failed = {
+            name
+            for name, task in asked.items()
+            if (task.kind, task.server_round, name) in self._fails
+        }
         yield from ((name, Failure("as ordered")) for name in failed)
-        yield from super().send_and_receive({name: p for name, p in tasks.items() if name not in failed})
+        yield from super().send_and_receive(
+            {name: p for name, p in tasks.items() if name not in failed}
+        )
 
 
 # ── clients of our own, for what no node of ours does ──
@@ -421,7 +522,7 @@ class Asked:
     """
 
     raw: Raw
-    connection: Connection
+    connection: FleetClient
     message: Message
     payload: bytes = field(repr=False)
     task: Task
@@ -436,7 +537,7 @@ class Asked:
 
     def message_of(self, payload: bytes) -> Message:
         """Flower's message with a reply."""
-        return Message(packed(payload), reply_to=self.message)
+        return Message(pack_payload(payload), reply_to=self.message)
 
     def answer(self, payload: bytes) -> None:
         """Send a reply."""
@@ -457,18 +558,23 @@ class Raw(threading.Thread):
     def __init__(self, federation: Federation, name: str, act: Act) -> None:
         super().__init__(name=name, daemon=True)
         self._federation, self._act = federation, act
-        self._key, self._authority = load_private(federation.key(name)), (federation.keys / "ca.pem").read_bytes()
+        self._key, self._authority = (
+            load_private_key(federation.key(name)),
+            (federation.keys / "ca.pem").read_bytes(),
+        )
         self.stop = threading.Event()
         self.lost: list[str] = []
         self.error: BaseException | None = None
-        config = replace(federation.config, training=replace(federation.config.training, function=None))
+        config = replace(
+            federation.config, training=replace(federation.config.training, function=None)
+        )
         client, local = prepare_party(config, name, federation.store(name))
-        client.function = nudge
-        self.step: Callable[[bytes], bytes] = partial(client_step, client=client, model=local)
+        client.training_function = nudge
+        self.step: Callable[[bytes], bytes] = client.handle
 
-    def connection(self) -> Connection:
+    def connection(self) -> FleetClient:
         """A connection that is not open yet."""
-        return Connection(f"127.0.0.1:{self._federation.port}", self._authority, self._key)
+        return FleetClient(f"127.0.0.1:{self._federation.port}", self._authority, self._key)
 
     def run(self) -> None:
         """Answer what comes, and connect again when the connection is lost."""
@@ -483,11 +589,11 @@ class Raw(threading.Thread):
                 self.error = error
                 return
 
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection: FleetClient) -> None:
         while not self.stop.is_set():
             message = connection.pull()
             if message is None:
                 self.stop.wait(0.2)
                 continue
-            payload, _ = unpacked(message.content)
+            payload, _ = unpack_payload(message.content)
             self._act(Asked(self, connection, message, payload, decode_task(payload)))

@@ -1,7 +1,9 @@
 """`fedmomentum`, but a server that stops dead where FAULTS_STALL says, so that a kill can hit that very moment.
 
-FAULTS_STALL is `aggregate` or `commit`, a round and a file, with colons between. The file is made when the moment has
-come: `aggregate`, the clients have answered and nothing is combined; `commit`, objects and metrics of the round are
+FAULTS_STALL is `aggregate` or `commit`, a round and a file, with colons between. The file is made
+when the moment has
+come: `aggregate`, the clients have answered and nothing is combined; `commit`, objects and metrics
+of the round are
 on disk and its manifest, which makes it count, is not.
 """
 
@@ -11,30 +13,32 @@ import os
 import time
 from pathlib import Path
 
-from fedmomentum import checkpoint, rounds
-from fedmomentum.cli import main
+from fedmomentum.cli.main import main
+from fedmomentum.server import checkpoint
+from fedmomentum.server import server as rounds
 
 
 def stalling(where: str, server_round: int, file: Path) -> None:
     """Have this process stop there."""
-    combine, write_json = rounds.combine, checkpoint.write_json
+    aggregate_updates, write_json = rounds.aggregate_updates, checkpoint.write_json
 
     def stall() -> None:
         file.touch()
         while True:
             time.sleep(1)
 
-    def our_combine(*args, **settings):
-        if where == "aggregate" and settings["server_round"] == server_round:
+    def our_aggregate_updates(adapters, weights, method, context, *args, **settings):
+        if where == "aggregate" and context.server_round == server_round:
             stall()
-        return combine(*args, **settings)
+        return aggregate_updates(adapters, weights, method, context, *args, **settings)
 
     def our_write_json(path, value):
         if where == "commit" and path.name == f"{server_round:04d}.json":
             stall()
         write_json(path, value)
 
-    rounds.combine, checkpoint.write_json = our_combine, our_write_json
+    rounds.aggregate_updates = our_aggregate_updates
+    checkpoint.write_json = our_write_json
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import httpx
 
-from fedmomentum.flower.connection import Connection
-from fedmomentum.flower.keys import admit, load_private, make_node_key, make_server_keys
-from fedmomentum.flower.link import Link
-from fedmomentum.flower.transport import packed, unpacked
+from fedmomentum.flower.certificates import make_server_keys
+from fedmomentum.flower.fleet_client import FleetClient
+from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
+from fedmomentum.flower.superlink import SuperLink
+from fedmomentum.flower.transport import pack_payload, unpack_payload
 
 # after fedmomentum.flower, which sets what flwr reads when it is imported
 from flwr.app import Message, MessageType  # isort: skip
@@ -31,18 +32,24 @@ def make_keys(folder: Path, *nodes: str) -> Path:
     make_server_keys(keys, HOSTS)
     for name in nodes:
         _, public = make_node_key(name, folder)
-        admit(public, keys)
+        admit_node(public, keys)
     return keys
 
 
-def running(keys: Path) -> Link:
+def running(keys: Path) -> SuperLink:
     """A link on a free port of loopback; a context manager."""
-    return Link(keys, "127.0.0.1", 0)
+    return SuperLink(keys, "127.0.0.1", 0)
 
 
-def connect(port: int, keys: Path, name: str, *, host: str = "127.0.0.1", ca: Path | None = None) -> Connection:
+def connect(
+    port: int, keys: Path, name: str, *, host: str = "127.0.0.1", ca: Path | None = None
+) -> FleetClient:
     """A node's connection; a context manager."""
-    return Connection(f"{host}:{port}", (ca or keys / "ca.pem").read_bytes(), load_private(keys.parent / f"{name}.key"))
+    return FleetClient(
+        f"{host}:{port}",
+        (ca or keys / "ca.pem").read_bytes(),
+        load_private_key(keys.parent / f"{name}.key"),
+    )
 
 
 @contextlib.contextmanager
@@ -55,31 +62,37 @@ def as_node() -> Iterator[None]:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = kept
 
 
-def ask(link: Link, name: str, payload: bytes) -> str:
+def ask(link: SuperLink, name: str, payload: bytes) -> str:
     """Put a payload up for a node; the message's name."""
     run = link.grid.run
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.run_id, SUPERLINK_NODE_ID, run.primary_task_id
-    message = Message(packed(payload, 60.0), link.online()[name].node_id, MessageType.TRAIN)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = (
+        run.run_id,
+        SUPERLINK_NODE_ID,
+        run.primary_task_id,
+    )
+    message = Message(pack_payload(payload, 60.0), link.online()[name].node_id, MessageType.TRAIN)
     (message_id,) = link.grid.push_messages([message])
     assert message_id
     return message_id
 
 
-def fetch(connection: Connection) -> Message | None:
+def fetch(connection: FleetClient) -> Message | None:
     with as_node():
         return connection.pull()
 
 
-def answer(connection: Connection, message: Message, payload: bytes) -> None:
+def answer(connection: FleetClient, message: Message, payload: bytes) -> None:
     with as_node():
-        connection.push(Message(packed(payload), reply_to=message))
+        connection.push(Message(pack_payload(payload), reply_to=message))
 
 
 def payload_of(message: Message) -> bytes:
-    return unpacked(message.content)[0]
+    return unpack_payload(message.content)[0]
 
 
-def there_and_back(link: Link, connection: Connection, name: str, down: bytes, up: bytes) -> tuple[bytes, bytes]:
+def there_and_back(
+    link: SuperLink, connection: FleetClient, name: str, down: bytes, up: bytes
+) -> tuple[bytes, bytes]:
     """A question and its answer over the wire, as each end got them."""
     message_id = ask(link, name, down)
     message = fetch(connection)
@@ -96,17 +109,26 @@ class Stranger:
         import ssl
 
         context = ssl.create_default_context(cafile=keys / "ca.pem")
-        self._keys, self.client = keys, httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context)
+        self._keys, self.client = (
+            keys,
+            httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context),
+        )
 
-    def post(self, path: str, request: object = b"", *, headers: dict[str, str] | None = None) -> httpx.Response:
+    def post(
+        self, path: str, request: object = b"", *, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
         content = request if isinstance(request, bytes) else request.SerializeToString()  # type: ignore[attr-defined]
         media = {"content-type": "application/protobuf", "accept": "application/protobuf"}
-        return self.client.post(f"/v1/fleet/{path}", content=content, headers=media | (headers or {}))
+        return self.client.post(
+            f"/v1/fleet/{path}", content=content, headers=media | (headers or {})
+        )
 
-    def signature(self, name: str, *, signer: str | None = None, age: float = 0.0) -> dict[str, str]:
+    def signature(
+        self, name: str, *, signer: str | None = None, age: float = 0.0
+    ) -> dict[str, str]:
         """The headers of node `name`, by the private key of `signer`, made `age` seconds ago."""
-        key = load_private(self._keys.parent / f"{name}.key")
-        signing = load_private(self._keys.parent / f"{signer or name}.key")
+        key = load_private_key(self._keys.parent / f"{name}.key")
+        signing = load_private_key(self._keys.parent / f"{signer or name}.key")
         timestamp = (now() - datetime.timedelta(seconds=age)).isoformat()
         return {
             "flwr-public-key": b64encode(public_key_to_bytes(key.public_key())).decode(),

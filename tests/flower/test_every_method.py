@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmomentum.aggregation import METHODS
+from fedmomentum.aggregation.registry import METHODS
 from tests.faults.harness import Federation, hard_limit
 from tests.runs import timeless
 
@@ -27,7 +27,9 @@ def test_two_rounds_over_loopback_have_the_bits_of_two_in_process(shared, tmp_pa
             for site in ("site1", "site2"):
                 fed.raw(site).start()
             fed.check()
-            assert timeless(fed.out) == timeless(fed.folder / "reference")  # bytes too, where nothing fails
+            assert timeless(fed.out) == timeless(
+                fed.folder / "reference"
+            )  # bytes too, where nothing fails
         finally:
             wrong = fed.close()
     assert not wrong

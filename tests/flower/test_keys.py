@@ -14,19 +14,19 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower import keys as module
-from fedmomentum.flower.connection import ConnectionLost
-from fedmomentum.flower.join import Party, server_address
+from fedmomentum.flower.certificates import make_server_keys
+from fedmomentum.flower.fleet_client import ConnectionLost
+from fedmomentum.flower.join import NodeIdentity, server_address
 from fedmomentum.flower.keys import (
-    admit,
-    admitted,
-    check_private,
-    load_private,
-    load_public,
+    admit_node,
+    admitted_keys,
+    check_private_file,
+    load_private_key,
+    load_public_key,
     make_node_key,
-    make_server_keys,
-    read_nodes,
+    read_admitted_nodes,
 )
-from fedmomentum.flower.link import Link
+from fedmomentum.flower.superlink import SuperLink
 from tests.flower.network import HOSTS, connect, make_keys, running, there_and_back
 
 
@@ -55,9 +55,9 @@ def pem(private) -> bytes:
 def test_what_is_made_is_what_is_read(tmp_path):
     keys = make_keys(tmp_path)
     private, public = make_node_key("site-1.b", tmp_path / "new")
-    assert pem(load_private(private)) == load_public(public)
-    assert admit(public, keys) == admit(public, keys) == "site-1.b"  # twice does no harm
-    assert admitted(keys) == {"site-1.b": load_public(public)}
+    assert pem(load_private_key(private)) == load_public_key(public)
+    assert admit_node(public, keys) == admit_node(public, keys) == "site-1.b"  # twice does no harm
+    assert admitted_keys(keys) == {"site-1.b": load_public_key(public)}
 
 
 def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
@@ -66,7 +66,10 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
 
     def looked_at(handle, kind):
         state = os.fstat(handle)
-        seen[os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2]] = stat.S_IMODE(state.st_mode), state.st_size
+        seen[os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2]] = (
+            stat.S_IMODE(state.st_mode),
+            state.st_size,
+        )
         return opened(handle, kind)
 
     opened = os.fdopen
@@ -91,38 +94,44 @@ def test_a_private_key_is_not_taken_when_others_may_touch_it(tmp_path):
     private, _ = make_node_key("north", tmp_path)
     for open_to in (0o640, 0o604, 0o620, 0o666):
         private.chmod(open_to)
-        with pytest.raises(ConfigError, match="north.key may be read or written by others.*chmod 600"):
-            load_private(private)
+        with pytest.raises(
+            ConfigError, match="north.key can be read or written by others.*chmod 600"
+        ):
+            load_private_key(private)
     private.chmod(0o400)
-    load_private(private)
+    load_private_key(private)
     with pytest.raises(ConfigError, match="there is no key .*east.key"):
-        check_private(tmp_path / "east.key")
+        check_private_file(tmp_path / "east.key")
 
 
 # ── refusals ──
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", ".hidden", "-x", "a b", "a\n", "x" * 65, "nörd"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../up", "a/b", ".hidden", "-x", "a b", "a\n", "x" * 65, "nörd"]
+)
 def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
-    with pytest.raises(ConfigError, match="is no name for a node"):
+    with pytest.raises(ConfigError, match="is not a valid node name"):
         make_node_key(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_keys_are_not_overwritten_and_names_are_not_taken_over(tmp_path):
     keys = make_keys(tmp_path, "north")
-    with pytest.raises(ConfigError, match="north.key is there already"):
+    with pytest.raises(ConfigError, match="north.key exists already"):
         make_node_key("north", tmp_path)
     _, other = make_node_key("north", tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="north is admitted already, with another key; .*remove .*north.pub"):
-        admit(other, keys)
+    with pytest.raises(
+        ConfigError, match="north is admitted already, with another key; .*remove .*north.pub"
+    ):
+        admit_node(other, keys)
     renamed = tmp_path / "south.pub"
     renamed.write_bytes((tmp_path / "north.pub").read_bytes())
     with pytest.raises(ConfigError, match="admitted already, as north"):
-        admit(renamed, keys)
-    with pytest.raises(ConfigError, match="holds no keys of a server"):
-        admit(other, tmp_path / "nowhere")
-    assert admitted(keys) == {"north": load_public(tmp_path / "north.pub")}
+        admit_node(renamed, keys)
+    with pytest.raises(ConfigError, match="has no server keys"):
+        admit_node(other, tmp_path / "nowhere")
+    assert admitted_keys(keys) == {"north": load_public_key(tmp_path / "north.pub")}
 
 
 def test_what_is_no_public_key_is_refused_by_name(tmp_path):
@@ -136,19 +145,22 @@ def test_what_is_no_public_key_is_refused_by_name(tmp_path):
         (private, "north.key is no public key"),  # sent by mistake
         (tmp_path / "text.pub", "text.pub is no public key"),
         (tmp_path / "missing.pub", "missing.pub is no public key"),
-        (tmp_path / "ed.pub", "ed.pub is no elliptic-curve key; make one with: fedmomentum keys node"),
+        (
+            tmp_path / "ed.pub",
+            "ed.pub is not an elliptic-curve key; make one with: fedmomentum keys node",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
-            admit(file, keys)
-    assert admitted(keys) == {}
+            admit_node(file, keys)
+    assert admitted_keys(keys) == {}
     (keys / "nodes" / "bad.pub").write_text("put there by hand")
-    assert admitted(keys) == {}
-    (problem,) = read_nodes(keys).problems.values()
+    assert admitted_keys(keys) == {}
+    (problem,) = read_admitted_nodes(keys).problems.values()
     assert problem.startswith("it is no public key of a node: ")
     (tmp_path / "text.key").write_text("hello")
     (tmp_path / "text.key").chmod(0o600)
     with pytest.raises(ConfigError, match="text.key is no private key"):
-        load_private(tmp_path / "text.key")
+        load_private_key(tmp_path / "text.key")
 
 
 def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
@@ -166,18 +178,28 @@ def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
     [
         ({"server": "fed.example.org"}, "--server must be HOST:PORT"),
         ({"server": ":9443"}, "--server must be HOST:PORT"),
-        ({"authority": "nothing.pem"}, "there is no authority .* as keys/ca.pem. Give its path by --ca"),
+        (
+            {"authority": "nothing.pem"},
+            "there is no authority .* as keys/ca.pem. Give its path by --ca",
+        ),
         ({"authority": "north.pub"}, "is no authority's certificate"),
-        ({"name": "../north"}, "is no name for a node"),
+        ({"name": "../north"}, "is not a valid node name"),
         ({"key": "south.key"}, "there is no key"),
     ],
 )
 def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, words):
     folder = keys.parent
-    given = {"server": "127.0.0.1:1", "authority": "keys/ca.pem", "key": "north.key", "name": "north"} | change
+    given = {
+        "server": "127.0.0.1:1",
+        "authority": "keys/ca.pem",
+        "key": "north.key",
+        "name": "north",
+    } | change
     paths = {name: folder / given[name] for name in ("authority", "key")}
     with pytest.raises(ConfigError, match=words):
-        Party(server=given["server"], name=given["name"], store=folder / "store", **paths).connection()
+        NodeIdentity(
+            server=given["server"], name=given["name"], store=folder / "store", **paths
+        ).fleet_client()
 
 
 @pytest.mark.parametrize(
@@ -207,11 +229,11 @@ def test_an_address_is_taken_in_the_forms_that_people_write(given, wanted):
         ("fed.example.org:\u0663", "must be HOST:PORT"),
         ("fed.example.org:9443/path", "must be HOST:PORT"),
         ("::1:9443", "stands in brackets"),
-        ("[fed.example.org]:9443", "no IPv6 address"),
-        ("[fe80::1%eth0]:9443", "no IPv6 address"),
-        ("user@fed.example.org:9443", "no host name"),
-        ("fed example:9443", "no host name"),
-        ("\x1b[2Jfed:9443", "no host name"),
+        ("[fed.example.org]:9443", "not an IPv6 address"),
+        ("[fe80::1%eth0]:9443", "not an IPv6 address"),
+        ("user@fed.example.org:9443", "neither a host name"),
+        ("fed example:9443", "neither a host name"),
+        ("\x1b[2Jfed:9443", "neither a host name"),
         ("", "must be HOST:PORT"),
     ],
 )
@@ -226,9 +248,11 @@ def test_a_node_reaches_a_server_by_its_ipv6_address(tmp_path):
     make_server_keys(keys, ["::1"])
     if not socket.has_ipv6:
         pytest.skip("no IPv6 here")
-    with Link(keys, "::1", 0) as link:
-        party = Party(f"https://[::1]:{link.port}", keys / "ca.pem", tmp_path / "north.key", tmp_path, "north")
-        party.connection().probe()
+    with SuperLink(keys, "::1", 0) as link:
+        party = NodeIdentity(
+            f"https://[::1]:{link.port}", keys / "ca.pem", tmp_path / "north.key", tmp_path, "north"
+        )
+        party.fleet_client().probe()
 
 
 # ── slips of the operator ──
@@ -259,21 +283,46 @@ def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, 
             slips()
             for _ in range(3):
                 assert link.registered() == ["north", "south"]
-                assert there_and_back(link, connection, "north", b"task", b"reply") == (b"task", b"reply")
-        told = [record.getMessage() for record in caplog.records if "admits nobody" in record.getMessage()]
+                assert there_and_back(link, connection, "north", b"task", b"reply") == (
+                    b"task",
+                    b"reply",
+                )
+        told = [
+            record.getMessage()
+            for record in caplog.records
+            if "admits nobody" in record.getMessage()
+        ]
         assert len(told) == 10, told
-        for name in ("half", "text", "empty", "directory", "pipe", "huge", "nowhere", "north copy", "-x", "zwilling"):
+        for name in (
+            "half",
+            "text",
+            "empty",
+            "directory",
+            "pipe",
+            "huge",
+            "nowhere",
+            "north copy",
+            "-x",
+            "zwilling",
+        ):
             assert sum(f"{name}.pub admits nobody" in line for line in told) == 1
-        assert any("zwilling.pub admits nobody: its key is that of north; a node has one name" in line for line in told)
+        assert any(
+            "zwilling.pub admits nobody: its key is that of north; a node has one name" in line
+            for line in told
+        )
         assert all(line.isprintable() or "\ufffd" in line for line in told)
 
-        (nodes / "south.pub").write_bytes(b"")  # half copied over the one that was there: south is out, north is not
+        (nodes / "south.pub").write_bytes(
+            b""
+        )  # half copied over the one that was there: south is out, north is not
         assert link.registered() == ["north"]
         (nodes / "north.pub").rename(nodes / "elsewhere")
         assert link.registered() == ["zwilling"]  # whose key it is now
         shutil.rmtree(nodes)
         assert link.registered() == ["zwilling"]  # what cannot be read changes nothing
-        assert any("who was admitted stays so" in record.getMessage() for record in caplog.records)
+        assert any(
+            "the admitted nodes stay admitted" in record.getMessage() for record in caplog.records
+        )
 
 
 def test_a_bad_file_does_not_keep_another_from_being_admitted(tmp_path):
@@ -281,8 +330,10 @@ def test_a_bad_file_does_not_keep_another_from_being_admitted(tmp_path):
     (keys / "nodes" / "bad.pub").write_text("hello")
     _, public = make_node_key("south", tmp_path)
     public.write_bytes(public.read_bytes().rstrip() + b" a comment\x1b[2J\n")
-    assert admit(public, keys) == "south" and list(admitted(keys)) == ["north", "south"]
-    assert (keys / "nodes" / "south.pub").read_bytes().endswith(b" south\n")  # the key and the name, nothing else
+    assert admit_node(public, keys) == "south" and list(admitted_keys(keys)) == ["north", "south"]
+    assert (
+        (keys / "nodes" / "south.pub").read_bytes().endswith(b" south\n")
+    )  # the key and the name, nothing else
 
 
 # ── certificates ──
@@ -290,12 +341,15 @@ def test_a_bad_file_does_not_keep_another_from_being_admitted(tmp_path):
 
 def test_renewing_keeps_the_authority(tmp_path):
     keys = make_keys(tmp_path, "north")
-    old, authority = certificate(keys), {name: (keys / name).read_bytes() for name in ("ca.pem", "ca.key")}
+    old, authority = (
+        certificate(keys),
+        {name: (keys / name).read_bytes() for name in ("ca.pem", "ca.key")},
+    )
     make_server_keys(keys, HOSTS)
     new = certificate(keys)
     assert {name: (keys / name).read_bytes() for name in authority} == authority
     assert new.serial_number != old.serial_number and new.public_key() != old.public_key()
-    assert admitted(keys).keys() == {"north"}
+    assert admitted_keys(keys).keys() == {"north"}
     with running(keys) as link:
         connect(link.port, keys, "north").probe()  # with the ca.pem it has
 
@@ -311,7 +365,9 @@ def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys)
         assert days <= lasts.total_seconds() / 86400 < days + 1
     new.verify_directly_issued_by(authority)
     assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    assert not new.extensions.get_extension_for_class(x509.BasicConstraints).value.ca  # it can vouch for nobody
+    assert not new.extensions.get_extension_for_class(
+        x509.BasicConstraints
+    ).value.ca  # it can vouch for nobody
 
 
 def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
@@ -325,7 +381,10 @@ def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
             connect(link.port, keys, "north", ca=elsewhere / "ca.pem").probe()
         with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
             connect(link.port, keys, "north", ca=elsewhere / "ca.pem").__enter__()
-    with running(named) as link, pytest.raises(ConnectionLost, match="vouches for, for this name.*mismatch"):
+    with (
+        running(named) as link,
+        pytest.raises(ConnectionLost, match="vouches for, for this name.*mismatch"),
+    ):
         connect(link.port, named, "north").probe()
 
 
@@ -333,7 +392,7 @@ def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
     "host", ["fed.example.org:9443", "https://fed.example.org", "über.example", "", "a b", "-x.org"]
 )
 def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path, host):
-    with pytest.raises(ConfigError, match="no host name and no address"):
+    with pytest.raises(ConfigError, match="neither a host name nor an address"):
         make_server_keys(tmp_path / "keys", ["good.example", host])
     assert not (tmp_path / "keys").exists()
 
@@ -341,6 +400,9 @@ def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path, host):
 @pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh-keygen")
 def test_a_key_with_a_passphrase_is_refused_by_name(tmp_path):
     file = tmp_path / "north.key"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "secret", "-f", str(file)], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "secret", "-f", str(file)],
+        check=True,
+    )
     with pytest.raises(ConfigError, match="has a passphrase"):
-        load_private(file)
+        load_private_key(file)

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedmomentum.flower.connection import ConnectionLost
+from fedmomentum.flower.fleet_client import ConnectionLost
 from fedmomentum.flower.gate import MAX_REQUEST_BYTES, PATHS
 from tests.flower.network import Stranger, connect, fetch, make_keys, running, there_and_back
 
@@ -39,13 +39,23 @@ def start(folder: Path, link, keys: Path):
         assert shipped in text
         text = text.replace(shipped, here)
     temporary = "".join(
-        f"{kind}_temp_path {folder}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{kind}_temp_path {folder}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (folder / "nginx.conf").write_text(
-        f"daemon off;\nmaster_process off;\npid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n"
+        f"daemon off;\nmaster_process off;\npid {folder}/pid;\nerror_log "
+        f"{folder}/error.log;\nevents {{}}\n"
         f"http {{\naccess_log {folder}/access.log;\n{temporary}{text}\n}}\n"
     )
-    command = [NGINX, "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(folder / "nginx.conf")]
+    command = [
+        NGINX,
+        "-p",
+        str(folder),
+        "-e",
+        str(folder / "error.log"),
+        "-c",
+        str(folder / "nginx.conf"),
+    ]
     subprocess.run([*command, "-t"], check=True, capture_output=True)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(200):
@@ -97,18 +107,31 @@ def test_the_paths_are_those_of_the_link(stranger):
     (shipped,) = re.findall(r"\^/v1/fleet/\(([a-z|-]+)\)\$ {", CONFIGURATION.read_text())
     assert {f"/v1/fleet/{name}" for name in shipped.split("|")} == PATHS.keys()
     for path in PATHS:
-        answer = stranger.client.post(path, content=b"", headers={"content-type": "application/protobuf"})
+        answer = stranger.client.post(
+            path, content=b"", headers={"content-type": "application/protobuf"}
+        )
         assert answer.status_code == 401  # it is serve that wants a signature
         for method in ("GET", "PUT", "DELETE", "OPTIONS"):
             refused = stranger.client.request(method, path)
-            assert refused.status_code == 404 and b"nginx" in refused.content  # its own page: serve sends none
+            assert (
+                refused.status_code == 404 and b"nginx" in refused.content
+            )  # its own page: serve sends none
 
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/control/start-run", "/v1/runtime/pull-object", "/v1/fleet/register-node", "/v1/fleet/get-fab", "/", "/docs",
-     "/v1/fleet/pull-messages/x", "/x/v1/fleet/pull-messages", "/v1/fleet/pull-messages%2f"],
-)  # fmt: skip
+    [
+        "/v1/control/start-run",
+        "/v1/runtime/pull-object",
+        "/v1/fleet/register-node",
+        "/v1/fleet/get-fab",
+        "/",
+        "/docs",
+        "/v1/fleet/pull-messages/x",
+        "/x/v1/fleet/pull-messages",
+        "/v1/fleet/pull-messages%2f",
+    ],
+)
 def test_nothing_else_gets_through(stranger, path):
     answer = stranger.client.post(path, content=b"")
     assert answer.status_code == 404 and b"nginx" in answer.content
@@ -117,12 +140,18 @@ def test_nothing_else_gets_through(stranger, path):
 def test_large_bodies_and_plain_http_are_refused(stranger, port):
     assert stranger.post("push-object", b"x" * (MAX_REQUEST_BYTES + 1)).status_code == 413
     assert stranger.post("push-object", b"x" * MAX_REQUEST_BYTES).status_code != 413
-    assert httpx.post(f"http://127.0.0.1:{port}/v1/fleet/pull-messages", content=b"").status_code == 400
+    assert (
+        httpx.post(f"http://127.0.0.1:{port}/v1/fleet/pull-messages", content=b"").status_code
+        == 400
+    )
 
 
 def test_a_server_that_the_authority_does_not_vouch_for_is_not_passed_on_to(link, keys, tmp_path):
     mixed = make_keys(tmp_path / "other")
-    for name in ("server.pem", "server.key"):  # nodes believe the proxy; the proxy must not believe serve
+    for name in (
+        "server.pem",
+        "server.key",
+    ):  # nodes believe the proxy; the proxy must not believe serve
         (mixed / name).write_bytes((keys / name).read_bytes())
     process, port = start(tmp_path / "prefix", link, mixed)
     try:

@@ -32,9 +32,15 @@ OURS = [
     PayloadError,
     QuorumError,
 ]
-# what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken to go on
-parts = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="/\\'\"(),;:=[]"),
-                min_size=1, max_size=12)  # fmt: skip
+# what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken
+# to go on
+parts = st.text(
+    st.characters(
+        codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="/\\'\"(),;:=[]"
+    ),
+    min_size=1,
+    max_size=12,
+)
 roots = st.sampled_from(["/", "./", "../", "~/", "C:\\", "\\\\share\\", "data/"])
 # names of files may have blanks and commas in them
 words = st.text("abcdefghijklmnopqrstuvwxyz .,;:=()[]'\"0123456789", max_size=30)
@@ -46,7 +52,13 @@ def paths(draw):
     return draw(roots) + draw(st.sampled_from("/\\")).join(names)
 
 
-@given(error=st.sampled_from(OURS), path=paths(), before=words, after=words, quote=st.sampled_from(["", "'", '"', " "]))
+@given(
+    error=st.sampled_from(OURS),
+    path=paths(),
+    before=words,
+    after=words,
+    quote=st.sampled_from(["", "'", '"', " "]),
+)
 def test_no_path_and_no_part_of_one_leaves(error, path, before, after, quote):
     """Wherever in a message it stands; what is before it, and after the next quote, bracket or colon, is told."""
     told = public_text(error(f"{before} {quote}{path}{quote} {after}"))
@@ -96,6 +108,8 @@ def test_what_helps_to_mend_it_is_told(message, told):
 
 
 def test_every_error_of_ours_is_looked_at_here():
-    made = {e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FedMomentumError)}
+    made = {
+        e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FedMomentumError)
+    }
     assert made == {*OURS, DataError}
     assert re.search(r"no path", public_text.__doc__)

@@ -7,14 +7,24 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)  # isort: skip
 
 from fedmomentum.errors import PayloadError
 from fedmomentum.flower import join as join_module
-from fedmomentum.flower.connection import ConnectionLost
-from fedmomentum.flower.join import _answer
+from fedmomentum.flower.fleet_client import ConnectionLost
+from fedmomentum.flower.join import _reply
 from fedmomentum.flower.records import MAX_CHUNKS, check_envelope, check_objects, check_tree
-from fedmomentum.flower.transport import FlowerTransport, packed
-from fedmomentum.transport import Failure
+from fedmomentum.flower.transport import FlowerTransport, pack_payload
+from fedmomentum.protocol.transport import Failure
 from tests.flower.network import (
     Stranger,
     as_node,
@@ -26,8 +36,8 @@ from tests.flower.network import (
     running,
     there_and_back,
 )
+from tests.runs import Events
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict  # isort: skip
 from flwr.app.message import make_message, remove_content_from_message  # isort: skip
 from flwr.common.serde import message_to_proto  # isort: skip
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest  # isort: skip
@@ -63,18 +73,33 @@ def objects_of(message):
 def ours(content=None):
     """A message of ours."""
     metadata = Metadata(
-        run_id=1, message_id="", src_node_id=1, dst_node_id=5, reply_to_message_id="", group_id="",
-        created_at=time.time(), ttl=60.0, message_type="train",
-    )  # fmt: skip
-    return make_message(metadata, content=content or packed(b"\x05\0\0\0\0\0\0\0hello world", 3.0))
+        run_id=1,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=5,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=60.0,
+        message_type="train",
+    )
+    return make_message(
+        metadata, content=content or pack_payload(b"\x05\0\0\0\0\0\0\0hello world", 3.0)
+    )
 
 
 # ── the shape itself ──
 
 
 def test_messages_of_ours_have_the_shape_whatever_is_in_them():
-    for payload in (b"", b"short", bytes(20), random.Random(0).randbytes(11 * 2**20), bytes(11 * 2**20)):
-        message = ours(packed(payload, 1.0))
+    for payload in (
+        b"",
+        b"short",
+        bytes(20),
+        random.Random(0).randbytes(11 * 2**20),
+        bytes(11 * 2**20),
+    ):
+        message = ours(pack_payload(payload, 1.0))
         tree = get_object_tree(message)
         check_tree(tree)
         check_objects(tree.object_id, objects_of(message))
@@ -94,7 +119,18 @@ def shape(*levels):
 
 @pytest.mark.parametrize(
     "levels",
-    [(), (2,), (1,), (1, 1), (1, 3), (1, 2, 3), (1, 2), (1, 2, 2, MAX_CHUNKS + 1), (1, 2, 2, 1, 1), (200_000,)],
+    [
+        (),
+        (2,),
+        (1,),
+        (1, 1),
+        (1, 3),
+        (1, 2, 3),
+        (1, 2),
+        (1, 2, 2, MAX_CHUNKS + 1),
+        (1, 2, 2, 1, 1),
+        (200_000,),
+    ],
     ids=str,
 )
 def test_trees_of_another_shape_are_refused_and_cost_nothing(levels):
@@ -112,11 +148,13 @@ def test_a_deep_chain_is_refused():
     at = tree
     for number in range(1, 90):
         at = at.children.add(object_id=f"{number:064x}")
-    with pytest.raises(PayloadError, match="has 1 objects where a field is wanted"):
+    with pytest.raises(PayloadError, match="has 1 objects where a field is expected"):
         check_tree(tree)
 
 
-@pytest.mark.parametrize("name", ["", "x" * 64, "A" * 64, "0" * 63, "0" * 65, "../../x", "0" * 63 + "\n", "٣" * 64])
+@pytest.mark.parametrize(
+    "name", ["", "x" * 64, "A" * 64, "0" * 63, "0" * 65, "../../x", "0" * 63 + "\n", "٣" * 64]
+)
 def test_names_that_are_no_hash_are_refused_on_every_level(name):
     for depth in range(5):
         tree = shape(1, 2, 2, 1)
@@ -124,7 +162,7 @@ def test_names_that_are_no_hash_are_refused_on_every_level(name):
         for _ in range(depth):
             at = at.children[0]
         at.object_id = name
-        with pytest.raises(PayloadError, match="wanted a SHA-256"):
+        with pytest.raises(PayloadError, match="expected a SHA-256"):
             check_tree(tree)
 
 
@@ -140,7 +178,9 @@ def with_head(content, **changes):
     head, _, body = content.partition(b"\0")
     kind, children, size = head.decode().split(" ")
     fields = {"kind": kind, "children": children, "size": size, "body": body} | changes
-    return f"{fields['kind']} {fields['children']} {fields['size']}".encode() + b"\0" + fields["body"]
+    return (
+        f"{fields['kind']} {fields['children']} {fields['size']}".encode() + b"\0" + fields["body"]
+    )
 
 
 def with_body(content, body):
@@ -148,18 +188,49 @@ def with_body(content, body):
 
 
 def named(objects, kind, number=0):
-    return [name for name, content in objects.items() if content.startswith(kind.encode() + b" ")][number]
+    return [name for name, content in objects.items() if content.startswith(kind.encode() + b" ")][
+        number
+    ]
 
 
 BAD_BODIES = [
-    ("Array", b'{"dtype": "uint8", "shape": [5], "stype": "bytes", "arraychunk_ids": [1]}', "chunk that is not there"),
-    ("Array", b'{"dtype": "uint8", "shape": [5], "stype": "bytes", "arraychunk_ids": [-1]}', "arraychunk_ids"),
-    ("Array", b'{"dtype": "uint8", "shape": [5], "stype": "bytes", "arraychunk_ids": []}', "leaves out a chunk"),
-    ("Array", b'{"dtype": "uint8", "shape": [9], "stype": "bytes", "arraychunk_ids": [0]}', "its chunks have"),
+    (
+        "Array",
+        b'{"dtype": "uint8", "shape": [5], "stype": "bytes", "arraychunk_ids": [1]}',
+        "chunk that is not there",
+    ),
+    (
+        "Array",
+        b'{"dtype": "uint8", "shape": [5], "stype": "bytes", "arraychunk_ids": [-1]}',
+        "arraychunk_ids",
+    ),
+    (
+        "Array",
+        b'{"dtype": "uint8", "shape": [5], "stype": "bytes", "arraychunk_ids": []}',
+        "leaves out a chunk",
+    ),
+    (
+        "Array",
+        b'{"dtype": "uint8", "shape": [9], "stype": "bytes", "arraychunk_ids": [0]}',
+        "its chunks have",
+    ),
     ("Array", b'{"dtype": "uint8", "shape": [], "stype": "bytes", "arraychunk_ids": [0]}', "shape"),
-    ("Array", b'{"dtype": "object", "shape": [5], "stype": "bytes", "arraychunk_ids": [0]}', "dtype"),
-    ("Array", b'{"dtype": "uint8", "shape": [5], "stype": "numpy.ndarray", "arraychunk_ids": [0]}', "stype"),
-    ("Array", b'{"dtype": "uint8", "shape": [%s], "stype": "bytes", "arraychunk_ids": [0]}' % (b"9" * 5000), "JSON|sh"),
+    (
+        "Array",
+        b'{"dtype": "object", "shape": [5], "stype": "bytes", "arraychunk_ids": [0]}',
+        "dtype",
+    ),
+    (
+        "Array",
+        b'{"dtype": "uint8", "shape": [5], "stype": "numpy.ndarray", "arraychunk_ids": [0]}',
+        "stype",
+    ),
+    (
+        "Array",
+        b'{"dtype": "uint8", "shape": [%s], "stype": "bytes", "arraychunk_ids": [0]}'
+        % (b"9" * 5000),
+        "JSON|sh",
+    ),
     ("Array", b"[" * 100_000, "JSON|Expected"),
     ("Array", b"\xff\xfe", "JSON"),
     ("Array", b"null", "Expected"),
@@ -167,9 +238,9 @@ BAD_BODIES = [
     ("ArrayRecord", b'{"head": "%s", "body": "%s"}' % (b"0" * 64, b"1" * 64), "other children"),
     ("RecordDict", b'{"payload": 1, "limits": 2}', "Expected"),
     ("RecordDict", b'{"payload": "%s"}' % (b"0" * 64), "limits"),
-    ("ConfigRecord", b"", "something else"),
+    ("ConfigRecord", b"", "something other"),
     ("ConfigRecord", b"\xff\xff\xff", "DecodeError|Error"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "body", "words"), BAD_BODIES, ids=range(len(BAD_BODIES)))
@@ -190,14 +261,17 @@ def test_objects_with_another_body_are_refused_by_name(kind, body, words):
         ({"kind": "Message"}, "Message came where"),
         ({"kind": "x" * 100_000}, "came where"),
         ({"children": "0" * 64}, "ArrayChunk is not among the objects"),
-        ({"children": ",".join(["0" * 64] * (MAX_CHUNKS + 1))}, "no SHA-256|is not there|bytes; at most"),
-        ({"children": "nothing"}, "no SHA-256"),
+        (
+            {"children": ",".join(["0" * 64] * (MAX_CHUNKS + 1))},
+            "not SHA-256|is not there|bytes; at most",
+        ),
+        ({"children": "nothing"}, "not SHA-256"),
         ({"size": "-1"}, "says it has"),
         ({"size": "9" * 5000}, "says it has"),
-        ({"size": "1 2"}, "no head"),
+        ({"size": "1 2"}, "no header"),
     ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_objects_with_another_head_are_refused_by_name(change, words):
     message = ours()
     objects = objects_of(message)
@@ -220,7 +294,9 @@ def test_one_chunk_named_a_million_times_is_refused_before_it_is_joined():
 
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0])
 def test_limits_that_are_no_duration_are_refused(seconds):
-    content = RecordDict({"payload": packed(b"x")["payload"], "limits": ConfigRecord({"seconds": seconds})})
+    content = RecordDict(
+        {"payload": pack_payload(b"x")["payload"], "limits": ConfigRecord({"seconds": seconds})}
+    )
     message = ours(content)
     with pytest.raises(PayloadError, match="limits.seconds"):
         check_objects(message.object_id, objects_of(message))
@@ -259,7 +335,9 @@ def test_random_changes_are_refused_or_harmless():
         except Exception as error:
             assert type(error).__name__ == "DecodeError", repr(error)
             refused += 1
-    assert refused > 700  # what passes changed a chunk's bytes, or the message's own body, which the hash covers
+    assert (
+        refused > 700
+    )  # what passes changed a chunk's bytes, or the message's own body, which the hash covers
 
 
 # ── an admitted node that lies ──
@@ -323,7 +401,7 @@ SPOILT = [
     ("message_object_trees.0.object_id", "", "root is ''"),
     ("message_object_trees.0.object_id", "x" * 64, "root is 'xxx"),
     ("message_object_trees.0.object_id", "0" * 64, "root is '000"),
-    ("message_object_trees.0.children.0.object_id", "../../etc/passwd", "wanted a SHA-256"),
+    ("message_object_trees.0.children.0.object_id", "../../etc/passwd", "expected a SHA-256"),
     ("messages_list.0.metadata.message_id", "", "message_id is ''"),
     ("messages_list.0.metadata.message_id", "m" * 100_000, "message_id is 'mmm"),
     ("messages_list.0.metadata.run_id", 7, "run_id is 7"),
@@ -340,22 +418,27 @@ SPOILT = [
     ("messages_list.0.metadata.created_at", math.inf, "created_at is inf"),
     ("messages_list.0.metadata.created_at", 1e300, "created_at is 1e"),
     ("messages_list.0.metadata.created_at", 0.0, "created_at is 0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("path", "value", "words"), SPOILT, ids=lambda value: str(value)[:45])
 def test_an_answer_with_a_spoilt_envelope_ends_that_nodes_part(liar, link, path, value, words):
-    request = liar.request(packed(b"reply"))
+    request = liar.request(pack_payload(b"reply"))
     spoil(request, path, value)
     assert liar.post("push-messages", request).status_code == 403
     reason = liar.reason()
     assert reason.startswith("its answer was refused: ") and words in reason and len(reason) < 400
     assert reason.isprintable()
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (b"next", b"answer")
+    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+        b"next",
+        b"answer",
+    )
 
 
 def spoil_children(request):
-    request.message_object_trees[0].children.extend([ObjectTree(object_id=f"{n:064x}") for n in range(20_000)])
+    request.message_object_trees[0].children.extend(
+        [ObjectTree(object_id=f"{n:064x}") for n in range(20_000)]
+    )
 
 
 def spoil_two_trees(request):
@@ -388,19 +471,30 @@ def spoil_runtimes(request):
 
 @pytest.mark.parametrize(
     "spoiler",
-    [spoil_children, spoil_two_trees, spoil_no_tree, spoil_two_messages, spoil_content, spoil_both, spoil_runtime,
-     spoil_runtimes],
-)  # fmt: skip
+    [
+        spoil_children,
+        spoil_two_trees,
+        spoil_no_tree,
+        spoil_two_messages,
+        spoil_content,
+        spoil_both,
+        spoil_runtime,
+        spoil_runtimes,
+    ],
+)
 def test_an_answer_of_another_build_ends_that_nodes_part(liar, link, spoiler):
-    request = liar.request(packed(b"reply"))
+    request = liar.request(pack_payload(b"reply"))
     spoiler(request)
     assert liar.post("push-messages", request).status_code == 403
     assert liar.reason().startswith("its answer was refused: ")
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (b"next", b"answer")
+    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+        b"next",
+        b"answer",
+    )
 
 
 def test_a_tree_of_two_hundred_thousand_is_refused_unread(liar, link):
-    request = liar.request(packed(b"reply"))
+    request = liar.request(pack_payload(b"reply"))
     names = [ObjectTree(object_id=f"{number:064x}") for number in range(200_000)]
     request.message_object_trees[0].children.extend(names)
     started = time.perf_counter()
@@ -412,18 +506,38 @@ def test_a_tree_of_two_hundred_thousand_is_refused_unread(liar, link):
 CONTENTS = [
     RecordDict(),
     RecordDict({"payload": MetricRecord({"x": 1.0}), "limits": ConfigRecord({"seconds": 0.0})}),
-    RecordDict({"payload": packed(b"x")["payload"], "limits": ConfigRecord({"seconds": math.nan})}),
-    RecordDict({"payload": packed(b"x")["payload"], "limits": ConfigRecord({"other": 0.0})}),
-    RecordDict({"payload": packed(b"x")["payload"], "limits": ConfigRecord({"seconds": "soon"})}),
-    RecordDict({"other": packed(b"x")["payload"], "limits": ConfigRecord({"seconds": 0.0})}),
-    RecordDict({"payload": ArrayRecord({"head": Array("uint8", (3,), "bytes", b"x"),
-                                        "body": Array("uint8", (0,), "bytes", b"")}),
-                "limits": ConfigRecord({"seconds": 0.0})}),
-    RecordDict({"payload": ArrayRecord({"head": Array("object", (1,), "bytes", b"x"),
-                                        "body": Array("uint8", (0,), "bytes", b"")}),
-                "limits": ConfigRecord({"seconds": 0.0})}),
+    RecordDict(
+        {"payload": pack_payload(b"x")["payload"], "limits": ConfigRecord({"seconds": math.nan})}
+    ),
+    RecordDict({"payload": pack_payload(b"x")["payload"], "limits": ConfigRecord({"other": 0.0})}),
+    RecordDict(
+        {"payload": pack_payload(b"x")["payload"], "limits": ConfigRecord({"seconds": "soon"})}
+    ),
+    RecordDict({"other": pack_payload(b"x")["payload"], "limits": ConfigRecord({"seconds": 0.0})}),
+    RecordDict(
+        {
+            "payload": ArrayRecord(
+                {
+                    "head": Array("uint8", (3,), "bytes", b"x"),
+                    "body": Array("uint8", (0,), "bytes", b""),
+                }
+            ),
+            "limits": ConfigRecord({"seconds": 0.0}),
+        }
+    ),
+    RecordDict(
+        {
+            "payload": ArrayRecord(
+                {
+                    "head": Array("object", (1,), "bytes", b"x"),
+                    "body": Array("uint8", (0,), "bytes", b""),
+                }
+            ),
+            "limits": ConfigRecord({"seconds": 0.0}),
+        }
+    ),
     RecordDict({"payload": ArrayRecord(), "limits": ConfigRecord({"seconds": 0.0})}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
@@ -435,7 +549,10 @@ def test_an_answer_with_other_records_ends_that_nodes_part(liar, link, content):
             liar.connection._lost = None
     reason = liar.reason()
     assert reason.startswith(("its answer was refused: ", "its answer could not be read: ")), reason
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (b"next", b"answer")
+    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+        b"next",
+        b"answer",
+    )
 
 
 def test_a_megabyte_of_error_text_becomes_a_line(liar, link):
@@ -445,10 +562,14 @@ def test_a_megabyte_of_error_text_becomes_a_line(liar, link):
         liar.connection.push(Message(Error(2, text), reply_to=liar.message))
     events = []
     transport = FlowerTransport(
-        link.grid, link, round_seconds=5, join_seconds=5, quorum=1.0,
-        observer=lambda event, facts: events.append((event, facts)),
-    )  # fmt: skip
-    pending = {liar.question: SimpleNamespace(client="north", gone=None)}
+        link.grid,
+        link,
+        round_timeout=5,
+        join_timeout=5,
+        min_valid_fraction=1.0,
+        callback=Events(lambda event, facts: events.append((event, facts))),
+    )
+    pending = {liar.question: SimpleNamespace(client="north", disconnected_at=None)}
     started = time.perf_counter()
     ((client, failure),) = transport._collect(pending)
     assert time.perf_counter() - started < 1
@@ -462,35 +583,46 @@ def test_only_flowers_own_word_makes_a_node_gone(liar, link):
     """A node that says of itself that it is not available has failed; the round does not wait for it."""
     with as_node():
         liar.connection.push(Message(Error(5, "Node unavailable"), reply_to=liar.message))
-    transport = FlowerTransport(link.grid, link, round_seconds=5, join_seconds=5, quorum=1.0)
-    pending = {liar.question: SimpleNamespace(client="north", gone=None)}
+    transport = FlowerTransport(
+        link.grid, link, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
+    )
+    pending = {liar.question: SimpleNamespace(client="north", disconnected_at=None)}
     assert list(transport._collect(pending)) == [("north", Failure("Node unavailable"))]
 
 
 def test_the_same_answer_twice_is_one_answer(liar, link):
-    request = liar.request(packed(b"reply"))
+    request = liar.request(pack_payload(b"reply"))
     first, second = (liar.post("push-messages", request) for _ in range(2))
     assert first.status_code == second.status_code == 200
-    other = liar.request(packed(b"another reply"))
+    other = liar.request(pack_payload(b"another reply"))
     assert liar.post("push-messages", other).status_code == 200  # and comes to nothing
     with as_node():
-        reply = Message(packed(b"reply"), reply_to=liar.message)
+        reply = Message(pack_payload(b"reply"), reply_to=liar.message)
         liar.connection.push(reply)
     assert len(list(link.grid.pull_messages([liar.question]))) <= 1
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (b"next", b"answer")
+    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+        b"next",
+        b"answer",
+    )
 
 
 def test_answers_without_end_leave_nothing_behind(liar, link):
     """Each would open a session in Flower's memory that nobody closes."""
     sessions = link._state._object_push_sessions
-    codes = [liar.post("push-messages", liar.request(packed(b"reply %d" % n))).status_code for n in range(40)]
+    codes = [
+        liar.post("push-messages", liar.request(pack_payload(b"reply %d" % n))).status_code
+        for n in range(40)
+    ]
     assert codes[:16] == [200] * 16 and set(codes[16:]) == {429}
     before = len(sessions)
     list(link.grid.pull_messages([liar.question]))
     link.withdraw([liar.question])
     link._state.delete_messages({liar.question})
     for number in range(40):  # to a question that is over
-        assert liar.post("push-messages", liar.request(packed(b"late %d" % number))).status_code == 200
+        assert (
+            liar.post("push-messages", liar.request(pack_payload(b"late %d" % number))).status_code
+            == 200
+        )
     assert len(sessions) == before
 
 
@@ -498,9 +630,11 @@ def test_a_node_cannot_take_away_anothers_message(liar, link, keys, stranger):
     """Confirming a message deletes it, and so would naming it as a part of an answer and ending that answer."""
     with connect(link.port, keys, "south") as south:
         question = ask(link, "south", b"for south")
-        confirm = ConfirmMessageReceivedRequest(node=liar.node, run_id=link.grid.run.run_id, message_object_id=question)
+        confirm = ConfirmMessageReceivedRequest(
+            node=liar.node, run_id=link.grid.run.run_id, message_object_id=question
+        )
         assert liar.post("confirm-message-received", confirm).status_code == 404
-        request = liar.request(packed(b"reply"))
+        request = liar.request(pack_payload(b"reply"))
         request.message_object_trees[0].children[0].object_id = question
         assert liar.post("push-messages", request).status_code == 403
         assert "names another message" in liar.reason()
@@ -514,9 +648,9 @@ def test_other_requests_with_odd_fields_are_refused(liar, link):
     key = liar.stranger._keys.parent / "north.key"
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-    from fedmomentum.flower.keys import load_private
+    from fedmomentum.flower.keys import load_private_key
 
-    public = public_key_to_bytes(load_private(key).public_key())
+    public = public_key_to_bytes(load_private_key(key).public_key())
     for path, request in [
         ("send-node-heartbeat", SendNodeHeartbeatRequest(node=node, heartbeat_interval=1800)),
         ("send-node-heartbeat", SendNodeHeartbeatRequest(node=node, heartbeat_interval=math.nan)),
@@ -527,7 +661,10 @@ def test_other_requests_with_odd_fields_are_refused(liar, link):
         ("pull-object", PullObjectRequest(node=node, run_id=run_id, object_id="")),
         ("push-object", PushObjectRequest(node=node, run_id=run_id, object_id="0" * 64)),
         ("push-object", PushObjectRequest(node=node, run_id=run_id, object_id="x", session_id="s")),
-        ("push-object", PushObjectRequest(node=node, run_id=run_id, object_id="0" * 64, session_id="s" * 65)),
+        (
+            "push-object",
+            PushObjectRequest(node=node, run_id=run_id, object_id="0" * 64, session_id="s" * 65),
+        ),
     ]:
         assert liar.post(path, request).status_code == 403, (path, request)
     assert list(link.online()) == ["north"]
@@ -540,10 +677,10 @@ def test_whatever_else_an_answer_raises_ends_that_answer_alone(link, keys, monke
         for name, connection in (("north", north), ("south", south)):
             message = fetch(connection)
             with as_node():
-                connection.push(Message(packed(f"of {name}".encode()), reply_to=message))
-        from fedmomentum.flower import link as link_module
+                connection.push(Message(pack_payload(f"of {name}".encode()), reply_to=message))
+        from fedmomentum.flower import grid as grid_module
 
-        inflated, calls = link_module._inflated, []
+        inflated, calls = grid_module._inflate, []
 
         def raises_once(message, contents):
             calls.append(message)
@@ -551,12 +688,19 @@ def test_whatever_else_an_answer_raises_ends_that_answer_alone(link, keys, monke
                 raise RecursionError("\x1b[2Jdeep " + "x" * 10_000)
             return inflated(message, contents)
 
-        monkeypatch.setattr(link_module, "_inflated", raises_once)
-        transport = FlowerTransport(link.grid, link, round_seconds=5, join_seconds=5, quorum=1.0)
-        pending = {question: SimpleNamespace(client=name, gone=None) for name, question in questions.items()}
+        monkeypatch.setattr(grid_module, "_inflate", raises_once)
+        transport = FlowerTransport(
+            link.grid, link, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
+        )
+        pending = {
+            question: SimpleNamespace(client=name, disconnected_at=None)
+            for name, question in questions.items()
+        }
         answers = dict(transport._collect(pending))
         assert answers["south"] == b"of south"
-        assert answers["north"].reason.startswith("its answer could not be read: RecursionError: \ufffd[2Jdeep xxx")
+        assert answers["north"].reason.startswith(
+            "its answer could not be read: RecursionError: \ufffd[2Jdeep xxx"
+        )
         assert not pending and not set(questions.values()) & set(link.grid._arriving)
         assert there_and_back(link, north, "north", b"next", b"answer") == (b"next", b"answer")
 
@@ -569,8 +713,10 @@ def test_a_grid_that_raises_ends_one_clients_part(monkeypatch):
                 raise KeyError("\x00")
             return []
 
-    transport = FlowerTransport(Broken(), None, round_seconds=5, join_seconds=5, quorum=1.0)
-    pending = {name: SimpleNamespace(client=name, gone=None) for name in ("bad", "good")}
+    transport = FlowerTransport(
+        Broken(), None, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
+    )
+    pending = {name: SimpleNamespace(client=name, disconnected_at=None) for name in ("bad", "good")}
     ((client, failure),) = transport._collect(pending)
     assert client == "bad" and failure.reason == "its answer could not be read: KeyError: '\\x00'"
     assert list(pending) == ["good"]
@@ -589,11 +735,13 @@ def test_a_grid_that_raises_ends_one_clients_part(monkeypatch):
         ("messages_list.0.metadata.message_type", "x" * 10**6, "message_type is"),
         ("messages_list.0.metadata.reply_to_message_id", "0" * 64, "reply_to_message_id"),
         ("message_object_trees.0.object_id", "", "root is ''"),
-        ("message_object_trees.0.children.0.object_id", "\x1b[2J", "wanted a SHA-256"),
+        ("message_object_trees.0.children.0.object_id", "\x1b[2J", "expected a SHA-256"),
     ],
     ids=lambda value: str(value)[:45],
 )
-def test_an_odd_message_from_the_server_is_a_lost_connection(link, keys, monkeypatch, path, value, words):
+def test_an_odd_message_from_the_server_is_a_lost_connection(
+    link, keys, monkeypatch, path, value, words
+):
     """The node connects again; neither it nor its worker ends."""
     with connect(link.port, keys, "north") as connection:
         ask(link, "north", b"task")
@@ -607,11 +755,19 @@ def test_an_odd_message_from_the_server_is_a_lost_connection(link, keys, monkeyp
         monkeypatch.setattr(connection._client, "PullMessages", spoilt)
         with pytest.raises(ConnectionLost, match="a message could not be fetched: ") as raised:
             fetch(connection)
-        assert words in str(raised.value) and len(str(raised.value)) < 500 and str(raised.value).isprintable()
+        assert (
+            words in str(raised.value)
+            and len(str(raised.value)) < 500
+            and str(raised.value).isprintable()
+        )
 
 
-@pytest.mark.parametrize("answer", [RecursionError("x"), KeyError("x"), AttributeError("x\x1b"), MemoryError()])
-def test_whatever_an_answer_of_the_servers_raises_is_a_lost_connection(link, keys, monkeypatch, answer):
+@pytest.mark.parametrize(
+    "answer", [RecursionError("x"), KeyError("x"), AttributeError("x\x1b"), MemoryError()]
+)
+def test_whatever_an_answer_of_the_servers_raises_is_a_lost_connection(
+    link, keys, monkeypatch, answer
+):
     with connect(link.port, keys, "north") as connection:
 
         def raises(request):
@@ -626,9 +782,15 @@ def test_whatever_an_answer_of_the_servers_raises_is_a_lost_connection(link, key
 def test_a_refusal_with_an_odd_body_is_a_refusal():
     import httpx
 
-    from fedmomentum.flower.connection import _refusal
+    from fedmomentum.flower.fleet_client import _refusal
 
-    for body in ("[" * 100_000, "9" * 5000, '{"code": %s, "detail": "x"}' % ("9" * 4400), "\x1b[2J", ""):
+    for body in (
+        "[" * 100_000,
+        "9" * 5000,
+        '{"code": %s, "detail": "x"}' % ("9" * 4400),
+        "\x1b[2J",
+        "",
+    ):
         response = httpx.Response(500, text=body, request=httpx.Request("POST", "https://x"))
         assert _refusal(httpx.HTTPStatusError("", request=response.request, response=response)) == (
             "the server answered 500"
@@ -646,13 +808,13 @@ def test_a_message_that_cannot_even_be_refused_is_a_lost_connection(monkeypatch)
     message = ours()
     message.metadata.__dict__["_ttl"] = "soon"
     with pytest.raises(ConnectionLost, match="a message cannot be answered: TypeError"):
-        _answer(message, app)
+        _reply(message, app)
     text = "words " * 1000
 
     def says_much(message, context):
         raise join_module.WorkerError(text)
 
-    reply = _answer(ours(), says_much)
+    reply = _reply(ours(), says_much)
     assert reply.error.reason == text[:999] + "…"
 
 

@@ -7,11 +7,12 @@ import threading
 
 import pytest
 
+from fedmomentum.cli.network_views import NodeView, status_table
 from fedmomentum.errors import ModelError
-from fedmomentum.flower.serve import _logged
-from fedmomentum.flower.status import FILE, FRESH_SECONDS, Status, read_status
-from fedmomentum.flower.views import NodeView, status_table
-from fedmomentum.terminal import SafeConsole
+from fedmomentum.flower.node_callback import TaskInfo
+from fedmomentum.flower.serve import _server_log
+from fedmomentum.flower.status import STALE_SECONDS, STATUS_FILE, StatusWriter, read_status
+from fedmomentum.utils.terminal import SafeConsole
 from tests.flower.network import Stranger, connect, make_keys, running
 
 
@@ -23,11 +24,11 @@ def shown(status, now):
 
 @pytest.fixture
 def status(tmp_path):
-    found = Status(tmp_path, 5)
-    found.observe("nodes", {"registered": ["north", "south"], "online": ["north", "south"]})
-    found.observe("round", {"round": 2, "participants": ["north", "south"]})
-    found.observe("sent", {"client": "north", "bytes": 1000, "seconds": 60.0})
-    found.observe("failed", {"client": "south", "reason": "a\ufffdreason [bold]"})
+    found = StatusWriter(tmp_path, 5)
+    found.on_nodes(["north", "south"], ["north", "south"])
+    found.on_round_begin(2, ["north", "south"])
+    found.on_task_sent("north", 1000, 60.0)
+    found.on_failure("south", "a\ufffdreason [bold]")
     return found
 
 
@@ -38,19 +39,27 @@ def row(text, name):
 
 def test_who_is_connected_is_said_while_it_is_known(status, tmp_path):
     read = read_status(tmp_path)
-    text = shown(read, read["written"] + 1)
-    assert " yes " in row(text, "north") and " asked " in row(text, "north") and " 59 s " in row(text, "north")
+    text = shown(read, read.written + 1)
+    assert (
+        " yes " in row(text, "north")
+        and " asked " in row(text, "north")
+        and " 59 s " in row(text, "north")
+    )
     assert "failed" in row(text, "south") and "a\ufffdreason [bold]" in row(text, "south")
-    text = shown(read, read["written"] + FRESH_SECONDS + 1)  # a server that was killed, or is busy
-    assert "the server is busy, or gone" in text and " ? " in row(text, "north") and " yes " not in text
+    text = shown(read, read.written + STALE_SECONDS + 1)  # a server that was killed, or is busy
+    assert (
+        "the server is busy, or gone" in text
+        and " ? " in row(text, "north")
+        and " yes " not in text
+    )
 
 
 def test_after_the_end_nobody_is_online_or_at_work(status, tmp_path):
     status.close()
     read = read_status(tmp_path)
-    assert [client["connected"] for client in read["clients"].values()] == [False, False]
-    assert read["clients"]["north"]["state"] == "idle" and read["clients"]["north"]["until"] is None
-    text = shown(read, read["written"] + 1000)
+    assert [client.connected for client in read.clients.values()] == [False, False]
+    assert read.clients["north"].state == "idle" and read.clients["north"].until is None
+    text = shown(read, read.written + 1000)
     assert " yes " not in text and " ? " not in text and "busy" not in text and "ended" in text
 
 
@@ -66,18 +75,20 @@ def test_after_the_end_nobody_is_online_or_at_work(status, tmp_path):
     ],
 )
 def test_a_damaged_status_is_a_mistake_told_by_field(status, tmp_path, change, words):
-    (tmp_path / FILE).write_text(json.dumps(json.loads((tmp_path / FILE).read_text()) | change))
+    (tmp_path / STATUS_FILE).write_text(
+        json.dumps(json.loads((tmp_path / STATUS_FILE).read_text()) | change)
+    )
     with pytest.raises(ModelError, match=words):
         read_status(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10**6, b"null"])
 def test_a_status_that_is_none_is_a_mistake(tmp_path, content):
-    (tmp_path / FILE).write_bytes(content)
+    (tmp_path / STATUS_FILE).write_bytes(content)
     with pytest.raises(ModelError):
         read_status(tmp_path)
-    (tmp_path / FILE).unlink()
-    (tmp_path / FILE).mkdir()
+    (tmp_path / STATUS_FILE).unlink()
+    (tmp_path / STATUS_FILE).mkdir()
     with pytest.raises(ModelError, match="is no regular file"):
         read_status(tmp_path)
 
@@ -85,36 +96,44 @@ def test_a_status_that_is_none_is_a_mistake(tmp_path, content):
 def test_a_look_leaves_one_clean_line_in_the_servers_log(tmp_path):
     """docs/deployment.md says so; Flower's own line about it is left out."""
     keys = make_keys(tmp_path, "north")
-    with _logged(tmp_path / "run"), running(keys) as link:
+    with _server_log(tmp_path / "run"), running(keys) as link:
         for _ in range(3):
             connect(link.port, keys, "north").probe()
     lines = (tmp_path / "run" / "server.log").read_text().splitlines()
-    assert len(lines) == 1 and lines[0].endswith(" INFO fedmomentum: north looked in: ok (join --check)"), lines
+    assert len(lines) == 1 and lines[0].endswith(
+        " INFO fedmomentum: north looked in: ok (join --check)"
+    ), lines
 
 
 def test_what_strangers_and_nodes_cause_does_not_fill_the_servers_log(tmp_path, capfd):
     keys = make_keys(tmp_path, "north")
-    with _logged(tmp_path / "run"), running(keys) as link:
+    with _server_log(tmp_path / "run"), running(keys) as link:
         stranger = Stranger(link.port, keys)
         for number in range(150):
             stranger.post("pull-messages", b"\xff" * 50, headers=stranger.signature("north"))
             logging.getLogger("uvicorn.error").error(
                 "Exception\n\x1b[2J in %s", number, exc_info=ValueError("x" * 10**5)
             )
-        logging.getLogger("fedmomentum").warning("north is left out: %s", "\x1b]0;x\x07\n" + "y" * 10**6)
+        logging.getLogger("fedmomentum").warning(
+            "north is left out: %s", "\x1b]0;x\x07\n" + "y" * 10**6
+        )
         stranger.close()
     text = (tmp_path / "run" / "server.log").read_text()
     assert len(text.splitlines()) <= 102 and len(text) < 50_000
-    assert "\x1b" not in text and "Traceback" not in text and "north is left out: \ufffd]0;x\ufffd\ufffdyyy" in text
+    assert (
+        "\x1b" not in text
+        and "Traceback" not in text
+        and "north is left out: \ufffd]0;x\ufffd\ufffdyyy" in text
+    )
     assert "Exception" not in capfd.readouterr().err  # nor the terminal
 
 
 def test_what_the_server_says_cannot_write_on_a_nodes_terminal(caplog):
     console = SafeConsole(file=io.StringIO(), width=120)
     with NodeView(console) as view:
-        view.observe("lost", {"reason": "\x1b]0;owned\x07" + "z" * 10**6, "seconds": 1.0})
-        view.observe("task", {"round": "\x1b[2J", "kind": "train\nforged", "bytes": 1})
-        view.observe("warning", {"text": "THE EXAMPLES ARE DIVIDED OTHERWISE"})
+        view.on_connection_lost("\x1b]0;owned\x07" + "z" * 10**6, 1.0)
+        view.on_task(TaskInfo("train\nforged", "\x1b[2J"), 1)
+        view.on_warning("THE EXAMPLES ARE DIVIDED OTHERWISE")
         logging.getLogger("flwr").warning("\x1b[2J%s", "w" * 10**6)
     text = console.file.getvalue()
     assert "\x1b" not in text and "\x07" not in text and len(text) < 10_000

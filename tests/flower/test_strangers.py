@@ -14,16 +14,23 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedmomentum.flower.gate import TOLD_AGAIN_SECONDS, Notices
-from fedmomentum.flower.keys import admit, make_node_key
-from fedmomentum.flower.link import Link
-from fedmomentum.flower.listener import Limits, default_limits
+from fedmomentum.flower.gate import NOTICE_INTERVAL_SECONDS, ThrottledLog
+from fedmomentum.flower.keys import admit_node, make_node_key
+from fedmomentum.flower.listener import ConnectionLimits, default_limits
+from fedmomentum.flower.superlink import SuperLink
 from tests.flower.network import Stranger, connect, fetch, make_keys, there_and_back
 
 ROOT = Path(__file__).parents[2]
 SIGNATURE = ("flwr-public-key", "flwr-timestamp", "flwr-signature")
-QUICK = Limits(in_all=24, strangers=8, one_address=6, one_node=4, stranger_seconds=1.5, handshake_seconds=1.0,
-               quiet_seconds=2.0)  # fmt: skip
+QUICK = ConnectionLimits(
+    max_connections=24,
+    max_strangers=8,
+    max_per_address=6,
+    max_per_node=4,
+    stranger_seconds=1.5,
+    handshake_seconds=1.0,
+    idle_seconds=2.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,7 @@ def keys(tmp_path_factory):
 
 @pytest.fixture
 def link(keys):
-    with Link(keys, "127.0.0.1", 0, QUICK) as found:
+    with SuperLink(keys, "127.0.0.1", 0, QUICK) as found:
         yield found
 
 
@@ -56,7 +63,9 @@ def tcp(port):
 
 
 def tls(port, keys):
-    return ssl.create_default_context(cafile=keys / "ca.pem").wrap_socket(tcp(port), server_hostname="127.0.0.1")
+    return ssl.create_default_context(cafile=keys / "ca.pem").wrap_socket(
+        tcp(port), server_hostname="127.0.0.1"
+    )
 
 
 def is_closed(connection):
@@ -78,10 +87,12 @@ def is_closed(connection):
 def test_silent_connections_are_few_and_short_and_nodes_get_in_beside_them(link, keys):
     with contextlib.ExitStack() as open_ones:
         held = [open_ones.enter_context(tcp(link.port)) for _ in range(40)]
-        until(lambda: link.num_connections() <= QUICK.one_address)
+        until(lambda: link.num_connections() <= QUICK.max_per_address)
         with connect(link.port, keys, "north") as node:
             assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
-        assert all(is_closed(connection) for connection in held)  # the handshake was due within a second
+        assert all(
+            is_closed(connection) for connection in held
+        )  # the handshake was due within a second
     until(lambda: link.num_connections() == 0)
 
 
@@ -116,7 +127,9 @@ def test_a_node_that_begins_a_request_and_stops_is_hung_up_on(link, keys, strang
     head = f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n{lines}content-type: application/protobuf\r\n"
     with tls(link.port, keys) as connection:
         connection.sendall(f"{head}content-length: 0\r\n\r\n".encode())
-        assert connection.recv(1000).startswith(b"HTTP/1.1 401")  # signed by an admitted key, but of no node
+        assert connection.recv(1000).startswith(
+            b"HTTP/1.1 401"
+        )  # signed by an admitted key, but of no node
         connection.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nX-")
         assert is_closed(connection)
 
@@ -127,16 +140,24 @@ def test_one_node_with_many_connections_loses_its_oldest_and_no_other_node_any(l
         for _ in range(12):
             client = Stranger(link.port, keys)
             open_ones.callback(client.close)
-            assert client.post("pull-messages", headers=client.signature("north")).status_code == 401
-        until(lambda: link.num_connections() <= QUICK.one_node + 4)
+            assert (
+                client.post("pull-messages", headers=client.signature("north")).status_code == 401
+            )
+        until(lambda: link.num_connections() <= QUICK.max_per_node + 4)
         assert fetch(south) is None
 
 
 def test_a_process_without_files_left_goes_on_once_there_are_some(keys):
     """Accepting fails for want of files for a while: nothing ends, and a node joins as soon as there are some."""
-    limits = Limits(in_all=4000, strangers=4000, one_address=4000, stranger_seconds=60, handshake_seconds=60)
+    limits = ConnectionLimits(
+        max_connections=4000,
+        max_strangers=4000,
+        max_per_address=4000,
+        stranger_seconds=60,
+        handshake_seconds=60,
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with Link(keys, "127.0.0.1", 0, limits) as link, contextlib.ExitStack() as open_ones:
+    with SuperLink(keys, "127.0.0.1", 0, limits) as link, contextlib.ExitStack() as open_ones:
         count = len(list(Path("/proc/self/fd").iterdir()))
         try:
             # each connection takes two files here, as both ends are this process's
@@ -154,13 +175,18 @@ def test_a_process_without_files_left_goes_on_once_there_are_some(keys):
 def test_files_are_left_for_the_run_under_any_limit():
     """Half of what the process may open, at most, is for connections; it raises its own limit where it may."""
     code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])));"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), "
+        "int(sys.argv[2])));"
         "from fedmomentum.flower.listener import default_limits; limits = default_limits();"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.in_all, limits.strangers, limits.one_address)"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.max_connections, limits.max_strangers, "
+        "limits.max_per_address)"
     )
     for soft, hard, wanted in ((100, 1024, "1024 512 128 32"), (64, 64, "64 32 16 8")):
         got = subprocess.run(
-            [sys.executable, "-c", code, str(soft), str(hard)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, str(soft), str(hard)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert got.stdout.strip() == wanted, got.stderr
     limits = default_limits()
@@ -192,19 +218,40 @@ ASK = "POST /v1/fleet/pull-messages HTTP/1.1"
         ((ASK, "Host: x", "Content-Length: 0", "Content-Length: 5"), 400),
         ((ASK, "Host: x", "Transfer-Encoding: chunked"), 413),
         ((ASK, "Host: x", "Transfer-Encoding: chunked", "Content-Length: 3"), 400),
-        ((ASK, "Host: x", "Content-Length: 0", "flwr-signature: YQ==", "flwr-signature: Yg=="), 400),
+        (
+            (ASK, "Host: x", "Content-Length: 0", "flwr-signature: YQ==", "flwr-signature: Yg=="),
+            400,
+        ),
         ((ASK, "Host: x", "Content-Length: 0", "flwr-signature: " + "YQ==" * 4000), 401),
-        ((ASK, "Content-Length: 0", "flwr-public-key: *", "flwr-signature: YQ==", "flwr-timestamp: 1"), 401),
+        (
+            (
+                ASK,
+                "Content-Length: 0",
+                "flwr-public-key: *",
+                "flwr-signature: YQ==",
+                "flwr-timestamp: 1",
+            ),
+            401,
+        ),
         ((ASK, "Host: x", "Connection: Upgrade", "Upgrade: websocket", "Content-Length: 0"), 401),
-        (("GET /v1/fleet/pull-messages HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket",
-          "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"), 404),
+        (
+            (
+                "GET /v1/fleet/pull-messages HTTP/1.1",
+                "Host: x",
+                "Connection: Upgrade",
+                "Upgrade: websocket",
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                "Sec-WebSocket-Version: 13",
+            ),
+            404,
+        ),
         (("POST * HTTP/1.1", "Host: x", "Content-Length: 0"), 404),
         (("POST /\x7f\x01 HTTP/1.1", "Host: x"), 400),
         (("\x00\x01\x02",), 400),
         ((ASK.replace("pull-messages", "x" * 60000), "Host: x"), 404),
     ],
     ids=lambda value: None if isinstance(value, int) else str(value[-1])[:30],
-)  # fmt: skip
+)
 def test_odd_requests_get_a_4xx_and_the_service_goes_on(link, keys, caplog, lines, status):
     with caplog.at_level(logging.ERROR):
         assert raw(link, keys, *lines).startswith(f"HTTP/1.1 {status} ")
@@ -235,11 +282,20 @@ def test_a_hundred_bad_requests_leave_one_line_in_the_log_at_most(link, keys, st
     with caplog.at_level(logging.INFO):
         for number in range(25):
             assert stranger.post("pull-messages").status_code == 401
-            assert stranger.post("activate-node", b"\xff" * number, headers={"content-type": "x"}).status_code == 401
+            assert (
+                stranger.post(
+                    "activate-node", b"\xff" * number, headers={"content-type": "x"}
+                ).status_code
+                == 401
+            )
             refused = stranger.post("activate-node", headers=stranger.signature("nobody"))
             assert refused.status_code == 403 and refused.json()["code"] == 2004
-    lines = [record.getMessage() for record in caplog.records if record.name in ("fedmomentum", "flwr")]
-    assert len(lines) == 1 and lines[0].startswith("a node that is not admitted asked to join; its public key"), lines
+    lines = [
+        record.getMessage() for record in caplog.records if record.name in ("fedmomentum", "flwr")
+    ]
+    assert len(lines) == 1 and lines[0].startswith(
+        "a node that is not admitted asked to join; its public key"
+    ), lines
     (keys.parent / "nobody.key").unlink()
 
 
@@ -249,7 +305,7 @@ def test_forwarded_headers_change_nobodys_address(link, keys):
         for number in range(20):
             connection = open_ones.enter_context(tls(link.port, keys))
             connection.sendall(f"{ASK}\r\nX-Forwarded-For: 10.0.0.{number}\r\n".encode())
-        assert link.num_connections() <= QUICK.one_address
+        assert link.num_connections() <= QUICK.max_per_address
 
 
 def test_a_flood_of_one_node_is_slowed_down_and_the_others_are_served(link, keys):
@@ -286,28 +342,30 @@ def test_a_flood_of_one_node_is_slowed_down_and_the_others_are_served(link, keys
 
 def test_the_same_is_said_of_the_same_node_once_a_minute(caplog):
     now = [0.0]
-    notices = Notices(lambda: now[0])
+    notices = ThrottledLog(lambda: now[0])
     with caplog.at_level(logging.INFO, "fedmomentum"):
         for _ in range(3):
-            notices.tell(logging.INFO, "north", "looked in")
-            notices.tell(logging.INFO, "south", "looked in\x1b]0;title\x07\n2026 forged line")
-        now[0] += TOLD_AGAIN_SECONDS + 1
-        notices.tell(logging.INFO, "north", "looked in")
+            notices.log(logging.INFO, "north", "looked in")
+            notices.log(logging.INFO, "south", "looked in\x1b]0;title\x07\n2026 forged line")
+        now[0] += NOTICE_INTERVAL_SECONDS + 1
+        notices.log(logging.INFO, "north", "looked in")
     assert [record.getMessage() for record in caplog.records] == [
-        "north looked in", "south looked in\ufffd]0;title\ufffd\ufffd2026 forged line", "north looked in",
-    ]  # fmt: skip
+        "north looked in",
+        "south looked in\ufffd]0;title\ufffd\ufffd2026 forged line",
+        "north looked in",
+    ]
 
 
 def test_two_addresses_of_one_name_are_both_listened_on(keys):
-    with Link(keys, "localhost", 0) as link:
+    with SuperLink(keys, "localhost", 0) as link:
         connect(link.port, keys, "north", host="localhost").probe()
 
 
 def test_a_node_that_was_removed_can_be_admitted_again(keys):
     _, public = make_node_key("east", keys.parent)
-    with Link(keys, "127.0.0.1", 0) as link:
+    with SuperLink(keys, "127.0.0.1", 0) as link:
         for _ in range(2):
-            admit(public, keys)
+            admit_node(public, keys)
             assert link.registered() == ["east", "north", "south"]
             with connect(link.port, keys, "east") as node:
                 assert there_and_back(link, node, "east", b"task", b"reply") == (b"task", b"reply")

@@ -8,18 +8,18 @@ from functools import partial
 import pytest
 import torch
 
-from fedmomentum.aggregation import METHODS
-from fedmomentum.client import client_step
+from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.errors import PayloadError, QuorumError
-from fedmomentum.files import read_safetensors
 from fedmomentum.flower import transport as module
-from fedmomentum.flower.transport import FlowerTransport, Session, packed, unpacked
-from fedmomentum.messages import decode_task, encode_task
-from fedmomentum.names import directory_name
-from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport
+from fedmomentum.flower.transport import FlowerTransport, Session, pack_payload, unpack_payload
+from fedmomentum.protocol.codec import decode_task, encode_task
+from fedmomentum.protocol.transport import Failure, InProcessTransport
+from fedmomentum.run.client_setup import prepare_party
+from fedmomentum.run.networked import run_over
+from fedmomentum.utils.names import directory_name
+from fedmomentum.utils.tensors import read_safetensors
 from tests.helpers import generator
-from tests.runs import chain, nudge, objects, start, timeless, tiny_config, train_task
+from tests.runs import Events, chain, nudge, objects, start, timeless, tiny_config, train_task
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict  # isort: skip
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode  # isort: skip
@@ -32,8 +32,8 @@ ROUND, JOIN = 100.0, 50.0
 class World:
     """Clients, their connections, a grid and a clock that moves only while somebody sleeps.
 
-    `script` holds for each client what to do when it is asked: a list of (seconds until then, act), where act is
-    given the message.
+    `script` holds for each client what to do when it is asked: a list of (seconds until then, act),
+    where act is given the message.
     """
 
     registered_names: list[str]
@@ -82,7 +82,9 @@ class World:
                 continue
             name = f"message {len(self.sent)}"
             message.metadata.__dict__["_message_id"] = name
-            client = next(n for n, s in self.here.items() if s.node_id == message.metadata.dst_node_id)
+            client = next(
+                n for n, s in self.here.items() if s.node_id == message.metadata.dst_node_id
+            )
             self.sent.append((self.now, client, message))
             names.append(name)
             for seconds, act in self.script.get(client, lambda message: [])(message):
@@ -95,7 +97,7 @@ class World:
 
     # what clients do
     def answers(self, payload, message):
-        self.arrive(Message(packed(payload), reply_to=message), message)
+        self.arrive(Message(pack_payload(payload), reply_to=message), message)
 
     def arrive(self, reply, message):
         self._arrived[message.metadata.message_id] = reply
@@ -103,11 +105,16 @@ class World:
     def of(self, event):
         return [facts for name, facts in self.events if name == event]
 
-    def transport(self, *, quorum=0.5, start_seconds=None):
+    def transport(self, *, min_valid_fraction=0.5, start_timeout=None):
         return FlowerTransport(
-            self, self, round_seconds=ROUND, join_seconds=JOIN, quorum=quorum, start_seconds=start_seconds,
-            observer=lambda event, facts: self.events.append((event, dict(facts))),
-        )  # fmt: skip
+            self,
+            self,
+            round_timeout=ROUND,
+            join_timeout=JOIN,
+            min_valid_fraction=min_valid_fraction,
+            start_timeout=start_timeout,
+            callback=Events(lambda event, facts: self.events.append((event, dict(facts)))),
+        )
 
 
 @pytest.fixture
@@ -136,24 +143,28 @@ def test_what_many_clients_are_sent_has_its_large_parts_in_common():
     sizes: dict[str, int] = {}
     for client in ("east", "the far north"):
         payload = encode_task(train_task(client, objects=large, seed=len(client)))
-        record = packed(payload, 1.0)
-        assert unpacked(record) == (payload, 1.0)
+        record = pack_payload(payload, 1.0)
+        assert unpack_payload(record) == (payload, 1.0)
         arrays = record["payload"]
         assert isinstance(arrays, ArrayRecord)
         sizes |= {array.object_id: len(array.data) for array in arrays.values()}
     assert sum(sizes.values()) < 1.001 * len(large["0" * 64])
     for payload in (b"", b"short", b"\xff" * 20):
-        assert unpacked(packed(payload)) == (payload, 0.0)
+        assert unpack_payload(pack_payload(payload)) == (payload, 0.0)
 
 
 def test_every_payload_comes_back_under_its_name_in_whatever_order(world):
     for name, seconds in (("east", 30), ("north", 5), ("south", 60)):
         world.script[name] = after(seconds, partial(world.answers, f"{name}'s answer".encode()))
-    answers = dict(world.transport().send_and_receive({name: f"to {name}".encode() for name in world.here}))
+    answers = dict(
+        world.transport().send_and_receive({name: f"to {name}".encode() for name in world.here})
+    )
     assert answers == {name: f"{name}'s answer".encode() for name in world.here}
     for when, name, message in world.sent:
-        payload, seconds = unpacked(message.content)
-        assert when == 0 and payload == f"to {name}".encode() and seconds == ROUND  # told how long it has
+        payload, seconds = unpack_payload(message.content)
+        assert (
+            when == 0 and payload == f"to {name}".encode() and seconds == ROUND
+        )  # told how long it has
         assert message.metadata.ttl > ROUND
     assert [f["client"] for f in world.of("answered")] == ["north", "east", "south"]
     assert 60 <= world.now < 61
@@ -163,8 +174,11 @@ def test_nobody_is_waited_for_beyond_the_deadline_and_the_others_count(world):
     """Flower leaves who hangs out of its answers without a word; here every client asked has an answer or a reason."""
     world.script["east"] = after(1, partial(world.answers, b"fine"))
     answers = dict(world.transport().send_and_receive(dict.fromkeys(world.here, b"task")))
-    assert answers == {"east": b"fine", "north": Failure("no answer within 100 s"),
-                       "south": Failure("no answer within 100 s")}  # fmt: skip
+    assert answers == {
+        "east": b"fine",
+        "north": Failure("no answer within 100 s"),
+        "south": Failure("no answer within 100 s"),
+    }
     assert ROUND <= world.now < ROUND + 1
     assert [f["client"] for f in world.of("failed")] == ["north", "south"]
 
@@ -188,8 +202,11 @@ def test_an_error_by_the_server_itself_counts_for_the_node_it_is_about(world):
     }
     world.script["north"] = after(4, partial(world.answers, b"fine"))
     answers = dict(world.transport().send_and_receive(dict.fromkeys(world.here, b"task")))
-    assert answers == {"east": Failure("ClientApp stopped responding."), "north": b"fine",
-                       "south": Failure("Flower's error 8")}  # fmt: skip
+    assert answers == {
+        "east": Failure("ClientApp stopped responding."),
+        "north": b"fine",
+        "south": Failure("Flower's error 8"),
+    }
 
 
 def test_a_client_whose_connection_is_lost_does_not_hold_up_the_round_for_long(world):
@@ -222,9 +239,13 @@ def test_a_client_that_flower_gave_up_and_that_comes_back_answers_after_all(worl
     "content",
     [
         RecordDict(),
-        RecordDict({"payload": ConfigRecord({"bytes": b"x"}), "limits": ConfigRecord({"seconds": 1.0})}),
+        RecordDict(
+            {"payload": ConfigRecord({"bytes": b"x"}), "limits": ConfigRecord({"seconds": 1.0})}
+        ),
         RecordDict({"payload": ArrayRecord(), "limits": ConfigRecord({"seconds": 1.0})}),
-        RecordDict({"payload": packed(b"x")["payload"], "limits": ConfigRecord({"seconds": "soon"})}),
+        RecordDict(
+            {"payload": pack_payload(b"x")["payload"], "limits": ConfigRecord({"seconds": "soon"})}
+        ),
     ],
 )
 def test_an_answer_of_another_form_is_a_failure(world, content):
@@ -241,18 +262,25 @@ def test_who_is_not_connected_or_not_reached_is_not_waited_for(world):
     answers = dict(transport.send_and_receive(dict.fromkeys(["east", "south"], b"task")))
     assert answers == {"east": b"fine", "south": Failure("not connected")} and world.now < 2
     world.takes_messages = False
-    assert dict(transport.send_and_receive({"east": b"task"})) == {"east": Failure("Flower did not take the message")}
+    assert dict(transport.send_and_receive({"east": b"task"})) == {
+        "east": Failure("Flower did not take the message")
+    }
 
 
 def test_an_answer_after_the_deadline_is_ignored_and_told(world, caplog):
     """It does not stand in for the answer to the next question."""
     world.script["east"] = after(ROUND + 20, partial(world.answers, b"old"))
     transport = world.transport()
-    assert dict(transport.send_and_receive({"east": b"first"})) == {"east": Failure("no answer within 100 s")}
+    assert dict(transport.send_and_receive({"east": b"first"})) == {
+        "east": Failure("no answer within 100 s")
+    }
     world.script["east"] = after(60, partial(world.answers, b"new"))
     with caplog.at_level(logging.WARNING, "fedmomentum"):
         assert dict(transport.send_and_receive({"east": b"second"})) == {"east": b"new"}
-    assert world.of("late") == [{"client": "east"}] and "east answered 20 s too late; ignored" in caplog.text
+    assert (
+        world.of("late") == [{"client": "east"}]
+        and "east answered 20 s too late; ignored" in caplog.text
+    )
     dict(transport.send_and_receive({}))
     assert len(world.of("late")) == 1
 
@@ -271,8 +299,13 @@ def test_a_client_that_comes_back_is_asked_again_with_the_time_that_is_left(worl
     world.script["east"] = lambda message: [(10, goes), (40, comes_back)]
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {"east": b"after all"}
     (first, _, _), (second, _, again) = world.sent
-    payload, seconds = unpacked(again.content)
-    assert first == 0 and 40 <= second <= 43 and payload == b"task" and seconds == pytest.approx(ROUND - second)
+    payload, seconds = unpack_payload(again.content)
+    assert (
+        first == 0
+        and 40 <= second <= 43
+        and payload == b"task"
+        and seconds == pytest.approx(ROUND - second)
+    )
     assert world.now < 50
 
 
@@ -301,7 +334,9 @@ def test_a_start_waits_for_all_and_a_round_for_the_quorum(world):
     assert world.of("waiting")[0] == {"for": ["south"], "seconds": JOIN}
     del world.here["south"]
     before = world.now
-    assert transport.clients() == ["east", "north"] and world.now == before  # two of three is the quorum
+    assert (
+        transport.clients() == ["east", "north"] and world.now == before
+    )  # two of three is the quorum
     del world.here["north"]
     world.at(30, lambda: world.here.update(north=Session(101, "second")))
     assert transport.clients() == ["east", "north"] and 30 <= world.now - before < 33
@@ -319,23 +354,29 @@ def test_too_few_after_all_that_time_is_told_with_names_and_numbers(world):
     with pytest.raises(QuorumError) as raised:
         world.transport().clients()
     assert str(raised.value) == (
-        "1 of 3 registered clients are connected after 50 s, and 2 are needed (federation.quorum). Missing: north, "
+        "1 of 3 registered clients are connected after 50 s, and 2 are needed "
+        "(federation.min-valid-fraction). Missing: north, "
         "south. Start them and resume"
     )
     world.registered_names, world.here = [], {}
-    with pytest.raises(QuorumError, match="0 of 0 registered clients .* Missing: none is registered"):
+    with pytest.raises(
+        QuorumError, match="0 of 0 registered clients .* Missing: none is registered"
+    ):
         world.transport().clients()
 
 
-@pytest.mark.parametrize(("quorum", "needed"), [(0.01, 1), (1 / 3, 1), (0.34, 2), (2 / 3, 2), (0.67, 3), (1.0, 3)])
-def test_the_quorum_is_a_share_of_those_admitted_rounded_up(world, quorum, needed):
+@pytest.mark.parametrize(
+    ("min_valid_fraction", "needed"),
+    [(0.01, 1), (1 / 3, 1), (0.34, 2), (2 / 3, 2), (0.67, 3), (1.0, 3)],
+)
+def test_the_quorum_is_a_share_of_those_admitted_rounded_up(world, min_valid_fraction, needed):
     names = list(world.here)
     for name in names[needed:]:
         del world.here[name]
-    assert len(world.transport(quorum=quorum).clients()) == needed
+    assert len(world.transport(min_valid_fraction=min_valid_fraction).clients()) == needed
     del world.here[names[0]]
     with pytest.raises(QuorumError, match=f"and {needed} are needed"):
-        world.transport(quorum=quorum).clients()
+        world.transport(min_valid_fraction=min_valid_fraction).clients()
 
 
 # ── a whole run ──
@@ -351,8 +392,8 @@ def real_steps(config, stores):
     steps = {}
     for name in ("site0", "site1", "site2"):
         client, local = prepare_party(config, name, stores / name)
-        client.function = nudge
-        steps[name] = partial(client_step, client=client, model=local)
+        client.training_function = nudge
+        steps[name] = client.handle
     return steps
 
 
@@ -360,14 +401,16 @@ def real_steps(config, stores):
 def parties(request, folder, tmp_path, world):
     """Three real clients behind the grid; each answers after a second. The parameter: a method."""
     config = tiny_config(
-        folder, method={"name": getattr(request, "param", "fedmomentum")}, federation={"num_rounds": 2}
+        folder,
+        method={"name": getattr(request, "param", "fedmomentum")},
+        federation={"num_rounds": 2},
     )
     steps = real_steps(config, tmp_path)
     world.registered_names = list(steps)
     world.__post_init__()
 
     def does(name, message):
-        world.answers(steps[name](unpacked(message.content)[0]), message)
+        world.answers(steps[name](unpack_payload(message.content)[0]), message)
 
     world.script = {name: after(1, partial(does, name)) for name in steps}
     return config, steps
@@ -384,23 +427,27 @@ def test_a_run_over_the_grid_has_the_bits_of_one_in_process(parties, world, tmp_
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
     assert objects(tmp_path / "over") == objects(tmp_path / "one")
     for name in ("site0", "site1", "site2"):  # and what clients keep of it
-        here, there = ({file.name for file in (stores / name).rglob("*.safetensors")}
-                       for stores in (tmp_path, tmp_path / "there"))  # fmt: skip
+        here, there = (
+            {file.name for file in (stores / name).rglob("*.safetensors")}
+            for stores in (tmp_path, tmp_path / "there")
+        )
         assert here == there
 
 
 def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path, world):
     """Two of three clients a round, so that the third has to catch up; some make snapshots, some are sent them."""
     config = tiny_config(
-        folder, lora={"rank": 4, "target-modules": ["v_proj"]}, evaluation={"every": 0},
-        federation={"num_rounds": 10, "participation": 0.6},
-    )  # fmt: skip
+        folder,
+        lora={"rank": 4, "target-modules": ["v_proj"]},
+        evaluation={"every": 0},
+        federation={"num_rounds": 10, "client-fraction": 0.6},
+    )
     steps, told = real_steps(config, tmp_path), []
     world.registered_names = list(steps)
     world.__post_init__()
 
     def does(name, message):
-        payload = unpacked(message.content)[0]
+        payload = unpack_payload(message.content)[0]
         told.extend(getattr(decode_task(payload).request, "recipes", []))
         world.answers(steps[name](payload), message)
 
@@ -415,17 +462,21 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
         assert objects(tmp_path / name) == objects(tmp_path / "there" / name)
 
 
-def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(folder, tmp_path, world):
+def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(
+    folder, tmp_path, world
+):
     config = tiny_config(folder, method={"name": "fedsalora"}, federation={"num_rounds": 3})
-    files = dict(zip(("north", "north-2", "a/../b"), config.data.client_files.values(), strict=True))
+    files = dict(
+        zip(("north", "north-2", "a/../b"), config.data.client_files.values(), strict=True)
+    )
     config = replace(config, data=replace(config.data, client_files=files))
 
     def steps(stores):
         found = {}
         for name in files:
             client, local = prepare_party(config, name, stores / directory_name(name))
-            client.function = nudge
-            found[name] = partial(client_step, client=client, model=local)
+            client.training_function = nudge
+            found[name] = client.handle
         return found
 
     grid = steps(tmp_path / "grid")
@@ -433,7 +484,7 @@ def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(fold
     world.__post_init__()
 
     def does(name, message):
-        world.answers(grid[name](unpacked(message.content)[0]), message)
+        world.answers(grid[name](unpack_payload(message.content)[0]), message)
 
     world.script = {name: after(1, partial(does, name)) for name in grid}
     run_over(world.transport(), config, tmp_path / "over")
@@ -456,13 +507,16 @@ def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, w
     does = world.script["site1"]
 
     def hangs_in_round_one(message):
-        task = decode_task(unpacked(message.content)[0])
+        task = decode_task(unpack_payload(message.content)[0])
         return [] if (task.kind, task.server_round) == ("train", 1) else does(message)
 
     world.script["site1"] = hangs_in_round_one
     run_over(world.transport(), config, tmp_path / "over")
     rows = timeless(tmp_path / "over")
-    assert [row["accepted"] for row in rows[1:]] == [["site0", "site2"], ["site0", "site1", "site2"]]
+    assert [row["accepted"] for row in rows[1:]] == [
+        ["site0", "site2"],
+        ["site0", "site1", "site2"],
+    ]
     assert rows[1]["failures"] == {"site1": "no answer within 100 s"}
 
 
@@ -470,19 +524,25 @@ def test_a_payload_that_is_too_large_is_refused_before_anything_is_sent(parties,
     config, _ = parties
     transport = world.transport()
     transport.max_payload_bytes = 4000
-    with pytest.raises(PayloadError, match=r"the task for site0 has \d+ bytes.*carries at most 4000. Lower lora.rank"):
+    with pytest.raises(
+        PayloadError,
+        match=r"the task for site0 has \d+ bytes.*carries at most 4000. Lower lora.rank",
+    ):
         run_over(transport, config, tmp_path / "over")
-    kinds = {decode_task(unpacked(message.content)[0]).kind for _, _, message in world.sent}
+    kinds = {decode_task(unpack_payload(message.content)[0]).kind for _, _, message in world.sent}
     assert kinds == {"describe"}  # the questions before the first round are small
 
 
 def test_a_resumed_run_waits_a_while_for_all_and_then_for_the_quorum(world):
     gone = world.here.pop("south")
-    assert world.transport(start_seconds=20).clients() == ["east", "north"] and 20 <= world.now < 30
+    assert world.transport(start_timeout=20).clients() == ["east", "north"] and 20 <= world.now < 30
     world.here["south"] = gone
     begun = world.now
-    assert world.transport(start_seconds=20).clients() == ["east", "north", "south"] and world.now == begun
+    assert (
+        world.transport(start_timeout=20).clients() == ["east", "north", "south"]
+        and world.now == begun
+    )
     world.here = {"east": world.here["east"]}
     world.at(40, lambda: world.here.update(south=gone))
-    assert world.transport(start_seconds=20, quorum=0.6).clients() == ["east", "south"]
+    assert world.transport(start_timeout=20, min_valid_fraction=0.6).clients() == ["east", "south"]
     assert 40 <= world.now - begun < 50  # below the quorum it waits on

@@ -16,24 +16,26 @@ import psutil
 import pytest
 import torch
 
-from fedmomentum.adapter import PREFIX
-from fedmomentum.files import canonical_json
 from fedmomentum.flower import worker as module
+from fedmomentum.flower.node_callback import NodeCallback, WorkerInfo
 from fedmomentum.flower.worker import Worker, WorkerError
-from fedmomentum.messages import decode_reply, encode_task
+from fedmomentum.lora.adapter import PREFIX
+from fedmomentum.protocol.codec import decode_reply, encode_task
+from fedmomentum.utils.io import canonical_json
 from tests.runs import describe_task, tiny_config, train_task
 
 STAND_IN = """#!{python}
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from fedmomentum.errors import DataError, ModelError
-from fedmomentum.flower import worker
+from fedmomentum.flower import worker_process
 
 def load(setup, send):
     if (Path(setup["store"]) / "refuse").exists():
         raise ModelError("/srv/models/base is no model")
     send(b"S", b"loading")
-    send(b"Y", b'{{"num_train": 5}}')
+    send(b"Y", b'{{"num_train": 5, "num_test": 2, "num_parameters": 7, "dtype": "float32", '
+               b'"base_sha256": null}}')
     return step
 
 def step(frame):
@@ -54,10 +56,32 @@ def step(frame):
         raise RuntimeError("Mrs Miller, born 1951")
     return frame
 
-worker._load = load
+worker_process._load = load
 sys.argv = ["worker", sys.argv[3]]
-worker.main()
+worker_process.main()
 """
+
+
+LIGHT = WorkerInfo(5, 2, 7, "float32", None)
+
+
+class Recorder(NodeCallback):
+    """Notes what a worker reports, as (event, what came with it)."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def on_message(self, text):
+        self.events.append(("message", text))
+
+    def on_warning(self, text):
+        self.events.append(("warning", text))
+
+    def on_ready(self, info):
+        self.events.append(("ready", info))
+
+    def on_step(self, step, num_steps, loss):
+        self.events.append(("step", step))
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +101,13 @@ def light(config, tmp_path, monkeypatch, told):
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o700)
     monkeypatch.setattr(module.sys, "executable", str(script))
-    found = Worker(config, "site0", tmp_path / "store", lambda event, facts: told.append((event, dict(facts))))
+    found = Worker(config, "site0", tmp_path / "store", Recorder(told))
     yield found
     found.stop()
 
 
 def pid(worker) -> int:
-    return int(worker.ask(b"pid", 30))
+    return int(worker.run_task(b"pid", 30))
 
 
 def gone(number, seconds=10.0) -> bool:
@@ -100,27 +124,31 @@ def gone(number, seconds=10.0) -> bool:
 
 
 def test_one_process_answers_task_after_task(light, told):
-    assert light.wait_until_ready() == {"num_train": 5}
+    assert light.wait_until_ready() == LIGHT
     first = pid(light)
     assert first not in (0, os.getpid()) and pid(light) == first
     payload = os.urandom(3 * 2**20)
-    assert light.ask(payload, 30) == b"T" + payload and light.rehearse(30) == b"C"
-    assert told == [("say", {"text": "loading"}), ("ready", {"num_train": 5})]
+    assert light.run_task(payload, 30) == b"T" + payload and light.run_smoke_test(30) == b"C"
+    assert told == [("message", "loading"), ("ready", LIGHT)]
 
 
-@pytest.mark.parametrize(("how", "words"), [(b"exit", "with exit code 3"), (b"kill", "by signal SIGKILL")])
+@pytest.mark.parametrize(
+    ("how", "words"), [(b"exit", "with exit code 3"), (b"kill", "by signal SIGKILL")]
+)
 def test_a_worker_that_dies_says_how_and_the_next_task_is_answered(light, how, words):
     first = pid(light)
     with pytest.raises(WorkerError, match=f"its worker ended {words}$"):
-        light.ask(how, 30)
+        light.run_task(how, 30)
     assert pid(light) != first
 
 
 def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
-    first, child = pid(light), int(light.ask(b"child", 30))
+    first, child = pid(light), int(light.run_task(b"child", 30))
     started = time.monotonic()
-    with pytest.raises(WorkerError, match="took longer than the round allows; its worker was ended"):
-        light.ask(b"hang", 0.5)
+    with pytest.raises(
+        WorkerError, match="took longer than the round allows; its worker was ended"
+    ):
+        light.run_task(b"hang", 0.5)
     assert time.monotonic() - started < 5
     assert gone(first) and gone(child)
     assert pid(light) != first
@@ -129,10 +157,15 @@ def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
 def test_what_a_task_raises_ends_nothing_and_tells_nothing(light, capfd):
     """The kind goes to the server, the whole to whoever runs the node."""
     first = pid(light)
-    for task, kind, whole in ((b"data", "DataError", "line 3: Mrs Miller"), (b"library", "RuntimeError", "Mrs Miller")):
+    for task, kind, whole in (
+        (b"data", "DataError", "line 3: Mrs Miller"),
+        (b"library", "RuntimeError", "Mrs Miller"),
+    ):
         with pytest.raises(WorkerError) as raised:
-            light.ask(task, 30)
-        assert str(raised.value) == f"{kind} (its own log says more)" and whole in raised.value.detail
+            light.run_task(task, 30)
+        assert (
+            str(raised.value) == f"{kind} (its own log says more)" and whole in raised.value.detail
+        )
     assert pid(light) == first
     assert "RuntimeError: Mrs Miller" in capfd.readouterr().err  # with where it came from
 
@@ -144,7 +177,7 @@ def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
         light.wait_until_ready()
     assert str(raised.value) == "ModelError: [path]"
     with pytest.raises(WorkerError):
-        light.ask(b"pid", 30)
+        light.run_task(b"pid", 30)
     (tmp_path / "store" / "refuse").unlink()  # mended: the next try works
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -174,7 +207,10 @@ def test_nobody_else_reaches_a_worker(light, config, tmp_path):
         assert not (ours | theirs) & sockets(os.getpid())  # the node holds the other ends
         for number in pids:
             connections = psutil.Process(number).net_connections(kind="all")
-            assert all(c.family.name == "AF_UNIX" and not c.laddr and c.status == "NONE" for c in connections)
+            assert all(
+                c.family.name == "AF_UNIX" and not c.laddr and c.status == "NONE"
+                for c in connections
+            )
     finally:
         other.stop()
 
@@ -187,13 +223,13 @@ def test_a_worker_ends_with_its_node_even_one_that_is_killed(config, tmp_path, t
     node = f"""
 import sys, threading
 from pathlib import Path
-from fedmomentum.config import from_dict
+from fedmomentum.config.toml import from_dict
 from fedmomentum.flower.worker import Worker
 sys.executable = {str(script)!r}
 worker = Worker(from_dict({{}}), "site0", Path({str(tmp_path / "store")!r}))
 worker.wait_until_ready()
-print(int(worker.ask(b"pid", 30)), flush=True)
-worker.ask({task!r}, 600)
+print(int(worker.run_task(b"pid", 30)), flush=True)
+worker.run_task({task!r}, 600)
 threading.Event().wait()
 """
     process = subprocess.Popen([sys.executable, "-c", node], stdout=subprocess.PIPE)
@@ -212,10 +248,12 @@ threading.Event().wait()
 def real(config, tmp_path_factory):
     """A worker with model and data, and what it told."""
     own = {"site0": config.data.client_files["site0"]}
-    config = replace(config, data=replace(config.data, client_files=own), lora=replace(config.lora, rank=3))
+    config = replace(
+        config, data=replace(config.data, client_files=own), lora=replace(config.lora, rank=3)
+    )
     told = []
     store = tmp_path_factory.mktemp("real") / "store"
-    worker = Worker(config, "site0", store, lambda event, facts: told.append((event, dict(facts))))
+    worker = Worker(config, "site0", store, Recorder(told))
     yield worker, store, told
     worker.stop()
 
@@ -223,36 +261,41 @@ def real(config, tmp_path_factory):
 def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
     worker, store, told = real
     facts = worker.wait_until_ready()
-    assert facts["num_train"] == 9 and facts["num_test"] == 3 and len(facts["base_sha256"]) == 64
-    worker.rehearse(60)
-    assert [facts["step"] for event, facts in told if event == "step"] == [1]
+    assert facts.num_train == 9 and facts.num_test == 3 and len(facts.base_sha256) == 64
+    worker.run_smoke_test(60)
+    assert [step for event, step in told if event == "step"] == [1]
     task = describe_task(adapter=True)
-    reply = decode_reply(worker.ask(encode_task(task), 60), task, 2**30)
-    assert reply.tensors[f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"].shape == torch.Size([3, 32])
+    reply = decode_reply(worker.run_task(encode_task(task), 60), task, 2**30)
+    assert reply.tensors[
+        f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+    ].shape == torch.Size([3, 32])
     said = canonical_json(msgspec.to_builtins(reply.answer))
     assert "/" not in said.replace("://", "")  # what the party calls its base is a path
     with pytest.raises(WorkerError, match="a task for site1 came to site0"):
-        worker.ask(encode_task(replace(task, client_id="site1")), 60)
+        worker.run_task(encode_task(replace(task, client_id="site1")), 60)
 
 
 def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
     """Another seed trains on what was held out: told at the node, and nothing of it to the server."""
     worker, store, told = real
     describe = describe_task(adapter=False)
-    worker.belong_to(describe.run_id)
-    worker.ask(encode_task(describe), 60)
-    assert not [facts for event, facts in told if event == "warning"]
+    worker.set_run(describe.run_id)
+    worker.run_task(encode_task(describe), 60)
+    assert not [text for event, text in told if event == "warning"]
     later = []
     own = replace(config.data, client_files={"site0": config.data.client_files["site0"]})
     other = replace(config, data=own, run=replace(config.run, seed=config.run.seed + 1))
-    restarted = Worker(other, "site0", store, lambda event, facts: later.append((event, dict(facts))))
+    restarted = Worker(other, "site0", store, Recorder(later))
     try:
-        restarted.belong_to(describe.run_id)
-        answer = restarted.ask(encode_task(describe), 60)
+        restarted.set_run(describe.run_id)
+        answer = restarted.run_task(encode_task(describe), 60)
     finally:
         restarted.stop()
-    (warning,) = [facts["text"] for event, facts in later if event == "warning"]
-    assert "of 3 that were held out are trained on now" in warning and str(store / "split.json") in warning
+    (warning,) = [text for event, text in later if event == "warning"]
+    assert (
+        "of 3 that were held out are trained on now" in warning
+        and str(store / "split.json") in warning
+    )
     assert f"run.seed was {config.run.seed} and is {config.run.seed + 1}" in warning
     assert b"held" not in answer
 
@@ -262,10 +305,14 @@ def test_tasks_cannot_name_files(real, name):
     """What is no hash is no object's name."""
     worker, store, _ = real
     describe = describe_task()
-    assert worker.ask(encode_task(describe), 60)  # it is loaded, and all it writes is there
+    assert worker.run_task(encode_task(describe), 60)  # it is loaded, and all it writes is there
     before = {file for file in store.parent.rglob("*") if file.is_file()}
     task = train_task(manifest={"base_update": [name]}, objects={name: b"evil"})
-    with pytest.raises(WorkerError, match="PayloadError: a task: request.manifest.base_update") as raised:
-        worker.ask(encode_task(task), 60)
+    with pytest.raises(
+        WorkerError, match="PayloadError: a task: request.manifest.base_update"
+    ) as raised:
+        worker.run_task(encode_task(task), 60)
     assert "evil" not in str(raised.value)
-    assert {file for file in store.parent.rglob("*") if file.is_file()} == before and not os.path.exists("/tmp/evil")
+    assert {
+        file for file in store.parent.rglob("*") if file.is_file()
+    } == before and not os.path.exists("/tmp/evil")

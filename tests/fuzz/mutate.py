@@ -1,7 +1,8 @@
 """Seeded mutators for fuzzing: JSON, bytes, safetensors files and whole directories.
 
-Every mutator takes a `random.Random` and returns what it did in words and the mutated value, so that a failure is
-reproduced by its seed and read in its message. `Budget` measures the time and memory of one trial.
+Every mutator takes a `random.Random` and returns what it did in words and the mutated value, so
+that a failure is reproduced by its seed and read in its message. `Budget` measures the time and
+memory of one trial.
 """
 
 from __future__ import annotations
@@ -23,16 +24,62 @@ MAX_SECONDS = 1.0
 MAX_BYTES = 100 * 10**6
 
 
-# ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
 
 DEEP = "fuzz: nest deeply here"
 """Replaced by deeply nested arrays in the text; json.dumps could not write them."""
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**400, 0.0, -0.0, 0.5, 1e-300, 1e300,
-    float("nan"), float("inf"), float("-inf"), "", " ", "a", "0", "1", "nan", "null", "../../etc/passwd", "/dev/zero",
-    "a" * 5000, "\x00", "\x1b]0;title\x07", "\u202e", "\ud800", "\U0001f600", "0" * 64, "f" * 64, "F" * 64, "0" * 63,
-    [], [[]], {}, {"": None}, [None], ["a"], [0] * 1000, {"a": {"a": {"a": 1}}}, DEEP,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    2**31,
+    2**53,
+    2**63,
+    2**64,
+    -(2**63),
+    10**400,
+    0.0,
+    -0.0,
+    0.5,
+    1e-300,
+    1e300,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "",
+    " ",
+    "a",
+    "0",
+    "1",
+    "nan",
+    "null",
+    "../../etc/passwd",
+    "/dev/zero",
+    "a" * 5000,
+    "\x00",
+    "\x1b]0;title\x07",
+    "\u202e",
+    "\ud800",
+    "\U0001f600",
+    "0" * 64,
+    "f" * 64,
+    "F" * 64,
+    "0" * 63,
+    [],
+    [[]],
+    {},
+    {"": None},
+    [None],
+    ["a"],
+    [0] * 1000,
+    {"a": {"a": {"a": 1}}},
+    DEEP,
+)
 
 
 def mutate_json(text: str | bytes, random: random.Random) -> tuple[str, bytes]:
@@ -46,16 +93,22 @@ def mutate_json(text: str | bytes, random: random.Random) -> tuple[str, bytes]:
     if not places:
         return "replaced the whole value", _dumps(random.choice(ODD_VALUES))
     holder, key = random.choice(places)
-    kind = random.choice(("odd", "odd", "odd", "near", "near", "drop", "add", "rename", "swap", "repeat", "whole"))
+    kind = random.choice(
+        ("odd", "odd", "odd", "near", "near", "drop", "add", "rename", "swap", "repeat", "whole")
+    )
     return JSON_MUTATIONS[kind](value, places, holder, key, random)
 
 
-def _odd(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _odd(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     holder[key] = copy.deepcopy(random.choice(ODD_VALUES))
     return f"{key!r} = {str(holder[key])[:40]!r}", _dumps(value)
 
 
-def _near(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _near(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     """Another value of the same type, close to the old one."""
     old = holder[key]
     if isinstance(old, bool):
@@ -67,20 +120,28 @@ def _near(value: Any, places: list, holder: Any, key: Any, random: random.Random
     elif isinstance(old, str) and old:
         at = random.randrange(len(old))
         letter = random.choice("0123456789abcdefxyz_.-")
-        holder[key] = random.choice((old[:at] + letter + old[at + 1 :], old[:at], old + letter, old[::-1], old.upper()))
+        holder[key] = random.choice(
+            (old[:at] + letter + old[at + 1 :], old[:at], old + letter, old[::-1], old.upper())
+        )
     elif isinstance(old, list) and old:
-        random.choice((list.reverse, list.pop, lambda items: items.append(copy.deepcopy(items[0]))))(old)
+        random.choice(
+            (list.reverse, list.pop, lambda items: items.append(copy.deepcopy(items[0])))
+        )(old)
     else:
         holder[key] = copy.deepcopy(random.choice(ODD_VALUES))
     return f"{key!r}: {str(old)[:40]!r} became {str(holder[key])[:40]!r}", _dumps(value)
 
 
-def _drop(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _drop(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     del holder[key]
     return f"dropped {key!r}", _dumps(value)
 
 
-def _add(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _add(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     extra = copy.deepcopy(random.choice((*ODD_VALUES, holder[key])))
     name = random.choice(("more", "", "\x00", "a" * 5000, "__class__", "0"))
     if isinstance(holder, dict):
@@ -90,7 +151,9 @@ def _add(value: Any, places: list, holder: Any, key: Any, random: random.Random)
     return f"added {name[:20]!r} beside {key!r}", _dumps(value)
 
 
-def _rename(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _rename(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     if not isinstance(holder, dict):
         return _drop(value, places, holder, key, random)
     name = random.choice((key.upper(), key + "_", key[:-1], "", "more"))
@@ -98,7 +161,9 @@ def _rename(value: Any, places: list, holder: Any, key: Any, random: random.Rand
     return f"renamed {key!r} to {name!r}", _dumps(value)
 
 
-def _swap(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _swap(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     other, name = random.choice(places)
     one, two = copy.deepcopy(holder[key]), copy.deepcopy(other[name])
     holder[key] = two
@@ -109,7 +174,9 @@ def _swap(value: Any, places: list, holder: Any, key: Any, random: random.Random
     return f"swapped {key!r} and {name!r}", _dumps(value)
 
 
-def _repeat(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _repeat(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     """A key twice in one object: JSON allows it, and readers differ in which counts."""
     if not isinstance(holder, dict):
         return _odd(value, places, holder, key, random)
@@ -120,14 +187,22 @@ def _repeat(value: Any, places: list, holder: Any, key: Any, random: random.Rand
     return f"{key!r} twice", text.encode()
 
 
-def _whole(value: Any, places: list, holder: Any, key: Any, random: random.Random) -> tuple[str, bytes]:
+def _whole(
+    value: Any, places: list, holder: Any, key: Any, random: random.Random
+) -> tuple[str, bytes]:
     return "replaced the whole value", _dumps(random.choice((*ODD_VALUES, [value], holder[key])))
 
 
 JSON_MUTATIONS: dict[str, Callable[..., tuple[str, bytes]]] = {
-    "odd": _odd, "near": _near, "drop": _drop, "add": _add, "rename": _rename, "swap": _swap, "repeat": _repeat,
+    "odd": _odd,
+    "near": _near,
+    "drop": _drop,
+    "add": _add,
+    "rename": _rename,
+    "swap": _swap,
+    "repeat": _repeat,
     "whole": _whole,
-}  # fmt: skip
+}
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -135,7 +210,13 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     stack = [value]
     while stack:
         holder = stack.pop()
-        keys: Any = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        keys: Any = (
+            list(holder)
+            if isinstance(holder, dict)
+            else range(len(holder))
+            if isinstance(holder, list)
+            else ()
+        )
         for key in keys:
             yield holder, key
             stack.append(holder[key])
@@ -146,7 +227,7 @@ def _dumps(value: Any) -> bytes:
     return text.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000).encode()
 
 
-# ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── bytes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def mutate_bytes(data: bytes, random: random.Random) -> tuple[str, bytes]:
@@ -155,11 +236,26 @@ def mutate_bytes(data: bytes, random: random.Random) -> tuple[str, bytes]:
         return "filled an empty file", random.randbytes(random.choice((1, 8, 100)))
     at, length = random.randrange(len(data)), random.choice((1, 8, 64, 512, 4096))
     kind = random.choice(
-        ("flip", "flip", "byte", "cut", "cut", "empty", "repeat", "zero", "insert", "grow", "crlf", "bom")
+        (
+            "flip",
+            "flip",
+            "byte",
+            "cut",
+            "cut",
+            "empty",
+            "repeat",
+            "zero",
+            "insert",
+            "grow",
+            "crlf",
+            "bom",
+        )
     )
     if kind == "flip":
         bit = random.randrange(8)
-        return f"flipped bit {bit} of byte {at}", data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+        return f"flipped bit {bit} of byte {at}", data[:at] + bytes([data[at] ^ 1 << bit]) + data[
+            at + 1 :
+        ]
     if kind == "byte":
         return f"overwrote byte {at}", data[:at] + random.randbytes(1) + data[at + 1 :]
     if kind == "cut":
@@ -169,22 +265,28 @@ def mutate_bytes(data: bytes, random: random.Random) -> tuple[str, bytes]:
     if kind == "repeat":
         return f"repeated {length} bytes at {at}", data[: at + length] + data[at:]
     if kind == "zero":
-        return f"zeroed {length} bytes at {at}", data[:at] + bytes(len(data[at : at + length])) + data[at + length :]
+        return f"zeroed {length} bytes at {at}", data[:at] + bytes(
+            len(data[at : at + length])
+        ) + data[at + length :]
     if kind == "insert":
         return f"inserted {length} bytes at {at}", data[:at] + random.randbytes(length) + data[at:]
     if kind == "grow":
-        return f"appended {length} bytes", data + random.choice((bytes(length), random.randbytes(length)))
+        return f"appended {length} bytes", data + random.choice(
+            (bytes(length), random.randbytes(length))
+        )
     if kind == "crlf":
         return "other newlines", data.replace(b"\n", b"\r\n")
     return "a byte order mark", b"\xef\xbb\xbf" + data
 
 
-# ── safetensors ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── safetensors ───────────────────────────────────────────────────────────────────────────────────
 
 
 def mutate_safetensors(data: bytes, random: random.Random) -> tuple[str, bytes]:
     """Change a safetensors file's header so that the rest still has its form, a tensor's numbers, or any bytes."""
-    kind = random.choice(("header", "header", "tensor", "tensor", "tensor", "numbers", "numbers", "length", "bytes"))
+    kind = random.choice(
+        ("header", "header", "tensor", "tensor", "tensor", "numbers", "numbers", "length", "bytes")
+    )
     if kind == "bytes" or len(data) < 8:
         return mutate_bytes(data, random)
     length = int.from_bytes(data[:8], "little")
@@ -197,7 +299,9 @@ def mutate_safetensors(data: bytes, random: random.Random) -> tuple[str, bytes]:
         return f"header: {said}", len(header).to_bytes(8, "little") + header + body
     if kind == "numbers" and body:
         at = random.randrange(len(body)) & ~3
-        number = random.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\x7f\x7f"))
+        number = random.choice(
+            (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\x7f\x7f")
+        )
         count = random.choice((1, 1, 4, len(body) // 4))
         body = (body[:at] + number * count)[: len(body)] + body[at + 4 * count :]
         return f"{count} odd numbers at {at}", data[: 8 + length] + body
@@ -235,7 +339,20 @@ def _mutate_tensor(
     name = random.choice(sorted(parts))
     entry = table[name]
     kind = random.choice(
-        ("drop", "add", "copy", "rename", "flat", "turned", "extra", "empty", "dtype", "swap", "none", "scalar")
+        (
+            "drop",
+            "add",
+            "copy",
+            "rename",
+            "flat",
+            "turned",
+            "extra",
+            "empty",
+            "dtype",
+            "swap",
+            "none",
+            "scalar",
+        )
     )
     if kind == "drop":
         del table[name], parts[name]
@@ -246,7 +363,16 @@ def _mutate_tensor(
         other = name + random.choice((".again", "x", ""))
         table[other], parts[other] = dict(entry), parts[name]
     elif kind == "rename":
-        other = random.choice((name[:-1], name.upper(), name.replace("A", "B"), name.replace("0", "1"), "", "a" * 3000))
+        other = random.choice(
+            (
+                name[:-1],
+                name.upper(),
+                name.replace("A", "B"),
+                name.replace("0", "1"),
+                "",
+                "a" * 3000,
+            )
+        )
         table[other], parts[other] = table.pop(name), parts.pop(name)
     elif kind == "flat":
         entry["shape"] = [_product(entry["shape"])]
@@ -255,10 +381,14 @@ def _mutate_tensor(
     elif kind == "extra":
         entry["shape"] = random.choice(([1, *entry["shape"]], [*entry["shape"], 1]))
     elif kind == "empty":
-        entry["shape"] = random.choice(([0], [0, 0], [0, *entry["shape"][1:]], [*entry["shape"][:-1], 0]))
+        entry["shape"] = random.choice(
+            ([0], [0, 0], [0, *entry["shape"][1:]], [*entry["shape"][:-1], 0])
+        )
         parts[name] = b""
     elif kind == "dtype":
-        entry["dtype"] = random.choice(("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "I64"))
+        entry["dtype"] = random.choice(
+            ("F64", "F16", "BF16", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "I64")
+        )
         size = {"F64": 8, "C64": 8, "I64": 8, "I32": 4, "F16": 2, "BF16": 2}.get(entry["dtype"], 1)
         parts[name] = (parts[name] * 2)[: size * _product(entry["shape"])]
     elif kind == "swap":
@@ -279,7 +409,7 @@ def _product(shape: list[int]) -> int:
     return total
 
 
-# ── directories ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── directories ───────────────────────────────────────────────────────────────────────────────────
 
 
 def copy_by_links(source: Path, target: Path) -> None:
@@ -343,12 +473,31 @@ def mutate_directory(folder: Path, random: random.Random, *, others: Path | None
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     file = random.choice(files)
     name = file.relative_to(folder)
-    kind = random.choice(("content",) * 12 + ("missing", "missing", "directory", "link", "loop", "pipe", "device",
-                         "swap", "duplicate", "foreign", "huge", "move", "tree", "closed"))  # fmt: skip
+    kind = random.choice(
+        ("content",) * 12
+        + (
+            "missing",
+            "missing",
+            "directory",
+            "link",
+            "loop",
+            "pipe",
+            "device",
+            "swap",
+            "duplicate",
+            "foreign",
+            "huge",
+            "move",
+            "tree",
+            "closed",
+        )
+    )
     if kind == "content":
         return mutate_content(file, random)
     if kind == "tree":
-        inner = random.choice(sorted(path for path in folder.rglob("*") if path.is_dir()) or [folder / "none"])
+        inner = random.choice(
+            sorted(path for path in folder.rglob("*") if path.is_dir()) or [folder / "none"]
+        )
         shutil.rmtree(inner, ignore_errors=True)
         if random.random() < 0.5:
             inner.write_bytes(b"")
@@ -367,7 +516,9 @@ def mutate_directory(folder: Path, random: random.Random, *, others: Path | None
         replace_file(file, source.read_bytes())
         return f"{name} of another directory"
     if kind == "move":
-        target = file.with_name(random.choice((f"{file.stem}x{file.suffix}", f"0{file.name}", "0009.json", ".x.1.tmp")))
+        target = file.with_name(
+            random.choice((f"{file.stem}x{file.suffix}", f"0{file.name}", "0009.json", ".x.1.tmp"))
+        )
         target.unlink(missing_ok=True)
         file.rename(target)
         return f"moved {name} to {target.name}"
@@ -395,13 +546,14 @@ def mutate_directory(folder: Path, random: random.Random, *, others: Path | None
     return f"{kind}: {name}"
 
 
-# ── budget ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── budget ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Budget:
     """Processor time and memory of what is done inside: `with Budget() as spent: ...`, then `spent.check("what")`.
 
-    Memory is how far the process grew above what it had at the start, by the kernel's own high-water mark.
+    Memory is how far the process grew above what it had at the start, by the kernel's own
+    high-water mark.
     """
 
     def __enter__(self) -> Budget:
@@ -410,7 +562,9 @@ class Budget:
         self._started = time.process_time()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.seconds = time.process_time() - self._started
         self.bytes = max(0, _memory("VmHWM") - self._before)
 

@@ -20,23 +20,24 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedmomentum import global_model
-from fedmomentum.adapter import Adapter
-from fedmomentum.aggregation.whole import aggregate_adapters
-from fedmomentum.checkpoint import RunFolder
+from fedmomentum.aggregation.aggregate import aggregate_adapters
+from fedmomentum.cli.inspection import summarize
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError
-from fedmomentum.files import safetensors_bytes
-from fedmomentum.flower.status import Status, read_status
-from fedmomentum.global_model import GlobalModel
-from fedmomentum.inspection import describe
-from fedmomentum.lowrank import LowRank
-from fedmomentum.origin import check_data, read_origin
-from fedmomentum.peft_io import read_adapter
-from fedmomentum.report.cells import read_comparison
-from fedmomentum.report.run import read_run
-from fedmomentum.report.summary import summarise
-from fedmomentum.run import _check_folder, _warn_of_another_environment
-from fedmomentum.tracking import _last_reported
+from fedmomentum.flower.status import StatusWriter, read_status
+from fedmomentum.global_model import model as global_model
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.adapter import Adapter
+from fedmomentum.lora.peft_folder import read_adapter
+from fedmomentum.results.comparison import read_comparison
+from fedmomentum.results.run_results import RunResults
+from fedmomentum.results.summary import summarize_run
+from fedmomentum.run.environment import warn_of_another_environment
+from fedmomentum.run.origin import check_data, read_origin
+from fedmomentum.run.setup import check_run_directory
+from fedmomentum.run.tracking import _last_reported
+from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.utils.tensors import safetensors_bytes
 from tests.fuzz.mutate import NUM_TRIALS, Budget, copy_by_links, mutate_directory, replace_file
 from tests.runs import start, tiny_config
 
@@ -85,7 +86,11 @@ def same(one, other) -> bool:
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same(one[k], other[k]) for k in one)
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
@@ -108,10 +113,16 @@ class Tried:
                 except FedMomentumError as error:
                     refused = True
                     text = str(error)
-                    assert text and "\n" not in text.replace("\n  ", "") and len(text) < 5000, (what, name, text)
+                    assert text and "\n" not in text.replace("\n  ", "") and len(text) < 5000, (
+                        what,
+                        name,
+                        text,
+                    )
                     continue
                 except BaseException as error:
-                    raise AssertionError(f"{what}, {name}: {type(error).__name__}: {error}") from error
+                    raise AssertionError(
+                        f"{what}, {name}: {type(error).__name__}: {error}"
+                    ) from error
             spent.check(f"{what}, {name}")
             assert same(got, self.wanted[name]), f"{what}: {name} took it, and gave something else"
         self.counts["refused" if refused else "the same"] += 1
@@ -122,15 +133,18 @@ class Tried:
 
 def state_of(folder):
     """What a resumed run goes on from."""
-    opened = RunFolder(folder, keep=9)
+    opened = RunDirectory(folder, keep=9)
     try:
         resumed = opened.resume()
         if resumed is None:
             return None
         model, state = resumed
         update = opened.last_update(model, state)
-        moved = {module: matrix.dense() if isinstance(matrix, LowRank) else matrix for module, matrix in update.items()}
-        return model.manifest(), weights(model), repr(state), opened.rows, moved, opened._data
+        moved = {
+            module: matrix.dense() if isinstance(matrix, LowRank) else matrix
+            for module, matrix in update.items()
+        }
+        return model.manifest(), weights(model), repr(state), opened.records, moved, opened._data
     finally:
         opened.close()
 
@@ -144,17 +158,19 @@ def result_of(server_round):
 
 
 def run_of(folder):
-    run = read_run(folder)
-    return run.rows, run.plan, run.partition, run.environment, summarise(run.rows)
+    run = RunResults.load(folder)
+    return run.rounds, run.plan, run.partition, run.environment, summarize_run(run.rounds)
 
 
 def run_readers(config, whole):
     data = read_origin(whole).clients
-    other = {client: msgspec.structs.replace(one, held_out="0" * 64) for client, one in data.items()}
+    other = {
+        client: msgspec.structs.replace(one, held_out="0" * 64) for client, one in data.items()
+    }
     lower = replace(config, training=replace(config.training, learning_rate=0.5))
 
     def environment(folder):
-        _warn_of_another_environment({}, folder)
+        warn_of_another_environment({}, folder)
 
     def other_data(folder):
         """Other data than the run's is never taken, whatever was done to the directory."""
@@ -167,19 +183,19 @@ def run_readers(config, whole):
     def other_settings(folder):
         """Nor are other settings."""
         try:
-            _check_folder(lower, folder, resume=True)
+            check_run_directory(lower, folder, resume=True)
         except ConfigError:
             return "refused"
         raise AssertionError("other settings were taken")
 
     return {
         "resume": state_of,
-        "settings": lambda folder: _check_folder(config, folder, resume=True),
+        "settings": lambda folder: check_run_directory(config, folder, resume=True),
         "last": result_of("last"),
         "best": result_of("best"),
         "round 2": result_of(2),
         # which older checkpoints are there is true whatever it is
-        "inspect": lambda folder: re.sub("rounds kept.*", "", shown(describe(folder))),
+        "inspect": lambda folder: re.sub("rounds kept.*", "", shown(summarize(folder))),
         "report": run_of,
         "status": read_status,
         "environment": environment,
@@ -187,7 +203,9 @@ def run_readers(config, whole):
         "other data": other_data,
         "other settings": other_settings,
         # without the file, trackers are told of all rounds again, and a warning says so
-        "reported": lambda folder: _last_reported(folder / "trackers" / "reported.json", RUN_ID) or {"tensorboard": 3},
+        "reported": lambda folder: (
+            _last_reported(folder / "trackers" / "reported.json", RUN_ID) or {"tensorboard": 3}
+        ),
     }
 
 
@@ -197,7 +215,7 @@ RUN_ID = "f" * 32
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run with every file that a run can have, and another of other settings; and the configuration."""
-    from fedmomentum import run as run_module
+    from fedmomentum.run import federated_trainer as run_module
 
     folder = tmp_path_factory.mktemp("runs")
     made = []
@@ -208,11 +226,11 @@ def runs(tmp_path_factory):
                 folder,
                 federation={"num_rounds": 3},
                 evaluation={"num_examples": 1, "final_num_examples": 2},
-                run={"keep_rounds": 2, "report_to": ["tensorboard"], "seed": number},
+                run={"keep_checkpoints": 2, "report_to": ["tensorboard"], "seed": number},
             )
             out = folder / f"run-{number}"
-            status = Status(out, 3)
-            start(config, out, observer=status.observe)
+            status = StatusWriter(out, 3)
+            start(config, out, callbacks=[status])
             status.close()
             made.append((config, out))
             for log in (out / "trackers").rglob("events*"):
@@ -248,9 +266,12 @@ def global_model_of(seed: int) -> GlobalModel:
     adapters = [small_adapter(shapes, seed=10 * seed + i) for i in range(3)]
     result = aggregate_adapters(adapters, rank=2)
     return GlobalModel(
-        global_model.BaseIdentity("base", sha256="ab" * 32), result.adapter, (global_model.Blob.of(result.residual),),
-        server_round=1, method="FedMomentum()",
-    )  # fmt: skip
+        global_model.BaseIdentity("base", sha256="ab" * 32),
+        result.adapter,
+        (global_model.StoredObject.of(result.residual),),
+        server_round=1,
+        method="FedMomentum()",
+    )
 
 
 def small_adapter(shapes, *, seed: int, rank: int = 2) -> Adapter:
@@ -263,7 +284,12 @@ def small_adapter(shapes, *, seed: int, rank: int = 2) -> Adapter:
         module: LowRank(random_factor(out_size, rank), random_factor(rank, in_size))
         for module, (out_size, in_size) in shapes.items()
     }
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "base"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "base_model_name_or_path": "base",
+    }
     return Adapter(modules, dict.fromkeys(modules, 2.0), {}, config, f"adapter {seed}")
 
 
@@ -272,7 +298,7 @@ def test_mutated_global_models(tmp_path):
     global_model_of(0).save(whole)
     global_model_of(1).save(other)
     tried = Tried(
-        {"load": result_of("last"), "inspect": lambda folder: shown(describe(folder))},
+        {"load": result_of("last"), "inspect": lambda folder: shown(summarize(folder))},
         whole,
     )
     for trial in range(NUM_TRIALS):
@@ -291,22 +317,39 @@ def test_mutated_global_models(tmp_path):
 
 def test_mutated_comparisons(runs, tmp_path):
     """The file itself: its runs are tried above."""
-    from fedmomentum.files import write_json
-    from fedmomentum.records import checksummed
+    from fedmomentum.utils.io import write_json
+    from fedmomentum.utils.records import with_checksum
 
     whole = tmp_path / "whole"
     whole.mkdir()
     cells = []
     for seed, (_, out) in enumerate(runs):
         copy_by_links(out, whole / f"seed-{seed}")
-        cells.append({"method": "fedmomentum", "kind": "federated", "seed": seed, "folders": [f"seed-{seed}"]})
-    table = {"format": "fedmomentum comparison", "format_version": 2, "baseline": "fedmomentum", "target": 0.5,
-             "command": None, "cells": cells, "summary": []}  # fmt: skip
-    write_json(whole / "comparison.json", checksummed(table))
+        cells.append(
+            {
+                "method": "fedmomentum",
+                "kind": "federated",
+                "seed": seed,
+                "folders": [f"seed-{seed}"],
+            }
+        )
+    table = {
+        "format": "fedmomentum comparison",
+        "format_version": 2,
+        "baseline": "fedmomentum",
+        "target": 0.5,
+        "command": None,
+        "cells": cells,
+        "summary": [],
+    }
+    write_json(whole / "comparison.json", with_checksum(table))
 
     def reader(folder):
         comparison = read_comparison(folder)
-        return [(cell.method, cell.seed, cell.points, cell.exact_match, cell.loss) for cell in comparison.cells]
+        return [
+            (cell.method, cell.seed, cell.points, cell.exact_match, cell.loss)
+            for cell in comparison.method_runs
+        ]
 
     tried = Tried({"report": reader}, whole)
     for trial in range(NUM_TRIALS // 5):
@@ -340,31 +383,64 @@ def write_peft(folder, seed: int) -> None:
     tensors = {}
     for module, (out_size, in_size) in shapes.items():
         rank = PATTERNS["rank_pattern"].get(module, 2)
-        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, in_size, generator=generator)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out_size, rank, generator=generator)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(
+            rank, in_size, generator=generator
+        )
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(
+            out_size, rank, generator=generator
+        )
     tensors["base_model.model.score.weight"] = torch.randn(3, 8, generator=generator)
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "base", "revision": None, "r": 2,
-        "lora_alpha": 4, "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"], "init_lora_weights": True,
-        "inference_mode": True, "layers_to_transform": None, "loftq_config": {}, "use_dora": False, **PATTERNS,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": "base",
+        "revision": None,
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": ["score"],
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "use_dora": False,
+        **PATTERNS,
+    }
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors, ("format", "pt")))
 
 
 ODD_PATTERNS = (
-    "(a+)+b", "(.*)*", "(.*.*.*)*x", "(a|a)*$", "[", "(?<=x)y", r"(\w+\s?)*$", "(" * 500 + ")" * 500, "(?i)q", r"\1",
-    "a{1,1000}{1,1000}", "^(([a-z])+.)+[A-Z]([a-z])+$", "(.+.+)+y", "(?:(?:(?:x?){100}){100}){100}", ".*" * 400, "{,3}",
+    "(a+)+b",
+    "(.*)*",
+    "(.*.*.*)*x",
+    "(a|a)*$",
+    "[",
+    "(?<=x)y",
+    r"(\w+\s?)*$",
+    "(" * 500 + ")" * 500,
+    "(?i)q",
+    r"\1",
+    "a{1,1000}{1,1000}",
+    "^(([a-z])+.)+[A-Z]([a-z])+$",
+    "(.+.+)+y",
+    "(?:(?:(?:x?){100}){100}){100}",
+    ".*" * 400,
+    "{,3}",
     "(?>a)",
-)  # fmt: skip
+)
 
 
 def test_mutated_adapters(tmp_path):
     """An adapter has no checksum: what is taken must be an adapter that PEFT would read in the same sense.
 
-    So a mutation that is taken is held against an independent reading of what the mutated files say.
+    So a mutation that is taken is held against an independent reading of what the mutated files
+    say.
     """
     whole, other = tmp_path / "whole", tmp_path / "other"
     write_peft(whole, 0)
@@ -384,7 +460,7 @@ def test_mutated_adapters(tmp_path):
         with awake(), Budget() as spent:
             try:
                 adapter = read_adapter(folder)
-                shown(describe(folder))
+                shown(summarize(folder))
                 counts["the same" if adapter.digest() == wanted else "taken"] += 1
             except FedMomentumError as error:
                 assert str(error), what
@@ -427,7 +503,9 @@ def check_reading(adapter, folder, what) -> None:
     tensors = load_file(folder / "adapter_model.safetensors")
     for module, matrix in adapter.modules.items():
         for side, factor in (("A", matrix.A), ("B", matrix.B)):
-            assert torch.equal(factor, tensors[f"base_model.model.{module}.lora_{side}.weight"]), what
+            assert torch.equal(factor, tensors[f"base_model.model.{module}.lora_{side}.weight"]), (
+                what
+            )
         try:
             rank = looked_up(config.get("rank_pattern"), module, config.get("r", 8))
             alpha = looked_up(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))

@@ -14,16 +14,17 @@ import msgspec
 import pytest
 import torch
 
-from fedmomentum import run as run_module
-from fedmomentum.aggregation import METHODS
-from fedmomentum.checkpoint import RunFolder
-from fedmomentum.client import client_step
+from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.errors import FedMomentumError
-from fedmomentum.files import read_safetensors
-from fedmomentum.global_model import GlobalModel
-from fedmomentum.messages import DescribeRequest, Task, decode_reply, decode_task, encode_task
-from fedmomentum.run import prepare_party, run_over
-from fedmomentum.transport import Failure, InProcessTransport
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.protocol.codec import decode_reply, decode_task, encode_task
+from fedmomentum.protocol.messages import DescribeRequest, Task
+from fedmomentum.protocol.transport import Failure, InProcessTransport
+from fedmomentum.run import networked as run_module
+from fedmomentum.run.client_setup import prepare_party
+from fedmomentum.run.networked import run_over
+from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.utils.tensors import read_safetensors
 from tests.fuzz.mutate import NUM_TRIALS, Budget, mutate_safetensors
 from tests.runs import nudge, tiny_config
 
@@ -71,13 +72,13 @@ def federation(tmp_path_factory):
 
     def step(client_id):
         client, local = prepare_party(config, client_id, folder / client_id)
-        client.function = nudge
+        client.training_function = nudge
         parties[client_id] = client, local
 
         def answer(payload):
             key = (client_id, *key_of(decode_task(payload)))
             tasks[key] = payload
-            answers[key] = client_step(payload, client, local)
+            answers[key] = client.handle(payload)
             return answers[key]
 
         return answer
@@ -108,7 +109,7 @@ def check_directory(out):
     rows = [msgspec.json.decode(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     for name in ("environment.json", "plan.json", "partition.json"):
         msgspec.json.decode((out / name).read_bytes())
-    folder = RunFolder(out)
+    folder = RunDirectory(out)
     try:
         model, _ = folder.resume()
     finally:
@@ -146,7 +147,9 @@ def test_mutated_replies_hurt_nobody_else(federation, tmp_path, monkeypatch):
         refused = reason != "" and (key[1] != "train" or not reason.startswith("evaluation: "))
         num_refused += refused
         if key[1] == "train":
-            assert rows[1]["accepted"] == [name for name in CLIENTS if name != liar or not refused], what
+            assert rows[1]["accepted"] == [
+                name for name in CLIENTS if name != liar or not refused
+            ], what
             if refused:
                 assert model.version == without[liar], what
         else:
@@ -184,7 +187,7 @@ def test_mutated_tasks_leave_a_client_as_it_was(federation):
         what = f"trial {trial}, {key}: {said}"
         with Budget() as spent:
             try:
-                answer = client_step(mutated, client, local)
+                answer = client.handle(mutated)
             except FedMomentumError as error:
                 assert len(str(error)) < 10_000, what
                 num_refused += 1
@@ -193,7 +196,11 @@ def test_mutated_tasks_leave_a_client_as_it_was(federation):
         spent.check(what)
         if trial % 5 == 0 or trial == NUM_TRIALS - 1:
             honest = draw.choice([key for key in own if key[1] != "describe"])
-            assert_same(client_step(tasks[honest], client, local), answers[honest], f"after {what}: {honest}")
+            assert_same(
+                client.handle(tasks[honest]),
+                answers[honest],
+                f"after {what}: {honest}",
+            )
     print(f"\n{NUM_TRIALS} tasks, {num_refused} of them refused")
     assert num_refused > NUM_TRIALS / 4
 
@@ -206,17 +213,20 @@ WIRES += [("fedmomentum", "float16"), ("fedmomentum", "bfloat16"), ("hetlora", "
 def test_every_methods_replies(tmp_path, name, dtype):
     """The tensors of a reply depend on the method and the wire: none lets a lie through that another refuses."""
     config = tiny_config(
-        tmp_path, method={"name": name}, federation={"num_rounds": 2, "uplink_dtype": dtype}, evaluation={"every": 1}
+        tmp_path,
+        method={"name": name},
+        federation={"num_rounds": 2, "uplink_dtype": dtype},
+        evaluation={"every": 1},
     )
     draw = random.Random(name + dtype)
     lies = {}
 
     def step(client_id):
         client, local = prepare_party(config, client_id, tmp_path / client_id)
-        client.function = nudge
+        client.training_function = nudge
 
         def answer(payload):
-            honest = client_step(payload, client, local)
+            honest = client.handle(payload)
             task = decode_task(payload)
             if client_id != "site2" or task.kind == "describe":
                 return honest

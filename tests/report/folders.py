@@ -1,28 +1,22 @@
 """Synthetic run folders in the format that a run writes."""
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmomentum.records import checksummed
+from fedmomentum.formats.metrics_file import parse_record_line
+from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.formats.scores import Score
+from fedmomentum.utils.records import with_checksum
 
 PHASES = ("train", "encode", "aggregate", "merge", "evaluate")
 
 
 def score(num_exact: int, num_examples: int, loss: float) -> dict[str, Any]:
     """A score as an evaluation writes it, ten tokens an item."""
-    return {
-        "nll": 10 * num_examples * loss,
-        "num_tokens": 10 * num_examples,
-        "num_examples": num_examples,
-        "num_exact": num_exact,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "exact_match": num_exact / num_examples if num_examples else 0.0,
-    }
+    return Score(10 * num_examples * loss, 10 * num_examples, num_examples, num_exact).to_json()
 
 
 def row(
@@ -42,7 +36,10 @@ def row(
 
     def scores(names: Sequence[str], num: int) -> dict[str, Any]:
         levels = {name: min(0.98, max(0.0, level + draw.uniform(-0.1, 0.1))) for name in names}
-        return {name: score(round(num * share), num, 2.4 - 1.8 * share) for name, share in levels.items()}
+        return {
+            name: score(round(num * share), num, 2.4 - 1.8 * share)
+            for name, share in levels.items()
+        }
 
     trained = server_round > 0
     per_client, per_category = (
@@ -57,7 +54,9 @@ def row(
         "accepted": accepted if trained else [],
         "failures": failures,
         "weights": {client_id: 1 / len(accepted) for client_id in accepted} if trained else {},
-        "num_examples": {client_id: 120 + k for k, client_id in enumerate(accepted)} if trained else {},
+        "num_examples": {client_id: 120 + k for k, client_id in enumerate(accepted)}
+        if trained
+        else {},
         "learning_rate": 1e-3,
         "train_loss": 2.0 * 0.8**server_round if trained else None,
         "clients": {
@@ -71,7 +70,11 @@ def row(
             for client_id in (accepted if trained else [])
         },
         "screening": {
-            client_id: {"norm": 1.0, "ratio": 1.1, "is_left_out": "max-norm-ratio" in failures.get(client_id, "")}
+            client_id: {
+                "norm": 1.0,
+                "ratio": 1.1,
+                "is_left_out": "outlier-norm-ratio" in failures.get(client_id, ""),
+            }
             for client_id in (clients if trained else [])
         },
         "evaluation": {
@@ -90,15 +93,24 @@ def row(
             "update_cosine": draw.uniform(0.2, 0.8) if server_round > 1 else None,
             "client_cosine": {"min": 0.3, "mean": 0.5 + 0.01 * server_round, "max": 0.8},
             "client_drift": 1.2 - 0.05 * server_round,
-            "subspace_angle": dict.fromkeys("AB", 60 * 0.8**server_round if server_round > 1 else None),
-            "factor_norms": {"before": {"A": 9.0, "B": 2.0}, "after": {"A": 4.0, "B": 4.0 + server_round}},
+            "subspace_angle": dict.fromkeys(
+                "AB", 60 * 0.8**server_round if server_round > 1 else None
+            ),
+            "factor_norms": {
+                "before": {"A": 9.0, "B": 2.0},
+                "after": {"A": 4.0, "B": 4.0 + server_round},
+            },
         }
         if trained
         else None,
         "is_best": server_round % 2 == 0,
         "version": f"{server_round:064x}",
-        "uplink_bytes": {client_id: 1_234_567 + k for k, client_id in enumerate(accepted)} if trained else {},
-        "downlink_bytes": {client_id: 1_240_000 + 310_000 * server_round for client_id in clients} if trained else {},
+        "uplink_bytes": {client_id: 1_234_567 + k for k, client_id in enumerate(accepted)}
+        if trained
+        else {},
+        "downlink_bytes": {client_id: 1_240_000 + 310_000 * server_round for client_id in clients}
+        if trained
+        else {},
         "seconds": {
             phase: (scale if trained or phase == "evaluate" else 0.0) * draw.uniform(0.9, 1.1)
             for phase, scale in zip(PHASES, (22.0, 0.4, 1.3, 0.6, 6.0), strict=True)
@@ -106,9 +118,14 @@ def row(
     }
 
 
+def records(rows: Sequence[dict[str, Any]]) -> list[RoundRecord]:
+    """The rows as they are read back."""
+    return [parse_record_line(json.dumps(one), "a row") for one in rows]
+
+
 def write_record(file: Path, table: dict[str, Any]) -> None:
     """A file as a run writes it: with its checksum."""
-    file.write_text(json.dumps(checksummed(table)))
+    file.write_text(json.dumps(with_checksum(table)))
 
 
 def write_run(
@@ -147,7 +164,9 @@ def write_run(
         "dtype": "float32",
         "platform": "Linux-6.1-x86_64",
     }
-    (folder / "config.toml").write_text('[run]\nseed = 1\nrounds = 5\n\n[method]\nname = "fedmomentum"\n')
+    (folder / "config.toml").write_text(
+        '[run]\nseed = 1\nrounds = 5\n\n[method]\nname = "fedmomentum"\n'
+    )
     write_record(folder / "plan.json", settings | plan)
     write_record(folder / "environment.json", environment)
     write_record(folder / "partition.json", {"clients": partition})

@@ -16,13 +16,25 @@ import pytest
 
 import fedmomentum.report
 from fedmomentum.errors import DataError, ModelError
-from fedmomentum.report import read_run, summarise, write_report
-from tests.report.folders import PHASES, row, write_record, write_run
+from fedmomentum.report import write_report
+from fedmomentum.results.run_results import RunResults
+from fedmomentum.results.summary import summarize_run
+from tests.report.folders import PHASES, records, row, write_record, write_run
 
 CLIENTS = [f"client-{k}" for k in range(4)]
 TASKS = ["arithmetic", "copying", "dates", "sorting", "translation", "yes-no"]
 EVIL = "<script>alert(1)</script>"
-SECTIONS = ["comparison", "scores", "method", "movement", "cost", "partition", "rounds", "settings", "commands"]
+SECTIONS = [
+    "comparison",
+    "scores",
+    "method",
+    "movement",
+    "cost",
+    "partition",
+    "rounds",
+    "settings",
+    "commands",
+]
 ROUND_PLOTS = {
     "exact-match",
     "loss",
@@ -57,7 +69,9 @@ class Page(HTMLParser):
         if "download" in attributes:
             kind, _, content = attributes["href"].partition(",")
             assert kind == "data:text/csv;charset=utf-8"
-            self.data[attributes["download"].removesuffix(".csv")] = list(csv.DictReader(io.StringIO(unquote(content))))
+            self.data[attributes["download"].removesuffix(".csv")] = list(
+                csv.DictReader(io.StringIO(unquote(content)))
+            )
 
     def handle_data(self, data):
         self.text += data
@@ -85,10 +99,18 @@ def check(page):
     targets |= set(re.findall(r"url\(#([^)]*)\)", page.html))
     assert targets <= set(ids)
     assert "script" not in {tag for tag, _ in page.elements}
-    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert not [
+        name for _, attributes in page.elements for name in attributes if name.startswith("on")
+    ]
     assert not re.findall(r"https?:|//[a-z]", page.html)
-    assert "#0101" not in page.html and "#0102" not in page.html  # every stand-in colour became one of the page's
-    images = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("role") == "img"]
+    assert (
+        "#0101" not in page.html and "#0102" not in page.html
+    )  # every stand-in colour became one of the page's
+    images = [
+        attributes
+        for tag, attributes in page.elements
+        if tag == "svg" and attributes.get("role") == "img"
+    ]
     assert len(images) == len(page.data) and all(image["aria-label"] for image in images)
 
 
@@ -96,11 +118,15 @@ def test_headline_sections_and_commands(whole):
     rows, page = whole
     check(page)
     text = " ".join(page.text.split())
-    assert "lab/small-lm-135m-instruct, fine‑tuned by 4 clients over 5 rounds with FedMomentum" in text
-    total = summarise(rows)[0]
-    for measure in (total.untouched, total.federated):
+    assert (
+        "lab/small-lm-135m-instruct, fine‑tuned by 4 clients over 5 rounds with FedMomentum" in text
+    )
+    total = summarize_run(records(rows))[0]
+    for measure in (total.base, total.federated):
         assert f"{100 * measure.exact_match:.1f}\u00a0%" in page.text
-        assert "{:.1f} to {:.1f}\u00a0%".format(*(100 * end for end in measure.interval)) in page.text
+        assert (
+            "{:.1f} to {:.1f}\u00a0%".format(*(100 * end for end in measure.interval)) in page.text
+        )
         assert f"{measure.loss:.3f}" in page.text
     for command in (
         "fedmomentum export my-run --to merged --out my-run-merged",
@@ -110,23 +136,35 @@ def test_headline_sections_and_commands(whole):
     ):
         assert command in page.text
     assert 'name = "fedmomentum"' in page.text and "2.13.0+cpu" in page.text
-    assert "A round's score is over 96 to 240 items" in page.text
+    assert "A round's score is over 96 to 240 examples" in page.text
     assert "still going" not in page.text
 
 
 def test_data_beside_the_plots_equals_the_rows(whole):
     rows, page = whole
     data = page.data
-    plots = {"intervals-category", "intervals-client", "seconds", "partition-train", "partition-test"}
+    plots = {
+        "intervals-category",
+        "intervals-client",
+        "seconds",
+        "partition-train",
+        "partition-test",
+    }
     assert set(data) == ROUND_PLOTS | plots
 
     matches = {(int(cell["round"]), cell["client"]): cell for cell in data["exact-match"]}
     losses = {(int(cell["round"]), cell["client"]): cell for cell in data["loss"]}
     assert len(matches) == len(losses) == 6 * (1 + len(CLIENTS))
     for one in rows:
-        for name, score in {"": one["evaluation"]["total"], **one["evaluation"]["by_client"]}.items():
+        for name, score in {
+            "": one["evaluation"]["total"],
+            **one["evaluation"]["by_client"],
+        }.items():
             match, loss = matches[one["round"], name], losses[one["round"], name]
-            assert (int(match["exact"]), int(match["items"])) == (score["num_exact"], score["num_examples"])
+            assert (int(match["exact"]), int(match["items"])) == (
+                score["num_exact"],
+                score["num_examples"],
+            )
             assert float(match["exact_match"]) == score["exact_match"]
             assert (float(loss["loss"]), float(loss["nll"])) == (score["loss"], score["nll"])
 
@@ -135,13 +173,16 @@ def test_data_beside_the_plots_equals_the_rows(whole):
         assert float(trained[one["round"], ""]["loss"]) == one["train_loss"]
         for name, report in one["clients"].items():
             cell = trained[one["round"], name]
-            assert [float(cell[key]) for key in ("loss", "first_loss", "last_loss", "steps", "tokens")] == list(
-                report.values()
-            )
+            assert [
+                float(cell[key]) for key in ("loss", "first_loss", "last_loss", "steps", "tokens")
+            ] == list(report.values())
 
     for key in ("retained-energy", "residual-rank", "residual-norm", "exactness", "applied-share"):
         name = "exactness_error" if key == "exactness" else key.replace("-", "_")
-        assert [cell[name] and float(cell[name]) for cell in data[key]] == ["", *(one[name] for one in rows[1:])]
+        assert [cell[name] and float(cell[name]) for cell in data[key]] == [
+            "",
+            *(one[name] for one in rows[1:]),
+        ]
 
     cosines = [one["diagnostics"]["update_cosine"] for one in rows[2:]]
     assert [cell["update_cosine"] for cell in data["update-cosine"][:2]] == ["", ""]
@@ -153,16 +194,21 @@ def test_data_beside_the_plots_equals_the_rows(whole):
         one["diagnostics"]["factor_norms"]["after"]["B"] for one in rows[1:]
     ]
 
-    assert [[float(cell[p]) for p in PHASES] for cell in data["seconds"]] == [list(o["seconds"].values()) for o in rows]
+    assert [[float(cell[p]) for p in PHASES] for cell in data["seconds"]] == [
+        list(o["seconds"].values()) for o in rows
+    ]
     up = sum(sum(one["uplink_bytes"].values()) for one in rows)
     down = sum(sum(one["downlink_bytes"].values()) for one in rows)
-    assert (int(data["bytes-sum"][-1]["uplink_bytes"]), int(data["bytes-sum"][-1]["downlink_bytes"])) == (up, down)
+    assert (
+        int(data["bytes-sum"][-1]["uplink_bytes"]),
+        int(data["bytes-sum"][-1]["downlink_bytes"]),
+    ) == (up, down)
     assert sum(int(cell["uplink_bytes"]) for cell in data["bytes"]) == up
 
 
 def test_data_of_summary_and_partition(whole, tmp_path):
     rows, page = whole
-    summary = {(line.group, line.name): line for line in summarise(rows)}
+    summary = {(line.group, line.name): line for line in summarize_run(records(rows))}
     cells = page.data["intervals-category"] + page.data["intervals-client"]
     assert len(cells) == 2 * (2 + len(CLIENTS) + len(TASKS))
     for cell in cells:
@@ -170,10 +216,15 @@ def test_data_of_summary_and_partition(whole, tmp_path):
         wanted = measure.exact_match, *measure.interval, measure.loss
         assert tuple(float(cell[key]) for key in ("exact_match", "low", "high", "loss")) == wanted
 
-    partition = read_run(write_run(tmp_path / "run", rows, CLIENTS, TASKS)).partition
+    partition = RunResults.load(write_run(tmp_path / "run", rows, CLIENTS, TASKS)).partition
     for split in ("train", "test"):
-        held = {(c["client"], c["category"]): int(c["examples"]) for c in page.data[f"partition-{split}"]}
-        assert held == {(c, t): num for c, splits in partition.items() for t, num in splits[split].items()}
+        held = {
+            (c["client"], c["category"]): int(c["examples"])
+            for c in page.data[f"partition-{split}"]
+        }
+        assert held == {
+            (c, t): num for c, splits in partition.items() for t, num in splits[split].items()
+        }
 
 
 def test_every_name_and_reason_is_escaped(tmp_path):
@@ -189,23 +240,43 @@ def test_every_name_and_reason_is_escaped(tmp_path):
     ]
     categories = ["<b>bold</b>", "$\\frac{", "{{ 7 * 7 }}", "&amp;"]
     reason = f"refused {EVIL} {{{{ 6 * 9 }}}} " + 5000 * "x"
-    rows = [row(0, clients, categories), row(1, clients, categories, failures={EVIL: reason, "]]>": ""})]
+    rows = [
+        row(0, clients, categories),
+        row(1, clients, categories, failures={EVIL: reason, "]]>": ""}),
+    ]
     one = page(tmp_path, rows, clients, categories, model=EVIL, method="<i>M</i>(a=1)")
     check(one)
-    assert EVIL not in one.html and "<b>bold" not in one.html and "<img" not in one.html and "<i>M" not in one.html
+    assert (
+        EVIL not in one.html
+        and "<b>bold" not in one.html
+        and "<img" not in one.html
+        and "<i>M" not in one.html
+    )
     assert EVIL in one.text and "{{ 7 * 7 }}" in one.text and "<b>bold</b>" in one.text
     assert 700 * "x" not in one.text.split("refused")[1]
-    assert "'=1+1" in {cell["name"] for cell in one.data["intervals-client"]}  # not a formula in a spreadsheet
+    assert "'=1+1" in {
+        cell["name"] for cell in one.data["intervals-client"]
+    }  # not a formula in a spreadsheet
 
 
 def test_thirty_clients_seventy_seven_categories_and_failures(tmp_path):
-    clients, categories = [f"hospital {k} of the north" for k in range(30)], [f"intent_{k}" for k in range(77)]
-    rows = [row(r, clients, categories, failures={clients[r]: f"reason {r}"} if r else {}) for r in range(8)]
+    clients, categories = (
+        [f"hospital {k} of the north" for k in range(30)],
+        [f"intent_{k}" for k in range(77)],
+    )
+    rows = [
+        row(r, clients, categories, failures={clients[r]: f"reason {r}"} if r else {})
+        for r in range(8)
+    ]
     rows[3]["evaluation"], rows[4]["exactness_error"], rows[5]["carried_norm"] = None, 0.0, 0.1
     one = page(tmp_path, rows, clients, categories, num_rounds=20)
     check(one)
     assert "7 of 20 rounds are finished" in one.text
-    assert "each of 30 clients" in one.text and "exactly zero" in one.text and "carried into" in one.text
+    assert (
+        "each of 30 clients" in one.text
+        and "exactly zero" in one.text
+        and "carried into" in one.text
+    )
     for server_round in range(1, 8):
         assert f"reason {server_round}" in one.text
     assert "7 failed replies" in one.text
@@ -214,32 +285,49 @@ def test_thirty_clients_seventy_seven_categories_and_failures(tmp_path):
 
 def test_more_clients_than_can_be_drawn(tmp_path):
     clients = [f"c{k}" for k in range(120)]
-    one = page(tmp_path, [row(r, clients, TASKS[:2], items=4) for r in range(2)], clients, TASKS[:2])
+    one = page(
+        tmp_path, [row(r, clients, TASKS[:2], items=4) for r in range(2)], clients, TASKS[:2]
+    )
     check(one)
     assert "10 to 90 % of 120 clients" in one.text and "The first 100 of 121" in one.text
-    assert len({cell["name"] for cell in one.data["intervals-client"]}) == 121  # all of them and the total
+    assert (
+        len({cell["name"] for cell in one.data["intervals-client"]}) == 121
+    )  # all of them and the total
 
 
-def test_only_the_untouched_model(tmp_path):
+def test_only_the_base_model(tmp_path):
     one = page(tmp_path, [row(0, CLIENTS, TASKS)], num_rounds=5)
     check(one)
     assert "0 of 5 rounds are finished" in one.text
-    assert "No round after the untouched model has been evaluated yet" in one.text
-    assert "No round has been aggregated yet" in one.text and "No round has finished yet" in one.text
+    assert "No round after the base model has been evaluated yet" in one.text
+    assert (
+        "No round has been aggregated yet" in one.text and "No round has finished yet" in one.text
+    )
 
 
 @pytest.mark.parametrize("num_rounds", [0, 1, 3])
 def test_nothing_was_evaluated_or_measured(tmp_path, num_rounds):
     rows = [row(r, CLIENTS, TASKS) for r in range(num_rounds + 1)]
     for one in rows:
-        one.update(dict.fromkeys(["evaluation", "train_loss", "retained_energy", "residual_rank", "residual_norm"]))
-        one.update(dict.fromkeys(["carried_norm", "exactness_error", "applied_share", "learning_rate"]))
+        one.update(
+            dict.fromkeys(
+                ["evaluation", "train_loss", "retained_energy", "residual_rank", "residual_norm"]
+            )
+        )
+        one.update(
+            dict.fromkeys(["carried_norm", "exactness_error", "applied_share", "learning_rate"])
+        )
         one.update(diagnostics=None)
-        one.update(clients={}, uplink_bytes={}, downlink_bytes={}, seconds={}, weights={}, num_examples={})
+        one.update(
+            clients={}, uplink_bytes={}, downlink_bytes={}, seconds={}, weights={}, num_examples={}
+        )
     one = page(tmp_path, rows)
     check(one)
     assert set(one.data) == {"partition-train", "partition-test"}
-    assert "No evaluation was recorded" in one.text and "Neither bytes nor times were recorded" in one.text
+    assert (
+        "No evaluation was recorded" in one.text
+        and "Neither bytes nor times were recorded" in one.text
+    )
 
 
 def test_row_with_nothing_but_its_round_and_empty_settings(tmp_path):
@@ -254,7 +342,14 @@ def test_row_with_nothing_but_its_round_and_empty_settings(tmp_path):
 @pytest.mark.parametrize("value", [0.0, 5e-324, 1e300])
 def test_extreme_values_are_drawn(tmp_path, value):
     rows = [row(r, CLIENTS[:2], TASKS[:2]) for r in range(3)]
-    for name in ("exactness_error", "train_loss", "residual_norm", "retained_energy", "applied_share", "residual_rank"):
+    for name in (
+        "exactness_error",
+        "train_loss",
+        "residual_norm",
+        "retained_energy",
+        "applied_share",
+        "residual_rank",
+    ):
         rows[1][name] = rows[2][name] = value
         rows[1]["diagnostics"]["update_cosine"] = rows[2]["diagnostics"]["client_drift"] = value
     rows[2]["evaluation"]["total"]["loss"] = value
@@ -280,37 +375,53 @@ def test_one_client_without_categories(tmp_path):
 def test_same_folder_same_bytes(tmp_path):
     folder = write_run(tmp_path / "run", [row(r, CLIENTS, TASKS) for r in range(3)], CLIENTS, TASKS)
     first = write_report(folder).read_bytes()
-    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):  # the user's own
+    with matplotlib.rc_context(
+        {"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}
+    ):  # the user's own
         assert write_report(folder).read_bytes() == first
     program = f"from fedmomentum.report import write_report; write_report({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONHASHSEED": "7", "PATH": ""}, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        env={"PYTHONHASHSEED": "7", "PATH": ""},
+        cwd=ROOT,
+    )
     assert (folder / "report.html").read_bytes() == first
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["config.toml", "environment.json", "metrics.jsonl", "partition.json", "plan.json", "report.html"]
+        [
+            "config.toml",
+            "environment.json",
+            "metrics.jsonl",
+            "partition.json",
+            "plan.json",
+            "report.html",
+        ]
     )
 
 
 ROOT = Path(fedmomentum.report.__file__).parents[2]
 
 
-READERS = [
-    f"fedmomentum.{name}" for name in ("config", "errors", "folders", "manifest", "records", "run_files", "schema")
-]
-"""What checks a run's files before they are read; none of it needs torch."""
+READERS = {"config", "errors", "formats", "report", "results", "utils"}
+"""What a page needs of the package: readers that check a run's files, and none that needs torch."""
 
 
 def test_imports_neither_torch_nor_pyplot_nor_the_rest_of_us():
     program = (  # a bare parent package, so that only what the report itself asks for is loaded
-        "import sys, types; parent = types.ModuleType('fedmomentum'); parent.__path__ = ['fedmomentum'];"
-        "sys.modules['fedmomentum'] = parent; from fedmomentum.report import write_comparison_page, write_report;"
+        "import sys, types; parent = types.ModuleType('fedmomentum'); parent.__path__ = "
+        "['fedmomentum'];"
+        "sys.modules['fedmomentum'] = parent; from fedmomentum.report import "
+        "write_comparison_page, write_report;"
         "print([name for name in ('torch', 'peft', 'matplotlib.pyplot') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "[]"
-    for path in sorted((ROOT / "fedmomentum" / "report").glob("*.py")):
+    for path in sorted((ROOT / "fedmomentum" / "report").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedmomentum"):
-                assert node.module.startswith("fedmomentum.report") or node.module in READERS
+                assert node.module.split(".")[1] in READERS
 
 
 def test_global_settings_of_matplotlib_are_left_alone(tmp_path):

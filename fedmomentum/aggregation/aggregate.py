@@ -1,0 +1,340 @@
+"""A method over all modules of whole adapters: scalings in, scalings out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedmomentum.aggregation.client_updates import ClientUpdates
+from fedmomentum.aggregation.method import AggregationContext, Method, ModuleAggregate
+from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
+from fedmomentum.errors import AdapterError
+from fedmomentum.linalg.low_rank import LowRank, result_dtype, zeros
+from fedmomentum.linalg.matrix import LazySequence, Matrix, rank_bound, scale
+from fedmomentum.lora.adapter import Adapter, check_size
+from fedmomentum.utils.seeding import module_seed
+
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined, unused-ignore]
+
+
+@dataclass(frozen=True, eq=False)
+class AggregationResult:
+    """Whole adapters after aggregation.
+
+    Attributes:
+        adapter: The combined adapter; its product counts with its own scaling.
+        residual: Module to what the base weight absorbs, in effective-weight units (added with
+            factor 1).
+        carried: Module to what the method carries into its next round, in effective-weight units.
+        findings: Module to the method's findings.
+        weights: `(num_clients,)`, the weights of the sum, sum 1: the weights that were given,
+            normalized, unless the method has its own.
+    """
+
+    adapter: Adapter
+    residual: Mapping[str, Matrix]
+    carried: Mapping[str, Matrix]
+    findings: Mapping[str, Mapping[str, float]]
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoundContext:
+    """What the server knows in a round besides the clients' updates.
+
+    Attributes:
+        ranks: Module to the rank of the combined adapter.
+        scalings: Module to the scaling (`lora_alpha / rank`) of the combined adapter.
+        reference: The adapter that the clients started from; None where there was none.
+        carried: Module to what the last round's `AggregationResult.carried` contained.
+        server_round: Number of the round, from 1.
+        seed: Seed of the run, for methods that sample random numbers.
+    """
+
+    ranks: Mapping[str, int]
+    scalings: Mapping[str, float]
+    reference: Adapter | None = None
+    carried: Mapping[str, Matrix] = field(default_factory=dict)
+    server_round: int = 1
+    seed: int = 0
+
+    def for_module(self, module: str) -> AggregationContext:
+        """Return what a method may know of one module, in units of the combined adapter."""
+        carried = self.carried.get(module)
+        if carried is not None:
+            carried = scale(carried.to(torch.float64), 1 / self.scalings[module], torch.float64)
+        return AggregationContext(
+            rank=self.ranks[module],
+            reference=self.reference.modules[module] if self.reference else None,
+            carried=carried,
+            server_round=self.server_round,
+            seed=module_seed(self.seed, self.server_round, module),
+        )
+
+
+def aggregate_adapters(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    method: Method | None = None,
+    *,
+    rank: int | None = None,
+    scaling: float | None = None,
+    seed: int = 0,
+) -> AggregationResult:
+    """Combine adapters of one base model, whatever their ranks and scalings.
+
+    The exact result is `sum_i w_i s_i B_i A_i`. The adapters are sorted by their content, so that
+    the result does not depend on the order given. A module that an adapter does not have counts as
+    zero with that adapter's weight.
+
+    Args:
+        adapters: At least one.
+        weights: One positive number per adapter, normalized here; equal by default.
+        method: How to combine; `FedMomentum()` by default.
+        rank: The rank of the result; the largest rank of all adapters by default.
+        scaling: The `lora_alpha / rank` of the result; by default the adapters' own if they have
+            one in common, else 1.
+        seed: For methods that sample random numbers.
+
+    Returns:
+        The combined adapter (float32) and, per module, its residual: adapter + residual is the
+        exact sum for an exact method.
+
+    Raises:
+        AdapterError: If there are no adapters, they are of different base models or shapes, the
+            weights are not positive numbers, a module has no room for the rank, the method refuses
+            the updates (the message names the module), or the result holds NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> m = LowRank(torch.eye(3)[:, :2], torch.eye(4)[:2])
+        >>> one = Adapter(modules={"q": m}, scalings={"q": 2.0})
+        >>> result = aggregate_adapters([one, one], [3, 1])
+        >>> torch.allclose(result.adapter.effective("q").dense(), 2 * m.dense().double())
+        True
+    """
+    if not adapters:
+        raise AdapterError("no adapters to combine; give at least one")
+    weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    _check_offline_weights(weights, len(adapters))
+    for adapter in adapters:
+        check_size(adapter)
+    _check_same_base(adapters)
+    # By default the result has what the adapters have in common.
+    scalings = {s for adapter in adapters for s in adapter.scalings.values()}
+    if scaling is None:
+        scaling = scalings.pop() if len(scalings) == 1 else 1.0
+    if rank is None:
+        rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
+
+    # A canonical order makes the result independent of the order given.
+    order = sorted(range(len(adapters)), key=lambda i: (adapters[i].digest(), weights[i]))
+    modules = sorted({module for adapter in adapters for module in adapter.modules})
+    context = RoundContext(
+        ranks=dict.fromkeys(modules, rank), scalings=dict.fromkeys(modules, scaling), seed=seed
+    )
+    result = aggregate_updates(
+        [adapters[i] for i in order],
+        [weights[i] for i in order],
+        method or FedMomentum(),
+        context,
+    )
+    _check_finite(result)
+    return result
+
+
+def aggregate_updates(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: Method,
+    context: RoundContext,
+    on_module: Callable[[int, int], None] | None = None,
+) -> AggregationResult:
+    """Combine the clients' adapters of a round, module by module, in the order given.
+
+    One module is finished before the next is begun, and an adapter's factors are looked up when
+    they are needed: adapters that read them from disk are never in memory together.
+
+    A method gets `LowRank(B_i s_i / s, A_i)`, where s is the scaling of the combined adapter (the
+    ratio is on A in a round in which only A is trained, so that the frozen factor stays the same
+    for all clients). What the method returns as residual and carried is multiplied by s.
+
+    Args:
+        adapters: The clients' trained adapters.
+        weights: One positive number per adapter, normalized here.
+        method: How to combine.
+        context: What the server knows besides.
+        on_module: Called after each module with the number of finished modules and of all.
+
+    Raises:
+        AdapterError: If a weight is not a positive finite number, shapes differ between adapters,
+            or the method refuses the updates; the message names the module.
+    """
+    client_weights = _client_weights(adapters, weights, method)
+    modules: dict[str, LowRank] = {}
+    residual: dict[str, Matrix] = {}
+    carried: dict[str, Matrix] = {}
+    findings: dict[str, Mapping[str, float]] = {}
+    for module in context.ranks:
+        result = _aggregate_module(module, adapters, client_weights, method, context)
+        modules[module] = result.adapter
+        findings[module] = result.findings
+        if result.residual is not None:
+            residual[module] = result.residual
+        if result.carried is not None:
+            carried[module] = result.carried
+        if on_module:
+            on_module(len(modules), len(context.ranks))
+    adapter = replace(
+        adapters[0],
+        modules=modules,
+        scalings={module: float(context.scalings[module]) for module in modules},
+        saved=_mean_saved(adapters, client_weights),
+        name="aggregate",
+    )
+    return AggregationResult(adapter, residual, carried, findings, client_weights)
+
+
+def _client_weights(
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Method
+) -> Tensor:
+    """Return `(num_clients,)`, float64: the normalized weights, or the method's own."""
+    total = sum(weights)
+    if not all(0 < w < math.inf for w in weights):
+        raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
+    normalized = torch.tensor([w / total for w in weights], dtype=torch.float64, device="cpu")
+    return method.client_weights(normalized / normalized.sum(), lambda: _norms(adapters))
+
+
+def _norms(adapters: Sequence[Adapter]) -> Tensor:
+    """Return `(num_clients,)`, each adapter's `sqrt(sum over modules ||s B A||_F^2)`."""
+    squares = []
+    for adapter in adapters:
+        squares.append(sum(adapter.effective(module).norm() ** 2 for module in adapter.modules))
+    return torch.tensor(squares, dtype=torch.float64, device="cpu").sqrt()
+
+
+def _aggregate_module(
+    module: str,
+    adapters: Sequence[Adapter],
+    weights: Tensor,
+    method: Method,
+    context: RoundContext,
+) -> ModuleAggregate:
+    """Aggregate one module; residual and carried are in effective-weight units."""
+    scaling = context.scalings[module]
+    trained = method.trained_factors(context.server_round)
+    updates = ClientUpdates(_module_updates(adapters, module, scaling, trained), weights)
+    try:
+        result = method.aggregate(updates, context.for_module(module))
+    except (ValueError, LinAlgError) as error:
+        names = ", ".join(f"{i}: {adapter.name}" for i, adapter in enumerate(adapters))
+        raise AdapterError(f"module {module}: {error} (updates are {names})") from error
+    # From units of the combined adapter to effective-weight units.
+    residual = result.residual
+    if residual is not None:
+        residual = scale(residual, scaling, updates.dtype) if rank_bound(residual) else None
+    carried = result.carried
+    if carried is not None:
+        carried = scale(carried, scaling, updates.dtype)
+    return ModuleAggregate(result.adapter, residual, carried, result.findings)
+
+
+def _module_updates(
+    adapters: Sequence[Adapter], module: str, scaling: float, trained: str
+) -> Sequence[LowRank]:
+    """Return the clients' factors of one module in units of the combined adapter.
+
+    A client that does not have the module counts as zero.
+    """
+    present = [adapter for adapter in adapters if module in adapter.modules]
+    shapes = {adapter.name: adapter.modules[module].shape for adapter in present}
+    if len(set(shapes.values())) > 1:
+        raise AdapterError(
+            f"module {module} has different shapes: {shapes}; the adapters are of different models"
+        )
+    first = present[0].modules[module]
+    zero = zeros(first.shape, dtype=first.dtype, device=first.device)
+
+    def rescaled(adapter: Adapter) -> LowRank:
+        factors = adapter.modules.get(module, zero)
+        ratio = adapter.scalings.get(module, scaling) / scaling
+        if ratio == 1:
+            return factors
+        factors = factors.to(result_dtype(factors.dtype))
+        if trained == "A":
+            return LowRank(factors.B, factors.A * ratio)
+        return factors.scaled(ratio)
+
+    return LazySequence(rescaled, adapters)
+
+
+def _mean_saved(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
+    """Return the weighted mean of the tensors that are trained in full."""
+    first = adapters[0]
+    expected = _saved_shapes(first)
+    for adapter in adapters[1:]:
+        shapes = _saved_shapes(adapter)
+        if shapes != expected:
+            raise AdapterError(
+                f"{adapter.name} saves the modules {shapes or 'none'} and {first.name} saves "
+                f"{expected or 'none'}; modules_to_save must be the same everywhere"
+            )
+    means = {}
+    for key, tensor in first.saved.items():
+        mean = torch.zeros((), dtype=torch.float64, device=tensor.device)
+        for weight, adapter in zip(weights, adapters, strict=True):
+            mean = mean + weight * adapter.saved[key].to(torch.float64)
+        means[key] = mean.to(tensor.dtype)
+    return means
+
+
+def _saved_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in adapter.saved.items()}
+
+
+def _check_offline_weights(weights: Sequence[float], num_adapters: int) -> None:
+    if len(weights) != num_adapters:
+        raise AdapterError(
+            f"one weight per adapter: got {num_adapters} adapters and {len(weights)} weights"
+        )
+    total = sum(weights)
+    is_positive = all(0 < weight < math.inf for weight in weights)
+    # A sum may overflow, and the least weight may underflow when it is divided by the sum.
+    if not is_positive or not 0 < min(weights) / total < math.inf:
+        raise AdapterError(f"weights must be positive numbers with a finite sum; got {weights}")
+
+
+def _check_same_base(adapters: Sequence[Adapter]) -> None:
+    bases = [adapter.config.get("base_model_name_or_path") for adapter in adapters]
+    if len(set(bases)) > 1:
+        names = ", ".join(f"{a.name}: {base}" for a, base in zip(adapters, bases, strict=True))
+        raise AdapterError(
+            f"the adapters were trained on different base models ({names}); they cannot be combined"
+        )
+
+
+def _check_finite(result: AggregationResult) -> None:
+    """Refuse a result that holds NaN or Inf, before it is written.
+
+    Raises:
+        AdapterError: If a matrix or tensor is not finite; the message names it.
+    """
+    for kind, matrices in (
+        ("adapter", result.adapter.modules),
+        ("residual", result.residual),
+        ("tail", result.carried),
+    ):
+        for module, matrix in matrices.items():
+            tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                raise AdapterError(
+                    f"module {module}: the {kind} of the sum holds NaN or Inf; nothing was written"
+                )
+    for name, tensor in result.adapter.saved.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"tensor {name}: the mean holds NaN or Inf; nothing was written")

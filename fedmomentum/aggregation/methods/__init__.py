@@ -1,0 +1,1 @@
+"""FedMomentum and the methods it is compared with, one file each."""

@@ -1,0 +1,46 @@
+"""FedEx-LoRA: average the factors; the base absorbs what the average gets wrong.
+
+Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large
+Language Models, ACL 2025, arXiv 2410.09432.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedmomentum.aggregation.method import AggregationContext, Method, ModuleAggregate
+from fedmomentum.linalg.matrix import norm
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation.client_updates import ClientUpdates
+
+
+@dataclass(frozen=True)
+class FedExLoRA(Method):
+    r"""FedIT with its error as the residual: `sum_i w_i B_i A_i - B A`.
+
+    The adapter is `B = sum_i w_i B_i`, `A = sum_i w_i A_i`. The residual equals
+    `sum_i w_i (B_i - B)(A_i - A)`. It has rank at most `(n - 1) rank`, and is zero where the
+    clients agree.
+
+    Source:
+        arXiv 2410.09432. Its weights are uniform; here `w_i` is in all three terms. Its code
+        transposes the residual, which is right for GPT-2's Conv1D and wrong for linear layers; ours
+        has the shape of the module.
+    """
+
+    title = "FedEx-LoRA"
+    paper = (
+        "Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of "
+        "Large Language Models, ACL 2025, arXiv 2410.09432"
+    )
+    residual_rank = "q <= (n-1) r"
+    exact = True
+
+    def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
+        """Average the factors and keep the error as the residual. Findings: energies."""
+        mean = updates.mean_factors()
+        residual = updates.averaging_error(mean)
+        findings = {"energy": norm(updates.sum()) ** 2, "kept_energy": mean.norm() ** 2}
+        return ModuleAggregate(mean, residual, findings=findings)

@@ -1,0 +1,84 @@
+"""The table of methods that the command line and the contract test read, and users' own methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+
+from fedmomentum.aggregation.method import Method
+from fedmomentum.aggregation.methods.fedexlora import FedExLoRA
+from fedmomentum.aggregation.methods.fedit import FedIT
+from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
+from fedmomentum.aggregation.methods.fedrotlora import FedRotLoRA
+from fedmomentum.aggregation.methods.fedsalora import FedSALoRA
+from fedmomentum.aggregation.methods.fedsvd import FedSVD
+from fedmomentum.aggregation.methods.ffalora import FFALoRA
+from fedmomentum.aggregation.methods.flexlora import FlexLoRA
+from fedmomentum.aggregation.methods.flora import FLoRA
+from fedmomentum.aggregation.methods.florist import FLoRIST
+from fedmomentum.aggregation.methods.frlora import FRLoRA
+from fedmomentum.aggregation.methods.hetlora import HetLoRA
+from fedmomentum.aggregation.methods.lorafair import LoRAFAIR
+from fedmomentum.aggregation.methods.rolora import RoLoRA
+from fedmomentum.errors import ConfigError
+from fedmomentum.utils.plugins import import_object
+
+METHODS: dict[str, type[Method]] = {
+    "fedmomentum": FedMomentum,
+    "fedit": FedIT,
+    "flora": FLoRA,
+    "ffalora": FFALoRA,
+    "frlora": FRLoRA,
+    "flexlora": FlexLoRA,
+    "fedexlora": FedExLoRA,
+    "hetlora": HetLoRA,
+    "rolora": RoLoRA,
+    "fedsvd": FedSVD,
+    "fedsalora": FedSALoRA,
+    "lorafair": LoRAFAIR,
+    "fedrotlora": FedRotLoRA,
+    "florist": FLoRIST,
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method: a name of the table, or `module:Class` of a user's own.
+
+    Raises:
+        ConfigError: If the name is unknown, or the class is not a dataclass derived from `Method`.
+    """
+    if ":" in name:
+        user_class: Any = import_object(name, "method.name")
+        is_method = isinstance(user_class, type) and issubclass(user_class, Method)
+        if not is_method or not is_dataclass(user_class):
+            raise ConfigError(
+                f"method.name {name!r} is not a dataclass derived from "
+                "fedmomentum.aggregation.Method"
+            )
+        return cast(type[Method], user_class)
+    if name not in METHODS:
+        raise ConfigError(
+            f"unknown method {name!r}; known: {', '.join(METHODS)}, or module:Class of your own"
+        )
+    return METHODS[name]
+
+
+def build_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """Return `method_class(name)(**settings)`.
+
+    Raises:
+        ConfigError: If the name or a setting is unknown (the message lists what there is), or the
+            method refuses a value.
+    """
+    cls = method_class(name)
+    known = [field.name for field in fields(cast(Any, cls))]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(
+                f"method {name} has no setting {key!r}; it has {', '.join(known) or 'none'}"
+            )
+    try:
+        return cls(**settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"method {name}: {error}") from error

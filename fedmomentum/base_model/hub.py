@@ -1,0 +1,46 @@
+"""From the name of a base model to its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedmomentum.base_model.bundled import bundled_model_directory
+from fedmomentum.errors import ModelError
+
+BUNDLED_NAME = "smollm2-135m-instruct"
+# What is downloaded: weights, configurations, tokenizer and chat template, but no code.
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_base(name: str, revision: str | None = None) -> Path:
+    """Return the local directory of a base model.
+
+    Args:
+        name: A directory, `BUNDLED_NAME`, or a name on the Hugging Face hub, which is downloaded
+            unless it is in the hub's cache.
+        revision: The revision of the hub repository.
+
+    Raises:
+        ModelError: If there is no such directory, and the hub does not provide it.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name == BUNDLED_NAME:
+        return bundled_model_directory(print)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"no directory {name}; give a directory with config.json and model.safetensors, or a "
+            "hub name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    except Exception as error:  # the hub's client raises many kinds, all of which mean: no model
+        text = str(error).strip()
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise ModelError(
+            f"base model {name!r} is neither a directory nor the bundled {BUNDLED_NAME!r}, and the "
+            f"hub replied: {reason}. Without a network, give the path of a downloaded model "
+            "directory"
+        ) from error

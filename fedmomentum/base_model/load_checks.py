@@ -1,0 +1,314 @@
+"""Check a loaded model: it is what the checkpoint holds, causal, and long enough."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
+from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
+from fedmomentum.utils.modules import inner_model
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# What torch's allocators say, in errors that have no type of their own.
+OUT_OF_MEMORY_TEXTS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate",
+)
+# Tensor names that a message lists.
+MAX_SHOWN = 3
+# In units of the dtype's eps, relative to the largest logit: the order of sums alone stays below.
+CAUSALITY_TOL = 16
+NUM_CAUSALITY_TOKENS = 8
+# Ordinary tokens have small ids; special ones, which a model may mask, tend to have large ones.
+MAX_CAUSALITY_TOKEN_ID = 1000
+# Position tables may have a few more rows than positions: OPT's has two.
+POSITION_PADDING = 8
+
+# ── errors of libraries ───────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def translate_library_errors(what: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Turn any error of a library within the block into a `ModelError`.
+
+    Args:
+        what: The beginning of the message.
+        config: The JSON in which `auto_map` would name code of the directory's own.
+
+    Raises:
+        ModelError: If the block raises anything but a `FedMomentumError`.
+    """
+    try:
+        yield
+    except FedMomentumError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what}: {_reason(error, config)}") from error
+
+
+def _reason(error: Exception, config: Mapping[str, Any]) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if _is_out_of_memory(error):
+        return _describe_out_of_memory(error)
+    if isinstance(error, ImportError):
+        return f"a library is missing: {printable(' '.join(lines))}"
+    if config.get("auto_map") and "trust_remote_code" in str(error):
+        return (
+            "it needs code from its directory (auto_map), which is never run, and transformers "
+            "does not include this architecture. Use a model that transformers supports"
+        )
+    return printable(lines[0]) if lines else type(error).__name__
+
+
+@contextmanager
+def translate_out_of_memory(what: str) -> Iterator[None]:
+    """Turn running out of memory, on any device, into a `ModelError` that begins with `what`.
+
+    Raises:
+        ModelError: If the block runs out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ModelError(f"{what}: {_describe_out_of_memory(error)}") from error
+
+
+def _describe_out_of_memory(error: BaseException) -> str:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"out of memory ({printable(first_line, 200)}). Choose a smaller model, dtype bfloat16, or "
+        "a device with more memory, and close other programs that use it"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
+
+
+# ── complete ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class LoadingInfo:
+    """What transformers reports of loading a checkpoint.
+
+    Attributes:
+        missing: Names of parameters that the checkpoint does not hold.
+        mismatched: Names, stored shapes and model shapes of those with another shape.
+        unexpected: Names of tensors that the model has no place for.
+    """
+
+    missing: frozenset[str]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    unexpected: frozenset[str]
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> LoadingInfo:
+        """Return what `from_pretrained(..., output_loading_info=True)` reports, typed."""
+        mismatched = []
+        for name, stored_shape, shape in sorted(info["mismatched_keys"]):
+            mismatched.append((name, tuple(stored_shape), tuple(shape)))
+        return cls(
+            frozenset(info["missing_keys"]), tuple(mismatched), frozenset(info["unexpected_keys"])
+        )
+
+
+def refuse_incomplete(
+    directory: Path,
+    model: PreTrainedModel,
+    info: LoadingInfo,
+    supplied: Collection[str],
+    *,
+    is_classifier: bool,
+) -> None:
+    """Refuse a model that holds random weights, or a checkpoint of which weights were left out.
+
+    Args:
+        directory: Where it was loaded from.
+        model: The loaded model.
+        info: What transformers reports.
+        supplied: Names of tensors that the caller sets afterwards.
+        is_classifier: Whether it was loaded as a sequence classifier.
+
+    Raises:
+        ModelError: If the model is not what the checkpoint holds.
+    """
+    kind = type(model).__name__
+    advice = "; the checkpoint is of another kind of model, or incomplete"
+    missing = sorted(info.missing - set(supplied))
+    if missing:
+        raise ModelError(
+            f"{directory} does not hold {_shown(missing)}, which {kind} needs and would initialize "
+            f"at random{advice}"
+        )
+    for name, stored_shape, shape in info.mismatched:
+        if name not in supplied:
+            raise ModelError(
+                f"{directory} holds {name} of shape {stored_shape}; {kind} needs {shape} and would "
+                f"initialize it at random{advice}"
+            )
+    unexpected = sorted(info.unexpected)
+    if is_classifier:
+        # A classifier made from a language model does not use its head.
+        is_head = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+        unexpected = [name for name in unexpected if not is_head.search(name)]
+    if unexpected:
+        raise ModelError(
+            f"{directory} holds {_shown(unexpected)}, for which {kind} has no place: another model "
+            "than the stored one would be trained. If they are no part of the language model, load "
+            "it with transformers and write it again by save_pretrained"
+        )
+    _refuse_integer_weights(directory, model)
+
+
+def _refuse_integer_weights(directory: Path, model: PreTrainedModel) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in stored_tensors(directory).items():
+        is_weight = name in parameters or f"{model.base_model_prefix}.{name}" in parameters
+        if is_weight and tensor.dtype not in FLOATING:
+            raise ModelError(
+                f"{directory} stores the weight {name} in {tensor.dtype}; wanted floating-point "
+                "weights. Quantized base models are not supported"
+            )
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:MAX_SHOWN])
+    num_others = len(names) - MAX_SHOWN
+    return f"{shown} and {num_others} more tensors" if num_others > 0 else shown
+
+
+# ── causal ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
+    """Refuse a model that transformers loads as a causal language model and that is none.
+
+    Raises:
+        ModelError: If it was saved as another kind, computes NaN, or is not causal.
+    """
+    declared = model.config.architectures or []
+    if declared and type(model).__name__ not in declared:
+        raise ModelError(
+            f"{directory} was saved as {', '.join(map(printable, declared))}, which is no causal "
+            f"language model; transformers would load it as {type(model).__name__}. Use the "
+            "language model that it was made from"
+        )
+    if not type(model).__module__.startswith("transformers."):
+        return  # a user's class: its inputs may mean anything
+
+    # Two rows that differ in the last token only: a causal model's earlier logits are the same.
+    num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
+    row = torch.arange(NUM_CAUSALITY_TOKENS) * 7 % num_ids
+    other_row = torch.cat([row[:-1], (row[-1:] + 1) % num_ids])
+    what = f"the model in {directory} cannot compute"
+    with translate_library_errors(what, {}), torch.no_grad():
+        logits = compute_logits(model, torch.stack([row, other_row]))[:, :-1].float()
+    if not bool(logits.isfinite().all()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the model in {directory} computes NaN or Inf in {dtype}; its weights are damaged, or "
+            "too large for this dtype (try bfloat16 or float32)"
+        )
+    difference = float((logits[0] - logits[1]).abs().max())
+    tolerance = CAUSALITY_TOL * torch.finfo(model.dtype).eps * float(logits.abs().max())
+    if difference > tolerance:
+        raise ModelError(
+            f"the model in {directory} is no causal language model: a later token changes its "
+            f"logits for earlier ones (by {difference:.2g}). Encoders and embedding models cannot "
+            "be trained here"
+        )
+
+
+def compute_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Return the model's logits for rows of tokens, from one pass without a cache."""
+    tokens = tokens.to(next(model.parameters()).device)
+    # A PEFT wrapper's forward takes any argument; the model inside decides.
+    parameters = inspect.signature(inner_model(model).forward).parameters
+    arguments = {"use_cache": False} if "use_cache" in parameters else {}
+    logits: Tensor = model(input_ids=tokens, **arguments).logits
+    return logits
+
+
+# ── sizes ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return the number of tokens that the model embeds; None if it has no table of embeddings."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return int(weight.shape[0])
+
+
+def max_positions(model: nn.Module) -> tuple[int | None, bool]:
+    """Return the longest row that the model was made for, and whether longer ones are impossible.
+
+    A model with a table of positions has no row for a position beyond it. Rotary and relative
+    positions continue, though the model has not been trained on them.
+
+    Returns:
+        The number of positions, None if the model's configuration does not tell; and whether the
+        model has a table of positions.
+    """
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None, False
+    has_table = False
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.ndim == 2 and positions <= tensor.shape[0] <= positions + POSITION_PADDING:
+            has_table = has_table or bool(re.search(r"(^|[._])(wpe|pos)", name))
+    return positions, has_table
+
+
+def check_max_length(model: nn.Module, max_length: int, key: str = "data.max-length") -> None:
+    """Refuse rows for which the model has no positions.
+
+    Raises:
+        ConfigError: If `max_length` exceeds the model's table of positions.
+    """
+    positions, has_table = max_positions(model)
+    if has_table and positions is not None and max_length > positions:
+        raise ConfigError(
+            f"{key} is {max_length}, and the model has {positions} positions; set {key} to "
+            f"{positions}"
+        )
+
+
+def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]], owner: str) -> None:
+    """Refuse tokens that the model cannot embed.
+
+    Raises:
+        ModelError: If a token id is outside the model's vocabulary.
+    """
+    size = vocabulary_size(model)
+    largest = max((max(row) for row in rows if row), default=-1)
+    if size is not None and largest >= size:
+        raise ModelError(
+            f"{owner}: the tokenizer gives token {largest}, and the model embeds {size} tokens (0 "
+            f"to {size - 1}). The tokenizer belongs to another model, or tokens were added to it "
+            "without resizing the model"
+        )

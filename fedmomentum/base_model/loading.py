@@ -1,0 +1,158 @@
+"""Load a base model and its tokenizer, without remote code and without random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedmomentum.base_model.checkpoint_files import read_config, read_json_object, refuse_unusable
+from fedmomentum.base_model.load_checks import (
+    LoadingInfo,
+    refuse_incomplete,
+    refuse_other_kinds,
+    translate_library_errors,
+    translate_out_of_memory,
+)
+from fedmomentum.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device of a name; for `auto` the first GPU if torch finds one, else the CPU.
+
+    Raises:
+        ModelError: If torch does not know the device, or does not find it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
+
+    Raises:
+        ModelError: If it is not the name of a supported dtype.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            is_native = torch.cuda.is_bf16_supported()
+        else:
+            is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if is_native else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
+    return DTYPES[dtype]
+
+
+def load_base(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_labels: int | None = None,
+    supplied: Collection[str] = (),
+) -> PreTrainedModel:
+    """Load the model in a directory, in eval mode, with every weight from the checkpoint.
+
+    Models that transformers would load with random, quantized or left-out weights are refused, and
+    so are models that are no causal language model.
+
+    Args:
+        directory: As written by `save_pretrained`.
+        dtype: The dtype of the weights.
+        device: The device of the weights.
+        num_labels: If given, load a sequence classifier with so many labels instead of a causal
+            language model.
+        supplied: Names of tensors that the caller sets afterwards, so that the checkpoint need not
+            hold them.
+
+    Raises:
+        ModelError: If transformers cannot load it, or would load something else than the checkpoint
+            holds.
+    """
+    refuse_unusable(directory)
+    is_classifier = num_labels is not None
+    auto_class: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    label_arguments = {"num_labels": num_labels} if is_classifier else {}
+    what = f"{auto_class.__name__} cannot load a model from {directory}"
+    with translate_library_errors(what, read_config(directory)):
+        model, info = auto_class.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **label_arguments,
+        )
+    refuse_incomplete(directory, model, LoadingInfo.of(info), supplied, is_classifier=is_classifier)
+    with translate_out_of_memory(f"the model in {directory} does not fit on {device}"):
+        placed: PreTrainedModel = model.to(device).eval()
+    if not is_classifier:
+        refuse_other_kinds(directory, placed)
+    return placed
+
+
+def load_tokenizer(directory: Path, vocabulary: int | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a directory.
+
+    A pad token that is missing, or outside the model's vocabulary, becomes the end token: padding
+    is masked, so any token that the model can embed will do.
+
+    Args:
+        directory: The directory.
+        vocabulary: The number of tokens that the model embeds, if known; see `vocabulary_size`.
+
+    Raises:
+        ModelError: If there is none, or it has no end token.
+    """
+    configs = [read_json_object(directory / "tokenizer_config.json"), read_config(directory)]
+    config_with_code = next((config for config in configs if config.get("auto_map")), {})
+    what = f"transformers cannot load a tokenizer from {directory}"
+    with translate_library_errors(what, config_with_code):
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer in {directory} has no end token (eos_token), so generation could not "
+            "end"
+        )
+    pad = tokenizer.pad_token_id
+    if pad is None or (vocabulary is not None and pad >= vocabulary):
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tied_names(model: nn.Module) -> dict[str, set[str]]:
+    """Return, for every parameter that has several names, the others; these weights are tied."""
+    names_by_tensor: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_by_tensor.setdefault(id(parameter), set()).add(name)
+    tied = {}
+    for names in names_by_tensor.values():
+        if len(names) > 1:
+            for name in names:
+                tied[name] = names - {name}
+    return tied

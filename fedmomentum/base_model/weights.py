@@ -1,0 +1,291 @@
+"""The adapted modules of a live base model, held so that merged updates are not rounded away.
+
+The base model on disk is never changed. In memory only the adapted modules change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedmomentum.base_model.checkpoint_files import stored_tensors
+from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.errors import ModelError
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.utils.modules import cast_around
+
+FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# In units of the weight's eps: how far a linear layer may be from `x W^T + b` by rounding.
+FORWARD_TOL = 16
+
+
+class MergedPart(Protocol):
+    """Matrices that are merged into the base weights, in effective-weight units."""
+
+    @property
+    def name(self) -> str:
+        """The SHA-256 of the part's bytes."""
+
+    @property
+    def matrices(self) -> Mapping[str, Matrix]:
+        """Module to its matrix, `(out, in)`."""
+
+
+class BaseWeights(Protocol):
+    """The adapted modules of a live base model: pretrained weights plus merged parts.
+
+    How they are held is an implementation's choice: as a float32 copy (`Float32Weights`), or as
+    quantized weights with the parts in a side branch.
+    """
+
+    def apply(self, base_update: Sequence[MergedPart]) -> None:
+        """Set every module to its pretrained weight plus the sum of the parts: all, or none."""
+
+    def reset(self) -> None:
+        """Set every module to its pretrained weight."""
+
+    def weight(self, module: str) -> Tensor:
+        """Return the live weight of a module, `(out, in)`."""
+
+
+# ── in float32 ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Float32Weights:
+    """`BaseWeights` as float32 weights: `W = pretrained + sum of the parts`.
+
+    They are in float32 even if the rest of the model is in 16 bits: the residual of a round is
+    about 3e-4 of a weight's norm, and rounding `W` to bfloat16 would keep about a fifth of it.
+
+    The parts are added one after the other, so that adding the newest one gives the same bits as
+    starting from the pretrained weights. A factored part `B A` is added in place, in
+    `2 out in rank` operations, without a second matrix of the weight's size.
+
+    Args:
+        layers: Module path to the live layer: `nn.Linear`, or `Conv1D`, whose weight is
+            `(in, out)`. Each gets a weight of its own; modules that share the old one keep it.
+        directory: The model's directory; its weights are read from memory-mapped files when
+            needed.
+        tied: See `tied_names`; needed if a layer shares its weight with one that is stored for
+            both.
+
+    Raises:
+        ModelError: If a layer is of another kind, weights are quantized, or the checkpoint does
+            not hold the layer's weight, or another one than was loaded.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        directory: Path,
+        tied: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        self.layers: dict[str, Any] = dict(layers)
+        files = {name: tensor.file for name, tensor in stored_tensors(directory).items()}
+        # Module to the file of its weight, and the weight's name in it.
+        self._stored: dict[str, tuple[Path, str]] = {}
+        for module, layer in self.layers.items():
+            _check_layer(module, layer)
+            tied_to = (tied or {}).get(f"{module}.weight", ())
+            self._stored[module] = _find_checkpoint_tensor(module, files, tied_to)
+        with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):
+            for module, weight in self.iterate_pretrained(self.layers):
+                self._check_loaded(module, weight, directory)
+                _upcast_linear(self.layers[module])
+                self.weight(module).copy_(weight)
+        self._applied_names: list[str] = []
+        self._is_consistent = True
+
+    def _check_loaded(self, module: str, stored: Tensor, directory: Path) -> None:
+        """Refuse a stored weight that is not the one in the model, in the model's dtype.
+
+        The model computes with the latter. They differ if transformers changes a checkpoint on
+        loading, or if the wrong tensor of the checkpoint was found.
+        """
+        live = self.weight(module)
+        as_loaded = stored.to(device=live.device, dtype=live.dtype)
+        if not bool(stored.isfinite().all()):
+            raise ModelError(
+                f"the weight of {module} in {directory} holds NaN or Inf; download the model again"
+            )
+        if torch.equal(as_loaded, live):
+            return
+        difference = float((as_loaded.double() - live.double()).norm())
+        norm = float(live.double().norm())
+        file, name = self._stored[module]
+        raise ModelError(
+            f"module {module}: transformers loads another weight than {name} in {file.name} (they "
+            f"differ by {difference:.3g}, of norm {norm:.3g}). The checkpoint is stored in a form "
+            "that transformers converts; load it with transformers and write it again by "
+            "save_pretrained(..., save_original_format=False)"
+        )
+
+    # ── pretrained weights ──
+
+    def pretrained(self, module: str) -> Tensor:
+        """Return the pretrained weight of a module, `(out, in)`, float32, on the CPU."""
+        return next(self.iterate_pretrained([module]))[1]
+
+    def iterate_pretrained(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield modules and their pretrained weights; every file is opened once.
+
+        Raises:
+            ModelError: If a stored weight has another shape than the live one.
+        """
+        modules_by_file: dict[Path, list[str]] = {}
+        for module in modules:
+            modules_by_file.setdefault(self._stored[module][0], []).append(module)
+        for file, modules_in_file in modules_by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for module in modules_in_file:
+                    layer = self.layers[module]
+                    name = self._stored[module][1]
+                    tensor = opened.get_tensor(name).to(torch.float32)
+                    if tensor.shape != layer.weight.shape:
+                        raise ModelError(
+                            f"{name} is {tuple(tensor.shape)} on disk and "
+                            f"{tuple(layer.weight.shape)} in the model"
+                        )
+                    yield module, tensor.mT if isinstance(layer, Conv1D) else tensor
+
+    # ── live weights ──
+
+    def weight(self, module: str) -> Tensor:
+        """Return the live weight of a module as `(out, in)`, a view."""
+        layer = self.layers[module]
+        weight: Tensor = layer.weight.detach()
+        return weight.mT if isinstance(layer, Conv1D) else weight
+
+    def reset(self) -> None:
+        """Set every module to its pretrained weight."""
+        self._is_consistent = False
+        for module, weight in self.iterate_pretrained(self.layers):
+            self.weight(module).copy_(weight)
+        self._applied_names = []
+        self._is_consistent = True
+
+    def apply(self, base_update: Sequence[MergedPart]) -> None:
+        """Set every module to its pretrained weight plus the sum of `base_update`.
+
+        Parts that are applied already are not added again. All parts are checked before the first
+        is added; weights that an error left between two parts (no memory, Ctrl-C) are reset first.
+
+        Raises:
+            ModelError: If a part changes a module that is not among these, or has another shape.
+        """
+        for part in base_update:
+            self._check_part(part)
+        names = [part.name for part in base_update]
+        is_prefix = names[: len(self._applied_names)] == self._applied_names
+        if not self._is_consistent or not is_prefix:
+            self.reset()
+        num_applied = len(self._applied_names)
+        self._is_consistent = False
+        for part in base_update[num_applied:]:
+            for module, matrix in part.matrices.items():
+                weight = self.weight(module)
+                if isinstance(matrix, LowRank):
+                    weight.addmm_(matrix.B.to(weight.device), matrix.A.to(weight.device))
+                else:
+                    weight += matrix.to(weight.device)
+        self._applied_names = names
+        self._is_consistent = True
+
+    def _check_part(self, part: MergedPart) -> None:
+        for module, matrix in part.matrices.items():
+            shape = tuple(matrix.shape)
+            if module not in self.layers or shape != tuple(self.weight(module).shape):
+                raise ModelError(
+                    f"base update {part.name[:16]} changes module {module} {shape}, which is not "
+                    "adapted here or has another shape"
+                )
+
+
+# ── layers ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_layer(module: str, layer: Any) -> None:
+    """Refuse a layer whose weight cannot take an update.
+
+    Raises:
+        ModelError: If it is no linear layer, is quantized, or computes something else.
+    """
+    is_linear = isinstance(layer, (nn.Linear, Conv1D))
+    if not is_linear or type(layer).__module__.startswith("bitsandbytes"):
+        raise ModelError(
+            f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D"
+        )
+    _check_forward(module, layer)
+    if layer.weight.dtype not in FLOATING_DTYPES:
+        raise ModelError(
+            f"module {module} is in {layer.weight.dtype}; load the base model in a floating dtype"
+        )
+
+
+def _check_forward(module: str, layer: Any) -> None:
+    """Refuse a linear layer that computes something else than `x W^T + b`.
+
+    Routers of experts do, for example. An update of its weight would not have its adapter's effect.
+    """
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return
+    weight = layer.weight.detach()
+    if not isinstance(layer, Conv1D):
+        weight = weight.mT
+    x = torch.linspace(-1, 1, weight.shape[0], device=weight.device).to(weight.dtype)[None]
+    expected = x @ weight
+    if layer.bias is not None:
+        expected = expected + layer.bias.detach()
+    with torch.no_grad():
+        result = layer(x)
+    tolerance = FORWARD_TOL * torch.finfo(weight.dtype).eps
+    is_same = isinstance(result, Tensor) and torch.allclose(
+        result, expected, rtol=tolerance, atol=tolerance
+    )
+    if not is_same:
+        raise ModelError(
+            f"module {module} is a {type(layer).__name__}, which computes something else than a "
+            "linear layer; leave it out of target-modules"
+        )
+
+
+def _find_checkpoint_tensor(
+    module: str, files: Mapping[str, Path], tied_to: Collection[str]
+) -> tuple[Path, str]:
+    """Return the file and the name under which a checkpoint stores the weight of a module.
+
+    A model with a head has a prefix that one without does not have. Of tied weights one may be
+    stored for all.
+    """
+    wanted = f"{module}.weight"
+    names = [name for name in files if name == wanted]
+    if not names:
+        names = [
+            name for name in files if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
+        ]
+    if not names:
+        names = [name for name in files if name in tied_to]
+    if len(names) != 1:
+        raise ModelError(
+            f"the checkpoint has {len(names)} tensors for {wanted} {names[:3]}; wanted one. If "
+            "transformers renames or joins tensors of this model on loading, write it again by "
+            "save_pretrained(..., save_original_format=False)"
+        )
+    return files[names[0]], names[0]
+
+
+def _upcast_linear(layer: Any) -> None:
+    """Give a layer an uninitialized float32 weight; its input is cast up and its output back."""
+    dtype = layer.weight.dtype
+    weight = torch.empty_like(layer.weight, dtype=torch.float32)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    cast_around(layer, dtype)

@@ -1,0 +1,4 @@
+"""The command line, one file a group of commands.
+
+Parse, call, print: no arithmetic here.
+"""

@@ -1,0 +1,117 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from fedmomentum.cli import adapters, models, network, run
+from fedmomentum.cli.options import ERR, OUT
+from fedmomentum.errors import FedMomentumError
+from fedmomentum.utils.process import INTERRUPTION, tune_malloc
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Exact federated LoRA fine-tuning: FedMomentum.",
+)
+COMMANDS = (
+    run.run,
+    adapters.aggregate,
+    models.export,
+    models.inspect,
+    models.evaluate,
+    models.generate,
+    run.compare,
+    run.report,
+    adapters.methods,
+    run.files,
+    network.serve,
+    network.join,
+    network.status,
+    run.simulate,
+)
+"""In the order of `fedmomentum --help`."""
+
+
+def main() -> None:
+    """Run the command line.
+
+    A mistake of the user ends with exit code 2 and one message, Ctrl-C with 130. `--debug` shows
+    the traceback instead.
+    """
+    # Accepted anywhere on the command line, for every command.
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    INTERRUPTION.listen()
+    tune_malloc()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # if it is not set, tokenizers warn whenever a process is started
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Whatever goes wrong ends with a message and a code, not with a traceback.
+    try:
+        app(arguments, standalone_mode=True)
+    except BaseException as error:
+        # typer turns Ctrl-C into an exit, and a library may catch it and fail in some other way
+        if INTERRUPTION.came and not debug:
+            ERR.print("fedmomentum: interrupted", markup=False)
+            sys.exit(EXIT_INTERRUPTED)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(EXIT_BROKEN_PIPE)
+        message = None if debug else _user_message(error)
+        if message is None:
+            raise
+        ERR.print(f"fedmomentum: {message}", markup=False)
+        sys.exit(EXIT_MISTAKE)
+
+
+def _user_message(error: BaseException) -> str | None:
+    """Return the message for a mistake or missing resources; None for a defect of the package."""
+    if isinstance(error, FedMomentumError):
+        return str(error)
+    if isinstance(error, OSError):
+        # such as a full disk, or a directory that is not writable
+        if error.strerror is None:
+            return str(error) or type(error).__name__
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}. Make room or grant access, and try again"
+    # torch's own error is recognized by name, so that torch is not imported
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            "out of memory. Use a machine or device with more, smaller batches, or a smaller dtype"
+        )
+    return None
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        OUT.print(f"fedmomentum {version('fedmomentum')}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="print the version and exit", is_eager=True, callback=_show_version
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+for command in COMMANDS:
+    app.command()(command)
+app.add_typer(network.keys_app, name="keys")

@@ -1,0 +1,185 @@
+"""Commands that use a run's model: `export`, `inspect`, `evaluate`, `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fedmomentum.cli.options import (
+    OUT,
+    BaseOption,
+    ClientOption,
+    DeviceOption,
+    DtypeOption,
+    ModelPath,
+    OutOption,
+    RoundOption,
+    StoreOption,
+    check_output_directory,
+)
+from fedmomentum.errors import ConfigError
+
+
+def export(
+    model: ModelPath,
+    out: OutOption,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="merged: a transformers directory; adapter: one plain PEFT adapter"
+        ),
+    ],
+    server_round: RoundOption = "last",
+    dtype: Annotated[
+        str, typer.Option(help="of merged weights: float32, bfloat16, float16")
+    ] = "float32",
+    base: BaseOption = "",
+    client: ClientOption = "",
+    store: StoreOption = None,
+) -> None:
+    """Write the result for stock transformers or PEFT, which load it without fedmomentum."""
+    import torch
+
+    from fedmomentum.base_model.loading import pick_dtype
+    from fedmomentum.global_model.export import (
+        export_adapter,
+        export_merged,
+        require_empty_directory,
+    )
+    from fedmomentum.run.saved_model import find_base, open_result
+    from fedmomentum.utils.process import quiet_libraries
+
+    if to not in ("merged", "adapter"):
+        raise ConfigError(f"--to must be merged or adapter; got {to!r}")
+    # mistakes are found before anything is loaded
+    torch_dtype = pick_dtype(dtype, torch.device("cpu"))
+    check_output_directory(out)
+    require_empty_directory(out)
+    result = open_result(model, server_round=server_round, client=client, store=store)
+    base_directory = find_base(result, base)
+    with quiet_libraries(), OUT.status("Exporting"):
+        if to == "adapter":
+            export_adapter(result.model, out, base_directory=base_directory)
+            written = "one PEFT adapter, scaling 1, for the base model"
+        else:
+            fraction = export_merged(
+                result.model, out, base_directory=base_directory, dtype=torch_dtype
+            )
+            written = (
+                f"the merged model in {dtype}; {fraction:.2%} of the change arrived in its weights"
+            )
+    OUT.print(f"{result.title} -> {out}: {written}", markup=False, soft_wrap=True)
+
+
+def inspect(directory: Annotated[Path, typer.Argument(show_default=False)]) -> None:
+    """Print what a run, global model or PEFT adapter contains: ranks, scalings, norms, hashes."""
+    import atexit
+    import gc
+
+    # The command takes a second, a third of which would go into garbage collection: while torch is
+    # imported, and again, through everything it created, when Python exits.
+    gc.disable()
+    atexit.register(gc.freeze)
+    try:
+        from fedmomentum.cli.inspection import summarize
+
+        for table in summarize(directory):
+            OUT.print(table)
+    finally:
+        gc.enable()
+
+
+def evaluate(
+    model: ModelPath,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="examples: a file, directory or hub name [default: what the run held out]",
+        ),
+    ] = None,
+    server_round: RoundOption = "last",
+    category_column: Annotated[
+        str | None, typer.Option(help="column whose values are scored separately")
+    ] = None,
+    split: Annotated[str, typer.Option(help="split, if the data has several")] = "test",
+    limit: Annotated[int | None, typer.Option(help="only the first so many examples")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="longest example in tokens [default: the run's, or 512]")
+    ] = None,
+    by_generation: Annotated[
+        bool, typer.Option("--generate", help="generate answers and score the text")
+    ] = False,
+    base: BaseOption = "",
+    client: ClientOption = "",
+    store: StoreOption = None,
+    dtype: DtypeOption = "",
+    device: DeviceOption = "",
+) -> None:
+    """Compute loss, perplexity and exact match on held-out examples, for tuned and base model."""
+    from fedmomentum.cli.tables import evaluation_notes, evaluation_table, evaluation_title
+    from fedmomentum.run.evaluate import evaluate_on
+    from fedmomentum.run.inference import LoadSettings
+    from fedmomentum.run.saved_model import open_result
+    from fedmomentum.utils.process import quiet_libraries
+
+    # Loading and scoring take a while; what is printed comes after.
+    with quiet_libraries(), OUT.status("Evaluating"):
+        result = open_result(model, server_round=server_round, client=client, store=store)
+        comparison = evaluate_on(
+            result,
+            data,
+            LoadSettings(base, dtype, device),
+            category_column=category_column,
+            split=split,
+            limit=limit,
+            max_length=max_length,
+            by_generation=by_generation,
+        )
+    OUT.print(evaluation_title(result, comparison), markup=False, soft_wrap=True)
+    OUT.print(evaluation_table(comparison))
+    for note in evaluation_notes(comparison):
+        OUT.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def generate(
+    model: ModelPath,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="may be given several times", show_default=False)
+    ],
+    server_round: RoundOption = "last",
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 64,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="use the prompt as it is, without the chat template")
+    ] = False,
+    base: BaseOption = "",
+    client: ClientOption = "",
+    store: StoreOption = None,
+    dtype: DtypeOption = "",
+    device: DeviceOption = "",
+) -> None:
+    """Answer prompts with the base model and with the tuned model."""
+    from fedmomentum.run.inference import LoadSettings, answers
+    from fedmomentum.run.saved_model import open_result
+    from fedmomentum.utils.process import quiet_libraries
+
+    with quiet_libraries(), OUT.status("Generating"):
+        result = open_result(model, server_round=server_round, client=client, store=store)
+        rows = answers(
+            result,
+            prompt,
+            LoadSettings(base, dtype, device),
+            max_new_tokens=max_new_tokens,
+            plain=plain,
+        )
+    # One small table a prompt, so that long answers wrap.
+    for row in rows:
+        table = Table(title=None, show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_row(Text("prompt", style="dim"), Text(row.prompt))
+        table.add_row(Text("base", style="dim"), Text(row.base))
+        table.add_row(Text("tuned", style="dim"), Text(row.tuned))
+        OUT.print(table, "")

@@ -1,0 +1,154 @@
+"""What the commands share: consoles, options, and checks of what was given."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmomentum.errors import ConfigError
+from fedmomentum.utils.terminal import SafeConsole
+
+OUT = SafeConsole(highlight=False, soft_wrap=False)
+ERR = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+
+# ── arguments ──
+
+ConfigFile = Annotated[
+    Path, typer.Argument(help="TOML file; see docs/configuration.md", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False),
+]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|ADAPTER", help="run, global model or PEFT adapter", show_default=False
+    ),
+]
+
+# ── options of a run ──
+
+RunDirectoryOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="the run's directory [default: runs/<name of the file>]"),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="continue the run in --out where it stopped")
+]
+ResumeRoundOption = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        help="with --resume: continue from this checkpoint instead of the last; later rounds are "
+        "repeated",
+        show_default=False,
+    ),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="[NAME=]FILE",
+        help="where a client's file, or the source, is now; repeatable",
+    ),
+]
+
+# ── options of a model ──
+
+OutOption = Annotated[Path, typer.Option("--out", help="directory to write", show_default=False)]
+BaseOption = Annotated[
+    str,
+    typer.Option("--base", help="base model directory, if it is not where the run found it"),
+]
+RoundOption = Annotated[str, typer.Option("--round", help="a number, last or best")]
+ClientOption = Annotated[
+    str,
+    typer.Option("--client", help="whose model, if the method keeps factors at each client"),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", help="that client's own store (see join) [default: the run's directory]"
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16 or float16 [default: the run's]",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", help="auto, cpu, cuda, cuda:1, ... [default: the run's]", show_default=False
+    ),
+]
+
+
+# ── checks ──
+
+
+def shell_command(*words: object) -> str:
+    """Return a command as it can be pasted into a shell."""
+    return shlex.join(str(word) for word in words)
+
+
+def check_resume_round(server_round: int | None, resume: bool) -> None:
+    """Refuse `--round` without `--resume`, and negative rounds.
+
+    Raises:
+        ConfigError: If it is one of these.
+    """
+    if server_round is not None and (not resume or server_round < 0):
+        raise ConfigError(
+            f"--round needs --resume, and must be a round, 0 or more; got {server_round}"
+        )
+
+
+def check_output_directory(out: Path) -> None:
+    """Refuse a directory that cannot be created, before anything is loaded.
+
+    Raises:
+        ConfigError: If there is a file in its place, or its parent is not writable.
+    """
+    existing = out
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"--out {out}: {existing} is not a directory; choose another --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--out {out}: {existing} is not writable; grant access, or choose another --out"
+        )
+
+
+def check_target(target: float) -> None:
+    """Refuse a target of exact match that is not a fraction.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not 0 <= target <= 1:
+        raise ConfigError(f"--target must be a fraction from 0 to 1; got {target:g}")
+
+
+def require_flower() -> None:
+    """Refuse to go on without Flower.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise ConfigError(
+            "federations over a network need Flower; install it with: pip install "
+            "'fedmomentum[flower]'"
+        )

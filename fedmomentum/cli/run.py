@@ -1,0 +1,266 @@
+"""Commands that run federations here (`run`, `compare`, `simulate`), and `report`, `files`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from fedmomentum.cli.options import (
+    ERR,
+    OUT,
+    BaseOption,
+    ConfigFile,
+    DataOption,
+    Overrides,
+    ResumeOption,
+    ResumeRoundOption,
+    RunDirectoryOption,
+    check_output_directory,
+    check_resume_round,
+    check_target,
+    require_flower,
+    shell_command,
+)
+from fedmomentum.cli.run_end import print_how_to_continue, print_result, write_partial_report
+from fedmomentum.errors import ConfigError, FedMomentumError
+
+if TYPE_CHECKING:
+    from fedmomentum.run.compare import Cell
+
+
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: RunDirectoryOption = None,
+    resume: ResumeOption = False,
+    server_round: ResumeRoundOption = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="print the plan and exit; nothing is written")
+    ] = False,
+    base: BaseOption = "",
+    data: DataOption = None,
+) -> None:
+    """Run a federation on this machine: clients train in turn, the server aggregates exactly."""
+    from fedmomentum.cli.progress import RunView
+    from fedmomentum.config.toml import load_config
+    from fedmomentum.run.federated_trainer import FederatedTrainer
+    from fedmomentum.run.origin import placed
+    from fedmomentum.utils.process import quiet_libraries
+
+    settings = placed(load_config(config, overrides or []), base, data or [])
+    out = out if out is not None else Path("runs") / config.stem
+    check_resume_round(server_round, resume)
+    with quiet_libraries(), RunView(OUT, settings.federation.num_rounds) as view:
+        trainer = FederatedTrainer(
+            settings, out, resume=resume, server_round=server_round, callbacks=[view]
+        )
+        # print what the run would cost, and write nothing
+        if plan_only:
+            plan, clients = trainer.plan()
+            view.show_plan(plan, clients, out)
+            return
+        check_output_directory(out)
+        # load everything, print what the run will cost, then train
+        prepared = trainer.prepare()
+        try:
+            view.show_plan(prepared.plan, prepared.clients, out)
+            trainer.train()
+        except BaseException as error:
+            write_partial_report(out)
+            view.stop()
+            records = prepared.directory.records
+            print_how_to_continue(error, out, records[-1].round if records else None, "run")
+            raise
+        finally:
+            trainer.close()
+    print_result(out)
+
+
+def simulate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: RunDirectoryOption = None,
+    resume: ResumeOption = False,
+    server_round: ResumeRoundOption = None,
+    base: BaseOption = "",
+    data: DataOption = None,
+) -> None:
+    """Run a federation under Flower's simulation engine (Ray); on one machine, `run` is lighter."""
+    from fedmomentum.cli.progress import RunView
+    from fedmomentum.config.toml import load_config
+    from fedmomentum.run.origin import placed
+
+    settings = placed(load_config(config, overrides or []), base, data or [])
+    out = out if out is not None else Path("runs") / config.stem
+    check_resume_round(server_round, resume)
+    check_output_directory(out)
+    require_flower()
+    from fedmomentum.cli.network_views import ServerView
+    from fedmomentum.flower.simulation import simulate as run_simulation
+    from fedmomentum.formats.directories import retained_rounds
+
+    with RunView(OUT, settings.federation.num_rounds) as run_view:
+        view = ServerView(OUT, run_view, out)
+        try:
+            run_simulation(
+                settings, out, resume=resume, server_round=server_round, callbacks=[view]
+            )
+        except BaseException as error:
+            run_view.stop()
+            print_how_to_continue(error, out, max(retained_rounds(out), default=None), "simulate")
+            raise
+    print_result(out)
+
+
+# ── comparisons and reports ──
+
+
+def compare(
+    config: ConfigFile,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            help="separated by commas; settings as name:key=value;key=value",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="whole numbers separated by commas")
+    ] = "0,1,2",
+    baseline: Annotated[
+        str, typer.Option("--baseline", help="one of the methods [default: the first]")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="directory [default: runs/compare-<name of the file>]"),
+    ] = None,
+    target: Annotated[
+        float, typer.Option("--target", help="exact match to count rounds, bytes and time to")
+    ] = 0.5,
+    base: BaseOption = "",
+    data: DataOption = None,
+) -> None:
+    """Run methods on the same data over several seeds and tabulate them; run again to continue."""
+    from fedmomentum.cli.tables import comparison_tables
+    from fedmomentum.config.toml import load_config
+    from fedmomentum.report import write_comparison_page
+    from fedmomentum.run import compare as comparing
+    from fedmomentum.run.origin import placed
+    from fedmomentum.utils.process import quiet_libraries
+
+    settings = placed(load_config(config, overrides or []), base, data or [])
+    out = out if out is not None else Path("runs") / f"compare-{config.stem}"
+    check_output_directory(out)
+    # what to compare, and with which of them
+    entries = comparing.parse_methods(methods, settings)
+    baseline = baseline or entries[0].label
+    if baseline not in [entry.label for entry in entries]:
+        raise ConfigError(f"--baseline must be one of the methods, {methods}; got {baseline!r}")
+    check_target(target)
+    command = shell_command("fedmomentum", *sys.argv[1:])
+    with quiet_libraries():
+        # runs that are finished are not repeated
+        cells = comparing.plan_cells(settings, entries, comparing.parse_seeds(seeds), out)
+        remaining = [cell for cell in cells if not cell.is_finished()]
+        comparing.start_comparison(settings, out)
+        num_finished = len(cells) - len(remaining)
+        for number, cell in enumerate(remaining, start=num_finished + 1):
+            title = f"[bold]Run {number} of {len(cells)}:[/] "
+            OUT.print(title, Text(cell.title), sep="", soft_wrap=True)
+            _run_cell(cell, command)
+    # numbers, tables and the page
+    comparison = comparing.write_comparison(
+        out, cells, baseline=baseline, target=target, command=command
+    )
+    for table in comparison_tables(comparison):
+        OUT.print(table)
+    page = write_comparison_page([out])
+    OUT.print(
+        f"\nThe numbers are in {out / 'comparison.json'} and {out / 'comparison.csv'}, the page "
+        f"in {page}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _run_cell(cell: Cell, command: str) -> None:
+    """Run one method with one seed; if it is stopped, print the command that continues."""
+    from fedmomentum.cli.progress import RunView
+    from fedmomentum.run import compare as comparing
+
+    with RunView(OUT, cell.config.federation.num_rounds) as view:
+        try:
+            comparing.run_cell(cell, callbacks=[view])
+        except BaseException as error:
+            view.stop()
+            if isinstance(error, (KeyboardInterrupt, FedMomentumError)):
+                ERR.print(
+                    f"Stopped in {cell.title}; every finished round is saved. Continue with:\n"
+                    f"  {command}",
+                    markup=False,
+                )
+            raise
+
+
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="a run, a comparison, or several runs", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="several runs: directory for comparison.html [default: the current one]",
+        ),
+    ] = None,
+    target: Annotated[
+        float, typer.Option("--target", help="several runs: exact match to count rounds to")
+    ] = 0.5,
+) -> None:
+    """Write report.html of a run again, or comparison.html of a comparison or of several runs."""
+    from fedmomentum.report import write_comparison_page, write_report
+    from fedmomentum.results.comparison import COMPARISON
+
+    check_target(target)
+    is_run = len(directories) == 1 and not (directories[0] / COMPARISON).is_file()
+    if is_run:
+        page = write_report(directories[0])
+    else:
+        page = write_comparison_page(directories, out=out, target=target)
+    OUT.print(str(page), markup=False, soft_wrap=True)
+
+
+def files(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...", help="which to copy [default: all]", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="directory to copy to [default: only list them]", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """List or copy the files that come with the package: example configurations, service units."""
+    from fedmomentum.utils.package_files import ROOT, SHIPPED, copy_package_files
+
+    if out is not None:
+        for target in copy_package_files(out, names or []):
+            OUT.print(str(target), markup=False, soft_wrap=True)
+        return
+    if names:
+        raise ConfigError("give the directory to copy to: --out DIR")
+    for name, description in SHIPPED.items():
+        OUT.print(f"{ROOT / name}  {description}", markup=False, soft_wrap=True)

@@ -1,0 +1,125 @@
+"""What is printed when a run ends: its result and how to use it, or how to continue it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from fedmomentum.cli.options import ERR, OUT, shell_command
+from fedmomentum.errors import FedMomentumError
+
+
+def print_how_to_continue(
+    error: BaseException, out: Path, last_round: int | None, command: str, *options: object
+) -> None:
+    """Print what a run that ended early has saved, and the command that continues it.
+
+    Prints nothing if the error is a defect of the package.
+
+    Args:
+        error: What ended the run.
+        out: The run's directory.
+        last_round: The last round that is saved, if there is one.
+        command: The command that started the run, such as `run`.
+        options: Further options of that command.
+    """
+    if not isinstance(error, (KeyboardInterrupt, FedMomentumError, OSError)):
+        return
+    if not (out / "config.toml").is_file():
+        ERR.print("The run had not begun", markup=False)
+        return
+    saved = "no round is finished yet"
+    if last_round is not None:
+        saved = f"everything up to round {last_round} is saved"
+    words = [command, out / "config.toml", "--out", out, *options, "--resume"]
+    continuation = shell_command("fedmomentum", *words)
+    ERR.print(f"Stopped; {saved}. Continue with:\n  {continuation}", markup=False)
+
+
+def write_partial_report(out: Path) -> None:
+    """Write the report of a run that ended early; never hides the error that ended it."""
+    from fedmomentum.report import write_report
+
+    try:
+        write_report(out)
+    except Exception as error:
+        ERR.print(f"no report was written: {error}", markup=False)
+
+
+def print_result(out: Path) -> None:
+    """Write the report of a finished run; print its summary and the commands that use it."""
+    page = _print_summary(out)
+    OUT.print(
+        f"\nThe result is in {out}, its report in {page}. Next:", markup=False, soft_wrap=True
+    )
+    for title, command in _next_commands(out):
+        OUT.print(f"  {title + ':':<24}{command}", markup=False, soft_wrap=True)
+
+
+def print_served_result(out: Path) -> None:
+    """Write the report of a served run; print its summary, and how to use it.
+
+    The base model is on the clients' machines and need not be here, so the commands name it as a
+    directory to fill in.
+    """
+    from fedmomentum.run.saved_model import example_client
+    from fedmomentum.utils.names import directory_name
+
+    page = _print_summary(out)
+    run = shlex.quote(str(out))
+    client = example_client(out)
+    options = ""
+    place = "where it is, for example on a client's machine,"
+    if client is not None:
+        store = shlex.quote(f"nodes/{directory_name(client)}")
+        options = f" --client {shlex.quote(client)} --store {store}"
+        place = (
+            "each client has its own model, made of this and of what is in its store; on its "
+            "machine"
+        )
+    export = f"  fedmomentum export {run}{options} --base BASE-DIRECTORY"
+    lines = [
+        f"The result is in {out}, its report in {page}. The base model is not needed until the "
+        f"result is used:",
+        f"{place} copy {out} there and run",
+        f"{export} --to merged --out {shlex.quote(f'{out}-merged')}",
+        f"{export} --to adapter --out {shlex.quote(f'{out}-adapter')}",
+        "BASE-DIRECTORY is that of the clients' base model; omit --base where job.toml names it.",
+        "The clients stay connected; end them with Ctrl-C there.",
+    ]
+    for line in lines:
+        OUT.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_summary(out: Path) -> Path:
+    """Write a run's report and print its summary table; return the report's file."""
+    from fedmomentum.cli.tables import absence_lines, summary_table
+    from fedmomentum.report import write_report
+    from fedmomentum.results.run_results import RunResults
+
+    page = write_report(out)
+    results = RunResults.load(out)
+    OUT.print(summary_table(results))
+    for line in absence_lines(results):
+        OUT.print(line, soft_wrap=True)
+    return page
+
+
+def _next_commands(out: Path) -> list[tuple[str, str]]:
+    """Return what can be done with a finished run: a title and a command each."""
+    from fedmomentum.run.saved_model import example_client
+
+    client = example_client(out)
+    model = [out] if client is None else [out, "--client", client]
+    title = "the merged model" if client is None else "the model of a client"
+
+    def export(kind: str) -> str:
+        words = [*model, "--to", kind, "--out", f"{out}-{kind}"]
+        return shell_command("fedmomentum", "export", *words)
+
+    generate = shell_command("fedmomentum", "generate", *model)
+    return [
+        (title, export("merged")),
+        ("one plain PEFT adapter", export("adapter")),
+        ("try it", f'{generate} --prompt "..."'),
+    ]

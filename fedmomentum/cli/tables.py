@@ -1,0 +1,340 @@
+"""Tables for the terminal: a run's plan, rounds and summary; comparisons; evaluations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from fedmomentum.formats.scores import NO_EXAMPLES, Score
+from fedmomentum.results.formatting import (
+    count,
+    human_bytes,
+    human_seconds,
+    mean_and_interval,
+    mean_and_spread,
+    number,
+    percent,
+    points,
+)
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from fedmomentum.client.client import Client
+    from fedmomentum.formats.plan import Plan
+    from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.formats.scores import Score
+    from fedmomentum.results.comparison import Comparison
+    from fedmomentum.results.method_summary import MethodSummary
+    from fedmomentum.results.run_results import RunResults
+    from fedmomentum.results.summary import SummaryRow
+    from fedmomentum.run.evaluate import ModelComparison
+    from fedmomentum.run.saved_model import Result
+
+
+MAX_ABSENCES = 12
+"""Clients with missing updates that are named when a run ends; the report names all."""
+MAX_CATEGORIES = 8
+"""Categories with a column of their own in the table of the partition: what a terminal fits."""
+MAX_CLIENTS = 40
+"""Clients with a row of their own in the table of the partition: a screenful."""
+NUM_EXTREMES = 6
+"""Of many categories or clients, so many that gained least and so many that gained most."""
+ROUND_COLUMNS = (
+    "round",
+    "train loss",
+    "loss",
+    "exact match",
+    "kept energy",
+    "exactness",
+    "up",
+    "down",
+    "seconds",
+)
+
+
+# ── a run ──
+
+
+def plan_table(plan: Plan, out: Path) -> Table:
+    """Return a run's plan, for the run's directory `out`."""
+    rows = {
+        "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
+        f"{count(plan.num_trained)} trained",
+        "method": plan.method,
+        "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
+        "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
+        f"{human_bytes(plan.downlink_bytes)} down",
+        "memory": f"about {human_bytes(plan.memory_bytes)}",
+        "disk": f"at most {human_bytes(plan.disk_bytes)} in {out}",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    return table
+
+
+def partition_table(clients: Sequence[Client]) -> Table:
+    """Return the examples by client and category; small categories together if there are many."""
+    totals: Counter[str] = Counter()
+    for client in clients:
+        totals.update(client.train.categories)
+    by_size = sorted(totals, key=lambda category: (-totals[category], category))
+    categories = by_size[:MAX_CATEGORIES]
+    has_others = len(by_size) > len(categories)
+
+    columns = [Column(escape(name or "examples"), overflow="fold") for name in categories]
+    others_column = ["others"] if has_others else []
+    table = Table("client", *columns, *others_column, "all", "held out")
+    for client in clients[:MAX_CLIENTS]:
+        counts = Counter(client.train.categories)
+        cells = [counts[category] for category in categories]
+        if has_others:
+            cells.append(len(client.train) - sum(cells))
+        cells += [len(client.train), len(client.test)]
+        table.add_row(Text(client.client_id), *map(str, cells))
+    if len(clients) > MAX_CLIENTS:
+        table.add_row(f"... {len(clients) - MAX_CLIENTS} more")
+    return table
+
+
+def round_cells(record: RoundRecord) -> list[str]:
+    """Return a round's cells under `ROUND_COLUMNS`; empty if it has no such value."""
+    loss = ""
+    exact_match = ""
+    if record.evaluation is not None:
+        score = record.evaluation.total
+        loss = number(score.loss if score.num_tokens else None)
+        exact_match = f"{percent(score.exact_match)} of {score.num_examples}"
+    error = record.exactness_error
+    energy = record.retained_energy
+    phases = msgspec.structs.astuple(record.seconds)
+    return [
+        f"{record.round} *" if record.is_best else f"{record.round}",
+        number(record.train_loss) if record.train_loss is not None else "",
+        loss,
+        exact_match,
+        percent(energy, 2) if energy is not None else "",
+        f"{error:.0e}" if error is not None else "",
+        human_bytes(sum(record.uplink_bytes.values())),
+        human_bytes(sum(record.downlink_bytes.values())),
+        f"{sum(seconds or 0.0 for seconds in phases):.0f}",
+    ]
+
+
+def summary_table(results: RunResults) -> Table:
+    """Return base against federated model: exact match in percent with 95 % intervals, and loss."""
+    from fedmomentum.results.summary import summarize_run
+
+    columns = [Column(name, no_wrap=True) for name in ("base", "federated", "change", "loss")]
+    table = Table(
+        Column("", overflow="fold"),
+        *columns,
+        title="Exact match on held-out examples, % [95 % interval]",
+    )
+    for _, group in groupby(summarize_run(results.rounds), key=lambda row: row.group):
+        _add_group(table, list(group))
+        table.add_section()
+    return table
+
+
+def _add_group(table: Table, rows: Sequence[SummaryRow]) -> None:
+    """Add the rows of a group; of many those that gained least and those that gained most."""
+    with_change = [row for row in rows if row.change is not None]
+    max_rows = 2 * NUM_EXTREMES
+    if len(with_change) <= max_rows:
+        for row in rows:
+            table.add_row(*_summary_cells(row))
+        return
+    by_change = sorted(with_change, key=lambda row: row.change or 0.0)
+    for row in by_change[:NUM_EXTREMES]:
+        table.add_row(*_summary_cells(row))
+    table.add_row(Text(f"... {len(rows) - max_rows} more, in the report", style="dim"))
+    for row in by_change[-NUM_EXTREMES:]:
+        table.add_row(*_summary_cells(row))
+
+
+def _summary_cells(row: SummaryRow) -> list[Text | str]:
+    is_total = row.group == "total"
+    name = Text("all", style="bold") if is_total else Text(row.name)
+    losses = [_loss_cell(row.base), _loss_cell(row.federated)]
+    return [
+        name,
+        _measure_cell(row.base),
+        _measure_cell(row.federated),
+        points(row.change),
+        " -> ".join(losses),
+    ]
+
+
+def _loss_cell(measure: Score | None) -> str:
+    return "-" if measure is None or measure.loss is None else number(measure.loss)
+
+
+def _measure_cell(measure: Score | None) -> Text:
+    return Text("-" if measure is None else _with_interval(measure.exact_match, measure.interval))
+
+
+def absence_lines(results: RunResults) -> list[Text]:
+    """Return a warning for each client with missing updates; of many, for those missing most."""
+    from fedmomentum.results.participation import find_absences
+
+    all_absences = find_absences(results.rounds, results.partition)
+    lines = []
+    for absence in all_absences[:MAX_ABSENCES]:
+        is_severe = absence.is_total or absence.num_too_large
+        headline = (f"left out: {absence.headline}", "bold red" if is_severe else "bold yellow")
+        detail = f"\n  round {absence.last_round}: {absence.reason}"
+        lines.append(Text.assemble(headline, detail))
+    num_more = len(all_absences) - MAX_ABSENCES
+    if num_more > 0:
+        lines.append(Text(f"... and {num_more} more clients, in the report", style="yellow"))
+    return lines
+
+
+# ── a comparison of methods ──
+
+
+def comparison_tables(comparison: Comparison) -> Iterator[Table]:
+    """Yield tables of scores, of differences to the baseline, and of what the target cost."""
+    from fedmomentum.results.method_summary import summarize_methods
+
+    summaries = summarize_methods(comparison)
+    yield _scores_table(summaries, comparison.baseline)
+    if len(comparison.methods) > 1:
+        yield _differences_table(summaries, comparison.baseline)
+    yield _cost_table(summaries, comparison.baseline, comparison.target)
+
+
+def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
+    table = Table(
+        "",
+        "exact match, last",
+        "best",
+        "loss, last",
+        "best",
+        title="Held-out examples of all clients: mean ± standard deviation over seeds",
+        caption="best: over the rounds, on the examples that every evaluation has",
+        caption_justify="left",
+    )
+    for summary in summaries:
+        table.add_row(
+            _method_name(summary, baseline),
+            mean_and_spread(summary.exact_match, 100, 1),
+            mean_and_spread(summary.best_exact_match, 100, 1),
+            mean_and_spread(summary.loss, 1, 3),
+            mean_and_spread(summary.best_loss, 1, 3),
+        )
+    return table
+
+
+def _differences_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
+    title = f"Difference to {baseline}, paired by seed, [95 % t-interval]"
+    table = Table("", "seeds", "exact match, points", "loss", title=Text(title))
+    for summary in summaries:
+        if summary.method == baseline:
+            continue
+        difference = summary.loss_difference
+        table.add_row(
+            _method_name(summary, baseline),
+            str(difference.count if difference else 0),
+            mean_and_interval(summary.exact_match_difference, 100, 1),
+            mean_and_interval(difference, 1, 3),
+        )
+    return table
+
+
+def _cost_table(summaries: Sequence[MethodSummary], baseline: str, target: float) -> Table:
+    table = Table(
+        "",
+        "reached by",
+        "rounds",
+        "sent, both ways",
+        "time",
+        title=f"To {target:.0%} exact match",
+    )
+    for summary in summaries:
+        num_bytes = summary.bytes_to_target
+        seconds = summary.seconds_to_target
+        table.add_row(
+            _method_name(summary, baseline),
+            f"{summary.reached} of {len(summary.seeds)}",
+            mean_and_spread(summary.rounds_to_target, 1, 1),
+            human_bytes(num_bytes.mean) if num_bytes else "–",
+            human_seconds(seconds.mean) if seconds else "–",
+        )
+    return table
+
+
+def _method_name(summary: MethodSummary, baseline: str) -> Text:
+    return Text(summary.method, style="bold" if summary.method == baseline else "")
+
+
+# ── an evaluation ──
+
+
+def evaluation_title(result: Result, comparison: ModelComparison) -> str:
+    """Return what was scored: which model, on how many examples, and how."""
+    how = ", answers generated" if comparison.by_generation else ""
+    num_examples = comparison.tuned.all.total.num_examples
+    return f"{result.title}: {num_examples} examples{how}; exact match in % [95 % interval]"
+
+
+def evaluation_table(comparison: ModelComparison) -> Table:
+    """Return the scores of base and tuned model: of all examples, by client, by category."""
+    base = comparison.untouched
+    tuned = comparison.tuned
+    columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
+    table = Table(Column("", overflow="fold", min_width=8), *columns, "perplexity")
+    table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
+    if len(base.by_client) > 1:
+        table.add_section()
+        for client in sorted(base.by_client):
+            cells = _score_cells(base.by_client[client], tuned.by_client[client])
+            table.add_row(Text(printable(client)), *cells)
+    if len(base.all.by_category) > 1:
+        table.add_section()
+        for category in sorted(base.all.by_category.keys() | tuned.all.by_category.keys()):
+            base_score = base.all.by_category.get(category, NO_EXAMPLES)
+            tuned_score = tuned.all.by_category.get(category, NO_EXAMPLES)
+            table.add_row(Text(printable(category)), *_score_cells(base_score, tuned_score))
+    return table
+
+
+def evaluation_notes(comparison: ModelComparison) -> list[str]:
+    """Return which examples the scores leave out or count as wrong, and why."""
+    notes = []
+    if comparison.num_lost:
+        verb = "is" if comparison.num_lost == 1 else "are"
+        notes.append(
+            f"{comparison.num_lost} more {verb} left out: the prompt alone is too long for "
+            f"{comparison.max_length} tokens"
+        )
+    if comparison.num_cut:
+        notes.append(
+            f"{comparison.num_cut} of the answers are cut at {comparison.max_length} tokens and "
+            f"never exact"
+        )
+    return notes
+
+
+def _score_cells(base: Score, tuned: Score) -> list[str]:
+    exact_matches = [_with_interval(score.exact_match, score.interval) for score in (base, tuned)]
+    if not base.num_tokens:
+        return [*exact_matches, "-", "-"]
+    loss = f"{number(base.loss)} -> {number(tuned.loss)}"
+    perplexity = f"{base.perplexity:.3g} -> {tuned.perplexity:.3g}"
+    return [*exact_matches, loss, perplexity]
+
+
+def _with_interval(fraction: float, bounds: tuple[float, float]) -> str:
+    """Return a fraction and its interval in percent, such as `38.6 [34.2, 43.1]`."""
+    low, high = bounds
+    return f"{100 * fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -1,0 +1,194 @@
+"""`Client`: one participant of a federation, from the bytes of a task to the bytes of its reply.
+
+Every transport ends in `Client.handle`. One process loads the base model once, no matter how many
+clients it plays: they share a `LocalModel`, which is set to the global model of each task.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from fedmomentum.client.work import Worker, WorkResult
+from fedmomentum.data.split import split_fingerprint
+from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.global_model.personal import PersonalFactors
+from fedmomentum.protocol.codec import decode_task, encode_reply
+from fedmomentum.protocol.messages import (
+    SECONDS,
+    ClientLora,
+    DescribeRequest,
+    EvaluateRequest,
+    MissingObjects,
+    Reply,
+    Task,
+    TrainRequest,
+)
+from fedmomentum.utils.chat_date import check_chat_date
+
+if TYPE_CHECKING:
+    from fedmomentum.client.store import ClientStore
+    from fedmomentum.config.schema import LoraConfig
+    from fedmomentum.global_model.model import GlobalModel
+
+
+# A request on a global model.
+ModelTask = TrainRequest | EvaluateRequest
+
+
+@dataclass(kw_only=True)
+class Client(Worker):
+    """One participant: its data, its model, and what it keeps between tasks.
+
+    Attributes:
+        store: Its objects and its state of earlier rounds.
+    """
+
+    store: ClientStore
+    _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)
+
+    def handle(self, payload: bytes) -> bytes:
+        """Do one task: load the global model that it names, train or evaluate it, reply.
+
+        Raises:
+            PayloadError: If the bytes are no task.
+            ModelError: If the task is for another client or base model, or if another version of
+                the global model comes out than the task says.
+            FedMomentumError: If training or evaluation fails.
+        """
+        task = decode_task(payload)
+        if task.client_id != self.client_id:
+            raise ModelError(f"a task for {task.client_id} came to {self.client_id}")
+        request = task.request
+        if isinstance(request, DescribeRequest):
+            return self._reply(task, self.describe(request))
+        started = time.perf_counter()
+
+        received = self.store.receive(task, self.model.fresh)
+        needed = set(request.manifest.needed)
+        if isinstance(received, MissingObjects):
+            cached = needed - set(received.missing)
+            return self._reply(task, WorkResult(received, 1, {}), cached_objects=cached)
+
+        client_lora = self._load(task, request, received)
+        self.store.evict(needed)
+        loaded = time.perf_counter()
+
+        if isinstance(request, TrainRequest):
+            result = self.run_training(request, task.server_round)
+            self._save_personal(task, client_lora)
+        else:
+            result = self.run_evaluation(request, received)
+        seconds = [loaded - started, time.perf_counter() - loaded]
+        result.tensors[SECONDS] = torch.tensor(seconds, dtype=torch.float64)
+        return self._reply(task, result, version=received.version, cached_objects=needed)
+
+    def split(self, run_id: str) -> str:
+        """Return a hash of how the examples are split into training and held-out ones.
+
+        Args:
+            run_id: The run; hashes of two runs do not tell whether their splits are the same.
+        """
+        if run_id not in self._splits:
+            self._splits[run_id] = split_fingerprint(self.train, self.test, run_id)
+        return self._splits[run_id]
+
+    def _reply(
+        self,
+        task: Task,
+        result: WorkResult,
+        *,
+        version: str = "",
+        cached_objects: set[str] | frozenset[str] = frozenset(),
+    ) -> bytes:
+        reply = Reply(
+            run_id=task.run_id,
+            client_id=self.client_id,
+            server_round=task.server_round,
+            version=version,
+            holds=sorted(cached_objects),
+            num_examples=result.num_examples,
+            split=self.split(task.run_id),
+            answer=result.answer,
+            tensors=result.tensors,
+        )
+        return encode_reply(reply)
+
+    # ── loading ──
+
+    def _load(self, task: Task, request: ModelTask, global_model: GlobalModel) -> LoraConfig:
+        """Set the local model to a global model, and return what this client trains of it.
+
+        Raises:
+            ConfigError: If the run's method, adapter or chat date is not the one configured here.
+            ModelError: If the model belongs to another base.
+        """
+        if global_model.method != repr(self.method):
+            raise ConfigError(
+                f"the run's method is {global_model.method}; [method] here gives {self.method!r}"
+            )
+        client_lora = self._agreed_lora(request.lora)
+        check_chat_date(self.model.tokenizer, request.chat_date)
+        self.model.load_global_model(global_model, self.method, client_lora)
+        # Evaluations of a round come after its training.
+        is_training = isinstance(request, TrainRequest)
+        last_round = task.server_round - 1 if is_training else task.server_round
+        self._load_personal(task.run_id, last_round, client_lora)
+        return client_lora
+
+    def _agreed_lora(self, requested: ClientLora) -> LoraConfig:
+        """Return what is configured here, at the rank to which the method has pruned it.
+
+        Raises:
+            ConfigError: If the server requests anything else.
+        """
+        client_lora = self.model.client_lora
+        if self.method.prunes and requested.rank <= client_lora.rank:
+            client_lora = client_lora.with_rank(requested.rank)
+        configured = ClientLora.of(client_lora, self.model.is_mixed or self.method.prunes)
+        if requested != configured:
+            raise ConfigError(
+                f"the run has this client train {msgspec.structs.asdict(requested)}; [lora] here "
+                f"gives {msgspec.structs.asdict(configured)}"
+            )
+        return client_lora
+
+    # ── personal factors ──
+
+    def _load_personal(self, run_id: str, last_round: int, client_lora: LoraConfig) -> None:
+        """Copy the client's own factors into the model, as they were after `last_round`.
+
+        Raises:
+            ModelError: If they are damaged, or of another form than the adapter.
+        """
+        kinds = self.method.personal_factors
+        if not kinds:
+            return
+        factors = self.store.load_state(PersonalFactors, run_id, self.client_id, last_round)
+        if factors is not None:
+            live = self.model.personal_factors(kinds)
+            factors.copy_into(live, rank=client_lora.rank, scaling=client_lora.scaling)
+
+    def _save_personal(self, task: Task, client_lora: LoraConfig) -> None:
+        """Save the client's own factors as this round's training left them."""
+        kinds = self.method.personal_factors
+        if not kinds:
+            return
+        tensors = {}
+        for name, factor in self.model.personal_factors(kinds).items():
+            tensors[name] = factor.detach().cpu().clone()
+        self.store.save_state(
+            PersonalFactors(
+                client=self.client_id,
+                run_id=task.run_id,
+                server_round=task.server_round,
+                rank=client_lora.rank,
+                scaling=client_lora.scaling,
+                mixed=self.model.is_mixed or self.method.prunes,
+                tensors=tensors,
+            )
+        )

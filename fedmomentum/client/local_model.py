@@ -1,0 +1,380 @@
+"""The model that a client trains: a base model with one live adapter, set to any global model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
+from fedmomentum.base_model.hub import resolve_base
+from fedmomentum.base_model.identity import BaseIdentity, identify
+from fedmomentum.base_model.load_checks import translate_out_of_memory, vocabulary_size
+from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.errors import ConfigError
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.probes import BLOCK_ELEMENTS, applied_share, probe, probe_vectors
+from fedmomentum.lora.peft_model import (
+    ADAPTER_NAME,
+    attach_adapter,
+    copy_adapter,
+    detach_adapter,
+    live_factors,
+    load_adapter,
+    lora_layers,
+)
+from fedmomentum.utils.chat_date import set_chat_date
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import LoraConfig, ModelConfig
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.lora.peft_model import PeftModel
+
+
+# Module path to the probe vectors U `(num_probes, out)` and X `(in, num_probes)`.
+ProbeVectors = dict[str, tuple[Tensor, Tensor]]
+
+
+# ── the base model of a process ───────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A loaded base model, shared by any number of `LocalModel`s of one process.
+
+    Attributes:
+        directory: The directory that it was loaded from.
+        identity: Its name and content hashes.
+        tokenizer: Its tokenizer.
+        model: The transformers model; it is never trained or changed.
+    """
+
+    directory: Path
+    identity: BaseIdentity
+    tokenizer: Any
+    model: Any = field(repr=False)
+
+    @classmethod
+    def from_config(cls, model: ModelConfig) -> LoadedBase:
+        """Find, identify and load the base model of a configuration.
+
+        Raises:
+            ModelError: If it cannot be found or loaded.
+        """
+        directory = resolve_base(model.name, model.revision)
+        device = pick_device(model.device)
+        identity = identify(model.name, directory, model.revision)
+        base = load_base(directory, pick_dtype(model.dtype, device), device)
+        tokenizer = load_tokenizer(directory, vocabulary_size(base))
+        set_chat_date(tokenizer, model.chat_date)
+        return cls(directory, identity, tokenizer, base)
+
+    def copy(self) -> Any:
+        """Return a model of the same tensors but with modules of its own, to attach an adapter."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+
+
+# ── the model that is trained ─────────────────────────────────────────────────────────────────────
+
+
+class LocalModel:
+    """The base model of this process with one live adapter, which can be set to any global model.
+
+    Args:
+        model: The base model's name, dtype and device.
+        lora: The run's adapter; it is attached here unless `client_lora` is given.
+        seed: The seed of the adapter's initialization.
+        client_lora: What this client trains, if that is less than the run's adapter.
+        loaded: The base model if this process has loaded it: its weights are shared, except those
+            of the adapted modules.
+
+    Raises:
+        ModelError: If the base model cannot be found or loaded.
+        AdapterError: If the adapter does not fit the base model.
+        ConfigError: If the client adapts a module that the run does not.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        lora: LoraConfig,
+        *,
+        seed: int,
+        client_lora: LoraConfig | None = None,
+        loaded: LoadedBase | None = None,
+    ) -> None:
+        loaded = loaded or LoadedBase.from_config(model)
+        self.directory = loaded.directory
+        self.identity = loaded.identity
+        self.tokenizer = loaded.tokenizer
+        base = loaded.copy()
+        self.num_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self.dtype = base.dtype
+
+        # The run's adapter decides which modules the federation adapts, and their form.
+        with translate_out_of_memory(f"an adapter on {model.name} does not fit"):
+            self.peft = _attach(base, lora, seed)
+        self.fresh: Adapter = self.adapter("fresh adapter")
+
+        # What this client trains of it may have fewer modules and a lower rank.
+        self.client_lora = replace(client_lora or lora, clients={})
+        self.is_mixed = lora.is_mixed
+        self._seed = seed
+        self._attached_lora = replace(lora, clients={})
+        self._layers = lora_layers(self.peft)
+        self._reattach(self.client_lora)
+        self._refuse_extra_modules()
+
+        self.base_weights = Float32Weights(self._base_layers(), self.directory)
+        # Of a client of lower rank: the part of the adapter that it does not train.
+        self._fixed_residual: dict[str, LowRank] = {}
+        self._probe_buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+        self._probe_vector_cache: tuple[int, ProbeVectors] = (-1, {})
+        self._merge_probe_cache: _MergeProbes | None = None
+
+    def _reattach(self, lora: LoraConfig) -> None:
+        """Attach an adapter of these settings instead of the present one, on the same base."""
+        if lora != self._attached_lora:
+            self.peft = _attach(detach_adapter(self.peft), lora, self._seed)
+            self._layers = lora_layers(self.peft)
+            self._attached_lora = lora
+
+    def _refuse_extra_modules(self) -> None:
+        extra_modules = sorted(self._layers.keys() - self.fresh.modules.keys())
+        if extra_modules:
+            raise ConfigError(
+                f"target-modules {self.client_lora.target_modules} of a client adapt "
+                f"{extra_modules[0]}, which the run's lora.target-modules do not include; a client "
+                "can train fewer modules than the run, not others"
+            )
+
+    def _base_layers(self) -> dict[str, Any]:
+        """Return the base layer under every module that the run adapts."""
+        live = self.peft.get_base_model()
+        layers = {}
+        for module in self.fresh.modules:
+            layer = live.get_submodule(module)
+            layers[module] = getattr(layer, "base_layer", layer)
+        return layers
+
+    # ── adapters and global models ──
+
+    def adapter(self, name: str = "adapter") -> Adapter:
+        """Return a copy of the live adapter."""
+        return copy_adapter(self.peft, name)
+
+    def initial_global_model(self, method: Method) -> GlobalModel:
+        """Return the global model before the first round: this base, the method's first adapter."""
+        adapter, change = initialize_adapter(method, self.fresh, self.base_weights.pretrained)
+        config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
+        adapter = replace(adapter, config=config, name="global adapter")
+        base_update = (StoredObject.of(change),) if change else ()
+        return GlobalModel(
+            base=self.identity,
+            adapter=adapter,
+            base_update=base_update,
+            method=repr(method),
+            personal=method.personal_factors,
+        )
+
+    def load_global_model(
+        self,
+        model: GlobalModel,
+        method: Method | None = None,
+        client_lora: LoraConfig | None = None,
+    ) -> None:
+        """Set the base weights and the live adapter to a global model.
+
+        A client of lower rank trains a part of the global adapter. The remainder is added to its
+        base weights, so that the effective weights are those of the global model.
+
+        Args:
+            model: The global model.
+            method: How the client's part is derived; needed if this client trains less than the
+                whole adapter.
+            client_lora: What is trained if the method has pruned the rank of `self.client_lora`.
+
+        Raises:
+            ModelError: If the global model belongs to another base.
+            AdapterError: If its adapter has other modules, ranks or scalings than the one attached
+                here.
+        """
+        model.base.check(self.identity)
+        client_lora = client_lora or self.client_lora
+        self._reattach(client_lora)
+
+        start = model.adapter
+        self._fixed_residual = {}
+        is_mixed = self.is_mixed or (method is not None and method.prunes)
+        if method is not None and (is_mixed or not self._trains_all_of(model, client_lora)):
+            start, self._fixed_residual = client_start(
+                method,
+                model.adapter,
+                self._layers,
+                rank=client_lora.rank,
+                scaling=client_lora.scaling,
+                is_mixed=is_mixed,
+            )
+
+        parts = [*model.base_update]
+        if self._fixed_residual:
+            parts.append(StoredObject.of(self._fixed_residual))
+        self.base_weights.apply(parts)
+        load_adapter(self.peft, start)
+
+    def _trains_all_of(self, model: GlobalModel, client_lora: LoraConfig) -> bool:
+        """Return whether the client adapts all modules of the model, with one of its scalings."""
+        has_same_modules = self._layers.keys() == model.adapter.modules.keys()
+        return has_same_modules and client_lora.scaling in model.adapter.scalings.values()
+
+    # ── live factors ──
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """The live LoRA layer of every adapted module."""
+        return self._layers
+
+    def live_factors(self) -> list[LowRank]:
+        """Return the live factors themselves, by sorted module, with their gradients."""
+        return [live_factors(layer) for _, layer in sorted(self._layers.items())]
+
+    def personal_factors(self, kinds: str) -> dict[str, Tensor]:
+        """Return the live factors of these kinds, `B` or `A`, under `<module>.<kind>`."""
+        factors = {}
+        for module, layer in sorted(self._layers.items()):
+            for kind in kinds:
+                factors[f"{module}.{kind}"] = getattr(live_factors(layer), kind)
+        return factors
+
+    @contextmanager
+    def training_only(self, kinds: str) -> Iterator[None]:
+        """Freeze the factors of other kinds than these within the block."""
+        frozen_kinds = [kind for kind in "BA" if kind not in kinds]
+        frozen = [
+            getattr(factors, kind) for factors in self.live_factors() for kind in frozen_kinds
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    # ── probes ──
+
+    def _probe_vectors(self, seed: int) -> ProbeVectors:
+        """Return every module's probe vectors; those of the last seed are cached.
+
+        All clients of a round use the same seed.
+        """
+        if self._probe_vector_cache[0] != seed:
+            vectors = {}
+            for module in self.base_weights.layers:
+                out_size, in_size = self.base_weights.weight(module).shape
+                vectors[module] = probe_vectors(module, (out_size, in_size), seed)
+            self._probe_vector_cache = (seed, vectors)
+        return self._probe_vector_cache[1]
+
+    def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
+        """Measure the live weights by random bilinear forms, in float64.
+
+        Every call measures the weights as they are: no earlier result is reused, since a weight
+        may have changed since.
+
+        Returns:
+            Module path to its probes, for `base`, the base weight `W` without the adapter, and for
+            `effective`, `W + scaling * B A`.
+        """
+        base = {}
+        effective = {}
+        for module, (U, X) in self._probe_vectors(seed).items():
+            weight = self.base_weights.weight(module)
+            base[module] = effective[module] = probe(weight, U, X, self._probe_buffer)
+            layer = self._layers.get(module)
+            if layer is not None:
+                factors = live_factors(layer)
+                live = LowRank(factors.B.detach(), factors.A.detach())
+                scaling = layer.scaling[ADAPTER_NAME]
+                effective[module] = base[module] + scaling * probe(live, U, X)
+            # The fixed residual belongs to the adapter, though it is added to the base weight.
+            if module in self._fixed_residual:
+                base[module] = base[module] - probe(self._fixed_residual[module], U, X)
+        return {"base": base, "effective": effective}
+
+    def applied_fraction(
+        self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int
+    ) -> float:
+        """Return the fraction of `base_update` that the live base weights contain.
+
+        With `p` for probes, it is `<p(W) - p(W_0), p(U)> / <p(U), p(U)>` for the update `U` and the
+        pretrained weights `W_0`.
+
+        Args:
+            model: The global model that is loaded; it has a `base_update`.
+            probes: The probes of the live base weights, by module.
+            seed: The probes' seed.
+        """
+        expected = self._merge_probes(model, seed)
+        changes = {}
+        for module in expected.merged:
+            changes[module] = probes[module] - expected.pretrained[module]
+        return applied_share(changes, expected.merged)
+
+    def _merge_probes(self, model: GlobalModel, seed: int) -> _MergeProbes:
+        """Measure the pretrained weights and the merged update, once for all clients of a round."""
+        objects = tuple(stored.name for stored in model.base_update)
+        cached = self._merge_probe_cache
+        if cached is not None and (cached.seed, cached.objects) == (seed, objects):
+            return cached
+        vectors = self._probe_vectors(seed)
+        # Sorted, because the order of a sum decides its last bits.
+        modules = sorted({module for stored in model.base_update for module in stored.matrices})
+        pretrained = {}
+        for module, weight in self.base_weights.iterate_pretrained(modules):
+            pretrained[module] = probe(weight, *vectors[module], self._probe_buffer)
+        merged = {module: probe(model.merged(module), *vectors[module]) for module in modules}
+        result = _MergeProbes(seed, objects, pretrained, merged)
+        self._merge_probe_cache = result
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class _MergeProbes:
+    """Probes of what the base weights should be.
+
+    Attributes:
+        seed: The probes' seed.
+        objects: Hashes of the merged update's objects.
+        pretrained: Module path to the probes of its pretrained weight.
+        merged: Module path to the probes of everything that was merged into it.
+    """
+
+    seed: int
+    objects: tuple[str, ...]
+    pretrained: dict[str, Tensor]
+    merged: dict[str, Tensor]
+
+
+def _attach(base: Any, lora: LoraConfig, seed: int) -> PeftModel:
+    return attach_adapter(
+        base,
+        rank=lora.rank,
+        lora_alpha=lora.lora_alpha,
+        target_modules=lora.target_modules or None,
+        dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        modules_to_save=lora.modules_to_save,
+        seed=seed,
+    )

@@ -1,0 +1,245 @@
+"""What a client does with its data and a loaded global model: describe, train, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedmomentum.aggregation.update_filter import ClientUpdate, UpdateFilter
+from fedmomentum.evaluation.teacher_forcing import evaluate
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.probes import stack_probes
+from fedmomentum.lora.adapter import Adapter, to_tensors
+from fedmomentum.lora.half_precision import encode_factors, rounding_error, roundtrip, wire_dtype
+from fedmomentum.protocol.messages import (
+    BASE_PROBES,
+    EFFECTIVE_PROBES,
+    Answer,
+    DescribeRequest,
+    Description,
+    EvaluateRequest,
+    EvaluateResult,
+    TrainRequest,
+    TrainResult,
+)
+from fedmomentum.training.trainer import run_training
+from fedmomentum.utils.process import installed_version
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.client.local_model import LocalModel
+    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.evaluation.tasks import Evaluation
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.training.function import TrainingFunction, TrainReport
+
+
+# The packages whose versions decide what training computes.
+REPORTED_PACKAGES = ("fedmomentum", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class WorkResult:
+    """The outcome of a task.
+
+    Attributes:
+        answer: What the reply says.
+        num_examples: The number of examples behind the answer; its weight.
+        tensors: What the reply carries.
+    """
+
+    answer: Answer
+    num_examples: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """A client's data and model, and the work that it does with them.
+
+    Attributes:
+        client_id: The client's name.
+        train: What it trains on.
+        test: What it holds out.
+        method: The run's method as this client's configuration has it; it decides what is trained
+            and what leaves the client.
+        model: The model that it trains; the clients of one process may share one.
+        training_function: Trains the model, where the user gives a function for that.
+        on_step: Called after every training step with (client, step, number of steps, loss).
+        update_filter: Changes updates before they are encoded; none by default.
+    """
+
+    client_id: str
+    train: TokenizedExamples
+    test: TokenizedExamples
+    method: Method
+    model: LocalModel
+    training_function: TrainingFunction | None = None
+    on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
+    update_filter: UpdateFilter | None = None
+
+    # ── describe ──
+
+    def describe(self, request: DescribeRequest) -> WorkResult:
+        """Return what the server needs to know before the first round."""
+        model = self.model
+        fresh = model.fresh
+        if request.adapter:
+            fresh = model.initial_global_model(self.method).adapter
+        description = Description(
+            sha256=model.identity.sha256 or "",
+            tokenizer_sha256=model.identity.tokenizer_sha256 or "",
+            num_parameters=model.num_parameters,
+            num_train=len(self.train),
+            num_test=len(self.test),
+            versions={name: installed_version(name) for name in REPORTED_PACKAGES},
+            threads=torch.get_num_threads(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            # The client's name for its base model may be a path; the server has its own name.
+            adapter_config={**fresh.config, "base_model_name_or_path": None},
+            scalings=dict(fresh.scalings),
+            shapes={module: matrix.shape for module, matrix in fresh.modules.items()},
+            saved_shapes={name: list(tensor.shape) for name, tensor in fresh.saved.items()},
+        )
+        tensors = to_tensors(fresh) if request.adapter else {}
+        return WorkResult(description, max(1, len(self.train)), tensors)
+
+    # ── train ──
+
+    def run_training(self, request: TrainRequest, server_round: int) -> WorkResult:
+        """Train the loaded model; return what the method uploads, and probes of the result.
+
+        Raises:
+            ConfigError: If the training function returns something other than a report.
+            FedMomentumError: If training fails.
+        """
+        method = self.method
+        model = self.model
+        start = model.adapter(self.client_id) if self.update_filter else None
+        start_factors = [_detached_copy(m) for m in model.live_factors()] if method.prunes else []
+
+        with model.training_only(method.trained_factors(server_round)):
+            report = self._train_model(request)
+
+        trained = model.adapter(self.client_id)
+        if self.update_filter is not None and start is not None:
+            update = ClientUpdate(self.client_id, server_round, start, trained)
+            trained = self.update_filter.on_client(update)
+
+        # What leaves: the factors that the method uploads, in the dtype of the wire.
+        dtype = wire_dtype(request.uplink_dtype)
+        tensors = encode_factors(_uploaded(trained, method.uploaded_factors(server_round)), dtype)
+        tensors |= self._probe_tensors(request.probe_seed)
+
+        next_rank = None
+        if method.prunes:
+            with torch.no_grad():
+                next_rank = method.next_rank(request.lora.rank, start_factors, model.live_factors())
+        result = TrainResult(
+            **asdict(report),
+            rounding=rounding_error(trained, roundtrip(trained, dtype)),
+            next_rank=next_rank,
+        )
+        return WorkResult(result, len(self.train), tensors)
+
+    def _train_model(self, request: TrainRequest) -> TrainReport:
+        """Train the live adapter with the hyperparameters of a request."""
+        method = self.method
+
+        def penalty() -> Tensor:
+            value = method.penalty(self.model.live_factors())
+            assert value is not None  # the method has one, or this is not called
+            return value
+
+        has_penalty = method.penalty(self.model.live_factors()) is not None
+        return run_training(
+            self.training_function,
+            self.model.peft,
+            self.train,
+            request.hyperparameters,
+            pad_token_id=self.model.tokenizer.pad_token_id,
+            seed=request.seed,
+            on_step=self._report_step,
+            penalty=penalty if has_penalty else None,
+        )
+
+    def _report_step(self, step: int, num_steps: int, loss: float) -> None:
+        if self.on_step is not None:
+            self.on_step(self.client_id, step, num_steps, loss)
+
+    # ── evaluate ──
+
+    def run_evaluation(self, request: EvaluateRequest, global_model: GlobalModel) -> WorkResult:
+        """Score the loaded model on the first of the held-out examples, and probe its weights."""
+        tensors = {}
+        applied_fraction = None
+        if request.probe_seed is not None:
+            probes = self.model.probes(request.probe_seed)
+            tensors = _stacked(probes)
+            if global_model.base_update:
+                applied_fraction = self.model.applied_fraction(
+                    global_model, probes["base"], request.probe_seed
+                )
+
+        # First the examples that every evaluation of the run has in common, then the others.
+        num_compared = min(request.num_compared, request.num_examples)
+        compared = self._evaluate(0, num_compared, request.batch_size)
+        others = self._evaluate(num_compared, request.num_examples, request.batch_size)
+        evaluations = [part for part in (compared, others) if part is not None]
+        if not evaluations:
+            return WorkResult(EvaluateResult(applied_share=applied_fraction), 1, tensors)
+        combined = evaluations[0]
+        for evaluation in evaluations[1:]:
+            combined = combined + evaluation
+
+        result = EvaluateResult(
+            applied_share=applied_fraction,
+            compared=evaluations[0].total,
+            total=combined.total,
+            by_category=dict(sorted(combined.by_category.items())),
+        )
+        return WorkResult(result, combined.total.num_examples, tensors)
+
+    def _evaluate(self, start: int, end: int, batch_size: int) -> Evaluation | None:
+        """Score the held-out examples from `start` to `end`; None if there are none."""
+        examples = self.test[start:end]
+        if not len(examples):
+            return None
+        return evaluate(
+            self.model.peft,
+            examples,
+            pad_token_id=self.model.tokenizer.pad_token_id,
+            batch_size=batch_size,
+        )
+
+    def _probe_tensors(self, seed: int | None) -> dict[str, Tensor]:
+        """Return the probes of the live weights as a reply carries them; none without a seed."""
+        return {} if seed is None else _stacked(self.model.probes(seed))
+
+
+# ── helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _detached_copy(factors: LowRank) -> LowRank:
+    return LowRank(factors.B.detach().clone(), factors.A.detach().clone())
+
+
+def _uploaded(adapter: Adapter, factors: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors without the kinds of factors, `B` or `A`, that stay here."""
+    retained = [f".lora_{kind}." for kind in "BA" if kind not in factors]
+    uploaded = {}
+    for name, tensor in to_tensors(adapter).items():
+        if not any(kind in name for kind in retained):
+            uploaded[name] = tensor
+    return uploaded
+
+
+def _stacked(probes: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        BASE_PROBES: stack_probes(probes["base"]),
+        EFFECTIVE_PROBES: stack_probes(probes["effective"]),
+    }

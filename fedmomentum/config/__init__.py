@@ -1,0 +1,1 @@
+"""The configuration file: one documented dataclass a section; reading, checking and writing it."""

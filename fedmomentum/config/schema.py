@@ -1,0 +1,337 @@
+"""A run's configuration: every key, its default and its meaning, one dataclass a section.
+
+Keys are kebab-case in the file and on the command line (`key=value`) and snake_case in code; they
+are converted in `toml.py` and nowhere else. These classes are the source of
+`docs/configuration.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedmomentum.config.fields import (
+    check_numbers,
+    option,
+    require,
+    require_at_least,
+    require_choice,
+    require_fraction,
+)
+from fedmomentum.config.training import TrainingConfig
+from fedmomentum.utils.chat_date import DEFAULT_DATE, parse_date
+from fedmomentum.utils.names import check_client_name
+
+WIRE_DTYPES = ("float32", "float16", "bfloat16")
+PARTITIONS = ("iid", "dirichlet", "categories", "sizes")
+BUILT_IN_SOURCE = "reasoning-gym"
+"""The `data.source` that stands for the built-in tasks."""
+MAX_THREADS = 4096
+"""More CPU threads than any machine has: a larger number is a typing error."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str = option(
+        "smollm2-135m-instruct",
+        "the embedded model, a model directory, or a name on the Hugging Face hub",
+    )
+    revision: str | None = option(None, "hub revision (commit, tag or branch)")
+    dtype: str = option(
+        "auto",
+        "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16",
+    )
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    chat_date: str = option(
+        DEFAULT_DATE,
+        "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "
+        "generation alike; the same for all clients. The default is what Llama's templates show "
+        "without a clock",
+    )
+
+    def __post_init__(self) -> None:
+        parse_date(self.chat_date)
+
+
+CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules")
+"""The keys that `[lora.clients.NAME]` may hold."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter that every client trains."""
+
+    rank: int = option(8, "rank of the global adapter; it never changes")
+    lora_alpha: float = option(16.0, "numerator of the scaling: lora-alpha / rank")
+    target_modules: list[str] = option(
+        [], "names of the adapted linear modules; empty: PEFT's choice for the model"
+    )
+    dropout: float = option(0.0, "LoRA dropout in local training")
+    use_rslora: bool = option(False, "scale by lora-alpha / sqrt(rank)")
+    modules_to_save: list[str] = option(
+        [], "modules trained in full, in float32, and averaged by weight; names as above"
+    )
+    clients: dict[str, Any] = option(
+        {},
+        "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a "
+        "lora-alpha, target-modules",
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least("lora.rank", self.rank, 1)
+        require(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        # The tables of clients: their keys here, their values where they are applied.
+        for client, table in self.clients.items():
+            check_client_name(client, "lora.clients")
+            section = f"lora.clients.{client}"
+            require(isinstance(table, dict), section, table, "a table")
+            for key, value in table.items():
+                wanted = f"one of {', '.join(CLIENT_LORA_KEYS)}"
+                require(key in CLIENT_LORA_KEYS, f"{section}.{key}", value, wanted)
+            self.for_client(client)
+
+    def for_client(self, client: str) -> LoraConfig:
+        """Return what a client trains; it downloads the complete adapter all the same.
+
+        Raises:
+            ConfigError: If a value of the client's own is out of range.
+        """
+        # What a client's table leaves out is as for all clients.
+        table = self.clients.get(client, {})
+        section = f"lora.clients.{client}"
+        rank = table.get("rank", self.rank)
+        alpha = table.get("lora-alpha", self.lora_alpha)
+        modules = table.get("target-modules", self.target_modules)
+        require(
+            type(rank) is int and 1 <= rank <= self.rank,
+            f"{section}.rank",
+            rank,
+            f"a whole number from 1 to lora.rank, {self.rank}",
+        )
+        # The table is free-form, so the types of its values are checked here.
+        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        require(is_number and alpha > 0, f"{section}.lora-alpha", alpha, "a number above 0")
+        are_names = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+        require(are_names, f"{section}.target-modules", modules, "a list of names")
+        return dataclasses.replace(
+            self,
+            rank=rank,
+            lora_alpha=float(alpha),
+            target_modules=modules,
+            clients={},
+        )
+
+    def with_rank(self, rank: int) -> LoraConfig:
+        """Return the same settings with another rank and the same scaling."""
+        if rank == self.rank:
+            return self
+        # The scaling is lora_alpha / rank, or lora_alpha / sqrt(rank).
+        ratio = rank / self.rank
+        factor = math.sqrt(ratio) if self.use_rslora else ratio
+        return dataclasses.replace(self, rank=rank, lora_alpha=self.lora_alpha * factor)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clients have different ranks."""
+        return any(self.for_client(client).rank != self.rank for client in self.clients)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of BA: `lora_alpha / rank`, with rsLoRA `lora_alpha / sqrt(rank)`."""
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where each client's data is, and how much of it is held out."""
+
+    source: str = option(
+        "",
+        "one source for all clients: a JSONL, JSON, CSV or Parquet file, a directory saved by "
+        "datasets, a hub name, or reasoning-gym (the built-in tasks)",
+    )
+    client_files: dict[str, str] = option({}, "one file a client instead: client name = file")
+    client_column: str | None = option(None, "column of the source that names each row's client")
+    split: str = option("train", "split of a source that has several")
+    tasks: list[str] = option([], "built-in tasks to mix; empty: all")
+    num_examples: int = option(2000, "training examples over all clients (built-in tasks)")
+    num_test_examples: int = option(400, "held-out examples over all clients (built-in tasks)")
+    num_clients: int = option(4, "clients to divide a source among")
+    partition: str = option("iid", "how to divide: iid, dirichlet, categories, sizes")
+    category_column: str | None = option(None, "column to divide and report by")
+    concentration: float = option(0.5, "of the Dirichlet partition: small is skewed, large is even")
+    min_examples: int = option(8, "fewest examples of a client")
+    categories_per_client: int = option(2, "for the partition categories")
+    sizes: list[float] = option([], "for the partition sizes: one number a client, in proportion")
+    test_source: str | None = option(None, "a held-out source, divided among the clients")
+    test_split: str = option("test", "split of the held-out source")
+    test_fraction: float = option(0.1, "fraction of its own examples that each client holds out")
+    max_length: int = option(512, "longest example in tokens; longer ones are truncated")
+    max_truncated_fraction: float = option(
+        0.02, "refused where a larger fraction of the examples loses its complete answer to that"
+    )
+
+    def __post_init__(self) -> None:
+        self._check_sources()
+        require_choice("data.partition", self.partition, PARTITIONS)
+        require_at_least("data.num-clients", self.num_clients, 1)
+        require(self.concentration > 0, "data.concentration", self.concentration, "above 0")
+        require(0 <= self.test_fraction < 1, "data.test-fraction", self.test_fraction, "in [0, 1)")
+        require(
+            0 <= self.max_truncated_fraction <= 1,
+            "data.max-truncated-fraction",
+            self.max_truncated_fraction,
+            "in [0, 1]",
+        )
+        require_at_least("data.max-length", self.max_length, 2)
+
+    def _check_sources(self) -> None:
+        """Refuse keys that contradict the source."""
+        for client in self.client_files:
+            check_client_name(client, "data.client-files")
+        if self.client_files:
+            wanted = "left out where client-files is given"
+            require(not self.source, "data.source", self.source, wanted)
+            require(self.client_column is None, "data.client-column", self.client_column, wanted)
+        # The built-in tasks have no columns, and are generated with their tests.
+        if self.source == BUILT_IN_SOURCE:
+            wanted = f'left out with source "{BUILT_IN_SOURCE}"'
+            for key in ("client_column", "category_column", "test_source"):
+                value = getattr(self, key)
+                require(value is None, f"data.{key.replace('_', '-')}", value, wanted)
+        else:
+            wanted = f'left out, for it belongs to source "{BUILT_IN_SOURCE}"'
+            require(not self.tasks, "data.tasks", self.tasks, wanted)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How the server aggregates the adapters."""
+
+    name: str = option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
+    settings: dict[str, Any] = option(
+        {}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)'
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self.settings, "method.settings")
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """The rounds."""
+
+    num_rounds: int = option(5, "rounds")
+    client_fraction: float = option(1.0, "fraction of the clients sampled each round, in (0, 1]")
+    min_valid_fraction: float = option(
+        0.5,
+        "fraction of the sampled clients that must reply with a valid update, else the run stops",
+    )
+    max_client_weight: float = option(0.9, "largest weight of one client where there are several")
+    outlier_norm_ratio: float = option(
+        20.0,
+        "how many times further than the others, for the same work, a client may move the model; "
+        "one that goes further, and further than its own steps can take it, is left out of the "
+        "round",
+    )
+    uplink_dtype: str = option(
+        "float32", "dtype of the factors that clients send: float32, float16 or bfloat16"
+    )
+    downlink_dtype: str = option(
+        "float32",
+        "dtype of the adapter's factors that clients are sent; what rounding takes goes into the "
+        "residual",
+    )
+    round_timeout: float = option(3600.0, "over a network: seconds that a client has for one reply")
+    join_timeout: float = option(
+        600.0,
+        "over a network: seconds that a start waits for all registered clients (a resumed one: a "
+        "minute), and a round for min-valid-fraction of them",
+    )
+
+    def __post_init__(self) -> None:
+        # Who takes part.
+        require_at_least("federation.num-rounds", self.num_rounds, 1)
+        require_fraction("federation.client-fraction", self.client_fraction)
+        require_fraction("federation.min-valid-fraction", self.min_valid_fraction)
+        require_fraction("federation.max-client-weight", self.max_client_weight)
+        require(
+            self.outlier_norm_ratio > 1,
+            "federation.outlier-norm-ratio",
+            self.outlier_norm_ratio,
+            "above 1",
+        )
+        # What travels, and how long it may take.
+        require_choice("federation.uplink-dtype", self.uplink_dtype, WIRE_DTYPES)
+        require_choice("federation.downlink-dtype", self.downlink_dtype, WIRE_DTYPES)
+        require(self.round_timeout > 0, "federation.round-timeout", self.round_timeout, "above 0")
+        require_at_least("federation.join-timeout", self.join_timeout, 0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation: loss, perplexity and greedy exact match, global and per client."""
+
+    every: int = option(
+        1, "evaluate every so many rounds (and before the first and after the last); 0: never"
+    )
+    num_examples: int = option(
+        16, "held-out examples of each of the round's clients, between the ends"
+    )
+    final_num_examples: int = option(
+        100, "held-out examples of every client, before the first and after the last round"
+    )
+    batch_size: int = option(32, "examples in a forward pass")
+
+    def __post_init__(self) -> None:
+        require_at_least("evaluation.every", self.every, 0)
+        require_at_least("evaluation.num-examples", self.num_examples, 1)
+        require_at_least("evaluation.final-num-examples", self.final_num_examples, 1)
+        require_at_least("evaluation.batch-size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The process."""
+
+    seed: int = option(
+        0, "of everything that is random: data, sampled clients, initialization, batches"
+    )
+    threads: int = option(
+        0, "CPU threads; 0: all cores. Part of the result: other numbers give other last bits"
+    )
+    keep_checkpoints: int = option(3, "checkpoints kept, besides the best")
+    report_to: list[str] = option(
+        [],
+        'trackers that every round is reported to, e.g. ["tensorboard"]; see docs/metrics.md. '
+        "Empty: none",
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "from 0 to 2**63 - 1")
+        require(
+            0 <= self.threads <= MAX_THREADS,
+            "run.threads",
+            self.threads,
+            f"from 0 to {MAX_THREADS}",
+        )
+        require_at_least("run.keep-checkpoints", self.keep_checkpoints, 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's configuration, made by `load_config` or `from_dict`."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    data: DataConfig
+    training: TrainingConfig
+    method: MethodConfig
+    federation: FederationConfig
+    evaluation: EvaluationConfig
+    run: RunConfig

@@ -1,0 +1,332 @@
+"""Configuration files: load, override, check the types, write, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from fedmomentum.config.fields import check_numbers, describe_value
+from fedmomentum.config.schema import Config
+from fedmomentum.errors import ConfigError
+from fedmomentum.utils.text import printable
+
+SECTIONS: dict[str, type] = get_type_hints(Config)
+"""Name of each section to its class."""
+RENAMED_KEYS = {
+    "participation": "client-fraction",
+    "quorum": "min-valid-fraction",
+    "max-client-share": "max-client-weight",
+    "max-norm-ratio": "outlier-norm-ratio",
+    "max-lost-share": "max-truncated-fraction",
+    "keep-rounds": "keep-checkpoints",
+    "round-seconds": "round-timeout",
+    "join-seconds": "join-timeout",
+}
+"""Former names of keys to their names of today: a former name is refused with the new one."""
+LOCATIONS = frozenset(
+    {
+        "model.name",
+        "model.revision",
+        "data.source",
+        "data.test-source",
+        "data.client-files",
+    }
+)
+"""Settings that say where something is: with another value it is the same run if the content is."""
+MAY_CHANGE = frozenset(
+    {
+        "federation.num-rounds",
+        "federation.min-valid-fraction",
+        "federation.round-timeout",
+        "federation.join-timeout",
+        "run.keep-checkpoints",
+        "run.report-to",
+        "model.name",
+        "model.revision",  # the base model is compared by content
+    }
+)
+"""Settings that a resumed run may change: no finished round depends on them."""
+STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/")
+"""Where a shell puts what a user pipes in on purpose; any other device or pipe could never end."""
+MIN_SIMILARITY = 0.5
+"""A known key at least so similar to an unknown one is suggested instead."""
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and `section.key=value` overrides; relative paths are relative to the file.
+
+    Args:
+        path: The file.
+        overrides: Settings that replace those of the file.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: If there is no such file, it is not TOML, a key is unknown (the message names
+            the nearest known one), or a value is out of range.
+    """
+    path = Path(path)
+    try:
+        is_stream = path.exists() and not path.is_file()
+        if is_stream and not str(path).startswith(STREAMS):
+            raise ConfigError(f"{path} is no regular file")
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file {path}") from error
+    # Unreadable, not UTF-8, not TOML, or a number of thousands of digits.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error
+    for override in overrides:
+        _apply_override(table, override)
+    return _resolve_paths(from_dict(table), path.parent)
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Return the configuration with `section.key=value` overrides.
+
+    Raises:
+        ConfigError: If a key is unknown, or a value is out of range.
+    """
+    table = to_dict(config)
+    for override in overrides:
+        _apply_override(table, override)
+    return from_dict(table)
+
+
+def parse_value(text: str) -> Any:
+    """Return a value given on the command line: TOML, or the text itself where it is not TOML.
+
+    So `method.name=fedit` needs no quotes.
+    """
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    # A line break in the text may have started a second key.
+    return table["value"] if table.keys() == {"value"} else text
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in the tables of a configuration, in place."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or len(names) < 2:
+        raise ConfigError(
+            f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3"
+        )
+    # Descend to the table that holds the key, and create those that are missing.
+    value = parse_value(text)
+    for name in names[:-1]:
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {name} is no section")
+        table = inner
+    table[names[-1]] = value
+
+
+def from_dict(table: Mapping[str, Any]) -> Config:
+    """Return the configuration of TOML tables.
+
+    Raises:
+        ConfigError: If a section or key is unknown, or a value has another type or is out of range.
+    """
+    _check_known(table, SECTIONS, "section")
+    sections = {}
+    for name, kind in SECTIONS.items():
+        sections[name] = _parse_section(kind, name, table.get(name, {}))
+    return Config(**sections)
+
+
+def _parse_section(kind: type, section: str, table: Any) -> Any:
+    """Return one section, its keys and their types checked."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{section} must be a table, [{section}]; got {describe_value(table)}")
+    # Keys are kebab-case in the file and snake_case in the class.
+    hints = get_type_hints(kind)
+    _check_known(table, [name.replace("_", "-") for name in hints], f"key in [{section}]")
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        values[name] = _check_type(value, hints[name], f"{section}.{key}")
+    return kind(**values)
+
+
+def _check_known(table: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Refuse a key that is not known, and suggest the one that was probably meant."""
+    for key in table:
+        if key in known:
+            continue
+        # A former name, a typing error, or neither.
+        kebab_case = key.replace("_", "-")
+        new_name = RENAMED_KEYS.get(kebab_case)
+        similar = difflib.get_close_matches(kebab_case, known, n=1, cutoff=MIN_SIMILARITY)
+        if new_name in known:
+            hint = f"it is called {new_name} now"
+        elif similar:
+            hint = f"did you mean {similar[0]}?"
+        else:
+            hint = f"known: {', '.join(known)}"
+        raise ConfigError(f"unknown {what}: {printable(str(key), 100)}; {hint}")
+
+
+def _check_type(value: Any, hint: Any, key: str) -> Any:
+    """Return a value that has the annotated type; an int is accepted for a float."""
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    alternatives = get_args(hint) if is_union else (hint,)
+    # The first alternative of a union that fits; containers are checked item by item.
+    for alternative in alternatives:
+        origin = get_origin(alternative) or alternative
+        arguments = get_args(alternative)
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            check_numbers(value, key)
+            return float(value)
+        if origin is list and isinstance(value, (list, tuple)):
+            return [_check_type(item, arguments[0], key) for item in value]
+        if origin is dict and isinstance(value, Mapping) and arguments[1] is not Any:
+            return {
+                name: _check_type(item, arguments[1], f"{key}.{name}")
+                for name, item in value.items()
+            }
+        # A bool is an int to Python, and never one to a user.
+        if isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
+            check_numbers(value, key)
+            return value
+    names = [getattr(kind, "__name__", str(kind)) for kind in alternatives]
+    wanted = " or ".join(name for name in names if name != "NoneType")
+    raise ConfigError(f"{printable(key)} must be of type {wanted}; got {describe_value(value)}")
+
+
+def _resolve_paths(config: Config, directory: Path) -> Config:
+    """Return the configuration with the paths that exist relative to a directory made absolute."""
+
+    def resolve(name: str) -> str:
+        is_there = name and (directory / name).exists()
+        return str((directory / name).resolve()) if is_there else name
+
+    # Every key that may hold a path.
+    data = config.data
+    data = dataclasses.replace(
+        data,
+        source=resolve(data.source),
+        test_source=resolve(data.test_source) if data.test_source else None,
+        client_files={client: resolve(file) for client, file in data.client_files.items()},
+    )
+    model = dataclasses.replace(config.model, name=resolve(config.model.name))
+    return dataclasses.replace(config, data=data, model=model)
+
+
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Return every key with its value, in kebab-case; None is left out, for TOML has none."""
+    tables: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
+        values = dataclasses.asdict(getattr(config, section))
+        tables[section] = {
+            key.replace("_", "-"): value for key, value in values.items() if value is not None
+        }
+    return tables
+
+
+def to_toml(config: Config) -> str:
+    """Return the configuration as a TOML file that `load_config` reads back to an equal one."""
+    lines = []
+    for section, values in to_dict(config).items():
+        inner_tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            if key not in inner_tables:
+                lines.append(f"{key} = {format_value(value)}")
+        # Tables come last: a plain key behind one would belong to it.
+        for key, table in inner_tables.items():
+            if table:
+                lines.append(f"[{section}.{key}]")
+                lines += [f"{_quote(name)} = {format_value(item)}" for name, item in table.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def format_value(value: Any) -> str:
+    """Return a value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _quote(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        pairs = [f"{_quote(name)} = {format_value(item)}" for name, item in value.items()]
+        return "{" + ", ".join(pairs) + "}"
+    return repr(value)
+
+
+def _quote(text: str) -> str:
+    """Return a text as a basic TOML string, control characters escaped."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(_escape_control(character) for character in escaped) + '"'
+
+
+def _escape_control(character: str) -> str:
+    is_control = ord(character) < 32 or ord(character) == 127
+    return f"\\u{ord(character):04x}" if is_control else character
+
+
+# ── comparing ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Return the keys that differ, as `section.key`."""
+    before = to_dict(old)
+    after = to_dict(new)
+    keys = []
+    for section in SECTIONS:
+        for key in sorted(before[section].keys() | after[section].keys()):
+            if before[section].get(key) != after[section].get(key):
+                keys.append(f"{section}.{key}")
+    return keys
+
+
+def altered_settings(text: str, committed: str) -> list[str]:
+    """Return the keys of a run's config.toml that differ from those of its checkpoint.
+
+    Those of `MAY_CHANGE` and `LOCATIONS` do not count.
+
+    Args:
+        text: The content of config.toml, every key written out.
+        committed: The settings in the checkpoint, likewise.
+
+    Returns:
+        The keys, as `section.key`.
+
+    Raises:
+        ConfigError: If either text is not TOML.
+    """
+    try:
+        current = _flatten(tomllib.loads(text))
+        original = _flatten(tomllib.loads(committed))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    keys = sorted((current.keys() | original.keys()) - MAY_CHANGE - LOCATIONS)
+    # By repr, because 1 == True == 1.0.
+    return [key for key in keys if repr(current.get(key)) != repr(original.get(key))]
+
+
+def _flatten(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `section.key` to value; a key outside any section is kept under its own name."""
+    flat: dict[str, Any] = {}
+    for section, values in table.items():
+        if isinstance(values, Mapping):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return flat

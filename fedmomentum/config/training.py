@@ -1,0 +1,105 @@
+"""The section [training], and the hyperparameters that it gives a client for one round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedmomentum.config.fields import option, require, require_at_least, require_choice
+
+DEFAULT_LOCAL_STEPS = 10
+"""Steps a round where a configuration gives neither steps nor epochs."""
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """The hyperparameters of one client's local training in one round.
+
+    `TrainingConfig.hyperparameters` makes it; it travels to the client in its training task, and
+    `fedmomentum.training.trainer.train` builds the optimizer from it.
+
+    Attributes:
+        learning_rate: Learning rate of the optimizer, above 0.
+        batch_size: Examples in a batch.
+        local_steps: Number of optimizer steps; exactly one of this and `local_epochs` is given.
+        local_epochs: Number of passes over the examples; fractions are allowed, and the result is
+            rounded up to whole steps.
+        arguments: Further fields of `transformers.TrainingArguments`, out of
+            `fedmomentum.training.arguments.ALLOWED_ARGUMENTS`.
+    """
+
+    learning_rate: float
+    batch_size: int
+    local_steps: int | None = None
+    local_epochs: float | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What each client does in a round. The optimizer is a new one every round."""
+
+    local_steps: int | None = option(
+        None, "optimizer steps a round; this or local-epochs (default: 10 steps)"
+    )
+    local_epochs: float | None = option(None, "passes over the client's data a round")
+    batch_size: int = option(8, "examples in a step")
+    learning_rate: float = option(1e-3, "learning rate of the first round")
+    learning_rate_schedule: str = option(
+        "constant", "over the rounds: constant, linear or cosine (to a tenth)"
+    )
+    function: str | None = option(
+        None, "your own training function, module:function; see docs/training.md"
+    )
+    arguments: dict[str, Any] = option(
+        {}, "further fields of transformers.TrainingArguments, e.g. weight_decay = 0.01"
+    )
+
+    def __post_init__(self) -> None:
+        # A frozen dataclass has no other way to fill in a default that depends on another field.
+        if self.local_steps is None and self.local_epochs is None:
+            object.__setattr__(self, "local_steps", DEFAULT_LOCAL_STEPS)
+        require(
+            self.local_steps is None or self.local_epochs is None,
+            "training.local-steps",
+            self.local_steps,
+            "left out where local-epochs is given",
+        )
+        if self.local_steps is not None:
+            require_at_least("training.local-steps", self.local_steps, 1)
+        if self.local_epochs is not None:
+            require(self.local_epochs > 0, "training.local-epochs", self.local_epochs, "above 0")
+        require_at_least("training.batch-size", self.batch_size, 1)
+        require(self.learning_rate > 0, "training.learning-rate", self.learning_rate, "above 0")
+        require_choice(
+            "training.learning-rate-schedule",
+            self.learning_rate_schedule,
+            LEARNING_RATE_SCHEDULES,
+        )
+
+    def learning_rate_at(self, server_round: int, num_rounds: int) -> float:
+        """Return the learning rate of a round: constant, or decaying to a tenth in the last round.
+
+        With p = (server_round - 1) / (num_rounds - 1): ``linear`` multiplies the first round's by
+        1 - 0.9 p, ``cosine`` by 0.1 + 0.45 (1 + cos(pi p)).
+        """
+        # From 0 in the first round to 1 in the last.
+        progress = (server_round - 1) / max(1, num_rounds - 1)
+        if self.learning_rate_schedule == "linear":
+            return self.learning_rate * (1 - 0.9 * progress)
+        if self.learning_rate_schedule == "cosine":
+            return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return self.learning_rate
+
+    def hyperparameters(self, server_round: int, num_rounds: int) -> LocalTraining:
+        """Return the hyperparameters of every client's local training in a round."""
+        return LocalTraining(
+            learning_rate=self.learning_rate_at(server_round, num_rounds),
+            batch_size=self.batch_size,
+            local_steps=self.local_steps,
+            local_epochs=self.local_epochs,
+            arguments=self.arguments,
+        )

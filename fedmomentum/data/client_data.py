@@ -1,0 +1,309 @@
+"""Gives each client its training and test examples, from built-in tasks or the user's own files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from enum import IntEnum
+from itertools import compress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedmomentum.config.schema import BUILT_IN_SOURCE, DataConfig
+from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
+from fedmomentum.data.examples import ClientData, Example, Prompt
+from fedmomentum.data.partition import divide_in_proportion, partition
+from fedmomentum.data.readers import column_texts, read_rows, to_examples
+from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.utils.names import check_client_name
+from fedmomentum.utils.seeding import data_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.data.rows import Rows
+
+
+# From this many examples on, a client that holds out a fraction holds out at least one.
+MIN_EXAMPLES_TO_HOLD_OUT = 10
+
+_log = logging.getLogger(__name__)
+
+
+class Purpose(IntEnum):
+    """What is random in the data; each purpose has a seed of its own."""
+
+    PARTITION = 0
+    TEST_EXAMPLES = 1
+    TEST_OWNERS = 2
+    HELD_OUT = 3
+
+
+ClientExamples = dict[str, list[Example]]
+"""The examples of each client, by its id."""
+
+
+def load_clients(config: DataConfig, seed: int) -> list[ClientData]:
+    """Load the examples of all clients, sorted by client id.
+
+    Which client has which examples is decided by the first of these that applies:
+
+    1. ``client-files``: one file a client.
+    2. ``client-column``: one source whose column names the client of each row.
+    3. Otherwise one source, divided by `partition` among "client-0", "client-1", ... (zero-padded).
+
+    No prompt is both trained on and tested on: the prompt of a held-out example occurs once in the
+    source (with ``client-files``: once in that client's file, for no client sees another's), and
+    rows of a ``test-source`` or built-in tests whose prompt is trained on are left out.
+
+    Args:
+        config: The section [data] of the configuration.
+        seed: Decides the built-in examples, the partition and what is held out.
+
+    Returns:
+        The clients.
+
+    Raises:
+        ConfigError: If the configuration names no data.
+        DataError: If a file cannot be used or the data does not suffice; the message names the
+            file, row or client.
+    """
+    if not config.source and not config.client_files:
+        raise ConfigError("data.source must be given, or data.client-files; got neither")
+    examples = dict(sorted(assign_clients(config, seed).items()))
+    train, test = hold_out(config, examples, seed)
+    return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
+
+
+def partition_table(clients: Sequence[ClientData]) -> dict[str, dict[str, dict[str, int]]]:
+    """Count each client's examples: {client id: {"train": {category: count}, "test": ...}}."""
+    return {
+        client.client_id: {
+            "train": _count_categories(client.train),
+            "test": _count_categories(client.test),
+        }
+        for client in clients
+    }
+
+
+def _count_categories(examples: Sequence[Example]) -> dict[str, int]:
+    return dict(sorted(Counter(example.category for example in examples).items()))
+
+
+# ── which client has which examples ───────────────────────────────────────────────────────────────
+
+
+def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
+    """Return all examples of each client, before any is held out.
+
+    Raises:
+        DataError: If a file cannot be used, or the data cannot be divided so.
+    """
+    if config.client_files:
+        clients = {}
+        for client, file in config.client_files.items():
+            _, clients[client] = read_source(file, config.split, config.category_column)
+        return clients
+    if config.source == BUILT_IN_SOURCE:
+        examples = task_examples(task_names(config), config.num_examples, seed)
+        return _simulate_clients(config, examples, seed)
+    rows, examples = read_source(config.source, config.split, config.category_column)
+    if not config.client_column:
+        return _simulate_clients(config, examples, seed)
+    # A column names the client of each row.
+    owners = column_texts(rows, config.client_column, where=config.source)
+    for number, owner in enumerate(owners, start=1):
+        where = f"{config.source}, row {number}, column {config.client_column!r}"
+        check_client_name(owner, where, DataError)
+    return _by_owner(examples, owners)
+
+
+def read_source(source: str, split: str, category_column: str | None) -> tuple[Rows, list[Example]]:
+    """Read a file, directory or hub data set, as rows and as examples.
+
+    Raises:
+        DataError: If it cannot be used.
+    """
+    rows = read_rows(source, split=split)
+    return rows, to_examples(rows, category_column=category_column, where=source)
+
+
+def task_names(config: DataConfig) -> list[str]:
+    """Return the names of the built-in tasks to mix."""
+    return list(config.tasks or DEFAULT_TASKS)
+
+
+def _simulate_clients(config: DataConfig, examples: Sequence[Example], seed: int) -> ClientExamples:
+    """Divide one source among numbered clients."""
+    by_category = config.partition in ("dirichlet", "categories")
+    has_categories = config.source == BUILT_IN_SOURCE or config.category_column is not None
+    if by_category and not has_categories:
+        raise DataError(f'partition "{config.partition}" divides by category; give category-column')
+    parts = partition(
+        [example.category for example in examples],
+        num_clients=config.num_clients,
+        how=config.partition,
+        seed=data_seed(seed, Purpose.PARTITION),
+        concentration=config.concentration,
+        min_examples=config.min_examples,
+        categories_per_client=config.categories_per_client,
+        sizes=config.sizes or None,
+    )
+    # Padded with zeros, so that names sort as numbers do.
+    width = len(str(config.num_clients - 1))
+    return {
+        f"client-{number:0{width}d}": [examples[index] for index in part]
+        for number, part in enumerate(parts)
+    }
+
+
+def _by_owner(examples: Sequence[Example], owners: Sequence[str]) -> ClientExamples:
+    """Group examples by the client that each belongs to."""
+    clients: ClientExamples = {}
+    for owner, example in zip(owners, examples, strict=True):
+        clients.setdefault(owner, []).append(example)
+    return clients
+
+
+# ── what is held out ──────────────────────────────────────────────────────────────────────────────
+
+
+def hold_out(
+    config: DataConfig, clients: ClientExamples, seed: int
+) -> tuple[ClientExamples, ClientExamples]:
+    """Return each client's training examples, and its test examples.
+
+    Raises:
+        DataError: If a test source cannot be used, or leaves nothing to test on.
+    """
+    if config.source == BUILT_IN_SOURCE:
+        tests = _built_in_tests(config, clients, seed)
+        return clients, _assign_in_proportion(tests, clients, seed)
+    if config.test_source is not None:
+        return clients, _shared_tests(config, config.test_source, clients, seed)
+    return _hold_out_fraction(config, clients, seed)
+
+
+def _built_in_tests(config: DataConfig, clients: ClientExamples, seed: int) -> list[Example]:
+    """Generate test examples of the built-in tasks, with prompts that nobody trains on."""
+    names = task_names(config)
+    if config.num_test_examples == 0:
+        return []
+    if config.num_test_examples < len(names):
+        raise DataError(
+            f"num_test_examples={config.num_test_examples} must be 0, or at least {len(names)}, "
+            "one a task"
+        )
+    test_seed = data_seed(seed, Purpose.TEST_EXAMPLES)
+    return task_examples(
+        names, config.num_test_examples, test_seed, exclude=_trained_prompts(clients)
+    )
+
+
+def _shared_tests(
+    config: DataConfig, source: str, clients: ClientExamples, seed: int
+) -> ClientExamples:
+    """Divide a common test set among the clients.
+
+    By the client column where it has that; else each category in proportion to the clients'
+    training examples of it.
+    """
+    # Leave out what is trained on.
+    rows, tests = read_source(source, config.test_split, config.category_column)
+    trained = _trained_prompts(clients)
+    is_new = [_prompt_key(example.prompt) not in trained for example in tests]
+    if not any(is_new):
+        raise DataError(
+            f"{source}: every prompt is also trained on; give a test set of other prompts"
+        )
+    if not all(is_new):
+        message = "%s: %d of %d test examples left out, their prompts are also trained on"
+        _log.warning(message, source, is_new.count(False), len(is_new))
+    # Give every client its own, or a part of all.
+    new_tests = list(compress(tests, is_new))
+    column = config.client_column
+    if column is None or column not in rows.column_names:
+        return _assign_in_proportion(new_tests, clients, seed)
+    owners = column_texts(rows, column, where=source)
+    unknown = sorted(set(owners) - set(clients))
+    if unknown:
+        raise DataError(
+            f"{source}: column {column!r} names clients without training examples: "
+            f"{', '.join(unknown)}"
+        )
+    by_owner = _by_owner(new_tests, list(compress(owners, is_new)))
+    return {client: by_owner.get(client, []) for client in clients}
+
+
+def _assign_in_proportion(
+    tests: Sequence[Example], clients: ClientExamples, seed: int
+) -> ClientExamples:
+    """Divide each category's tests in proportion to the clients' training examples of it.
+
+    A category that nobody trains on is divided in proportion to all training examples.
+    """
+    rng = np.random.default_rng(data_seed(seed, Purpose.TEST_OWNERS))
+    # How many training examples of each category a client has.
+    counts = [Counter(example.category for example in examples) for examples in clients.values()]
+    positions: list[list[int]] = [[] for _ in clients]
+    for category in sorted({example.category for example in tests}):
+        indices = [index for index, example in enumerate(tests) if example.category == category]
+        proportions = [count[category] for count in counts]
+        if not any(proportions):
+            proportions = [count.total() for count in counts]
+        parts = divide_in_proportion(indices, proportions, rng)
+        for client_positions, part in zip(positions, parts, strict=True):
+            client_positions.extend(part)
+    # In the order of the test set, whatever the order of the categories.
+    assigned = {}
+    for client, part in zip(clients, positions, strict=True):
+        assigned[client] = [tests[index] for index in sorted(part)]
+    return assigned
+
+
+def _hold_out_fraction(
+    config: DataConfig, clients: ClientExamples, seed: int
+) -> tuple[ClientExamples, ClientExamples]:
+    """Take a fraction of each client's examples out, of those whose prompt occurs once.
+
+    Rounded, but at least one for a client with `MIN_EXAMPLES_TO_HOLD_OUT` or more, and never all.
+    """
+    # How often each prompt occurs.
+    counts = {}
+    for client, examples in clients.items():
+        counts[client] = Counter(_prompt_key(example.prompt) for example in examples)
+    # With a file of its own a client counts only there, for it sees no other client's.
+    if not config.client_files:
+        counts = dict.fromkeys(clients, sum(counts.values(), Counter()))
+    train = {}
+    test = {}
+    for client, examples in clients.items():
+        # Seeded by the client's name, so that a client alone finds the same fraction as among
+        # others.
+        rng = np.random.default_rng([data_seed(seed, Purpose.HELD_OUT), *client.encode()])
+        unique = []
+        for index, example in enumerate(examples):
+            if counts[client][_prompt_key(example.prompt)] == 1:
+                unique.append(index)
+        num_wanted = round(config.test_fraction * len(examples))
+        if config.test_fraction > 0 and len(examples) >= MIN_EXAMPLES_TO_HOLD_OUT:
+            num_wanted = max(num_wanted, 1)
+        num_taken = min(num_wanted, len(examples) - 1)
+        taken = set(rng.permutation(unique)[:num_taken].tolist())
+        train[client] = [example for index, example in enumerate(examples) if index not in taken]
+        test[client] = [example for index, example in enumerate(examples) if index in taken]
+    return train, test
+
+
+def _trained_prompts(clients: ClientExamples) -> set[str]:
+    """Return the prompts that any client trains on, as `_prompt_key` writes them."""
+    prompts: set[str] = set()
+    for examples in clients.values():
+        prompts.update(_prompt_key(example.prompt) for example in examples)
+    return prompts
+
+
+def _prompt_key(prompt: Prompt) -> str:
+    """Return a text that two prompts share if and only if they are the same."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

@@ -1,0 +1,173 @@
+"""The contract of an evaluation task, the tasks that score one, and the evaluation that results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+
+from fedmomentum.data.builtin_tasks import score_answer
+from fedmomentum.formats.scores import NO_EXAMPLES, Score
+
+if TYPE_CHECKING:
+    from fedmomentum.data.examples import Example
+    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.objectives.objective import ExampleScore
+
+
+EvalType = Literal["teacher-forced", "generated"]
+"""What a task wants of a model: to predict the given answers, or to write answers of its own."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a group of examples.
+
+    Attributes:
+        total: The score of all examples.
+        by_category: The score of each category, sorted by name.
+    """
+
+    total: Score
+    by_category: dict[str, Score]
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """Return the scores of both groups together."""
+        by_category = {}
+        for name in sorted(self.by_category.keys() | other.by_category.keys()):
+            first = self.by_category.get(name, NO_EXAMPLES)
+            second = other.by_category.get(name, NO_EXAMPLES)
+            by_category[name] = first + second
+        return Evaluation(self.total + other.total, by_category)
+
+
+class Categorized(Protocol):
+    """An example of a task."""
+
+    @property
+    def category(self) -> str:
+        """The category by which scores are reported."""
+
+
+ExampleT = TypeVar("ExampleT", bound=Categorized)
+AnswerT = TypeVar("AnswerT", contravariant=True)
+
+
+class EvaluationTask(Protocol[ExampleT, AnswerT]):
+    """Held-out examples, and how a model's answer to one of them is scored."""
+
+    @property
+    def eval_type(self) -> EvalType:
+        """What the task wants of a model."""
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+
+    def get_example(self, index: int) -> ExampleT:
+        """Return an example; indices count from 0."""
+
+    def evaluate(self, example: ExampleT, answer: AnswerT) -> Score:
+        """Score an answer to an example."""
+
+
+def evaluate_task(
+    task: EvaluationTask[ExampleT, AnswerT], answers: Iterable[tuple[int, AnswerT]]
+) -> Evaluation:
+    """Score a model's answers to a task.
+
+    Args:
+        task: The task.
+        answers: Index of the example and the model's answer to it, in the order in which the scores
+            are summed.
+
+    Returns:
+        The scores in total and by category.
+    """
+    # Sum by category first: the total is the sum of the categories in sorted order.
+    by_category: dict[str, Score] = {}
+    for index, answer in answers:
+        example = task.get_example(index)
+        score = by_category.get(example.category, NO_EXAMPLES)
+        by_category[example.category] = score + task.evaluate(example, answer)
+    by_category = dict(sorted(by_category.items()))
+    return Evaluation(sum(by_category.values(), NO_EXAMPLES), by_category)
+
+
+class TokenizedExample(NamedTuple):
+    """One of `TokenizedExamples`.
+
+    Attributes:
+        input_ids: Token ids of prompt, completion and end token.
+        num_prompt_tokens: How many of them belong to the prompt.
+        category: The category of the example.
+        is_truncated: Whether part of the completion was cut off.
+    """
+
+    input_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    category: str
+    is_truncated: bool
+
+
+@dataclass(frozen=True)
+class TeacherForcedTask:
+    """Predict each token of the given answer from those before it.
+
+    An example counts as exact when the most likely token is the right one at every position of the
+    completion and its end token. A truncated completion adds to the loss and never counts as exact.
+
+    Attributes:
+        examples: The tokenized examples.
+    """
+
+    examples: TokenizedExamples
+    eval_type: ClassVar[EvalType] = "teacher-forced"
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    def get_example(self, index: int) -> TokenizedExample:
+        """Return an example; indices count from 0."""
+        return TokenizedExample(
+            self.examples.input_ids[index],
+            self.examples.num_prompt_tokens[index],
+            self.examples.categories[index],
+            self.examples.is_truncated[index],
+        )
+
+    def evaluate(self, example: TokenizedExample, answer: ExampleScore) -> Score:
+        """Score the predictions of an example's tokens."""
+        is_exact = answer.is_exact and not example.is_truncated
+        return Score(answer.nll, answer.num_targets, 1, int(is_exact))
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """Write an answer to each prompt.
+
+    An example counts as exact when the scorer of its task gives the answer full marks; see
+    `score_answer`. There is no loss.
+
+    Attributes:
+        examples: The examples.
+    """
+
+    examples: Sequence[Example]
+    eval_type: ClassVar[EvalType] = "generated"
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    def get_example(self, index: int) -> Example:
+        """Return an example; indices count from 0."""
+        return self.examples[index]
+
+    def evaluate(self, example: Example, answer: str) -> Score:
+        """Score the text of an answer."""
+        is_exact = score_answer(example, answer) >= 1
+        return Score(0.0, 0, 1, int(is_exact))

@@ -1,0 +1,111 @@
+"""Loss, perplexity and exact match of a model's predictions of given answers, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fedmomentum.errors import DataError
+from fedmomentum.evaluation.tasks import Evaluation, TeacherForcedTask, evaluate_task
+from fedmomentum.objectives.objective import CAUSAL_LM, ExampleScore, Objective
+
+if TYPE_CHECKING:
+    from fedmomentum.data.tokenization import TokenizedExamples
+
+
+def evaluate(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    *,
+    pad_token_id: int,
+    batch_size: int = 32,
+    objective: Objective = CAUSAL_LM,
+) -> Evaluation:
+    """Score a model on examples in one teacher-forced pass; see `TeacherForcedTask`.
+
+    Greedy generation takes the same tokens, so the exact match is its word-for-word match without
+    generating; in 16 bits the two may differ where the best two tokens are within one rounding step
+    of each other.
+
+    The result does not depend on the order of the examples. The model keeps its train or eval mode.
+
+    Args:
+        model: A model, with or without adapters.
+        examples: The examples to score.
+        pad_token_id: Fills short rows; any valid id, for it is masked.
+        batch_size: Examples in a forward pass.
+        objective: What is scored.
+
+    Returns:
+        The scores in total and by category.
+
+    Raises:
+        DataError: If there are no examples.
+    """
+    if not examples:
+        raise DataError("no examples to evaluate on; give some test data, or turn evaluation off")
+    with evaluation_mode(model):
+        predictions = predict_examples(model, examples, objective, pad_token_id, batch_size)
+        return evaluate_task(TeacherForcedTask(examples), predictions)
+
+
+def predict_examples(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    objective: Objective,
+    pad_token_id: int,
+    batch_size: int,
+) -> Iterator[tuple[int, ExampleScore]]:
+    """Yield the index and score of each example, in an order that does not depend on the examples'.
+
+    Args:
+        model: The model, in evaluation mode.
+        examples: The examples to score.
+        objective: What is scored.
+        pad_token_id: Fills short rows.
+        batch_size: Examples in a forward pass.
+    """
+    # The examples of a batch go through the model together, and are scored one by one.
+    device = next(model.parameters()).device
+    order = _batch_order(examples)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        input_ids = [examples.input_ids[row] for row in rows]
+        num_prompt_tokens = [examples.num_prompt_tokens[row] for row in rows]
+        batch = objective.collate(input_ids, num_prompt_tokens, pad_token_id)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        predictions = objective.predict(model, batch)
+        yield from zip(rows, objective.score(predictions), strict=True)
+
+
+def _batch_order(examples: TokenizedExamples) -> list[int]:
+    """Return the order in which examples are batched.
+
+    Rows of equal length together waste no padding. The ids themselves break ties, so that the
+    batches, and with them the rounding, are the same in whatever order the examples come.
+    """
+
+    def key(row: int) -> tuple[int, tuple[int, ...], int]:
+        ids = examples.input_ids[row]
+        return len(ids), ids, examples.num_prompt_tokens[row]
+
+    return sorted(range(len(examples)), key=key)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without gradients for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference_mode: a buffer that the model refreshes in passing would be unusable in the
+        # next training.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

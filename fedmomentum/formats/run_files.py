@@ -1,0 +1,174 @@
+"""The files of a run for people and reports, each as a declared type: plan, partition, ...
+
+All but metrics.jsonl are records with a checksum of their own (`records`); the rows of metrics are
+covered by a hash in every checkpoint. A reader takes fields that it does not know, so that an older
+release reads a newer one's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fedmomentum.errors import FedMomentumError, ModelError
+from fedmomentum.formats.manifest import Fingerprint
+from fedmomentum.formats.metrics_file import METRICS as METRICS
+from fedmomentum.formats.metrics_file import check_metrics as check_metrics
+from fedmomentum.formats.metrics_file import metrics_prefix as metrics_prefix
+from fedmomentum.formats.metrics_file import read_metrics as read_metrics
+from fedmomentum.utils.records import parse_record, read_file
+from fedmomentum.utils.schema import Count, Fraction, Hash, Seed, check_free_form
+
+DATA = "data.json"
+
+
+class _Open(msgspec.Struct, frozen=True, kw_only=True):
+    """A table with declared fields; others are ignored."""
+
+
+# ── metrics.jsonl ──
+
+
+# ── records ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class _RunRecord(_Open, frozen=True, kw_only=True):
+    """A file of a run; `run_id` ties it to the run's checkpoints."""
+
+    sha256: Hash
+    run_id: str | None = None
+
+
+class PlanFile(_RunRecord, frozen=True, kw_only=True):
+    """plan.json: what a run was estimated to cost; the fields are those of `run.Plan`."""
+
+    model: str
+    num_parameters: Count
+    num_trained: Count
+    num_clients: Count
+    num_rounds: Count
+    method: str
+    uplink_bytes: Count
+    downlink_bytes: Count
+    memory_bytes: Count
+    disk_bytes: Count
+    warnings: list[str] = []
+
+
+class PartitionFile(_RunRecord, frozen=True, kw_only=True):
+    """partition.json: client to `train` and `test`, to category, to number of examples."""
+
+    clients: dict[str, dict[Literal["train", "test"], dict[str, Count]]]
+
+
+class OriginFile(_RunRecord, frozen=True, kw_only=True):
+    """data.json: where a run was made, and the fingerprint of each client's data."""
+
+    directory: str
+    clients: dict[str, Fingerprint]
+
+
+class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
+    """environment.json: what the last bits of a result depend on."""
+
+    versions: dict[str, str]
+    threads: Count
+    platform: str = ""
+    processor: str = ""
+    device: str | None = None
+    dtype: str | None = None
+    base_sha256: Hash | None = None
+    tokenizer_sha256: Hash | None = None
+    clients: dict[str, str] = {}
+
+
+class ReportedFile(_RunRecord, frozen=True, kw_only=True):
+    """trackers/reported.json: tracker to the last round that it was told of."""
+
+    rounds: dict[str, Annotated[int, Meta(ge=-1, le=2**31)]]
+
+
+class ClientStatus(_Open, frozen=True, kw_only=True):
+    """What a served run knows of one client."""
+
+    connected: bool
+    state: Literal["idle", "asked", "answered", "failed"]
+    until: float | None
+    reason: str | None
+    rounds: Count
+    up_bytes: Count
+    down_bytes: Count
+
+
+class StatusFile(_RunRecord, frozen=True, kw_only=True):
+    """status.json of a served run."""
+
+    phase: Literal["waiting", "training", "evaluating", "aggregating", "ended"]
+    round: Count | None
+    num_rounds: Count
+    version: str | None
+    waiting_for: list[str]
+    waits_until: float | None
+    clients: dict[str, ClientStatus]
+    written: float
+
+
+class ComparedCell(_Open, frozen=True, kw_only=True):
+    """One method with one seed, and the folders of its runs within the comparison's."""
+
+    method: str
+    kind: Literal["federated", "centralised", "local"]
+    seed: Seed
+    folders: Annotated[list[str], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        """Check that no folder leads out of the comparison's."""
+        for folder in self.folders:
+            if Path(folder).is_absolute() or ".." in Path(folder).parts:
+                raise ValueError(f"folder {folder[:200]!r} is not inside the comparison's")
+
+
+class ComparisonHead(_Open, frozen=True, kw_only=True):
+    """What decides whether the rest of comparison.json is looked at."""
+
+    format: Any = None
+    format_version: Any = None
+
+
+class ComparisonFile(_RunRecord, frozen=True, kw_only=True):
+    """comparison.json."""
+
+    format: str
+    format_version: int
+    baseline: str
+    target: Fraction
+    command: str | None
+    cells: Annotated[list[ComparedCell], Meta(min_length=1)]
+    summary: list[Any]
+
+
+def read_facts(
+    path: Path, kind: type[_RunRecord], error: type[FedMomentumError] = ModelError
+) -> tuple[dict[str, Any], str | None]:
+    """Read a record, and return its content as plain JSON values and the run that it belongs to.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        error: the error to raise.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        FedMomentumError: If it cannot be read, a field does not fit, or it was changed since it was
+            written.
+    """
+    data = read_file(path, error=error)
+    record = parse_record(data, kind, str(path), error)
+    table: dict[str, Any] = msgspec.json.decode(data)
+    check_free_form(table, str(path), error)
+    return {
+        key: value for key, value in table.items() if key not in ("sha256", "run_id")
+    }, record.run_id

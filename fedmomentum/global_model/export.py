@@ -1,0 +1,400 @@
+"""Exports: a merged model directory, or one plain PEFT adapter for the unchanged base model.
+
+Both are read back before they count as written: stock transformers and PEFT load them from their
+directory, on the CPU in float32, and their logits for a few tokens are compared with those of the
+run's model.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.base_model.identity import identify
+from fedmomentum.errors import AdapterError, ModelError
+from fedmomentum.linalg.low_rank import LowRank, from_svd
+from fedmomentum.linalg.probes import applied_share
+from fedmomentum.lora.adapter import Adapter, to_tensors
+from fedmomentum.lora.peft_folder import read_adapter, write_adapter
+from fedmomentum.utils.io import write_atomically
+
+if TYPE_CHECKING:
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.global_model.tuned import TunedModel
+    from fedmomentum.linalg.matrix import Matrix
+
+CPU = torch.device("cpu")
+# Alphas are rounded to whole numbers within 1e-9; a scaling read back differs by round-off only.
+SCALING_TOL = 1e-12
+# What transformers calls the last layer of its sequence classifiers.
+HEAD_NAMES = ("score.weight", "classifier.weight", "out_proj.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """What the run's model computes.
+
+    Attributes:
+        tokens: One row of tokens.
+        logits: Its logits for them.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+
+
+def to_single_adapter(model: GlobalModel) -> Adapter:
+    """Return the whole model as one LoRA adapter of scaling 1.
+
+    Per module it has the smallest rank that represents `base_update + s B A`.
+    """
+    modules = {}
+    for module in model.adapter.modules:
+        modules[module] = _factorize(model.effective(module)).to(torch.float32)
+    config = {**model.adapter.config, "base_model_name_or_path": model.base.name}
+    scalings = dict.fromkeys(modules, 1.0)
+    return replace(model.adapter, modules=modules, scalings=scalings, config=config)
+
+
+def _factorize(matrix: Matrix) -> LowRank:
+    """Return factors of the smallest rank, but at least 1: PEFT does not allow rank 0."""
+    if isinstance(matrix, LowRank):
+        factors = matrix.recompress()
+    else:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        factors = from_svd(U, S, Vh, matrix.dtype)
+    if factors.rank > 0:
+        return factors
+    out_size, in_size = factors.shape
+    return LowRank(factors.B.new_zeros(out_size, 1), factors.A.new_zeros(1, in_size))
+
+
+def require_empty_directory(out: Path) -> None:
+    """Refuse to overwrite anything.
+
+    Raises:
+        ModelError: If `out` is a file, or a directory that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} exists and is not empty; nothing was written. Give another --out")
+
+
+# ── an adapter ────────────────────────────────────────────────────────────────────────────────────
+
+
+def export_adapter(
+    model: GlobalModel, out: Path, *, base_directory: Path | None = None
+) -> float | None:
+    """Write one plain PEFT adapter that makes the base model the global model; read it back.
+
+    Args:
+        model: The global model.
+        out: A new or empty directory.
+        base_directory: The base model's directory, for its tokenizer, and to load the adapter on
+            it. Without it, only the written tensors are checked.
+
+    Returns:
+        The difference of the logits of the adapter, as PEFT loads it, from the run's, as a
+        fraction of their norm; None without a base model.
+
+    Raises:
+        ModelError: If `out` is not empty, the base is another one, or what was written is another
+            model.
+        AdapterError: If the adapter does not fit the base.
+    """
+    from fedmomentum.global_model.readback import written_aside
+
+    require_empty_directory(out)
+    reference = None
+    if base_directory is not None:
+        model.base.check(identify(str(base_directory), base_directory))
+        reference = _reference_logits(model, base_directory)
+    with written_aside(out) as temporary:
+        adapter = to_single_adapter(model)
+        write_adapter(adapter, temporary)
+        _check_written(adapter, temporary)
+        if base_directory is not None:
+            _copy_tokenizer(base_directory, temporary)
+        _write_card(model, temporary, "peft", f"PeftModel.from_pretrained(base, {out.name!r})")
+        if base_directory is None or reference is None:
+            return None
+        num_labels = _num_labels(model.adapter)
+        return _read_back_adapter(adapter, temporary, base_directory, num_labels, reference)
+
+
+def _reference_logits(model: GlobalModel, base_directory: Path) -> _Reference:
+    """Compute the logits of the run's model, and free it."""
+    from fedmomentum.base_model.loading import load_base, tied_names
+
+    adapter = model.adapter
+    base = load_base(
+        base_directory,
+        torch.float32,
+        CPU,
+        num_labels=_num_labels(adapter),
+        supplied=adapter.saved.keys(),
+    )
+    reference, _ = _compute_as_trained(model, base, base_directory, tied_names(base))
+    del base
+    gc.collect()
+    return reference
+
+
+def _compute_as_trained(
+    model: GlobalModel, base: Any, base_directory: Path, tied: Mapping[str, Collection[str]]
+) -> tuple[_Reference, Any]:
+    """Compute the logits of the run's model: the merged base with PEFT's layers around it.
+
+    The model is assembled as for training, and shares no code with the exports.
+
+    Returns:
+        The tokens and logits, and the base model as it was before.
+    """
+    from fedmomentum.base_model.weights import Float32Weights
+    from fedmomentum.global_model.readback import logits_of, probe_tokens
+    from fedmomentum.lora.peft_model import detach_adapter, lora_layers, wrap_with_adapter
+
+    trained = wrap_with_adapter(base, model.adapter)
+    layers = {module: layer.base_layer for module, layer in lora_layers(trained).items()}
+    base_weights = Float32Weights(layers, base_directory, tied)
+    base_weights.apply(model.base_update)
+    tokens = probe_tokens(base)
+    logits = logits_of(trained, tokens)
+    base_weights.apply([])
+    return _Reference(tokens, logits), detach_adapter(trained)
+
+
+def _check_written(adapter: Adapter, directory: Path) -> None:
+    """Refuse a directory that does not hold exactly the tensors and scalings of the adapter."""
+    written = read_adapter(directory)
+    expected = to_tensors(adapter)
+    tensors = to_tensors(written)
+    is_same = expected.keys() == tensors.keys() and all(
+        torch.equal(expected[name], tensors[name]) for name in expected
+    )
+    for module, scaling in adapter.scalings.items():
+        is_same = is_same and abs(written.scalings[module] - scaling) <= SCALING_TOL
+    if not is_same:
+        raise ModelError(
+            f"the adapter written to {directory} reads back as another one; the disk is damaged"
+        )
+
+
+def _read_back_adapter(
+    adapter: Adapter,
+    directory: Path,
+    base_directory: Path,
+    num_labels: int | None,
+    reference: _Reference,
+) -> float:
+    """Load the written adapter by PEFT, and return the difference of its logits."""
+    from fedmomentum.base_model.loading import load_base
+    from fedmomentum.global_model.readback import check_logits, logits_of
+    from fedmomentum.lora.peft_model import load_with_peft, resize_for
+
+    base = load_base(
+        base_directory,
+        torch.float32,
+        CPU,
+        num_labels=num_labels,
+        supplied=adapter.saved.keys(),
+    )
+    resize_for(base, adapter)
+    logits = logits_of(load_with_peft(base, directory), reference.tokens)
+    what = "the adapter, read back by PEFT, is another model"
+    return check_logits(logits, reference.logits, torch.float32, what)
+
+
+# ── a merged model ────────────────────────────────────────────────────────────────────────────────
+
+
+def export_merged(
+    model: GlobalModel, out: Path, *, base_directory: Path, dtype: torch.dtype = torch.float32
+) -> float:
+    """Write the global model as an ordinary transformers directory, and read it back.
+
+    Args:
+        model: The global model.
+        out: A new or empty directory.
+        base_directory: The base model's directory; its identity is checked.
+        dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
+
+    Returns:
+        The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
+        adapted modules and fully trained ones, in `dtype`; 1 in float32.
+
+    Raises:
+        ModelError: If the base is another one, `out` is not empty, or what was written is another
+            model.
+        AdapterError: If a tensor of `modules_to_save` has no place in the model.
+    """
+    from fedmomentum.base_model.loading import load_base, tied_names
+    from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
+    from fedmomentum.global_model.tuned import TunedModel, write_down_ties
+
+    require_empty_directory(out)
+    model.base.check(identify(str(base_directory), base_directory))
+    num_labels = _num_labels(model.adapter)
+    supplied = model.adapter.saved.keys()
+
+    # Merge in float32, and compare with the model as it was trained.
+    base = load_base(base_directory, torch.float32, CPU, num_labels=num_labels, supplied=supplied)
+    tied = tied_names(base)
+    reference, live = _compute_as_trained(model, base, base_directory, tied)
+    tuned = TunedModel(live, base_directory, model, tied)
+    tuned.apply()
+    tokens = reference.tokens
+    what = "the merged model is another model than the run's"
+    check_logits(logits_of(live, tokens), reference.logits, torch.float32, what)
+    applied_fraction = _applied_fraction(model, tuned, dtype)
+
+    with written_aside(out) as temporary:
+        # Round, write, and free the model, so that only one is in memory.
+        write_down_ties(live)
+        _round_weights(live, dtype)
+        rounded_logits = logits_of(live, tokens)
+        _save(live, base_directory, temporary, dtype)
+        class_name = type(live).__name__
+        del base, live, tuned
+        gc.collect()
+
+        # Read it back: exactly what was written, and the run's model up to rounding.
+        saved = load_base(temporary, torch.float32, CPU, num_labels=num_labels)
+        logits = logits_of(saved, tokens)
+        what = "the merged model, read back, is not what was written"
+        check_logits(logits, rounded_logits, torch.float32, what)
+        what = f"the merged model, read back from {dtype}, is another model"
+        check_logits(logits, reference.logits, dtype, what)
+        _copy_tokenizer(base_directory, temporary)
+        _write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
+    return applied_fraction
+
+
+def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
+    """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
+    changes = {}
+    expected = {}
+    for module in tuned.base_weights.layers:
+        pretrained = tuned.base_weights.pretrained(module)
+        merged = tuned.base_weights.weight(module)
+        change = merged.to(dtype).double() - pretrained.to(dtype).double()
+        changes[module] = change.flatten()
+        effective = model.effective(module)
+        dense = effective.dense() if isinstance(effective, LowRank) else effective
+        expected[module] = dense.flatten()
+    for name, (before, after) in zip(sorted(model.adapter.saved), tuned.saved, strict=True):
+        if not after.is_floating_point():
+            continue
+        start = torch.zeros_like(after)  # added tokens have no rows before
+        rows = tuple(slice(0, size) for size in before.shape)
+        start[rows] = before
+        changes[name] = (after.to(dtype).double() - start.to(dtype).double()).flatten()
+        expected[name] = (after.double() - start.double()).flatten()
+    return applied_share(changes, expected)
+
+
+def _stored_tensors(live: Any) -> list[tuple[str, Tensor]]:
+    """Return the floating-point tensors that are written to disk, each once.
+
+    Buffers that the model computes when it is loaded are not among them.
+    """
+    persistent = live.state_dict().keys()
+    tensors = []
+    for name, tensor in [*live.named_parameters(), *live.named_buffers()]:
+        if name in persistent and tensor.is_floating_point():
+            tensors.append((name, tensor))
+    return tensors
+
+
+def _round_weights(live: Any, dtype: torch.dtype) -> None:
+    """Round every weight to its value on disk, except those that transformers keeps in float32."""
+    if dtype == torch.float32:
+        return
+    float32_modules = [
+        *(live._keep_in_fp32_modules or ()),
+        *(live._keep_in_fp32_modules_strict or ()),
+    ]
+    for name, tensor in _stored_tensors(live):
+        if not any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in float32_modules):
+            tensor.data = tensor.data.to(dtype).to(torch.float32)
+
+
+def _save(live: Any, base_directory: Path, out: Path, dtype: torch.dtype) -> None:
+    """Write the rounded model in `dtype`, with the base model's generation settings."""
+    if getattr(live.config, "auto_map", None) is not None:
+        del live.config.auto_map  # it names code in the base's directory, which is not copied
+    for _, tensor in _stored_tensors(live):
+        rounded = tensor.data.to(dtype)
+        # Not equal is what transformers keeps in float32.
+        if torch.equal(rounded.to(tensor.dtype), tensor.data):
+            tensor.data = rounded
+    settings = base_directory / "generation_config.json"
+    has_settings = live.can_generate() and settings.is_file()
+    if has_settings:
+        # transformers refuses to write the settings of some base models; so they are copied.
+        live.generation_config = type(live.generation_config)()
+    live.save_pretrained(out)
+    if has_settings:
+        shutil.copyfile(settings, out / settings.name)
+
+
+def _num_labels(adapter: Adapter) -> int | None:
+    """Return the size of the classification head among the saved tensors; None without one.
+
+    Raises:
+        AdapterError: If the adapter is of a sequence classifier and saves no head.
+    """
+    if adapter.config.get("task_type") != "SEQ_CLS":
+        return None
+    heads = [tensor for name, tensor in adapter.saved.items() if name.endswith(HEAD_NAMES)]
+    if not heads:
+        raise AdapterError(
+            "the adapter is of a sequence classifier but saves no classification head"
+        )
+    return heads[-1].shape[0]
+
+
+def _copy_tokenizer(base_directory: Path, out: Path) -> None:
+    from fedmomentum.base_model.loading import load_tokenizer
+
+    load_tokenizer(base_directory).save_pretrained(out)
+
+
+def _write_card(model: GlobalModel, out: Path, library: str, load: str) -> None:
+    """Write the model card; `load` is the line of code that loads the export."""
+    base = model.base
+    is_adapter_directory = library == "peft"
+    kind = "LoRA adapter" if is_adapter_directory else "merged model"
+    revision = f" (revision {base.revision})" if base.revision else ""
+    addition = " when loaded on the base model" if is_adapter_directory else ""
+    card = f"""---
+library_name: {library}
+base_model: {base.name}
+tags: [fedmomentum, federated-learning, lora]
+---
+
+# Federated {kind} of {base.name}
+
+Made with fedmomentum: several clients fine-tuned one model with LoRA on data that stayed with them.
+
+| | |
+|---|---|
+| method | `{model.method}` |
+| rounds | {model.server_round} |
+| base model | {base.name}{revision} |
+| base SHA-256 | `{base.sha256 or "unknown: combined without the base at hand"}` |
+| tokenizer SHA-256 | `{base.tokenizer_sha256 or "unknown"}` |
+| base version after all merges | `{model.version}` |
+| adapted modules | {len(model.adapter.modules)} |
+
+This directory is the complete result{addition}: `{load}`.
+"""
+    write_atomically(out / "README.md", card.encode())

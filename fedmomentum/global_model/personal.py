@@ -1,0 +1,193 @@
+"""The factors that a client keeps for itself, and the model that they make with the global part.
+
+Some methods share one factor and leave the other with each client (`Method.personal`). Such a run
+has no one global model, but one model per client. A client's own factors are state that it carries
+from round to round; see `client_state` for their files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from fedmomentum.errors import FedMomentumError, ModelError
+from fedmomentum.global_model.client_state import ClientStateFiles
+from fedmomentum.utils.io import sha256
+from fedmomentum.utils.schema import Count, Hash, Label, PositiveCount, Schema, parse_json
+from fedmomentum.utils.tensors import read_metadata, read_safetensors, safetensors_bytes
+
+# The key of the one pair of metadata in a file.
+_KEY = "personal"
+
+
+class _Header(Schema, frozen=True):
+    """What a file says of itself."""
+
+    client: Label
+    run_id: Label
+    round: Count
+    rank: PositiveCount
+    scaling: Annotated[float, Meta(gt=0)]
+    mixed: bool
+    sha256: Hash | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PersonalFactors:
+    """A client's own factors after a round.
+
+    Attributes:
+        client: The client's name.
+        run_id: The run on the wire.
+        server_round: The round of the training that left them.
+        rank: The client's rank in that round.
+        scaling: The client's `lora_alpha / rank`.
+        mixed: Whether the clients' ranks differ, so that all start in one gauge (`client_start`).
+        tensors: `<module>.B` or `<module>.A` to the factor, float32, for each module that the
+            client adapts.
+    """
+
+    KIND: ClassVar[str] = "personal"
+    TITLE: ClassVar[str] = "own factors"
+
+    client: str
+    run_id: str
+    server_round: int
+    rank: int
+    scaling: float
+    mixed: bool
+    tensors: Mapping[str, Tensor]
+
+    def copy_into(self, live: Mapping[str, Tensor], *, rank: int, scaling: float) -> None:
+        """Copy the factors into the client's live adapter: all of them, or none.
+
+        Args:
+            live: `<module>.B` or `<module>.A` to the live tensor, for each factor that stays with
+                the client.
+            rank: The client's rank now.
+            scaling: Its scaling now.
+
+        Raises:
+            ModelError: If they have other modules, shapes, rank or scaling than the live adapter,
+                or are not finite.
+        """
+        name = f"client {self.client}: its own factors after round {self.server_round}"
+        if (self.rank, self.scaling) != (rank, scaling):
+            raise ModelError(
+                f"{name} have rank {self.rank} and scaling {self.scaling:g}; the adapter now has "
+                f"rank {rank} and scaling {scaling:g}. Use the [lora] that they were trained with"
+            )
+        unmatched = sorted(self.tensors.keys() ^ live.keys())
+        if unmatched:
+            raise ModelError(
+                f"{name} and the adapter differ: {unmatched[0]} is in one of them only"
+            )
+        for key, tensor in self.tensors.items():
+            check_factor(tensor, tuple(live[key].shape), f"{name}: {key}")
+        with torch.no_grad():
+            for key, tensor in self.tensors.items():
+                live[key].copy_(tensor)
+
+    # ── files ──
+
+    def encode(self) -> bytes:
+        """Return the bytes of their file, which holds a checksum of all that it says."""
+        header = _Header(
+            client=self.client,
+            run_id=self.run_id,
+            round=self.server_round,
+            rank=self.rank,
+            scaling=self.scaling,
+            mixed=self.mixed,
+        )
+        text = _header_json(header, _digest(header, self.tensors))
+        return safetensors_bytes(self.tensors, (_KEY, text))
+
+    @classmethod
+    def read(cls, file: Path) -> PersonalFactors:
+        """Read the factors of a file.
+
+        Raises:
+            ModelError: If it is missing or damaged.
+        """
+        try:
+            header = _read_header(file)
+            tensors, _ = read_safetensors(file.read_bytes(), str(file))
+            if _digest(header, tensors) != header.sha256:
+                raise ModelError(f"{file} does not match its checksum")
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+        except FedMomentumError as error:
+            raise ModelError(
+                f"a client's own factors are damaged: {error}. Restore the file from a copy; "
+                "without it this client cannot continue where it stopped"
+            ) from error
+        return cls(
+            client=header.client,
+            run_id=header.run_id,
+            server_round=header.round,
+            rank=header.rank,
+            scaling=header.scaling,
+            mixed=header.mixed,
+            tensors=tensors,
+        )
+
+    @classmethod
+    def read_client(cls, file: Path) -> str:
+        """Return the client that a file names.
+
+        Raises:
+            FedMomentumError: If the file is damaged.
+        """
+        return _read_header(file).client
+
+
+def personal_states(store: Path, run_id: str) -> ClientStateFiles[PersonalFactors]:
+    """Return the files of the clients' own factors in one run.
+
+    Args:
+        store: The run's directory, or a client's private store.
+        run_id: The run on the wire.
+    """
+    return ClientStateFiles(store, run_id, PersonalFactors)
+
+
+def check_factor(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Refuse a factor of another shape or dtype, or one that is not finite.
+
+    Raises:
+        ModelError: If it is one of these; the message begins with `name`.
+    """
+    if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+        raise ModelError(
+            f"{name} is {tuple(tensor.shape)} in {tensor.dtype}; wanted {shape} in torch.float32"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"{name} holds NaN or Inf")
+
+
+def _header_json(header: _Header, digest: str | None) -> str:
+    fields = {name: getattr(header, name) for name in header.__struct_fields__}
+    return json.dumps({**fields, "sha256": digest}, sort_keys=True)
+
+
+def _digest(header: _Header, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash over everything that a file says, except the hash."""
+    return sha256(_header_json(header, None).encode() + safetensors_bytes(tensors))
+
+
+def _read_header(file: Path) -> _Header:
+    try:
+        if not file.is_file():
+            raise ModelError(f"{file} is no regular file")
+        metadata = read_metadata(file)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    return parse_json(str(metadata.get(_KEY, "")), _Header, str(file), ModelError)

@@ -1,0 +1,79 @@
+"""`AdapterConfig`: the fields of adapter_config.json that count, as a checked type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from fedmomentum.errors import AdapterError
+from fedmomentum.lora.patterns import Patterns
+from fedmomentum.utils.schema import Fraction, check_free_form, validation_message
+
+Rank = Annotated[int, Meta(ge=1, le=2**20)]
+Alpha = Annotated[float, Meta(gt=0, le=1e9)]
+# Text that is shown and copied: no control characters, which could forge lines in a terminal.
+Line = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+ModuleName = Annotated[str, Meta(min_length=1, max_length=512)]
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields that change what is computed; `peft_config.check_config` checks the others.
+
+    The file comes from strangers. Defaults are PEFT's. A `lora_alpha` of 0 adds nothing and a
+    negative one subtracts what was learned: PEFT accepts both, and both are mistakes.
+    """
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    modules_to_save: Annotated[list[ModuleName], Meta(max_length=256)] | None = None
+    base_model_name_or_path: Line | None = None
+    revision: Line | None = None
+    task_type: Line | None = None
+    peft_type: Line | None = None
+    fan_in_fan_out: bool | None = False
+    lora_dropout: Fraction | None = 0.0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], name: str) -> AdapterConfig:
+        """Return the declared fields of a configuration.
+
+        Args:
+            config: JSON values, or those of a live model's PEFT configuration.
+            name: What messages call the adapter.
+
+        Raises:
+            AdapterError: If a field has another type, is out of range, or is nested too deep.
+        """
+        where = f"{name}: adapter_config.json"
+        if not isinstance(config, Mapping):
+            raise AdapterError(f"{where} holds no table")
+        known = {key: _plain(config[key]) for key in cls.__struct_fields__ if key in config}
+        check_free_form(known, where, AdapterError)
+        try:
+            return msgspec.convert(known, cls)
+        except (msgspec.ValidationError, RecursionError) as problem:
+            raise AdapterError(f"{where}: {validation_message(problem)}") from problem
+
+    def ranks(self, name: str) -> Patterns[int]:
+        """Return the `rank_pattern`, compiled."""
+        return Patterns(self.rank_pattern or {}, "rank_pattern", name)
+
+    def alphas(self, name: str) -> Patterns[float]:
+        """Return the `alpha_pattern`, compiled."""
+        return Patterns(self.alpha_pattern or {}, "alpha_pattern", name)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: live PEFT configurations hold enumerations and sets."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value

@@ -1,0 +1,143 @@
+"""Which fields of a PEFT configuration count, which are harmless, and which are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+from fedmomentum.errors import AdapterError
+from fedmomentum.lora.adapter import Adapter
+from fedmomentum.lora.adapter_config import AdapterConfig
+from fedmomentum.utils.text import printable
+
+T = TypeVar("T", int, float)
+
+# Fields that change what the factors mean, and that are taken into account.
+READ_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
+
+HARMLESS_FIELDS = {
+    # which modules, on what model: the names of the tensors tell
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    # how the adapter was trained or is stored, not what it adds
+    "lora_dropout",
+    "inference_mode",
+    "runtime_config",
+    "megatron_core",
+    # how the base stores its weight; the factors are (rank, in) and (out, rank) in any case
+    "fan_in_fan_out",
+}
+
+# Initializations that do not change the base (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do).
+HARMLESS_INIT = (True, False, "gaussian")
+
+# PEFT's defaults of fields that are not harmless, if not False, 0 or None; a test compares.
+DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}
+
+# Fields that `plain_config` takes over from the adapter's configuration.
+COPIED_FIELDS = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "lora_dropout",
+)
+# An alpha so close to a whole number is one: `scaling * rank` has the round-off of a division.
+ALPHA_TOL = 1e-9
+
+
+def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
+    """Refuse an adapter configuration that stands for anything but `W + scaling * B A`.
+
+    Args:
+        config: The configuration of an adapter's directory, a live model or a client; nothing in it
+            is trusted.
+        name: What messages call the adapter.
+
+    Returns:
+        The fields that count.
+
+    Raises:
+        AdapterError: If a field has an invalid type or value, or differs from its default and is
+            not known to be harmless; the message names the field, its value and what was wanted.
+    """
+    declared = AdapterConfig.of(config, name)
+    if str(declared.peft_type or "LORA").rsplit(".", 1)[-1] != "LORA":
+        raise AdapterError(
+            f"{name}: peft_type is {shown(declared.peft_type)}; only LORA adapters are supported"
+        )
+    if config.get("init_lora_weights", True) not in HARMLESS_INIT:
+        raise AdapterError(
+            f"{name}: init_lora_weights is {shown(config['init_lora_weights'])}, which changes the "
+            "base weights at the start of training, so that this adapter does not fit the "
+            f"published base. Supported: {HARMLESS_INIT}"
+        )
+    known = READ_FIELDS | HARMLESS_FIELDS | {"init_lora_weights"}
+    for key, value in config.items():
+        default = DEFAULTS.get(key)
+        is_default = value == default or not (value or default)
+        if key not in known and not is_default:
+            field = printable(str(key), 100)
+            raise AdapterError(
+                f"{name}: the LoRA configuration has {field} = {shown(value)}; only its default, "
+                f"{default!r}, is supported. Train without {field}, or merge this adapter into its "
+                "base with PEFT"
+            )
+    return declared
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: short, on one line."""
+    return printable(repr(value), 100)
+
+
+def plain_config(adapter: Adapter) -> dict[str, Any]:
+    """Return a LoRA configuration with the adapter's ranks and scalings, and nothing else.
+
+    The most common rank and alpha become `r` and `lora_alpha`; every other module is named in full
+    in `rank_pattern` and `alpha_pattern`, longer paths first, so that none is taken for the end of
+    another.
+    """
+    ranks = {module: matrix.rank for module, matrix in adapter.modules.items()}
+    alphas = {module: _alpha(adapter, module) for module in adapter.modules}
+    rank = _most_common(ranks.values())
+    alpha = _most_common(alphas.values())
+    rank_pattern = {}
+    alpha_pattern = {}
+    for module in sorted(ranks, key=lambda module: (-len(module), module)):
+        if ranks[module] != rank:
+            rank_pattern[module] = ranks[module]
+        if alphas[module] != alpha:
+            alpha_pattern[module] = alphas[module]
+    copied = {key: adapter.config[key] for key in COPIED_FIELDS if adapter.config.get(key)}
+    return {
+        "peft_type": "LORA",
+        **copied,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "inference_mode": True,
+    }
+
+
+def _alpha(adapter: Adapter, module: str) -> float:
+    """Return `scaling * rank`, as an int if it is a whole number."""
+    alpha = adapter.scalings[module] * adapter.modules[module].rank
+    return round(alpha) if abs(alpha - round(alpha)) < ALPHA_TOL else alpha
+
+
+def _most_common(values: Collection[T]) -> T:
+    """Return the most common value; of several, the smallest."""
+    all_values = list(values)
+    return max(sorted(set(all_values)), key=all_values.count)

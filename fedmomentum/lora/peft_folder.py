@@ -1,0 +1,312 @@
+"""PEFT adapter directories: read without PEFT, and written with its configuration.
+
+Writing imports peft, which takes seconds. What a configuration means for the product
+`scaling * B A` is decided in `peft_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedmomentum.errors import AdapterError
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.adapter import PREFIX, Adapter, to_tensors
+from fedmomentum.lora.adapter_config import AdapterConfig
+from fedmomentum.lora.peft_config import check_config, plain_config, shown
+from fedmomentum.utils.io import write_atomically
+from fedmomentum.utils.records import read_file
+from fedmomentum.utils.schema import check_free_form, parse_json
+from fedmomentum.utils.tensors import is_finite, safetensors_bytes
+from fedmomentum.utils.text import printable
+
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Bytes of adapter_config.json, and of the header of the weights: 100,000 tensors need 15 MB.
+MAX_HEADER = 2**24
+# Of a factor; vocabularies have about 300,000 entries.
+MAX_SIDE = 2**22
+# Characters of a tensor's name; a module path has about 50.
+MAX_NAME = 512
+# What models call their embeddings and their head.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_adapter(directory: Path | str, name: str | None = None) -> Adapter:
+    """Read a PEFT adapter directory (`adapter_config.json`, `adapter_model.safetensors`).
+
+    Args:
+        directory: The directory.
+        name: What messages call the adapter; by default the directory.
+
+    Raises:
+        AdapterError: If a file is missing, weights are pickled, a field is not supported, or
+            tensors are not the LoRA factors that the configuration describes; the message names
+            directory, field and tensor.
+    """
+    directory = Path(directory)
+    name = name or str(directory)
+    config = _read_config(directory, name)
+    declared = check_config(config, name)
+    tensors = _read_tensors(directory, name)
+    return _assemble(tensors, config, declared, name)
+
+
+def from_peft_tensors(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+) -> Adapter:
+    """Return the adapter of PEFT's tensors and configuration.
+
+    Raises:
+        AdapterError: As `read_adapter`.
+    """
+    return _assemble(tensors, config, check_config(config, name), name)
+
+
+def _read_config(directory: Path, name: str) -> dict[str, Any]:
+    file = directory / "adapter_config.json"
+    if not file.is_file():
+        raise AdapterError(
+            f"{name}: no adapter_config.json in {directory}; wanted a directory written by PEFT"
+        )
+    data = read_file(file, max_bytes=MAX_HEADER, error=AdapterError)
+    where = f"{name}: adapter_config.json"
+    config = parse_json(data, dict[str, Any], where, AdapterError)
+    check_free_form(config, where, AdapterError)
+    return config
+
+
+def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{name}: the weights are in adapter_model.bin, a pickle, which can run code when "
+                "it is read. Load it with PEFT if you trust it, and "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        raise AdapterError(f"{name}: no adapter_model.safetensors in {directory}")
+    try:
+        _check_header_length(file, name)
+        with safe_open(file, framework="pt") as opened:
+            keys = list(opened.keys())
+            # The header has the shapes: what cannot be right is refused before it is read.
+            for key in keys:
+                _check_shape(key, opened.get_slice(key).get_shape(), name)
+            return {key: opened.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AdapterError(f"{name}: adapter_model.safetensors cannot be read: {error}") from error
+
+
+def _check_header_length(file: Path, name: str) -> None:
+    """Refuse a header that would take seconds to parse."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > MAX_HEADER:
+        raise AdapterError(
+            f"{name}: adapter_model.safetensors claims a header of {length} bytes; at most "
+            f"{MAX_HEADER} are supported"
+        )
+
+
+def _check_shape(key: str, shape: Sequence[int], name: str) -> None:
+    """Refuse a tensor's name that could not be shown, and factors larger than any layer has."""
+    if len(key) > MAX_NAME or not key.isprintable():
+        raise AdapterError(
+            f"{name}: a tensor is called {printable(key, 100)!r}, which is no name of a module"
+        )
+    if ".lora_" in key and any(side > MAX_SIDE for side in shape):
+        raise AdapterError(
+            f"{name}: tensor {key} claims the shape {tuple(shape)}; no layer is so large"
+        )
+
+
+# ── from tensors to an adapter ────────────────────────────────────────────────────────────────────
+
+
+def _assemble(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], declared: AdapterConfig, name: str
+) -> Adapter:
+    """Return the adapter of these tensors, every one of which must be understood.
+
+    Args:
+        tensors: Under PEFT's names.
+        config: PEFT's configuration.
+        declared: Its fields that count.
+        name: What messages call the adapter.
+    """
+    tensors = _without_copies(tensors, name)
+    saved_modules = list(declared.modules_to_save or [])
+    added_modules = _added_embeddings(tensors, saved_modules)
+    if added_modules:
+        saved_modules += added_modules
+        config = {**config, "modules_to_save": saved_modules}
+
+    factors, saved = _classify(tensors, saved_modules, name)
+    if not factors:
+        raise AdapterError(f"{name}: the adapter holds no LoRA factors")
+    ranks = declared.ranks(name)
+    alphas = declared.alphas(name)
+    modules = {}
+    scalings = {}
+    for module, pair in sorted(factors.items()):
+        matrix = _pair_factors(pair, module, name)
+        rank = ranks.find(module, declared.r)
+        if matrix.rank != rank:
+            raise AdapterError(
+                f"{name}: module {module} has rank {matrix.rank} and the configuration says "
+                f"{rank}; the scaling would be wrong. Correct r or rank_pattern in "
+                "adapter_config.json"
+            )
+        alpha = alphas.find(module, declared.lora_alpha)
+        divisor = math.sqrt(matrix.rank) if declared.use_rslora else matrix.rank
+        modules[module] = matrix
+        scalings[module] = alpha / divisor
+    for key, tensor in saved.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and not is_finite(tensor)):
+            raise AdapterError(
+                f"{name}: tensor {key} of modules_to_save holds NaN, Inf or complex numbers"
+            )
+    return Adapter(modules=modules, scalings=scalings, saved=saved, config=dict(config), name=name)
+
+
+def _classify(
+    tensors: Mapping[str, Tensor], saved_modules: Sequence[str], name: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Divide tensors into the factors of each module and fully trained tensors.
+
+    Raises:
+        AdapterError: If a tensor is neither.
+    """
+    factors: dict[str, dict[str, Tensor]] = {}
+    saved = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX)
+        matched = _FACTOR.fullmatch(path)
+        if key.startswith(PREFIX) and matched and tensor.ndim == 2:
+            factors.setdefault(matched[1], {})[matched[2]] = tensor
+        elif key.startswith(PREFIX) and _is_saved(path, saved_modules):
+            saved[path] = tensor
+        elif "lora_embedding" in key:
+            raise AdapterError(
+                f"{name}: tensor {key} adapts an embedding; only linear layers are supported"
+            )
+        else:
+            listed = shown(saved_modules) if saved_modules else "none"
+            raise AdapterError(
+                f"{name}: tensor {key} of shape {tuple(tensor.shape)} is neither a factor of a "
+                f"linear layer nor of a module in modules_to_save ({listed}); it is not supported"
+            )
+    return factors, saved
+
+
+def _pair_factors(pair: Mapping[str, Tensor], module: str, name: str) -> LowRank:
+    """Return the factors of one module, checked."""
+    if pair.keys() != {"A", "B"}:
+        raise AdapterError(
+            f"{name}: module {module} has lora_{next(iter(pair))} only; wanted both factors"
+        )
+    for kind, factor in pair.items():
+        if factor.dtype not in FACTOR_DTYPES:
+            raise AdapterError(
+                f"{name}: lora_{kind} of {module} is {factor.dtype}; wanted floating point"
+            )
+        if not factor.numel():
+            raise AdapterError(f"{name}: lora_{kind} of {module} is empty, {tuple(factor.shape)}")
+        if not is_finite(factor):
+            raise AdapterError(f"{name}: lora_{kind} of {module} holds NaN or Inf")
+    try:
+        return LowRank(pair["B"], pair["A"])
+    except ValueError as error:
+        raise AdapterError(f"{name}: module {module}: {error}") from error
+
+
+def _without_copies(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors without the copies that PEFT adds if the vocabulary was resized.
+
+    It then writes a saved module three times: by its name, as `modules_to_save`, and as the
+    `original_module` before training, which no model uses.
+    """
+    result = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        owner, _, copy = module.rpartition(".")
+        original = tensors.get(f"{owner}.{leaf}")
+        if original is None or copy not in ("modules_to_save", "original_module"):
+            result[key] = tensor
+        elif copy == "modules_to_save" and not torch.equal(original, tensor):
+            raise AdapterError(
+                f"{name}: {key} and {owner}.{leaf} should be the same and differ; save the "
+                "adapter again"
+            )
+    return result
+
+
+def _is_saved(path: str, saved_modules: Sequence[str]) -> bool:
+    """Return whether a tensor belongs to a module in `modules_to_save`.
+
+    PEFT's rule is that the module's path ends in the name, even in the middle of a word: `norm` is
+    every layer norm.
+    """
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        owner = ".".join(parts[:end])
+        if any(owner.endswith(name) for name in saved_modules if name):
+            return True
+    return False
+
+
+def _added_embeddings(tensors: Mapping[str, Tensor], saved_modules: Sequence[str]) -> list[str]:
+    """Return embeddings and head that PEFT saves unasked, because tokens were added.
+
+    They are modules to save although the configuration does not name them.
+    """
+    added = []
+    for key in tensors:
+        if not key.endswith(".weight"):
+            continue
+        module = key.removeprefix(PREFIX).removesuffix(".weight")
+        is_named = any(module == name or module.endswith(f".{name}") for name in saved_modules)
+        if module.rpartition(".")[2] in EMBEDDING_NAMES and not is_named:
+            added.append(module)
+    return sorted(added)
+
+
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_adapter(adapter: Adapter, directory: Path | str) -> None:
+    """Write a plain PEFT adapter directory, with the configuration of `plain_config`.
+
+    Raises:
+        AdapterError: If a tensor holds NaN or Inf; nothing is written then.
+    """
+    from peft import LoraConfig
+
+    tensors = to_tensors(adapter)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise AdapterError(
+                f"{adapter.name}: tensor {key} holds NaN or Inf; nothing was written"
+            )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = safetensors_bytes(tensors, ("format", "pt"))
+    write_atomically(directory / "adapter_model.safetensors", data)
+    lora_config: Any = LoraConfig(**plain_config(adapter))
+    config = lora_config.to_dict()
+    # A set in PEFT; sorted, so that equal adapters have equal files.
+    config["target_modules"] = sorted(adapter.modules)
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    write_atomically(directory / "adapter_config.json", text.encode())

@@ -1,0 +1,145 @@
+"""Checks of the module names that a user lists, which PEFT matches loosely and partly ignores."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fedmomentum.errors import AdapterError
+from fedmomentum.utils.text import printable
+
+# How similar a name must be to be suggested, by difflib's ratio; a typo is far above.
+SUGGESTION_CUTOFF = 0.5
+
+
+def find_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the paths of the modules that are trained in full; every name must match some.
+
+    PEFT takes every module whose path ends in these letters, even in the middle of a word, and
+    ignores a name that matches nothing as long as another one matches.
+
+    Raises:
+        AdapterError: If a name matches nothing, matches the end of a longer name, or stands for a
+            module without parameters, or for one inside another.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    saved: list[str] = []
+    for name in names:
+        saved += _find_saved(model, name, paths)
+    for path in saved:
+        inner = [other for other in saved if other.startswith(f"{path}.")]
+        if inner:
+            raise AdapterError(
+                f"modules-to-save: {inner[0]} is a part of {path}, which is saved in full; name "
+                "one of them"
+            )
+    return saved
+
+
+def _find_saved(model: nn.Module, name: str, paths: Sequence[str]) -> list[str]:
+    """Return the paths of the modules of one name."""
+    matches = [path for path in paths if is_called(path, name)]
+    if not matches:
+        raise AdapterError(
+            f"modules-to-save: {printable(name)} is no module of "
+            f"{type(model).__name__}{_suggestion(name, paths)}"
+        )
+    longer = [path for path in paths if path.endswith(name) and path not in matches]
+    if longer:
+        raise AdapterError(
+            f"modules-to-save: {printable(name)} also ends the name of {longer[0]}, which PEFT "
+            f"would train too; write more of the path, such as {matches[0]}"
+        )
+    for path in matches:
+        if not list(model.get_submodule(path).parameters()):
+            raise AdapterError(
+                f"modules-to-save: {path} has no parameters, so there is nothing to train"
+            )
+    return matches
+
+
+def refuse_unmatched_targets(
+    base: nn.Module, targets: Sequence[str] | str | None, layers: Mapping[str, Any]
+) -> None:
+    """Refuse a name in target-modules that adapts nothing.
+
+    PEFT ignores it as long as another name matches.
+
+    Args:
+        base: The base model with LoRA layers in it.
+        targets: The names; an expression or PEFT's own choice is not checked.
+        layers: The adapted modules.
+
+    Raises:
+        AdapterError: If a name matches none of them.
+    """
+    if targets is None or isinstance(targets, str):
+        return
+    paths = [path for path, _ in base.named_modules() if path and "lora_" not in path]
+    for name in targets:
+        if not any(is_called(path, name) for path in layers):
+            raise AdapterError(
+                f"target-modules: {printable(name)} is no linear module of "
+                f"{type(base).__name__}{_suggestion(name, paths)}"
+            )
+
+
+def refuse_adapted_and_saved(
+    model: nn.Module, targets: Sequence[str] | str | None, saved: Sequence[str]
+) -> None:
+    """Refuse a module that is both adapted and trained in full; PEFT would drop the adapter.
+
+    Raises:
+        AdapterError: If there is one.
+    """
+    if targets is None or isinstance(targets, str):
+        return
+    for path, _ in model.named_modules():
+        owners = [owner for owner in saved if path == owner or path.startswith(f"{owner}.")]
+        if owners and any(is_called(path, name) for name in targets):
+            raise AdapterError(
+                f"module {path} is in target-modules and in modules-to-save ({owners[0]}); remove "
+                "it from one of them"
+            )
+
+
+def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Refuse to adapt a weight that two modules share: a residual would change both, or twice.
+
+    Args:
+        base: The base model with LoRA layers in it.
+        layers: The adapted modules' LoRA layers.
+
+    Raises:
+        AdapterError: If an adapted weight is shared.
+    """
+    owners_by_weight: dict[int, list[str]] = {}
+    for path, module in base.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners_by_weight.setdefault(id(weight), []).append(path)
+    for path, layer in layers.items():
+        owners = owners_by_weight.get(id(layer.base_layer.weight), [])
+        others = [owner for owner in owners if not owner.startswith(path)]
+        if others:
+            raise AdapterError(
+                f"module {path} shares its weight with {', '.join(others)} (tied weights); "
+                "adapting it would change both. Remove it from target-modules"
+            )
+
+
+def is_called(path: str, name: str) -> bool:
+    """Return whether a name in PEFT's lists stands for the module at this path."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _suggestion(name: str, paths: Sequence[str]) -> str:
+    """Return the end of a message: the name that the user may have meant."""
+    depth = name.count(".") + 1
+    endings = {".".join(path.split(".")[-depth:]) for path in paths}
+    candidates = sorted(ending for ending in endings if not ending.isdigit())
+    similar = difflib.get_close_matches(name, candidates, n=1, cutoff=SUGGESTION_CUTOFF)
+    return f"; did you mean {similar[0]}?" if similar else "; see the model's named_modules()"

@@ -1,0 +1,95 @@
+"""Batches padded on the left.
+
+All completions end in the last column, and only they are projected to the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmomentum.utils.modules import inner_model
+
+IGNORED = -100
+"""The label of a position that has no target (the convention of torch's cross entropy)."""
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Return the rows as one matrix ``(len(rows), longest)``, padded with a value on the left."""
+    longest = max(map(len, rows))
+    padded = [[value] * (longest - len(row)) + list(row) for row in rows]
+    return torch.tensor(padded)
+
+
+def completion_batch(
+    input_ids: Sequence[Sequence[int]], num_prompt_tokens: Sequence[int], pad_token_id: int
+) -> dict[str, Tensor]:
+    """Collate examples into a batch with labels on the completions only.
+
+    Only the last columns have labels. The first of them is ``IGNORED`` in every row: its logits
+    predict the first completion token of the longest completion.
+
+    Args:
+        input_ids: Token ids of prompt and completion of each example.
+        num_prompt_tokens: Number of prompt tokens of each example.
+        pad_token_id: Fills short rows; any valid id, for it is masked.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` of shape ``(batch, length)``, and ``labels`` of shape
+        ``(batch, longest completion + 1)``.
+    """
+    completions = []
+    for row, num_prompt in zip(input_ids, num_prompt_tokens, strict=True):
+        completions.append(row[num_prompt:])
+    no_label = torch.full((len(completions), 1), IGNORED)
+    return {
+        "input_ids": pad_left(input_ids, pad_token_id),
+        "attention_mask": pad_left([[1] * len(row) for row in input_ids], 0),
+        "labels": torch.cat([no_label, pad_left(completions, IGNORED)], dim=1),
+    }
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the keyword arguments of the model's forward pass that scores a batch's labels.
+
+    Positions count from each row's first real token (models with absolute positions would otherwise
+    count the padding), and ``logits_to_keep`` limits the projection to the vocabulary to the
+    columns with labels. A batch without padding gets neither mask nor positions: attention is then
+    purely causal, which has faster kernels.
+    """
+    # A PEFT wrapper's own forward accepts anything; the model inside it decides.
+    accepted = inspect.signature(inner_model(model).forward).parameters
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
+    mask = batch["attention_mask"]
+    if not mask.all():
+        inputs["attention_mask"] = mask
+        if "position_ids" in accepted:
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        # As positions, not as a number: a slice is not contiguous, and the projection of one copies
+        # the vocabulary matrix for each row (a third of a training step on a 135M model).
+        length = mask.shape[1]
+        first = length - batch["labels"].shape[1]
+        inputs["logits_to_keep"] = torch.arange(first, length, device=mask.device)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def next_token_pairs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Align the logits of a forward pass with the labels that they predict.
+
+    Args:
+        logits: Logits of shape ``(batch, columns, vocabulary)``, at least those with labels.
+        labels: Labels of shape ``(batch, longest completion + 1)``.
+
+    Returns:
+        Logits ``(batch, longest completion, vocabulary)`` and labels ``(batch, longest
+        completion)``.
+    """
+    num_columns = labels.shape[1]
+    return logits[:, -num_columns:-1], labels[:, 1:]

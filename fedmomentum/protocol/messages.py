@@ -1,0 +1,353 @@
+"""The messages between server and clients, as types.
+
+A payload is a safetensors file: the tensors, and one JSON text in its metadata. Every transport
+carries the same bytes. Nothing in a payload is trusted: the JSON is decoded directly into the types
+below, and what does not fit them is refused by client and field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta
+from torch import Tensor
+
+from fedmomentum.config.schema import LoraConfig
+from fedmomentum.config.training import LocalTraining
+from fedmomentum.formats.manifest import MAX_RECIPES, Manifest, Recipe
+from fedmomentum.formats.scores import Score
+from fedmomentum.utils.chat_date import DEFAULT_DATE
+from fedmomentum.utils.schema import (
+    Count,
+    Hash,
+    Label,
+    ModulePath,
+    PositiveCount,
+    Schema,
+    Seed,
+    Size,
+    Text,
+)
+
+PROTOCOL = 2
+# The largest number of objects that a reply may name.
+MAX_OBJECTS = 100_000
+# The largest number of categories in a client's scores.
+MAX_CATEGORIES = 10_000
+# The largest number of adapted modules.
+MAX_MODULES = 100_000
+
+# Tensors of a reply, `(num_modules, NUM_PROBES)` float64: probes of the client's live weights,
+# without and with the adapter's product.
+BASE_PROBES = "probe.base"
+EFFECTIVE_PROBES = "probe.effective"
+# Tensor of a reply, `(2,)` float64: seconds for loading the global model and for the work itself.
+# It is a tensor so that the size of a reply does not depend on times.
+SECONDS = "seconds"
+MEASUREMENTS = (BASE_PROBES, EFFECTIVE_PROBES, SECONDS)
+"""The small tensors of a reply, besides its factors."""
+
+# The version of a base, a SHA-256; empty if none was loaded.
+Version = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+DType = Literal["float32", "float16", "bfloat16"]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+# ── tasks ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ClientLora(Schema, frozen=True, kw_only=True):
+    """What one client trains, so that server and client can compare it.
+
+    Attributes:
+        rank: The rank of its adapter.
+        lora_alpha: The numerator of its scaling.
+        target_modules: The names of its adapted modules; empty for PEFT's choice.
+        mixed: Whether the clients of the run have different ranks.
+    """
+
+    rank: PositiveCount
+    lora_alpha: Positive
+    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)]
+    mixed: bool
+
+    @classmethod
+    def of(cls, lora: LoraConfig, mixed: bool) -> ClientLora:
+        """Return the part of a client's settings that both sides must agree on."""
+        return cls(
+            rank=lora.rank,
+            lora_alpha=lora.lora_alpha,
+            target_modules=list(lora.target_modules),
+            mixed=mixed,
+        )
+
+
+class FreshAdapter(Schema, frozen=True, kw_only=True):
+    """The seed from which a client initializes the round's adapter instead of downloading it.
+
+    Attributes:
+        seed: The run's seed.
+        server_round: The round after which the adapter starts.
+        dtype: The dtype that its factors are rounded to.
+    """
+
+    seed: Seed
+    server_round: Count
+    dtype: DType
+
+
+class DescribeRequest(Schema, tag_field="kind", tag="describe", frozen=True, kw_only=True):
+    """Describe the client's base model, data and libraries.
+
+    Attributes:
+        adapter: Whether to send the initial adapter too.
+    """
+
+    adapter: bool
+
+
+class ModelRequest(Schema, frozen=True, kw_only=True):
+    """What requests on a global model have in common.
+
+    Attributes:
+        manifest: The global model to load (`GlobalModel.manifest`), by content hash.
+        lora: What this client trains of it.
+        chat_date: The date that chat templates use as today's; the client must use the same.
+        fresh: How to initialize the adapter, if it is not sent.
+        recipes: How to make the snapshots that are not sent, oldest first.
+    """
+
+    manifest: Manifest
+    lora: ClientLora
+    chat_date: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")] = DEFAULT_DATE
+    fresh: FreshAdapter | None = None
+    recipes: Annotated[list[Recipe], Meta(max_length=MAX_RECIPES)] = []
+
+
+class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_only=True):
+    """Train the adapter on the client's data.
+
+    Attributes:
+        learning_rate: The optimizer's learning rate.
+        local_steps: The number of optimizer steps; exactly one of this and `local_epochs` is given.
+        local_epochs: The number of passes over the data.
+        batch_size: The number of examples in a batch.
+        arguments: Further fields of `transformers.TrainingArguments`.
+        seed: The seed of the order of examples and of dropout.
+        probe_seed: The seed of the probes of the trained weights; None for no probes.
+        uplink_dtype: The dtype in which the factors travel.
+    """
+
+    learning_rate: Positive
+    local_steps: PositiveCount | None
+    local_epochs: Positive | None
+    batch_size: PositiveCount
+    arguments: dict[str, Any]
+    seed: Seed
+    probe_seed: Seed | None
+    uplink_dtype: DType
+
+    @property
+    def hyperparameters(self) -> LocalTraining:
+        """The hyperparameters of the local training."""
+        return LocalTraining(
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            local_steps=self.local_steps,
+            local_epochs=self.local_epochs,
+            arguments=self.arguments,
+        )
+
+
+class EvaluateRequest(ModelRequest, tag_field="kind", tag="evaluate", frozen=True, kw_only=True):
+    """Score the model on the client's held-out examples.
+
+    Attributes:
+        num_examples: The largest number of examples.
+        num_compared: The number of the first of them, which all evaluations of the run share.
+        batch_size: The number of examples in a batch.
+        probe_seed: The seed of the probes of the loaded weights; None for no probes.
+    """
+
+    num_examples: Count
+    num_compared: Count
+    batch_size: PositiveCount
+    probe_seed: Seed | None
+
+
+Request = DescribeRequest | TrainRequest | EvaluateRequest
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server requests of one client in one round.
+
+    Attributes:
+        run_id: The run; a reply names it, and counts for no other.
+        client_id: The client.
+        server_round: The round, from 1; 0 before the first.
+        request: What to do.
+        objects: The bytes of the objects that the client does not have, by hash.
+    """
+
+    run_id: str
+    client_id: str
+    server_round: int
+    request: Request
+    objects: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The kind of the request: `describe`, `train` or `evaluate`."""
+        return kind_of(self.request)
+
+
+# ── replies ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only=True):
+    """What a client has: the answer to a `DescribeRequest`.
+
+    Attributes:
+        sha256: The content hash of its base model.
+        tokenizer_sha256: The content hash of its tokenizer and chat template.
+        num_parameters: The number of parameters of the base model.
+        num_train: The number of training examples.
+        num_test: The number of held-out examples.
+        threads: The number of CPU threads.
+        dtype: The dtype of its base model in memory.
+        versions: Package to version.
+        adapter_config: The PEFT configuration of the initial adapter.
+        scalings: Module to `lora_alpha / rank`.
+        shapes: Module to `(out, in)`.
+        saved_shapes: Tensor of `modules_to_save` to its shape.
+    """
+
+    sha256: Hash
+    tokenizer_sha256: Hash
+    num_parameters: Count
+    num_train: Count
+    num_test: Count
+    threads: Count
+    dtype: Label
+    versions: Annotated[dict[Label, Label], Meta(max_length=32)]
+    adapter_config: dict[str, Any]
+    scalings: Annotated[dict[ModulePath, Positive], Meta(max_length=MAX_MODULES)]
+    shapes: Annotated[
+        dict[ModulePath, tuple[PositiveCount, PositiveCount]], Meta(max_length=MAX_MODULES)
+    ]
+    saved_shapes: Annotated[
+        dict[ModulePath, Annotated[list[PositiveCount], Meta(max_length=8)]],
+        Meta(max_length=MAX_MODULES),
+    ]
+
+
+class TrainResult(Schema, tag_field="kind", tag="train", frozen=True, kw_only=True):
+    """The outcome of a training.
+
+    Attributes:
+        loss: The mean loss of a completion token, in nats.
+        first_loss: The loss of the first step.
+        last_loss: The loss of the last step.
+        num_steps: The number of optimizer steps.
+        num_tokens: The number of completion tokens in the loss.
+        rounding: The error of the update in the wire's dtype, relative to its norm.
+        next_rank: The rank at which the client continues, for methods that prune.
+    """
+
+    loss: float
+    first_loss: float
+    last_loss: float
+    num_steps: Count
+    num_tokens: Count
+    rounding: Size
+    next_rank: PositiveCount | None = None
+
+
+class EvaluateResult(Schema, tag_field="kind", tag="evaluate", frozen=True, kw_only=True):
+    """The scores of an evaluation.
+
+    Attributes:
+        applied_share: The fraction of the merged update that the live weights contain; None if it
+            was not measured.
+        compared: The score of the examples that all evaluations share; None if the client has no
+            held-out examples.
+        total: The score of all examples.
+        by_category: The score of each category.
+    """
+
+    applied_share: float | None = None
+    compared: Score | None = None
+    total: Score | None = None
+    by_category: Annotated[dict[Label, Score], Meta(max_length=MAX_CATEGORIES)] = {}
+
+
+class MissingObjects(Schema, tag_field="kind", tag="missing", frozen=True, kw_only=True):
+    """The task cannot be done: objects are missing that the server believed the client to have.
+
+    Attributes:
+        missing: Their hashes; the server sends them with the same task again.
+    """
+
+    missing: Annotated[list[Hash], Meta(min_length=1, max_length=MAX_OBJECTS)]
+
+
+Answer = Description | TrainResult | EvaluateResult | MissingObjects
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client replies to a task.
+
+    Attributes:
+        run_id: The run of the task.
+        client_id: The client.
+        server_round: The round of the task.
+        version: The version of the base that the client ended with; empty if it loaded none.
+        holds: Hashes of the manifest's objects that the client now has.
+        num_examples: The number of examples behind the answer; its weight.
+        split: A hash of how the client's examples are split into training and held-out ones. It
+            must not change during a run: the model would be scored on examples it was trained on.
+        answer: The outcome of the task.
+        tensors: The trained or initial adapter, the probes, and the seconds.
+    """
+
+    run_id: str
+    client_id: str
+    server_round: int
+    version: str
+    holds: list[str]
+    num_examples: int
+    split: str
+    answer: Answer
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    HEAD: ClassVar[tuple[str, ...]] = (
+        "run_id",
+        "client_id",
+        "server_round",
+        "version",
+        "holds",
+        "num_examples",
+        "split",
+        "answer",
+    )
+    """The fields that travel as JSON."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the answer: `describe`, `train`, `evaluate` or `missing`."""
+        return kind_of(self.answer)
+
+
+def kind_of(message: Schema) -> str:
+    """Return the tag of a request or an answer."""
+    return str(type(message).__struct_config__.tag)
+
+
+def train_result(reply: Reply) -> TrainResult:
+    """Return the answer to a request to train."""
+    assert isinstance(reply.answer, TrainResult)  # the codec checks that it answers the request
+    return reply.answer

@@ -1,0 +1,149 @@
+"""MethodSummary: a method over its seeds, with differences to the baseline paired by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedmomentum.results.comparison import Comparison
+from fedmomentum.results.method_run import MethodRun
+from fedmomentum.results.statistics import MeanEstimate, estimate_mean
+
+CSV_HEADER = [
+    "method",
+    "seed",
+    "exact_match",
+    "loss",
+    "items",
+    "best_exact_match",
+    "best_loss",
+    "rounds",
+    "bytes",
+    "seconds",
+    "rounds_to_target",
+    "bytes_to_target",
+    "seconds_to_target",
+]
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method over its seeds; the fields are those of comparison.json's `summary`.
+
+    Attributes:
+        method: The method.
+        seeds: Its seeds.
+        exact_match: After the last round, on all held-out examples.
+        loss: Likewise.
+        best_exact_match: The best of all rounds, on the examples that every evaluation has.
+        best_loss: Likewise.
+        exact_match_difference: To the baseline, paired by seed, over the seeds that both have.
+        loss_difference: Likewise.
+        reached: The number of seeds whose exact match reached the target.
+        rounds_to_target: Rounds until then, over the seeds that reached it.
+        bytes_to_target: Bytes of all clients, both ways, until then.
+        seconds_to_target: Seconds until then.
+    """
+
+    method: str
+    seeds: tuple[int, ...]
+    exact_match: MeanEstimate | None
+    loss: MeanEstimate | None
+    best_exact_match: MeanEstimate | None
+    best_loss: MeanEstimate | None
+    exact_match_difference: MeanEstimate | None
+    loss_difference: MeanEstimate | None
+    reached: int
+    rounds_to_target: MeanEstimate | None
+    bytes_to_target: MeanEstimate | None
+    seconds_to_target: MeanEstimate | None
+
+
+def summarize_methods(comparison: Comparison) -> list[MethodSummary]:
+    """Summarize every method over its seeds, in the order given."""
+    baseline_runs = {one.seed: one for one in comparison.runs_of(comparison.baseline)}
+    summaries = []
+    for method in comparison.methods:
+        if method == comparison.baseline:
+            summaries.append(_summarize(comparison, method, {}))
+        else:
+            summaries.append(_summarize(comparison, method, baseline_runs))
+    return summaries
+
+
+def _summarize(
+    comparison: Comparison, method: str, baseline_runs: dict[int, MethodRun]
+) -> MethodSummary:
+    runs = comparison.runs_of(method)
+
+    # Differences, by seed.
+    exact_match_differences = []
+    loss_differences = []
+    for run in runs:
+        baseline = baseline_runs.get(run.seed)
+        if baseline is not None:
+            exact_match_differences.append(_subtract(run.exact_match, baseline.exact_match))
+            loss_differences.append(_subtract(run.loss, baseline.loss))
+
+    # What the target cost, over the seeds that reached it.
+    candidates = [run.first_reaching(comparison.target) for run in runs]
+    reached = [point for point in candidates if point is not None]
+    return MethodSummary(
+        method=method,
+        seeds=tuple(run.seed for run in runs),
+        exact_match=_estimate(run.exact_match for run in runs),
+        loss=_estimate(run.loss for run in runs),
+        best_exact_match=_estimate(run.best("exact_match", max) for run in runs),
+        best_loss=_estimate(run.best("loss", min) for run in runs),
+        exact_match_difference=_estimate(exact_match_differences),
+        loss_difference=_estimate(loss_differences),
+        reached=len(reached),
+        rounds_to_target=_estimate(float(point.round) for point in reached),
+        bytes_to_target=_estimate(point.num_bytes for point in reached),
+        seconds_to_target=_estimate(point.seconds for point in reached),
+    )
+
+
+def _subtract(value: float | None, baseline: float | None) -> float | None:
+    if value is None or baseline is None:
+        return None
+    return value - baseline
+
+
+def _estimate(values: Iterable[float | None]) -> MeanEstimate | None:
+    """Estimate the mean of what was measured and is finite."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return estimate_mean(known)
+
+
+def summary_tables(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the summaries as JSON values, for comparison.json."""
+    return [asdict(summary) for summary in summarize_methods(comparison)]
+
+
+def csv_rows(comparison: Comparison) -> list[list[Any]]:
+    """Return the rows of comparison.csv: its header, then one a method and seed."""
+    rows: list[list[Any]] = [list(CSV_HEADER)]
+    for run in comparison.method_runs:
+        last = run.points[-1]
+        reached = run.first_reaching(comparison.target)
+        row = [
+            run.method,
+            run.seed,
+            run.exact_match,
+            run.loss,
+            run.num_examples,
+            run.best("exact_match", max),
+            run.best("loss", min),
+            last.round,
+            last.num_bytes,
+            last.seconds,
+        ]
+        if reached is None:
+            row += [None, None, None]
+        else:
+            row += [reached.round, reached.num_bytes, reached.seconds]
+        rows.append(row)
+    return rows

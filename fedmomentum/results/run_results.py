@@ -1,0 +1,204 @@
+"""RunResults: a run directory's settings, plan and rounds, each file checked when it is read."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from fedmomentum.config.toml import altered_settings
+from fedmomentum.errors import ConfigError, DataError, ModelError
+from fedmomentum.formats.directories import (
+    check_last_round,
+    read_manifest,
+    retained_rounds,
+    round_file,
+)
+from fedmomentum.formats.manifest import ModelFile, RunState
+from fedmomentum.formats.metrics_file import METRICS, check_metrics, parse_record_line, read_metrics
+from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.formats.run_files import EnvironmentFile, PartitionFile, PlanFile, read_facts
+from fedmomentum.utils.records import read_file, read_record
+
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""Characters that are legal in neither XML nor UTF-8, or move a terminal's cursor.
+
+Names of clients and reasons of failures come over the wire.
+"""
+
+_RESTORE = "Restore the file from a copy."
+
+T = TypeVar("T", PlanFile, PartitionFile, RoundRecord)
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What a run directory says about its run.
+
+    Attributes:
+        name: The directory's name.
+        config_text: The run's config.toml.
+        environment: Versions, device and the like, as environment.json has them.
+        plan: What the run was estimated to cost.
+        partition: Client to `train` and `test` to category to number of examples.
+        rounds: One record a round in order; the first is usually the base model's evaluation.
+        checkpoint: The last checkpoint's manifest; None in a copy without checkpoints.
+    """
+
+    name: str
+    config_text: str
+    environment: dict[str, Any]
+    plan: PlanFile
+    partition: dict[str, dict[str, dict[str, int]]]
+    rounds: list[RoundRecord]
+    checkpoint: ModelFile | None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RunResults:
+        """Read a run directory, also of a run that is in progress or was killed.
+
+        Where there are checkpoints, the last one says which rounds and settings were committed. A
+        copy without checkpoints is read too; then only the form of its rounds is checked.
+
+        Args:
+            directory: What `fedmomentum run --out` wrote.
+
+        Raises:
+            ModelError: If the directory, or a file that every run has, is missing, or the last
+                checkpoint is damaged.
+            DataError: If a file holds something other than what the run wrote; the message names
+                the file and the field or line.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ModelError(
+                f"There is no run directory {directory}. "
+                "Give the directory that `fedmomentum run --out` wrote."
+            )
+        try:
+            return _read(directory)
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise ModelError(
+                f"{directory} has no {missing}, so it is not the directory of a run. "
+                "Give the directory that `fedmomentum run --out` wrote."
+            ) from None
+
+
+def _read(directory: Path) -> RunResults:
+    # Each file, checked by its own type.
+    try:
+        config_text = _read_text(directory / "config.toml")
+        plan = _printable(read_record(directory / "plan.json", PlanFile, DataError))
+        partition = _printable(read_record(directory / "partition.json", PartitionFile, DataError))
+        # The environment's table is shown as it is, fields of newer releases included.
+        table, environment_run_id = read_facts(
+            directory / "environment.json", EnvironmentFile, DataError
+        )
+        checkpoint = _read_last_checkpoint(directory)
+        committed = checkpoint.run if checkpoint else None
+        rounds = _read_rounds(directory / METRICS, committed)
+    except (DataError, ConfigError) as error:
+        raise DataError(f"{str(error).rstrip('.')}. {_RESTORE}") from None
+
+    # All files must belong to one run, and the settings to its last checkpoint.
+    run_ids = {plan.run_id, partition.run_id, environment_run_id}
+    if committed is not None:
+        _check_settings(config_text, committed, directory / "config.toml")
+        run_ids.add(committed.run_id)
+    if len(run_ids) > 1:
+        raise DataError(
+            f"{directory} holds files of several runs: environment.json, plan.json, "
+            "partition.json and the checkpoints do not name the same run. "
+            "Restore them from a copy."
+        )
+    return RunResults(
+        name=directory.resolve().name,
+        config_text=config_text,
+        environment=_replace_unprintable(table),
+        plan=plan,
+        partition=_as_plain_partition(partition),
+        rounds=rounds,
+        checkpoint=checkpoint,
+    )
+
+
+def _as_plain_partition(partition: PartitionFile) -> dict[str, dict[str, dict[str, int]]]:
+    clients = {}
+    for client, splits in partition.clients.items():
+        clients[client] = {str(split): counts for split, counts in splits.items()}
+    return clients
+
+
+def _read_last_checkpoint(directory: Path) -> ModelFile | None:
+    """Return the last checkpoint; None in a directory that has none."""
+    rounds = retained_rounds(directory)
+    if not rounds:
+        return None
+    check_last_round(directory, rounds[-1])
+    try:
+        return read_manifest(round_file(directory, rounds[-1]))
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy.") from error
+
+
+def _check_settings(config_text: str, committed: RunState, path: Path) -> None:
+    """Refuse a config.toml that does not hold the settings of the last checkpoint."""
+    try:
+        altered = altered_settings(config_text, committed.settings)
+    except ConfigError as error:
+        raise DataError(f"{path} is {error}. {_RESTORE}") from None
+    if altered:
+        keys = ", ".join(altered)[:500]
+        raise DataError(
+            f"{path} was altered since the last checkpoint; these settings differ: {keys}. "
+            f"{_RESTORE}"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_file(path, error=DataError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _read_rounds(path: Path, committed: RunState | None) -> list[RoundRecord]:
+    """Read the complete lines of metrics.jsonl, sorted by round."""
+    lines = read_metrics(path, DataError)
+    if committed is not None:
+        check_metrics(lines, committed.metrics, path, DataError)
+    # A round that was trained again after a crash has a second line, which counts.
+    by_round: dict[int, RoundRecord] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            record = _printable(parse_record_line(line, f"{path}, line {number}", DataError))
+            by_round[record.round] = record
+    if not by_round:
+        raise DataError(
+            f"{path} has no finished row yet. Wait for the evaluation of the base model."
+        )
+    return [by_round[server_round] for server_round in sorted(by_round)]
+
+
+def _printable(record: T) -> T:
+    """Return a record without unprintable characters."""
+    table = _replace_unprintable(msgspec.to_builtins(record))
+    return msgspec.convert(table, type(record))
+
+
+def _replace_unprintable(value: Any) -> Any:
+    """Return JSON values with unprintable characters replaced by U+FFFD."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_replace_unprintable(item) for item in value]
+    if isinstance(value, dict):
+        table = {}
+        for key, item in value.items():
+            table[_replace_unprintable(key)] = _replace_unprintable(item)
+        return table
+    return value

@@ -1,0 +1,92 @@
+"""One client's data and model, from its own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fedmomentum.client.local_model import LocalModel
+from fedmomentum.errors import ConfigError
+from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.protocol.codec import encode_task
+from fedmomentum.protocol.messages import ClientLora, Task
+from fedmomentum.run.setup import load_data, set_threads, tokenized_clients, training_function
+from fedmomentum.server.callbacks import Callback
+from fedmomentum.server.round_parts import train_request
+from fedmomentum.training.arguments import check_arguments
+from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.client.client import Client
+    from fedmomentum.config.schema import Config
+
+
+def party_names(config: Config) -> list[str]:
+    """Return the clients that the configuration's data is divided among, sorted."""
+    return sorted(config.data.client_files) or [party.client_id for party in load_data(config)]
+
+
+def prepare_party(
+    config: Config,
+    client_id: str,
+    store: Path,
+    *,
+    local: LocalModel | None = None,
+    callbacks: Callback = Callback(),  # noqa: B008 (it does nothing)
+) -> tuple[Client, LocalModel]:
+    """Read one client's own data and load its model, for a run over a network.
+
+    Args:
+        config: `[model]`, `[lora]`, `[data]`, `[training]` and `[run]` count here.
+        client_id: The client. Of several `data.client-files` only its own is read; a source
+            that is divided among clients is read whole, and its share taken.
+        store: Directory for the objects that it is sent; created if it does not exist.
+        local: The model, if this process has loaded it already.
+        callbacks: Receive training steps, and in a line what is being done.
+
+    Raises:
+        ConfigError: If settings contradict each other, or have no data for this client.
+        DataError: If data cannot be used.
+        ModelError: If the base model cannot be loaded.
+    """
+    check_arguments(config.training.arguments)
+    function = training_function(config)
+    set_threads(config.run.threads)
+    if (files := config.data.client_files) and client_id in files:
+        config = replace(
+            config, data=replace(config.data, client_files={client_id: files[client_id]})
+        )
+    elif files:
+        raise ConfigError(
+            f"data.client-files names {', '.join(sorted(files))}; this client is {client_id}"
+        )
+    callbacks.on_message("Reading the data")
+    parties = {party.client_id: party for party in load_data(config)}
+    if client_id not in parties:
+        raise ConfigError(
+            f"the data is divided among {', '.join(parties)}; this client is {client_id}"
+        )
+    if local is None:
+        callbacks.on_message(f"Loading {config.model.name}")
+        client_lora = config.lora.for_client(client_id)
+        seed = derive_seed(config.run.seed, "adapter")
+        local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
+    (client,) = tokenized_clients(
+        config, [parties[client_id]], local, store, function, callbacks.on_step
+    )
+    client.store.is_private = True
+    return client, local
+
+
+def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
+    """Return a task that trains the base model for one step, as a first round would ask."""
+    model = local.initial_global_model(client.method)
+    lora = ClientLora.of(local.client_lora, local.is_mixed or client.method.prunes)
+    manifest = as_manifest(model.manifest(), "the untouched model")
+    hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
+    request = train_request(config, 1, client.client_id, hyperparameters, lora, manifest)
+    one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)
+    return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))

@@ -1,0 +1,312 @@
+"""Score a model or an adapter on held-out examples, beside its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.base_model.load_checks import check_token_ids
+from fedmomentum.data.readers import read_rows, to_examples
+from fedmomentum.data.tokenization import TokenizedExamples, prompt_token_ids, tokenize
+from fedmomentum.errors import ConfigError, DataError, ModelError
+from fedmomentum.evaluation.tasks import Evaluation, GenerationTask
+from fedmomentum.evaluation.teacher_forcing import evaluate as evaluate_examples
+from fedmomentum.formats.run_files import PartitionFile, read_facts
+from fedmomentum.formats.scores import NO_EXAMPLES, Score
+from fedmomentum.run.inference import DEFAULT_MAX_LENGTH, LoadSettings, ModelPair, _generated
+from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing_data
+from fedmomentum.run.saved_model import Result, open_result
+from fedmomentum.run.setup import held_out_order, load_data
+
+if TYPE_CHECKING:
+    from fedmomentum.data.examples import Example
+
+
+# ── scores ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Examples that are scored together: the user's own, or what one client holds out.
+
+    Attributes:
+        owner: What to call them in messages.
+        examples: The examples.
+        most: The first so many that are not too long count.
+        client: Whose they are; empty for the user's own.
+    """
+
+    owner: str
+    examples: Sequence[Example]
+    most: int | None = None
+    client: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's scores.
+
+    Attributes:
+        all: In total and by category.
+        by_client: For a run's own held-out examples, by the client that holds them.
+    """
+
+    all: Evaluation
+    by_client: Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """The untouched and the tuned model on the same examples.
+
+    Attributes:
+        untouched: The base model's scores.
+        tuned: The tuned model's.
+        num_cut: How many examples lost a part of their answer, so that they cannot be exact.
+        num_lost: How many further examples were left out, because their prompt alone is too long.
+        max_length: The longest example in tokens.
+        by_generation: Whether answers were generated.
+    """
+
+    untouched: Scored
+    tuned: Scored
+    num_cut: int
+    num_lost: int
+    max_length: int
+    by_generation: bool
+
+
+def evaluate_on(
+    result: Result,
+    data: str | None,
+    settings: LoadSettings,
+    *,
+    category_column: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    max_length: int | None = None,
+    by_generation: bool = False,
+) -> ModelComparison:
+    """Score the untouched and the tuned model on held-out examples.
+
+    Args:
+        result: The model.
+        data: A file, directory or hub name, in any format that `to_examples` reads. None: what the
+            run itself held out, as many of each client's examples as its last evaluation had.
+        settings: How to load the model.
+        category_column: Column of `data` to report by.
+        split: Split of data that has several.
+        limit: The first so many examples; of the run's own, of each client's.
+        max_length: Longest example in tokens; by default the run's, or 512.
+        by_generation: Generate answers and score their text, instead of one teacher-forced pass.
+
+    Raises:
+        ConfigError: If a number is out of range, or there is no data.
+        FedMomentumError: See `ModelPair`, `read_rows`, `tokenize`.
+    """
+    config = result.config
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1; got {limit}")
+    if max_length is not None and max_length < 2:
+        raise ConfigError(f"--max-length must be at least 2; got {max_length}")
+    # The examples: the user's, or those that the run itself held out.
+    if data is not None:
+        rows = to_examples(
+            read_rows(data, split=split), category_column=category_column, where=data
+        )
+        parts = [_Part(data, rows[:limit])]
+    else:
+        if category_column is not None:
+            raise ConfigError(
+                "--category-column is a column of --data; the run's own examples have their "
+                "categories"
+            )
+        parts = _held_out(result, limit)
+    pair = ModelPair(result, settings)
+    # No row may be longer than what the model can see.
+    if max_length is None:
+        max_length = config.data.max_length if config is not None else DEFAULT_MAX_LENGTH
+        if pair.longest is not None and data is not None:
+            max_length = min(max_length, pair.longest)
+    elif pair.longest is not None and max_length > pair.longest:
+        raise ConfigError(
+            f"--max-length is {max_length}, and the model can see {pair.longest} tokens; give "
+            f"that or less"
+        )
+    measure = _generating if by_generation else _teacher_forced
+    return measure(
+        pair, parts, max_length, config.evaluation.batch_size if config is not None else 32
+    )
+
+
+def evaluate(
+    path: Path | str,
+    data: str | None = None,
+    *,
+    server_round: int | str = "last",
+    client: str = "",
+    settings: LoadSettings = LoadSettings(),  # noqa: B008 (frozen)
+    category_column: str | None = None,
+    limit: int | None = None,
+) -> ModelComparison:
+    """Score the base and the tuned model of a run, a global model or a PEFT adapter.
+
+    Args:
+        path: The run's directory, or that of a global model or adapter.
+        data: A file, directory or hub name; None: what the run itself held out.
+        server_round: A round of the run, `last` or `best`.
+        client: Whose model, where the method gives each client its own.
+        settings: How to load the model.
+        category_column: Column of `data` to report by.
+        limit: Evaluate the first so many examples only.
+
+    Raises:
+        FedMomentumError: See `evaluate_on`.
+    """
+    result = open_result(Path(path), server_round=str(server_round), client=client)
+    return evaluate_on(result, data, settings, category_column=category_column, limit=limit)
+
+
+def _held_out(result: Result, limit: int | None) -> list[_Part]:
+    """Return each client's held-out examples, in the order and number of the last evaluation."""
+    if result.config is None:
+        raise ConfigError(f"give the examples to evaluate {result.path} on: --data FILE")
+    try:
+        config = follow(result.config, result.path)
+        refuse_missing_data(config)
+        parties = load_data(config)
+    except (ConfigError, DataError) as error:
+        raise DataError(
+            f"the run's own held-out examples are not here: {error}. Or give others by --data"
+        ) from error
+    # Scores on other data than the run's would be compared with its metrics.
+    check_data(result.path, fingerprints(parties))
+    _refuse_reference(result.path, {party.client_id for party in parties})
+    evaluation = config.evaluation
+    # As many as the last evaluation had, unless the user limits them.
+    most = max(evaluation.num_examples, evaluation.final_num_examples) if limit is None else limit
+    parts = []
+    for party in parties:
+        if party.test and result.client in ("", party.client_id):
+            held_out = held_out_order(config, party)
+            parts.append(_Part(f"{party.client_id} (held out)", held_out, most, party.client_id))
+    if not parts:
+        raise DataError(f"the clients of {result.title} hold out no examples; give some by --data")
+    return parts
+
+
+def _refuse_reference(path: Path, clients: set[str]) -> None:
+    """Refuse a comparison's reference: it was scored on the examples of all clients as one.
+
+    Raises:
+        DataError: If it is one.
+        ModelError: If partition.json, which tells, is missing or damaged.
+    """
+    file = path / "partition.json"
+    try:
+        partition, _ = read_facts(file, PartitionFile)
+    except FileNotFoundError:
+        raise ModelError(f"{file} is missing; restore it from a copy, or give --data") from None
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy, or give --data") from error
+    if partition["clients"].keys() != clients:
+        raise DataError(
+            f"{path} is a reference of a comparison, with other clients than its data; give --data"
+        )
+
+
+def _teacher_forced(
+    pair: ModelPair, parts: Sequence[_Part], max_length: int, batch_size: int
+) -> ModelComparison:
+    """One pass over the examples with their answers."""
+    # The two models may have tokenizers of their own, where tokens were added.
+    tokens_by_tokenizer: dict[int, list[tuple[str, TokenizedExamples]]] = {}
+
+    def tokens() -> list[tuple[str, TokenizedExamples]]:
+        tokenizer = pair.tokenizer
+        if id(tokenizer) not in tokens_by_tokenizer:
+            own = tokens_by_tokenizer[id(tokenizer)] = []
+            for part in parts:
+                made = tokenize(
+                    part.examples,
+                    tokenizer,
+                    max_length=max_length,
+                    max_truncated_fraction=1,
+                    owner=part.owner,
+                )
+                check_token_ids(pair.model, made.input_ids, part.owner)
+                own.append((part.client, made[: part.most]))
+        return tokens_by_tokenizer[id(tokenizer)]
+
+    def measured() -> Scored:
+        total = Evaluation(NO_EXAMPLES, {})
+        by_client = {}
+        for client, examples in tokens():
+            one = evaluate_examples(
+                pair.model,
+                examples,
+                pad_token_id=pair.tokenizer.pad_token_id,
+                batch_size=batch_size,
+            )
+            total = total + one
+            if client:
+                by_client[client] = one.total
+        return Scored(total, by_client)
+
+    # The base model first; its weights are restored bit for bit after the tuned one.
+    untouched = measured()
+    with pair.tuned():
+        tuned = measured()
+        num_cut = sum(examples.num_truncated for _, examples in tokens())
+        num_lost = sum(examples.num_lost for _, examples in tokens())
+    return ModelComparison(untouched, tuned, num_cut, num_lost, max_length, by_generation=False)
+
+
+def _generating(
+    pair: ModelPair, parts: Sequence[_Part], max_length: int, batch_size: int
+) -> ModelComparison:
+    """Real greedy answers, right where the task's own scorer gives full marks."""
+    answer_lengths = [
+        len(pair.tokenizer(e.completion).input_ids) for part in parts for e in part.examples
+    ]
+    max_new_tokens = min(max(answer_lengths, default=1) + 8, max_length)
+    room = (
+        max_length - 1
+        if pair.longest is None
+        else min(max_length - 1, pair.longest - max_new_tokens)
+    )
+    asked: list[tuple[str, Example]] = []
+    num_lost = 0
+    for part in parts:
+        short = [
+            e for e in part.examples if len(prompt_token_ids(e.prompt, pair.tokenizer)) <= room
+        ]
+        num_lost += len(part.examples) - len(short)
+        asked += [(part.client, example) for example in short[: part.most]]
+    if not asked:
+        raise DataError(
+            f"no prompt of the {num_lost} leaves room for an answer of {max_new_tokens} tokens "
+            f"within "
+            f"{pair.longest or max_length}; shorten the prompts, or raise --max-length"
+        )
+
+    task = GenerationTask([example for _, example in asked])
+
+    def measured() -> Scored:
+        prompts = [example.prompt for _, example in asked]
+        texts = _generated(pair, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        total = Evaluation(NO_EXAMPLES, {})
+        by_client: dict[str, Score] = {}
+        for (client, example), text in zip(asked, texts, strict=True):
+            one = task.evaluate(example, text)
+            total = total + Evaluation(one, {example.category: one})
+            if client:
+                by_client[client] = by_client.get(client, NO_EXAMPLES) + one
+        return Scored(total, by_client)
+
+    untouched = measured()
+    with pair.tuned():
+        tuned = measured()
+    return ModelComparison(untouched, tuned, 0, num_lost, max_length, by_generation=True)

@@ -1,0 +1,284 @@
+"""Use a result: load it with its base model and tokenizer, and answer prompts with both."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmomentum.base_model.identity import identify
+from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
+from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.data.tokenization import prompt_token_ids
+from fedmomentum.errors import ConfigError, DataError, ModelError
+from fedmomentum.evaluation.generation import generate as generate_texts
+from fedmomentum.formats.run_files import EnvironmentFile, read_facts
+from fedmomentum.global_model.tuned import TunedModel
+from fedmomentum.run.saved_model import Result, find_base, open_result
+from fedmomentum.run.setup import set_threads
+from fedmomentum.utils.chat_date import DEFAULT_DATE, set_chat_date
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from fedmomentum.data.examples import Prompt
+
+
+LOG = logging.getLogger("fedmomentum")
+DEFAULT_MAX_LENGTH = 512
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+)
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a model is loaded to be used; what is left empty is as the run had it.
+
+    Attributes:
+        base: The base model's directory, where it is not where the run found it.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu`, `cuda`, ...
+    """
+
+    base: str = ""
+    dtype: str = ""
+    device: str = ""
+
+
+class ModelPair:
+    """The base and the tuned model in one: the tuned weights are added to the base and removed.
+
+    Args:
+        result: The model.
+        settings: How to load it.
+
+    Raises:
+        ModelError: If the base cannot be found or loaded, or is another one.
+        ConfigError: If the model is a sequence classifier.
+    """
+
+    def __init__(self, result: Result, settings: LoadSettings) -> None:
+        model = result.model
+        if model.adapter.config.get("task_type") == "SEQ_CLS":
+            raise ConfigError(
+                f"{result.path} is of a sequence classifier; export it and use transformers' own "
+                f"pipeline"
+            )
+        # The base model is identified by its content before it is loaded.
+        directory = find_base(result, settings.base)
+        found = identify(settings.base or model.base.name, directory)
+        model.base.check(found)
+        dtype, device = _as_in_the_run(result, settings)
+        if result.config is not None:
+            set_threads(result.config.run.threads)
+        if model.base.tokenizer_sha256 and found.tokenizer_sha256 != model.base.tokenizer_sha256:
+            LOG.warning(
+                "the tokenizer or chat template in %s is not that of the run %s; scores and "
+                "answers may differ",
+                directory,
+                result.path,
+            )
+        # As in the run, unless another dtype or device is asked for.
+        try:
+            chosen = pick_device(device)
+        except ModelError as error:
+            raise ModelError(f"{error}. Give another by --device") from error
+        self.model = load_base(directory, pick_dtype(dtype, chosen), chosen)
+        self._tuned = TunedModel(self.model, directory, model)
+        date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
+        self._set_tokenizers(result, directory, date)
+        self.tokenizer = self._tokenizers[0]
+
+    def _set_tokenizers(self, result: Result, directory: Path, date: str) -> None:
+        """Choose the tokenizers of both models: the same one, unless tokens were added."""
+        # Where tokens were added, the base model knows fewer than the tuned one.
+        size = vocabulary_size(self.model)
+        tuned = _tokenizer(result, directory, size)
+        untouched = tuned
+        if (
+            size is not None
+            and len(tuned) > size
+            and (directory / "tokenizer_config.json").is_file()
+        ):
+            untouched = load_tokenizer(directory, size)
+        for tokenizer in (untouched, tuned):
+            set_chat_date(tokenizer, date)
+        self._tokenizers = untouched, tuned
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model can see; None where it does not say."""
+        return max_positions(self.model)[0]
+
+    @contextmanager
+    def tuned(self) -> Iterator[None]:
+        """Be the tuned model for a while, with its own tokenizer."""
+        with self._tuned.applied():
+            self.tokenizer = self._tokenizers[1]
+            try:
+                yield
+            finally:
+                self.tokenizer = self._tokenizers[0]
+
+
+def _as_in_the_run(result: Result, settings: LoadSettings) -> tuple[str, str]:
+    """Return dtype and device: those asked for, else those of the run, else `auto`."""
+    model = result.config.model if result.config is not None else None
+    dtype = settings.dtype or (model.dtype if model is not None else "auto")
+    device = settings.device or (model.device if model is not None else "auto")
+    if dtype == "auto" and not settings.dtype and model is not None:
+        dtype = _dtype_of_the_run(result.path) or dtype
+    return dtype, device
+
+
+def _dtype_of_the_run(path: Path) -> str | None:
+    """Return the dtype that `auto` meant on the run's machine; None where that is not known.
+
+    Raises:
+        ModelError: If environment.json is missing or damaged.
+    """
+    file = path / "environment.json"
+    try:
+        environment, _ = read_facts(file, EnvironmentFile)
+    except FileNotFoundError:
+        raise ModelError(
+            f"{file} is missing; it says in which dtype the run was. Restore it, or give --dtype"
+        ) from None
+    except ModelError as error:
+        raise ModelError(f"{error}. Restore it from a copy, or give --dtype") from error
+    dtype = environment.get("dtype")
+    return dtype if dtype in ("float32", "bfloat16", "float16") else None
+
+
+def _tokenizer(result: Result, directory: Path, vocabulary: int | None) -> Any:
+    """Load the tokenizer of the result: an adapter's directory may hold its own, or a template."""
+    own = result.path
+    if (own / "adapter_config.json").is_file():
+        if any((own / name).is_file() for name in TOKENIZER_FILES):
+            tables = [
+                tensor.shape[0]
+                for tensor in result.model.adapter.saved.values()
+                if tensor.ndim == 2
+            ]
+            return load_tokenizer(
+                own, max([vocabulary, *tables]) if vocabulary is not None else None
+            )
+        if (own / CHAT_TEMPLATE).is_file():
+            tokenizer = load_tokenizer(directory, vocabulary)
+            tokenizer.chat_template = (own / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            return tokenizer
+    return load_tokenizer(directory, vocabulary)
+
+
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def answers(
+    result: Result,
+    prompts: Sequence[str],
+    settings: LoadSettings,
+    *,
+    max_new_tokens: int,
+    plain: bool,
+) -> list[Answers]:
+    """Answer every prompt greedily, with the base and the tuned model.
+
+    Args:
+        result: The model.
+        prompts: Questions; wrapped as a user's message where the tokenizer has a chat template.
+        settings: How to load the model.
+        max_new_tokens: Where to stop.
+        plain: Give the prompts as they are.
+
+    Raises:
+        ConfigError: If nothing is to be generated.
+        DataError: If a prompt is empty, or leaves no room for an answer.
+        FedMomentumError: See `ModelPair`.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise DataError("a --prompt is empty; there is nothing to answer")
+    pair = ModelPair(result, settings)
+    chat = bool(pair.tokenizer.chat_template) and not plain
+    asked: list[Any] = []
+    for prompt in prompts:
+        asked.append(({"role": "user", "content": prompt},) if chat else prompt)
+    base_texts = _generated(pair, asked, max_new_tokens=max_new_tokens)
+    with pair.tuned():
+        tuned_texts = _generated(pair, asked, max_new_tokens=max_new_tokens)
+    return [
+        Answers(prompt, base, tuned)
+        for prompt, base, tuned in zip(prompts, base_texts, tuned_texts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the base and the tuned model answer to one prompt."""
+
+    prompt: str
+    base: str
+    tuned: str
+
+
+def generate(
+    path: Path | str,
+    prompts: Sequence[str],
+    *,
+    server_round: int | str = "last",
+    client: str = "",
+    settings: LoadSettings = LoadSettings(),  # noqa: B008 (frozen)
+    max_new_tokens: int = 64,
+    plain: bool = False,
+) -> list[Answers]:
+    """Answer prompts with the base and the tuned model of a run, a global model or an adapter.
+
+    Args:
+        path: The run's directory, or that of a global model or adapter.
+        prompts: Questions; wrapped as a user's message where the tokenizer has a chat template.
+        server_round: A round of the run, `last` or `best`.
+        client: Whose model, where the method gives each client its own.
+        settings: How to load the model.
+        max_new_tokens: Where to stop.
+        plain: Give the prompts as they are.
+
+    Raises:
+        FedMomentumError: See `answers`.
+    """
+    result = open_result(Path(path), server_round=str(server_round), client=client)
+    return answers(result, prompts, settings, max_new_tokens=max_new_tokens, plain=plain)
+
+
+def _generated(
+    pair: ModelPair, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 32
+) -> list[str]:
+    """Answer prompts with the model as it is now.
+
+    Raises:
+        DataError: If a prompt and its answer are longer than what the model can see.
+        FedMomentumError: If a prompt has a token that the model does not know.
+    """
+    for prompt in prompts:
+        ids = prompt_token_ids(prompt, pair.tokenizer)
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        name = f"the prompt {printable(text, 40)!r}"
+        check_token_ids(pair.model, [ids], name)
+        if pair.longest is not None and len(ids) + max_new_tokens > pair.longest:
+            raise DataError(
+                f"{name} has {len(ids)} tokens, and with {max_new_tokens} more passes the "
+                f"{pair.longest} that the "
+                "model can see; shorten it, or lower --max-new-tokens"
+            )
+    return generate_texts(
+        pair.model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )

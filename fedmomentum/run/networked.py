@@ -1,0 +1,127 @@
+"""A run whose clients are elsewhere: the same rounds over any transport."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.config.toml import to_toml
+from fedmomentum.lora.half_precision import wire_dtype
+from fedmomentum.run.environment import process_environment
+from fedmomentum.run.origin import check_data
+from fedmomentum.run.plan import served_plan
+from fedmomentum.run.setup import check_run_directory, make_method, set_threads
+from fedmomentum.run.tracking import TrackerCallback, check_trackers
+from fedmomentum.server.callbacks import Callback, CallbackList
+from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.handshake import handshake
+from fedmomentum.server.server import Server
+from fedmomentum.server.state import ServerState
+from fedmomentum.training.arguments import check_arguments
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.formats.manifest import Fingerprint
+    from fedmomentum.formats.plan import Plan
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.protocol.messages import Description
+    from fedmomentum.protocol.transport import Transport
+
+
+def run_over(
+    transport: Transport,
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    server_round: int | None = None,
+    callbacks: Iterable[Callback] = (),
+    data: Mapping[str, Fingerprint] | None = None,
+) -> GlobalModel:
+    """Run a federation whose clients are elsewhere; needs neither data nor base model.
+
+    Args:
+        transport: Reaches the clients.
+        config: The run; `[data]` does not count here, unless `data` is given.
+        out: The run's directory.
+        resume: Continue what is in `out`; without it, `out` must be new or empty.
+        server_round: Resume from this round instead of the last one; the rounds after it are done
+            again.
+        callbacks: Receive the plan and progress, in this order.
+        data: Fingerprints of the clients' data, where this process knows it.
+
+    Raises:
+        ConfigError: If settings contradict each other, or `out` is of a run with other settings.
+        DataError: If the data is not what the run began with.
+        ModelError: If `out` is in use or holds something else.
+        QuorumError: See `Server.run` and `handshake`.
+    """
+    method = make_method(config)
+    check_arguments(config.training.arguments)
+    check_trackers(config.run.report_to)
+    check_run_directory(config, out, resume, server_round, data_counts=data is not None)
+    set_threads(config.run.threads)
+    # Checked before any client is asked for anything.
+    callback_list = CallbackList(callbacks)
+    directory = RunDirectory(out, keep=config.run.keep_checkpoints)
+    try:
+        resumed = directory.resume(server_round) if resume else None
+        # A resumed run knows its model; a new one asks the clients for it.
+        if resumed is not None:
+            model, state = resumed
+            if data is not None:
+                check_data(out, data, server_round)
+            directory.describe(to_toml(config), state.run_id, data=data)
+        else:
+            state = ServerState(secrets.token_hex(16))
+            started = handshake(transport, config, state.run_id, method)
+            model = started.model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
+            plan = served_plan(config, model, method, started.facts)
+            callback_list.on_plan(plan)
+            _describe(directory, config, state.run_id, plan, model, started.facts, data)
+        with TrackerCallback(config.run.report_to, directory, state.run_id) as trackers:
+            server = Server(
+                transport,
+                method=method,
+                model=model,
+                state=state,
+                config=config,
+                directory=directory,
+                callbacks=[callback_list, trackers],
+            )
+            return server.run()
+    finally:
+        directory.close()
+
+
+def _describe(
+    directory: RunDirectory,
+    config: Config,
+    run_id: str,
+    plan: Plan,
+    model: GlobalModel,
+    clients: Mapping[str, Description],
+    data: Mapping[str, Fingerprint] | None,
+) -> None:
+    """Write what the run is into its directory; what clients say of themselves takes part."""
+    partition = {}
+    environments = {}
+    for name, client in clients.items():
+        partition[name] = {"train": {"": client.num_train}, "test": {"": client.num_test}}
+        environments[name] = f"{client.threads} threads, {client.dtype}, {client.versions}"
+    directory.describe(
+        to_toml(config),
+        run_id,
+        plan=asdict(plan),
+        partition=partition,
+        environment={
+            **process_environment(),
+            "base_sha256": model.base.sha256,
+            "tokenizer_sha256": model.base.tokenizer_sha256,
+            "clients": environments,
+        },
+        data=data,
+    )

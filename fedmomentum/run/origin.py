@@ -1,0 +1,289 @@
+"""What a run was made from: fingerprints of the clients' data, and where its directory was.
+
+A run continues with the data that it began with and no other. Names of files do not tell that: a
+project may move, and a file may change. So the content is compared, and paths may differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.errors import ConfigError, DataError, ModelError
+from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
+from fedmomentum.formats.manifest import Fingerprint
+from fedmomentum.formats.run_files import DATA, OriginFile
+from fedmomentum.utils.records import read_record
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.data.examples import ClientData, Example
+    from fedmomentum.data.tokenization import TokenizedExamples
+
+
+def fingerprints(
+    parties: Sequence[ClientData], tokens: Mapping[str, Sequence[TokenizedExamples]] | None = None
+) -> dict[str, Fingerprint]:
+    """Return the fingerprint of each client's data, order of examples included.
+
+    Args:
+        parties: The clients' examples.
+        tokens: Client to its examples as tokens, where they are at hand.
+    """
+    found = {}
+    for party in parties:
+        parts = tokens[party.client_id] if tokens is not None else None
+        found[party.client_id] = Fingerprint(
+            train=_hash(map(_text, party.train)),
+            held_out=_hash(map(_text, party.test)),
+            tokens=None if parts is None else _hash(_tokens(parts)),
+        )
+    return found
+
+
+def _text(example: Example) -> str:
+    return json.dumps([example.prompt, example.completion, example.category, example.scoring])
+
+
+def _tokens(parts: Sequence[TokenizedExamples]) -> Iterator[str]:
+    for number, part in enumerate(parts):
+        for ids, num_prompt_tokens in zip(part.input_ids, part.num_prompt_tokens, strict=True):
+            yield f"{number} {num_prompt_tokens} {ids}"
+
+
+def _hash(items: Iterator[str]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(item.encode(errors="surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def read_origin(directory: Path) -> OriginFile | None:
+    """Return what a run's directory says of its data; None where it says nothing.
+
+    Raises:
+        ModelError: If the file is damaged.
+    """
+    try:
+        return read_record(directory / DATA, OriginFile)
+    except FileNotFoundError:
+        return None
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. Restore it from a copy; or delete it, and say by --base and --data where "
+            f"things are"
+        ) from error
+
+
+def _began_with(directory: Path, server_round: int | None) -> Mapping[str, Fingerprint] | None:
+    """Return the data that a run was made with, from a checkpoint or else from data.json."""
+    rounds = retained_rounds(directory)
+    if rounds:
+        run = read_manifest(
+            round_file(directory, rounds[-1] if server_round is None else server_round)
+        ).run
+        return run.data if run else None
+    origin = read_origin(directory)
+    return origin.clients if origin else None
+
+
+def check_data(
+    directory: Path, now: Mapping[str, Fingerprint], server_round: int | None = None
+) -> None:
+    """Refuse to continue a run on other data than it began with.
+
+    Args:
+        directory: The run's directory; one that says nothing of its data fits any.
+        now: The fingerprints of the data as it is now.
+        server_round: The checkpoint to believe; by default the last.
+
+    Raises:
+        DataError: If a client's data differs, naming clients and parts.
+        ModelError: If the record in the directory is damaged.
+    """
+    began = _began_with(directory, server_round)
+    if began is None:
+        return
+    different = []
+    other_tokens = []
+    # Compare text first: other tokens of the same text point to the tokenizer.
+    for client in sorted(began.keys() | now.keys()):
+        name = printable(client, 80)
+        if client not in now or client not in began:
+            different.append(
+                f"{name} ({'has no data now' if client in began else 'had no data then'})"
+            )
+            continue
+        parts = []
+        if began[client].train != now[client].train:
+            parts.append("training examples")
+        if began[client].held_out != now[client].held_out:
+            parts.append("held-out examples")
+        if parts:
+            different.append(f"{name} ({' and '.join(parts)})")
+        elif (
+            began[client].tokens
+            and now[client].tokens
+            and began[client].tokens != now[client].tokens
+        ):
+            other_tokens.append(name)
+    if different:
+        raise DataError(
+            f"{directory} was made with other data; it differs for {_few(different)}. Give the "
+            f"data that the run began "
+            "with, or start over in another --out"
+        )
+    if other_tokens:
+        raise DataError(
+            f"{directory}: the texts are those that the run began with, but they give other tokens "
+            f"for "
+            f"{_few(other_tokens)}: the base model's tokenizer or chat template is another one "
+            f"now. Give the base "
+            "model that the run began with, or start over in another --out"
+        )
+
+
+def _few(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+# ── moved projects ────────────────────────────────────────────────────────────────────────────────
+
+
+def moved_path(path: str, origin: OriginFile, directory: Path) -> str:
+    """Return where a path of a run's configuration is now, if it moved with the run's directory.
+
+    Args:
+        path: As the configuration has it.
+        origin: Where the run's directory was.
+        directory: Where it is.
+
+    Returns:
+        The path as it is, where it leads somewhere or does not lie anywhere near; else the one that
+        lies to the directory of now as this one lay to the directory of then, if there is
+        something.
+    """
+    if not path or not os.path.isabs(path) or os.path.exists(path):
+        return path
+    # The path lies to the new directory as it lay to the old one.
+    candidate = os.path.normpath(directory.resolve() / os.path.relpath(path, origin.directory))
+    return candidate if os.path.exists(candidate) else path
+
+
+def follow(config: Config, directory: Path) -> Config:
+    """Return a run's configuration with its current paths, for a project that moved as a whole.
+
+    Paths that still lead somewhere stay as they are. What is found is not trusted for being there:
+    base model and data are compared by content with what the run was made from.
+
+    Raises:
+        ModelError: If the record in the run's directory is damaged.
+    """
+    origin = read_origin(directory)
+    if origin is None:
+        return config
+
+    def now(path: str) -> str:
+        return moved_path(path, origin, directory)
+
+    data = config.data
+    data = replace(
+        data,
+        source=now(data.source),
+        test_source=now(data.test_source) if data.test_source else data.test_source,
+        client_files={client: now(file) for client, file in data.client_files.items()},
+    )
+    return replace(config, data=data, model=replace(config.model, name=now(config.model.name)))
+
+
+def refuse_missing(config: Config) -> None:
+    """Refuse paths that do not exist, and say how to give others; hub names are not checked.
+
+    Raises:
+        DataError: See `refuse_missing_data`.
+        ModelError: If the base model's directory is not where the configuration says.
+    """
+    refuse_missing_data(config)
+    if _is_gone(config.model.name):
+        raise ModelError(
+            f"there is no {config.model.name}. If the base model is somewhere else now, give "
+            f"--base DIR"
+        )
+
+
+def refuse_missing_data(config: Config) -> None:
+    """Refuse paths of data that lead nowhere, and say how to give others.
+
+    Raises:
+        DataError: If a client's file, the source or the test source is not where the configuration
+            says.
+    """
+    data = config.data
+    for client, file in data.client_files.items():
+        if _is_gone(file):
+            raise DataError(
+                f"client {printable(client, 80)}: there is no {file}. If it is somewhere else "
+                f"now, give "
+                "--data NAME=FILE for it"
+            )
+    if _is_gone(data.source):
+        raise DataError(
+            f"there is no {data.source}. If the data is somewhere else now, give --data FILE"
+        )
+    if data.test_source and _is_gone(data.test_source):
+        raise DataError(
+            f"there is no {data.test_source}. If it is somewhere else now, give "
+            f"data.test-source=FILE"
+        )
+
+
+def _is_gone(path: str) -> bool:
+    return os.path.isabs(path) and not os.path.exists(path)
+
+
+def placed(config: Config, base: str, data: Sequence[str]) -> Config:
+    """Return the configuration with base model and data where the user says they are.
+
+    Args:
+        config: A configuration.
+        base: A directory, the embedded model's name or a name on the hub; empty for the
+            configuration's.
+        data: `NAME=FILE` for a client's file; or one `FILE`, where all clients share one source.
+
+    Raises:
+        ConfigError: If a client is unknown, or named where all share one source, or a source is
+            given twice.
+    """
+    if base:
+        config = replace(config, model=replace(config.model, name=_absolute(base)))
+    if not data:
+        return config
+    if not config.data.client_files:
+        if len(data) > 1:
+            raise ConfigError(
+                f"all clients share one source; --data can be given once, got {' and '.join(data)}"
+            )
+        return replace(config, data=replace(config.data, source=_absolute(data[0])))
+    files = dict(config.data.client_files)
+    for item in data:
+        # a name may hold "=" too
+        ends = [
+            end for end, character in enumerate(item) if character == "=" and item[:end] in files
+        ]
+        if not ends:
+            raise ConfigError(
+                f"--data must be NAME=FILE with the name of a client, one of "
+                f"{_few(sorted(files))}; got {item!r}"
+            )
+        files[item[: ends[0]]] = _absolute(item[ends[0] + 1 :])
+    return replace(config, data=replace(config.data, client_files=files))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(path) if os.path.exists(path) else path

@@ -1,0 +1,84 @@
+"""The baselines of a comparison: one model on the pooled data, and one a client."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedmomentum.config.schema import EvaluationConfig
+from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.run.plan import make_plan
+
+if TYPE_CHECKING:
+    from fedmomentum.run.federated_trainer import PreparedRun
+
+
+REFERENCES = ("centralised", "local")
+POOLED = "everyone"
+"""The one client of `centralised`."""
+
+
+def make_reference(run: PreparedRun, only: str | None) -> None:
+    """Turn a prepared run, in place, into that of one client, scored on everybody's examples.
+
+    Args:
+        run: With the federation's clients and settings.
+        only: The client that trains alone, on its own data; None: one client with all data.
+
+    The client holds out first what the others would be scored on between the ends, then what they
+    would be scored on at the ends; an item's category is the client it comes from. Passes over
+    pooled data are cut to the mean client's number of steps.
+    """
+    config, federated = run.config, run.clients
+    settings = config.evaluation
+    between, ends = settings.num_examples, max(settings.num_examples, settings.final_num_examples)
+    # The same held-out examples, in the order in which federated evaluations use them.
+    test = TokenizedExamples.concatenate(
+        [_part(client.test, 0, between, client.client_id) for client in federated]
+        + [_part(client.test, between, ends, client.client_id) for client in federated]
+    )
+    # One client's data, or that of all.
+    trained = [client for client in federated if only in (None, client.client_id)]
+    client = replace(
+        trained[0],
+        client_id=only or POOLED,
+        model=run.local,
+        train=TokenizedExamples.concatenate([c.train for c in trained]),
+        test=test,
+    )
+    evaluation = EvaluationConfig(
+        settings.every,
+        max(1, sum(min(between, len(client.test)) for client in federated)),
+        max(1, len(test)),
+        settings.batch_size,
+    )
+    # A pass over pooled data has as many steps as the mean client's pass.
+    training = config.training
+    if training.local_epochs is not None:
+        training = replace(training, local_epochs=training.local_epochs / len(trained))
+    # The prepared run becomes that of the one client.
+    run.config = replace(config, evaluation=evaluation, training=training)
+    run.clients = [client]
+    run.local_models = {client.client_id: run.local}
+    run.partition = {
+        client.client_id: {"train": _counts(client.train), "test": _counts(client.test)}
+    }
+    run.plan = make_plan(run.config, run.local, run.model, run.clients, run.method)
+
+
+def _part(examples: TokenizedExamples, start: int, end: int, category: str) -> TokenizedExamples:
+    kept = examples.input_ids[start:end]
+    return TokenizedExamples(
+        kept,
+        examples.num_prompt_tokens[start:end],
+        (category,) * len(kept),
+        examples.is_truncated[start:end],
+        0,
+    )
+
+
+def _counts(examples: TokenizedExamples) -> dict[str, int]:
+    return {
+        category: examples.categories.count(category)
+        for category in sorted(set(examples.categories))
+    }

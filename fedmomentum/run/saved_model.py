@@ -1,0 +1,341 @@
+"""Open what a user points at: a run, a global model, a PEFT adapter, or one client's model.
+
+`export`, `evaluate`, `generate` and `inspect` all come through here, so that none takes the shared
+part of a run for a whole model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from fedmomentum.aggregation import Method
+from fedmomentum.aggregation.client_adapters import client_start, with_fixed_residual
+from fedmomentum.aggregation.registry import build_method
+from fedmomentum.base_model.hub import resolve_base
+from fedmomentum.base_model.identity import BaseIdentity
+from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
+from fedmomentum.formats.directories import (
+    ADAPTER_CONFIG,
+    find_manifest,
+    is_adapter_directory,
+    read_manifest,
+    retained_rounds,
+)
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.personal import PersonalFactors, check_factor, personal_states
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.peft_folder import read_adapter
+from fedmomentum.run.origin import moved_path, read_origin
+from fedmomentum.server.saved_run import committed_records, saved_settings
+from fedmomentum.utils.names import directory_name
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.formats.manifest import RunState
+
+
+def personal_model(
+    model: GlobalModel, factors: PersonalFactors, method: Method | None
+) -> GlobalModel:
+    """Return the model of one client: the global part with the client's own factors.
+
+    Args:
+        model: The run's global model after a round.
+        factors: The client's own factors after that round.
+        method: The run's method; needed only where the clients' ranks differ.
+
+    Returns:
+        A global model that is the client's; it may be exported and used as any other.
+
+    Raises:
+        ModelError: If the factors do not fit the global part.
+    """
+    name = f"client {factors.client}: its own factors after round {factors.server_round}"
+    if factors.mixed and method is None:
+        raise ModelError(
+            f"{name} were trained at a rank of its own, and the run's method cannot be loaded"
+        )
+    # The factors must be of modules that the run adapts.
+    modules = {key.rpartition(".")[0] for key in factors.tensors}
+    unknown = sorted(modules - model.adapter.modules.keys())
+    if unknown:
+        raise ModelError(
+            f"{name} are of module {unknown[0]}, which the run's adapter does not have"
+        )
+    # what the client starts a round from: the global adapter at its rank and scaling, and what lies
+    # beside its base
+    start, beside = client_start(
+        cast(Method, method),  # asked only where ranks differ
+        model.adapter,
+        modules,
+        rank=factors.rank,
+        scaling=factors.scaling,
+        is_mixed=factors.mixed,
+    )
+    # Each product: the global factor with the client's own one.
+    parts = {}
+    for module, matrix in start.modules.items():
+        given = {"B": matrix.B, "A": matrix.A}
+        for kind in model.personal:
+            tensor = factors.tensors.get(f"{module}.{kind}")
+            if tensor is None:
+                raise ModelError(f"{name} lack {module}.{kind}")
+            check_factor(tensor, tuple(given[kind].shape), f"{name}: {module}.{kind}")
+            given[kind] = tensor
+        parts[module] = LowRank(given["B"], given["A"])
+    own = with_fixed_residual(
+        replace(start, modules=parts, name=f"adapter of {factors.client}"), beside
+    )
+    whose = re.sub(r"[`|<>]", "_", factors.client)  # it stands in a table of an export's README.md
+    return replace(
+        model, adapter=own, method=f"{model.method}, the model of client {whose}", personal=""
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A model that can be exported and used.
+
+    Attributes:
+        path: What the user named.
+        model: The model; with a client, the client's own.
+        config: The run's settings; None for what is no run.
+        client: Whose model it is; empty where there is one for all.
+    """
+
+    path: Path
+    model: GlobalModel
+    config: Config | None = None
+    client: str = ""
+
+    @property
+    def title(self) -> str:
+        """What to call it: `round 3 of runs/office, client north`."""
+        if (self.path / ADAPTER_CONFIG).is_file():
+            return str(self.path)
+        whose = f", client {self.client}" if self.client else ""
+        return f"round {self.model.server_round} of {self.path}{whose}"
+
+
+def open_result(
+    path: Path, *, server_round: str = "last", client: str = "", store: Path | None = None
+) -> Result:
+    """Read what a user points at.
+
+    Args:
+        path: The directory of a run, a global model or a PEFT adapter.
+        server_round: Of a run: a number, `last` or `best`.
+        client: Of a run whose method leaves factors with each client: whose model.
+        store: Where that client's own factors are, if not in the run's directory: the store of its
+            node.
+
+    Raises:
+        ModelError: If there is no such thing, or the client's own factors are missing, damaged or
+            too old.
+        AdapterError: If the adapter cannot be read.
+        ConfigError: If a client is named where there is one model for all, or none where there is
+            one for each.
+    """
+    if store is not None and not client:
+        raise ConfigError(
+            "--store is where a client's own factors are; name the client by --client"
+        )
+    # An adapter directory, of this package or any other.
+    if is_adapter_directory(path):
+        _refuse_choices(path, "a PEFT adapter", server_round, client)
+        adapter = read_adapter(path)
+        name = str(adapter.config.get("base_model_name_or_path") or "")
+        return Result(
+            path, GlobalModel(BaseIdentity(name, adapter.config.get("revision")), adapter)
+        )
+    # A global model, or a round of a run.
+    file = find_manifest(path, server_round)
+    model = GlobalModel.load(path, server_round)
+    if not retained_rounds(path):
+        _refuse_choices(path, "a global model", server_round, client)
+        return Result(path, model)
+    config = saved_settings(path, model.server_round)
+    if not model.personal:
+        if client:
+            raise ConfigError(
+                f"{path} was made by {model.method}, which has one global model; leave out "
+                f"--client {client}"
+            )
+        return Result(path, model, config)
+    # One model for each client: join its personal factors with the global part.
+    run = checkpoint_state(file)
+    factors = _factors(path, model, run, client, store)
+    method = _method(config) if factors.mixed else None
+    return Result(path, personal_model(model, factors, method), config, client)
+
+
+def whose_factors(path: Path, run: RunState) -> dict[str, list[int]]:
+    """Return the clients with personal factors in a run's directory, each with its rounds."""
+    found: dict[str, list[int]] = {}
+    for store in _stores(path):
+        found |= personal_states(store, run.run_id).clients()
+    return dict(sorted(found.items()))
+
+
+def example_client(path: Path) -> str | None:
+    """Return a client to name in a command; None where a run has one model for all."""
+    file = find_manifest(path, "last")
+    manifest = read_manifest(file)
+    if not manifest.personal:
+        return None
+    run = checkpoint_state(file)
+    return next(iter([*whose_factors(path, run), *sorted(run.held)]), "NAME")
+
+
+def checkpoint_state(file: Path) -> RunState:
+    """Return the server's state in a run's checkpoint.
+
+    Raises:
+        ModelError: If the file is damaged, or no run's.
+    """
+    run = read_manifest(file).run
+    if run is None:
+        raise ModelError(
+            f"{file} is of a global model alone: the clients' own factors belong to a run"
+        )
+    return run
+
+
+def _refuse_choices(path: Path, kind: str, server_round: str, client: str) -> None:
+    if client:
+        raise ConfigError(f"{path} is {kind}, the same for all clients; leave out --client")
+    if server_round != "last":
+        raise ConfigError(f"{path} is {kind}, which has no rounds; leave out --round")
+
+
+def _method(config: Config | None) -> Method | None:
+    if config is None:
+        return None
+    return build_method(
+        config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()}
+    )
+
+
+def _stores(path: Path) -> list[Path]:
+    """Return where a run on this machine keeps personal factors."""
+    clients = path / "clients"
+    return [path, *(sorted(clients.iterdir()) if clients.is_dir() else [])]
+
+
+def _factors(
+    path: Path, model: GlobalModel, run: RunState, client: str, store: Path | None
+) -> PersonalFactors:
+    """Return the personal factors of a client as of the model's round."""
+    here = whose_factors(path, run)
+    known = sorted({*run.held, *here})
+    if not client:
+        which = (
+            f"those of {_listed(list(here))} are here"
+            if here
+            else (
+                f"none are here, each client has its own (--store); its clients are "
+                f"{_listed(known)}"
+            )
+        )
+        raise ConfigError(
+            f"{path} was made by {model.method}, which leaves the factors {model.personal} with "
+            f"each client: there is "
+            f"no one global model. Name a client by --client; {which}"
+        )
+    # Personal factors are in the run's directory, or in the store of the client's node.
+    stores = [store] if store is not None else [path, path / "clients" / directory_name(client)]
+    for place in stores:
+        factors = personal_states(place, run.run_id).load(client, model.server_round)
+        if factors is not None:
+            _refuse_stale(path, factors, model.server_round)
+            return factors
+    # Nothing fits: say what there is instead.
+    kept = [
+        trained for place in stores for trained in personal_states(place, run.run_id).files(client)
+    ]
+    if kept:
+        raise ModelError(
+            f"client {client}: its own factors after round {model.server_round} are no longer "
+            f"kept; there are those "
+            f"after the rounds {_listed(kept)}. Give a later --round"
+        )
+    if store is not None:
+        raise ModelError(
+            f"{store} holds no factors of client {printable(client)} in this run; give the store "
+            f"of its node, such as "
+            f"nodes/{directory_name(client)}"
+        )
+    if client in known:
+        raise ModelError(
+            f"client {client}: its own factors are not in {path}. They are in the client's own "
+            f"store: give it by "
+            "--store; or the client had not trained by then"
+        )
+    raise ConfigError(
+        f"{path} has no client {printable(client)!r}; its clients are {_listed(known)}"
+    )
+
+
+def _refuse_stale(path: Path, factors: PersonalFactors, server_round: int) -> None:
+    """Refuse a store without a later training of the client that counted in the run.
+
+    Raises:
+        ModelError: If it does, or the rows of metrics are not those that were committed.
+    """
+    for record in committed_records(path, server_round):
+        trained = record.round if factors.client in record.accepted else 0
+        if factors.server_round < trained <= server_round:
+            raise ModelError(
+                f"client {factors.client}: the newest of its own factors up to round "
+                f"{server_round} are those after "
+                f"round {factors.server_round}, but it trained in round {trained} too; the store "
+                f"is an older copy"
+            )
+
+
+def _listed(items: Sequence[Any], most: int = 20) -> str:
+    shown = ", ".join(printable(str(item), 80) for item in items[:most])
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"
+
+
+# ── the base model ────────────────────────────────────────────────────────────────────────────────
+
+
+def find_base(result: Result, base: str = "") -> Path:
+    """Find the base model of a result.
+
+    A run that was moved together with its base is followed: the base is looked for where it lies as
+    seen from the run's directory. Whether it is the right one is for `BaseIdentity.check` to say.
+
+    Args:
+        result: What needs its base.
+        base: The user's own word on where it is.
+
+    Raises:
+        ModelError: If it cannot be found.
+    """
+    identity = result.model.base
+    if base:
+        return resolve_base(base, identity.revision if base == identity.name else None)
+    names = [identity.name]
+    if result.config is not None:
+        names.append(result.config.model.name)
+        origin = read_origin(result.path)
+        if origin is not None:
+            names += [moved_path(name, origin, result.path) for name in names]
+    for name in names:
+        if name and Path(name).is_dir():
+            return Path(name)
+    if not identity.name or identity.name == "unknown":
+        raise ModelError(f"{result.path} does not say which base model it is for; give --base")
+    try:
+        return resolve_base(identity.name, identity.revision)
+    except FedMomentumError as error:
+        raise ModelError(
+            f"{error}. If the base model is somewhere else now, give --base"
+        ) from error

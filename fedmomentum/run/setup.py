@@ -1,0 +1,281 @@
+"""From a configuration to its method, data, tokenized examples, and a checked output directory."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmomentum.aggregation.registry import build_method
+from fedmomentum.base_model.identity import BaseIdentity
+from fedmomentum.base_model.load_checks import check_max_length, check_token_ids
+from fedmomentum.client.client import Client
+from fedmomentum.client.local_model import LoadedBase, LocalModel
+from fedmomentum.client.store import ClientStore
+from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
+from fedmomentum.data.client_data import load_clients
+from fedmomentum.data.tokenization import EMPTY_EXAMPLES, tokenize
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
+from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
+from fedmomentum.global_model.personal import personal_states
+from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
+from fedmomentum.run.tracking import check_trackers
+from fedmomentum.server.saved_run import committed_records, saved_settings
+from fedmomentum.training.arguments import check_arguments, check_num_examples
+from fedmomentum.utils.plugins import import_object
+from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config, LoraConfig
+    from fedmomentum.data.examples import ClientData, Example
+    from fedmomentum.formats.manifest import Fingerprint
+    from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.global_model.objects import StoredObject
+    from fedmomentum.server.callbacks import Callback
+    from fedmomentum.training.function import TrainingFunction
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run on this machine is made of, before its directory is opened."""
+
+    config: Config
+    method: Method
+    local: LocalModel
+    local_models: dict[str, LocalModel]
+    clients: list[Client]
+    parties: list[ClientData]
+    data: dict[str, Fingerprint]
+
+
+def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
+    """Refuse to continue from a round with another base, other data, or missing personal factors.
+
+    Raises:
+        DataError: If the data is other data.
+        ModelError: If the base is another, a client's own factors are missing or damaged, or the
+            checkpoint is.
+    """
+    if server_round not in retained_rounds(out):
+        return  # for `RunDirectory.resume` to say
+    manifest = read_manifest(round_file(out, server_round))
+    base = manifest.base
+    BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256).check(
+        loaded.local.identity
+    )
+    check_data(out, loaded.data, server_round)
+    if loaded.method.personal_factors and manifest.run is not None:
+        last_trained = _last_trained(committed_records(out, server_round))
+        personal_states(out, manifest.run.run_id).check(last_trained)
+
+
+def load_run(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool,
+    server_round: int | None = None,
+    is_plan: bool = False,
+    callbacks: Callback,
+) -> LoadedRun:
+    """Check the settings, read the data and load the model; see `prepare`."""
+    # Cheap checks come first: nothing is loaded for a configuration that cannot run.
+    method = make_method(config)
+    check_arguments(config.training.arguments)
+    check_trackers(config.run.report_to)
+    function = training_function(config)
+    if resume:
+        config = follow(config, out)
+        refuse_missing(config)
+    if resume or not is_plan:
+        check_run_directory(config, out, resume, server_round)
+    set_threads(config.run.threads)
+    seed = config.run.seed
+    # Data before the model: its mistakes are more frequent, and it is quicker to read.
+    callbacks.on_message("Reading the data")
+    parties = load_data(config)
+    callbacks.on_message(f"Loading {config.model.name}")
+    base = LoadedBase.from_config(config.model)
+    local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
+    clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
+    local_models = _own_models(config, local, base, [client.client_id for client in clients])
+    for client in clients:
+        client.model = local_models[client.client_id]
+    data = fingerprints(
+        parties, {client.client_id: (client.train, client.test) for client in clients}
+    )
+    return LoadedRun(config, method, local, local_models, clients, parties, data)
+
+
+def set_threads(threads: int) -> None:
+    """Have torch use so many threads; 0: as many as there are cores."""
+    torch.set_num_threads(threads if threads > 0 else os.cpu_count() or 1)
+
+
+def _last_trained(records: Sequence[RoundRecord]) -> dict[str, int]:
+    """Return each client whose training counted, with the last round in which it did."""
+    last_rounds = {}
+    for record in records:
+        for client in record.accepted:
+            last_rounds[client] = record.round
+    return last_rounds
+
+
+def _own_models(
+    config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]
+) -> dict[str, LocalModel]:
+    """Return each client's model: one for all, unless some train less; all on one base model."""
+    lora = config.lora
+    if unknown := sorted(set(lora.clients) - set(names)):
+        raise ConfigError(
+            f"lora.clients names {unknown[0]}, which is no client; there are {', '.join(names)}"
+        )
+    made: list[tuple[LoraConfig, LocalModel]] = [(lora.for_client(""), local)]
+    found = {}
+    for name in names:
+        own = lora.for_client(name)
+        if not any(own == other for other, _ in made):
+            seed = derive_seed(config.run.seed, "adapter")
+            try:
+                made.append(
+                    (own, LocalModel(config.model, lora, seed=seed, client_lora=own, loaded=loaded))
+                )
+            except (AdapterError, ConfigError) as error:
+                raise ConfigError(f"lora.clients.{name}: {error}") from error
+        found[name] = next(model for other, model in made if other == own)
+    return found
+
+
+def make_method(config: Config) -> Method:
+    """Build the method of the configuration.
+
+    Raises:
+        ConfigError: If a name or setting is unknown, or the method refuses a value.
+    """
+    method = build_method(
+        config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()}
+    )
+    if config.lora.is_mixed and not method.unequal_ranks:
+        raise ConfigError(
+            f"{method.title} needs every client at one rank; lora.clients gives several"
+        )
+    if method.reads_base and config.federation.downlink_dtype != "float32":
+        raise ConfigError(
+            f"{method.title} starts from the base's own directions; they need downlink-dtype "
+            f"float32"
+        )
+    return method
+
+
+def training_function(config: Config) -> TrainingFunction | None:
+    """Return the user's `module:function`; None for our trainer."""
+    if config.training.function is None:
+        return None
+    function: TrainingFunction = import_object(config.training.function, "training.function")
+    return function
+
+
+def check_run_directory(
+    config: Config,
+    out: Path,
+    resume: bool,
+    server_round: int | None = None,
+    *,
+    data_counts: bool = True,
+) -> None:
+    """Refuse a used directory for a new run, and other settings for a resumed one."""
+    if not resume:
+        if (out / "config.toml").is_file() or retained_rounds(out):
+            raise ModelError(
+                f"{out} holds a run already; continue it with --resume, or choose another --out"
+            )
+        if out.is_dir() and any(
+            file.name not in (".lock", "rounds", "server.log", "status.json")
+            for file in out.iterdir()
+        ):
+            raise ModelError(f"{out} is not empty and holds no run; choose another --out")
+        return
+    began = saved_settings(out, server_round)
+    if began is None:
+        return
+    # Paths may change, since the content they lead to is compared.
+    changed = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
+    if not data_counts:
+        changed = [key for key in changed if not key.startswith("data.")]
+    else:  # the content is compared
+        changed = [key for key in changed if key not in LOCATIONS]
+        if began.data.client_files.keys() != config.data.client_files.keys():
+            changed.append("data.client-files")
+    if changed:
+        raise ConfigError(
+            f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with "
+            f"its own settings, "
+            f"{out / 'config.toml'} as the run wrote it (its checkpoints hold them too), or start "
+            f"over in another --out"
+        )
+
+
+def load_data(config: Config) -> list[ClientData]:
+    """Load every client's examples, as `[data]` names them.
+
+    Raises:
+        ConfigError: If no data is named.
+        DataError: If data cannot be used.
+    """
+    return load_clients(config.data, derive_seed(config.run.seed, "data"))
+
+
+def held_out_order(config: Config, party: ClientData) -> list[Example]:
+    """Return a client's held-out examples in the shuffled order that evaluations use."""
+    test = list(party.test)
+    random.Random(derive_seed(config.run.seed, "test order", party.client_id)).shuffle(test)
+    return test
+
+
+def tokenized_clients(
+    config: Config,
+    parties: Sequence[ClientData],
+    local: LocalModel,
+    out: Path,
+    function: TrainingFunction | None,
+    on_step: Callable[[str, int, int, float], None] | None,
+) -> list[Client]:
+    """Tokenize each client's examples, once for the whole run; held-out ones shuffled."""
+    limits: dict[str, Any] = {
+        "max_length": config.data.max_length,
+        "max_truncated_fraction": config.data.max_truncated_fraction,
+    }
+    base = local.peft.get_base_model()
+    check_max_length(base, config.data.max_length)
+    hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
+    cache: dict[str, StoredObject] = {}
+    clients = []
+    for party in parties:
+        test = held_out_order(config, party)
+        held_out = f"{party.client_id} (held out)"
+        train_tokens = tokenize(party.train, local.tokenizer, owner=party.client_id, **limits)
+        test_tokens = (
+            tokenize(test, local.tokenizer, owner=held_out, **limits) if test else EMPTY_EXAMPLES
+        )
+        check_token_ids(base, train_tokens.input_ids, party.client_id)
+        check_token_ids(base, test_tokens.input_ids, held_out)
+        check_num_examples(len(train_tokens), hyperparameters, party.client_id)
+        clients.append(
+            Client(
+                client_id=party.client_id,
+                train=train_tokens,
+                test=test_tokens,
+                method=make_method(config),
+                model=local,
+                store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
+                training_function=function,
+                on_step=on_step,
+            )
+        )
+    return clients

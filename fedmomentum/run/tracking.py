@@ -1,0 +1,189 @@
+"""`TrackerCallback`: a run's metrics in TensorBoard, Weights & Biases, MLflow and others.
+
+accelerate has the trackers; here is what goes into them and when. The server reports, and nobody
+else.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+
+from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.formats.run_files import ReportedFile, read_facts
+from fedmomentum.server.callbacks import Callback
+from fedmomentum.utils.io import sha256, write_json
+from fedmomentum.utils.records import with_checksum
+
+if TYPE_CHECKING:
+    from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.server.checkpoint import RunDirectory
+
+
+LOG = logging.getLogger("fedmomentum")
+FOLDER = "trackers"
+"""In the run's directory: the trackers' files, and `reported.json` with their last rounds."""
+PROJECT = "fedmomentum"
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse what cannot be reported to, before anything is loaded.
+
+    Raises:
+        ConfigError: a tracker that accelerate does not know, or whose package is not installed.
+    """
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"run.report-to names {name!r}; known: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+            )
+        if name not in map(str, get_available_trackers()):
+            package = "'fedmomentum[tensorboard]'" if name == "tensorboard" else name
+            raise ConfigError(
+                f"run.report-to names {name}, which is not installed; install it: pip install "
+                f"{package}"
+            )
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Every number of a row of `metrics.jsonl` but its round, as `evaluation/total/loss`.
+
+    Characters that some trackers refuse become `_`: what is left is letters, digits and `_ . - /`
+    and the blank. Where two names (clients `a*` and `a?`) would so come to one, the later has a
+    hash of the whole name behind it.
+    """
+    found: dict[str, float] = {}
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{name}/{key}" if name else str(key), inner)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            tag = re.sub(r"[^\w.\-/ ]", "_", name)
+            found[f"{tag}-{sha256(name.encode())[:8]}" if tag in found else tag] = value
+
+    walk("", {key: value for key, value in row.items() if key != "round"})
+    return found
+
+
+class TrackerCallback(Callback):
+    """Reports every committed round to trackers, at step = round.
+
+    Rounds that the directory holds and a tracker was not told of come first: those of a run that
+    was killed between a commit and its report, or that is reported only from its resume on. A
+    tracker that fails is left out with one warning, and the run continues.
+
+    Args:
+        names: `run.report-to`, checked by `check_trackers`.
+        directory: The run's directory, after `resume`.
+        run_id: Names the run, so that a tracker can continue with it after a resume.
+    """
+
+    def __init__(self, names: Sequence[str], directory: RunDirectory, run_id: str) -> None:
+        self._run_id = run_id
+        self._trackers: dict[str, GeneralTracker] = {}
+        self._last_rounds: dict[str, int] = {}
+        if not names:
+            return
+        out = directory.path / FOLDER
+        self._file = out / "reported.json"
+        self._last_rounds = _last_reported(self._file, run_id)
+        # A name that is given twice is one tracker.
+        for name in dict.fromkeys(names):
+            self._attempt(name, partial(self._start, name, out, directory.path.name))
+        # Rounds that were committed and not yet reported.
+        for record in directory.records:
+            self.on_round_end(record)
+
+    def __enter__(self) -> TrackerCallback:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._attempt(name, tracker.finish)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Report a round to every tracker that was not told of it."""
+        values = numbers_of(record.to_json())
+        for name, tracker in list(self._trackers.items()):
+            if record.round <= self._last_rounds.get(name, -1):
+                continue
+            if self._attempt(name, partial(tracker.log, values, step=record.round)):
+                self._last_rounds[name] = record.round
+                content = {"rounds": self._last_rounds, "run_id": self._run_id}
+                write_json(self._file, with_checksum(content))
+
+    def _start(self, name: str, out: Path, title: str) -> None:
+        tracker = _tracker(name, out, title, self._run_id)
+        self._trackers[name] = tracker
+        tracker.start()
+
+    def _attempt(self, name: str, call: Callable[[], object]) -> bool:
+        """Call a tracker; one that fails is dropped."""
+        try:
+            # accelerate's own loggers want a state; local training may have taken it down.
+            PartialState()
+            call()
+        except Exception as error:  # a network, a full disk, a login: no reason to end a run
+            self._trackers.pop(name, None)
+            LOG.warning(
+                "%s is not reported to from here on: %s: %s", name, type(error).__name__, error
+            )
+            return False
+        return True
+
+
+def _last_reported(file: Path, run_id: str) -> dict[str, int]:
+    """Tracker to the last round that it was told of.
+
+    Raises:
+        ModelError: If the file was damaged, or is another run's.
+    """
+    directory = file.parent
+    if directory.exists() and not directory.is_dir():
+        raise ModelError(
+            f"{directory} is not a directory, and trackers write into it; move it away"
+        )
+    directory.mkdir(exist_ok=True)
+    try:
+        told, owner = read_facts(file, ReportedFile)
+        if owner != run_id:
+            raise ModelError(f"{file} is of another run")
+    except FileNotFoundError:
+        if any(directory.iterdir()):
+            LOG.warning(
+                "%s is missing: trackers that know earlier rounds are told of them again", file
+            )
+        return {}
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. Restore it from a copy; or delete it, and the trackers are told of all "
+            f"rounds again"
+        ) from error
+    last: dict[str, int] = told["rounds"]
+    return last
+
+
+def _tracker(name: str, out: Path, title: str, run_id: str) -> GeneralTracker:
+    """Return one of accelerate's trackers; its files go to `out` where it takes a directory."""
+    more: dict[str, Any] = {
+        "wandb": {"name": title, "id": run_id, "resume": "allow", "dir": str(out)},
+        "mlflow": {"run_name": title},
+    }.get(name, {})
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if kind.requires_logging_directory:
+        return kind(name, str(out), **more)
+    return kind(PROJECT, **more)

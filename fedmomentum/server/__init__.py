@@ -1,0 +1,4 @@
+"""The server of a federation.
+
+It runs the rounds, checks what clients send, screens, measures and checkpoints.
+"""

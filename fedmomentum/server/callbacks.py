@@ -1,0 +1,129 @@
+"""`Callback`: typed hooks into a run; views, trackers and status files are subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmomentum.formats.plan import Plan
+    from fedmomentum.formats.round_record import RoundRecord
+
+
+class Callback:
+    """Receives what happens in a run; every method does nothing unless a subclass overrides it.
+
+    Callbacks are called in the thread that runs the rounds, in the order in which they were given.
+    What one raises ends the run; every round before is saved.
+    """
+
+    def on_message(self, text: str) -> None:
+        """Receive a line about what is being done before the first round."""
+
+    def on_plan(self, plan: Plan) -> None:
+        """Receive what the run will cost, before its first round."""
+
+    def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
+        """Receive the sampled clients of a round; round 0 samples none."""
+
+    def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
+        """Receive that a task was sent over a network; the client has `timeout` seconds."""
+
+    def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
+        """Receive the loss of a local training step; only of clients in this process."""
+
+    def on_reply(self, client: str, num_bytes: int) -> None:
+        """Receive that a client's reply came over a network."""
+
+    def on_failure(self, client: str, reason: str) -> None:
+        """Receive that no usable reply will come from a client in this exchange, and why."""
+
+    def on_late_reply(self, client: str) -> None:
+        """Receive that a reply came after its deadline and was ignored."""
+
+    def on_nodes(self, registered: Sequence[str], online: Sequence[str]) -> None:
+        """Receive which clients are admitted, and which of them are connected."""
+
+    def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
+        """Receive that a round waits up to `seconds` for clients that are not connected."""
+
+    def on_aggregate(self, num_done: int, num_modules: int) -> None:
+        """Receive how many modules of the round are aggregated."""
+
+    def on_evaluate(self, clients: Sequence[str]) -> None:
+        """Receive which clients are asked to evaluate the global model."""
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Receive the record of a round that is committed: from here on it survives a crash."""
+
+
+class CallbackList(Callback):
+    """Calls several callbacks in order."""
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self.callbacks = list(callbacks)
+
+    def on_message(self, text: str) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_message(text)
+
+    def on_plan(self, plan: Plan) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_plan(plan)
+
+    def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_round_begin(server_round, clients)
+
+    def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_task_sent(client, num_bytes, timeout)
+
+    def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_step(client, step, num_steps, loss)
+
+    def on_reply(self, client: str, num_bytes: int) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_reply(client, num_bytes)
+
+    def on_failure(self, client: str, reason: str) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_failure(client, reason)
+
+    def on_late_reply(self, client: str) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_late_reply(client)
+
+    def on_nodes(self, registered: Sequence[str], online: Sequence[str]) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_nodes(registered, online)
+
+    def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_waiting(missing, seconds)
+
+    def on_aggregate(self, num_done: int, num_modules: int) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_aggregate(num_done, num_modules)
+
+    def on_evaluate(self, clients: Sequence[str]) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_evaluate(clients)
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Pass on to every callback."""
+        for callback in self.callbacks:
+            callback.on_round_end(record)

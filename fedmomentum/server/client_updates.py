@@ -1,0 +1,140 @@
+"""What each client trains in a round, and its reply as an update that can be aggregated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fedmomentum.aggregation.client_adapters import client_start, with_fixed_residual
+from fedmomentum.errors import PayloadError
+from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
+from fedmomentum.lora.half_precision import decode_factors, wire_dtype
+from fedmomentum.protocol.messages import MEASUREMENTS, ClientLora, Reply, TrainResult
+from fedmomentum.server.reply_checks import check_losses, check_magnitude, check_measurements
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config, LoraConfig
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.linalg.low_rank import LowRank
+    from fedmomentum.server.state import ServerState
+from fedmomentum.protocol.messages import train_result
+
+
+class UpdateReader:
+    """Derives what clients start from, as they do themselves, and validates what they send.
+
+    Args:
+        model: The global model that the clients load.
+        state: What the server remembers: ranks to which a method has pruned clients.
+        method: The run's method.
+        config: The run's settings.
+        server_round: The round.
+    """
+
+    def __init__(
+        self,
+        model: GlobalModel,
+        state: ServerState,
+        method: Method,
+        config: Config,
+        server_round: int,
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._method = method
+        self._lora = config.lora
+        self._is_mixed = config.lora.is_mixed or method.prunes
+        self._uploads = method.uploaded_factors(server_round)
+        self._dtype = wire_dtype(config.federation.uplink_dtype)
+
+    def lora_config(self, client: str) -> LoraConfig:
+        """Return what a client trains now: its configuration, at the rank it was pruned to."""
+        configured = self._lora.for_client(client)
+        return configured.with_rank(self._state.ranks.get(client, configured.rank))
+
+    def lora(self, client: str) -> ClientLora:
+        """Return what a client trains, as a task names it."""
+        return ClientLora.of(self.lora_config(client), self._is_mixed)
+
+    def rank(self, client: str) -> int:
+        """Return the rank at which a client trains now."""
+        return self.lora_config(client).rank
+
+    def group(self, client: str) -> str:
+        """Return a text that is the same for all clients that start from the same adapter."""
+        return repr((self.lora_config(client), client in self._lora.clients))
+
+    def start(self, client: str) -> tuple[Adapter, dict[str, LowRank]]:
+        """Return the adapter that a client trains, and its fixed part; see `client_start`."""
+        adapter = self._model.adapter
+        if client not in self._lora.clients and not self._is_mixed:
+            return adapter, {}
+        client_lora = self.lora_config(client)
+        names = client_lora.target_modules if client in self._lora.clients else []
+        modules = [module for module in adapter.modules if _is_target(module, names)]
+        return client_start(
+            self._method,
+            adapter,
+            modules,
+            rank=client_lora.rank,
+            scaling=client_lora.scaling,
+            is_mixed=self._is_mixed,
+        )
+
+    def read(self, reply: Reply) -> Adapter:
+        """Return the update in a reply.
+
+        A factor that this round does not ask for is the one that clients were sent, bit for bit.
+
+        Raises:
+            FedMomentumError: If the reply is not what was asked for; naming client and tensor.
+        """
+        name = f"client {reply.client_id}"
+        result = train_result(reply)
+        check_losses(result, name)
+        check_measurements(reply.tensors, len(self._model.adapter.modules), name)
+        if self._method.prunes:
+            _check_next_rank(result, self.rank(reply.client_id), name)
+
+        start, fixed = self.start(reply.client_id)
+        factors = {key: t for key, t in reply.tensors.items() if key not in MEASUREMENTS}
+        decoded = decode_factors(factors, self._dtype, name)
+        unchanged = self._not_uploaded(start)
+        unexpected = sorted(decoded.keys() & unchanged.keys())
+        if unexpected:
+            raise PayloadError(
+                f"{name}: tensor {unexpected[0]} was not asked for; this round takes "
+                f"{self._uploads}"
+            )
+        update = from_tensors(decoded | unchanged, like=start, name=name)
+        check_magnitude(update)
+        return with_fixed_residual(update, fixed)
+
+    def _not_uploaded(self, start: Adapter) -> dict[str, Tensor]:
+        """Return the factors that clients do not send in this round, as they were sent them."""
+        kinds = [f".lora_{factor}." for factor in "BA" if factor not in self._uploads]
+        tensors = to_tensors(start)
+        return {key: t for key, t in tensors.items() if any(kind in key for kind in kinds)}
+
+
+def next_rank(reply: Reply) -> int:
+    """Return the rank at which a client of a method that prunes continues, once checked."""
+    rank = train_result(reply).next_rank
+    assert rank is not None  # checked when the reply was read
+    return rank
+
+
+def _is_target(module: str, names: list[str]) -> bool:
+    """Whether a client trains a module; without names it trains all."""
+    return not names or any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _check_next_rank(result: TrainResult, rank: int, name: str) -> None:
+    """Refuse, for a method that prunes, a client that would continue at no rank or a larger one."""
+    if result.next_rank is None or result.next_rank > rank:
+        raise PayloadError(
+            f"{name}: its next_rank is {result.next_rank!r}; wanted a whole number from 1 to "
+            f"{rank}, its rank now"
+        )

@@ -1,0 +1,71 @@
+"""What each client is sent of the global model, and when its base update is consolidated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedmomentum.global_model.consolidation import (
+    Delivery,
+    consolidate,
+    dense_bytes,
+    plan_delivery,
+    prune_recipes,
+    should_consolidate,
+)
+
+if TYPE_CHECKING:
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.server.checkpoint import RunDirectory
+    from fedmomentum.server.state import ServerState
+
+
+def plan_deliveries(
+    model: GlobalModel, state: ServerState, clients: Sequence[str], directory: RunDirectory
+) -> dict[str, Delivery]:
+    """Return what brings each client to the model's base, given what it last said that it holds."""
+    names = [stored.name for stored in model.base_update]
+    size_of = _size_of(model, directory)
+    plans = {}
+    for client in clients:
+        cached_objects = state.held.get(client, ())
+        plans[client] = plan_delivery(names, cached_objects, state.recipes, size_of)
+    return plans
+
+
+def consolidate_if_due(
+    model: GlobalModel, state: ServerState, clients: Sequence[str], directory: RunDirectory
+) -> tuple[GlobalModel, ServerState]:
+    """Merge the model's base update into one snapshot where a client would download too much.
+
+    The decision follows from model and state as they are saved and from `clients`, so that it is
+    the same after a kill.
+
+    Args:
+        model: The global model.
+        state: What the server remembers.
+        clients: The clients that are asked next.
+        directory: The run's directory.
+    """
+    plans = plan_deliveries(model, state, clients, directory)
+    if not should_consolidate(model, [plan.size for plan in plans.values()]):
+        return model, state
+    next_model, recipe, ties = consolidate(model)
+    # What the recipe names is read from the directory, where all of it is but for this round's.
+    new_objects = {stored.name: stored.data for stored in model.newest}
+    directory.put({ties.name: ties.data, **new_objects})
+    recipes = prune_recipes(
+        (*state.recipes, recipe), _size_of(model, directory), dense_bytes(model)
+    )
+    return next_model, replace(state, recipes=recipes)
+
+
+def _size_of(model: GlobalModel, directory: RunDirectory) -> Callable[[str], int]:
+    """Return a function from hash to bytes, for the model's parts and what the recipes name."""
+    sizes = {stored.name: len(stored.data) for stored in model.base_update}
+
+    def size_of(name: str) -> int:
+        return sizes[name] if name in sizes else directory.size(name)
+
+    return size_of

@@ -1,0 +1,305 @@
+"""Before the first round over a network: which base model clients have, and the first adapter.
+
+The server has no base model. It asks every client what it has, takes the base and the adapted
+modules that most of them agree on, and has one of those make the adapter that all start from: the
+seed decides its bits, so it does not matter which.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.base_model.identity import BaseIdentity
+from fedmomentum.errors import AdapterError, PayloadError, QuorumError
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
+from fedmomentum.lora.peft_config import check_config
+from fedmomentum.protocol.codec import decode_reply, encode_task
+from fedmomentum.protocol.messages import DescribeRequest, Description, Reply, Task
+from fedmomentum.protocol.transport import Failure, Transport
+from fedmomentum.server.exchange import containing
+from fedmomentum.server.reply_checks import check_magnitude
+from fedmomentum.utils.io import canonical_json
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config, LoraConfig
+
+
+LOG = logging.getLogger("fedmomentum")
+MAX_FACTS_BYTES = 2**24
+MAX_ADAPTER_BYTES = 2**33
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """What is known before the first round.
+
+    Attributes:
+        model: The untouched model with its fresh adapter.
+        facts: Client to its description of itself.
+    """
+
+    model: GlobalModel
+    facts: Mapping[str, Description]
+
+
+def handshake(transport: Transport, config: Config, run_id: str, method: Method) -> Handshake:
+    """Ask all clients what they have, and one of the majority for the first adapter.
+
+    Where the method starts from a product that is not zero, the base gives up as much: `-s B A`.
+
+    Raises:
+        QuorumError: If too few clients are there, if no majority has the same base and modules, or
+            if none of it answers with a usable adapter; with each client's reason.
+    """
+    clients = list(transport.clients())
+    # First what everybody has; only then one adapter, which may be large.
+    replies, failures = _ask(transport, run_id, clients, config.lora, adapter=False)
+    facts = {client: _description(reply) for client, reply in replies.items()}
+    for candidate in _majority(facts, failures):
+        agreed = facts[candidate]
+        more, reasons = _ask(transport, run_id, [candidate], config.lora, adapter=True)
+        failures |= reasons
+        if candidate not in more:
+            continue
+        with containing(candidate, failures):
+            # The first of the majority whose adapter is usable starts the run.
+            start = _first_adapter(more[candidate], agreed, config, is_zero=not method.reads_base)
+            base = BaseIdentity(
+                config.model.name, config.model.revision, agreed.sha256, agreed.tokenizer_sha256
+            )
+            _tell_differences(facts, agreed)
+            scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
+            given_up = (StoredObject.of(scaled),) if method.reads_base else ()
+            model = GlobalModel(
+                base, start, given_up, method=repr(method), personal=method.personal_factors
+            )
+            return Handshake(model, facts)
+    reasons_text = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
+    raise QuorumError(
+        f"none of {len(clients)} clients could start the run "
+        f"({reasons_text or 'no client is connected'})"
+    )
+
+
+def _structure(fact: Description) -> str:
+    """Return what all clients must have in common: the base model, and what is trained of it."""
+    shapes = {module: list(shape) for module, shape in fact.shapes.items()}
+    return canonical_json([fact.sha256, shapes, fact.scalings, fact.saved_shapes])
+
+
+def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> list[str]:
+    """Return the clients that agree with most others on the base and on what is adapted, sorted.
+
+    Raises:
+        QuorumError: If two groups are equally large: the server has no base of its own to tell
+            which is right.
+    """
+    # Clients that describe the same base model and adapter form a group.
+    groups: dict[str, list[str]] = {}
+    for client, fact in sorted(facts.items()):
+        groups.setdefault(_structure(fact), []).append(client)
+    ordered = sorted(groups.values(), key=lambda members: -len(members))
+    if len(ordered) > 1 and len(ordered[0]) == len(ordered[1]):
+        told = "; ".join(
+            f"{', '.join(members)}: base SHA-256 {facts[members[0]].sha256[:16]}..., "
+            f"{len(facts[members[0]].shapes)} "
+            "modules adapted"
+            for members in ordered
+        )
+        others = "".join(f"; {client}: {reason}" for client, reason in sorted(failures.items()))
+        raise QuorumError(
+            f"the clients disagree on the base model or on what is adapted, and no group is "
+            f"larger than the others "
+            f"({told}{others}). Give all of them the same base and the same [lora], or remove the "
+            f"one that is wrong"
+        )
+    return ordered[0] if ordered else []
+
+
+def _ask(
+    transport: Transport, run_id: str, clients: Sequence[str], lora: LoraConfig, *, adapter: bool
+) -> tuple[dict[str, Reply], dict[str, str]]:
+    """Have clients describe themselves; return usable replies, and the others' reasons."""
+    tasks = {
+        client: Task(run_id, client, 0, DescribeRequest(adapter=adapter)) for client in clients
+    }
+    limit = MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES
+    replies = {}
+    failures = dict.fromkeys(clients, "no answer in time")
+    for client, answer in transport.send_and_receive(
+        {client: encode_task(task) for client, task in tasks.items()}
+    ):
+        if isinstance(answer, Failure):
+            failures[client] = answer.reason
+            continue
+        del failures[client]
+        with containing(client, failures):
+            reply = decode_reply(answer, tasks[client], limit)
+            _check_description(reply, lora)
+            if reply.tensors and not adapter:
+                raise PayloadError(
+                    f"client {client}: its description holds tensors; none were asked for"
+                )
+            replies[client] = reply
+    return dict(sorted(replies.items())), failures
+
+
+def _description(reply: Reply) -> Description:
+    assert isinstance(reply.answer, Description)  # the answer to a request to describe
+    return reply.answer
+
+
+def _check_description(reply: Reply, lora: LoraConfig) -> None:
+    """Check that a client would train what this run's settings ask for.
+
+    Raises:
+        FedMomentumError: If it would not; naming module or setting.
+    """
+    name = f"client {reply.client_id}"
+    fact = _description(reply)
+    hint = "Does its configuration have the run's [lora]?"
+    if not fact.shapes or fact.shapes.keys() != fact.scalings.keys():
+        raise PayloadError(
+            f"{name}: its description misses the scalings or the shapes of its modules"
+        )
+    if fact.saved_shapes and not lora.modules_to_save:
+        raise AdapterError(
+            f"{name}: its adapter holds {min(fact.saved_shapes)}; this run trains no whole modules"
+        )
+    for module, (out_size, in_size) in fact.shapes.items():
+        if lora.rank > min(out_size, in_size):
+            raise AdapterError(
+                f"{name}: module {module} is {out_size} x {in_size}; too small for rank {lora.rank}"
+            )
+        if fact.scalings[module] != lora.scaling:
+            raise AdapterError(
+                f"{name}: module {module} has scaling {fact.scalings[module]!r}; wanted "
+                f"{lora.scaling!r}. {hint}"
+            )
+    _check_settings(fact.adapter_config, lora, name)
+
+
+def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero: bool) -> Adapter:
+    """Return the adapter in a description, if it is one that all can start from.
+
+    Args:
+        reply: With the adapter's tensors.
+        agreed: What the client, with the majority, said before of its modules.
+        config: The run's settings.
+        is_zero: Whether it must add nothing yet.
+
+    Raises:
+        PayloadError: If its tensors are others than those agreed on.
+        AdapterError: If a module adds something already, or can never train.
+    """
+    name = f"client {reply.client_id}"
+    fact = _description(reply)
+    if _structure(fact) != _structure(agreed):
+        raise PayloadError(f"{name}: it described another base or other modules before")
+    _check_tensors(reply.tensors, agreed, config.lora.rank, name)
+    modules, saved = split_tensors(reply.tensors)
+    settings = {**fact.adapter_config, "base_model_name_or_path": config.model.name}
+    adapter = Adapter(modules, dict(fact.scalings), saved, settings, name)
+    check_magnitude(adapter)
+    for module, matrix in modules.items():
+        if is_zero and bool(matrix.B.any()):
+            raise AdapterError(
+                f"{name}: module {module} of its fresh adapter adds something already; wanted B = 0"
+            )
+        # Where A is short of directions and B is zero, those never train.
+        if int(torch.linalg.matrix_rank(matrix.A.to(torch.float64), rtol=1e-6)) < matrix.rank:
+            raise AdapterError(
+                f"{name}: module {module} of its fresh adapter has rows of A that depend on each "
+                f"other"
+            )
+    return Adapter(modules, dict(fact.scalings), saved, settings, "global adapter")
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], agreed: Description, rank: int, name: str
+) -> None:
+    """Check names, shapes and dtypes of a fresh adapter.
+
+    Raises:
+        PayloadError: If a tensor is missing, unknown, or not what was agreed on; with what came and
+            what was wanted.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for module, (out_size, in_size) in agreed.shapes.items():
+        wanted[f"{PREFIX}{module}.lora_B.weight"] = (out_size, rank)
+        wanted[f"{PREFIX}{module}.lora_A.weight"] = (rank, in_size)
+    for key, shape in agreed.saved_shapes.items():
+        wanted[PREFIX + key] = tuple(shape)
+    for key in sorted(wanted.keys() | tensors.keys()):
+        if key not in wanted:
+            raise PayloadError(
+                f"{name}: its fresh adapter holds {key[:200]!r}, which it did not describe"
+            )
+        tensor = tensors.get(key)
+        got = "missing" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
+        good = (
+            tensor is not None
+            and tuple(tensor.shape) == wanted[key]
+            and tensor.dtype == torch.float32
+        )
+        if not good:
+            raise PayloadError(
+                f"{name}: tensor {key} of its fresh adapter is {got}; wanted {wanted[key]} in "
+                f"float32"
+            )
+
+
+def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) -> None:
+    check_config(settings, name)
+    if settings.get("auto_mapping") is not None:
+        raise AdapterError(
+            f"{name}: its adapter's auto_mapping names a library to import; wanted none"
+        )
+    for key, wanted in (
+        ("r", lora.rank),
+        ("lora_alpha", lora.lora_alpha),
+        ("use_rslora", lora.use_rslora),
+    ):
+        if settings.get(key) != wanted:
+            raise AdapterError(
+                f"{name}: its adapter's settings have {key} = {settings.get(key)!r}; wanted "
+                f"{wanted!r}. Does its "
+                "configuration have the run's [lora]?"
+            )
+
+
+def _tell_differences(facts: Mapping[str, Description], agreed: Description) -> None:
+    """Warn of clients that have another base, or whose libraries may give other last bits."""
+    versions = Counter(canonical_json(fact.versions) for fact in facts.values())
+    for client, fact in sorted(facts.items()):
+        if fact.sha256 != agreed.sha256:
+            LOG.warning(
+                "%s has another base model (SHA-256 %s..., the run's is %s...); it will be left "
+                "out until it has the "
+                "same",
+                client,
+                fact.sha256[:16],
+                agreed.sha256[:16],
+            )
+        elif _structure(fact) != _structure(agreed):
+            LOG.warning(
+                "%s adapts other modules than the run; it will be left out until its [lora] is "
+                "the run's",
+                client,
+            )
+        elif fact.tokenizer_sha256 != agreed.tokenizer_sha256:
+            LOG.warning("%s has another tokenizer or chat template than the others", client)
+        if len(versions) > 1:
+            LOG.warning(
+                "%s has %s", client, ", ".join(f"{k} {v}" for k, v in sorted(fact.versions.items()))
+            )

@@ -1,0 +1,201 @@
+"""What a client's reply must satisfy beyond its schema: tensors, magnitudes, sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedmomentum.errors import AdapterError, FedMomentumError, PayloadError
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.probes import NUM_PROBES
+from fedmomentum.lora.adapter import Adapter, to_tensors
+from fedmomentum.protocol.messages import (
+    BASE_PROBES,
+    EFFECTIVE_PROBES,
+    SECONDS,
+    EvaluateResult,
+    Reply,
+    TrainResult,
+)
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation.aggregate import AggregationResult
+    from fedmomentum.formats.scores import Score
+    from fedmomentum.linalg.matrix import Matrix
+
+
+MAX_LOSS = 1e6
+"""The largest accepted loss, in nats a token. A uniform guess over a million words costs 14."""
+MAX_ELEMENT = 1e4
+"""The largest number in a factor or a tensor trained in full. Weights of language models are below
+100, factors of trained adapters below 10; products of a thousand of the largest are far from the
+end of float32."""
+MAX_PROBE = 1e12
+"""The largest probe: a bilinear form of Gaussian vectors has about the matrix's Frobenius norm."""
+MAX_SECONDS = 1e9
+"""The longest time that is accepted: thirty years."""
+
+
+def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: str) -> None:
+    """Check a reply's probes and times.
+
+    Args:
+        tensors: The reply's tensors.
+        num_modules: Modules that are probed; 0 where no probes were asked for.
+        name: The client, for the message.
+
+    Raises:
+        PayloadError: If one of them is missing, was not asked for, or has another dtype, shape or
+            range.
+    """
+    wanted: dict[str, tuple[tuple[int, ...], float]] = {SECONDS: ((2,), MAX_SECONDS)}
+    for key in (BASE_PROBES, EFFECTIVE_PROBES):
+        if num_modules:
+            wanted[key] = ((num_modules, NUM_PROBES), MAX_PROBE)
+        elif key in tensors:
+            raise PayloadError(f"{name}: tensor {key} was not asked for")
+    for key, (shape, largest) in wanted.items():
+        values = tensors.get(key)
+        size = " x ".join(map(str, shape))
+        if values is None or values.dtype != torch.float64 or tuple(values.shape) != shape:
+            got = "missing" if values is None else f"{values.dtype} {tuple(values.shape)}"
+            raise PayloadError(f"{name}: {key} is {got}; wanted {size} numbers in float64")
+        # Not `values.abs() > largest`: NaN is in no range.
+        if not bool((values.abs() <= largest).all()):
+            raise PayloadError(
+                f"{name}: {key} holds NaN, Inf or a number beyond {largest:g}; wanted {size} "
+                f"numbers"
+            )
+    if bool((tensors[SECONDS] < 0).any()):
+        raise PayloadError(f"{name}: {SECONDS} holds a time below 0")
+
+
+def check_losses(result: TrainResult, name: str) -> None:
+    """Check the losses of a training.
+
+    Raises:
+        PayloadError: If one of them is out of any range.
+    """
+    for key in ("loss", "first_loss", "last_loss"):
+        value = getattr(result, key)
+        if abs(value) > MAX_LOSS:
+            raise PayloadError(
+                f"{name}: its {key} is {value:g}; wanted at most {MAX_LOSS:g} nats a token"
+            )
+
+
+def check_magnitude(update: Adapter) -> None:
+    """Refuse an adapter with numbers that no training gives: they would bury all others.
+
+    Raises:
+        AdapterError: If a tensor has a number beyond `MAX_ELEMENT`; naming client and tensor.
+    """
+    for key, tensor in to_tensors(update).items():
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not largest <= MAX_ELEMENT:
+            raise AdapterError(
+                f"{update.name}: tensor {key} holds a number of size {largest:.3g}; at most "
+                f"{MAX_ELEMENT:g} is "
+                "accepted. Its training diverged: lower the learning rate, or set max_grad_norm"
+            )
+
+
+def check_evaluation(reply: Reply, num_examples: int, num_modules: int) -> None:
+    """Check an evaluation: scores that can be what they claim, and its probes.
+
+    Args:
+        reply: The client's reply to an `EvaluateRequest`.
+        num_examples: Examples that were asked for at most.
+        num_modules: Modules that are probed; 0 where no probes were asked for.
+
+    Raises:
+        PayloadError: If figures do not add up, or probes are not what they should be.
+    """
+    name = f"client {reply.client_id}"
+    result = reply.answer
+    assert isinstance(result, EvaluateResult)  # the answer to a request to evaluate
+    check_measurements(reply.tensors, num_modules, name)
+    if extra := sorted(reply.tensors.keys() - {SECONDS, BASE_PROBES, EFFECTIVE_PROBES}):
+        raise PayloadError(f"{name}: tensor {extra[0]!r} was not asked for")
+    share = result.applied_share
+    if share is not None and abs(share) > MAX_LOSS:
+        raise PayloadError(f"{name}: its applied_share is {share:g}; wanted a fraction")
+    total, compared = result.total, result.compared
+    if total is None or compared is None:
+        if total is not None or compared is not None or result.by_category:
+            raise PayloadError(
+                f"{name}: its evaluation has some of total, compared and by_category; wanted all "
+                f"or none"
+            )
+        return
+    for score in (total, compared, *result.by_category.values()):
+        _check_score(score, name)
+    if total.num_examples != reply.num_examples:
+        raise PayloadError(
+            f"{name}: a score over {total.num_examples} of {reply.num_examples} examples"
+        )
+    if total.num_examples > num_examples:
+        raise PayloadError(
+            f"{name}: a score over {total.num_examples} examples; at most {num_examples} were "
+            f"asked for"
+        )
+    if sum(score.num_examples for score in result.by_category.values()) != total.num_examples:
+        raise PayloadError(f"{name}: the categories of its evaluation do not add up to its total")
+    for key in ("num_examples", "num_exact", "num_tokens"):
+        if getattr(compared, key) > getattr(total, key):
+            raise PayloadError(
+                f"{name}: {key} is {getattr(compared, key)} in the compared examples and "
+                f"{getattr(total, key)} in all"
+            )
+
+
+def _check_score(score: Score, name: str) -> None:
+    if score.num_exact > score.num_examples:
+        raise PayloadError(
+            f"{name}: {score.num_exact} exact matches of {score.num_examples} examples"
+        )
+    if score.num_examples > score.num_tokens:
+        raise PayloadError(
+            f"{name}: {score.num_tokens} tokens in {score.num_examples} examples; each has one at "
+            f"least"
+        )
+    if score.nll > MAX_LOSS * score.num_tokens:
+        raise PayloadError(
+            f"{name}: nll is {score.nll:g} over {score.num_tokens} tokens; that is no likelihood"
+        )
+
+
+def check_aggregate(result: AggregationResult, server_round: int) -> None:
+    """Refuse an aggregate with a number that is not finite, before anything of it is kept.
+
+    Raises:
+        FedMomentumError: If there is one; naming the module.
+    """
+    for module, matrix in result.adapter.modules.items():
+        for part in (matrix, result.residual.get(module), result.carried.get(module)):
+            if part is not None and not is_finite(part):
+                raise FedMomentumError(
+                    f"round {server_round}: the sum of module {module} holds NaN or Inf, though "
+                    f"every update was "
+                    "finite; nothing of this round is kept. Lower federation.outlier-norm-ratio or "
+                    "the learning rate, and "
+                    "resume"
+                )
+    for key, tensor in result.adapter.saved.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FedMomentumError(
+                f"round {server_round}: the mean of {key} holds NaN or Inf; nothing is kept"
+            )
+
+
+def is_finite(matrix: Matrix) -> bool:
+    """Return whether a matrix, in factors or dense, has finite numbers and a finite norm."""
+    tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
+    sizes = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors]
+    # The product's elements are below the product of the norms; below float32's end, all of them
+    # are finite.
+    return math.isfinite(math.prod(sizes)) and math.prod(sizes) < torch.finfo(torch.float32).max

@@ -1,0 +1,104 @@
+"""What the steps of a round hand to one another: its requests, updates and their aggregate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedmomentum.protocol.messages import ClientLora, TrainRequest
+from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation.aggregate import AggregationResult
+    from fedmomentum.aggregation.update_filter import UpdateFilter
+    from fedmomentum.config.schema import Config
+    from fedmomentum.config.training import LocalTraining
+    from fedmomentum.formats.manifest import Manifest
+    from fedmomentum.formats.round_record import ScreeningRecord
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.server.replies import Replies
+
+
+@dataclass(frozen=True)
+class RoundSteps:
+    """The optional steps of a round.
+
+    Screening and diagnostics look at single clients' updates; a private federation has neither.
+
+    Attributes:
+        screening: Leave out updates that are too large for the work that was asked for.
+        diagnostics: Measure how each client moved.
+        update_filter: Changes what comes of the sum before it becomes the model; the clients have
+            their hook of the same filter.
+    """
+
+    screening: bool = True
+    diagnostics: bool = True
+    update_filter: UpdateFilter | None = None
+
+
+@dataclass(frozen=True)
+class TrainedRound:
+    """The usable updates of a round's clients.
+
+    Attributes:
+        replies: What came of the request to train.
+        updates: Client to its update, sorted by name; read from disk when it is looked at.
+        ranks: Client to the rank at which it trained.
+        learning_rate: The round's.
+        screening: How far each client went.
+    """
+
+    replies: Replies
+    updates: Mapping[str, Adapter]
+    ranks: Mapping[str, int]
+    learning_rate: float
+    screening: Mapping[str, ScreeningRecord]
+
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """Client to its number of training examples, of those whose update is used."""
+        return {client: self.replies.replies[client].num_examples for client in self.updates}
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What became of a round's updates.
+
+    Attributes:
+        weights: Client to its weight, as the method weighed it; they sum to 1.
+        result: Adapter, residual and carried part of the sum.
+    """
+
+    weights: dict[str, float]
+    result: AggregationResult
+
+
+def train_request(
+    config: Config,
+    server_round: int,
+    client: str,
+    hyperparameters: LocalTraining,
+    lora: ClientLora,
+    manifest: Manifest,
+) -> TrainRequest:
+    """Return what a client is asked to train in a round."""
+    return TrainRequest(
+        manifest=manifest,
+        lora=lora,
+        chat_date=config.model.chat_date,
+        learning_rate=hyperparameters.learning_rate,
+        local_steps=hyperparameters.local_steps,
+        local_epochs=hyperparameters.local_epochs,
+        batch_size=hyperparameters.batch_size,
+        arguments=dict(hyperparameters.arguments),
+        seed=derive_seed(config.run.seed, "batches", server_round, client),
+        probe_seed=probe_seed(config, server_round),
+        uplink_dtype=config.federation.uplink_dtype,  # type: ignore[arg-type]
+    )
+
+
+def probe_seed(config: Config, server_round: int) -> int:
+    """Return the seed of a round's probes: one for its training and the evaluation that follows."""
+    return derive_seed(config.run.seed, "probe", server_round)

@@ -1,0 +1,398 @@
+"""Which clients' updates are too large to be the work of the training that was asked for.
+
+Clients differ in how far they honestly move: one with 360 examples makes 45 steps in an epoch where
+one with 8 makes a single step, and other ranks, scalings, modules or learning rates change the
+length of a step. So norms are not compared as they are. Each is divided by the length of one
+optimizer step of that client, and set against two bounds:
+
+- what the others did: the median, over the other clients, of how far they went, times how much more
+  work this client did (never less than once: a client that did less is held to what the others
+  did);
+- what its own steps can do: so many steps, all in one direction.
+
+An update is left out if it is `max_ratio` times beyond the first bound *and* beyond the second. The
+second one protects honest clients whatever the others do: where they have converged and hardly
+move, or send zeros on purpose. It also makes the rule work for two clients. docs/security.md has
+what this stops and what it does not, measured.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmomentum.aggregation.client_adapters import with_fixed_residual
+from fedmomentum.errors import DataError
+from fedmomentum.formats.round_record import ScreeningRecord
+from fedmomentum.server.client_deltas import distance
+from fedmomentum.training.arguments import count_steps
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.config.training import LocalTraining
+    from fedmomentum.linalg.low_rank import LowRank
+    from fedmomentum.lora.adapter import Adapter
+
+
+REACH = 2.0
+"""An update within so many times its own number of steps is never left out. Measured with AdamW,
+from 1 to 1,250 steps: all steps together are at most 1.6 times as long as their number says."""
+
+MAX_WORK = 1000.0
+"""A client's number of steps counts for at most so many times the median of the others'. With
+`local-epochs` it follows from the number of examples, which is the client's own claim."""
+
+_SAVED = "modules_to_save"
+_ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How long a step of the run's optimizer can be.
+
+    Attributes:
+        learning_rate: The learning rate of the round.
+        per_number: The most that one number changes in a step, in learning rates; None where
+            nothing is known.
+        per_step: The most that all numbers together change in a step (Euclidean), in learning
+            rates; None where only `per_number` is known.
+        weight_decay: Decoupled weight decay.
+    """
+
+    learning_rate: float
+    per_number: float | None
+    per_step: float | None = None
+    weight_decay: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known of how far a step goes."""
+        return self.per_number is not None or self.per_step is not None
+
+    @classmethod
+    def of(
+        cls, learning_rate: float, arguments: Mapping[str, Any], *, own_function: bool
+    ) -> StepRule:
+        """Return the rule for a run's training arguments.
+
+        Adam's steps are bounded number by number, whatever the gradient. Plain gradient descent is
+        bounded by the norm to which the gradient is clipped.
+
+        Args:
+            learning_rate: The learning rate of the round.
+            arguments: The run's `[training.arguments]`.
+            own_function: Whether clients train by a function of the user's own, of which nothing is
+                known.
+        """
+        name = str(arguments.get("optim", "adamw_torch"))
+        decay = float(arguments.get("weight_decay", 0.0))
+        if own_function:
+            return cls(learning_rate, None)
+        if name == "sgd":
+            clip = float(arguments.get("max_grad_norm", 1.0))
+            return cls(learning_rate, None, clip if clip > 0 else None, decay)
+        if name.startswith("adamw_torch") or name in ("adafactor", "adagrad"):
+            return cls(learning_rate, 1.0, None, decay)
+        if name == "rmsprop":  # its first step divides by a tenth of the gradient
+            return cls(learning_rate, 10.0, None, decay)
+        return cls(learning_rate, None)
+
+
+@dataclass(frozen=True)
+class Move:
+    """How far one client moved one part of the model.
+
+    Attributes:
+        norm: Frobenius norm of the change of the effective weights.
+        step: The norm of one optimizer step of this client, of typical length for its factors.
+        num_steps: How many steps it was asked to make.
+    """
+
+    norm: float
+    step: float
+    num_steps: int
+
+    @property
+    def in_steps(self) -> float:
+        """How far the client moved, in steps of its own."""
+        if self.norm == 0:
+            return 0.0
+        return self.norm / self.step if self.step > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the screening says of one client.
+
+    Attributes:
+        ratio: How many times further it went than the others did for the same work; None where
+            there is no other client to compare with.
+        reason: Why it is left out; None if it is not.
+    """
+
+    ratio: float | None
+    reason: str | None = None
+
+
+class Screening:
+    """Gathers how far the clients of one round moved, and leaves out those that went too far.
+
+    Args:
+        config: The run's settings.
+        method: The run's method; it says what is trained and shared.
+        server_round: The round.
+        learning_rate: The learning rate of the round.
+    """
+
+    def __init__(
+        self, config: Config, method: Method, server_round: int, learning_rate: float
+    ) -> None:
+        self._max_ratio = config.federation.outlier_norm_ratio
+        self._hyperparameters = config.training.hyperparameters(
+            server_round, config.federation.num_rounds
+        )
+        own_function = config.training.function is not None
+        self._rule = StepRule.of(
+            learning_rate, config.training.arguments, own_function=own_function
+        )
+        self._trains, self._shares = method.trained_factors(server_round), method.shared_factors
+        self._starts: dict[str, tuple[Adapter, dict[str, float]]] = {}
+        self._moves: dict[str, dict[str, Move]] = {}
+
+    def add(
+        self,
+        client: str,
+        update: Adapter,
+        start: Callable[[], tuple[Adapter, Mapping[str, LowRank]]],
+        *,
+        like: str,
+        num_examples: int,
+    ) -> None:
+        """Measure a client's update.
+
+        Args:
+            client: The client.
+            update: What it sent.
+            start: Returns the adapter that it trained, and what stayed beside its base, as they
+                were before.
+            like: The same text for all clients that started from the same.
+            num_examples: How many examples it says it has.
+        """
+        # Clients with the same start share its step norms.
+        if like not in self._starts:
+            trained, beside = start()
+            steps = step_norms(trained, self._rule, trains=self._trains, shares=self._shares)
+            self._starts[like] = with_fixed_residual(trained, beside), steps
+        whole, steps = self._starts[like]
+        num_steps = asked_steps(num_examples, self._hyperparameters)
+        self._moves[client] = moves_of(
+            update, whole, steps, num_steps=num_steps, shares=self._shares
+        )
+
+    def leave_out(
+        self, updates: dict[str, Adapter], failures: dict[str, str]
+    ) -> dict[str, ScreeningRecord]:
+        """Remove the clients that went too far from `updates`, and note why in `failures`.
+
+        Returns:
+            Client to how far it went, for the round's record.
+        """
+        moves = dict(sorted(self._moves.items()))
+        findings = screen(moves, self._max_ratio, is_step_known=self._rule.is_known)
+        records = {}
+        for client, finding in findings.items():
+            # A client that moved what it does not train is infinitely far; JSON has no word for it.
+            is_finite = finding.ratio is not None and math.isfinite(finding.ratio)
+            records[client] = ScreeningRecord(
+                norm=math.sqrt(sum(move.norm**2 for move in moves[client].values())),
+                ratio=finding.ratio if is_finite else None,
+                is_left_out=finding.reason is not None,
+            )
+            if finding.reason is not None:
+                del updates[client]
+                failures[client] = finding.reason
+        return records
+
+
+# ── how far a client moved ──
+
+
+def asked_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
+    """Return how many steps a client with so many examples was asked to make, at least one.
+
+    What the client says of its own number of steps plays no part.
+    """
+    try:
+        return count_steps(num_examples, hyperparameters)
+    except DataError:  # it claims fewer examples than it could train on
+        return 1
+
+
+def moves_of(
+    update: Adapter, start: Adapter, steps: Mapping[str, float], *, num_steps: int, shares: str
+) -> dict[str, Move]:
+    """Return how far an update is from where the client started, for each part that it trained.
+
+    Args:
+        update: The client's update.
+        start: What the client started from, in full: with the parts that it was sent and does not
+            train.
+        steps: Of `step_norms`, for this client.
+        num_steps: How many steps the client was asked to make.
+        shares: The factors that all clients have in common. Where B stays with its client, the
+            server knows no product, and A alone is compared.
+    """
+    if shares == "BA":
+        norms = {_ADAPTER: distance(update, start)}
+    else:
+        norms = {_ADAPTER: _factor_distance(update, start, shares)}
+    if start.saved:
+        squares = [
+            float((update.saved[name].double() - tensor.double()).square().sum())
+            for name, tensor in start.saved.items()
+        ]
+        norms[_SAVED] = math.sqrt(sum(squares))
+    return {part: Move(norm, steps[part], num_steps) for part, norm in norms.items()}
+
+
+def _factor_distance(one: Adapter, other: Adapter, factor: str) -> float:
+    """Return the distance of one factor over all modules.
+
+    Where the ranks differ, the client did not train the module.
+    """
+    squares = 0.0
+    for module, matrix in one.modules.items():
+        ours, theirs = getattr(matrix, factor), getattr(other.modules[module], factor)
+        if ours.shape == theirs.shape:
+            squares += float((ours.double() - theirs.double()).square().sum())
+    return math.sqrt(squares)
+
+
+def step_norms(start: Adapter, rule: StepRule, *, trains: str, shares: str) -> dict[str, float]:
+    """Return the norm of one optimizer step from `start`, for each part of the model.
+
+    `(B + b)(A + a) - B A = b A + B a + b a`. In a step of Adam every number of b and a is about one
+    learning rate in size, with signs that have little to do with A and B, so the squares of the
+    terms add up.
+
+    Args:
+        start: What this client starts from: its own rank, scaling and modules.
+        rule: How long a step of the run's optimizer can be.
+        trains: The factors that are trained in this round.
+        shares: As in `moves_of`.
+    """
+    lr = rule.learning_rate
+    if rule.per_step is not None:
+        return _step_norms_of_sgd(start, lr * rule.per_step, trains, shares)
+    size = lr * (rule.per_number or 1.0)
+    square = 0.0
+    for module, matrix in start.modules.items():
+        (out_size, in_size), s = matrix.shape, start.scalings[module]
+        if shares != "BA":
+            square += size**2 * in_size * matrix.rank
+            continue
+        A, B = float(matrix.A.double().square().sum()), float(matrix.B.double().square().sum())
+        # Squared norms of b A, B a and b a; signs are independent of A and B.
+        parts = (out_size * A if "B" in trains else 0.0) + (in_size * B if "A" in trains else 0.0)
+        if trains == "BA":
+            parts += size**2 * out_size * in_size * matrix.rank
+        decayed = 2 * lr * rule.weight_decay
+        square += s**2 * (size**2 * parts + decayed**2 * A * B)
+    saved = sum(tensor.numel() for tensor in start.saved.values())
+    return {_ADAPTER: math.sqrt(square), _SAVED: size * math.sqrt(saved)}
+
+
+def _step_norms_of_sgd(start: Adapter, length: float, trains: str, shares: str) -> dict[str, float]:
+    """Return the longest step of the given Euclidean length: all of it where it counts most."""
+    longest = 1.0 if shares != "BA" else 0.0
+    if shares == "BA":
+        for module, matrix in start.modules.items():
+            squares = [
+                float(torch.linalg.matrix_norm(factor.double(), 2)) ** 2
+                for factor, other in ((matrix.A, "B"), (matrix.B, "A"))
+                if other in trains
+            ]
+            longest = max(longest, start.scalings[module] * math.sqrt(sum(squares)))
+    return {_ADAPTER: length * longest, _SAVED: length}
+
+
+# ── who went too far ──
+
+
+def screen(
+    clients: Mapping[str, Mapping[str, Move]], max_ratio: float, *, is_step_known: bool
+) -> dict[str, Finding]:
+    """Find the clients whose update is too large to be honest work.
+
+    Args:
+        clients: Client to how far it moved each part of the model.
+        max_ratio: How many times further than the others a client may go.
+        is_step_known: Whether the length of a step says how far a client can get. If not, only the
+            others are a bound, and with fewer than three clients nobody is left out.
+
+    Returns:
+        A finding for each client, in the order given.
+    """
+    findings = {}
+    for client, parts in clients.items():
+        ratios, reasons = list[float](), list[str]()
+        for part, move in parts.items():
+            others = [other[part] for name, other in clients.items() if name != client]
+            typical = typical_move(move, others)
+            if typical is None or (not is_step_known and len(clients) < 3):
+                continue
+            ratio = move.in_steps / typical
+            ratios.append(ratio)
+            reach = REACH * _work(move, others) if is_step_known else 0.0
+            if ratio > max_ratio and move.in_steps > reach:
+                reasons.append(_reason(client, part, move, typical, ratio, max_ratio))
+        # One part beyond both bounds is enough.
+        findings[client] = Finding(max(ratios, default=None), reasons[0] if reasons else None)
+    return findings
+
+
+def typical_move(move: Move, others: Sequence[Move]) -> float | None:
+    """Return how far the others would have gone with this client's work, in its steps.
+
+    None if no other client moved.
+
+    Work may honestly carry a client further in proportion, and no further, so a client that did
+    twice as much as another may go twice as far. One that did less may go as far as the other: on a
+    few examples, training moves in one direction for longer. A client that did not move at all says
+    nothing.
+    """
+    work = _work(move, others)
+    distances = [
+        other.in_steps * max(1.0, work / other.num_steps) for other in others if other.norm > 0
+    ]
+    return statistics.median(distances) if distances else None
+
+
+def _work(move: Move, others: Sequence[Move]) -> float:
+    """Return a client's number of steps, as far as it can be believed."""
+    if not others:
+        return move.num_steps
+    return min(move.num_steps, MAX_WORK * statistics.median(other.num_steps for other in others))
+
+
+def _reason(
+    client: str, part: str, move: Move, typical: float, ratio: float, max_ratio: float
+) -> str:
+    what = (
+        "its update"
+        if part == _ADAPTER
+        else f"its update of the modules trained in full ({_SAVED})"
+    )
+    return (
+        f"client {client}: {what} has norm {move.norm:.3g}, {move.in_steps:.3g} times one "
+        f"optimizer step though it was "
+        f"asked for {move.num_steps}, and {ratio:.0f} times the round's median for that work, "
+        f"{typical * move.step:.3g}; at most {max_ratio:g} times is accepted "
+        f"(federation.outlier-norm-ratio)"
+    )

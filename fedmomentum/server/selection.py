@@ -1,0 +1,85 @@
+"""Which clients take part in a round, and with what weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fedmomentum.errors import QuorumError
+from fedmomentum.utils.seeding import derive_seed
+
+ROUNDING = 1e-9
+"""`fraction * n` is rounded up, but not because of its floating-point error."""
+
+
+def sample_clients(
+    seed: int, server_round: int, client_ids: Sequence[str], client_fraction: float
+) -> list[str]:
+    """Sample `ceil(client_fraction * n)` clients, from seed and round alone; return them sorted.
+
+    Args:
+        seed: The run's seed.
+        server_round: The round.
+        client_ids: All clients.
+        client_fraction: In (0, 1].
+    """
+    ordered = sorted(client_ids)
+    count = max(1, math.ceil(client_fraction * len(ordered) - ROUNDING))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "participants", server_round))
+    permutation = torch.randperm(len(ordered), generator=generator).tolist()
+    return sorted(ordered[index] for index in permutation[:count])
+
+
+def client_weights(num_examples: Mapping[str, int], max_weight: float) -> dict[str, float]:
+    """Return `w_i = N_i / sum N`, capped; what is cut off goes to the others in proportion.
+
+    Args:
+        num_examples: Client to its number of training examples.
+        max_weight: No client weighs more. A cap below equal weights cannot be kept, and counts as
+            equal weights.
+    """
+    cap = max(max_weight, 1 / len(num_examples))
+    capped: set[str] = set()
+    while True:
+        # Share what the capped clients leave among the others, until none is above the cap.
+        uncapped = sum(count for client, count in num_examples.items() if client not in capped)
+        free_weight = 1 - cap * len(capped)
+        weights = {}
+        for client, count in sorted(num_examples.items()):
+            weights[client] = cap if client in capped else free_weight * count / uncapped
+        above = {client for client, weight in weights.items() if weight > cap * (1 + 1e-12)}
+        if not above:
+            return weights
+        capped |= above
+
+
+def check_quorum(
+    server_round: int,
+    num_valid: int,
+    num_asked: int,
+    min_valid_fraction: float,
+    failures: Mapping[str, str],
+) -> None:
+    """Refuse a round in which too few clients gave a usable update.
+
+    Args:
+        server_round: The round.
+        num_valid: How many usable updates there are.
+        num_asked: How many clients were asked.
+        min_valid_fraction: The fraction of these that is needed.
+        failures: Client to why its update is missing.
+
+    Raises:
+        QuorumError: If they are too few; with every reason.
+    """
+    needed = max(1, math.ceil(min_valid_fraction * num_asked - ROUNDING))
+    if num_valid >= needed:
+        return
+    reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
+    raise QuorumError(
+        f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update and "
+        f"the quorum is {needed} ({reasons}). Rounds up to {server_round - 1} are saved; mend "
+        "the clients and resume, or lower federation.min-valid-fraction"
+    )

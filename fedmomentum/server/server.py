@@ -1,0 +1,394 @@
+"""`Server`: the round, once for every transport."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
+from fedmomentum.formats.round_record import Diagnostics, RoundRecord
+from fedmomentum.lora.half_precision import rounding_error
+from fedmomentum.protocol.messages import EvaluateRequest, Reply
+from fedmomentum.server.callbacks import Callback, CallbackList
+from fedmomentum.server.client_updates import UpdateReader, next_rank
+from fedmomentum.server.delivery import consolidate_if_due
+from fedmomentum.server.diagnostics import round_diagnostics
+from fedmomentum.server.exchange import Exchange, sent_manifest
+from fedmomentum.server.replies import Replies
+from fedmomentum.server.reply_checks import check_aggregate, check_evaluation
+from fedmomentum.server.round_metrics import (
+    PhaseTimer,
+    client_trainings,
+    energies,
+    joined_failures,
+    sum_by_client,
+    uplink_rounding,
+)
+from fedmomentum.server.round_parts import (
+    Combined,
+    RoundSteps,
+    TrainedRound,
+    probe_seed,
+    train_request,
+)
+from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
+from fedmomentum.server.screening import Screening
+from fedmomentum.server.selection import check_quorum, client_weights, sample_clients
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.protocol.transport import Transport
+    from fedmomentum.server.checkpoint import RunDirectory
+    from fedmomentum.server.state import ServerState
+
+
+LOG = logging.getLogger("fedmomentum")
+
+
+class Server:
+    """Runs the rounds of a federation; each is committed to the run's directory before the next.
+
+    Args:
+        transport: Reaches the clients.
+        method: Combines their adapters.
+        model: The model to start from; round 0 of a fresh run evaluates the base model first.
+        state: What the server remembers, from `RunDirectory.resume` or fresh.
+        config: The run's settings.
+        directory: Takes checkpoints and metrics.
+        callbacks: Receive what happens.
+        steps: Which optional steps a round has.
+
+    Attributes:
+        model: The global model of the last round.
+        state: What the server remembers after it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        method: Method,
+        model: GlobalModel,
+        state: ServerState,
+        config: Config,
+        directory: RunDirectory,
+        callbacks: Iterable[Callback] = (),
+        steps: RoundSteps = RoundSteps(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.model = model
+        self.state = state
+        self._transport = transport
+        self._method = method
+        self._config = config
+        self._directory = directory
+        self._callbacks = CallbackList(callbacks)
+        self._steps = steps
+        self._exchange = Exchange(transport, config, directory, draws_adapter=method.fresh)
+
+    def run(self) -> GlobalModel:
+        """Run the rounds that are left, and return the global model after the last.
+
+        Raises:
+            QuorumError: If too few clients gave a usable update; every round before is saved.
+        """
+        if not self._directory.records:
+            self.evaluate_base_model()
+        num_rounds = self._config.federation.num_rounds
+        for server_round in range(self.model.server_round + 1, num_rounds + 1):
+            self.run_round(server_round)
+        return self.model
+
+    def run_round(self, server_round: int) -> RoundRecord:
+        """Run one round: sample, train, screen, aggregate, advance, evaluate, commit.
+
+        Raises:
+            QuorumError: If too few clients gave a usable update.
+        """
+        # Sample the clients, and bring their base models up to date.
+        timer = PhaseTimer()
+        clients = self._sample_clients(server_round)
+        self._callbacks.on_round_begin(server_round, clients)
+        with timer.phase("merge"):
+            self._consolidate_if_due(clients)
+        model = self.model
+        # Local training; what comes back is validated and screened.
+        trained = self._train(server_round, clients)
+        with timer.phase("aggregate"):
+            combined = self._aggregate(server_round, trained)
+        # The aggregate becomes the model that is evaluated and trained next.
+        eval_clients = self._eval_clients(server_round, list(combined.weights))
+        with timer.phase("merge"):
+            self._advance(combined.result)
+            self._consolidate_if_due(eval_clients)
+        # Measure the round while its updates are still on disk.
+        diagnostics = self._diagnose(model, trained, combined.weights)
+        self.state = self.state.stepped(model, self.model)
+        self._directory.updates.clear()
+        expected = None
+        if eval_clients:
+            expected = self._expected_probes(server_round, model, trained, combined.weights)
+        # Scores on held-out examples, and the record of it all.
+        evaluated = self._evaluate(server_round, eval_clients, expected)
+        record = self._record(server_round, clients, trained, combined, evaluated)
+        seconds = timer.total(trained.replies, evaluated.replies)
+        record = msgspec.structs.replace(record, diagnostics=diagnostics, seconds=seconds)
+        return self._commit(record)
+
+    def evaluate_base_model(self) -> RoundRecord:
+        """Run round 0: nothing is trained; the base model is evaluated."""
+        self._callbacks.on_round_begin(0, [])
+        clients = self._transport.clients() if self._config.evaluation.every else []
+        evaluated = self._evaluate(0, clients, None)
+        replies = evaluated.replies
+        record = RoundRecord(
+            round=0,
+            failures=dict(sorted(replies.failures.items())),
+            evaluation=evaluated.scores,
+            exactness_error=evaluated.exactness_error,
+            applied_share=evaluated.applied_share,
+            version=self.model.version,
+            uplink_bytes=sum_by_client(replies.uplink_bytes, {}),
+            downlink_bytes=sum_by_client(replies.downlink_bytes, {}),
+            seconds=PhaseTimer().total(Replies(), replies),
+        )
+        return self._commit(record)
+
+    # ── sampling and sending ──
+
+    def _sample_clients(self, server_round: int) -> list[str]:
+        client_ids = self._transport.clients()
+        fraction = self._config.federation.client_fraction
+        return sample_clients(self._config.run.seed, server_round, client_ids, fraction)
+
+    def _eval_clients(self, server_round: int, accepted: list[str]) -> Sequence[str]:
+        """Return who evaluates: all clients after the last round, else those that were accepted."""
+        every = self._config.evaluation.every
+        is_last = server_round == self._config.federation.num_rounds
+        if not every or (not is_last and server_round % every):
+            return []
+        return self._transport.clients() if is_last else accepted
+
+    def _consolidate_if_due(self, clients: Sequence[str]) -> None:
+        self.model, self.state = consolidate_if_due(
+            self.model, self.state, clients, self._directory
+        )
+
+    # ── training ──
+
+    def _train(self, server_round: int, clients: Sequence[str]) -> TrainedRound:
+        """Have the clients train, and return the usable updates.
+
+        Raises:
+            QuorumError: If they are not enough.
+        """
+        num_rounds = self._config.federation.num_rounds
+        hyperparameters = self._config.training.hyperparameters(server_round, num_rounds)
+        reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)
+        screening = Screening(
+            self._config, self._method, server_round, hyperparameters.learning_rate
+        )
+        updates: dict[str, Adapter] = {}
+        ranks = {client: reader.rank(client) for client in clients}
+        manifest = sent_manifest(self.model)
+        requests = {}
+        for client in clients:
+            requests[client] = train_request(
+                self._config, server_round, client, hyperparameters, reader.lora(client), manifest
+            )
+
+        def accept(reply: Reply) -> None:
+            client = reply.client_id
+            update = reader.read(reply)
+            if self._steps.screening:
+                screening.add(
+                    client,
+                    update,
+                    lambda: reader.start(client),
+                    like=reader.group(client),
+                    num_examples=reply.num_examples,
+                )
+            updates[client] = self._directory.updates.put(update)
+
+        replies, self.state = self._exchange.ask(
+            self.model, self.state, requests, server_round, accept
+        )
+        screened = screening.leave_out(updates, replies.failures)
+        for client, reason in replies.failures.items():
+            LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
+        fraction = self._config.federation.min_valid_fraction
+        check_quorum(server_round, len(updates), len(clients), fraction, replies.failures)
+        if self._method.prunes:
+            next_ranks = {client: next_rank(replies.replies[client]) for client in updates}
+            self.state = replace(self.state, ranks={**self.state.ranks, **next_ranks})
+        ordered = dict(sorted(updates.items()))
+        return TrainedRound(replies, ordered, ranks, hyperparameters.learning_rate, screened)
+
+    # ── aggregating ──
+
+    def _aggregate(self, server_round: int, trained: TrainedRound) -> Combined:
+        """Combine the updates by the run's method, module by module."""
+        adapter = self.model.adapter
+        max_weight = self._config.federation.max_client_weight
+        weights = client_weights(trained.num_examples, max_weight)
+        result = aggregate_updates(
+            [trained.updates[client] for client in weights],
+            list(weights.values()),
+            self._method,
+            RoundContext(
+                ranks={module: matrix.rank for module, matrix in adapter.modules.items()},
+                scalings=adapter.scalings,
+                reference=adapter,
+                carried=self.model.carried,
+                server_round=server_round,
+                seed=self._config.run.seed,
+            ),
+            on_module=self._callbacks.on_aggregate,
+        )
+        if self._steps.update_filter is not None:
+            result = self._steps.update_filter.on_server(result, server_round)
+        check_aggregate(result, server_round)
+        return Combined(dict(zip(weights, result.weights.tolist(), strict=True)), result)
+
+    def _advance(self, result: AggregationResult) -> None:
+        """Make the result the global model: its adapter is trained next, its residual is merged."""
+        self.model = self.model.advance(result, repr(self._method), exact=self._method.exact)
+
+    def _diagnose(
+        self, model: GlobalModel, trained: TrainedRound, weights: Mapping[str, float]
+    ) -> Diagnostics | None:
+        """Measure how the round moved the model, from the factors alone."""
+        if not self._steps.diagnostics:
+            return None
+        return round_diagnostics(
+            model.adapter,
+            [trained.updates[client] for client in weights],
+            list(weights.values()),
+            self.model.adapter,
+            self.model.merged_last(),
+            self._directory.last_update(model, self.state),
+        )
+
+    # ── evaluating ──
+
+    def _expected_probes(
+        self,
+        server_round: int,
+        model: GlobalModel,
+        trained: TrainedRound,
+        weights: Mapping[str, float],
+    ) -> ExpectedProbes | None:
+        """Return what evaluating clients must measure; None where each has a model of its own."""
+        if self._method.personal_factors:
+            return None
+        seed = probe_seed(self._config, server_round)
+        return expected_probes(trained.replies.replies, weights, model, self.model, seed)
+
+    def _evaluate(
+        self, server_round: int, clients: Sequence[str], expected: ExpectedProbes | None
+    ) -> RoundEvaluation:
+        """Ask the clients to evaluate the global model on their held-out examples."""
+        if not clients:
+            return RoundEvaluation()
+        # The weights of an untouched base model are not probed: there is nothing to compare with.
+        is_probed = self.model.server_round > 0 or bool(self.model.base_update)
+        num_modules = len(self.model.adapter.modules) if is_probed else 0
+        num_examples = self._num_eval_examples(server_round)
+        reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)
+        manifest = sent_manifest(self.model)
+        requests = {}
+        for client in clients:
+            requests[client] = EvaluateRequest(
+                manifest=manifest,
+                lora=reader.lora(client),
+                chat_date=self._config.model.chat_date,
+                num_examples=num_examples,
+                num_compared=self._config.evaluation.num_examples,
+                batch_size=self._config.evaluation.batch_size,
+                probe_seed=probe_seed(self._config, server_round) if is_probed else None,
+            )
+        self._callbacks.on_evaluate(list(clients))
+
+        def accept(reply: Reply) -> None:
+            check_evaluation(reply, num_examples, num_modules)
+
+        replies, self.state = self._exchange.ask(
+            self.model, self.state, requests, server_round, accept
+        )
+        for client, reason in replies.failures.items():
+            LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
+        return pool_scores(replies, expected)
+
+    def _num_eval_examples(self, server_round: int) -> int:
+        """Return how many examples each client evaluates: more at both ends of the run."""
+        evaluation = self._config.evaluation
+        if server_round in (0, self._config.federation.num_rounds):
+            return max(evaluation.num_examples, evaluation.final_num_examples)
+        return evaluation.num_examples
+
+    # ── recording ──
+
+    def _record(
+        self,
+        server_round: int,
+        clients: list[str],
+        trained: TrainedRound,
+        combined: Combined,
+        evaluated: RoundEvaluation,
+    ) -> RoundRecord:
+        """Return the round's row of metrics, but for times and diagnostics."""
+        replies, weights = trained.replies.replies, combined.weights
+        trainings = client_trainings(replies, weights, trained.ranks)
+        told = energies(combined.result, self.model)
+        is_float32 = self.model.adapter_dtype == torch.float32
+        rounding = (
+            0.0 if is_float32 else rounding_error(combined.result.adapter, self.model.adapter)
+        )
+        return RoundRecord(
+            round=server_round,
+            participants=clients,
+            accepted=list(weights),
+            failures=joined_failures(trained.replies.failures, evaluated.replies.failures),
+            weights=weights,
+            num_examples=trained.num_examples,
+            learning_rate=trained.learning_rate,
+            train_loss=sum(w * trainings[client].loss for client, w in weights.items()),
+            clients=trainings,
+            screening=dict(trained.screening),
+            evaluation=evaluated.scores,
+            retained_energy=told.retained_energy,
+            residual_rank=told.residual_rank,
+            residual_norm=told.residual_norm,
+            carried_norm=told.carried_norm,
+            fallbacks=told.fallbacks,
+            exactness_error=evaluated.exactness_error,
+            applied_share=evaluated.applied_share,
+            uplink_rounding=uplink_rounding(replies, weights),
+            downlink_rounding=rounding,
+            version=self.model.version,
+            uplink_bytes=sum_by_client(
+                trained.replies.uplink_bytes, evaluated.replies.uplink_bytes
+            ),
+            downlink_bytes=sum_by_client(
+                trained.replies.downlink_bytes, evaluated.replies.downlink_bytes
+            ),
+        )
+
+    def _commit(self, record: RoundRecord) -> RoundRecord:
+        """Mark the best round so far, make the round durable, and tell the callbacks."""
+        compared = None if record.evaluation is None else record.evaluation.compared
+        if compared is not None and compared.num_tokens and record.round > 0:
+            best_loss = self.state.best_loss
+            if best_loss is None or compared.loss < best_loss:
+                record = msgspec.structs.replace(record, is_best=True)
+                self.state = replace(self.state, best_round=record.round, best_loss=compared.loss)
+        self._directory.commit(self.model, self.state, record)
+        self._callbacks.on_round_end(record)
+        return record

@@ -1,0 +1,57 @@
+"""What the server remembers between rounds, besides the global model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmomentum.formats.manifest import Recipe
+    from fedmomentum.global_model.model import GlobalModel
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server remembers between rounds, besides the global model.
+
+    Attributes:
+        run_id: Names the run on the wire.
+        held: client to the hashes of the objects it has said it holds.
+        best_round: the evaluated round with the lowest loss on the items that all evaluations
+            share; -1 if none.
+        best_loss: its loss.
+        started_from: hashes of the adapter's objects that the last round started from; none before
+            the first. With `merged` and the adapter of now they say what that round changed, which
+            the next one is compared with.
+        merged: hashes of what the last round merged into the base.
+        ranks: Client to the rank at which it continues; only of methods that prune, and of clients
+            that have trained.
+        recipes: how the last snapshots were made, oldest first, for clients that can make them.
+        splits: client to the hash of how its examples are divided, as it last said.
+    """
+
+    run_id: str
+    held: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    best_round: int = -1
+    best_loss: float | None = None
+    started_from: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    recipes: tuple[Recipe, ...] = ()
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+    def dividing(self, client_id: str, split: str) -> ServerState:
+        """Return the state after a client said how its examples are divided."""
+        return replace(self, splits={**self.splits, client_id: split})
+
+    def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
+        """Return the state after a client said which objects it has cached."""
+        return replace(self, held={**self.held, client_id: tuple(sorted(names))})
+
+    def stepped(self, before: GlobalModel, after: GlobalModel) -> ServerState:
+        """Return the state after a round that led from one model to the other."""
+        started_from = tuple(blob.name for blob in before.adapter_objects.values())
+        return replace(
+            self, started_from=started_from, merged=tuple(blob.name for blob in after.newest)
+        )

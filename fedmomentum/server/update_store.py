@@ -1,0 +1,113 @@
+"""A round's updates on disk: written as they arrive, read by memory map one module at a time.
+
+So the server's memory does not grow with the number of clients. The files are a round's scratch:
+they are not synced to disk, nothing that is kept names them, and what a killed server leaves of
+them is swept up when it starts again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.utils.tensors import safetensors_bytes
+
+if TYPE_CHECKING:
+    from fedmomentum.lora.adapter import Adapter
+
+
+NUM_OPEN = 8
+"""So many files stay mapped. In a small federation each is opened once, which is most of the cost
+of reading; in a large one they are reopened, so that neither handles nor memory grow with it."""
+
+
+class UpdateStore:
+    """A directory of updates.
+
+    Args:
+        directory: Created with the first update; what an earlier process left in it is deleted.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._folder, self._numbers = directory, count()
+        # cutting a tensor out of a mapped file takes as long as a small product with it: once is
+        # enough
+        self._opened = lru_cache(NUM_OPEN)(
+            lambda file: cache(safe_open(file, framework="pt").get_tensor)
+        )
+        self.clear()
+
+    def put(self, adapter: Adapter) -> Adapter:
+        """Write an adapter's tensors, and return the adapter with nothing in memory.
+
+        Each look at a tensor reads it from the file.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / f"{next(self._numbers):06d}.safetensors"
+        # One file a client: factors and fully trained tensors.
+        factors = {
+            f"{m}.{kind}": getattr(matrix, kind)
+            for m, matrix in adapter.modules.items()
+            for kind in "BA"
+        }
+        saved = {f"{name}.saved": tensor for name, tensor in adapter.saved.items()}
+        file.write_bytes(safetensors_bytes({**factors, **saved}))
+        return replace(
+            adapter,
+            modules=_Factors(file, self._opened, tuple(adapter.modules)),
+            saved=_Saved(file, self._opened, tuple(adapter.saved)),
+        )
+
+    def clear(self) -> None:
+        """Delete all updates."""
+        self._opened.cache_clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _OnDisk(Mapping[str, Any]):
+    """Names to what a file holds. What a look gives is a part of the mapped file, no copy of it."""
+
+    file: Path
+    opened: Callable[[Path], Callable[[str], Tensor]] = field(repr=False)
+    names: tuple[str, ...]
+    known: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "known", frozenset(self.names))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.known  # without reading
+
+    def _read(self, name: str, *kinds: str) -> list[Tensor]:
+        if name not in self.known:
+            raise KeyError(name)
+        return [self.opened(self.file)(f"{name}.{kind}") for kind in kinds]
+
+
+class _Factors(_OnDisk):
+    def __getitem__(self, module: str) -> LowRank:
+        return LowRank(*self._read(module, "B", "A"))
+
+
+class _Saved(_OnDisk):
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name, "saved")[0]

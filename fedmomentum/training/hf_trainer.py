@@ -1,0 +1,275 @@
+"""Our subclass of transformers' Trainer, and its parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fedmomentum.errors import FedMomentumError
+from fedmomentum.training.function import OnStep, Penalty, TrainReport
+
+if TYPE_CHECKING:
+    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.objectives.objective import Objective
+
+
+Row = tuple[Sequence[int], int]
+"""Token ids of an example, and how many of them are the prompt's."""
+
+
+class ExampleDataset(Dataset[Row]):
+    """Tokenized examples as the trainer's data loader reads them."""
+
+    def __init__(self, examples: TokenizedExamples) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._examples.input_ids[index], self._examples.num_prompt_tokens[index]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each example."""
+        return [len(ids) for ids in self._examples.input_ids]
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A random order whose batches hold rows of similar length, so that little is padded.
+
+    Each window of ``num_batches`` batches holds the examples that a random order would put there,
+    only distributed over its batches by length. transformers' own sampler starts with the longest
+    of fifty batches: a client that makes a few steps a round would train on nothing else.
+
+    Args:
+        lengths: Number of tokens of each example.
+        batch_size: Examples in a batch.
+        num_batches: Batches in a window.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, num_batches: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._num_batches = num_batches
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        # The trainer has seeded the global generator.
+        order = torch.randperm(len(self._lengths)).tolist()
+        size = self._batch_size
+        window = self._num_batches * size
+        for start in range(0, len(order), window):
+            rows = sorted(order[start : start + window], key=self._lengths.__getitem__)
+            num_full = len(rows) // size
+            for batch in torch.randperm(num_full).tolist():
+                yield from rows[batch * size : (batch + 1) * size]
+            # A short batch stays the last, or it would shift those after it.
+            yield from rows[num_full * size :]
+
+
+class LossRecorder(TrainerCallback):
+    """Collects the loss of every step, which the trainer itself would only log."""
+
+    def __init__(self, on_step: OnStep | None) -> None:
+        self._on_step = on_step
+        # Sums over the micro-batches of the current step.
+        self._nll = 0.0
+        self._num_tokens = 0
+        # (loss, tokens) of each finished step.
+        self._steps: list[tuple[float, int]] = []
+
+    @property
+    def step(self) -> int:
+        """Number of finished steps."""
+        return len(self._steps)
+
+    def add(self, nll: float, num_tokens: int) -> None:
+        """Count one micro-batch.
+
+        Raises:
+            FedMomentumError: If the loss is not finite; its gradient must not reach the weights.
+        """
+        if not math.isfinite(nll):
+            raise FedMomentumError(
+                f"the training loss is {nll} at step {self.step + 1}: lower the learning rate, "
+                "and check the data and the base model if it happens at step 1"
+            )
+        self._nll += nll
+        self._num_tokens += num_tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the current step."""
+        del args, control, kwargs
+        loss = self._nll / self._num_tokens
+        self._steps.append((loss, self._num_tokens))
+        self._nll = 0.0
+        self._num_tokens = 0
+        if self._on_step is not None:
+            self._on_step(self.step, state.max_steps, loss)
+
+    def report(self) -> TrainReport:
+        """Return the report over all steps."""
+        num_tokens = sum(tokens for _, tokens in self._steps)
+        nll = sum(loss * tokens for loss, tokens in self._steps)
+        first_loss, _ = self._steps[0]
+        last_loss, _ = self._steps[-1]
+        return TrainReport(nll / num_tokens, first_loss, last_loss, self.step, num_tokens)
+
+
+class TrainableView(nn.Module):
+    """A model as the trainer sees it: only its trainable parameters are parameters of the view.
+
+    The trainer visits all modules and parameters some dozen times when it starts, and again in
+    every step; a complete model has a thousand of them.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # in a list, so that it is no submodule
+        self._mode_is_set = False
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(self.view_name(name), parameter)
+
+    @staticmethod
+    def view_name(name: str) -> str:
+        """Return the name in the view of a parameter of the model.
+
+        A module's own parameters must have no dot in their names; no attribute of a model, which
+        can be read through the view too, begins with a slash.
+        """
+        return "/" + name.replace(".", "/")
+
+    @property
+    def wrapped_model(self) -> nn.Module:
+        """The model."""
+        return self._model[0]
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model."""
+        return self.wrapped_model(**inputs)
+
+    def train(self, mode: bool = True) -> TrainableView:
+        """Set the model's mode, once and not in every step."""
+        if not self._mode_is_set or mode != self.training:
+            self.wrapped_model.train(mode)
+        self._mode_is_set = True
+        super().train(mode)
+        return self
+
+    def to(self, device: torch.device) -> TrainableView:  # type: ignore[override]
+        """Move the complete model to a device, unless it is there."""
+        if any(parameter.device != device for parameter in self.parameters()):
+            self.wrapped_model.to(device)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the model, such as its configuration."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.wrapped_model, name)
+
+
+class LocalTrainingArguments(TrainingArguments):
+    """The trainer's arguments, which leave the model on the device where it is."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Never: moving the model to where it is visits all of its tensors."""
+        return False
+
+
+class CompletionTrainer(Trainer):
+    """A trainer that minimizes an objective and records its loss.
+
+    Args:
+        objective: What is minimized.
+        recorder: Collects the losses.
+        penalty: Added to the loss of every step; not part of the recorded losses.
+        options: The arguments of `transformers.Trainer`.
+    """
+
+    # The loss of a micro-batch is divided by the number of tokens of the complete step.
+    loss_is_scaled_for_ga = True
+    objective: Objective
+    recorder: LossRecorder
+    penalty: Penalty | None
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        recorder: LossRecorder,
+        penalty: Penalty | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(callbacks=[recorder], **options)
+        self.objective = objective
+        self.recorder = recorder
+        self.penalty = penalty
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset
+        num_batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        batch_size = self.args.per_device_train_batch_size
+        return LengthGroupedSampler(dataset.lengths, batch_size, num_batches)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Return the names of the parameters that weight decay applies to."""
+        if not self.args.weight_decay:
+            # Without decay nothing needs the names, and finding them visits all modules.
+            return []
+        names = super().get_decay_parameter_names(model.wrapped_model)
+        return [model.view_name(name) for name in names]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the estimate visits all parameters in every step, and is never shown."""
+        del inputs
+        return 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: Any
+    ) -> tuple[list[Any], int]:
+        """Return the micro-batches of a step, and the number of their targets.
+
+        The trainer's own count depends on the class of the model.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(self.objective.num_targets(batch) for batch in batches)
+
+    def compute_loss(
+        self,
+        model: Any,  # a TrainableView
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Compute the loss of a micro-batch: the mean over the targets of the complete step."""
+        del return_outputs
+        assert num_items_in_batch is not None  # get_batch_samples has just counted it
+        predictions = self.objective.predict(model.wrapped_model, inputs)
+        batch_loss = self.objective.loss(
+            predictions, label_smoothing=self.args.label_smoothing_factor
+        )
+        # The recorded loss is that of an evaluation, also where smoothed labels are trained on.
+        self.recorder.add(batch_loss.nll.item(), batch_loss.num_targets)
+        loss = batch_loss.optimized / num_items_in_batch
+        if self.penalty is not None:
+            # The last step of a pass may have fewer micro-batches than are usually accumulated.
+            loss = loss + self.penalty() / self.current_gradient_accumulation_steps
+        return loss

@@ -1,0 +1,81 @@
+"""Local training leaves the process as it was: generators, garbage collector, attention kernels."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedmomentum.utils.modules import inner_model
+
+MAX_MATH_SDPA_TOKENS = 128
+"""Tokens of a row up to which 16-bit training on a CPU is quicker with torch's plain attention.
+
+Measured in docs/appendix/performance.md.
+"""
+
+
+def sdpa_backend_for(model: nn.Module, longest: int) -> AbstractContextManager[Any]:
+    """Select torch's attention kernel for training on rows of at most ``longest`` tokens.
+
+    On a CPU in 16 bits the backward pass of torch's flash attention costs more than the score
+    matrix that it saves, as long as rows are short. The plain kernel computes in float32, and keeps
+    ``longest ** 2`` scores a head. Everywhere else torch chooses. A model with an attention
+    implementation of its own is not affected.
+    """
+    is_short = longest <= MAX_MATH_SDPA_TOKENS
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not (is_short and on_cpu):
+        return nullcontext()
+    is_16_bit = any(parameter.dtype.itemsize < 4 for parameter in model.parameters())
+    return sdpa_kernel(SDPBackend.MATH) if is_16_bit else nullcontext()
+
+
+@contextmanager
+def gc_frozen() -> Iterator[None]:
+    """Keep all existing objects out of garbage collection for a while.
+
+    transformers' Trainer collects garbage when it starts. That would visit every object of every
+    library: a fifth of a second and more, for each client in each round.
+    """
+    if gc.get_freeze_count():  # Another part of the program has frozen objects, and needs them so.
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def global_state_restored(model: nn.Module, *, undo_checkpointing: bool) -> Iterator[None]:
+    """Undo a trainer's side effects: seeded global generators, the model's mode and configuration.
+
+    Args:
+        model: The model that is trained.
+        undo_checkpointing: Whether the training switches gradient checkpointing on.
+    """
+    was_training = model.training
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        model.train(was_training)
+        if use_cache is not None:
+            config.use_cache = use_cache
+        if undo_checkpointing:
+            inner_model(model).gradient_checkpointing_disable()

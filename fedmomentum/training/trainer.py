@@ -1,0 +1,259 @@
+"""Local training: some steps on one client's examples, the same bits for the same seed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
+
+from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
+from fedmomentum.objectives.objective import CAUSAL_LM, Objective
+from fedmomentum.training.arguments import check_hyperparameters, count_steps, count_warmup_steps
+from fedmomentum.training.function import (
+    OnStep,
+    Penalty,
+    TrainingFunction,
+    TrainReport,
+    call_training_function,
+)
+from fedmomentum.training.hf_trainer import (
+    CompletionTrainer,
+    ExampleDataset,
+    LocalTrainingArguments,
+    LossRecorder,
+    Row,
+    TrainableView,
+)
+from fedmomentum.training.isolation import gc_frozen, global_state_restored, sdpa_backend_for
+
+if TYPE_CHECKING:
+    from fedmomentum.config.training import LocalTraining
+    from fedmomentum.data.tokenization import TokenizedExamples
+
+
+def run_training(
+    function: TrainingFunction | None,
+    model: nn.Module,
+    examples: TokenizedExamples,
+    hyperparameters: LocalTraining,
+    *,
+    pad_token_id: int,
+    seed: int,
+    on_step: OnStep,
+    penalty: Penalty | None = None,
+) -> TrainReport:
+    """Train with `train`, or with a training function of the user's own.
+
+    Args:
+        function: The user's function; None for `train`.
+        model: See `train`, as for the other arguments.
+        examples: The client's examples.
+        hyperparameters: The hyperparameters of this round.
+        pad_token_id: Fills short rows.
+        seed: Seed of everything random in the training.
+        on_step: Called after each step.
+        penalty: Added to the loss of every step.
+
+    Returns:
+        The report of the training.
+
+    Raises:
+        FedMomentumError: If `train` refuses or stops, or the user's function returns no report.
+    """
+    if function is None:
+        return train(
+            model,
+            examples,
+            hyperparameters,
+            pad_token_id=pad_token_id,
+            seed=seed,
+            on_step=on_step,
+            penalty=penalty,
+        )
+    return call_training_function(
+        function,
+        model,
+        examples,
+        hyperparameters,
+        pad_token_id=pad_token_id,
+        seed=seed,
+        on_step=on_step,
+        penalty=penalty,
+    )
+
+
+def train(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    hyperparameters: LocalTraining,
+    *,
+    pad_token_id: int,
+    seed: int,
+    on_step: OnStep | None = None,
+    penalty: Penalty | None = None,
+    objective: Objective = CAUSAL_LM,
+) -> TrainReport:
+    """Train a model's trainable parameters in place, with a new optimizer.
+
+    The loss of a step is the mean over all of its targets, whatever the padding and however many
+    micro-batches it is accumulated from. The learning rate is constant unless the arguments name a
+    schedule. The order of examples and dropout follow from ``seed`` alone; the global random
+    generators are restored. Nothing is printed or kept on disk.
+
+    Args:
+        model: A model; its parameters with ``requires_grad`` are trained.
+        examples: The client's examples.
+        hyperparameters: Learning rate, steps or epochs, batch size, and further arguments.
+        pad_token_id: Fills short rows; any valid id, for it is masked.
+        seed: Seed of the order of examples and of dropout.
+        on_step: Called after each step with (step from 1, number of steps, loss).
+        penalty: Added to the loss of every step; not part of the reported losses.
+        objective: What is minimized.
+
+    Returns:
+        The losses and the number of steps and tokens.
+
+    Raises:
+        ConfigError: If a hyperparameter is out of range, or an argument cannot be set.
+        DataError: If there are no examples, or too few for one batch where only full ones count.
+        ModelError: If no parameter of the model is trainable.
+        FedMomentumError: If the loss or a weight is no longer finite.
+    """
+    check_hyperparameters(hyperparameters)
+    if not examples:
+        raise DataError("no examples to train on; give this client some, or leave it out")
+    view = TrainableView(model)
+    parameters = list(view.parameters())
+    if not parameters:
+        raise ModelError(
+            "no parameter of the model is trainable (requires_grad); add an adapter to it first"
+        )
+    # The number of steps first: the warm-up may be a fraction of it.
+    num_steps = count_steps(len(examples), hyperparameters)
+    arguments = _with_warmup(hyperparameters.arguments, num_steps)
+
+    def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+        input_ids = [ids for ids, _ in rows]
+        num_prompt_tokens = [num_prompt for _, num_prompt in rows]
+        return objective.collate(input_ids, num_prompt_tokens, pad_token_id)
+
+    # Train in a directory that is deleted, and restore everything global that a trainer changes.
+    recorder = LossRecorder(on_step)
+    attention = sdpa_backend_for(model, max(map(len, examples.input_ids)))
+    restored = global_state_restored(
+        model, undo_checkpointing=bool(arguments.get("gradient_checkpointing"))
+    )
+    with gc_frozen(), attention, restored, tempfile.TemporaryDirectory() as directory:
+        trainer = CompletionTrainer(
+            objective=objective,
+            recorder=recorder,
+            penalty=penalty,
+            model=view,
+            args=_training_arguments(
+                arguments,
+                **_device_arguments(parameters[0].device),
+                output_dir=directory,
+                learning_rate=hyperparameters.learning_rate,
+                max_steps=num_steps,
+                per_device_train_batch_size=hyperparameters.batch_size,
+                seed=seed,
+            ),
+            train_dataset=ExampleDataset(examples),
+            data_collator=collate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        _create_optimizer(trainer, num_steps)
+        trainer.train()
+    _check_finite(parameters, recorder.step, hyperparameters.learning_rate)
+    return recorder.report()
+
+
+def _with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """Return the user's arguments, with the warm-up as a number of steps.
+
+    Raises:
+        ConfigError: If the warm-up leaves no step at the full learning rate.
+    """
+    result = dict(arguments)
+    if "warmup_steps" in result:
+        result["warmup_steps"] = count_warmup_steps(num_steps, result)
+        # The plain constant schedule would ignore it.
+        result.setdefault("lr_scheduler_type", "constant_with_warmup")
+    return result
+
+
+def _device_arguments(device: torch.device) -> dict[str, bool]:
+    """Return the trainer's arguments that depend on where the model is."""
+    return {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
+
+
+def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTrainingArguments:
+    """Return the trainer's arguments.
+
+    Args:
+        arguments: The user's.
+        configured: Those that the run decides.
+
+    Returns:
+        Both, and those that keep the trainer silent.
+
+    Raises:
+        ConfigError: If transformers refuses a value, such as the name of an optimizer.
+    """
+    silent = {
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    options = {"lr_scheduler_type": "constant", **arguments, **configured, **silent}
+    try:
+        result = LocalTrainingArguments(**options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"[training.arguments] cannot be used: {_first_line(error)}") from error
+    # One process uses one device: several visible GPUs would otherwise split each batch between
+    # replicas.
+    result._n_gpu = min(result.n_gpu, 1)
+    return result
+
+
+def _create_optimizer(trainer: Trainer, num_steps: int) -> None:
+    """Create the trainer's optimizer and schedule, which it would otherwise create itself.
+
+    Raises:
+        ConfigError: If the optimizer's package or an argument of the optimizer or schedule is
+            missing.
+    """
+    try:
+        trainer.create_optimizer_and_scheduler(num_training_steps=num_steps)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
+        schedule = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
+        raise ConfigError(
+            f"[training.arguments]: the optimizer {optimizer} with the schedule {schedule} cannot "
+            f"be made: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_finite(parameters: Sequence[Tensor], step: int, learning_rate: float) -> None:
+    """Refuse trained weights that are not finite.
+
+    Raises:
+        FedMomentumError: If there is one.
+    """
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        raise FedMomentumError(
+            f"a trained weight is no longer finite after {step} steps at learning rate "
+            f"{learning_rate:g}, though the loss was; lower the learning rate or set max_grad_norm"
+        )

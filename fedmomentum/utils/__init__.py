@@ -1,0 +1,1 @@
+"""Small helpers without a domain: files, schemas, names, processes, seeds, modules."""

@@ -1,0 +1,48 @@
+"""Files that come with the package for people to copy: configurations, systemd units, nginx."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmomentum.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED: Mapping[str, str] = {
+    "configs/default.toml": "the demonstration: four clients on this machine, some three minutes",
+    "configs/job.toml": "an example job for a federation over a network",
+    "deploy/fedmomentum-serve.service": "systemd unit of a server",
+    "deploy/fedmomentum-join.service": "systemd unit of a client",
+    "deploy/nginx.conf": "nginx in front of a server",
+}
+"""Path of each file within the package, and what it is."""
+
+
+def copy_package_files(directory: Path, names: list[str]) -> list[Path]:
+    """Copy files that come with the package.
+
+    Args:
+        directory: The directory to copy into; created if it does not exist.
+        names: Which files, by their name or as `fedmomentum files` lists them; all if empty.
+
+    Returns:
+        The copies.
+
+    Raises:
+        ConfigError: If there is no such file, or a copy would replace an existing one.
+    """
+    by_name = {Path(path).name: path for path in SHIPPED} | {path: path for path in SHIPPED}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        known = ", ".join(Path(path).name for path in SHIPPED)
+        raise ConfigError(f"no file {unknown[0]!r} comes with fedmomentum; there are {known}")
+    chosen = dict.fromkeys(by_name[name] for name in names or SHIPPED)
+    targets = [directory / Path(path).name for path in chosen]
+    for target in targets:
+        if target.exists():
+            raise ConfigError(f"{target} is there already; remove it, or choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    for path, target in zip(chosen, targets, strict=True):
+        shutil.copyfile(ROOT / path, target)
+    return targets

@@ -1,0 +1,34 @@
+"""Objects of the user's own, named `module:name`, in the environment or the working directory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from fedmomentum.errors import ConfigError
+
+
+def import_object(reference: str, key: str) -> Any:
+    """Import the object that `module:name` refers to.
+
+    The working directory is searched first.
+
+    Args:
+        reference: The reference.
+        key: The key of the configuration that holds it, for messages.
+
+    Raises:
+        ConfigError: If the reference has another form, or nothing of that name can be imported.
+    """
+    module, colon, name = reference.partition(":")
+    if not colon:
+        raise ConfigError(f"{key} must be module:name; got {reference!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key} {reference!r} cannot be imported: {error}") from error
+    finally:
+        sys.path.pop(0)

@@ -1,0 +1,93 @@
+"""Settings of this process: interruption, other libraries' output, memory, installed versions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+# glibc's numbers of two settings of `mallopt`: how much freed memory at the end of the heap it
+# keeps, and from which size on a block has a mapping of its own, which is released with the block.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+TRIM_THRESHOLD = 256 * 2**20
+"""Bytes of freed memory to keep: more than the largest tensors of an aggregation."""
+MMAP_THRESHOLD = 32 * 2**20
+"""The most that glibc accepts."""
+
+
+class Interruption:
+    """Whether the user or a service manager has asked this process to end.
+
+    Attributes:
+        came: Whether a signal has been received since `listen`.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def listen(self, *, although_ignored: bool = False) -> None:
+        """Handle SIGINT and SIGTERM from now on.
+
+        Args:
+            although_ignored: Handle SIGINT also where the parent process had it ignored. A shell
+                without job control starts background commands so, and a service that a script
+                started with `&` could otherwise be ended by SIGKILL only.
+        """
+        self.came = False
+        if although_ignored or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGTERM, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+INTERRUPTION = Interruption()
+
+
+@cache
+def installed_version(package: str) -> str:
+    """Return the installed version of a package, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep other libraries' progress bars and advice off the terminal; errors still show."""
+    import datasets
+    import transformers
+
+    # Unset, tokenizers warn where a process is started.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def tune_malloc() -> None:
+    """Let the C library keep up to `TRIM_THRESHOLD` bytes of freed memory for the next allocation.
+
+    By default it returns a tensor's memory to the system and gets the next one's page by page, with
+    zeros: a fifth of the time of an aggregation. Does nothing where the C library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+    mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)

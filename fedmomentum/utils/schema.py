@@ -1,0 +1,130 @@
+"""Declared types for everything received, and the one way to check a value against them.
+
+JSON that has crossed a trust boundary (a reply, a task, a manifest, a row of metrics, an adapter's
+configuration) is decoded directly into a declared type: no other key, no other type, no NaN, no
+number out of range and no text longer than declared is accepted. msgspec does the work; this module
+holds the vocabulary and the error messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from fedmomentum.errors import FedMomentumError, PayloadError
+from fedmomentum.utils.text import printable
+
+T = TypeVar("T")
+
+MAX_COUNT = 2**53 - 1
+"""The largest count that a double, and so every JSON reader, represents exactly."""
+MAX_DEPTH = 8
+"""Nesting of free-form JSON, such as a PEFT configuration."""
+MAX_ITEMS = 200_000
+"""Values in free-form JSON; a `rank_pattern` of a large model names some thousand modules."""
+
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Size = Annotated[float, Meta(ge=0)]
+"""A norm, a duration, a loss: finite and not negative."""
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"""A SHA-256 in lower-case hexadecimal."""
+Text = Annotated[str, Meta(max_length=4096)]
+Label = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+"""A short name that is shown to people: a category, a version, a dtype. No control characters."""
+ModulePath = Annotated[
+    str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x20\x7f-\x9f]+\Z")
+]
+"""The dotted path of a module in the base model."""
+
+
+class Schema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A record with declared fields; unknown fields are refused."""
+
+
+def parse_json(
+    data: bytes | str, kind: type[T], name: str, error: type[FedMomentumError] = PayloadError
+) -> T:
+    """Decode JSON text into a declared type.
+
+    Args:
+        data: The JSON text, UTF-8.
+        kind: The type, such as a `Schema`.
+        name: What to call the text in the message: a client, a file.
+        error: The error to raise.
+
+    Raises:
+        FedMomentumError: If the text is not JSON, or does not fit the type; the message names the
+            field.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as problem:
+        refused = _refused_value(data, problem)
+        raise error(f"{name}: {validation_message(problem)}{refused}") from problem
+    except (msgspec.DecodeError, RecursionError, UnicodeError, ValueError) as problem:
+        raise error(f"{name}: not valid JSON: {problem}") from problem
+
+
+def validation_message(problem: Exception) -> str:
+    """Return msgspec's message, the field first: ``metrics.loss: Expected `float`, got `str` ``."""
+    text, _, path = str(problem).partition(" - at ")
+    field = path.replace("`", "").replace("$.", "").replace("$", "")
+    # An unknown field may have any name.
+    return printable(f"{field}: {text}" if field else text)
+
+
+def _refused_value(data: bytes | str, problem: msgspec.ValidationError) -> str:
+    """Return ``; got 3`` where msgspec's message names a bound and not the refused value."""
+    text, _, path = str(problem).partition(" - at ")
+    if not path or ", got " in text or "[...]" in path:
+        return ""
+    try:
+        value = msgspec.json.decode(data)
+        for key, index in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", path):
+            value = value[key] if key else value[int(index)]
+    # A key with a dot in it, a missing field, or no JSON after the refused value.
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return ""
+    if isinstance(value, (dict, list)):
+        return ""
+    return f"; got {printable(repr(value), 80)}"
+
+
+def check_free_form(value: Any, name: str, error: type[FedMomentumError] = PayloadError) -> None:
+    """Refuse free-form JSON that is nested too deep or holds too much, and keys that are not text.
+
+    Args:
+        value: The value.
+        name: What to call it in messages.
+        error: The error to raise.
+
+    Raises:
+        FedMomentumError: If the value is nested deeper than `MAX_DEPTH`, holds more than
+            `MAX_ITEMS` values, or has a key that is not text.
+    """
+    remaining = MAX_ITEMS
+    level = [value]
+    # One level of nesting after the other, so that no recursion limit is reached.
+    for _ in range(MAX_DEPTH + 1):
+        remaining -= len(level)
+        if remaining < 0:
+            raise error(f"{name} holds more than {MAX_ITEMS} values")
+        next_level: list[Any] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                if not all(isinstance(key, str) for key in item):
+                    raise error(f"{name} has a key that is not text")
+                next_level.extend(item.values())
+            elif isinstance(item, (list, tuple)):
+                next_level.extend(item)
+        if not next_level:
+            return
+        level = next_level
+    raise error(f"{name} is nested deeper than {MAX_DEPTH} levels")

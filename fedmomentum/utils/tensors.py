@@ -1,0 +1,104 @@
+"""Tensors as safetensors bytes and back; what comes from outside is read with suspicion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedmomentum.errors import PayloadError
+
+MAX_HEADER_BYTES = 64 * 2**20
+"""A safetensors header of a model of 100,000 tensors has about 10 MiB."""
+LENGTH_BYTES = 8
+"""Bytes at the beginning of a safetensors file that hold the length of its header."""
+
+
+def safetensors_bytes(
+    tensors: Mapping[str, Tensor], metadata: tuple[str, str] | None = None
+) -> bytes:
+    """Encode tensors as safetensors: equal tensors and metadata give equal bytes.
+
+    Args:
+        tensors: The tensors by name.
+        metadata: A key and its value; one pair at most, for safetensors writes several in an order
+            that changes from call to call.
+    """
+    ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
+    return safetensors.torch.save(ordered, dict([metadata]) if metadata else None)
+
+
+def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Decode safetensors bytes of any origin.
+
+    Args:
+        data: The bytes.
+        name: What to call them in messages.
+
+    Returns:
+        The tensors and the metadata.
+
+    Raises:
+        PayloadError: If the header is too long or not JSON, or claims tensors that the bytes do not
+            hold.
+    """
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if len(data) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, len(data) - LENGTH_BYTES):
+        raise PayloadError(
+            f"{name}: the header claims {length} bytes of {len(data)} received; these are no "
+            "tensors"
+        )
+    header = data[LENGTH_BYTES : LENGTH_BYTES + length]
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no table")
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        raise PayloadError(f"{name}: not safetensors: {error}") from error
+    return tensors, metadata
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file without reading its tensors.
+
+    Raises:
+        PayloadError: If the header is too long or not JSON.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        if length > min(MAX_HEADER_BYTES, file.stat().st_size - LENGTH_BYTES):
+            raise PayloadError(
+                f"{file}: the header claims {length} bytes, more than the file holds"
+            )
+        header = opened.read(length)
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise PayloadError(f"{file}: not safetensors: {error}") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a floating tensor holds neither NaN nor an infinity.
+
+    No second tensor of its size is allocated.
+    """
+    if not tensor.numel():
+        return True
+    if tensor.dtype.itemsize == 1:  # aminmax does not support float8
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def bytes_to_tensor(data: bytes) -> Tensor:
+    """Return bytes as a tensor of uint8, to travel among tensors."""
+    if not data:
+        return torch.zeros(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,0 +1,33 @@
+"""What the terminal shows at a run's end."""
+
+from types import SimpleNamespace
+
+from fedmomentum.cli.tables import summary_table
+from fedmomentum.formats.round_record import EvaluationRecord, RoundRecord
+from fedmomentum.formats.scores import Score
+
+
+def evaluated(server_round, exact):
+    """A record in which category i has `exact[i]` of 10 examples right."""
+    scores = {f"c{i:02}": Score(10.0, 10, 10, n) for i, n in enumerate(exact)}
+    size = 10 * len(exact)
+    total = Score(float(size), size, size, sum(exact))
+    evaluation = EvaluationRecord(total=total, by_category=scores, by_client={"a": total})
+    return RoundRecord(round=server_round, evaluation=evaluation)
+
+
+def shown(gains):
+    rows = [evaluated(0, [0] * len(gains)), evaluated(1, gains)]
+    return list(summary_table(SimpleNamespace(rounds=rows)).columns[0].cells)
+
+
+def test_of_many_categories_the_losers_and_the_winners_are_shown():
+    names = [str(cell) for cell in shown([n % 10 for n in range(40)])]
+    assert len(names) == 1 + 13 + 1
+    losers, told, winners = names[1:7], names[7], names[8:14]
+    assert {int(name[1:]) % 10 for name in losers} == {0, 1} and "28 more" in told
+    assert {int(name[1:]) % 10 for name in winners} == {8, 9}
+
+
+def test_few_categories_are_all_shown_in_their_order():
+    assert [str(cell) for cell in shown([5, 1, 9])] == ["all", "c00", "c01", "c02", "a"]

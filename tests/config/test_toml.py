@@ -1,0 +1,168 @@
+"""Every key is checked, and an error names the nearest one that exists."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmomentum.config.__main__ import render_reference
+from fedmomentum.config.toml import SECTIONS, changed_keys, from_dict, load_config, to_dict, to_toml
+from fedmomentum.errors import ConfigError
+
+MINIMAL = {"data": {"source": "reasoning-gym"}}
+
+
+def write(folder, text):
+    file = folder / "run.toml"
+    file.write_text(text)
+    return file
+
+
+def test_toml_round_trips(tmp_path):
+    config = from_dict(
+        {
+            "data": {
+                "client-files": {'odd "name" \\ é': "x\n.jsonl"},
+                "partition": "sizes",
+                "sizes": [1, 2.5],
+            },
+            "training": {
+                "local-epochs": 1.5,
+                "arguments": {"weight_decay": 0.01, "optim": "adamw_torch"},
+            },
+            "method": {"settings": {"split": "aligned", "energy": 0.99}},
+            "lora": {"target-modules": ["q_proj", "v_proj"]},
+        }
+    )
+    again = load_config(write(tmp_path, to_toml(config)))
+    assert again == config and changed_keys(again, config) == []
+
+
+@given(st.text(max_size=30))
+def test_any_text_round_trips(tmp_path_factory, text):
+    config = from_dict({"data": {"source": text or "x", "client-column": text}})
+    again = load_config(write(tmp_path_factory.mktemp("t"), to_toml(config)))
+    assert again.data.client_column == text
+
+
+def test_overrides(tmp_path):
+    file = write(tmp_path, '[data]\nsource = "reasoning-gym"\n')
+    config = load_config(
+        file,
+        [
+            "federation.num-rounds=7",
+            "method.name=fedit",
+            'lora.target-modules=["a"]',
+            "method.settings.energy=0.5",
+            "training.learning-rate=1",
+            "model.name=some/model",
+        ],
+    )
+    assert (
+        config.federation.num_rounds == 7
+        and config.method.name == "fedit"
+        and config.lora.target_modules == ["a"]
+    )
+    assert config.method.settings == {"energy": 0.5} and config.training.learning_rate == 1.0
+    assert config.model.name == "some/model"
+
+
+def test_files_are_meant_from_where_the_configuration_is(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    config = load_config(
+        write(tmp_path, '[data.client-files]\na = "a.jsonl"\nb = "/elsewhere/b.jsonl"\n')
+    )
+    assert config.data.client_files == {"a": str(tmp_path / "a.jsonl"), "b": "/elsewhere/b.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"dta": {}}, "unknown section: dta; did you mean data"),
+        (
+            {"federation": {"num-round": 3}},
+            r"unknown key in \[federation\]: num-round; did you mean num-rounds",
+        ),
+        ({"federation": {"num_rounds": 3}}, "did you mean num-rounds"),
+        ({"lora": {"zzz": 3}}, "known: rank, lora-alpha"),
+        ({"lora": {"rank": "8"}}, "lora.rank must be of type int; got '8'"),
+        ({"lora": {"rank": True}}, "lora.rank must be of type int"),
+        ({"lora": {"rank": 0}}, "lora.rank must be at least 1; got 0"),
+        ({"lora": 3}, r"lora must be a table, \[lora\]"),
+        ({"data": {"source": "a", "client-files": {"a": "b"}}}, "data.source"),
+        ({"data": {"source": "a", "partition": "random"}}, "iid, dirichlet, categories or sizes"),
+        (
+            {"training": {"local-steps": 1, "local-epochs": 1.0}},
+            "left out where local-epochs is given",
+        ),
+        ({"training": {"learning-rate": 0}}, "above 0"),
+        ({"training": {"learning-rate-schedule": "step"}}, "constant, linear or cosine"),
+        ({"federation": {"client-fraction": 1.5}}, r"in \(0, 1\]"),
+        ({"federation": {"min-valid-fraction": 0}}, "federation.min-valid-fraction"),
+        ({"run": {"threads": -1}}, "run.threads"),
+    ],
+)
+def test_mistakes_are_refused_by_name(tables, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict({**MINIMAL, **tables})
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [
+        ("federation", "participation", "client-fraction"),
+        ("federation", "quorum", "min-valid-fraction"),
+        ("federation", "max-client-share", "max-client-weight"),
+        ("federation", "max-norm-ratio", "outlier-norm-ratio"),
+        ("data", "max-lost-share", "max-truncated-fraction"),
+        ("run", "keep-rounds", "keep-checkpoints"),
+        ("federation", "round-seconds", "round-timeout"),
+        ("federation", "join-seconds", "join-timeout"),
+    ],
+)
+def test_keys_that_were_renamed_are_refused_with_their_new_name(section, old, new):
+    message = rf"unknown key in \[{section}\]: {old}; it is called {new} now"
+    with pytest.raises(ConfigError, match=message):
+        from_dict({section: {old: 1}})
+    assert getattr(getattr(from_dict({}), section), new.replace("-", "_")) is not None
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load_config(write(tmp_path, "a = "))
+    with pytest.raises(ConfigError, match="is no regular file"):
+        load_config(tmp_path)
+    for override in ("rounds", "rounds=3", "=3"):
+        with pytest.raises(ConfigError, match="write section.key=value"):
+            load_config(write(tmp_path, ""), [override])
+
+
+def test_learning_rate_falls_over_the_rounds_to_a_tenth():
+    for schedule, middle in (("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)):
+        training = from_dict(
+            {**MINIMAL, "training": {"learning-rate": 1.0, "learning-rate-schedule": schedule}}
+        ).training
+        assert training.learning_rate_at(1, 5) == pytest.approx(1.0) and training.learning_rate_at(
+            1, 1
+        ) == pytest.approx(1.0)
+        assert training.learning_rate_at(3, 5) == pytest.approx(middle)
+        assert training.learning_rate_at(5, 5) == pytest.approx(
+            1.0 if schedule == "constant" else 0.1
+        )
+
+
+def test_every_key_is_documented():
+    text = render_reference()
+    for section, values in to_dict(from_dict(MINIMAL)).items():
+        assert f"## [{section}]" in text
+        for key in values:
+            assert f"| `{key}` |" in text
+    assert all(kind.__doc__ for kind in SECTIONS.values())
+
+
+def test_the_shipped_configuration_is_valid():
+    from pathlib import Path
+
+    config = load_config(Path(__file__).parents[2] / "fedmomentum" / "configs" / "default.toml")
+    assert config.data.source == "reasoning-gym" and config.method.name == "fedmomentum"

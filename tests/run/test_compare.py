@@ -1,0 +1,361 @@
+"""Paired runs: the same data for every method, cells that go on, references that take a client's steps."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+
+from fedmomentum.cli.tables import comparison_tables
+from fedmomentum.config.toml import from_dict, load_config, to_dict
+from fedmomentum.errors import ConfigError
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.results.comparison import read_comparison
+from fedmomentum.run import compare
+from fedmomentum.run.compare import (
+    Cell,
+    parse_methods,
+    parse_seeds,
+    plan_cells,
+    run_cell,
+    start_comparison,
+)
+from fedmomentum.run.compare import write_comparison as write
+from fedmomentum.run.references import POOLED
+from tests.runs import Events, objects, prepare, start, timeless, tiny_config
+
+METHODS = "fedmomentum,fedit,fedmomentum:split=singular,centralised,local"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def settings(folder, **sections):
+    return tiny_config(folder, **{"federation": {"num_rounds": 2}, **sections})
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """Five things, two seeds, really trained."""
+    config, out = settings(folder), folder / "compared"
+    cells = plan_cells(config, parse_methods(METHODS, config), [0, 1], out)
+    start_comparison(config, out)
+    for cell in cells:
+        run_cell(cell)
+    return (
+        config,
+        out,
+        cells,
+        write(out, cells, baseline="fedit", target=0.0, command="fedmomentum compare x"),
+    )
+
+
+# ── what is asked ──
+
+
+def test_methods_are_names_with_settings(folder):
+    config = settings(folder, method={"settings": {"energy": 0.9}})
+    asked = (
+        "fedmomentum, fedmomentum:split=singular;energy=1.0,fedit,local,lorafair:objective=ridge"
+    )
+    entries = parse_methods(asked, config)
+    assert [(e.method.name, e.method.settings, e.kind) for e in entries] == [
+        ("fedmomentum", {"energy": 0.9}, "federated"),
+        ("fedmomentum", {"energy": 1.0, "split": "singular"}, "federated"),
+        ("fedit", {}, "federated"),
+        ("fedit", {}, "local"),
+        ("lorafair", {"objective": "ridge"}, "federated"),
+    ]
+    assert [e.directory for e in entries] == [
+        "fedmomentum",
+        "fedmomentum-split-singular-energy-1.0",
+        "fedit",
+        "local",
+        "lorafair-objective-ridge",
+    ]
+
+
+def test_a_method_may_have_settings_of_the_run_for_itself(folder):
+    config = settings(folder)
+    asked = "fedit,fedit:training.learning-rate=0.5,fedmomentum:split=singular;lora.rank=1,local:training.batch-size=3"
+    entries = parse_methods(asked, config)
+    assert [e.overrides for e in entries] == [
+        (),
+        ("training.learning-rate=0.5",),
+        ("lora.rank=1",),
+        ("training.batch-size=3",),
+    ]
+    assert [e.kind for e in entries] == ["federated"] * 3 + ["local"]
+    assert entries[2].method.settings == {"split": "singular"}
+    cells = plan_cells(config, entries, [7], folder / "own")
+    assert [
+        (c.config.training.learning_rate, c.config.lora.rank, c.config.training.batch_size)
+        for c in cells[:4]
+    ] == [
+        (config.training.learning_rate, config.lora.rank, config.training.batch_size),
+        (0.5, config.lora.rank, config.training.batch_size),
+        (config.training.learning_rate, 1, config.training.batch_size),
+        (config.training.learning_rate, config.lora.rank, 3),
+    ]
+    assert {c.config.run.seed for c in cells} == {7} and {c.config.data.source for c in cells} == {
+        config.data.source
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must name methods"),
+        (",", "must name methods"),
+        ("fedit,fedit", "each once"),
+        ("fedavg", "unknown method"),
+        ("fedavg", "centralised, local"),
+        ("fedit:energy=1", "no setting 'energy'"),
+        ("local:x=1", "has no settings of its own"),
+        ("fedit:run.seed=3", "can differ between methods"),
+        ("fedit:federation.num-rounds=3", "can differ"),
+        ("fedit:training.rate=3", "unknown key"),
+        ("fedmomentum:split", "cannot be imported"),
+        ("fedmomentum:split=a;b", "is no setting"),
+        ("fedmomentum:split=equal", "split must be"),
+    ],
+)
+def test_methods_that_cannot_be(folder, text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_methods(text, settings(folder))
+
+
+@pytest.mark.parametrize("text", ["", "a", "0,1.5", "-1", "0,0", "0,,1"])
+def test_seeds_that_cannot_be(text):
+    with pytest.raises(ConfigError, match="--seeds must be whole numbers"):
+        parse_seeds(text)
+
+
+def test_seeds():
+    assert parse_seeds("3,0, 7") == [3, 0, 7]
+
+
+def test_nothing_evaluated_is_nothing_to_compare(folder, tmp_path):
+    config = settings(folder, evaluation={"every": 0})
+    with pytest.raises(ConfigError, match=r"evaluation\.every"):
+        plan_cells(config, parse_methods("fedit", config), [0], tmp_path)
+
+
+# ── runs ──
+
+
+def test_cells_are_the_runs_that_the_command_run_makes(done, folder, tmp_path):
+    config, out, cells, _ = done
+    assert [str(cell.directory.relative_to(out)) for cell in cells[:7]] == [
+        "fedmomentum/seed-0",
+        "fedit/seed-0",
+        "fedmomentum-split-singular/seed-0",
+        "centralised/seed-0",
+        "local/seed-0/site0",
+        "local/seed-0/site1",
+        "local/seed-0/site2",
+    ]
+    start(
+        settings(folder, run={"seed": 1}, method={"name": "fedit"}), tmp_path / "run", function=None
+    )
+    assert timeless(out / "fedit" / "seed-1") == timeless(tmp_path / "run")
+
+
+def test_a_seed_gives_every_method_the_same_start(done):
+    _, out, _, _ = done
+    rows = {
+        name: timeless(out / name / "seed-0")
+        for name in ("fedmomentum", "fedit", "fedmomentum-split-singular")
+    }
+    for name in rows:
+        parts = [
+            json.loads((out / one / "seed-0" / "partition.json").read_text())["clients"]
+            for one in (name, "fedit")
+        ]
+        assert parts[0] == parts[1]
+        for key in ("evaluation", "version"):
+            assert rows[name][0][key] == rows["fedit"][0][key]
+        for key in ("participants", "weights", "num_examples", "clients", "train_loss"):
+            assert (
+                rows[name][1][key] == rows["fedit"][1][key]
+            )  # the first round's training, to the bit
+    one, two = (
+        GlobalModel.load(out / "fedit" / f"seed-{seed}").adapter.digest() for seed in (0, 1)
+    )
+    assert one != two
+
+
+def test_references_are_scored_on_everybodys_items_and_take_a_clients_steps(done):
+    _, out, _, _ = done
+    federated = timeless(out / "fedit" / "seed-0")
+    runs = [
+        out / "centralised" / "seed-0",
+        *(out / "local" / "seed-0" / f"site{k}" for k in range(3)),
+    ]
+    for run in runs:
+        rows = timeless(run)
+        for row, other in zip(rows, federated, strict=True):
+            for key in ("total", "compared"):
+                assert (
+                    row["evaluation"][key]["num_examples"]
+                    == other["evaluation"][key]["num_examples"]
+                )
+                assert (
+                    row["evaluation"][key]["num_tokens"] == other["evaluation"][key]["num_tokens"]
+                )
+            assert (
+                row["evaluation"]["by_category"].keys() == other["evaluation"]["by_client"].keys()
+            )
+        untouched = rows[0]["evaluation"]
+        for client, score in federated[0]["evaluation"]["by_client"].items():
+            assert untouched["by_category"][client]["nll"] == pytest.approx(score["nll"], rel=1e-6)
+        for row, other in zip(rows[1:], federated[1:], strict=True):
+            (own,) = row["clients"].values()
+            assert own["num_steps"] == other["clients"]["site0"]["num_steps"] == 2
+        if run.name.startswith("site"):  # a client alone starts as it does in the federation
+            assert rows[1]["clients"][run.name] == federated[1]["clients"][run.name]
+    (row,) = timeless(runs[0])[1]["num_examples"].items()
+    assert row == (POOLED, sum(federated[1]["num_examples"].values()))
+
+
+@pytest.mark.parametrize("only", [None, "site1"])
+def test_epochs_of_a_reference_are_a_clients_steps(folder, tmp_path, only):
+    tables = to_dict(settings(folder))
+    tables["training"] = {"local-epochs": 2.0, "batch-size": 3, "learning-rate": 0.01}
+    config = from_dict(tables)
+    run = prepare(config, tmp_path / "run")
+    run.close()
+    clients = run.clients
+    compare.make_reference(run, only)
+    (client,) = run.clients
+    per_epoch = math.ceil(len(client.train) / 3)
+    steps = math.ceil(run.config.training.local_epochs * per_epoch)
+    if only:
+        assert run.config.training.local_epochs == 2 and len(client.train) == len(clients[1].train)
+    else:
+        wanted = [math.ceil(2 * math.ceil(len(one.train) / 3)) for one in clients]
+        assert steps == pytest.approx(sum(wanted) / 3, abs=1) and len(client.train) == sum(
+            len(o.train) for o in clients
+        )
+    assert run.plan.num_clients == 1 and run.config.evaluation.final_num_examples == len(
+        client.test
+    )
+
+
+def test_references_where_clients_train_less(folder, tmp_path):
+    config = settings(
+        folder, lora={"clients": {"site0": {"rank": 1}}}, federation={"num_rounds": 1}
+    )
+    cells = plan_cells(
+        config, parse_methods("fedmomentum,centralised,local", config), [0], tmp_path
+    )
+    assert [cell.config.lora.rank for cell in cells] == [2, 2, 1, 2, 2]
+    for cell in cells[:3]:
+        run_cell(cell)
+        assert cell.is_finished() and not timeless(cell.directory)[1]["failures"]
+    with pytest.raises(ConfigError, match="needs every client at one rank"):
+        parse_methods("fedit", config)
+
+
+def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
+    done, folder, tmp_path, monkeypatch
+):
+    config, whole, _, _ = done
+    entries = parse_methods("fedmomentum,centralised", config)
+    cells = plan_cells(config, entries, [0], tmp_path)
+    assert [cell.is_finished() for cell in cells] == [False, False]
+    for cell in cells:
+        stop = {"left": 2}
+
+        def killed(event, facts, stop=stop):
+            stop["left"] -= event == "row"
+            if not stop["left"]:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell, callbacks=[Events(killed)])
+        assert not cell.is_finished() and len(timeless(cell.directory)) == 2
+        run_cell(cell)
+        assert cell.is_finished()
+        other = whole / cell.directory.relative_to(tmp_path)
+        assert timeless(cell.directory) == timeless(other) and objects(cell.directory) == objects(
+            other
+        )
+    more = plan_cells(settings(folder, federation={"num_rounds": 3}), entries, [0], tmp_path)
+    assert not more[0].is_finished()
+    run_cell(more[1])
+    assert len(timeless(more[1].directory)) == 4 and more[1].is_finished()
+    with pytest.raises(ConfigError, match="has 3 rounds and 2 are asked for"):
+        cells[1].is_finished()
+
+
+def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
+    config, out, cells, _ = done
+    other = settings(folder, training={"learning_rate": 0.5})
+    with pytest.raises(
+        ConfigError, match=r"compared was made with other settings.*training\.learning-rate"
+    ):
+        plan_cells(other, parse_methods("fedit", other), [0], out)
+    for cell in (cells[0], cells[3]):
+        changed = Cell(cell.entry, cell.seed, cell.directory, other)
+        for refused in (changed.is_finished, lambda changed=changed: run_cell(changed)):
+            with pytest.raises(ConfigError, match=r"other settings.*training\.learning-rate"):
+                refused()
+    fewer = settings(folder, evaluation={"num_examples": 1}, method={"name": "fedit"})
+    with pytest.raises(ConfigError, match=r"evaluation\.num-examples"):
+        run_cell(Cell(cells[3].entry, 0, cells[3].directory, fewer))
+
+
+# ── the result ──
+
+
+def test_what_is_written_and_read_back(done):
+    config, out, cells, comparison = done
+    assert comparison.methods == METHODS.split(",") and comparison.baseline == "fedit"
+    assert len(comparison.method_runs) == 10
+    table = json.loads((out / "comparison.json").read_text())
+    local = next(one for one in table["cells"] if one["method"] == "local")
+    assert (
+        local["folders"] == [f"local/seed-0/site{k}" for k in range(3)] and local["kind"] == "local"
+    )
+    by_name = {one["method"]: one for one in table["summary"]}
+    for name in ("fedmomentum", "local"):
+        own = {cell.seed: cell.loss for cell in comparison.method_runs if cell.method == name}
+        base = {cell.seed: cell.loss for cell in comparison.method_runs if cell.method == "fedit"}
+        assert by_name[name]["loss_difference"]["mean"] == pytest.approx(
+            sum(own[s] - base[s] for s in (0, 1)) / 2
+        )
+        assert by_name[name]["loss_difference"]["count"] == 2
+    assert by_name["fedit"]["loss_difference"] is None and by_name["fedit"]["reached"] == 2
+    assert (
+        by_name["local"]["bytes_to_target"] is None
+        and by_name["fedit"]["bytes_to_target"]["mean"] > 0
+    )
+    alone = [timeless(out / folder)[-1]["evaluation"] for folder in local["folders"]]
+    cell = next(cell for cell in comparison.method_runs if cell.method == "local")
+    assert cell.loss == pytest.approx(sum(one["total"]["loss"] for one in alone) / 3)
+    assert cell.by_client["site1"][1] == alone[1]["by_category"]["site1"]["loss"]
+    rows = list(csv.DictReader((out / "comparison.csv").open()))
+    assert len(rows) == 10 and float(rows[0]["loss"]) == comparison.method_runs[0].loss
+    again = read_comparison(out)
+    assert again.method_runs == comparison.method_runs
+    assert load_config(out / "config.toml") == config
+
+
+def test_tables_in_the_terminal(done):
+    from rich.console import Console
+
+    console = Console(width=160, file=io.StringIO())
+    for table in comparison_tables(done[3]):
+        console.print(table)
+    text = console.file.getvalue()
+    assert (
+        "Difference to fedit" in text
+        and "local" in text
+        and "2 of 2" in text
+        and "±" in text
+        and "[" in text
+    )

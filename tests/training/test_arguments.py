@@ -1,0 +1,316 @@
+"""How many steps a client makes, and what of transformers' arguments can be set: right, or refused by name."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from fedmomentum.config.training import LocalTraining
+from fedmomentum.data.examples import Example
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.training.arguments import check_arguments, count_steps, count_warmup_steps
+from tests.runs import prepare, start, timeless, tiny_config
+from tests.tiny import tiny_llama
+from tests.training.keywords import train
+from tests.training.test_trainer import DEFAULTS, adapter_of, new_model, rows, same_bits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+def tokens_of(folder, count):
+    examples = [Example("ab"[: 1 + i % 2] + str(i * 7), "xyz"[: 1 + i % 3]) for i in range(count)]
+    return tokenize(
+        examples,
+        AutoTokenizer.from_pretrained(folder),
+        max_length=32,
+        max_truncated_fraction=0.0,
+        owner="test",
+    )
+
+
+# ── steps ──
+
+
+@given(
+    st.integers(1, 10_000),
+    st.integers(1, 64),
+    st.integers(1, 9),
+    st.booleans(),
+    st.one_of(st.fractions(0, 5, max_denominator=100).filter(bool), st.just(Fraction(1, 10**9))),
+)
+def test_epochs_are_rounded_up_to_whole_steps_in_exact_arithmetic(
+    num_examples, batch_size, accumulated, drops, epochs
+):
+    arguments = {"gradient_accumulation_steps": accumulated, "dataloader_drop_last": drops}
+    settings = {
+        "local_epochs": float(epochs),
+        "batch_size": batch_size,
+        "arguments": arguments,
+    }
+    settings = LocalTraining(learning_rate=1.0, **settings)
+    num_batches = num_examples // batch_size if drops else -(-num_examples // batch_size)
+    if not num_batches:
+        with pytest.raises(DataError, match="nothing is left to train on"):
+            count_steps(num_examples, settings)
+        return
+    wanted = math.ceil(epochs * -(-num_batches // accumulated))
+    assert count_steps(num_examples, settings) == max(1, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    ("batch_size", "epochs", "arguments"),
+    [
+        (4, 1.0, {}),
+        (1, 0.3, {}),
+        (4, 2.5, {"gradient_accumulation_steps": 3}),
+        (2, 1.0, {"gradient_accumulation_steps": 100}),
+        (2, 1.5, {"dataloader_drop_last": True}),
+        (64, 1e-9, {"train_sampling_strategy": "group_by_length"}),
+    ],
+)
+def test_the_trainer_makes_as_many_steps_and_sees_as_many_tokens(
+    folder, count, batch_size, epochs, arguments
+):
+    tokens = tokens_of(folder, count)
+    amount = {"local_steps": None, "local_epochs": epochs, "batch_size": batch_size}
+    if arguments.get("dataloader_drop_last") and count < batch_size:
+        with pytest.raises(
+            DataError, match=f"{count} examples do not fill one batch of {batch_size}"
+        ):
+            train(new_model(folder), tokens, **DEFAULTS | amount, arguments=arguments)
+        return
+    model = new_model(folder)
+    before = adapter_of(model)
+    report = train(model, tokens, **DEFAULTS | amount, arguments=arguments)
+    assert report.num_steps == count_steps(
+        count, LocalTraining(learning_rate=1.0, arguments=arguments, **amount)
+    )
+    assert not same_bits(before, adapter_of(model))
+    if epochs == 1.0:
+        assert report.num_tokens == sum(map(len, tokens.input_ids)) - sum(tokens.num_prompt_tokens)
+
+
+def test_a_run_with_a_client_smaller_than_a_batch_is_refused_by_name_before_it_starts(tmp_path):
+    """Site0 trains on 9 examples, the others on 18 and 27."""
+    drops = {"batch_size": 10, "arguments": {"dataloader_drop_last": True}}
+    with pytest.raises(DataError, match="^site0: 9 examples do not fill one batch of 10"):
+        prepare(tiny_config(tmp_path, training=drops), tmp_path / "run")
+    config = tiny_config(tmp_path, training=drops | {"batch_size": 9}, federation={"num_rounds": 1})
+    start(config, tmp_path / "run", function=None)
+    row = timeless(tmp_path / "run")[1]
+    assert (
+        row["accepted"] == ["site0", "site1", "site2"] and row["clients"]["site0"]["num_steps"] == 2
+    )
+
+
+# ── warm-up ──
+
+
+@given(st.integers(1, 1000), st.floats(0, 1, exclude_max=True))
+def test_a_fraction_of_the_steps_always_leaves_one_at_the_full_rate(num_steps, fraction):
+    warmup = count_warmup_steps(num_steps, {"warmup_steps": fraction})
+    assert 0 <= warmup < num_steps and warmup <= math.ceil(fraction * num_steps)
+
+
+def test_a_client_with_one_step_moves_though_others_warm_up(folder):
+    plain, warmed = new_model(folder), new_model(folder)
+    one = DEFAULTS | {"local_steps": 1}
+    train(plain, tokens_of(folder, 4), **one)
+    train(warmed, tokens_of(folder, 4), **one, arguments={"warmup_steps": 0.1})
+    assert same_bits(adapter_of(plain), adapter_of(warmed))
+
+
+@pytest.mark.parametrize("warmup", [4, 5, 1000])
+def test_warming_up_longer_than_the_round_is_refused(folder, tmp_path, warmup):
+    with pytest.raises(
+        ConfigError, match=f"warmup_steps = {warmup} leaves none of this client's 4 local steps"
+    ):
+        train(
+            new_model(folder), tokens_of(folder, 4), **DEFAULTS, arguments={"warmup_steps": warmup}
+        )
+    config = tiny_config(
+        tmp_path, training={"local_steps": 4, "arguments": {"warmup_steps": warmup}}
+    )
+    with pytest.raises(ConfigError, match="^site0: training argument warmup_steps"):
+        prepare(config, tmp_path / "run")
+
+
+# ── values ──
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps: Expected `int` >= 1; the value is 0",
+        ),
+        (
+            {"gradient_accumulation_steps": 1.5},
+            "gradient_accumulation_steps: Expected `int`, got `float`",
+        ),
+        (
+            {"label_smoothing_factor": 1.5},
+            "label_smoothing_factor: Expected `float` < 1.0; the value is 1.5",
+        ),
+        ({"max_grad_norm": -1}, "max_grad_norm: Expected `float` >= 0.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: Expected `float` >= 0.0"),
+        ({"weight_decay": math.inf}, "weight_decay: Expected"),
+        ({"weight_decay": True}, "weight_decay: Expected `float`, got `bool`"),
+        ({"adam_beta1": "0.9"}, "adam_beta1: Expected `float`, got `str`; the value is '0.9'"),
+        ({"adam_beta2": 1.0}, "adam_beta2: Expected `float` < 1.0"),
+        ({"adam_epsilon": 0}, "adam_epsilon: Expected `float` > 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps: Expected `float` >= 0.0"),
+        ({"warmup_steps": 2.5}, "warmup_steps must be whole, or below 1 as a fraction"),
+        (
+            {"warmup_steps": 2, "lr_scheduler_type": "constant"},
+            "no effect with lr_scheduler_type constant",
+        ),
+        ({"dataloader_drop_last": "yes"}, "dataloader_drop_last: Expected `bool`, got `str`"),
+        (
+            {"train_sampling_strategy": "longest"},
+            "train_sampling_strategy: Invalid enum value 'longest'",
+        ),
+        (
+            {"gradient_checkpointing_kwargs": {"x": 1}},
+            "gradient_checkpointing_kwargs: Object contains unknown field",
+        ),
+        ({"optim_args": 3}, "optim_args: Expected `str | null`, got `int`"),
+        (
+            {"lr_scheduler_kwargs": "a=1"},
+            "lr_scheduler_kwargs: Expected `object | null`, got `str`",
+        ),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_name(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim": "adam_w"}, "adam_w is not a valid OptimizerNames"),
+        (
+            {"optim": "lion_32bit"},
+            "the optimizer lion_32bit with the schedule constant cannot be made: .*bitsandbytes",
+        ),
+        ({"lr_scheduler_type": "wavy"}, "wavy is not a valid SchedulerType"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "schedule cosine_with_min_lr cannot be made: .*min_lr",
+        ),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "cannot be made: .*num_decay_steps"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}},
+            "schedule cosine cannot be made",
+        ),
+    ],
+)
+def test_what_transformers_cannot_make_is_refused_by_name(folder, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        train(new_model(folder), tokens_of(folder, 4), **DEFAULTS, arguments=arguments)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_optimizers_that_are_installed_train(folder, optim):
+    model = new_model(folder)
+    before = adapter_of(model)
+    assert train(model, tokens_of(folder, 4), **DEFAULTS, arguments={"optim": optim}).num_steps == 4
+    assert not same_bits(before, adapter_of(model))
+
+
+# ── what a step is made of ──
+
+
+def test_the_loss_that_is_told_is_that_of_an_evaluation_also_where_labels_are_smoothed(folder):
+    tokens = tokens_of(folder, 6)
+    settings = DEFAULTS | {"local_steps": 1, "batch_size": 6}
+    plain, smoothed = new_model(folder), new_model(folder)
+    wanted = train(plain, tokens, **settings)
+    assert train(smoothed, tokens, **settings, arguments={"label_smoothing_factor": 0.3}) == wanted
+    assert not same_bits(adapter_of(plain), adapter_of(smoothed))
+
+
+def test_a_smoothed_step_is_plain_sgd_on_the_smoothed_loss(folder):
+    tokens = tokens_of(folder, 5)
+    model, reference = new_model(folder), new_model(folder)
+    arguments = {"optim": "sgd", "max_grad_norm": 0.0, "label_smoothing_factor": 0.3}
+    train(model, tokens, **DEFAULTS | {"local_steps": 1, "batch_size": 5}, arguments=arguments)
+    loss, num_tokens = torch.tensor(0.0), 0
+    for ids, num_prompt in zip(tokens.input_ids, tokens.num_prompt_tokens, strict=True):
+        logits, answer = (
+            reference(input_ids=torch.tensor([ids])).logits[0],
+            torch.tensor(ids[num_prompt:]),
+        )
+        one = F.cross_entropy(
+            logits[num_prompt - 1 : -1], answer, reduction="sum", label_smoothing=0.3
+        )
+        loss, num_tokens = loss + one, num_tokens + len(answer)
+    (loss / num_tokens).backward()
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad:
+            wanted = parameter - DEFAULTS["learning_rate"] * parameter.grad
+            torch.testing.assert_close(
+                adapter_of(model)[name], wanted.detach(), atol=1e-6, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 100])
+def test_a_penalty_counts_once_a_step_however_many_batches_are_accumulated(folder, accumulated):
+    """Three batches: with two accumulated, the second step of a pass has one only; with a hundred, the first has 3."""
+    tokens = rows(tokens_of(folder, 6), range(6))
+    model, reference = new_model(folder), new_model(folder)
+    arguments = {
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "gradient_accumulation_steps": accumulated,
+    }
+    amount = {"local_steps": -(-3 // accumulated), "batch_size": 2, "learning_rate": 0.1}
+
+    def penalty(of):
+        return 5 * sum(p.square().sum() for p in of.parameters() if p.requires_grad)
+
+    train(model, tokens, **DEFAULTS | amount, arguments=arguments, penalty=lambda: penalty(model))
+    for first in range(0, 6, 2 * accumulated):
+        batch = range(first, min(6, first + 2 * accumulated))
+        loss, num_tokens = torch.tensor(0.0), 0
+        for i in batch:
+            ids, num_prompt = tokens.input_ids[i], tokens.num_prompt_tokens[i]
+            answer = torch.tensor(ids[num_prompt:])
+            logits = reference(input_ids=torch.tensor([ids])).logits[0]
+            loss = loss + F.cross_entropy(logits[num_prompt - 1 : -1], answer, reduction="sum")
+            num_tokens += len(answer)
+        (loss / num_tokens + penalty(reference)).backward()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                if parameter.requires_grad:
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+    for name, wanted in adapter_of(reference).items():
+        torch.testing.assert_close(adapter_of(model)[name], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_no_clipping_at_a_norm_of_zero(folder):
+    model, reference = new_model(folder), new_model(folder)
+    settings = DEFAULTS | {"local_steps": 1, "learning_rate": 1.0}
+    train(model, tokens_of(folder, 4), **settings, arguments={"optim": "sgd", "max_grad_norm": 0})
+    train(
+        reference,
+        tokens_of(folder, 4),
+        **settings,
+        arguments={"optim": "sgd", "max_grad_norm": 1e9},
+    )
+    assert same_bits(adapter_of(model), adapter_of(reference))
