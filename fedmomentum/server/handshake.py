@@ -22,10 +22,10 @@ from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
 from fedmomentum.lora.peft_config import check_config
-from fedmomentum.protocol.codec import decode_reply, encode_task
 from fedmomentum.protocol.messages import DescribeRequest, Description, Reply, Task
-from fedmomentum.protocol.transport import Failure, Transport
-from fedmomentum.server.exchange import containing
+from fedmomentum.protocol.transport import Transport
+from fedmomentum.server.exchange import collect, containing
+from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_magnitude
 from fedmomentum.utils.io import canonical_json
 
@@ -130,28 +130,21 @@ def _ask(
     transport: Transport, run_id: str, clients: Sequence[str], lora: LoraConfig, *, adapter: bool
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Have clients describe themselves; return usable replies, and the others' reasons."""
-    tasks = {
-        client: Task(run_id, client, 0, DescribeRequest(adapter=adapter)) for client in clients
-    }
+    tasks = {}
+    for client in clients:
+        tasks[client] = Task(run_id, client, 0, DescribeRequest(adapter=adapter))
     limit = MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES
+    collected = Replies()
     replies = {}
-    failures = dict.fromkeys(clients, "no answer in time")
-    for client, answer in transport.send_and_receive(
-        {client: encode_task(task) for client, task in tasks.items()}
-    ):
-        if isinstance(answer, Failure):
-            failures[client] = answer.reason
-            continue
-        del failures[client]
-        with containing(client, failures):
-            reply = decode_reply(answer, tasks[client], limit)
+    for client, reply in collect(transport, tasks, collected, limit):
+        with containing(client, collected.failures):
             _check_description(reply, lora)
             if reply.tensors and not adapter:
                 raise PayloadError(
                     f"client {client}: its description holds tensors; none were asked for"
                 )
             replies[client] = reply
-    return dict(sorted(replies.items())), failures
+    return dict(sorted(replies.items())), collected.failures
 
 
 def _description(reply: Reply) -> Description:
