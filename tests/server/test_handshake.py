@@ -284,7 +284,8 @@ def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):
 
     bad["site2"] = lambda payload: 1 / 0
     with pytest.raises(
-        QuorumError, match="site0: .*not safetensors.*site1: .*protocol|site2: missing: no answer in time"
+        QuorumError,
+        match="site0: .*not safetensors.*site1: .*protocol|site2: missing: no answer in time",
     ):
         run_over(Silent(bad), config, tmp_path / "over")
 
