@@ -38,8 +38,8 @@ def check_updates(updates: ClientUpdates, rank: int) -> None:
     out_size, in_size = updates.shape
     if not 1 <= rank <= min(out_size, in_size):
         raise ValueError(
-            f"rank must be from 1 to {min(out_size, in_size)} for a {out_size} x {in_size} "
-            f"matrix; got {rank}"
+            f"rank must be from 1 to {min(out_size, in_size)} for a {out_size} x {in_size} matrix; "
+            f"got {rank}"
         )
     _check_finite(updates)
 
@@ -70,8 +70,8 @@ def _check_finite(updates: ClientUpdates) -> None:
         for name in "BA":
             if not bool(torch.isfinite(_factor(update, name)).all()):
                 raise ValueError(
-                    f"update {position} holds NaN or Inf in its factor {name}; leave that "
-                    "client out"
+                    f"update {position} holds NaN or Inf in its factor {name}; leave that client "
+                    "out"
                 )
 
 
@@ -83,8 +83,8 @@ def check_equal_ranks(title: str, updates: ClientUpdates, rank: int) -> None:
     """
     if set(updates.ranks) != {rank}:
         raise ValueError(
-            f"{title} averages factors and needs every client at rank {rank}; "
-            f"got ranks {updates.ranks}. Use fedmomentum, which takes clients of any rank"
+            f"{title} averages factors and needs every client at rank {rank}; got ranks "
+            f"{updates.ranks}. Use fedmomentum, which takes clients of any rank"
         )
 
 

@@ -176,8 +176,8 @@ def refuse_incomplete(
     if unexpected:
         raise ModelError(
             f"{directory} holds {_shown(unexpected)}, for which {kind} has no place: another model "
-            "than the stored one would be trained. If they are no part of the language model, load "
-            "it with transformers and write it again by save_pretrained"
+            "than the stored one would be trained. If they are no part of the language model, "
+            "load it with transformers and write it again by save_pretrained"
         )
     _refuse_integer_weights(directory, model)
 

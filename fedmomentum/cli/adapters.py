@@ -80,8 +80,8 @@ def aggregate(
         carried = "; a tail is carried and not part of the model (energy below 1)"
     OUT.print(
         f"{result.num_adapters} adapters by {built_method!r} -> {out}: "
-        f"{len(result.model.adapter.modules)} modules of rank {result.rank}, "
-        f"residual of rank up to {result.residual_rank}{carried}",
+        f"{len(result.model.adapter.modules)} modules of rank {result.rank}, residual of rank up "
+        f"to {result.residual_rank}{carried}",
         markup=False,
         soft_wrap=True,
     )

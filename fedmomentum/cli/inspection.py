@@ -47,7 +47,7 @@ def summarize(directory: Path) -> Iterator[Table]:
     if not retained_rounds(directory) and not (directory / MANIFEST).is_file():
         raise ModelError(
             f"{directory} is neither a run (rounds/), nor a global model ({MANIFEST}), nor a PEFT "
-            f"adapter (adapter_config.json)"
+            "adapter (adapter_config.json)"
         )
     model = GlobalModel.load(directory)
     yield _facts_table(_model_facts(directory, model))

@@ -62,7 +62,7 @@ def keys_server(
     make_server_keys(keys, host)
     OUT.print(
         f"The server's keys are in {keys}. Send {keys / 'ca.pem'} to every client, where it is "
-        f"stored as ca.pem; keep the rest private. The certificate is valid for two years",
+        "stored as ca.pem; keep the rest private. The certificate is valid for two years",
         markup=False,
         soft_wrap=True,
     )

@@ -112,7 +112,7 @@ class RunView(Callback):
             if num_truncated + num_lost:
                 self._print_note(
                     f"{client.client_id}: {num_truncated} examples are truncated, {num_lost} have "
-                    f"lost their entire answer"
+                    "lost their entire answer"
                 )
 
     def _print_note(self, text: str) -> None:

@@ -80,7 +80,7 @@ def print_served_result(out: Path) -> None:
     export = f"  fedmomentum export {run}{options} --base BASE-DIRECTORY"
     lines = [
         f"The result is in {out}, its report in {page}. The base model is not needed until the "
-        f"result is used:",
+        "result is used:",
         f"{place} copy {out} there and run",
         f"{export} --to merged --out {shlex.quote(f'{out}-merged')}",
         f"{export} --to adapter --out {shlex.quote(f'{out}-adapter')}",

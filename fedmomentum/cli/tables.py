@@ -289,7 +289,7 @@ def evaluation_title(result: Result, comparison: ModelComparison) -> str:
 
 def evaluation_table(comparison: ModelComparison) -> Table:
     """Return the scores of base and tuned model: of all examples, by client, by category."""
-    base = comparison.untouched
+    base = comparison.base
     tuned = comparison.tuned
     columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
     table = Table(Column("", overflow="fold", min_width=8), *columns, "perplexity")
@@ -320,7 +320,7 @@ def evaluation_notes(comparison: ModelComparison) -> list[str]:
     if comparison.num_cut:
         notes.append(
             f"{comparison.num_cut} of the answers are cut at {comparison.max_length} tokens and "
-            f"never exact"
+            "never exact"
         )
     return notes
 

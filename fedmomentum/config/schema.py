@@ -77,8 +77,8 @@ class LoraConfig:
     )
     clients: dict[str, Any] = option(
         {},
-        "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a "
-        "lora-alpha, target-modules",
+        "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, "
+        "target-modules",
     )
 
     def __post_init__(self) -> None:

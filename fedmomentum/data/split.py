@@ -140,8 +140,8 @@ def _describe_change(
     # The examples themselves are not stored; their digests tell which ones are known.
     num_leaked = len(set(original.held_out).intersection(_digests(train, original.salt)))
     sizes = (
-        f"{original.num_train} examples were trained on and {len(original.held_out)} held out, "
-        f"now {len(train)} and {len(test)}"
+        f"{original.num_train} examples were trained on and {len(original.held_out)} held out, now "
+        f"{len(train)} and {len(test)}"
     )
     if not num_leaked:
         return (
@@ -155,6 +155,5 @@ def _describe_change(
         f"THE EXAMPLES ARE DIVIDED OTHERWISE THAN WHEN THIS RUN BEGAN: {num_leaked} of "
         f"{len(original.held_out)} that were held out are trained on now, and this client's scores "
         f"no longer measure what the model has learned.{reason} ({sizes}.) Stop this client and "
-        "start it with the data and the seed that it had; or, to go on knowingly, remove "
-        f"{file}"
+        f"start it with the data and the seed that it had; or, to go on knowingly, remove {file}"
     )

@@ -223,8 +223,8 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
                 return int(index)
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "the tokenizer has no end token (eos_token), so the model could not learn to stop; "
-            "add one to the tokenizer's configuration"
+            "the tokenizer has no end token (eos_token), so the model could not learn to stop; add "
+            "one to the tokenizer's configuration"
         )
     return int(tokenizer.eos_token_id)
 
@@ -273,9 +273,8 @@ def _chat_text(
     """
     if tokenizer.chat_template is None:
         raise DataError(
-            "the examples are chats (`messages`), but this model's tokenizer has no chat "
-            "template: give plain `prompt` and `completion` text instead, or use an "
-            "instruction-tuned model"
+            "the examples are chats (`messages`), but this model's tokenizer has no chat template: "
+            "give plain `prompt` and `completion` text instead, or use an instruction-tuned model"
         )
     try:
         text = tokenizer.apply_chat_template(

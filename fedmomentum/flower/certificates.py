@@ -159,7 +159,7 @@ def _general_name(host: str) -> x509.GeneralName:
         if not HOST_NAME.fullmatch(host):
             raise ConfigError(
                 f"--host {host!r} is neither a host name nor an address; give it without https:// "
-                f"and without a port, and international names in their xn-- form"
+                "and without a port, and international names in their xn-- form"
             ) from None
         return x509.DNSName(host)
 

@@ -70,13 +70,13 @@ class NodeIdentity:
         server = server_address(self.server)
         if not self.authority.is_file():
             raise ConfigError(
-                f"there is no authority {self.authority}; the server has it, as keys/ca.pem. "
-                f"Give its path by --ca"
+                f"there is no authority {self.authority}; the server has it, as keys/ca.pem. Give "
+                "its path by --ca"
             )
         if not NODE_NAME.fullmatch(self.name):
             raise ConfigError(
                 f"{self.name!r} is not a valid node name; give the name under which this node was "
-                f"admitted, --name"
+                "admitted, --name"
             )
         key = load_private_key(self.key)
         try:
@@ -105,7 +105,7 @@ def server_address(text: str) -> str:
     host, _, port = address.removesuffix("/").rpartition(":")
     if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"--server must be HOST:PORT, such as fed.example.org:9443 or [2001:db8::1]:9443; got "
+            "--server must be HOST:PORT, such as fed.example.org:9443 or [2001:db8::1]:9443; got "
             f"{printable(text, 200)!r}"
         )
     if host.startswith("[") and host.endswith("]"):

@@ -236,7 +236,7 @@ def _check_name(name: str) -> None:
     if not NODE_NAME.fullmatch(name):
         raise ConfigError(
             f"{printable(name, 80)!r} is not a valid node name: up to 64 letters, digits, dots, "
-            f"dashes and underscores"
+            "dashes and underscores"
         )
 
 

@@ -363,7 +363,7 @@ def _tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
             f"{certificate} and {key} are not a certificate and its key: {error}; make them with: "
-            f"fedmomentum keys server"
+            "fedmomentum keys server"
         ) from error
     return context
 

@@ -237,7 +237,7 @@ class FlowerTransport:
                 raise QuorumError(
                     f"{len(online)} of {len(registered)} registered clients are connected after "
                     f"{self._join_timeout:g} s, and {min_clients} are needed "
-                    f"(federation.min-valid-fraction). Missing: "
+                    "(federation.min-valid-fraction). Missing: "
                     f"{', '.join(missing) or 'none is registered'}. Start them and resume"
                 )
             has_enough = len(online) >= min_clients

@@ -49,8 +49,8 @@ def read_manifest(file: Path) -> ModelFile:
     manifest = parse_record(data, ModelFile, str(file))
     if file.name != MANIFEST and (manifest.round != int(file.stem) or manifest.run is None):
         raise ModelError(
-            f"{file} holds round {manifest.round}, not the checkpoint of round {int(file.stem)} "
-            "of a run; it was renamed or copied"
+            f"{file} holds round {manifest.round}, not the checkpoint of round {int(file.stem)} of "
+            "a run; it was renamed or copied"
         )
     return manifest
 
@@ -148,8 +148,8 @@ def _best_round(directory: Path, last_round: int) -> int:
     best_round = run.best_round if run else -1
     if best_round == -1:
         raise ModelError(
-            f"no round of {directory} was evaluated, so none is the best; give --round a number "
-            "or last"
+            f"no round of {directory} was evaluated, so none is the best; give --round a number or "
+            "last"
         )
     return best_round
 

@@ -21,7 +21,7 @@ class Plan:
         uplink_bytes: per client and round.
         downlink_bytes: per client and round: the adapter and the most the residual can be.
         memory_bytes: of this process, about.
-        disk_bytes: of the run folder, at most.
+        disk_bytes: of the run directory, at most.
         warnings: what the user should know before it starts.
     """
 

@@ -126,8 +126,8 @@ class Diagnostics(_Table, frozen=True, kw_only=True):
     client_drift: Annotated[
         Amount | None,
         doc(
-            "mean over the accepted clients of ‖Δᵢ − Δ̄‖ / ‖Δ̄‖: 0 where they agree; √(n − 1) where "
-            "n equal ones have nothing in common",
+            "mean over the accepted clients of ‖Δᵢ − Δ̄‖ / ‖Δ̄‖: 0 where they agree; √(n − 1) "
+            "where n equal ones have nothing in common",
             "relative",
         ),
     ] = None

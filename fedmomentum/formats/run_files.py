@@ -86,7 +86,7 @@ class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
 
 
 class ReportedFile(_RunRecord, frozen=True, kw_only=True):
-    """trackers/reported.json: tracker to the last round that it was told of."""
+    """trackers/reported.json: tracker to its last reported round."""
 
     rounds: dict[str, Annotated[int, Meta(ge=-1, le=2**31)]]
 

@@ -11,7 +11,7 @@ from fedmomentum.utils.schema import Count, Schema
 
 LARGEST = 1e300
 """Larger numbers overflow as soon as something is done with them, be it drawing a curve."""
-MAX_LOSS = 700.0
+MAX_EXPONENT = 700.0
 """`exp` of more nats a token leaves the range of float64; perplexity is given up to here."""
 NORMAL_95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution: two-sided 95 %."""
@@ -53,8 +53,8 @@ class Score(Schema, frozen=True, kw_only=False):
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`, of at most `MAX_LOSS`; NaN without tokens."""
-        return math.exp(min(self.loss, MAX_LOSS)) if self.num_tokens else math.nan
+        """`exp(loss)`, of at most `MAX_EXPONENT`; NaN without tokens."""
+        return math.exp(min(self.loss, MAX_EXPONENT)) if self.num_tokens else math.nan
 
     @property
     def exact_match(self) -> float:

@@ -93,8 +93,8 @@ def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
         if (directory / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{name}: the weights are in adapter_model.bin, a pickle, which can run code when "
-                "it is read. Load it with PEFT if you trust it, and "
-                "save_pretrained(..., safe_serialization=True)"
+                "it is read. Load it with PEFT if you trust it, and save_pretrained(..., "
+                "safe_serialization=True)"
             )
         raise AdapterError(f"{name}: no adapter_model.safetensors in {directory}")
     try:
@@ -247,8 +247,8 @@ def _without_copies(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tenso
             result[key] = tensor
         elif copy == "modules_to_save" and not torch.equal(original, tensor):
             raise AdapterError(
-                f"{name}: {key} and {owner}.{leaf} should be the same and differ; save the "
-                "adapter again"
+                f"{name}: {key} and {owner}.{leaf} should be the same and differ; save the adapter "
+                "again"
             )
     return result
 

@@ -75,16 +75,16 @@ class RunResults:
         directory = Path(directory)
         if not directory.is_dir():
             raise ModelError(
-                f"There is no run directory {directory}. "
-                "Give the directory that `fedmomentum run --out` wrote."
+                f"There is no run directory {directory}. Give the directory that `fedmomentum run "
+                "--out` wrote."
             )
         try:
             return _read(directory)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise ModelError(
-                f"{directory} has no {missing}, so it is not the directory of a run. "
-                "Give the directory that `fedmomentum run --out` wrote."
+                f"{directory} has no {missing}, so it is not the directory of a run. Give the "
+                "directory that `fedmomentum run --out` wrote."
             ) from None
 
 
@@ -111,9 +111,8 @@ def _read(directory: Path) -> RunResults:
         run_ids.add(committed.run_id)
     if len(run_ids) > 1:
         raise DataError(
-            f"{directory} holds files of several runs: environment.json, plan.json, "
-            "partition.json and the checkpoints do not name the same run. "
-            "Restore them from a copy."
+            f"{directory} holds files of several runs: environment.json, plan.json, partition.json "
+            "and the checkpoints do not name the same run. Restore them from a copy."
         )
     return RunResults(
         name=directory.resolve().name,

@@ -85,7 +85,7 @@ def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
     """Return a task that trains the base model for one step, as a first round would ask."""
     model = local.initial_global_model(client.method)
     lora = ClientLora.of(local.client_lora, local.is_mixed or client.method.prunes)
-    manifest = as_manifest(model.manifest(), "the untouched model")
+    manifest = as_manifest(model.manifest(), "the base model")
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     request = train_request(config, 1, client.client_id, hyperparameters, lora, manifest)
     one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)

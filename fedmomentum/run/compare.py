@@ -20,9 +20,7 @@ from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.config.schema import Config, MethodConfig
 from fedmomentum.config.toml import (
-    LOCATIONS,
     apply_overrides,
-    changed_keys,
     load_config,
     parse_value,
     to_toml,
@@ -41,7 +39,7 @@ from fedmomentum.run.client_setup import party_names
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.run.origin import check_data, fingerprints
 from fedmomentum.run.references import REFERENCES, make_reference
-from fedmomentum.run.setup import load_data, make_method
+from fedmomentum.run.setup import changed_settings, load_data, make_method
 from fedmomentum.server.saved_run import saved_settings
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name, readable_name
@@ -183,8 +181,8 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
             ) from error
         entries.append(Entry(label, method, tuple(overrides)))
     # Two labels must not share a directory, on file systems that ignore case either.
-    folders = [entry.directory for entry in entries]
-    if not entries or len({directory.lower() for directory in folders}) < len(folders):
+    directories = [entry.directory.lower() for entry in entries]
+    if not entries or len(set(directories)) < len(directories):
         raise ConfigError(
             f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}"
         )
@@ -295,16 +293,12 @@ def _check_same(directory: Path, config: Config, may_differ: set[str]) -> None:
         ConfigError: If they are. What lies at the paths is for `_check_content` and `prepare` to
             compare.
     """
-    saved = _saved(directory)
-    may_differ = {*may_differ, "federation.num-rounds", "run.report-to", *LOCATIONS}
-    changed = [key for key in changed_keys(saved, config) if key not in may_differ]
-    if saved.data.client_files.keys() != config.data.client_files.keys():
-        changed.append("data.client-files")
+    may_change = {*may_differ, "federation.num-rounds", "run.report-to"}
+    changed = changed_settings(_saved(directory), config, may_change)
     if changed:
         raise ConfigError(
             f"{directory} was made with other settings; these differ: {', '.join(changed)}. "
-            f"Compare with its own, "
-            f"{directory / 'config.toml'}, or in another --out"
+            f"Compare with its own, {directory / 'config.toml'}, or in another --out"
         )
 
 

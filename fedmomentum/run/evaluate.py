@@ -1,4 +1,4 @@
-"""Score a model or an adapter on held-out examples, beside its base model."""
+"""Score a model or an adapter on held-out examples, together with its base model."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """The untouched and the tuned model on the same examples.
+    """The scores of the base and the tuned model on the same examples.
 
     Attributes:
-        untouched: The base model's scores.
+        base: The base model's scores.
         tuned: The tuned model's.
         num_cut: How many examples lost a part of their answer, so that they cannot be exact.
         num_lost: How many further examples were left out, because their prompt alone is too long.
@@ -70,7 +70,7 @@ class ModelComparison:
         by_generation: Whether answers were generated.
     """
 
-    untouched: Scored
+    base: Scored
     tuned: Scored
     num_cut: int
     num_lost: int
@@ -89,7 +89,7 @@ def evaluate_on(
     max_length: int | None = None,
     by_generation: bool = False,
 ) -> ModelComparison:
-    """Score the untouched and the tuned model on held-out examples.
+    """Score the base and the tuned model on held-out examples.
 
     Args:
         result: The model.
@@ -132,8 +132,8 @@ def evaluate_on(
             max_length = min(max_length, pair.longest)
     elif pair.longest is not None and max_length > pair.longest:
         raise ConfigError(
-            f"--max-length is {max_length}, and the model can see {pair.longest} tokens; give "
-            f"that or less"
+            f"--max-length is {max_length}, and the model can see {pair.longest} tokens; give that "
+            "or less"
         )
     measure = _generating if by_generation else _teacher_forced
     return measure(
@@ -256,12 +256,12 @@ def _teacher_forced(
         return Scored(total, by_client)
 
     # The base model first; its weights are restored bit for bit after the tuned one.
-    untouched = measured()
+    base = measured()
     with pair.tuned():
         tuned = measured()
         num_cut = sum(examples.num_truncated for _, examples in tokens())
         num_lost = sum(examples.num_lost for _, examples in tokens())
-    return ModelComparison(untouched, tuned, num_cut, num_lost, max_length, by_generation=False)
+    return ModelComparison(base, tuned, num_cut, num_lost, max_length, by_generation=False)
 
 
 def _generating(
@@ -288,8 +288,7 @@ def _generating(
     if not asked:
         raise DataError(
             f"no prompt of the {num_lost} leaves room for an answer of {max_new_tokens} tokens "
-            f"within "
-            f"{pair.longest or max_length}; shorten the prompts, or raise --max-length"
+            f"within {pair.longest or max_length}; shorten the prompts, or raise --max-length"
         )
 
     task = GenerationTask([example for _, example in asked])
@@ -306,7 +305,7 @@ def _generating(
                 by_client[client] = by_client.get(client, NO_EXAMPLES) + one
         return Scored(total, by_client)
 
-    untouched = measured()
+    base = measured()
     with pair.tuned():
         tuned = measured()
-    return ModelComparison(untouched, tuned, 0, num_lost, max_length, by_generation=True)
+    return ModelComparison(base, tuned, 0, num_lost, max_length, by_generation=True)

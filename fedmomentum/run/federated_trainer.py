@@ -50,7 +50,6 @@ class PreparedRun:
         method: Combines the clients' adapters.
         directory: The run's directory, locked by this process.
         local: The base model with a live adapter, shared by all clients that train alike.
-        local_models: Client to the model that it trains.
         clients: The clients with their tokenized data.
         model: The global model to start from.
         state: What the server remembers.
@@ -63,7 +62,6 @@ class PreparedRun:
     method: Method
     directory: RunDirectory
     local: LocalModel
-    local_models: dict[str, LocalModel]
     clients: list[Client]
     model: GlobalModel
     state: ServerState
@@ -162,7 +160,6 @@ class FederatedTrainer:
             method=loaded.method,
             directory=directory,
             local=loaded.local,
-            local_models=loaded.local_models,
             clients=loaded.clients,
             model=model,
             state=state,

@@ -70,7 +70,7 @@ class ModelPair:
         if model.adapter.config.get("task_type") == "SEQ_CLS":
             raise ConfigError(
                 f"{result.path} is of a sequence classifier; export it and use transformers' own "
-                f"pipeline"
+                "pipeline"
             )
         # The base model is identified by its content before it is loaded.
         directory = find_base(result, settings.base)
@@ -102,16 +102,16 @@ class ModelPair:
         # Where tokens were added, the base model knows fewer than the tuned one.
         size = vocabulary_size(self.model)
         tuned = _tokenizer(result, directory, size)
-        untouched = tuned
+        base_tokenizer = tuned
         if (
             size is not None
             and len(tuned) > size
             and (directory / "tokenizer_config.json").is_file()
         ):
-            untouched = load_tokenizer(directory, size)
-        for tokenizer in (untouched, tuned):
+            base_tokenizer = load_tokenizer(directory, size)
+        for tokenizer in (base_tokenizer, tuned):
             set_chat_date(tokenizer, date)
-        self._tokenizers = untouched, tuned
+        self._tokenizers = base_tokenizer, tuned
 
     @property
     def longest(self) -> int | None:
@@ -276,8 +276,7 @@ def _generated(
         if pair.longest is not None and len(ids) + max_new_tokens > pair.longest:
             raise DataError(
                 f"{name} has {len(ids)} tokens, and with {max_new_tokens} more passes the "
-                f"{pair.longest} that the "
-                "model can see; shorten it, or lower --max-new-tokens"
+                f"{pair.longest} that the model can see; shorten it, or lower --max-new-tokens"
             )
     return generate_texts(
         pair.model, pair.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size

@@ -77,7 +77,7 @@ def read_origin(directory: Path) -> OriginFile | None:
     except ModelError as error:
         raise ModelError(
             f"{error}. Restore it from a copy; or delete it, and say by --base and --data where "
-            f"things are"
+            "things are"
         ) from error
 
 
@@ -136,16 +136,13 @@ def check_data(
     if different:
         raise DataError(
             f"{directory} was made with other data; it differs for {_few(different)}. Give the "
-            f"data that the run began "
-            "with, or start over in another --out"
+            "data that the run began with, or start over in another --out"
         )
     if other_tokens:
         raise DataError(
             f"{directory}: the texts are those that the run began with, but they give other tokens "
-            f"for "
-            f"{_few(other_tokens)}: the base model's tokenizer or chat template is another one "
-            f"now. Give the base "
-            "model that the run began with, or start over in another --out"
+            f"for {_few(other_tokens)}: the base model's tokenizer or chat template is another one "
+            "now. Give the base model that the run began with, or start over in another --out"
         )
 
 
@@ -213,7 +210,7 @@ def refuse_missing(config: Config) -> None:
     if _is_gone(config.model.name):
         raise ModelError(
             f"there is no {config.model.name}. If the base model is somewhere else now, give "
-            f"--base DIR"
+            "--base DIR"
         )
 
 
@@ -228,9 +225,8 @@ def refuse_missing_data(config: Config) -> None:
     for client, file in data.client_files.items():
         if _is_gone(file):
             raise DataError(
-                f"client {printable(client, 80)}: there is no {file}. If it is somewhere else "
-                f"now, give "
-                "--data NAME=FILE for it"
+                f"client {printable(client, 80)}: there is no {file}. If it is somewhere else now, "
+                "give --data NAME=FILE for it"
             )
     if _is_gone(data.source):
         raise DataError(
@@ -239,7 +235,7 @@ def refuse_missing_data(config: Config) -> None:
     if data.test_source and _is_gone(data.test_source):
         raise DataError(
             f"there is no {data.test_source}. If it is somewhere else now, give "
-            f"data.test-source=FILE"
+            "data.test-source=FILE"
         )
 
 
@@ -278,7 +274,7 @@ def placed(config: Config, base: str, data: Sequence[str]) -> Config:
         ]
         if not ends:
             raise ConfigError(
-                f"--data must be NAME=FILE with the name of a client, one of "
+                "--data must be NAME=FILE with the name of a client, one of "
                 f"{_few(sorted(files))}; got {item!r}"
             )
         files[item[: ends[0]]] = _absolute(item[ends[0] + 1 :])

@@ -151,8 +151,7 @@ def _plan(
     uplink, downlink = traffic.uplink, traffic.adapter + traffic.residual
     wide = (
         f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink; an "
-        f"energy "
-        "below 1 in [method.settings] bounds it, carrying the rest on"
+        "energy below 1 in [method.settings] bounds it, carrying the rest on"
     )
     # On disk: the kept adapters, the base update with its recipes, one round's updates.
     return Plan(

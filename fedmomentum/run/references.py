@@ -59,7 +59,6 @@ def make_reference(run: PreparedRun, only: str | None) -> None:
     # The prepared run becomes that of the one client.
     run.config = replace(config, evaluation=evaluation, training=training)
     run.clients = [client]
-    run.local_models = {client.client_id: run.local}
     run.partition = {
         client.client_id: {"train": _counts(client.train), "test": _counts(client.test)}
     }

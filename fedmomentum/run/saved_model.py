@@ -67,9 +67,9 @@ def personal_model(
         raise ModelError(
             f"{name} are of module {unknown[0]}, which the run's adapter does not have"
         )
-    # what the client starts a round from: the global adapter at its rank and scaling, and what lies
-    # beside its base
-    start, beside = client_start(
+    # What the client starts a round from: the global adapter at its rank and scaling, and the part
+    # that is fixed.
+    start, fixed = client_start(
         cast(Method, method),  # asked only where ranks differ
         model.adapter,
         modules,
@@ -89,7 +89,7 @@ def personal_model(
             given[kind] = tensor
         parts[module] = LowRank(given["B"], given["A"])
     own = with_fixed_residual(
-        replace(start, modules=parts, name=f"adapter of {factors.client}"), beside
+        replace(start, modules=parts, name=f"adapter of {factors.client}"), fixed
     )
     whose = re.sub(r"[`|<>]", "_", factors.client)  # it stands in a table of an export's README.md
     return replace(
@@ -238,14 +238,13 @@ def _factors(
             f"those of {_listed(list(here))} are here"
             if here
             else (
-                f"none are here, each client has its own (--store); its clients are "
+                "none are here, each client has its own (--store); its clients are "
                 f"{_listed(known)}"
             )
         )
         raise ConfigError(
             f"{path} was made by {model.method}, which leaves the factors {model.personal} with "
-            f"each client: there is "
-            f"no one global model. Name a client by --client; {which}"
+            f"each client: there is no one global model. Name a client by --client; {which}"
         )
     # Personal factors are in the run's directory, or in the store of the client's node.
     stores = [store] if store is not None else [path, path / "clients" / directory_name(client)]
@@ -261,20 +260,17 @@ def _factors(
     if kept:
         raise ModelError(
             f"client {client}: its own factors after round {model.server_round} are no longer "
-            f"kept; there are those "
-            f"after the rounds {_listed(kept)}. Give a later --round"
+            f"kept; there are those after the rounds {_listed(kept)}. Give a later --round"
         )
     if store is not None:
         raise ModelError(
             f"{store} holds no factors of client {printable(client)} in this run; give the store "
-            f"of its node, such as "
-            f"nodes/{directory_name(client)}"
+            f"of its node, such as nodes/{directory_name(client)}"
         )
     if client in known:
         raise ModelError(
             f"client {client}: its own factors are not in {path}. They are in the client's own "
-            f"store: give it by "
-            "--store; or the client had not trained by then"
+            "store: give it by --store; or the client had not trained by then"
         )
     raise ConfigError(
         f"{path} has no client {printable(client)!r}; its clients are {_listed(known)}"
@@ -292,9 +288,8 @@ def _refuse_stale(path: Path, factors: PersonalFactors, server_round: int) -> No
         if factors.server_round < trained <= server_round:
             raise ModelError(
                 f"client {factors.client}: the newest of its own factors up to round "
-                f"{server_round} are those after "
-                f"round {factors.server_round}, but it trained in round {trained} too; the store "
-                f"is an older copy"
+                f"{server_round} are those after round {factors.server_round}, but it trained in "
+                f"round {trained} too; the store is an older copy"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,6 @@ class LoadedRun:
     config: Config
     method: Method
     local: LocalModel
-    local_models: dict[str, LocalModel]
     clients: list[Client]
     parties: list[ClientData]
     data: dict[str, Fingerprint]
@@ -110,7 +109,7 @@ def load_run(
     data = fingerprints(
         parties, {client.client_id: (client.train, client.test) for client in clients}
     )
-    return LoadedRun(config, method, local, local_models, clients, parties, data)
+    return LoadedRun(config, method, local, clients, parties, data)
 
 
 def set_threads(threads: int) -> None:
@@ -132,24 +131,29 @@ def _own_models(
 ) -> dict[str, LocalModel]:
     """Return each client's model: one for all, unless some train less; all on one base model."""
     lora = config.lora
-    if unknown := sorted(set(lora.clients) - set(names)):
+    unknown_clients = sorted(set(lora.clients) - set(names))
+    if unknown_clients:
         raise ConfigError(
-            f"lora.clients names {unknown[0]}, which is no client; there are {', '.join(names)}"
+            f"lora.clients names {unknown_clients[0]}, which is no client; there are "
+            f"{', '.join(names)}"
         )
-    made: list[tuple[LoraConfig, LocalModel]] = [(lora.for_client(""), local)]
-    found = {}
+    # Clients with equal settings share a model.
+    models: list[tuple[LoraConfig, LocalModel]] = [(lora.for_client(""), local)]
+    models_by_client = {}
     for name in names:
-        own = lora.for_client(name)
-        if not any(own == other for other, _ in made):
+        client_lora = lora.for_client(name)
+        model = next((model for other, model in models if other == client_lora), None)
+        if model is None:
             seed = derive_seed(config.run.seed, "adapter")
             try:
-                made.append(
-                    (own, LocalModel(config.model, lora, seed=seed, client_lora=own, loaded=loaded))
+                model = LocalModel(
+                    config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
                 )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error
-        found[name] = next(model for other, model in made if other == own)
-    return found
+            models.append((client_lora, model))
+        models_by_client[name] = model
+    return models_by_client
 
 
 def make_method(config: Config) -> Method:
@@ -168,7 +172,7 @@ def make_method(config: Config) -> Method:
     if method.reads_base and config.federation.downlink_dtype != "float32":
         raise ConfigError(
             f"{method.title} starts from the base's own directions; they need downlink-dtype "
-            f"float32"
+            "float32"
         )
     return method
 
@@ -205,20 +209,29 @@ def check_run_directory(
     if began is None:
         return
     # Paths may change, since the content they lead to is compared.
-    changed = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
-    if not data_counts:
-        changed = [key for key in changed if not key.startswith("data.")]
-    else:  # the content is compared
-        changed = [key for key in changed if key not in LOCATIONS]
-        if began.data.client_files.keys() != config.data.client_files.keys():
-            changed.append("data.client-files")
+    if data_counts:
+        changed = changed_settings(began, config, MAY_CHANGE)
+    else:
+        keys = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
+        changed = [key for key in keys if not key.startswith("data.")]
     if changed:
         raise ConfigError(
             f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with "
-            f"its own settings, "
-            f"{out / 'config.toml'} as the run wrote it (its checkpoints hold them too), or start "
-            f"over in another --out"
+            f"its own settings, {out / 'config.toml'} as the run wrote it (its checkpoints hold "
+            "them too), or start over in another --out"
         )
+
+
+def changed_settings(saved: Config, config: Config, may_change: Collection[str]) -> list[str]:
+    """Return the keys of the settings that differ, except those that may change and paths.
+
+    The content that paths lead to is compared elsewhere; which clients have files is compared here.
+    """
+    allowed = {*may_change, *LOCATIONS}
+    changed = [key for key in changed_keys(saved, config) if key not in allowed]
+    if saved.data.client_files.keys() != config.data.client_files.keys():
+        changed.append("data.client-files")
+    return changed
 
 
 def load_data(config: Config) -> list[ClientData]:

@@ -77,7 +77,7 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
 class TrackerCallback(Callback):
     """Reports every committed round to trackers, at step = round.
 
-    Rounds that the directory holds and a tracker was not told of come first: those of a run that
+    Rounds that the directory holds and a tracker has not received come first: those of a run that
     was killed between a commit and its report, or that is reported only from its resume on. A
     tracker that fails is left out with one warning, and the run continues.
 
@@ -116,7 +116,7 @@ class TrackerCallback(Callback):
             self._attempt(name, tracker.finish)
 
     def on_round_end(self, record: RoundRecord) -> None:
-        """Report a round to every tracker that was not told of it."""
+        """Report a round to every tracker that has not received it."""
         values = numbers_of(record.to_json())
         for name, tracker in list(self._trackers.items()):
             if record.round <= self._last_rounds.get(name, -1):
@@ -147,7 +147,7 @@ class TrackerCallback(Callback):
 
 
 def _last_reported(file: Path, run_id: str) -> dict[str, int]:
-    """Tracker to the last round that it was told of.
+    """Return each tracker's last reported round.
 
     Raises:
         ModelError: If the file was damaged, or is another run's.
@@ -159,21 +159,19 @@ def _last_reported(file: Path, run_id: str) -> dict[str, int]:
         )
     directory.mkdir(exist_ok=True)
     try:
-        told, owner = read_facts(file, ReportedFile)
+        content, owner = read_facts(file, ReportedFile)
         if owner != run_id:
             raise ModelError(f"{file} is of another run")
     except FileNotFoundError:
         if any(directory.iterdir()):
-            LOG.warning(
-                "%s is missing: trackers that know earlier rounds are told of them again", file
-            )
+            LOG.warning("%s is missing: trackers that know earlier rounds receive them again", file)
         return {}
     except ModelError as error:
         raise ModelError(
-            f"{error}. Restore it from a copy; or delete it, and the trackers are told of all "
-            f"rounds again"
+            f"{error}. Restore it from a copy; or delete it, and the trackers receive all rounds "
+            "again"
         ) from error
-    last: dict[str, int] = told["rounds"]
+    last: dict[str, int] = content["rounds"]
     return last
 
 

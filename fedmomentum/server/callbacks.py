@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,72 +58,19 @@ class Callback:
 
 
 class CallbackList(Callback):
-    """Calls several callbacks in order."""
+    """Calls several callbacks in order: every hook of `Callback`, those added later included."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks = list(callbacks)
 
-    def on_message(self, text: str) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_message(text)
 
-    def on_plan(self, plan: Plan) -> None:
-        """Pass on to every callback."""
+def _for_each_callback(hook: str) -> Callable[..., None]:
+    def call(self: CallbackList, *arguments: object, **keywords: object) -> None:
         for callback in self.callbacks:
-            callback.on_plan(plan)
+            getattr(callback, hook)(*arguments, **keywords)
 
-    def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_round_begin(server_round, clients)
+    return call
 
-    def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_task_sent(client, num_bytes, timeout)
 
-    def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_step(client, step, num_steps, loss)
-
-    def on_reply(self, client: str, num_bytes: int) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_reply(client, num_bytes)
-
-    def on_failure(self, client: str, reason: str) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_failure(client, reason)
-
-    def on_late_reply(self, client: str) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_late_reply(client)
-
-    def on_nodes(self, registered: Sequence[str], online: Sequence[str]) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_nodes(registered, online)
-
-    def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_waiting(missing, seconds)
-
-    def on_aggregate(self, num_done: int, num_modules: int) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_aggregate(num_done, num_modules)
-
-    def on_evaluate(self, clients: Sequence[str]) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_evaluate(clients)
-
-    def on_round_end(self, record: RoundRecord) -> None:
-        """Pass on to every callback."""
-        for callback in self.callbacks:
-            callback.on_round_end(record)
+for _hook in [name for name in vars(Callback) if name.startswith("on_")]:
+    setattr(CallbackList, _hook, _for_each_callback(_hook))

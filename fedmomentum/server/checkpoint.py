@@ -144,10 +144,9 @@ class RunDirectory:
         if server_round == -1:
             if len(lines) > 1:
                 raise ModelError(
-                    f"{self.path / METRICS} has {len(lines)} rows, and there is no checkpoint "
-                    f"in "
+                    f"{self.path / METRICS} has {len(lines)} rows, and there is no checkpoint in "
                     f"{self.path / 'rounds'}. Restore that directory from a copy, or start over in "
-                    f"another --out"
+                    "another --out"
                 )
             self._sweep()
             return None
@@ -306,7 +305,7 @@ class RunDirectory:
         except ModelError as error:
             raise ModelError(
                 f"round {model.server_round} is not committed: {error}. The rounds before it are "
-                f"saved"
+                "saved"
             ) from error
         self._finite = {blob.name for blob in (*model.newest, *model.base_update)}
 

@@ -80,8 +80,7 @@ class CheckpointReader:
         if len(lines) > most:
             raise ModelError(
                 f"{path} has rows of {len(lines)} rounds, and the last checkpoint is of round "
-                f"{manifest.round}; "
-                "checkpoints are missing"
+                f"{manifest.round}; checkpoints are missing"
             )
 
     def advice(self, damaged: int) -> str:
@@ -96,8 +95,7 @@ class CheckpointReader:
                 continue
             return (
                 f"Restore it from a copy; or resume from round {server_round}, which is whole, "
-                f"with --round "
-                f"{server_round}: the rounds after it are then done again"
+                f"with --round {server_round}: the rounds after it are then done again"
             )
         return "Restore it from a copy, or start over in another --out"
 

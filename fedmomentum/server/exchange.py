@@ -37,7 +37,7 @@ from fedmomentum.server.replies import Replies
 
 LOG = logging.getLogger("fedmomentum")
 PAYLOAD_MARGIN = 2**20
-"""Bytes of a reply beside its tensors: names, header, JSON."""
+"""Bytes of a reply besides its tensors: names, header, JSON."""
 
 
 Requests = Mapping[str, TrainRequest] | Mapping[str, EvaluateRequest]
@@ -84,18 +84,18 @@ class Exchange:
         Returns:
             What came, and the state with what the clients said of themselves.
         """
-        tasks = _Tasks(model, state, requests, server_round, self._fresh_adapter(model), self)
+        tasks = _Tasks(model, state, requests, server_round, self._fresh_adapter(model))
         limit = 8 * model.adapter.num_parameters() + PAYLOAD_MARGIN
         limit += 16 * NUM_PROBES * len(model.adapter.modules)
         collected = Replies()
-        told = _ClientReports()
+        reports = _ClientReports()
 
         # First try: what the server believes that each client needs.
         first_tasks = tasks.planned(self._directory)
         retry_tasks: dict[str, Task] = {}
         for client, reply in collect(self._transport, first_tasks, collected, limit):
             if not isinstance(reply.answer, MissingObjects):
-                self._take(client, reply, model, tasks.needed, accept, collected, told)
+                self._take(client, reply, model, tasks.needed, accept, collected, reports)
                 continue
             missing = set(reply.answer.missing)
             if missing <= tasks.needed - first_tasks[client].objects.keys():
@@ -108,8 +108,8 @@ class Exchange:
             if isinstance(reply.answer, MissingObjects):
                 collected.failures[client] = _keeps_nothing(client)
             else:
-                self._take(client, reply, model, tasks.needed, accept, collected, told)
-        return collected, told.noted_in(state, server_round)
+                self._take(client, reply, model, tasks.needed, accept, collected, reports)
+        return collected, reports.recorded_in(state, server_round)
 
     def _fresh_adapter(self, model: GlobalModel) -> FreshAdapter | None:
         """Return how clients draw the adapter themselves; they say so if the bits differ."""
@@ -129,17 +129,17 @@ class Exchange:
         needed: frozenset[str],
         accept: Callable[[Reply], None],
         collected: Replies,
-        told: _ClientReports,
+        reports: _ClientReports,
     ) -> None:
         """Hand a reply to `accept`; keep its small tensors, or the reason why it was refused."""
         if reply.version != model.version:
             collected.failures[client] = (
                 f"client {client} ended with base version {reply.version[:16]!r}; wanted "
-                f"{model.version[:16]}. It sits this one out"
+                f"{model.version[:16]}. It is left out of this round"
             )
             return
-        told.cached_objects[client] = tuple(sorted(needed.intersection(reply.holds)))
-        told.splits[client] = reply.split
+        reports.cached_objects[client] = tuple(sorted(needed.intersection(reply.holds)))
+        reports.splits[client] = reply.split
         with containing(client, collected.failures):
             accept(reply)
         if client in collected.failures:
@@ -153,12 +153,12 @@ class Exchange:
 
 @dataclass
 class _ClientReports:
-    """What clients said of themselves beside their answers."""
+    """What clients report about themselves, besides their answers."""
 
     cached_objects: dict[str, tuple[str, ...]] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
 
-    def noted_in(self, state: ServerState, server_round: int) -> ServerState:
+    def recorded_in(self, state: ServerState, server_round: int) -> ServerState:
         """Return the state with these reports; warn of clients that divide their data otherwise."""
         for client in sorted(self.cached_objects):
             split = self.splits[client]
@@ -184,7 +184,6 @@ class _Tasks:
         requests: Requests,
         server_round: int,
         fresh: FreshAdapter | None,
-        exchange: Exchange,
     ) -> None:
         self._model = model
         self._state = state

@@ -23,7 +23,6 @@ from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
 from fedmomentum.lora.peft_config import check_config
 from fedmomentum.protocol.messages import DescribeRequest, Description, Reply, Task
-from fedmomentum.protocol.transport import Transport
 from fedmomentum.server.exchange import collect, containing
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_magnitude
@@ -32,6 +31,7 @@ from fedmomentum.utils.io import canonical_json
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config, LoraConfig
+    from fedmomentum.protocol.transport import Transport
 
 
 LOG = logging.getLogger("fedmomentum")
@@ -44,7 +44,7 @@ class Handshake:
     """What is known before the first round.
 
     Attributes:
-        model: The untouched model with its fresh adapter.
+        model: The base model with its fresh adapter.
         facts: Client to its description of itself.
     """
 
@@ -110,18 +110,16 @@ def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> 
         groups.setdefault(_structure(fact), []).append(client)
     ordered = sorted(groups.values(), key=lambda members: -len(members))
     if len(ordered) > 1 and len(ordered[0]) == len(ordered[1]):
-        told = "; ".join(
+        groups_text = "; ".join(
             f"{', '.join(members)}: base SHA-256 {facts[members[0]].sha256[:16]}..., "
-            f"{len(facts[members[0]].shapes)} "
-            "modules adapted"
+            f"{len(facts[members[0]].shapes)} modules adapted"
             for members in ordered
         )
         others = "".join(f"; {client}: {reason}" for client, reason in sorted(failures.items()))
         raise QuorumError(
-            f"the clients disagree on the base model or on what is adapted, and no group is "
-            f"larger than the others "
-            f"({told}{others}). Give all of them the same base and the same [lora], or remove the "
-            f"one that is wrong"
+            "the clients disagree on the base model or on what is adapted, and no group is larger "
+            f"than the others ({groups_text}{others}). Give all of them the same base and the same "
+            "[lora], or remove the one that is wrong"
         )
     return ordered[0] if ordered else []
 
@@ -213,7 +211,7 @@ def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero
         if int(torch.linalg.matrix_rank(matrix.A.to(torch.float64), rtol=1e-6)) < matrix.rank:
             raise AdapterError(
                 f"{name}: module {module} of its fresh adapter has rows of A that depend on each "
-                f"other"
+                "other"
             )
     return Adapter(modules, dict(fact.scalings), saved, settings, "global adapter")
 
@@ -248,7 +246,7 @@ def _check_tensors(
         if not good:
             raise PayloadError(
                 f"{name}: tensor {key} of its fresh adapter is {got}; wanted {wanted[key]} in "
-                f"float32"
+                "float32"
             )
 
 
@@ -266,8 +264,7 @@ def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) ->
         if settings.get(key) != wanted:
             raise AdapterError(
                 f"{name}: its adapter's settings have {key} = {settings.get(key)!r}; wanted "
-                f"{wanted!r}. Does its "
-                "configuration have the run's [lora]?"
+                f"{wanted!r}. Does its configuration have the run's [lora]?"
             )
 
 
@@ -278,16 +275,15 @@ def _tell_differences(facts: Mapping[str, Description], agreed: Description) -> 
         if fact.sha256 != agreed.sha256:
             LOG.warning(
                 "%s has another base model (SHA-256 %s..., the run's is %s...); it will be left "
-                "out until it has the "
-                "same",
+                "out until it has the same",
                 client,
                 fact.sha256[:16],
                 agreed.sha256[:16],
             )
         elif _structure(fact) != _structure(agreed):
             LOG.warning(
-                "%s adapts other modules than the run; it will be left out until its [lora] is "
-                "the run's",
+                "%s adapts other modules than the run; it will be left out until its [lora] is the "
+                "run's",
                 client,
             )
         elif fact.tokenizer_sha256 != agreed.tokenizer_sha256:

@@ -68,7 +68,7 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
         if not bool((values.abs() <= largest).all()):
             raise PayloadError(
                 f"{name}: {key} holds NaN, Inf or a number beyond {largest:g}; wanted {size} "
-                f"numbers"
+                "numbers"
             )
     if bool((tensors[SECONDS] < 0).any()):
         raise PayloadError(f"{name}: {SECONDS} holds a time below 0")
@@ -99,8 +99,8 @@ def check_magnitude(update: Adapter) -> None:
         if not largest <= MAX_ELEMENT:
             raise AdapterError(
                 f"{update.name}: tensor {key} holds a number of size {largest:.3g}; at most "
-                f"{MAX_ELEMENT:g} is "
-                "accepted. Its training diverged: lower the learning rate, or set max_grad_norm"
+                f"{MAX_ELEMENT:g} is accepted. Its training diverged: lower the learning rate, or "
+                "set max_grad_norm"
             )
 
 
@@ -129,7 +129,7 @@ def check_evaluation(reply: Reply, num_examples: int, num_modules: int) -> None:
         if total is not None or compared is not None or result.by_category:
             raise PayloadError(
                 f"{name}: its evaluation has some of total, compared and by_category; wanted all "
-                f"or none"
+                "or none"
             )
         return
     for score in (total, compared, *result.by_category.values()):
@@ -141,7 +141,7 @@ def check_evaluation(reply: Reply, num_examples: int, num_modules: int) -> None:
     if total.num_examples > num_examples:
         raise PayloadError(
             f"{name}: a score over {total.num_examples} examples; at most {num_examples} were "
-            f"asked for"
+            "asked for"
         )
     if sum(score.num_examples for score in result.by_category.values()) != total.num_examples:
         raise PayloadError(f"{name}: the categories of its evaluation do not add up to its total")
@@ -161,7 +161,7 @@ def _check_score(score: Score, name: str) -> None:
     if score.num_examples > score.num_tokens:
         raise PayloadError(
             f"{name}: {score.num_tokens} tokens in {score.num_examples} examples; each has one at "
-            f"least"
+            "least"
         )
     if score.nll > MAX_LOSS * score.num_tokens:
         raise PayloadError(
@@ -180,10 +180,8 @@ def check_aggregate(result: AggregationResult, server_round: int) -> None:
             if part is not None and not is_finite(part):
                 raise FedMomentumError(
                     f"round {server_round}: the sum of module {module} holds NaN or Inf, though "
-                    f"every update was "
-                    "finite; nothing of this round is kept. Lower federation.outlier-norm-ratio or "
-                    "the learning rate, and "
-                    "resume"
+                    "every update was finite; nothing of this round is kept. Lower "
+                    "federation.outlier-norm-ratio or the learning rate, and resume"
                 )
     for key, tensor in result.adapter.saved.items():
         if not bool(torch.isfinite(tensor).all()):

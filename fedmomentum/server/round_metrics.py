@@ -71,7 +71,7 @@ class Energies:
 def client_trainings(
     replies: Mapping[str, Reply], weights: Mapping[str, float], ranks: Mapping[str, int]
 ) -> dict[str, ClientTraining]:
-    """Return what each accepted client told of its training."""
+    """Return what each accepted client reported of its training."""
     trainings = {}
     for client in weights:
         metrics = msgspec.structs.asdict(train_result(replies[client]))
@@ -96,25 +96,28 @@ def energies(result: AggregationResult, model: GlobalModel) -> Energies:
         model: The model that came out.
     """
     scalings = model.adapter.scalings
-    findings = {m: told for m, told in result.findings.items() if "kept_energy" in told}
+    findings = {}
+    for module, values in result.findings.items():
+        if "kept_energy" in values:
+            findings[module] = values
     residual = _squared_norms(result.residual)
     carried = _squared_norms(result.carried)
     kept_energy = 0.0
     energy = 0.0
     # Squared singular values are in adapter units: the scaling makes them effective.
-    for module, told in findings.items():
-        kept = scalings[module] ** 2 * told["kept_energy"]
+    for module, values in findings.items():
+        kept = scalings[module] ** 2 * values["kept_energy"]
         kept_energy += kept
-        if "energy" in told:
-            energy += scalings[module] ** 2 * told["energy"]
+        if "energy" in values:
+            energy += scalings[module] ** 2 * values["energy"]
         else:
             energy += kept + residual.get(module, 0.0) + carried.get(module, 0.0)
     if not energy:
         return Energies()
 
     fallbacks: float | UnsetType = UNSET
-    if any("fallback" in told for told in result.findings.values()):
-        fallbacks = sum(told["fallback"] for told in result.findings.values())
+    if any("fallback" in values for values in result.findings.values()):
+        fallbacks = sum(values["fallback"] for values in result.findings.values())
     residual_ranks = sum(rank_bound(part) for part in result.residual.values())
     return Energies(
         retained_energy=kept_energy / energy,

@@ -179,16 +179,16 @@ class Screening:
         Args:
             client: The client.
             update: What it sent.
-            start: Returns the adapter that it trained, and what stayed beside its base, as they
+            start: Returns the adapter that it trained, and the part that stayed fixed, as they
                 were before.
             like: The same text for all clients that started from the same.
             num_examples: How many examples it says it has.
         """
         # Clients with the same start share its step norms.
         if like not in self._starts:
-            trained, beside = start()
+            trained, fixed = start()
             steps = step_norms(trained, self._rule, trains=self._trains, shares=self._shares)
-            self._starts[like] = with_fixed_residual(trained, beside), steps
+            self._starts[like] = with_fixed_residual(trained, fixed), steps
         whole, steps = self._starts[like]
         num_steps = asked_steps(num_examples, self._hyperparameters)
         self._moves[client] = moves_of(
@@ -391,8 +391,7 @@ def _reason(
     )
     return (
         f"client {client}: {what} has norm {move.norm:.3g}, {move.in_steps:.3g} times one "
-        f"optimizer step though it was "
-        f"asked for {move.num_steps}, and {ratio:.0f} times the round's median for that work, "
-        f"{typical * move.step:.3g}; at most {max_ratio:g} times is accepted "
-        f"(federation.outlier-norm-ratio)"
+        f"optimizer step though it was asked for {move.num_steps}, and {ratio:.0f} times the "
+        f"round's median for that work, {typical * move.step:.3g}; at most {max_ratio:g} times is "
+        "accepted (federation.outlier-norm-ratio)"
     )

@@ -79,7 +79,7 @@ def check_quorum(
         return
     reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
     raise QuorumError(
-        f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update and "
-        f"the quorum is {needed} ({reasons}). Rounds up to {server_round - 1} are saved; mend "
-        "the clients and resume, or lower federation.min-valid-fraction"
+        f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update and the "
+        f"quorum is {needed} ({reasons}). Rounds up to {server_round - 1} are saved; mend the "
+        "clients and resume, or lower federation.min-valid-fraction"
     )

@@ -297,7 +297,7 @@ class Server:
         """Ask the clients to evaluate the global model on their held-out examples."""
         if not clients:
             return RoundEvaluation()
-        # The weights of an untouched base model are not probed: there is nothing to compare with.
+        # The weights of an unchanged base model are not probed: there is nothing to compare with.
         is_probed = self.model.server_round > 0 or bool(self.model.base_update)
         num_modules = len(self.model.adapter.modules) if is_probed else 0
         num_examples = self._num_eval_examples(server_round)
@@ -346,7 +346,7 @@ class Server:
         """Return the round's row of metrics, but for times and diagnostics."""
         replies, weights = trained.replies.replies, combined.weights
         trainings = client_trainings(replies, weights, trained.ranks)
-        told = energies(combined.result, self.model)
+        sum_energies = energies(combined.result, self.model)
         is_float32 = self.model.adapter_dtype == torch.float32
         rounding = (
             0.0 if is_float32 else rounding_error(combined.result.adapter, self.model.adapter)
@@ -363,11 +363,11 @@ class Server:
             clients=trainings,
             screening=dict(trained.screening),
             evaluation=evaluated.scores,
-            retained_energy=told.retained_energy,
-            residual_rank=told.residual_rank,
-            residual_norm=told.residual_norm,
-            carried_norm=told.carried_norm,
-            fallbacks=told.fallbacks,
+            retained_energy=sum_energies.retained_energy,
+            residual_rank=sum_energies.residual_rank,
+            residual_norm=sum_energies.residual_norm,
+            carried_norm=sum_energies.carried_norm,
+            fallbacks=sum_energies.fallbacks,
             exactness_error=evaluated.exactness_error,
             applied_share=evaluated.applied_share,
             uplink_rounding=uplink_rounding(replies, weights),

@@ -38,7 +38,8 @@ class UpdateStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._folder, self._numbers = directory, count()
+        self._directory = directory
+        self._numbers = count()
         # cutting a tensor out of a mapped file takes as long as a small product with it: once is
         # enough
         self._opened = lru_cache(NUM_OPEN)(
@@ -54,8 +55,8 @@ class UpdateStore:
         Raises:
             OSError: If the disk is full.
         """
-        self._folder.mkdir(exist_ok=True)
-        file = self._folder / f"{next(self._numbers):06d}.safetensors"
+        self._directory.mkdir(exist_ok=True)
+        file = self._directory / f"{next(self._numbers):06d}.safetensors"
         # One file a client: factors and fully trained tensors.
         factors = {
             f"{m}.{kind}": getattr(matrix, kind)
@@ -73,7 +74,7 @@ class UpdateStore:
     def clear(self) -> None:
         """Delete all updates."""
         self._opened.cache_clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -221,9 +221,9 @@ def count_warmup_steps(num_steps: int, arguments: Mapping[str, Any]) -> int:
         return min(math.ceil(warmup * num_steps), num_steps - 1)
     if warmup >= num_steps:
         raise ConfigError(
-            f"training argument warmup_steps = {warmup:g} leaves none of this client's "
-            f"{num_steps} local steps at the full learning rate (each round starts with a warm-up "
-            "of its own): lower it, or give a fraction of the steps, such as 0.1"
+            f"training argument warmup_steps = {warmup:g} leaves none of this client's {num_steps} "
+            "local steps at the full learning rate (each round starts with a warm-up of its own): "
+            "lower it, or give a fraction of the steps, such as 0.1"
         )
     return int(warmup)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fedmomentum.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedmomentum.config.training import LocalTraining
     from fedmomentum.data.tokenization import TokenizedExamples
 
 
@@ -81,52 +80,6 @@ class TrainingFunction(Protocol):
         **keywords: Unpack[TrainingKeywords],
     ) -> TrainReport:
         """Train the model on the examples."""
-
-
-def call_training_function(
-    function: TrainingFunction,
-    model: nn.Module,
-    examples: TokenizedExamples,
-    hyperparameters: LocalTraining,
-    *,
-    pad_token_id: int,
-    seed: int,
-    on_step: OnStep,
-    penalty: Penalty | None = None,
-) -> TrainReport:
-    """Call a training function with the hyperparameters as keywords; see `TrainingKeywords`.
-
-    Args:
-        function: The function.
-        model: The model to train.
-        examples: The client's examples.
-        hyperparameters: The hyperparameters of this round.
-        pad_token_id: Fills short rows.
-        seed: Seed of everything random in the training.
-        on_step: Called after each step.
-        penalty: Added to the loss of every step; passed on only where a method has one.
-
-    Returns:
-        The function's report.
-
-    Raises:
-        ConfigError: If the function returns no `TrainReport`, or one with a loss that is not
-            finite.
-    """
-    keywords = TrainingKeywords(
-        pad_token_id=pad_token_id,
-        learning_rate=hyperparameters.learning_rate,
-        local_steps=hyperparameters.local_steps,
-        local_epochs=hyperparameters.local_epochs,
-        batch_size=hyperparameters.batch_size,
-        arguments=hyperparameters.arguments,
-        seed=seed,
-        on_step=on_step,
-    )
-    if penalty is not None:
-        keywords["penalty"] = penalty
-    report = function(model, examples, **keywords)
-    return check_report(report, function)
 
 
 def check_report(report: Any, function: TrainingFunction) -> TrainReport:

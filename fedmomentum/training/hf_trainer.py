@@ -100,8 +100,8 @@ class LossRecorder(TrainerCallback):
         """
         if not math.isfinite(nll):
             raise FedMomentumError(
-                f"the training loss is {nll} at step {self.step + 1}: lower the learning rate, "
-                "and check the data and the base model if it happens at step 1"
+                f"the training loss is {nll} at step {self.step + 1}: lower the learning rate, and "
+                "check the data and the base model if it happens at step 1"
             )
         self._nll += nll
         self._num_tokens += num_tokens

@@ -17,8 +17,9 @@ from fedmomentum.training.function import (
     OnStep,
     Penalty,
     TrainingFunction,
+    TrainingKeywords,
     TrainReport,
-    call_training_function,
+    check_report,
 )
 from fedmomentum.training.hf_trainer import (
     CompletionTrainer,
@@ -74,16 +75,19 @@ def run_training(
             on_step=on_step,
             penalty=penalty,
         )
-    return call_training_function(
-        function,
-        model,
-        examples,
-        hyperparameters,
+    keywords = TrainingKeywords(
         pad_token_id=pad_token_id,
+        learning_rate=hyperparameters.learning_rate,
+        local_steps=hyperparameters.local_steps,
+        local_epochs=hyperparameters.local_epochs,
+        batch_size=hyperparameters.batch_size,
+        arguments=hyperparameters.arguments,
         seed=seed,
         on_step=on_step,
-        penalty=penalty,
     )
+    if penalty is not None:
+        keywords["penalty"] = penalty
+    return check_report(function(model, examples, **keywords), function)
 
 
 def train(

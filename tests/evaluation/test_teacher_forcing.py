@@ -13,7 +13,7 @@ from fedmomentum.data.tokenization import TokenizedExamples, tokenize
 from fedmomentum.errors import DataError
 from fedmomentum.evaluation.generation import generate
 from fedmomentum.evaluation.teacher_forcing import evaluate
-from fedmomentum.formats.scores import MAX_LOSS, NO_EXAMPLES, Score
+from fedmomentum.formats.scores import MAX_EXPONENT, NO_EXAMPLES, Score
 from tests.tiny import PAD_TOKEN_ID, tiny_gpt2, tiny_llama
 from tests.training.keywords import train
 
@@ -204,7 +204,7 @@ def test_empty_scores_are_undefined_not_perfect():
         and math.isnan(NO_EXAMPLES.exact_match)
     )
     assert NO_EXAMPLES.interval == (0.0, 1.0)
-    assert Score(1e6, 1, 0, 0).perplexity == math.exp(MAX_LOSS)  # a number that JSON has
+    assert Score(1e6, 1, 0, 0).perplexity == math.exp(MAX_EXPONENT)  # a number that JSON has
 
 
 def test_nothing_to_evaluate_is_refused(trained):

@@ -47,7 +47,7 @@ def test_evaluating_a_run_gives_the_runs_own_numbers(finished):
     comparison = evaluate_on(open_result(finished), None, LoadSettings())
     first, *_, last = timeless(finished)
     for scored, row in (
-        (comparison.untouched, first["evaluation"]),
+        (comparison.base, first["evaluation"]),
         (comparison.tuned, last["evaluation"]),
     ):
         same(scored.all.total, row["total"])
@@ -60,7 +60,7 @@ def test_evaluating_a_run_gives_the_runs_own_numbers(finished):
             same(score, row["by_client"][client])
         for category, score in scored.all.by_category.items():
             same(score, row["by_category"][category])
-    assert comparison.tuned.all.total.nll != comparison.untouched.all.total.nll
+    assert comparison.tuned.all.total.nll != comparison.base.all.total.nll
 
 
 def test_an_adapter_gives_the_same_numbers_on_the_same_examples(folder, finished, adapter):
@@ -68,7 +68,7 @@ def test_an_adapter_gives_the_same_numbers_on_the_same_examples(folder, finished
     run = evaluate_on(open_result(finished), data, LoadSettings(dtype="float32"))
     plain = evaluate_on(open_result(adapter), data, LoadSettings(dtype="float32"))
     assert plain.tuned.all.total.nll == pytest.approx(run.tuned.all.total.nll, rel=1e-6)
-    assert plain.untouched.all.total.nll == run.untouched.all.total.nll
+    assert plain.base.all.total.nll == run.base.all.total.nll
 
 
 def test_the_runs_own_examples_must_be_those_it_was_made_with(finished, tmp_path):

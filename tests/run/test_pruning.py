@@ -81,7 +81,7 @@ def test_ranks_fall_where_tails_shrank_and_both_ways_give_equal_hashes(folder, t
         "site2": 1,
     }
     (local,) = {
-        id(local): local for local in run.local_models.values()
+        id(local): local for local in [client.model for client in run.clients]
     }.values()  # one base in memory, whatever the ranks
     local.load_global_model(run.model)
     live = lora_layers(local.peft)

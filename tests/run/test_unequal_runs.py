@@ -59,7 +59,7 @@ def test_models_of_one_process_share_all_weights_but_those_of_adapted_modules(fo
     run = prepare(config_of(folder, "all"), tmp_path / "run")
     models = [
         local.peft.get_base_model()
-        for local in {id(m): m for m in run.local_models.values()}.values()
+        for local in {id(m): m for m in [client.model for client in run.clients]}.values()
     ]
     adapted = set(run.local.base_weights.layers)
     run.close()
@@ -110,14 +110,14 @@ def test_every_client_evaluates_one_and_the_same_model(folder, tmp_path):
     run = start(config_of(folder, "all"), tmp_path / "run")
     seen = []
     for client in run.clients:
-        local = run.local_models[client.client_id]
+        local = client.model
         local.load_global_model(run.model, run.method)
         seen.append(
             torch.stack(
                 [local.probes(5)["effective"][m] for m in sorted(local.base_weights.layers)]
             )
         )
-    assert len({id(local) for local in run.local_models.values()}) == 3
+    assert len({id(local) for local in [client.model for client in run.clients]}) == 3
     assert torch.allclose(seen[0], seen[1], atol=1e-5) and torch.allclose(
         seen[0], seen[2], atol=1e-5
     )

@@ -31,8 +31,8 @@ class FedIT(Method):
 
     title = "FedIT"
     paper = (
-        "Zhang et al., Towards Building the FederatedGPT: Federated Instruction Tuning, "
-        "ICASSP 2024, arXiv 2305.05644"
+        "Zhang et al., Towards Building the FederatedGPT: Federated Instruction Tuning, ICASSP "
+        "2024, arXiv 2305.05644"
     )
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:

@@ -115,8 +115,8 @@ class FedMomentum(Method):
             )
         if self.energy < 1 and (self.merge_every > 1 or self.residual != "merged"):
             raise ValueError(
-                "energy below 1 says what is merged every round; leave energy at 1, or residual "
-                "at merged and merge_every at 1"
+                "energy below 1 says what is merged every round; leave energy at 1, or residual at "
+                "merged and merge_every at 1"
             )
 
     @property

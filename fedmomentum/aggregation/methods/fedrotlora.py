@@ -49,8 +49,8 @@ class FedRotLoRA(Method):
     strength: float = 0.5
     title = "FedRot-LoRA"
     paper = (
-        "Zhang et al., FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA, "
-        "ICML 2026, arXiv 2602.23638"
+        "Zhang et al., FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA, ICML "
+        "2026, arXiv 2602.23638"
     )
 
     def __post_init__(self) -> None:

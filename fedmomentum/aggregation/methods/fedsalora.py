@@ -34,8 +34,8 @@ class FedSALoRA(Method):
 
     title = "FedSA-LoRA"
     paper = (
-        "Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, "
-        "ICLR 2025, arXiv 2410.01463"
+        "Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR "
+        "2025, arXiv 2410.01463"
     )
     shared_factors = "A"
 

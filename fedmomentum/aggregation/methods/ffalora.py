@@ -31,8 +31,8 @@ class FFALoRA(Method):
 
     title = "FFA-LoRA"
     paper = (
-        "Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, "
-        "arXiv 2403.12313"
+        "Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv "
+        "2403.12313"
     )
     exact = True
 

@@ -79,7 +79,7 @@ class FRLoRA(Method):
         start = context.reference
         if start is None or start.rank != context.rank:
             raise ValueError(
-                f"FRLoRA merges what clients added to the adapter they started from, of rank "
+                "FRLoRA merges what clients added to the adapter they started from, of rank "
                 f"{context.rank}; got {start!r} for it. That adapter is made from the base "
                 "weights, so this method works within a run only"
             )

@@ -105,8 +105,8 @@ def _difference_plot(
         figure.title,
         draw,
         caption=(
-            f"After the last round, minus {comparison.baseline} with the same seed. "
-            "Dot and line: mean and 95 % t interval; ticks: the seeds."
+            f"After the last round, minus {comparison.baseline} with the same seed. Dot and line: "
+            "mean and 95 % t interval; ticks: the seeds."
         ),
         data=data,
         height=0.8 + max(0.42, 0.2 * most_lines) * len(estimates),
