@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Target, alternate, finish, medians
+from common import CONFIG, Target, alternate, finish, medians
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -51,7 +51,6 @@ from fedmomentum.training.hf_trainer import CompletionTrainer
 from fedmomentum.utils.process import quiet_libraries
 from fedmomentum.utils.tensors import safetensors_bytes
 
-CONFIG = Path(__file__).parents[1] / "configs" / "default.toml"
 SHAPES = [(4096, 4096, 150), (4096, 4096, 24), (576, 576, 24)]
 CONSOLE = Console()
 

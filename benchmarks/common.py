@@ -24,6 +24,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import fedmomentum
+
+CONFIG = Path(fedmomentum.__file__).with_name("configs") / "default.toml"
+"""The configuration of the demonstration, which comes with the package."""
+
 Sides = Mapping[str, Callable[[], Any]]
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import Target, finish
+from common import CONFIG, Target, finish
 from flwr.app import Message, MessageType
 from rich.console import Console
 from rich.table import Table
@@ -102,7 +102,7 @@ def wire(megabytes: float, folder: Path) -> dict[str, float]:
 
 def workers(repeats: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of a one-step task, warm and cold, alternating."""
-    config = load_config(Path(__file__).parents[1] / "configs" / "default.toml", ["run.threads=2"])
+    config = load_config(CONFIG, ["run.threads=2"])
     warm, times = Worker(config, "client-0", folder / "warm"), {"warm": [], "cold": []}
     try:
         warm.wait_until_ready()

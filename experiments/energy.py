@@ -67,7 +67,7 @@ def make(data: Path, out: Path, jobs: list[str]) -> None:
         for job in jobs:
             if job == "default":
                 config = load_config(
-                    HERE.parent / "configs" / "default.toml",
+                    HERE.parent / "fedmomentum" / "configs" / "default.toml",
                     ["run.threads=2", "run.keep-checkpoints=1"],
                 )
                 more = ""

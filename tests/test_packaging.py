@@ -15,9 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fedmomentum.cli.files import ROOT as PACKAGE
+from fedmomentum.cli.files import SHIPPED, copy_package_files
 from fedmomentum.errors import ConfigError
-from fedmomentum.utils.package_files import ROOT as PACKAGE
-from fedmomentum.utils.package_files import SHIPPED, copy_package_files
 from tests.test_layers import imports
 
 ROOT = Path(__file__).parents[1]

@@ -127,13 +127,15 @@ def choose_rate(config: Config, method: str, out: Path) -> dict:
 
 def run_all(config: Config, labels: Sequence[str], seeds: Sequence[int], out: Path) -> list[Path]:
     """Make the runs that are not there yet; the folders of all."""
-    cells = compare.plan_cells(config, compare.parse_methods(",".join(labels), config), seeds, out)
+    planned_runs = compare.plan_runs(
+        config, compare.parse_methods(",".join(labels), config), seeds, out
+    )
     compare.start_comparison(config, out)
-    for cell in cells:
-        if not cell.is_finished():
-            compare.run_cell(cell)
-            print(f"{out.name} {cell.title}: {final_score(cell.folder):.4f}", flush=True)
-    return [cell.folder for cell in cells]
+    for run in planned_runs:
+        if not run.is_finished():
+            compare.execute_run(run)
+            print(f"{out.name} {run.title}: {final_score(run.directory):.4f}", flush=True)
+    return [run.directory for run in planned_runs]
 
 
 def final_score(folder: Path) -> float:
@@ -146,12 +148,14 @@ def compare_all(config: Config, rates: dict, out: Path) -> None:
     """The comparison proper, as `fedmomentum compare` makes it."""
     labels = [labelled(method, rates[method]["chosen"]) for method in METHODS]
     run_all(config, labels, SEEDS, out)
-    cells = compare.plan_cells(config, compare.parse_methods(",".join(labels), config), SEEDS, out)
+    planned_runs = compare.plan_runs(
+        config, compare.parse_methods(",".join(labels), config), SEEDS, out
+    )
     baseline = next(label for label in labels if label.partition(":")[0] == BASELINE)
     command = (
         f"python experiments/banking77/experiment.py --data BANKING77_DIRECTORY --only {out.name}"
     )
-    compare.write_comparison(out, cells, baseline=baseline, target=0.7, command=command)
+    compare.write_comparison(out, planned_runs, baseline=baseline, target=0.7, command=command)
     write_comparison_page([out])
 
 

@@ -35,7 +35,7 @@ class StoredTensor:
 
     Attributes:
         file: The safetensors file that holds it.
-        dtype: safetensors' name of its dtype, such as `BF16`.
+        dtype: Safetensors' name of its dtype, such as `BF16`.
         shape: Its shape.
     """
 

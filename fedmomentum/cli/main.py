@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedmomentum.cli import adapters, models, network, run
+from fedmomentum.cli import adapters, files, models, network, run
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, tune_malloc
@@ -34,7 +34,7 @@ COMMANDS = (
     run.compare,
     run.report,
     adapters.methods,
-    run.files,
+    files.files,
     network.serve,
     network.join,
     network.status,

@@ -1,4 +1,4 @@
-"""Commands that run federations here (`run`, `compare`, `simulate`), and `report`, `files`."""
+"""Commands that run federations here: `run`, `compare`, `simulate`; and `report`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedmomentum.cli.run_end import print_how_to_continue, print_result, write_p
 from fedmomentum.errors import ConfigError, FedMomentumError
 
 if TYPE_CHECKING:
-    from fedmomentum.run.compare import Cell
+    from fedmomentum.run.compare import PlannedRun
 
 
 def run(
@@ -158,25 +158,25 @@ def compare(
     out = out if out is not None else Path("runs") / f"compare-{config.stem}"
     check_output_directory(out)
     # what to compare, and with which of them
-    entries = comparing.parse_methods(methods, settings)
-    baseline = baseline or entries[0].label
-    if baseline not in [entry.label for entry in entries]:
+    variants = comparing.parse_methods(methods, settings)
+    baseline = baseline or variants[0].label
+    if baseline not in [variant.label for variant in variants]:
         raise ConfigError(f"--baseline must be one of the methods, {methods}; got {baseline!r}")
     check_target(target)
     command = shell_command("fedmomentum", *sys.argv[1:])
     with quiet_libraries():
         # runs that are finished are not repeated
-        cells = comparing.plan_cells(settings, entries, comparing.parse_seeds(seeds), out)
-        remaining = [cell for cell in cells if not cell.is_finished()]
+        planned_runs = comparing.plan_runs(settings, variants, comparing.parse_seeds(seeds), out)
+        remaining = [run for run in planned_runs if not run.is_finished()]
         comparing.start_comparison(settings, out)
-        num_finished = len(cells) - len(remaining)
-        for number, cell in enumerate(remaining, start=num_finished + 1):
-            title = f"[bold]Run {number} of {len(cells)}:[/] "
-            OUT.print(title, Text(cell.title), sep="", soft_wrap=True)
-            _run_cell(cell, command)
+        num_finished = len(planned_runs) - len(remaining)
+        for number, planned_run in enumerate(remaining, start=num_finished + 1):
+            title = f"[bold]Run {number} of {len(planned_runs)}:[/] "
+            OUT.print(title, Text(planned_run.title), sep="", soft_wrap=True)
+            _execute(planned_run, command)
     # numbers, tables and the page
     comparison = comparing.write_comparison(
-        out, cells, baseline=baseline, target=target, command=command
+        out, planned_runs, baseline=baseline, target=target, command=command
     )
     for table in comparison_tables(comparison):
         OUT.print(table)
@@ -189,20 +189,20 @@ def compare(
     )
 
 
-def _run_cell(cell: Cell, command: str) -> None:
+def _execute(planned_run: PlannedRun, command: str) -> None:
     """Run one method with one seed; if it is stopped, print the command that continues."""
     from fedmomentum.cli.progress import RunView
     from fedmomentum.run import compare as comparing
 
-    with RunView(OUT, cell.config.federation.num_rounds) as view:
+    with RunView(OUT, planned_run.config.federation.num_rounds) as view:
         try:
-            comparing.run_cell(cell, callbacks=[view])
+            comparing.execute_run(planned_run, callbacks=[view])
         except BaseException as error:
             view.stop()
             if isinstance(error, (KeyboardInterrupt, FedMomentumError)):
                 ERR.print(
-                    f"Stopped in {cell.title}; every finished round is saved. Continue with:\n"
-                    f"  {command}",
+                    f"Stopped in {planned_run.title}; every finished round is saved. Continue "
+                    f"with:\n  {command}",
                     markup=False,
                 )
             raise
@@ -237,30 +237,3 @@ def report(
     else:
         page = write_comparison_page(directories, out=out, target=target)
     OUT.print(str(page), markup=False, soft_wrap=True)
-
-
-def files(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...", help="which to copy [default: all]", show_default=False
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="directory to copy to [default: only list them]", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """List or copy the files that come with the package: example configurations, service units."""
-    from fedmomentum.utils.package_files import ROOT, SHIPPED, copy_package_files
-
-    if out is not None:
-        for target in copy_package_files(out, names or []):
-            OUT.print(str(target), markup=False, soft_wrap=True)
-        return
-    if names:
-        raise ConfigError("give the directory to copy to: --out DIR")
-    for name, description in SHIPPED.items():
-        OUT.print(f"{ROOT / name}  {description}", markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from fedmomentum.flower.apps import server_app
 from fedmomentum.flower.status import StatusWriter
 from fedmomentum.flower.superlink import SuperLink
 from fedmomentum.flower.transport import FlowerTransport
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.networked import run_federation
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.utils.terminal import LineFormatter, Throttle
 
@@ -54,7 +54,7 @@ def serve(
 
     Raises:
         ConfigError: If keys or settings are wrong, or the port cannot be opened; see `SuperLink`.
-        ModelError: If `out` cannot be used; see `run_over`.
+        ModelError: If `out` cannot be used; see `run_federation`.
         QuorumError: If too few nodes take part.
     """
     federation = config.federation
@@ -75,7 +75,7 @@ def serve(
                 start_timeout=RESUME_WAIT_SECONDS if resume else None,
                 callback=callback_list,
             )
-            run_over(
+            run_federation(
                 transport,
                 config,
                 out,

@@ -19,8 +19,8 @@ from flwr.serverapp import Grid
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.apps import client_app, server_app
 from fedmomentum.flower.transport import FlowerTransport, Session, pack_payload, unpack_payload
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.run.origin import fingerprints, follow, refuse_missing
 from fedmomentum.run.setup import load_data
 from fedmomentum.server.callbacks import Callback, CallbackList
@@ -91,7 +91,7 @@ def simulate(
                 min_valid_fraction=federation.min_valid_fraction,
                 callback=callback_list,
             )
-            run_over(
+            run_federation(
                 transport,
                 config,
                 out,
@@ -150,7 +150,7 @@ class _SimulatedClients:
             first = next(iter(_CLIENTS.values()), None)
             shared = None if first is None else first.model
             store = self.store / directory_name(name)
-            client, _ = prepare_party(self.config, name, store, local=shared)
+            client = prepare_client(self.config, name, store, local=shared)
             if first is not None:
                 client.store.cache = first.store.cache
             _CLIENTS[name] = client

@@ -133,7 +133,7 @@ def _load(
     """
     # heavy imports, in the worker only
     from fedmomentum.data.split import compare_split
-    from fedmomentum.run.client_setup import prepare_party, rehearsal
+    from fedmomentum.run.client_setup import prepare_client, rehearsal
     from fedmomentum.utils.process import quiet_libraries
 
     store = Path(setup["store"])
@@ -141,13 +141,13 @@ def _load(
     config_file.write_text(setup["config"])
     config = load_config(config_file)
     with quiet_libraries():
-        client, local = prepare_party(config, setup["client_id"], store, callbacks=_Reporter(send))
+        client = prepare_client(config, setup["client_id"], store, callbacks=_Reporter(send))
     info = WorkerInfo(
         num_train=len(client.train),
         num_test=len(client.test),
-        num_parameters=local.num_parameters,
-        dtype=str(local.dtype).removeprefix("torch."),
-        base_sha256=local.identity.sha256,
+        num_parameters=client.model.num_parameters,
+        dtype=str(client.model.dtype).removeprefix("torch."),
+        base_sha256=client.model.identity.sha256,
     )
     send(Frame.READY, json.dumps(asdict(info)).encode())
 
@@ -163,7 +163,7 @@ def _load(
             check_split(body.decode())
             return None
         with quiet_libraries():
-            task = rehearsal(config, client, local) if letter == Frame.SMOKE_TEST else body
+            task = rehearsal(config, client) if letter == Frame.SMOKE_TEST else body
             return client.handle(task)
 
     return answer

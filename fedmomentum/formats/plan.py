@@ -12,17 +12,17 @@ class Plan:
     Bytes are upper estimates; `metrics.jsonl` has the real ones.
 
     Attributes:
-        model: the base's name.
-        num_parameters: of the base.
-        num_trained: of the adapter.
-        num_clients: parties.
-        num_rounds: rounds.
-        method: its `repr`.
-        uplink_bytes: per client and round.
-        downlink_bytes: per client and round: the adapter and the most the residual can be.
-        memory_bytes: of this process, about.
-        disk_bytes: of the run directory, at most.
-        warnings: what the user should know before it starts.
+        model: The base's name.
+        num_parameters: Of the base.
+        num_trained: Of the adapter.
+        num_clients: Parties.
+        num_rounds: Rounds.
+        method: Its `repr`.
+        uplink_bytes: Per client and round.
+        downlink_bytes: Per client and round: the adapter and the most the residual can be.
+        memory_bytes: Of this process, about.
+        disk_bytes: Of the run directory, at most.
+        warnings: What the user should know before it starts.
     """
 
     model: str

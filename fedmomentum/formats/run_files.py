@@ -120,7 +120,7 @@ class ComparedCell(_Open, frozen=True, kw_only=True):
     """One method with one seed, and the folders of its runs within the comparison's."""
 
     method: str
-    kind: Literal["federated", "centralised", "local"]
+    kind: Literal["federated", "centralized", "local"]
     seed: Seed
     folders: Annotated[list[str], Meta(min_length=1)]
 
@@ -156,9 +156,9 @@ def read_facts(
     """Read a record, and return its content as plain JSON values and the run that it belongs to.
 
     Args:
-        path: the file.
-        kind: what it must be.
-        error: the error to raise.
+        path: The file.
+        kind: What it must be.
+        error: The error to raise.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -286,8 +286,8 @@ def weighted_sum(
     is needed.
 
     Args:
-        matrices: n matrices of one shape, of any ranks and floating dtypes.
-        weights: n finite numbers of any sign; not normalized here.
+        matrices: N matrices of one shape, of any ranks and floating dtypes.
+        weights: N finite numbers of any sign; not normalized here.
         dtype: Of the stack. In float32 each term is as exact as float32 numbers are.
 
     Returns:

@@ -110,7 +110,7 @@ def inner_products(
     `<B A, B' A'> = sum((B^T B') * (A A'^T))`, and `<B A, D> = sum(B * (D A^T))` for a dense D.
 
     Args:
-        matrices: n matrices, read one block at a time.
+        matrices: N matrices, read one block at a time.
         other: A matrix of the same shape.
         dtype: In which products are computed.
 

@@ -28,8 +28,8 @@ def exact_sum(
     Stacked factors where `R (d + k) < d k` for the sum of ranks R, else dense in float64.
 
     Args:
-        matrices: n matrices of one shape, each looked up twice: for its rank, and to be added.
-        weights: n finite numbers.
+        matrices: N matrices of one shape, each looked up twice: for its rank, and to be added.
+        weights: N finite numbers.
         extra: More matrices of that shape, each with weight 1. A dense one makes the sum dense.
         dtype: Of stacked factors; a dense sum is accumulated in float64.
 

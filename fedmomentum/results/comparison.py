@@ -17,7 +17,7 @@ from fedmomentum.utils.schema import parse_json
 
 COMPARISON = "comparison.json"
 FORMAT = "fedmomentum comparison"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fedmomentum.formats.scores import Score
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.summary import find_federated_round, scored, total_seconds
 
-Kind = Literal["federated", "centralised", "local"]
+Kind = Literal["federated", "centralized", "local"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MethodRun:
         num_examples: The number of these examples.
         by_client: Client to its (exact match, loss) on its own examples.
         runs: The runs it was read from.
-        kind: `federated`, `centralised` or `local`; the last two are references and send nothing.
+        kind: `federated`, `centralized` or `local`; the last two are references and send nothing.
     """
 
     method: str

@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
 
 
-def party_names(config: Config) -> list[str]:
+def client_names(config: Config) -> list[str]:
     """Return the clients that the configuration's data is divided among, sorted."""
     return sorted(config.data.client_files) or [party.client_id for party in load_data(config)]
 
 
-def prepare_party(
+def prepare_client(
     config: Config,
     client_id: str,
     store: Path,
     *,
     local: LocalModel | None = None,
     callbacks: Callback = Callback(),  # noqa: B008 (it does nothing)
-) -> tuple[Client, LocalModel]:
+) -> Client:
     """Read one client's own data and load its model, for a run over a network.
 
     Args:
@@ -78,11 +78,12 @@ def prepare_party(
         config, [parties[client_id]], local, store, function, callbacks.on_step
     )
     client.store.is_private = True
-    return client, local
+    return client
 
 
-def rehearsal(config: Config, client: Client, local: LocalModel) -> bytes:
+def rehearsal(config: Config, client: Client) -> bytes:
     """Return a task that trains the base model for one step, as a first round would ask."""
+    local = client.model
     model = local.initial_global_model(client.method)
     lora = ClientLora.of(local.client_lora, local.is_mixed or client.method.prunes)
     manifest = as_manifest(model.manifest(), "the base model")

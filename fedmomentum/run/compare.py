@@ -1,10 +1,10 @@
-"""Compare methods on the same data: paired runs, a directory a method and seed, and two references.
+"""Compare methods on the same data: paired runs, one per method and seed, and two references.
 
 A seed gives every method the same partition, participants, batches and initial adapter. The
-references take as many optimiser steps as a client that is in every round, with a fresh optimiser
-every round as clients have: `centralised` is one client with everybody's data, `local` is each
-client alone with its own. Both are scored on the held-out examples of all clients, the very items
-on which a federated run is scored.
+references take as many optimizer steps as a client that participates in every round, with a fresh
+optimizer every round as clients have: `centralized` is one client with the data of all, `local` is
+each client alone with its own. Both are scored on the held-out examples of all clients, the same
+examples that a federated run is scored on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedmomentum.results.comparison import (
     read_comparison,
 )
 from fedmomentum.results.method_summary import csv_rows, summary_tables
-from fedmomentum.run.client_setup import party_names
+from fedmomentum.run.client_setup import client_names
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.run.origin import check_data, fingerprints
 from fedmomentum.run.references import REFERENCES, make_reference
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from fedmomentum.server.callbacks import Callback
 
 
-_PER_CELL = {"method.name", "method.settings", "run.seed", "federation.num-rounds"}
-_OWN = ("training.", "lora.", "federation.")
-"""Sections that a method may set for itself; what pairs and scores the runs is common to all."""
-_BY_REFERENCES = {
+_PER_RUN = {"method.name", "method.settings", "run.seed", "federation.num-rounds"}
+_METHOD_SECTIONS = ("training.", "lora.", "federation.")
+"""Sections that may differ between methods; data and evaluation are the same for all."""
+_CHANGED_BY_REFERENCES = {
     "evaluation.num-examples",
     "evaluation.final-num-examples",
     "training.local-epochs",
@@ -61,14 +61,14 @@ _BY_REFERENCES = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One thing to compare.
+class MethodVariant:
+    """A method with its settings, or a reference.
 
     Attributes:
-        label: as the user wrote it: `fedit`, `fedmomentum:split=singular`, `local`.
-        method: the method it runs, with its settings. One client's average is that client, so
-            references run FedIT.
-        overrides: settings of the run that only this one has, as `section.key=value`.
+        label: As the user wrote it: `fedit`, `fedmomentum:split=singular`, `local`.
+        method: The method, with its settings. References run FedIT: the average of one client is
+            that client.
+        overrides: Settings of the run that apply to this variant only, as `section.key=value`.
     """
 
     label: str
@@ -77,21 +77,29 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """`federated`, `centralised` or `local`."""
+        """`federated`, `centralized` or `local`."""
         name = self.label.partition(":")[0]
         return name if name in REFERENCES else "federated"
 
     @property
     def directory(self) -> str:
-        """The label as the name of a directory."""
+        """Name of the directory of this variant's runs."""
         return readable_name(self.label)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run to make: what, with which seed, where; `only` trains alone, for `local`."""
+class PlannedRun:
+    """One run of the comparison.
 
-    entry: Entry
+    Attributes:
+        variant: What is run.
+        seed: The seed of the run.
+        directory: The directory of the run.
+        config: The settings of the run.
+        only: The client that trains alone, for the reference `local`.
+    """
+
+    variant: MethodVariant
     seed: int
     directory: Path
     config: Config
@@ -99,59 +107,53 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """What it is called while it runs."""
-        return f"{self.entry.label}{f' ({self.only})' if self.only else ''}, seed {self.seed}"
+        """Label, client and seed, for the progress display."""
+        return f"{self.variant.label}{f' ({self.only})' if self.only else ''}, seed {self.seed}"
 
     def is_finished(self) -> bool:
         """Whether its last round is committed.
 
         Raises:
-            ConfigError: If the directory holds a run of other settings, or more rounds than are
-                asked for.
-            ModelError: its last checkpoint is damaged.
+            ConfigError: If the directory holds a run with other settings, or with more rounds
+                than configured.
+            ModelError: If its last checkpoint is damaged.
         """
-        if not _begun(self.directory):
+        if not _has_begun(self.directory):
             return False
-        _check_same(
-            self.directory, self.config, _BY_REFERENCES if self.entry.kind != "federated" else set()
-        )
-        done, asked = (
-            max(retained_rounds(self.directory), default=-1),
-            self.config.federation.num_rounds,
-        )
-        if done > asked:
+        is_reference = self.variant.kind != "federated"
+        _check_same(self.directory, self.config, _CHANGED_BY_REFERENCES if is_reference else set())
+        num_finished = max(retained_rounds(self.directory), default=-1)
+        num_rounds = self.config.federation.num_rounds
+        if num_finished > num_rounds:
             raise ConfigError(
-                f"{self.directory} has {done} rounds and {asked} are asked for; choose another "
-                "--out"
+                f"{self.directory} has {num_finished} rounds and {num_rounds} are asked for; "
+                "choose another --out"
             )
-        return done == asked
+        return num_finished == num_rounds
 
 
-# ── what is asked ─────────────────────────────────────────────────────────────────────────────────
+# ── planning ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def parse_methods(text: str, config: Config) -> list[Entry]:
-    """Parse `name` or `name:key=value;key=value`, separated by commas.
+def parse_methods(text: str, config: Config) -> list[MethodVariant]:
+    """Parse a comma-separated list of `name` or `name:key=value;key=value`.
 
     `[method.settings]` applies to the method that `[method]` names.
 
-    A name is one of the table, `module:Class` of the user's own, or a reference's. A key with a
-    point in it, `training.learning-rate`, is a setting of the run instead of the method's, for this
-    one alone.
+    A name is that of a built-in method, `module:Class` of the user's own, or a reference. A key
+    with a dot, such as `training.learning-rate`, is a setting of the run, for this variant only;
+    any other key is a setting of the method.
 
     Raises:
-        ConfigError: none, one twice, an unknown method or setting, a method's setting given to a
-            reference, or a setting that must be the same for all.
+        ConfigError: If there are no methods, one is named twice, a method or setting is unknown, a
+            reference is given a setting of a method, or a setting must be the same for all.
     """
-    entries: list[Entry] = []
+    variants: list[MethodVariant] = []
     for label in filter(None, (part.strip() for part in text.split(","))):
-        # A user method has a colon in its name: only what has "=" after it are settings.
-        name, _, rest = (
-            label.rpartition(":") if "=" in label.rpartition(":")[2] else (label, "", "")
-        )
+        name, rest = _split_label(label)
         settings = dict(config.method.settings) if name == config.method.name else {}
         overrides = []
-        # Keys with a point belong to the run, the others to the method.
+        # Keys with a dot belong to the run, the others to the method.
         for pair in filter(None, (part.strip() for part in rest.split(";"))):
             key, equals, value = pair.partition("=")
             if not equals:
@@ -165,35 +167,47 @@ def parse_methods(text: str, config: Config) -> list[Entry]:
         if name in REFERENCES and settings:
             raise ConfigError(f"{name} has no settings of its own; got {label!r}")
         method = MethodConfig("fedit" if name in REFERENCES else name, settings)
-        # What pairs and scores the runs must be the same for all methods.
+        # Data, seeds and evaluation must be the same for all methods.
         for override in overrides:
-            if not override.startswith(_OWN) or override.startswith("federation.num-rounds"):
+            if not override.startswith(_METHOD_SECTIONS) or override.startswith(
+                "federation.num-rounds"
+            ):
                 raise ConfigError(
-                    f"{override!r} in {label!r}: only {', '.join(_OWN)} can differ between methods"
+                    f"{override!r} in {label!r}: only {', '.join(_METHOD_SECTIONS)} can differ "
+                    "between methods"
                 )
         try:
-            own = replace(apply_overrides(config, overrides), method=method)
+            run_config = replace(apply_overrides(config, overrides), method=method)
             if name not in REFERENCES:
-                make_method(own)
+                make_method(run_config)
         except ConfigError as error:
             raise ConfigError(
                 f"--methods {label}: {error}; and the references {', '.join(REFERENCES)}"
             ) from error
-        entries.append(Entry(label, method, tuple(overrides)))
+        variants.append(MethodVariant(label, method, tuple(overrides)))
     # Two labels must not share a directory, on file systems that ignore case either.
-    directories = [entry.directory.lower() for entry in entries]
-    if not entries or len(set(directories)) < len(directories):
+    directories = [variant.directory.lower() for variant in variants]
+    if not variants or len(set(directories)) < len(directories):
         raise ConfigError(
             f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}"
         )
-    return entries
+    return variants
+
+
+def _split_label(label: str) -> tuple[str, str]:
+    """Return the name and the settings of a label.
+
+    The name of a user's method has a colon itself: settings follow a colon and contain "=".
+    """
+    name, _, settings = label.rpartition(":")
+    return (name, settings) if "=" in settings else (label, "")
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Whole numbers from 0, with commas between.
+    """Parse comma-separated nonnegative integers.
 
     Raises:
-        ConfigError: anything else, or one twice.
+        ConfigError: If the text is anything else, or a seed is given twice.
     """
     try:
         seeds = [int(part) for part in text.split(",")]
@@ -206,78 +220,74 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def plan_cells(
-    config: Config, entries: Sequence[Entry], seeds: Sequence[int], out: Path
-) -> list[Cell]:
-    """Return the runs to make, seed by seed, so that methods can be compared early.
+def plan_runs(
+    config: Config, variants: Sequence[MethodVariant], seeds: Sequence[int], out: Path
+) -> list[PlannedRun]:
+    """Return the runs of a comparison, seed by seed, so that methods can be compared early.
 
     Raises:
-        ConfigError: without evaluations there is nothing to compare; `out` is a comparison of other
-            settings.
-        DataError: data that cannot be used (it is read here to name the clients of `local`).
+        ConfigError: If the run has no evaluations, or `out` holds a comparison with other settings.
+        DataError: If the data cannot be used; it is read here for the client names of `local`.
     """
     if not config.evaluation.every:
         raise ConfigError(
             "evaluation.every must be 1 or more: methods are compared by their held-out scores"
         )
     if (out / "config.toml").is_file():
-        _check_same(out, config, _PER_CELL)
-    cells = []
+        _check_same(out, config, _PER_RUN)
+    planned_runs: list[PlannedRun] = []
     # Seed by seed: after the first seed every method has a result.
     for seed in seeds:
-        for entry in entries:
-            own = replace(apply_overrides(config, entry.overrides), method=entry.method)
-            own = replace(own, run=replace(own.run, seed=seed))
-            directory = out / entry.directory / f"seed-{seed}"
-            # A reference "local" is one run a client; "centralised" is one run on all data.
-            if entry.kind == "local":
-                cells += [
-                    Cell(
-                        entry,
-                        seed,
-                        directory / directory_name(only),
-                        replace(own, lora=own.lora.for_client(only)),
-                        only,
-                    )
-                    for only in party_names(own)
-                ]
-            elif entry.kind == "centralised":
-                cells.append(
-                    Cell(entry, seed, directory, replace(own, lora=replace(own.lora, clients={})))
-                )
-            else:
-                cells.append(Cell(entry, seed, directory, own))
-    _check_content(cells)
-    return cells
+        for variant in variants:
+            run_config = replace(apply_overrides(config, variant.overrides), method=variant.method)
+            run_config = replace(run_config, run=replace(run_config.run, seed=seed))
+            directory = out / variant.directory / f"seed-{seed}"
+            planned_runs += _runs_of_variant(variant, seed, directory, run_config)
+    _check_content(planned_runs)
+    return planned_runs
 
 
-def _check_content(cells: Sequence[Cell]) -> None:
+def _runs_of_variant(
+    variant: MethodVariant, seed: int, directory: Path, config: Config
+) -> list[PlannedRun]:
+    """Return one run, or for the reference `local` one per client."""
+    if variant.kind == "centralized":
+        config = replace(config, lora=replace(config.lora, clients={}))
+    if variant.kind != "local":
+        return [PlannedRun(variant, seed, directory, config)]
+    runs = []
+    for client_id in client_names(config):
+        client_config = replace(config, lora=config.lora.for_client(client_id))
+        client_directory = directory / directory_name(client_id)
+        runs.append(PlannedRun(variant, seed, client_directory, client_config, only=client_id))
+    return runs
+
+
+def _check_content(planned_runs: Sequence[PlannedRun]) -> None:
     """Refuse to continue a comparison with other data or another base model than its runs had.
 
-    Settings that say where something is may have changed, and what is there as well; both show only
-    here.
+    Paths may change between calls, so the content is compared.
 
     Raises:
         DataError: If a run has other data.
         ModelError: If a run has another base model.
     """
-    # Runs that have begun keep the base model and the data that they began with.
-    begun = [cell for cell in cells if retained_rounds(cell.directory)]
+    begun = [run for run in planned_runs if retained_rounds(run.directory)]
     data: dict[int, dict[str, Fingerprint]] = {}
-    for cell in begun:
-        model = cell.config.model
-        base = read_manifest(find_manifest(cell.directory, "last")).base
+    for run in begun:
+        model = run.config.model
+        base = read_manifest(find_manifest(run.directory, "last")).base
         made_with = BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256)
         made_with.check(
             identify(model.name, resolve_base(model.name, model.revision), model.revision)
         )
-        if cell.seed not in data:  # a seed divides the data; the methods share it
-            data[cell.seed] = fingerprints(load_data(cell.config))
-        check_data(cell.directory, data[cell.seed])
+        if run.seed not in data:  # methods share the data of a seed
+            data[run.seed] = fingerprints(load_data(run.config))
+        check_data(run.directory, data[run.seed])
 
 
-def _begun(directory: Path) -> bool:
-    """Whether there is a run."""
+def _has_begun(directory: Path) -> bool:
+    """Whether a directory holds a run."""
     return (directory / "config.toml").is_file() or bool(retained_rounds(directory))
 
 
@@ -289,9 +299,10 @@ def _saved(directory: Path) -> Config:
 def _check_same(directory: Path, config: Config, may_differ: set[str]) -> None:
     """Refuse a directory with other settings; trackers and paths may change, rounds be added.
 
+    The content at the paths is compared by `_check_content` and `FederatedTrainer.prepare`.
+
     Raises:
-        ConfigError: If they are. What lies at the paths is for `_check_content` and `prepare` to
-            compare.
+        ConfigError: If a setting outside `may_differ` differs.
     """
     may_change = {*may_differ, "federation.num-rounds", "run.report-to"}
     changed = changed_settings(_saved(directory), config, may_change)
@@ -305,31 +316,27 @@ def _check_same(directory: Path, config: Config, may_differ: set[str]) -> None:
 # ── running ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_cell(
-    cell: Cell,
-    *,
-    callbacks: Iterable[Callback] = (),
-) -> None:
-    """Make one run, or continue it where it stopped.
+def execute_run(planned_run: PlannedRun, *, callbacks: Iterable[Callback] = ()) -> None:
+    """Start one run, or continue it where it stopped.
 
     Raises:
         FedMomentumError: See `FederatedTrainer`.
     """
-    resume = _begun(cell.directory)
-    # Checks that the settings are ours; those that a reference changes are compared below.
-    cell.is_finished()
-    began = cell.config
+    resume = _has_begun(planned_run.directory)
+    # Check that the settings are the comparison's; a reference changes some when it is prepared.
+    planned_run.is_finished()
+    config = planned_run.config
     if resume:
-        # A reference has settings of its own; the comparison's say where things are now.
-        began = replace(_saved(cell.directory), model=cell.config.model, data=cell.config.data)
-    trainer = FederatedTrainer(began, cell.directory, resume=resume, callbacks=callbacks)
-    run = trainer.prepare()
+        # A reference saved its own settings; paths are where they are now.
+        config = replace(_saved(planned_run.directory), model=config.model, data=config.data)
+    trainer = FederatedTrainer(config, planned_run.directory, resume=resume, callbacks=callbacks)
+    prepared = trainer.prepare()
     try:
-        run.config = cell.config
-        if cell.entry.kind != "federated":
-            make_reference(run, cell.only)
+        prepared.config = planned_run.config
+        if planned_run.variant.kind != "federated":
+            make_reference(prepared, planned_run.only)
         if resume:
-            _check_same(cell.directory, run.config, set())
+            _check_same(planned_run.directory, prepared.config, set())
         trainer.train()
     finally:
         trainer.close()
@@ -339,35 +346,22 @@ def run_cell(
 
 
 def start_comparison(config: Config, out: Path) -> None:
-    """Keep the settings that all cells share, so that a later call with others is refused."""
+    """Save the settings that all runs share, so that a later call with others is refused."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.toml", to_toml(config).encode())
 
 
 def write_comparison(
-    out: Path, cells: Sequence[Cell], *, baseline: str, target: float, command: str
+    out: Path, planned_runs: Sequence[PlannedRun], *, baseline: str, target: float, command: str
 ) -> Comparison:
-    """Write comparison.json and comparison.csv from the directories of the finished cells."""
-    groups: dict[tuple[str, int], list[Cell]] = {}
-    for cell in sorted(
-        cells, key=lambda cell: [c.entry.label for c in cells].index(cell.entry.label)
-    ):
-        groups.setdefault((cell.entry.label, cell.seed), []).append(cell)
+    """Write comparison.json and comparison.csv from the directories of the finished runs."""
     table: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "baseline": baseline,
         "target": target,
         "command": command,
-        "cells": [
-            {
-                "method": label,
-                "kind": own[0].entry.kind,
-                "seed": seed,
-                "folders": [str(cell.directory.relative_to(out)) for cell in own],
-            }
-            for (label, seed), own in groups.items()
-        ],
+        "cells": _table_cells(out, planned_runs),
         "summary": [],
     }
     write_json(out / COMPARISON, with_checksum(table))
@@ -377,3 +371,22 @@ def write_comparison(
     csv.writer(buffer, lineterminator="\n").writerows(csv_rows(comparison))
     write_atomically(out / "comparison.csv", buffer.getvalue().encode())
     return comparison
+
+
+def _table_cells(out: Path, planned_runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
+    """Return one entry per method and seed, methods in the order in which they were named."""
+    labels = list(dict.fromkeys(run.variant.label for run in planned_runs))
+    groups: dict[tuple[str, int], list[PlannedRun]] = {}
+    for run in sorted(planned_runs, key=lambda run: labels.index(run.variant.label)):
+        groups.setdefault((run.variant.label, run.seed), []).append(run)
+    cells = []
+    for (label, seed), runs in groups.items():
+        cells.append(
+            {
+                "method": label,
+                "kind": runs[0].variant.kind,
+                "seed": seed,
+                "folders": [str(run.directory.relative_to(out)) for run in runs],
+            }
+        )
+    return cells

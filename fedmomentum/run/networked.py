@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedmomentum.protocol.transport import Transport
 
 
-def run_over(
+def run_federation(
     transport: Transport,
     config: Config,
     out: Path,

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from fedmomentum.run.federated_trainer import PreparedRun
 
 
-REFERENCES = ("centralised", "local")
+REFERENCES = ("centralized", "local")
 POOLED = "everyone"
-"""The one client of `centralised`."""
+"""The one client of `centralized`."""
 
 
 def make_reference(run: PreparedRun, only: str | None) -> None:

@@ -10,7 +10,13 @@ from fedmomentum.aggregation.client_adapters import client_start, with_fixed_res
 from fedmomentum.errors import PayloadError
 from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.lora.half_precision import decode_factors, wire_dtype
-from fedmomentum.protocol.messages import MEASUREMENTS, ClientLora, Reply, TrainResult
+from fedmomentum.protocol.messages import (
+    MEASUREMENTS,
+    ClientLora,
+    Reply,
+    TrainResult,
+    train_result,
+)
 from fedmomentum.server.reply_checks import check_losses, check_magnitude, check_measurements
 
 if TYPE_CHECKING:
@@ -19,7 +25,6 @@ if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.linalg.low_rank import LowRank
     from fedmomentum.server.state import ServerState
-from fedmomentum.protocol.messages import train_result
 
 
 class UpdateReader:

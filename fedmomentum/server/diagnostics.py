@@ -39,10 +39,10 @@ class GlobalUpdate(Mapping[str, Matrix]):
     is in memory at a time.
 
     Args:
-        before: the adapter that the round started from.
-        after: the adapter that came out.
-        merged: what the base absorbed.
-        norm: its norm over all modules, where it is known.
+        before: The adapter that the round started from.
+        after: The adapter that came out.
+        merged: What the base absorbed.
+        norm: Its norm over all modules, where it is known.
     """
 
     def __init__(

@@ -17,18 +17,18 @@ class ServerState:
 
     Attributes:
         run_id: Names the run on the wire.
-        held: client to the hashes of the objects it has said it holds.
-        best_round: the evaluated round with the lowest loss on the items that all evaluations
+        held: Client to the hashes of the objects it has said it holds.
+        best_round: The evaluated round with the lowest loss on the items that all evaluations
             share; -1 if none.
-        best_loss: its loss.
-        started_from: hashes of the adapter's objects that the last round started from; none before
+        best_loss: Its loss.
+        started_from: Hashes of the adapter's objects that the last round started from; none before
             the first. With `merged` and the adapter of now they say what that round changed, which
             the next one is compared with.
-        merged: hashes of what the last round merged into the base.
+        merged: Hashes of what the last round merged into the base.
         ranks: Client to the rank at which it continues; only of methods that prune, and of clients
             that have trained.
-        recipes: how the last snapshots were made, oldest first, for clients that can make them.
-        splits: client to the hash of how its examples are divided, as it last said.
+        recipes: How the last snapshots were made, oldest first, for clients that can make them.
+        splits: Client to the hash of how its examples are divided, as it last said.
     """
 
     run_id: str

@@ -183,12 +183,12 @@ def test_compare_goes_on_and_says_what_came_out(folder, tmp_path, call):
 def test_ctrl_c_in_a_comparison_says_how_to_go_on(folder, tmp_path, call, monkeypatch):
     from fedmomentum.run import compare
 
-    def stopped(cell, *, callbacks, **_):
+    def stopped(planned_run, *, callbacks, **_):
         raise KeyboardInterrupt
 
     file = tmp_path / "mine.toml"
     file.write_text(to_toml(tiny_config(folder)))
-    monkeypatch.setattr(compare, "run_cell", stopped)
+    monkeypatch.setattr(compare, "execute_run", stopped)
     code, _, err = call("compare", file, "--methods", "fedit,flora", "--out", tmp_path / "out")
     assert code == 130 and "Stopped in fedit, seed 0" in err
     assert f"fedmomentum compare {file} --methods fedit,flora --out {tmp_path / 'out'}" in err

@@ -13,21 +13,21 @@ from fedmomentum.global_model.personal import PersonalFactors
 from fedmomentum.lora.adapter import PREFIX
 from fedmomentum.protocol.codec import decode_reply, decode_task, encode_task
 from fedmomentum.protocol.messages import BASE_PROBES, EFFECTIVE_PROBES, SECONDS, MissingObjects
-from fedmomentum.run.client_setup import prepare_party, rehearsal
+from fedmomentum.run.client_setup import prepare_client, rehearsal
 from tests.runs import nudge, tiny_config
 
 
 @pytest.fixture
 def client(tmp_path):
     config = tiny_config(tmp_path)
-    client, _ = prepare_party(config, "site1", tmp_path / "store")
+    client = prepare_client(config, "site1", tmp_path / "store")
     client.training_function = nudge
     return client
 
 
 @pytest.fixture
 def task(client, tmp_path):
-    return decode_task(rehearsal(tiny_config(tmp_path), client, client.model))
+    return decode_task(rehearsal(tiny_config(tmp_path), client))
 
 
 def answer(client, task):

@@ -37,8 +37,8 @@ from fedmomentum.formats.run_files import StatusFile
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.messages import Task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.io import write_json
 from fedmomentum.utils.seeding import derive_seed
 from tests.runs import chain, nudge, objects, timeless, tiny_config
@@ -475,7 +475,7 @@ class Reference(InProcessTransport):
         """The run, in a folder beside which the clients' stores are."""
         steps = {}
         for name in self._names:
-            client, local = prepare_party(
+            client = prepare_client(
                 self._configs.get(name, self._config), name, out.with_name(f"{name}-there")
             )
             client.training_function = nudge
@@ -483,7 +483,7 @@ class Reference(InProcessTransport):
             if name in self._lies:
                 steps[name] = partial(self._lies[name], honest=steps[name])
         super().__init__(steps)
-        run_over(self, self._config, out)
+        run_federation(self, self._config, out)
 
     def clients(self) -> list[str]:
         """Who is connected in the round that begins."""
@@ -568,7 +568,7 @@ class Raw(threading.Thread):
         config = replace(
             federation.config, training=replace(federation.config.training, function=None)
         )
-        client, local = prepare_party(config, name, federation.store(name))
+        client = prepare_client(config, name, federation.store(name))
         client.training_function = nudge
         self.step: Callable[[bytes], bytes] = client.handle
 

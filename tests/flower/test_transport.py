@@ -14,8 +14,8 @@ from fedmomentum.flower import transport as module
 from fedmomentum.flower.transport import FlowerTransport, Session, pack_payload, unpack_payload
 from fedmomentum.protocol.codec import decode_task, encode_task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.tensors import read_safetensors
 from tests.helpers import generator
@@ -391,7 +391,7 @@ def real_steps(config, stores):
     """Three real clients, each with a store of its own."""
     steps = {}
     for name in ("site0", "site1", "site2"):
-        client, local = prepare_party(config, name, stores / name)
+        client = prepare_client(config, name, stores / name)
         client.training_function = nudge
         steps[name] = client.handle
     return steps
@@ -419,8 +419,10 @@ def parties(request, folder, tmp_path, world):
 @pytest.mark.parametrize("parties", METHODS, indirect=True)
 def test_a_run_over_the_grid_has_the_bits_of_one_in_process(parties, world, tmp_path):
     config, _ = parties
-    run_over(world.transport(), config, tmp_path / "over")
-    run_over(InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one")
+    run_federation(world.transport(), config, tmp_path / "over")
+    run_federation(
+        InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one"
+    )
     rows = timeless(tmp_path / "over")
     assert len(rows) == 3 and all(row["failures"] == {} for row in rows)
     assert rows == timeless(tmp_path / "one")
@@ -452,8 +454,10 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
         world.answers(steps[name](payload), message)
 
     world.script = {name: after(1, partial(does, name)) for name in steps}
-    run_over(world.transport(), config, tmp_path / "over")
-    run_over(InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one")
+    run_federation(world.transport(), config, tmp_path / "over")
+    run_federation(
+        InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one"
+    )
     assert told
     assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
@@ -474,7 +478,7 @@ def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(
     def steps(stores):
         found = {}
         for name in files:
-            client, local = prepare_party(config, name, stores / directory_name(name))
+            client = prepare_client(config, name, stores / directory_name(name))
             client.training_function = nudge
             found[name] = client.handle
         return found
@@ -487,7 +491,7 @@ def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(
         world.answers(grid[name](unpack_payload(message.content)[0]), message)
 
     world.script = {name: after(1, partial(does, name)) for name in grid}
-    run_over(world.transport(), config, tmp_path / "over")
+    run_federation(world.transport(), config, tmp_path / "over")
     start(config, tmp_path / "one")
     assert [row["evaluation"]["by_client"] for row in timeless(tmp_path / "over")] == [
         row["evaluation"]["by_client"] for row in timeless(tmp_path / "one")
@@ -511,7 +515,7 @@ def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, w
         return [] if (task.kind, task.server_round) == ("train", 1) else does(message)
 
     world.script["site1"] = hangs_in_round_one
-    run_over(world.transport(), config, tmp_path / "over")
+    run_federation(world.transport(), config, tmp_path / "over")
     rows = timeless(tmp_path / "over")
     assert [row["accepted"] for row in rows[1:]] == [
         ["site0", "site2"],
@@ -528,7 +532,7 @@ def test_a_payload_that_is_too_large_is_refused_before_anything_is_sent(parties,
         PayloadError,
         match=r"the task for site0 has \d+ bytes.*carries at most 4000. Lower lora.rank",
     ):
-        run_over(transport, config, tmp_path / "over")
+        run_federation(transport, config, tmp_path / "over")
     kinds = {decode_task(unpack_payload(message.content)[0]).kind for _, _, message in world.sent}
     assert kinds == {"describe"}  # the questions before the first round are small
 

@@ -335,7 +335,7 @@ def test_mutated_comparisons(runs, tmp_path):
         )
     table = {
         "format": "fedmomentum comparison",
-        "format_version": 2,
+        "format_version": 3,
         "baseline": "fedmomentum",
         "target": 0.5,
         "command": None,

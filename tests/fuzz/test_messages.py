@@ -21,8 +21,8 @@ from fedmomentum.protocol.codec import decode_reply, decode_task, encode_task
 from fedmomentum.protocol.messages import DescribeRequest, Task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
 from fedmomentum.run import networked as run_module
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.utils.tensors import read_safetensors
 from tests.fuzz.mutate import NUM_TRIALS, Budget, mutate_safetensors
@@ -71,9 +71,9 @@ def federation(tmp_path_factory):
     parties = {}
 
     def step(client_id):
-        client, local = prepare_party(config, client_id, folder / client_id)
+        client = prepare_client(config, client_id, folder / client_id)
         client.training_function = nudge
-        parties[client_id] = client, local
+        parties[client_id] = client
 
         def answer(payload):
             key = (client_id, *key_of(decode_task(payload)))
@@ -86,7 +86,7 @@ def federation(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module.secrets, "token_hex", lambda size: RUN_ID)
         steps = {name: step(name) for name in CLIENTS}
-        model = run_over(InProcessTransport(steps), config, folder / "run")
+        model = run_federation(InProcessTransport(steps), config, folder / "run")
     pool = {}
     for payload in tasks.values():
         pool |= decode_task(payload).objects
@@ -101,7 +101,7 @@ def federation(tmp_path_factory):
 
 def replayed(config, transport, out, monkeypatch):
     monkeypatch.setattr(run_module.secrets, "token_hex", lambda size: RUN_ID)
-    return run_over(transport, config, out)
+    return run_federation(transport, config, out)
 
 
 def check_directory(out):
@@ -177,7 +177,7 @@ def assert_same(one, other, what):
 def test_mutated_tasks_leave_a_client_as_it_was(federation):
     """Refused by name or done; and the next honest task gets the same answer to the bit."""
     _, tasks, answers, parties, _, _ = federation
-    client, local = parties["site1"]
+    client = parties["site1"]
     own = sorted(key for key in tasks if key[0] == "site1")
     num_refused = 0
     for trial in range(NUM_TRIALS):
@@ -222,7 +222,7 @@ def test_every_methods_replies(tmp_path, name, dtype):
     lies = {}
 
     def step(client_id):
-        client, local = prepare_party(config, client_id, tmp_path / client_id)
+        client = prepare_client(config, client_id, tmp_path / client_id)
         client.training_function = nudge
 
         def answer(payload):
@@ -236,7 +236,9 @@ def test_every_methods_replies(tmp_path, name, dtype):
 
         return answer
 
-    run_over(InProcessTransport({name: step(name) for name in CLIENTS}), config, tmp_path / "run")
+    run_federation(
+        InProcessTransport({name: step(name) for name in CLIENTS}), config, tmp_path / "run"
+    )
     assert lies
     check_directory(tmp_path / "run")
     assert GlobalModel.load(tmp_path / "run").server_round == 2

@@ -35,8 +35,8 @@ from fedmomentum.linalg.matrix import to_dense
 from fedmomentum.lora.adapter import Adapter
 from fedmomentum.protocol.codec import decode_task, encode_task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.state import ServerState
 from fedmomentum.utils.schema import parse_json
@@ -519,7 +519,7 @@ class Watched(InProcessTransport):
     """Clients of their own, some away at times; keeps what each task brought, and may alter it."""
 
     def __init__(self, parties, absent=ABSENT, alter=lambda task: task):
-        super().__init__({n: c.handle for n, (c, m) in parties.items()})
+        super().__init__({name: client.handle for name, client in parties.items()})
         self.absent, self.alter, self.tasks = absent, alter, []
 
     def send_and_receive(self, tasks):
@@ -532,18 +532,18 @@ class Watched(InProcessTransport):
                 yield from super().send_and_receive({name: encode_task(self.alter(task))})
 
 
-def parties_of(config, stores):
-    found = {}
+def make_clients(config, stores):
+    clients = {}
     for name in config.data.client_files:
-        client, local = prepare_party(config, name, stores / name)
+        client = prepare_client(config, name, stores / name)
         client.training_function = nudge
-        found[name] = client, local
-    return found
+        clients[name] = client
+    return clients
 
 
 def ran(config, out, **transport):
-    watched = Watched(parties_of(config, out), **transport)
-    model = run_over(watched, config, out / "run")
+    watched = Watched(make_clients(config, out), **transport)
+    model = run_federation(watched, config, out / "run")
     return watched.tasks, model
 
 
@@ -602,7 +602,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
 ):
     """Killed after the snapshot was made and before its round was saved, and in the round after."""
     tasks, _, whole = undisturbed
-    config, parties = config_of(folder), parties_of(config_of(folder), tmp_path)
+    config, parties = config_of(folder), make_clients(config_of(folder), tmp_path)
     needed = sorted({task.server_round for task in tasks if getattr(task.request, "recipes", [])})
     for number, server_round in enumerate(
         [*needed, needed[0] + 1 if needed[0] + 1 not in needed else 8]
@@ -617,7 +617,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
                 raise KeyboardInterrupt
 
         try:
-            run_over(
+            run_federation(
                 Watched(parties),
                 config,
                 tmp_path / "run",
@@ -626,7 +626,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
             )
         except KeyboardInterrupt:
             continue
-    run_over(Watched(parties), config, tmp_path / "run", resume=True)
+    run_federation(Watched(parties), config, tmp_path / "run", resume=True)
     assert chain(tmp_path / "run") == chain(whole / "run")
     assert timeless(tmp_path / "run") == timeless(whole / "run")
     assert objects(tmp_path / "run") == objects(whole / "run")

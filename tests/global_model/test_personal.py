@@ -10,8 +10,8 @@ import torch
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.personal import PersonalFactors, personal_states
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.tensors import read_safetensors, safetensors_bytes
 from tests.runs import chain, nudge, objects, prepare, start, timeless, tiny_config
@@ -126,7 +126,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(folder, tmp_path
 def networked(config, stores):
     steps = {}
     for name in config.data.client_files:
-        client, local = prepare_party(config, name, stores / directory_name(name))
+        client = prepare_client(config, name, stores / directory_name(name))
         client.training_function = nudge
         steps[name] = client.handle
     return InProcessTransport(steps)
@@ -134,7 +134,7 @@ def networked(config, stores):
 
 def test_clients_with_stores_of_their_own_come_to_the_same(folder, tmp_path):
     config = odd_config(folder, names=NAMES[:4])
-    run_over(networked(config, tmp_path / "nodes"), config, tmp_path / "served")
+    run_federation(networked(config, tmp_path / "nodes"), config, tmp_path / "served")
     start(config, tmp_path / "run")
     assert [r["evaluation"] for r in timeless(tmp_path / "served")] == [
         r["evaluation"] for r in timeless(tmp_path / "run")
@@ -153,10 +153,10 @@ def test_clients_with_stores_of_their_own_come_to_the_same(folder, tmp_path):
 def test_a_store_that_serves_two_runs_keeps_their_factors_apart(folder, tmp_path):
     """The second run draws its clients; one that first trains late must not find what the first run left."""
     config = odd_config(folder, names=NAMES[:3], num_rounds=3)
-    run_over(networked(config, tmp_path / "nodes"), config, tmp_path / "first")
+    run_federation(networked(config, tmp_path / "nodes"), config, tmp_path / "first")
     later = replace(config, federation=replace(config.federation, client_fraction=0.3))
-    run_over(networked(later, tmp_path / "nodes"), later, tmp_path / "second")
-    run_over(networked(later, tmp_path / "fresh"), later, tmp_path / "alone")
+    run_federation(networked(later, tmp_path / "nodes"), later, tmp_path / "second")
+    run_federation(networked(later, tmp_path / "fresh"), later, tmp_path / "alone")
     assert len({tuple(row["accepted"]) for row in timeless(tmp_path / "alone")[1:]}) > 1
     assert timeless(tmp_path / "second") == timeless(tmp_path / "alone")
     assert objects(tmp_path / "second") == objects(tmp_path / "alone")

@@ -16,7 +16,7 @@ from tests.report.test_page import Page
 CLIENTS = ["client-0", "client-1", "client-2"]
 SECTIONS = ["scores", "rounds", "method", "clients", "settings", "commands"]
 EVIL = "<script>alert(1)</script>"
-SHIFT = {"one": 0, "two:split=a": 3, "centralised": 5, "local": -4}
+SHIFT = {"one": 0, "two:split=a": 3, "centralized": 5, "local": -4}
 PLOTS = {
     "exact-match-difference",
     "loss-difference",
@@ -43,7 +43,7 @@ def made(
 ):
     cells = []
     for k, method in enumerate(methods):
-        kind = method if method in ("centralised", "local") else "federated"
+        kind = method if method in ("centralized", "local") else "federated"
         for seed in seeds:
             folders = []
             for who in CLIENTS if kind == "local" else ["all"]:
@@ -81,7 +81,7 @@ def made(
             cells.append({"method": method, "kind": kind, "seed": seed, "folders": folders})
     table = {
         "format": "fedmomentum comparison",
-        "format_version": 2,
+        "format_version": 3,
         "baseline": methods[0],
         "target": 0.3,
         "command": "fedmomentum compare x.toml --methods 'a;b'",

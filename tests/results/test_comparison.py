@@ -146,7 +146,7 @@ def test_a_cell_of_clients_alone_is_their_mean_and_sends_nothing(tmp_path):
     }  # own model, own items
     assert [point.exact_match for point in cell.points] == [0, pytest.approx(0.4)]
     assert cell.points[1].num_bytes is None and cell.points[1].seconds == 8
-    pooled = make_method_run("centralised", 0, runs[:1], kind="centralised")
+    pooled = make_method_run("centralized", 0, runs[:1], kind="centralized")
     assert (
         pooled.by_client == {"client-0": (0.2, 1.0), "client-1": (0.3, 1.0)}
         and pooled.points[0].num_bytes is None
@@ -200,7 +200,7 @@ def test_a_folder_without_a_comparison_or_a_damaged_one_is_named(tmp_path):
     for text in (
         "{",
         "[]",
-        '{"format": "x", "format_version": 2}',
+        '{"format": "x", "format_version": 3}',
         '{"format": "fedmomentum comparison"}',
         '{"format": "fedmomentum comparison", "format_version": 1}',
     ):

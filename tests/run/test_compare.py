@@ -14,18 +14,18 @@ from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.results.comparison import read_comparison
 from fedmomentum.run import compare
 from fedmomentum.run.compare import (
-    Cell,
+    PlannedRun,
+    execute_run,
     parse_methods,
     parse_seeds,
-    plan_cells,
-    run_cell,
+    plan_runs,
     start_comparison,
 )
 from fedmomentum.run.compare import write_comparison as write
 from fedmomentum.run.references import POOLED
 from tests.runs import Events, objects, prepare, start, timeless, tiny_config
 
-METHODS = "fedmomentum,fedit,fedmomentum:split=singular,centralised,local"
+METHODS = "fedmomentum,fedit,fedmomentum:split=singular,centralized,local"
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,15 @@ def settings(folder, **sections):
 def done(folder):
     """Five things, two seeds, really trained."""
     config, out = settings(folder), folder / "compared"
-    cells = plan_cells(config, parse_methods(METHODS, config), [0, 1], out)
+    planned_runs = plan_runs(config, parse_methods(METHODS, config), [0, 1], out)
     start_comparison(config, out)
-    for cell in cells:
-        run_cell(cell)
+    for planned_run in planned_runs:
+        execute_run(planned_run)
     return (
         config,
         out,
-        cells,
-        write(out, cells, baseline="fedit", target=0.0, command="fedmomentum compare x"),
+        planned_runs,
+        write(out, planned_runs, baseline="fedit", target=0.0, command="fedmomentum compare x"),
     )
 
 
@@ -61,15 +61,15 @@ def test_methods_are_names_with_settings(folder):
     asked = (
         "fedmomentum, fedmomentum:split=singular;energy=1.0,fedit,local,lorafair:objective=ridge"
     )
-    entries = parse_methods(asked, config)
-    assert [(e.method.name, e.method.settings, e.kind) for e in entries] == [
+    variants = parse_methods(asked, config)
+    assert [(e.method.name, e.method.settings, e.kind) for e in variants] == [
         ("fedmomentum", {"energy": 0.9}, "federated"),
         ("fedmomentum", {"energy": 1.0, "split": "singular"}, "federated"),
         ("fedit", {}, "federated"),
         ("fedit", {}, "local"),
         ("lorafair", {"objective": "ridge"}, "federated"),
     ]
-    assert [e.directory for e in entries] == [
+    assert [e.directory for e in variants] == [
         "fedmomentum",
         "fedmomentum-split-singular-energy-1.0",
         "fedit",
@@ -81,28 +81,28 @@ def test_methods_are_names_with_settings(folder):
 def test_a_method_may_have_settings_of_the_run_for_itself(folder):
     config = settings(folder)
     asked = "fedit,fedit:training.learning-rate=0.5,fedmomentum:split=singular;lora.rank=1,local:training.batch-size=3"
-    entries = parse_methods(asked, config)
-    assert [e.overrides for e in entries] == [
+    variants = parse_methods(asked, config)
+    assert [e.overrides for e in variants] == [
         (),
         ("training.learning-rate=0.5",),
         ("lora.rank=1",),
         ("training.batch-size=3",),
     ]
-    assert [e.kind for e in entries] == ["federated"] * 3 + ["local"]
-    assert entries[2].method.settings == {"split": "singular"}
-    cells = plan_cells(config, entries, [7], folder / "own")
+    assert [e.kind for e in variants] == ["federated"] * 3 + ["local"]
+    assert variants[2].method.settings == {"split": "singular"}
+    planned_runs = plan_runs(config, variants, [7], folder / "own")
     assert [
         (c.config.training.learning_rate, c.config.lora.rank, c.config.training.batch_size)
-        for c in cells[:4]
+        for c in planned_runs[:4]
     ] == [
         (config.training.learning_rate, config.lora.rank, config.training.batch_size),
         (0.5, config.lora.rank, config.training.batch_size),
         (config.training.learning_rate, 1, config.training.batch_size),
         (config.training.learning_rate, config.lora.rank, 3),
     ]
-    assert {c.config.run.seed for c in cells} == {7} and {c.config.data.source for c in cells} == {
-        config.data.source
-    }
+    assert {c.config.run.seed for c in planned_runs} == {7} and {
+        c.config.data.source for c in planned_runs
+    } == {config.data.source}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_method_may_have_settings_of_the_run_for_itself(folder):
         (",", "must name methods"),
         ("fedit,fedit", "each once"),
         ("fedavg", "unknown method"),
-        ("fedavg", "centralised, local"),
+        ("fedavg", "centralized, local"),
         ("fedit:energy=1", "no setting 'energy'"),
         ("local:x=1", "has no settings of its own"),
         ("fedit:run.seed=3", "can differ between methods"),
@@ -141,19 +141,19 @@ def test_seeds():
 def test_nothing_evaluated_is_nothing_to_compare(folder, tmp_path):
     config = settings(folder, evaluation={"every": 0})
     with pytest.raises(ConfigError, match=r"evaluation\.every"):
-        plan_cells(config, parse_methods("fedit", config), [0], tmp_path)
+        plan_runs(config, parse_methods("fedit", config), [0], tmp_path)
 
 
 # ── runs ──
 
 
 def test_cells_are_the_runs_that_the_command_run_makes(done, folder, tmp_path):
-    config, out, cells, _ = done
-    assert [str(cell.directory.relative_to(out)) for cell in cells[:7]] == [
+    config, out, planned_runs, _ = done
+    assert [str(planned_run.directory.relative_to(out)) for planned_run in planned_runs[:7]] == [
         "fedmomentum/seed-0",
         "fedit/seed-0",
         "fedmomentum-split-singular/seed-0",
-        "centralised/seed-0",
+        "centralized/seed-0",
         "local/seed-0/site0",
         "local/seed-0/site1",
         "local/seed-0/site2",
@@ -192,7 +192,7 @@ def test_references_are_scored_on_everybodys_items_and_take_a_clients_steps(done
     _, out, _, _ = done
     federated = timeless(out / "fedit" / "seed-0")
     runs = [
-        out / "centralised" / "seed-0",
+        out / "centralized" / "seed-0",
         *(out / "local" / "seed-0" / f"site{k}" for k in range(3)),
     ]
     for run in runs:
@@ -249,13 +249,13 @@ def test_references_where_clients_train_less(folder, tmp_path):
     config = settings(
         folder, lora={"clients": {"site0": {"rank": 1}}}, federation={"num_rounds": 1}
     )
-    cells = plan_cells(
-        config, parse_methods("fedmomentum,centralised,local", config), [0], tmp_path
+    planned_runs = plan_runs(
+        config, parse_methods("fedmomentum,centralized,local", config), [0], tmp_path
     )
-    assert [cell.config.lora.rank for cell in cells] == [2, 2, 1, 2, 2]
-    for cell in cells[:3]:
-        run_cell(cell)
-        assert cell.is_finished() and not timeless(cell.directory)[1]["failures"]
+    assert [planned_run.config.lora.rank for planned_run in planned_runs] == [2, 2, 1, 2, 2]
+    for planned_run in planned_runs[:3]:
+        execute_run(planned_run)
+        assert planned_run.is_finished() and not timeless(planned_run.directory)[1]["failures"]
     with pytest.raises(ConfigError, match="needs every client at one rank"):
         parse_methods("fedit", config)
 
@@ -264,10 +264,10 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
     done, folder, tmp_path, monkeypatch
 ):
     config, whole, _, _ = done
-    entries = parse_methods("fedmomentum,centralised", config)
-    cells = plan_cells(config, entries, [0], tmp_path)
-    assert [cell.is_finished() for cell in cells] == [False, False]
-    for cell in cells:
+    variants = parse_methods("fedmomentum,centralized", config)
+    planned_runs = plan_runs(config, variants, [0], tmp_path)
+    assert [planned_run.is_finished() for planned_run in planned_runs] == [False, False]
+    for planned_run in planned_runs:
         stop = {"left": 2}
 
         def killed(event, facts, stop=stop):
@@ -276,44 +276,44 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_cell(cell, callbacks=[Events(killed)])
-        assert not cell.is_finished() and len(timeless(cell.directory)) == 2
-        run_cell(cell)
-        assert cell.is_finished()
-        other = whole / cell.directory.relative_to(tmp_path)
-        assert timeless(cell.directory) == timeless(other) and objects(cell.directory) == objects(
-            other
-        )
-    more = plan_cells(settings(folder, federation={"num_rounds": 3}), entries, [0], tmp_path)
+            execute_run(planned_run, callbacks=[Events(killed)])
+        assert not planned_run.is_finished() and len(timeless(planned_run.directory)) == 2
+        execute_run(planned_run)
+        assert planned_run.is_finished()
+        other = whole / planned_run.directory.relative_to(tmp_path)
+        assert timeless(planned_run.directory) == timeless(other) and objects(
+            planned_run.directory
+        ) == objects(other)
+    more = plan_runs(settings(folder, federation={"num_rounds": 3}), variants, [0], tmp_path)
     assert not more[0].is_finished()
-    run_cell(more[1])
+    execute_run(more[1])
     assert len(timeless(more[1].directory)) == 4 and more[1].is_finished()
     with pytest.raises(ConfigError, match="has 3 rounds and 2 are asked for"):
-        cells[1].is_finished()
+        planned_runs[1].is_finished()
 
 
 def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
-    config, out, cells, _ = done
+    config, out, planned_runs, _ = done
     other = settings(folder, training={"learning_rate": 0.5})
     with pytest.raises(
         ConfigError, match=r"compared was made with other settings.*training\.learning-rate"
     ):
-        plan_cells(other, parse_methods("fedit", other), [0], out)
-    for cell in (cells[0], cells[3]):
-        changed = Cell(cell.entry, cell.seed, cell.directory, other)
-        for refused in (changed.is_finished, lambda changed=changed: run_cell(changed)):
+        plan_runs(other, parse_methods("fedit", other), [0], out)
+    for planned_run in (planned_runs[0], planned_runs[3]):
+        changed = PlannedRun(planned_run.variant, planned_run.seed, planned_run.directory, other)
+        for refused in (changed.is_finished, lambda changed=changed: execute_run(changed)):
             with pytest.raises(ConfigError, match=r"other settings.*training\.learning-rate"):
                 refused()
     fewer = settings(folder, evaluation={"num_examples": 1}, method={"name": "fedit"})
     with pytest.raises(ConfigError, match=r"evaluation\.num-examples"):
-        run_cell(Cell(cells[3].entry, 0, cells[3].directory, fewer))
+        execute_run(PlannedRun(planned_runs[3].variant, 0, planned_runs[3].directory, fewer))
 
 
 # ── the result ──
 
 
 def test_what_is_written_and_read_back(done):
-    config, out, cells, comparison = done
+    config, out, planned_runs, comparison = done
     assert comparison.methods == METHODS.split(",") and comparison.baseline == "fedit"
     assert len(comparison.method_runs) == 10
     table = json.loads((out / "comparison.json").read_text())
@@ -323,8 +323,16 @@ def test_what_is_written_and_read_back(done):
     )
     by_name = {one["method"]: one for one in table["summary"]}
     for name in ("fedmomentum", "local"):
-        own = {cell.seed: cell.loss for cell in comparison.method_runs if cell.method == name}
-        base = {cell.seed: cell.loss for cell in comparison.method_runs if cell.method == "fedit"}
+        own = {
+            planned_run.seed: planned_run.loss
+            for planned_run in comparison.method_runs
+            if planned_run.method == name
+        }
+        base = {
+            planned_run.seed: planned_run.loss
+            for planned_run in comparison.method_runs
+            if planned_run.method == "fedit"
+        }
         assert by_name[name]["loss_difference"]["mean"] == pytest.approx(
             sum(own[s] - base[s] for s in (0, 1)) / 2
         )
@@ -335,9 +343,11 @@ def test_what_is_written_and_read_back(done):
         and by_name["fedit"]["bytes_to_target"]["mean"] > 0
     )
     alone = [timeless(out / folder)[-1]["evaluation"] for folder in local["folders"]]
-    cell = next(cell for cell in comparison.method_runs if cell.method == "local")
-    assert cell.loss == pytest.approx(sum(one["total"]["loss"] for one in alone) / 3)
-    assert cell.by_client["site1"][1] == alone[1]["by_category"]["site1"]["loss"]
+    planned_run = next(
+        planned_run for planned_run in comparison.method_runs if planned_run.method == "local"
+    )
+    assert planned_run.loss == pytest.approx(sum(one["total"]["loss"] for one in alone) / 3)
+    assert planned_run.by_client["site1"][1] == alone[1]["by_category"]["site1"]["loss"]
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert len(rows) == 10 and float(rows[0]["loss"]) == comparison.method_runs[0].loss
     again = read_comparison(out)

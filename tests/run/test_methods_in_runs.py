@@ -16,8 +16,8 @@ from fedmomentum.linalg.probes import NUM_PROBES
 from fedmomentum.lora.adapter import to_tensors
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.tensors import read_safetensors
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
@@ -52,10 +52,10 @@ def recorded(config, out, function=nudge):
 
     found = {}
     for name in config.data.client_files:
-        client, local = prepare_party(config, name, out / "parties" / name)
+        client = prepare_client(config, name, out / "parties" / name)
         client.training_function = function or client.training_function
         found[name] = partial(step, client=client)
-    model = run_over(InProcessTransport(found), config, out / "run")
+    model = run_federation(InProcessTransport(found), config, out / "run")
     return model, seen
 
 
@@ -160,7 +160,7 @@ def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
     config = config_of(folder, "ffalora")
     found = {}
     for name in config.data.client_files:
-        client, local = prepare_party(config, name, tmp_path / name)
+        client = prepare_client(config, name, tmp_path / name)
         client.training_function = nudge
         found[name] = client.handle
 
@@ -169,7 +169,7 @@ def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
         fields["tensors"][key.replace("lora_B", "lora_A")] = torch.zeros(2, 32)
 
     lying = partial(altered(more, "train"), honest=found["site1"])
-    run_over(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
+    run_federation(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
     reason = timeless(tmp_path / "run")[1]["failures"]["site1"]
     assert "lora_A.weight was not asked for; this round takes B" in reason
 
@@ -183,10 +183,10 @@ def test_a_party_with_another_method_is_told_so(folder, tmp_path):
             if name != "site2"
             else from_dict({**to_dict(config), "method": {"name": "fedit"}})
         )
-        client, local = prepare_party(own, name, tmp_path / name)
+        client = prepare_client(own, name, tmp_path / name)
         client.training_function = nudge
         found[name] = client.handle
-    run_over(InProcessTransport(found), config, tmp_path / "run")
+    run_federation(InProcessTransport(found), config, tmp_path / "run")
     assert "the run's method is FedMomentum(" in timeless(tmp_path / "run")[1]["failures"]["site2"]
 
 

@@ -271,11 +271,11 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
 
 
 def compared(config, out, only=None):
-    cells = compare.plan_cells(config, compare.parse_methods("fedit,local", config), [0], out)
+    cells = compare.plan_runs(config, compare.parse_methods("fedit,local", config), [0], out)
     left = [cell for cell in cells if not cell.is_finished()]
     compare.start_comparison(config, out)
     for cell in left[:only]:
-        compare.run_cell(cell)
+        compare.execute_run(cell)
     return len(left), cells
 
 
@@ -285,7 +285,7 @@ def test_a_comparison_goes_on_where_it_was_moved(tmp_path):
     tiny_config(old, num_clients=2)
     (old / "job.toml").write_text(JOB)
     assert compared(load_config(old / "job.toml"), old / "out", only=1)[0] == 3
-    stopped_cell = compare.plan_cells(
+    stopped_cell = compare.plan_runs(
         load_config(old / "job.toml"),
         compare.parse_methods("fedit,local", load_config(old / "job.toml")),
         [0],
@@ -297,7 +297,7 @@ def test_a_comparison_goes_on_where_it_was_moved(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare.run_cell(stopped_cell, callbacks=[Events(stop)])
+        compare.execute_run(stopped_cell, callbacks=[Events(stop)])
     old.rename(new)
     left, cells = compared(load_config(new / "job.toml"), new / "out")
     assert left == 2 and all(cell.is_finished() for cell in cells)

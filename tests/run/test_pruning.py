@@ -13,8 +13,8 @@ from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.lora.peft_model import ADAPTER_NAME, lora_layers
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.tensors import read_safetensors
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
@@ -62,7 +62,7 @@ def ranks(out):
 def parties(config, folder, function=fade):
     found = {}
     for name in config.data.client_files:
-        client, local = prepare_party(config, name, folder / name)
+        client = prepare_client(config, name, folder / name)
         client.training_function = function or client.training_function
         found[name] = client.handle
     return found
@@ -71,7 +71,7 @@ def parties(config, folder, function=fade):
 def test_ranks_fall_where_tails_shrank_and_both_ways_give_equal_hashes(folder, tmp_path):
     config = config_of(folder)
     run = start(config, tmp_path / "one", function=fade)
-    run_over(InProcessTransport(parties(config, tmp_path)), config, tmp_path / "over")
+    run_federation(InProcessTransport(parties(config, tmp_path)), config, tmp_path / "over")
     assert ranks(tmp_path / "one") == RANKS
     assert chain(tmp_path / "one") == chain(tmp_path / "over")
     assert timeless(tmp_path / "one") == timeless(tmp_path / "over")
@@ -142,7 +142,7 @@ def test_payloads_are_the_declared_numbers_at_the_present_rank(folder, tmp_path)
         return answer
 
     found = {name: partial(counted, step=step) for name, step in found.items()}
-    model = run_over(InProcessTransport(found), config, tmp_path / "run")
+    model = run_federation(InProcessTransport(found), config, tmp_path / "run")
     shapes = [matrix.shape for matrix in model.adapter.modules.values()]
     for client, server_round, size in seen:
         rank = RANKS[client][server_round - 1]
@@ -195,7 +195,7 @@ def test_a_rank_that_no_client_can_have_is_refused_by_name(folder, tmp_path, lie
     found = parties(config, tmp_path)
     altering = altered(lambda fields: fields["metrics"].update(next_rank=lie), "train")
     lying = partial(altering, honest=found["site1"])
-    run_over(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
+    run_federation(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
     row = timeless(tmp_path / "run")[1]
     assert list(row["failures"]) == ["site1"] and row["failures"]["site1"].startswith(reason)
     assert row["accepted"] == ["site0", "site2"]

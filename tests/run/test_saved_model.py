@@ -16,8 +16,8 @@ from fedmomentum.evaluation.teacher_forcing import evaluate
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.run.setup import held_out_order, load_data
 from fedmomentum.utils.names import directory_name
 from tests.runs import nudge, start, timeless, tiny_config
@@ -218,10 +218,10 @@ def test_a_served_run_is_put_together_at_the_site(folder, finished, tmp_path, ca
     config = personal_config(folder)
     steps = {}
     for name in NAMES:
-        client, local = prepare_party(config, name, tmp_path / "nodes" / directory_name(name))
+        client = prepare_client(config, name, tmp_path / "nodes" / directory_name(name))
         client.training_function = push
         steps[name] = client.handle
-    run_over(InProcessTransport(steps), config, tmp_path / "served")
+    run_federation(InProcessTransport(steps), config, tmp_path / "served")
     code, _, err = call("evaluate", tmp_path / "served")
     assert (
         code == 2

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.compare import parse_methods, plan_cells, run_cell
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.compare import execute_run, parse_methods, plan_runs
+from fedmomentum.run.networked import run_federation
 from fedmomentum.run.tracking import numbers_of
 from tests.runs import prepare, start, timeless, tiny_config
 
@@ -100,13 +100,13 @@ def test_reporting_changes_no_bit_and_can_begin_with_a_resume(folder, tmp_path):
 def test_served_runs_and_cells_of_a_comparison_report_too(folder, tmp_path):
     config = config_of(folder, "tensorboard")
     parties = {
-        name: prepare_party(config_of(folder), name, tmp_path / name)
+        name: prepare_client(config_of(folder), name, tmp_path / name)
         for name in config.data.client_files
     }
-    steps = {name: client.handle for name, (client, local) in parties.items()}
-    run_over(InProcessTransport(steps), config, tmp_path / "served")
-    (cell,) = plan_cells(config, parse_methods("fedit", config), [1], tmp_path / "compared")
-    run_cell(cell)
+    steps = {name: client.handle for name, client in parties.items()}
+    run_federation(InProcessTransport(steps), config, tmp_path / "served")
+    (cell,) = plan_runs(config, parse_methods("fedit", config), [1], tmp_path / "compared")
+    execute_run(cell)
     for out in (tmp_path / "served", cell.directory):
         assert read_back(out) == wanted(out)
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_reported_to_is_refused_before_anything_is_loaded(
     with pytest.raises(ConfigError, match=words):
         prepare(missing, tmp_path / "run")
     with pytest.raises(ConfigError, match=words):
-        run_over(InProcessTransport({}), missing, tmp_path / "run")
+        run_federation(InProcessTransport({}), missing, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

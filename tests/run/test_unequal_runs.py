@@ -9,8 +9,8 @@ from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.toml import from_dict, to_dict
 from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from tests.runs import chain, nudge, prepare, start, timeless, tiny_config
 
 OWN = {
@@ -82,10 +82,10 @@ def test_models_of_one_process_share_all_weights_but_those_of_adapted_modules(fo
 def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path, own):
     config, found = config_of(folder, own), {}
     for name in config.data.client_files:
-        client, local = prepare_party(config, name, tmp_path / name)
+        client = prepare_client(config, name, tmp_path / name)
         client.training_function = nudge
         found[name] = client.handle
-    run_over(InProcessTransport(found), config, tmp_path / "over")
+    run_federation(InProcessTransport(found), config, tmp_path / "over")
     start(config, tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
     assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
@@ -151,10 +151,10 @@ def test_a_party_that_trains_something_else_than_the_run_wants_is_told_so(folder
     config, found = config_of(folder, "ranks"), {}
     other = from_dict({**to_dict(config), "lora": {**to_dict(config)["lora"], "clients": {}}})
     for name in config.data.client_files:
-        client, local = prepare_party(config if name != "site1" else other, name, tmp_path / name)
+        client = prepare_client(config if name != "site1" else other, name, tmp_path / name)
         client.training_function = nudge
         found[name] = client.handle
-    run_over(InProcessTransport(found), config, tmp_path / "over")
+    run_federation(InProcessTransport(found), config, tmp_path / "over")
     assert "the run has this client train {" in timeless(tmp_path / "over")[1]["failures"]["site1"]
 
 

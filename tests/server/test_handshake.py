@@ -11,8 +11,8 @@ from fedmomentum.errors import ConfigError, QuorumError
 from fedmomentum.global_model.model import GlobalModel, object_names
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.tensors import safetensors_bytes
 from tests.runs import Events, altered, chain, nudge, objects, start, timeless, tiny_config
 from tests.tiny import tiny_llama
@@ -23,18 +23,18 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-def parties(config, folder, names=("site0", "site1", "site2"), function=nudge):
+def make_clients(config, folder, names=("site0", "site1", "site2"), function=nudge):
     """Each party with its own model, data and store, as on machines of their own."""
-    found = {}
+    clients = {}
     for name in names:
-        client, local = prepare_party(config, name, folder / name)
+        client = prepare_client(config, name, folder / name)
         client.training_function = function or client.training_function
-        found[name] = client, local
-    return found
+        clients[name] = client
+    return clients
 
 
-def steps(found):
-    return {name: client.handle for name, (client, _) in found.items()}
+def handlers(clients):
+    return {name: client.handle for name, client in clients.items()}
 
 
 def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path):
@@ -46,9 +46,9 @@ def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path):
         )
         for name in ("site0", "site1", "site2")
     }
-    found = {name: parties(own[name], tmp_path, [name])[name] for name in own}
+    clients = {name: make_clients(own[name], tmp_path, [name])[name] for name in own}
     server = replace(config, data=replace(config.data, client_files={}))  # the server has no data
-    run_over(InProcessTransport(steps(found)), server, tmp_path / "over")
+    run_federation(InProcessTransport(handlers(clients)), server, tmp_path / "over")
     start(config, tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
     assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
@@ -61,15 +61,17 @@ def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path):
 
 def test_a_run_over_a_transport_resumes_where_it_was(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 3})
-    found = steps(parties(config, tmp_path))
+    clients = handlers(make_clients(config, tmp_path))
 
     def stop(event, facts):
         if event == "aggregate" and len(list((tmp_path / "over" / "rounds").iterdir())) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_over(InProcessTransport(found), config, tmp_path / "over", callbacks=[Events(stop)])
-    run_over(InProcessTransport(found), config, tmp_path / "over", resume=True)
+        run_federation(
+            InProcessTransport(clients), config, tmp_path / "over", callbacks=[Events(stop)]
+        )
+    run_federation(InProcessTransport(clients), config, tmp_path / "over", resume=True)
     start(config, tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
 
@@ -77,12 +79,12 @@ def test_a_run_over_a_transport_resumes_where_it_was(folder, tmp_path):
 def test_a_party_without_data_is_told_so(folder, tmp_path):
     config = tiny_config(folder)
     with pytest.raises(ConfigError, match="names site0, site1, site2; this client is nobody"):
-        prepare_party(config, "nobody", tmp_path)
+        prepare_client(config, "nobody", tmp_path)
     generated = replace(config.data, client_files={}, source="reasoning-gym", category_column=None)
     with pytest.raises(ConfigError, match="divided among client-0, .*; this client is site0"):
-        prepare_party(replace(config, data=generated), "site0", tmp_path)
+        prepare_client(replace(config, data=generated), "site0", tmp_path)
     with pytest.raises(ConfigError, match="data.source must be given"):
-        prepare_party(
+        prepare_client(
             replace(config, data=replace(config.data, client_files={})), "site0", tmp_path
         )
 
@@ -204,23 +206,23 @@ BAD = {
 def test_a_bad_description_is_refused_by_name_and_another_starts_the_run(folder, tmp_path, name):
     change, words = BAD[name]
     config = tiny_config(folder, federation={"num_rounds": 1})
-    honest = steps(parties(config, tmp_path, ["site0", "site1"]))
+    honest = handlers(make_clients(config, tmp_path, ["site0", "site1"]))
     spoilt = honest | {
         "site0": lambda payload: altered(change, "describe")(payload, honest["site0"])
     }
-    run_over(InProcessTransport(spoilt), config, tmp_path / "over")  # site1 starts it
+    run_federation(InProcessTransport(spoilt), config, tmp_path / "over")  # site1 starts it
     with pytest.raises(QuorumError, match=words):
-        run_over(InProcessTransport({"site0": spoilt["site0"]}), config, tmp_path / "alone")
+        run_federation(InProcessTransport({"site0": spoilt["site0"]}), config, tmp_path / "alone")
 
 
 def test_the_commonest_base_is_the_runs_and_others_sit_out(folder, tmp_path, caplog):
     config = tiny_config(folder, federation={"num_rounds": 1})
     other = tiny_llama(tmp_path / "other", seed=5)
-    found = parties(config, tmp_path, ["site1", "site2"])
-    found |= parties(
+    clients = make_clients(config, tmp_path, ["site1", "site2"])
+    clients |= make_clients(
         replace(config, model=replace(config.model, name=str(other))), tmp_path, ["site0"]
     )
-    run_over(InProcessTransport(steps(found)), config, tmp_path / "over")
+    run_federation(InProcessTransport(handlers(clients)), config, tmp_path / "over")
     assert "site0 has another base model" in caplog.text
     row = timeless(tmp_path / "over")[1]
     assert (
@@ -231,11 +233,11 @@ def test_the_commonest_base_is_the_runs_and_others_sit_out(folder, tmp_path, cap
 
 def test_a_client_with_another_lora_is_refused_by_name(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 1})
-    found = parties(config, tmp_path, ["site0", "site1"])
-    found |= parties(
+    clients = make_clients(config, tmp_path, ["site0", "site1"])
+    clients |= make_clients(
         replace(config, lora=replace(config.lora, lora_alpha=4.0)), tmp_path, ["site2"]
     )
-    run_over(InProcessTransport(steps(found)), config, tmp_path / "over")
+    run_federation(InProcessTransport(handlers(clients)), config, tmp_path / "over")
     reason = timeless(tmp_path / "over")[1]["failures"]["site2"]
     assert (
         "the run has this client train {'rank': 2, 'lora_alpha': 6.0" in reason
@@ -246,7 +248,7 @@ def test_a_client_with_another_lora_is_refused_by_name(folder, tmp_path):
 def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
     """One that names other modules, or another base, decides nothing, whatever its name sorts before."""
     config = tiny_config(folder, federation={"num_rounds": 1})
-    honest = steps(parties(config, tmp_path))
+    honest = handlers(make_clients(config, tmp_path))
 
     def another_module(fields):
         for key in ("shapes", "scalings"):
@@ -258,14 +260,14 @@ def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
     spoilt = honest | {
         "site0": lambda payload: altered(another_module, "describe")(payload, honest["site0"])
     }
-    model = run_over(InProcessTransport(spoilt), config, tmp_path / "over")
+    model = run_federation(InProcessTransport(spoilt), config, tmp_path / "over")
     assert not any("x_proj" in module for module in model.adapter.modules)
     assert "site0 adapts other modules than the run" in caplog.text
     two = {name: spoilt[name] for name in ("site0", "site1")}
     with pytest.raises(
         QuorumError, match="disagree on the base model or on what is adapted.*site0: .*; site1: "
     ):
-        run_over(InProcessTransport(two), config, tmp_path / "two")
+        run_federation(InProcessTransport(two), config, tmp_path / "two")
     assert not (tmp_path / "two" / "config.toml").exists()
 
 
@@ -287,26 +289,29 @@ def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):
         QuorumError,
         match="site0: .*not safetensors.*site1: .*protocol|site2: missing: no answer in time",
     ):
-        run_over(Silent(bad), config, tmp_path / "over")
+        run_federation(Silent(bad), config, tmp_path / "over")
 
 
 def test_a_client_that_divides_its_examples_otherwise_is_warned_of(folder, tmp_path, caplog):
     """It comes back with another seed, and would be scored on what it trained on before; resumed or not."""
     config = tiny_config(folder, federation={"num_rounds": 3})
-    found = parties(config, tmp_path)
+    clients = make_clients(config, tmp_path)
 
     def stop(event, facts):
         if event == "aggregate" and len(list((tmp_path / "over" / "rounds").iterdir())) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_over(
-            InProcessTransport(steps(found)), config, tmp_path / "over", callbacks=[Events(stop)]
+        run_federation(
+            InProcessTransport(handlers(clients)),
+            config,
+            tmp_path / "over",
+            callbacks=[Events(stop)],
         )
     assert "divides its examples otherwise" not in caplog.text
     other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
-    found |= parties(other, tmp_path, ["site1"])
-    run_over(InProcessTransport(steps(found)), config, tmp_path / "over", resume=True)
+    clients |= make_clients(other, tmp_path, ["site1"])
+    run_federation(InProcessTransport(handlers(clients)), config, tmp_path / "over", resume=True)
     warnings = [
         record.message
         for record in caplog.records
@@ -337,8 +342,8 @@ def test_whoever_missed_rounds_ends_with_the_same_bytes(folder, tmp_path_factory
         federation={"num_rounds": 6, "min-valid-fraction": 0.01},
         evaluation={"every": 0},
     )
-    found = parties(config, out)
-    honest = steps(found)
+    clients = make_clients(config, out)
+    honest = handlers(clients)
     away = {
         name: data.draw(st.sets(st.integers(1, 5)), label=f"{name} is away in")
         for name in ("site1", "site2")
@@ -359,11 +364,11 @@ def test_whoever_missed_rounds_ends_with_the_same_bytes(folder, tmp_path_factory
                     wiped[name] = wiped[name] - {task.server_round}
                     for file in (out / name).rglob("*.safetensors"):
                         file.unlink()
-                    found[name][0].store.cache.clear()
-                    found[name][1].base_weights.apply([])
+                    clients[name].store.cache.clear()
+                    clients[name].model.base_weights.apply([])
                 yield from super().send_and_receive({name: payload})
 
-    model = run_over(Flaky(honest), config, out / "over")
+    model = run_federation(Flaky(honest), config, out / "over")
     rows = timeless(out / "over")
     for name, gone in away.items():
         assert [n for n in range(1, 7) if name in rows[n]["failures"]] == sorted(gone)
@@ -371,7 +376,8 @@ def test_whoever_missed_rounds_ends_with_the_same_bytes(folder, tmp_path_factory
         first = model.base_update[0].matrices
         assert all(isinstance(matrix, torch.Tensor) for matrix in first.values())
     weights = {}
-    for name, (_, local) in found.items():
+    for name, client in clients.items():
+        local = client.model
         local.load_global_model(model)
         weights[name] = {
             module: local.base_weights.weight(module).clone()

@@ -12,8 +12,8 @@ from fedmomentum.data.examples import Example
 from fedmomentum.data.tokenization import prompt_token_ids, tokenize
 from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.transport import InProcessTransport
-from fedmomentum.run.client_setup import prepare_party
-from fedmomentum.run.networked import run_over
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.chat_date import DEFAULT_DATE, date_arguments, set_chat_date
 from tests.runs import chain, nudge, prepare, start, timeless, tiny_config
 from tests.tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -240,10 +240,10 @@ def test_a_party_with_another_date_sits_out_where_its_template_would_show_it(
     other = replace(config, model=replace(config.model, chat_date="2030-02-01"))
     steps = {}
     for client_id, settings in (("site0", config), ("site1", config), ("site2", other)):
-        client, local = prepare_party(settings, client_id, tmp_path / client_id)
+        client = prepare_client(settings, client_id, tmp_path / client_id)
         client.training_function = nudge
         steps[client_id] = client.handle
-    run_over(InProcessTransport(steps), config, tmp_path / "run")
+    run_federation(InProcessTransport(steps), config, tmp_path / "run")
     row = timeless(tmp_path / "run")[1]
     assert row["accepted"] == ["site0", "site1"] + ["site2"] * (not is_refused)
     if is_refused:

@@ -56,8 +56,8 @@ def truncated_svd(
     round-off of float32 relative to the sum.
 
     Args:
-        matrices: n matrices of one shape.
-        weights: n finite numbers.
+        matrices: N matrices of one shape.
+        weights: N finite numbers.
         rank: How many directions, at least 1.
         extra: More matrices of that shape, each with weight 1.
         dtype: Float32 or float64: that of the residual, and in which tall products may be computed.

@@ -54,7 +54,7 @@ def mean_rows(
     Args:
         A: `(R, in)`, a stack that begins with the rows of n clients of that rank.
         lengths: `(R,)`, the norms of the rows.
-        weights: n weights.
+        weights: N weights.
         rank: The clients' rank.
 
     Returns:

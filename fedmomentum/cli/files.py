@@ -1,11 +1,15 @@
-"""Files that come with the package for people to copy: configurations, systemd units, nginx."""
+"""`fedmomentum files`: example configurations, systemd units and an nginx configuration."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from fedmomentum.cli.options import OUT
 from fedmomentum.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +21,31 @@ SHIPPED: Mapping[str, str] = {
     "deploy/nginx.conf": "nginx in front of a server",
 }
 """Path of each file within the package, and what it is."""
+
+
+def files(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...", help="which to copy [default: all]", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="directory to copy to [default: only list them]", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """List or copy the files that come with the package: example configurations, service units."""
+    if out is not None:
+        for target in copy_package_files(out, names or []):
+            OUT.print(str(target), markup=False, soft_wrap=True)
+        return
+    if names:
+        raise ConfigError("give the directory to copy to: --out DIR")
+    for name, description in SHIPPED.items():
+        OUT.print(f"{ROOT / name}  {description}", markup=False, soft_wrap=True)
 
 
 def copy_package_files(directory: Path, names: list[str]) -> list[Path]:
