@@ -243,8 +243,9 @@ def _owners(function: Callable[..., Any]) -> list[ModuleType | type]:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] != "fedmomentum":
             continue
-        classes = [value for value in vars(module).values() if isinstance(value, type)]
-        for owner in (module, *classes):
+        candidates: list[ModuleType | type] = [module]
+        candidates += [value for value in vars(module).values() if isinstance(value, type)]
+        for owner in candidates:
             if vars(owner).get(function.__name__) is function:
                 owners[id(owner)] = owner
     return list(owners.values())

@@ -27,7 +27,7 @@ from gpu_models import (
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
-from training_speed import optimiser, padded_loss, step
+from training_speed import new_optimizer, padded_loss, step
 from transformers import AutoModelForCausalLM
 
 from fedmomentum import FedMomentum, LowRank
@@ -81,11 +81,11 @@ def random_examples(size: Size, vocabulary: int) -> TokenizedExamples:
 
 def plain_peft(folder: Path, device: torch.device) -> Any:
     """Load the base in bfloat16 and put a LoRA adapter on it, as PEFT's documentation has it."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     config = PeftLoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base, config)
+    return get_peft_model(base.to(device), config)
 
 
 def plain_training(
@@ -93,7 +93,7 @@ def plain_training(
 ) -> None:
     """Train in a plain loop with the batches, loss, optimizer and clipping of `train`."""
     model.train()
-    adamw = optimiser(model)
+    adamw = new_optimizer(model)
     for _ in range(steps):
         batch = completion_batch(examples.input_ids, examples.num_prompt_tokens, 0)
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
