@@ -219,10 +219,12 @@ def compare_exports(
 
     def logits(wanted: Any) -> Tensor:
         with torch.no_grad():
-            return wanted.eval()(input_ids=input_ids).logits.double()
+            output: Tensor = wanted.eval()(input_ids=input_ids).logits
+        return output.double()
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.to(device)
 
     lora = local.client_lora
     wide = LocalModel(
@@ -368,7 +370,8 @@ def _ways(device: torch.device) -> dict[str, Way]:
 
 def _forward(layer: nn.Module, x: Tensor, way: Way) -> Tensor:
     with torch.no_grad(), way():
-        return layer(x)
+        output: Tensor = layer(x)
+    return output
 
 
 def _residuals(
