@@ -4,7 +4,7 @@
 
 Each is a process of its own and writes `<name>.json` into the folder; `all.json` there holds
 everything, with the machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked
-for. One that fails is named in the end, and the others run all the same. A target that is not met
+for. One that fails is named in the end, and the others still run. A target that is not met
 is no failure.
 """
 
@@ -109,6 +109,7 @@ def report(targets: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def main() -> int:
+    """Run the benchmarks that are named; return 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks", description=str(__doc__).splitlines()[0]
     )

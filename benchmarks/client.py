@@ -146,7 +146,7 @@ def _print_merges(rows: list[dict[str, Any]]) -> None:
 
 
 def _peak_mb(side: Callable[[], Any]) -> float:
-    """Return the MB by which the process grows while `side` runs, at most; NaN but on Linux."""
+    """Return the MB by which the process grows while `side` runs, at most; NaN except on Linux."""
     side()  # threads and buffers of the libraries, once
     status = Path("/proc/self/status")
     if not status.is_file():

@@ -153,12 +153,12 @@ class Target:
 
     @classmethod
     def at_least(cls, name: str, bound: float, got: float) -> Target:
-        """Met where `got >= bound`."""
+        """Return a target that is met where `got >= bound`."""
         return cls(name, f"at least {bound:g}", got, got >= bound)
 
     @classmethod
     def at_most(cls, name: str, bound: float, got: float) -> Target:
-        """Met where `got <= bound`."""
+        """Return a target that is met where `got <= bound`."""
         return cls(name, f"at most {bound:g}", got, got <= bound)
 
 
