@@ -1,8 +1,8 @@
 """The factors that a client keeps for itself, and the model that they make with the global part.
 
-Some methods share one factor and leave the other with each client (`Method.personal`). Such a run
-has no one global model, but one model per client. A client's own factors are state that it carries
-from round to round; see `client_state` for their files.
+Some methods share one factor and leave the other with each client (`Method.personal_factors`). Such
+a run has no one global model, but one model per client. A client's own factors are state that it
+carries from round to round; see `client_state` for their files.
 """
 
 from __future__ import annotations
