@@ -51,6 +51,7 @@ def train_task(model: GlobalModel, objects: dict[str, bytes]) -> Task:
         seed=0,
         probe_seed=0,
         uplink_dtype="float32",
+        optimizer_state="fresh",
     )
     return Task("run", "client", 2, request, objects)
 

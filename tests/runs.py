@@ -222,6 +222,7 @@ def train_task(
         "seed": 0,
         "probe_seed": 0,
         "uplink_dtype": "float32",
+        "optimizer_state": "fresh",
     }
     return Task("run", client_id, server_round, TrainRequest(**request | fields), objects or {})
 

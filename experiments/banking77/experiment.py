@@ -85,7 +85,7 @@ def main() -> int:
             if not chosen.tune_only:
                 compare_all(config, rates, out / name)
                 if chosen.publish:
-                    publish(out, name)
+                    publish(out, name, HERE / "results" / name)
     return 0
 
 
@@ -106,21 +106,28 @@ def labeled(method: str, rate: float) -> str:
     return f"{method}{';' if ':' in method else ':'}training.learning-rate={rate:g}"
 
 
-def choose_rate(config: Config, method: str, out: Path) -> dict[str, Any]:
+def choose_rate(
+    config: Config,
+    method: str,
+    out: Path,
+    *,
+    grid: Sequence[float] = GRID,
+    start: tuple[int, int] = START,
+) -> dict[str, Any]:
     """Return the method's learning rate by the rule, and every score it was chosen from."""
-    first, end = START
+    first, end = start
     scores: dict[float, float] = {}
     while True:
-        for rate in GRID[first:end]:
+        for rate in grid[first:end]:
             if rate not in scores:
                 label = labeled(method, rate)
                 folders = run_all(config, [label], TUNING_SEEDS, out)
                 scores[rate] = statistics.mean(final_score(folder) for folder in folders)
                 print(f"{out.name} {label}: {scores[rate]:.4f}", flush=True)
         best = max(scores, key=lambda rate: (scores[rate], -rate))
-        if best == GRID[first] and first > 0:
+        if best == grid[first] and first > 0:
             first -= 1
-        elif best == GRID[end - 1] and end < len(GRID):
+        elif best == grid[end - 1] and end < len(grid):
             end += 1
         else:
             return {
@@ -199,9 +206,8 @@ def reproduce(out: Path, what: str) -> int:
     return int(not is_equal)
 
 
-def publish(out: Path, name: str) -> None:
+def publish(out: Path, name: str, results: Path) -> None:
     """Copy what is kept with the code: scores, learning rates, the page's data."""
-    results = HERE / "results" / name
     shutil.rmtree(results, ignore_errors=True)
     shutil.copytree(out / name / "comparison-data", results / "comparison-data")
     for copied in ("comparison.csv", "comparison.json"):

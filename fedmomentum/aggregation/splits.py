@@ -65,6 +65,52 @@ def aligned_split(
     return B @ rotation.mT, rotation @ A, False
 
 
+def procrustes_split(
+    U: Tensor,
+    S: Tensor,
+    Vh: Tensor,
+    mean: LowRank,
+    *,
+    reference: LowRank | None,
+    generator: torch.Generator,
+) -> LowRank:
+    r"""Return the balanced split, rotated to the clients' mean factors.
+
+    With `X = U S^1/2`, `Y = S^1/2 V^T` and the mean factors `B_m`, `A_m` of rank r::
+
+        B = X O^T,  A = O Y,  O = argmin ||O Y - A_m||_F^2 + ||X O^T - B_m||_F^2
+
+    over `(r, m)` matrices with orthonormal columns; the minimum is `O = Q P^T` where
+    `P Sigma Q^T = svd(Y A_m^T + X^T B_m)`. The product is that of the balanced split, and each row
+    of A stays next to the row that the clients trained, so that an optimizer's moments keep their
+    meaning. With fewer directions than rows, the r - m combinations of rows that O leaves out get
+    rows of A as in `pad_rank`.
+
+    Args:
+        U: `(out, m)`.
+        S: `(m,)`.
+        Vh: `(m, in)`.
+        mean: The clients' weighted mean factors, of rank r >= m.
+        reference: The adapter that the clients started from, if any.
+        generator: Samples spare rows.
+
+    Returns:
+        The factors, of rank r.
+    """
+    X, Y = balanced_split(U, S, Vh)
+    m = len(S)
+    alignment = Y @ mean.A.mT + X.mT @ mean.B  # (m, r)
+    P, _, Qh = torch.linalg.svd(alignment, full_matrices=True)
+    rotation = Qh.mT[:, :m] @ P.mT  # (r, m)
+    B = X @ rotation.mT
+    A = rotation @ Y
+    num_spare = mean.rank - m
+    if num_spare:
+        # These combinations of rows are zero in B; in A they must not be, or they never train.
+        A = A + Qh.mT[:, m:] @ fill_rows(Vh, num_spare, reference, generator)
+    return LowRank(B, A)
+
+
 def pad_rank(
     B: Tensor,
     A: Tensor,

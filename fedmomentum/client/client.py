@@ -7,6 +7,7 @@ clients it plays: they share a `LocalModel`, which is set to the global model of
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ import torch
 from fedmomentum.client.work import Worker, WorkResult
 from fedmomentum.data.split import split_fingerprint
 from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import PersonalFactors
+from fedmomentum.global_model.shared_moments import SharedMoments
 from fedmomentum.protocol.codec import decode_task, encode_reply
 from fedmomentum.protocol.messages import (
     SECONDS,
@@ -31,6 +34,7 @@ from fedmomentum.protocol.messages import (
 from fedmomentum.utils.chat_date import check_chat_date
 
 if TYPE_CHECKING:
+    from fedmomentum.aggregation.moments import Moments
     from fedmomentum.client.store import ClientStore
     from fedmomentum.config.schema import LoraConfig
     from fedmomentum.global_model.model import GlobalModel
@@ -69,7 +73,7 @@ class Client(Worker):
         started = time.perf_counter()
 
         received = self.store.receive(task, self.model.fresh)
-        needed = set(request.manifest.needed)
+        needed = set(request.needed)
         if isinstance(received, MissingObjects):
             cached = needed - set(received.missing)
             return self._reply(task, WorkResult(received, 1, {}), cached_objects=cached)
@@ -79,8 +83,10 @@ class Client(Worker):
         loaded = time.perf_counter()
 
         if isinstance(request, TrainRequest):
-            result = self.run_training(request, task.server_round)
+            moments = self._start_moments(task, request)
+            result = self.run_training(request, task.server_round, moments)
             self._save_personal(task, client_lora)
+            self._save_moments(task, request, {**(moments or {}), **result.moments})
         else:
             result = self.run_evaluation(request, received)
         seconds = [loaded - started, time.perf_counter() - loaded]
@@ -190,5 +196,49 @@ class Client(Worker):
                 scaling=client_lora.scaling,
                 mixed=self.model.is_mixed or self.method.prunes,
                 tensors=tensors,
+            )
+        )
+
+    # ── the optimizer's moments ──
+
+    def _start_moments(self, task: Task, request: TrainRequest) -> dict[str, Moments] | None:
+        """Return what the optimizer starts with; None for a fresh one that reports nothing.
+
+        Raises:
+            ModelError: If the client's own moments are damaged, or of another form than the
+                adapter.
+            PayloadError: If the shared moments are not of the adapter's form.
+        """
+        if request.optimizer_state == "fresh":
+            return None
+        if request.optimizer_state == "local":
+            last_round = task.server_round - 1
+            state = self.store.load_state(LocalMoments, task.run_id, self.client_id, last_round)
+            return {} if state is None else state.start_moments(self.model.detached_factors())
+        if request.moments is None:
+            return {}
+        shapes = {}
+        for key, factor in self.model.personal_factors("BA").items():
+            shapes[key] = (factor.shape[0], factor.shape[1])
+        is_full = request.optimizer_state == "shared-full"
+        stored = self.store.read(request.moments)
+        return dict(SharedMoments.read(stored, shapes, is_full=is_full).moments)
+
+    def _save_moments(
+        self, task: Task, request: TrainRequest, moments: Mapping[str, Moments]
+    ) -> None:
+        """Save the client's own moments as this round's training left them.
+
+        A factor that was not trained keeps those of an earlier round.
+        """
+        if request.optimizer_state != "local":
+            return
+        self.store.save_state(
+            LocalMoments(
+                client=self.client_id,
+                run_id=task.run_id,
+                server_round=task.server_round,
+                factors=self.model.detached_factors(),
+                moments=moments,
             )
         )

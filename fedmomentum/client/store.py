@@ -70,7 +70,7 @@ class ClientStore:
         request = task.request
         if isinstance(request, DescribeRequest):
             raise TypeError("a describe task names no global model")
-        needed = set(request.manifest.needed)
+        needed = set(request.needed)
 
         # Keep what was sent, but nothing that the request does not name.
         named = needed.union(*(recipe.fetched for recipe in request.recipes))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedmomentum.aggregation.moments import Moments
 from fedmomentum.aggregation.update_filter import ClientUpdate, UpdateFilter
 from fedmomentum.evaluation.teacher_forcing import evaluate
+from fedmomentum.global_model.shared_moments import encode_means, encode_moments
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import stack_probes
 from fedmomentum.lora.adapter import Adapter, to_tensors
@@ -18,6 +20,7 @@ from fedmomentum.lora.half_precision import encode_factors, rounding_error, roun
 from fedmomentum.protocol.messages import (
     BASE_PROBES,
     EFFECTIVE_PROBES,
+    OPTIMIZER,
     Answer,
     DescribeRequest,
     Description,
@@ -50,11 +53,13 @@ class WorkResult:
         answer: What the reply says.
         num_examples: The number of examples behind the answer; its weight.
         tensors: What the reply carries.
+        moments: The optimizer's moments after a training, of the factors that it trained.
     """
 
     answer: Answer
     num_examples: int
     tensors: dict[str, Tensor]
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -110,8 +115,19 @@ class Worker:
 
     # ── train ──
 
-    def run_training(self, request: TrainRequest, server_round: int) -> WorkResult:
+    def run_training(
+        self,
+        request: TrainRequest,
+        server_round: int,
+        moments: Mapping[str, Moments] | None = None,
+    ) -> WorkResult:
         """Train the loaded model; return what the method uploads, and probes of the result.
+
+        Args:
+            request: What to train.
+            server_round: The round.
+            moments: `<module>.<factor>` to the optimizer's moments to start with; None for a fresh
+                optimizer whose moments are not wanted.
 
         Raises:
             ConfigError: If the training function returns something other than a report.
@@ -122,8 +138,12 @@ class Worker:
         start = model.adapter(self.client_id) if self.update_filter else None
         start_factors = [_detached_copy(m) for m in model.live_factors()] if method.prunes else []
 
-        with model.training_only(method.trained_factors(server_round)):
-            report = self._train_model(request)
+        trained_factors = method.trained_factors(server_round)
+        with model.training_only(trained_factors):
+            names = model.parameter_names(trained_factors)
+            report = self._train_model(request, _renamed(moments, names))
+        factors = model.personal_factors(trained_factors)
+        trained_moments = _by_factor(report, names, factors)
 
         trained = model.adapter(self.client_id)
         if self.update_filter is not None and start is not None:
@@ -134,19 +154,27 @@ class Worker:
         dtype = wire_dtype(request.uplink_dtype)
         tensors = encode_factors(_uploaded(trained, method.uploaded_factors(server_round)), dtype)
         tensors |= self._probe_tensors(request.probe_seed)
+        tensors |= _shared_tensors(request, trained_moments)
 
         next_rank = None
         if method.prunes:
             with torch.no_grad():
                 next_rank = method.next_rank(request.lora.rank, start_factors, model.live_factors())
         result = TrainResult(
-            **asdict(report),
+            loss=report.loss,
+            first_loss=report.first_loss,
+            last_loss=report.last_loss,
+            num_steps=report.num_steps,
+            num_tokens=report.num_tokens,
             rounding=rounding_error(trained, roundtrip(trained, dtype)),
             next_rank=next_rank,
+            learning_rate_sum=report.learning_rate_sum or 0.0,
         )
-        return WorkResult(result, len(self.train), tensors)
+        return WorkResult(result, len(self.train), tensors, trained_moments)
 
-    def _train_model(self, request: TrainRequest) -> TrainReport:
+    def _train_model(
+        self, request: TrainRequest, moments: Mapping[str, Moments] | None
+    ) -> TrainReport:
         """Train the live adapter with the hyperparameters of a request."""
         method = self.method
 
@@ -165,6 +193,7 @@ class Worker:
             seed=request.seed,
             on_step=self._report_step,
             penalty=penalty if has_penalty else None,
+            moments=moments,
         )
 
     def _report_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -236,6 +265,44 @@ def _uploaded(adapter: Adapter, factors: str) -> dict[str, Tensor]:
         if not any(kind in name for kind in retained):
             uploaded[name] = tensor
     return uploaded
+
+
+def _renamed(
+    moments: Mapping[str, Moments] | None, names: Mapping[str, str]
+) -> dict[str, Moments] | None:
+    """Return the moments under the names of the model's parameters, of those that are trained."""
+    if moments is None:
+        return None
+    return {name: moments[key] for key, name in names.items() if key in moments}
+
+
+def _by_factor(
+    report: TrainReport, names: Mapping[str, str], factors: Mapping[str, Tensor]
+) -> dict[str, Moments]:
+    """Return a report's moments under `<module>.<factor>`; nothing where it has none.
+
+    A factor that never had a gradient has moments of zero.
+    """
+    if not report.moments:
+        return {}
+    example = next(iter(report.moments.values()))
+    moments = {}
+    for key, name in names.items():
+        zero = torch.zeros_like(factors[key], dtype=torch.float32, requires_grad=False)
+        second = None if example.second is None else zero
+        moments[key] = report.moments.get(name, Moments(zero, second, example.step))
+    return moments
+
+
+def _shared_tensors(request: TrainRequest, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Return what the reply holds of the optimizer's moments."""
+    if request.optimizer_state == "shared":
+        encoded = encode_means(moments)
+    elif request.optimizer_state == "shared-full":
+        encoded = encode_moments(moments)
+    else:
+        encoded = {}
+    return {OPTIMIZER + key: tensor for key, tensor in encoded.items()}
 
 
 def _stacked(probes: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

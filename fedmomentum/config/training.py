@@ -12,6 +12,7 @@ from fedmomentum.config.fields import option, require, require_at_least, require
 DEFAULT_LOCAL_STEPS = 10
 """Steps a round where a configuration gives neither steps nor epochs."""
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZER_STATES = ("fresh", "shared", "shared-full", "local")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What each client does in a round. The optimizer is a new one every round."""
+    """What each client does in a round."""
 
     local_steps: int | None = option(
         None, "optimizer steps a round; this or local-epochs (default: 10 steps)"
@@ -50,6 +51,12 @@ class TrainingConfig:
     learning_rate: float = option(1e-3, "learning rate of the first round")
     learning_rate_schedule: str = option(
         "constant", "over the rounds: constant, linear or cosine (to a tenth)"
+    )
+    optimizer_state: str = option(
+        "fresh",
+        "what the optimizer starts a round with: fresh (nothing), shared (the mean of the clients' "
+        "moments, of which means are sent), shared-full (the same, sent in full), local (each "
+        "client's own moments)",
     )
     function: str | None = option(
         None, "your own training function, module:function; see docs/training.md"
@@ -74,6 +81,7 @@ class TrainingConfig:
             require(self.local_epochs > 0, "training.local-epochs", self.local_epochs, "above 0")
         require_at_least("training.batch-size", self.batch_size, 1)
         require(self.learning_rate > 0, "training.learning-rate", self.learning_rate, "above 0")
+        require_choice("training.optimizer-state", self.optimizer_state, OPTIMIZER_STATES)
         require_choice(
             "training.learning-rate-schedule",
             self.learning_rate_schedule,

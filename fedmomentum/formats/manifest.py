@@ -146,6 +146,8 @@ class RunState(Schema, frozen=True, kw_only=True):
         ranks: With a method that prunes, client to the rank at which it continues.
         recipes: How the last snapshots were made, oldest first.
         splits: Client to the hash of how its examples are divided into training and held-out ones.
+        moments: Hash of the optimizer's moments that the next round starts with; None where there
+            are none.
         settings: The run's configuration as TOML; config.toml is a copy of it for people.
         metrics: The rows of metrics.jsonl up to this round.
         data: Fingerprints of the clients' data, where the process that wrote the run knew them.
@@ -163,12 +165,14 @@ class RunState(Schema, frozen=True, kw_only=True):
     settings: str
     metrics: MetricsPrefix
     data: dict[Text, Fingerprint] | None = None
+    moments: Hash | None = None
 
     @property
     def needed(self) -> frozenset[str]:
-        """Hashes of the objects that the next round's diagnostics and the recipes need."""
+        """Hashes of the objects that only the next round needs."""
         fetched = (name for recipe in self.recipes for name in recipe.fetched)
-        return frozenset((*self.started_from, *self.merged, *fetched))
+        moments = (self.moments,) if self.moments else ()
+        return frozenset((*self.started_from, *self.merged, *fetched, *moments))
 
 
 class ModelFile(Manifest, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ carries from round to round; see `client_state` for their files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +16,21 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from fedmomentum.errors import FedMomentumError, ModelError
+from fedmomentum.errors import ModelError
 from fedmomentum.global_model.client_state import ClientStateFiles
-from fedmomentum.utils.io import sha256
-from fedmomentum.utils.schema import Count, Hash, Label, PositiveCount, Schema, parse_json
-from fedmomentum.utils.tensors import read_metadata, read_safetensors, safetensors_bytes
+from fedmomentum.global_model.state_file import StateHeader, encode_state, read_header, read_state
+from fedmomentum.utils.schema import PositiveCount
 
 # The key of the one pair of metadata in a file.
 _KEY = "personal"
 
 
-class _Header(Schema, frozen=True):
+class _Header(StateHeader, frozen=True, kw_only=True):
     """What a file says of itself."""
 
-    client: Label
-    run_id: Label
-    round: Count
     rank: PositiveCount
     scaling: Annotated[float, Meta(gt=0)]
     mixed: bool
-    sha256: Hash | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +101,7 @@ class PersonalFactors:
             scaling=self.scaling,
             mixed=self.mixed,
         )
-        text = _header_json(header, _digest(header, self.tensors))
-        return safetensors_bytes(self.tensors, (_KEY, text))
+        return encode_state(_KEY, header, self.tensors)
 
     @classmethod
     def read(cls, file: Path) -> PersonalFactors:
@@ -117,18 +110,7 @@ class PersonalFactors:
         Raises:
             ModelError: If it is missing or damaged.
         """
-        try:
-            header = _read_header(file)
-            tensors, _ = read_safetensors(file.read_bytes(), str(file))
-            if _digest(header, tensors) != header.sha256:
-                raise ModelError(f"{file} does not match its checksum")
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-        except FedMomentumError as error:
-            raise ModelError(
-                f"a client's own factors are damaged: {error}. Restore the file from a copy; "
-                "without it this client cannot continue where it stopped"
-            ) from error
+        header, tensors = read_state(file, _KEY, _Header, cls.TITLE)
         return cls(
             client=header.client,
             run_id=header.run_id,
@@ -146,7 +128,7 @@ class PersonalFactors:
         Raises:
             FedMomentumError: If the file is damaged.
         """
-        return _read_header(file).client
+        return read_header(file, _KEY, _Header).client
 
 
 def personal_states(store: Path, run_id: str) -> ClientStateFiles[PersonalFactors]:
@@ -171,23 +153,3 @@ def check_factor(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
         )
     if not bool(torch.isfinite(tensor).all()):
         raise ModelError(f"{name} holds NaN or Inf")
-
-
-def _header_json(header: _Header, digest: str | None) -> str:
-    fields = {name: getattr(header, name) for name in header.__struct_fields__}
-    return json.dumps({**fields, "sha256": digest}, sort_keys=True)
-
-
-def _digest(header: _Header, tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash over everything that a file says, except the hash."""
-    return sha256(_header_json(header, None).encode() + safetensors_bytes(tensors))
-
-
-def _read_header(file: Path) -> _Header:
-    try:
-        if not file.is_file():
-            raise ModelError(f"{file} is no regular file")
-        metadata = read_metadata(file)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    return parse_json(str(metadata.get(_KEY, "")), _Header, str(file), ModelError)

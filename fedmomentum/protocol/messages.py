@@ -31,7 +31,7 @@ from fedmomentum.utils.schema import (
     Text,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 # The largest number of objects that a reply may name.
 MAX_OBJECTS = 100_000
 # The largest number of categories in a client's scores.
@@ -48,10 +48,13 @@ EFFECTIVE_PROBES = "probe.effective"
 SECONDS = "seconds"
 MEASUREMENTS = (BASE_PROBES, EFFECTIVE_PROBES, SECONDS)
 """The small tensors of a reply, besides its factors."""
+# The prefix of a reply's tensors that describe the optimizer's moments.
+OPTIMIZER = "optimizer."
 
 # The version of a base, a SHA-256; empty if none was loaded.
 Version = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 DType = Literal["float32", "float16", "bfloat16"]
+OptimizerState = Literal["fresh", "shared", "shared-full", "local"]
 Positive = Annotated[float, Meta(gt=0)]
 
 
@@ -125,6 +128,11 @@ class ModelRequest(Schema, frozen=True, kw_only=True):
     fresh: FreshAdapter | None = None
     recipes: Annotated[list[Recipe], Meta(max_length=MAX_RECIPES)] = []
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """Hashes of the objects that the client needs for it."""
+        return self.manifest.needed
+
 
 class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_only=True):
     """Train the adapter on the client's data.
@@ -138,6 +146,8 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
         seed: The seed of the order of examples and of dropout.
         probe_seed: The seed of the probes of the trained weights; None for no probes.
         uplink_dtype: The dtype in which the factors travel.
+        optimizer_state: What the optimizer starts with, and what is sent of what it ends with.
+        moments: The moments to start with (`SharedMoments`), by content hash; None for zeros.
     """
 
     learning_rate: Positive
@@ -148,6 +158,13 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
     seed: Seed
     probe_seed: Seed | None
     uplink_dtype: DType
+    optimizer_state: OptimizerState
+    moments: Hash | None = None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Hashes of the objects that the client needs for it."""
+        return self.manifest.needed | ({self.moments} if self.moments else set())
 
     @property
     def hyperparameters(self) -> LocalTraining:
@@ -255,6 +272,8 @@ class TrainResult(Schema, tag_field="kind", tag="train", frozen=True, kw_only=Tr
         num_tokens: The number of completion tokens in the loss.
         rounding: The error of the update in the wire's dtype, relative to its norm.
         next_rank: The rank at which the client continues, for methods that prune.
+        learning_rate_sum: The sum of the learning rates of all steps; 0 where moments are not
+            shared.
     """
 
     loss: float
@@ -264,6 +283,7 @@ class TrainResult(Schema, tag_field="kind", tag="train", frozen=True, kw_only=Tr
     num_tokens: Count
     rounding: Size
     next_rank: PositiveCount | None = None
+    learning_rate_sum: Size = 0.0
 
 
 class EvaluateResult(Schema, tag_field="kind", tag="evaluate", frozen=True, kw_only=True):
@@ -311,7 +331,8 @@ class Reply:
         split: A hash of how the client's examples are split into training and held-out ones. It
             must not change during a run: the model would be scored on examples it was trained on.
         answer: The outcome of the task.
-        tensors: The trained or initial adapter, the probes, and the seconds.
+        tensors: The trained or initial adapter, the probes, the seconds, and what is shared of the
+            optimizer's moments.
     """
 
     run_id: str

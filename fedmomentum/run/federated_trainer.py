@@ -14,9 +14,10 @@ import torch
 from fedmomentum.base_model.loading import pick_dtype
 from fedmomentum.config.toml import to_toml
 from fedmomentum.data.client_data import partition_table
+from fedmomentum.errors import ConfigError
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.global_model.export import export_adapter, export_merged
-from fedmomentum.global_model.personal import personal_states
+from fedmomentum.global_model.states import client_states
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
@@ -148,6 +149,12 @@ class FederatedTrainer:
                 something else.
         """
         loaded = self._load()
+        if self._update_filter is not None and loaded.config.training.optimizer_state != "fresh":
+            raise ConfigError(
+                "an update filter changes factors, and optimizer moments would leave the client "
+                f"unfiltered; training.optimizer-state is {loaded.config.training.optimizer_state}"
+                ", set it to fresh"
+            )
         directory = RunDirectory(self.directory, keep=loaded.config.run.keep_checkpoints)
         try:
             model, state = self._start(directory, loaded)
@@ -259,7 +266,8 @@ class FederatedTrainer:
             return _initial_model(loaded), ServerState(secrets.token_hex(16))
         model, state = resumed
         check_made_from(self.directory, model.server_round, loaded)
-        personal_states(self.directory, state.run_id).discard_after(model.server_round)
+        for states in client_states(self.directory, state.run_id):
+            states.discard_after(model.server_round)
         return model, state
 
     def _describe(self, run: PreparedRun) -> None:

@@ -128,9 +128,34 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
     # Updates are stored in float32, whatever the wire's dtype.
     numbers = adapter.num_parameters()
     spool = 4 * asked * numbers  # widened to float32
+    sent, received = _moment_bytes(config, adapter)
     return _Traffic(
-        up.itemsize * numbers, down.itemsize * numbers, residual, dense, largest_sum, spool
+        uplink=up.itemsize * numbers + sent,
+        adapter=down.itemsize * numbers + received,
+        residual=residual,
+        dense=dense,
+        largest_sum=largest_sum,
+        spool=spool,
     )
+
+
+def _moment_bytes(config: Config, adapter: Adapter) -> tuple[int, int]:
+    """Return the bytes of the optimizer's moments that a client sends, and that it is sent."""
+    state = config.training.optimizer_state
+    # SGD has no second moments.
+    num_seconds = 0 if config.training.arguments.get("optim") == "sgd" else 1
+    numbers = 0
+    means = 0
+    for matrix in adapter.modules.values():
+        out_size, in_size = matrix.shape
+        numbers += matrix.rank * (out_size + in_size)
+        means += num_seconds * (out_size + in_size + 2 * matrix.rank)
+    if state == "shared-full":
+        full = 4 * (1 + num_seconds) * numbers
+        return full, full
+    if state == "shared":
+        return 2 * means, 2 * (numbers + means)
+    return 0, 0
 
 
 def _update_bytes(config: Config, traffic: _Traffic) -> int:

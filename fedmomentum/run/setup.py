@@ -22,11 +22,13 @@ from fedmomentum.data.client_data import load_clients
 from fedmomentum.data.tokenization import EMPTY_EXAMPLES, tokenize
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
+from fedmomentum.global_model.client_state import ClientStateFiles
+from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.server.saved_run import committed_records, saved_settings
-from fedmomentum.training.arguments import check_arguments, check_num_examples
+from fedmomentum.training.arguments import check_arguments, check_num_examples, check_optimizer
 from fedmomentum.utils.plugins import import_object
 from fedmomentum.utils.seeding import derive_seed
 
@@ -69,9 +71,13 @@ def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
         loaded.local.identity
     )
     check_data(out, loaded.data, server_round)
-    if loaded.method.personal_factors and manifest.run is not None:
-        last_trained = _last_trained(committed_records(out, server_round))
-        personal_states(out, manifest.run.run_id).check(last_trained)
+    assert manifest.run is not None  # a run's checkpoint has the server's state
+    run_id = manifest.run.run_id
+    last_trained = _last_trained(committed_records(out, server_round))
+    if loaded.method.personal_factors:
+        personal_states(out, run_id).check(last_trained)
+    if loaded.config.training.optimizer_state == "local":
+        ClientStateFiles(out, run_id, LocalMoments).check(last_trained)
 
 
 def load_run(
@@ -87,6 +93,7 @@ def load_run(
     # Cheap checks come first: nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
+    check_optimizer_state(config, method)
     check_trackers(config.run.report_to)
     function = training_function(config)
     if resume:
@@ -175,6 +182,38 @@ def make_method(config: Config) -> Method:
             "float32"
         )
     return method
+
+
+def check_optimizer_state(config: Config, method: Method) -> None:
+    """Refuse to carry the optimizer's moments where they have no meaning in the next round.
+
+    Raises:
+        ConfigError: If the method starts every round from a fresh adapter, if moments are shared
+            between clients that train different factors, or if the optimizer's moments cannot be
+            read.
+    """
+    state = config.training.optimizer_state
+    if state == "fresh":
+        return
+    key = f"training.optimizer-state = {state}"
+    if method.fresh:
+        raise ConfigError(
+            f"{method.title} starts every round from a fresh adapter, for which earlier moments "
+            f"say nothing; {key} needs a method that continues its adapter. Set it to fresh"
+        )
+    if state != "local":
+        if method.personal_factors:
+            raise ConfigError(
+                f"{method.title} leaves factors with each client, so that clients do not train the "
+                f"same; {key} cannot be used. Set it to local, or fresh"
+            )
+        if config.lora.clients or method.prunes:
+            raise ConfigError(
+                f"{key} needs every client to train the same adapter; lora.clients and methods "
+                "that prune give clients adapters of their own. Set it to local, or fresh"
+            )
+    if config.training.function is None:
+        check_optimizer(config.training.arguments)
 
 
 def training_function(config: Config) -> TrainingFunction | None:

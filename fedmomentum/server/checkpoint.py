@@ -44,7 +44,7 @@ from fedmomentum.formats.metrics_file import (
 from fedmomentum.formats.run_files import DATA
 from fedmomentum.global_model.model import GlobalModel, object_names
 from fedmomentum.global_model.objects import object_size, prune_objects, read_object, save_objects
-from fedmomentum.global_model.personal import personal_states
+from fedmomentum.global_model.states import client_states
 from fedmomentum.server.checkpoint_reader import CheckpointReader
 from fedmomentum.server.update_store import UpdateStore
 from fedmomentum.utils.io import json_bytes, write_atomically, write_json
@@ -326,7 +326,8 @@ class RunDirectory:
         for server_round in set(rounds) - kept:
             round_file(self.path, server_round).unlink(missing_ok=True)
         if kept:
-            personal_states(self.path, state.run_id).prune(kept)
+            for states in client_states(self.path, state.run_id):
+                states.prune(kept)
         prune_objects(self.path, named)
 
     def _names(self, server_round: int) -> tuple[frozenset[str], frozenset[str]]:
@@ -350,5 +351,6 @@ def _needed(state: ServerState) -> set[str]:
     return {
         *state.started_from,
         *state.merged,
+        *([state.moments] if state.moments else []),
         *(name for recipe in state.recipes for name in recipe.fetched),
     }

@@ -55,6 +55,7 @@ class CheckpointReader:
             ranks=run.ranks,
             recipes=run.recipes,
             splits=run.splits,
+            moments=run.moments,
         )
         self.last_update(model, state, ())
         return manifest, model, state

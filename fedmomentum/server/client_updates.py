@@ -12,6 +12,7 @@ from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.lora.half_precision import decode_factors, wire_dtype
 from fedmomentum.protocol.messages import (
     MEASUREMENTS,
+    OPTIMIZER,
     ClientLora,
     Reply,
     TrainResult,
@@ -46,13 +47,14 @@ class UpdateReader:
         config: Config,
         server_round: int,
     ) -> None:
-        self._model = model
+        self.model = model
         self._state = state
         self._method = method
         self._lora = config.lora
         self._is_mixed = config.lora.is_mixed or method.prunes
         self._uploads = method.uploaded_factors(server_round)
         self._dtype = wire_dtype(config.federation.uplink_dtype)
+        self._shares_moments = config.training.optimizer_state in ("shared", "shared-full")
 
     def lora_config(self, client: str) -> LoraConfig:
         """Return what a client trains now: its configuration, at the rank it was pruned to."""
@@ -73,7 +75,7 @@ class UpdateReader:
 
     def start(self, client: str) -> tuple[Adapter, dict[str, LowRank]]:
         """Return the adapter that a client trains, and its fixed part; see `client_start`."""
-        adapter = self._model.adapter
+        adapter = self.model.adapter
         if client not in self._lora.clients and not self._is_mixed:
             return adapter, {}
         client_lora = self.lora_config(client)
@@ -99,12 +101,16 @@ class UpdateReader:
         name = f"client {reply.client_id}"
         result = train_result(reply)
         check_losses(result, name)
-        check_measurements(reply.tensors, len(self._model.adapter.modules), name)
+        check_measurements(reply.tensors, len(self.model.adapter.modules), name)
         if self._method.prunes:
             _check_next_rank(result, self.rank(reply.client_id), name)
 
         start, fixed = self.start(reply.client_id)
-        factors = {key: t for key, t in reply.tensors.items() if key not in MEASUREMENTS}
+        factors = {}
+        for key, tensor in reply.tensors.items():
+            is_moment = self._shares_moments and key.startswith(OPTIMIZER)
+            if key not in MEASUREMENTS and not is_moment:
+                factors[key] = tensor
         decoded = decode_factors(factors, self._dtype, name)
         unchanged = self._not_uploaded(start)
         unexpected = sorted(decoded.keys() & unchanged.keys())

@@ -87,6 +87,8 @@ class Exchange:
         tasks = _Tasks(model, state, requests, server_round, self._fresh_adapter(model))
         limit = 8 * model.adapter.num_parameters() + PAYLOAD_MARGIN
         limit += 16 * NUM_PROBES * len(model.adapter.modules)
+        if self._config.training.optimizer_state == "shared-full":
+            limit += 8 * model.adapter.num_parameters()
         collected = Replies()
         reports = _ClientReports()
 
@@ -191,22 +193,25 @@ class _Tasks:
         self._server_round = server_round
         self._fresh = fresh
         self._objects: dict[str, bytes] = model.objects()
-        self.needed = frozenset(sent_manifest(model).needed)
+        # All requests of a question name the same objects.
+        self.needed = next(iter(requests.values())).needed
 
     def planned(self, directory: RunDirectory) -> dict[str, Task]:
         """Return each client's task with what it has not cached, by what it last said."""
         clients = sorted(self._requests)
         deliveries = plan_deliveries(self._model, self._state, clients, directory)
         # Recipes may name parts that the model itself no longer has.
-        for plan in deliveries.values():
-            for name in sorted(plan.objects - self._objects.keys()):
-                self._objects[name] = directory.read(name)
-        adapter = {stored.name for stored in self._model.adapter_objects.values()}
+        wanted = self.needed.union(*(plan.objects for plan in deliveries.values()))
+        for name in sorted(wanted - self._objects.keys()):
+            self._objects[name] = directory.read(name)
+        # What is no part of the base: the adapter, and the moments to start with.
+        base_update = {stored.name for stored in self._model.base_update}
+        others = set(self.needed - base_update)
         if self._fresh is not None:
-            adapter -= {self._model.adapter_objects[kind].name for kind in "BA"}
+            others -= {self._model.adapter_objects[kind].name for kind in "BA"}
         tasks = {}
         for client, plan in deliveries.items():
-            missing = plan.objects | (adapter - {*self._state.held.get(client, ())})
+            missing = plan.objects | (others - {*self._state.held.get(client, ())})
             tasks[client] = self.task(client, missing, plan.recipes)
         return tasks
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
 import torch
 from msgspec import UNSET, UnsetType
 
@@ -74,9 +73,16 @@ def client_trainings(
     """Return what each accepted client reported of its training."""
     trainings = {}
     for client in weights:
-        metrics = msgspec.structs.asdict(train_result(replies[client]))
-        del metrics["next_rank"]  # it is the next row's rank
-        trainings[client] = ClientTraining(**metrics, rank=ranks[client])
+        result = train_result(replies[client])
+        trainings[client] = ClientTraining(
+            loss=result.loss,
+            first_loss=result.first_loss,
+            last_loss=result.last_loss,
+            num_steps=result.num_steps,
+            num_tokens=result.num_tokens,
+            rounding=result.rounding,
+            rank=ranks[client],
+        )
     return trainings
 
 

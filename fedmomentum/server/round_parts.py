@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedmomentum.protocol.messages import ClientLora, TrainRequest
+from fedmomentum.protocol.messages import ClientLora, EvaluateRequest, TrainRequest
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedmomentum.formats.manifest import Manifest
     from fedmomentum.formats.round_record import ScreeningRecord
     from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.server.moments import UploadedMoments
     from fedmomentum.server.replies import Replies
 
 
@@ -47,14 +48,18 @@ class TrainedRound:
         updates: Client to its update, sorted by name; read from disk when it is looked at.
         ranks: Client to the rank at which it trained.
         learning_rate: The round's.
+        factors: The factors that were trained, `BA`, `B` or `A`.
         screening: How far each client went.
+        moments: Client to what it sent of its optimizer's moments; empty where none are shared.
     """
 
     replies: Replies
     updates: Mapping[str, Adapter]
     ranks: Mapping[str, int]
     learning_rate: float
+    factors: str
     screening: Mapping[str, ScreeningRecord]
+    moments: Mapping[str, UploadedMoments]
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -82,8 +87,19 @@ def train_request(
     hyperparameters: LocalTraining,
     lora: ClientLora,
     manifest: Manifest,
+    moments: str | None = None,
 ) -> TrainRequest:
-    """Return what a client is asked to train in a round."""
+    """Return what a client is asked to train in a round.
+
+    Args:
+        config: The run's settings.
+        server_round: The round.
+        client: The client.
+        hyperparameters: The hyperparameters of the round.
+        lora: What the client trains.
+        manifest: The global model.
+        moments: Hash of the optimizer's moments to start with; None for zeros.
+    """
     return TrainRequest(
         manifest=manifest,
         lora=lora,
@@ -96,6 +112,35 @@ def train_request(
         seed=derive_seed(config.run.seed, "batches", server_round, client),
         probe_seed=probe_seed(config, server_round),
         uplink_dtype=config.federation.uplink_dtype,  # type: ignore[arg-type]
+        optimizer_state=config.training.optimizer_state,  # type: ignore[arg-type]
+        moments=moments,
+    )
+
+
+def evaluate_request(
+    config: Config,
+    lora: ClientLora,
+    manifest: Manifest,
+    num_examples: int,
+    seed: int | None,
+) -> EvaluateRequest:
+    """Return what a client is asked to evaluate in a round.
+
+    Args:
+        config: The run's settings.
+        lora: What the client trains.
+        manifest: The global model.
+        num_examples: The largest number of examples.
+        seed: The seed of the probes; None for no probes.
+    """
+    return EvaluateRequest(
+        manifest=manifest,
+        lora=lora,
+        chat_date=config.model.chat_date,
+        num_examples=num_examples,
+        num_compared=config.evaluation.num_examples,
+        batch_size=config.evaluation.batch_size,
+        probe_seed=seed,
     )
 
 

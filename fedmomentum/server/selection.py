@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedmomentum.errors import QuorumError
 from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
 
 ROUNDING = 1e-9
 """`fraction * n` is rounded up, but not because of its floating-point error."""
@@ -83,3 +87,26 @@ def check_quorum(
         f"quorum is {needed} ({reasons}). Rounds up to {server_round - 1} are saved; mend the "
         "clients and resume, or lower federation.min-valid-fraction"
     )
+
+
+def evaluating_clients(
+    config: Config,
+    server_round: int,
+    accepted: Sequence[str],
+    all_clients: Callable[[], Sequence[str]],
+) -> Sequence[str]:
+    """Return who evaluates: all clients after the last round, else those that were accepted."""
+    every = config.evaluation.every
+    if every and server_round == config.federation.num_rounds:
+        return all_clients()
+    if every and server_round % every == 0:
+        return accepted
+    return []
+
+
+def num_eval_examples(config: Config, server_round: int) -> int:
+    """Return how many examples each client evaluates: more at both ends of the run."""
+    evaluation = config.evaluation
+    if server_round in (0, config.federation.num_rounds):
+        return max(evaluation.num_examples, evaluation.final_num_examples)
+    return evaluation.num_examples

@@ -13,12 +13,13 @@ import torch
 from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
 from fedmomentum.formats.round_record import Diagnostics, RoundRecord
 from fedmomentum.lora.half_precision import rounding_error
-from fedmomentum.protocol.messages import EvaluateRequest, Reply
+from fedmomentum.protocol.messages import Reply
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.client_updates import UpdateReader, next_rank
 from fedmomentum.server.delivery import consolidate_if_due
 from fedmomentum.server.diagnostics import round_diagnostics
 from fedmomentum.server.exchange import Exchange, sent_manifest
+from fedmomentum.server.moments import SharedOptimizer
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_aggregate, check_evaluation
 from fedmomentum.server.round_metrics import (
@@ -33,18 +34,25 @@ from fedmomentum.server.round_parts import (
     Combined,
     RoundSteps,
     TrainedRound,
+    evaluate_request,
     probe_seed,
     train_request,
 )
 from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
 from fedmomentum.server.screening import Screening
-from fedmomentum.server.selection import check_quorum, client_weights, sample_clients
+from fedmomentum.server.selection import (
+    check_quorum,
+    client_weights,
+    evaluating_clients,
+    num_eval_examples,
+    sample_clients,
+)
+from fedmomentum.server.update_collector import UpdateCollector
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.lora.adapter import Adapter
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.server.checkpoint import RunDirectory
     from fedmomentum.server.state import ServerState
@@ -92,6 +100,7 @@ class Server:
         self._callbacks = CallbackList(callbacks)
         self._steps = steps
         self._exchange = Exchange(transport, config, directory, draws_adapter=method.fresh)
+        self._optimizer = SharedOptimizer.of(config, method, directory)
 
     def run(self) -> GlobalModel:
         """Run the rounds that are left, and return the global model after the last.
@@ -124,9 +133,12 @@ class Server:
         with timer.phase("aggregate"):
             combined = self._aggregate(server_round, trained)
         # The aggregate becomes the model that is evaluated and trained next.
-        eval_clients = self._eval_clients(server_round, list(combined.weights))
+        eval_clients = evaluating_clients(
+            self._config, server_round, list(combined.weights), self._transport.clients
+        )
         with timer.phase("merge"):
             self._advance(combined.result)
+            self._advance_moments(model, trained, combined.weights)
             self._consolidate_if_due(eval_clients)
         # Measure the round while its updates are still on disk.
         diagnostics = self._diagnose(model, trained, combined.weights)
@@ -168,14 +180,6 @@ class Server:
         fraction = self._config.federation.client_fraction
         return sample_clients(self._config.run.seed, server_round, client_ids, fraction)
 
-    def _eval_clients(self, server_round: int, accepted: list[str]) -> Sequence[str]:
-        """Return who evaluates: all clients after the last round, else those that were accepted."""
-        every = self._config.evaluation.every
-        is_last = server_round == self._config.federation.num_rounds
-        if not every or (not is_last and server_round % every):
-            return []
-        return self._transport.clients() if is_last else accepted
-
     def _consolidate_if_due(self, clients: Sequence[str]) -> None:
         self.model, self.state = consolidate_if_due(
             self.model, self.state, clients, self._directory
@@ -192,35 +196,30 @@ class Server:
         num_rounds = self._config.federation.num_rounds
         hyperparameters = self._config.training.hyperparameters(server_round, num_rounds)
         reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)
-        screening = Screening(
-            self._config, self._method, server_round, hyperparameters.learning_rate
-        )
-        updates: dict[str, Adapter] = {}
+        screening = None
+        if self._steps.screening:
+            rate = hyperparameters.learning_rate
+            screening = Screening(self._config, self._method, server_round, rate)
+        collector = UpdateCollector(reader, self._directory.updates, screening, self._optimizer)
         ranks = {client: reader.rank(client) for client in clients}
         manifest = sent_manifest(self.model)
         requests = {}
         for client in clients:
             requests[client] = train_request(
-                self._config, server_round, client, hyperparameters, reader.lora(client), manifest
+                self._config,
+                server_round,
+                client,
+                hyperparameters,
+                reader.lora(client),
+                manifest,
+                self.state.moments,
             )
 
-        def accept(reply: Reply) -> None:
-            client = reply.client_id
-            update = reader.read(reply)
-            if self._steps.screening:
-                screening.add(
-                    client,
-                    update,
-                    lambda: reader.start(client),
-                    like=reader.group(client),
-                    num_examples=reply.num_examples,
-                )
-            updates[client] = self._directory.updates.put(update)
-
         replies, self.state = self._exchange.ask(
-            self.model, self.state, requests, server_round, accept
+            self.model, self.state, requests, server_round, collector.accept
         )
-        screened = screening.leave_out(updates, replies.failures)
+        updates = collector.updates
+        screened = screening.leave_out(updates, replies.failures) if screening else {}
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
         fraction = self._config.federation.min_valid_fraction
@@ -228,8 +227,15 @@ class Server:
         if self._method.prunes:
             next_ranks = {client: next_rank(replies.replies[client]) for client in updates}
             self.state = replace(self.state, ranks={**self.state.ranks, **next_ranks})
-        ordered = dict(sorted(updates.items()))
-        return TrainedRound(replies, ordered, ranks, hyperparameters.learning_rate, screened)
+        return TrainedRound(
+            replies=replies,
+            updates=dict(sorted(updates.items())),
+            ranks=ranks,
+            learning_rate=hyperparameters.learning_rate,
+            factors=self._method.trained_factors(server_round),
+            screening=screened,
+            moments=collector.moments,
+        )
 
     # ── aggregating ──
 
@@ -260,6 +266,18 @@ class Server:
     def _advance(self, result: AggregationResult) -> None:
         """Make the result the global model: its adapter is trained next, its residual is merged."""
         self.model = self.model.advance(result, repr(self._method), exact=self._method.exact)
+
+    def _advance_moments(
+        self, before: GlobalModel, trained: TrainedRound, weights: Mapping[str, float]
+    ) -> None:
+        """Set the optimizer's moments that the next round starts with, where clients share them."""
+        if self._optimizer is None:
+            return
+        stored = self._optimizer.advance(
+            self.state.moments, before.adapter, trained, weights, self.model.adapter
+        )
+        self._directory.put({stored.name: stored.data})
+        self.state = replace(self.state, moments=stored.name)
 
     def _diagnose(
         self, model: GlobalModel, trained: TrainedRound, weights: Mapping[str, float]
@@ -300,19 +318,14 @@ class Server:
         # The weights of an unchanged base model are not probed: there is nothing to compare with.
         is_probed = self.model.server_round > 0 or bool(self.model.base_update)
         num_modules = len(self.model.adapter.modules) if is_probed else 0
-        num_examples = self._num_eval_examples(server_round)
+        num_examples = num_eval_examples(self._config, server_round)
         reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)
         manifest = sent_manifest(self.model)
+        seed = probe_seed(self._config, server_round) if is_probed else None
         requests = {}
         for client in clients:
-            requests[client] = EvaluateRequest(
-                manifest=manifest,
-                lora=reader.lora(client),
-                chat_date=self._config.model.chat_date,
-                num_examples=num_examples,
-                num_compared=self._config.evaluation.num_examples,
-                batch_size=self._config.evaluation.batch_size,
-                probe_seed=probe_seed(self._config, server_round) if is_probed else None,
+            requests[client] = evaluate_request(
+                self._config, reader.lora(client), manifest, num_examples, seed
             )
         self._callbacks.on_evaluate(list(clients))
 
@@ -325,13 +338,6 @@ class Server:
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
         return pool_scores(replies, expected)
-
-    def _num_eval_examples(self, server_round: int) -> int:
-        """Return how many examples each client evaluates: more at both ends of the run."""
-        evaluation = self._config.evaluation
-        if server_round in (0, self._config.federation.num_rounds):
-            return max(evaluation.num_examples, evaluation.final_num_examples)
-        return evaluation.num_examples
 
     # ── recording ──
 

@@ -29,6 +29,8 @@ class ServerState:
             that have trained.
         recipes: How the last snapshots were made, oldest first, for clients that can make them.
         splits: Client to the hash of how its examples are divided, as it last said.
+        moments: Hash of the optimizer's moments that the next round starts with; None where there
+            are none.
     """
 
     run_id: str
@@ -40,6 +42,7 @@ class ServerState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     recipes: tuple[Recipe, ...] = ()
     splits: Mapping[str, str] = field(default_factory=dict)
+    moments: str | None = None
 
     def dividing(self, client_id: str, split: str) -> ServerState:
         """Return the state after a client said how its examples are divided."""

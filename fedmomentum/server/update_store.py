@@ -55,21 +55,33 @@ class UpdateStore:
         Raises:
             OSError: If the disk is full.
         """
-        self._directory.mkdir(exist_ok=True)
-        file = self._directory / f"{next(self._numbers):06d}.safetensors"
         # One file a client: factors and fully trained tensors.
-        factors = {
-            f"{m}.{kind}": getattr(matrix, kind)
-            for m, matrix in adapter.modules.items()
-            for kind in "BA"
-        }
-        saved = {f"{name}.saved": tensor for name, tensor in adapter.saved.items()}
-        file.write_bytes(safetensors_bytes({**factors, **saved}))
+        tensors = {f"{name}.saved": tensor for name, tensor in adapter.saved.items()}
+        for module, matrix in adapter.modules.items():
+            tensors[f"{module}.B"] = matrix.B
+            tensors[f"{module}.A"] = matrix.A
+        file = self._write(tensors)
         return replace(
             adapter,
             modules=_Factors(file, self._opened, tuple(adapter.modules)),
             saved=_Saved(file, self._opened, tuple(adapter.saved)),
         )
+
+    def put_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Write tensors, and return them by name, read from the file at each look.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        if not tensors:
+            return {}
+        return _Tensors(self._write(tensors), self._opened, tuple(tensors))
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> Path:
+        self._directory.mkdir(exist_ok=True)
+        file = self._directory / f"{next(self._numbers):06d}.safetensors"
+        file.write_bytes(safetensors_bytes(tensors))
+        return file
 
     def clear(self) -> None:
         """Delete all updates."""
@@ -112,3 +124,10 @@ class _Factors(_OnDisk):
 class _Saved(_OnDisk):
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name, "saved")[0]
+
+
+class _Tensors(_OnDisk):
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.known:
+            raise KeyError(name)
+        return self.opened(self.file)(name)

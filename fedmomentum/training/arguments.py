@@ -80,6 +80,9 @@ CONFIGURED_ARGUMENTS = {
 }
 """Fields that the run's configuration decides, each with the key that does."""
 
+OPTIMIZERS_WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimizers whose state can be set and read; that of SGD only where it has momentum."""
+
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse names that a user may not set, and values that training cannot use.
@@ -111,6 +114,62 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             "training argument warmup_steps must be whole, or below 1 as a fraction of the steps; "
             f"got {fields.warmup_steps}"
         )
+
+
+def check_optimizer(arguments: Mapping[str, Any]) -> None:
+    """Refuse an optimizer whose state cannot be set before a training and read after it.
+
+    Without `optim` it is torch's AdamW, fused or not by the version of torch.
+
+    Args:
+        arguments: Fields of `transformers.TrainingArguments`.
+
+    Raises:
+        ConfigError: If the optimizer keeps something other than moments of each number.
+    """
+    name = str(arguments.get("optim", "adamw_torch"))
+    advice = (
+        'set training.optimizer-state = "fresh", or use adamw_torch, adamw_torch_fused, or sgd '
+        'with momentum (optim = "sgd", optim_args = "momentum=0.9")'
+    )
+    if name not in OPTIMIZERS_WITH_MOMENTS:
+        raise ConfigError(
+            f"training argument optim: the state of the optimizer {printable(name, 100)} cannot "
+            f"be carried over; {advice}"
+        )
+    options = _optimizer_options(arguments)
+    if name == "sgd":
+        momentum = options.get("momentum", "0")
+        if not _is_above_0(momentum):
+            raise ConfigError(
+                f"training argument optim: sgd with momentum {printable(momentum, 100)} has no "
+                f"state that could be carried over; {advice}"
+            )
+    elif options.get("amsgrad", "false").lower() not in ("false", "0", "no"):
+        raise ConfigError(
+            f"training argument optim_args: {name} with amsgrad keeps a maximum besides its "
+            f"moments, which cannot be carried over; remove amsgrad, or {advice}"
+        )
+
+
+def _optimizer_options(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return `optim_args`, a text such as "momentum=0.9, dampening=0.1", by name."""
+    # Read as transformers reads it: blanks are ignored, and the last of two equal names counts.
+    options = {}
+    text = str(arguments.get("optim_args") or "")
+    for assignment in text.replace(" ", "").split(","):
+        key, _, value = assignment.partition("=")
+        options[key] = value
+    return options
+
+
+def _is_above_0(text: str) -> bool:
+    """Return whether a text is a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(number) and number > 0
 
 
 def _explain_refusal(name: str) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from fedmomentum.errors import ConfigError
+from fedmomentum.aggregation.moments import Moments
+from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.training.optimizer_state import check_moments
 
 if TYPE_CHECKING:
     from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.objectives.objective import Objective
 
 
 OnStep = Callable[[int, int, float], None]
@@ -31,6 +34,10 @@ class TrainReport:
         last_loss: Mean loss over the last step.
         num_steps: Number of optimizer steps.
         num_tokens: Number of completion tokens trained on, repetitions included.
+        moments: The optimizer's moments after the last step, by the names of `named_parameters`;
+            None where they are not wanted.
+        learning_rate_sum: Sum of the learning rates of all steps; None in the report of a function
+            of the user's own stands for a constant learning rate.
     """
 
     loss: float
@@ -38,6 +45,30 @@ class TrainReport:
     last_loss: float
     num_steps: int
     num_tokens: int
+    moments: Mapping[str, Moments] | None = field(default=None, repr=False)
+    learning_rate_sum: float | None = None
+
+
+class TrainingSettings(TypedDict):
+    """What a training gets besides the model, the examples and the hyperparameters.
+
+    Attributes:
+        pad_token_id: Fills short rows; any valid id, for it is masked.
+        seed: Seed of everything random in the training.
+        on_step: Called after each step with (step from 1, number of steps, loss).
+        penalty: Added to the loss of every step; None where the method has none.
+        moments: The moments that the optimizer starts from, by the names of `named_parameters`;
+            parameters without moments start fresh. None, unlike an empty mapping, reports no
+            moments afterwards.
+        objective: What is minimized; the loss of the completions by default.
+    """
+
+    pad_token_id: int
+    seed: int
+    on_step: NotRequired[OnStep | None]
+    penalty: NotRequired[Penalty | None]
+    moments: NotRequired[Mapping[str, Moments] | None]
+    objective: NotRequired[Objective]
 
 
 class TrainingKeywords(TypedDict):
@@ -53,6 +84,8 @@ class TrainingKeywords(TypedDict):
         seed: Seed of everything random in the training.
         on_step: Called after each step with (step from 1, number of steps, loss).
         penalty: Added to the loss of every step; there only where the method has a penalty.
+        moments: The moments that the optimizer starts from, by the names of `named_parameters`;
+            there only where the report must have the moments after the training.
     """
 
     pad_token_id: int
@@ -64,6 +97,7 @@ class TrainingKeywords(TypedDict):
     seed: int
     on_step: OnStep
     penalty: NotRequired[Penalty]
+    moments: NotRequired[Mapping[str, Moments]]
 
 
 class TrainingFunction(Protocol):
@@ -82,22 +116,72 @@ class TrainingFunction(Protocol):
         """Train the model on the examples."""
 
 
-def check_report(report: Any, function: TrainingFunction) -> TrainReport:
+def check_report(
+    report: Any,
+    function: TrainingFunction,
+    *,
+    learning_rate: float,
+    parameters: Mapping[str, nn.Parameter] | None,
+) -> TrainReport:
     """Return what a training function of the user's own returned, if it is usable.
 
+    Args:
+        report: What it returned.
+        function: The function, for messages.
+        learning_rate: The learning rate of the round.
+        parameters: The trained parameters by name; None where no moments are wanted.
+
+    Returns:
+        The report, with the sum of the learning rates, and moments only where they are wanted.
+
     Raises:
-        ConfigError: If it is no `TrainReport`, or one with a loss that is not finite.
+        ConfigError: If it is no `TrainReport`, or one with a loss that is not finite or without
+            moments that are wanted.
     """
     if not isinstance(report, TrainReport):
         raise ConfigError(
             f"the training function {function!r} returned {type(report).__name__}; wanted a "
             "fedmomentum.training.TrainReport"
         )
-    for name in ("loss", "first_loss", "last_loss"):
-        value = getattr(report, name)
+    result: TrainReport = report
+    if not isinstance(result.num_steps, int) or result.num_steps < 0:
+        raise ConfigError(
+            f"the training function {function!r} reported num_steps = {result.num_steps!r}; "
+            "wanted a whole number, at least 0"
+        )
+    if result.learning_rate_sum is None:
+        result = replace(result, learning_rate_sum=learning_rate * result.num_steps)
+    for name in ("loss", "first_loss", "last_loss", "learning_rate_sum"):
+        value = getattr(result, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(
                 f"the training function {function!r} reported {name} = {value!r}; wanted a finite "
                 "number"
             )
-    return report
+    if parameters is None:
+        return replace(result, moments=None)
+    _check_reported_moments(result.moments, function, parameters)
+    return result
+
+
+def _check_reported_moments(
+    moments: Any, function: TrainingFunction, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuse moments that are not those of the trained parameters.
+
+    Raises:
+        ConfigError: If there are none, or `check_moments` refuses them.
+    """
+    if not isinstance(moments, Mapping) or not moments:
+        raise ConfigError(
+            f"the training function {function!r} reported no moments by parameter name; wanted "
+            "those of its optimizer: return TrainReport(..., moments=read_moments(optimizer, "
+            "trained_parameters(model))), with both functions from "
+            'fedmomentum.training.optimizer_state, or set training.optimizer-state = "fresh"'
+        )
+    try:
+        check_moments(moments, parameters)
+    except ModelError as error:
+        raise ConfigError(
+            f"the training function {function!r} reported moments that cannot be used: {error}"
+        ) from error

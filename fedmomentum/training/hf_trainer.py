@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.training.function import OnStep, Penalty, TrainReport
+from fedmomentum.training.optimizer_state import set_moments
 
 if TYPE_CHECKING:
+    from fedmomentum.aggregation.moments import Moments
     from fedmomentum.data.tokenization import TokenizedExamples
     from fedmomentum.objectives.objective import Objective
 
@@ -77,7 +80,7 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class LossRecorder(TrainerCallback):
-    """Collects the loss of every step, which the trainer itself would only log."""
+    """Collects the loss and learning rate of every step, which the trainer would only log."""
 
     def __init__(self, on_step: OnStep | None) -> None:
         self._on_step = on_step
@@ -86,6 +89,7 @@ class LossRecorder(TrainerCallback):
         self._num_tokens = 0
         # (loss, tokens) of each finished step.
         self._steps: list[tuple[float, int]] = []
+        self._learning_rates: list[float] = []
 
     @property
     def step(self) -> int:
@@ -106,6 +110,12 @@ class LossRecorder(TrainerCallback):
         self._nll += nll
         self._num_tokens += num_tokens
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the learning rate of the current step, which is the same in all groups."""
+        del args, state, control
+        optimizer: Optimizer = kwargs["optimizer"]
+        self._learning_rates.append(float(optimizer.param_groups[0]["lr"]))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the current step."""
         del args, control, kwargs
@@ -122,7 +132,42 @@ class LossRecorder(TrainerCallback):
         nll = sum(loss * tokens for loss, tokens in self._steps)
         first_loss, _ = self._steps[0]
         last_loss, _ = self._steps[-1]
-        return TrainReport(nll / num_tokens, first_loss, last_loss, self.step, num_tokens)
+        return TrainReport(
+            loss=nll / num_tokens,
+            first_loss=first_loss,
+            last_loss=last_loss,
+            num_steps=self.step,
+            num_tokens=num_tokens,
+            learning_rate_sum=sum(self._learning_rates),
+        )
+
+
+class MomentsLoader(TrainerCallback):
+    """Sets the optimizer's moments when training begins.
+
+    Before that, the trainer moves all of the optimizer's state to the model's device, and torch
+    needs the step counts of an AdamW that is not fused on the CPU.
+
+    Args:
+        optimizer: The trainer's optimizer.
+        parameters: The trained parameters by name.
+        moments: The moments of some of them.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        moments: Mapping[str, Moments],
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._moments = moments
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the moments."""
+        del args, state, control, kwargs
+        set_moments(self._optimizer, self._parameters, self._moments)
 
 
 class TrainableView(nn.Module):

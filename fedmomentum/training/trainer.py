@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PrinterCallback, Trainer
 
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
-from fedmomentum.objectives.objective import CAUSAL_LM, Objective
-from fedmomentum.training.arguments import check_hyperparameters, count_steps, count_warmup_steps
+from fedmomentum.objectives.objective import CAUSAL_LM
+from fedmomentum.training.arguments import (
+    check_hyperparameters,
+    check_optimizer,
+    count_steps,
+    count_warmup_steps,
+)
 from fedmomentum.training.function import (
-    OnStep,
-    Penalty,
     TrainingFunction,
     TrainingKeywords,
+    TrainingSettings,
     TrainReport,
     check_report,
 )
@@ -26,10 +32,12 @@ from fedmomentum.training.hf_trainer import (
     ExampleDataset,
     LocalTrainingArguments,
     LossRecorder,
+    MomentsLoader,
     Row,
     TrainableView,
 )
 from fedmomentum.training.isolation import gc_frozen, global_state_restored, sdpa_backend_for
+from fedmomentum.training.optimizer_state import check_moments, read_moments, trained_parameters
 
 if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
@@ -41,65 +49,60 @@ def run_training(
     model: nn.Module,
     examples: TokenizedExamples,
     hyperparameters: LocalTraining,
-    *,
-    pad_token_id: int,
-    seed: int,
-    on_step: OnStep,
-    penalty: Penalty | None = None,
+    **settings: Unpack[TrainingSettings],
 ) -> TrainReport:
     """Train with `train`, or with a training function of the user's own.
 
     Args:
         function: The user's function; None for `train`.
-        model: See `train`, as for the other arguments.
+        model: A model; its parameters with `requires_grad` are trained.
         examples: The client's examples.
         hyperparameters: The hyperparameters of this round.
-        pad_token_id: Fills short rows.
-        seed: Seed of everything random in the training.
-        on_step: Called after each step.
-        penalty: Added to the loss of every step.
+        settings: The keywords of `train`.
 
     Returns:
         The report of the training.
 
     Raises:
-        FedMomentumError: If `train` refuses or stops, or the user's function returns no report.
+        FedMomentumError: If `train` refuses or stops, moments do not fit the model, or the user's
+            function returns no usable report.
     """
     if function is None:
-        return train(
-            model,
-            examples,
-            hyperparameters,
-            pad_token_id=pad_token_id,
-            seed=seed,
-            on_step=on_step,
-            penalty=penalty,
-        )
+        return train(model, examples, hyperparameters, **settings)
     keywords = TrainingKeywords(
-        pad_token_id=pad_token_id,
+        pad_token_id=settings["pad_token_id"],
         learning_rate=hyperparameters.learning_rate,
         local_steps=hyperparameters.local_steps,
         local_epochs=hyperparameters.local_epochs,
         batch_size=hyperparameters.batch_size,
         arguments=hyperparameters.arguments,
-        seed=seed,
-        on_step=on_step,
+        seed=settings["seed"],
+        on_step=settings.get("on_step") or _ignore_step,
     )
+    penalty = settings.get("penalty")
     if penalty is not None:
         keywords["penalty"] = penalty
-    return check_report(function(model, examples, **keywords), function)
+    moments = settings.get("moments")
+    parameters = None
+    if moments is not None:
+        parameters = trained_parameters(model)
+        check_moments(moments, parameters)
+        keywords["moments"] = moments
+    report = function(model, examples, **keywords)
+    return check_report(
+        report, function, learning_rate=hyperparameters.learning_rate, parameters=parameters
+    )
+
+
+def _ignore_step(step: int, num_steps: int, loss: float) -> None:
+    """Do nothing."""
 
 
 def train(
     model: nn.Module,
     examples: TokenizedExamples,
     hyperparameters: LocalTraining,
-    *,
-    pad_token_id: int,
-    seed: int,
-    on_step: OnStep | None = None,
-    penalty: Penalty | None = None,
-    objective: Objective = CAUSAL_LM,
+    **settings: Unpack[TrainingSettings],
 ) -> TrainReport:
     """Train a model's trainable parameters in place, with a new optimizer.
 
@@ -112,26 +115,27 @@ def train(
         model: A model; its parameters with ``requires_grad`` are trained.
         examples: The client's examples.
         hyperparameters: Learning rate, steps or epochs, batch size, and further arguments.
-        pad_token_id: Fills short rows; any valid id, for it is masked.
-        seed: Seed of the order of examples and of dropout.
-        on_step: Called after each step with (step from 1, number of steps, loss).
-        penalty: Added to the loss of every step; not part of the reported losses.
-        objective: What is minimized.
+        settings: See `TrainingSettings`.
 
     Returns:
-        The losses and the number of steps and tokens.
+        The losses, the number of steps and tokens, the sum of the learning rates, and the moments
+        after the last step.
 
     Raises:
-        ConfigError: If a hyperparameter is out of range, or an argument cannot be set.
+        ConfigError: If a hyperparameter is out of range, an argument cannot be set, or moments are
+            given for an optimizer that has none.
         DataError: If there are no examples, or too few for one batch where only full ones count.
-        ModelError: If no parameter of the model is trainable.
+        ModelError: If no parameter of the model is trainable, or moments do not fit the model.
         FedMomentumError: If the loss or a weight is no longer finite.
     """
+    moments = settings.get("moments")
+    objective = settings.get("objective", CAUSAL_LM)
     check_hyperparameters(hyperparameters)
+    if moments is not None:
+        check_optimizer(hyperparameters.arguments)
     if not examples:
         raise DataError("no examples to train on; give this client some, or leave it out")
-    view = TrainableView(model)
-    parameters = list(view.parameters())
+    parameters = trained_parameters(model)
     if not parameters:
         raise ModelError(
             "no parameter of the model is trainable (requires_grad); add an adapter to it first"
@@ -143,10 +147,10 @@ def train(
     def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
         input_ids = [ids for ids, _ in rows]
         num_prompt_tokens = [num_prompt for _, num_prompt in rows]
-        return objective.collate(input_ids, num_prompt_tokens, pad_token_id)
+        return objective.collate(input_ids, num_prompt_tokens, settings["pad_token_id"])
 
     # Train in a directory that is deleted, and restore everything global that a trainer changes.
-    recorder = LossRecorder(on_step)
+    recorder = LossRecorder(settings.get("on_step"))
     attention = sdpa_backend_for(model, max(map(len, examples.input_ids)))
     restored = global_state_restored(
         model, undo_checkpointing=bool(arguments.get("gradient_checkpointing"))
@@ -155,25 +159,30 @@ def train(
         trainer = CompletionTrainer(
             objective=objective,
             recorder=recorder,
-            penalty=penalty,
-            model=view,
+            penalty=settings.get("penalty"),
+            model=TrainableView(model),
             args=_training_arguments(
                 arguments,
-                **_device_arguments(parameters[0].device),
+                **_device_arguments(next(iter(parameters.values())).device),
                 output_dir=directory,
                 learning_rate=hyperparameters.learning_rate,
                 max_steps=num_steps,
                 per_device_train_batch_size=hyperparameters.batch_size,
-                seed=seed,
+                seed=settings["seed"],
             ),
             train_dataset=ExampleDataset(examples),
             data_collator=collate,
         )
         trainer.remove_callback(PrinterCallback)
-        _create_optimizer(trainer, num_steps)
+        optimizer = _create_optimizer(trainer, num_steps)
+        if moments is not None:
+            trainer.add_callback(MomentsLoader(optimizer, parameters, moments))
         trainer.train()
-    _check_finite(parameters, recorder.step, hyperparameters.learning_rate)
-    return recorder.report()
+    _check_finite(parameters.values(), recorder.step, hyperparameters.learning_rate)
+    report = recorder.report()
+    if moments is None:
+        return report
+    return replace(report, moments=read_moments(optimizer, parameters))
 
 
 def _with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
@@ -226,8 +235,11 @@ def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTr
     return result
 
 
-def _create_optimizer(trainer: Trainer, num_steps: int) -> None:
+def _create_optimizer(trainer: Trainer, num_steps: int) -> Optimizer:
     """Create the trainer's optimizer and schedule, which it would otherwise create itself.
+
+    Returns:
+        The optimizer; the trainer wraps it when it starts.
 
     Raises:
         ConfigError: If the optimizer's package or an argument of the optimizer or schedule is
@@ -242,6 +254,8 @@ def _create_optimizer(trainer: Trainer, num_steps: int) -> None:
             f"[training.arguments]: the optimizer {optimizer} with the schedule {schedule} cannot "
             f"be made: {_first_line(error)}"
         ) from error
+    assert trainer.optimizer is not None
+    return trainer.optimizer
 
 
 def _first_line(error: Exception) -> str:
@@ -250,7 +264,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _check_finite(parameters: Sequence[Tensor], step: int, learning_rate: float) -> None:
+def _check_finite(parameters: Iterable[Tensor], step: int, learning_rate: float) -> None:
     """Refuse trained weights that are not finite.
 
     Raises:

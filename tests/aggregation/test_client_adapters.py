@@ -69,7 +69,7 @@ def one_round(method, current: Adapter, server_round: int, step: float):
     return result, due
 
 
-@pytest.mark.parametrize("split", ["balanced", "singular", "aligned"])
+@pytest.mark.parametrize("split", ["balanced", "procrustes", "singular", "aligned"])
 def test_own_adapter_and_tail_are_the_global_one_in_the_clients_scaling(split):
     current = global_adapter(split=split)
     own, tails = client_adapter(
@@ -112,7 +112,7 @@ def test_slices_are_slices_and_in_order_is_in_order():
     assert not untrained.B.any() and float(torch.linalg.svdvals(untrained.A)[-1]) > 0.5  # alive
 
 
-@pytest.mark.parametrize("split", ["balanced", "singular", "aligned"])
+@pytest.mark.parametrize("split", ["balanced", "procrustes", "singular", "aligned"])
 def test_the_sum_is_the_global_adapter_plus_what_clients_moved(split):
     method, current = FedMomentum(split=split), global_adapter(split=split)
     for server_round in (1, 2, 3):

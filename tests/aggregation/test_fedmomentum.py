@@ -36,12 +36,10 @@ def test_splits_share_one_product():
     updates, weights = clients(ranks=(4, 4, 4)), some_weights(3)
     products = [
         aggregate(FedMomentum(split=s), updates, weights, rank=4).adapter
-        for s in ("balanced", "singular", "aligned")
+        for s in ("balanced", "procrustes", "singular", "aligned")
     ]
-    assert (
-        relative_error(products[1], products[0]) < 1e-10
-        and relative_error(products[2], products[0]) < 1e-10
-    )
+    for product in products[1:]:
+        assert relative_error(product, products[0]) < 1e-10
 
 
 def test_aligned_keeps_the_mean_A_of_clients_with_a_common_start():
@@ -74,6 +72,80 @@ def test_aligned_falls_back_to_procrustes_where_the_mean_A_is_no_basis():
     for seed in range(50):
         turn = torch.linalg.qr(torch.randn(4, 4, generator=generator(seed), dtype=torch.float64)).Q
         assert nearest <= torch.linalg.matrix_norm(turn @ A - mean_A) + 1e-12
+
+
+def distance_to_means(B, A, updates, weights):
+    mean_B = sum(float(w) * u.B for w, u in zip(weights, updates, strict=True))
+    mean_A = sum(float(w) * u.A for w, u in zip(weights, updates, strict=True))
+    return float((B - mean_B).norm() ** 2 + (A - mean_A).norm() ** 2)
+
+
+def test_procrustes_is_the_balanced_split_nearest_to_the_mean_factors():
+    start, updates = common_start()
+    weights = some_weights(4)
+    result = aggregate(FedMomentum(split="procrustes"), updates, weights, rank=4, reference=start)
+    B, A = result.adapter.B, result.adapter.A
+    # Balanced: B^T B = A A^T; and the exact sum with its residual.
+    assert error(B.mT @ B, A @ A.mT) < 1e-10
+    assert error(B @ A + result.residual.dense(), dense_sum(updates, weights)) < 1e-10
+    nearest = distance_to_means(B, A, updates, weights)
+    for seed in range(50):
+        draw = torch.randn(4, 4, generator=generator(seed), dtype=torch.float64)
+        turn = torch.linalg.qr(torch.eye(4, dtype=torch.float64) + 0.1 * draw).Q
+        assert nearest <= distance_to_means(B @ turn.mT, turn @ A, updates, weights) + 1e-12
+    balanced = aggregate(FedMomentum(), updates, weights, rank=4, reference=start).adapter
+    assert nearest < 0.5 * distance_to_means(balanced.B, balanced.A, updates, weights)
+
+
+def test_procrustes_leaves_clients_that_agree_where_they_are():
+    balanced = random_matrix(40, 30, 4, condition=10).canonical()
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=generator(3), dtype=torch.float64)).Q
+    agreed = LowRank(balanced.B @ turn.mT, turn @ balanced.A)
+    method = FedMomentum(split="procrustes")
+    result = aggregate(method, [agreed] * 3, some_weights(3), rank=4)
+    assert error(result.adapter.B, agreed.B) < 1e-10
+    assert error(result.adapter.A, agreed.A) < 1e-10
+
+
+@pytest.mark.parametrize("with_start", [True, False])
+def test_spare_directions_of_procrustes_can_train(with_start):
+    """Two directions at rank 5: three combinations of rows are zero in B, and none is in A."""
+    thin = random_matrix(40, 30, 2)
+    start = random_matrix(40, 30, 5, seed=9)
+    updates = [LowRank(torch.cat([thin.B, 0 * start.B[:, :3]], 1), start.A.clone())]
+    updates[0].A[:2] = thin.A
+    result = aggregate(
+        FedMomentum(split="procrustes"),
+        updates,
+        torch.ones(1, dtype=torch.float64),
+        rank=5,
+        reference=start if with_start else None,
+    )
+    B, A = result.adapter.B, result.adapter.A
+    assert error(B @ A, thin.dense()) < 1e-10
+    assert float(torch.linalg.svdvals(A)[-1]) > 1e-3
+    # The gradient of B is G A^T: of full rank for any G of full rank.
+    assert int(torch.linalg.matrix_rank(B)) == 2
+
+
+def test_procrustes_aligns_with_the_padded_means_of_unequal_ranks():
+    updates = [random_matrix(40, 30, rank, seed=rank) for rank in (2, 4, 5)]
+    weights = some_weights(3)
+    result = aggregate(FedMomentum(split="procrustes"), updates, weights, rank=5)
+    B, A = result.adapter.B, result.adapter.A
+    assert error(B @ A + result.residual.dense(), dense_sum(updates, weights)) < 1e-10
+    padded = [
+        LowRank(
+            torch.nn.functional.pad(u.B, (0, 5 - u.rank)),
+            torch.nn.functional.pad(u.A, (0, 0, 0, 5 - u.rank)),
+        )
+        for u in updates
+    ]
+    nearest = distance_to_means(B, A, padded, weights)
+    for seed in range(20):
+        draw = torch.randn(5, 5, generator=generator(seed), dtype=torch.float64)
+        turn = torch.linalg.qr(draw).Q
+        assert nearest <= distance_to_means(B @ turn.mT, turn @ A, padded, weights) + 1e-12
 
 
 def test_energy_bounds_what_is_applied_and_carries_the_rest():

@@ -32,6 +32,9 @@ from tests.helpers import (
 )
 
 SETTINGS = [
+    FedMomentum(split="procrustes"),
+    FedMomentum(split="procrustes", svd="randomised"),
+    FedMomentum(split="procrustes", energy=0.8),
     FedMomentum(split="singular"),
     FedMomentum(split="aligned"),
     FedMomentum(energy=0.9),
@@ -360,8 +363,10 @@ def test_singular_values_at_round_off_are_spare_and_their_energy_is_not_lost(met
     whisper = random_matrix(40, 30, 1, seed=4).scaled(1e-9)
     noisy = LowRank(torch.cat([update.B, whisper.B], 1), torch.cat([update.A, whisper.A], 0))
     result = aggregate(method, [noisy], torch.ones(1), rank=2)
-    assert torch.equal(result.adapter.B[:, 1:], torch.zeros(40, 1, dtype=torch.float64))
-    assert float(result.adapter.A[1].norm()) > 1e-3
+    # One direction of two, whatever the rotation between the factors; both are alive in A.
+    largest, smallest = torch.linalg.svdvals(result.adapter.B).tolist()
+    assert smallest < 1e-14 * largest
+    assert float(torch.linalg.svdvals(result.adapter.A)[-1]) > 1e-3
     is_lost, told = lost(result, noisy.dense())
     assert (
         is_lost < float_tolerance(method, torch.float64)

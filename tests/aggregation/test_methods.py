@@ -74,7 +74,7 @@ def dense_effective(given: list[Adapter], weights, module: str) -> torch.Tensor:
 
 MOMENTA = [
     FedMomentum(split=split, residual=residual)
-    for split in ("balanced", "singular", "aligned")
+    for split in ("balanced", "procrustes", "singular", "aligned")
     for residual in ("merged", "carried")
 ]
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)

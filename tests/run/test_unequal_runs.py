@@ -44,7 +44,7 @@ def config_of(folder, own, name="fedmomentum", every=1, **method):
     )
 
 
-@pytest.mark.parametrize("split", ["balanced", "singular", "aligned"])
+@pytest.mark.parametrize("split", ["balanced", "procrustes", "singular", "aligned"])
 @pytest.mark.parametrize("own", OWN)
 def test_the_sum_is_exact_on_the_weights_that_clients_load(folder, tmp_path, own, split):
     start(config_of(folder, own, settings={"split": split}), tmp_path / "run")

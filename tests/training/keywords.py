@@ -4,7 +4,17 @@ from fedmomentum.config.training import LocalTraining
 from fedmomentum.training import trainer
 
 
-def train(model, examples, *, pad_token_id, seed, on_step=None, penalty=None, **hyperparameters):
+def train(
+    model,
+    examples,
+    *,
+    pad_token_id,
+    seed,
+    on_step=None,
+    penalty=None,
+    moments=None,
+    **hyperparameters,
+):
     return trainer.train(
         model,
         examples,
@@ -13,4 +23,5 @@ def train(model, examples, *, pad_token_id, seed, on_step=None, penalty=None, **
         seed=seed,
         on_step=on_step,
         penalty=penalty,
+        moments=moments,
     )

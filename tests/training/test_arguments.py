@@ -231,6 +231,52 @@ def test_optimizers_that_are_installed_train(folder, optim):
     assert not same_bits(before, adapter_of(model))
 
 
+# ── the learning rates ──
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"warmup_steps": 2},
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 0.2, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_the_sum_of_the_learning_rates_is_that_of_the_steps(folder, monkeypatch, arguments):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        assert {group["lr"] for group in self.param_groups} == {rates[-1]}
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    settings = DEFAULTS | {"local_steps": 8}
+    for moments in (None, {}):
+        rates.clear()
+        report = train(
+            new_model(folder),
+            tokens_of(folder, 12),
+            **settings,
+            arguments=arguments,
+            moments=moments,
+        )
+        assert len(rates) == 8 and report.learning_rate_sum == sum(rates)
+
+
+def test_the_sum_of_a_linear_schedule_by_hand(folder):
+    linear = {"lr_scheduler_type": "linear"}
+    report = train(new_model(folder), tokens_of(folder, 12), **DEFAULTS, arguments=linear)
+    assert report.learning_rate_sum == pytest.approx(1e-2 * (1 + 0.75 + 0.5 + 0.25))
+    report = train(
+        new_model(folder), tokens_of(folder, 12), **DEFAULTS, arguments={"warmup_steps": 2}
+    )
+    assert report.learning_rate_sum == pytest.approx(1e-2 * (0 + 0.5 + 1 + 1))
+
+
 # ── what a step is made of ──
 
 

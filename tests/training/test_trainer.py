@@ -133,7 +133,10 @@ def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
     optimiser.step()
 
     assert report == TrainReport(
-        *[pytest.approx(nll.item() / num_tokens, rel=1e-5)] * 3, 1, num_tokens
+        *[pytest.approx(nll.item() / num_tokens, rel=1e-5)] * 3,
+        1,
+        num_tokens,
+        learning_rate_sum=1e-2,
     )
     for name, value in adapter_of(reference).items():
         # Adam's first step is lr * sign(gradient) where the gradient is well above epsilon.

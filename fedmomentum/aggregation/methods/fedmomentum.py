@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.method import AggregationContext, Method, ModuleAggregate
-from fedmomentum.aggregation.splits import aligned_split, balanced_split, pad_rank, singular_split
+from fedmomentum.aggregation.splits import (
+    aligned_split,
+    balanced_split,
+    pad_rank,
+    procrustes_split,
+    singular_split,
+)
 from fedmomentum.linalg.low_rank import (
     CORE_DTYPE,
     LowRank,
@@ -32,6 +38,9 @@ from fedmomentum.linalg.truncated_svd.dispatch import truncated_svd
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.client_updates import ClientUpdates
+
+
+SPLITS = ("balanced", "procrustes", "singular", "aligned")
 
 
 class Decomposition(NamedTuple):
@@ -57,8 +66,9 @@ class FedMomentum(Method):
     Args:
         split: How the singular values are distributed over B and A, a free choice of gauge
             (`B A = (B G^-1)(G A)`): `balanced` is the paper's `B = U_r S_r^1/2`,
-            `A = S_r^1/2 V_r^T`; `singular` has `B = U_r S_r`, `A = V_r^T`; `aligned` keeps the
-            clients' mean A where it can.
+            `A = S_r^1/2 V_r^T`; `procrustes` rotates that to the clients' mean factors, so that
+            an optimizer's moments keep their meaning; `singular` has `B = U_r S_r`, `A = V_r^T`;
+            `aligned` keeps the clients' mean A where it can.
         energy: Fraction of the squared singular values applied in this round, in (0, 1]. The
             leading `rank` directions are always applied; what is beyond the fraction is carried
             into the next sum.
@@ -96,8 +106,8 @@ class FedMomentum(Method):
 
     def __post_init__(self) -> None:
         """Validate the settings."""
-        if self.split not in ("balanced", "singular", "aligned"):
-            raise ValueError(f"split must be balanced, singular or aligned; got {self.split!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split must be {', '.join(SPLITS)}; got {self.split!r}")
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy is a fraction and must be in (0, 1]; got {self.energy!r}")
         if self.svd not in ("exact", "randomised"):
@@ -127,9 +137,10 @@ class FedMomentum(Method):
     def client_adapter(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         """Split off the best approximation of the adapter of that rank.
 
-        Its first components, except that `aligned` components are not singular directions.
+        Its first components, except that those of `procrustes` and `aligned` are not singular
+        directions.
         """
-        if self.split == "aligned":
+        if self.split in ("procrustes", "aligned"):
             adapter = adapter.canonical()
         return adapter.split_rank(rank)
 
@@ -153,12 +164,7 @@ class FedMomentum(Method):
             findings["energy"] = svd.energy
 
         # Share the singular values between B and A; spare rows of A stay alive.
-        B, A, is_aligned = self._split(svd, updates, context.rank)
-        if self.split == "aligned":
-            findings["fallback"] = float(not is_aligned)
-        adapter = pad_rank(
-            B, A, svd.Vh, rank=context.rank, reference=context.reference, generator=generator
-        ).to(updates.dtype)
+        adapter = self._split(svd, updates, context, generator, findings).to(updates.dtype)
 
         residual = svd.residual
         if total is not None:
@@ -249,14 +255,33 @@ class FedMomentum(Method):
         return Decomposition(svd, tail)
 
     def _split(
-        self, svd: TruncatedSVD, updates: ClientUpdates, rank: int
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Return B `(out, m)` and A `(m, in)`, and whether the chosen split was possible."""
+        self,
+        svd: TruncatedSVD,
+        updates: ClientUpdates,
+        context: AggregationContext,
+        generator: torch.Generator,
+        findings: dict[str, float],
+    ) -> LowRank:
+        """Return the adapter of the leading directions, in the chosen split."""
+        rank = context.rank
+        reference = context.reference
+        if self.split == "procrustes":
+            return procrustes_split(
+                svd.U,
+                svd.S,
+                svd.Vh,
+                updates.padded_mean(rank),
+                reference=reference,
+                generator=generator,
+            )
         if self.split == "aligned":
-            return aligned_split(svd.U, svd.S, svd.Vh, mean_A=updates.mean_A(rank))
-        split = balanced_split if self.split == "balanced" else singular_split
-        B, A = split(svd.U, svd.S, svd.Vh)
-        return B, A, True
+            B, A, is_aligned = aligned_split(svd.U, svd.S, svd.Vh, mean_A=updates.mean_A(rank))
+            findings["fallback"] = float(not is_aligned)
+        elif self.split == "balanced":
+            B, A = balanced_split(svd.U, svd.S, svd.Vh)
+        else:
+            B, A = singular_split(svd.U, svd.S, svd.Vh)
+        return pad_rank(B, A, svd.Vh, rank=rank, reference=reference, generator=generator)
 
     def _route(
         self,

@@ -1,0 +1,201 @@
+r"""An optimizer's moments of LoRA factors: their mean over clients, carried through aggregation.
+
+The gradient of A is `s B^T G` and that of B is `s G A^T`, where G is the gradient of the effective
+weight. So if aggregation replaces the factors `(B, A)` by `(B / f R^T, f R A)`, with a rotation R,
+the gradients that the moments describe become those of the new factors by::
+
+    A:  first -> f_B R first,          second -> f_B^2 (R o R) second
+    B:  first -> f_A first R^T,        second -> f_A^2 second (R o R)^T
+
+with `f_B = ||B_new|| / ||B_old||`, likewise f_A, and `o` for the product of elements. The first
+line is exact where the new factors are a rotation of the old ones; the squares of rotated gradients
+are taken as if the gradients of different rows were uncorrelated.
+
+No paper has this. FedAdamW (arXiv 2510.27486) averages second moments of complete models, which
+have no gauge; FedGaLore (arXiv 2602.01746) synchronizes them in a projected space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmomentum.linalg.low_rank import CORE_DTYPE, LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What an optimizer remembers of one parameter.
+
+    Attributes:
+        first: The running mean of the gradient, in the parameter's shape: Adam's `exp_avg`, SGD's
+            `momentum_buffer`.
+        second: The running mean of its square, Adam's `exp_avg_sq`; None for SGD.
+        step: The number of optimizer steps behind them.
+    """
+
+    first: Tensor
+    second: Tensor | None
+    step: int
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The constants of the clients' optimizer that its moments depend on.
+
+    Attributes:
+        beta1: Decay of Adam's first moment.
+        beta2: Decay of Adam's second moment.
+        epsilon: What Adam adds to the root of the second moment.
+        weight_decay: Decoupled weight decay, in learning rates.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+# ── the mean over clients ─────────────────────────────────────────────────────────────────────────
+
+
+def mean_moments(moments: Sequence[Moments], weights: Sequence[float]) -> Moments:
+    """Return `sum_i w_i first_i`, `sum_i w_i second_i` and the rounded mean step, in float64."""
+    first = torch.zeros_like(moments[0].first, dtype=CORE_DTYPE)
+    second = None
+    if moments[0].second is not None:
+        second = torch.zeros_like(moments[0].second, dtype=CORE_DTYPE)
+    for moment, weight in zip(moments, weights, strict=True):
+        first.add_(moment.first, alpha=weight)
+        if second is not None and moment.second is not None:
+            second.add_(moment.second, alpha=weight)
+    return Moments(first, second, mean_step([moment.step for moment in moments], weights))
+
+
+def mean_step(steps: Sequence[int], weights: Sequence[float]) -> int:
+    """Return the weighted mean number of steps, rounded, at least 1."""
+    mean = sum(weight * step for step, weight in zip(steps, weights, strict=True))
+    return max(1, round(mean))
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMomentMeans:
+    """A second moment `(m, n)` by the means of its rows and columns, `m + n` numbers.
+
+    Attributes:
+        rows: `(m,)`, the mean of each row.
+        columns: `(n,)`, the mean of each column.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, second: Tensor) -> SecondMomentMeans:
+        """Return the means of a second moment."""
+        return cls(second.mean(dim=1), second.mean(dim=0))
+
+    def expand(self) -> Tensor:
+        """Return `rows columns^T / mean(rows)` `(m, n)`, in float64.
+
+        The means of its rows and columns are the given ones: it is the estimate of Adafactor
+        (Shazeer and Stern, arXiv 1804.04235, section 3).
+        """
+        rows = self.rows.to(CORE_DTYPE)
+        columns = self.columns.to(CORE_DTYPE)
+        mean = rows.mean()
+        if not float(mean) > 0:
+            return torch.zeros(len(rows), len(columns), dtype=CORE_DTYPE, device=rows.device)
+        return torch.outer(rows, columns) / mean
+
+
+def reconstruct_moments(
+    displacement: Tensor,
+    start: Tensor,
+    second: Tensor | None,
+    step: int,
+    settings: OptimizerSettings,
+) -> Moments:
+    r"""Return the moments that explain how far a parameter moved per unit of learning rate.
+
+    AdamW moves a parameter x by `-lr (m' / (sqrt(v') + eps) + decay x)` in a step, where
+    `m' = m / (1 - beta1^t)` and `v' = v / (1 - beta2^t)`. If the mean of that over a round is
+    `lr D`, then::
+
+        m = -(D + decay x) (sqrt(v / (1 - beta2^t)) + eps) (1 - beta1^t)
+
+    SGD moves it by minus its buffer: `m = -(D + decay x)`.
+
+    Args:
+        displacement: D, the weighted mean of each client's `(x_end - x_start) / sum of its learning
+            rates`.
+        start: x at the start of the round.
+        second: v, the mean second moment; None for SGD.
+        step: t, the number of steps behind the moments.
+        settings: The optimizer's constants.
+    """
+    movement = displacement + settings.weight_decay * start
+    if second is None:
+        return Moments(-movement, None, step)
+    root = (second / (1 - settings.beta2**step)).sqrt() + settings.epsilon
+    return Moments(-movement * root * (1 - settings.beta1**step), second, step)
+
+
+# ── through aggregation ───────────────────────────────────────────────────────────────────────────
+
+
+def carry_moments(
+    moments: Mapping[str, Moments], before: LowRank, after: LowRank
+) -> dict[str, Moments]:
+    """Return one module's moments in the coordinates of other factors of nearly the same product.
+
+    Args:
+        moments: `B` and `A` to their moments; a factor may be missing.
+        before: The factors that the moments belong to.
+        after: The factors that they shall belong to, of the same shapes.
+
+    Returns:
+        The transformed moments; the same ones where the factors are equal to the bit.
+    """
+    if torch.equal(before.B, after.B) and torch.equal(before.A, after.A):
+        return dict(moments)
+    rotation = gauge_rotation(before, after)
+    squares = rotation.square()
+    scale_B = _norm_ratio(after.B, before.B)
+    scale_A = _norm_ratio(after.A, before.A)
+    carried = {}
+    for kind, moment in moments.items():
+        first = moment.first.to(CORE_DTYPE)
+        second = None if moment.second is None else moment.second.to(CORE_DTYPE)
+        # The gradient of A has a factor B, and the gradient of B a factor A.
+        if kind == "A":
+            first = scale_B * (rotation @ first)
+            second = None if second is None else scale_B**2 * (squares @ second)
+        else:
+            first = scale_A * (first @ rotation.mT)
+            second = None if second is None else scale_A**2 * (second @ squares.mT)
+        carried[kind] = Moments(first, second, moment.step)
+    return carried
+
+
+def gauge_rotation(before: LowRank, after: LowRank) -> Tensor:
+    """Return the rotation `R` `(r, r)` that brings one pair of factors closest to another.
+
+    It minimizes `||R A_before - A_after||_F^2 + ||B_before R^T - B_after||_F^2`: `R = X Y^T` of
+    `X Sigma Y^T = svd(A_after A_before^T + B_after^T B_before)`. The identity for the split
+    `procrustes`, which makes that matrix symmetric and positive.
+    """
+    alignment = after.A.to(CORE_DTYPE) @ before.A.to(CORE_DTYPE).mT
+    alignment = alignment + after.B.to(CORE_DTYPE).mT @ before.B.to(CORE_DTYPE)
+    X, _, Yh = torch.linalg.svd(alignment)
+    rotation: Tensor = X @ Yh
+    return rotation
+
+
+def _norm_ratio(after: Tensor, before: Tensor) -> float:
+    """Return the ratio of the Frobenius norms; 1 where there is nothing to compare with."""
+    size = float(torch.linalg.vector_norm(before, dtype=CORE_DTYPE))
+    return float(torch.linalg.vector_norm(after, dtype=CORE_DTYPE)) / size if size else 1.0

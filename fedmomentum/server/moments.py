@@ -1,0 +1,239 @@
+"""The optimizer's moments that clients share: from their replies to the next round's start.
+
+Every quantity here is a weighted sum over clients, but for the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedmomentum.aggregation.client_updates import ClientUpdates
+from fedmomentum.aggregation.moments import (
+    Moments,
+    OptimizerSettings,
+    SecondMomentMeans,
+    carry_moments,
+    mean_moments,
+    mean_step,
+    reconstruct_moments,
+)
+from fedmomentum.errors import PayloadError
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.global_model.shared_moments import (
+    SharedMoments,
+    decode_means,
+    decode_moments,
+)
+from fedmomentum.linalg.low_rank import CORE_DTYPE
+from fedmomentum.protocol.messages import OPTIMIZER, Reply, train_result
+from fedmomentum.training.arguments import TrainingFields
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.linalg.low_rank import LowRank
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.server.checkpoint import RunDirectory
+    from fedmomentum.server.round_parts import TrainedRound
+
+
+@dataclass(frozen=True)
+class UploadedMoments:
+    """What one client sent of its optimizer's moments.
+
+    Attributes:
+        tensors: The tensors, which were checked; read from disk when they are looked at.
+        num_steps: The number of steps of the round.
+        learning_rate_sum: The sum of the learning rates of these steps.
+    """
+
+    tensors: Mapping[str, Tensor]
+    num_steps: int
+    learning_rate_sum: float
+
+
+class SharedOptimizer:
+    """Keeps the moments of a run's clients: one for all of them.
+
+    Args:
+        config: The run's settings; `training.optimizer-state` is `shared` or `shared-full`.
+        method: The run's method.
+        directory: The run's directory, which holds the moments.
+    """
+
+    def __init__(self, config: Config, method: Method, directory: RunDirectory) -> None:
+        self._method = method
+        self._directory = directory
+        self._is_full = config.training.optimizer_state == "shared-full"
+        arguments = config.training.arguments
+        defaults = TrainingFields()
+        self._has_second = arguments.get("optim") != "sgd"
+        self._settings = OptimizerSettings(
+            beta1=arguments.get("adam_beta1", defaults.adam_beta1),
+            beta2=arguments.get("adam_beta2", defaults.adam_beta2),
+            epsilon=arguments.get("adam_epsilon", defaults.adam_epsilon),
+            weight_decay=arguments.get("weight_decay", defaults.weight_decay),
+        )
+
+    @classmethod
+    def of(cls, config: Config, method: Method, directory: RunDirectory) -> SharedOptimizer | None:
+        """Return the optimizer that a run's clients share; None if they share none."""
+        is_shared = config.training.optimizer_state in ("shared", "shared-full")
+        return cls(config, method, directory) if is_shared else None
+
+    # ── replies ──
+
+    def read(self, reply: Reply, start: Adapter, server_round: int) -> UploadedMoments:
+        """Check what a reply holds of moments.
+
+        Raises:
+            PayloadError: If a tensor is missing, unexpected or of another form, or the number of
+                steps or their learning rates are none; naming client and tensor.
+        """
+        name = f"client {reply.client_id}"
+        result = train_result(reply)
+        if not (result.num_steps >= 1 and 0 < result.learning_rate_sum <= 1e9):
+            raise PayloadError(
+                f"{name}: {result.num_steps} steps with learning rates of "
+                f"{result.learning_rate_sum:g} in all; wanted positive numbers, to share the "
+                "optimizer's moments"
+            )
+        tensors = optimizer_tensors(reply.tensors)
+        shapes = {}
+        if self._has_second or self._is_full:
+            shapes = factor_shapes(start, self._method.trained_factors(server_round))
+        if self._is_full:
+            moments = decode_moments(tensors, shapes, name)
+            for key, moment in moments.items():
+                if (moment.second is not None) != self._has_second:
+                    raise PayloadError(
+                        f"{name}: optimizer tensor {key}.second is there for another optimizer "
+                        "than [training.arguments] names"
+                    )
+        else:
+            decode_means(tensors, shapes, name)
+        return UploadedMoments(tensors, result.num_steps, result.learning_rate_sum)
+
+    # ── the next round's moments ──
+
+    def advance(
+        self,
+        previous: str | None,
+        start: Adapter,
+        trained: TrainedRound,
+        weights: Mapping[str, float],
+        adapter: Adapter,
+    ) -> StoredObject:
+        """Return the moments that the next round starts with.
+
+        Args:
+            previous: Hash of those that this round started with; None for zeros.
+            start: The adapter that the clients started from.
+            trained: The clients' updates and what they sent of their moments.
+            weights: Client to its weight in the sum.
+            adapter: The adapter that the next round starts from.
+
+        Raises:
+            PayloadError: If they are not finite.
+        """
+        started = SharedMoments({}, self._is_full)
+        if previous is not None:
+            started = self._decode(StoredObject(self._directory.read(previous)), start)
+        moments: dict[str, Moments] = {}
+        for module, after in adapter.modules.items():
+            moments |= self._advance_module(module, started, start, trained, weights, after)
+        stored = SharedMoments(moments, self._is_full).as_object()
+        # Refuse here what no client could read.
+        self._decode(stored, adapter)
+        return stored
+
+    def _decode(self, stored: StoredObject, adapter: Adapter) -> SharedMoments:
+        return SharedMoments.read(stored, factor_shapes(adapter, "BA"), is_full=self._is_full)
+
+    def _advance_module(
+        self,
+        module: str,
+        started: SharedMoments,
+        start: Adapter,
+        trained: TrainedRound,
+        weights: Mapping[str, float],
+        after: LowRank,
+    ) -> dict[str, Moments]:
+        """Return one module's moments: their mean, in the coordinates of its new factors."""
+        clients = list(weights)
+        updates = ClientUpdates(
+            [trained.updates[client].modules[module] for client in clients],
+            torch.tensor(list(weights.values()), dtype=CORE_DTYPE),
+        )
+        uploads = [trained.moments[client] for client in clients]
+        current = started.of_module(module)
+        for kind in trained.factors:
+            if self._is_full:
+                received = [self._received(upload, f"{module}.{kind}") for upload in uploads]
+                current[kind] = mean_moments(received, list(weights.values()))
+            else:
+                x_start = getattr(start.modules[module], kind).to(CORE_DTYPE)
+                first_step = current[kind].step if kind in current else 0
+                current[kind] = self._reconstruct(
+                    module, kind, x_start, updates, uploads, first_step
+                )
+        carried = carry_moments(current, updates.mean_factors(), after)
+        return {f"{module}.{kind}": moment for kind, moment in carried.items()}
+
+    def _received(self, upload: UploadedMoments, key: str) -> Moments:
+        """Return what a client sent in full of one factor's moments."""
+        second = upload.tensors[f"{key}.second"] if self._has_second else None
+        return Moments(upload.tensors[f"{key}.first"], second, int(upload.tensors[f"{key}.step"]))
+
+    def _reconstruct(
+        self,
+        module: str,
+        kind: str,
+        x_start: Tensor,
+        updates: ClientUpdates,
+        uploads: list[UploadedMoments],
+        first_step: int,
+    ) -> Moments:
+        """Return the moments of one factor from means of the second moments and the movement."""
+        key = f"{module}.{kind}"
+        displacement = torch.zeros_like(x_start)
+        rows = torch.zeros(len(x_start), dtype=CORE_DTYPE)
+        columns = torch.zeros(x_start.shape[1], dtype=CORE_DTYPE)
+        weights = updates.weights.tolist()
+        for weight, update, upload in zip(weights, updates, uploads, strict=True):
+            movement = getattr(update, kind).to(CORE_DTYPE) - x_start
+            displacement.add_(movement, alpha=weight / upload.learning_rate_sum)
+            if self._has_second:
+                rows.add_(upload.tensors[f"{key}.rows"], alpha=weight)
+                columns.add_(upload.tensors[f"{key}.columns"], alpha=weight)
+        second = SecondMomentMeans(rows, columns).expand() if self._has_second else None
+        step = first_step + mean_step([upload.num_steps for upload in uploads], weights)
+        return reconstruct_moments(displacement, x_start, second, step, self._settings)
+
+
+def optimizer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a reply that describe moments, without their prefix."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(OPTIMIZER):
+            found[name.removeprefix(OPTIMIZER)] = tensor
+    return found
+
+
+def factor_shapes(adapter: Adapter, kinds: str) -> dict[str, tuple[int, int]]:
+    """Return `<module>.<factor>` to the factor's shape."""
+    shapes = {}
+    for module, matrix in adapter.modules.items():
+        for kind in kinds:
+            shapes[f"{module}.{kind}"] = _shape(matrix, kind)
+    return shapes
+
+
+def _shape(matrix: LowRank, kind: str) -> tuple[int, int]:
+    out_size, in_size = matrix.shape
+    return (out_size, matrix.rank) if kind == "B" else (matrix.rank, in_size)

@@ -1,0 +1,180 @@
+"""An optimizer's moments through averaging and changes of coordinates, proved from the formulas."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmomentum.aggregation import FedMomentum
+from fedmomentum.aggregation.moments import (
+    Moments,
+    OptimizerSettings,
+    SecondMomentMeans,
+    carry_moments,
+    gauge_rotation,
+    mean_moments,
+    reconstruct_moments,
+)
+from fedmomentum.linalg.low_rank import LowRank
+from tests.helpers import aggregate, error, generator, random_matrix, some_weights
+
+OUT, IN, RANK = 20, 15, 3
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def rotation(seed, size=RANK):
+    return torch.linalg.qr(draw(size, size, seed=seed)).Q
+
+
+def gradients(factors: LowRank, G: torch.Tensor, scaling: float) -> dict[str, torch.Tensor]:
+    """The gradients of the factors where the effective weight `scaling B A` has gradient G."""
+    B = factors.B.clone().requires_grad_()
+    A = factors.A.clone().requires_grad_()
+    (scaling * (B @ A) * G).sum().backward()
+    return {"B": B.grad, "A": A.grad}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_carried_first_moments_are_the_gradients_of_the_new_factors(scale):
+    """Exact for a rotation and a change of scale, by autograd."""
+    before = random_matrix(OUT, IN, RANK)
+    turn = rotation(1)
+    after = LowRank(before.B @ turn.mT / scale, scale * turn @ before.A)
+    G = draw(OUT, IN, seed=2)
+    measured = {
+        kind: Moments(gradient, gradient.square(), 5)
+        for kind, gradient in gradients(before, G, 1.7).items()
+    }
+    carried = carry_moments(measured, before, after)
+    for kind, gradient in gradients(after, G, 1.7).items():
+        assert error(carried[kind].first, gradient) < 1e-10
+        assert carried[kind].step == 5
+
+
+def test_carried_second_moments_are_those_of_uncorrelated_rows():
+    """The mean square over many gradients whose rows are independent, each of its own size."""
+    before = random_matrix(OUT, IN, RANK)
+    turn = rotation(3)
+    after = LowRank(before.B @ turn.mT, turn @ before.A)
+    sizes = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)[:, None]
+    samples = sizes * draw(20_000, RANK, IN, seed=4)
+    second = {"A": Moments(samples[0], samples.square().mean(dim=0), 1)}
+    carried = carry_moments(second, before, after)["A"].second
+    wanted = (turn @ samples).square().mean(dim=0)
+    assert error(carried, wanted) < 0.05
+    assert error(second["A"].second, wanted) > 0.5
+
+
+def test_equal_factors_leave_moments_as_they_are():
+    factors = random_matrix(OUT, IN, RANK)
+    moments = {"A": Moments(draw(RANK, IN), draw(RANK, IN, seed=1).square(), 2)}
+    carried = carry_moments(moments, factors, LowRank(factors.B.clone(), factors.A.clone()))
+    assert carried["A"] is moments["A"]
+
+
+def test_there_and_back_is_the_identity_for_first_moments():
+    before = random_matrix(OUT, IN, RANK)
+    turn = rotation(5)
+    after = LowRank(before.B @ turn.mT * 0.5, 2 * turn @ before.A)
+    moments = {"B": Moments(draw(OUT, RANK), None, 1), "A": Moments(draw(RANK, IN), None, 1)}
+    there = carry_moments(moments, before, after)
+    back = carry_moments(there, after, before)
+    for kind, moment in moments.items():
+        assert error(back[kind].first, moment.first) < 1e-10
+        assert back[kind].second is None
+
+
+def test_the_procrustes_split_needs_no_rotation():
+    start = random_matrix(OUT, IN, RANK)
+    updates = [
+        LowRank(start.B + 0.1 * draw(OUT, RANK, seed=i), start.A + 0.1 * draw(RANK, IN, seed=9 + i))
+        for i in range(3)
+    ]
+    weights = some_weights(3)
+    mean = LowRank(
+        sum(float(w) * u.B for w, u in zip(weights, updates, strict=True)),
+        sum(float(w) * u.A for w, u in zip(weights, updates, strict=True)),
+    )
+    adapter = aggregate(FedMomentum(split="procrustes"), updates, weights, rank=RANK).adapter
+    assert error(gauge_rotation(mean, adapter), torch.eye(RANK, dtype=torch.float64)) < 1e-10
+    balanced = aggregate(FedMomentum(), updates, weights, rank=RANK).adapter
+    assert error(gauge_rotation(mean, balanced), torch.eye(RANK, dtype=torch.float64)) > 0.1
+
+
+# ── reconstruction ──
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(0, 20),
+    st.sampled_from([0.0, 0.3]),
+    st.integers(0, 2**31),
+)
+def test_a_constant_gradient_is_reconstructed(num_steps, first_step, weight_decay, seed):
+    """With a constant gradient, AdamW's moments follow from how far it moved: to round-off."""
+    rows = draw(4, 1, seed=seed).abs() + 0.1
+    columns = draw(1, 5, seed=seed + 1).abs() + 0.1
+    signs = torch.sign(draw(4, 5, seed=seed + 2))
+    gradient = signs * (rows * columns)  # its square is of rank one
+    parameter = torch.nn.Parameter(draw(4, 5, seed=seed + 3))
+    lr = 1e-6
+    optimizer = torch.optim.AdamW([parameter], lr=lr, weight_decay=weight_decay)
+    for _ in range(first_step):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    start = parameter.detach().clone()
+    for _ in range(num_steps):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    state = optimizer.state[parameter]
+    displacement = (parameter.detach() - start) / (lr * num_steps)
+    second = SecondMomentMeans.of(state["exp_avg_sq"]).expand()
+    assert error(second, state["exp_avg_sq"]) < 1e-10
+    got = reconstruct_moments(
+        displacement,
+        start,
+        second,
+        first_step + num_steps,
+        OptimizerSettings(weight_decay=weight_decay),
+    )
+    assert error(got.first, state["exp_avg"]) < 1e-4  # a step of 1e-6 rounds the displacement
+    assert got.step == first_step + num_steps
+
+
+def test_the_buffer_of_sgd_is_minus_the_displacement():
+    parameter = torch.nn.Parameter(draw(4, 5))
+    optimizer = torch.optim.SGD([parameter], lr=0.5, momentum=0.9)
+    start = parameter.detach().clone()
+    parameter.grad = draw(4, 5, seed=1)
+    optimizer.step()
+    displacement = (parameter.detach() - start) / 0.5
+    got = reconstruct_moments(displacement, start, None, 1, OptimizerSettings())
+    assert error(got.first, optimizer.state[parameter]["momentum_buffer"]) < 1e-12
+    assert got.second is None
+
+
+def test_means_keep_the_sums_and_add_up_over_clients():
+    second = draw(4, 5).square()
+    means = SecondMomentMeans.of(second)
+    expanded = means.expand()
+    assert torch.allclose(expanded.mean(dim=1), second.mean(dim=1), rtol=1e-12)
+    assert torch.allclose(expanded.mean(dim=0), second.mean(dim=0), rtol=1e-12)
+    zero = SecondMomentMeans.of(torch.zeros(4, 5)).expand()
+    assert not zero.any() and zero.shape == (4, 5)
+
+
+def test_means_are_weighted_and_steps_rounded():
+    moments = [
+        Moments(draw(2, 3, seed=i), draw(2, 3, seed=9 + i).square(), step)
+        for i, step in enumerate((3, 8))
+    ]
+    mean = mean_moments(moments, [0.25, 0.75])
+    assert error(mean.first, 0.25 * moments[0].first + 0.75 * moments[1].first) < 1e-12
+    assert error(mean.second, 0.25 * moments[0].second + 0.75 * moments[1].second) < 1e-12
+    assert mean.step == round(0.25 * 3 + 0.75 * 8) and math.isfinite(mean.step)

@@ -1,0 +1,331 @@
+"""The optimizer's moments through whole runs: the same however a run is made, and what they do."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from fedmomentum.aggregation.moments import Moments
+from fedmomentum.aggregation.update_filter import ClientUpdate
+from fedmomentum.errors import ConfigError
+from fedmomentum.protocol.transport import InProcessTransport
+from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.federated_trainer import FederatedTrainer
+from fedmomentum.run.networked import run_federation
+from fedmomentum.training import TrainReport
+from fedmomentum.utils.names import directory_name
+from tests.helpers import error
+from tests.runs import chain, objects, prepare, start, timeless, tiny_config
+
+OURS = ("fedmomentum", {"split": "procrustes"})
+CASES = [
+    *[
+        ("shared", name, settings)
+        for name, settings in (
+            OURS,
+            ("fedmomentum", {"split": "balanced"}),
+            ("fedmomentum", {"split": "procrustes", "energy": 0.9}),
+            ("fedit", {}),
+            ("fedexlora", {}),
+            ("flexlora", {}),
+            ("ffalora", {}),
+            ("rolora", {}),
+            ("frlora", {}),
+            ("fedsvd", {}),
+            ("lorafair", {}),
+            ("fedrotlora", {}),
+        )
+    ],
+    ("shared-full", *OURS),
+    ("shared-full", "rolora", {}),
+    ("local", *OURS),
+    ("local", "flexlora", {}),
+    ("local", "rolora", {}),
+    ("local", "fedsalora", {}),
+    ("local", "hetlora", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def config_of(folder, state, name="fedmomentum", settings=None, **sections):
+    sections.setdefault("training", {})
+    sections["training"] = {"optimizer-state": state, **sections["training"]}
+    if settings is None:
+        settings = {"split": "procrustes"} if name == "fedmomentum" else {}
+    return tiny_config(folder, method={"name": name, "settings": settings}, **sections)
+
+
+def networked(config, stores):
+    handlers = {}
+    for name in config.data.client_files:
+        handlers[name] = prepare_client(config, name, stores / directory_name(name)).handle
+    return InProcessTransport(handlers)
+
+
+@pytest.mark.parametrize(("state", "name", "settings"), CASES, ids=str)
+def test_one_process_separate_stores_and_a_resume_give_the_same_bits(
+    folder, tmp_path, state, name, settings
+):
+    config = config_of(folder, state, name, settings)
+    start(config, tmp_path / "whole", function=None)
+    rows = timeless(tmp_path / "whole")
+    assert all(row["failures"] == {} for row in rows)
+    run_federation(networked(config, tmp_path / "nodes"), config, tmp_path / "served")
+    assert chain(tmp_path / "served") == chain(tmp_path / "whole")
+    assert [row["evaluation"] for row in timeless(tmp_path / "served")] == [
+        row["evaluation"] for row in rows
+    ]
+
+    def stop(event, facts):
+        if event == "aggregate" and (tmp_path / "parts" / "rounds" / "0001.json").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(config, tmp_path / "parts", function=None, observer=stop)
+    start(config, tmp_path / "parts", function=None, resume=True)
+    assert chain(tmp_path / "parts") == chain(tmp_path / "whole")
+    assert timeless(tmp_path / "parts") == rows
+    assert objects(tmp_path / "parts") == objects(tmp_path / "whole")
+    # The moments did something.
+    fresh = config_of(folder, "fresh", name, settings)
+    start(fresh, tmp_path / "fresh", function=None)
+    assert chain(tmp_path / "fresh") != chain(tmp_path / "whole")
+
+
+def test_local_moments_that_are_lost_are_missed(folder, tmp_path):
+    config = config_of(folder, "local")
+
+    def stop(event, facts):
+        if event == "aggregate" and (tmp_path / "run" / "rounds" / "0002.json").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(config, tmp_path / "run", function=None, observer=stop)
+    (newest,) = (tmp_path / "run" / "optimizer").rglob("site1/0002.safetensors")
+    newest.unlink()
+    with pytest.raises(Exception, match="site1: its optimizer moments after round 2 are missing"):
+        prepare(config, tmp_path / "run", resume=True)
+
+
+# ── what they do ──
+
+
+def quadratic(target, steps):
+    """A training function: full-batch AdamW on `||s B A - target||^2` of every module."""
+
+    def train_quadratic(model, examples, *, learning_rate, on_step, moments=None, **_):
+        layers = {
+            name: module for name, module in model.named_modules() if hasattr(module, "lora_A")
+        }
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        for name, moment in (moments or {}).items():
+            optimizer.state[parameters[name]] = {
+                "step": torch.tensor(float(moment.step)),
+                "exp_avg": moment.first.clone(),
+                "exp_avg_sq": moment.second.clone(),
+            }
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = 0.0
+            for layer in layers.values():
+                A = layer.lora_A["default"].weight
+                B = layer.lora_B["default"].weight
+                wanted = target[: len(B), : A.shape[1]]
+                loss = loss + (layer.scaling["default"] * B @ A - wanted).square().sum()
+            loss.backward()
+            optimizer.step()
+        on_step(1, 1, 1.0)
+        state = optimizer.state
+        reported = {
+            n: Moments(state[p]["exp_avg"], state[p]["exp_avg_sq"], int(state[p]["step"]))
+            for n, p in parameters.items()
+        }
+        return TrainReport(1.0, 1.0, 1.0, steps, 1, moments=reported)
+
+    return train_quadratic
+
+
+@pytest.mark.parametrize("state", ["shared-full", "local"])
+def test_two_clients_of_one_objective_are_centralized_adamw(folder, tmp_path, state):
+    """Four rounds of three steps of two equal clients: twelve steps of AdamW, uninterrupted."""
+    target = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    few = {"federation": {"num-rounds": 4}, "num_clients": 2, "evaluation": {"every": 0}}
+    config = config_of(folder, state, "fedit", **few)
+    start(config, tmp_path / "rounds", function=quadratic(target, steps=3))
+    once = config_of(folder, "fresh", "fedit", **few | {"federation": {"num-rounds": 1}})
+    start(once, tmp_path / "once", function=quadratic(target, steps=12))
+    fresh = config_of(folder, "fresh", "fedit", **few)
+    start(fresh, tmp_path / "fresh", function=quadratic(target, steps=3))
+    wanted = last_adapter(tmp_path / "once")
+    for module, factors in last_adapter(tmp_path / "rounds").items():
+        assert error(factors.dense(), wanted[module].dense()) < 1e-4
+    assert (
+        max(
+            error(factors.dense(), wanted[module].dense())
+            for module, factors in last_adapter(tmp_path / "fresh").items()
+        )
+        > 1e-2
+    )
+
+
+def last_adapter(out):
+    from fedmomentum.global_model.model import GlobalModel
+
+    return GlobalModel.load(out).adapter.modules
+
+
+def test_successive_updates_point_the_same_way_with_shared_moments(folder, tmp_path):
+    sections = {
+        "federation": {"num-rounds": 8},
+        "evaluation": {"every": 0},
+        "training": {"learning-rate": 0.02, "batch-size": 1, "local-steps": 4},
+    }
+    cosines = {}
+    for state in ("fresh", "shared", "shared-full"):
+        start(config_of(folder, state, **sections), tmp_path / state, function=None)
+        rows = timeless(tmp_path / state)[3:]
+        cosines[state] = statistics.mean(row["diagnostics"]["update_cosine"] for row in rows)
+    assert cosines["shared"] > cosines["fresh"] + 0.4
+    assert cosines["shared-full"] > cosines["fresh"] + 0.4
+
+
+def test_bytes_are_those_of_the_plan(folder, tmp_path):
+    sizes = {}
+    for state in ("fresh", "shared", "shared-full", "local"):
+        run = start(config_of(folder, state), tmp_path / state, function=None)
+        shapes = [(m.shape, m.rank) for m in run.model.adapter.modules.values()]
+        rows = timeless(tmp_path / state)
+        sizes[state] = rows[2]["uplink_bytes"]["site0"], run.plan.uplink_bytes
+    means = sum(2 * (out + size + 2 * rank) for (out, size), rank in shapes)
+    full = sum(8 * rank * (out + size) for (out, size), rank in shapes)
+    for state, more in (("shared", means), ("shared-full", full), ("local", 0)):
+        assert sizes[state][1] - sizes["fresh"][1] == more
+        # Names and the JSON around the numbers are besides.
+        names = 150 * 6 * len(shapes)
+        assert more <= sizes[state][0] - sizes["fresh"][0] <= more + names
+
+
+# ── refusals ──
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "sections", "message"),
+    [
+        ("shared", "flora", {}, "FLoRA starts every round from a fresh adapter"),
+        ("local", "florist", {}, "FLoRIST starts every round from a fresh adapter"),
+        ("shared", "fedsalora", {}, "FedSA-LoRA leaves factors with each client"),
+        ("shared-full", "hetlora", {}, "needs every client to train the same adapter"),
+        (
+            "shared",
+            "fedmomentum",
+            {"lora": {"clients": {"site1": {"rank": 1}}}},
+            "needs every client to train the same adapter",
+        ),
+        ("shared", "fedit", {"training": {"arguments": {"optim": "adafactor"}}}, "adafactor"),
+        ("local", "fedit", {"training": {"arguments": {"optim": "adafactor"}}}, "adafactor"),
+        ("other", "fedit", {}, "training.optimizer-state"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(folder, tmp_path, state, name, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(config_of(folder, state, name, **sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_filter_and_moments_exclude_each_other(folder, tmp_path):
+    class Nothing:
+        def on_client(self, update: ClientUpdate):
+            return update.trained
+
+        def on_server(self, aggregate, server_round):
+            return aggregate
+
+    trainer = FederatedTrainer(
+        config_of(folder, "shared"), tmp_path / "run", update_filter=Nothing()
+    )
+    with pytest.raises(ConfigError, match="moments would leave the client unfiltered"):
+        trainer.prepare()
+
+
+def lying(change):
+    """A client whose optimizer tensors are altered."""
+    from fedmomentum.protocol import codec
+
+    def handle(payload, client):
+        answer = client.handle(payload)
+        task = codec.decode_task(payload)
+        if task.kind != "train" or client.client_id != "site1":
+            return answer
+        reply = codec.decode_reply(answer, task, 2**30)
+        tensors = dict(reply.tensors)
+        change(tensors)
+        from dataclasses import replace
+
+        return codec.encode_reply(replace(reply, tensors=tensors))
+
+    return handle
+
+
+def key_of(tensors, end):
+    return next(
+        key for key in sorted(tensors) if key.startswith("optimizer.") and key.endswith(end)
+    )
+
+
+def negative(tensors):
+    tensors[key_of(tensors, ".rows")] = -tensors[key_of(tensors, ".rows")] - 1
+
+
+def not_finite(tensors):
+    tensors[key_of(tensors, ".columns")] = tensors[key_of(tensors, ".columns")] * float("nan")
+
+
+def short(tensors):
+    tensors[key_of(tensors, ".rows")] = tensors[key_of(tensors, ".rows")][:-1]
+
+
+def wide(tensors):
+    tensors[key_of(tensors, ".rows")] = tensors[key_of(tensors, ".rows")].float()
+
+
+def missing(tensors):
+    del tensors[key_of(tensors, ".columns")]
+
+
+def extra(tensors):
+    tensors["optimizer.evil"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("change", [negative, not_finite, short, wide, missing, extra])
+def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, change):
+    from functools import partial
+
+    config = config_of(folder, "shared", federation={"num-rounds": 1})
+    handle = lying(change)
+    handlers = {}
+    for name in config.data.client_files:
+        client = prepare_client(config, name, tmp_path / name)
+        handlers[name] = partial(handle, client=client)
+    run_federation(InProcessTransport(handlers), config, tmp_path / "run")
+    row = timeless(tmp_path / "run")[1]
+    assert row["accepted"] == ["site0", "site2"]
+    assert "client site1: optimizer tensor" in row["failures"]["site1"]
+
+
+def test_moments_that_were_not_asked_for_are_refused(folder, tmp_path):
+    from functools import partial
+
+    config = config_of(folder, "fresh", federation={"num-rounds": 1})
+    handlers = {}
+    for name in config.data.client_files:
+        client = prepare_client(config, name, tmp_path / name)
+        handlers[name] = partial(lying(extra), client=client)
+    run_federation(InProcessTransport(handlers), config, tmp_path / "run")
+    assert "optimizer.evil" in timeless(tmp_path / "run")[1]["failures"]["site1"]
