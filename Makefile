@@ -23,7 +23,7 @@ test: $(TEST_STAMP) lint
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p fedmomentum
+	$(BIN)/mypy
 
 install: $(TEST_STAMP)
 

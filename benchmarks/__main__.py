@@ -4,7 +4,7 @@
 
 Each is a process of its own and writes `<name>.json` into the folder; `all.json` there holds
 everything, with the machine's limits. `gpu` is left out where torch sees no GPU, unless it is asked
-for. One that fails is named in the end, and the others run all the same. A target that is not met
+for. One that fails is named in the end, and the others still run. A target that is not met
 is no failure.
 """
 
@@ -44,20 +44,26 @@ def default_names() -> list[str]:
 def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[str]:
     """Run every script into `out`, print and write the results; return the names of failures."""
     out.mkdir(parents=True, exist_ok=True)
-    began, seconds, failed, found = time.perf_counter(), {}, [], {}
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    failed: list[str] = []
+    results: dict[str, dict[str, Any]] = {}
     limits = machine_limits()
     for name, script in scripts.items():
         console.rule(name)
-        file, started = out / f"{name}.json", time.perf_counter()
+        file = out / f"{name}.json"
+        started = time.perf_counter()
         file.unlink(missing_ok=True)
         code = subprocess.run([sys.executable, str(script), "--json", str(file)]).returncode
         seconds[name] = time.perf_counter() - started
         if code or not file.is_file():
             failed.append(name)
         if file.is_file():
-            found[name] = json.loads(file.read_text())
+            results[name] = json.loads(file.read_text())
     targets = [
-        {"benchmark": name, **target} for name, told in found.items() for target in told["targets"]
+        {"benchmark": name, **target}
+        for name, result in results.items()
+        for target in result["targets"]
     ]
     total = time.perf_counter() - began
     console.rule("all")
@@ -70,7 +76,7 @@ def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[st
         f"{total / 60:.1f} minutes: {', '.join(f'{name} {s:.0f} s' for name, s in seconds.items())}"
     )
     for name in failed:
-        console.print(f"[red]{name} failed[/]; what it said is above")
+        console.print(f"[red]{name} failed[/]; its output is above")
     write_json(
         out / "all.json",
         targets=targets,
@@ -79,29 +85,31 @@ def run_all(scripts: Mapping[str, Path], out: Path, console: Console) -> list[st
         total_seconds=total,
         limits=limits,
         environment=environment("transformers", "peft", "flwr"),
-        benchmarks=found,
+        benchmarks=results,
     )
     console.print(f"all of it: {out / 'all.json'}")
     return failed
 
 
 def report(targets: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """The table of all targets, and how many are met."""
+    """Print the table of all targets, and how many are met."""
     table = Table(
         "benchmark", "target", "wanted", "got", "met", title="Targets", title_justify="left"
     )
     before = ""
     for target in targets:
         got = "not finite" if target["got"] is None else f"{target['got']:.4g}"
-        told = "[green]met[/]" if target["met"] else "[red]not met[/]"
+        verdict = "[green]met[/]" if target["met"] else "[red]not met[/]"
         name = target["benchmark"]
-        table.add_row("" if name == before else name, target["name"], target["wanted"], got, told)
+        shown = "" if name == before else name
+        table.add_row(shown, target["name"], target["wanted"], got, verdict)
         before = name
     console.print(table)
     console.print(f"{sum(target['met'] for target in targets)} of {len(targets)} targets met")
 
 
 def main() -> int:
+    """Run the benchmarks that are named; return 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks", description=str(__doc__).splitlines()[0]
     )

@@ -4,9 +4,9 @@
     FILE]
 
 merge: `Float32Weights.apply` of one factored residual against the machine's floor, the larger of
-memory traffic and matrix product. load: the embedded model, again in the same process. job: the configuration's run,
-evaluated on less; everything but the trainer's steps and the evaluations counts as overhead. start:
-commands in new processes.
+memory traffic and matrix product. load: the embedded model, then again in the same process. job:
+the default configuration, evaluated on fewer examples; everything except the trainer's steps and
+the evaluations counts as overhead. start: commands in new processes.
 """
 
 from __future__ import annotations
@@ -19,35 +19,39 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from common import CONFIG, Target, alternate, finish, medians
+from common import CONFIG, Clock, Target, alternate, finish, medians
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer
 
 from fedmomentum import LowRank
+from fedmomentum.aggregation.aggregate import aggregate_updates
 from fedmomentum.base_model.weights import Float32Weights
-from fedmomentum.client import client as client_module
-from fedmomentum.client import work as work_module
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import load_config
+from fedmomentum.evaluation.teacher_forcing import evaluate
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
-from fedmomentum.run import setup as setup_module
+from fedmomentum.protocol.codec import decode_reply, decode_task, encode_reply, encode_task
 from fedmomentum.run.federated_trainer import FederatedTrainer
-from fedmomentum.server import exchange as exchange_module
-from fedmomentum.server import screening as screening_module
-from fedmomentum.server import server as server_module
+from fedmomentum.run.setup import make_method, tokenized_clients
 from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.client_deltas import distance
 from fedmomentum.server.client_updates import UpdateReader
+from fedmomentum.server.diagnostics import round_diagnostics
+from fedmomentum.server.scoring import expected_probes
 from fedmomentum.server.update_store import UpdateStore
-from fedmomentum.training.hf_trainer import CompletionTrainer
+from fedmomentum.training.trainer import train
 from fedmomentum.utils.process import quiet_libraries
 from fedmomentum.utils.tensors import safetensors_bytes
 
@@ -55,55 +59,76 @@ SHAPES = [(4096, 4096, 150), (4096, 4096, 24), (576, 576, 24)]
 CONSOLE = Console()
 
 
-def merge(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
-    """Seconds to add `B A` to a float32 weight `(out, in)`: in place, and through `B A`.
+# ── merging a residual ──
+
+
+class RepeatedMerge:
+    """Merges one more copy of a residual into a base weight at every call.
+
+    Args:
+        weights: The base weights.
+        residual: What is merged.
+    """
+
+    def __init__(self, weights: Float32Weights, residual: StoredObject) -> None:
+        self._weights = weights
+        self._residual = residual
+        self._num_merged = 0
+
+    def __call__(self) -> None:
+        """Merge one more copy."""
+        self._num_merged += 1
+        self._weights.apply([self._residual] * self._num_merged)
+
+
+def merge(repeats: int, clock: Clock) -> tuple[list[dict[str, Any]], list[Target]]:
+    """Time adding `B A` to a float32 weight `(out, in)`: in place, and through `B A`.
 
     The floor is the larger of the time to read and write the weight once, and that of so many
     operations in a square matrix product; both are measured in turn with the sides.
     """
-    rows, targets = [], []
-    square, product = torch.rand(1024, 1024), torch.empty(1024, 1024)
+    rows: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    square = torch.rand(1024, 1024)
+    product = torch.empty(1024, 1024)
     for out_size, in_size, rank in SHAPES:
-        held, layer, blob = _held(out_size, in_size, rank)
-        count, matrix = [0], blob.matrices["layer"]
-
-        def in_place(
-            held: Float32Weights = held, blob: StoredObject = blob, count: list[int] = count
-        ) -> None:
-            count[0] += 1
-            held.apply([blob] * count[0])
-
-        def dense(layer: nn.Linear = layer, matrix: LowRank = matrix) -> None:
-            layer.weight.data.add_(matrix.B @ matrix.A)
-
-        grown = {
-            name: _peak_mb(side) for name, side in (("in place", in_place), ("through B A", dense))
+        weights, layer = _base_layer(out_size, in_size)
+        factors = LowRank(torch.randn(out_size, rank) * 1e-4, torch.randn(rank, in_size))
+        residual = StoredObject.of({"layer": factors})
+        _ = residual.name, residual.matrices  # parsed and hashed once, before the clock starts
+        sides: dict[str, Callable[[], Any]] = {
+            "in place": RepeatedMerge(weights, residual),
+            "through B A": partial(_merge_dense, layer, factors),
         }
-        size, other = out_size * in_size, torch.empty_like(layer.weight)
-
-        def copy(layer: nn.Linear = layer, other: torch.Tensor = other) -> None:
-            other.copy_(layer.weight.data)
-
-        sides = {
-            "in place": in_place,
-            "through B A": dense,
-            "copy": copy,
-            "product": lambda: torch.mm(square, square, out=product),
-        }
-        seconds = medians(alternate(sides, repeats))
+        peaks = {name: _peak_mb(side) for name, side in sides.items()}
+        sides["copy"] = partial(torch.empty_like(layer.weight.data).copy_, layer.weight.data)
+        sides["product"] = partial(torch.mm, square, square, out=product)
+        seconds = medians(alternate(sides, repeats, clock=clock))
+        size = out_size * in_size
         floor = max(seconds["copy"], seconds["product"] * size * rank / 1024**3)
-        rows.append(
-            {
-                "shape": f"{out_size} x {in_size}",
-                "rank": rank,
-                "floor": floor,
-                **seconds,
-                "peak_mb": grown,
-            }
-        )
+        shape = f"{out_size} x {in_size}"
+        rows.append({"shape": shape, "rank": rank, "floor": floor, **seconds, "peak_mb": peaks})
         if size > 2**20:  # below, a call's own cost is the floor
-            name = f"merging rank {rank} into {out_size} x {in_size}, times the floor"
+            name = f"merging rank {rank} into {shape}, times the floor"
             targets.append(Target.at_most(name, 2, seconds["in place"] / floor))
+    _print_merges(rows)
+    return rows, targets
+
+
+def _base_layer(out_size: int, in_size: int) -> tuple[Float32Weights, nn.Linear]:
+    """Return a linear layer as the base weights of a client, and the layer."""
+    layer = nn.Linear(in_size, out_size, bias=False)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        file.write_bytes(safetensors_bytes({"layer.weight": layer.weight.detach()}))
+        return Float32Weights({"layer": layer}, Path(folder)), layer
+
+
+def _merge_dense(layer: nn.Linear, factors: LowRank) -> Tensor:
+    return layer.weight.data.add_(factors.B @ factors.A)
+
+
+def _print_merges(rows: list[dict[str, Any]]) -> None:
     table = Table(
         "weight",
         "rank",
@@ -115,18 +140,13 @@ def merge(repeats: int) -> tuple[list[dict[str, Any]], list[Target]]:
     )
     for row in rows:
         numbers = [f"{1000 * row[key]:.2f}" for key in ("floor", "in place", "through B A")]
-        table.add_row(
-            row["shape"],
-            str(row["rank"]),
-            *numbers,
-            *(f"{mb:.0f}" for mb in row["peak_mb"].values()),
-        )
+        peaks = [f"{peak:.0f}" for peak in row["peak_mb"].values()]
+        table.add_row(row["shape"], str(row["rank"]), *numbers, *peaks)
     CONSOLE.print(table)
-    return rows, targets
 
 
 def _peak_mb(side: Callable[[], Any]) -> float:
-    """MB by which the process grows while `side` runs, at most; Linux only, else NaN."""
+    """Return the MB by which the process grows while `side` runs, at most; NaN except on Linux."""
     side()  # threads and buffers of the libraries, once
     status = Path("/proc/self/status")
     if not status.is_file():
@@ -137,202 +157,233 @@ def _peak_mb(side: Callable[[], Any]) -> float:
     return (int(sizes["VmHWM"].split()[0]) - int(sizes["VmRSS"].split()[0])) / 1024
 
 
-def _held(out_size: int, in_size: int, rank: int) -> tuple[Float32Weights, nn.Linear, StoredObject]:
-    with tempfile.TemporaryDirectory() as folder:
-        layer = nn.Linear(in_size, out_size, bias=False)
-        (Path(folder) / "model.safetensors").write_bytes(
-            safetensors_bytes({"layer.weight": layer.weight.detach()})
-        )
-        held = Float32Weights({"layer": layer}, Path(folder))
-    blob = StoredObject.of(
-        {"layer": LowRank(torch.randn(out_size, rank) * 1e-4, torch.randn(rank, in_size))}
-    )
-    _ = blob.name, blob.matrices
-    return held, layer, blob
+# ── loading the base ──
 
 
-def load(repeats: int) -> tuple[dict[str, Any], list[Target]]:
-    """Seconds to load the configuration's base model in this process, first and again."""
+def load(repeats: int, clock: Clock) -> tuple[dict[str, Any], list[Target]]:
+    """Time loading the configuration's base model in this process, first and again."""
     config = load_config(CONFIG)
     times = []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = clock()
         with quiet_libraries():
             local = LocalModel(config.model, config.lora, seed=0)
-        times.append(time.perf_counter() - started)
-    started = time.perf_counter()
+        times.append(clock() - started)
+    started = clock()
     local.base_weights.reset()
-    again = time.perf_counter() - started
+    reset = clock() - started
     CONSOLE.print(
         f"base load: first {times[0]:.2f} s, then {' '.join(f'{t:.2f}' for t in times[1:])} s; "
-        f"adapted weights anew from the folder: {again:.3f} s"
+        f"adapted weights again from the folder: {reset:.3f} s"
     )
-    return {"load": times, "pristine": again}, [
-        Target.at_most("a later base load, s", 3, statistics.median(times[1:]))
-    ]
+    target = Target.at_most("a later base load, s", 3, statistics.median(times[1:]))
+    return {"load": times, "reset": reset}, [target]
 
 
-class Clock:
-    """Seconds spent in watched functions by purpose; nested calls are counted separately."""
+# ── where the time of a job goes ──
 
-    def __init__(self) -> None:
+
+class Stopwatch:
+    """Seconds spent in watched functions by purpose; nested calls are counted separately.
+
+    Args:
+        clock: Returns seconds.
+
+    Attributes:
+        seconds: Purpose to seconds.
+        num_calls: Watched function to the number of its calls.
+    """
+
+    def __init__(self, clock: Clock) -> None:
         self.seconds: dict[str, float] = {}
-        self._inner = [
-            0.0
-        ]  # of each call under way, and of none: what watched calls within it took
+        self.num_calls: dict[str, int] = {}
+        self._clock = clock
+        # For each call in progress, and for none: the seconds of the watched calls within it.
+        self._nested = [0.0]
 
     @contextmanager
-    def watch(self, what: str, owner: Any, name: str) -> Iterator[None]:
-        """Add up what calls of `owner.name` take, for a while."""
-        original: Callable[..., Any] = getattr(owner, name)
+    def watch(self, purpose: str, function: Callable[..., Any]) -> Iterator[None]:
+        """Count the calls of a function for a purpose, wherever the package refers to it.
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._inner.append(0.0)
-            started = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                took = time.perf_counter() - started
-                self.seconds[what] = self.seconds.get(what, 0.0) + took - self._inner.pop()
-                self._inner[-1] += took
-
-        setattr(owner, name, timed)
+        Raises:
+            LookupError: If nothing in the package refers to it.
+        """
+        owners = _owners(function)
+        if not owners:
+            raise LookupError(f"no module or class of the package has {function.__qualname__}")
+        self.num_calls[function.__qualname__] = 0
+        timed = self._timed(purpose, function)
+        for owner in owners:
+            setattr(owner, function.__name__, timed)
         try:
             yield
         finally:
-            setattr(owner, name, original)
+            for owner in owners:
+                setattr(owner, function.__name__, function)
+
+    def _timed(self, purpose: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.num_calls[function.__qualname__] += 1
+            self._nested.append(0.0)
+            started = self._clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = self._clock() - started
+                own = took - self._nested.pop()
+                self.seconds[purpose] = self.seconds.get(purpose, 0.0) + own
+                self._nested[-1] += took
+
+        return timed
 
 
-WATCHED = {
-    "training steps": [(CompletionTrainer, "_run_epoch")],
-    "evaluating": [(work_module, "evaluate")],
-    "tokenising": [(setup_module, "tokenized_clients")],
-    "loading the global model": [
-        (ClientStore, "receive"),
-        (LocalModel, "load_global_model"),
-    ],
-    "probes": [
-        (LocalModel, "probes"),
-        (LocalModel, "applied_fraction"),
-        (server_module, "expected_probes"),
-    ],
-    "starting and ending the trainer": [(setup_module, "train")],
-    "the adapter out of the model": [(LocalModel, "adapter")],
-    "tasks and replies as bytes": [
-        (exchange_module, "encode_task"),
-        (client_module, "decode_task"),
-        (client_module, "encode_reply"),
-        (exchange_module, "decode_reply"),
-    ],
-    "checking and spooling updates": [
-        (UpdateReader, "read"),
-        (screening_module, "distance"),
-        (UpdateStore, "put"),
-    ],
-    "aggregating": [(server_module, "aggregate_updates"), (GlobalModel, "advance")],
-    "diagnostics": [(server_module, "round_diagnostics")],
-    "checkpoints": [(RunDirectory, "commit")],
-    "the rest": [(FederatedTrainer, "train")],
+def _owners(function: Callable[..., Any]) -> list[ModuleType | type]:
+    """Return the modules of the package, and the classes in them, that refer to a function."""
+    owners: dict[int, ModuleType | type] = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "fedmomentum":
+            continue
+        candidates: list[ModuleType | type] = [module]
+        candidates += [value for value in vars(module).values() if isinstance(value, type)]
+        for owner in candidates:
+            if vars(owner).get(function.__name__) is function:
+                owners[id(owner)] = owner
+    return list(owners.values())
+
+
+STEPS = "training steps"
+EVALUATING = "evaluating"
+TOKENIZING = "tokenizing"
+OVERHEAD = "all that is not training"
+WATCHED: Mapping[str, list[Callable[..., Any]]] = {
+    STEPS: [Trainer._run_epoch],
+    EVALUATING: [evaluate],
+    TOKENIZING: [tokenized_clients],
+    "loading the global model": [ClientStore.receive, LocalModel.load_global_model],
+    "probes": [LocalModel.probes, LocalModel.applied_fraction, expected_probes],
+    "starting and ending the trainer": [train],
+    "the adapter out of the model": [LocalModel.adapter],
+    "tasks and replies as bytes": [encode_task, decode_task, encode_reply, decode_reply],
+    "checking and spooling updates": [UpdateReader.read, distance, UpdateStore.put],
+    "aggregating": [aggregate_updates, GlobalModel.advance],
+    "diagnostics": [round_diagnostics],
+    "checkpoints": [RunDirectory.commit],
+    "the rest": [FederatedTrainer.train],
 }
 """What the time of a job is for, and the functions that take it."""
 
 
-def job(out: Path, threads: int) -> tuple[dict[str, float], list[Target]]:
-    """Where the wall time of the default job goes, model load and evaluation aside."""
+def job(out: Path, threads: int, clock: Clock) -> tuple[dict[str, float], list[Target]]:
+    """Measure where the time of the default job goes, except model load and evaluation.
+
+    Raises:
+        LookupError: If a watched function was not called: then the table would be wrong.
+    """
     config = load_config(
         CONFIG,
         [f"run.threads={threads}", "evaluation.num-examples=4", "evaluation.final-num-examples=4"],
     )
-    clock = Clock()
+    stopwatch = Stopwatch(clock)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
-        for what, functions in WATCHED.items():
-            for owner, name in functions:
-                stack.enter_context(clock.watch(what, owner, name))
+        for purpose, functions in WATCHED.items():
+            for function in functions:
+                stack.enter_context(stopwatch.watch(purpose, function))
         trainer = FederatedTrainer(config, out)
         trainer.prepare()
-        clock.seconds = {
-            "tokenising": clock.seconds["tokenising"]
-        }  # what else is watched was the model's load
+        # All else that was watched until here belongs to the model's load.
+        stopwatch.seconds = {TOKENIZING: stopwatch.seconds[TOKENIZING]}
         trainer.train()
-    spent = {what: clock.seconds[what] for what in WATCHED if what != "evaluating"}
-    whole = sum(spent.values())
-    spent["all that is not training"] = whole - spent["training steps"]
+    never_called = [name for name, count in stopwatch.num_calls.items() if not count]
+    if never_called:
+        raise LookupError(f"the job never called {', '.join(never_called)}; see WATCHED")
+
+    spent = {purpose: stopwatch.seconds[purpose] for purpose in WATCHED if purpose != EVALUATING}
+    total = sum(spent.values())
+    spent[OVERHEAD] = total - spent[STEPS]
     table = Table("of a job without model load and evaluation", "s", "%")
-    for what, seconds in spent.items():
-        table.add_row(what, f"{seconds:.2f}", f"{100 * seconds / whole:.1f}")
+    for purpose, seconds in spent.items():
+        table.add_row(purpose, f"{seconds:.2f}", f"{100 * seconds / total:.1f}")
     CONSOLE.print(table)
-    share = 100 * spent["all that is not training"] / whole
+    share = 100 * spent[OVERHEAD] / total
     return spent, [Target.at_most("share of a job that is not training, %", 5, share)]
 
 
+# ── starting ──
+
+
 def start(folder: Path, repeats: int) -> tuple[dict[str, list[float]], list[Target]]:
-    """Seconds of commands in new processes."""
+    """Time commands in new processes, in wall time.
 
-    def command(*arguments: str) -> Callable[[], Any]:
-        return lambda: subprocess.run(
-            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
-        )
-
+    Args:
+        folder: A global model or a run, for `fedmomentum inspect`.
+        repeats: How many times each.
+    """
     sides = {
-        "--help": command("-m", "fedmomentum", "--help"),
-        "inspect": command("-m", "fedmomentum", "inspect", str(folder)),
-        "import torch alone": command("-c", "import torch"),
+        "--help": _command("-m", "fedmomentum", "--help"),
+        "inspect": _command("-m", "fedmomentum", "inspect", str(folder)),
+        "import torch alone": _command("-c", "import torch"),
     }
     seconds = alternate(sides, repeats)
     table = Table("command", "median s", "all")
     for name, times in seconds.items():
         table.add_row(name, f"{statistics.median(times):.2f}", " ".join(f"{t:.2f}" for t in times))
     CONSOLE.print(table)
-    found = medians(seconds)
+    middle = medians(seconds)
+    ratio = middle["inspect"] / middle["import torch alone"]
     return seconds, [
-        Target.at_most("fedmomentum --help, s", 1.5, found["--help"]),
-        Target.at_most("fedmomentum inspect, s", 1.5, found["inspect"]),
-        Target.at_most(
-            "fedmomentum inspect, times `import torch`",
-            1.5,
-            found["inspect"] / found["import torch alone"],
-        ),
+        Target.at_most("fedmomentum --help, s", 1.5, middle["--help"]),
+        Target.at_most("fedmomentum inspect, s", 1.5, middle["inspect"]),
+        Target.at_most("fedmomentum inspect, times `import torch`", 1.5, ratio),
     ]
 
 
+def _command(*arguments: str) -> Callable[[], Any]:
+    """Return a function that runs Python with these arguments, its output dropped."""
+    return partial(
+        subprocess.run, [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+PARTS = ("merge", "load", "job", "start")
+
+
 def main() -> None:
+    """Run the parts that are asked for, and print their tables and targets."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=["merge", "load", "job", "start"])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="processor time; for merge and job on a busy machine",
+        help="processor time instead of wall time, on a busy machine; not for start",
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.cpu_time:
-        time.perf_counter = time.process_time  # what every clock here reads, ours and the run's own
+    clock: Clock = time.process_time if options.cpu_time else time.perf_counter
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(options.threads)
     measured: dict[str, Any] = {}
     targets: list[Target] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = folder / "model"
+        model = Path(name) / "model"
         if "merge" in options.only:
-            measured["merge"], more = merge(2 * options.repeats)
+            measured["merge"], more = merge(2 * options.repeats, clock)
             targets += more
         if "load" in options.only:
-            measured["load"], more = load(min(3, options.repeats))
+            measured["load"], more = load(min(3, options.repeats), clock)
             targets += more
         if "job" in options.only:
-            model = folder / "run"
-            measured["job"], more = job(model, options.threads)
+            model = Path(name) / "run"
+            measured["job"], more = job(model, options.threads, clock)
             targets += more
         if "start" in options.only:
             if not model.exists():
                 config = load_config(CONFIG)
                 with quiet_libraries():
                     local = LocalModel(config.model, config.lora, seed=0)
-                local.initial_global_model(setup_module.make_method(config)).save(model)
+                local.initial_global_model(make_method(config)).save(model)
             measured["start"], more = start(model, options.repeats)
             targets += more
     finish(targets, options.json, CONSOLE, "transformers", "peft", **measured)

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,15 @@ CONFIG = Path(fedmomentum.__file__).with_name("configs") / "default.toml"
 """The configuration of the demonstration, which comes with the package."""
 
 Sides = Mapping[str, Callable[[], Any]]
+"""Label to what is timed under it."""
+Clock = Callable[[], float]
+"""Returns seconds: of wall time, or of processor time."""
 
 
 def alternate(
-    sides: Sides, repeats: int, *, warmups: int = 1, clock: Callable[[], float] = time.perf_counter
+    sides: Sides, repeats: int, *, warmups: int = 1, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of every run of every side, in turn, after `warmups` unmeasured turns.
+    """Return seconds of every run of every side, in turn, after `warmups` unmeasured turns.
 
     On a GPU each side is waited for, so that the time is that of the work and not of its launch. On
     a machine that has other work, `time.thread_time` on one thread counts this work only.
@@ -53,7 +57,7 @@ def alternate(
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median of each side."""
+    """Return the median of each side."""
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -80,11 +84,11 @@ class Limits:
     def seconds(
         self, *, gigabytes: float = 0.0, float32: float = 0.0, float64: float = 0.0
     ) -> float:
-        """The least time for this memory traffic and these GFLOP, without overlap."""
+        """Return the least time for this memory traffic and these GFLOP, without overlap."""
         return gigabytes / self.triad + float32 / self.float32 + float64 / self.float64
 
 
-def machine_limits(*, repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> Limits:
+def machine_limits(*, repeats: int = 5, clock: Clock = time.perf_counter) -> Limits:
     """Measure `Limits`; about two seconds."""
     a, b, c = (torch.ones(2**26) for _ in range(3))  # 256 MB each
     copy = _best(lambda: a.copy_(b), repeats, clock)
@@ -93,16 +97,16 @@ def machine_limits(*, repeats: int = 5, clock: Callable[[], float] = time.perf_c
     rates = {}
     for dtype in (torch.float32, torch.float64):
         x, y = (torch.rand(2048, 2048, dtype=dtype) for _ in range(2))
-        rates[dtype] = 2 * 2048**3 / 1e9 / _best(lambda x=x, y=y: x @ y, repeats, clock)
+        rates[dtype] = 2 * 2048**3 / 1e9 / _best(partial(torch.matmul, x, y), repeats, clock)
     return Limits(2 * size / copy, 3 * size / triad, rates[torch.float32], rates[torch.float64])
 
 
-def _best(run: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+def _best(run: Callable[[], Any], repeats: int, clock: Clock) -> float:
     return min(alternate({"": run}, repeats, clock=clock)[""])
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """What a measurement depends on: processor, threads, versions of Python, torch, `packages`."""
+    """Describe what a measurement depends on: processor, threads, versions of the packages."""
     versions = {}
     for package in ("torch", *packages):
         try:
@@ -149,29 +153,31 @@ class Target:
 
     @classmethod
     def at_least(cls, name: str, bound: float, got: float) -> Target:
-        """Met where `got >= bound`."""
+        """Return a target that is met where `got >= bound`."""
         return cls(name, f"at least {bound:g}", got, got >= bound)
 
     @classmethod
     def at_most(cls, name: str, bound: float, got: float) -> Target:
-        """Met where `got <= bound`."""
+        """Return a target that is met where `got <= bound`."""
         return cls(name, f"at most {bound:g}", got, got <= bound)
 
 
 def print_targets(
     targets: Sequence[Target], *, title: str = "Targets", console: Console | None = None
 ) -> None:
-    """A table of the targets: wanted, got, met or not."""
+    """Print a table of the targets: wanted, got, met or not."""
     table = Table("target", "wanted", "got", "met", title=title, title_justify="left")
     for column in table.columns[1:3]:
         column.justify = "right"
     for target in targets:
-        told = "[green]met[/]" if target.met else "[red]not met[/]"
-        table.add_row(target.name, target.wanted, f"{target.got:.4g}", told)
+        verdict = "[green]met[/]" if target.met else "[red]not met[/]"
+        table.add_row(target.name, target.wanted, f"{target.got:.4g}", verdict)
     (console or Console()).print(table)
 
 
-def write_json(path: str | Path, *, targets: Sequence[Target] = (), **measured: Any) -> None:
+def write_json(
+    path: str | Path, *, targets: Sequence[Target | Mapping[str, Any]] = (), **measured: Any
+) -> None:
     """Write `measured` and the targets as JSON; dataclasses become tables, NaN null."""
     payload = {**measured, "targets": list(targets)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ class Report:
         self._started = time.perf_counter()
 
     def run(self, name: str, part: Callable[[], tuple[Any, list[Target]]]) -> Any:
-        """Run one part; one that fails is named, with the reason, and the others run all the same.
+        """Run one part; one that fails is named, with the reason, and the others still run.
 
         Args:
             name: What the part is called.
@@ -89,9 +89,9 @@ class Report:
         """
         CONSOLE.print(f"{name} ...", highlight=False)
         started = time.perf_counter()
-        found = None
+        numbers = None
         try:
-            found, targets = part()
+            numbers, targets = part()
             self.targets += targets
         except Exception as error:
             first, *_ = str(error).splitlines() or [""]
@@ -99,7 +99,7 @@ class Report:
             traceback.print_exc()
         self.measured["seconds"][name] = time.perf_counter() - started
         free_memory(self.device)
-        return found
+        return numbers
 
     def skip(self, name: str, reason: str) -> None:
         """Say that a part is not measured, and why."""
@@ -108,7 +108,7 @@ class Report:
 
     def keep(self, **measured: Any) -> None:
         """Take in the numbers of parts that did not fail, and write everything."""
-        self.measured.update({name: found for name, found in measured.items() if found})
+        self.measured.update({name: numbers for name, numbers in measured.items() if numbers})
         self.measured["total_seconds"] = time.perf_counter() - self._started
         if self._file:
             write_json(self._file, targets=self.targets, **self.measured)
@@ -160,7 +160,7 @@ def run_sizes(
         reserve: Seconds of it that are for others.
         report: Takes the numbers.
     """
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     slower = 1.0  # than expected, the size before
     for size in sizes:
         name = f"training, {size.name}"
@@ -176,16 +176,17 @@ def run_sizes(
         with scratch_folder(2 * size.parameters()) as folder:
             measured = report.run(name, partial(measure_size, size, folder, device, budget))
         if measured:
-            found.append(measured)
+            results.append(measured)
             evaluation = measured["round"]["evaluate_task"] or {
                 "whole": 0.0
             }  # is done only where there is time for it
             took = time.perf_counter() - started - evaluation["whole"]
             slower = max(FLOOR, took / size.seconds)
-        report.keep(training=found)
+        report.keep(training=results)
 
 
 def main() -> int:
+    """Run the parts that are asked for, or render a file; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "8B", "3B"])

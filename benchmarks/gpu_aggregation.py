@@ -106,8 +106,8 @@ def measure_aggregation(
             rows += mine
             rounds.append(summary)
             free_memory(device)
-    found = {"clients": CLIENTS, "layers": LAYERS, "modules": rows, "rounds": rounds}
-    return found, _targets_of(rows, rounds)
+    numbers = {"clients": CLIENTS, "layers": LAYERS, "modules": rows, "rounds": rounds}
+    return numbers, _targets_of(rows, rounds)
 
 
 def _targets_of(rows: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]]) -> list[Target]:

@@ -39,7 +39,7 @@ MODULUS = 61
 FIRST_ID = 3
 ANSWER = 6
 RESIDUAL = 3e-4
-"""The norm of a round's residual beside that of the weight, as measured in real runs."""
+"""The norm of a round's residual over that of the weight, as measured in real runs."""
 
 
 # ── a small trained model ─────────────────────────────────────────────────────────────────────────
@@ -219,10 +219,12 @@ def compare_exports(
 
     def logits(wanted: Any) -> Tensor:
         with torch.no_grad():
-            return wanted.eval()(input_ids=input_ids).logits.double()
+            output: Tensor = wanted.eval()(input_ids=input_ids).logits
+        return output.double()
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.to(device)
 
     lora = local.client_lora
     wide = LocalModel(
@@ -275,7 +277,7 @@ def measure_rounds(
                 **exports,
             }
             rows.append(row)
-            if precision == "highest":  # nobody promises anything of TF32
+            if precision == "highest":  # TF32 has no target
                 targets += _targets_of(row)
     return {"pretrained": pretrained, "rows": rows}, targets
 
@@ -299,7 +301,7 @@ def measure_residuals(
 ) -> tuple[dict[str, Any], list[Target]]:
     """Merge 1, 10 and 50 residuals of `RESIDUAL` into one bfloat16 weight, and measure its forward.
 
-    The weight is held as clients hold it, in float32, and its products are made in float32, in
+    The weight is in float32, as on a client, and its products are made in float32, in
     TF32, and under bfloat16 autocast. Outputs stay as the product gives them; a client's layer
     rounds them to bfloat16 afterwards.
     """
@@ -309,15 +311,14 @@ def measure_residuals(
     checkpoint = folder / "layer"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(safetensors_bytes({"layer.weight": stored}))
-    layer, narrow, as_held = (
+    layer, narrow, on_client = (
         _layer(size, dtype, device) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
     )
-    for loaded in (layer, as_held):
+    for loaded in (layer, on_client):
         loaded.weight.data.copy_(stored)
-    held = Float32Weights({"layer": layer}, checkpoint)
-    Float32Weights(
-        {"layer": as_held}, checkpoint
-    )  # for the time that a client's layer takes, casts and all
+    merged = Float32Weights({"layer": layer}, checkpoint)
+    # For the time that a client's layer takes, casts included.
+    Float32Weights({"layer": on_client}, checkpoint)
     blobs = _residuals(size, 50, float(stored.float().norm()), generator)
     x = torch.randn(64 if tiny else 1024, size, generator=generator).bfloat16().float().to(device)
 
@@ -329,7 +330,7 @@ def measure_residuals(
         total += to_dense(blob.matrices["layer"]).to(device, torch.float64)
         if count not in (1, 10, 50):
             continue
-        held.apply(blobs[:count])
+        merged.apply(blobs[:count])
         wanted = x.double() @ total.mT
         for name, way in _ways(device).items():
             share, error = share_and_error(
@@ -343,7 +344,7 @@ def measure_residuals(
 
     tokens = torch.randn(64 if tiny else 4096, size, generator=generator).to(device, torch.bfloat16)
     sides: dict[str, Callable[[], Any]] = {
-        name: partial(_forward, as_held, tokens, way) for name, way in _ways(device).items()
+        name: partial(_forward, on_client, tokens, way) for name, way in _ways(device).items()
     }
     sides[NOTHING_MERGED] = partial(_forward, narrow, tokens, nullcontext)
     seconds = medians(alternate(sides, 3 if tiny else 20, warmups=2))
@@ -368,7 +369,8 @@ def _ways(device: torch.device) -> dict[str, Way]:
 
 def _forward(layer: nn.Module, x: Tensor, way: Way) -> Tensor:
     with torch.no_grad(), way():
-        return layer(x)
+        output: Tensor = layer(x)
+    return output
 
 
 def _residuals(

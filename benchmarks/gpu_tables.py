@@ -41,14 +41,14 @@ def machine(measured: Measured) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in measured["environment"]["versions"].items()
     )
-    told = device["name"]
+    line = device["name"]
     if device["driver"]:
-        told += f" ({gibibytes(device['memory_bytes'])} GiB, driver {device['driver']}, "
-        told += f"CUDA {device['cuda']})"
+        line += f" ({gibibytes(device['memory_bytes'])} GiB, driver {device['driver']}, "
+        line += f"CUDA {device['cuda']})"
     threads = (
         f"{measured['environment']['processor']}, {measured['environment']['threads']} threads"
     )
-    return f"{told}; {threads}; {versions}. The whole run took {measured['total_seconds']:.0f} s."
+    return f"{line}; {threads}; {versions}. The whole run took {measured['total_seconds']:.0f} s."
 
 
 # ── correctness ───────────────────────────────────────────────────────────────────────────────────
@@ -121,7 +121,7 @@ def _residuals_text(measured: Measured) -> str:
     size = measured["size"]
     plain = 1e3 * measured["seconds"]["bfloat16 weight, nothing merged"]
     return (
-        f"One {size} × {size} weight, stored in bfloat16 and held in float32, with 1, 10 and 50 "
+        f"One {size} × {size} weight, stored in bfloat16 and kept in float32, with 1, 10 and 50 "
         f"residuals merged, each "
         "3e-4 of the weight's norm: the share of them that its products give, and their error; "
         "and the milliseconds of "
@@ -133,14 +133,14 @@ def _residuals_text(measured: Measured) -> str:
 
 def residuals(measured: Measured) -> str:
     """Return what a layer's forward gives of many small residuals."""
-    found: dict[str, list[str]] = {}
+    cells_by_products: dict[str, list[str]] = {}
     for row in measured["rows"]:
-        cells = found.setdefault(row["products"], [row["products"]])
+        cells = cells_by_products.setdefault(row["products"], [row["products"]])
         cells += [f"{100 * row['share']:.1f} %", f"{row['error']:.3f}"]
-    for name, cells in found.items():
+    for name, cells in cells_by_products.items():
         cells.append(f"{1e3 * measured['seconds'][name]:.2f}")
     names = ["products", "share of 1", "error", "of 10", "error", "of 50", "error", "ms"]
-    return markdown(names, list(found.values()))
+    return markdown(names, list(cells_by_products.values()))
 
 
 # ── aggregation ───────────────────────────────────────────────────────────────────────────────────

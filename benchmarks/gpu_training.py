@@ -27,7 +27,7 @@ from gpu_models import (
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
-from training_speed import optimiser, padded_loss, step
+from training_speed import new_optimizer, padded_loss, step
 from transformers import AutoModelForCausalLM
 
 from fedmomentum import FedMomentum, LowRank
@@ -81,11 +81,11 @@ def random_examples(size: Size, vocabulary: int) -> TokenizedExamples:
 
 def plain_peft(folder: Path, device: torch.device) -> Any:
     """Load the base in bfloat16 and put a LoRA adapter on it, as PEFT's documentation has it."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     config = PeftLoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base, config)
+    return get_peft_model(base.to(device), config)
 
 
 def plain_training(
@@ -93,7 +93,7 @@ def plain_training(
 ) -> None:
     """Train in a plain loop with the batches, loss, optimizer and clipping of `train`."""
     model.train()
-    adamw = optimiser(model)
+    adamw = new_optimizer(model)
     for _ in range(steps):
         batch = completion_batch(examples.input_ids, examples.num_prompt_tokens, 0)
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -107,13 +107,13 @@ def measure_size(
     size: Size, folder: Path, device: torch.device, budget: Budget
 ) -> tuple[dict[str, Any], list[Target]]:
     """Make the model, load it both ways, train both in turn, answer one round's task, free all."""
-    found: dict[str, Any] = {"size": size.name, "rank": RANK, "training": asdict(size)}
+    numbers: dict[str, Any] = {"size": size.name, "rank": RANK, "training": asdict(size)}
     started = time.perf_counter()
     write_model(size.llama(), folder, device, torch.bfloat16)
     free_memory(device)
-    found["make_seconds"] = time.perf_counter() - started
+    numbers["make_seconds"] = time.perf_counter() - started
 
-    # each is loaded and trained while nobody else trains, so that its peaks are its own
+    # Each is loaded and trained while the other does not train, so that its peaks are its own.
     config = settings_of(size, folder, device)
     examples = random_examples(size, size.config["vocab_size"])
     ours, memory = _load_and_train(
@@ -121,23 +121,23 @@ def measure_size(
         lambda local: _train(local.peft, examples, size),
         device,
     )
-    found["client"] = memory
+    numbers["client"] = memory
     plain, memory = _load_and_train(
         lambda: plain_peft(folder, device),
         lambda model: plain_training(model, examples, size.steps, device),
         device,
     )
-    found["plain"] = memory
-    found["parameters"] = ours.num_parameters
-    found["adapted"] = sum(
+    numbers["plain"] = memory
+    numbers["parameters"] = ours.num_parameters
+    numbers["adapted"] = sum(
         math.prod(ours.base_weights.weight(module).shape) for module in ours.base_weights.layers
     )
 
-    found["speed"] = compare_speed(plain, ours, examples, size, device)
+    numbers["speed"] = compare_speed(plain, ours, examples, size, device)
     del plain
     free_memory(device)
-    found["round"] = measure_round(ours, config, examples, folder / "store", device, budget)
-    return found, targets_of(found)
+    numbers["round"] = measure_round(ours, config, examples, folder / "store", device, budget)
+    return numbers, targets_of(numbers)
 
 
 def _load_and_train(
@@ -286,14 +286,14 @@ def measure_round(
     hyperparameters = config.training.hyperparameters(2, config.federation.num_rounds)
     request = train_request(config, 2, "client", hyperparameters, lora, manifest)
     task = Task("benchmark", "client", 2, request, model.objects())
-    found: dict[str, Any] = {"steps": config.training.local_steps}
-    found["train_task"] = _answer(encode_task(task), client, watch, device)
+    numbers: dict[str, Any] = {"steps": config.training.local_steps}
+    numbers["train_task"] = _answer(encode_task(task), client, watch, device)
 
     # the weights on disk are read and probed too: about as long again as the live ones, and once
     # more for the residual
-    if budget.left() < 30 + 4 * found["train_task"]["probes"]:
-        found["evaluate_task"] = None
-        return found
+    if budget.left() < 30 + 4 * numbers["train_task"]["probes"]:
+        numbers["evaluate_task"] = None
+        return numbers
     evaluation = EvaluateRequest(
         manifest=manifest,
         lora=lora,
@@ -303,8 +303,8 @@ def measure_round(
         probe_seed=request.probe_seed,
     )
     task = Task("benchmark", "client", 2, evaluation)
-    found["evaluate_task"] = _answer(encode_task(task), client, watch, device)
-    return found
+    numbers["evaluate_task"] = _answer(encode_task(task), client, watch, device)
+    return numbers
 
 
 def _second_round(local: LocalModel, method: FedMomentum) -> GlobalModel:
@@ -339,20 +339,20 @@ def _answer(
     }
 
 
-def targets_of(found: dict[str, Any]) -> list[Target]:
+def targets_of(numbers: dict[str, Any]) -> list[Target]:
     """Return what is wanted of one size's numbers; memory only where it was measured."""
-    name = found["size"]
-    ratios = {row["side"]: row["ratio"] for row in found["speed"]}
+    name = numbers["size"]
+    ratios = {row["side"]: row["ratio"] for row in numbers["speed"]}
     targets = [
         Target.at_least(f"{name}: a client's tokens/s against plain PEFT", 0.95, ratios[CLIENT]),
         Target.at_most(
             f"{name}: share of probes in a client's round",
             0.02,
-            found["round"]["train_task"]["probes_share"],
+            numbers["round"]["train_task"]["probes_share"],
         ),
     ]
     for when in ("rest", "loading", "training"):
-        times = found["client"][when] / found["plain"][when]
+        times = numbers["client"][when] / numbers["plain"][when]
         if math.isfinite(times):
             targets.append(
                 Target.at_most(

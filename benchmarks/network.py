@@ -30,7 +30,7 @@ from fedmomentum.flower.transport import pack_payload
 from fedmomentum.flower.worker import Worker
 
 LARGE = 10e6
-"""Bytes of a payload from which on what is around it should not matter."""
+"""From so many bytes of payload on, what is around it should not matter."""
 
 
 class CountingProxy:
@@ -61,13 +61,14 @@ class CountingProxy:
 
 
 def wire(megabytes: float, folder: Path) -> dict[str, float]:
-    """One message of that size to a node, and one back."""
+    """Send one message of that size to a node, and one back."""
     keys = folder / "keys"
     if not keys.exists():
         make_server_keys(keys, ["127.0.0.1"])
         _, public = make_node_key("node", folder)
         admit_node(public, keys)
-    payload, reply = os.urandom(int(megabytes * 1e6)), os.urandom(int(megabytes * 1e6))
+    payload = os.urandom(int(megabytes * 1e6))
+    reply = os.urandom(int(megabytes * 1e6))
     with SuperLink(keys, "127.0.0.1", 0) as link:
         proxy = CountingProxy(link.port)
         key = load_private_key(folder / "node.key")
@@ -101,9 +102,10 @@ def wire(megabytes: float, folder: Path) -> dict[str, float]:
 
 
 def workers(repeats: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds of a one-step task, warm and cold, alternating."""
+    """Time a one-step task, warm and cold, alternating."""
     config = load_config(CONFIG, ["run.threads=2"])
-    warm, times = Worker(config, "client-0", folder / "warm"), {"warm": [], "cold": []}
+    warm = Worker(config, "client-0", folder / "warm")
+    times: dict[str, list[float]] = {"warm": [], "cold": []}
     try:
         warm.wait_until_ready()
         warm.run_smoke_test(600)
@@ -122,7 +124,8 @@ def workers(repeats: int, folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure both, and print the tables and targets."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--megabytes", type=float, nargs="*", default=[1, 20, 100])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)

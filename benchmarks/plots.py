@@ -8,30 +8,34 @@ and the width.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SIDES = {  # key: (label, colour, marker)
-    "published": ("published randomised SVD", "#b5651d", "s"),
+SIDES = {  # key: (label, color, marker)
+    "published": ("published randomized SVD", "#b5651d", "s"),
     "common start": ("ours, clients with a common start", "#1f5fa8", "o"),
     "apart": ("ours, clients apart", "#6aa84f", "^"),
 }
 USUAL = {"clients": "10 clients", "rank": "rank 16", "width": "4096 x 4096"}
 
 
-def draw(measured: dict, target: Path) -> None:
+def draw(measured: Mapping[str, Any], target: Path) -> None:
+    """Draw the sweeps side by side."""
     sweeps = measured["sweeps"]
     figure, axes = plt.subplots(
         1, len(sweeps), figsize=(11, 3.6), sharey=True, layout="constrained"
     )
     for axis, (name, points) in zip(axes, sweeps.items(), strict=True):
-        for key, (label, colour, marker) in SIDES.items():
-            x, y = [point[name] for point in points], [point[key] * 1e3 for point in points]
-            axis.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.5, label=label)
+        x = [point[name] for point in points]
+        for key, (label, color, marker) in SIDES.items():
+            y = [point[key] * 1e3 for point in points]
+            axis.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.5, label=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(x, [str(value) for value in x])
@@ -51,6 +55,7 @@ def draw(measured: dict, target: Path) -> None:
 
 
 def main() -> None:
+    """Draw the file that is named."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("file")
     parser.add_argument("--out", default="docs/appendix/performance")

@@ -7,7 +7,7 @@ Each number of clients runs in a process of its own, for its peak memory: update
 seed, spooled to disk as in a round, combined by FedMomentum, and measured as in a round
 (`round_diagnostics`). A client takes 21 MB of disk at rank 64, so 1,000 clients 21 GB, which are
 deleted afterwards. The times are those of the machine as it is: for the fit against the number of
-clients, not for a comparison. With several numbers a figure is drawn beside the JSON.
+clients, not for a comparison. With several numbers a figure is drawn next to the JSON.
 """
 
 import argparse
@@ -46,57 +46,71 @@ LIMIT = 2 * 2**30
 
 
 def factors(seed: int, rank: int, start: Mapping[str, LowRank] | None = None) -> dict[str, LowRank]:
-    """A start, or what a client makes of it: both factors moved by a tenth."""
+    """Draw an adapter; given a start, move both of its factors by a tenth, as a client does."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    drawn = {}
     for module, (out_size, in_size) in LAYER.items():
         B = torch.randn(out_size, rank, generator=generator) / 100
         A = torch.randn(rank, in_size, generator=generator) / in_size**0.5
         if start is not None:
-            B, A = start[module].B + 0.1 * B, start[module].A + 0.1 * A
-        found[module] = LowRank(B, A)
-    return found
+            B = start[module].B + 0.1 * B
+            A = start[module].A + 0.1 * A
+        drawn[module] = LowRank(B, A)
+    return drawn
 
 
-def one(clients: int, rank: int, folder: Path) -> dict[str, float]:
-    """The round of so many clients, in this process."""
+def peak_bytes() -> int:
+    """Return the most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one(clients: int, rank: int, folder: Path) -> dict[str, float | None]:
+    """Run the round of so many clients in this process, and measure its parts."""
     scalings = dict.fromkeys(LAYER, SCALING)
-    begin = Adapter(factors(0, rank), scalings)
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    spool, seconds, clock = UpdateStore(folder), {}, time.perf_counter()
+    start = Adapter(factors(0, rank), scalings)
+    idle = peak_bytes()
+    spool = UpdateStore(folder)
+    seconds = {}
+
+    clock = time.perf_counter()
     spooled = [
-        spool.put(Adapter(factors(i, rank, begin.modules), scalings, name=f"client {i}"))
+        spool.put(Adapter(factors(i, rank, start.modules), scalings, name=f"client {i}"))
         for i in range(1, clients + 1)
     ]
     weights = torch.arange(1, clients + 1, dtype=torch.float64)
-    seconds["draw and spool"], clock = time.perf_counter() - clock, time.perf_counter()
+    seconds["draw and spool"] = time.perf_counter() - clock
+
+    clock = time.perf_counter()
     result = aggregate_updates(
         spooled,
         weights.tolist(),
         FedMomentum(),
-        RoundContext(ranks=dict.fromkeys(LAYER, rank), scalings=scalings, reference=begin),
+        RoundContext(ranks=dict.fromkeys(LAYER, rank), scalings=scalings, reference=start),
     )
-    seconds["combine"], clock = time.perf_counter() - clock, time.perf_counter()
-    combined = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    told = round_diagnostics(
-        begin, spooled, result.weights.tolist(), result.adapter, result.residual, None
+    seconds["combine"] = time.perf_counter() - clock
+    combined = peak_bytes()
+
+    clock = time.perf_counter()
+    diagnostics = round_diagnostics(
+        start, spooled, result.weights.tolist(), result.adapter, result.residual, None
     )
     seconds["diagnostics"] = time.perf_counter() - clock
+
     spool.clear()
     kept = sum(SCALING**2 * f["kept_energy"] for f in result.findings.values())
     return {
         "clients": clients,
         "idle_bytes": idle,
         "combine_bytes": combined,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         "kept_energy": kept / (kept + sum(norm(part) ** 2 for part in result.residual.values())),
-        "client_drift": told["client_drift"],
+        "client_drift": diagnostics.client_drift,
         **{f"{name} seconds": value for name, value in seconds.items()},
     }
 
 
 def fit(sizes: list[float], seconds: list[float]) -> tuple[float, float, float]:
-    """Least squares `a + b n`: a, b, and the largest relative distance from it."""
+    """Fit `a + b n` by least squares; return a, b, and the largest relative distance from it."""
     X = torch.tensor([[1.0, n] for n in sizes], dtype=torch.float64)
     y = torch.tensor(seconds, dtype=torch.float64)
     a, b = (
@@ -106,6 +120,7 @@ def fit(sizes: list[float], seconds: list[float]) -> tuple[float, float, float]:
 
 
 def plot(rows: list[dict[str, float]], file: Path) -> None:
+    """Draw memory and time against the number of clients."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,6 +149,7 @@ def plot(rows: list[dict[str, float]], file: Path) -> None:
 
 
 def main() -> None:
+    """Measure each number of clients in a process of its own."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--clients", default="10", help="numbers, with commas between")
     parser.add_argument("--rank", type=int, default=64)
@@ -159,7 +175,7 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, float]], rank: int, file: Path | None) -> None:
-    """What is known so far."""
+    """Print what is measured so far, and write it to the file."""
     table = Table(
         "clients", "peak, GiB", "combine, s", "diagnostics, s", "kept energy", title=f"rank {rank}"
     )
@@ -177,8 +193,8 @@ def report(rows: list[dict[str, float]], rank: int, file: Path | None) -> None:
             "peak memory, GiB", LIMIT / 2**30, max(row["peak_bytes"] for row in rows) / 2**30
         )
     ]
-    # as rank (out + in) n >= out in for every module: all sums are dense from here on, and cost the
-    # same a client
+    # From rank (out + in) n >= out in on, for every module, all sums are dense, and each client
+    # costs the same.
     dense = [
         row
         for row in rows

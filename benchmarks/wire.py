@@ -9,6 +9,7 @@ saves depends on the data: experiments/energy.py.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import Target, finish
@@ -17,11 +18,12 @@ from rich.table import Table
 
 from fedmomentum import LowRank
 from fedmomentum.aggregation import Method
-from fedmomentum.aggregation.aggregate import RoundContext, aggregate_updates
+from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.protocol.codec import encode_reply, encode_task
 from fedmomentum.protocol.messages import ClientLora, Reply, Task, TrainRequest, TrainResult
@@ -37,7 +39,7 @@ MODELS = {
 
 
 def train_task(model: GlobalModel, objects: dict[str, bytes]) -> Task:
-    """A task to train this model."""
+    """Return a task to train this model."""
     request = TrainRequest(
         manifest=as_manifest(model.manifest(), "the model"),
         lora=ClientLora(rank=8, lora_alpha=16.0, target_modules=[], mixed=False),
@@ -49,12 +51,14 @@ def train_task(model: GlobalModel, objects: dict[str, bytes]) -> Task:
         seed=0,
         probe_seed=0,
         uplink_dtype="float32",
+        optimizer_state="fresh",
     )
     return Task("run", "client", 2, request, objects)
 
 
 def residual_rank(method: Method, clients: int, rank: int, shape: tuple[int, int]) -> int:
-    """The most that `method.residual_rank` says, as a number; no more than the matrix has."""
+    """Return the most that `method.residual_rank` allows, no more than the matrix has."""
+    # Half of `q = r`'s 2 r is an object that clients have cached.
     words = {
         "q <= (n-1) r": (clients - 1) * rank,
         "q = n r": clients * rank,
@@ -62,16 +66,15 @@ def residual_rank(method: Method, clients: int, rank: int, shape: tuple[int, int
         "q = r": 2 * rank,
         "": 0,
     }
-    return min(
-        words[method.residual_rank], min(shape)
-    )  # of `q = r` the half is an object that clients hold
+    return min(words[method.residual_rank], min(shape))
 
 
 def traffic(
     method: Method, clients: int, rank: int, shapes: list[tuple[int, int]], layers: int
 ) -> tuple[int, int]:
-    """Parameters up and down, a client and round; a residual is dense where that is smaller."""
-    up = down = 0
+    """Count parameters up and down, a client and round; a residual is dense if that is smaller."""
+    up = 0
+    down = 0
     for out_size, in_size in shapes:
         up += method.num_uplink_parameters(out_size, in_size, rank, 1)
         q = residual_rank(method, clients, rank, (out_size, in_size))
@@ -86,125 +89,145 @@ def traffic(
 def in_16_bits(
     clients: int, rank: int, shapes: list[tuple[int, int]], layers: int
 ) -> dict[str, int]:
-    """FedMomentum's bytes with 16-bit factors; the float32 residual has what rounding removed."""
+    """Count FedMomentum's bytes with 16-bit factors.
+
+    What rounding removes from the adapter, of rank 2 r, is added to the residual in float32.
+    """
     up = sum(2 * rank * (d + k) for d, k in shapes)
     down = up + sum(4 * min(min((clients + 1) * rank, d, k) * (d + k), d * k) for d, k in shapes)
     return {"up_bytes": up * layers, "down_bytes": down * layers}
 
 
-def measured(method: Method, clients: int = 3, rank: int = 4) -> tuple[float, float]:
-    """Encoded bytes over counted bytes, up and down, of one module of 1600 x 1200."""
-    shape, generator = (1600, 1200), torch.Generator().manual_seed(0)
+# ── one round, encoded ──
 
-    def draw() -> LowRank:
-        return LowRank(
-            torch.randn(shape[0], rank, generator=generator),
-            torch.randn(rank, shape[1], generator=generator),
-        )
+SHAPE = (1600, 1200)
+NUM_CLIENTS = 3
+RANK = 4
+SCALING = 2.0
 
-    start = Adapter({"m": draw()}, {"m": 2.0})
-    kinds = method.uploaded_factors(
-        1
-    )  # of what stays with its client, the server goes on with what it sent
-    sent = [
-        Adapter({"m": _mixed(draw(), start.modules["m"], kinds)}, {"m": 2.0})
-        for _ in range(clients)
-    ]
-    result = aggregate_updates(
-        sent,
-        [1.0] * clients,
+
+def encoded_over_counted(method: Method) -> tuple[float, float]:
+    """Return encoded bytes over counted bytes, up and down, of one module of `SHAPE`."""
+    generator = torch.Generator().manual_seed(0)
+    start = Adapter({"m": _drawn(generator)}, {"m": SCALING})
+    kinds = method.uploaded_factors(1)
+    updates = []
+    for _ in range(NUM_CLIENTS):
+        # For a factor that stays with its client, the server continues with what it sent.
+        update = _mixed(_drawn(generator), start.modules["m"], kinds)
+        updates.append(Adapter({"m": update}, {"m": SCALING}))
+    aggregate = aggregate_updates(
+        updates,
+        [1.0] * NUM_CLIENTS,
         method,
-        RoundContext(ranks={"m": rank}, scalings={"m": 2.0}, reference=start, server_round=1),
-    )
-    given_up = start.modules["m"].scaled(-2.0)
-    before = GlobalModel(BaseIdentity("b"), start)
-    if method.reads_base:  # such a run begins with what the base gave up
-        from fedmomentum.global_model.objects import StoredObject
-
-        before = GlobalModel(BaseIdentity("b"), start, (StoredObject.of({"m": given_up}),))
-    after = before.advance(result, "method", exact=method.exact)
-    held = set(before.objects())
-    drawn = {blob.name for blob in after.adapter_objects.values()} if method.fresh else set()
-    objects = {name: data for name, data in after.objects().items() if name not in held | drawn}
-    if after.carried:
-        objects = {
-            name: data for name, data in objects.items() if name != after.manifest()["carried"]
-        }
-    task = train_task(after, objects)
-    empty = train_task(after, {})
-    down = len(encode_task(task)) - len(encode_task(empty))
-    kept = [f".lora_{factor}." for factor in "BA" if factor not in method.uploaded_factors(1)]
-    tensors = {
-        name: t for name, t in to_tensors(sent[0]).items() if not any(kind in name for kind in kept)
-    }
-    result = TrainResult(
-        loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=1, rounding=0.0
-    )
-    up = len(encode_reply(Reply("run", "client", 1, "", [], 1, "0" * 64, result, tensors))) - len(
-        safetensors_bytes({})
+        RoundContext(ranks={"m": RANK}, scalings={"m": SCALING}, reference=start, server_round=1),
     )
     q = sum(
-        matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in result.residual.values()
+        matrix.rank if isinstance(matrix, LowRank) else 0 for matrix in aggregate.residual.values()
     )
-    wanted_up = 4 * method.num_uplink_parameters(*shape, rank, 1)
-    wanted_down = 4 * method.num_downlink_parameters(*shape, rank, q, 1)
-    return up / wanted_up, down / wanted_down if wanted_down else float(down == 0)
+    counted_up = 4 * method.num_uplink_parameters(*SHAPE, RANK, 1)
+    counted_down = 4 * method.num_downlink_parameters(*SHAPE, RANK, q, 1)
+    up = _uploaded_bytes(updates[0], kinds)
+    down = _downloaded_bytes(method, start, aggregate)
+    return up / counted_up, down / counted_down if counted_down else float(down == 0)
+
+
+def _drawn(generator: torch.Generator) -> LowRank:
+    B = torch.randn(SHAPE[0], RANK, generator=generator)
+    A = torch.randn(RANK, SHAPE[1], generator=generator)
+    return LowRank(B, A)
 
 
 def _mixed(trained: LowRank, start: LowRank, kinds: str) -> LowRank:
     return LowRank(trained.B if "B" in kinds else start.B, trained.A if "A" in kinds else start.A)
 
 
+def _uploaded_bytes(update: Adapter, kinds: str) -> int:
+    """Return the bytes of a reply that has an update's factors of these kinds."""
+    retained = [f".lora_{factor}." for factor in "BA" if factor not in kinds]
+    tensors = {
+        name: tensor
+        for name, tensor in to_tensors(update).items()
+        if not any(kind in name for kind in retained)
+    }
+    result = TrainResult(
+        loss=1.0, first_loss=1.0, last_loss=1.0, num_steps=1, num_tokens=1, rounding=0.0
+    )
+    reply = Reply("run", "client", 1, "", [], 1, "0" * 64, result, tensors)
+    return len(encode_reply(reply)) - len(safetensors_bytes({}))
+
+
+def _downloaded_bytes(method: Method, start: Adapter, aggregate: AggregationResult) -> int:
+    """Return the bytes of the objects that a client which missed nothing is sent."""
+    base_update: tuple[StoredObject, ...] = ()
+    if method.reads_base:  # such a run begins with what the base gives up for the adapter
+        base_update = (StoredObject.of({"m": start.modules["m"].scaled(-SCALING)}),)
+    before = GlobalModel(BaseIdentity("b"), start, base_update)
+    after = before.advance(aggregate, "method", exact=method.exact)
+    not_sent = set(before.objects())
+    if method.fresh:  # clients draw the adapter themselves
+        not_sent |= {stored.name for stored in after.adapter_objects.values()}
+    if after.carried:
+        not_sent.add(after.manifest()["carried"])
+    objects = {name: data for name, data in after.objects().items() if name not in not_sent}
+    return len(encode_task(train_task(after, objects))) - len(encode_task(train_task(after, {})))
+
+
 def main() -> None:
+    """Print the tables of both models, and compare the count with encoded payloads."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--clients", default="10,100")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    sizes, found, off = list(map(int, chosen.clients.split(","))), [], []
-    for model, (layers, shapes) in MODELS.items():
-        dense = 4 * layers * sum(d * k for d, k in shapes)
-        title = f"{model}, all linear layers, rank {chosen.rank}: GB a client and round, "
-        title += f"float32 (dense: {dense / 1e9:.1f})"
-        table = Table("method", "up", *(f"down, {n} clients" for n in sizes), title=title)
-        for name, kind in METHODS.items():
-            method = kind()
-            counts = [traffic(method, n, chosen.rank, shapes, layers) for n in sizes]
-            found += [
-                {
-                    "model": model,
-                    "method": name,
-                    "clients": n,
-                    "up_bytes": 4 * up,
-                    "down_bytes": 4 * down,
-                }
-                for n, (up, down) in zip(sizes, counts, strict=True)
-            ]
-            table.add_row(
-                method.title,
-                f"{4 * counts[0][0] / 1e9:.2f}",
-                *(f"{4 * d / 1e9:.2f}" for _, d in counts),
-            )
-        for n in (
-            sizes
-        ):  # what rounding takes from the adapter, of rank 2 r, goes into the residual in float32
-            half = in_16_bits(n, chosen.rank, shapes, layers)
-            found.append({"model": model, "method": "fedmomentum, 16 bits", "clients": n, **half})
-        halves = found[-len(sizes) :]
-        table.add_row(
-            "FedMomentum, 16 bits both ways",
-            f"{halves[0]['up_bytes'] / 1e9:.2f}",
-            *(f"{half['down_bytes'] / 1e9:.2f}" for half in halves),
-        )
-        Console().print(table)
+    sizes = [int(number) for number in chosen.clients.split(",")]
+    rows: list[dict[str, Any]] = []
+    for model in MODELS:
+        rows += report(model, sizes, chosen.rank)
+    errors = []
     for name, kind in METHODS.items():
-        ratios = measured(kind())
-        off.append(max(abs(ratio - 1) for ratio in ratios))
-        print(f"{name}: encoded over counted, up {ratios[0]:.4f}, down {ratios[1]:.4f}")
+        up, down = encoded_over_counted(kind())
+        errors += [abs(up - 1), abs(down - 1)]
+        print(f"{name}: encoded over counted, up {up:.4f}, down {down:.4f}")
     targets = [
-        Target.at_most("encoded bytes beside the counted, largest relative distance", 0.1, max(off))
+        Target.at_most(
+            "encoded bytes against the counted, largest relative difference", 0.1, max(errors)
+        )
     ]
-    finish(targets, chosen.json, Console(), rank=chosen.rank, traffic=found)
+    finish(targets, chosen.json, Console(), rank=chosen.rank, traffic=rows)
+
+
+def report(model: str, sizes: list[int], rank: int) -> list[dict[str, Any]]:
+    """Print the table of one model; return a row for each method and number of clients."""
+    layers, shapes = MODELS[model]
+    dense = 4 * layers * sum(d * k for d, k in shapes)
+    table = Table(
+        "method",
+        "up",
+        *(f"down, {n} clients" for n in sizes),
+        title=f"{model}, all linear layers, rank {rank}: GB a client and round, "
+        f"float32 (dense: {dense / 1e9:.1f})",
+    )
+    rows: list[dict[str, Any]] = []
+    for name, kind in METHODS.items():
+        method = kind()
+        counts = [traffic(method, n, rank, shapes, layers) for n in sizes]
+        in_bytes = [{"up_bytes": 4 * up, "down_bytes": 4 * down} for up, down in counts]
+        table.add_row(method.title, *_gigabytes(in_bytes))
+        for n, row in zip(sizes, in_bytes, strict=True):
+            rows.append({"model": model, "method": name, "clients": n, **row})
+    in_bytes = [in_16_bits(n, rank, shapes, layers) for n in sizes]
+    table.add_row("FedMomentum, 16 bits both ways", *_gigabytes(in_bytes))
+    for n, row in zip(sizes, in_bytes, strict=True):
+        rows.append({"model": model, "method": "fedmomentum, 16 bits", "clients": n, **row})
+    Console().print(table)
+    return rows
+
+
+def _gigabytes(rows: list[dict[str, int]]) -> list[str]:
+    """Return the cells of a method: up, and down for each number of clients."""
+    downs = [f"{row['down_bytes'] / 1e9:.2f}" for row in rows]
+    return [f"{rows[0]['up_bytes'] / 1e9:.2f}", *downs]
 
 
 if __name__ == "__main__":

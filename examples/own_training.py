@@ -3,27 +3,41 @@
 Run, from this directory: fedmomentum run your.toml training.function=own_training:train
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from fedmomentum.data import TokenizedExamples
 from fedmomentum.objectives.objective import CAUSAL_LM
 from fedmomentum.training import TrainReport
 
 
 def train(
-    model, examples, *, pad_token_id, learning_rate, local_steps, batch_size, seed, on_step, **_
-):
-    """Plain SGD on random batches; only the trainable parameters of `model` change, in place."""
+    model: torch.nn.Module,
+    examples: TokenizedExamples,
+    *,
+    pad_token_id: int,
+    learning_rate: float,
+    local_steps: int,
+    batch_size: int,
+    seed: int,
+    on_step: Callable[[int, int, float], None],
+    **_: Any,
+) -> TrainReport:
+    """Take plain SGD steps on random batches; the trainable parameters change in place."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    losses = []
+    device = trainable[0].device
+    losses: list[float] = []
     num_tokens = 0
     for step in range(1, local_steps + 1):
         rows = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
         input_ids = [examples.input_ids[row] for row in rows]
         num_prompt_tokens = [examples.num_prompt_tokens[row] for row in rows]
         batch = CAUSAL_LM.collate(input_ids, num_prompt_tokens, pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
         # The mean negative log-likelihood of a completion token.
         batch_loss = CAUSAL_LM.loss(CAUSAL_LM.predict(model, batch))

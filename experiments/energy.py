@@ -8,7 +8,7 @@
 
 The two settings of experiments/banking77 at the learning rate found there, and the default job. A
 Banking77 run takes half a minute on one thread, a default job three minutes on two. Stopped and
-started again, it goes on with the run it was in.
+started again, it continues with the run it was in.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
@@ -74,8 +75,7 @@ def make(data: Path, out: Path, jobs: list[str]) -> None:
             else:
                 intents.make(data, out)
                 config = banking77.settings(job, out)
-                scores = figures.rates(job)["fedmomentum"]
-                best = max(scores, key=lambda rate: (scores[rate], -rate))
+                best = figures.chosen_rates(job)["fedmomentum"]
                 more = f";training.learning-rate={best:g}"
             for seed in JOBS[job][1]:
                 for energy in ENERGIES:
@@ -92,8 +92,8 @@ def make(data: Path, out: Path, jobs: list[str]) -> None:
         lines.writerows(rows)
 
 
-def rounds_of(folder: Path) -> Iterator[dict]:
-    """The rounds of a finished run, the base model's first; bytes are the mean over the clients."""
+def rounds_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rounds of a finished run, the base model's first; bytes are a client's mean."""
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         scores = row["evaluation"]["total"] if row["evaluation"] else {}
@@ -107,18 +107,22 @@ def rounds_of(folder: Path) -> Iterator[dict]:
 # ── what they say ──
 
 
-def read() -> dict[str, dict[float, dict[int, list[dict[str, float]]]]]:
-    """Job, energy and seed to the rounds of energy.csv."""
-    found: dict[str, dict[float, dict[int, list[dict[str, float]]]]] = {}
+Runs = dict[int, list[dict[str, float]]]
+"""Seed to the rounds of its run."""
+
+
+def read() -> dict[str, dict[float, Runs]]:
+    """Read energy.csv: job and energy to its runs."""
+    jobs: dict[str, dict[float, Runs]] = {}
     for row in csv.DictReader(ROWS.open()):
         numbers = {key: float(row[key]) for key in COLUMNS[3:] if row[key]}
-        runs = found.setdefault(row["job"], {}).setdefault(float(row["energy"]), {})
+        runs = jobs.setdefault(row["job"], {}).setdefault(float(row["energy"]), {})
         runs.setdefault(int(row["seed"]), []).append(numbers)
-    return found
+    return jobs
 
 
-def over_seeds(runs: dict[int, list[dict[str, float]]], key: str) -> list[float]:
-    """The mean over the seeds, round by round from the first."""
+def over_seeds(runs: Runs, key: str) -> list[float]:
+    """Return the mean over the seeds, round by round from the first."""
     return [
         mean(rows[i][key] for rows in runs.values())
         for i in range(1, len(next(iter(runs.values()))))
@@ -126,7 +130,7 @@ def over_seeds(runs: dict[int, list[dict[str, float]]], key: str) -> list[float]
 
 
 def table() -> str:
-    """Means over the seeds, differences paired by seed, as Markdown."""
+    """Return means over the seeds, and differences paired by seed, as Markdown."""
     lines = [
         "| job | energy | rank merged, first and last round | norm merged, % of the sum | norm "
         "carried, % | "
@@ -140,7 +144,7 @@ def table() -> str:
             )
             down = [[row["downlink_bytes"] / 1e6 for row in rows[1:]] for rows in runs.values()]
             last = {seed: rows[-1] for seed, rows in runs.items()}
-            apart = estimate_mean(
+            difference = estimate_mean(
                 [
                     row["exact_match"] - by_energy[1.0][s][-1]["exact_match"]
                     for s, row in last.items()
@@ -152,28 +156,32 @@ def table() -> str:
                 f"{100 * carried[-1]:.2f} | "
                 f"{mean(map(median, down)):.2f}, {mean(map(mean, down)):.2f} | "
                 f"{100 * mean(row['exact_match'] for row in last.values()):.1f} | "
-                f"{'' if energy == 1 else interval(apart)} | "
+                f"{'' if energy == 1 else interval(difference)} | "
                 f"{mean(row['loss'] for row in last.values()):.3f} |"
             )
     return "\n".join(lines)
 
 
-def interval(apart: MeanEstimate | None) -> str:
-    """In points, with the 95 % interval of the mean where there are several seeds."""
-    assert apart is not None
-    around = "" if apart.low is None else f" [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
-    return f"{100 * apart.mean:+.1f}{around}"
+def interval(difference: MeanEstimate | None) -> str:
+    """Format in points, with the 95 % interval of the mean where there are several seeds."""
+    assert difference is not None
+    shown = f"{100 * difference.mean:+.1f}"
+    if difference.low is None or difference.high is None:
+        return shown
+    return f"{shown} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
 def draw() -> None:
-    """Rank and norm of what is merged, and the norm of what is carried, against the rounds."""
+    """Draw rank and norm of what is merged, and the norm of what is carried, by round."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     plt.rcParams["svg.hashsalt"] = "fedmomentum"  # the same bytes for the same numbers
-    jobs, colours = read(), dict(zip(ENERGIES, ("#1f5fa8", "#b5651d", "#6aa84f"), strict=True))
+    jobs = read()
+    colors = dict(zip(ENERGIES, ("#1f5fa8", "#b5651d", "#6aa84f"), strict=True))
     figure, axes = plt.subplots(
         2, len(jobs), figsize=(11, 5.4), sharex="col", squeeze=False, layout="constrained"
     )
@@ -183,7 +191,7 @@ def draw() -> None:
                 over_seeds(runs, key) for key in ("residual_rank", "residual_norm", "carried_norm")
             )
             rounds = range(1, len(rank) + 1)
-            style = {"color": colours[energy], "linewidth": 1.5, "markersize": 3}
+            style: dict[str, Any] = {"color": colors[energy], "linewidth": 1.5, "markersize": 3}
             top.plot(rounds, rank, "o-", label=f"energy {energy:g}", **style)
             bottom.plot(rounds, [100 * x for x in merged], "o-", label="merged", **style)
             if energy < 1:
@@ -201,14 +209,15 @@ def draw() -> None:
     axes[1, 0].set_ylabel("norm, % of the sum")
     axes[0, 0].legend(frameon=False, fontsize=8)
     lines = [
-        plt.Line2D([], [], color="#555555", linestyle=style, label=name)
-        for name, style in (("merged", "-"), ("carried", ":"))
+        Line2D([], [], color="#555555", linestyle="-", label="merged"),
+        Line2D([], [], color="#555555", linestyle=":", label="carried"),
     ]
     axes[1, 0].legend(handles=lines, frameon=False, fontsize=8)
     figure.savefig(FIGURE, metadata={"Date": None, "Creator": None})
 
 
 def main() -> None:
+    """Make the runs, if data is given; print the table and draw the figure."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, help="Banking77's folder: make the runs")
     parser.add_argument(

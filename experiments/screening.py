@@ -7,8 +7,10 @@ What is measured is real training on a tiny model: how far the adapter has moved
 1,250 optimizer steps, for clients with other data, optimizers, learning rates, ranks and modules,
 from a fresh adapter and from a trained one. Federations of any size are then drawn from these
 curves, and screened by the rule that a run uses and by the one it used before (20 times the median
-norm of the round). `tests/server/test_screening.py` holds a real run beside the draws.
+norm of the round). `tests/server/test_screening.py` compares a real run with the draws.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -20,9 +22,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedmomentum.data import TokenizedExamples
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.server.screening import Move
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "screening.json"
@@ -56,7 +64,7 @@ RATIO = 20.0
 # ── measuring ──
 
 
-def examples(kind: str, count: int, tokenizer: Any) -> Any:
+def examples(kind: str, count: int, tokenizer: Any) -> TokenizedExamples:
     """Return examples of one kind of task; `noise` cannot be learned, `yes` needs no input."""
     from fedmomentum.data import Example, tokenize
 
@@ -64,7 +72,8 @@ def examples(kind: str, count: int, tokenizer: Any) -> Any:
     made = []
     for _ in range(count):
         word = "".join(draw.choice("abcdefgh") for _ in range(4))
-        a, b = draw.randrange(10), draw.randrange(10)
+        a = draw.randrange(10)
+        b = draw.randrange(10)
         prompt, answer = {
             "add": (f"{a}+{b}=", str(a + b)),
             "copy": (f"c {word}:", word),
@@ -83,7 +92,6 @@ def measure() -> dict[str, Any]:
 
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.data import TokenizedExamples
-    from fedmomentum.linalg.matrix import inner
     from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, load_adapter
     from fedmomentum.server.client_deltas import distance
     from fedmomentum.server.screening import StepRule, step_norms
@@ -92,7 +100,9 @@ def measure() -> dict[str, Any]:
 
     torch.set_num_threads(1)
     grid = sorted({*(round(2 ** (k / 2)) for k in range(21)), MOST_STEPS})
-    curves, cosines, started = [], [], time.perf_counter()
+    curves: list[dict[str, Any]] = []
+    cosines: list[dict[str, Any]] = []
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny_llama(Path(scratch) / "base")
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -101,11 +111,7 @@ def measure() -> dict[str, Any]:
             for kind in DATA
             for count in (10_000, 200, 8, 1)
         }
-        mixed = [texts[kind, 200] for kind in DATA[:3]]
-        names = ("input_ids", "num_prompt_tokens", "categories", "is_truncated")
-        everything = TokenizedExamples(
-            *(tuple(chain(*(getattr(part, name) for part in mixed))) for name in names), 0
-        )
+        mixed = TokenizedExamples.concatenate([texts[kind, 200] for kind in DATA[:3]])
         for adapter_name, training_name in SETTINGS:
             rank, modules = ADAPTERS[adapter_name]
             learning_rate, arguments = TRAININGS[training_name]
@@ -126,14 +132,14 @@ def measure() -> dict[str, Any]:
                 local_steps=MOST_STEPS,
                 arguments=arguments,
             )
-            settings = {"pad_token_id": PAD_TOKEN_ID, "seed": 1}
             start = copy_adapter(model, "start")
             for stage in STAGES:
                 if stage == "late round":
-                    train(model, everything, replace(hyperparameters, local_steps=400), **settings)
+                    common_rounds = replace(hyperparameters, local_steps=400)
+                    train(model, mixed, common_rounds, pad_token_id=PAD_TOKEN_ID, seed=1)
                     start = copy_adapter(model, "start")
                 (step, _) = step_norms(start, rule, trains="BA", shares="BA").values()
-                moved: dict[int, list[Any]] = {}
+                moved: dict[int, list[Adapter]] = {}
                 for kind, count in [
                     *((k, 10_000) for k in DATA),
                     ("add", 8),
@@ -150,9 +156,9 @@ def measure() -> dict[str, Any]:
                         *,
                         norms: dict[int, float] = norms,
                         count: int = count,
-                        start: Any = start,
+                        start: Adapter = start,
                         model: Any = model,
-                        moved: dict[int, list[Any]] = moved,
+                        moved: dict[int, list[Adapter]] = moved,
                     ) -> None:
                         if number in grid:
                             now = copy_adapter(model, "now")
@@ -166,8 +172,9 @@ def measure() -> dict[str, Any]:
                         model,
                         texts[kind, count],
                         replace(hyperparameters, local_steps=steps),
+                        pad_token_id=PAD_TOKEN_ID,
+                        seed=1,
                         on_step=on_step,
-                        **settings,
                     )
                     curves.append(
                         {
@@ -181,27 +188,34 @@ def measure() -> dict[str, Any]:
                         }
                     )
                 for number, updates in moved.items():
-                    products = [[0.0] * len(updates) for _ in updates]
-                    for module in start.modules:
-                        changes = [
-                            u.effective(module).dense() - start.effective(module).dense()
-                            for u in updates
-                        ]
-                        for i, one in enumerate(changes):
-                            for j, other in enumerate(changes):
-                                products[i][j] += inner(one, other)
-                    for i in range(len(updates)):
-                        for j in range(i):
-                            cosine = products[i][j] / math.sqrt(products[i][i] * products[j][j])
-                            cosines.append(
-                                {"stage": stage, "steps": number, "cosine": round(cosine, 3)}
-                            )
+                    for cosine in pair_cosines(start, updates):
+                        cosines.append(
+                            {"stage": stage, "steps": number, "cosine": round(cosine, 3)}
+                        )
                 load_adapter(model, start)
             print(
                 f"{adapter_name}, {training_name}: {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
     return {"curves": curves, "cosines": cosines}
+
+
+def pair_cosines(start: Adapter, updates: Sequence[Adapter]) -> list[float]:
+    """Return the cosines between the changes of every two adapters, over all modules."""
+    from fedmomentum.linalg.matrix import inner
+
+    products = [[0.0] * len(updates) for _ in updates]
+    for module in start.modules:
+        before: Tensor = start.effective(module).dense()
+        changes = [update.effective(module).dense() - before for update in updates]
+        for i, one in enumerate(changes):
+            for j, other in enumerate(changes):
+                products[i][j] += inner(one, other)
+    cosines = []
+    for i in range(len(updates)):
+        for j in range(i):
+            cosines.append(products[i][j] / math.sqrt(products[i][i] * products[j][j]))
+    return cosines
 
 
 # ── drawing federations ──
@@ -217,8 +231,8 @@ class Member:
     step: float
 
     @property
-    def move(self) -> Any:
-        """What the screening is given of it."""
+    def move(self) -> Move:
+        """How far it went, as the screening takes it."""
         from fedmomentum.server.screening import Move
 
         return Move(self.norm, self.step, self.num_steps)
@@ -258,7 +272,7 @@ def _between(points: Sequence[tuple[int, float]], steps: int) -> float:
     for (before, low), (after, high) in zip(points, points[1:], strict=False):
         if before <= steps <= after:
             share = math.log(steps / before) / math.log(after / before)
-            return low * (high / low) ** share
+            return float(low * (high / low) ** share)
     raise ValueError(f"no curve has {steps} steps")
 
 
@@ -362,13 +376,13 @@ def attacked(
     clients: Sequence[Member], number: int, factor: float, amount: str, claim: int | None
 ) -> list[Member]:
     """Return the federation with the first clients' updates scaled, maybe with a false claim."""
-    found = list(clients)
+    members = list(clients)
     for i in range(number):
         one = clients[i]
         size = claim or one.num_examples
         steps = AMOUNTS[amount](size)
-        found[i] = Member(size, steps, one.norm * factor, one.step)
-    return found
+        members[i] = Member(size, steps, one.norm * factor, one.step)
+    return members
 
 
 # ── tables ──
@@ -405,10 +419,8 @@ def honest_table(measured: Mapping[str, Any]) -> str:
                 mixed=others.startswith("other"),
             ):
                 clients = _still(drawn) if others == "hardly move" else drawn
-                before, now = (
-                    before + len(left_out_before(clients)),
-                    now + len(left_out_now(clients)),
-                )
+                before += len(left_out_before(clients))
+                now += len(left_out_now(clients))
                 total += len(clients)
             cells.append(f"{_share(before, total)} → {_share(now, total)}")
         lines.append(f"| {amount} | {sizes} | {others} | {' | '.join(cells)} |")
@@ -431,7 +443,7 @@ def attack_table(measured: Mapping[str, Any]) -> str:
     lines = [
         "| local work, training | update | "
         + " | ".join(f"{bad} of {count}" for bad, count in groups)
-        + " | honest beside them |",
+        + " | honest clients |",
         "|---|---|" + "---|" * (len(groups) + 1),
     ]
     for amount, sizes, training in (
@@ -443,17 +455,20 @@ def attack_table(measured: Mapping[str, Any]) -> str:
         for attack, (factor, claim) in ATTACKS.items():
             if claim and amount != "1 epoch":
                 continue
-            cells, honest_before, honest_now, honest_total = [], 0, 0, 0
+            cells = []
+            honest_before = honest_now = honest_total = 0
             for bad, count in groups:
                 before = now = total = 0
                 for drawn in federations(curves, sizes, amount, count, 200, training=training):
                     clients = attacked(drawn, bad, abs(factor), amount, claim)
-                    out_before, out_now = left_out_before(clients), left_out_now(clients)
+                    out_before = left_out_before(clients)
+                    out_now = left_out_now(clients)
                     before += len({i for i in out_before if i < bad})
                     now += len({i for i in out_now if i < bad})
+                    total += bad
                     honest_before += len({i for i in out_before if i >= bad})
                     honest_now += len({i for i in out_now if i >= bad})
-                    honest_total, total = honest_total + count - bad, total + bad
+                    honest_total += count - bad
                 cells.append(f"{_share(before, total)} → {_share(now, total)}")
             cells.append(
                 f"{_share(honest_before, honest_total)} → {_share(honest_now, honest_total)}"
@@ -466,13 +481,12 @@ def largest_ratio(drawn: Iterator[list[Member]]) -> float:
     """Return how many times as far as the others an honest client moved at most."""
     from fedmomentum.server.screening import screen
 
-    found = [
-        screen(
-            {str(i): {"adapter": c.move} for i, c in enumerate(clients)}, RATIO, is_step_known=True
-        )
-        for clients in drawn
-    ]
-    return max(finding.ratio or 0.0 for findings in found for finding in findings.values())
+    largest = 0.0
+    for clients in drawn:
+        moves = {str(i): {"adapter": client.move} for i, client in enumerate(clients)}
+        for finding in screen(moves, RATIO, is_step_known=True).values():
+            largest = max(largest, finding.ratio or 0.0)
+    return largest
 
 
 def facts(measured: Mapping[str, Any]) -> dict[str, float]:
@@ -502,9 +516,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--measure", action="store_true", help="train, and write screening.json anew"
-    )
+    parser.add_argument("--measure", action="store_true", help="train, and write screening.json")
     if parser.parse_args().measure:
         measured = measure()
         text = json.dumps(measured)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from fedmomentum.aggregation.registry import METHODS
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WRITES = """
 import sys
@@ -243,3 +245,66 @@ def test_what_the_gpu_benchmark_shares(importing):
     with models.float32_products("high"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
+
+
+# ── the others, as far as they run in seconds ──
+
+
+def test_what_a_job_is_watched_for_is_found_in_the_package_and_put_back(importing):
+    client = importing("client")
+    stopwatch = client.Stopwatch(iter(range(100)).__next__)
+    for purpose, functions in client.WATCHED.items():
+        for function in functions:
+            owners = client._owners(function)
+            assert owners, function
+            with stopwatch.watch(purpose, function):
+                for owner in owners:
+                    assert getattr(owner, function.__name__) is not function
+            for owner in owners:
+                assert getattr(owner, function.__name__) is function
+    with pytest.raises(LookupError, match="no module or class of the package has"):
+        stopwatch.watch("nothing", lambda: None).__enter__()
+
+
+def test_nested_calls_of_watched_functions_are_counted_separately(importing):
+    client = importing("client")
+    ticks = iter([0, 10, 13, 20])  # outer begins, inner begins, inner ends, outer ends
+    stopwatch = client.Stopwatch(ticks.__next__)
+    stopwatch.num_calls = {"inner": 0, "outer": 0}
+    inner = stopwatch._timed("inside", named("inner", lambda: 1))
+    outer = stopwatch._timed("outside", named("outer", lambda: inner() + 1))
+    assert outer() == 2
+    assert stopwatch.seconds == {"inside": 3, "outside": 17}
+    assert stopwatch.num_calls == {"inner": 1, "outer": 1}
+
+
+def named(name, function):
+    function.__qualname__ = name
+    return function
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_encoded_bytes_are_close_to_the_counted_for_every_method(importing, name):
+    up, down = importing("wire").encoded_over_counted(METHODS[name]())
+    assert 1 < up < 1.03 and 1 < down < 1.03
+
+
+def test_a_round_of_the_scale_benchmark_is_measured_in_all_its_parts(
+    importing, monkeypatch, tmp_path
+):
+    scale = importing("scale")
+    monkeypatch.setattr(scale, "LAYER", {"q_proj": (24, 16), "down_proj": (16, 32)})
+    row = scale.one(5, 4, tmp_path / "updates")
+    assert row["clients"] == 5 and 0 < row["kept_energy"] < 1 and row["client_drift"] > 0
+    assert {f"{part} seconds" for part in ("draw and spool", "combine", "diagnostics")} < row.keys()
+
+
+def test_the_rounds_of_the_catching_up_benchmark_are_exact(importing, monkeypatch, tmp_path):
+    catching_up = importing("catching_up")
+    monkeypatch.setattr(catching_up, "SIZE", 48)
+    monkeypatch.setattr(catching_up, "RANK", 2)
+    rows, costs = catching_up.rounds_of(40, tmp_path, newcomers=False)
+    assert len(rows) == 40 and len(costs) == 20 and sum(row["ties"] > 0 for row in rows) > 1
+    assert max(row["error"] for row in rows) < 1e-6
+    assert max(row["live error"] for row in rows) < 1e-6
+    assert sum(row["snapshots"] for row in rows) == 0  # made by the client, not downloaded

@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
@@ -31,30 +32,38 @@ TITLES = {"few": "2 local steps, 24 rounds", "many": "12 local steps, 5 rounds"}
 
 
 def method_of(label: str) -> str:
-    """The label of a run without its learning rate."""
+    """Return the label of a run without its learning rate."""
     return label.partition("training.learning-rate=")[0].rstrip(":;")
 
 
 def scores(name: str, column: str = "exact_match") -> dict[str, dict[int, float]]:
-    """Method to seed to a column of comparison.csv."""
-    found: dict[str, dict[int, float]] = {}
+    """Return a column of comparison.csv, by method and seed."""
+    table: dict[str, dict[int, float]] = {}
     for row in csv.DictReader((RESULTS / name / "comparison.csv").open()):
-        found.setdefault(method_of(row["method"]), {})[int(row["seed"])] = float(row[column])
-    return found
+        table.setdefault(method_of(row["method"]), {})[int(row["seed"])] = float(row[column])
+    return table
 
 
 def rates(name: str) -> dict[str, dict[float, float]]:
-    """Method to learning rate to the tuning seeds' mean exact match."""
-    found: dict[str, dict[float, float]] = {}
+    """Return the tuning seeds' mean exact match, by method and learning rate."""
+    table: dict[str, dict[float, float]] = {}
     for row in csv.DictReader((RESULTS / name / "learning-rates.csv").open()):
-        found.setdefault(row["method"], {})[float(row["learning_rate"])] = float(
+        table.setdefault(row["method"], {})[float(row["learning_rate"])] = float(
             row["mean_exact_match_of_tuning_seeds"]
         )
-    return found
+    return table
+
+
+def chosen_rates(name: str) -> dict[str, float]:
+    """Return each method's best learning rate; of equally good ones the lowest."""
+    return {
+        method: max(by_rate, key=lambda rate: (by_rate[rate], -rate))
+        for method, by_rate in rates(name).items()
+    }
 
 
 def curve(name: str, file: str, column: str) -> dict[str, dict[int, float]]:
-    """Method to round to the mean over seeds of a column of the page's data."""
+    """Return the mean over seeds of a column of the page's data, by method and round."""
     values: dict[str, dict[int, list[float]]] = {}
     for row in csv.DictReader((RESULTS / name / "comparison-data" / f"{file}.csv").open()):
         values.setdefault(method_of(row["method"]), {}).setdefault(int(row["round"]), []).append(
@@ -66,7 +75,7 @@ def curve(name: str, file: str, column: str) -> dict[str, dict[int, float]]:
 
 
 def difference(table: dict[str, dict[int, float]], method: str, baseline: str) -> MeanEstimate:
-    """Paired by seed."""
+    """Estimate the mean difference between two methods, paired by seed."""
     mean = estimate_mean(
         [table[method][seed] - table[baseline][seed] for seed in sorted(table[method])]
     )
@@ -75,11 +84,13 @@ def difference(table: dict[str, dict[int, float]], method: str, baseline: str) -
 
 
 def tables() -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     lines = []
     for name, title in TITLES.items():
-        table, losses, sent = scores(name), scores(name, "loss"), scores(name, "bytes")
-        chosen = {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()}
+        table = scores(name)
+        losses = scores(name, "loss")
+        sent = scores(name, "bytes")
+        chosen = chosen_rates(name)
         lines += [
             f"**{title}**",
             "",
@@ -88,10 +99,8 @@ def tables() -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for method in sorted(table, key=lambda m: -sum(table[m].values())):
-            mean, loss = (
-                estimate_mean(list(table[method].values())),
-                estimate_mean(list(losses[method].values())),
-            )
+            mean = estimate_mean(list(table[method].values()))
+            loss = estimate_mean(list(losses[method].values()))
             assert mean is not None and loss is not None
             pairs = [
                 "" if method == base else interval(difference(table, method, base))
@@ -108,7 +117,7 @@ def tables() -> str:
 
 
 def interval(mean: MeanEstimate) -> str:
-    """In points."""
+    """Format a mean and its interval, in points."""
     assert mean.low is not None and mean.high is not None
     return f"{100 * mean.mean:+.1f} [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
 
@@ -126,7 +135,7 @@ def draw() -> None:
             "figure.facecolor": "white",
         }
     )
-    colours = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(NAMES, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
@@ -137,12 +146,12 @@ def draw() -> None:
             axis.plot(
                 [100 * mean.low, 100 * mean.high],
                 [place, place],
-                color=colours[method],
+                color=colors[method],
                 linewidth=2,
             )
-            axis.plot(100 * mean.mean, place, "o", color=colours[method])
+            axis.plot(100 * mean.mean, place, "o", color=colors[method])
             seeds = [100 * (table[method][s] - table["fedit"][s]) for s in table[method]]
-            axis.plot(seeds, [place - 0.25] * len(seeds), "|", color=colours[method], alpha=0.6)
+            axis.plot(seeds, [place - 0.25] * len(seeds), "|", color=colors[method], alpha=0.6)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_yticks(
             range(len(NAMES) - 1), [NAMES[m] for m in reversed([m for m in NAMES if m != "fedit"])]
@@ -156,7 +165,7 @@ def draw() -> None:
             axis.plot(
                 list(points),
                 [100 * v for v in points.values()],
-                color=colours[method],
+                color=colors[method],
                 label=NAMES[method],
             )
         axis.set(title=title, xlabel="round", ylabel="exact match, %")
@@ -165,12 +174,12 @@ def draw() -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
-        for method, points in rates(name).items():
+        for method, by_rate in rates(name).items():
             axis.semilogx(
-                list(points),
-                [100 * v for v in points.values()],
+                list(by_rate),
+                [100 * v for v in by_rate.values()],
                 "o-",
-                color=colours[method],
+                color=colors[method],
                 label=NAMES[method],
             )
         axis.set(title=title, xlabel="learning rate", ylabel="exact match of the tuning seeds, %")
@@ -181,7 +190,7 @@ def draw() -> None:
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         for method, points in curve(name, "update-cosine", "update_cosine").items():
             axis.plot(
-                list(points), list(points.values()), color=colours[method], label=NAMES[method]
+                list(points), list(points.values()), color=colors[method], label=NAMES[method]
             )
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title=title, xlabel="round", ylabel="cosine with the update before")
@@ -189,19 +198,13 @@ def draw() -> None:
     save(figure, "directions")
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: Figure, name: str) -> None:
+    """Write a figure to results/, and close it."""
     figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
 if __name__ == "__main__":
     print(tables())
-    print(
-        json.dumps(
-            {
-                name: {m: max(r, key=lambda x: (r[x], -x)) for m, r in rates(name).items()}
-                for name in TITLES
-            }
-        )
-    )
+    print(json.dumps({name: chosen_rates(name) for name in TITLES}))
     draw()

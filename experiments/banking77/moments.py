@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import experiment
 import intents  # beside this file: makes the model and registers its kind
@@ -47,6 +48,7 @@ START = (3, 6)
 
 
 def main() -> int:
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
@@ -74,13 +76,13 @@ def main() -> int:
 def run_setting(name: str, methods: tuple[str, ...], out: Path) -> None:
     """Choose each method's learning rate, then run all of them on the seeds of the comparison."""
     config = experiment.settings(name, out)
-    rates = {}
+    rates: dict[str, dict[str, Any]] = {}
     for method in methods:
         rates[method] = experiment.choose_rate(
             config, method, out / f"{name}-tuning", grid=GRID, start=START
         )
     write_json(out / f"{name}-learning-rates.json", rates)
-    labels = [experiment.labelled(method, rates[method]["chosen"]) for method in methods]
+    labels = [experiment.labeled(method, rates[method]["chosen"]) for method in methods]
     experiment.run_all(config, labels, SEEDS, out / name)
     planned_runs = compare.plan_runs(
         config, compare.parse_methods(",".join(labels), config), SEEDS, out / name

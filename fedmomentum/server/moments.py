@@ -6,7 +6,6 @@ Every quantity here is a weighted sum over clients, but for the number of steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +30,7 @@ from fedmomentum.global_model.shared_moments import (
 )
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, train_result
+from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
 from fedmomentum.training.arguments import TrainingFields
 
 if TYPE_CHECKING:
@@ -39,22 +39,6 @@ if TYPE_CHECKING:
     from fedmomentum.linalg.low_rank import LowRank
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.checkpoint import RunDirectory
-    from fedmomentum.server.round_parts import TrainedRound
-
-
-@dataclass(frozen=True)
-class UploadedMoments:
-    """What one client sent of its optimizer's moments.
-
-    Attributes:
-        tensors: The tensors, which were checked; read from disk when they are looked at.
-        num_steps: The number of steps of the round.
-        learning_rate_sum: The sum of the learning rates of these steps.
-    """
-
-    tensors: Mapping[str, Tensor]
-    num_steps: int
-    learning_rate_sum: float
 
 
 class SharedOptimizer:
@@ -97,6 +81,7 @@ class SharedOptimizer:
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
+        # Movements are divided by the learning rates of the steps.
         if not (result.num_steps >= 1 and 0 < result.learning_rate_sum <= 1e9):
             raise PayloadError(
                 f"{name}: {result.num_steps} steps with learning rates of "
@@ -165,12 +150,14 @@ class SharedOptimizer:
         after: LowRank,
     ) -> dict[str, Moments]:
         """Return one module's moments: their mean, in the coordinates of its new factors."""
+        # What the clients trained, and what they sent of their moments, in one order.
         clients = list(weights)
         updates = ClientUpdates(
             [trained.updates[client].modules[module] for client in clients],
             torch.tensor(list(weights.values()), dtype=CORE_DTYPE),
         )
         uploads = [trained.moments[client] for client in clients]
+        # A factor that was not trained in this round keeps its moments.
         current = started.of_module(module)
         for kind in trained.factors:
             if self._is_full:
@@ -182,6 +169,7 @@ class SharedOptimizer:
                 current[kind] = self._reconstruct(
                     module, kind, x_start, updates, uploads, first_step
                 )
+        # They belong to the mean factors; the next round starts from others.
         carried = carry_moments(current, updates.mean_factors(), after)
         return {f"{module}.{kind}": moment for kind, moment in carried.items()}
 

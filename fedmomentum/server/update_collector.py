@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.protocol.messages import Reply
     from fedmomentum.server.client_updates import UpdateReader
-    from fedmomentum.server.moments import SharedOptimizer, UploadedMoments
+    from fedmomentum.server.moments import SharedOptimizer
+    from fedmomentum.server.round_parts import UploadedMoments
     from fedmomentum.server.screening import Screening
     from fedmomentum.server.update_store import UpdateStore
 
@@ -41,6 +42,7 @@ class UpdateCollector:
             FedMomentumError: If it is refused; naming client and tensor.
         """
         client = reply.client_id
+        # Everything is checked before anything is kept.
         update = self.reader.read(reply)
         uploaded = None
         if self.optimizer is not None:
@@ -53,6 +55,7 @@ class UpdateCollector:
                 like=self.reader.group(client),
                 num_examples=reply.num_examples,
             )
+        # On disk, so that memory does not grow with the number of clients.
         self.updates[client] = self.store.put(update)
         if uploaded is not None:
             tensors = self.store.put_tensors(uploaded.tensors)
