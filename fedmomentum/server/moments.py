@@ -5,6 +5,7 @@ Every quantity here is a weighted sum over clients, but for the number of steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from fedmomentum.server.checkpoint import RunDirectory
 
 
+# What 16 bits and float32 may add to a sum of second moments, relative.
+ROUNDING = 0.02
+
+
 class SharedOptimizer:
     """Keeps the moments of a run's clients: one for all of them.
 
@@ -57,6 +62,12 @@ class SharedOptimizer:
         arguments = config.training.arguments
         defaults = TrainingFields()
         self._has_second = arguments.get("optim") != "sgd"
+        # A function of the user's own may not clip its gradients.
+        max_norm = arguments.get("max_grad_norm", defaults.max_grad_norm)
+        is_clipped = config.training.function is None and max_norm > 0
+        self._max_norm: float | None = max_norm if is_clipped else None
+        # The sum of the second moments that this round started with, by hash.
+        self._totals: dict[str | None, float] = {}
         self._settings = OptimizerSettings(
             beta1=arguments.get("adam_beta1", defaults.adam_beta1),
             beta2=arguments.get("adam_beta2", defaults.adam_beta2),
@@ -72,12 +83,21 @@ class SharedOptimizer:
 
     # ── replies ──
 
-    def read(self, reply: Reply, start: Adapter, server_round: int) -> UploadedMoments:
+    def read(
+        self, reply: Reply, start: Adapter, server_round: int, previous: str | None
+    ) -> UploadedMoments:
         """Check what a reply holds of moments.
 
+        Args:
+            reply: The reply.
+            start: The adapter that the clients started from.
+            server_round: The round.
+            previous: Hash of the moments that the round started with; None for zeros.
+
         Raises:
-            PayloadError: If a tensor is missing, unexpected or of another form, or the number of
-                steps or their learning rates are none; naming client and tensor.
+            PayloadError: If a tensor is missing, unexpected or of another form, the number of steps
+                or their learning rates are none, or second moments are larger than clipped
+                gradients make them; naming client and tensor.
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
@@ -92,6 +112,7 @@ class SharedOptimizer:
         shapes = {}
         if self._has_second or self._is_full:
             shapes = factor_shapes(start, self._method.trained_factors(server_round))
+        total = 0.0
         if self._is_full:
             moments = decode_moments(tensors, shapes, name)
             for key, moment in moments.items():
@@ -100,9 +121,32 @@ class SharedOptimizer:
                         f"{name}: optimizer tensor {key}.second is there for another optimizer "
                         "than [training.arguments] names"
                     )
+                total += 0.0 if moment.second is None else float(moment.second.double().sum())
         else:
-            decode_means(tensors, shapes, name)
+            for means in decode_means(tensors, shapes, name).values():
+                total += float(means.rows.double().mean() * len(means.rows) * len(means.columns))
+        if total > self._max_total(previous, start):
+            raise PayloadError(
+                f"{name}: its second moments add up to {total:.3g}; gradients that are clipped "
+                f"(max_grad_norm) leave at most {self._max_total(previous, start):.3g}"
+            )
         return UploadedMoments(tensors, result.num_steps, result.learning_rate_sum)
+
+    def _max_total(self, previous: str | None, start: Adapter) -> float:
+        """Return the largest sum of all second moments after a round.
+
+        Every step replaces a part of it by the squared norm of a gradient, which is clipped.
+        """
+        if self._max_norm is None:
+            return math.inf
+        if previous not in self._totals:
+            total = 0.0
+            if previous is not None:
+                shared = self._decode(StoredObject(self._directory.read(previous)), start)
+                for moment in shared.moments.values():
+                    total += 0.0 if moment.second is None else float(moment.second.double().sum())
+            self._totals = {previous: total}
+        return max(self._totals[previous], self._max_norm**2) * (1 + ROUNDING)
 
     # ── the next round's moments ──
 

@@ -24,6 +24,7 @@ class UpdateCollector:
         store: Takes them to disk.
         screening: Measures how far each client went; None where that is switched off.
         optimizer: Validates the optimizer's moments; None where clients share none.
+        started_moments: Hash of the moments that the round started with; None for zeros.
         updates: Client to its update, read from disk when it is looked at.
         moments: Client to what it sent of its moments, likewise.
     """
@@ -32,6 +33,7 @@ class UpdateCollector:
     store: UpdateStore
     screening: Screening | None
     optimizer: SharedOptimizer | None
+    started_moments: str | None
     updates: dict[str, Adapter] = field(default_factory=dict)
     moments: dict[str, UploadedMoments] = field(default_factory=dict)
 
@@ -46,7 +48,9 @@ class UpdateCollector:
         update = self.reader.read(reply)
         uploaded = None
         if self.optimizer is not None:
-            uploaded = self.optimizer.read(reply, self.reader.model.adapter, reply.server_round)
+            uploaded = self.optimizer.read(
+                reply, self.reader.model.adapter, reply.server_round, self.started_moments
+            )
         if self.screening is not None:
             self.screening.add(
                 client,
