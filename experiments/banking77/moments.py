@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import experiment
 import intents  # in this folder: makes the model and registers its kind
@@ -47,7 +48,7 @@ START = (3, 6)
 
 
 def main() -> int:
-    """Choose learning rates and compare, in both settings."""
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
@@ -75,7 +76,7 @@ def main() -> int:
 def run_setting(name: str, methods: tuple[str, ...], out: Path) -> None:
     """Choose each method's learning rate, then run all of them on the seeds of the comparison."""
     config = experiment.settings(name, out)
-    rates = {}
+    rates: dict[str, dict[str, Any]] = {}
     for method in methods:
         rates[method] = experiment.choose_rate(
             config, method, out / f"{name}-tuning", grid=GRID, start=START

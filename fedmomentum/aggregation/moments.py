@@ -17,6 +17,7 @@ have no gauge; FedGaLore (arXiv 2602.01746) synchronizes them in a projected spa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,15 @@ class OptimizerSettings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+
+    @property
+    def max_movement(self) -> float:
+        """The most that Adam moves a number in a step, in learning rates.
+
+        `max(1, (1 - beta1) / sqrt(1 - beta2))`, whatever the gradients (Kingma and Ba,
+        arXiv 1412.6980, section 2.1).
+        """
+        return max(1.0, (1 - self.beta1) / math.sqrt(1 - self.beta2))
 
 
 # ── the mean over clients ─────────────────────────────────────────────────────────────────────────
@@ -127,7 +137,10 @@ def reconstruct_moments(
 
         m = -(D + decay x) (sqrt(v / (1 - beta2^t)) + eps) (1 - beta1^t)
 
-    SGD moves it by minus its buffer: `m = -(D + decay x)`.
+    No element of `D + decay x` is taken for larger than Adam can move it
+    (`OptimizerSettings.max_movement`): a client that reports too small a sum of learning rates
+    would make everybody's next step too long. SGD moves it by minus its buffer:
+    `m = -(D + decay x)`.
 
     Args:
         displacement: D, the weighted mean of each client's `(x_end - x_start) / sum of its learning
@@ -140,6 +153,7 @@ def reconstruct_moments(
     movement = displacement + settings.weight_decay * start
     if second is None:
         return Moments(-movement, None, step)
+    movement = movement.clamp(-settings.max_movement, settings.max_movement)
     root = (second / (1 - settings.beta2**step)).sqrt() + settings.epsilon
     return Moments(-movement * root * (1 - settings.beta1**step), second, step)
 

@@ -100,6 +100,7 @@ def procrustes_split(
     X, Y = balanced_split(U, S, Vh)
     m = len(S)
     alignment = Y @ mean.A.mT + X.mT @ mean.B  # (m, r)
+    # The nearest matrix with orthonormal columns, from the SVD of the alignment.
     P, _, Qh = torch.linalg.svd(alignment, full_matrices=True)
     rotation = Qh.mT[:, :m] @ P.mT  # (r, m)
     B = X @ rotation.mT

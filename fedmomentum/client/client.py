@@ -215,6 +215,7 @@ class Client(Worker):
             last_round = task.server_round - 1
             state = self.store.load_state(LocalMoments, task.run_id, self.client_id, last_round)
             return {} if state is None else state.start_moments(self.model.detached_factors())
+        # Shared moments: none before the first round has been aggregated.
         if request.moments is None:
             return {}
         shapes = {}

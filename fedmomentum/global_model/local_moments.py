@@ -68,6 +68,7 @@ class LocalMoments:
                     f"is {after.shape} of rank {after.rank}. Use the [lora] that it was trained "
                     "with"
                 )
+            # A method that prunes keeps the first components.
             pruned = LowRank(before.B[:, : after.rank], before.A[: after.rank])
             moments = self._of_module(module, after.rank)
             for kind, moment in carry_moments(moments, pruned, after).items():

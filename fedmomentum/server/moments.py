@@ -5,8 +5,8 @@ Every quantity here is a weighted sum over clients, but for the number of steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,7 @@ from fedmomentum.global_model.shared_moments import (
 )
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, train_result
+from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
 from fedmomentum.training.arguments import TrainingFields
 
 if TYPE_CHECKING:
@@ -39,22 +40,10 @@ if TYPE_CHECKING:
     from fedmomentum.linalg.low_rank import LowRank
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.checkpoint import RunDirectory
-    from fedmomentum.server.round_parts import TrainedRound
 
 
-@dataclass(frozen=True)
-class UploadedMoments:
-    """What one client sent of its optimizer's moments.
-
-    Attributes:
-        tensors: The tensors, which were checked; read from disk when they are looked at.
-        num_steps: The number of steps of the round.
-        learning_rate_sum: The sum of the learning rates of these steps.
-    """
-
-    tensors: Mapping[str, Tensor]
-    num_steps: int
-    learning_rate_sum: float
+# What 16 bits and float32 may add to a sum of second moments, relative.
+ROUNDING = 0.02
 
 
 class SharedOptimizer:
@@ -73,6 +62,12 @@ class SharedOptimizer:
         arguments = config.training.arguments
         defaults = TrainingFields()
         self._has_second = arguments.get("optim") != "sgd"
+        # A function of the user's own may not clip its gradients.
+        max_norm = arguments.get("max_grad_norm", defaults.max_grad_norm)
+        is_clipped = config.training.function is None and max_norm > 0
+        self._max_norm: float | None = max_norm if is_clipped else None
+        # The sum of the second moments that this round started with, by hash.
+        self._totals: dict[str | None, float] = {}
         self._settings = OptimizerSettings(
             beta1=arguments.get("adam_beta1", defaults.adam_beta1),
             beta2=arguments.get("adam_beta2", defaults.adam_beta2),
@@ -88,15 +83,25 @@ class SharedOptimizer:
 
     # ── replies ──
 
-    def read(self, reply: Reply, start: Adapter, server_round: int) -> UploadedMoments:
+    def read(
+        self, reply: Reply, start: Adapter, server_round: int, previous: str | None
+    ) -> UploadedMoments:
         """Check what a reply holds of moments.
 
+        Args:
+            reply: The reply.
+            start: The adapter that the clients started from.
+            server_round: The round.
+            previous: Hash of the moments that the round started with; None for zeros.
+
         Raises:
-            PayloadError: If a tensor is missing, unexpected or of another form, or the number of
-                steps or their learning rates are none; naming client and tensor.
+            PayloadError: If a tensor is missing, unexpected or of another form, the number of steps
+                or their learning rates are none, or second moments are larger than clipped
+                gradients make them; naming client and tensor.
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
+        # Movements are divided by the learning rates of the steps.
         if not (result.num_steps >= 1 and 0 < result.learning_rate_sum <= 1e9):
             raise PayloadError(
                 f"{name}: {result.num_steps} steps with learning rates of "
@@ -107,6 +112,7 @@ class SharedOptimizer:
         shapes = {}
         if self._has_second or self._is_full:
             shapes = factor_shapes(start, self._method.trained_factors(server_round))
+        total = 0.0
         if self._is_full:
             moments = decode_moments(tensors, shapes, name)
             for key, moment in moments.items():
@@ -115,9 +121,32 @@ class SharedOptimizer:
                         f"{name}: optimizer tensor {key}.second is there for another optimizer "
                         "than [training.arguments] names"
                     )
+                total += 0.0 if moment.second is None else float(moment.second.double().sum())
         else:
-            decode_means(tensors, shapes, name)
+            for means in decode_means(tensors, shapes, name).values():
+                total += float(means.rows.double().mean() * len(means.rows) * len(means.columns))
+        if total > self._max_total(previous, start):
+            raise PayloadError(
+                f"{name}: its second moments add up to {total:.3g}; gradients that are clipped "
+                f"(max_grad_norm) leave at most {self._max_total(previous, start):.3g}"
+            )
         return UploadedMoments(tensors, result.num_steps, result.learning_rate_sum)
+
+    def _max_total(self, previous: str | None, start: Adapter) -> float:
+        """Return the largest sum of all second moments after a round.
+
+        Every step replaces a part of it by the squared norm of a gradient, which is clipped.
+        """
+        if self._max_norm is None:
+            return math.inf
+        if previous not in self._totals:
+            total = 0.0
+            if previous is not None:
+                shared = self._decode(StoredObject(self._directory.read(previous)), start)
+                for moment in shared.moments.values():
+                    total += 0.0 if moment.second is None else float(moment.second.double().sum())
+            self._totals = {previous: total}
+        return max(self._totals[previous], self._max_norm**2) * (1 + ROUNDING)
 
     # ── the next round's moments ──
 
@@ -165,12 +194,14 @@ class SharedOptimizer:
         after: LowRank,
     ) -> dict[str, Moments]:
         """Return one module's moments: their mean, in the coordinates of its new factors."""
+        # What the clients trained, and what they sent of their moments, in one order.
         clients = list(weights)
         updates = ClientUpdates(
             [trained.updates[client].modules[module] for client in clients],
             torch.tensor(list(weights.values()), dtype=CORE_DTYPE),
         )
         uploads = [trained.moments[client] for client in clients]
+        # A factor that was not trained in this round keeps its moments.
         current = started.of_module(module)
         for kind in trained.factors:
             if self._is_full:
@@ -182,6 +213,7 @@ class SharedOptimizer:
                 current[kind] = self._reconstruct(
                     module, kind, x_start, updates, uploads, first_step
                 )
+        # They belong to the mean factors; the next round starts from others.
         carried = carry_moments(current, updates.mean_factors(), after)
         return {f"{module}.{kind}": moment for kind, moment in carried.items()}
 

@@ -10,6 +10,8 @@ from fedmomentum.protocol.messages import ClientLora, EvaluateRequest, TrainRequ
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedmomentum.aggregation.aggregate import AggregationResult
     from fedmomentum.aggregation.update_filter import UpdateFilter
     from fedmomentum.config.schema import Config
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from fedmomentum.formats.manifest import Manifest
     from fedmomentum.formats.round_record import ScreeningRecord
     from fedmomentum.lora.adapter import Adapter
-    from fedmomentum.server.moments import UploadedMoments
     from fedmomentum.server.replies import Replies
 
 
@@ -37,6 +38,21 @@ class RoundSteps:
     screening: bool = True
     diagnostics: bool = True
     update_filter: UpdateFilter | None = None
+
+
+@dataclass(frozen=True)
+class UploadedMoments:
+    """What one client sent of its optimizer's moments.
+
+    Attributes:
+        tensors: The tensors, which were checked; read from disk when they are looked at.
+        num_steps: The number of steps of the round.
+        learning_rate_sum: The sum of the learning rates of these steps.
+    """
+
+    tensors: Mapping[str, Tensor]
+    num_steps: int
+    learning_rate_sum: float
 
 
 @dataclass(frozen=True)

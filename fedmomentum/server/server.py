@@ -200,19 +200,16 @@ class Server:
         if self._steps.screening:
             rate = hyperparameters.learning_rate
             screening = Screening(self._config, self._method, server_round, rate)
-        collector = UpdateCollector(reader, self._directory.updates, screening, self._optimizer)
+        moments = self.state.moments
+        store = self._directory.updates
+        collector = UpdateCollector(reader, store, screening, self._optimizer, moments)
         ranks = {client: reader.rank(client) for client in clients}
         manifest = sent_manifest(self.model)
         requests = {}
         for client in clients:
+            lora = reader.lora(client)
             requests[client] = train_request(
-                self._config,
-                server_round,
-                client,
-                hyperparameters,
-                reader.lora(client),
-                manifest,
-                self.state.moments,
+                self._config, server_round, client, hyperparameters, lora, manifest, moments
             )
 
         replies, self.state = self._exchange.ask(

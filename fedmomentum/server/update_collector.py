@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.protocol.messages import Reply
     from fedmomentum.server.client_updates import UpdateReader
-    from fedmomentum.server.moments import SharedOptimizer, UploadedMoments
+    from fedmomentum.server.moments import SharedOptimizer
+    from fedmomentum.server.round_parts import UploadedMoments
     from fedmomentum.server.screening import Screening
     from fedmomentum.server.update_store import UpdateStore
 
@@ -23,6 +24,7 @@ class UpdateCollector:
         store: Takes them to disk.
         screening: Measures how far each client went; None where that is switched off.
         optimizer: Validates the optimizer's moments; None where clients share none.
+        started_moments: Hash of the moments that the round started with; None for zeros.
         updates: Client to its update, read from disk when it is looked at.
         moments: Client to what it sent of its moments, likewise.
     """
@@ -31,6 +33,7 @@ class UpdateCollector:
     store: UpdateStore
     screening: Screening | None
     optimizer: SharedOptimizer | None
+    started_moments: str | None
     updates: dict[str, Adapter] = field(default_factory=dict)
     moments: dict[str, UploadedMoments] = field(default_factory=dict)
 
@@ -41,10 +44,13 @@ class UpdateCollector:
             FedMomentumError: If it is refused; naming client and tensor.
         """
         client = reply.client_id
+        # Everything is checked before anything is kept.
         update = self.reader.read(reply)
         uploaded = None
         if self.optimizer is not None:
-            uploaded = self.optimizer.read(reply, self.reader.model.adapter, reply.server_round)
+            uploaded = self.optimizer.read(
+                reply, self.reader.model.adapter, reply.server_round, self.started_moments
+            )
         if self.screening is not None:
             self.screening.add(
                 client,
@@ -53,6 +59,7 @@ class UpdateCollector:
                 like=self.reader.group(client),
                 num_examples=reply.num_examples,
             )
+        # On disk, so that memory does not grow with the number of clients.
         self.updates[client] = self.store.put(update)
         if uploaded is not None:
             tensors = self.store.put_tensors(uploaded.tensors)

@@ -147,6 +147,18 @@ def test_a_constant_gradient_is_reconstructed(num_steps, first_step, weight_deca
     assert got.step == first_step + num_steps
 
 
+def test_a_false_sum_of_learning_rates_moves_nothing_further_than_adam_can():
+    settings_of_run = OptimizerSettings()
+    assert settings_of_run.max_movement == pytest.approx(0.1 / math.sqrt(0.001))
+    second = draw(4, 5).square() + 0.1
+    honest = draw(4, 5, seed=1).clamp(-1, 1)
+    got = reconstruct_moments(1e6 * honest, 0 * honest, second, 100_000, settings_of_run)
+    step = got.first / second.sqrt()  # the bias corrections are 1 by then
+    assert float(step.abs().max()) == pytest.approx(settings_of_run.max_movement, rel=1e-6)
+    unclamped = reconstruct_moments(honest, 0 * honest, second, 100_000, settings_of_run)
+    assert error(unclamped.first / second.sqrt(), -honest) < 1e-6
+
+
 def test_the_buffer_of_sgd_is_minus_the_displacement():
     parameter = torch.nn.Parameter(draw(4, 5))
     optimizer = torch.optim.SGD([parameter], lr=0.5, momentum=0.9)
