@@ -71,6 +71,8 @@ def _mean(values: list[float]) -> MeanEstimate:
 def draw() -> None:
     """Write results/moments.svg: exact match, and the cosine with the round before, by round."""
     names = published()
+    if not names:
+        raise SystemExit("no results are committed; make them with moments.py --publish")
     figure, axes = plt.subplots(
         len(names), 2, figsize=(10, 3.6 * len(names)), layout="constrained", squeeze=False
     )
