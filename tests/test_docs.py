@@ -410,6 +410,8 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "banking77")
     text = (ROOT / "docs" / "appendix" / "results.md").read_text()
     assert importlib.import_module("figures").tables().strip() in text
+    moments = importlib.import_module("moments_figures").tables().strip()
+    assert moments and moments in text
 
 
 def test_what_is_said_of_a_gpu_is_what_was_measured_on_one(monkeypatch):

@@ -11,6 +11,7 @@ seeds 100 and 101. The comparison is on seeds of its own, 8 to 15, each run once
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -76,12 +77,14 @@ def main() -> int:
 def run_setting(name: str, methods: tuple[str, ...], out: Path) -> None:
     """Choose each method's learning rate, then run all of them on the seeds of the comparison."""
     config = experiment.settings(name, out)
-    rates: dict[str, dict[str, Any]] = {}
+    file = out / f"{name}-learning-rates.json"
+    rates: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     for method in methods:
-        rates[method] = experiment.choose_rate(
-            config, method, out / f"{name}-tuning", grid=GRID, start=START
-        )
-    write_json(out / f"{name}-learning-rates.json", rates)
+        if method not in rates:
+            rates[method] = experiment.choose_rate(
+                config, method, out / f"{name}-tuning", grid=GRID, start=START
+            )
+            write_json(file, rates)
     labels = [experiment.labeled(method, rates[method]["chosen"]) for method in methods]
     experiment.run_all(config, labels, SEEDS, out / name)
     planned_runs = compare.plan_runs(
