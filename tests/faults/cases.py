@@ -236,19 +236,19 @@ lies(
     "another-round",
     "a client answers for another round",
     altered(lambda fields: fields.update(server_round=99)),
-    "for server_round 99; asked was 1",
+    "for server_round 99; expected 1",
 )
 lies(
     "another-run",
     "a client answers for another run",
     altered(lambda fields: fields.update(run_id="0" * 32)),
-    "for run_id '0{32}'; asked was",
+    "for run_id '0{32}'; expected",
 )
 lies(
     "another-name",
     "a client answers in another's name",
     altered(lambda fields: fields.update(client_id="site0")),
-    "for client_id 'site0'; asked was 'site2'",
+    "for client_id 'site0'; expected 'site2'",
 )
 lies(
     "garbage",
