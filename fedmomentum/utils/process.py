@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ TRIM_THRESHOLD = 256 * 2**20
 """Bytes of freed memory to keep: more than the largest tensors of an aggregation."""
 MMAP_THRESHOLD = 32 * 2**20
 """The most that glibc accepts."""
+# After this time a signal whose exception Python has ignored is sent again.
+REPEAT_SECONDS = 0.05
 
 
 class Interruption:
@@ -31,6 +35,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.came = False
+        self._signal: int = signal.SIGINT
 
     def listen(self, *, although_ignored: bool = False) -> None:
         """Handle SIGINT and SIGTERM from now on.
@@ -44,10 +49,24 @@ class Interruption:
         if although_ignored or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
         signal.signal(signal.SIGTERM, self._interrupt)
+        sys.unraisablehook = self._repeat_if_lost
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         self.came = True
+        self._signal = signum
         raise KeyboardInterrupt
+
+    def _repeat_if_lost(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Send the signal again if its exception was raised where Python ignores exceptions.
+
+        That is so in finalizers and in callbacks of weak references, such as those of imports.
+        """
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(unraisable)
+            return
+        timer = threading.Timer(REPEAT_SECONDS, os.kill, (os.getpid(), self._signal))
+        timer.daemon = True
+        timer.start()
 
 
 INTERRUPTION = Interruption()

@@ -343,6 +343,40 @@ def test_ctrl_c_ends_any_command_with_130(job, folder, words, seconds):
         assert process.communicate() and process.returncode == 0
 
 
+LOST = """
+import os, signal, time
+from fedmomentum.utils.process import Interruption
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(1)
+
+interruption = Interruption()
+interruption.listen(although_ignored=True)
+finalized = Finalized()
+try:
+    del finalized
+    print("lost", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("came", interruption.came)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_python_ignores_in_a_finalizer_comes_again(name):
+    done = subprocess.run(
+        [sys.executable, "-c", LOST.format(name=name)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout.split() == ["lost", "came", "True"]
+    assert done.stderr == "" and done.returncode == 0
+
+
 def test_ctrl_c_that_a_library_turns_into_another_error_is_ctrl_c(job, tmp_path, call, monkeypatch):
     def fail(*_, **__):
         try:
