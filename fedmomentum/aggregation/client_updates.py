@@ -88,15 +88,19 @@ class ClientUpdates(LazySequence):
         return LowRank(B, A)
 
     def mean_A(self, rank: int) -> Tensor:
-        """Return the A of `padded_mean`."""
-        return self.padded_mean(rank).A
+        """Return `sum_i w_i A_i` `(rank, in)` in float64, whatever the clients' ranks.
+
+        Rows that a client of a smaller rank does not have count as zero; rows beyond `rank` are
+        left out.
+        """
+        mean = torch.zeros(rank, self.shape[1], dtype=CORE_DTYPE, device=self.device)
+        for w_i, update in zip(self.weights.tolist(), self, strict=True):
+            num_rows = min(rank, update.rank)
+            mean[:num_rows] += w_i * update.A[:num_rows].to(CORE_DTYPE)
+        return mean
 
     def padded_mean(self, rank: int) -> LowRank:
-        """Return `sum_i w_i B_i` and `sum_i w_i A_i` at `rank` in float64, for clients of any rank.
-
-        Rows of A and columns of B that a client of a smaller rank does not have count as zero;
-        those beyond `rank` are left out.
-        """
+        """Return `sum_i w_i B_i` and `mean_A(rank)`; missing columns of B count as zero too."""
         out_size, in_size = self.shape
         B = torch.zeros(out_size, rank, dtype=CORE_DTYPE, device=self.device)
         A = torch.zeros(rank, in_size, dtype=CORE_DTYPE, device=self.device)

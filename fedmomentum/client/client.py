@@ -214,7 +214,11 @@ class Client(Worker):
         if request.optimizer_state == "local":
             last_round = task.server_round - 1
             state = self.store.load_state(LocalMoments, task.run_id, self.client_id, last_round)
-            return {} if state is None else state.start_moments(self.model.detached_factors())
+            return (
+                {}
+                if state is None
+                else state.start_moments(self.model.adapter(self.client_id).modules)
+            )
         # Shared moments: none before the first round has been aggregated.
         if request.moments is None:
             return {}
@@ -239,7 +243,7 @@ class Client(Worker):
                 client=self.client_id,
                 run_id=task.run_id,
                 server_round=task.server_round,
-                factors=self.model.detached_factors(),
+                factors=self.model.adapter(self.client_id).modules,
                 moments=moments,
             )
         )

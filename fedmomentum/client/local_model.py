@@ -249,16 +249,6 @@ class LocalModel:
         """Return the live factors themselves, by sorted module, with their gradients."""
         return [live_factors(layer) for _, layer in sorted(self._layers.items())]
 
-    def detached_factors(self) -> dict[str, LowRank]:
-        """Return a copy of the live factors by module, float32 on the CPU, without gradients."""
-        copies = {}
-        for module, layer in sorted(self._layers.items()):
-            factors = live_factors(layer)
-            B = factors.B.detach().to("cpu", torch.float32, copy=True)
-            A = factors.A.detach().to("cpu", torch.float32, copy=True)
-            copies[module] = LowRank(B, A)
-        return copies
-
     def parameter_names(self, kinds: str) -> dict[str, str]:
         """Return `<module>.<kind>` to the factor's name among the model's parameters."""
         names = {id(parameter): name for name, parameter in self.peft.named_parameters()}

@@ -140,7 +140,8 @@ class Worker:
 
         trained_factors = method.trained_factors(server_round)
         with model.training_only(trained_factors):
-            names = model.parameter_names(trained_factors)
+            # Finding the names visits all parameters of the model, so it is done where needed.
+            names = {} if moments is None else model.parameter_names(trained_factors)
             report = self._train_model(request, _renamed(moments, names))
         factors = model.personal_factors(trained_factors)
         trained_moments = _by_factor(report, names, factors)
@@ -288,9 +289,11 @@ def _by_factor(
     example = next(iter(report.moments.values()))
     moments = {}
     for key, name in names.items():
+        if name in report.moments:
+            moments[key] = report.moments[name]
+            continue
         zero = torch.zeros_like(factors[key], dtype=torch.float32, requires_grad=False)
-        second = None if example.second is None else zero
-        moments[key] = report.moments.get(name, Moments(zero, second, example.step))
+        moments[key] = Moments(zero, None if example.second is None else zero, example.step)
     return moments
 
 

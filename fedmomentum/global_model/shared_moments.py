@@ -2,8 +2,8 @@
 
 Tensors are named `<module>.<factor>.<part>`, where the factor is `B` or `A` and the parts are
 `first`, `step`, and of the second moment either its means, `rows` and `columns`, or all of it,
-`second`. Means and the first moment beside them travel in bfloat16, which has float32's exponents
-and three digits; all of it travels in float32.
+`second`. With means, everything but the step travels in bfloat16, which has float32's exponents and
+three digits; moments in full travel in float32.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class _Parts:
         return int(step)
 
     def check_all_taken(self) -> None:
-        """Refuse tensors that nobody has taken.
+        """Refuse tensors that were not expected.
 
         Raises:
             PayloadError: If there are any.

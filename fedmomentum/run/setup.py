@@ -71,13 +71,15 @@ def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
         loaded.local.identity
     )
     check_data(out, loaded.data, server_round)
-    assert manifest.run is not None  # a run's checkpoint has the server's state
-    run_id = manifest.run.run_id
+    has_moments = loaded.config.training.optimizer_state == "local"
+    has_factors = bool(loaded.method.personal_factors)
+    if manifest.run is None or not (has_moments or has_factors):
+        return
     last_trained = _last_trained(committed_records(out, server_round))
-    if loaded.method.personal_factors:
-        personal_states(out, run_id).check(last_trained)
-    if loaded.config.training.optimizer_state == "local":
-        ClientStateFiles(out, run_id, LocalMoments).check(last_trained)
+    if has_factors:
+        personal_states(out, manifest.run.run_id).check(last_trained)
+    if has_moments:
+        ClientStateFiles(out, manifest.run.run_id, LocalMoments).check(last_trained)
 
 
 def load_run(

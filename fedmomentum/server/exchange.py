@@ -193,8 +193,7 @@ class _Tasks:
         self._server_round = server_round
         self._fresh = fresh
         self._objects: dict[str, bytes] = model.objects()
-        # All requests of a question name the same objects.
-        self.needed = next(iter(requests.values())).needed
+        self.needed = frozenset().union(*(request.needed for request in requests.values()))
 
     def planned(self, directory: RunDirectory) -> dict[str, Task]:
         """Return each client's task with what it has not cached, by what it last said."""

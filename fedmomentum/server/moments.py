@@ -1,6 +1,6 @@
 """The optimizer's moments that clients share: from their replies to the next round's start.
 
-Every quantity here is a weighted sum over clients, but for the number of steps.
+Every quantity here is a weighted mean over clients.
 """
 
 from __future__ import annotations
