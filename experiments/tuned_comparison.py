@@ -18,6 +18,7 @@ from typing import Any, Literal
 from fedmomentum.config.schema import Config
 from fedmomentum.errors import QuorumError
 from fedmomentum.report import write_comparison_page
+from fedmomentum.results.comparison import Comparison
 from fedmomentum.run import compare
 from fedmomentum.utils.io import write_json
 
@@ -142,7 +143,7 @@ def compare_at(
     baseline: str,
     target: float,
     command: str,
-) -> None:
+) -> Comparison:
     """Compare the methods at their rates, as `fedmomentum compare` does.
 
     Args:
@@ -154,10 +155,13 @@ def compare_at(
         baseline: The method that the others are compared with.
         target: The exact match to which bytes and rounds are counted.
         command: What makes the comparison, for its page.
+
+    Returns:
+        The comparison, as written to `out`.
     """
     labels = {method: labeled(method, rates[method]["chosen"]) for method in methods}
     run_all(config, list(labels.values()), seeds, out)
-    compare.write_comparison(
+    comparison = compare.write_comparison(
         out,
         _planned(config, list(labels.values()), seeds, out),
         baseline=labels[baseline],
@@ -165,6 +169,7 @@ def compare_at(
         command=command,
     )
     write_comparison_page([out])
+    return comparison
 
 
 def publish(out: Path, rates: Rates, results: Path) -> None:

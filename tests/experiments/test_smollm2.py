@@ -119,29 +119,42 @@ def test_training_takes_the_loss_of_the_package(models):
     assert not torch.equal(weight, before)
 
 
-def test_the_script_goes_from_end_to_end_and_continues(language, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(language, "NUM_LAYERS", 2)
-    monkeypatch.setattr(language, "NUM_ADAPTED_LAYERS", 1)
-    monkeypatch.setattr(language, "MAX_LENGTH", 256)
-    monkeypatch.setattr(language, "NUM_TRAIN", 160)
-    monkeypatch.setattr(language, "NUM_TEST", 40)
-    monkeypatch.setattr(language, "METHODS", (language.PUBLISHED, "fedit"))
-    monkeypatch.setattr(language, "GRID", language.Grid((3e-3, 1e-2), (0, 1), "loss"))
-    few = ("training.local-steps=1", "federation.num-rounds=2", "data.min-examples=8")
-    monkeypatch.setattr(language, "SETTINGS", {"few": few})
-    monkeypatch.setattr(language, "HERE", tmp_path / "scripts")
+@pytest.fixture
+def small(language, monkeypatch, tmp_path):
+    """The script on a tiny model: two methods, one learning rate, two rounds."""
+    few = (
+        "training.local-steps=1",
+        "federation.num-rounds=2",
+        "data.min-examples=4",
+        "data.num-clients=2",
+    )
+    for name in language.WORKLOADS:
+        workload = language.Workload(80, 24, 256, {"few": few})
+        monkeypatch.setitem(language.WORKLOADS, name, workload)
+    for name, value in (
+        ("NUM_LAYERS", 2),
+        ("NUM_ADAPTED_LAYERS", 1),
+        ("METHODS", (language.PUBLISHED, "fedit")),
+        ("GRID", language.Grid((3e-3, 1e-2), (0, 1), "loss")),
+        ("HERE", tmp_path / "scripts"),
+    ):
+        monkeypatch.setattr(language, name, value)
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "tasks.toml").write_bytes(
         (EXPERIMENTS / "smollm2" / "tasks.toml").read_bytes()
     )
+    return language
+
+
+def test_the_script_goes_from_end_to_end_and_continues(small, tmp_path, capsys):
     out = tmp_path / "out"
-    language.prepare(out, tiny_llama(tmp_path / "source"))
+    small.prepare("builtin", out, None, tiny_llama(tmp_path / "source"))
     words = ["--out", str(out), "--seeds", "1", "--publish"]
 
-    assert language.main(words) == 0
+    assert small.main(words) == 0
     assert "seed 0: exact match" in capsys.readouterr().out
     rates = json.loads((out / "few-learning-rates.json").read_text())
-    assert set(rates) == {language.PUBLISHED, "fedit"}
+    assert set(rates) == {small.PUBLISHED, "fedit"}
     for row in rates.values():
         assert row["chosen"] == float(min(row["loss"], key=row["loss"].get))
     results = tmp_path / "scripts" / "results" / "few"
@@ -155,6 +168,55 @@ def test_the_script_goes_from_end_to_end_and_continues(language, monkeypatch, tm
     )
 
     before = (results / "comparison.csv").read_bytes()
-    assert language.main(words) == 0
+    assert small.main(words) == 0
     assert "seed" not in capsys.readouterr().out  # nothing ran again
     assert (results / "comparison.csv").read_bytes() == before
+
+
+def test_multiple_choice_is_scored_by_the_likelihood_of_the_choices(small, tmp_path):
+    """As stock transformers scores it, one question after the other."""
+    data = tmp_path / "data"
+    for name in ("boolq", "arc_easy"):
+        ends = "true/false" if name == "boolq" else "answer1/answer2/answer3"
+        (data / name).mkdir(parents=True)
+        for split, count in (("train", 60), ("test", 12)):
+            rows = [
+                {
+                    "instruction": f"{split} {name} {i * i}?\n\nAnswer format: {ends}",
+                    "input": "",
+                    "output": "the correct answer is " + ends.split("/")[i % len(ends.split("/"))],
+                }
+                for i in range(count)
+            ]
+            (data / name / f"{split}.json").write_text(json.dumps(rows))
+    out = tmp_path / "out" / "commonsense"
+    small.prepare("commonsense", out, data, tiny_llama(tmp_path / "source"))
+    words = ["--out", str(tmp_path / "out"), "--tasks", "commonsense", "--data", str(data)]
+    assert small.main([*words, "--seeds", "1", "--publish"]) == 0
+    results = tmp_path / "scripts" / "results" / "commonsense-few"
+    table = list(csv.DictReader((results / "choices.csv").open()))
+    assert [row["category"] for row in table] == ["arc_easy", "boolq"] * 2
+    assert all(row["questions"] == "12" for row in table)
+
+    # The same by hand.
+    (run,) = (out / "few").glob("fedit*/seed-0")
+    inference = importlib.import_module("fedmomentum.run.inference")
+    saved = importlib.import_module("fedmomentum.run.saved_model")
+    pair = inference.ModelPair(saved.open_result(run), inference.LoadSettings())
+    correct = 0
+    with pair.tuned(), torch.no_grad():
+        for line in (out / "test.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if row["category"] != "boolq":
+                continue
+            prompt = pair.tokenizer(row["prompt"])["input_ids"]
+            likelihoods = []
+            for choice in ("the correct answer is true", "the correct answer is false"):
+                ids = pair.tokenizer(row["prompt"] + choice)["input_ids"]
+                ids.append(pair.tokenizer.eos_token_id)
+                logits = pair.model(input_ids=torch.tensor([ids])).logits[0].float()
+                each = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+                likelihoods.append(float(each[len(prompt) - 1 :].sum()))
+            right = likelihoods[0] >= likelihoods[1]
+            correct += row["completion"].endswith("true") == right
+    assert int(table[-1]["correct"]) == correct
