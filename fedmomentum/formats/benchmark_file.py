@@ -148,6 +148,16 @@ class TaskResult(_Open, frozen=True, kw_only=True):
                 raise ValueError(f"{self.task}: a metric is there twice")
 
     @property
+    def variant(self) -> str:
+        """How the task was asked: `5-shot chat first 100 float32`."""
+        asked = self.settings
+        parts = [f"{asked.num_fewshot}-shot"]
+        parts += ["chat"] if asked.chat else []
+        parts += ["cut"] if asked.truncate else []
+        parts += [f"first {asked.limit}"] if asked.limit is not None else []
+        return " ".join([*parts, asked.dtype])
+
+    @property
     def base(self) -> ModelScores | None:
         """The base model's scores."""
         return next((model for model in self.models if model.model == "base"), None)
@@ -196,11 +206,16 @@ def paired_difference(base: MetricScore, other: MetricScore) -> tuple[float, flo
 
 
 def merge_results(old: list[TaskResult], new: TaskResult) -> list[TaskResult]:
-    """Return results with a new one: beside older ones of equal settings, else in their place."""
-    kept = [result for result in old if result.task != new.task]
-    previous = next((result for result in old if result.task == new.task), None)
+    """Return results with a new one.
+
+    It joins one of equal settings, and replaces one that was asked in the same way of other data or
+    another base model. What was asked in another way stays beside it.
+    """
+    name = (new.task, new.variant)
+    kept = [result for result in old if (result.task, result.variant) != name]
+    previous = next((result for result in old if (result.task, result.variant) == name), None)
     if previous is not None and previous.settings == new.settings:
         keys = {model.key for model in new.models}
         models = [model for model in previous.models if model.key not in keys] + new.models
         new = msgspec.structs.replace(new, models=models)
-    return sorted([*kept, new], key=lambda result: result.task)
+    return sorted([*kept, new], key=lambda result: (result.task, result.variant))

@@ -25,7 +25,7 @@ class BenchmarkLine:
     """One metric of one federated model, beside the base model's.
 
     Attributes:
-        task: The task's name.
+        task: The task's name; with how it was asked, where it was asked in several ways.
         result: All models on the task.
         model: The federated model.
         score: Its metric.
@@ -79,21 +79,23 @@ class BenchmarkResults:
     @property
     def newest(self) -> list[BenchmarkLine]:
         """The lines of each task's last round."""
-        shown = []
-        for result in self.tasks:
-            last = max((model.round or 0 for model in result.federated), default=0)
-            shown += [line for line in benchmark_lines([result]) if (line.model.round or 0) == last]
-        return shown
+        last: dict[str, int] = {}
+        for line in self.lines:
+            last[line.task] = max(last.get(line.task, 0), line.model.round or 0)
+        return [line for line in self.lines if (line.model.round or 0) == last[line.task]]
 
 
 def benchmark_lines(tasks: Sequence[TaskResult]) -> list[BenchmarkLine]:
     """Return one line a task, federated model and metric."""
     lines = []
+    names = [result.task for result in tasks]
     for result in tasks:
+        is_only = names.count(result.task) == 1
+        task = result.task if is_only else f"{result.task} {result.variant}"
         base = {score.name: score for score in result.base.scores} if result.base else {}
         for model in result.federated:
             for score in model.scores:
-                line = BenchmarkLine(result.task, result, model, score, base.get(score.name))
+                line = BenchmarkLine(task, result, model, score, base.get(score.name))
                 lines.append(line)
     return lines
 

@@ -240,8 +240,22 @@ def test_results_are_kept_beside_those_of_equal_settings_only(run, tasks, tmp_pa
     page = (copy / "report.html").read_text()
     assert "Standard benchmarks" in page and 'id="benchmarks"' in page
     assert 'id="benchmark-rounds"' in page and "exact_match, strict-match" in page
-    # other settings take the place of all
-    assert scored(("2",), limit=5) == {"choices": [2], "gsm8k": [2]}
+    # other data take the place of all; a smaller limit, or another prompt, of nothing
+    write_rows(tasks / "choices_test.jsonl", QUESTIONS[1:])
+    assert scored(("2",)) == {"choices": [2], "gsm8k": [2]}
+    scored(("1",), limit=5)
+    shown = RunResults.load(copy).benchmarks
+    assert [(task.task, task.variant) for task in shown.tasks] == [
+        ("choices", "0-shot first 5 float32"),
+        ("choices", "0-shot float32"),
+        ("gsm8k", "1-shot float32"),
+    ]
+    assert {line.name for line in shown.newest} >= {
+        "choices 0-shot first 5 float32, acc",
+        "choices 0-shot float32, acc",
+        "gsm8k, exact_match, strict-match",
+    }
+    assert "0-shot first 5 float32" in ResultFile.of(copy, None).finish()[1].read_text()
     # another run's file is not added to
     rewritten(copy / "benchmarks.json", lambda table: table.update(run_id="other"))
     with pytest.raises(ConfigError, match="holds the scores of another run"):

@@ -99,9 +99,13 @@ def test_results_join_those_of_equal_settings_and_replace_others():
     assert joined.base.scores == new.base.scores
     (again,) = merge_results([joined], new)
     assert again == joined
-    other = msgspec.structs.replace(SETTINGS, limit=2)
+    other = msgspec.structs.replace(SETTINGS, sha256="1" * 64)
     (replaced,) = merge_results([joined], msgspec.structs.replace(new, settings=other))
     assert [model.round for model in replaced.federated] == [2]
+    limited = msgspec.structs.replace(SETTINGS, limit=2)
+    beside = merge_results([joined], msgspec.structs.replace(new, settings=limited))
+    assert [result.variant for result in beside] == ["0-shot first 2 float32", "0-shot float32"]
+    assert beside[1] == joined
     first = TaskResult(task="a", settings=SETTINGS, models=[scores_of(None)])
     assert [result.task for result in merge_results([joined], first)] == ["a", "b"]
 
