@@ -167,6 +167,7 @@ def compare(
     with quiet_libraries():
         # runs that are finished are not repeated
         planned_runs = comparing.plan_runs(settings, variants, comparing.parse_seeds(seeds), out)
+        _print_unlike_optimizers(comparing.optimizer_states(planned_runs))
         remaining = [run for run in planned_runs if not run.is_finished()]
         comparing.start_comparison(settings, out)
         num_finished = len(planned_runs) - len(remaining)
@@ -184,6 +185,20 @@ def compare(
     OUT.print(
         f"\nThe numbers are in {out / 'comparison.json'} and {out / 'comparison.csv'}, the page "
         f"in {page}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_unlike_optimizers(states: dict[str, str]) -> None:
+    """Say so where methods differ in what their optimizers start a round with."""
+    if len(set(states.values())) < 2:
+        return
+    listed = ", ".join(f"{label}: {state}" for label, state in states.items())
+    OUT.print(
+        f"The methods' optimizers do not start their rounds alike ({listed}). To compare the "
+        "aggregation alone, give one training.optimizer-state for all, such as "
+        "training.optimizer-state=fresh.",
         markup=False,
         soft_wrap=True,
     )

@@ -63,12 +63,21 @@ ROUND_COLUMNS = (
 # ── a run ──
 
 
+OPTIMIZER_STATES = {
+    "fresh": "fresh in every round",
+    "shared": "starts a round with the clients' mean moments",
+    "shared-full": "starts a round with the clients' mean moments, sent in full",
+    "local": "starts a round with the client's own moments",
+}
+
+
 def plan_table(plan: Plan, out: Path) -> Table:
     """Return a run's plan, for the run's directory `out`."""
     rows = {
         "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
         f"{count(plan.num_trained)} trained",
         "method": plan.method,
+        "optimizer": OPTIMIZER_STATES.get(plan.optimizer_state, plan.optimizer_state),
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
         f"{human_bytes(plan.downlink_bytes)} down",

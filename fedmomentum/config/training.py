@@ -12,7 +12,7 @@ from fedmomentum.config.fields import option, require, require_at_least, require
 DEFAULT_LOCAL_STEPS = 10
 """Steps a round where a configuration gives neither steps nor epochs."""
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZER_STATES = ("fresh", "shared", "shared-full", "local")
+OPTIMIZER_STATES = ("auto", "fresh", "shared", "shared-full", "local")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class TrainingConfig:
         "constant", "over the rounds: constant, linear or cosine (to a tenth)"
     )
     optimizer_state: str = option(
-        "fresh",
+        "auto",
         "what the optimizer starts a round with: fresh (nothing), shared (the mean of the clients' "
         "moments, of which means are sent), shared-full (the same, sent in full), local (each "
-        "client's own moments)",
+        "client's own moments), auto (shared where the method is made for it, else fresh)",
     )
     function: str | None = option(
         None, "your own training function, module:function; see docs/training.md"
@@ -87,6 +87,11 @@ class TrainingConfig:
             self.learning_rate_schedule,
             LEARNING_RATE_SCHEDULES,
         )
+
+    @property
+    def shares_moments(self) -> bool:
+        """Whether all clients start a round from the same moments of the optimizer."""
+        return self.optimizer_state in ("shared", "shared-full")
 
     def learning_rate_at(self, server_round: int, num_rounds: int) -> float:
         """Return the learning rate of a round: constant, or decaying to a tenth in the last round.

@@ -23,6 +23,7 @@ class Plan:
         memory_bytes: Of this process, about.
         disk_bytes: Of the run directory, at most.
         warnings: What the user should know before it starts.
+        optimizer_state: What the clients' optimizers start a round with.
     """
 
     model: str
@@ -36,3 +37,4 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     warnings: tuple[str, ...]
+    optimizer_state: str = "fresh"

@@ -173,6 +173,7 @@ def _plan_facts(run: RunResults) -> Facts:
     return [
         ("Model", plan.model),
         ("Method", plan.method),
+        ("Optimizer state", plan.optimizer_state),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
         ("Parameters", count(plan.num_parameters)),
         ("Trained on each client", trained),

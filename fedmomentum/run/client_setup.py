@@ -13,7 +13,13 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
-from fedmomentum.run.setup import load_data, set_threads, tokenized_clients, training_function
+from fedmomentum.run.setup import (
+    choose_optimizer_state,
+    load_data,
+    set_threads,
+    tokenized_clients,
+    training_function,
+)
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.arguments import check_arguments
@@ -83,6 +89,7 @@ def prepare_client(
 
 def rehearsal(config: Config, client: Client) -> bytes:
     """Return a task that trains the base model for one step, as a first round would ask."""
+    config = choose_optimizer_state(config, client.method)
     local = client.model
     model = local.initial_global_model(client.method)
     lora = ClientLora.of(local.client_lora, local.is_mixed or client.method.prunes)

