@@ -23,6 +23,7 @@ class Plan:
         memory_bytes: Of this process, about.
         disk_bytes: Of the run directory, at most.
         warnings: What the user should know before it starts.
+        objective: What is learned, as [training] says it.
     """
 
     model: str
@@ -36,3 +37,4 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     warnings: tuple[str, ...]
+    objective: str = ""

@@ -84,6 +84,16 @@ class Score(Schema, frozen=True, kw_only=False):
         return self.num_exact / self.num_examples if self.num_examples else math.nan
 
     @property
+    def measure(self) -> str:
+        """What people call `exact_match`: of pairs it is the reward accuracy."""
+        return "reward accuracy" if self.is_of_pairs else "exact match"
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the loss."""
+        return "nats per pair" if self.is_of_pairs else "nats per token"
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `exact_match`; (0, 1) without examples.
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedmomentum.errors import DataError
+from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.objectives.collation import (
     IGNORED,
     Row,
@@ -77,9 +77,16 @@ class DPO:
 
         Args:
             predictions: The predictions of `predict`.
-            label_smoothing: Must be 0: smoothed labels of tokens mean nothing here.
+            label_smoothing: Must be 0.
+
+        Raises:
+            ConfigError: If labels are to be smoothed.
         """
-        assert not label_smoothing  # the configuration refuses it
+        if label_smoothing:
+            raise ConfigError(
+                f"label smoothing must be 0 for pairs of answers; got {label_smoothing:g}. It "
+                "smooths the labels of tokens, and a pair has none"
+            )
         loss = -F.logsigmoid(self._margins(answer_log_probs(predictions), predictions)).sum()
         return BatchLoss(loss, loss, len(predictions.labels) // 2)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fedmomentum.base_model.load_checks import max_positions
 from fedmomentum.formats.plan import Plan
 from fedmomentum.lora.half_precision import wire_dtype
+from fedmomentum.objectives.choice import make_objective
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -197,4 +198,5 @@ def _plan(
         + traffic.residual
         + traffic.spool,
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
+        objective=make_objective(config.training).settings,
     )

@@ -319,7 +319,8 @@ def load_data(config: Config) -> list[ClientData]:
         ConfigError: If no data is named.
         DataError: If data cannot be used.
     """
-    return load_clients(config.data, derive_seed(config.run.seed, "data"))
+    seed = derive_seed(config.run.seed, "data")
+    return load_clients(config.data, seed, loss_on=config.training.loss_on)
 
 
 def held_out_order(config: Config, party: ClientData) -> list[Example]:

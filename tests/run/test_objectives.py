@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.evaluate import evaluate
 from fedmomentum.run.networked import run_federation
 from fedmomentum.utils.names import directory_name
-from tests.runs import WORDS, chain, prepare, start, timeless, tiny_config
+from tests.runs import WORDS, altered, chain, prepare, start, timeless, tiny_config
 
 LOG_2 = math.log(2)
 METHOD_SETTINGS = {"fedmomentum": {"split": "procrustes"}}
@@ -236,3 +237,57 @@ def test_resume_with_other_turns_or_answers_is_refused(folder, tmp_path):
             prepare(config, tmp_path / "run", resume=True)
     finally:
         file.write_text(text)
+
+
+def test_tables_and_pages_name_what_pairs_measure(folder, tmp_path):
+    from rich.console import Console
+
+    from fedmomentum.cli.tables import comparison_tables, evaluation_table, summary_table
+    from fedmomentum.report import write_comparison_page, write_report
+    from fedmomentum.results.comparison import compare_runs
+    from fedmomentum.results.run_results import RunResults
+
+    start(config_of(folder), tmp_path / "one", function=None)
+    start(config_of(folder, method="fedit"), tmp_path / "two", function=None)
+    comparison = compare_runs([tmp_path / "one", tmp_path / "two"], 0.5)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(summary_table(RunResults.load(tmp_path / "one")))
+        console.print(evaluation_table(evaluate(tmp_path / "one")))
+        for table in comparison_tables(comparison):
+            console.print(table)
+    page = write_comparison_page([tmp_path / "one", tmp_path / "two"], out=tmp_path / "page")
+    pages = [write_report(tmp_path / "one").read_text(), page.read_text()]
+    for text in (capture.get(), *pages):
+        assert "reward accuracy" in text.lower() and "xact match" not in text
+    assert "nats per token" not in "".join(pages) and "nats per pair" in pages[0]
+    assert "nan" not in capture.get()
+
+    start(config_of(folder, chat_rows), tmp_path / "text", function=None)
+    with pytest.raises(DataError, match="report different things, exact match and reward acc"):
+        compare_runs([tmp_path / "one", tmp_path / "text"], 0.5)
+
+
+def test_scores_that_cannot_be_those_of_pairs_are_refused(folder, tmp_path):
+    config = config_of(folder)
+    lies = {
+        "no margin": lambda score: score.update(margin=None),
+        "8 targets in": lambda score: score.update(num_tokens=8),
+        "the margins of": lambda score: score.update(margin=1e9),
+    }
+    for number, (pattern, change) in enumerate(lies.items()):
+
+        def lie(fields, change=change):
+            metrics = fields["metrics"]
+            for score in (metrics["total"], metrics["compared"], *metrics["by_category"].values()):
+                change(score)
+
+        honest = prepare_client(config, "site1", tmp_path / f"{number}-1").handle
+        handlers = {
+            "site0": prepare_client(config, "site0", tmp_path / f"{number}-0").handle,
+            "site1": partial(altered(lie, "evaluate"), honest=honest),
+        }
+        run_federation(InProcessTransport(handlers), config, tmp_path / f"run{number}")
+        row = timeless(tmp_path / f"run{number}")[-1]
+        assert row["evaluation"]["by_client"].keys() == {"site0"}
+        assert pattern in str(row["failures"]) or pattern in str(row)
