@@ -13,6 +13,8 @@ DEFAULT_LOCAL_STEPS = 10
 """Steps a round where a configuration gives neither steps nor epochs."""
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZER_STATES = ("auto", "fresh", "shared", "shared-full", "local")
+OBJECTIVES = ("sft", "dpo")
+LOSS_ON = ("last", "all-assistant")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,19 @@ class LocalTraining:
 class TrainingConfig:
     """What each client does in a round."""
 
+    objective: str = option(
+        "sft",
+        "what is learned: sft (the answers), or dpo (to prefer chosen answers to rejected ones, "
+        "from rows of prompt, chosen, rejected)",
+    )
+    loss_on: str = option(
+        "last",
+        "sft: the turns of a chat that are learned: last, or all-assistant (every one of the "
+        "assistant's)",
+    )
+    dpo_beta: float = option(
+        0.1, "dpo: weight of log-probabilities in rewards; large stays close to the base model"
+    )
     local_steps: int | None = option(
         None, "optimizer steps a round; this or local-epochs (default: 10 steps)"
     )
@@ -86,6 +101,34 @@ class TrainingConfig:
             "training.learning-rate-schedule",
             self.learning_rate_schedule,
             LEARNING_RATE_SCHEDULES,
+        )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Refuse settings that contradict the objective."""
+        require_choice("training.objective", self.objective, OBJECTIVES)
+        require_choice("training.loss-on", self.loss_on, LOSS_ON)
+        require(self.dpo_beta > 0, "training.dpo-beta", self.dpo_beta, "above 0")
+        if self.objective == "sft":
+            return
+        require(
+            self.loss_on == "last",
+            "training.loss-on",
+            self.loss_on,
+            'last with objective = "dpo", which compares two last answers',
+        )
+        require(
+            self.function is None,
+            "training.function",
+            self.function,
+            'left out with objective = "dpo", whose loss the function would not know of',
+        )
+        smoothing = self.arguments.get("label_smoothing_factor", 0)
+        require(
+            not smoothing,
+            "training.arguments.label_smoothing_factor",
+            smoothing,
+            'left out with objective = "dpo": it smooths the labels of tokens',
         )
 
     @property

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmomentum.data.continuation import continuation_ids
+from fedmomentum.data.tokenized import Span, TokenizedExamples
+from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
 
@@ -21,59 +22,6 @@ if TYPE_CHECKING:
 # Texts in a call of the tokenizer: a call costs more than what it does to a short text, and keeps
 # several times the size of each text in memory.
 TEXTS_PER_CALL = 256
-
-
-@dataclass(frozen=True)
-class TokenizedExamples:
-    """Examples ready to train or evaluate on; the fields are parallel, one entry an example.
-
-    Attributes:
-        input_ids: Token ids of prompt, completion and end token of each example.
-        num_prompt_tokens: How many of those belong to the prompt; no loss is taken on them.
-        categories: The category of each example.
-        is_truncated: Whether ``max_length`` cut off part of the completion (or its end token).
-        num_lost: How many further examples were dropped because nothing of their completion was
-            left.
-    """
-
-    input_ids: tuple[tuple[int, ...], ...]
-    num_prompt_tokens: tuple[int, ...]
-    categories: tuple[str, ...]
-    is_truncated: tuple[bool, ...]
-    num_lost: int
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.input_ids)
-
-    def __getitem__(self, rows: slice) -> TokenizedExamples:
-        """Return some of the examples; `num_lost` is kept."""
-        return TokenizedExamples(
-            self.input_ids[rows],
-            self.num_prompt_tokens[rows],
-            self.categories[rows],
-            self.is_truncated[rows],
-            self.num_lost,
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[TokenizedExamples]) -> TokenizedExamples:
-        """Return the examples of all parts, one after the other."""
-        return cls(
-            tuple(chain.from_iterable(part.input_ids for part in parts)),
-            tuple(chain.from_iterable(part.num_prompt_tokens for part in parts)),
-            tuple(chain.from_iterable(part.categories for part in parts)),
-            tuple(chain.from_iterable(part.is_truncated for part in parts)),
-            sum(part.num_lost for part in parts),
-        )
-
-    @property
-    def num_truncated(self) -> int:
-        """How many of the examples have lost part of their completion."""
-        return sum(self.is_truncated)
-
-
-EMPTY_EXAMPLES = TokenizedExamples((), (), (), (), 0)
 
 
 class _Text(NamedTuple):
@@ -89,10 +37,10 @@ class _Text(NamedTuple):
 
 
 class _TokenIds(NamedTuple):
-    """The token ids of an example, not truncated."""
+    """The token ids of an example, not truncated, and the ranges that are learned."""
 
-    prompt: list[int]
-    answer: list[int]
+    ids: list[int]
+    learned: list[Span]
 
 
 def tokenize(
@@ -102,6 +50,7 @@ def tokenize(
     max_length: int,
     max_truncated_fraction: float,
     owner: str,
+    loss_on: str = "last",
 ) -> TokenizedExamples:
     """Convert examples into token ids, truncated on the right at ``max_length`` tokens.
 
@@ -111,27 +60,30 @@ def tokenize(
     Args:
         examples: The examples to tokenize.
         tokenizer: The base model's tokenizer.
-        max_length: The most tokens an example may have.
+        max_length: The most tokens a row may have.
         max_truncated_fraction: The fraction of the examples, 0 to 1, that may lose their complete
             answer; those are dropped.
         owner: Whose examples these are, for error messages: ``"client-3 (train)"``.
+        loss_on: ``"last"``: a chat's last turn is learned; ``"all-assistant"``: all turns of its
+            assistant.
 
     Returns:
         The tokenized examples.
 
     Raises:
-        DataError: If there are no examples, too many lose their answer, or the chat template cannot
-            be used.
+        DataError: If there are no examples, too many lose their answer, only some of them have a
+            rejected answer, or the chat template cannot be used.
     """
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
-    rows = _token_ids(examples, tokenizer, owner)
+    rows = _token_ids(examples, tokenizer, owner, loss_on)
+    rejected = _rejected_ids(examples, tokenizer, owner)
 
     # Drop the examples whose prompt alone fills the length; truncate the others.
-    retained = [row for row, ids in enumerate(rows) if len(ids.prompt) < max_length]
+    retained = [row for row, ids in enumerate(rows) if ids.learned[0][0] < max_length]
     num_lost = len(rows) - len(retained)
     if not retained or num_lost > max_truncated_fraction * len(rows):
-        lengths = sorted(len(ids.prompt) + len(ids.answer) for ids in rows)
+        lengths = sorted(max(len(row.ids), len(ids)) for row, ids in zip(rows, rejected))
         raise DataError(
             f"{owner}: {num_lost} of {len(rows)} examples lose their complete answer, because "
             f"their prompt alone fills max-length = {max_length} tokens (allowed fraction: "
@@ -142,27 +94,98 @@ def tokenize(
     # Prompt and answer in one row, at most as long as allowed.
     input_ids = []
     is_truncated = []
+    gaps = []
     for row in retained:
-        ids = rows[row].prompt + rows[row].answer
-        input_ids.append(tuple(ids[:max_length]))
-        is_truncated.append(len(ids) > max_length)
+        ids = tuple(rows[row].ids[:max_length])
+        input_ids.append(ids)
+        gaps.append(gaps_between(rows[row].learned, len(ids)))
+        # What follows the last learned token may be cut off: no answer loses a part.
+        is_cut = rows[row].learned[-1][1] > max_length or len(rejected[row]) > max_length
+        is_truncated.append(is_cut)
     return TokenizedExamples(
         tuple(input_ids),
-        tuple(len(rows[row].prompt) for row in retained),
+        tuple(rows[row].learned[0][0] for row in retained),
         tuple(examples[row].category for row in retained),
         tuple(is_truncated),
         num_lost,
+        tuple(gaps),
+        tuple(tuple(rejected[row][:max_length]) for row in retained),
     )
 
 
 def _token_ids(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str, loss_on: str
 ) -> list[_TokenIds]:
     """Return the token ids of each example."""
+    if loss_on == "last":
+        return _last_answers(dict(enumerate(examples)), tokenizer, owner)
+    # Plain text has one answer; a chat may have several.
+    plain = {}
+    for row, example in enumerate(examples):
+        if isinstance(example.prompt, str):
+            plain[row] = example
+    plain_ids = dict(zip(plain, _last_answers(plain, tokenizer, owner), strict=True))
+    result = []
+    for row, example in enumerate(examples):
+        if row in plain:
+            result.append(plain_ids[row])
+            continue
+        try:
+            result.append(_TokenIds(*_chat_turns(example, tokenizer)))
+        except DataError as error:
+            raise DataError(f"{owner}, example {row}: {error}") from error
+    return result
+
+
+def _chat_turns(
+    example: Example, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[Span]]:
+    """Return a complete chat's token ids, and the ranges of its assistant's turns."""
+    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
+    end_id = end_token_id(example.prompt, tokenizer)
+    # Whoever has no template, or one that refuses these messages, is told so.
+    _chat_text(messages, tokenizer, ends_with_answer=True)
+    if has_generation_marks(tokenizer):
+        return marked_turns(messages, tokenizer, end_id)
+    texts = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        header = ""
+        if position:
+            header = _chat_text(messages[:position], tokenizer, ends_with_answer=False)
+        turn = _chat_text(messages[: position + 1], tokenizer, ends_with_answer=True)
+        texts.append((position, header, turn))
+    return prefix_turns(texts, tokenizer, end_id)
+
+
+def _rejected_ids(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str
+) -> list[list[int]]:
+    """Return the token ids of each prompt with its rejected answer; empty where there is none."""
+    others = {}
+    for row, example in enumerate(examples):
+        if example.rejected is not None:
+            others[row] = replace(example, completion=example.rejected, rejected=None)
+    if not others:
+        return [[] for _ in examples]
+    if len(others) < len(examples):
+        row = next(row for row in range(len(examples)) if row not in others)
+        raise DataError(
+            f"{owner}, example {row}: no rejected answer, and {len(others)} of its examples have "
+            "one; give all of them `chosen` and `rejected`, or none"
+        )
+    return [row.ids for row in _last_answers(others, tokenizer, owner)]
+
+
+def _last_answers(
+    examples: Mapping[int, Example], tokenizer: PreTrainedTokenizerBase, owner: str
+) -> list[_TokenIds]:
+    """Return the token ids of prompts and their answers, by the number of the example."""
     # Write every example as text, and find the end token of each kind.
     texts: list[_Text] = []
     end_ids: dict[bool, int] = {}
-    for row, example in enumerate(examples):
+    for row, example in examples.items():
         try:
             text = _example_text(example, tokenizer)
             if text.is_chat not in end_ids:
@@ -175,14 +198,13 @@ def _token_ids(
     prompts = _encode([(text.prompt, text.is_chat) for text in texts], tokenizer)
     full_texts = _encode([(text.full, text.is_chat) for text in texts], tokenizer)
     result = []
-    for row, text in enumerate(texts):
+    for row, text, prompt, full in zip(examples, texts, prompts, full_texts, strict=True):
         try:
-            answer = _answer_ids(
-                prompts[row], full_texts[row], text, end_ids[text.is_chat], tokenizer
-            )
+            answer = _answer_ids(prompt, full, text, end_ids[text.is_chat], tokenizer)
         except DataError as error:
             raise DataError(f"{owner}, example {row}: {error}") from error
-        result.append(_TokenIds(prompts[row], answer))
+        ids = prompt + answer
+        result.append(_TokenIds(ids, [(len(prompt), len(ids))]))
     return result
 
 

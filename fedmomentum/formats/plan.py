@@ -24,6 +24,7 @@ class Plan:
         disk_bytes: Of the run directory, at most.
         warnings: What the user should know before it starts.
         optimizer_state: What the clients' optimizers start a round with.
+        objective: What is learned, as [training] says it.
     """
 
     model: str
@@ -38,3 +39,4 @@ class Plan:
     disk_bytes: int
     warnings: tuple[str, ...]
     optimizer_state: str = "fresh"
+    objective: str = ""

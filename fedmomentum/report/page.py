@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.formats.scores import NO_EXAMPLES
 from fedmomentum.report.figures import aggregation, cost, scores
 from fedmomentum.report.figures.lines import present
 from fedmomentum.report.figures.svg import Plot
@@ -93,6 +94,7 @@ def _content(run: RunResults) -> dict[str, Any]:
             ("category", _named_categories(summary)),
             ("client", [row for row in summary if row.group == "client"]),
         ],
+        "measure": (summary[0].federated or summary[0].base or NO_EXAMPLES).measure,
         "before": find_base_round(rounds),
         "after": find_federated_round(rounds),
         "best": _best_round(rounds),

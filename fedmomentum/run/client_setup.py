@@ -14,6 +14,7 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
 from fedmomentum.run.setup import (
+    check_dropout,
     choose_optimizer_state,
     load_data,
     set_threads,
@@ -59,6 +60,7 @@ def prepare_client(
         ModelError: If the base model cannot be loaded.
     """
     check_arguments(config.training.arguments)
+    check_dropout(config)
     function = training_function(config)
     set_threads(config.run.threads)
     if (files := config.data.client_files) and client_id in files:

@@ -19,12 +19,14 @@ from fedmomentum.client.local_model import LoadedBase, LocalModel
 from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
-from fedmomentum.data.tokenization import EMPTY_EXAMPLES, tokenize
-from fedmomentum.errors import AdapterError, ConfigError, ModelError
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.data.tokenized import EMPTY_EXAMPLES, TokenizedExamples
+from fedmomentum.errors import AdapterError, ConfigError, DataError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
+from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.server.saved_run import committed_records, saved_settings
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.round_record import RoundRecord
     from fedmomentum.global_model.objects import StoredObject
+    from fedmomentum.objectives.objective import Objective
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
 
@@ -96,6 +99,7 @@ def load_run(
     method = make_method(config)
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
+    check_dropout(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
     if resume:
@@ -245,6 +249,39 @@ def _check_optimizer_state(config: Config, method: Method) -> None:
         check_optimizer(config.training.arguments)
 
 
+def check_dropout(config: Config) -> None:
+    """Refuse dropout where a model is compared with a reference that has none.
+
+    Raises:
+        ConfigError: If there is any.
+    """
+    if config.training.objective == "dpo" and config.lora.dropout:
+        raise ConfigError(
+            f"lora.dropout must be 0 with training.objective = dpo; got {config.lora.dropout:g}. "
+            "The rewards compare the model with the base model, and noise in one of them would "
+            "count as a preference"
+        )
+
+
+def check_pairs(examples: TokenizedExamples, objective: Objective, owner: str) -> None:
+    """Refuse examples that are not what the objective learns from.
+
+    Raises:
+        DataError: If pairs are needed and there are none, or the reverse.
+    """
+    if not len(examples) or examples.are_pairs == objective.compares_pairs:
+        return
+    if examples.are_pairs:
+        raise DataError(
+            f"{owner}: the rows hold a chosen and a rejected answer; set training.objective = "
+            '"dpo", or give rows with one answer'
+        )
+    raise DataError(
+        f'{owner}: training.objective = "dpo" needs rows of prompt, chosen and rejected; these '
+        "hold one answer"
+    )
+
+
 def training_function(config: Config) -> TrainingFunction | None:
     """Return the user's `module:function`; None for our trainer."""
     if config.training.function is None:
@@ -309,7 +346,8 @@ def load_data(config: Config) -> list[ClientData]:
         ConfigError: If no data is named.
         DataError: If data cannot be used.
     """
-    return load_clients(config.data, derive_seed(config.run.seed, "data"))
+    seed = derive_seed(config.run.seed, "data")
+    return load_clients(config.data, seed, loss_on=config.training.loss_on)
 
 
 def held_out_order(config: Config, party: ClientData) -> list[Example]:
@@ -331,7 +369,9 @@ def tokenized_clients(
     limits: dict[str, Any] = {
         "max_length": config.data.max_length,
         "max_truncated_fraction": config.data.max_truncated_fraction,
+        "loss_on": config.training.loss_on,
     }
+    objective = make_objective(config.training)
     base = local.peft.get_base_model()
     check_max_length(base, config.data.max_length)
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
@@ -344,8 +384,9 @@ def tokenized_clients(
         test_tokens = (
             tokenize(test, local.tokenizer, owner=held_out, **limits) if test else EMPTY_EXAMPLES
         )
-        check_token_ids(base, train_tokens.input_ids, party.client_id)
-        check_token_ids(base, test_tokens.input_ids, held_out)
+        for tokens, owner in ((train_tokens, party.client_id), (test_tokens, held_out)):
+            check_pairs(tokens, objective, owner)
+            check_token_ids(base, tokens.rows, owner)
         check_num_examples(len(train_tokens), hyperparameters, party.client_id)
         clients.append(
             Client(
@@ -354,6 +395,7 @@ def tokenized_clients(
                 test=test_tokens,
                 method=make_method(config),
                 model=local,
+                objective=objective,
                 store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
                 training_function=function,
                 on_step=on_step,
