@@ -12,6 +12,7 @@ from urllib.parse import quote
 from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.scores import NO_EXAMPLES
 from fedmomentum.report.figures import aggregation, cost, scores
+from fedmomentum.report.figures.benchmarks import benchmark_plots
 from fedmomentum.report.figures.lines import present
 from fedmomentum.report.figures.svg import Plot
 from fedmomentum.report.html import render, write_page
@@ -121,6 +122,7 @@ def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plo
     by_client = scores.intervals_plot(summary, "client", "By client")
     return {
         "interval_plots": present(by_category, by_client),
+        "benchmark_plots": benchmark_plots(run.benchmarks) if run.benchmarks else [],
         "score_plots": present(
             scores.exact_match_plot(run.rounds),
             scores.evaluation_loss_plot(run.rounds),

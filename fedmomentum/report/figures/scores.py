@@ -41,8 +41,8 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     def draw(axes: Axes) -> None:
         # Two intervals a group, the base model's above.
         for y, row in enumerate(shown):
-            _draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
-            _draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
+            draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
+            draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
         # A line separates the total from the groups.
         axes.axhline(0.5, color=GRID, linewidth=0.8)
         names = [row.name for row in shown]
@@ -71,7 +71,8 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     )
 
 
-def _draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
+def draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
+    """Draw a score as a point with its interval; nothing for None."""
     if score is None:
         return
     low, high = score.interval
