@@ -11,23 +11,21 @@ seeds of its own, 16 to 23, each run once.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-import experiment
-import intents  # in this folder: makes the model and registers its kind
-import moments
-
-from fedmomentum.config.toml import apply_overrides
-from fedmomentum.report import write_comparison_page
-from fedmomentum.run import compare
-from fedmomentum.utils.io import write_json
-from fedmomentum.utils.process import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import experiment
+import intents  # makes the model and registers its kind
+import moments
+import tuned_comparison
+
+from fedmomentum.config.toml import apply_overrides
+from fedmomentum.utils.process import quiet_libraries
+
 METHODS = (
     f"fedmomentum:split=procrustes;{moments.SHARED}",
     f"fedexlora:{moments.SHARED}",
@@ -61,34 +59,28 @@ def main() -> int:
     with quiet_libraries():
         intents.make(data, out)
         for name in [options.only] if options.only else list(CELLS):
-            run_cell(name, out)
-            if options.publish:
-                experiment.publish(out, name, HERE / "results" / "cells" / name)
-    return 0
-
-
-def run_cell(name: str, out: Path) -> None:
-    """Choose both methods' learning rates, then run them on the seeds of the comparison."""
-    setting, changes = CELLS[name]
-    config = apply_overrides(experiment.settings(setting, out), list(changes))
-    file = out / f"{name}-learning-rates.json"
-    rates: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
-    for method in METHODS:
-        if method not in rates:
-            rates[method] = experiment.choose_rate(
-                config, method, out / f"{name}-tuning", grid=moments.GRID, start=moments.START
+            setting, changes = CELLS[name]
+            config = apply_overrides(experiment.settings(setting, out), list(changes))
+            rates = tuned_comparison.choose_rates(
+                config,
+                METHODS,
+                moments.GRID,
+                out / f"{name}-tuning",
+                out / f"{name}-learning-rates.json",
             )
-            write_json(file, rates)
-    labels = [experiment.labeled(method, rates[method]["chosen"]) for method in METHODS]
-    experiment.run_all(config, labels, SEEDS, out / name)
-    planned_runs = compare.plan_runs(
-        config, compare.parse_methods(",".join(labels), config), SEEDS, out / name
-    )
-    command = f"python experiments/banking77/cells.py --data BANKING77_DIRECTORY --only {name}"
-    compare.write_comparison(
-        out / name, planned_runs, baseline=labels[1], target=0.7, command=command
-    )
-    write_comparison_page([out / name])
+            tuned_comparison.compare_at(
+                config,
+                rates,
+                METHODS,
+                SEEDS,
+                out / name,
+                baseline=METHODS[1],
+                target=experiment.TARGET,
+                command=experiment.command_of("cells.py", name),
+            )
+            if options.publish:
+                tuned_comparison.publish(out / name, rates, HERE / "results" / f"cell-{name}")
+    return 0
 
 
 if __name__ == "__main__":
