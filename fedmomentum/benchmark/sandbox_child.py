@@ -15,8 +15,11 @@ import sys
 from typing import Any
 
 # mount(2)
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096, 16384
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC = 2, 4, 4096, 16384
 MNT_DETACH = 2
+# mount_setattr(2), of Linux 5.12, which has one number on all machines
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 
 # prctl(2), seccomp(2), capset(2)
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
@@ -92,23 +95,31 @@ def call(name: str, *arguments: Any) -> None:
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    """Mount something, or change how it is mounted."""
-    texts = [None if text is None else text.encode() for text in (source, target, kind)]
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    """Mount something."""
+    texts = [text.encode() for text in (source, target, kind)]
     call("mount", *texts, ctypes.c_ulong(flags), data.encode())
+
+
+def make_read_only(path: str) -> None:
+    """Make a mount and all that are within it read-only, without devices."""
+    flags = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    # to set, to clear, propagation, namespace
+    attributes = (ctypes.c_uint64 * 4)(flags, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    where = path.encode()
+    call("syscall", MOUNT_SETATTR, AT_FDCWD, where, AT_RECURSIVE, attributes, size)
 
 
 def replace_file_system(root: str) -> None:
     """Leave nothing but Python's own libraries, read-only."""
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    locked = MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV
     # The standard library, and the system's libraries that its extension modules load.
     libraries = {os.path.dirname(os.__file__), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
     for library in sorted({os.path.realpath(path) for path in libraries if os.path.isdir(path)}):
         target = root + library
         os.makedirs(target, exist_ok=True)
-        mount(library, target, None, MS_BIND | MS_REC)
-        mount(None, target, None, locked | MS_BIND)
+        mount(library, target, "", MS_BIND | MS_REC)
     # The new root takes the place of the old one, which nothing refers to any more.
     os.mkdir(f"{root}/old")
     os.chdir(root)
@@ -117,7 +128,7 @@ def replace_file_system(root: str) -> None:
     os.chdir("/")
     call("umount2", b"/old", MNT_DETACH)
     os.rmdir("/old")
-    mount(None, "/", None, locked)
+    make_read_only("/")
 
 
 def set_limits(limits: dict[str, int]) -> None:

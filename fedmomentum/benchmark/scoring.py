@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.benchmark.language_model import Asking, BenchmarkModel
+from fedmomentum.benchmark.plain_model import PlainModel, is_plain_model
 from fedmomentum.benchmark.sandbox import check_sandbox
 from fedmomentum.benchmark.task_files import TaskData, read_task
 from fedmomentum.benchmark.tasks import make_task
@@ -26,6 +28,7 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.run.inference import LoadSettings, ModelPair
 from fedmomentum.run.saved_model import Result, open_result
 
+Loaded = ModelPair | PlainModel
 OnResult = Callable[[TaskResult], None]
 OnStep = Callable[[str, int], None]
 
@@ -35,7 +38,7 @@ class Subject:
     """Whose benchmarks they are.
 
     Attributes:
-        path: The directory of a run, a global model or a PEFT adapter.
+        path: The directory of a run, a global model, a PEFT adapter, or a plain model.
         rounds: Of a run: numbers, `last`, `best` or `all`.
         client: Whose model, where the method gives each client its own.
         store: Where that client's own factors are, if not in the run's directory.
@@ -76,7 +79,7 @@ def run_benchmarks(
     on_result: OnResult = lambda result: None,
     on_step: OnStep = lambda step, num_prompts: None,
 ) -> list[TaskResult]:
-    """Score the base model and the federated model of each round.
+    """Score the base model and the federated model of each round; a plain model alone.
 
     Everything that can be refused without computing is refused first.
 
@@ -96,15 +99,23 @@ def run_benchmarks(
         FedMomentumError: See `open_result` and `ModelPair`.
     """
     tasks = _read_tasks(benchmarks)
-    results = _open_rounds(subject)
     collected: dict[str, TaskResult] = {}
+    if is_plain_model(subject.path):
+        _refuse_choices(subject)
+        plain = PlainModel(subject.path, load)
+        for name, scores in _score_all(plain, None, tasks, benchmarks, on_step):
+            settings = _settings(plain, plain.base, tasks[name], benchmarks)
+            collected[name] = TaskResult(task=name, settings=settings, models=[scores])
+            on_result(collected[name])
+        return [collected[name] for name in tasks]
+    results = _open_rounds(subject)
     for number, result in enumerate(results):
         on_step(f"loading {result.title}", 0)
         pair = ModelPair(result, load)
         # The base model is the same for all rounds.
         if number == 0:
             for name, scores in _score_all(pair, None, tasks, benchmarks, on_step):
-                settings = _settings(pair, result, tasks[name], benchmarks)
+                settings = _settings(pair, result.model.base, tasks[name], benchmarks)
                 collected[name] = TaskResult(task=name, settings=settings, models=[scores])
                 on_result(collected[name])
         with pair.tuned():
@@ -168,15 +179,23 @@ def _open_rounds(subject: Subject) -> list[Result]:
     return [opened[server_round] for server_round in sorted(opened)]
 
 
+def _refuse_choices(subject: Subject) -> None:
+    """Refuse choices of a round or a client where there is one plain model."""
+    if subject.rounds != ("last",) or subject.client or subject.store:
+        raise ConfigError(
+            f"{subject.path} is a plain model; --rounds, --client and --store are for runs"
+        )
+
+
 def _settings(
-    pair: ModelPair, result: Result, data: TaskData, benchmarks: Benchmarks
+    pair: Loaded, base: BaseIdentity, data: TaskData, benchmarks: Benchmarks
 ) -> TaskSettings:
     """Return what must be equal where two models are compared."""
     shots = benchmarks.num_fewshot
     return TaskSettings(
         sha256=data.sha256,
-        base=result.model.base.sha256 or None,
-        tokenizer=result.model.base.tokenizer_sha256 or None,
+        base=base.sha256 or None,
+        tokenizer=base.tokenizer_sha256 or None,
         limit=benchmarks.asking.limit,
         num_fewshot=data.file.num_fewshot if shots is None else shots,
         chat=benchmarks.asking.chat,
@@ -192,7 +211,7 @@ def _settings(
 
 
 def _score_all(
-    pair: ModelPair,
+    pair: Loaded,
     result: Result | None,
     tasks: dict[str, TaskData],
     benchmarks: Benchmarks,

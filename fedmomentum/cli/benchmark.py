@@ -15,14 +15,20 @@ from fedmomentum.cli.options import (
     ClientOption,
     DeviceOption,
     DtypeOption,
-    ModelPath,
     StoreOption,
     require_extra,
 )
 
 
 def benchmark(
-    model: ModelPath,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="run, global model, PEFT adapter, or plain model",
+            show_default=False,
+        ),
+    ],
     tasks: Annotated[
         str,
         typer.Option(

@@ -11,9 +11,7 @@ from fedmomentum.formats.benchmark_file import MetricScore, TaskResult
 from fedmomentum.results.benchmarks import benchmark_lines
 from fedmomentum.results.formatting import MISSING
 
-CAPTION = (
-    "% ± standard error; the difference in points, on the same examples, with its 95 % interval"
-)
+CAPTION = "right in % [95 % interval]; the difference in points, on the same examples, with its own"
 
 
 def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
@@ -28,25 +26,28 @@ def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
             title=Text(f"{result.task}, {num_examples} examples"),
             title_justify="left",
         )
+        # A plain model has nothing beside it.
+        if result.base is not None and not result.federated:
+            for score in result.base.scores:
+                table.add_row(Text(score.name), MISSING, _percent(score), MISSING, MISSING)
         for line in benchmark_lines([result]):
             table.add_row(
                 Text(line.score.name),
                 MISSING if line.model.round is None else str(line.model.round),
-                MISSING if line.base is None else with_error(line.base),
-                with_error(line.score),
-                MISSING if line.difference is None else with_interval(line.difference),
+                MISSING if line.base is None else _percent(line.base),
+                _percent(line.score),
+                MISSING if line.difference is None else _points(line.difference),
             )
         yield table
 
 
-def with_error(score: MetricScore) -> str:
-    """Format a score and its standard error in percent, such as `38.6 ± 1.3`."""
-    text = f"{100 * score.fraction:.1f}"
-    error = score.standard_error
-    return text if error is None else f"{text} ± {100 * error:.1f}"
+def _percent(score: MetricScore) -> str:
+    """Format a score and its interval, such as `38.6 [34.2, 43.1]`."""
+    low, high = score.interval
+    return f"{100 * score.fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def with_interval(difference: tuple[float, float, float]) -> str:
+def _points(difference: tuple[float, float, float]) -> str:
     """Format a difference in points and its interval, such as `+1.3 [-0.2, +2.8]`."""
     value, low, high = difference
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -68,6 +68,15 @@ class BenchmarkResults:
         return benchmark_lines(self.tasks)
 
     @property
+    def truncated(self) -> list[str]:
+        """The tasks with prompts that were cut."""
+        return [
+            result.task
+            for result in self.tasks
+            if any(model.num_truncated for model in result.models)
+        ]
+
+    @property
     def newest(self) -> list[BenchmarkLine]:
         """The lines of each task's last round."""
         shown = []

@@ -31,7 +31,7 @@ def log_likelihood(model, tokenizer, prompt, choice):
     ids = tokenizer(prompt + choice, return_tensors="pt").input_ids
     start = tokenizer(prompt, return_tensors="pt").input_ids.shape[1]
     with torch.no_grad():
-        logs = model(ids).logits[0].double().log_softmax(-1)
+        logs = model(ids[:, :-1]).logits[0].double().log_softmax(-1)
     return sum(logs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
 
 
@@ -187,6 +187,22 @@ def test_a_chat_needs_a_template(tmp_path, loaded):
             asked(loaded, chat=True)
     finally:
         loaded[1].chat_template = template
+
+
+def test_a_16_bit_model_is_scored_in_float32_from_its_logits(tmp_path, loaded):
+    task = make_task(read_task(write_choices(tmp_path), "choices"))
+    kept = {name: tensor.detach().clone() for name, tensor in loaded[0].state_dict().items()}
+    loaded[0].to(torch.bfloat16)
+    try:
+        model = asked(loaded, batch_size=1)
+        model.count_truncated(task)
+        answers = [value for value, _ in model.loglikelihood(task.instances)]
+        own = [log_likelihood(*loaded, *request.args) for request in task.instances]
+    finally:
+        loaded[0].to(torch.float32)
+        loaded[0].load_state_dict(kept)
+    # rounded to bfloat16, sums of about -50 would be a quarter off
+    assert answers == pytest.approx(own, abs=1e-3)
 
 
 def test_loading_into_lm_eval_ties_no_weights(loaded):

@@ -60,6 +60,9 @@ def test_right_programs_pass_and_wrong_ones_do_not(tmp_path):
         ("import os; assert os.environ", "AssertionError"),
         ("import os; assert len(os.listdir('/')) > 4", "AssertionError"),
         ("import os; os.chroot('/')", "PermissionError"),
+        ("import os; os.chmod(os.__file__, 0o777)", "OSError"),
+        ("import os; os.mkdir('/usr/lib/new')", "OSError"),
+        ("import os; os.mkdir('/new')", "OSError"),
         (
             "import ctypes, os\n"
             "if ctypes.CDLL(None, use_errno=True).unshare(0x10000000): raise OSError",

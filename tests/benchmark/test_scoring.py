@@ -136,13 +136,27 @@ def test_scores_are_those_of_the_models_one_by_one_and_need_no_network(run, task
     assert len({m.scores[1].correct for m in results[1].models}) > 1  # the rounds differ
 
 
-def test_an_adapter_and_a_global_model_are_benchmarked_too(run, tasks):
+def test_a_global_model_and_a_plain_model_are_benchmarked_too(run, tasks):
     whole = run_benchmarks(Subject(run), Benchmarks(("choices",), tasks))[0]
     GlobalModel.load(run).save(tasks / "model")
     single = run_benchmarks(Subject(tasks / "model"), Benchmarks(("choices",), tasks))[0]
     assert single.federated[0].round is None and whole.federated[0].round == 3
     assert single.federated[0].scores == whole.federated[0].scores
     assert single.base.scores == whole.base.scores
+    # a plain model alone: the base, and the merged export
+    plain = run_benchmarks(
+        Subject(run.parent / "base"),
+        Benchmarks(("choices",), tasks),
+        LoadSettings(dtype="float32"),
+    )[0]
+    assert plain.base.scores == whole.base.scores and plain.federated == []
+    export_merged(open_result(run).model, tasks / "merged", base_directory=run.parent / "base")
+    merged = run_benchmarks(
+        Subject(tasks / "merged"),
+        Benchmarks(("choices",), tasks),
+        LoadSettings(dtype="float32"),
+    )[0]
+    assert merged.base.scores == whole.federated[0].scores
 
 
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, monkeypatch):
@@ -162,8 +176,10 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, mon
         run_benchmarks(Subject(run, ()), choices)
     with pytest.raises(ModelError, match="7"):
         run_benchmarks(Subject(run, ("7",)), choices)
-    with pytest.raises(ConfigError, match="--rounds all: .* is no run"):
+    with pytest.raises(ConfigError, match="is a plain model; --rounds, --client and --store are"):
         run_benchmarks(Subject(run.parent / "base", ("all",)), choices)
+    with pytest.raises(ConfigError, match="--rounds all: .* is no run"):
+        run_benchmarks(Subject(tasks, ("all",)), choices)
 
 
 def test_programs_need_the_word_and_a_sandbox_that_holds(run, tasks, monkeypatch):
@@ -196,6 +212,12 @@ def test_prompts_are_cut_only_where_it_is_asked_for_and_said(run, tasks):
     cut = run_benchmarks(Subject(run), Benchmarks(("choices",), tasks, truncate=True))[0]
     assert [model.num_truncated for model in cut.models] == [1, 1]
     assert cut.settings.truncate
+    copy = tasks / "copy"
+    shutil.copytree(run, copy)
+    file = ResultFile.of(copy, None)
+    file.add(cut)
+    file.finish()
+    assert "Prompts of choices were cut from the left" in (copy / "report.html").read_text()
 
 
 def test_results_are_kept_beside_those_of_equal_settings_only(run, tasks, tmp_path):

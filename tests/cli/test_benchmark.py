@@ -39,7 +39,7 @@ def test_scores_in_tables_in_the_runs_directory_and_on_its_page(run, tasks, call
     assert "choices, 6 examples" in out and "gsm8k, 6 examples" in out
     for name in ("acc_norm", "exact_match, strict-match", "exact_match, flexible-extract"):
         assert out.count(name) == 2  # rounds 2 and 3
-    assert " ± " in out and "95 % interval" in out
+    assert "[95 % interval]" in out and "] │ +" in out.replace("-", "+")
     assert f"-> {run / 'benchmarks.json'}" in out and f"-> {run / 'report.html'}" in out
     table = json.loads((run / "benchmarks.json").read_text())
     assert [task["task"] for task in table["tasks"]] == ["choices", "gsm8k"]
