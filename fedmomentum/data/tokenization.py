@@ -113,6 +113,12 @@ def tokenize(
     )
 
 
+def _title(owner: str, row: int, example: Example) -> str:
+    """Return what to call an example in messages."""
+    source = f" (row {example.source_row} of its source)" if example.source_row else ""
+    return f"{owner}, example {row}{source}"
+
+
 def _token_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str, loss_on: str
 ) -> list[_TokenIds]:
@@ -133,7 +139,7 @@ def _token_ids(
         try:
             result.append(_TokenIds(*_chat_turns(example, tokenizer)))
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
     return result
 
 
@@ -172,8 +178,8 @@ def _rejected_ids(
     if len(others) < len(examples):
         row = next(row for row in range(len(examples)) if row not in others)
         raise DataError(
-            f"{owner}, example {row}: no rejected answer, and {len(others)} of its examples have "
-            "one; give all of them `chosen` and `rejected`, or none"
+            f"{_title(owner, row, examples[row])}: no rejected answer, and {len(others)} of its "
+            "examples have one; give all of them `chosen` and `rejected`, or none"
         )
     return [row.ids for row in _last_answers(others, tokenizer, owner)]
 
@@ -191,18 +197,19 @@ def _last_answers(
             if text.is_chat not in end_ids:
                 end_ids[text.is_chat] = end_token_id(example.prompt, tokenizer)
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
         texts.append(text)
 
     # Tokenize prompts and full texts in batches, then find where each answer begins.
     prompts = _encode([(text.prompt, text.is_chat) for text in texts], tokenizer)
     full_texts = _encode([(text.full, text.is_chat) for text in texts], tokenizer)
     result = []
-    for row, text, prompt, full in zip(examples, texts, prompts, full_texts, strict=True):
+    parts = zip(examples.items(), texts, prompts, full_texts, strict=True)
+    for (row, example), text, prompt, full in parts:
         try:
             answer = _answer_ids(prompt, full, text, end_ids[text.is_chat], tokenizer)
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
         ids = prompt + answer
         result.append(_TokenIds(ids, [(len(prompt), len(ids))]))
     return result

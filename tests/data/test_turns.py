@@ -340,6 +340,25 @@ def test_tool_messages_of_another_shape_are_refused_by_row_and_turn(change, patt
         to_examples(read_rows(file), where="d.jsonl")
 
 
+def test_refused_turn_is_named_with_the_row_of_its_file(tmp_path):
+    file = tmp_path / "d.jsonl"
+    rows = [{"messages": messages_of(chat)} for chat in CHATS]
+    rows[2]["messages"][1]["content"] = "<think>hm</think>4"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = to_examples(read_rows(file), where="d.jsonl")
+    with pytest.raises(
+        DataError, match=r"north, example 1 \(row 3 of its source\): the assistant's turn 1 of 3"
+    ):
+        tokenize(
+            [examples[0], examples[2]],
+            tiny_tokenizer(STRIPPING),
+            max_length=200,
+            max_truncated_fraction=0.0,
+            owner="north",
+            loss_on="all-assistant",
+        )
+
+
 def test_definitions_of_tools_and_a_call_as_the_answer_are_refused_by_row(tmp_path):
     rows = [{"messages": messages_of(CHATS[0]), "tools": []} for _ in range(2)]
     file = tmp_path / "d.jsonl"
