@@ -12,6 +12,7 @@ from fedmomentum.data.tokenized import Span, TokenizedExamples
 from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
+from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -234,14 +235,19 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
     writes none, the tokenizer's end token.
 
     Raises:
-        DataError: If there is no such token.
+        DataError: If there is no such token, or the template does not write the answer.
     """
     if not isinstance(prompt, str):
         # What the template writes after the last assistant's text.
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "yes"}
         text = _chat_text((question, answer), tokenizer, ends_with_answer=True)
-        closing_text = text[text.rindex("yes") + len("yes") :]
+        _, found, closing_text = text.rpartition("yes")
+        if not found:
+            raise DataError(
+                "the chat template does not write the text of a message; it may be made for "
+                f"messages of several parts, such as images. It writes {printable(text, 100)!r}"
+            )
         closing_ids = tokenizer(closing_text, add_special_tokens=False)["input_ids"]
         special_ids = set(tokenizer.all_special_ids)
         for index, token in tokenizer.added_tokens_decoder.items():
