@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmomentum.errors import DataError
@@ -56,6 +56,7 @@ class Example:
             text.
         rejected: The text of the answer to which ``completion`` is preferred; None where there is
             only one answer.
+        source_row: The row of its file, from 1, for messages; 0 where it comes from none.
 
     Raises:
         DataError: If an answer is empty, or both are the same; the prompt has no text, a message of
@@ -68,6 +69,7 @@ class Example:
     category: str = ""
     scoring: str = ""
     rejected: str | None = None
+    source_row: int = field(default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained on."""

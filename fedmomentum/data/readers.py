@@ -85,7 +85,8 @@ def to_examples(
         row = dict(zip(names, values, strict=True))
         try:
             prompt, completion, rejected = _parse_row(kind, row)
-            examples.append(Example(prompt, completion, category, rejected=rejected))
+            example = Example(prompt, completion, category, rejected=rejected, source_row=number)
+            examples.append(example)
         except DataError as error:
             raise DataError(f"{_prefix(where)}row {number}: {error}") from None
     return examples

@@ -12,6 +12,7 @@ from fedmomentum.data.tokenized import Span, TokenizedExamples
 from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
+from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,12 @@ def tokenize(
     )
 
 
+def _title(owner: str, row: int, example: Example) -> str:
+    """Return what to call an example in messages."""
+    source = f" (row {example.source_row} of its source)" if example.source_row else ""
+    return f"{owner}, example {row}{source}"
+
+
 def _token_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str, loss_on: str
 ) -> list[_TokenIds]:
@@ -133,7 +140,7 @@ def _token_ids(
         try:
             result.append(_TokenIds(*_chat_turns(example, tokenizer)))
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
     return result
 
 
@@ -172,8 +179,8 @@ def _rejected_ids(
     if len(others) < len(examples):
         row = next(row for row in range(len(examples)) if row not in others)
         raise DataError(
-            f"{owner}, example {row}: no rejected answer, and {len(others)} of its examples have "
-            "one; give all of them `chosen` and `rejected`, or none"
+            f"{_title(owner, row, examples[row])}: no rejected answer, and {len(others)} of its "
+            "examples have one; give all of them `chosen` and `rejected`, or none"
         )
     return [row.ids for row in _last_answers(others, tokenizer, owner)]
 
@@ -191,18 +198,19 @@ def _last_answers(
             if text.is_chat not in end_ids:
                 end_ids[text.is_chat] = end_token_id(example.prompt, tokenizer)
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
         texts.append(text)
 
     # Tokenize prompts and full texts in batches, then find where each answer begins.
     prompts = _encode([(text.prompt, text.is_chat) for text in texts], tokenizer)
     full_texts = _encode([(text.full, text.is_chat) for text in texts], tokenizer)
     result = []
-    for row, text, prompt, full in zip(examples, texts, prompts, full_texts, strict=True):
+    parts = zip(examples.items(), texts, prompts, full_texts, strict=True)
+    for (row, example), text, prompt, full in parts:
         try:
             answer = _answer_ids(prompt, full, text, end_ids[text.is_chat], tokenizer)
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
         ids = prompt + answer
         result.append(_TokenIds(ids, [(len(prompt), len(ids))]))
     return result
@@ -227,14 +235,19 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
     writes none, the tokenizer's end token.
 
     Raises:
-        DataError: If there is no such token.
+        DataError: If there is no such token, or the template does not write the answer.
     """
     if not isinstance(prompt, str):
         # What the template writes after the last assistant's text.
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "yes"}
         text = _chat_text((question, answer), tokenizer, ends_with_answer=True)
-        closing_text = text[text.rindex("yes") + len("yes") :]
+        _, found, closing_text = text.rpartition("yes")
+        if not found:
+            raise DataError(
+                "the chat template does not write the text of a message; it may be made for "
+                f"messages of several parts, such as images. It writes {printable(text, 100)!r}"
+            )
         closing_ids = tokenizer(closing_text, add_special_tokens=False)["input_ids"]
         special_ids = set(tokenizer.all_special_ids)
         for index, token in tokenizer.added_tokens_decoder.items():

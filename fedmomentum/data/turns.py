@@ -57,7 +57,7 @@ def marked_turns(
 
     Raises:
         DataError: If the tokenizer cannot tell which tokens are marked, a turn of the assistant is
-            not marked, or the marks leave out the token that ends a turn.
+            not marked, or the marks leave out the token that ends the last one.
     """
     try:
         encoded: Any = tokenizer.apply_chat_template(
@@ -87,14 +87,16 @@ def marked_turns(
             f"{num_turns} turns; mark all of them, or set training.loss-on = "
             '"last"'
         )
-    for number, (start, end) in enumerate(learned, start=1):
-        if end_id not in ids[start:end]:
-            raise DataError(
-                f"the assistant's turn {number} of {len(learned)}: the generation marks of the "
-                f"chat template leave out {tokenizer.decode([end_id])!r}, the token that ends a "
-                "turn, so the model would not learn to stop; move {% endgeneration %} behind it, "
-                'or set training.loss-on = "last"'
-            )
+    # Some templates end earlier turns with another token than the last one, which generation stops
+    # at.
+    start, end = learned[-1]
+    if end_id not in ids[start:end]:
+        raise DataError(
+            f"the assistant's last turn: the generation marks of the chat template leave out "
+            f"{tokenizer.decode([end_id])!r}, the token that ends it, so the model would not learn "
+            "to stop; move {% endgeneration %} behind it, or set training.loss-on = "
+            '"last"'
+        )
     return ids, learned
 
 

@@ -130,11 +130,11 @@ def predict_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
 
 def answer_log_probs(predictions: Predictions) -> Tensor:
     """Return the log-probability of each row's answer, summed over its tokens in float64."""
-    num_rows = len(predictions.labels)
-    nll = F.cross_entropy(
-        predictions.logits.float().flatten(0, 1),
-        predictions.labels.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-    )
-    return -nll.view(num_rows, -1).double().sum(dim=1)
+    log_probs = []
+    for row_logits, row_labels in zip(predictions.logits, predictions.labels, strict=True):
+        # One row at a time, so that the float32 copy of the logits is that of one row.
+        nll = F.cross_entropy(
+            row_logits.float(), row_labels, ignore_index=IGNORED, reduction="none"
+        )
+        log_probs.append(-nll.double().sum())
+    return torch.stack(log_probs)

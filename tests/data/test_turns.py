@@ -1,9 +1,12 @@
 """All turns of the assistant are learned: exactly those, with the tokens of use and of TRL."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -197,7 +200,7 @@ def test_template_that_removes_earlier_reasoning_is_refused_by_row_and_turn():
                 "%}{{ '\n' }}", "%}{{ '<|im_end|>\n' }}"
             ),
             CHATS[1],
-            r"turn 1 of 2: the generation marks .* leave out '<\|im_end\|>'",
+            r"last turn: the generation marks .* leave out '<\|im_end\|>'",
         ),
         (
             MARKED.replace("== 'assistant' %}", "== 'assistant' and loop.last %}"),
@@ -255,6 +258,56 @@ def test_ids_masks_and_losses_are_those_of_trl(template, max_length, folder, tmp
         reference = trainer.compute_loss(model, theirs)
     assert loss.num_targets == int((theirs["labels"] != -100).sum())
     assert float(loss.nll) / loss.num_targets == pytest.approx(float(reference), rel=1e-6)
+
+
+def tokenizer_of(family, kind=""):
+    """A tiny tokenizer with the special tokens of a real template, as TRL has it."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    template = (folder / f"{family}{kind}.jinja").read_text()
+    tokenizer = tiny_tokenizer(template)
+    names = re.findall(r"<\|[^<>|]*\|>|<(?:start|end)_of_turn>|<\uff5c[^>]*\uff5c>", template)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(names))})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [
+        ("cohere", "<|END_OF_TURN_TOKEN|>"),
+        ("gemma3", "<end_of_turn>"),
+        ("lfm2", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("phi3", "<|end|>"),
+        ("qwen2_5", "<|im_end|>"),
+        ("qwen3_instruct_2507", "<|im_end|>"),
+        ("deepseekv3", None),
+        ("gptoss", None),
+        ("qwen3", None),
+    ],
+)
+def test_templates_of_real_models_are_learned_by_prefixes_or_refused(family, end):
+    def learned(tokenizer):
+        limits = {"max_length": 2000, "max_truncated_fraction": 0.0, "owner": "north"}
+        chat = [example_of(CHATS[1])]
+        tokens = tokenize(chat, tokenizer, loss_on="all-assistant", **limits).example(0)
+        return tokenizer.decode([token for token in labels_of(tokens) if token != -100])
+
+    tokenizer = tokenizer_of(family)
+    if end is None:
+        with pytest.raises(DataError, match=r"example 0: the assistant's turn 1 of 2"):
+            learned(tokenizer)
+    else:
+        assert learned(tokenizer) == f"4{end}six{end}"
+    # With marks every one of them is learned; they may include what stands around an answer.
+    marked = learned(tokenizer_of(family, "_training"))
+    assert re.search(r"4<.*six<", marked, flags=re.DOTALL)
+    assert "Short." not in marked and "friend" not in marked
+
+
+def test_template_that_writes_no_text_is_refused():
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% endfor %}"
+    with pytest.raises(DataError, match="example 0: the chat template does not write the text"):
+        tokenized(CHATS[:1], template)
 
 
 def test_only_columns_with_a_label_are_projected_and_the_loss_is_that_of_all(folder):
@@ -338,6 +391,25 @@ def test_tool_messages_of_another_shape_are_refused_by_row_and_turn(change, patt
     file.write_text(json.dumps({"messages": messages}) + "\n")
     with pytest.raises(DataError, match=rf"d.jsonl: row 1: .*{pattern}"):
         to_examples(read_rows(file), where="d.jsonl")
+
+
+def test_refused_turn_is_named_with_the_row_of_its_file(tmp_path):
+    file = tmp_path / "d.jsonl"
+    rows = [{"messages": messages_of(chat)} for chat in CHATS]
+    rows[2]["messages"][1]["content"] = "<think>hm</think>4"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = to_examples(read_rows(file), where="d.jsonl")
+    with pytest.raises(
+        DataError, match=r"north, example 1 \(row 3 of its source\): the assistant's turn 1 of 3"
+    ):
+        tokenize(
+            [examples[0], examples[2]],
+            tiny_tokenizer(STRIPPING),
+            max_length=200,
+            max_truncated_fraction=0.0,
+            owner="north",
+            loss_on="all-assistant",
+        )
 
 
 def test_definitions_of_tools_and_a_call_as_the_answer_are_refused_by_row(tmp_path):
