@@ -18,7 +18,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from figures import RESULTS, method_of
+from figures import RESULTS, curve, method_of, scores
 from moments_figures import FRESH, NAMES
 
 from fedmomentum.results.comparison import read_comparison
@@ -230,7 +230,33 @@ def tables() -> str:
             f"| {name} | {between(points, measure):+.2f} | {correlation:+.2f} "
             f"[{low:+.2f}, {high:+.2f}] |"
         )
+    lines += ["", *fresh_lines()]
     return "\n".join(lines)
+
+
+def fresh_lines() -> list[str]:
+    """Correlate exact match with cosine and energy over the nine methods of experiment.py."""
+    lines = [
+        "| nine methods, new optimizer every round | exact match and cosine, r | and energy, r |",
+        "|---|---|---|",
+    ]
+    for setting, title in SETTINGS.items():
+        table = scores(setting)
+        exact = {method: statistics.mean(by_seed.values()) for method, by_seed in table.items()}
+        cells = []
+        for file in ("update-cosine", "retained-energy"):
+            by_method = curve(setting, file, file.replace("-", "_"))
+            methods = [m for m in exact if m in by_method and usable_energy(m, file)]
+            middles = [statistics.mean(by_method[method].values()) for method in methods]
+            r = statistics.correlation(middles, [exact[method] for method in methods])
+            cells.append(f"{r:+.2f} ({len(methods)})")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def usable_energy(method: str, file: str) -> bool:
+    """Whether a file's measure says anything about a method."""
+    return file != "retained-energy" or method not in ADAPTER_IS_NEW
 
 
 def draw() -> None:
@@ -249,6 +275,7 @@ def draw() -> None:
     colors = dict(zip(NAMES, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     markers = {"few": "o", "many": "^"}
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True, layout="constrained")
+    # Circles for few local steps, triangles for many.
     for axis, (measure, name) in zip(axes, MEASURES.items(), strict=True):
         for (setting, method), members in group(usable(paired, measure)).items():
             axis.scatter(

@@ -27,7 +27,7 @@ from fedmomentum.client.client import Client
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import load_config
 from fedmomentum.formats.plan import Plan
-from fedmomentum.results.formatting import human_seconds
+from fedmomentum.results.formatting import count, human_seconds
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.utils.process import quiet_libraries
 from fedmomentum.utils.terminal import SafeConsole
@@ -153,8 +153,8 @@ def plan_job(name: str, model: str, out: Path, overrides: Sequence[str]) -> Job:
     steps = [_num_steps(config, len(client.train)) for client in clients]
     batch = config.training.batch_size
     tokens = [
-        count * batch * _mean_length(client.train.input_ids)
-        for count, client in zip(steps, clients, strict=True)
+        num_steps * batch * _mean_length(client.train.input_ids)
+        for num_steps, client in zip(steps, clients, strict=True)
     ]
     return Job(
         name,
@@ -204,8 +204,8 @@ def show_plan(
         one = job.hours(tflops)
         hours += num_runs * one
         console.print(
-            f"{job.num_steps} optimizer steps on {job.num_tokens / 1e6:.2f} million tokens, "
-            f"{job.num_evaluated / 1e6:.2f} million to evaluate: about "
+            f"{job.num_steps} optimizer steps on {count(round(job.num_tokens))} tokens, "
+            f"{count(round(job.num_evaluated))} tokens to evaluate: about "
             f"{human_seconds(3600 * one)} a run at {tflops:g} useful TFLOP/s"
         )
     console.print(
