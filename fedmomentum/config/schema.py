@@ -57,7 +57,7 @@ class ModelConfig:
         parse_date(self.chat_date)
 
 
-CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules")
+CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules", "target-parameters")
 """The keys that `[lora.clients.NAME]` may hold."""
 
 
@@ -70,6 +70,12 @@ class LoraConfig:
     target_modules: list[str] = option(
         [], "names of the adapted linear modules; empty: PEFT's choice for the model"
     )
+    target_parameters: list[str] = option(
+        [],
+        "endings of the paths of parameters to adapt: of 3-D ones that hold the experts of a "
+        'layer, such as "experts.down_proj", each expert for itself; without target-modules '
+        "nothing else is adapted",
+    )
     dropout: float = option(0.0, "LoRA dropout in local training")
     use_rslora: bool = option(False, "scale by lora-alpha / sqrt(rank)")
     modules_to_save: list[str] = option(
@@ -78,7 +84,7 @@ class LoraConfig:
     clients: dict[str, Any] = option(
         {},
         "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, "
-        "target-modules",
+        "target-modules, target-parameters",
     )
 
     def __post_init__(self) -> None:
@@ -107,6 +113,7 @@ class LoraConfig:
         rank = table.get("rank", self.rank)
         alpha = table.get("lora-alpha", self.lora_alpha)
         modules = table.get("target-modules", self.target_modules)
+        parameters = table.get("target-parameters", self.target_parameters)
         require(
             type(rank) is int and 1 <= rank <= self.rank,
             f"{section}.rank",
@@ -116,13 +123,15 @@ class LoraConfig:
         # The table is free-form, so the types of its values are checked here.
         is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         require(is_number and alpha > 0, f"{section}.lora-alpha", alpha, "a number above 0")
-        are_names = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
-        require(are_names, f"{section}.target-modules", modules, "a list of names")
+        for key, names in (("target-modules", modules), ("target-parameters", parameters)):
+            are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            require(are_names, f"{section}.{key}", names, "a list of names")
         return dataclasses.replace(
             self,
             rank=rank,
             lora_alpha=float(alpha),
             target_modules=modules,
+            target_parameters=parameters,
             clients={},
         )
 

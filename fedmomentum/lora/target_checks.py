@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from fedmomentum.errors import AdapterError
+from fedmomentum.lora.live_layers import LoraLayer
+from fedmomentum.lora.module_names import EMBEDDING, is_called, split_expert
 from fedmomentum.utils.text import printable
 
 # How similar a name must be to be suggested, by difflib's ratio; a typo is far above.
@@ -80,7 +82,7 @@ def refuse_unmatched_targets(
         return
     paths = [path for path, _ in base.named_modules() if path and "lora_" not in path]
     for name in targets:
-        if not any(is_called(path, name) for path in layers):
+        if not any(is_called(path.removesuffix(EMBEDDING), name) for path in layers):
             raise AdapterError(
                 f"target-modules: {printable(name)} is no linear module of "
                 f"{type(base).__name__}{_suggestion(name, paths)}"
@@ -106,7 +108,49 @@ def refuse_adapted_and_saved(
             )
 
 
-def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
+def find_target_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the paths of the parameters that are adapted; every name must match some.
+
+    PEFT ignores a name that matches nothing as long as another one matches.
+
+    Raises:
+        AdapterError: If a name matches nothing.
+    """
+    paths = [path for path, _ in model.named_parameters()]
+    found: list[str] = []
+    for name in names:
+        matches = [path for path in paths if is_called(path, name)]
+        if not matches:
+            raise AdapterError(
+                f"target-parameters: {printable(name)} is no parameter of "
+                f"{type(model).__name__}{_suggestion(name, paths)}"
+            )
+        found += matches
+    return sorted(set(found))
+
+
+def refuse_other_parameters(layers: Mapping[str, LoraLayer], parameters: Sequence[str]) -> None:
+    """Refuse a model in which PEFT adapts other stacks of experts than it was asked to.
+
+    Args:
+        layers: The adapted matrices.
+        parameters: The paths of the parameters that were asked for.
+
+    Raises:
+        AdapterError: If PEFT adapts others.
+    """
+    adapted = {split_expert(name)[0] for name in layers if split_expert(name)[1] is not None}
+    extra = sorted(adapted - set(parameters))
+    if extra:
+        leaf = ".".join(extra[0].split(".")[-2:])
+        raise AdapterError(
+            f"target-modules: PEFT takes one of the names for the experts {extra[0]}, which were "
+            f'not asked for; name experts in target-parameters, such as "{leaf}", and list linear '
+            "modules by name"
+        )
+
+
+def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Refuse to adapt a weight that two modules share: a residual would change both, or twice.
 
     Args:
@@ -121,19 +165,16 @@ def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             owners_by_weight.setdefault(id(weight), []).append(path)
-    for path, layer in layers.items():
-        owners = owners_by_weight.get(id(layer.base_layer.weight), [])
-        others = [owner for owner in owners if not owner.startswith(path)]
+    for layer in layers.values():
+        if layer.expert is not None:
+            continue
+        owners = owners_by_weight.get(id(layer.layer.get_base_layer().weight), [])
+        others = [owner for owner in owners if not owner.startswith(layer.path)]
         if others:
             raise AdapterError(
-                f"module {path} shares its weight with {', '.join(others)} (tied weights); "
+                f"module {layer.path} shares its weight with {', '.join(others)} (tied weights); "
                 "adapting it would change both. Remove it from target-modules"
             )
-
-
-def is_called(path: str, name: str) -> bool:
-    """Return whether a name in PEFT's lists stands for the module at this path."""
-    return path == name or path.endswith(f".{name}")
 
 
 def _suggestion(name: str, paths: Sequence[str]) -> str:

@@ -68,12 +68,14 @@ class ClientLora(Schema, frozen=True, kw_only=True):
         rank: The rank of its adapter.
         lora_alpha: The numerator of its scaling.
         target_modules: The names of its adapted modules; empty for PEFT's choice.
+        target_parameters: The names of its adapted parameters, such as those of experts.
         mixed: Whether the clients of the run have different ranks.
     """
 
     rank: PositiveCount
     lora_alpha: Positive
     target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)]
+    target_parameters: Annotated[list[Text], Meta(max_length=MAX_MODULES)] = []
     mixed: bool
 
     @classmethod
@@ -83,6 +85,7 @@ class ClientLora(Schema, frozen=True, kw_only=True):
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
             target_modules=list(lora.target_modules),
+            target_parameters=list(lora.target_parameters),
             mixed=mixed,
         )
 
