@@ -99,6 +99,8 @@ class Float32Weights:
                 tied_to = (tied or {}).get(slot.path, ())
                 self._stored[module] = _find_checkpoint_tensor(slot.path, files, tied_to)
         with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):
+            # Making room for one parameter of a module casts its others.
+            dtypes = {slot.path: slot.live.dtype for slot in self._slots.values()}
             loaded: dict[str, Tensor] = {}
             for module, weight in self.iterate_pretrained(self.layers):
                 slot = self._slots[module]
@@ -106,7 +108,8 @@ class Float32Weights:
                 if slot.path not in loaded:
                     loaded = {slot.path: slot.live}
                     slot.upcast()
-                self._check_loaded(module, weight, slot.matrix(loaded[slot.path]), directory)
+                as_loaded = slot.matrix(loaded[slot.path]).to(dtypes[slot.path])
+                self._check_loaded(module, weight, as_loaded, directory)
                 self.weight(module).copy_(weight)
         self._applied_names: list[str] = []
         self._is_consistent = True

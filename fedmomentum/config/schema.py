@@ -81,6 +81,11 @@ class LoraConfig:
     modules_to_save: list[str] = option(
         [], "modules trained in full, in float32, and averaged by weight; names as above"
     )
+    start_from: str | None = option(
+        None,
+        "directory of a PEFT adapter to begin with, on the server or the machine of the run; its "
+        "rank and scaling may be others",
+    )
     clients: dict[str, Any] = option(
         {},
         "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, "

@@ -43,12 +43,13 @@ HARMLESS_FIELDS = {
     "inference_mode",
     "runtime_config",
     "megatron_core",
+    "eva_config",
     # how the base stores its weight; the factors are (rank, in) and (out, rank) in any case
     "fan_in_fan_out",
 }
 
 # Initializations that do not change the base (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do).
-HARMLESS_INIT = (True, False, "gaussian")
+HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
 # PEFT's defaults of fields that are not harmless, if not False, 0 or None; a test compares.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}

@@ -25,6 +25,8 @@ from fedmomentum.formats.directories import read_manifest, retained_rounds, roun
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
+from fedmomentum.global_model.start import start_from
+from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.server.saved_run import committed_records, saved_settings
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from fedmomentum.data.examples import ClientData, Example
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.objects import StoredObject
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
@@ -184,6 +187,21 @@ def make_method(config: Config) -> Method:
             "float32"
         )
     return method
+
+
+def with_start_adapter(config: Config, method: Method, model: GlobalModel) -> GlobalModel:
+    """Return the model of round 0 with the adapter that `lora.start-from` names.
+
+    Clients are sent it like any global model, so only the server reads the directory. The first
+    checkpoint names its factors by their hash; a resumed run does not read it again.
+
+    Raises:
+        AdapterError: If it cannot be read, or does not fit the run.
+    """
+    if config.lora.start_from is None:
+        return model
+    given = read_adapter(config.lora.start_from)
+    return start_from(model, given, is_merged=method.fresh or method.reads_base)
 
 
 def check_optimizer_state(config: Config, method: Method) -> None:

@@ -134,7 +134,7 @@ def test_the_exact_mean_of_two_folders_of_unequal_ranks_comes_out_of_aggregation
     for path, change in found.items():
         assert float((change - expected[path]).norm()) <= 1e-10 * float(expected[path].norm()), path
     # Every expert has a truncation of its own: the best of its rank.
-    for name, matrix in result.adapter.modules.items():
+    for name in result.adapter.modules:
         if split_expert(name)[1] is None:
             continue
         dense = total.effective(name).dense()
