@@ -1,7 +1,7 @@
 """Adapters on live models: attach, copy, load and detach.
 
-This file and `peft_folder.py` are the only ones that import peft. The import takes seconds, so it
-is made when a model is changed.
+This file, `peft_folder.py` and `peft_names.py` are the only ones that import peft. The import takes
+seconds, so it is made when a model is changed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import PREFIX, Adapter, to_tensors
+from fedmomentum.lora.adapter_config import json_value
+from fedmomentum.lora.linear_modules import find_linear_modules
 from fedmomentum.lora.peft_config import plain_config
 from fedmomentum.lora.peft_folder import from_peft_tensors
-from fedmomentum.lora.target_checks import (
-    find_saved_modules,
-    refuse_adapted_and_saved,
-    refuse_tied,
-    refuse_unmatched_targets,
-)
+from fedmomentum.lora.target_checks import find_saved_modules, refuse_tied
+from fedmomentum.lora.targets import Targets, choose_targets
 from fedmomentum.utils.modules import cast_around, outermost_owners
 from fedmomentum.utils.text import printable
 
@@ -49,7 +47,7 @@ def attach_adapter(
     *,
     rank: int,
     lora_alpha: float,
-    target_modules: Sequence[str] | str | None,
+    target_modules: Targets | Sequence[str] | str | None,
     dropout: float = 0.0,
     use_rslora: bool = False,
     modules_to_save: Sequence[str] = (),
@@ -61,8 +59,7 @@ def attach_adapter(
         model: A transformers model; its class decides the task type.
         rank: PEFT's `r`.
         lora_alpha: As in PEFT.
-        target_modules: Names or a regular expression as in PEFT; None for PEFT's choice for this
-            architecture.
+        target_modules: Chosen modules, or a setting of which `choose_targets` makes them.
         dropout: PEFT's `lora_dropout`.
         use_rslora: Scale by `alpha / sqrt(rank)`.
         modules_to_save: Modules that are trained in full.
@@ -74,15 +71,15 @@ def attach_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: Any = target_modules
-    if target_modules is not None and not isinstance(target_modules, str):
-        targets = list(target_modules)
-    refuse_adapted_and_saved(model, targets, find_saved_modules(model, modules_to_save))
+    targets = target_modules
+    if not isinstance(targets, Targets):
+        saved = find_saved_modules(model, modules_to_save)
+        targets = choose_targets(find_linear_modules(model), targets, rank=rank, saved=saved)
     alpha: Any = lora_alpha  # PEFT declares an int and accepts a float
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=targets,
+        target_modules=list(targets.names),
         lora_dropout=dropout,
         use_rslora=use_rslora,
         modules_to_save=list(modules_to_save) or None,
@@ -93,13 +90,17 @@ def attach_adapter(
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
-            raise AdapterError(f"target-modules {target_modules}: {error}") from error
+            raise AdapterError(f"target-modules {list(targets.names)}: {error}") from error
 
     # PEFT accepts more than can be merged and aggregated.
     layers = lora_layers(peft_model)
     base = peft_model.get_base_model()
-    refuse_unmatched_targets(base, targets, layers)
     refuse_tied(base, layers)
+    differing = sorted(layers.keys() ^ set(targets.modules))
+    if differing:
+        raise AdapterError(
+            f"module {differing[0]} is adapted by PEFT or asked for in target-modules, and not both"
+        )
     for module, layer in layers.items():
         _check_rank(module, layer)
     _upcast_saved_modules(peft_model)
@@ -211,9 +212,7 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
         raise AdapterError(
             f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
         )
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    if isinstance(config.get("target_modules"), (set, frozenset)):
-        config["target_modules"] = sorted(config["target_modules"])
+    config = json_value(model.peft_config[ADAPTER_NAME].to_dict())
     tensors = {}
     for key, tensor in _live_tensors(model, layers).items():
         tensors[key] = tensor.detach().cpu().clone()

@@ -67,13 +67,13 @@ class ClientLora(Schema, frozen=True, kw_only=True):
     Attributes:
         rank: The rank of its adapter.
         lora_alpha: The numerator of its scaling.
-        target_modules: The names of its adapted modules; empty for PEFT's choice.
+        target_modules: Its `lora.target-modules`; only compared, never matched.
         mixed: Whether the clients of the run have different ranks.
     """
 
     rank: PositiveCount
     lora_alpha: Positive
-    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)]
+    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)] | Text
     mixed: bool
 
     @classmethod
@@ -82,7 +82,7 @@ class ClientLora(Schema, frozen=True, kw_only=True):
         return cls(
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
-            target_modules=list(lora.target_modules),
+            target_modules=lora.target_modules,
             mixed=mixed,
         )
 

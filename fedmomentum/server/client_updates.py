@@ -10,6 +10,7 @@ from fedmomentum.aggregation.client_adapters import client_start, with_fixed_res
 from fedmomentum.errors import PayloadError
 from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.lora.half_precision import decode_factors, wire_dtype
+from fedmomentum.lora.target_names import is_target
 from fedmomentum.protocol.messages import (
     MEASUREMENTS,
     OPTIMIZER,
@@ -79,8 +80,9 @@ class UpdateReader:
         if client not in self._lora.clients and not self._is_mixed:
             return adapter, {}
         client_lora = self.lora_config(client)
-        names = client_lora.target_modules if client in self._lora.clients else []
-        modules = [module for module in adapter.modules if _is_target(module, names)]
+        # Without names of its own a client trains all modules.
+        names = client_lora.target_modules if client in self._lora.clients else ""
+        modules = [module for module in adapter.modules if is_target(module, names or "")]
         return client_start(
             self._method,
             adapter,
@@ -135,11 +137,6 @@ def next_rank(reply: Reply) -> int:
     rank = train_result(reply).next_rank
     assert rank is not None  # checked when the reply was read
     return rank
-
-
-def _is_target(module: str, names: list[str]) -> bool:
-    """Whether a client trains a module; without names it trains all."""
-    return not names or any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def _check_next_rank(result: TrainResult, rank: int, name: str) -> None:
