@@ -12,11 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmomentum.errors import ModelError
 from fedmomentum.lora.module_names import is_embedding, split_expert, weight_path
-from fedmomentum.utils.modules import cast_around
+from fedmomentum.utils.modules import cast_around, is_plain_linear
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# In units of the weight's eps: how far a linear layer may be from `x W^T + b` by rounding.
-FORWARD_TOL = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,30 +119,7 @@ def _check_linear(module: str, layer: Any) -> None:
         raise ModelError(
             f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D"
         )
-    _check_forward(module, layer)
-
-
-def _check_forward(module: str, layer: Any) -> None:
-    """Refuse a linear layer that computes something else than `x W^T + b`.
-
-    Routers of experts do, for example. An update of its weight would not have its adapter's effect.
-    """
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
-        return
-    weight = layer.weight.detach()
-    if not isinstance(layer, Conv1D):
-        weight = weight.mT
-    x = torch.linspace(-1, 1, weight.shape[0], device=weight.device).to(weight.dtype)[None]
-    expected = x @ weight
-    if layer.bias is not None:
-        expected = expected + layer.bias.detach()
-    with torch.no_grad():
-        result = layer(x)
-    tolerance = FORWARD_TOL * torch.finfo(weight.dtype).eps
-    is_same = isinstance(result, Tensor) and torch.allclose(
-        result, expected, rtol=tolerance, atol=tolerance
-    )
-    if not is_same:
+    if not is_plain_linear(layer):
         raise ModelError(
             f"module {module} is a {type(layer).__name__}, which computes something else than a "
             "linear layer; leave it out of target-modules"

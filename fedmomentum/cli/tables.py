@@ -68,6 +68,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
     rows = {
         "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
         f"{count(plan.num_trained)} trained",
+        "adapted": "; ".join(plan.adapted),
+        "not adapted": "; ".join(plan.not_adapted),
         "method": plan.method,
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
@@ -77,7 +79,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), Text(text))
+        if text:
+            table.add_row(Text(name, style="bold"), Text(text))
     return table
 
 

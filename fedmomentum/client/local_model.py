@@ -24,14 +24,16 @@ from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import BLOCK_ELEMENTS, applied_share, probe, probe_vectors
+from fedmomentum.lora.linear_modules import find_linear_modules
 from fedmomentum.lora.live_layers import LoraLayer, lora_layers
-from fedmomentum.lora.peft_layout import DeclaredTargets
 from fedmomentum.lora.peft_model import (
     attach_adapter,
     copy_adapter,
     detach_adapter,
     load_adapter,
 )
+from fedmomentum.lora.target_checks import find_saved_modules
+from fedmomentum.lora.targets import Targets, choose_targets
 from fedmomentum.utils.chat_date import set_chat_date
 
 if TYPE_CHECKING:
@@ -123,8 +125,11 @@ class LocalModel:
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
+        self._linear_modules = find_linear_modules(base)
+        self._saved_modules = find_saved_modules(base, lora.modules_to_save)
+        self.targets = self._choose_targets(lora)
         with translate_out_of_memory(f"an adapter on {model.name} does not fit"):
-            self.peft = _attach(base, lora, seed)
+            self.peft = _attach(base, lora, self.targets, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
 
         # What this client trains of it may have fewer modules and a lower rank.
@@ -145,10 +150,20 @@ class LocalModel:
         self._probe_vector_cache: tuple[int, ProbeVectors] = (-1, {})
         self._merge_probe_cache: _MergeProbes | None = None
 
+    def _choose_targets(self, lora: LoraConfig) -> Targets:
+        return choose_targets(
+            self._linear_modules,
+            lora.target_modules,
+            rank=lora.rank,
+            saved=self._saved_modules,
+            parameters=lora.target_parameters,
+        )
+
     def _reattach(self, lora: LoraConfig) -> None:
         """Attach an adapter of these settings instead of the present one, on the same base."""
         if lora != self._attached_lora:
-            self.peft = _attach(detach_adapter(self.peft), lora, self._seed)
+            targets = self._choose_targets(lora)
+            self.peft = _attach(detach_adapter(self.peft), lora, targets, self._seed)
             self._layers = lora_layers(self.peft)
             self._attached_lora = lora
 
@@ -384,12 +399,12 @@ class _MergeProbes:
     merged: dict[str, Tensor]
 
 
-def _attach(base: Any, lora: LoraConfig, seed: int) -> PeftModel:
+def _attach(base: Any, lora: LoraConfig, targets: Targets, seed: int) -> PeftModel:
     return attach_adapter(
         base,
         rank=lora.rank,
         lora_alpha=lora.lora_alpha,
-        target_modules=DeclaredTargets(lora.target_modules or None, lora.target_parameters),
+        target_modules=targets,
         dropout=lora.dropout,
         use_rslora=lora.use_rslora,
         modules_to_save=lora.modules_to_save,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmomentum.config.fields import (
+    check_modules,
     check_numbers,
     option,
     require,
@@ -67,8 +68,11 @@ class LoraConfig:
 
     rank: int = option(8, "rank of the global adapter; it never changes")
     lora_alpha: float = option(16.0, "numerator of the scaling: lora-alpha / rank")
-    target_modules: list[str] = option(
-        [], "names of the adapted linear modules; empty: PEFT's choice for the model"
+    target_modules: list[str] | str = option(
+        [],
+        "the adapted linear modules: a list of names, `all-linear`, `attention`, or a regular "
+        "expression that matches entire paths; empty: PEFT's choice for the architecture, and "
+        "where PEFT has none, the projections of the decoder layers",
     )
     target_parameters: list[str] = option(
         [],
@@ -95,6 +99,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         require_at_least("lora.rank", self.rank, 1)
         require(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
+        check_modules("lora.target-modules", self.target_modules)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         # The tables of clients: their keys here, their values where they are applied.
         for client, table in self.clients.items():
@@ -117,7 +122,7 @@ class LoraConfig:
         section = f"lora.clients.{client}"
         rank = table.get("rank", self.rank)
         alpha = table.get("lora-alpha", self.lora_alpha)
-        modules = table.get("target-modules", self.target_modules)
+        modules = table.get("target-modules") or self.target_modules
         parameters = table.get("target-parameters", self.target_parameters)
         require(
             type(rank) is int and 1 <= rank <= self.rank,
@@ -128,9 +133,9 @@ class LoraConfig:
         # The table is free-form, so the types of its values are checked here.
         is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         require(is_number and alpha > 0, f"{section}.lora-alpha", alpha, "a number above 0")
-        for key, names in (("target-modules", modules), ("target-parameters", parameters)):
-            are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-            require(are_names, f"{section}.{key}", names, "a list of names")
+        check_modules(f"{section}.target-modules", modules)
+        are_names = isinstance(parameters, list) and all(isinstance(n, str) for n in parameters)
+        require(are_names, f"{section}.target-parameters", parameters, "a list of names")
         return dataclasses.replace(
             self,
             rank=rank,

@@ -57,7 +57,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         where = f"{name}: adapter_config.json"
         if not isinstance(config, Mapping):
             raise AdapterError(f"{where} holds no table")
-        known = {key: _plain(config[key]) for key in cls.__struct_fields__ if key in config}
+        known = {key: json_value(config[key]) for key in cls.__struct_fields__ if key in config}
         check_free_form(known, where, AdapterError)
         try:
             return msgspec.convert(known, cls)
@@ -78,10 +78,16 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         return Patterns(self.alpha_pattern or {}, "alpha_pattern", name)
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it: live PEFT configurations hold enumerations and sets."""
+def json_value(value: Any) -> Any:
+    """Return a value of a PEFT configuration as JSON has it.
+
+    Live configurations hold enumerations and sets. A set becomes a sorted list, so that equal
+    adapters have equal files, and an empty one None, which means the same to PEFT.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value) or None
+    if isinstance(value, Mapping):
+        return {key: json_value(item) for key, item in value.items()}
     return value

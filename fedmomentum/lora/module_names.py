@@ -42,11 +42,6 @@ def weight_path(name: str) -> str:
     return f"{name.removesuffix(EMBEDDING)}.weight"
 
 
-def is_called(path: str, name: str) -> bool:
-    """Return whether a name in PEFT's lists stands for the module or parameter at this path."""
-    return path == name or path.endswith(f".{name}")
-
-
 def wrapping_order(parameters: Iterable[str]) -> list[str] | None:
     """Return the parameters of one module in the order in which PEFT wraps them, innermost first.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import PREFIX, Adapter
-from fedmomentum.lora.adapter_config import AdapterConfig
+from fedmomentum.lora.adapter_config import AdapterConfig, json_value
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_config import check_config, plain_config, shown
 from fedmomentum.lora.peft_layout import (
@@ -355,8 +355,7 @@ def write_adapter(adapter: Adapter, directory: Path | str) -> None:
     write_atomically(directory / "adapter_model.safetensors", data)
     plain = plain_config(adapter)
     lora_config: Any = LoraConfig(**plain)
-    config = lora_config.to_dict()
-    # A set in PEFT; sorted, so that equal adapters have equal files.
+    config = json_value(lora_config.to_dict())
     config["target_modules"] = plain["target_modules"]
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     write_atomically(directory / "adapter_config.json", text.encode())

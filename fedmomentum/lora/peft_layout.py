@@ -25,11 +25,11 @@ from fedmomentum.lora.adapter import PREFIX, Adapter
 from fedmomentum.lora.module_names import (
     EMBEDDING,
     expert_name,
-    is_called,
     is_embedding,
     split_expert,
     wrapping_order,
 )
+from fedmomentum.lora.target_names import is_called
 from fedmomentum.utils.text import printable
 
 # The versions of PEFT that store experts as above: the first, and the first that is not known to.

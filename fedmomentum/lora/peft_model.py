@@ -1,7 +1,7 @@
 """Adapters on live models: attach, copy, load and detach.
 
-This file, `peft_folder.py` and `converted_targets.py` import peft. The import takes seconds, so it
-is made when a model is changed.
+This file, `peft_folder.py` and `peft_names.py` are the only ones that import peft. The import takes
+seconds, so it is made when a model is changed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ from torch import Tensor, nn
 
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.adapter import PREFIX, Adapter
-from fedmomentum.lora.converted_targets import keep_linear_targets
+from fedmomentum.lora.adapter_config import json_value
+from fedmomentum.lora.linear_modules import find_linear_modules
 from fedmomentum.lora.live_layers import ADAPTER_NAME, LoraLayer, lora_layers
+from fedmomentum.lora.module_names import weight_path
 from fedmomentum.lora.peft_config import plain_config
 from fedmomentum.lora.peft_folder import from_peft_tensors
-from fedmomentum.lora.peft_layout import DeclaredTargets
-from fedmomentum.lora.target_checks import (
-    find_saved_modules,
-    find_target_parameters,
-    refuse_adapted_and_saved,
-    refuse_other_parameters,
-    refuse_tied,
-    refuse_unmatched_targets,
-)
+from fedmomentum.lora.target_checks import find_saved_modules, refuse_tied
+from fedmomentum.lora.targets import Targets, choose_targets
 from fedmomentum.utils.modules import cast_around, outermost_owners
 from fedmomentum.utils.text import printable
 
@@ -51,7 +46,7 @@ def attach_adapter(
     *,
     rank: int,
     lora_alpha: float,
-    target_modules: DeclaredTargets | Sequence[str] | str | None,
+    target_modules: Targets | Sequence[str] | str | None,
     dropout: float = 0.0,
     use_rslora: bool = False,
     modules_to_save: Sequence[str] = (),
@@ -63,10 +58,7 @@ def attach_adapter(
         model: A transformers model; its class decides the task type.
         rank: PEFT's `r`.
         lora_alpha: As in PEFT.
-        target_modules: Names or a regular expression as in PEFT; None for PEFT's choice for this
-            architecture. With `DeclaredTargets` also parameters, such as `experts.down_proj`: 3-D
-            ones, in which every expert gets factors of its own, and weights of linear layers. None
-            then means no module.
+        target_modules: Chosen modules, or a setting of which `choose_targets` makes them.
         dropout: PEFT's `lora_dropout`.
         use_rslora: Scale by `alpha / sqrt(rank)`.
         modules_to_save: Modules that are trained in full.
@@ -79,28 +71,21 @@ def attach_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    asked = target_modules
-    if not isinstance(asked, DeclaredTargets):
-        asked = DeclaredTargets(asked, ())
-    targets: Any = asked.modules
-    if targets is None and asked.parameters:
-        targets = []
-    elif targets is not None and not isinstance(targets, str):
-        targets = list(targets)
-    parameters = find_target_parameters(model, asked.parameters)
-    literal_targets, linear_weights = keep_linear_targets(model, targets)
-    if (parameters or linear_weights) and dropout:
+    targets = target_modules
+    if not isinstance(targets, Targets):
+        saved = find_saved_modules(model, modules_to_save)
+        targets = choose_targets(find_linear_modules(model), targets, rank=rank, saved=saved)
+    if targets.parameters and dropout:
         raise AdapterError(
-            f"LoRA dropout {dropout:g} is not possible for {(parameters + linear_weights)[0]}, "
-            "which PEFT adapts as a parameter; set lora.dropout to 0"
+            f"LoRA dropout {dropout:g} is not possible for {targets.parameters[0]}, which PEFT "
+            "adapts as a parameter; set lora.dropout to 0"
         )
-    refuse_adapted_and_saved(model, targets, find_saved_modules(model, modules_to_save))
     alpha: Any = lora_alpha  # PEFT declares an int and accepts a float
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=literal_targets,
-        target_parameters=[*asked.parameters, *linear_weights] or None,
+        target_modules=list(targets.names),
+        target_parameters=list(targets.parameters) or None,
         lora_dropout=dropout,
         use_rslora=use_rslora,
         modules_to_save=list(modules_to_save) or None,
@@ -111,14 +96,20 @@ def attach_adapter(
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
-            raise AdapterError(f"target-modules {targets}: {error}") from error
+            asked = [*targets.names, *targets.parameters]
+            raise AdapterError(f"targets {asked}: {error}") from error
 
     # PEFT accepts more than can be merged and aggregated.
     layers = lora_layers(peft_model)
     base = peft_model.get_base_model()
-    refuse_unmatched_targets(base, targets, layers)
-    refuse_other_parameters(layers, parameters)
     refuse_tied(base, layers)
+    wanted = {f"{module}.weight" for module in targets.modules} | set(targets.parameters)
+    differing = sorted({weight_path(name) for name in layers} ^ wanted)
+    if differing:
+        raise AdapterError(
+            f"{differing[0]} is adapted by PEFT or asked for in target-modules or "
+            "target-parameters, and not both"
+        )
     for module, layer in layers.items():
         _check_rank(module, layer)
     _upcast_saved_modules(peft_model)
@@ -216,10 +207,7 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
         raise AdapterError(
             f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
         )
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    for key, value in config.items():
-        if isinstance(value, (set, frozenset)):
-            config[key] = sorted(value)
+    config = json_value(model.peft_config[ADAPTER_NAME].to_dict())
     tensors = {}
     for key, tensor in _live_tensors(model, layers).items():
         tensors[key] = tensor.detach().cpu().clone()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.live_layers import LoraLayer
-from fedmomentum.lora.module_names import EMBEDDING, is_called, split_expert
+from fedmomentum.lora.target_names import is_called
 from fedmomentum.utils.text import printable
 
 # How similar a name must be to be suggested, by difflib's ratio; a typo is far above.
@@ -47,7 +46,7 @@ def _find_saved(model: nn.Module, name: str, paths: Sequence[str]) -> list[str]:
     if not matches:
         raise AdapterError(
             f"modules-to-save: {printable(name)} is no module of "
-            f"{type(model).__name__}{_suggestion(name, paths)}"
+            f"{type(model).__name__}{suggestion(name, paths)}"
         )
     longer = [path for path in paths if path.endswith(name) and path not in matches]
     if longer:
@@ -61,93 +60,6 @@ def _find_saved(model: nn.Module, name: str, paths: Sequence[str]) -> list[str]:
                 f"modules-to-save: {path} has no parameters, so there is nothing to train"
             )
     return matches
-
-
-def refuse_unmatched_targets(
-    base: nn.Module, targets: Sequence[str] | str | None, layers: Mapping[str, Any]
-) -> None:
-    """Refuse a name in target-modules that adapts nothing.
-
-    PEFT ignores it as long as another name matches.
-
-    Args:
-        base: The base model with LoRA layers in it.
-        targets: The names; an expression or PEFT's own choice is not checked.
-        layers: The adapted modules.
-
-    Raises:
-        AdapterError: If a name matches none of them.
-    """
-    if targets is None or isinstance(targets, str):
-        return
-    paths = [path for path, _ in base.named_modules() if path and "lora_" not in path]
-    for name in targets:
-        if not any(is_called(path.removesuffix(EMBEDDING), name) for path in layers):
-            raise AdapterError(
-                f"target-modules: {printable(name)} is no linear module of "
-                f"{type(base).__name__}{_suggestion(name, paths)}"
-            )
-
-
-def refuse_adapted_and_saved(
-    model: nn.Module, targets: Sequence[str] | str | None, saved: Sequence[str]
-) -> None:
-    """Refuse a module that is both adapted and trained in full; PEFT would drop the adapter.
-
-    Raises:
-        AdapterError: If there is one.
-    """
-    if targets is None or isinstance(targets, str):
-        return
-    for path, _ in model.named_modules():
-        owners = [owner for owner in saved if path == owner or path.startswith(f"{owner}.")]
-        if owners and any(is_called(path, name) for name in targets):
-            raise AdapterError(
-                f"module {path} is in target-modules and in modules-to-save ({owners[0]}); remove "
-                "it from one of them"
-            )
-
-
-def find_target_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the paths of the parameters that are adapted; every name must match some.
-
-    PEFT ignores a name that matches nothing as long as another one matches.
-
-    Raises:
-        AdapterError: If a name matches nothing.
-    """
-    paths = [path for path, _ in model.named_parameters()]
-    found: list[str] = []
-    for name in names:
-        matches = [path for path in paths if is_called(path, name)]
-        if not matches:
-            raise AdapterError(
-                f"target-parameters: {printable(name)} is no parameter of "
-                f"{type(model).__name__}{_suggestion(name, paths)}"
-            )
-        found += matches
-    return sorted(set(found))
-
-
-def refuse_other_parameters(layers: Mapping[str, LoraLayer], parameters: Sequence[str]) -> None:
-    """Refuse a model in which PEFT adapts other stacks of experts than it was asked to.
-
-    Args:
-        layers: The adapted matrices.
-        parameters: The paths of the parameters that were asked for.
-
-    Raises:
-        AdapterError: If PEFT adapts others.
-    """
-    adapted = {split_expert(name)[0] for name in layers if split_expert(name)[1] is not None}
-    extra = sorted(adapted - set(parameters))
-    if extra:
-        leaf = ".".join(extra[0].split(".")[-2:])
-        raise AdapterError(
-            f"target-modules: PEFT takes one of the names for the experts {extra[0]}, which were "
-            f'not asked for; name experts in target-parameters, such as "{leaf}", and list linear '
-            "modules by name"
-        )
 
 
 def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
@@ -177,7 +89,7 @@ def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
             )
 
 
-def _suggestion(name: str, paths: Sequence[str]) -> str:
+def suggestion(name: str, paths: Sequence[str]) -> str:
     """Return the end of a message: the name that the user may have meant."""
     depth = name.count(".") + 1
     endings = {".".join(path.split(".")[-depth:]) for path in paths}

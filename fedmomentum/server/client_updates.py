@@ -10,8 +10,9 @@ from fedmomentum.aggregation.client_adapters import client_start, with_fixed_res
 from fedmomentum.errors import PayloadError
 from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.lora.half_precision import decode_factors, wire_dtype
-from fedmomentum.lora.module_names import EMBEDDING, is_called, split_expert
+from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_layout import is_parameter_target
+from fedmomentum.lora.target_names import is_called, is_target
 from fedmomentum.protocol.messages import (
     MEASUREMENTS,
     OPTIMIZER,
@@ -148,7 +149,7 @@ def _is_target(module: str, lora: LoraConfig) -> bool:
     if expert is not None:
         return any(is_called(parameter, name) for name in lora.target_parameters)
     path = module.removesuffix(EMBEDDING)
-    is_module = any(is_called(path, name) for name in lora.target_modules)
+    is_module = bool(lora.target_modules) and is_target(path, lora.target_modules)
     return is_module or is_parameter_target(path, lora.target_parameters)
 
 

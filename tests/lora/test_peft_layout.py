@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from fedmomentum.aggregation.aggregate import aggregate_adapters
 from fedmomentum.errors import AdapterError
+from fedmomentum.lora.linear_modules import find_linear_modules
 from fedmomentum.lora.live_layers import lora_layers
 from fedmomentum.lora.module_names import split_expert, weight_path
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
-from fedmomentum.lora.peft_layout import DeclaredTargets, with_equal_experts
+from fedmomentum.lora.peft_layout import with_equal_experts
 from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, load_adapter
+from fedmomentum.lora.targets import choose_targets
 from tests.tiny import tiny_llama, tiny_moe
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -34,6 +36,12 @@ def mixtral(tmp_path_factory):
 
 def load(base):
     return AutoModelForCausalLM.from_pretrained(base)
+
+
+def attach(model, modules, parameters=(), rank=2, **settings):
+    linear = find_linear_modules(model)
+    targets = choose_targets(linear, modules, rank=rank, parameters=parameters)
+    return attach_adapter(model, rank=rank, lora_alpha=7, target_modules=targets, **settings)
 
 
 def randomize(model, seed):
@@ -176,12 +184,7 @@ def test_embeddings_and_an_untied_head_are_read_and_written_as_peft_does(tmp_pat
 
 
 def test_live_factors_are_those_of_the_file_and_can_be_set(base, tmp_path):
-    live = attach_adapter(
-        load(base),
-        rank=3,
-        lora_alpha=7,
-        target_modules=DeclaredTargets(["q_proj", "lm_head", "embed_tokens"], PARAMETERS),
-    )
+    live = attach(load(base), ["q_proj", "lm_head", "embed_tokens"], PARAMETERS, rank=3)
     fresh = copy_adapter(live)
     # Every factor starts as LoRA's do: B adds nothing, and the rows of A are independent.
     for matrix in fresh.modules.values():
@@ -195,13 +198,17 @@ def test_live_factors_are_those_of_the_file_and_can_be_set(base, tmp_path):
     assert copy_adapter(live).digest() == fresh.digest()
 
 
-def test_linear_modules_that_peft_takes_for_experts_are_adapted_themselves(tmp_path):
+def test_linear_modules_that_peft_takes_for_experts_are_adapted_by_their_weights(tmp_path):
     base = tiny_moe(tmp_path / "qwen2", "qwen2")
-    names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
-    shared = {f"model.layers.0.mlp.shared_expert.{name}" for name in names[1:]}
-    for targets in (names, r".*(q|gate|up|down)_proj"):
-        live = attach_adapter(load(base), rank=2, lora_alpha=3, target_modules=targets)
-        assert copy_adapter(live).modules.keys() == {"model.layers.0.self_attn.q_proj", *shared}
+    names = ["gate_proj", "up_proj", "down_proj"]
+    for modules in (names, r".*(q|gate|up|down)_proj"):
+        with pytest.raises(
+            AdapterError, match="shared_expert.*target-parameters|experts by target-parameters"
+        ):
+            attach(load(base), modules)
+    live = attach(load(base), ["q_proj"], [f"shared_expert.{name}.weight" for name in names])
+    shared = {f"model.layers.0.mlp.shared_expert.{name}" for name in names}
+    assert copy_adapter(live).modules.keys() == {"model.layers.0.self_attn.q_proj", *shared}
     randomize(live, 4)
     adapter = copy_adapter(live)
     write_adapter(adapter, tmp_path / "written")
@@ -256,7 +263,7 @@ def test_a_missing_expert_and_models_with_other_experts_are_refused(mixtral, tmp
 
 def test_targets_that_cannot_be_adapted_are_refused_by_name(base):
     cases = [
-        (["experts.gate_up_pro"], 0.0, "gate_up_pro is no parameter.*did you mean"),
+        (["experts.gate_up_pro"], 0.0, "gate_up_pro is no parameter .*did you mean"),
         (PARAMETERS, 0.1, "dropout 0.1 is not possible"),
         (["experts.down_proj", "input_layernorm.weight"], 0.0, "input_layernorm|1 dim"),
     ]
@@ -264,17 +271,9 @@ def test_targets_that_cannot_be_adapted_are_refused_by_name(base):
         cases.append((["down_proj_bias"], 0.0, "down_proj_bias is"))
     for parameters, dropout, message in cases:
         with pytest.raises(AdapterError, match=message):
-            attach_adapter(
-                load(base),
-                rank=2,
-                lora_alpha=3,
-                target_modules=DeclaredTargets(None, parameters),
-                dropout=dropout,
-            )
+            attach(load(base), None, parameters, dropout=dropout)
     with pytest.raises(AdapterError, match="rank 30 exceeds the smaller side 24"):
-        attach_adapter(
-            load(base), rank=30, lora_alpha=3, target_modules=DeclaredTargets(None, PARAMETERS)
-        )
+        attach(load(base), None, PARAMETERS, rank=30)
 
 
 def test_a_table_that_is_linear_and_embedding_is_refused(tmp_path):

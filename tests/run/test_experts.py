@@ -33,8 +33,8 @@ def folder(tmp_path_factory):
 def config_of(folder, **sections):
     lora = {
         "rank": 3,
-        "target-modules": ["q_proj", "gate_proj", "lm_head", "embed_tokens"],
-        "target-parameters": EXPERTS,
+        "target-modules": ["q_proj", "lm_head", "embed_tokens"],
+        "target-parameters": [*EXPERTS, "mlp.gate_proj.weight"],
     }
     return tiny_config(
         folder,
@@ -108,7 +108,7 @@ def test_a_run_of_unequal_ranks_is_exact_and_its_exports_are_the_model(folder, t
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 def test_other_stored_forms_and_sixteen_bits(family, tmp_path):
     tiny_moe(tmp_path / "base", family)
-    lora = {"target-modules": ["lm_head"]}
+    lora = {"target-modules": ["lm_head"], "target-parameters": EXPERTS}
     for dtype in ("float32", "bfloat16"):
         config = config_of(tmp_path, lora=lora, model={"dtype": dtype})
         run = start(config, tmp_path / dtype)
