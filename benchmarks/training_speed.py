@@ -42,7 +42,7 @@ from fedmomentum.base_model.bundled import bundled_model_directory
 from fedmomentum.base_model.weights import Float32Weights
 from fedmomentum.config.training import LocalTraining
 from fedmomentum.data.tokenized import TokenizedExamples
-from fedmomentum.lora.peft_model import lora_layers
+from fedmomentum.lora.live_layers import lora_layers
 from fedmomentum.objectives.collation import (
     IGNORED,
     completion_batch,
@@ -81,7 +81,8 @@ def lora_model(
     ).train()
     if in_float32:
         Float32Weights(
-            {module: layer.base_layer for module, layer in lora_layers(model).items()}, Path(folder)
+            {module: item.layer.base_layer for module, item in lora_layers(model).items()},
+            Path(folder),
         )
     return model
 

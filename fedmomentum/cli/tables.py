@@ -78,6 +78,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
     rows = {
         "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
         f"{count(plan.num_trained)} trained",
+        "adapted": "; ".join(plan.adapted),
+        "not adapted": "; ".join(plan.not_adapted),
         "method": plan.method,
         "optimizer": OPTIMIZER_STATES.get(plan.optimizer_state, plan.optimizer_state),
         "learned": plan.objective,
@@ -89,7 +91,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), Text(text))
+        if text:
+            table.add_row(Text(name, style="bold"), Text(text))
     return table
 
 

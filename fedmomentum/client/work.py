@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.aggregation.update_filter import ClientUpdate, UpdateFilter
+from fedmomentum.client.factor_moments import by_factor, by_parameter
 from fedmomentum.evaluation.teacher_forcing import evaluate, measure_reference
 from fedmomentum.global_model.shared_moments import encode_means, encode_moments
 from fedmomentum.linalg.low_rank import LowRank
@@ -149,9 +150,8 @@ class Worker:
         with model.training_only(trained_factors):
             # Finding the names visits all parameters of the model, so it is done where needed.
             names = {} if moments is None else model.parameter_names(trained_factors)
-            report = self._train_model(request, _renamed(moments, names))
-        factors = model.personal_factors(trained_factors)
-        trained_moments = _by_factor(report, names, factors)
+            report = self._train_model(request, by_parameter(moments, names, model))
+        trained_moments = by_factor(report, names, model)
 
         trained = model.adapter(self.client_id)
         if self.update_filter is not None and start is not None:
@@ -307,35 +307,6 @@ def _uploaded(adapter: Adapter, factors: str) -> dict[str, Tensor]:
         if not any(kind in name for kind in retained):
             uploaded[name] = tensor
     return uploaded
-
-
-def _renamed(
-    moments: Mapping[str, Moments] | None, names: Mapping[str, str]
-) -> dict[str, Moments] | None:
-    """Return the moments under the names of the model's parameters, of those that are trained."""
-    if moments is None:
-        return None
-    return {name: moments[key] for key, name in names.items() if key in moments}
-
-
-def _by_factor(
-    report: TrainReport, names: Mapping[str, str], factors: Mapping[str, Tensor]
-) -> dict[str, Moments]:
-    """Return a report's moments under `<module>.<factor>`; nothing where it has none.
-
-    A factor that never had a gradient has moments of zero.
-    """
-    if not report.moments:
-        return {}
-    example = next(iter(report.moments.values()))
-    moments = {}
-    for key, name in names.items():
-        if name in report.moments:
-            moments[key] = report.moments[name]
-            continue
-        zero = torch.zeros_like(factors[key], dtype=torch.float32, requires_grad=False)
-        moments[key] = Moments(zero, None if example.second is None else zero, example.step)
-    return moments
 
 
 def _shared_tensors(request: TrainRequest, moments: Mapping[str, Moments]) -> dict[str, Tensor]:

@@ -264,6 +264,24 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def answer_prefix(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes between a prompt and the text of its answer.
+
+    Templates of reasoning models write an empty block of reasoning there, or the channel of the
+    answer, and a model that has learned the answer generates it too. Empty for plain text.
+
+    Raises:
+        DataError: If the prompt is a chat and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return ""
+    start = _prompt_text(prompt, tokenizer)
+    answer = {"role": "assistant", "content": "yes"}
+    full = _chat_text((*prompt, answer), tokenizer, ends_with_answer=True)
+    written = full[len(start) :] if full.startswith(start) else ""
+    return written[: max(written.rfind("yes"), 0)]
+
+
 # ── text ──────────────────────────────────────────────────────────────────────────────────────────
 
 

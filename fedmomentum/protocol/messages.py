@@ -67,13 +67,15 @@ class ClientLora(Schema, frozen=True, kw_only=True):
     Attributes:
         rank: The rank of its adapter.
         lora_alpha: The numerator of its scaling.
-        target_modules: The names of its adapted modules; empty for PEFT's choice.
+        target_modules: Its `lora.target-modules`; only compared, never matched.
+        target_parameters: Its `lora.target-parameters`, likewise.
         mixed: Whether the clients of the run have different ranks.
     """
 
     rank: PositiveCount
     lora_alpha: Positive
-    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)]
+    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)] | Text
+    target_parameters: Annotated[list[Text], Meta(max_length=MAX_MODULES)] = []
     mixed: bool
 
     @classmethod
@@ -82,7 +84,8 @@ class ClientLora(Schema, frozen=True, kw_only=True):
         return cls(
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
-            target_modules=list(lora.target_modules),
+            target_modules=lora.target_modules,
+            target_parameters=lora.target_parameters,
             mixed=mixed,
         )
 

@@ -14,13 +14,12 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
 from fedmomentum.run.setup import (
-    check_dropout,
-    choose_optimizer_state,
     load_data,
     set_threads,
     tokenized_clients,
     training_function,
 )
+from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.arguments import check_arguments

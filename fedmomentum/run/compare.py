@@ -41,10 +41,10 @@ from fedmomentum.run.origin import check_data, fingerprints
 from fedmomentum.run.references import REFERENCES, make_reference
 from fedmomentum.run.setup import (
     changed_settings,
-    choose_optimizer_state,
     load_data,
     make_method,
 )
+from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.server.saved_run import saved_settings
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name, readable_name

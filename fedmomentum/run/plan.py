@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.load_checks import max_positions
 from fedmomentum.formats.plan import Plan
 from fedmomentum.lora.half_precision import wire_dtype
+from fedmomentum.lora.module_summary import summarize, summarize_left_out
 from fedmomentum.objectives.choice import make_objective
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def make_plan(
         )
     # The adapter, its gradient and the moments of Adam; and the libraries themselves.
     memory = weights + 4 * traffic.uplink + activations + 700 * 2**20
-    return _plan(
+    plan = _plan(
         config, model, method, traffic, len(clients), local.num_parameters, memory, warnings
     )
+    return replace(plan, not_adapted=tuple(summarize_left_out(local.targets.left_out)))
 
 
 def served_plan(
@@ -197,6 +199,8 @@ def _plan(
         + 2 * _update_bytes(config, traffic)  # the list, and what the kept recipes name
         + traffic.residual
         + traffic.spool,
+        adapted=tuple(summarize(model.adapter.modules)),
+        not_adapted=(),
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
         optimizer_state=config.training.optimizer_state,
         objective=make_objective(config.training).settings,

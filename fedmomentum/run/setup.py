@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,20 @@ from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
 from fedmomentum.data.tokenization import tokenize
-from fedmomentum.data.tokenized import EMPTY_EXAMPLES, TokenizedExamples
-from fedmomentum.errors import AdapterError, ConfigError, DataError, ModelError
+from fedmomentum.data.tokenized import EMPTY_EXAMPLES
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
+from fedmomentum.global_model.start import start_from
+from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.tracking import check_trackers
+from fedmomentum.run.training_checks import check_dropout, check_pairs, choose_optimizer_state
 from fedmomentum.server.saved_run import committed_records, saved_settings
-from fedmomentum.training.arguments import check_arguments, check_num_examples, check_optimizer
+from fedmomentum.training.arguments import check_arguments, check_num_examples
 from fedmomentum.utils.plugins import import_object
 from fedmomentum.utils.seeding import derive_seed
 
@@ -40,8 +43,8 @@ if TYPE_CHECKING:
     from fedmomentum.data.examples import ClientData, Example
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.objects import StoredObject
-    from fedmomentum.objectives.objective import Objective
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
 
@@ -190,96 +193,19 @@ def make_method(config: Config) -> Method:
     return method
 
 
-def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool = False) -> Config:
-    """Return the configuration with an optimizer state that the method can carry.
+def with_start_adapter(config: Config, method: Method, model: GlobalModel) -> GlobalModel:
+    """Return the model of round 0 with the adapter that `lora.start-from` names.
 
-    `auto` becomes `shared` if the method is made for it, our trainer trains, and nothing in the
-    configuration excludes it; otherwise `fresh`. A reference of a comparison is one client, whose
-    optimizer continues: `local`.
-
-    Raises:
-        ConfigError: If another state than `auto` is given and cannot be carried.
-    """
-    training = config.training
-    if training.optimizer_state != "auto":
-        _check_optimizer_state(config, method)
-        return config
-    fresh = replace(config, training=replace(training, optimizer_state="fresh"))
-    # A function of the user's own would have to return moments, which most do not.
-    if training.function is not None or not (is_reference or method.shares_moments):
-        return fresh
-    state = "local" if is_reference else "shared"
-    chosen = replace(config, training=replace(training, optimizer_state=state))
-    try:
-        _check_optimizer_state(chosen, method)
-    except ConfigError:
-        return fresh
-    return chosen
-
-
-def _check_optimizer_state(config: Config, method: Method) -> None:
-    """Refuse to carry the optimizer's moments where they have no meaning in the next round.
+    Clients are sent it like any global model, so only the server reads the directory. The first
+    checkpoint names its factors by their hash; a resumed run does not read it again.
 
     Raises:
-        ConfigError: If the method starts every round from a fresh adapter, if moments are shared
-            between clients that train different factors, or if the optimizer's moments cannot be
-            read.
+        AdapterError: If it cannot be read, or does not fit the run.
     """
-    state = config.training.optimizer_state
-    if state == "fresh":
-        return
-    key = f"training.optimizer-state = {state}"
-    if method.fresh:
-        raise ConfigError(
-            f"{method.title} starts every round from a fresh adapter, for which earlier moments "
-            f"say nothing; {key} needs a method that continues its adapter. Set it to fresh"
-        )
-    if state != "local":
-        if method.personal_factors:
-            raise ConfigError(
-                f"{method.title} leaves factors with each client, so that clients do not train the "
-                f"same; {key} cannot be used. Set it to local, or fresh"
-            )
-        if config.lora.clients or method.prunes:
-            raise ConfigError(
-                f"{key} needs every client to train the same adapter; lora.clients and methods "
-                "that prune give clients adapters of their own. Set it to local, or fresh"
-            )
-    if config.training.function is None:
-        check_optimizer(config.training.arguments)
-
-
-def check_dropout(config: Config) -> None:
-    """Refuse dropout where a model is compared with a reference that has none.
-
-    Raises:
-        ConfigError: If there is any.
-    """
-    if config.training.objective == "dpo" and config.lora.dropout:
-        raise ConfigError(
-            f"lora.dropout must be 0 with training.objective = dpo; got {config.lora.dropout:g}. "
-            "The rewards compare the model with the base model, and noise in one of them would "
-            "count as a preference"
-        )
-
-
-def check_pairs(examples: TokenizedExamples, objective: Objective, owner: str) -> None:
-    """Refuse examples that are not what the objective learns from.
-
-    Raises:
-        DataError: If pairs are needed and there are none, or the reverse.
-    """
-    if not len(examples) or examples.are_pairs == objective.compares_pairs:
-        return
-    if examples.are_pairs:
-        raise DataError(
-            f"{owner}: the rows hold a chosen and a rejected answer; set training.objective = "
-            '"dpo", or give rows with one answer'
-        )
-    raise DataError(
-        f'{owner}: training.objective = "dpo" needs rows of prompt, chosen and rejected; these '
-        "hold one answer"
-    )
+    if config.lora.start_from is None:
+        return model
+    given = read_adapter(config.lora.start_from)
+    return start_from(model, given, is_merged=method.fresh or method.reads_base)
 
 
 def training_function(config: Config) -> TrainingFunction | None:

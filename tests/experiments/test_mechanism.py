@@ -59,7 +59,9 @@ def test_the_document_has_the_tables_of_the_committed_measures(mechanism):
 
 def test_the_measures_are_of_the_committed_comparisons(mechanism):
     """Scores by method and seed are those of comparison.csv, where it is committed."""
-    committed = [name for name in mechanism.SETTINGS if (mechanism.RESULTS / f"moments-{name}").is_dir()]
+    committed = [
+        name for name in mechanism.SETTINGS if (mechanism.RESULTS / f"moments-{name}").is_dir()
+    ]
     assert "few" in committed
     runs = mechanism.read()
     for name in committed:
