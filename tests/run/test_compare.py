@@ -16,12 +16,11 @@ from fedmomentum.run import compare
 from fedmomentum.run.compare import (
     PlannedRun,
     execute_run,
-    parse_methods,
-    parse_seeds,
     plan_runs,
     start_comparison,
 )
 from fedmomentum.run.compare import write_comparison as write
+from fedmomentum.run.method_variants import parse_methods, parse_seeds
 from fedmomentum.run.references import POOLED
 from tests.runs import Events, objects, prepare, start, timeless, tiny_config
 
