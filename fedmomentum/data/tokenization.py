@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmomentum.data.continuation import continuation_ids
+from fedmomentum.data.encoding import encode_texts
 from fedmomentum.data.tokenized import Span, TokenizedExamples
 from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fedmomentum.data.examples import Example, Prompt
-
-
-# Texts in a call of the tokenizer: a call costs more than what it does to a short text, and keeps
-# several times the size of each text in memory.
-TEXTS_PER_CALL = 256
 
 
 class _Text(NamedTuple):
@@ -202,8 +197,8 @@ def _last_answers(
         texts.append(text)
 
     # Tokenize prompts and full texts in batches, then find where each answer begins.
-    prompts = _encode([(text.prompt, text.is_chat) for text in texts], tokenizer)
-    full_texts = _encode([(text.full, text.is_chat) for text in texts], tokenizer)
+    prompts = encode_texts([(text.prompt, text.is_chat) for text in texts], tokenizer)
+    full_texts = encode_texts([(text.full, text.is_chat) for text in texts], tokenizer)
     result = []
     parts = zip(examples.items(), texts, prompts, full_texts, strict=True)
     for (row, example), text, prompt, full in parts:
@@ -223,7 +218,7 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
         DataError: If the prompt is a chat and the tokenizer has no chat template.
     """
     is_chat = not isinstance(prompt, str)
-    (ids,) = _encode([(_prompt_text(prompt, tokenizer), is_chat)], tokenizer)
+    (ids,) = encode_texts([(_prompt_text(prompt, tokenizer), is_chat)], tokenizer)
     return ids
 
 
@@ -347,51 +342,6 @@ def _chat_text(
 
 
 # ── token ids ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _encode(
-    texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Return the token ids of texts, without the special tokens that close a text.
-
-    Args:
-        texts: Texts, each with whether it is a chat's: its template has written the special tokens
-            already.
-        tokenizer: The base model's tokenizer.
-    """
-    rows_of_kind: dict[bool, list[int]] = defaultdict(list)
-    for row, (_, is_chat) in enumerate(texts):
-        rows_of_kind[is_chat].append(row)
-    result: list[list[int]] = [[] for _ in texts]
-    for is_chat, rows in rows_of_kind.items():
-        closing_ids = [] if is_chat else _closing_ids(tokenizer)
-        for start in range(0, len(rows), TEXTS_PER_CALL):
-            batch = rows[start : start + TEXTS_PER_CALL]
-            batch_texts = [texts[row][0] for row in batch]
-            encoded = tokenizer(batch_texts, add_special_tokens=not is_chat)["input_ids"]
-            for row, ids in zip(batch, encoded, strict=True):
-                result[row] = _without_closing(ids, closing_ids)
-    return result
-
-
-def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens with which the tokenizer closes each plain text.
-
-    An end token, a separator, or none.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    closed: list[int] = tokenizer("a")["input_ids"]
-    for start in range(len(closed) - len(plain) + 1):
-        end = start + len(plain)
-        if closed[start:end] == plain:
-            return closed[end:]
-    return []
-
-
-def _without_closing(ids: list[int], closing_ids: Sequence[int]) -> list[int]:
-    """Return a text's token ids without those that close it: the answer comes before them."""
-    is_closed = closing_ids and ids[-len(closing_ids) :] == closing_ids
-    return ids[: -len(closing_ids)] if is_closed else ids
 
 
 def _answer_ids(
