@@ -229,6 +229,7 @@ class _RefuseNaN(LogitsProcessor):
 
 def _scores(task: str, samples: list[dict[str, Any]]) -> list[MetricScore]:
     """Return each metric's outcomes in the order of the examples."""
+    # A sample for each example and way of extraction, with a value for each metric.
     outcomes: dict[tuple[Any, str], dict[int, str]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -237,6 +238,7 @@ def _scores(task: str, samples: list[dict[str, Any]]) -> list[MetricScore]:
                 raise DataError(f"{task}: {metric} is {value}; it should be 0 or 1")
             by_row = outcomes.setdefault((metric, sample["filter"]), {})
             by_row[sample["doc_id"]] = "1" if value else "0"
+    # lm-eval calls the only way of extraction "none".
     scores = []
     for (metric, extraction), by_row in outcomes.items():
         correct = "".join(by_row[row] for row in sorted(by_row))

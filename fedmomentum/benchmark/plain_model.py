@@ -7,9 +7,7 @@ from pathlib import Path
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.load_checks import vocabulary_size
 from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
-from fedmomentum.errors import ConfigError
 from fedmomentum.formats.directories import MANIFEST, is_adapter_directory, retained_rounds
-from fedmomentum.run.inference import LoadSettings
 
 
 def is_plain_model(path: Path) -> bool:
@@ -28,17 +26,16 @@ class PlainModel:
 
     Args:
         path: Its directory.
-        load: How to load it.
+        dtype: Of its weights; empty: `auto`.
+        device: Where it is computed; empty: `auto`.
 
     Raises:
         ModelError: If it cannot be loaded.
-        ConfigError: If another base model is given.
     """
 
-    def __init__(self, path: Path, load: LoadSettings) -> None:
-        if load.base:
-            raise ConfigError(f"{path} is a plain model and has no base model; leave out --base")
+    def __init__(self, path: Path, dtype: str, device: str) -> None:
         self.base = identify(str(path), path)
-        device = pick_device(load.device or "auto")
-        self.model = load_base(path, pick_dtype(load.dtype or "auto", device), device)
+        # There is no run that says which it was.
+        place = pick_device(device or "auto")
+        self.model = load_base(path, pick_dtype(dtype or "auto", place), place)
         self.tokenizer = load_tokenizer(path, vocabulary_size(self.model))

@@ -54,6 +54,7 @@ class ResultFile:
         """
         if out is not None and not out.parent.is_dir():
             raise ConfigError(f"--out {out}: {out.parent} is no directory; create it")
+        # What is no run has no directory of its own for scores, and no page.
         if not retained_rounds(model):
             return cls(out, None, None)
         try:

@@ -100,9 +100,10 @@ def run_benchmarks(
     """
     tasks = _read_tasks(benchmarks)
     collected: dict[str, TaskResult] = {}
+    # A plain model has no base model beside it.
     if is_plain_model(subject.path):
-        _refuse_choices(subject)
-        plain = PlainModel(subject.path, load)
+        _refuse_choices(subject, load)
+        plain = PlainModel(subject.path, load.dtype, load.device)
         for name, scores in _score_all(plain, None, tasks, benchmarks, on_step):
             settings = _settings(plain, plain.base, tasks[name], benchmarks)
             collected[name] = TaskResult(task=name, settings=settings, models=[scores])
@@ -160,6 +161,7 @@ def _read_tasks(benchmarks: Benchmarks) -> dict[str, TaskData]:
 def _open_rounds(subject: Subject) -> list[Result]:
     """Open each round that is asked for, once, in ascending order."""
     names: list[str] = []
+    # `all` stands for the rounds that the run still has.
     for name in subject.rounds:
         if name == "all":
             rounds = retained_rounds(subject.path)
@@ -170,6 +172,7 @@ def _open_rounds(subject: Subject) -> list[Result]:
             names.append(name)
     if not names:
         raise ConfigError("--rounds names no round; give numbers, last, best or all")
+    # `last` and `best` may be a round that is named as well.
     opened = {}
     for name in names:
         result = open_result(
@@ -179,11 +182,11 @@ def _open_rounds(subject: Subject) -> list[Result]:
     return [opened[server_round] for server_round in sorted(opened)]
 
 
-def _refuse_choices(subject: Subject) -> None:
-    """Refuse choices of a round or a client where there is one plain model."""
-    if subject.rounds != ("last",) or subject.client or subject.store:
+def _refuse_choices(subject: Subject, load: LoadSettings) -> None:
+    """Refuse choices of a round, a client or a base where there is one plain model."""
+    if subject.rounds != ("last",) or subject.client or subject.store or load.base:
         raise ConfigError(
-            f"{subject.path} is a plain model; --rounds, --client and --store are for runs"
+            f"{subject.path} is a plain model; --rounds, --client, --store and --base are for runs"
         )
 
 

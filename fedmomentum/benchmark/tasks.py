@@ -65,6 +65,7 @@ def make_task(data: TaskData, num_fewshot: int | None = None) -> ConfigurableTas
         "unsafe_code",
     ):
         config[name] = table[name]
+    # Worked examples, and how answers are generated, extracted and compared.
     config["fewshot_split"] = file.fewshot_split or file.training_split
     config["fewshot_config"] = table["fewshot_config"]
     if file.generation_kwargs is not None:

@@ -176,7 +176,9 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, mon
         run_benchmarks(Subject(run, ()), choices)
     with pytest.raises(ModelError, match="7"):
         run_benchmarks(Subject(run, ("7",)), choices)
-    with pytest.raises(ConfigError, match="is a plain model; --rounds, --client and --store are"):
+    with pytest.raises(
+        ConfigError, match="is a plain model; --rounds, --client, --store and --base"
+    ):
         run_benchmarks(Subject(run.parent / "base", ("all",)), choices)
     with pytest.raises(ConfigError, match="--rounds all: .* is no run"):
         run_benchmarks(Subject(tasks, ("all",)), choices)

@@ -83,6 +83,7 @@ def _rounds_plot(lines: Sequence[BenchmarkLine]) -> Plot | None:
         data.append((line.model.round, *names, line.score.fraction))
     if len({line.model.round for line in lines}) < 2:
         return None
+    # Every curve has a color of its own.
     drawn = dict(list(curves.items())[: len(SERIES)])
 
     def draw(axes: Axes) -> None:
