@@ -183,7 +183,6 @@ def test_names_that_peft_takes_for_the_experts_are_left_out_of_all_linear():
         (llama, r".*(q_proj|w_proj)", r"\.\*\(w_proj\) matches the entire path of no"),
         (llama, r".*q_proj|.*z_proj", r"target-modules: \.\*z_proj"),
         (llama, r".*\.(?:self_attn\.(q|w)|mlp\.up)_proj", r"\(w\)"),
-        (llama, ["embed_tokens"], "embed_tokens, a Embedding; only linear modules"),
         (llama, ".*", "embed_tokens, a Embedding; only linear modules"),
         (
             gpt_oss,
