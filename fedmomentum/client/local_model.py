@@ -246,6 +246,16 @@ class LocalModel:
         has_same_modules = self._layers.keys() == model.adapter.modules.keys()
         return has_same_modules and client_lora.scaling in model.adapter.scalings.values()
 
+    @contextmanager
+    def base_alone(self) -> Iterator[PeftModel]:
+        """Yield the base model as it is without the run: nothing merged, the adapter switched off.
+
+        A global model must be loaded before the next work.
+        """
+        self.base_weights.apply([])
+        with self.peft.disable_adapter():
+            yield self.peft
+
     # ── live factors ──
 
     @property

@@ -12,12 +12,13 @@ from torch import Tensor
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.aggregation.update_filter import ClientUpdate, UpdateFilter
 from fedmomentum.client.factor_moments import by_factor, by_parameter
-from fedmomentum.evaluation.teacher_forcing import evaluate
+from fedmomentum.evaluation.teacher_forcing import evaluate, measure_reference
 from fedmomentum.global_model.shared_moments import encode_means, encode_moments
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import stack_probes
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.half_precision import encode_factors, rounding_error, roundtrip, wire_dtype
+from fedmomentum.objectives.objective import CAUSAL_LM, Objective
 from fedmomentum.protocol.messages import (
     BASE_PROBES,
     EFFECTIVE_PROBES,
@@ -36,7 +37,7 @@ from fedmomentum.utils.process import installed_version
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.client.local_model import LocalModel
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.evaluation.tasks import Evaluation
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.training.function import TrainingFunction, TrainReport
@@ -74,6 +75,7 @@ class Worker:
         method: The run's method as this client's configuration has it; it decides what is trained
             and what leaves the client.
         model: The model that it trains; the clients of one process may share one.
+        objective: What it trains and scores on.
         training_function: Trains the model, where the user gives a function for that.
         on_step: Called after every training step with (client, step, number of steps, loss).
         update_filter: Changes updates before they are encoded; none by default.
@@ -84,9 +86,14 @@ class Worker:
     test: TokenizedExamples
     method: Method
     model: LocalModel
+    objective: Objective = CAUSAL_LM
     training_function: TrainingFunction | None = None
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
     update_filter: UpdateFilter | None = None
+    # Held-out pairs with their reference, by (start, end, batch size) of an evaluation.
+    _references: dict[tuple[int, int, int], TokenizedExamples] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     # ── describe ──
 
@@ -195,6 +202,7 @@ class Worker:
             on_step=self._report_step,
             penalty=penalty if has_penalty else None,
             moments=moments,
+            objective=self.objective,
         )
 
     def _report_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -215,11 +223,8 @@ class Worker:
                     global_model, probes["base"], request.probe_seed
                 )
 
-        # First the examples that every evaluation of the run has in common, then the others.
-        num_compared = min(request.num_compared, request.num_examples)
-        compared = self._evaluate(0, num_compared, request.batch_size)
-        others = self._evaluate(num_compared, request.num_examples, request.batch_size)
-        evaluations = [part for part in (compared, others) if part is not None]
+        parts = [self._evaluate(part, request.batch_size) for part in _parts(request)]
+        evaluations = [part for part in parts if part is not None]
         if not evaluations:
             return WorkResult(EvaluateResult(applied_share=applied_fraction), 1, tensors)
         combined = evaluations[0]
@@ -234,21 +239,57 @@ class Worker:
         )
         return WorkResult(result, combined.total.num_examples, tensors)
 
-    def _evaluate(self, start: int, end: int, batch_size: int) -> Evaluation | None:
-        """Score the held-out examples from `start` to `end`; None if there are none."""
-        examples = self.test[start:end]
+    def _evaluate(self, part: slice, batch_size: int) -> Evaluation | None:
+        """Score a part of the held-out examples; None if there are none."""
+        examples = self.test[part]
         if not len(examples):
             return None
+        if self.objective.compares_pairs:
+            examples = self._references[part.start, part.stop, batch_size]
         return evaluate(
             self.model.peft,
             examples,
             pad_token_id=self.model.tokenizer.pad_token_id,
             batch_size=batch_size,
+            objective=self.objective,
         )
+
+    # ── reference ──
+
+    def measure_references(self, request: TrainRequest | EvaluateRequest) -> None:
+        """Measure the pairs that a request needs under the reference, unless that has been done.
+
+        The reference is the base model that the run started from. It leaves the local model
+        without a global model.
+        """
+        if not self.objective.compares_pairs:
+            return
+        pad_token_id = self.model.tokenizer.pad_token_id
+        if isinstance(request, TrainRequest):
+            if not all(self.train.reference):
+                with self.model.base_alone() as base:
+                    self.train = measure_reference(base, self.train, pad_token_id=pad_token_id)
+            return
+        # Measured in the batches in which they are scored, so that rounding is no preference.
+        size = request.batch_size
+        for part in _parts(request):
+            key = (part.start, part.stop, size)
+            examples = self.test[part]
+            if len(examples) and key not in self._references:
+                with self.model.base_alone() as base:
+                    self._references[key] = measure_reference(
+                        base, examples, pad_token_id=pad_token_id, batch_size=size
+                    )
 
     def _probe_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """Return the probes of the live weights as a reply carries them; none without a seed."""
         return {} if seed is None else _stacked(self.model.probes(seed))
+
+
+def _parts(request: EvaluateRequest) -> tuple[slice, slice]:
+    """Return the examples that every evaluation of the run has in common, and the others."""
+    num_compared = min(request.num_compared, request.num_examples)
+    return slice(0, num_compared), slice(num_compared, request.num_examples)
 
 
 # ── helpers ───────────────────────────────────────────────────────────────────────────────────────

@@ -109,6 +109,9 @@ class FederatedTrainer:
             directory = Path("runs") / time.strftime("run-%Y%m%d-%H%M%S")
         self.directory = Path(directory)
         self.prepared: PreparedRun | None = None
+        if update_filter is not None and config.training.optimizer_state == "auto":
+            # Moments would leave the client unfiltered; see `prepare`.
+            config = replace(config, training=replace(config.training, optimizer_state="fresh"))
         self._config = config
         self._resume = resume
         self._server_round = server_round

@@ -57,7 +57,7 @@ class UpdateReader:
         self._is_mixed = config.lora.is_mixed or method.prunes
         self._uploads = method.uploaded_factors(server_round)
         self._dtype = wire_dtype(config.federation.uplink_dtype)
-        self._shares_moments = config.training.optimizer_state in ("shared", "shared-full")
+        self._shares_moments = config.training.shares_moments
 
     def lora_config(self, client: str) -> LoraConfig:
         """Return what a client trains now: its configuration, at the rank it was pruned to."""
