@@ -135,6 +135,11 @@ def test_what_is_left_out_is_told_with_its_reason():
         "model.layers.*.mlp.experts: 2 gate_up_proj, 2 down_proj (all experts of a layer in one "
         "parameter)",
     ]
+    experts = [f"model.layers.{n}.mlp.experts.down_proj[{e}]" for n in (0, 1) for e in range(4)]
+    assert summarize(["model.embed_tokens[embedding]", *experts]) == [
+        "model: 1 embed_tokens",
+        "model.layers.*.mlp.experts: 8 down_proj",
+    ]
     assert "model.layers.*.self_attn: 2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj" in summarize(
         sorted(targets.modules, key=lambda path: "qkvo".find(path.rpartition(".")[2][0]))
     )
