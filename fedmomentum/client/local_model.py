@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
-from fedmomentum.base_model.hub import resolve_base
-from fedmomentum.base_model.identity import BaseIdentity, identify
-from fedmomentum.base_model.load_checks import translate_out_of_memory, vocabulary_size
-from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.errors import ConfigError
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
@@ -34,7 +30,6 @@ from fedmomentum.lora.peft_model import (
 )
 from fedmomentum.lora.target_checks import find_saved_modules
 from fedmomentum.lora.targets import Targets, choose_targets
-from fedmomentum.utils.chat_date import set_chat_date
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -45,49 +40,6 @@ if TYPE_CHECKING:
 
 # Module path to the probe vectors U `(num_probes, out)` and X `(in, num_probes)`.
 ProbeVectors = dict[str, tuple[Tensor, Tensor]]
-
-
-# ── the base model of a process ───────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class LoadedBase:
-    """A loaded base model, shared by any number of `LocalModel`s of one process.
-
-    Attributes:
-        directory: The directory that it was loaded from.
-        identity: Its name and content hashes.
-        tokenizer: Its tokenizer.
-        model: The transformers model; it is never trained or changed.
-    """
-
-    directory: Path
-    identity: BaseIdentity
-    tokenizer: Any
-    model: Any = field(repr=False)
-
-    @classmethod
-    def from_config(cls, model: ModelConfig) -> LoadedBase:
-        """Find, identify and load the base model of a configuration.
-
-        Raises:
-            ModelError: If it cannot be found or loaded.
-        """
-        directory = resolve_base(model.name, model.revision)
-        device = pick_device(model.device)
-        identity = identify(model.name, directory, model.revision)
-        base = load_base(directory, pick_dtype(model.dtype, device), device)
-        tokenizer = load_tokenizer(directory, vocabulary_size(base))
-        set_chat_date(tokenizer, model.chat_date)
-        return cls(directory, identity, tokenizer, base)
-
-    def copy(self) -> Any:
-        """Return a model of the same tensors but with modules of its own, to attach an adapter."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-
-
-# ── the model that is trained ─────────────────────────────────────────────────────────────────────
 
 
 class LocalModel:

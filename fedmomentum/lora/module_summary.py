@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from fedmomentum.lora.module_names import EMBEDDING, split_expert
+
 
 def summarize(modules: Iterable[str]) -> list[str]:
     """Return paths as a person reads them: layers together, how many of each.
@@ -14,7 +16,9 @@ def summarize(modules: Iterable[str]) -> list[str]:
     """
     counts: dict[str, Counter[str]] = {}
     for module in modules:
-        owner, _, name = module.rpartition(".")
+        # The experts of a parameter are counted like layers.
+        path = split_expert(module)[0].removesuffix(EMBEDDING)
+        owner, _, name = path.rpartition(".")
         pattern = re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", owner)
         counts.setdefault(pattern, Counter())[name] += 1
     lines = []

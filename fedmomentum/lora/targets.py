@@ -29,7 +29,7 @@ _EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
 # Reasons of this file, besides those of `linear_modules`.
 SAVED = "trained in full"
 SMALL = "has a side smaller than the rank"
-EXPERTS = "the experts of a layer, not in target-parameters"
+EXPERTS = "all experts of a layer in one parameter"
 NOT_CHOSEN = "not in target-modules"
 
 
@@ -165,8 +165,14 @@ def _named_modules(
     for shown, part in parts:
         _check_part(model, shown, part, reasons)
 
-    matched = [path for path in [*model.sizes, *model.embeddings] if is_target(path, setting)]
+    adaptable = [*model.sizes, *_named_embeddings(model, setting)]
+    matched = [path for path in adaptable if is_target(path, setting)]
     return [path for path in matched if reasons.get(path) != UNUSED]
+
+
+def _named_embeddings(model: LinearModules, setting: Sequence[str] | str) -> tuple[str, ...]:
+    """Return the embeddings that a setting can stand for: none if it is an expression."""
+    return () if isinstance(setting, str) else model.embeddings
 
 
 def _check_part(
@@ -182,14 +188,15 @@ def _check_part(
     """
     where = f"target-modules: {printable(shown, 200)}"
     others = [path for path in model.others if is_target(path, part)]
-    others = [path for path in others if path not in model.embeddings]
+    embeddings = _named_embeddings(model, part)
+    others = [path for path in others if path not in embeddings]
     if others:
         raise AdapterError(
-            f"{where} stands for {others[0]}, a {model.others[others[0]]}; only linear modules and "
-            "embeddings can be adapted here, and experts by target-parameters. Leave it out, or "
-            "name the linear modules with more of their path"
+            f"{where} stands for {others[0]}, a {model.others[others[0]]}; only linear modules "
+            "can be adapted here, embeddings where a list names them, and experts by "
+            "target-parameters. Leave it out, or name the linear modules with more of their path"
         )
-    matched = [path for path in [*model.sizes, *model.embeddings] if is_target(path, part)]
+    matched = [path for path in [*model.sizes, *embeddings] if is_target(path, part)]
     if not matched:
         if isinstance(part, str):
             raise AdapterError(

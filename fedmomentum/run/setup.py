@@ -15,7 +15,8 @@ from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.load_checks import check_max_length, check_token_ids
 from fedmomentum.client.client import Client
-from fedmomentum.client.local_model import LoadedBase, LocalModel
+from fedmomentum.client.loaded_base import LoadedBase
+from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients

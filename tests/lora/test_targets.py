@@ -135,6 +135,11 @@ def test_what_is_left_out_is_told_with_its_reason():
         "model.layers.*.mlp.experts: 2 gate_up_proj, 2 down_proj (all experts of a layer in one "
         "parameter)",
     ]
+    experts = [f"model.layers.{n}.mlp.experts.down_proj[{e}]" for n in (0, 1) for e in range(4)]
+    assert summarize(["model.embed_tokens[embedding]", *experts]) == [
+        "model: 1 embed_tokens",
+        "model.layers.*.mlp.experts: 8 down_proj",
+    ]
     assert "model.layers.*.self_attn: 2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj" in summarize(
         sorted(targets.modules, key=lambda path: "qkvo".find(path.rpartition(".")[2][0]))
     )
@@ -183,7 +188,6 @@ def test_names_that_peft_takes_for_the_experts_are_left_out_of_all_linear():
         (llama, r".*(q_proj|w_proj)", r"\.\*\(w_proj\) matches the entire path of no"),
         (llama, r".*q_proj|.*z_proj", r"target-modules: \.\*z_proj"),
         (llama, r".*\.(?:self_attn\.(q|w)|mlp\.up)_proj", r"\(w\)"),
-        (llama, ["embed_tokens"], "embed_tokens, a Embedding; only linear modules"),
         (llama, ".*", "embed_tokens, a Embedding; only linear modules"),
         (
             gpt_oss,
