@@ -20,6 +20,7 @@ from fedmomentum.errors import QuorumError
 from fedmomentum.report import write_comparison_page
 from fedmomentum.results.comparison import Comparison
 from fedmomentum.run import compare
+from fedmomentum.run.method_variants import parse_methods
 from fedmomentum.utils.io import write_json
 
 TUNING_SEEDS = (100, 101)
@@ -122,7 +123,7 @@ def run_all(config: Config, labels: Sequence[str], seeds: Sequence[int], out: Pa
 def _planned(
     config: Config, labels: Sequence[str], seeds: Sequence[int], out: Path
 ) -> list[compare.PlannedRun]:
-    variants = compare.parse_methods(",".join(labels), config)
+    variants = parse_methods(",".join(labels), config)
     return compare.plan_runs(config, variants, seeds, out)
 
 

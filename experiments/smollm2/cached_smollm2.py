@@ -170,15 +170,13 @@ def train(
     """Minimize the loss of the completions, as the package's trainer does."""
 
     def batch_loss(rows: list[int]) -> tuple[Tensor, int]:
-        input_ids = [examples.input_ids[row] for row in rows]
-        num_prompt_tokens = [examples.num_prompt_tokens[row] for row in rows]
-        batch = CAUSAL_LM.collate(input_ids, num_prompt_tokens, pad_token_id)
+        batch = CAUSAL_LM.collate([examples.example(row) for row in rows], pad_token_id)
         mask = batch["attention_mask"]
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         inner = inner_model(model)
         hidden = inner.last_hidden(batch["input_ids"], mask, positions)
         # Only what predicts a token of a completion is projected to the vocabulary.
-        hidden, labels = next_token_pairs(hidden, batch["labels"])
+        hidden, labels = next_token_pairs(hidden, batch)
         is_target = labels != IGNORED
         logits = inner.lm_head(hidden[is_target])
         return F.cross_entropy(logits.float(), labels[is_target]), int(is_target.sum())

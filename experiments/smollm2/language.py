@@ -35,7 +35,7 @@ from fedmomentum.data.builtin_tasks import task_examples
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokenization import tokenize
 from fedmomentum.results.comparison import Comparison
-from fedmomentum.run import compare
+from fedmomentum.run.method_variants import parse_methods
 from fedmomentum.utils.process import quiet_libraries
 
 SHARED = "training.optimizer-state=shared"
@@ -192,7 +192,7 @@ def score_choices(comparison: Comparison, config: Config, out: Path, folder: Pat
     rows = task_files.read_rows(out / "test.jsonl")
     counts = {}
     for one in comparison.method_runs:
-        (variant,) = compare.parse_methods(one.method, config)
+        (variant,) = parse_methods(one.method, config)
         counts[one.method, one.seed] = choice_scores.count_correct(
             folder / variant.directory / f"seed-{one.seed}",
             rows,

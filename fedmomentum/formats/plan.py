@@ -22,7 +22,11 @@ class Plan:
         downlink_bytes: Per client and round: the adapter and the most the residual can be.
         memory_bytes: Of this process, about.
         disk_bytes: Of the run directory, at most.
+        adapted: The adapted modules, layers together.
+        not_adapted: The other linear modules with the reason, if the base model is at hand.
         warnings: What the user should know before it starts.
+        optimizer_state: What the clients' optimizers start a round with.
+        objective: What is learned, as [training] says it.
     """
 
     model: str
@@ -35,4 +39,8 @@ class Plan:
     downlink_bytes: int
     memory_bytes: int
     disk_bytes: int
+    adapted: tuple[str, ...]
+    not_adapted: tuple[str, ...]
     warnings: tuple[str, ...]
+    optimizer_state: str = "fresh"
+    objective: str = ""

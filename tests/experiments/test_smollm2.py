@@ -51,11 +51,7 @@ def models(language, tmp_path):
 
 def logits(model, examples, rows):
     """Logits of the completions, each row's own tokens: what training and evaluation use."""
-    batch = CAUSAL_LM.collate(
-        [examples.input_ids[row] for row in rows],
-        [examples.num_prompt_tokens[row] for row in rows],
-        0,
-    )
+    batch = CAUSAL_LM.collate([examples.example(row) for row in rows], 0)
     with torch.no_grad():
         predictions = CAUSAL_LM.predict(model, batch)
     return predictions.logits[predictions.labels != -100]
@@ -101,7 +97,7 @@ def test_training_takes_the_loss_of_the_package(models):
     ours.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
     weight = ours.model.layers[1].self_attn.q_proj.weight
     before = weight.detach().clone()
-    wanted = CAUSAL_LM.collate(renumbered.input_ids, renumbered.num_prompt_tokens, 0)
+    wanted = CAUSAL_LM.collate([renumbered.example(row) for row in range(len(renumbered))], 0)
     loss = CAUSAL_LM.loss(CAUSAL_LM.predict(ours, wanted))
     report = cached.train(
         ours,
