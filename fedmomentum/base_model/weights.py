@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmomentum.base_model.checkpoint_files import stored_tensors
 from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.stored_names import find_stored_names
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import Matrix
@@ -73,6 +74,7 @@ class Float32Weights:
             needed.
         tied: See `tied_names`; needed if a layer shares its weight with one that is stored for
             both.
+        model: The model as it was loaded, which knows under which names its weights are stored.
 
     Raises:
         ModelError: If a layer is of another kind, weights are quantized, or the checkpoint does
@@ -84,13 +86,19 @@ class Float32Weights:
         layers: Mapping[str, nn.Module],
         directory: Path,
         tied: Mapping[str, Collection[str]] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.layers: dict[str, Any] = dict(layers)
         files = {name: tensor.file for name, tensor in stored_tensors(directory).items()}
+        converted = find_stored_names(model, files, [f"{module}.weight" for module in layers])
         # Module to the file of its weight, and the weight's name in it.
         self._stored: dict[str, tuple[Path, str]] = {}
         for module, layer in self.layers.items():
             _check_layer(module, layer)
+            name = converted.get(f"{module}.weight")
+            if name is not None:
+                self._stored[module] = (files[name], name)
+                continue
             tied_to = (tied or {}).get(f"{module}.weight", ())
             self._stored[module] = _find_checkpoint_tensor(module, files, tied_to)
         with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):

@@ -142,7 +142,8 @@ class LocalModel:
         self._reattach(self.client_lora)
         self._refuse_extra_modules()
 
-        self.base_weights = Float32Weights(self._base_layers(), self.directory)
+        live = self.peft.get_base_model()
+        self.base_weights = Float32Weights(self._base_layers(), self.directory, model=live)
         # Of a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}
         self._probe_buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)

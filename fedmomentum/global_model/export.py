@@ -164,7 +164,7 @@ def _compute_as_trained(
 
     trained = wrap_with_adapter(base, model.adapter)
     layers = {module: layer.base_layer for module, layer in lora_layers(trained).items()}
-    base_weights = Float32Weights(layers, base_directory, tied)
+    base_weights = Float32Weights(layers, base_directory, tied, model=base)
     base_weights.apply(model.base_update)
     tokens = probe_tokens(base)
     logits = logits_of(trained, tokens)

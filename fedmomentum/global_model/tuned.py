@@ -99,7 +99,7 @@ class TunedModel:
         self._owners = outermost_owners(adapter.saved)
         self._neighbor_slots = self._make_neighbor_slots(adapter.saved)
         tied = tied_names(base) if tied is None else tied
-        self.base_weights = Float32Weights(layers, directory, tied)
+        self.base_weights = Float32Weights(layers, directory, tied, model=base)
         # The adapter is merged like any other part, as the last one.
         live = StoredObject.of({module: adapter.effective(module) for module in adapter.modules})
         self._update = (*model.base_update, live)
