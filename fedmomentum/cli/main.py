@@ -34,6 +34,7 @@ COMMANDS = (
     run.compare,
     run.report,
     adapters.methods,
+    models.models,
     files.files,
     network.serve,
     network.join,

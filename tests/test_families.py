@@ -1,0 +1,25 @@
+"""Every family of models trains and exports, or is refused by name, as its record says."""
+
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fedmomentum.base_model.families import families_page, known_families, untried_families
+from tests.families import FAMILIES, NOT_TRIED, run_family
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_trains_and_exports_or_is_refused_as_recorded(family, tmp_path):
+    known = {record.family: record for record in known_families()}
+    assert run_family(family, tmp_path) == known[family], "run: make docs"
+
+
+def test_the_page_and_the_record_name_every_family():
+    names = [record.family for record in known_families()]
+    assert names == FAMILIES
+    assert untried_families() == NOT_TRIED
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= {*names, *NOT_TRIED}
+    assert (ROOT / "docs" / "models.md").read_text() == families_page(), "run: make docs"
