@@ -13,12 +13,21 @@ import pytest
 import torch
 import typer
 
-from fedmomentum import Adapter, GlobalModel, aggregate_adapters, write_adapter
+from fedmomentum import (
+    Adapter,
+    FederatedTrainer,
+    GlobalModel,
+    RunResults,
+    aggregate_adapters,
+    load_config,
+    write_adapter,
+)
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.cli.main import app
 from fedmomentum.config.__main__ import render_reference
 from fedmomentum.config.toml import from_dict
+from fedmomentum.formats.scores import Score
 from fedmomentum.linalg.low_rank import weighted_sum
 from fedmomentum.linalg.spectral import relative_error
 from fedmomentum.training.arguments import ALLOWED_ARGUMENTS, check_arguments
@@ -276,7 +285,7 @@ def test_the_table_of_methods_is_what_they_declare():
 
 def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     (text,) = (t for t in blocks(ROOT / "README.md", "python") if "FederatedTrainer" in t)
-    (config,) = blocks(ROOT / "README.md", "toml")
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if "[data.client-files]" in t)
     monkeypatch.chdir(tmp_path)
     for client in ("north", "south"):
         rows = [{"question": f"{client} {i}?", "answer": "ab"} for i in range(12)]
@@ -291,6 +300,26 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     assert Path("office-merged/config.json").is_file()
     assert Path("office-adapter/adapter_config.json").is_file()
     assert capsys.readouterr().out.startswith("0 None None\n1 ")
+
+
+def test_the_readmes_preferences_run(tmp_path, monkeypatch):
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if '"dpo"' in t)
+    (row,) = (json.loads(t) for t in blocks(ROOT / "README.md", "json") if '"rejected"' in t)
+    assert len(config.strip().splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    for client in ("north", "south"):
+        rows = []
+        for number in range(12):
+            question = {**row["prompt"][0], "content": f"{client} {number}?"}
+            rows.append(row | {"prompt": [question], "chosen": "ab"})
+        Path(f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("preferences.toml").write_text(config)
+    base = tiny_llama(tmp_path / "base")
+    overrides = [f"model.name={base}", "training.local-steps=2", "federation.num-rounds=1"]
+    run = FederatedTrainer(load_config("preferences.toml", overrides), "runs/preferences")
+    run.train()
+    rounds = RunResults.load("runs/preferences").rounds
+    assert rounds[0].evaluation.total.margin == 0 != rounds[1].evaluation.total.margin
 
 
 def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
@@ -369,6 +398,8 @@ def test_every_metric_is_documented(run_folder):
     names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
     assert rows[2]["carried_norm"] > 0
     written = set().union(*(keys_of(row, names) for row in rows))
+    # What only the scores of pairs have.
+    written |= Score(0.5, 1, 1, 1, margin=0.5).to_json().keys()
     assert written == told
 
 

@@ -37,6 +37,8 @@ THIRD_PARTY = {
     "markupsafe",
     "pyarrow",
     "ray",
+    "lm_eval",
+    "yaml",
 }
 """Libraries besides torch that are imported by the packages named in FLOORS only."""
 FLOORS: list[
@@ -75,7 +77,10 @@ FLOORS: list[
     },
     {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},
-    {"flower": THIRD_PARTY},
+    {
+        "flower": THIRD_PARTY,
+        "benchmark": {"lm_eval", "yaml", "jinja2", "datasets", "transformers", "msgspec"},
+    },
     {"cli": {"typer", "rich", "msgspec"}},
 ]
 LOOSE_FILES = {"__init__", "__main__", "errors"}

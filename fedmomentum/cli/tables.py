@@ -58,9 +58,19 @@ ROUND_COLUMNS = (
     "down",
     "seconds",
 )
+SCORE_COLUMN = ROUND_COLUMNS.index("exact match")
+"""The column of which a score says what it holds, `Score.measure`."""
 
 
 # ── a run ──
+
+
+OPTIMIZER_STATES = {
+    "fresh": "fresh in every round",
+    "shared": "starts a round with the clients' mean moments",
+    "shared-full": "starts a round with the clients' mean moments, sent in full",
+    "local": "starts a round with the client's own moments",
+}
 
 
 def plan_table(plan: Plan, out: Path) -> Table:
@@ -71,6 +81,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "adapted": "; ".join(plan.adapted),
         "not adapted": "; ".join(plan.not_adapted),
         "method": plan.method,
+        "optimizer": OPTIMIZER_STATES.get(plan.optimizer_state, plan.optimizer_state),
+        "learned": plan.objective,
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
         f"{human_bytes(plan.downlink_bytes)} down",
@@ -116,6 +128,8 @@ def round_cells(record: RoundRecord) -> list[str]:
         score = record.evaluation.total
         loss = number(score.loss if score.num_tokens else None)
         exact_match = f"{percent(score.exact_match)} of {score.num_examples}"
+        if score.is_of_pairs:
+            exact_match += f", margin {number(score.mean_margin)}"
     error = record.exactness_error
     energy = record.retained_energy
     phases = msgspec.structs.astuple(record.seconds)
@@ -136,16 +150,25 @@ def summary_table(results: RunResults) -> Table:
     """Return base against federated model: exact match in percent with 95 % intervals, and loss."""
     from fedmomentum.results.summary import summarize_run
 
+    rows = summarize_run(results.rounds)
+    total = rows[0].federated or rows[0].base or NO_EXAMPLES
     columns = [Column(name, no_wrap=True) for name in ("base", "federated", "change", "loss")]
     table = Table(
         Column("", overflow="fold"),
         *columns,
-        title="Exact match on held-out examples, % [95 % interval]",
+        title=f"{total.measure.capitalize()} on held-out examples, % [95 % interval]",
     )
-    for _, group in groupby(summarize_run(results.rounds), key=lambda row: row.group):
+    if total.is_of_pairs:
+        margins = [_margin(score) for score in (rows[0].base, rows[0].federated)]
+        table.caption = f"mean margin: {' -> '.join(margins)}. The base is its own reference"
+    for _, group in groupby(rows, key=lambda row: row.group):
         _add_group(table, list(group))
         table.add_section()
     return table
+
+
+def _margin(score: Score | None) -> str:
+    return "-" if score is None or score.margin is None else number(score.mean_margin)
 
 
 def _add_group(table: Table, rows: Sequence[SummaryRow]) -> None:
@@ -210,16 +233,16 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
     from fedmomentum.results.method_summary import summarize_methods
 
     summaries = summarize_methods(comparison)
-    yield _scores_table(summaries, comparison.baseline)
+    yield _scores_table(summaries, comparison)
     if len(comparison.methods) > 1:
-        yield _differences_table(summaries, comparison.baseline)
-    yield _cost_table(summaries, comparison.baseline, comparison.target)
+        yield _differences_table(summaries, comparison)
+    yield _cost_table(summaries, comparison)
 
 
-def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
+def _scores_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     table = Table(
         "",
-        "exact match, last",
+        f"{comparison.measure}, last",
         "best",
         "loss, last",
         "best",
@@ -229,7 +252,7 @@ def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
     )
     for summary in summaries:
         table.add_row(
-            _method_name(summary, baseline),
+            _method_name(summary, comparison.baseline),
             mean_and_spread(summary.exact_match, 100, 1),
             mean_and_spread(summary.best_exact_match, 100, 1),
             mean_and_spread(summary.loss, 1, 3),
@@ -238,15 +261,16 @@ def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
     return table
 
 
-def _differences_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
+def _differences_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
+    baseline = comparison.baseline
     title = f"Difference to {baseline}, paired by seed, [95 % t-interval]"
-    table = Table("", "seeds", "exact match, points", "loss", title=Text(title))
+    table = Table("", "seeds", f"{comparison.measure}, points", "loss", title=Text(title))
     for summary in summaries:
         if summary.method == baseline:
             continue
         difference = summary.loss_difference
         table.add_row(
-            _method_name(summary, baseline),
+            _method_name(summary, comparison.baseline),
             str(difference.count if difference else 0),
             mean_and_interval(summary.exact_match_difference, 100, 1),
             mean_and_interval(difference, 1, 3),
@@ -254,20 +278,20 @@ def _differences_table(summaries: Sequence[MethodSummary], baseline: str) -> Tab
     return table
 
 
-def _cost_table(summaries: Sequence[MethodSummary], baseline: str, target: float) -> Table:
+def _cost_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     table = Table(
         "",
         "reached by",
         "rounds",
         "sent, both ways",
         "time",
-        title=f"To {target:.0%} exact match",
+        title=f"To {comparison.target:.0%} {comparison.measure}",
     )
     for summary in summaries:
         num_bytes = summary.bytes_to_target
         seconds = summary.seconds_to_target
         table.add_row(
-            _method_name(summary, baseline),
+            _method_name(summary, comparison.baseline),
             f"{summary.reached} of {len(summary.seeds)}",
             mean_and_spread(summary.rounds_to_target, 1, 1),
             human_bytes(num_bytes.mean) if num_bytes else "–",
@@ -286,8 +310,9 @@ def _method_name(summary: MethodSummary, baseline: str) -> Text:
 def evaluation_title(result: Result, comparison: ModelComparison) -> str:
     """Return what was scored: which model, on how many examples, and how."""
     how = ", answers generated" if comparison.by_generation else ""
-    num_examples = comparison.tuned.all.total.num_examples
-    return f"{result.title}: {num_examples} examples{how}; exact match in % [95 % interval]"
+    total = comparison.tuned.all.total
+    measure = f"{total.measure} in % [95 % interval]"
+    return f"{result.title}: {total.num_examples} examples{how}; {measure}"
 
 
 def evaluation_table(comparison: ModelComparison) -> Table:
@@ -295,7 +320,8 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     base = comparison.base
     tuned = comparison.tuned
     columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
-    table = Table(Column("", overflow="fold", min_width=8), *columns, "perplexity")
+    last = "margin" if tuned.all.total.is_of_pairs else "perplexity"
+    table = Table(Column("", overflow="fold", min_width=8), *columns, last)
     table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
     if len(base.by_client) > 1:
         table.add_section()
@@ -320,10 +346,13 @@ def evaluation_notes(comparison: ModelComparison) -> list[str]:
             f"{comparison.num_lost} more {verb} left out: the prompt alone is too long for "
             f"{comparison.max_length} tokens"
         )
+    if comparison.tuned.all.total.is_of_pairs:
+        notes.append("the base is its own reference: it prefers no answer to another")
     if comparison.num_cut:
+        effect = "compared so" if comparison.tuned.all.total.is_of_pairs else "never exact"
         notes.append(
             f"{comparison.num_cut} of the answers are cut at {comparison.max_length} tokens and "
-            "never exact"
+            f"{effect}"
         )
     return notes
 
@@ -333,6 +362,8 @@ def _score_cells(base: Score, tuned: Score) -> list[str]:
     if not base.num_tokens:
         return [*exact_matches, "-", "-"]
     loss = f"{number(base.loss)} -> {number(tuned.loss)}"
+    if tuned.is_of_pairs:
+        return [*exact_matches, loss, f"{_margin(base)} -> {_margin(tuned)}"]
     perplexity = f"{base.perplexity:.3g} -> {tuned.perplexity:.3g}"
     return [*exact_matches, loss, perplexity]
 

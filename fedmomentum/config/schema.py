@@ -58,7 +58,7 @@ class ModelConfig:
         parse_date(self.chat_date)
 
 
-CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules")
+CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules", "target-parameters")
 """The keys that `[lora.clients.NAME]` may hold."""
 
 
@@ -74,15 +74,26 @@ class LoraConfig:
         "expression that matches entire paths; empty: PEFT's choice for the architecture, and "
         "where PEFT has none, the projections of the decoder layers",
     )
+    target_parameters: list[str] = option(
+        [],
+        "endings of the paths of parameters to adapt: of 3-D ones that hold the experts of a "
+        'layer, such as "experts.down_proj", each expert for itself; without target-modules '
+        "nothing else is adapted",
+    )
     dropout: float = option(0.0, "LoRA dropout in local training")
     use_rslora: bool = option(False, "scale by lora-alpha / sqrt(rank)")
     modules_to_save: list[str] = option(
         [], "modules trained in full, in float32, and averaged by weight; names as above"
     )
+    start_from: str | None = option(
+        None,
+        "directory of a PEFT adapter to begin with, on the server or the machine of the run; its "
+        "rank and scaling may be others",
+    )
     clients: dict[str, Any] = option(
         {},
         "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, "
-        "target-modules",
+        "target-modules, target-parameters",
     )
 
     def __post_init__(self) -> None:
@@ -112,6 +123,7 @@ class LoraConfig:
         rank = table.get("rank", self.rank)
         alpha = table.get("lora-alpha", self.lora_alpha)
         modules = table.get("target-modules") or self.target_modules
+        parameters = table.get("target-parameters", self.target_parameters)
         require(
             type(rank) is int and 1 <= rank <= self.rank,
             f"{section}.rank",
@@ -122,11 +134,14 @@ class LoraConfig:
         is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         require(is_number and alpha > 0, f"{section}.lora-alpha", alpha, "a number above 0")
         check_modules(f"{section}.target-modules", modules)
+        are_names = isinstance(parameters, list) and all(isinstance(n, str) for n in parameters)
+        require(are_names, f"{section}.target-parameters", parameters, "a list of names")
         return dataclasses.replace(
             self,
             rank=rank,
             lora_alpha=float(alpha),
             target_modules=modules,
+            target_parameters=parameters,
             clients={},
         )
 

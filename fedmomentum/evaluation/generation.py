@@ -67,7 +67,7 @@ def generate(
     # The model inside a PEFT wrapper holds the adapters; the wrapper would only restore its own
     # settings.
     inner = inner_model(model)
-    with evaluation_mode(inner), _generation_config(inner, config):
+    with evaluation_mode(inner), generation_settings(inner, config):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [prompt_ids[row] for row in rows]
@@ -120,7 +120,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generation_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Replace a model's generation settings for a while.
 
     Passed to `generate`, settings would be completed by the model's own; in their place they stand

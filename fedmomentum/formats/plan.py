@@ -25,6 +25,8 @@ class Plan:
         adapted: The adapted modules, layers together.
         not_adapted: The other linear modules with the reason, if the base model is at hand.
         warnings: What the user should know before it starts.
+        optimizer_state: What the clients' optimizers start a round with.
+        objective: What is learned, as [training] says it.
     """
 
     model: str
@@ -40,3 +42,5 @@ class Plan:
     adapted: tuple[str, ...]
     not_adapted: tuple[str, ...]
     warnings: tuple[str, ...]
+    optimizer_state: str = "fresh"
+    objective: str = ""

@@ -58,6 +58,7 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     adapted: list[str] = []
     not_adapted: list[str] = []
     warnings: list[str] = []
+    optimizer_state: str = "fresh"
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):

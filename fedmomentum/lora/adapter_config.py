@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.patterns import Patterns
+from fedmomentum.lora.peft_layout import DeclaredTargets
 from fedmomentum.utils.schema import Fraction, check_free_form, validation_message
 
 Rank = Annotated[int, Meta(ge=1, le=2**20)]
@@ -33,6 +34,8 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     modules_to_save: Annotated[list[ModuleName], Meta(max_length=256)] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: Annotated[list[ModuleName], Meta(max_length=100_000)] | None = None
     base_model_name_or_path: Line | None = None
     revision: Line | None = None
     task_type: Line | None = None
@@ -60,6 +63,11 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.convert(known, cls)
         except (msgspec.ValidationError, RecursionError) as problem:
             raise AdapterError(f"{where}: {validation_message(problem)}") from problem
+
+    @property
+    def targets(self) -> DeclaredTargets:
+        """The modules and parameters that PEFT adapts."""
+        return DeclaredTargets(self.target_modules, self.target_parameters or ())
 
     def ranks(self, name: str) -> Patterns[int]:
         """Return the `rank_pattern`, compiled."""

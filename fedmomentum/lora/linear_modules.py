@@ -33,7 +33,10 @@ BYPASSED = (
     "the model uses its weight without calling the module, so an adapter would have no effect"
 )
 TIED = "shares its weight with another module"
-EXPERT_NAME = "PEFT takes its name for that of the experts' weights"
+EXPERT_NAME = (
+    "PEFT takes its name for that of the experts' weights; it can be adapted by the path of its "
+    "weight in target-parameters"
+)
 FORBIDDEN = "PEFT does not adapt it in this architecture"
 # Modules that would have an adapter and never train it.
 IDLE = (UNUSED, UNTRAINED)
@@ -59,6 +62,8 @@ class LinearModules:
         sizes: Path of each linear module to the smaller side of its weight.
         reasons: Path to why it is left out, for those that are.
         others: Path to kind, of the modules and parameters that hold weights and are not linear.
+        embeddings: Paths of the embeddings among the others, which can be adapted by name.
+        parameters: Paths of all parameters that are matrices or stacks of them.
         default: PEFT's target modules for this architecture: names, an expression, or None.
     """
 
@@ -66,6 +71,8 @@ class LinearModules:
     sizes: Mapping[str, int]
     reasons: Mapping[str, str]
     others: Mapping[str, str]
+    embeddings: tuple[str, ...]
+    parameters: tuple[str, ...]
     default: list[str] | str | None
 
 
@@ -88,6 +95,8 @@ def find_linear_modules(model: nn.Module) -> LinearModules:
         sizes={path: min(module.weight.shape) for path, module in linear.items()},
         reasons=_find_reasons(model, linear),
         others=others,
+        embeddings=tuple(p for p, m in model.named_modules() if isinstance(m, nn.Embedding)),
+        parameters=tuple(p for p, tensor in model.named_parameters() if tensor.ndim > 1),
         default=default_targets(model),
     )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 from fedmomentum.errors import AdapterError
+from fedmomentum.lora.live_layers import LoraLayer
 from fedmomentum.lora.target_names import is_called
 from fedmomentum.utils.text import printable
 
@@ -62,7 +62,7 @@ def _find_saved(model: nn.Module, name: str, paths: Sequence[str]) -> list[str]:
     return matches
 
 
-def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
+def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Refuse to adapt a weight that two modules share: a residual would change both, or twice.
 
     Args:
@@ -77,12 +77,14 @@ def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             owners_by_weight.setdefault(id(weight), []).append(path)
-    for path, layer in layers.items():
-        owners = owners_by_weight.get(id(layer.base_layer.weight), [])
-        others = [owner for owner in owners if not owner.startswith(path)]
+    for layer in layers.values():
+        if layer.expert is not None:
+            continue
+        owners = owners_by_weight.get(id(layer.layer.get_base_layer().weight), [])
+        others = [owner for owner in owners if not owner.startswith(layer.path)]
         if others:
             raise AdapterError(
-                f"module {path} shares its weight with {', '.join(others)} (tied weights); "
+                f"module {layer.path} shares its weight with {', '.join(others)} (tied weights); "
                 "adapting it would change both. Remove it from target-modules"
             )
 

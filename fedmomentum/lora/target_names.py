@@ -28,7 +28,7 @@ def is_target(module: str, setting: Sequence[str] | str) -> bool:
 
 
 def is_called(path: str, name: str) -> bool:
-    """Return whether a name in PEFT's lists stands for the module at this path."""
+    """Return whether a name in PEFT's lists stands for the module or parameter at this path."""
     return path == name or path.endswith(f".{name}")
 
 

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.linear_modules import IDLE, REFUSED, LinearModules
 from fedmomentum.lora.target_checks import suggestion
-from fedmomentum.lora.target_names import ALL_LINEAR, ATTENTION, alternatives, is_target
+from fedmomentum.lora.target_names import (
+    ALL_LINEAR,
+    ATTENTION,
+    alternatives,
+    is_called,
+    is_target,
+)
 from fedmomentum.utils.text import printable
 
 # Where a module is in one of the repeated layers: `model.layers.3.mlp.up_proj`.
@@ -23,7 +29,7 @@ _EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
 # Reasons of this file, besides those of `linear_modules`.
 SAVED = "trained in full"
 SMALL = "has a side smaller than the rank"
-EXPERTS = "all experts of a layer in one parameter"
+EXPERTS = "the experts of a layer, not in target-parameters"
 NOT_CHOSEN = "not in target-modules"
 
 
@@ -34,11 +40,14 @@ class Targets:
     Attributes:
         modules: Their paths, sorted.
         names: What PEFT is given: the names as they were, if they mean the same to PEFT.
+        parameters: The paths of parameters that are adapted: stacks of experts, of which each gets
+            factors of its own, and weights of linear modules.
         left_out: Path of every other linear module, and of experts, to why it is not adapted.
     """
 
     modules: tuple[str, ...]
     names: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -48,6 +57,7 @@ def choose_targets(
     *,
     rank: int,
     saved: Collection[str] = (),
+    parameters: Sequence[str] = (),
 ) -> Targets:
     """Return the modules that a setting stands for in a model.
 
@@ -58,21 +68,27 @@ def choose_targets(
             for the projections of the decoder layers.
         rank: The rank of the adapter; a matrix with a smaller side has no adapter of that rank.
         saved: Paths of the modules that are trained in full.
+        parameters: Endings of the paths of parameters, such as `experts.down_proj`. With some, and
+            without a setting, no module is adapted.
 
     Raises:
         AdapterError: If a name, or a part of the expression, stands for nothing that can be
             adapted.
     """
     reasons = dict(model.reasons)
-    for path, size in model.sizes.items():
+    for path in [*model.sizes, *model.embeddings]:
         if any(path == owner or path.startswith(f"{owner}.") for owner in saved):
             reasons[path] = SAVED
-        elif size < rank and path not in reasons:
+        elif model.sizes.get(path, rank) < rank and path not in reasons:
             reasons[path] = SMALL
+    adapted = _find_parameters(model, parameters)
 
     # A general wish takes what is possible; what is named must be possible.
     names: Sequence[str] = ()
-    if not setting:
+    modules: list[str] = []
+    if not setting and adapted:
+        pass  # as in PEFT, these alone
+    elif not setting:
         names = model.default if isinstance(model.default, list) else ()
         modules = _default_modules(model, reasons)
     elif setting in (ALL_LINEAR, ATTENTION):
@@ -80,16 +96,41 @@ def choose_targets(
     else:
         modules = _named_modules(model, setting, reasons)
         names = () if isinstance(setting, str) else setting
-    if not modules:
+    if not modules and not adapted:
         kinds = sorted(set(reasons.values())) or ["it has none"]
         raise AdapterError(
             f"target-modules {setting or '(default)'}: {model.kind} has no linear module to adapt "
             f"({'; '.join(kinds)})"
         )
 
-    left_out = {p: reasons.get(p, NOT_CHOSEN) for p in model.sizes if p not in set(modules)}
+    chosen = {*modules, *adapted, *(path.removesuffix(".weight") for path in adapted)}
+    left_out = {path: reasons.get(path, NOT_CHOSEN) for path in model.sizes}
     left_out |= {path: EXPERTS for path in model.others if _EXPERTS_PART.search(path)}
-    return Targets(tuple(sorted(modules)), _names_for_peft(model, names, modules), left_out)
+    return Targets(
+        tuple(sorted(modules)),
+        _names_for_peft(model, names, modules),
+        tuple(adapted),
+        {path: reason for path, reason in left_out.items() if path not in chosen},
+    )
+
+
+def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
+    """Return the paths of the parameters that are adapted; every name must stand for some.
+
+    Raises:
+        AdapterError: If one stands for nothing.
+    """
+    found: set[str] = set()
+    for name in names:
+        matched = [path for path in model.parameters if is_called(path, name)]
+        if not matched:
+            hint = suggestion(name, list(model.parameters))
+            raise AdapterError(
+                f"target-parameters: {printable(name)} is no parameter of {model.kind} with two or "
+                f"three dimensions{hint}"
+            )
+        found |= set(matched)
+    return sorted(found)
 
 
 def _default_modules(model: LinearModules, reasons: Mapping[str, str]) -> list[str]:
@@ -124,7 +165,7 @@ def _named_modules(
     for shown, part in parts:
         _check_part(model, shown, part, reasons)
 
-    matched = [path for path in model.sizes if is_target(path, setting)]
+    matched = [path for path in [*model.sizes, *model.embeddings] if is_target(path, setting)]
     return [path for path in matched if reasons.get(path) not in IDLE]
 
 
@@ -141,12 +182,14 @@ def _check_part(
     """
     where = f"target-modules: {printable(shown, 200)}"
     others = [path for path in model.others if is_target(path, part)]
+    others = [path for path in others if path not in model.embeddings]
     if others:
         raise AdapterError(
-            f"{where} stands for {others[0]}, a {model.others[others[0]]}; only linear modules can "
-            "be adapted. Leave it out, or name the linear modules with more of their path"
+            f"{where} stands for {others[0]}, a {model.others[others[0]]}; only linear modules and "
+            "embeddings can be adapted here, and experts by target-parameters. Leave it out, or "
+            "name the linear modules with more of their path"
         )
-    matched = [path for path in model.sizes if is_target(path, part)]
+    matched = [path for path in [*model.sizes, *model.embeddings] if is_target(path, part)]
     if not matched:
         if isinstance(part, str):
             raise AdapterError(

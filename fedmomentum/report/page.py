@@ -10,7 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.formats.scores import NO_EXAMPLES
 from fedmomentum.report.figures import aggregation, cost, scores
+from fedmomentum.report.figures.benchmarks import benchmark_plots
 from fedmomentum.report.figures.lines import present
 from fedmomentum.report.figures.svg import Plot
 from fedmomentum.report.html import render, write_page
@@ -93,6 +95,7 @@ def _content(run: RunResults) -> dict[str, Any]:
             ("category", _named_categories(summary)),
             ("client", [row for row in summary if row.group == "client"]),
         ],
+        "measure": (summary[0].federated or summary[0].base or NO_EXAMPLES).measure,
         "before": find_base_round(rounds),
         "after": find_federated_round(rounds),
         "best": _best_round(rounds),
@@ -119,6 +122,7 @@ def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plo
     by_client = scores.intervals_plot(summary, "client", "By client")
     return {
         "interval_plots": present(by_category, by_client),
+        "benchmark_plots": benchmark_plots(run.benchmarks) if run.benchmarks else [],
         "score_plots": present(
             scores.exact_match_plot(run.rounds),
             scores.evaluation_loss_plot(run.rounds),
@@ -173,6 +177,7 @@ def _plan_facts(run: RunResults) -> Facts:
     facts = [
         ("Model", plan.model),
         ("Method", plan.method),
+        ("Optimizer state", plan.optimizer_state),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
         ("Parameters", count(plan.num_parameters)),
         ("Trained on each client", trained),

@@ -11,6 +11,7 @@ from fedmomentum.base_model.load_checks import max_positions
 from fedmomentum.formats.plan import Plan
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.lora.module_summary import summarize, summarize_left_out
+from fedmomentum.objectives.choice import make_objective
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -27,13 +28,16 @@ def make_plan(
 ) -> Plan:
     """Estimate what a run on this machine will cost; see `Plan`."""
     traffic = _traffic(config, model.adapter, method, len(clients))
-    longest = max(len(ids) for client in clients for ids in client.train.input_ids)
+    longest = max(client.train.longest for client in clients)
     # Activations of a training step: some 24 vectors a layer and token, and the logits.
     text = local.peft.config.get_text_config()
     width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
     activations = (
         config.training.batch_size * longest * (24 * width * local.dtype.itemsize + 4 * 1024)
     )
+    # Both answers of a pair are rows of the batch.
+    if config.training.objective == "dpo":
+        activations *= 2
     # Adapted weights of a 16-bit base have a float32 copy.
     weights = local.num_parameters * local.dtype.itemsize + (
         traffic.dense if local.dtype.itemsize < 4 else 0
@@ -198,4 +202,6 @@ def _plan(
         adapted=tuple(summarize(model.adapter.modules)),
         not_adapted=(),
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
+        optimizer_state=config.training.optimizer_state,
+        objective=make_objective(config.training).settings,
     )

@@ -325,9 +325,10 @@ class Server:
                 self._config, reader.lora(client), manifest, num_examples, seed
             )
         self._callbacks.on_evaluate(list(clients))
+        of_pairs = self._config.training.objective == "dpo"
 
         def accept(reply: Reply) -> None:
-            check_evaluation(reply, num_examples, num_modules)
+            check_evaluation(reply, num_examples, num_modules, of_pairs=of_pairs)
 
         replies, self.state = self._exchange.ask(
             self.model, self.state, requests, server_round, accept

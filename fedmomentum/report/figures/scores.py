@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fedmomentum.formats.round_record import RoundRecord
-from fedmomentum.formats.scores import Score
+from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.report.figures.curves import (
     Curve,
     curves_legend,
@@ -22,7 +22,6 @@ from fedmomentum.report.figures.lines import MAX_BARS, Rounds, Texts, omitted_no
 from fedmomentum.report.figures.svg import GRID, INK, PAPER, SERIES, SOFT, Key, Plot, make_plot
 from fedmomentum.results.summary import SummaryRow, natural_order, scored
 
-LOSS_LABEL = "loss (nats per token)"
 # Up to so many bars are drawn with more space.
 ROOMY_BARS = 20
 
@@ -37,16 +36,17 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     if len(lines) < 2:
         return None
     shown = lines[:MAX_BARS]
+    total = summary[0].federated or summary[0].base or NO_EXAMPLES
 
     def draw(axes: Axes) -> None:
         # Two intervals a group, the base model's above.
         for y, row in enumerate(shown):
-            _draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
-            _draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
+            draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
+            draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
         # A line separates the total from the groups.
         axes.axhline(0.5, color=GRID, linewidth=0.8)
         names = [row.name for row in shown]
-        name_axes(axes, names, group, "exact match (%), 95 % interval")
+        name_axes(axes, names, group, f"{total.measure} (%), 95 % interval")
         axes.set_xlim(-1, min(101.0, 1.04 * axes.dataLim.x1 + 1))
         axes.spines["left"].set_visible(False)
 
@@ -64,16 +64,15 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
         f"intervals-{group}",
         title,
         draw,
-        caption=(
-            f"The fraction of examples answered exactly, with its 95 % Wilson interval.{note}"
-        ),
+        caption=f"{_fraction(total)}, with its 95 % Wilson interval.{note}",
         data=data,
         height=0.75 + bar_height * len(shown),
         legend=(Key("base model", SOFT, "ring"), Key("federated", SERIES[0], "dot")),
     )
 
 
-def _draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
+def draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
+    """Draw a score as a point with its interval; nothing for None."""
     if score is None:
         return
     low, high = score.interval
@@ -100,6 +99,7 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
     band = 100 * np.array([score.interval for _, score in totals])
     curve = [(server_round, 100 * score.exact_match) for server_round, score in totals]
     clients = _client_curves(rounds, lambda score: 100 * score.exact_match)
+    measure = totals[0][1].measure
 
     def draw(axes: Axes) -> None:
         # The interval over all examples, behind the curves.
@@ -110,7 +110,7 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
             ends = 2 * evaluated_rounds
             axes.plot(ends, band[0], color=INK, alpha=0.3, linewidth=5, solid_capstyle="butt")
         draw_curves(axes, curve, clients)
-        round_axes(axes, "exact match (%)")
+        round_axes(axes, f"{measure} (%)")
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(-2.0, bottom), min(102.0, top))
 
@@ -123,15 +123,19 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
     note = _uneven_note(score for _, score in totals)
     return make_plot(
         "exact-match",
-        "Exact match by round",
+        f"{measure.capitalize()} by round",
         draw,
-        caption=(
-            "Fraction of examples answered exactly; shaded, the 95 % interval over all "
-            f"examples.{note}"
-        ),
+        caption=f"{_fraction(totals[0][1])}; shaded, the 95 % interval over all examples.{note}",
         data=data,
         legend=curves_legend("all examples", clients),
     )
+
+
+def _fraction(score: Score) -> str:
+    """Return what the exact match is a fraction of."""
+    if score.is_of_pairs:
+        return "Fraction of pairs whose chosen answer has the larger reward"
+    return "Fraction of examples answered exactly"
 
 
 def evaluation_loss_plot(rounds: Rounds) -> Plot | None:
@@ -143,7 +147,9 @@ def evaluation_loss_plot(rounds: Rounds) -> Plot | None:
         for client, score in _all_scores(record).items():
             cells = (score.num_examples, score.num_tokens, score.nll, score.loss)
             data.append((record.round, client, *cells))
-    texts = Texts("loss", "Test loss by round", LOSS_LABEL, "Mean loss on the test examples.")
+    texts = Texts(
+        "loss", "Test loss by round", _loss_label(rounds), "Mean loss on the test examples."
+    )
     return _loss_plot(texts, "all examples", curve, clients, data)
 
 
@@ -164,11 +170,18 @@ def train_loss_plot(rounds: Rounds) -> Plot | None:
     texts = Texts(
         "train-loss",
         "Training loss by round",
-        LOSS_LABEL,
+        _loss_label(rounds),
         "Mean loss of the local steps, while they were taken; the clients weighted as in the "
         "aggregation.",
     )
     return _loss_plot(texts, "weighted mean", curve, clients, data)
+
+
+def _loss_label(rounds: Rounds) -> str:
+    """Return the label of an axis of losses."""
+    totals = _total_scores(rounds)
+    score = totals[0][1] if totals else NO_EXAMPLES
+    return f"loss ({score.loss_unit})"
 
 
 def _loss_plot(
