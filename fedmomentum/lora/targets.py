@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedmomentum.errors import AdapterError
-from fedmomentum.lora.linear_modules import REFUSED, UNUSED, LinearModules
+from fedmomentum.lora.linear_modules import IDLE, REFUSED, LinearModules
 from fedmomentum.lora.target_checks import suggestion
 from fedmomentum.lora.target_names import (
     ALL_LINEAR,
@@ -167,7 +167,7 @@ def _named_modules(
 
     adaptable = [*model.sizes, *_named_embeddings(model, setting)]
     matched = [path for path in adaptable if is_target(path, setting)]
-    return [path for path in matched if reasons.get(path) != UNUSED]
+    return [path for path in matched if reasons.get(path) not in IDLE]
 
 
 def _named_embeddings(model: LinearModules, setting: Sequence[str] | str) -> tuple[str, ...]:
@@ -218,7 +218,8 @@ def _check_part(
             f"{where} stands for {refused[0]}, which cannot be adapted: {reasons[refused[0]]}. "
             "Leave it out"
         )
-    if all(reasons.get(path) == UNUSED for path in matched):
+    if all(reasons.get(path) in IDLE for path in matched):
         raise AdapterError(
-            f"{where} stands for {matched[0]}, which is {UNUSED}, so that nothing would be trained"
+            f"{where} stands for {matched[0]}, where nothing would be trained: "
+            f"{reasons[matched[0]]}"
         )
