@@ -3,8 +3,8 @@
 import io
 import json
 import logging
-import time
 import threading
+import time
 
 import pytest
 
