@@ -29,7 +29,7 @@ _EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
 # Reasons of this file, besides those of `linear_modules`.
 SAVED = "trained in full"
 SMALL = "has a side smaller than the rank"
-EXPERTS = "all experts of a layer in one parameter"
+EXPERTS = "the experts of a layer, not in target-parameters"
 NOT_CHOSEN = "not in target-modules"
 
 
