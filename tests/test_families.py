@@ -25,6 +25,7 @@ EVERY_TIME = (
     "hrm_text",
     "jamba",
     "jetmoe",
+    "laguna",
     "llama",
     "llama4",
     "mamba",
