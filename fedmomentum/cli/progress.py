@@ -15,7 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.cli.tables import ROUND_COLUMNS, partition_table, plan_table, round_cells
+from fedmomentum.cli.tables import (
+    CLASSIFIER_SCORE,
+    ROUND_COLUMNS,
+    SCORE_COLUMN,
+    partition_table,
+    plan_table,
+    round_cells,
+)
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.utils.terminal import log_handler
 
@@ -154,8 +161,12 @@ class RunView(Callback):
         self._progress.update(self._rounds_bar, completed=record.round)
         cells = round_cells(record)
         self._table.add_row(*cells)
+        evaluation = record.evaluation
+        if evaluation is not None and evaluation.total.by_label:
+            self._table.columns[SCORE_COLUMN].header = CLASSIFIER_SCORE
         if not self._console.is_terminal:
-            named_cells = zip(ROUND_COLUMNS, cells, strict=True)
+            names = [str(column.header) for column in self._table.columns]
+            named_cells = zip(names, cells, strict=True)
             line = ", ".join(f"{name} {cell}" for name, cell in named_cells if cell)
             self._console.print(Text(line), soft_wrap=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,8 @@ MAX_ABSENCES = 12
 """Clients with missing updates that are named when a run ends; the report names all."""
 MAX_CATEGORIES = 8
 """Categories with a column of their own in the table of the partition: what a terminal fits."""
+MAX_LABELS = 20
+"""Labels of a classifier that the plan names; plan.json names all."""
 MAX_CLIENTS = 40
 """Clients with a row of their own in the table of the partition: a screenful."""
 NUM_EXTREMES = 6
@@ -58,6 +60,9 @@ ROUND_COLUMNS = (
     "down",
     "seconds",
 )
+SCORE_COLUMN = ROUND_COLUMNS.index("exact match")
+CLASSIFIER_SCORE = "accuracy, macro F1"
+"""What that column holds for a classifier."""
 
 
 # ── a run ──
@@ -75,10 +80,23 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "memory": f"about {human_bytes(plan.memory_bytes)}",
         "disk": f"at most {human_bytes(plan.disk_bytes)} in {out}",
     }
+    if plan.labels:
+        rows["labels"] = _label_list(plan.labels)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))
     return table
+
+
+def _label_list(labels: Mapping[str, int | None]) -> str:
+    """Return a classifier's labels, each with its number of training examples where known."""
+    shown = []
+    for label, num_examples in list(labels.items())[:MAX_LABELS]:
+        number_text = "" if num_examples is None else f" ({count(num_examples)})"
+        shown.append(printable(label, 60) + number_text)
+    num_more = len(labels) - len(shown)
+    more = f" and {num_more} more" if num_more else ""
+    return f"{len(labels)}: {', '.join(shown)}{more}"
 
 
 def partition_table(clients: Sequence[Client]) -> Table:
@@ -113,6 +131,8 @@ def round_cells(record: RoundRecord) -> list[str]:
         score = record.evaluation.total
         loss = number(score.loss if score.num_tokens else None)
         exact_match = f"{percent(score.exact_match)} of {score.num_examples}"
+        if score.macro_f1 is not None:
+            exact_match += f", {percent(score.macro_f1)}"
     error = record.exactness_error
     energy = record.retained_energy
     phases = msgspec.structs.astuple(record.seconds)
@@ -133,16 +153,25 @@ def summary_table(results: RunResults) -> Table:
     """Return base against federated model: exact match in percent with 95 % intervals, and loss."""
     from fedmomentum.results.summary import summarize_run
 
+    rows = summarize_run(results.rounds)
+    total = rows[0].federated or rows[0].base or NO_EXAMPLES
     columns = [Column(name, no_wrap=True) for name in ("base", "federated", "change", "loss")]
     table = Table(
         Column("", overflow="fold"),
         *columns,
-        title="Exact match on held-out examples, % [95 % interval]",
+        title=f"{total.measure.capitalize()} on held-out examples, % [95 % interval]",
     )
-    for _, group in groupby(summarize_run(results.rounds), key=lambda row: row.group):
+    if total.by_label:
+        macro_f1 = [_macro_f1(score) for score in (rows[0].base, rows[0].federated)]
+        table.caption = f"macro F1: {' -> '.join(macro_f1)}"
+    for _, group in groupby(rows, key=lambda row: row.group):
         _add_group(table, list(group))
         table.add_section()
     return table
+
+
+def _macro_f1(score: Score | None) -> str:
+    return "-" if score is None or score.macro_f1 is None else percent(score.macro_f1)
 
 
 def _add_group(table: Table, rows: Sequence[SummaryRow]) -> None:
@@ -283,8 +312,9 @@ def _method_name(summary: MethodSummary, baseline: str) -> Text:
 def evaluation_title(result: Result, comparison: ModelComparison) -> str:
     """Return what was scored: which model, on how many examples, and how."""
     how = ", answers generated" if comparison.by_generation else ""
-    num_examples = comparison.tuned.all.total.num_examples
-    return f"{result.title}: {num_examples} examples{how}; exact match in % [95 % interval]"
+    total = comparison.tuned.all.total
+    measure = f"{total.measure} in % [95 % interval]"
+    return f"{result.title}: {total.num_examples} examples{how}; {measure}"
 
 
 def evaluation_table(comparison: ModelComparison) -> Table:
@@ -292,7 +322,11 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     base = comparison.base
     tuned = comparison.tuned
     columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
-    table = Table(Column("", overflow="fold", min_width=8), *columns, "perplexity")
+    by_label = tuned.all.total.by_label
+    last = Column("F1" if by_label else "perplexity", no_wrap=bool(by_label))
+    table = Table(Column("", overflow="fold", min_width=8), *columns, last)
+    if by_label:
+        table.caption = "F1: of a label; for all and for a client the mean over the labels"
     table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
     if len(base.by_client) > 1:
         table.add_section()
@@ -304,13 +338,27 @@ def evaluation_table(comparison: ModelComparison) -> Table:
         for category in sorted(base.all.by_category.keys() | tuned.all.by_category.keys()):
             base_score = base.all.by_category.get(category, NO_EXAMPLES)
             tuned_score = tuned.all.by_category.get(category, NO_EXAMPLES)
-            table.add_row(Text(printable(category)), *_score_cells(base_score, tuned_score))
+            cells = _score_cells(base_score, tuned_score)
+            if by_label:
+                cells[-1] = _label_f1(category, base.all.total, tuned.all.total)
+            table.add_row(Text(printable(category)), *cells)
     return table
+
+
+def _label_f1(label: str, base: Score, tuned: Score) -> str:
+    """Return the F1 of a label in both models' scores."""
+    cells = []
+    for score in (base, tuned):
+        counts = score.by_label.get(label)
+        cells.append(percent(counts.f1) if counts else "-")
+    return " -> ".join(cells)
 
 
 def evaluation_notes(comparison: ModelComparison) -> list[str]:
     """Return which examples the scores leave out or count as wrong, and why."""
     notes = []
+    if comparison.tuned.all.total.by_label:
+        notes.append("the base is the classifier with the head that training starts from")
     if comparison.num_lost:
         verb = "is" if comparison.num_lost == 1 else "are"
         notes.append(
@@ -330,6 +378,8 @@ def _score_cells(base: Score, tuned: Score) -> list[str]:
     if not base.num_tokens:
         return [*exact_matches, "-", "-"]
     loss = f"{number(base.loss)} -> {number(tuned.loss)}"
+    if tuned.by_label:
+        return [*exact_matches, loss, f"{_macro_f1(base)} -> {_macro_f1(tuned)}"]
     perplexity = f"{base.perplexity:.3g} -> {tuned.perplexity:.3g}"
     return [*exact_matches, loss, perplexity]
 

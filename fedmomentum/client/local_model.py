@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
-from fedmomentum.base_model.hub import resolve_base
-from fedmomentum.base_model.identity import BaseIdentity, identify
-from fedmomentum.base_model.load_checks import translate_out_of_memory, vocabulary_size
-from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.classifier import head_modules
+from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.errors import ConfigError
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
@@ -32,7 +29,6 @@ from fedmomentum.lora.peft_model import (
     load_adapter,
     lora_layers,
 )
-from fedmomentum.utils.chat_date import set_chat_date
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -43,49 +39,6 @@ if TYPE_CHECKING:
 
 # Module path to the probe vectors U `(num_probes, out)` and X `(in, num_probes)`.
 ProbeVectors = dict[str, tuple[Tensor, Tensor]]
-
-
-# ── the base model of a process ───────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class LoadedBase:
-    """A loaded base model, shared by any number of `LocalModel`s of one process.
-
-    Attributes:
-        directory: The directory that it was loaded from.
-        identity: Its name and content hashes.
-        tokenizer: Its tokenizer.
-        model: The transformers model; it is never trained or changed.
-    """
-
-    directory: Path
-    identity: BaseIdentity
-    tokenizer: Any
-    model: Any = field(repr=False)
-
-    @classmethod
-    def from_config(cls, model: ModelConfig) -> LoadedBase:
-        """Find, identify and load the base model of a configuration.
-
-        Raises:
-            ModelError: If it cannot be found or loaded.
-        """
-        directory = resolve_base(model.name, model.revision)
-        device = pick_device(model.device)
-        identity = identify(model.name, directory, model.revision)
-        base = load_base(directory, pick_dtype(model.dtype, device), device)
-        tokenizer = load_tokenizer(directory, vocabulary_size(base))
-        set_chat_date(tokenizer, model.chat_date)
-        return cls(directory, identity, tokenizer, base)
-
-    def copy(self) -> Any:
-        """Return a model of the same tensors but with modules of its own, to attach an adapter."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-
-
-# ── the model that is trained ─────────────────────────────────────────────────────────────────────
 
 
 class LocalModel:
@@ -114,17 +67,19 @@ class LocalModel:
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
     ) -> None:
-        loaded = loaded or LoadedBase.from_config(model)
+        loaded = loaded or LoadedBase.from_config(model, model.labels)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
         base = loaded.copy()
+        # A classifier's head is trained in full, beside whatever else the user names.
+        self._head = head_modules(base, self.directory) if self.identity.labels else []
         self.num_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
         with translate_out_of_memory(f"an adapter on {model.name} does not fit"):
-            self.peft = _attach(base, lora, seed)
+            self.peft = self._attach(base, lora, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
 
         # What this client trains of it may have fewer modules and a lower rank.
@@ -143,10 +98,23 @@ class LocalModel:
         self._probe_vector_cache: tuple[int, ProbeVectors] = (-1, {})
         self._merge_probe_cache: _MergeProbes | None = None
 
+    def _attach(self, base: Any, lora: LoraConfig, seed: int) -> PeftModel:
+        saved = [name for name in lora.modules_to_save if name not in self._head]
+        return attach_adapter(
+            base,
+            rank=lora.rank,
+            lora_alpha=lora.lora_alpha,
+            target_modules=lora.target_modules or None,
+            dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            modules_to_save=[*self._head, *saved],
+            seed=seed,
+        )
+
     def _reattach(self, lora: LoraConfig) -> None:
         """Attach an adapter of these settings instead of the present one, on the same base."""
         if lora != self._attached_lora:
-            self.peft = _attach(detach_adapter(self.peft), lora, self._seed)
+            self.peft = self._attach(detach_adapter(self.peft), lora, self._seed)
             self._layers = lora_layers(self.peft)
             self._attached_lora = lora
 
@@ -370,16 +338,3 @@ class _MergeProbes:
     objects: tuple[str, ...]
     pretrained: dict[str, Tensor]
     merged: dict[str, Tensor]
-
-
-def _attach(base: Any, lora: LoraConfig, seed: int) -> PeftModel:
-    return attach_adapter(
-        base,
-        rank=lora.rank,
-        lora_alpha=lora.lora_alpha,
-        target_modules=lora.target_modules or None,
-        dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        modules_to_save=lora.modules_to_save,
-        seed=seed,
-    )

@@ -17,6 +17,7 @@ from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import stack_probes
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.half_precision import encode_factors, rounding_error, roundtrip, wire_dtype
+from fedmomentum.objectives.objective import CAUSAL_LM, Objective
 from fedmomentum.protocol.messages import (
     BASE_PROBES,
     EFFECTIVE_PROBES,
@@ -73,6 +74,7 @@ class Worker:
         method: The run's method as this client's configuration has it; it decides what is trained
             and what leaves the client.
         model: The model that it trains; the clients of one process may share one.
+        objective: What the model is trained and scored on.
         training_function: Trains the model, where the user gives a function for that.
         on_step: Called after every training step with (client, step, number of steps, loss).
         update_filter: Changes updates before they are encoded; none by default.
@@ -83,6 +85,7 @@ class Worker:
     test: TokenizedExamples
     method: Method
     model: LocalModel
+    objective: Objective = CAUSAL_LM
     training_function: TrainingFunction | None = None
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
     update_filter: UpdateFilter | None = None
@@ -98,6 +101,7 @@ class Worker:
         description = Description(
             sha256=model.identity.sha256 or "",
             tokenizer_sha256=model.identity.tokenizer_sha256 or "",
+            labels=model.identity.labels,
             num_parameters=model.num_parameters,
             num_train=len(self.train),
             num_test=len(self.test),
@@ -194,6 +198,7 @@ class Worker:
             seed=request.seed,
             on_step=self._report_step,
             penalty=penalty if has_penalty else None,
+            objective=self.objective,
             moments=moments,
         )
 
@@ -244,6 +249,7 @@ class Worker:
             examples,
             pad_token_id=self.model.tokenizer.pad_token_id,
             batch_size=batch_size,
+            objective=self.objective,
         )
 
     def _probe_tensors(self, seed: int | None) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedmomentum.config.schema import BUILT_IN_SOURCE, DataConfig
+from fedmomentum.config.schema import BUILT_IN_SOURCE, CAUSAL_LM, CLASSIFICATION, DataConfig
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
 from fedmomentum.data.examples import ClientData, Example, Prompt
+from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
 from fedmomentum.data.readers import column_texts, read_rows, to_examples
 from fedmomentum.errors import ConfigError, DataError
@@ -44,7 +45,7 @@ ClientExamples = dict[str, list[Example]]
 """The examples of each client, by its id."""
 
 
-def load_clients(config: DataConfig, seed: int) -> list[ClientData]:
+def load_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> list[ClientData]:
     """Load the examples of all clients, sorted by client id.
 
     Which client has which examples is decided by the first of these that applies:
@@ -60,6 +61,7 @@ def load_clients(config: DataConfig, seed: int) -> list[ClientData]:
     Args:
         config: The section [data] of the configuration.
         seed: Decides the built-in examples, the partition and what is held out.
+        task: The model's task, `model.task`; it decides which columns are read.
 
     Returns:
         The clients.
@@ -71,8 +73,8 @@ def load_clients(config: DataConfig, seed: int) -> list[ClientData]:
     """
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
-    examples = dict(sorted(assign_clients(config, seed).items()))
-    train, test = hold_out(config, examples, seed)
+    examples = dict(sorted(assign_clients(config, seed, task).items()))
+    train, test = hold_out(config, examples, seed, task)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
 
@@ -94,7 +96,7 @@ def _count_categories(examples: Sequence[Example]) -> dict[str, int]:
 # ── which client has which examples ───────────────────────────────────────────────────────────────
 
 
-def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
+def assign_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> ClientExamples:
     """Return all examples of each client, before any is held out.
 
     Raises:
@@ -103,14 +105,15 @@ def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
     if config.client_files:
         clients = {}
         for client, file in config.client_files.items():
-            _, clients[client] = read_source(file, config.split, config.category_column)
+            _, clients[client] = read_source(file, config.split, config.category_column, task)
         return clients
     if config.source == BUILT_IN_SOURCE:
         examples = task_examples(task_names(config), config.num_examples, seed)
-        return _simulate_clients(config, examples, seed)
-    rows, examples = read_source(config.source, config.split, config.category_column)
+        return _simulate_clients(config, examples, seed, has_categories=True)
+    rows, examples = read_source(config.source, config.split, config.category_column, task)
     if not config.client_column:
-        return _simulate_clients(config, examples, seed)
+        has_categories = config.category_column is not None or task == CLASSIFICATION
+        return _simulate_clients(config, examples, seed, has_categories=has_categories)
     # A column names the client of each row.
     owners = column_texts(rows, config.client_column, where=config.source)
     for number, owner in enumerate(owners, start=1):
@@ -119,13 +122,17 @@ def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
     return _by_owner(examples, owners)
 
 
-def read_source(source: str, split: str, category_column: str | None) -> tuple[Rows, list[Example]]:
+def read_source(
+    source: str, split: str, category_column: str | None, task: str = CAUSAL_LM
+) -> tuple[Rows, list[Example]]:
     """Read a file, directory or hub data set, as rows and as examples.
 
     Raises:
         DataError: If it cannot be used.
     """
     rows = read_rows(source, split=split)
+    if task == CLASSIFICATION:
+        return rows, to_labeled_examples(rows, where=source)
     return rows, to_examples(rows, category_column=category_column, where=source)
 
 
@@ -134,10 +141,11 @@ def task_names(config: DataConfig) -> list[str]:
     return list(config.tasks or DEFAULT_TASKS)
 
 
-def _simulate_clients(config: DataConfig, examples: Sequence[Example], seed: int) -> ClientExamples:
+def _simulate_clients(
+    config: DataConfig, examples: Sequence[Example], seed: int, *, has_categories: bool
+) -> ClientExamples:
     """Divide one source among numbered clients."""
     by_category = config.partition in ("dirichlet", "categories")
-    has_categories = config.source == BUILT_IN_SOURCE or config.category_column is not None
     if by_category and not has_categories:
         raise DataError(f'partition "{config.partition}" divides by category; give category-column')
     parts = partition(
@@ -170,7 +178,7 @@ def _by_owner(examples: Sequence[Example], owners: Sequence[str]) -> ClientExamp
 
 
 def hold_out(
-    config: DataConfig, clients: ClientExamples, seed: int
+    config: DataConfig, clients: ClientExamples, seed: int, task: str = CAUSAL_LM
 ) -> tuple[ClientExamples, ClientExamples]:
     """Return each client's training examples, and its test examples.
 
@@ -181,7 +189,7 @@ def hold_out(
         tests = _built_in_tests(config, clients, seed)
         return clients, _assign_in_proportion(tests, clients, seed)
     if config.test_source is not None:
-        return clients, _shared_tests(config, config.test_source, clients, seed)
+        return clients, _shared_tests(config, config.test_source, clients, seed, task)
     return _hold_out_fraction(config, clients, seed)
 
 
@@ -202,7 +210,7 @@ def _built_in_tests(config: DataConfig, clients: ClientExamples, seed: int) -> l
 
 
 def _shared_tests(
-    config: DataConfig, source: str, clients: ClientExamples, seed: int
+    config: DataConfig, source: str, clients: ClientExamples, seed: int, task: str
 ) -> ClientExamples:
     """Divide a common test set among the clients.
 
@@ -210,7 +218,7 @@ def _shared_tests(
     training examples of it.
     """
     # Leave out what is trained on.
-    rows, tests = read_source(source, config.test_split, config.category_column)
+    rows, tests = read_source(source, config.test_split, config.category_column, task)
     trained = _trained_prompts(clients)
     is_new = [_prompt_key(example.prompt) not in trained for example in tests]
     if not any(is_new):

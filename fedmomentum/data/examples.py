@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmomentum.errors import DataError
 from fedmomentum.utils.names import check_client_name
@@ -15,8 +16,17 @@ MAX_LABEL = 256
 MAX_CATEGORIES = 10_000
 """The most categories of a data set: as many as a client may report its scores by."""
 
-Prompt = str | tuple[dict[str, str], ...]
-"""Plain text, or the chat messages (``{"role": ..., "content": ...}``) before the answer."""
+
+class TextPair(NamedTuple):
+    """Two texts that are classified together."""
+
+    first: str
+    second: str
+
+
+Prompt = str | tuple[dict[str, str], ...] | TextPair
+"""Plain text, the chat messages (``{"role": ..., "content": ...}``) before the answer, or a pair of
+texts to classify."""
 
 
 def label_problem(text: str) -> str | None:
@@ -38,8 +48,8 @@ class Example:
 
     Attributes:
         prompt: Plain text, or the chat messages before the answer, each with exactly ``role`` and
-            ``content``.
-        completion: The text of the answer (the assistant's last turn), never empty.
+            ``content``; what is classified, a text or a pair of them.
+        completion: The text of the answer (the assistant's last turn), or the label; never empty.
         category: The label or task by which examples are partitioned and results reported: a short
             name.
         scoring: JSON that the task's own scorer needs; empty for an exact match of the stripped
@@ -77,6 +87,8 @@ def _check_prompt(prompt: object) -> None:
     """Refuse a prompt that holds no text, or messages of another shape."""
     if isinstance(prompt, str):
         has_text = bool(prompt.strip())
+    elif isinstance(prompt, TextPair):
+        has_text = bool(prompt.first.strip() and prompt.second.strip())
     elif isinstance(prompt, tuple):
         if not prompt:
             raise DataError(

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmomentum.data.continuation import continuation_ids
+from fedmomentum.data.examples import TextPair
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
 
@@ -236,6 +237,8 @@ def _prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a prompt as the model sees it."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, TextPair):
+        raise DataError("a pair of texts is classified, not answered; give a prompt instead")
     return _chat_text(prompt, tokenizer, ends_with_answer=False)
 
 

@@ -30,6 +30,8 @@ from fedmomentum.utils.schema import (
 FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 3
 
+MAX_LABELS = 10_000
+"""The most labels of a classifier: as many as a client may report its scores by."""
 MAX_RECIPES = 64
 """The most recipes that a client is sent."""
 MAX_PARTS = 4096
@@ -48,6 +50,7 @@ class Base(Schema, frozen=True, kw_only=True):
     revision: Text | None
     sha256: Hash | None
     tokenizer_sha256: Hash | None
+    labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
 
 
 class AdapterObjects(Schema, frozen=True, kw_only=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Plan:
         memory_bytes: Of this process, about.
         disk_bytes: Of the run directory, at most.
         warnings: What the user should know before it starts.
+        labels: Of a classifier, label to its number of training examples, in the order of the
+            head; None where only the clients know it.
     """
 
     model: str
@@ -36,3 +39,4 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     warnings: tuple[str, ...]
+    labels: Mapping[str, int | None] = field(default_factory=dict)

@@ -56,6 +56,7 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     memory_bytes: Count
     disk_bytes: Count
     warnings: list[str] = []
+    labels: dict[str, Count | None] = {}
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 
-from fedmomentum.utils.schema import Count, Schema
+from fedmomentum.formats.manifest import MAX_LABELS
+from fedmomentum.utils.schema import Count, Label, Schema
 
 LARGEST = 1e300
 """Larger numbers overflow as soon as something is done with them, be it drawing a curve."""
@@ -17,34 +19,91 @@ NORMAL_95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution: two-sided 95 %."""
 
 
+class LabelCounts(Schema, frozen=True, kw_only=False):
+    """How often a classifier was right on one label.
+
+    Attributes:
+        num_examples: Number of examples with the label.
+        num_predicted: Number of examples for which it was the most likely one.
+        num_exact: Number of examples of both kinds.
+    """
+
+    num_examples: Count
+    num_predicted: Count
+    num_exact: Count
+
+    def __post_init__(self) -> None:
+        """Check that the numbers fit each other."""
+        if self.num_exact > min(self.num_examples, self.num_predicted):
+            raise ValueError(
+                f"{self.num_exact} right predictions of {self.num_predicted} for "
+                f"{self.num_examples} examples of a label"
+            )
+
+    def __add__(self, other: LabelCounts) -> LabelCounts:
+        """Return the counts of both groups together."""
+        return LabelCounts(
+            self.num_examples + other.num_examples,
+            self.num_predicted + other.num_predicted,
+            self.num_exact + other.num_exact,
+        )
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of precision and recall; None for a label that does not occur."""
+        total = self.num_examples + self.num_predicted
+        return 2 * self.num_exact / total if total else None
+
+
 class Score(Schema, frozen=True, kw_only=False):
     """Sums over a group of held-out examples, so that groups and clients can be added.
 
     Attributes:
-        nll: Summed negative log-likelihood of the completion tokens, in nats.
-        num_tokens: Number of completion tokens, end tokens included.
+        nll: Summed negative log-likelihood of the completion tokens, or of the labels, in nats.
+        num_tokens: Number of completion tokens, end tokens included; of a classifier, of labels.
         num_examples: Number of examples.
-        num_exact: Number of examples that greedy generation answers word for word.
+        num_exact: Number of examples that greedy generation answers word for word, or whose label
+            is the most likely one.
+        by_label: Of a classifier, label to its counts.
     """
 
     nll: Annotated[float, Meta(ge=0, le=LARGEST)]
     num_tokens: Count
     num_examples: Count
     num_exact: Count
+    by_label: Annotated[dict[Label, LabelCounts], Meta(max_length=MAX_LABELS)] = {}
 
     def __post_init__(self) -> None:
         """Check that the numbers fit each other; msgspec reports a ValueError with the field."""
         if self.num_exact > self.num_examples:
             raise ValueError(f"{self.num_exact} exact answers of {self.num_examples} examples")
+        if not self.by_label:
+            return
+        counts = self.by_label.values()
+        sums = [
+            sum(count.num_examples for count in counts),
+            sum(count.num_predicted for count in counts),
+            sum(count.num_exact for count in counts),
+        ]
+        if sums != [self.num_examples, self.num_examples, self.num_exact]:
+            raise ValueError("the counts of its labels do not add up to the score")
 
     def __add__(self, other: Score) -> Score:
         """Return the score of both groups together."""
+        by_label = dict(self.by_label)
+        for label, counts in other.by_label.items():
+            by_label[label] = by_label[label] + counts if label in by_label else counts
         return Score(
             self.nll + other.nll,
             self.num_tokens + other.num_tokens,
             self.num_examples + other.num_examples,
             self.num_exact + other.num_exact,
+            dict(sorted(by_label.items())),
         )
+
+    def without_labels(self) -> Score:
+        """Return the score without its counts by label."""
+        return msgspec.structs.replace(self, by_label={}) if self.by_label else self
 
     @property
     def loss(self) -> float:
@@ -60,6 +119,21 @@ class Score(Schema, frozen=True, kw_only=False):
     def exact_match(self) -> float:
         """Fraction of the examples answered word for word; NaN without examples."""
         return self.num_exact / self.num_examples if self.num_examples else math.nan
+
+    @property
+    def measure(self) -> str:
+        """What people call `exact_match`: of a classifier it is the accuracy."""
+        return "accuracy" if self.by_label else "exact match"
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Mean F1 of the labels that occur as a label or as a prediction; None for no classifier.
+
+        It is scikit-learn's `f1_score(average="macro")`, with 0 for a label that was never right.
+        """
+        scores = (counts.f1 for counts in self.by_label.values())
+        occurring = [score for score in scores if score is not None]
+        return sum(occurring) / len(occurring) if occurring else None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -81,9 +155,9 @@ class Score(Schema, frozen=True, kw_only=False):
         high = 1.0 if self.num_exact == n else center + half_width
         return low, high
 
-    def to_json(self) -> dict[str, float | int | None]:
+    def to_json(self) -> dict[str, Any]:
         """Return the sums and what follows from them, as a row of metrics.jsonl holds them."""
-        return {
+        row = {
             "nll": self.nll,
             "num_tokens": self.num_tokens,
             "num_examples": self.num_examples,
@@ -92,6 +166,12 @@ class Score(Schema, frozen=True, kw_only=False):
             "perplexity": self.perplexity if self.num_tokens else None,
             "exact_match": self.exact_match if self.num_examples else None,
         }
+        if not self.by_label:
+            return row
+        by_label = {}
+        for label, counts in self.by_label.items():
+            by_label[label] = {**msgspec.structs.asdict(counts), "f1": counts.f1}
+        return {**row, "macro_f1": self.macro_f1, "by_label": by_label}
 
 
 NO_EXAMPLES = Score(0.0, 0, 0, 0)

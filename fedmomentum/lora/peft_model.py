@@ -214,6 +214,8 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
     config = model.peft_config[ADAPTER_NAME].to_dict()
     if isinstance(config.get("target_modules"), (set, frozenset)):
         config["target_modules"] = sorted(config["target_modules"])
+    if config.get("modules_to_save"):
+        config["modules_to_save"] = sorted(set(config["modules_to_save"]))
     tensors = {}
     for key, tensor in _live_tensors(model, layers).items():
         tensors[key] = tensor.detach().cpu().clone()

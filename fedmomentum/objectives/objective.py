@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F
@@ -51,18 +50,22 @@ class ExampleScore(NamedTuple):
         nll: Negative log-likelihood of its targets, summed, in nats.
         num_targets: Number of targets.
         is_exact: Whether the most likely class is the target at every position.
+        label: The name of its class; empty unless each example has one.
+        predicted: The name of the most likely class; empty likewise.
     """
 
     nll: float
     num_targets: int
     is_exact: bool
+    label: str = ""
+    predicted: str = ""
 
 
 class Objective(Protocol):
     """What a model is trained and scored on.
 
     Local training minimizes `loss`; evaluation sums `score` over the examples. A new task type is a
-    class with these methods, entered in `OBJECTIVES`.
+    class with these methods.
     """
 
     def collate(
@@ -137,5 +140,3 @@ class CausalLM:
 
 
 CAUSAL_LM: Objective = CausalLM()
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType({"causal-lm": CAUSAL_LM})
-"""Task type to its objective."""

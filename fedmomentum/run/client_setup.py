@@ -14,6 +14,7 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
 from fedmomentum.run.setup import load_data, set_threads, tokenized_clients, training_function
+from fedmomentum.run.task import check_task, require_labels
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.arguments import check_arguments
@@ -53,6 +54,8 @@ def prepare_client(
         ModelError: If the base model cannot be loaded.
     """
     check_arguments(config.training.arguments)
+    check_task(config)
+    require_labels(config.model)
     function = training_function(config)
     set_threads(config.run.threads)
     if (files := config.data.client_files) and client_id in files:

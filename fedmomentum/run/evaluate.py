@@ -7,18 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmomentum.base_model.load_checks import check_token_ids
-from fedmomentum.data.readers import read_rows, to_examples
-from fedmomentum.data.tokenization import TokenizedExamples, prompt_token_ids, tokenize
+from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
+from fedmomentum.data.client_data import read_source
+from fedmomentum.data.tokenization import TokenizedExamples, prompt_token_ids
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.tasks import Evaluation, GenerationTask
 from fedmomentum.evaluation.teacher_forcing import evaluate as evaluate_examples
 from fedmomentum.formats.run_files import PartitionFile, read_facts
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
-from fedmomentum.run.inference import DEFAULT_MAX_LENGTH, LoadSettings, ModelPair, _generated
+from fedmomentum.global_model.base_of import is_classifier
+from fedmomentum.run.inference import (
+    DEFAULT_MAX_LENGTH,
+    LoadSettings,
+    ModelPair,
+    _generated,
+    refuse_generation,
+)
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing_data
 from fedmomentum.run.saved_model import Result, open_result
 from fedmomentum.run.setup import held_out_order, load_data
+from fedmomentum.run.task import check_rows, make_rows, objective_of
 
 if TYPE_CHECKING:
     from fedmomentum.data.examples import Example
@@ -112,11 +120,18 @@ def evaluate_on(
     if max_length is not None and max_length < 2:
         raise ConfigError(f"--max-length must be at least 2; got {max_length}")
     # The examples: the user's, or those that the run itself held out.
-    if data is not None:
-        rows = to_examples(
-            read_rows(data, split=split), category_column=category_column, where=data
+    if by_generation:
+        refuse_generation(result)
+    is_labeled = is_classifier(result.model.adapter)
+    if is_labeled and category_column is not None:
+        raise ConfigError(
+            f"--category-column is {category_column!r}; a classifier is scored by label: leave it "
+            "out"
         )
-        parts = [_Part(data, rows[:limit])]
+    if data is not None:
+        task = CLASSIFICATION if is_labeled else CAUSAL_LM
+        _, examples = read_source(data, split, category_column, task)
+        parts = [_Part(data, examples[:limit])]
     else:
         if category_column is not None:
             raise ConfigError(
@@ -229,14 +244,15 @@ def _teacher_forced(
         if id(tokenizer) not in tokens_by_tokenizer:
             own = tokens_by_tokenizer[id(tokenizer)] = []
             for part in parts:
-                made = tokenize(
+                made = make_rows(
                     part.examples,
                     tokenizer,
+                    pair.labels,
                     max_length=max_length,
                     max_truncated_fraction=1,
                     owner=part.owner,
                 )
-                check_token_ids(pair.model, made.input_ids, part.owner)
+                check_rows(pair.model, made, pair.labels, part.owner)
                 own.append((part.client, made[: part.most]))
         return tokens_by_tokenizer[id(tokenizer)]
 
@@ -249,6 +265,7 @@ def _teacher_forced(
                 examples,
                 pad_token_id=pair.tokenizer.pad_token_id,
                 batch_size=batch_size,
+                objective=objective_of(pair.labels),
             )
             total = total + one
             if client:

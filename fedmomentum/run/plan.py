@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.load_checks import max_positions
 from fedmomentum.formats.plan import Plan
 from fedmomentum.lora.half_precision import wire_dtype
+from fedmomentum.run.task import count_labels
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -26,7 +27,9 @@ def make_plan(
 ) -> Plan:
     """Estimate what a run on this machine will cost; see `Plan`."""
     traffic = _traffic(config, model.adapter, method, len(clients))
+    labels = local.identity.labels
     longest = max(len(ids) for client in clients for ids in client.train.input_ids)
+    longest -= bool(labels)  # a row's label is no token
     # Activations of a training step: some 24 vectors a layer and token, and the logits.
     text = local.peft.config.get_text_config()
     width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
@@ -54,9 +57,10 @@ def make_plan(
         )
     # The adapter, its gradient and the moments of Adam; and the libraries themselves.
     memory = weights + 4 * traffic.uplink + activations + 700 * 2**20
-    return _plan(
+    plan = _plan(
         config, model, method, traffic, len(clients), local.num_parameters, memory, warnings
     )
+    return replace(plan, labels=count_labels(labels, [client.train for client in clients]))
 
 
 def served_plan(
@@ -85,7 +89,8 @@ def served_plan(
     )
     memory += 4 * traffic.largest_sum + 400 * 2**20
     parameters = max(fact.num_parameters for fact in facts.values())
-    return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
+    plan = _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
+    return replace(plan, labels=dict.fromkeys(model.base.labels))
 
 
 @dataclass(frozen=True)

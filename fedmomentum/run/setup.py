@@ -13,19 +13,20 @@ import torch
 
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.load_checks import check_max_length, check_token_ids
+from fedmomentum.base_model.load_checks import check_max_length
 from fedmomentum.client.client import Client
-from fedmomentum.client.local_model import LoadedBase, LocalModel
+from fedmomentum.client.loaded_base import LoadedBase
+from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
-from fedmomentum.data.tokenization import EMPTY_EXAMPLES, tokenize
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
+from fedmomentum.run.task import check_rows, check_task, find_labels, make_rows, objective_of
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.server.saved_run import committed_records, saved_settings
 from fedmomentum.training.arguments import check_arguments, check_num_examples, check_optimizer
@@ -66,10 +67,7 @@ def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
     if server_round not in retained_rounds(out):
         return  # for `RunDirectory.resume` to say
     manifest = read_manifest(round_file(out, server_round))
-    base = manifest.base
-    BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256).check(
-        loaded.local.identity
-    )
+    BaseIdentity.of(manifest.base).check(loaded.local.identity)
     check_data(out, loaded.data, server_round)
     has_moments = loaded.config.training.optimizer_state == "local"
     has_factors = bool(loaded.method.personal_factors)
@@ -96,6 +94,7 @@ def load_run(
     method = make_method(config)
     check_arguments(config.training.arguments)
     check_optimizer_state(config, method)
+    check_task(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
     if resume:
@@ -109,7 +108,8 @@ def load_run(
     callbacks.on_message("Reading the data")
     parties = load_data(config)
     callbacks.on_message(f"Loading {config.model.name}")
-    base = LoadedBase.from_config(config.model)
+    labels = find_labels(config.model, parties)
+    base = LoadedBase.from_config(config.model, labels)
     local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
@@ -282,7 +282,7 @@ def load_data(config: Config) -> list[ClientData]:
         ConfigError: If no data is named.
         DataError: If data cannot be used.
     """
-    return load_clients(config.data, derive_seed(config.run.seed, "data"))
+    return load_clients(config.data, derive_seed(config.run.seed, "data"), config.model.task)
 
 
 def held_out_order(config: Config, party: ClientData) -> list[Example]:
@@ -307,25 +307,27 @@ def tokenized_clients(
     }
     base = local.peft.get_base_model()
     check_max_length(base, config.data.max_length)
+    labels = local.identity.labels
+    objective = objective_of(labels)
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     cache: dict[str, StoredObject] = {}
     clients = []
     for party in parties:
-        test = held_out_order(config, party)
+        rows = {}
         held_out = f"{party.client_id} (held out)"
-        train_tokens = tokenize(party.train, local.tokenizer, owner=party.client_id, **limits)
-        test_tokens = (
-            tokenize(test, local.tokenizer, owner=held_out, **limits) if test else EMPTY_EXAMPLES
-        )
-        check_token_ids(base, train_tokens.input_ids, party.client_id)
-        check_token_ids(base, test_tokens.input_ids, held_out)
+        parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
+        for owner, examples in parts.items():
+            rows[owner] = make_rows(examples, local.tokenizer, labels, owner=owner, **limits)
+            check_rows(base, rows[owner], labels, owner)
+        train_tokens = rows[party.client_id]
         check_num_examples(len(train_tokens), hyperparameters, party.client_id)
         clients.append(
             Client(
                 client_id=party.client_id,
                 train=train_tokens,
-                test=test_tokens,
+                test=rows[held_out],
                 method=make_method(config),
+                objective=objective,
                 model=local,
                 store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
                 training_function=function,

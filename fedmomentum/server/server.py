@@ -327,7 +327,7 @@ class Server:
         self._callbacks.on_evaluate(list(clients))
 
         def accept(reply: Reply) -> None:
-            check_evaluation(reply, num_examples, num_modules)
+            check_evaluation(reply, num_examples, num_modules, self.model.base.labels)
 
         replies, self.state = self._exchange.ask(
             self.model, self.state, requests, server_round, accept

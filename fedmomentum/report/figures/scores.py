@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fedmomentum.formats.round_record import RoundRecord
-from fedmomentum.formats.scores import Score
+from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.report.figures.curves import (
     Curve,
     curves_legend,
@@ -37,6 +37,7 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     if len(lines) < 2:
         return None
     shown = lines[:MAX_BARS]
+    total = summary[0].federated or summary[0].base or NO_EXAMPLES
 
     def draw(axes: Axes) -> None:
         # Two intervals a group, the base model's above.
@@ -46,7 +47,7 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
         # A line separates the total from the groups.
         axes.axhline(0.5, color=GRID, linewidth=0.8)
         names = [row.name for row in shown]
-        name_axes(axes, names, group, "exact match (%), 95 % interval")
+        name_axes(axes, names, group, f"{total.measure} (%), 95 % interval")
         axes.set_xlim(-1, min(101.0, 1.04 * axes.dataLim.x1 + 1))
         axes.spines["left"].set_visible(False)
 
@@ -64,9 +65,7 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
         f"intervals-{group}",
         title,
         draw,
-        caption=(
-            f"The fraction of examples answered exactly, with its 95 % Wilson interval.{note}"
-        ),
+        caption=f"{_fraction(total)}, with its 95 % Wilson interval.{note}",
         data=data,
         height=0.75 + bar_height * len(shown),
         legend=(Key("base model", SOFT, "ring"), Key("federated", SERIES[0], "dot")),
@@ -100,6 +99,7 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
     band = 100 * np.array([score.interval for _, score in totals])
     curve = [(server_round, 100 * score.exact_match) for server_round, score in totals]
     clients = _client_curves(rounds, lambda score: 100 * score.exact_match)
+    measure = totals[0][1].measure
 
     def draw(axes: Axes) -> None:
         # The interval over all examples, behind the curves.
@@ -110,7 +110,7 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
             ends = 2 * evaluated_rounds
             axes.plot(ends, band[0], color=INK, alpha=0.3, linewidth=5, solid_capstyle="butt")
         draw_curves(axes, curve, clients)
-        round_axes(axes, "exact match (%)")
+        round_axes(axes, f"{measure} (%)")
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(-2.0, bottom), min(102.0, top))
 
@@ -123,15 +123,42 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
     note = _uneven_note(score for _, score in totals)
     return make_plot(
         "exact-match",
-        "Exact match by round",
+        f"{measure.capitalize()} by round",
         draw,
-        caption=(
-            "Fraction of examples answered exactly; shaded, the 95 % interval over all "
-            f"examples.{note}"
-        ),
+        caption=(f"{_fraction(totals[0][1])}; shaded, the 95 % interval over all examples.{note}"),
         data=data,
         legend=curves_legend("all examples", clients),
     )
+
+
+def macro_f1_plot(rounds: Rounds) -> Plot | None:
+    """Plot a classifier's macro F1 by round, on all examples and on each client's."""
+    totals = _total_scores(rounds)
+    curve = finite((server_round, _percent_f1(score)) for server_round, score in totals)
+    if not curve:
+        return None
+    clients = _client_curves(rounds, _percent_f1)
+    data: list[Sequence[Any]] = [("round", "client", "items", "macro_f1")]
+    for record in rounds:
+        for client, score in _all_scores(record).items():
+            data.append((record.round, client, score.num_examples, score.macro_f1))
+    texts = Texts(
+        "macro-f1",
+        "Macro F1 by round",
+        "macro F1 (%)",
+        "Mean of the labels' F1, each label counted once; a client's over the labels that it has.",
+    )
+    return _loss_plot(texts, "all examples", curve, clients, data)
+
+
+def _percent_f1(score: Score) -> float | None:
+    return None if score.macro_f1 is None else 100 * score.macro_f1
+
+
+def _fraction(score: Score) -> str:
+    """Return what the exact match is a fraction of."""
+    how = "whose label is predicted" if score.by_label else "answered exactly"
+    return f"Fraction of examples {how}"
 
 
 def evaluation_loss_plot(rounds: Rounds) -> Plot | None:

@@ -1,0 +1,62 @@
+"""`LoadedBase`: the base model of a process, which its clients share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedmomentum.base_model.classifier import set_pad_token
+from fedmomentum.base_model.hub import resolve_base
+from fedmomentum.base_model.identity import BaseIdentity, identify
+from fedmomentum.base_model.load_checks import vocabulary_size
+from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.utils.chat_date import set_chat_date
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A loaded base model, shared by any number of `LocalModel`s of one process.
+
+    Attributes:
+        directory: The directory that it was loaded from.
+        identity: Its name, content hashes and labels.
+        tokenizer: Its tokenizer.
+        model: The transformers model; it is never trained or changed.
+    """
+
+    directory: Path
+    identity: BaseIdentity
+    tokenizer: Any
+    model: Any = field(repr=False)
+
+    @classmethod
+    def from_config(cls, model: ModelConfig, labels: Sequence[str] = ()) -> LoadedBase:
+        """Find, identify and load the base model of a configuration.
+
+        Args:
+            model: The section [model] of the configuration.
+            labels: If given, load a sequence classifier with these labels.
+
+        Raises:
+            ModelError: If it cannot be found or loaded.
+        """
+        directory = resolve_base(model.name, model.revision)
+        device = pick_device(model.device)
+        identity = identify(model.name, directory, model.revision)
+        base = load_base(directory, pick_dtype(model.dtype, device), device, labels=labels)
+        tokenizer = load_tokenizer(directory, vocabulary_size(base), generates=not labels)
+        set_chat_date(tokenizer, model.chat_date)
+        if labels:
+            set_pad_token(base, tokenizer)
+        return cls(directory, replace(identity, labels=tuple(labels)), tokenizer, base)
+
+    def copy(self) -> Any:
+        """Return a model of the same tensors but with modules of its own, to attach an adapter."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
