@@ -13,18 +13,28 @@ import pytest
 import torch
 import typer
 
-from fedmomentum import Adapter, GlobalModel, aggregate_adapters, write_adapter
+from fedmomentum import (
+    Adapter,
+    FederatedTrainer,
+    GlobalModel,
+    RunResults,
+    aggregate_adapters,
+    load_config,
+    write_adapter,
+)
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.cli.main import app
 from fedmomentum.config.__main__ import render_reference
 from fedmomentum.config.toml import from_dict
+from fedmomentum.formats.scores import LabelCounts, Score
 from fedmomentum.linalg.low_rank import weighted_sum
 from fedmomentum.linalg.spectral import relative_error
 from fedmomentum.training.arguments import ALLOWED_ARGUMENTS, check_arguments
 from fedmomentum.utils.io import sha256
 from fedmomentum.utils.schema import Schema
 from tests.aggregation import test_method_contract as contract
+from tests.classifiers import labeled_rows, tiny_base, write_rows
 from tests.helpers import TOLERANCE, random_matrix
 from tests.runs import start, timeless, tiny_config
 from tests.tiny import tiny_llama
@@ -276,7 +286,7 @@ def test_the_table_of_methods_is_what_they_declare():
 
 def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     (text,) = (t for t in blocks(ROOT / "README.md", "python") if "FederatedTrainer" in t)
-    (config,) = blocks(ROOT / "README.md", "toml")
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if "client-files" in t)
     monkeypatch.chdir(tmp_path)
     for client in ("north", "south"):
         rows = [{"question": f"{client} {i}?", "answer": "ab"} for i in range(12)]
@@ -291,6 +301,20 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     assert Path("office-merged/config.json").is_file()
     assert Path("office-adapter/adapter_config.json").is_file()
     assert capsys.readouterr().out.startswith("0 None None\n1 ")
+
+
+def test_the_readmes_classifier_runs(tmp_path, monkeypatch):
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if "classification" in t)
+    assert len(config.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "tickets.jsonl", labeled_rows(0, 60))
+    base = tiny_base(tmp_path / "base", "bert")
+    Path("tickets.toml").write_text(config.replace("path/to/an-encoder", str(base)))
+    overrides = ["federation.num-rounds=1", "data.max-length=32", "training.local-steps=1"]
+    trainer = FederatedTrainer(load_config("tickets.toml", overrides), "runs/tickets")
+    assert trainer.train().base.labels == ("east", "north", "south")
+    rows = RunResults.load("runs/tickets").rounds
+    assert rows[1].evaluation.total.macro_f1 is not None
 
 
 def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
@@ -369,6 +393,8 @@ def test_every_metric_is_documented(run_folder):
     names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
     assert rows[2]["carried_norm"] > 0
     written = set().union(*(keys_of(row, names) for row in rows))
+    counts = {"x": LabelCounts(1, 2, 1), "y": LabelCounts(1, 0, 0)}
+    written |= keys_of(Score(0.5, 2, 2, 1, counts).to_json(), set(counts))
     assert written == told
 
 

@@ -96,10 +96,12 @@ def head_modules(model: Any, directory: Path) -> list[str]:
         model: The classifier as transformers loads it.
         directory: The checkpoint's directory.
     """
+    # Beside the encoder or decoder: all that has parameters.
     modules = []
     for name, module in model.named_children():
         if name != model.base_model_prefix and list(module.parameters()):
             modules.append(name)
+    # Inside it: a pooling layer that nobody has trained.
     has_pooler = any(_POOLER.search(name) for name in stored_tensors(directory))
     body = getattr(model, model.base_model_prefix, None)
     if getattr(body, "pooler", None) is not None and not has_pooler:
@@ -133,6 +135,7 @@ def initialize_head(
         directory: The checkpoint's directory.
         labels: The labels, in the order of the head's outputs.
     """
+    # What the checkpoint lacks, and what it holds for other labels.
     names = set(fresh)
     if stored_labels(directory) != tuple(labels):
         outputs = set(_outputs(model, len(labels)))
@@ -143,6 +146,7 @@ def initialize_head(
                 directory,
             )
         names |= outputs
+    # Each tensor from a generator of its own, named by the tensor.
     std = float(getattr(model.config.get_text_config(), "initializer_range", 0) or DEFAULT_STD)
     with torch.no_grad():
         for name in sorted(names):

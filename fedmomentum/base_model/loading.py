@@ -118,6 +118,7 @@ def load_base(
         )
     loading = LoadingInfo.of(info)
     if labels:
+        # Only a head may be missing; anything else makes the checkpoint incomplete.
         names = loading.missing.union(name for name, _, _ in loading.mismatched)
         fresh = {name for name in names if is_head(name, model)}
         initialize_head(model, fresh, directory, labels)

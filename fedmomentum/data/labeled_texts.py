@@ -158,6 +158,7 @@ def tokenize_labeled(
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
     refuse_unknown_labels(examples, labels, owner)
+    # In batches, since a call of the tokenizer costs more than a short text.
     index_by_label = {label: index for index, label in enumerate(labels)}
     input_ids: list[tuple[int, ...]] = []
     num_first: list[int] = []

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from fedmomentum.errors import FedMomentumError, FormatError, ModelError
 from fedmomentum.utils.schema import (
+    MAX_LABELS,
     Count,
     Hash,
     Label,
@@ -30,8 +31,6 @@ from fedmomentum.utils.schema import (
 FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 3
 
-MAX_LABELS = 10_000
-"""The most labels of a classifier: as many as a client may report its scores by."""
 MAX_RECIPES = 64
 """The most recipes that a client is sent."""
 MAX_PARTS = 4096

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from fedmomentum.formats.manifest import MAX_LABELS
-from fedmomentum.utils.schema import Count, Label, Schema
+from fedmomentum.utils.schema import MAX_LABELS, Count, Label, Schema
 
 LARGEST = 1e300
 """Larger numbers overflow as soon as something is done with them, be it drawing a curve."""
@@ -79,6 +78,7 @@ class Score(Schema, frozen=True, kw_only=False):
             raise ValueError(f"{self.num_exact} exact answers of {self.num_examples} examples")
         if not self.by_label:
             return
+        # Every example has one label, and one prediction.
         counts = self.by_label.values()
         sums = [
             sum(count.num_examples for count in counts),
@@ -168,6 +168,7 @@ class Score(Schema, frozen=True, kw_only=False):
         }
         if not self.by_label:
             return row
+        # Of a classifier, with what follows from the counts of its labels.
         by_label = {}
         for label, counts in self.by_label.items():
             by_label[label] = {**msgspec.structs.asdict(counts), "f1": counts.f1}

@@ -46,6 +46,7 @@ class SequenceClassification:
         """
         texts = [row[:-1] for row in input_ids]
         longest = max(map(len, texts))
+        # Text, mask and segments of each row, filled up to the longest.
         padded = []
         mask = []
         segments = []

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fedmomentum.config.schema import LoraConfig
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.formats.manifest import MAX_LABELS, MAX_RECIPES, Manifest, Recipe
+from fedmomentum.formats.manifest import MAX_RECIPES, Manifest, Recipe
 from fedmomentum.formats.scores import Score
 from fedmomentum.utils.chat_date import DEFAULT_DATE
 from fedmomentum.utils.schema import (
+    MAX_LABELS,
     Count,
     Hash,
     Label,

@@ -74,6 +74,7 @@ def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str,
         for party in parties:
             refuse_unknown_labels((*party.train, *party.test), model.labels, party.client_id)
         return tuple(model.labels)
+    # Those of all clients together, so that every client has the same.
     found: set[str] = set()
     for party in parties:
         found.update(example.completion for example in (*party.train, *party.test))

@@ -137,6 +137,7 @@ def macro_f1_plot(rounds: Rounds) -> Plot | None:
     curve = finite((server_round, _percent_f1(score)) for server_round, score in totals)
     if not curve:
         return None
+    # The curves are on the page; the numbers of all rounds and clients come along as CSV.
     clients = _client_curves(rounds, _percent_f1)
     data: list[Sequence[Any]] = [("round", "client", "items", "macro_f1")]
     for record in rounds:
