@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmomentum.base_model.checkpoint_files import read_config, stored_tensors
 from fedmomentum.errors import ModelError
@@ -73,6 +73,25 @@ def check_label_order(directory: Path, labels: Sequence[str]) -> None:
         raise ModelError(
             f"the head in {directory} has these labels in another order than model.labels: {shown}"
             "; give them in this order, or leave model.labels out"
+        )
+
+
+def refuse_other_classifiers(directory: Path, model: Any) -> None:
+    """Refuse classifiers whose head cannot be told from the rest, or that read a text twice.
+
+    Raises:
+        ModelError: If the model is one of them.
+    """
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{directory} is an encoder with a decoder ({kind}); classifiers are supported on "
+            "encoders (BERT, RoBERTa, DeBERTa, ...) and on decoders (Llama, Qwen, ...)"
+        )
+    if not isinstance(getattr(model, model.base_model_prefix, None), nn.Module):
+        raise ModelError(
+            f"{directory}: {kind} has no part {model.base_model_prefix!r}, so its head cannot be "
+            "told from what is pretrained; this classifier is not supported"
         )
 
 

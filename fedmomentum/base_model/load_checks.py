@@ -238,7 +238,7 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
         raise ModelError(
             f"the model in {directory} is no causal language model: a later token changes its "
             f"logits for earlier ones (by {difference:.2g}). Encoders and embedding models cannot "
-            "be trained here"
+            'be trained here, except as classifiers: model.task = "sequence-classification"'
         )
 
 

@@ -17,7 +17,12 @@ from transformers import (
 )
 
 from fedmomentum.base_model.checkpoint_files import read_config, read_json_object, refuse_unusable
-from fedmomentum.base_model.classifier import check_label_order, initialize_head, is_head
+from fedmomentum.base_model.classifier import (
+    check_label_order,
+    initialize_head,
+    is_head,
+    refuse_other_classifiers,
+)
 from fedmomentum.base_model.load_checks import (
     LoadingInfo,
     refuse_incomplete,
@@ -119,6 +124,7 @@ def load_base(
     loading = LoadingInfo.of(info)
     if labels:
         # Only a head may be missing; anything else makes the checkpoint incomplete.
+        refuse_other_classifiers(directory, model)
         names = loading.missing.union(name for name, _, _ in loading.mismatched)
         fresh = {name for name in names if is_head(name, model)}
         initialize_head(model, fresh, directory, labels)

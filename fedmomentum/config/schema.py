@@ -23,6 +23,7 @@ from fedmomentum.config.fields import (
 from fedmomentum.config.training import TrainingConfig
 from fedmomentum.utils.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.utils.names import check_client_name
+from fedmomentum.utils.schema import MAX_LABELS
 
 WIRE_DTYPES = ("float32", "float16", "bfloat16")
 PARTITIONS = ("iid", "dirichlet", "categories", "sizes")
@@ -73,8 +74,8 @@ class ModelConfig:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)
             are_names = all(label.strip() for label in self.labels)
-            wanted = "at least two different names"
-            are_different = len(set(self.labels)) == len(self.labels) >= 2
+            wanted = f"two to {MAX_LABELS} different names"
+            are_different = 2 <= len(set(self.labels)) == len(self.labels) <= MAX_LABELS
             require(are_names and are_different, "model.labels", self.labels, wanted)
 
 

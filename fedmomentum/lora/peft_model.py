@@ -77,7 +77,10 @@ def attach_adapter(
     targets: Any = target_modules
     if target_modules is not None and not isinstance(target_modules, str):
         targets = list(target_modules)
-    refuse_adapted_and_saved(model, targets, find_saved_modules(model, modules_to_save))
+    saved = find_saved_modules(model, modules_to_save)
+    # PEFT does not adapt what is saved: of a classifier's head, that is what everybody wants.
+    named = [path for path in saved if not _is_head(model, path)]
+    refuse_adapted_and_saved(model, targets, named)
     alpha: Any = lora_alpha  # PEFT declares an int and accepts a float
     config = LoraConfig(
         r=rank,
@@ -116,6 +119,14 @@ def _check_rank(module: str, layer: Any) -> None:
 def _task_type(model: nn.Module) -> str | None:
     ending = re.sub(r"^.*For", "", type(model).__name__)
     return TASK_TYPES.get(ending)
+
+
+def _is_head(model: Any, path: str) -> bool:
+    """Return whether a module is a part of a classifier's head, its pooling layer included."""
+    if _task_type(model) != "SEQ_CLS":
+        return False
+    is_inside = path.startswith(f"{model.base_model_prefix}.")
+    return not is_inside or path.rpartition(".")[2] == "pooler"
 
 
 def _upcast_saved_modules(model: PeftModel) -> None:

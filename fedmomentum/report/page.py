@@ -196,8 +196,10 @@ def _plan_facts(run: RunResults) -> Facts:
     trained = count(plan.num_trained)
     if plan.num_trained and plan.num_parameters:
         trained += f" ({percent(plan.num_trained / plan.num_parameters, 2)})"
+    labels = [("Labels", shorten(", ".join(plan.labels), REASON_LENGTH))] if plan.labels else []
     return [
         ("Model", plan.model),
+        *labels,
         ("Method", plan.method),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
         ("Parameters", count(plan.num_parameters)),

@@ -15,6 +15,7 @@ from fedmomentum.data.tokenization import EMPTY_EXAMPLES, TokenizedExamples, tok
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.objectives.classification import SequenceClassification
 from fedmomentum.objectives.objective import CAUSAL_LM, Objective
+from fedmomentum.utils.schema import MAX_LABELS
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config, ModelConfig
@@ -82,6 +83,11 @@ def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str,
         raise DataError(
             f"all examples have the label {next(iter(found))!r}; a classifier needs two labels at "
             "least. If others come later, name all of them in model.labels"
+        )
+    if len(found) > MAX_LABELS:
+        raise DataError(
+            f"the clients' data has {len(found)} different labels, more than {MAX_LABELS}; a label "
+            "is what many rows have in common"
         )
     return order_labels(resolve_base(model.name, model.revision), sort_labels(found))
 

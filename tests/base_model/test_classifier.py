@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from fedmomentum.base_model.classifier import (
     head_modules,
@@ -83,6 +83,24 @@ def test_a_head_for_these_labels_is_taken_over_and_its_order_is_the_runs(tmp_pat
         fresh = load(trained, labels).classifier.weight
         assert not bool((fresh == 3.0).any()) and fresh.shape[0] == len(labels)
     assert "is for other labels, or does not name them" in caplog.text
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path):
+    config = AutoConfig.for_model(
+        "bart",
+        vocab_size=100,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="is an encoder with a decoder .Bart.*on encoders"):
+        load(tmp_path / "base")
 
 
 def test_a_checkpoint_without_a_part_of_its_body_is_refused(tmp_path):

@@ -44,6 +44,16 @@ def test_labels_are_names_in_one_order(tmp_path, labels, names):
     assert to_labeled_examples(read_rows(file)) == examples
 
 
+def test_class_labels_of_a_parquet_file_are_their_names(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = {"text": ["a", "b"], "label": [1, 0]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d.parquet")
+    examples = to_labeled_examples(read_rows(tmp_path / "d.parquet"))
+    assert [example.completion for example in examples] == ["yes", "no"]
+
+
 def test_pairs_are_read_as_pairs(tmp_path):
     (example,) = read(tmp_path, [{"text_a": "a", "text_b": "b", "label": "x", "other": 3}])
     assert example == Example(TextPair("a", "b"), "x", category="x")

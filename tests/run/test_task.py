@@ -116,6 +116,19 @@ def test_a_16_bit_base_trains_its_head_in_float32(folder, tmp_path):
     export_merged(model, tmp_path / "merged", base_directory=folder / "base-bert")
 
 
+@pytest.mark.parametrize("kind", ["roberta", "bert-mlm"])
+def test_targets_that_also_name_layers_of_the_head_adapt_the_others(folder, tmp_path, kind):
+    lora = {"target_modules": ["dense"]}
+    run = prepare(classifier_config(folder, kind, lora=lora), tmp_path / "run")
+    run.close()
+    adapter = run.model.adapter
+    assert len(adapter.modules) == 6  # three in each of two layers
+    assert not any("classifier" in module or "pooler" in module for module in adapter.modules)
+    assert {name.rpartition(".")[0] for name in adapter.saved} >= {
+        "classifier.dense" if kind == "roberta" else "bert.pooler.dense"
+    }
+
+
 # ── the head ──
 
 
@@ -385,9 +398,9 @@ def test_one_label_is_not_enough_unless_others_are_named(folder, tmp_path):
             "model.task must be causal-lm or sequence-classification; got",
         ),
         ("model", {"task": "causal-lm", "labels": ["a", "b"]}, "model.labels must be left out"),
-        ("model", {"labels": ["a"]}, "model.labels must be at least two different names"),
-        ("model", {"labels": ["a", "a"]}, "model.labels must be at least two different names"),
-        ("model", {"labels": ["a", " "]}, "model.labels must be at least two different names"),
+        ("model", {"labels": ["a"]}, "model.labels must be two to 10000 different names"),
+        ("model", {"labels": ["a", "a"]}, "model.labels must be two to 10000 different names"),
+        ("model", {"labels": ["a", " "]}, "model.labels must be two to 10000 different names"),
     ],
 )
 def test_settings_that_fit_no_classifier_are_refused(folder, tmp_path, section, table, message):
