@@ -323,10 +323,10 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     tuned = comparison.tuned
     columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
     by_label = tuned.all.total.by_label
-    last = Column("F1" if by_label else "perplexity", no_wrap=bool(by_label))
+    last = "F1" if by_label else "perplexity"
     table = Table(Column("", overflow="fold", min_width=8), *columns, last)
     if by_label:
-        table.caption = "F1: of a label; for all and for a client the mean over the labels"
+        table.caption = "F1: the tuned model's, %; for all and for a client the mean over labels"
     table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
     if len(base.by_client) > 1:
         table.add_section()
@@ -340,18 +340,10 @@ def evaluation_table(comparison: ModelComparison) -> Table:
             tuned_score = tuned.all.by_category.get(category, NO_EXAMPLES)
             cells = _score_cells(base_score, tuned_score)
             if by_label:
-                cells[-1] = _label_f1(category, base.all.total, tuned.all.total)
+                counts = by_label.get(category)
+                cells[-1] = _short_percent(counts.f1 if counts else None)
             table.add_row(Text(printable(category)), *cells)
     return table
-
-
-def _label_f1(label: str, base: Score, tuned: Score) -> str:
-    """Return the F1 of a label in both models' scores."""
-    cells = []
-    for score in (base, tuned):
-        counts = score.by_label.get(label)
-        cells.append(percent(counts.f1) if counts else "-")
-    return " -> ".join(cells)
 
 
 def evaluation_notes(comparison: ModelComparison) -> list[str]:
@@ -379,9 +371,14 @@ def _score_cells(base: Score, tuned: Score) -> list[str]:
         return [*exact_matches, "-", "-"]
     loss = f"{number(base.loss)} -> {number(tuned.loss)}"
     if tuned.by_label:
-        return [*exact_matches, loss, f"{_macro_f1(base)} -> {_macro_f1(tuned)}"]
+        return [*exact_matches, loss, _short_percent(tuned.macro_f1)]
     perplexity = f"{base.perplexity:.3g} -> {tuned.perplexity:.3g}"
     return [*exact_matches, loss, perplexity]
+
+
+def _short_percent(fraction: float | None) -> str:
+    """Return a fraction in percent, under a header that says so."""
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def _with_interval(fraction: float, bounds: tuple[float, float]) -> str:
