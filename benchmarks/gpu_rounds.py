@@ -24,7 +24,7 @@ from fedmomentum.client.store import ClientStore
 from fedmomentum.config.schema import Config, ModelConfig
 from fedmomentum.config.toml import from_dict
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import to_dense

@@ -37,7 +37,7 @@ from fedmomentum.client.store import ClientStore
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import from_dict
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject

@@ -41,8 +41,8 @@ from transformers import AutoModelForCausalLM
 from fedmomentum.base_model.bundled import bundled_model_directory
 from fedmomentum.base_model.weights import Float32Weights
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.data.tokenization import TokenizedExamples
-from fedmomentum.lora.peft_model import lora_layers
+from fedmomentum.data.tokenized import TokenizedExamples
+from fedmomentum.lora.live_layers import lora_layers
 from fedmomentum.objectives.collation import (
     IGNORED,
     completion_batch,
@@ -81,7 +81,8 @@ def lora_model(
     ).train()
     if in_float32:
         Float32Weights(
-            {module: layer.base_layer for module, layer in lora_layers(model).items()}, Path(folder)
+            {module: item.layer.base_layer for module, item in lora_layers(model).items()},
+            Path(folder),
         )
     return model
 
@@ -112,9 +113,7 @@ def padded_loss(
     change: Callable[[dict[str, Any]], dict[str, Any]] = dict[str, Any],
 ) -> Tensor:
     """Compute the loss of a padded batch, its inputs changed by `change`."""
-    logits, labels = next_token_pairs(
-        model(**change(model_inputs(model, batch))).logits, batch["labels"]
-    )
+    logits, labels = next_token_pairs(model(**change(model_inputs(model, batch))).logits, batch)
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
@@ -189,7 +188,7 @@ class WithoutModel(CausalLM):
         parameters: The parameters that are trained.
     """
 
-    parameters: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...] = ()
 
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
         """Return no logits."""
@@ -209,7 +208,7 @@ def measure_overhead(folder: str, repeats: int) -> tuple[dict[str, Any], list[Ta
     Processor time, not wall time, so that a busy machine does not change it much.
     """
     model = lora_model(folder)
-    objective = WithoutModel(tuple(p for p in model.parameters() if p.requires_grad))
+    objective = WithoutModel(parameters=tuple(p for p in model.parameters() if p.requires_grad))
     examples = typical_examples()
     seconds_by_steps: dict[int, float] = {}
     for steps in (1, STEPS, 25):

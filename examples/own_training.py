@@ -34,9 +34,7 @@ def train(
     num_tokens = 0
     for step in range(1, local_steps + 1):
         rows = torch.randint(len(examples), (batch_size,), generator=generator).tolist()
-        input_ids = [examples.input_ids[row] for row in rows]
-        num_prompt_tokens = [examples.num_prompt_tokens[row] for row in rows]
-        batch = CAUSAL_LM.collate(input_ids, num_prompt_tokens, pad_token_id)
+        batch = CAUSAL_LM.collate([examples.example(row) for row in rows], pad_token_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
 
         # The mean negative log-likelihood of a completion token.

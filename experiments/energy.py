@@ -59,6 +59,7 @@ def make(data: Path, out: Path, jobs: list[str]) -> None:
     import experiment as banking77
     import figures
     import intents
+    import tuned_comparison
 
     from fedmomentum.config.toml import load_config
     from fedmomentum.utils.process import quiet_libraries
@@ -79,7 +80,7 @@ def make(data: Path, out: Path, jobs: list[str]) -> None:
                 more = f";training.learning-rate={best:g}"
             for seed in JOBS[job][1]:
                 for energy in ENERGIES:
-                    (folder,) = banking77.run_all(
+                    (folder,) = tuned_comparison.run_all(
                         config, [f"fedmomentum:energy={energy:g}{more}"], [seed], out / job
                     )
                     rows += [

@@ -136,7 +136,12 @@ def classifier_config(
         },
         "lora": {"rank": 2, "lora-alpha": 6.0, "target-modules": KINDS[kind][3]},
         "data": {"client-files": files, "test-fraction": 0.25, "max-length": 32},
-        "training": {"local-steps": 2, "batch-size": 4, "learning-rate": 0.01},
+        "training": {
+            "local-steps": 2,
+            "batch-size": 4,
+            "learning-rate": 0.01,
+            "optimizer-state": "fresh",  # stand-ins for training return no moments
+        },
         "federation": {"num-rounds": 2},
         "evaluation": {"num-examples": 3, "final-num-examples": 6},
         "run": {"threads": 1, "keep-checkpoints": 2},

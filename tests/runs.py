@@ -65,7 +65,12 @@ def tiny_config(folder: Path, *, num_clients: int = 3, **sections) -> Config:
             "test-fraction": 0.25,
             "max-length": 128,
         },
-        "training": {"local-steps": 2, "batch-size": 4, "learning-rate": 0.01},
+        "training": {
+            "local-steps": 2,
+            "batch-size": 4,
+            "learning-rate": 0.01,
+            "optimizer-state": "fresh",  # stand-ins for training return no moments
+        },
         "federation": {"num-rounds": 3},
         "evaluation": {"num-examples": 2, "final-num-examples": 4},
         "run": {"threads": 1, "keep-checkpoints": 2},

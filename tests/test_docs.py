@@ -286,7 +286,7 @@ def test_the_table_of_methods_is_what_they_declare():
 
 def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     (text,) = (t for t in blocks(ROOT / "README.md", "python") if "FederatedTrainer" in t)
-    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if "client-files" in t)
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if "[data.client-files]" in t)
     monkeypatch.chdir(tmp_path)
     for client in ("north", "south"):
         rows = [{"question": f"{client} {i}?", "answer": "ab"} for i in range(12)]
@@ -315,6 +315,26 @@ def test_the_readmes_classifier_runs(tmp_path, monkeypatch):
     assert trainer.train().base.labels == ("east", "north", "south")
     rows = RunResults.load("runs/tickets").rounds
     assert rows[1].evaluation.total.macro_f1 is not None
+
+
+def test_the_readmes_preferences_run(tmp_path, monkeypatch):
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if '"dpo"' in t)
+    (row,) = (json.loads(t) for t in blocks(ROOT / "README.md", "json") if '"rejected"' in t)
+    assert len(config.strip().splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    for client in ("north", "south"):
+        rows = []
+        for number in range(12):
+            question = {**row["prompt"][0], "content": f"{client} {number}?"}
+            rows.append(row | {"prompt": [question], "chosen": "ab"})
+        Path(f"{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("preferences.toml").write_text(config)
+    base = tiny_llama(tmp_path / "base")
+    overrides = [f"model.name={base}", "training.local-steps=2", "federation.num-rounds=1"]
+    run = FederatedTrainer(load_config("preferences.toml", overrides), "runs/preferences")
+    run.train()
+    rounds = RunResults.load("runs/preferences").rounds
+    assert rounds[0].evaluation.total.margin == 0 != rounds[1].evaluation.total.margin
 
 
 def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
@@ -393,8 +413,10 @@ def test_every_metric_is_documented(run_folder):
     names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
     assert rows[2]["carried_norm"] > 0
     written = set().union(*(keys_of(row, names) for row in rows))
+    # What only the scores of pairs have, and only those of a classifier.
+    written |= Score(0.5, 1, 1, 1, margin=0.5).to_json().keys()
     counts = {"x": LabelCounts(1, 2, 1), "y": LabelCounts(1, 0, 0)}
-    written |= keys_of(Score(0.5, 2, 2, 1, counts).to_json(), set(counts))
+    written |= keys_of(Score(0.5, 2, 2, 1, by_label=counts).to_json(), set(counts))
     assert written == told
 
 

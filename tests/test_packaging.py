@@ -27,9 +27,10 @@ EXTRAS = PROJECT["optional-dependencies"]
 OWNERS = {
     "flower/simulation.py": ("flower", "simulation"),
     "flower/": ("flower",),
+    "benchmark/": ("benchmark",),
     "data/builtin_tasks.py": ("demo",),
 }
-INSTALLED_BY_MAKE = ("demo", "dev", "flower")
+INSTALLED_BY_MAKE = ("demo", "dev", "flower", "benchmark")
 
 
 def declared(*extras):

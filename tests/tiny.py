@@ -7,10 +7,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
@@ -78,9 +87,51 @@ def tiny_gpt2(folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_T
     return _write(GPT2LMHeadModel, config, folder, seed, chat_template)
 
 
+def tiny_moe(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """Write a small mixture of four experts with its tokenizer; return the folder.
+
+    `qwen3` has a dense second layer and stores every expert by itself, as `mixtral` does under other names;
+    `qwen2` has shared experts; `gpt-oss` stores stacks, transposed.
+    """
+    shared = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "pad_token_id": PAD_TOKEN_ID,
+        "bos_token_id": START_TOKEN_ID,
+        "eos_token_id": END_TOKEN_ID,
+    }
+    qwen = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    if family == "qwen3":
+        config = Qwen3MoeConfig(
+            **shared, **qwen, num_experts=4, head_dim=8, num_hidden_layers=2, mlp_only_layers=[1]
+        )
+        return _write(Qwen3MoeForCausalLM, config, folder, seed, CHAT_TEMPLATE)
+    if family == "qwen2":
+        config = Qwen2MoeConfig(
+            **shared,
+            **qwen,
+            num_experts=4,
+            num_hidden_layers=1,
+            decoder_sparse_step=1,
+            shared_expert_intermediate_size=40,
+        )
+        return _write(Qwen2MoeForCausalLM, config, folder, seed, CHAT_TEMPLATE)
+    mixture = {"intermediate_size": 24, "num_local_experts": 4, "num_hidden_layers": 1}
+    if family == "mixtral":
+        config = MixtralConfig(**shared, **mixture)
+        return _write(MixtralForCausalLM, config, folder, seed, CHAT_TEMPLATE)
+    config = GptOssConfig(**shared, **mixture, head_dim=8, num_experts_per_tok=2)
+    return _write(GptOssForCausalLM, config, folder, seed, CHAT_TEMPLATE)
+
+
 def _write(
     model_class: type[PreTrainedModel],
-    config: LlamaConfig | GPT2Config,
+    config: PreTrainedConfig,
     folder: Path,
     seed: int,
     chat_template: str | None,

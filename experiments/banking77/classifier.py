@@ -32,6 +32,7 @@ from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import load_config
 from fedmomentum.run import compare
+from fedmomentum.run.method_variants import parse_methods
 from fedmomentum.utils.process import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
@@ -108,7 +109,7 @@ def run_all(
     config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
 ) -> list[dict[str, str | float]]:
     """Make the runs that do not exist yet; return the scores of all."""
-    variants = compare.parse_methods(",".join(methods), config)
+    variants = parse_methods(",".join(methods), config)
     planned_runs = compare.plan_runs(config, variants, seeds, out)
     compare.start_comparison(config, out)
     rows: list[dict[str, str | float]] = []

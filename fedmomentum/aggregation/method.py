@@ -110,6 +110,14 @@ class Method(ABC):
         return False
 
     @property
+    def shares_moments(self) -> bool:
+        """Whether clients share the optimizer's moments where a configuration leaves it open.
+
+        False for methods whose papers have a fresh optimizer in every round.
+        """
+        return False
+
+    @property
     def personal_factors(self) -> str:
         """The factors that never leave a client; where there are some, there is no global model."""
         return "".join(factor for factor in "BA" if factor not in self.shared_factors)

@@ -10,6 +10,10 @@ from fedmomentum.errors import ModelError
 BUNDLED_NAME = "smollm2-135m-instruct"
 # What is downloaded: weights, configurations, tokenizer and chat template, but no code.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What many repositories hold besides: the same weights in another form (Meta's and Mistral's own,
+# in another precision, for other runtimes), which transformers does not load. transformers looks at
+# the top directory only.
+OTHER_FILES = ["*/*", "consolidated*", "*.fp16.*", "*.fp32.*", "*.bf16.*"]
 
 
 def resolve_base(name: str, revision: str | None = None) -> Path:
@@ -35,7 +39,10 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+        directory = snapshot_download(
+            name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=OTHER_FILES
+        )
+        return Path(directory)
     except Exception as error:  # the hub's client raises many kinds, all of which mean: no model
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__

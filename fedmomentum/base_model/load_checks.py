@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
 from fedmomentum.base_model.classifier import is_other_head
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
-from fedmomentum.utils.modules import inner_model
+from fedmomentum.utils.modules import compute_logits
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
@@ -240,16 +239,6 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
             f"logits for earlier ones (by {difference:.2g}). Encoders and embedding models cannot "
             'be trained here, except as classifiers: model.task = "sequence-classification"'
         )
-
-
-def compute_logits(model: Any, tokens: Tensor) -> Tensor:
-    """Return the model's logits for rows of tokens, from one pass without a cache."""
-    tokens = tokens.to(next(model.parameters()).device)
-    # A PEFT wrapper's forward takes any argument; the model inside decides.
-    parameters = inspect.signature(inner_model(model).forward).parameters
-    arguments = {"use_cache": False} if "use_cache" in parameters else {}
-    logits: Tensor = model(input_ids=tokens, **arguments).logits
-    return logits
 
 
 # ── sizes ─────────────────────────────────────────────────────────────────────────────────────────

@@ -12,18 +12,14 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedmomentum.base_model.checkpoint_files import stored_tensors
 from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.stored_experts import StoredExperts
+from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import Matrix
-from fedmomentum.utils.modules import cast_around
-
-FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# In units of the weight's eps: how far a linear layer may be from `x W^T + b` by rounding.
-FORWARD_TOL = 16
 
 
 class MergedPart(Protocol):
@@ -69,12 +65,14 @@ class Float32Weights:
     `2 out in rank` operations, without a second matrix of the weight's size.
 
     Args:
-        layers: Module path to the live layer: `nn.Linear`, or `Conv1D`, whose weight is
-            `(in, out)`. Each gets a weight of its own; modules that share the old one keep it.
+        layers: Name of a matrix to the live module that holds its weight: `nn.Linear`, or `Conv1D`,
+            whose weight is `(in, out)`, an embedding, or a module of experts. Each gets a weight of
+            its own; modules that share the old one keep it.
         directory: The model's directory; its weights are read from memory-mapped files when
             needed.
         tied: See `tied_names`; needed if a layer shares its weight with one that is stored for
             both.
+        model: The model as it was loaded; needed if there are experts among the layers.
 
     Raises:
         ModelError: If a layer is of another kind, weights are quantized, or the checkpoint does
@@ -86,40 +84,52 @@ class Float32Weights:
         layers: Mapping[str, nn.Module],
         directory: Path,
         tied: Mapping[str, Collection[str]] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.layers: dict[str, Any] = dict(layers)
+        self._slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
+        experts = {slot.path for slot in self._slots.values() if slot.expert is not None}
+        self._experts = StoredExperts(directory, model or nn.Module(), experts)
         files = {name: tensor.file for name, tensor in stored_tensors(directory).items()}
         # Module to the file of its weight, and the weight's name in it.
         self._stored: dict[str, tuple[Path, str]] = {}
-        for module, layer in self.layers.items():
-            _check_layer(module, layer)
-            tied_to = (tied or {}).get(f"{module}.weight", ())
-            self._stored[module] = _find_checkpoint_tensor(module, files, tied_to)
+        for module, slot in self._slots.items():
+            slot.check()
+            if slot.expert is None:
+                tied_to = (tied or {}).get(slot.path, ())
+                self._stored[module] = _find_checkpoint_tensor(slot.path, files, tied_to)
         with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):
+            # Making room for one parameter of a module casts its others.
+            dtypes = {slot.path: slot.live.dtype for slot in self._slots.values()}
+            loaded: dict[str, Tensor] = {}
             for module, weight in self.iterate_pretrained(self.layers):
-                self._check_loaded(module, weight, directory)
-                _upcast_linear(self.layers[module])
+                slot = self._slots[module]
+                # The experts of a parameter come one after the other; the first makes room for all.
+                if slot.path not in loaded:
+                    loaded = {slot.path: slot.live}
+                    slot.upcast()
+                as_loaded = slot.matrix(loaded[slot.path]).to(dtypes[slot.path])
+                self._check_loaded(module, weight, as_loaded, directory)
                 self.weight(module).copy_(weight)
         self._applied_names: list[str] = []
         self._is_consistent = True
 
-    def _check_loaded(self, module: str, stored: Tensor, directory: Path) -> None:
+    def _check_loaded(self, module: str, stored: Tensor, loaded: Tensor, directory: Path) -> None:
         """Refuse a stored weight that is not the one in the model, in the model's dtype.
 
         The model computes with the latter. They differ if transformers changes a checkpoint on
         loading, or if the wrong tensor of the checkpoint was found.
         """
-        live = self.weight(module)
-        as_loaded = stored.to(device=live.device, dtype=live.dtype)
+        as_loaded = stored.to(device=loaded.device, dtype=loaded.dtype)
         if not bool(stored.isfinite().all()):
             raise ModelError(
                 f"the weight of {module} in {directory} holds NaN or Inf; download the model again"
             )
-        if torch.equal(as_loaded, live):
+        if torch.equal(as_loaded, loaded):
             return
-        difference = float((as_loaded.double() - live.double()).norm())
-        norm = float(live.double().norm())
-        file, name = self._stored[module]
+        difference = float((as_loaded.double() - loaded.double()).norm())
+        norm = float(loaded.double().norm())
+        file, name = self._stored.get(module, (directory, "what it makes of the parts"))
         raise ModelError(
             f"module {module}: transformers loads another weight than {name} in {file.name} (they "
             f"differ by {difference:.3g}, of norm {norm:.3g}). The checkpoint is stored in a form "
@@ -140,28 +150,39 @@ class Float32Weights:
             ModelError: If a stored weight has another shape than the live one.
         """
         modules_by_file: dict[Path, list[str]] = {}
+        experts_by_parameter: dict[str, list[str]] = {}
         for module in modules:
-            modules_by_file.setdefault(self._stored[module][0], []).append(module)
+            if module in self._stored:
+                modules_by_file.setdefault(self._stored[module][0], []).append(module)
+            else:
+                experts_by_parameter.setdefault(self._slots[module].path, []).append(module)
         for file, modules_in_file in modules_by_file.items():
             with safe_open(file, framework="pt") as opened:
                 for module in modules_in_file:
-                    layer = self.layers[module]
                     name = self._stored[module][1]
-                    tensor = opened.get_tensor(name).to(torch.float32)
-                    if tensor.shape != layer.weight.shape:
-                        raise ModelError(
-                            f"{name} is {tuple(tensor.shape)} on disk and "
-                            f"{tuple(layer.weight.shape)} in the model"
-                        )
-                    yield module, tensor.mT if isinstance(layer, Conv1D) else tensor
+                    tensor = opened.get_tensor(name)
+                    yield module, self._matrix(module, name, tensor)
+        # All experts of a parameter are read together: they may be stored in one tensor.
+        for parameter, experts in experts_by_parameter.items():
+            tensor = self._experts.read(parameter)
+            for module in experts:
+                yield module, self._matrix(module, parameter, tensor)
+
+    def _matrix(self, module: str, name: str, tensor: Tensor) -> Tensor:
+        """Return the matrix of a module in a stored tensor, in float32."""
+        slot = self._slots[module]
+        if tensor.shape != slot.live.shape:
+            raise ModelError(
+                f"{name} is {tuple(tensor.shape)} on disk and {tuple(slot.live.shape)} in the model"
+            )
+        return slot.matrix(tensor).to(torch.float32)
 
     # ── live weights ──
 
     def weight(self, module: str) -> Tensor:
         """Return the live weight of a module as `(out, in)`, a view."""
-        layer = self.layers[module]
-        weight: Tensor = layer.weight.detach()
-        return weight.mT if isinstance(layer, Conv1D) else weight
+        slot = self._slots[module]
+        return slot.matrix(slot.live)
 
     def reset(self) -> None:
         """Set every module to its pretrained weight."""
@@ -208,63 +229,17 @@ class Float32Weights:
                 )
 
 
-# ── layers ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_layer(module: str, layer: Any) -> None:
-    """Refuse a layer whose weight cannot take an update.
-
-    Raises:
-        ModelError: If it is no linear layer, is quantized, or computes something else.
-    """
-    is_linear = isinstance(layer, (nn.Linear, Conv1D))
-    if not is_linear or type(layer).__module__.startswith("bitsandbytes"):
-        raise ModelError(
-            f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D"
-        )
-    _check_forward(module, layer)
-    if layer.weight.dtype not in FLOATING_DTYPES:
-        raise ModelError(
-            f"module {module} is in {layer.weight.dtype}; load the base model in a floating dtype"
-        )
-
-
-def _check_forward(module: str, layer: Any) -> None:
-    """Refuse a linear layer that computes something else than `x W^T + b`.
-
-    Routers of experts do, for example. An update of its weight would not have its adapter's effect.
-    """
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
-        return
-    weight = layer.weight.detach()
-    if not isinstance(layer, Conv1D):
-        weight = weight.mT
-    x = torch.linspace(-1, 1, weight.shape[0], device=weight.device).to(weight.dtype)[None]
-    expected = x @ weight
-    if layer.bias is not None:
-        expected = expected + layer.bias.detach()
-    with torch.no_grad():
-        result = layer(x)
-    tolerance = FORWARD_TOL * torch.finfo(weight.dtype).eps
-    is_same = isinstance(result, Tensor) and torch.allclose(
-        result, expected, rtol=tolerance, atol=tolerance
-    )
-    if not is_same:
-        raise ModelError(
-            f"module {module} is a {type(layer).__name__}, which computes something else than a "
-            "linear layer; leave it out of target-modules"
-        )
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _find_checkpoint_tensor(
-    module: str, files: Mapping[str, Path], tied_to: Collection[str]
+    wanted: str, files: Mapping[str, Path], tied_to: Collection[str]
 ) -> tuple[Path, str]:
-    """Return the file and the name under which a checkpoint stores the weight of a module.
+    """Return the file and the name under which a checkpoint stores the weight of this path.
 
     A model with a head has a prefix that one without does not have. Of tied weights one may be
     stored for all.
     """
-    wanted = f"{module}.weight"
     names = [name for name in files if name == wanted]
     if not names:
         names = [
@@ -279,13 +254,3 @@ def _find_checkpoint_tensor(
             "save_pretrained(..., save_original_format=False)"
         )
     return files[names[0]], names[0]
-
-
-def _upcast_linear(layer: Any) -> None:
-    """Give a layer an uninitialized float32 weight; its input is cast up and its output back."""
-    dtype = layer.weight.dtype
-    weight = torch.empty_like(layer.weight, dtype=torch.float32)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
-    cast_around(layer, dtype)

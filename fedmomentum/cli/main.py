@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedmomentum.cli import adapters, files, models, network, run
+from fedmomentum.cli import adapters, benchmark, files, models, network, run
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, tune_malloc
@@ -31,6 +31,7 @@ COMMANDS = (
     models.inspect,
     models.evaluate,
     models.generate,
+    benchmark.benchmark,
     run.compare,
     run.report,
     adapters.methods,

@@ -145,10 +145,21 @@ def require_flower() -> None:
     Raises:
         ConfigError: If it is not installed.
     """
+    require_extra("flwr", "flower", "federations over a network need Flower")
+
+
+def require_extra(package: str, extra: str, need: str) -> None:
+    """Refuse to go on without a package that an extra installs.
+
+    Args:
+        package: The package as it is imported.
+        extra: The extra's name.
+        need: What needs it, as the message begins.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
     from importlib.util import find_spec
 
-    if find_spec("flwr") is None:
-        raise ConfigError(
-            "federations over a network need Flower; install it with: pip install "
-            "'fedmomentum[flower]'"
-        )
+    if find_spec(package) is None:
+        raise ConfigError(f"{need}; install it with: pip install 'fedmomentum[{extra}]'")

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmomentum.cli.tables import (
-    CLASSIFIER_SCORE,
     ROUND_COLUMNS,
     SCORE_COLUMN,
     partition_table,
@@ -162,8 +161,8 @@ class RunView(Callback):
         cells = round_cells(record)
         self._table.add_row(*cells)
         evaluation = record.evaluation
-        if evaluation is not None and evaluation.total.by_label:
-            self._table.columns[SCORE_COLUMN].header = CLASSIFIER_SCORE
+        if evaluation is not None:
+            self._table.columns[SCORE_COLUMN].header = evaluation.total.measure
         if not self._console.is_terminal:
             names = [str(column.header) for column in self._table.columns]
             named_cells = zip(names, cells, strict=True)

@@ -151,6 +151,7 @@ def compare(
     from fedmomentum.config.toml import load_config
     from fedmomentum.report import write_comparison_page
     from fedmomentum.run import compare as comparing
+    from fedmomentum.run.method_variants import parse_methods, parse_seeds
     from fedmomentum.run.origin import placed
     from fedmomentum.utils.process import quiet_libraries
 
@@ -158,7 +159,7 @@ def compare(
     out = out if out is not None else Path("runs") / f"compare-{config.stem}"
     check_output_directory(out)
     # what to compare, and with which of them
-    variants = comparing.parse_methods(methods, settings)
+    variants = parse_methods(methods, settings)
     baseline = baseline or variants[0].label
     if baseline not in [variant.label for variant in variants]:
         raise ConfigError(f"--baseline must be one of the methods, {methods}; got {baseline!r}")
@@ -166,7 +167,8 @@ def compare(
     command = shell_command("fedmomentum", *sys.argv[1:])
     with quiet_libraries():
         # runs that are finished are not repeated
-        planned_runs = comparing.plan_runs(settings, variants, comparing.parse_seeds(seeds), out)
+        planned_runs = comparing.plan_runs(settings, variants, parse_seeds(seeds), out)
+        _print_unlike_optimizers(comparing.optimizer_states(planned_runs))
         remaining = [run for run in planned_runs if not run.is_finished()]
         comparing.start_comparison(settings, out)
         num_finished = len(planned_runs) - len(remaining)
@@ -184,6 +186,20 @@ def compare(
     OUT.print(
         f"\nThe numbers are in {out / 'comparison.json'} and {out / 'comparison.csv'}, the page "
         f"in {page}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _print_unlike_optimizers(states: dict[str, str]) -> None:
+    """Say so where methods differ in what their optimizers start a round with."""
+    if len(set(states.values())) < 2:
+        return
+    listed = ", ".join(f"{label}: {state}" for label, state in states.items())
+    OUT.print(
+        f"The methods' optimizers do not start their rounds alike ({listed}). To compare the "
+        "aggregation alone, give one training.optimizer-state for all, such as "
+        "training.optimizer-state=fresh.",
         markup=False,
         soft_wrap=True,
     )

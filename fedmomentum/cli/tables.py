@@ -1,4 +1,4 @@
-"""Tables for the terminal: a run's plan, rounds and summary; comparisons; evaluations."""
+"""Tables for the terminal: a run's plan, rounds and summary; comparisons."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fedmomentum.results.formatting import (
     number,
     percent,
     points,
+    with_interval,
 )
 from fedmomentum.utils.text import printable
 
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from fedmomentum.results.method_summary import MethodSummary
     from fedmomentum.results.run_results import RunResults
     from fedmomentum.results.summary import SummaryRow
-    from fedmomentum.run.evaluate import ModelComparison
-    from fedmomentum.run.saved_model import Result
 
 
 MAX_ABSENCES = 12
@@ -61,11 +60,18 @@ ROUND_COLUMNS = (
     "seconds",
 )
 SCORE_COLUMN = ROUND_COLUMNS.index("exact match")
-CLASSIFIER_SCORE = "accuracy, macro F1"
-"""What that column holds for a classifier."""
+"""The column of which a score says what it holds, `Score.measure`."""
 
 
 # ── a run ──
+
+
+OPTIMIZER_STATES = {
+    "fresh": "fresh in every round",
+    "shared": "starts a round with the clients' mean moments",
+    "shared-full": "starts a round with the clients' mean moments, sent in full",
+    "local": "starts a round with the client's own moments",
+}
 
 
 def plan_table(plan: Plan, out: Path) -> Table:
@@ -73,7 +79,11 @@ def plan_table(plan: Plan, out: Path) -> Table:
     rows = {
         "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
         f"{count(plan.num_trained)} trained",
+        "adapted": "; ".join(plan.adapted),
+        "not adapted": "; ".join(plan.not_adapted),
         "method": plan.method,
+        "optimizer": OPTIMIZER_STATES.get(plan.optimizer_state, plan.optimizer_state),
+        "learned": plan.objective,
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
         f"{human_bytes(plan.downlink_bytes)} down",
@@ -84,7 +94,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
         rows["labels"] = _label_list(plan.labels)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), Text(text))
+        if text:
+            table.add_row(Text(name, style="bold"), Text(text))
     return table
 
 
@@ -132,7 +143,9 @@ def round_cells(record: RoundRecord) -> list[str]:
         loss = number(score.loss if score.num_tokens else None)
         exact_match = f"{percent(score.exact_match)} of {score.num_examples}"
         if score.macro_f1 is not None:
-            exact_match += f", {percent(score.macro_f1)}"
+            exact_match += f", macro F1 {percent(score.macro_f1)}"
+        if score.is_of_pairs:
+            exact_match += f", margin {number(score.mean_margin)}"
     error = record.exactness_error
     energy = record.retained_energy
     phases = msgspec.structs.astuple(record.seconds)
@@ -164,6 +177,9 @@ def summary_table(results: RunResults) -> Table:
     if total.by_label:
         macro_f1 = [_macro_f1(score) for score in (rows[0].base, rows[0].federated)]
         table.caption = f"macro F1: {' -> '.join(macro_f1)}"
+    if total.is_of_pairs:
+        margins = [_margin(score) for score in (rows[0].base, rows[0].federated)]
+        table.caption = f"mean margin: {' -> '.join(margins)}. The base is its own reference"
     for _, group in groupby(rows, key=lambda row: row.group):
         _add_group(table, list(group))
         table.add_section()
@@ -172,6 +188,10 @@ def summary_table(results: RunResults) -> Table:
 
 def _macro_f1(score: Score | None) -> str:
     return "-" if score is None or score.macro_f1 is None else percent(score.macro_f1)
+
+
+def _margin(score: Score | None) -> str:
+    return "-" if score is None or score.margin is None else number(score.mean_margin)
 
 
 def _add_group(table: Table, rows: Sequence[SummaryRow]) -> None:
@@ -208,7 +228,7 @@ def _loss_cell(measure: Score | None) -> str:
 
 
 def _measure_cell(measure: Score | None) -> Text:
-    return Text("-" if measure is None else _with_interval(measure.exact_match, measure.interval))
+    return Text("-" if measure is None else with_interval(measure.exact_match, measure.interval))
 
 
 def absence_lines(results: RunResults) -> list[Text]:
@@ -236,16 +256,16 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
     from fedmomentum.results.method_summary import summarize_methods
 
     summaries = summarize_methods(comparison)
-    yield _scores_table(summaries, comparison.baseline)
+    yield _scores_table(summaries, comparison)
     if len(comparison.methods) > 1:
-        yield _differences_table(summaries, comparison.baseline)
-    yield _cost_table(summaries, comparison.baseline, comparison.target)
+        yield _differences_table(summaries, comparison)
+    yield _cost_table(summaries, comparison)
 
 
-def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
+def _scores_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     table = Table(
         "",
-        "exact match, last",
+        f"{comparison.measure}, last",
         "best",
         "loss, last",
         "best",
@@ -255,7 +275,7 @@ def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
     )
     for summary in summaries:
         table.add_row(
-            _method_name(summary, baseline),
+            _method_name(summary, comparison.baseline),
             mean_and_spread(summary.exact_match, 100, 1),
             mean_and_spread(summary.best_exact_match, 100, 1),
             mean_and_spread(summary.loss, 1, 3),
@@ -264,15 +284,16 @@ def _scores_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
     return table
 
 
-def _differences_table(summaries: Sequence[MethodSummary], baseline: str) -> Table:
+def _differences_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
+    baseline = comparison.baseline
     title = f"Difference to {baseline}, paired by seed, [95 % t-interval]"
-    table = Table("", "seeds", "exact match, points", "loss", title=Text(title))
+    table = Table("", "seeds", f"{comparison.measure}, points", "loss", title=Text(title))
     for summary in summaries:
         if summary.method == baseline:
             continue
         difference = summary.loss_difference
         table.add_row(
-            _method_name(summary, baseline),
+            _method_name(summary, comparison.baseline),
             str(difference.count if difference else 0),
             mean_and_interval(summary.exact_match_difference, 100, 1),
             mean_and_interval(difference, 1, 3),
@@ -280,20 +301,20 @@ def _differences_table(summaries: Sequence[MethodSummary], baseline: str) -> Tab
     return table
 
 
-def _cost_table(summaries: Sequence[MethodSummary], baseline: str, target: float) -> Table:
+def _cost_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     table = Table(
         "",
         "reached by",
         "rounds",
         "sent, both ways",
         "time",
-        title=f"To {target:.0%} exact match",
+        title=f"To {comparison.target:.0%} {comparison.measure}",
     )
     for summary in summaries:
         num_bytes = summary.bytes_to_target
         seconds = summary.seconds_to_target
         table.add_row(
-            _method_name(summary, baseline),
+            _method_name(summary, comparison.baseline),
             f"{summary.reached} of {len(summary.seeds)}",
             mean_and_spread(summary.rounds_to_target, 1, 1),
             human_bytes(num_bytes.mean) if num_bytes else "–",
@@ -304,84 +325,3 @@ def _cost_table(summaries: Sequence[MethodSummary], baseline: str, target: float
 
 def _method_name(summary: MethodSummary, baseline: str) -> Text:
     return Text(summary.method, style="bold" if summary.method == baseline else "")
-
-
-# ── an evaluation ──
-
-
-def evaluation_title(result: Result, comparison: ModelComparison) -> str:
-    """Return what was scored: which model, on how many examples, and how."""
-    how = ", answers generated" if comparison.by_generation else ""
-    total = comparison.tuned.all.total
-    measure = f"{total.measure} in % [95 % interval]"
-    return f"{result.title}: {total.num_examples} examples{how}; {measure}"
-
-
-def evaluation_table(comparison: ModelComparison) -> Table:
-    """Return the scores of base and tuned model: of all examples, by client, by category."""
-    base = comparison.base
-    tuned = comparison.tuned
-    columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
-    by_label = tuned.all.total.by_label
-    last = "F1" if by_label else "perplexity"
-    table = Table(Column("", overflow="fold", min_width=8), *columns, last)
-    if by_label:
-        table.caption = "F1: the tuned model's, %; for all and for a client the mean over labels"
-    table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
-    if len(base.by_client) > 1:
-        table.add_section()
-        for client in sorted(base.by_client):
-            cells = _score_cells(base.by_client[client], tuned.by_client[client])
-            table.add_row(Text(printable(client)), *cells)
-    if len(base.all.by_category) > 1:
-        table.add_section()
-        for category in sorted(base.all.by_category.keys() | tuned.all.by_category.keys()):
-            base_score = base.all.by_category.get(category, NO_EXAMPLES)
-            tuned_score = tuned.all.by_category.get(category, NO_EXAMPLES)
-            cells = _score_cells(base_score, tuned_score)
-            if by_label:
-                counts = by_label.get(category)
-                cells[-1] = _short_percent(counts.f1 if counts else None)
-            table.add_row(Text(printable(category)), *cells)
-    return table
-
-
-def evaluation_notes(comparison: ModelComparison) -> list[str]:
-    """Return which examples the scores leave out or count as wrong, and why."""
-    notes = []
-    if comparison.tuned.all.total.by_label:
-        notes.append("the base is the classifier with the head that training starts from")
-    if comparison.num_lost:
-        verb = "is" if comparison.num_lost == 1 else "are"
-        notes.append(
-            f"{comparison.num_lost} more {verb} left out: the prompt alone is too long for "
-            f"{comparison.max_length} tokens"
-        )
-    if comparison.num_cut:
-        notes.append(
-            f"{comparison.num_cut} of the answers are cut at {comparison.max_length} tokens and "
-            "never exact"
-        )
-    return notes
-
-
-def _score_cells(base: Score, tuned: Score) -> list[str]:
-    exact_matches = [_with_interval(score.exact_match, score.interval) for score in (base, tuned)]
-    if not base.num_tokens:
-        return [*exact_matches, "-", "-"]
-    loss = f"{number(base.loss)} -> {number(tuned.loss)}"
-    if tuned.by_label:
-        return [*exact_matches, loss, _short_percent(tuned.macro_f1)]
-    perplexity = f"{base.perplexity:.3g} -> {tuned.perplexity:.3g}"
-    return [*exact_matches, loss, perplexity]
-
-
-def _short_percent(fraction: float | None) -> str:
-    """Return a fraction in percent, under a header that says so."""
-    return "-" if fraction is None else f"{100 * fraction:.1f}"
-
-
-def _with_interval(fraction: float, bounds: tuple[float, float]) -> str:
-    """Return a fraction and its interval in percent, such as `38.6 [34.2, 43.1]`."""
-    low, high = bounds
-    return f"{100 * fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

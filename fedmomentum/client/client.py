@@ -78,7 +78,10 @@ class Client(Worker):
             cached = needed - set(received.missing)
             return self._reply(task, WorkResult(received, 1, {}), cached_objects=cached)
 
-        client_lora = self._load(task, request, received)
+        client_lora = self._agree(request, received)
+        # The reference is the base model alone, so it is measured before anything is loaded.
+        self.measure_references(request)
+        self._load(task, request, received, client_lora)
         self.store.evict(needed)
         loaded = time.perf_counter()
 
@@ -126,25 +129,40 @@ class Client(Worker):
 
     # ── loading ──
 
-    def _load(self, task: Task, request: ModelTask, global_model: GlobalModel) -> LoraConfig:
-        """Set the local model to a global model, and return what this client trains of it.
+    def _agree(self, request: ModelTask, global_model: GlobalModel) -> LoraConfig:
+        """Return what this client trains of a global model, if the run is what is configured here.
 
         Raises:
-            ConfigError: If the run's method, adapter or chat date is not the one configured here.
+            ConfigError: If the run's method, objective, adapter or chat date is another.
             ModelError: If the model belongs to another base.
         """
         if global_model.method != repr(self.method):
             raise ConfigError(
                 f"the run's method is {global_model.method}; [method] here gives {self.method!r}"
             )
+        if request.objective != self.objective.settings:
+            raise ConfigError(
+                f"the run learns by {request.objective}; [training] here gives "
+                f"{self.objective.settings}"
+            )
         client_lora = self._agreed_lora(request.lora)
         check_chat_date(self.model.tokenizer, request.chat_date)
+        global_model.base.check(self.model.identity)
+        return client_lora
+
+    def _load(
+        self, task: Task, request: ModelTask, global_model: GlobalModel, client_lora: LoraConfig
+    ) -> None:
+        """Set the local model to a global model.
+
+        Raises:
+            ModelError: If the model belongs to another base.
+        """
         self.model.load_global_model(global_model, self.method, client_lora)
         # Evaluations of a round come after its training.
         is_training = isinstance(request, TrainRequest)
         last_round = task.server_round - 1 if is_training else task.server_round
         self._load_personal(task.run_id, last_round, client_lora)
-        return client_lora
 
     def _agreed_lora(self, requested: ClientLora) -> LoraConfig:
         """Return what is configured here, at the rank to which the method has pruned it.

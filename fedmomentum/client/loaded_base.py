@@ -1,4 +1,4 @@
-"""`LoadedBase`: the base model of a process, which its clients share."""
+"""`LoadedBase`: the base model of a process, for all adapters that it trains."""
 
 from __future__ import annotations
 

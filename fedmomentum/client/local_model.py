@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
 from fedmomentum.base_model.classifier import head_modules
 from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.base_model.weights import Float32Weights
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.errors import ConfigError
@@ -20,15 +21,16 @@ from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import BLOCK_ELEMENTS, applied_share, probe, probe_vectors
+from fedmomentum.lora.linear_modules import find_linear_modules
+from fedmomentum.lora.live_layers import LoraLayer, lora_layers
 from fedmomentum.lora.peft_model import (
-    ADAPTER_NAME,
     attach_adapter,
     copy_adapter,
     detach_adapter,
-    live_factors,
     load_adapter,
-    lora_layers,
 )
+from fedmomentum.lora.target_checks import find_saved_modules
+from fedmomentum.lora.targets import Targets, choose_targets
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -78,8 +80,11 @@ class LocalModel:
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
+        self._linear_modules = find_linear_modules(base)
+        self._saved_modules = find_saved_modules(base, self._names_to_save(lora))
+        self.targets = self._choose_targets(lora)
         with translate_out_of_memory(f"an adapter on {model.name} does not fit"):
-            self.peft = self._attach(base, lora, seed)
+            self.peft = self._attach(base, lora, self.targets, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
 
         # What this client trains of it may have fewer modules and a lower rank.
@@ -91,30 +96,46 @@ class LocalModel:
         self._reattach(self.client_lora)
         self._refuse_extra_modules()
 
-        self.base_weights = Float32Weights(self._base_layers(), self.directory)
+        live = self.peft.get_base_model()
+        owners = find_owners(live, self.fresh.modules)
+        self.base_weights = Float32Weights(owners, self.directory, model=live)
         # Of a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}
         self._probe_buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
         self._probe_vector_cache: tuple[int, ProbeVectors] = (-1, {})
         self._merge_probe_cache: _MergeProbes | None = None
 
-    def _attach(self, base: Any, lora: LoraConfig, seed: int) -> PeftModel:
-        saved = [name for name in lora.modules_to_save if name not in self._head]
+    def _attach(self, base: Any, lora: LoraConfig, targets: Targets, seed: int) -> PeftModel:
         return attach_adapter(
             base,
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
-            target_modules=lora.target_modules or None,
+            target_modules=targets,
             dropout=lora.dropout,
             use_rslora=lora.use_rslora,
-            modules_to_save=[*self._head, *saved],
+            modules_to_save=self._names_to_save(lora),
             seed=seed,
+        )
+
+    def _names_to_save(self, lora: LoraConfig) -> list[str]:
+        """Return what is trained in full: a classifier's head, and what the user names."""
+        return [*self._head, *(name for name in lora.modules_to_save if name not in self._head)]
+
+    def _choose_targets(self, lora: LoraConfig) -> Targets:
+        return choose_targets(
+            self._linear_modules,
+            lora.target_modules,
+            rank=lora.rank,
+            saved=self._saved_modules,
+            head=self._head,
+            parameters=lora.target_parameters,
         )
 
     def _reattach(self, lora: LoraConfig) -> None:
         """Attach an adapter of these settings instead of the present one, on the same base."""
         if lora != self._attached_lora:
-            self.peft = self._attach(detach_adapter(self.peft), lora, self._seed)
+            targets = self._choose_targets(lora)
+            self.peft = self._attach(detach_adapter(self.peft), lora, targets, self._seed)
             self._layers = lora_layers(self.peft)
             self._attached_lora = lora
 
@@ -126,15 +147,6 @@ class LocalModel:
                 f"{extra_modules[0]}, which the run's lora.target-modules do not include; a client "
                 "can train fewer modules than the run, not others"
             )
-
-    def _base_layers(self) -> dict[str, Any]:
-        """Return the base layer under every module that the run adapts."""
-        live = self.peft.get_base_model()
-        layers = {}
-        for module in self.fresh.modules:
-            layer = live.get_submodule(module)
-            layers[module] = getattr(layer, "base_layer", layer)
-        return layers
 
     # ── adapters and global models ──
 
@@ -206,37 +218,69 @@ class LocalModel:
         has_same_modules = self._layers.keys() == model.adapter.modules.keys()
         return has_same_modules and client_lora.scaling in model.adapter.scalings.values()
 
+    @contextmanager
+    def base_alone(self) -> Iterator[PeftModel]:
+        """Yield the base model as it is without the run: nothing merged, the adapter switched off.
+
+        A global model must be loaded before the next work.
+        """
+        self.base_weights.apply([])
+        with self.peft.disable_adapter():
+            yield self.peft
+
     # ── live factors ──
 
     @property
-    def layers(self) -> Mapping[str, Any]:
+    def layers(self) -> Mapping[str, LoraLayer]:
         """The live LoRA layer of every adapted module."""
         return self._layers
 
     def live_factors(self) -> list[LowRank]:
         """Return the live factors themselves, by sorted module, with their gradients."""
-        return [live_factors(layer) for _, layer in sorted(self._layers.items())]
+        return [layer.factors for _, layer in sorted(self._layers.items())]
 
     def parameter_names(self, kinds: str) -> dict[str, str]:
         """Return `<module>.<kind>` to the factor's name among the model's parameters."""
         names = {id(parameter): name for name, parameter in self.peft.named_parameters()}
-        return {key: names[id(factor)] for key, factor in self.personal_factors(kinds).items()}
+        result = {}
+        for module, layer in sorted(self._layers.items()):
+            for kind in kinds:
+                result[f"{module}.{kind}"] = names[id(layer.parameter(kind))]
+        return result
+
+    def trained_parameters(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Return the parameters that hold these factors, by their names.
+
+        Args:
+            names: `<module>.<kind>` to the parameter's name, as `parameter_names` returns it.
+        """
+        parameters: dict[str, Tensor] = {}
+        for key, name in names.items():
+            module, _, kind = key.rpartition(".")
+            parameters[name] = self._layers[module].parameter(kind)
+        return parameters
+
+    def view(self, key: str, tensor: Tensor) -> Tensor:
+        """Return the factor `<module>.<kind>` in a tensor of its parameter's shape; a view.
+
+        The experts of one parameter share the parameters that hold their factors.
+        """
+        module, _, kind = key.rpartition(".")
+        return self._layers[module].view(kind, tensor)
 
     def personal_factors(self, kinds: str) -> dict[str, Tensor]:
         """Return the live factors of these kinds, `B` or `A`, under `<module>.<kind>`."""
         factors = {}
         for module, layer in sorted(self._layers.items()):
             for kind in kinds:
-                factors[f"{module}.{kind}"] = getattr(live_factors(layer), kind)
+                factors[f"{module}.{kind}"] = layer.factor(kind)
         return factors
 
     @contextmanager
     def training_only(self, kinds: str) -> Iterator[None]:
         """Freeze the factors of other kinds than these within the block."""
         frozen_kinds = [kind for kind in "BA" if kind not in kinds]
-        frozen = [
-            getattr(factors, kind) for factors in self.live_factors() for kind in frozen_kinds
-        ]
+        frozen = [layer.parameter(k) for layer in self._layers.values() for k in frozen_kinds]
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -277,10 +321,7 @@ class LocalModel:
             base[module] = effective[module] = probe(weight, U, X, self._probe_buffer)
             layer = self._layers.get(module)
             if layer is not None:
-                factors = live_factors(layer)
-                live = LowRank(factors.B.detach(), factors.A.detach())
-                scaling = layer.scaling[ADAPTER_NAME]
-                effective[module] = base[module] + scaling * probe(live, U, X)
+                effective[module] = base[module] + layer.scaling * probe(layer.detached(), U, X)
             # The fixed residual belongs to the adapter, though it is added to the base weight.
             if module in self._fixed_residual:
                 base[module] = base[module] - probe(self._fixed_residual[module], U, X)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.aggregation.update_filter import ClientUpdate, UpdateFilter
-from fedmomentum.evaluation.teacher_forcing import evaluate
+from fedmomentum.client.factor_moments import by_factor, by_parameter
+from fedmomentum.evaluation.teacher_forcing import evaluate, measure_reference
 from fedmomentum.global_model.shared_moments import encode_means, encode_moments
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import stack_probes
@@ -36,7 +37,7 @@ from fedmomentum.utils.process import installed_version
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.client.local_model import LocalModel
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.evaluation.tasks import Evaluation
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.training.function import TrainingFunction, TrainReport
@@ -74,7 +75,7 @@ class Worker:
         method: The run's method as this client's configuration has it; it decides what is trained
             and what leaves the client.
         model: The model that it trains; the clients of one process may share one.
-        objective: What the model is trained and scored on.
+        objective: What it trains and scores on.
         training_function: Trains the model, where the user gives a function for that.
         on_step: Called after every training step with (client, step, number of steps, loss).
         update_filter: Changes updates before they are encoded; none by default.
@@ -89,6 +90,10 @@ class Worker:
     training_function: TrainingFunction | None = None
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
     update_filter: UpdateFilter | None = None
+    # Held-out pairs with their reference, by (start, end, batch size) of an evaluation.
+    _references: dict[tuple[int, int, int], TokenizedExamples] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     # ── describe ──
 
@@ -146,9 +151,8 @@ class Worker:
         with model.training_only(trained_factors):
             # Finding the names visits all parameters of the model, so it is done where needed.
             names = {} if moments is None else model.parameter_names(trained_factors)
-            report = self._train_model(request, _renamed(moments, names))
-        factors = model.personal_factors(trained_factors)
-        trained_moments = _by_factor(report, names, factors)
+            report = self._train_model(request, by_parameter(moments, names, model))
+        trained_moments = by_factor(report, names, model)
 
         trained = model.adapter(self.client_id)
         if self.update_filter is not None and start is not None:
@@ -198,8 +202,8 @@ class Worker:
             seed=request.seed,
             on_step=self._report_step,
             penalty=penalty if has_penalty else None,
-            objective=self.objective,
             moments=moments,
+            objective=self.objective,
         )
 
     def _report_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -220,11 +224,8 @@ class Worker:
                     global_model, probes["base"], request.probe_seed
                 )
 
-        # First the examples that every evaluation of the run has in common, then the others.
-        num_compared = min(request.num_compared, request.num_examples)
-        compared = self._evaluate(0, num_compared, request.batch_size)
-        others = self._evaluate(num_compared, request.num_examples, request.batch_size)
-        evaluations = [part for part in (compared, others) if part is not None]
+        parts = [self._evaluate(part, request.batch_size) for part in _parts(request)]
+        evaluations = [part for part in parts if part is not None]
         if not evaluations:
             return WorkResult(EvaluateResult(applied_share=applied_fraction), 1, tensors)
         combined = evaluations[0]
@@ -239,11 +240,13 @@ class Worker:
         )
         return WorkResult(result, combined.total.num_examples, tensors)
 
-    def _evaluate(self, start: int, end: int, batch_size: int) -> Evaluation | None:
-        """Score the held-out examples from `start` to `end`; None if there are none."""
-        examples = self.test[start:end]
+    def _evaluate(self, part: slice, batch_size: int) -> Evaluation | None:
+        """Score a part of the held-out examples; None if there are none."""
+        examples = self.test[part]
         if not len(examples):
             return None
+        if self.objective.compares_pairs:
+            examples = self._references[part.start, part.stop, batch_size]
         return evaluate(
             self.model.peft,
             examples,
@@ -252,9 +255,42 @@ class Worker:
             objective=self.objective,
         )
 
+    # ── reference ──
+
+    def measure_references(self, request: TrainRequest | EvaluateRequest) -> None:
+        """Measure the pairs that a request needs under the reference, unless that has been done.
+
+        The reference is the base model that the run started from. It leaves the local model
+        without a global model.
+        """
+        if not self.objective.compares_pairs:
+            return
+        pad_token_id = self.model.tokenizer.pad_token_id
+        if isinstance(request, TrainRequest):
+            if not all(self.train.reference):
+                with self.model.base_alone() as base:
+                    self.train = measure_reference(base, self.train, pad_token_id=pad_token_id)
+            return
+        # Measured in the batches in which they are scored, so that rounding is no preference.
+        size = request.batch_size
+        for part in _parts(request):
+            key = (part.start, part.stop, size)
+            examples = self.test[part]
+            if len(examples) and key not in self._references:
+                with self.model.base_alone() as base:
+                    self._references[key] = measure_reference(
+                        base, examples, pad_token_id=pad_token_id, batch_size=size
+                    )
+
     def _probe_tensors(self, seed: int | None) -> dict[str, Tensor]:
         """Return the probes of the live weights as a reply carries them; none without a seed."""
         return {} if seed is None else _stacked(self.model.probes(seed))
+
+
+def _parts(request: EvaluateRequest) -> tuple[slice, slice]:
+    """Return the examples that every evaluation of the run has in common, and the others."""
+    num_compared = min(request.num_compared, request.num_examples)
+    return slice(0, num_compared), slice(num_compared, request.num_examples)
 
 
 # ── helpers ───────────────────────────────────────────────────────────────────────────────────────
@@ -272,35 +308,6 @@ def _uploaded(adapter: Adapter, factors: str) -> dict[str, Tensor]:
         if not any(kind in name for kind in retained):
             uploaded[name] = tensor
     return uploaded
-
-
-def _renamed(
-    moments: Mapping[str, Moments] | None, names: Mapping[str, str]
-) -> dict[str, Moments] | None:
-    """Return the moments under the names of the model's parameters, of those that are trained."""
-    if moments is None:
-        return None
-    return {name: moments[key] for key, name in names.items() if key in moments}
-
-
-def _by_factor(
-    report: TrainReport, names: Mapping[str, str], factors: Mapping[str, Tensor]
-) -> dict[str, Moments]:
-    """Return a report's moments under `<module>.<factor>`; nothing where it has none.
-
-    A factor that never had a gradient has moments of zero.
-    """
-    if not report.moments:
-        return {}
-    example = next(iter(report.moments.values()))
-    moments = {}
-    for key, name in names.items():
-        if name in report.moments:
-            moments[key] = report.moments[name]
-            continue
-        zero = torch.zeros_like(factors[key], dtype=torch.float32, requires_grad=False)
-        moments[key] = Moments(zero, None if example.second is None else zero, example.step)
-    return moments
 
 
 def _shared_tensors(request: TrainRequest, moments: Mapping[str, Moments]) -> dict[str, Tensor]:

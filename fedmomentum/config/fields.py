@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -74,6 +75,24 @@ def require_at_least(key: str, value: float, minimum: int) -> None:
     """
     wanted = f"at least {minimum}" if minimum else "0 or more"
     require(value >= minimum, key, value, wanted)
+
+
+def check_modules(key: str, value: Any) -> None:
+    """Refuse what cannot stand for modules: neither names nor a regular expression.
+
+    Raises:
+        ConfigError: If it is of another type, or Python cannot compile the expression.
+    """
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            wanted = f"all-linear, attention or a regular expression ({error})"
+            require(False, key, value, wanted)
+        return
+    are_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    require(are_names, key, value, "a list of names, or a text")
+    require("" not in value, key, value, "a list of names that are not empty")
 
 
 def check_numbers(value: Any, key: str) -> None:

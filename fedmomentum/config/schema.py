@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmomentum.config.fields import (
+    check_modules,
     check_numbers,
     option,
     require,
@@ -79,7 +80,7 @@ class ModelConfig:
             require(are_names and are_different, "model.labels", self.labels, wanted)
 
 
-CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules")
+CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules", "target-parameters")
 """The keys that `[lora.clients.NAME]` may hold."""
 
 
@@ -89,23 +90,38 @@ class LoraConfig:
 
     rank: int = option(8, "rank of the global adapter; it never changes")
     lora_alpha: float = option(16.0, "numerator of the scaling: lora-alpha / rank")
-    target_modules: list[str] = option(
-        [], "names of the adapted linear modules; empty: PEFT's choice for the model"
+    target_modules: list[str] | str = option(
+        [],
+        "the adapted linear modules: a list of names, `all-linear`, `attention`, or a regular "
+        "expression that matches entire paths; empty: PEFT's choice for the architecture, and "
+        "where PEFT has none, the projections of the decoder layers",
+    )
+    target_parameters: list[str] = option(
+        [],
+        "endings of the paths of parameters to adapt: of 3-D ones that hold the experts of a "
+        'layer, such as "experts.down_proj", each expert for itself; without target-modules '
+        "nothing else is adapted",
     )
     dropout: float = option(0.0, "LoRA dropout in local training")
     use_rslora: bool = option(False, "scale by lora-alpha / sqrt(rank)")
     modules_to_save: list[str] = option(
         [], "modules trained in full, in float32, and averaged by weight; names as above"
     )
+    start_from: str | None = option(
+        None,
+        "directory of a PEFT adapter to begin with, on the server or the machine of the run; its "
+        "rank and scaling may be others",
+    )
     clients: dict[str, Any] = option(
         {},
         "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, "
-        "target-modules",
+        "target-modules, target-parameters",
     )
 
     def __post_init__(self) -> None:
         require_at_least("lora.rank", self.rank, 1)
         require(self.lora_alpha > 0, "lora.lora-alpha", self.lora_alpha, "above 0")
+        check_modules("lora.target-modules", self.target_modules)
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
         # The tables of clients: their keys here, their values where they are applied.
         for client, table in self.clients.items():
@@ -128,7 +144,8 @@ class LoraConfig:
         section = f"lora.clients.{client}"
         rank = table.get("rank", self.rank)
         alpha = table.get("lora-alpha", self.lora_alpha)
-        modules = table.get("target-modules", self.target_modules)
+        modules = table.get("target-modules") or self.target_modules
+        parameters = table.get("target-parameters", self.target_parameters)
         require(
             type(rank) is int and 1 <= rank <= self.rank,
             f"{section}.rank",
@@ -138,13 +155,15 @@ class LoraConfig:
         # The table is free-form, so the types of its values are checked here.
         is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
         require(is_number and alpha > 0, f"{section}.lora-alpha", alpha, "a number above 0")
-        are_names = isinstance(modules, list) and all(isinstance(name, str) for name in modules)
-        require(are_names, f"{section}.target-modules", modules, "a list of names")
+        check_modules(f"{section}.target-modules", modules)
+        are_names = isinstance(parameters, list) and all(isinstance(n, str) for n in parameters)
+        require(are_names, f"{section}.target-parameters", parameters, "a list of names")
         return dataclasses.replace(
             self,
             rank=rank,
             lora_alpha=float(alpha),
             target_modules=modules,
+            target_parameters=parameters,
             clients={},
         )
 

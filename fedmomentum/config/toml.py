@@ -221,7 +221,9 @@ def _resolve_paths(config: Config, directory: Path) -> Config:
         client_files={client: resolve(file) for client, file in data.client_files.items()},
     )
     model = dataclasses.replace(config.model, name=resolve(config.model.name))
-    return dataclasses.replace(config, data=data, model=model)
+    start_from = resolve(config.lora.start_from) if config.lora.start_from else None
+    lora = dataclasses.replace(config.lora, start_from=start_from)
+    return dataclasses.replace(config, data=data, model=model, lora=lora)
 
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────

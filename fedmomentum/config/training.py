@@ -12,7 +12,9 @@ from fedmomentum.config.fields import option, require, require_at_least, require
 DEFAULT_LOCAL_STEPS = 10
 """Steps a round where a configuration gives neither steps nor epochs."""
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZER_STATES = ("fresh", "shared", "shared-full", "local")
+OPTIMIZER_STATES = ("auto", "fresh", "shared", "shared-full", "local")
+OBJECTIVES = ("sft", "dpo")
+LOSS_ON = ("last", "all-assistant")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,19 @@ class LocalTraining:
 class TrainingConfig:
     """What each client does in a round."""
 
+    objective: str = option(
+        "sft",
+        "what is learned: sft (the answers), or dpo (to prefer chosen answers to rejected ones, "
+        "from rows of prompt, chosen, rejected)",
+    )
+    loss_on: str = option(
+        "last",
+        "sft: the turns of a chat that are learned: last, or all-assistant (every one of the "
+        "assistant's)",
+    )
+    dpo_beta: float = option(
+        0.1, "dpo: weight of log-probabilities in rewards; large stays close to the base model"
+    )
     local_steps: int | None = option(
         None, "optimizer steps a round; this or local-epochs (default: 10 steps)"
     )
@@ -53,10 +68,10 @@ class TrainingConfig:
         "constant", "over the rounds: constant, linear or cosine (to a tenth)"
     )
     optimizer_state: str = option(
-        "fresh",
+        "auto",
         "what the optimizer starts a round with: fresh (nothing), shared (the mean of the clients' "
         "moments, of which means are sent), shared-full (the same, sent in full), local (each "
-        "client's own moments)",
+        "client's own moments), auto (shared where the method is made for it, else fresh)",
     )
     function: str | None = option(
         None, "your own training function, module:function; see docs/training.md"
@@ -87,6 +102,39 @@ class TrainingConfig:
             self.learning_rate_schedule,
             LEARNING_RATE_SCHEDULES,
         )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Refuse settings that contradict the objective."""
+        require_choice("training.objective", self.objective, OBJECTIVES)
+        require_choice("training.loss-on", self.loss_on, LOSS_ON)
+        require(self.dpo_beta > 0, "training.dpo-beta", self.dpo_beta, "above 0")
+        if self.objective == "sft":
+            return
+        require(
+            self.loss_on == "last",
+            "training.loss-on",
+            self.loss_on,
+            'last with objective = "dpo", which compares two last answers',
+        )
+        require(
+            self.function is None,
+            "training.function",
+            self.function,
+            'left out with objective = "dpo", whose loss the function would not know of',
+        )
+        smoothing = self.arguments.get("label_smoothing_factor", 0)
+        require(
+            not smoothing,
+            "training.arguments.label_smoothing_factor",
+            smoothing,
+            'left out with objective = "dpo": it smooths the labels of tokens',
+        )
+
+    @property
+    def shares_moments(self) -> bool:
+        """Whether all clients start a round from the same moments of the optimizer."""
+        return self.optimizer_state in ("shared", "shared-full")
 
     def learning_rate_at(self, server_round: int, num_rounds: int) -> float:
         """Return the learning rate of a round: constant, or decaying to a tenth in the last round.

@@ -13,5 +13,5 @@ from fedmomentum.data.examples import Example as Example
 from fedmomentum.data.examples import Prompt as Prompt
 from fedmomentum.data.readers import read_rows as read_rows
 from fedmomentum.data.readers import to_examples as to_examples
-from fedmomentum.data.tokenization import TokenizedExamples as TokenizedExamples
 from fedmomentum.data.tokenization import tokenize as tokenize
+from fedmomentum.data.tokenized import TokenizedExamples as TokenizedExamples

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from itertools import compress
+from functools import partial
+from itertools import compress, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedmomentum.config.schema import BUILT_IN_SOURCE, CAUSAL_LM, CLASSIFICATION, DataConfig
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
-from fedmomentum.data.examples import ClientData, Example, Prompt
+from fedmomentum.data.examples import ClientData, Example, Prompt, TextPair
 from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
 from fedmomentum.data.readers import column_texts, read_rows, to_examples
@@ -43,9 +44,13 @@ class Purpose(IntEnum):
 
 ClientExamples = dict[str, list[Example]]
 """The examples of each client, by its id."""
+PromptKey = Callable[[Prompt], str]
+"""Returns a text that two prompts share if and only if one must not test what the other trains."""
 
 
-def load_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> list[ClientData]:
+def load_clients(
+    config: DataConfig, seed: int, *, loss_on: str = "last", task: str = CAUSAL_LM
+) -> list[ClientData]:
     """Load the examples of all clients, sorted by client id.
 
     Which client has which examples is decided by the first of these that applies:
@@ -56,11 +61,14 @@ def load_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> list[C
 
     No prompt is both trained on and tested on: the prompt of a held-out example occurs once in the
     source (with ``client-files``: once in that client's file, for no client sees another's), and
-    rows of a ``test-source`` or built-in tests whose prompt is trained on are left out.
+    rows of a ``test-source`` or built-in tests whose prompt is trained on are left out. Where all
+    turns of a chat are learned, its prompt is what stands before the first of them, so that no
+    turn's prompt is both.
 
     Args:
         config: The section [data] of the configuration.
         seed: Decides the built-in examples, the partition and what is held out.
+        loss_on: Which turns of a chat are learned; see `tokenize`.
         task: The model's task, `model.task`; it decides which columns are read.
 
     Returns:
@@ -74,7 +82,7 @@ def load_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> list[C
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
     examples = dict(sorted(assign_clients(config, seed, task).items()))
-    train, test = hold_out(config, examples, seed, task)
+    train, test = hold_out(config, examples, seed, partial(_prompt_key, loss_on=loss_on), task)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
 
@@ -178,7 +186,7 @@ def _by_owner(examples: Sequence[Example], owners: Sequence[str]) -> ClientExamp
 
 
 def hold_out(
-    config: DataConfig, clients: ClientExamples, seed: int, task: str = CAUSAL_LM
+    config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey, task: str
 ) -> tuple[ClientExamples, ClientExamples]:
     """Return each client's training examples, and its test examples.
 
@@ -186,14 +194,16 @@ def hold_out(
         DataError: If a test source cannot be used, or leaves nothing to test on.
     """
     if config.source == BUILT_IN_SOURCE:
-        tests = _built_in_tests(config, clients, seed)
+        tests = _built_in_tests(config, clients, seed, key)
         return clients, _assign_in_proportion(tests, clients, seed)
     if config.test_source is not None:
-        return clients, _shared_tests(config, config.test_source, clients, seed, task)
-    return _hold_out_fraction(config, clients, seed)
+        return clients, _shared_tests(config, config.test_source, clients, seed, key, task)
+    return _hold_out_fraction(config, clients, seed, key)
 
 
-def _built_in_tests(config: DataConfig, clients: ClientExamples, seed: int) -> list[Example]:
+def _built_in_tests(
+    config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey
+) -> list[Example]:
     """Generate test examples of the built-in tasks, with prompts that nobody trains on."""
     names = task_names(config)
     if config.num_test_examples == 0:
@@ -205,12 +215,12 @@ def _built_in_tests(config: DataConfig, clients: ClientExamples, seed: int) -> l
         )
     test_seed = data_seed(seed, Purpose.TEST_EXAMPLES)
     return task_examples(
-        names, config.num_test_examples, test_seed, exclude=_trained_prompts(clients)
+        names, config.num_test_examples, test_seed, exclude=_trained_prompts(clients, key)
     )
 
 
 def _shared_tests(
-    config: DataConfig, source: str, clients: ClientExamples, seed: int, task: str
+    config: DataConfig, source: str, clients: ClientExamples, seed: int, key: PromptKey, task: str
 ) -> ClientExamples:
     """Divide a common test set among the clients.
 
@@ -219,8 +229,8 @@ def _shared_tests(
     """
     # Leave out what is trained on.
     rows, tests = read_source(source, config.test_split, config.category_column, task)
-    trained = _trained_prompts(clients)
-    is_new = [_prompt_key(example.prompt) not in trained for example in tests]
+    trained = _trained_prompts(clients, key)
+    is_new = [key(example.prompt) not in trained for example in tests]
     if not any(is_new):
         raise DataError(
             f"{source}: every prompt is also trained on; give a test set of other prompts"
@@ -271,7 +281,7 @@ def _assign_in_proportion(
 
 
 def _hold_out_fraction(
-    config: DataConfig, clients: ClientExamples, seed: int
+    config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey
 ) -> tuple[ClientExamples, ClientExamples]:
     """Take a fraction of each client's examples out, of those whose prompt occurs once.
 
@@ -280,7 +290,7 @@ def _hold_out_fraction(
     # How often each prompt occurs.
     counts = {}
     for client, examples in clients.items():
-        counts[client] = Counter(_prompt_key(example.prompt) for example in examples)
+        counts[client] = Counter(key(example.prompt) for example in examples)
     # With a file of its own a client counts only there, for it sees no other client's.
     if not config.client_files:
         counts = dict.fromkeys(clients, sum(counts.values(), Counter()))
@@ -292,7 +302,7 @@ def _hold_out_fraction(
         rng = np.random.default_rng([data_seed(seed, Purpose.HELD_OUT), *client.encode()])
         unique = []
         for index, example in enumerate(examples):
-            if counts[client][_prompt_key(example.prompt)] == 1:
+            if counts[client][key(example.prompt)] == 1:
                 unique.append(index)
         num_wanted = round(config.test_fraction * len(examples))
         if config.test_fraction > 0 and len(examples) >= MIN_EXAMPLES_TO_HOLD_OUT:
@@ -304,14 +314,25 @@ def _hold_out_fraction(
     return train, test
 
 
-def _trained_prompts(clients: ClientExamples) -> set[str]:
-    """Return the prompts that any client trains on, as `_prompt_key` writes them."""
+def _trained_prompts(clients: ClientExamples, key: PromptKey) -> set[str]:
+    """Return the prompts that any client trains on, as `key` writes them."""
     prompts: set[str] = set()
     for examples in clients.values():
-        prompts.update(_prompt_key(example.prompt) for example in examples)
+        prompts.update(key(example.prompt) for example in examples)
     return prompts
 
 
-def _prompt_key(prompt: Prompt) -> str:
-    """Return a text that two prompts share if and only if they are the same."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+def _prompt_key(prompt: Prompt, loss_on: str) -> str:
+    """Return a text that two prompts share if and only if they are the same.
+
+    Where all turns of a chat are learned, two of its turns' prompts can only be the same if those
+    of the first turns are; so these are compared.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, TextPair):
+        return json.dumps(prompt)
+    messages = list(prompt)
+    if loss_on == "all-assistant":
+        messages = list(takewhile(lambda message: message["role"] != "assistant", messages))
+    return json.dumps(messages, sort_keys=True)

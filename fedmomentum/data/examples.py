@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from fedmomentum.errors import DataError
 from fedmomentum.utils.names import check_client_name
@@ -16,6 +16,9 @@ MAX_LABEL = 256
 MAX_CATEGORIES = 10_000
 """The most categories of a data set: as many as a client may report its scores by."""
 
+Message = dict[str, Any]
+"""A chat message: `role`, `content`, and perhaps its role's keys of `TOOL_KEYS`."""
+
 
 class TextPair(NamedTuple):
     """Two texts that are classified together."""
@@ -24,9 +27,14 @@ class TextPair(NamedTuple):
     second: str
 
 
-Prompt = str | tuple[dict[str, str], ...] | TextPair
-"""Plain text, the chat messages (``{"role": ..., "content": ...}``) before the answer, or a pair of
-texts to classify."""
+Prompt = str | tuple[Message, ...] | TextPair
+"""Plain text, the chat messages before the answer, or a pair of texts to classify."""
+
+TOOL_KEYS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+"""Role to what its messages may hold besides role and content, where tools are called."""
+
+MAX_NESTING = 16
+"""How deep the arguments of a tool call may be nested."""
 
 
 def label_problem(text: str) -> str | None:
@@ -47,24 +55,30 @@ class Example:
     """One prompt and the answer to learn.
 
     Attributes:
-        prompt: Plain text, or the chat messages before the answer, each with exactly ``role`` and
-            ``content``; what is classified, a text or a pair of them.
+        prompt: Plain text, or the chat messages before the answer, each with ``role`` and
+            ``content``; some with keys of `TOOL_KEYS` too. Of a classifier what is classified, a
+            text or a pair of them.
         completion: The text of the answer (the assistant's last turn), or the label; never empty.
         category: The label or task by which examples are partitioned and results reported: a short
             name.
         scoring: JSON that the task's own scorer needs; empty for an exact match of the stripped
             text.
+        rejected: The text of the answer to which ``completion`` is preferred; None where there is
+            only one answer.
+        source_row: The row of its file, from 1, for messages; 0 where it comes from none.
 
     Raises:
-        DataError: If the completion is empty; the prompt has no text, a message of another shape,
-            or an empty message that is not the system's; or the category is too long or cannot be
-            shown.
+        DataError: If an answer is empty, or both are the same; the prompt has no text, a message of
+            another shape, or an empty message that is not the system's; or the category is too long
+            or cannot be shown.
     """
 
     prompt: Prompt
     completion: str
     category: str = ""
     scoring: str = ""
+    rejected: str | None = None
+    source_row: int = field(default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained on."""
@@ -75,12 +89,29 @@ class Example:
                 "the completion is empty; every example needs an answer to learn: fill it in or "
                 "drop it"
             )
+        self._check_rejected()
         problem = label_problem(self.category)
         if problem is not None:
             raise DataError(
                 f"the category {problem}; it must be a short name of at most {MAX_LABEL} characters"
             )
         _check_prompt(self.prompt)
+
+    def _check_rejected(self) -> None:
+        """Refuse a rejected answer that is none."""
+        if self.rejected is None:
+            return
+        if not isinstance(self.rejected, str):
+            raise DataError(
+                f"the rejected answer is {type(self.rejected).__name__}; it must be text"
+            )
+        if not self.rejected.strip():
+            raise DataError("the rejected answer is empty; fill it in or drop the row")
+        if self.rejected == self.completion:
+            raise DataError(
+                "the chosen and the rejected answer are the same, so nothing is preferred; drop "
+                "the row"
+            )
 
 
 def _check_prompt(prompt: object) -> None:
@@ -106,17 +137,66 @@ def _check_prompt(prompt: object) -> None:
 
 
 def _check_message(message: object, position: int) -> None:
-    """Refuse a message of another shape, or an empty one that is not the system's."""
+    """Refuse a message of another shape, or an empty one that may not be."""
     where = f"message {position} of the prompt"
-    shown = printable(repr(message), 100)
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise DataError(f"{where} must have exactly role and content; got {shown}")
-    if not all(isinstance(value, str) for value in message.values()):
-        raise DataError(f"{where}: role and content must be text; got {shown}")
-    # An empty system message is common, and means what it says: no instruction.
-    if not message["content"].strip() and message["role"] != "system":
+    problem = _message_problem(message)
+    if problem is not None:
+        raise DataError(f"{where}: {problem}")
+    assert isinstance(message, Mapping)  # or there were a problem
+    # An empty system message is common, and means what it says: no instruction. Who calls a tool
+    # need not say anything, nor does every tool.
+    may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message
+    if not message["content"].strip() and not may_be_empty:
         role = printable(message["role"], 40)
         raise DataError(f"{where}, the {role}'s, is empty; fill it in or drop the row")
+
+
+def keys_problem(message: object) -> str | None:
+    """Return what is wrong with the keys of a chat message, None where nothing is."""
+    shown = printable(repr(message), 100)
+    keys = set(message) if isinstance(message, Mapping) else set()
+    if not isinstance(message, Mapping) or not {"role", "content"} <= keys:
+        return f"must have exactly role and content; got {shown}"
+    extra_keys = TOOL_KEYS.get(str(message["role"]), set())
+    if keys - {"role", "content"} - extra_keys:
+        more = f", and perhaps {' and '.join(sorted(extra_keys))}" if extra_keys else ""
+        return f"must have exactly role and content{more}; got {shown}"
+    return None
+
+
+def _message_problem(message: object) -> str | None:
+    """Return what is wrong with the shape of a chat message, None where nothing is."""
+    problem = keys_problem(message)
+    if problem is not None:
+        return problem
+    assert isinstance(message, Mapping)  # or there were a problem
+    shown = printable(repr(message), 100)
+    if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+        return f"role and content must be text; got {shown}"
+    for key in ("tool_call_id", "name"):
+        if not isinstance(message.get(key, ""), str):
+            return f"{key} must be text; got {shown}"
+    calls = message.get("tool_calls", [{}])
+    if not isinstance(calls, list) or not calls or not all(isinstance(c, Mapping) for c in calls):
+        return f"tool_calls must be a list of objects; got {shown}"
+    if not _is_plain(calls, MAX_NESTING):
+        return (
+            "tool_calls hold a null, something that is no JSON, or are nested deeper than "
+            f"{MAX_NESTING} levels. Tables fill the keys that other rows have with null: write "
+            f"the arguments as a JSON text there; got {shown}"
+        )
+    return None
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    """Return whether a value is JSON without null, at most so deep."""
+    if isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, list):
+        items = value
+    else:
+        return isinstance(value, (str, int, float))
+    return depth > 0 and all(_is_plain(item, depth - 1) for item in items)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.data.encoding import TEXTS_PER_CALL
 from fedmomentum.data.examples import MAX_CATEGORIES, Example, Prompt, TextPair
 from fedmomentum.data.readers import column_texts
 from fedmomentum.data.rows import Rows
-from fedmomentum.data.tokenization import TEXTS_PER_CALL, TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.data.examples import MAX_CATEGORIES, MAX_LABEL, Example, Prompt, label_problem
+from fedmomentum.data.examples import (
+    MAX_CATEGORIES,
+    MAX_LABEL,
+    Example,
+    Message,
+    Prompt,
+    keys_problem,
+    label_problem,
+)
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
 from fedmomentum.errors import DataError
@@ -22,11 +30,10 @@ if TYPE_CHECKING:
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt+completion": ("prompt", "completion"),
+    "prompt+chosen+rejected": ("prompt", "chosen", "rejected"),
     "instruction+output": ("instruction", "output"),
     "question+answer": ("question", "answer"),
 }
-
-Message = dict[str, str]
 
 
 def to_examples(
@@ -38,6 +45,8 @@ def to_examples(
       messages before it are the prompt.
     - ``prompt`` and ``completion``: each text or a list of messages, the completion then holding
       one message, the assistant's.
+    - ``prompt``, ``chosen`` and ``rejected``: the same with two answers, of which the first is
+      preferred.
     - ``instruction``, ``output`` and perhaps ``input``: one message of the user, the instruction,
       then a blank line and the input where it is not empty. An ``answer`` column counts only where
       there is no ``output``.
@@ -59,6 +68,7 @@ def to_examples(
     rows = Rows.of(rows)
     kind = _detect_format(rows.column_names, where)
     names = _used_columns(kind, rows.column_names)
+    _refuse_tools(rows, where)
     categories = [""] * rows.num_rows
     if category_column:
         categories = column_texts(rows, category_column, where=where)
@@ -74,8 +84,9 @@ def to_examples(
     for number, (category, *values) in enumerate(zip(categories, *columns, strict=True), start=1):
         row = dict(zip(names, values, strict=True))
         try:
-            prompt, completion = _parse_row(kind, row)
-            examples.append(Example(prompt=prompt, completion=completion, category=category))
+            prompt, completion, rejected = _parse_row(kind, row)
+            example = Example(prompt, completion, category, rejected=rejected, source_row=number)
+            examples.append(example)
         except DataError as error:
             raise DataError(f"{_prefix(where)}row {number}: {error}") from None
     return examples
@@ -191,7 +202,7 @@ def _detect_format(columns: Sequence[str], where: str) -> str:
         problem = f"fit several formats ({', '.join(kinds)}); remove the columns of the others"
     raise DataError(
         f"{_prefix(where)}the columns {_join_names(columns)} {problem}. Known: messages; prompt, "
-        "completion; instruction, output (and input); question, answer"
+        "completion; prompt, chosen, rejected; instruction, output (and input); question, answer"
     )
 
 
@@ -205,22 +216,38 @@ def _used_columns(kind: str, columns: Sequence[str]) -> list[str]:
     return names
 
 
-def _parse_row(kind: str, row: Mapping[str, Any]) -> tuple[Prompt, str]:
-    """Return the prompt and the completion of a row."""
+def _refuse_tools(rows: Rows, where: str) -> None:
+    """Refuse a column of tool definitions, which chat templates would write into the chat."""
+    if "tools" not in rows.column_names:
+        return
+    for number, value in enumerate(_column(rows, "tools", where), start=1):
+        if value:
+            raise DataError(
+                f"{_prefix(where)}row {number}: column 'tools' holds {_shown(value)}; definitions "
+                "of tools are not supported, and left out they would be missing from the prompt. "
+                "Write them into the system message, or remove the column"
+            )
+
+
+def _parse_row(kind: str, row: Mapping[str, Any]) -> tuple[Prompt, str, str | None]:
+    """Return the prompt and the answer of a row, and the rejected answer where it has one."""
     if kind == "messages":
         messages = _messages(row["messages"], "messages")
-        return _prompt_messages(messages[:-1]), _assistant_text(messages[-1])
+        return _prompt_messages(messages[:-1]), _assistant_text(messages[-1]), None
     if kind == "prompt+completion":
-        return _parse_prompt(row["prompt"]), _parse_completion(row["completion"])
+        return _parse_prompt(row["prompt"]), _parse_answer(row, "completion"), None
+    if kind == "prompt+chosen+rejected":
+        prompt = _parse_prompt(row["prompt"])
+        return prompt, _parse_answer(row, "chosen"), _parse_answer(row, "rejected")
     if kind == "question+answer":
-        return _user_message(_text(row, "question")), _text(row, "answer")
+        return _user_message(_text(row, "question")), _text(row, "answer"), None
     instruction = _text(row, "instruction")
     context = ""
     if row.get("input") is not None:
         context = _text(row, "input", may_be_empty=True)
     question = f"{instruction}\n\n{context}" if context.strip() else instruction
     answer_column = "output" if "output" in row else "answer"
-    return _user_message(question), _text(row, answer_column)
+    return _user_message(question), _text(row, answer_column), None
 
 
 def _parse_prompt(value: Any) -> Prompt:
@@ -230,14 +257,16 @@ def _parse_prompt(value: Any) -> Prompt:
     return _prompt_messages(_messages(value, "prompt"))
 
 
-def _parse_completion(value: Any) -> str:
-    """Return the column ``completion``: text, or one message of the assistant."""
+def _parse_answer(row: Mapping[str, Any], column: str) -> str:
+    """Return a column that holds an answer: text, or one message of the assistant."""
+    value = row[column]
     if isinstance(value, str):
         return value
-    messages = _messages(value, "completion")
+    messages = _messages(value, column)
     if len(messages) != 1:
         raise DataError(
-            f"column 'completion' must hold one message, the assistant's; it holds {len(messages)}"
+            f"column {column!r} must hold one message, the assistant's; it holds {len(messages)}: "
+            "move those before the answer to the column 'prompt'"
         )
     return _assistant_text(messages[0])
 
@@ -265,16 +294,17 @@ def _messages(value: Any, column: str) -> list[Message]:
         )
     messages = []
     for position, message in enumerate(value, start=1):
-        fields: Message = {}
         if isinstance(message, Mapping):
             # Arrow fills the keys that only other rows' messages have with None.
-            fields = {key: text for key, text in message.items() if text is not None}
-        if set(fields) != {"role", "content"}:
-            raise DataError(
-                f"column {column!r}, message {position}: must have exactly role and content; got "
-                f"{_shown(message)}"
-            )
-        messages.append(fields)
+            fields: Message = {key: item for key, item in message.items() if item is not None}
+            # Who calls a tool need not say anything.
+            if "tool_calls" in fields:
+                fields.setdefault("content", "")
+            message = fields
+        problem = keys_problem(message)
+        if problem is not None:
+            raise DataError(f"column {column!r}, message {position}: {problem}")
+        messages.append(message)
     return messages
 
 
@@ -295,7 +325,13 @@ def _assistant_text(message: Message) -> str:
             "the last message must be the assistant's, the answer to learn; its role is "
             f"{_shown(message['role'])}"
         )
-    return message["content"]
+    others = sorted(message.keys() - {"role", "content"})
+    if others:
+        raise DataError(
+            f"the last message, the answer to learn, holds {', '.join(others)}; it must be text "
+            "alone: end the chat with the assistant's answer"
+        )
+    return str(message["content"])
 
 
 # ── messages to the user ──────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from fedmomentum.utils.records import read_record, with_checksum
 from fedmomentum.utils.schema import Count, Hash, Schema, Text
 
 if TYPE_CHECKING:
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExamples
 
 
 FILE = "split.json"
@@ -73,8 +73,15 @@ def split_fingerprint(train: TokenizedExamples, test: TokenizedExamples, key: st
 
 def _digests(examples: TokenizedExamples, key: str) -> Iterator[str]:
     """Yield a short hash of every example."""
-    for ids, num_prompt_tokens in zip(examples.input_ids, examples.num_prompt_tokens, strict=True):
-        content = array("q", [num_prompt_tokens, *ids]).tobytes()
+    for index in range(len(examples)):
+        example = examples.example(index)
+        numbers = [example.num_prompt_tokens, *example.input_ids]
+        # What most examples lack is set off by numbers that are no token ids.
+        for start, end in example.gaps:
+            numbers += [-1, start, end]
+        if example.rejected_ids:
+            numbers += [-2, *example.rejected_ids]
+        content = array("q", numbers).tobytes()
         digest = hmac.new(key.encode(), content, hashlib.sha256).hexdigest()
         yield digest[: 2 * DIGEST_BYTES]
 

@@ -2,81 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedmomentum.data.continuation import continuation_ids
+from fedmomentum.data.encoding import encode_texts
 from fedmomentum.data.examples import TextPair
+from fedmomentum.data.tokenized import Span, TokenizedExamples
+from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
+from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fedmomentum.data.examples import Example, Prompt
-
-
-# Texts in a call of the tokenizer: a call costs more than what it does to a short text, and keeps
-# several times the size of each text in memory.
-TEXTS_PER_CALL = 256
-
-
-@dataclass(frozen=True)
-class TokenizedExamples:
-    """Examples ready to train or evaluate on; the fields are parallel, one entry an example.
-
-    Attributes:
-        input_ids: Token ids of prompt, completion and end token of each example; for a classifier
-            those of the text, and then the index of its label.
-        num_prompt_tokens: How many of those belong to the prompt; no loss is taken on them. For a
-            classifier the tokens of the first text of a pair.
-        categories: The category of each example.
-        is_truncated: Whether ``max_length`` cut off part of the completion (or its end token).
-        num_lost: How many further examples were dropped because nothing of their completion was
-            left.
-    """
-
-    input_ids: tuple[tuple[int, ...], ...]
-    num_prompt_tokens: tuple[int, ...]
-    categories: tuple[str, ...]
-    is_truncated: tuple[bool, ...]
-    num_lost: int
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.input_ids)
-
-    def __getitem__(self, rows: slice) -> TokenizedExamples:
-        """Return some of the examples; `num_lost` is kept."""
-        return TokenizedExamples(
-            self.input_ids[rows],
-            self.num_prompt_tokens[rows],
-            self.categories[rows],
-            self.is_truncated[rows],
-            self.num_lost,
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[TokenizedExamples]) -> TokenizedExamples:
-        """Return the examples of all parts, one after the other."""
-        return cls(
-            tuple(chain.from_iterable(part.input_ids for part in parts)),
-            tuple(chain.from_iterable(part.num_prompt_tokens for part in parts)),
-            tuple(chain.from_iterable(part.categories for part in parts)),
-            tuple(chain.from_iterable(part.is_truncated for part in parts)),
-            sum(part.num_lost for part in parts),
-        )
-
-    @property
-    def num_truncated(self) -> int:
-        """How many of the examples have lost part of their completion."""
-        return sum(self.is_truncated)
-
-
-EMPTY_EXAMPLES = TokenizedExamples((), (), (), (), 0)
 
 
 class _Text(NamedTuple):
@@ -92,10 +34,10 @@ class _Text(NamedTuple):
 
 
 class _TokenIds(NamedTuple):
-    """The token ids of an example, not truncated."""
+    """The token ids of an example, not truncated, and the ranges that are learned."""
 
-    prompt: list[int]
-    answer: list[int]
+    ids: list[int]
+    learned: list[Span]
 
 
 def tokenize(
@@ -105,6 +47,7 @@ def tokenize(
     max_length: int,
     max_truncated_fraction: float,
     owner: str,
+    loss_on: str = "last",
 ) -> TokenizedExamples:
     """Convert examples into token ids, truncated on the right at ``max_length`` tokens.
 
@@ -114,27 +57,30 @@ def tokenize(
     Args:
         examples: The examples to tokenize.
         tokenizer: The base model's tokenizer.
-        max_length: The most tokens an example may have.
+        max_length: The most tokens a row may have.
         max_truncated_fraction: The fraction of the examples, 0 to 1, that may lose their complete
             answer; those are dropped.
         owner: Whose examples these are, for error messages: ``"client-3 (train)"``.
+        loss_on: ``"last"``: a chat's last turn is learned; ``"all-assistant"``: all turns of its
+            assistant.
 
     Returns:
         The tokenized examples.
 
     Raises:
-        DataError: If there are no examples, too many lose their answer, or the chat template cannot
-            be used.
+        DataError: If there are no examples, too many lose their answer, only some of them have a
+            rejected answer, or the chat template cannot be used.
     """
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
-    rows = _token_ids(examples, tokenizer, owner)
+    rows = _token_ids(examples, tokenizer, owner, loss_on)
+    rejected = _rejected_ids(examples, tokenizer, owner)
 
     # Drop the examples whose prompt alone fills the length; truncate the others.
-    retained = [row for row, ids in enumerate(rows) if len(ids.prompt) < max_length]
+    retained = [row for row, ids in enumerate(rows) if ids.learned[0][0] < max_length]
     num_lost = len(rows) - len(retained)
     if not retained or num_lost > max_truncated_fraction * len(rows):
-        lengths = sorted(len(ids.prompt) + len(ids.answer) for ids in rows)
+        lengths = sorted(max(len(row.ids), len(ids)) for row, ids in zip(rows, rejected))
         raise DataError(
             f"{owner}: {num_lost} of {len(rows)} examples lose their complete answer, because "
             f"their prompt alone fills max-length = {max_length} tokens (allowed fraction: "
@@ -145,47 +91,124 @@ def tokenize(
     # Prompt and answer in one row, at most as long as allowed.
     input_ids = []
     is_truncated = []
+    gaps = []
     for row in retained:
-        ids = rows[row].prompt + rows[row].answer
-        input_ids.append(tuple(ids[:max_length]))
-        is_truncated.append(len(ids) > max_length)
+        ids = tuple(rows[row].ids[:max_length])
+        input_ids.append(ids)
+        gaps.append(gaps_between(rows[row].learned, len(ids)))
+        # What follows the last learned token may be cut off: no answer loses a part.
+        is_cut = rows[row].learned[-1][1] > max_length or len(rejected[row]) > max_length
+        is_truncated.append(is_cut)
     return TokenizedExamples(
         tuple(input_ids),
-        tuple(len(rows[row].prompt) for row in retained),
+        tuple(rows[row].learned[0][0] for row in retained),
         tuple(examples[row].category for row in retained),
         tuple(is_truncated),
         num_lost,
+        tuple(gaps),
+        tuple(tuple(rejected[row][:max_length]) for row in retained),
     )
 
 
+def _title(owner: str, row: int, example: Example) -> str:
+    """Return what to call an example in messages."""
+    source = f" (row {example.source_row} of its source)" if example.source_row else ""
+    return f"{owner}, example {row}{source}"
+
+
 def _token_ids(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str, loss_on: str
 ) -> list[_TokenIds]:
     """Return the token ids of each example."""
+    if loss_on == "last":
+        return _last_answers(dict(enumerate(examples)), tokenizer, owner)
+    # Plain text has one answer; a chat may have several.
+    plain = {}
+    for row, example in enumerate(examples):
+        if isinstance(example.prompt, str):
+            plain[row] = example
+    plain_ids = dict(zip(plain, _last_answers(plain, tokenizer, owner), strict=True))
+    result = []
+    for row, example in enumerate(examples):
+        if row in plain:
+            result.append(plain_ids[row])
+            continue
+        try:
+            result.append(_TokenIds(*_chat_turns(example, tokenizer)))
+        except DataError as error:
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
+    return result
+
+
+def _chat_turns(
+    example: Example, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[Span]]:
+    """Return a complete chat's token ids, and the ranges of its assistant's turns."""
+    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
+    end_id = end_token_id(example.prompt, tokenizer)
+    # Whoever has no template, or one that refuses these messages, is told so.
+    _chat_text(messages, tokenizer, ends_with_answer=True)
+    if has_generation_marks(tokenizer):
+        return marked_turns(messages, tokenizer, end_id)
+    texts = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        header = ""
+        if position:
+            header = _chat_text(messages[:position], tokenizer, ends_with_answer=False)
+        turn = _chat_text(messages[: position + 1], tokenizer, ends_with_answer=True)
+        texts.append((position, header, turn))
+    return prefix_turns(texts, tokenizer, end_id)
+
+
+def _rejected_ids(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str
+) -> list[list[int]]:
+    """Return the token ids of each prompt with its rejected answer; empty where there is none."""
+    others = {}
+    for row, example in enumerate(examples):
+        if example.rejected is not None:
+            others[row] = replace(example, completion=example.rejected, rejected=None)
+    if not others:
+        return [[] for _ in examples]
+    if len(others) < len(examples):
+        row = next(row for row in range(len(examples)) if row not in others)
+        raise DataError(
+            f"{_title(owner, row, examples[row])}: no rejected answer, and {len(others)} of its "
+            "examples have one; give all of them `chosen` and `rejected`, or none"
+        )
+    return [row.ids for row in _last_answers(others, tokenizer, owner)]
+
+
+def _last_answers(
+    examples: Mapping[int, Example], tokenizer: PreTrainedTokenizerBase, owner: str
+) -> list[_TokenIds]:
+    """Return the token ids of prompts and their answers, by the number of the example."""
     # Write every example as text, and find the end token of each kind.
     texts: list[_Text] = []
     end_ids: dict[bool, int] = {}
-    for row, example in enumerate(examples):
+    for row, example in examples.items():
         try:
             text = _example_text(example, tokenizer)
             if text.is_chat not in end_ids:
                 end_ids[text.is_chat] = end_token_id(example.prompt, tokenizer)
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
         texts.append(text)
 
     # Tokenize prompts and full texts in batches, then find where each answer begins.
-    prompts = _encode([(text.prompt, text.is_chat) for text in texts], tokenizer)
-    full_texts = _encode([(text.full, text.is_chat) for text in texts], tokenizer)
+    prompts = encode_texts([(text.prompt, text.is_chat) for text in texts], tokenizer)
+    full_texts = encode_texts([(text.full, text.is_chat) for text in texts], tokenizer)
     result = []
-    for row, text in enumerate(texts):
+    parts = zip(examples.items(), texts, prompts, full_texts, strict=True)
+    for (row, example), text, prompt, full in parts:
         try:
-            answer = _answer_ids(
-                prompts[row], full_texts[row], text, end_ids[text.is_chat], tokenizer
-            )
+            answer = _answer_ids(prompt, full, text, end_ids[text.is_chat], tokenizer)
         except DataError as error:
-            raise DataError(f"{owner}, example {row}: {error}") from error
-        result.append(_TokenIds(prompts[row], answer))
+            raise DataError(f"{_title(owner, row, example)}: {error}") from error
+        ids = prompt + answer
+        result.append(_TokenIds(ids, [(len(prompt), len(ids))]))
     return result
 
 
@@ -196,7 +219,7 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
         DataError: If the prompt is a chat and the tokenizer has no chat template.
     """
     is_chat = not isinstance(prompt, str)
-    (ids,) = _encode([(_prompt_text(prompt, tokenizer), is_chat)], tokenizer)
+    (ids,) = encode_texts([(_prompt_text(prompt, tokenizer), is_chat)], tokenizer)
     return ids
 
 
@@ -208,14 +231,19 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
     writes none, the tokenizer's end token.
 
     Raises:
-        DataError: If there is no such token.
+        DataError: If there is no such token, or the template does not write the answer.
     """
     if not isinstance(prompt, str):
         # What the template writes after the last assistant's text.
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "yes"}
         text = _chat_text((question, answer), tokenizer, ends_with_answer=True)
-        closing_text = text[text.rindex("yes") + len("yes") :]
+        _, found, closing_text = text.rpartition("yes")
+        if not found:
+            raise DataError(
+                "the chat template does not write the text of a message; it may be made for "
+                f"messages of several parts, such as images. It writes {printable(text, 100)!r}"
+            )
         closing_ids = tokenizer(closing_text, add_special_tokens=False)["input_ids"]
         special_ids = set(tokenizer.all_special_ids)
         for index, token in tokenizer.added_tokens_decoder.items():
@@ -230,6 +258,24 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
             "one to the tokenizer's configuration"
         )
     return int(tokenizer.eos_token_id)
+
+
+def answer_prefix(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the chat template writes between a prompt and the text of its answer.
+
+    Templates of reasoning models write an empty block of reasoning there, or the channel of the
+    answer, and a model that has learned the answer generates it too. Empty for plain text.
+
+    Raises:
+        DataError: If the prompt is a chat and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return ""
+    start = _prompt_text(prompt, tokenizer)
+    answer = {"role": "assistant", "content": "yes"}
+    full = _chat_text((*prompt, answer), tokenizer, ends_with_answer=True)
+    written = full[len(start) :] if full.startswith(start) else ""
+    return written[: max(written.rfind("yes"), 0)]
 
 
 # ── text ──────────────────────────────────────────────────────────────────────────────────────────
@@ -299,51 +345,6 @@ def _chat_text(
 
 
 # ── token ids ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _encode(
-    texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Return the token ids of texts, without the special tokens that close a text.
-
-    Args:
-        texts: Texts, each with whether it is a chat's: its template has written the special tokens
-            already.
-        tokenizer: The base model's tokenizer.
-    """
-    rows_of_kind: dict[bool, list[int]] = defaultdict(list)
-    for row, (_, is_chat) in enumerate(texts):
-        rows_of_kind[is_chat].append(row)
-    result: list[list[int]] = [[] for _ in texts]
-    for is_chat, rows in rows_of_kind.items():
-        closing_ids = [] if is_chat else _closing_ids(tokenizer)
-        for start in range(0, len(rows), TEXTS_PER_CALL):
-            batch = rows[start : start + TEXTS_PER_CALL]
-            batch_texts = [texts[row][0] for row in batch]
-            encoded = tokenizer(batch_texts, add_special_tokens=not is_chat)["input_ids"]
-            for row, ids in zip(batch, encoded, strict=True):
-                result[row] = _without_closing(ids, closing_ids)
-    return result
-
-
-def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens with which the tokenizer closes each plain text.
-
-    An end token, a separator, or none.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    closed: list[int] = tokenizer("a")["input_ids"]
-    for start in range(len(closed) - len(plain) + 1):
-        end = start + len(plain)
-        if closed[start:end] == plain:
-            return closed[end:]
-    return []
-
-
-def _without_closing(ids: list[int], closing_ids: Sequence[int]) -> list[int]:
-    """Return a text's token ids without those that close it: the answer comes before them."""
-    is_closed = closing_ids and ids[-len(closing_ids) :] == closing_ids
-    return ids[: -len(closing_ids)] if is_closed else ids
 
 
 def _answer_ids(

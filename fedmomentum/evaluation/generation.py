@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.data.tokenization import end_token_id, prompt_token_ids
+from fedmomentum.data.tokenization import answer_prefix, end_token_id, prompt_token_ids
 from fedmomentum.evaluation.teacher_forcing import evaluation_mode
 from fedmomentum.objectives.collation import pad_left
 from fedmomentum.utils.modules import inner_model
@@ -26,6 +26,9 @@ def generate(
     batch_size: int = 32,
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, without special tokens.
+
+    What the chat template writes before the text of an answer (reasoning, a channel) is no part of
+    it.
 
     Sampling, repetition penalties and the model's other generation settings are switched off: the
     answer is the sequence of most likely tokens, up to the end token or ``max_new_tokens``.
@@ -64,7 +67,7 @@ def generate(
     # The model inside a PEFT wrapper holds the adapters; the wrapper would only restore its own
     # settings.
     inner = inner_model(model)
-    with evaluation_mode(inner), _generation_config(inner, config):
+    with evaluation_mode(inner), generation_settings(inner, config):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [prompt_ids[row] for row in rows]
@@ -73,12 +76,51 @@ def generate(
             output = inner.generate(input_ids=input_ids, attention_mask=mask)
             new_ids = output[:, input_ids.shape[1] :].tolist()
             for row, ids in zip(rows, new_ids, strict=True):
-                answers[row] = str(tokenizer.decode(ids, skip_special_tokens=True))
+                prefix = answer_prefix(prompts[row], tokenizer)
+                answers[row] = _answer_text(ids, prefix, tokenizer)
     return answers
 
 
+def _answer_text(ids: list[int], prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of an answer, without what the template writes before it.
+
+    Args:
+        ids: The generated tokens.
+        prefix: What the template writes before an answer without reasoning.
+        tokenizer: The model's tokenizer.
+    """
+    if not prefix.strip():
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    # The special tokens show where the answer begins, so they are removed only after that.
+    text = str(tokenizer.decode(ids, skip_special_tokens=False))
+    start = 0 if text.startswith(prefix) else text.rfind(prefix)
+    if start < 0:
+        # Reasoning that is not empty ends as the empty one does.
+        prefix = _last_mark(prefix, tokenizer)
+        start = text.rfind(prefix) if prefix else -1
+    if start >= 0:
+        text = text[start + len(prefix) :]
+    for token in _special_tokens(tokenizer):
+        text = text.replace(token, "")
+    return text
+
+
+def _last_mark(prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the end of a prefix, from its last added token on: `</think>` and what follows."""
+    starts = [prefix.rfind(str(token)) for token in tokenizer.added_tokens_decoder.values()]
+    start = max(starts, default=-1)
+    return prefix[start:] if start >= 0 else ""
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the texts of the tokens that are not shown, longer ones first."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    return sorted(texts, key=len, reverse=True)
+
+
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generation_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Replace a model's generation settings for a while.
 
     Passed to `generate`, settings would be completed by the model's own; in their place they stand

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from fedmomentum.data.builtin_tasks import score_answer
 from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts, Score
 
 if TYPE_CHECKING:
     from fedmomentum.data.examples import Example
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExample, TokenizedExamples
     from fedmomentum.objectives.objective import ExampleScore
 
 
@@ -98,28 +98,15 @@ def evaluate_task(
     return Evaluation(total, by_category)
 
 
-class TokenizedExample(NamedTuple):
-    """One of `TokenizedExamples`.
-
-    Attributes:
-        input_ids: Token ids of prompt, completion and end token.
-        num_prompt_tokens: How many of them belong to the prompt.
-        category: The category of the example.
-        is_truncated: Whether part of the completion was cut off.
-    """
-
-    input_ids: tuple[int, ...]
-    num_prompt_tokens: int
-    category: str
-    is_truncated: bool
-
-
 @dataclass(frozen=True)
 class TeacherForcedTask:
     """Predict each token of the given answer from those before it.
 
     An example counts as exact when the most likely token is the right one at every position of the
-    completion and its end token. A truncated completion adds to the loss and never counts as exact.
+    completion and its end token; where all turns of the assistant are learned, in all of them. A
+    truncated completion adds to the loss and never counts as exact.
+
+    A pair of answers counts where the chosen one has the larger reward, truncated or not.
 
     Attributes:
         examples: The tokenized examples.
@@ -135,18 +122,21 @@ class TeacherForcedTask:
 
     def get_example(self, index: int) -> TokenizedExample:
         """Return an example; indices count from 0."""
-        return TokenizedExample(
-            self.examples.input_ids[index],
-            self.examples.num_prompt_tokens[index],
-            self.examples.categories[index],
-            self.examples.is_truncated[index],
-        )
+        return self.examples.example(index)
 
     def evaluate(self, example: TokenizedExample, answer: ExampleScore) -> Score:
         """Score the predictions of an example's tokens."""
-        is_exact = answer.is_exact and not example.is_truncated
+        is_pair = answer.margin is not None
+        is_exact = answer.is_exact and (is_pair or not example.is_truncated)
         by_label = _label_counts(answer.label, answer.predicted) if answer.label else {}
-        return Score(answer.nll, answer.num_targets, 1, int(is_exact), by_label)
+        return Score(
+            answer.nll,
+            answer.num_targets,
+            1,
+            int(is_exact),
+            margin=answer.margin,
+            by_label=by_label,
+        )
 
 
 def _label_counts(label: str, predicted: str) -> dict[str, LabelCounts]:

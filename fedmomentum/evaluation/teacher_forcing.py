@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fedmomentum.errors import DataError
 from fedmomentum.evaluation.tasks import Evaluation, TeacherForcedTask, evaluate_task
-from fedmomentum.objectives.objective import CAUSAL_LM, ExampleScore, Objective
+from fedmomentum.objectives.objective import CAUSAL_LM, ExampleScore, Objective, Predictions
+from fedmomentum.objectives.preference import answer_log_probs, pair_batch, predict_answers
 
 if TYPE_CHECKING:
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExamples
 
 
 def evaluate(
@@ -74,12 +76,42 @@ def predict_examples(
     order = _batch_order(examples)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        input_ids = [examples.input_ids[row] for row in rows]
-        num_prompt_tokens = [examples.num_prompt_tokens[row] for row in rows]
-        batch = objective.collate(input_ids, num_prompt_tokens, pad_token_id)
+        batch = objective.collate([examples.example(row) for row in rows], pad_token_id)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         predictions = objective.predict(model, batch)
         yield from zip(rows, objective.score(predictions), strict=True)
+
+
+def measure_reference(
+    model: nn.Module, examples: TokenizedExamples, *, pad_token_id: int, batch_size: int = 32
+) -> TokenizedExamples:
+    """Return pairs with the log-probabilities of their answers under a model, the reference.
+
+    An evaluation of the same examples with the same batch size sees the same batches. So a model
+    that equals the reference has margins of exactly 0, in any dtype.
+
+    Args:
+        model: The reference model.
+        examples: The pairs.
+        pad_token_id: Fills short rows; any valid id, for it is masked.
+        batch_size: Pairs in a forward pass.
+
+    Raises:
+        DataError: If an example is no pair.
+    """
+    device = next(model.parameters()).device
+    order = _batch_order(examples)
+    reference: list[tuple[float, ...]] = [()] * len(examples)
+    with evaluation_mode(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = pair_batch([examples.example(row) for row in rows], pad_token_id)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            log_probs = answer_log_probs(Predictions(*predict_answers(model, batch)))
+            chosen, rejected = log_probs.chunk(2)
+            for row, *both in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
+                reference[row] = tuple(both)
+    return replace(examples, reference=tuple(reference))
 
 
 def _batch_order(examples: TokenizedExamples) -> list[int]:
@@ -89,9 +121,9 @@ def _batch_order(examples: TokenizedExamples) -> list[int]:
     batches, and with them the rounding, are the same in whatever order the examples come.
     """
 
-    def key(row: int) -> tuple[int, tuple[int, ...], int]:
-        ids = examples.input_ids[row]
-        return len(ids), ids, examples.num_prompt_tokens[row]
+    def key(row: int) -> tuple[Any, ...]:
+        example = examples.example(row)
+        return example.length, *example.content
 
     return sorted(range(len(examples)), key=key)
 

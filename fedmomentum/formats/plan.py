@@ -23,7 +23,11 @@ class Plan:
         downlink_bytes: Per client and round: the adapter and the most the residual can be.
         memory_bytes: Of this process, about.
         disk_bytes: Of the run directory, at most.
+        adapted: The adapted modules, layers together.
+        not_adapted: The other linear modules with the reason, if the base model is at hand.
         warnings: What the user should know before it starts.
+        optimizer_state: What the clients' optimizers start a round with.
+        objective: What is learned, as [training] says it.
         labels: Of a classifier, label to its number of training examples, in the order of the
             head; None where only the clients know it.
     """
@@ -38,5 +42,9 @@ class Plan:
     downlink_bytes: int
     memory_bytes: int
     disk_bytes: int
+    adapted: tuple[str, ...]
+    not_adapted: tuple[str, ...]
     warnings: tuple[str, ...]
+    optimizer_state: str = "fresh"
+    objective: str = ""
     labels: Mapping[str, int | None] = field(default_factory=dict)

@@ -55,7 +55,10 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     downlink_bytes: Count
     memory_bytes: Count
     disk_bytes: Count
+    adapted: list[str] = []
+    not_adapted: list[str] = []
     warnings: list[str] = []
+    optimizer_state: str = "fresh"
     labels: dict[str, Count | None] = {}
 
 

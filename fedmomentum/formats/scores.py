@@ -58,11 +58,14 @@ class Score(Schema, frozen=True, kw_only=False):
     """Sums over a group of held-out examples, so that groups and clients can be added.
 
     Attributes:
-        nll: Summed negative log-likelihood of the completion tokens, or of the labels, in nats.
-        num_tokens: Number of completion tokens, end tokens included; of a classifier, of labels.
+        nll: Summed negative log-likelihood of the completion tokens, or of the labels, in nats; of
+            pairs of answers, that of the preference.
+        num_tokens: Number of completion tokens, end tokens included; of a classifier, of labels;
+            of pairs, their number.
         num_examples: Number of examples.
         num_exact: Number of examples that greedy generation answers word for word, or whose label
-            is the most likely one.
+            is the most likely one; of pairs, those whose chosen answer has the larger reward.
+        margin: Sum of the margins between the rewards of pairs; None for other examples.
         by_label: Of a classifier, label to its counts.
     """
 
@@ -70,6 +73,7 @@ class Score(Schema, frozen=True, kw_only=False):
     num_tokens: Count
     num_examples: Count
     num_exact: Count
+    margin: Annotated[float, Meta(ge=-LARGEST, le=LARGEST)] | None = None
     by_label: Annotated[dict[Label, LabelCounts], Meta(max_length=MAX_LABELS)] = {}
 
     def __post_init__(self) -> None:
@@ -98,12 +102,25 @@ class Score(Schema, frozen=True, kw_only=False):
             self.num_tokens + other.num_tokens,
             self.num_examples + other.num_examples,
             self.num_exact + other.num_exact,
-            dict(sorted(by_label.items())),
+            margin=_sum(self.margin, other.margin),
+            by_label=dict(sorted(by_label.items())),
         )
 
     def without_labels(self) -> Score:
         """Return the score without its counts by label."""
         return msgspec.structs.replace(self, by_label={}) if self.by_label else self
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether the examples are pairs of answers."""
+        return self.margin is not None
+
+    @property
+    def mean_margin(self) -> float:
+        """Mean margin between the rewards of a pair; NaN for other examples."""
+        if self.margin is None or not self.num_examples:
+            return math.nan
+        return self.margin / self.num_examples
 
     @property
     def loss(self) -> float:
@@ -112,18 +129,32 @@ class Score(Schema, frozen=True, kw_only=False):
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`, of at most `MAX_EXPONENT`; NaN without tokens."""
-        return math.exp(min(self.loss, MAX_EXPONENT)) if self.num_tokens else math.nan
+        """`exp(loss)`, of at most `MAX_EXPONENT`; NaN without tokens, and for pairs."""
+        if self.is_of_pairs or not self.num_tokens:
+            return math.nan
+        return math.exp(min(self.loss, MAX_EXPONENT))
 
     @property
     def exact_match(self) -> float:
-        """Fraction of the examples answered word for word; NaN without examples."""
+        """Fraction of the examples answered word for word, or of pairs ranked right.
+
+        NaN without examples.
+        """
         return self.num_exact / self.num_examples if self.num_examples else math.nan
 
     @property
     def measure(self) -> str:
-        """What people call `exact_match`: of a classifier it is the accuracy."""
-        return "accuracy" if self.by_label else "exact match"
+        """What people call `exact_match`: an accuracy, of labels or of the rewards of pairs."""
+        if self.by_label:
+            return "accuracy"
+        return "reward accuracy" if self.is_of_pairs else "exact match"
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the loss."""
+        if self.by_label:
+            return "nats per label"
+        return "nats per pair" if self.is_of_pairs else "nats per token"
 
     @property
     def macro_f1(self) -> float | None:
@@ -157,22 +188,31 @@ class Score(Schema, frozen=True, kw_only=False):
 
     def to_json(self) -> dict[str, Any]:
         """Return the sums and what follows from them, as a row of metrics.jsonl holds them."""
-        row = {
+        row: dict[str, Any] = {
             "nll": self.nll,
             "num_tokens": self.num_tokens,
             "num_examples": self.num_examples,
             "num_exact": self.num_exact,
             "loss": self.loss if self.num_tokens else None,
-            "perplexity": self.perplexity if self.num_tokens else None,
+            "perplexity": None if math.isnan(self.perplexity) else self.perplexity,
             "exact_match": self.exact_match if self.num_examples else None,
         }
-        if not self.by_label:
-            return row
-        # Of a classifier, with what follows from the counts of its labels.
-        by_label = {}
-        for label, counts in self.by_label.items():
-            by_label[label] = {**msgspec.structs.asdict(counts), "f1": counts.f1}
-        return {**row, "macro_f1": self.macro_f1, "by_label": by_label}
+        if self.margin is not None:
+            row["margin"] = self.margin
+            row["mean_margin"] = self.mean_margin if self.num_examples else None
+        if self.by_label:
+            # Of a classifier, with what follows from the counts of its labels.
+            row["macro_f1"] = self.macro_f1
+            row["by_label"] = {}
+            for label, counts in self.by_label.items():
+                row["by_label"][label] = {**msgspec.structs.asdict(counts), "f1": counts.f1}
+        return row
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    """Return the sum of what is there; None where neither is."""
+    there = [value for value in (first, second) if value is not None]
+    return sum(there) if there else None
 
 
 NO_EXAMPLES = Score(0.0, 0, 0, 0)

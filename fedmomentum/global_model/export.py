@@ -21,7 +21,8 @@ from torch import Tensor
 from fedmomentum.base_model.identity import identify
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.card import write_card
-from fedmomentum.linalg.low_rank import LowRank, from_svd
+from fedmomentum.global_model.single_adapter import to_single_adapter
+from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import applied_share
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
@@ -29,7 +30,6 @@ from fedmomentum.lora.peft_folder import read_adapter, write_adapter
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.tuned import TunedModel
-    from fedmomentum.linalg.matrix import Matrix
 
 CPU = torch.device("cpu")
 # Alphas are rounded to whole numbers within 1e-9; a scaling read back differs by round-off only.
@@ -47,32 +47,6 @@ class _Reference:
 
     tokens: Tensor
     logits: Tensor
-
-
-def to_single_adapter(model: GlobalModel) -> Adapter:
-    """Return the whole model as one LoRA adapter of scaling 1.
-
-    Per module it has the smallest rank that represents `base_update + s B A`.
-    """
-    modules = {}
-    for module in model.adapter.modules:
-        modules[module] = _factorize(model.effective(module)).to(torch.float32)
-    config = {**model.adapter.config, "base_model_name_or_path": model.base.name}
-    scalings = dict.fromkeys(modules, 1.0)
-    return replace(model.adapter, modules=modules, scalings=scalings, config=config)
-
-
-def _factorize(matrix: Matrix) -> LowRank:
-    """Return factors of the smallest rank, but at least 1: PEFT does not allow rank 0."""
-    if isinstance(matrix, LowRank):
-        factors = matrix.recompress()
-    else:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        factors = from_svd(U, S, Vh, matrix.dtype)
-    if factors.rank > 0:
-        return factors
-    out_size, in_size = factors.shape
-    return LowRank(factors.B.new_zeros(out_size, 1), factors.A.new_zeros(1, in_size))
 
 
 def require_empty_directory(out: Path) -> None:
@@ -151,13 +125,16 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model as it was before.
     """
+    from fedmomentum.base_model.weight_slots import find_owners
     from fedmomentum.base_model.weights import Float32Weights
     from fedmomentum.global_model.readback import logits_of, probe_tokens
-    from fedmomentum.lora.peft_model import detach_adapter, lora_layers, wrap_with_adapter
+    from fedmomentum.lora.peft_model import detach_adapter, wrap_with_adapter
 
     trained = wrap_with_adapter(base, model.adapter)
-    layers = {module: layer.base_layer for module, layer in lora_layers(trained).items()}
-    base_weights = Float32Weights(layers, base_directory, tied)
+    live = trained.get_base_model()
+    base_weights = Float32Weights(
+        find_owners(live, model.adapter.modules), base_directory, tied, model=live
+    )
     base_weights.apply(model.base_update)
     tokens = probe_tokens(base)
     logits = logits_of(trained, tokens)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fedmomentum.base_model.load_checks import (
-    compute_logits,
     max_positions,
     translate_library_errors,
     vocabulary_size,
 )
 from fedmomentum.errors import ModelError
+from fedmomentum.utils.modules import compute_logits
 
 # Enough for attention to matter, and few enough for any model's positions.
 NUM_TOKENS = 16

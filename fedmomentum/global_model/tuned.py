@@ -18,10 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from fedmomentum.base_model.loading import tied_names
+from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.base_model.weights import Float32Weights
 from fedmomentum.errors import AdapterError, ModelError
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import check_size
+from fedmomentum.lora.module_names import weight_path
 from fedmomentum.utils.modules import cast_around, outermost_owners
 
 if TYPE_CHECKING:
@@ -92,14 +94,15 @@ class TunedModel:
         adapter = model.adapter
         check_size(adapter)
         self._dtype = base.dtype
-        layers = {module: _submodule(base, module) for module in adapter.modules}
+        layers = find_owners(base, adapter.modules)
+        adapted = {weight_path(module) for module in adapter.modules}
         self._slots = [
-            self._slot(name, tensor, layers) for name, tensor in sorted(adapter.saved.items())
+            self._slot(name, tensor, adapted) for name, tensor in sorted(adapter.saved.items())
         ]
         self._owners = outermost_owners(adapter.saved)
         self._neighbor_slots = self._make_neighbor_slots(adapter.saved)
         tied = tied_names(base) if tied is None else tied
-        self.base_weights = Float32Weights(layers, directory, tied)
+        self.base_weights = Float32Weights(layers, directory, tied, model=base)
         # The adapter is merged like any other part, as the last one.
         live = StoredObject.of({module: adapter.effective(module) for module in adapter.modules})
         self._update = (*model.base_update, live)
@@ -111,14 +114,14 @@ class TunedModel:
 
     # ── slots ──
 
-    def _slot(self, name: str, tensor: Tensor, layers: Mapping[str, nn.Module]) -> _Slot:
+    def _slot(self, name: str, tensor: Tensor, adapted: Collection[str]) -> _Slot:
         """Find the place of a fully trained tensor.
 
         Raises:
             AdapterError: If it has none, or does not fit.
         """
         path, _, leaf = name.rpartition(".")
-        if path in layers:
+        if name in adapted:
             raise AdapterError(
                 f"module {path} is both adapted and saved in full (modules_to_save); only one of "
                 "them is possible"
@@ -262,12 +265,3 @@ def _token_tables(model: Any) -> list[Any]:
     """Return the model's embeddings, and its head if it has one."""
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [table for table in tables if table is not None]
-
-
-def _submodule(model: nn.Module, module: str) -> nn.Module:
-    try:
-        return model.get_submodule(module)
-    except AttributeError as error:
-        raise ModelError(
-            f"the base model has no module {module}; is it the base of this adapter?"
-        ) from error

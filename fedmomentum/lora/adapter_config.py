@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.patterns import Patterns
+from fedmomentum.lora.peft_layout import DeclaredTargets
 from fedmomentum.utils.schema import Fraction, check_free_form, validation_message
 
 Rank = Annotated[int, Meta(ge=1, le=2**20)]
@@ -33,6 +34,8 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     modules_to_save: Annotated[list[ModuleName], Meta(max_length=256)] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: Annotated[list[ModuleName], Meta(max_length=100_000)] | None = None
     base_model_name_or_path: Line | None = None
     revision: Line | None = None
     task_type: Line | None = None
@@ -54,12 +57,17 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         where = f"{name}: adapter_config.json"
         if not isinstance(config, Mapping):
             raise AdapterError(f"{where} holds no table")
-        known = {key: _plain(config[key]) for key in cls.__struct_fields__ if key in config}
+        known = {key: json_value(config[key]) for key in cls.__struct_fields__ if key in config}
         check_free_form(known, where, AdapterError)
         try:
             return msgspec.convert(known, cls)
         except (msgspec.ValidationError, RecursionError) as problem:
             raise AdapterError(f"{where}: {validation_message(problem)}") from problem
+
+    @property
+    def targets(self) -> DeclaredTargets:
+        """The modules and parameters that PEFT adapts."""
+        return DeclaredTargets(self.target_modules, self.target_parameters or ())
 
     def ranks(self, name: str) -> Patterns[int]:
         """Return the `rank_pattern`, compiled."""
@@ -70,10 +78,16 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         return Patterns(self.alpha_pattern or {}, "alpha_pattern", name)
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it: live PEFT configurations hold enumerations and sets."""
+def json_value(value: Any) -> Any:
+    """Return a value of a PEFT configuration as JSON has it.
+
+    Live configurations hold enumerations and sets. A set becomes a sorted list, so that equal
+    adapters have equal files, and an empty one None, which means the same to PEFT.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value) or None
+    if isinstance(value, Mapping):
+        return {key: json_value(item) for key, item in value.items()}
     return value

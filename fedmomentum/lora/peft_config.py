@@ -8,12 +8,23 @@ from typing import Any, TypeVar
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.adapter import Adapter
 from fedmomentum.lora.adapter_config import AdapterConfig
+from fedmomentum.lora.module_names import EMBEDDING, split_expert
+from fedmomentum.lora.peft_layout import is_parameter_target
 from fedmomentum.utils.text import printable
 
 T = TypeVar("T", int, float)
 
 # Fields that change what the factors mean, and that are taken into account.
-READ_FIELDS = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
+READ_FIELDS = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    # where PEFT keeps the factors of experts, and how
+    "target_parameters",
+}
 
 HARMLESS_FIELDS = {
     # which modules, on what model: the names of the tensors tell
@@ -32,12 +43,13 @@ HARMLESS_FIELDS = {
     "inference_mode",
     "runtime_config",
     "megatron_core",
+    "eva_config",
     # how the base stores its weight; the factors are (rank, in) and (out, rank) in any case
     "fan_in_fan_out",
 }
 
 # Initializations that do not change the base (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do).
-HARMLESS_INIT = (True, False, "gaussian")
+HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
 # PEFT's defaults of fields that are not harmless, if not False, 0 or None; a test compares.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}
@@ -107,17 +119,21 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
     in `rank_pattern` and `alpha_pattern`, longer paths first, so that none is taken for the end of
     another.
     """
-    ranks = {module: matrix.rank for module, matrix in adapter.modules.items()}
-    alphas = {module: _alpha(adapter, module) for module in adapter.modules}
+    modules, parameters = _targets(adapter)
+    ranks = {}
+    alphas = {}
+    for target, module in (modules | parameters).items():
+        ranks[target] = adapter.modules[module].rank
+        alphas[target] = _alpha(adapter, module)
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
     rank_pattern = {}
     alpha_pattern = {}
-    for module in sorted(ranks, key=lambda module: (-len(module), module)):
-        if ranks[module] != rank:
-            rank_pattern[module] = ranks[module]
-        if alphas[module] != alpha:
-            alpha_pattern[module] = alphas[module]
+    for target in sorted(ranks, key=lambda target: (-len(target), target)):
+        if ranks[target] != rank:
+            rank_pattern[target] = ranks[target]
+        if alphas[target] != alpha:
+            alpha_pattern[target] = alphas[target]
     copied = {key: adapter.config[key] for key in COPIED_FIELDS if adapter.config.get(key)}
     if "modules_to_save" in copied:
         # PEFT appends its names of classification heads whenever it makes such a model.
@@ -127,11 +143,36 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
         **copied,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(modules),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "inference_mode": True,
     }
+
+
+def _targets(adapter: Adapter) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what PEFT has to adapt, each with the name of one of its matrices.
+
+    Experts of one parameter have one rank and scaling (`with_equal_experts`), so the first stands
+    for all. A linear module that was adapted as a parameter remains one: PEFT reads some names of
+    modules, such as `gate_proj`, as those of experts.
+
+    Returns:
+        Paths of modules, and paths of parameters.
+    """
+    asked = adapter.config.get("target_parameters") or ()
+    modules: dict[str, str] = {}
+    parameters: dict[str, str] = {}
+    for module in adapter.modules:
+        parameter, index = split_expert(module)
+        if index is not None:
+            parameters.setdefault(parameter, module)
+        elif asked and is_parameter_target(module, asked):
+            parameters[f"{module}.weight"] = module
+        else:
+            modules[module.removesuffix(EMBEDDING)] = module
+    return modules, parameters
 
 
 def _alpha(adapter: Adapter, module: str) -> float:

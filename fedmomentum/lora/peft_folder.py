@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,16 @@ from torch import Tensor
 
 from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.lora.adapter import PREFIX, Adapter, to_tensors
-from fedmomentum.lora.adapter_config import AdapterConfig
+from fedmomentum.lora.adapter import PREFIX, Adapter
+from fedmomentum.lora.adapter_config import AdapterConfig, json_value
+from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_config import check_config, plain_config, shown
+from fedmomentum.lora.peft_layout import (
+    check_layout_version,
+    split_stack,
+    to_peft_tensors,
+    with_equal_experts,
+)
 from fedmomentum.utils.io import write_atomically
 from fedmomentum.utils.records import read_file
 from fedmomentum.utils.schema import check_free_form, parse_json
@@ -38,6 +45,7 @@ MAX_NAME = 512
 # What models call their embeddings and their head.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])")
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
@@ -156,29 +164,57 @@ def _assemble(
     factors, saved = _classify(tensors, saved_modules, name)
     if not factors:
         raise AdapterError(f"{name}: the adapter holds no LoRA factors")
-    ranks = declared.ranks(name)
-    alphas = declared.alphas(name)
-    modules = {}
-    scalings = {}
-    for module, pair in sorted(factors.items()):
-        matrix = _pair_factors(pair, module, name)
-        rank = ranks.find(module, declared.r)
-        if matrix.rank != rank:
-            raise AdapterError(
-                f"{name}: module {module} has rank {matrix.rank} and the configuration says "
-                f"{rank}; the scaling would be wrong. Correct r or rank_pattern in "
-                "adapter_config.json"
-            )
-        alpha = alphas.find(module, declared.lora_alpha)
-        divisor = math.sqrt(matrix.rank) if declared.use_rslora else matrix.rank
-        modules[module] = matrix
-        scalings[module] = alpha / divisor
+    modules, scalings = _name_factors(factors, declared, name)
+    twice = sorted(module for module in modules if module + EMBEDDING in modules)
+    if twice:
+        raise AdapterError(f"{name}: module {twice[0]} is adapted twice, as linear and embedding")
+    if any(split_expert(module)[1] is not None for module in modules):
+        check_layout_version(config.get("peft_version"), name)
     for key, tensor in saved.items():
         if tensor.is_complex() or (tensor.is_floating_point() and not is_finite(tensor)):
             raise AdapterError(
                 f"{name}: tensor {key} of modules_to_save holds NaN, Inf or complex numbers"
             )
     return Adapter(modules=modules, scalings=scalings, saved=saved, config=dict(config), name=name)
+
+
+def _name_factors(
+    factors: Mapping[str, Mapping[str, Tensor]], declared: AdapterConfig, name: str
+) -> tuple[dict[str, LowRank], dict[str, float]]:
+    """Return the matrices and scalings of all modules, every expert a module of its own.
+
+    Args:
+        factors: The factors by the path of PEFT's wrapper.
+        declared: The configuration.
+        name: What messages call the adapter.
+
+    Raises:
+        AdapterError: If the factors are not those that the configuration describes.
+    """
+    ranks = declared.ranks(name)
+    alphas = declared.alphas(name)
+    located = declared.targets.locate(factors, name)
+    modules: dict[str, LowRank] = {}
+    scalings: dict[str, float] = {}
+    for path, pair in sorted(factors.items()):
+        # PEFT looks ranks up by the path of a module, or of a parameter.
+        target = located.get(path, path.removesuffix(EMBEDDING))
+        matrix = _pair_factors(pair, path, name)
+        rank = ranks.find(target, declared.r)
+        alpha = alphas.find(target, declared.lora_alpha)
+        module = target.removesuffix(".weight") if path in located else path
+        is_matrix = path not in located or (target.endswith(".weight") and matrix.rank == rank)
+        if is_matrix and matrix.rank != rank:
+            raise AdapterError(
+                f"{name}: module {module} has rank {matrix.rank} and the configuration says "
+                f"{rank}; the scaling would be wrong. Correct r or rank_pattern in "
+                "adapter_config.json"
+            )
+        matrices = {module: matrix} if is_matrix else split_stack(matrix, rank, target, name)
+        modules |= matrices
+        scaling = alpha / (math.sqrt(rank) if declared.use_rslora else rank)
+        scalings |= dict.fromkeys(matrices, scaling)
+    return modules, scalings
 
 
 def _classify(
@@ -194,14 +230,17 @@ def _classify(
     for key, tensor in tensors.items():
         path = key.removeprefix(PREFIX)
         matched = _FACTOR.fullmatch(path)
+        embedding = _EMBEDDING_FACTOR.fullmatch(path)
         if key.startswith(PREFIX) and matched and tensor.ndim == 2:
             factors.setdefault(matched[1], {})[matched[2]] = tensor
+        elif key.startswith(PREFIX) and embedding and tensor.ndim == 2:
+            # The factor that starts at zero is B everywhere.
+            kind = "B" if embedding[2] == "A" else "A"
+            factors.setdefault(embedding[1] + EMBEDDING, {})[kind] = tensor.mT.contiguous()
         elif key.startswith(PREFIX) and _is_saved(path, saved_modules):
             saved[path] = tensor
-        elif "lora_embedding" in key:
-            raise AdapterError(
-                f"{name}: tensor {key} adapts an embedding; only linear layers are supported"
-            )
+        elif _is_adapted_table(path, tensors):
+            continue  # PEFT adds the base's weight, which it does not train
         else:
             listed = shown(saved_modules) if saved_modules else "none"
             raise AdapterError(
@@ -209,6 +248,15 @@ def _classify(
                 f"linear layer nor of a module in modules_to_save ({listed}); it is not supported"
             )
     return factors, saved
+
+
+def _is_adapted_table(path: str, tensors: Collection[str]) -> bool:
+    """Return whether this is the base's weight of an adapted embedding or head."""
+    module = path.removesuffix(".base_layer.weight")
+    if module == path or module.rpartition(".")[2] not in EMBEDDING_NAMES:
+        return False
+    kinds = ("lora_A.weight", "lora_embedding_A")
+    return any(f"{PREFIX}{module}.{kind}" in tensors for kind in kinds)
 
 
 def _pair_factors(pair: Mapping[str, Tensor], module: str, name: str) -> LowRank:
@@ -294,7 +342,8 @@ def write_adapter(adapter: Adapter, directory: Path | str) -> None:
     """
     from peft import LoraConfig
 
-    tensors = to_tensors(adapter)
+    adapter = with_equal_experts(adapter)
+    tensors = to_peft_tensors(adapter)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise AdapterError(
@@ -304,9 +353,9 @@ def write_adapter(adapter: Adapter, directory: Path | str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     data = safetensors_bytes(tensors, ("format", "pt"))
     write_atomically(directory / "adapter_model.safetensors", data)
-    lora_config: Any = LoraConfig(**plain_config(adapter))
-    config = lora_config.to_dict()
-    # A set in PEFT; sorted, so that equal adapters have equal files.
-    config["target_modules"] = sorted(adapter.modules)
+    plain = plain_config(adapter)
+    lora_config: Any = LoraConfig(**plain)
+    config = json_value(lora_config.to_dict())
+    config["target_modules"] = plain["target_modules"]
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     write_atomically(directory / "adapter_config.json", text.encode())

@@ -1,7 +1,7 @@
 """Adapters on live models: attach, copy, load and detach.
 
-This file and `peft_folder.py` are the only ones that import peft. The import takes seconds, so it
-is made when a model is changed.
+This file, `peft_folder.py` and `peft_names.py` are the only ones that import peft. The import takes
+seconds, so it is made when a model is changed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fedmomentum.errors import AdapterError
-from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.lora.adapter import PREFIX, Adapter, to_tensors
+from fedmomentum.lora.adapter import PREFIX, Adapter
+from fedmomentum.lora.adapter_config import json_value
+from fedmomentum.lora.linear_modules import find_linear_modules
+from fedmomentum.lora.live_layers import ADAPTER_NAME, LoraLayer, lora_layers
+from fedmomentum.lora.module_names import weight_path
 from fedmomentum.lora.peft_config import plain_config
 from fedmomentum.lora.peft_folder import from_peft_tensors
-from fedmomentum.lora.target_checks import (
-    find_saved_modules,
-    refuse_adapted_and_saved,
-    refuse_tied,
-    refuse_unmatched_targets,
-)
+from fedmomentum.lora.target_checks import find_saved_modules, refuse_tied
+from fedmomentum.lora.targets import Targets, choose_targets
 from fedmomentum.utils.modules import cast_around, outermost_owners
 from fedmomentum.utils.text import printable
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from peft import PeftModel as PeftModel
 
 
-# PEFT's name of the one adapter on a model.
-ADAPTER_NAME = "default"
 # Scalings are quotients of the same configured numbers; they differ by round-off only.
 SCALING_RTOL = 1e-12
 # PEFT's task types by what follows `For` in the name of a transformers class.
@@ -49,7 +46,7 @@ def attach_adapter(
     *,
     rank: int,
     lora_alpha: float,
-    target_modules: Sequence[str] | str | None,
+    target_modules: Targets | Sequence[str] | str | None,
     dropout: float = 0.0,
     use_rslora: bool = False,
     modules_to_save: Sequence[str] = (),
@@ -61,31 +58,37 @@ def attach_adapter(
         model: A transformers model; its class decides the task type.
         rank: PEFT's `r`.
         lora_alpha: As in PEFT.
-        target_modules: Names or a regular expression as in PEFT; None for PEFT's choice for this
-            architecture.
+        target_modules: Chosen modules, or a setting of which `choose_targets` makes them.
         dropout: PEFT's `lora_dropout`.
         use_rslora: Scale by `alpha / sqrt(rank)`.
         modules_to_save: Modules that are trained in full.
         seed: The seed of the initialization.
 
     Raises:
-        AdapterError: If a name matches no module, a target is no linear layer, its weight is tied
-            to another, it is saved in full as well, or the rank exceeds a side of its matrix.
+        AdapterError: If a name matches nothing, a target is neither a linear layer nor an embedding
+            nor a stack of experts, its weight is tied to another, it is saved in full as well, or
+            the rank exceeds a side of its matrix.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: Any = target_modules
-    if target_modules is not None and not isinstance(target_modules, str):
-        targets = list(target_modules)
-    saved = find_saved_modules(model, modules_to_save)
-    # PEFT does not adapt what is saved: of a classifier's head, that is what everybody wants.
-    named = [path for path in saved if not _is_head(model, path)]
-    refuse_adapted_and_saved(model, targets, named)
+    targets = target_modules
+    if not isinstance(targets, Targets):
+        saved = find_saved_modules(model, modules_to_save)
+        head = [path for path in saved if _is_head(model, path)]
+        targets = choose_targets(
+            find_linear_modules(model), targets, rank=rank, saved=saved, head=head
+        )
+    if targets.parameters and dropout:
+        raise AdapterError(
+            f"LoRA dropout {dropout:g} is not possible for {targets.parameters[0]}, which PEFT "
+            "adapts as a parameter; set lora.dropout to 0"
+        )
     alpha: Any = lora_alpha  # PEFT declares an int and accepts a float
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=targets,
+        target_modules=list(targets.names),
+        target_parameters=list(targets.parameters) or None,
         lora_dropout=dropout,
         use_rslora=use_rslora,
         modules_to_save=list(modules_to_save) or None,
@@ -96,22 +99,29 @@ def attach_adapter(
         try:
             peft_model = get_peft_model(model, config)
         except ValueError as error:
-            raise AdapterError(f"target-modules {target_modules}: {error}") from error
+            asked = [*targets.names, *targets.parameters]
+            raise AdapterError(f"targets {asked}: {error}") from error
 
     # PEFT accepts more than can be merged and aggregated.
     layers = lora_layers(peft_model)
     base = peft_model.get_base_model()
-    refuse_unmatched_targets(base, targets, layers)
     refuse_tied(base, layers)
+    wanted = {f"{module}.weight" for module in targets.modules} | set(targets.parameters)
+    differing = sorted({weight_path(name) for name in layers} ^ wanted)
+    if differing:
+        raise AdapterError(
+            f"{differing[0]} is adapted by PEFT or asked for in target-modules or "
+            "target-parameters, and not both"
+        )
     for module, layer in layers.items():
         _check_rank(module, layer)
     _upcast_saved_modules(peft_model)
     return peft_model
 
 
-def _check_rank(module: str, layer: Any) -> None:
-    rank = layer.r[ADAPTER_NAME]
-    side = min(layer.in_features, layer.out_features)
+def _check_rank(module: str, layer: LoraLayer) -> None:
+    rank = layer.factors.rank
+    side = min(layer.factors.shape)
     if rank > side:
         raise AdapterError(f"rank {rank} exceeds the smaller side {side} of module {module}")
 
@@ -157,31 +167,6 @@ def detach_adapter(model: PeftModel) -> nn.Module:
 # ── its parts ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def lora_layers(model: PeftModel) -> dict[str, Any]:
-    """Return the live LoRA layer of every adapted module, by its path in the base model.
-
-    A layer has `base_layer`, `lora_A`, `lora_B` and `scaling`.
-
-    Raises:
-        AdapterError: If a module is adapted by anything but a linear LoRA.
-    """
-    base = model.get_base_model()
-    names = getattr(model.base_model, "targeted_module_names", [])
-    layers: dict[str, Any] = {path: base.get_submodule(path) for path in sorted(names)}
-    for path, layer in layers.items():
-        if ADAPTER_NAME not in getattr(layer, "lora_A", {}):
-            raise AdapterError(
-                f"module {path} is adapted, but not by a linear LoRA; only linear layers are "
-                "supported"
-            )
-    return layers
-
-
-def live_factors(layer: Any) -> LowRank:
-    """Return the live factors of a LoRA layer, with their gradients."""
-    return LowRank(layer.lora_B[ADAPTER_NAME].weight, layer.lora_A[ADAPTER_NAME].weight)
-
-
 def saved_modules(model: PeftModel) -> dict[str, Any]:
     """Return PEFT's wrapper of every fully trained module, by its path in the base model."""
     from peft.utils import ModulesToSaveWrapper
@@ -190,15 +175,26 @@ def saved_modules(model: PeftModel) -> dict[str, Any]:
     return {path: module for path, module in modules if isinstance(module, ModulesToSaveWrapper)}
 
 
-def _live_tensors(model: PeftModel, layers: Mapping[str, Any]) -> dict[str, Tensor]:
+def _live_tensors(model: PeftModel, layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
     """Return the adapter's tensors themselves, by the names under which PEFT saves them.
 
     PEFT's own functions convert names by a loop over every tensor of the model, 20 ms each.
     """
-    tensors = {}
-    for module, layer in layers.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = layer.lora_A[ADAPTER_NAME].weight
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = layer.lora_B[ADAPTER_NAME].weight
+    tensors: dict[str, Tensor] = {}
+    for layer in layers.values():
+        path = PREFIX + layer.path
+        if layer.is_embedding:
+            tensors[f"{path}.lora_embedding_A"] = layer.parameter("B")
+            tensors[f"{path}.lora_embedding_B"] = layer.parameter("A")
+        else:
+            tensors[f"{path}.lora_A.weight"] = layer.parameter("A")
+            tensors[f"{path}.lora_B.weight"] = layer.parameter("B")
+    return tensors | _saved_tensors(model)
+
+
+def _saved_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """Return the live tensors of fully trained modules, by the names that PEFT saves them under."""
+    tensors: dict[str, Tensor] = {}
     config: Any = model.peft_config[ADAPTER_NAME]
     if config.modules_to_save:
         for path, wrapper in saved_modules(model).items():
@@ -218,13 +214,11 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
             not the base model.
     """
     layers = lora_layers(model)
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.layer.merged for layer in layers.values()):
         raise AdapterError(
             f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
         )
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    if isinstance(config.get("target_modules"), (set, frozenset)):
-        config["target_modules"] = sorted(config["target_modules"])
+    config = json_value(model.peft_config[ADAPTER_NAME].to_dict())
     if config.get("modules_to_save"):
         config["modules_to_save"] = sorted(set(config["modules_to_save"]))
     tensors = {}
@@ -249,34 +243,39 @@ def load_adapter(model: PeftModel, adapter: Adapter) -> None:
         )
     for module in adapter.modules:
         _check_fits(adapter, module, layers[module])
-    tensors = to_tensors(adapter)
-    live_tensors = _live_tensors(model, layers)
-    unmatched = sorted(tensors.keys() ^ live_tensors.keys())
+    live_tensors = _saved_tensors(model)
+    saved = {PREFIX + key: tensor for key, tensor in adapter.saved.items()}
+    unmatched = sorted(saved.keys() ^ live_tensors.keys())
     if unmatched:
         raise AdapterError(
             f"{adapter.name} does not fit the model: tensor {unmatched[0]} is in one of them only"
         )
+    for key, tensor in saved.items():
+        shape = tuple(live_tensors[key].shape)
+        if shape != tuple(tensor.shape):
+            raise AdapterError(
+                f"{adapter.name}: tensor {key} is {tuple(tensor.shape)}, the model's {shape}"
+            )
     with torch.no_grad():
-        for key, tensor in tensors.items():
-            shape = tuple(live_tensors[key].shape)
-            if shape != tuple(tensor.shape):
-                raise AdapterError(
-                    f"{adapter.name}: tensor {key} is {tuple(tensor.shape)}, the model's {shape}"
-                )
+        for module, matrix in adapter.modules.items():
+            live = layers[module].detached()
+            live.B.copy_(matrix.B)
+            live.A.copy_(matrix.A)
+        for key, tensor in saved.items():
             live_tensors[key].copy_(tensor)
 
 
-def _check_fits(adapter: Adapter, module: str, layer: Any) -> None:
+def _check_fits(adapter: Adapter, module: str, layer: LoraLayer) -> None:
     """Refuse a module whose live LoRA layer has another scaling or other shapes."""
     scaling = adapter.scalings[module]
-    live_scaling = layer.scaling[ADAPTER_NAME]
+    live_scaling = layer.scaling
     if not math.isclose(live_scaling, scaling, rel_tol=SCALING_RTOL):
         raise AdapterError(
             f"{adapter.name}: module {module} has scaling {scaling}, the model {live_scaling}; use "
             "the lora-alpha and rank that the adapter was made with"
         )
     matrix = adapter.modules[module]
-    live = live_factors(layer)
+    live = layer.factors
     if live.B.shape != matrix.B.shape or live.A.shape != matrix.A.shape:
         raise AdapterError(
             f"{adapter.name}: module {module} is {matrix!r}, the model's B {tuple(live.B.shape)}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 from fedmomentum.errors import AdapterError
+from fedmomentum.lora.live_layers import LoraLayer
+from fedmomentum.lora.target_names import is_called
 from fedmomentum.utils.text import printable
 
 # How similar a name must be to be suggested, by difflib's ratio; a typo is far above.
@@ -47,7 +48,7 @@ def _find_saved(
     if not matches:
         raise AdapterError(
             f"modules-to-save: {printable(name)} is no module of "
-            f"{type(model).__name__}{_suggestion(name, paths)}"
+            f"{type(model).__name__}{suggestion(name, paths)}"
         )
     longer = []
     for path in paths:
@@ -68,52 +69,7 @@ def _find_saved(
     return matches
 
 
-def refuse_unmatched_targets(
-    base: nn.Module, targets: Sequence[str] | str | None, layers: Mapping[str, Any]
-) -> None:
-    """Refuse a name in target-modules that adapts nothing.
-
-    PEFT ignores it as long as another name matches.
-
-    Args:
-        base: The base model with LoRA layers in it.
-        targets: The names; an expression or PEFT's own choice is not checked.
-        layers: The adapted modules.
-
-    Raises:
-        AdapterError: If a name matches none of them.
-    """
-    if targets is None or isinstance(targets, str):
-        return
-    paths = [path for path, _ in base.named_modules() if path and "lora_" not in path]
-    for name in targets:
-        if not any(is_called(path, name) for path in layers):
-            raise AdapterError(
-                f"target-modules: {printable(name)} is no linear module of "
-                f"{type(base).__name__}{_suggestion(name, paths)}"
-            )
-
-
-def refuse_adapted_and_saved(
-    model: nn.Module, targets: Sequence[str] | str | None, saved: Sequence[str]
-) -> None:
-    """Refuse a module that is both adapted and trained in full; PEFT would drop the adapter.
-
-    Raises:
-        AdapterError: If there is one.
-    """
-    if targets is None or isinstance(targets, str):
-        return
-    for path, _ in model.named_modules():
-        owners = [owner for owner in saved if path == owner or path.startswith(f"{owner}.")]
-        if owners and any(is_called(path, name) for name in targets):
-            raise AdapterError(
-                f"module {path} is in target-modules and in modules-to-save ({owners[0]}); remove "
-                "it from one of them"
-            )
-
-
-def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
+def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Refuse to adapt a weight that two modules share: a residual would change both, or twice.
 
     Args:
@@ -128,22 +84,19 @@ def refuse_tied(base: nn.Module, layers: Mapping[str, Any]) -> None:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             owners_by_weight.setdefault(id(weight), []).append(path)
-    for path, layer in layers.items():
-        owners = owners_by_weight.get(id(layer.base_layer.weight), [])
-        others = [owner for owner in owners if not owner.startswith(path)]
+    for layer in layers.values():
+        if layer.expert is not None:
+            continue
+        owners = owners_by_weight.get(id(layer.layer.get_base_layer().weight), [])
+        others = [owner for owner in owners if not owner.startswith(layer.path)]
         if others:
             raise AdapterError(
-                f"module {path} shares its weight with {', '.join(others)} (tied weights); "
+                f"module {layer.path} shares its weight with {', '.join(others)} (tied weights); "
                 "adapting it would change both. Remove it from target-modules"
             )
 
 
-def is_called(path: str, name: str) -> bool:
-    """Return whether a name in PEFT's lists stands for the module at this path."""
-    return path == name or path.endswith(f".{name}")
-
-
-def _suggestion(name: str, paths: Sequence[str]) -> str:
+def suggestion(name: str, paths: Sequence[str]) -> str:
     """Return the end of a message: the name that the user may have meant."""
     depth = name.count(".") + 1
     endings = {".".join(path.split(".")[-depth:]) for path in paths}

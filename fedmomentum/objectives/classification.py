@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedmomentum.objectives.collation import Row
 from fedmomentum.objectives.objective import CAUSAL_LM, BatchLoss, ExampleScore, Predictions
 from fedmomentum.utils.modules import inner_model
 
@@ -27,39 +28,42 @@ class SequenceClassification:
     """
 
     labels: tuple[str, ...]
+    compares_pairs: ClassVar[bool] = False
 
-    def collate(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_prompt_tokens: Sequence[int],
-        pad_token_id: int,
-    ) -> dict[str, Tensor]:
+    @property
+    def settings(self) -> str:
+        """What is learned, in the words of the configuration; the labels belong to the base."""
+        return "task = sequence-classification"
+
+    def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         """Collate rows into a batch padded on the right.
 
         A decoder's score head reads the last token that is not the pad token, and an encoder
         counts its positions from the left.
 
         Args:
-            input_ids: The rows.
-            num_prompt_tokens: Number of tokens of each row that belong to the first text.
+            examples: The rows; their prompt is the first text of a pair.
             pad_token_id: The pad token of the model.
         """
-        texts = [row[:-1] for row in input_ids]
-        longest = max(map(len, texts))
+        longest = max(len(example.input_ids) for example in examples) - 1
         # Text, mask and segments of each row, filled up to the longest.
         padded = []
         mask = []
         segments = []
-        for text, num_first in zip(texts, num_prompt_tokens, strict=True):
+        labels = []
+        for example in examples:
+            *text, label = example.input_ids
+            num_first = example.num_prompt_tokens
             padding = longest - len(text)
             padded.append([*text, *[pad_token_id] * padding])
             mask.append([1] * len(text) + [0] * padding)
+            labels.append(label)
             segments.append([0] * num_first + [1] * (len(text) - num_first) + [0] * padding)
         return {
             "input_ids": torch.tensor(padded),
             "attention_mask": torch.tensor(mask),
             "token_type_ids": torch.tensor(segments),
-            "labels": torch.tensor([row[-1] for row in input_ids]),
+            "labels": torch.tensor(labels),
         }
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
@@ -87,11 +91,15 @@ class SequenceClassification:
 
     def score(self, predictions: Predictions) -> Iterator[ExampleScore]:
         """Score each text, with its label and the one that is most likely."""
-        for row_logits, row_labels in zip(*predictions, strict=True):
+        for row_logits, row_labels in zip(predictions.logits, predictions.labels, strict=True):
             logits = row_logits.float()
             nll = F.cross_entropy(logits, row_labels).double().item()
             label = int(row_labels[0])
             predicted = int(logits.argmax(dim=-1)[0])
             yield ExampleScore(
-                nll, 1, predicted == label, self.labels[label], self.labels[predicted]
+                nll,
+                1,
+                predicted == label,
+                label=self.labels[label],
+                predicted=self.labels[predicted],
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,30 @@ IGNORED = -100
 """The label of a position that has no target (the convention of torch's cross entropy)."""
 
 
+class Row(Protocol):
+    """An example as token ids, as `data.tokenized.TokenizedExample` declares it."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """Token ids of prompt, completion and end token."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many of them belong to the prompt."""
+
+    @property
+    def gaps(self) -> Sequence[tuple[int, int]]:
+        """Ranges after the prompt that carry no loss."""
+
+    @property
+    def rejected_ids(self) -> Sequence[int]:
+        """Token ids of the prompt and the rejected answer; empty without one."""
+
+    @property
+    def reference(self) -> Sequence[float]:
+        """Log-probabilities of both answers under the reference model, where measured."""
+
+
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return the rows as one matrix ``(len(rows), longest)``, padded with a value on the left."""
     longest = max(map(len, rows))
@@ -26,7 +50,10 @@ def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def completion_batch(
-    input_ids: Sequence[Sequence[int]], num_prompt_tokens: Sequence[int], pad_token_id: int
+    input_ids: Sequence[Sequence[int]],
+    num_prompt_tokens: Sequence[int],
+    pad_token_id: int,
+    gaps: Sequence[Sequence[tuple[int, int]]] = (),
 ) -> dict[str, Tensor]:
     """Collate examples into a batch with labels on the completions only.
 
@@ -37,20 +64,30 @@ def completion_batch(
         input_ids: Token ids of prompt and completion of each example.
         num_prompt_tokens: Number of prompt tokens of each example.
         pad_token_id: Fills short rows; any valid id, for it is masked.
+        gaps: Ranges of each example that have no label although they come after its prompt.
 
     Returns:
         ``input_ids`` and ``attention_mask`` of shape ``(batch, length)``, and ``labels`` of shape
-        ``(batch, longest completion + 1)``.
+        ``(batch, longest completion + 1)``. With gaps also ``columns``, those columns of the labels
+        whose logits predict a label of any row; else all but the last do.
     """
     completions = []
     for row, num_prompt in zip(input_ids, num_prompt_tokens, strict=True):
-        completions.append(row[num_prompt:])
+        completions.append(list(row[num_prompt:]))
+    for completion, num_prompt, ranges in zip(completions, num_prompt_tokens, gaps):
+        for start, end in ranges:
+            completion[start - num_prompt : end - num_prompt] = [IGNORED] * (end - start)
     no_label = torch.full((len(completions), 1), IGNORED)
-    return {
+    labels = torch.cat([no_label, pad_left(completions, IGNORED)], dim=1)
+    batch = {
         "input_ids": pad_left(input_ids, pad_token_id),
         "attention_mask": pad_left([[1] * len(row) for row in input_ids], 0),
-        "labels": torch.cat([no_label, pad_left(completions, IGNORED)], dim=1),
+        "labels": labels,
     }
+    if any(gaps):
+        # Columns that no row learns anything from need not be projected to the vocabulary.
+        batch["columns"] = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
+    return batch
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -74,22 +111,33 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any
         # the vocabulary matrix for each row (a third of a training step on a 135M model).
         length = mask.shape[1]
         first = length - batch["labels"].shape[1]
-        inputs["logits_to_keep"] = torch.arange(first, length, device=mask.device)
+        if "columns" in batch:
+            inputs["logits_to_keep"] = first + batch["columns"]
+        else:
+            inputs["logits_to_keep"] = torch.arange(first, length, device=mask.device)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return inputs
 
 
-def next_token_pairs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_pairs(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Align the logits of a forward pass with the labels that they predict.
 
     Args:
-        logits: Logits of shape ``(batch, columns, vocabulary)``, at least those with labels.
-        labels: Labels of shape ``(batch, longest completion + 1)``.
+        logits: Logits of shape ``(batch, columns, vocabulary)``, at least those that
+            `model_inputs` asks for.
+        batch: The batch of `completion_batch`.
 
     Returns:
-        Logits ``(batch, longest completion, vocabulary)`` and labels ``(batch, longest
-        completion)``.
+        Logits ``(batch, positions, vocabulary)`` and labels ``(batch, positions)``; the positions
+        are those after the longest prompt's end, without columns that have no label in any row.
     """
+    labels = batch["labels"]
     num_columns = labels.shape[1]
-    return logits[:, -num_columns:-1], labels[:, 1:]
+    if "columns" not in batch:
+        return logits[:, -num_columns:-1], labels[:, 1:]
+    columns = batch["columns"]
+    # A model without `logits_to_keep` has projected every column.
+    if logits.shape[1] >= num_columns:
+        logits = logits[:, logits.shape[1] - num_columns + columns]
+    return logits, labels[:, columns + 1]

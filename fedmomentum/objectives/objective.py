@@ -1,16 +1,17 @@
-"""The contract of an objective, and the objectives by task type."""
+"""The contract of an objective, and the one of supervised fine-tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedmomentum.objectives.collation import (
     IGNORED,
+    Row,
     completion_batch,
     model_inputs,
     next_token_pairs,
@@ -23,10 +24,13 @@ class Predictions(NamedTuple):
     Attributes:
         logits: Logits of shape ``(batch, positions, classes)``.
         labels: Targets of shape ``(batch, positions)``; ``IGNORED`` where there is none.
+        reference: What the reference model says of the same examples, for objectives that compare
+            the model with one.
     """
 
     logits: Tensor
     labels: Tensor
+    reference: Tensor | None = None
 
 
 class BatchLoss(NamedTuple):
@@ -49,7 +53,9 @@ class ExampleScore(NamedTuple):
     Attributes:
         nll: Negative log-likelihood of its targets, summed, in nats.
         num_targets: Number of targets.
-        is_exact: Whether the most likely class is the target at every position.
+        is_exact: Whether the most likely class is the target at every position; of a pair of
+            answers, whether the chosen one has the larger reward.
+        margin: By how much its reward is larger; None without a pair.
         label: The name of its class; empty unless each example has one.
         predicted: The name of the most likely class; empty likewise.
     """
@@ -57,6 +63,7 @@ class ExampleScore(NamedTuple):
     nll: float
     num_targets: int
     is_exact: bool
+    margin: float | None = None
     label: str = ""
     predicted: str = ""
 
@@ -64,16 +71,19 @@ class ExampleScore(NamedTuple):
 class Objective(Protocol):
     """What a model is trained and scored on.
 
-    Local training minimizes `loss`; evaluation sums `score` over the examples. A new task type is a
-    class with these methods.
+    Local training minimizes `loss`; evaluation sums `score` over the examples. A new objective is a
+    class with these methods, made in `objectives.choice.make_objective`.
     """
 
-    def collate(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_prompt_tokens: Sequence[int],
-        pad_token_id: int,
-    ) -> dict[str, Tensor]:
+    @property
+    def settings(self) -> str:
+        """What is learned, in the words of the configuration: equal for all parties of a run."""
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether an example is a pair of answers, and the model is compared with a reference."""
+
+    def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         """Collate tokenized examples into a batch."""
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
@@ -91,16 +101,29 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Next-token prediction on the completions: loss = -sum_t log p(y_t | prompt, y_<t)."""
+    """Next-token prediction on the completions: loss = -sum_t log p(y_t | prompt, y_<t).
 
-    def collate(
-        self,
-        input_ids: Sequence[Sequence[int]],
-        num_prompt_tokens: Sequence[int],
-        pad_token_id: int,
-    ) -> dict[str, Tensor]:
+    Attributes:
+        loss_on: What the completions of a chat are: its ``last`` turn, or the turns of
+            ``all-assistant``.
+    """
+
+    loss_on: str = "last"
+    compares_pairs: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> str:
+        """What is learned, in the words of the configuration."""
+        return f"objective = sft, loss-on = {self.loss_on}"
+
+    def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         """Collate prompts with their completions; see `completion_batch`."""
-        return completion_batch(input_ids, num_prompt_tokens, pad_token_id)
+        return completion_batch(
+            [example.input_ids for example in examples],
+            [example.num_prompt_tokens for example in examples],
+            pad_token_id,
+            [example.gaps for example in examples],
+        )
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
         """Count the completion tokens of a batch."""
@@ -109,7 +132,7 @@ class CausalLM:
     def predict(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Predictions:
         """Run the model on a batch and align its logits with the next tokens."""
         output = model(**model_inputs(model, batch))
-        return Predictions(*next_token_pairs(output.logits, batch["labels"]))
+        return Predictions(*next_token_pairs(output.logits, batch))
 
     def loss(self, predictions: Predictions, *, label_smoothing: float = 0.0) -> BatchLoss:
         """Compute the cross entropy of the completion tokens in float32, summed."""
@@ -129,7 +152,7 @@ class CausalLM:
 
     def score(self, predictions: Predictions) -> Iterator[ExampleScore]:
         """Score each completion; the sum over its tokens is in float64."""
-        for row_logits, row_labels in zip(*predictions, strict=True):
+        for row_logits, row_labels in zip(predictions.logits, predictions.labels, strict=True):
             # One row at a time, so that the float32 copy of the logits is that of one row.
             is_target = row_labels != IGNORED
             logits = row_logits[is_target].float()  # (completion, vocabulary)

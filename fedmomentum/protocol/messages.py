@@ -68,13 +68,15 @@ class ClientLora(Schema, frozen=True, kw_only=True):
     Attributes:
         rank: The rank of its adapter.
         lora_alpha: The numerator of its scaling.
-        target_modules: The names of its adapted modules; empty for PEFT's choice.
+        target_modules: Its `lora.target-modules`; only compared, never matched.
+        target_parameters: Its `lora.target-parameters`, likewise.
         mixed: Whether the clients of the run have different ranks.
     """
 
     rank: PositiveCount
     lora_alpha: Positive
-    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)]
+    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)] | Text
+    target_parameters: Annotated[list[Text], Meta(max_length=MAX_MODULES)] = []
     mixed: bool
 
     @classmethod
@@ -83,7 +85,8 @@ class ClientLora(Schema, frozen=True, kw_only=True):
         return cls(
             rank=lora.rank,
             lora_alpha=lora.lora_alpha,
-            target_modules=list(lora.target_modules),
+            target_modules=lora.target_modules,
+            target_parameters=lora.target_parameters,
             mixed=mixed,
         )
 
@@ -119,6 +122,7 @@ class ModelRequest(Schema, frozen=True, kw_only=True):
         manifest: The global model to load (`GlobalModel.manifest`), by content hash.
         lora: What this client trains of it.
         chat_date: The date that chat templates use as today's; the client must use the same.
+        objective: What is learned (`Objective.settings`); the client must have the same.
         fresh: How to initialize the adapter, if it is not sent.
         recipes: How to make the snapshots that are not sent, oldest first.
     """
@@ -126,6 +130,7 @@ class ModelRequest(Schema, frozen=True, kw_only=True):
     manifest: Manifest
     lora: ClientLora
     chat_date: Annotated[str, Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")] = DEFAULT_DATE
+    objective: Text = "objective = sft, loss-on = last"
     fresh: FreshAdapter | None = None
     recipes: Annotated[list[Recipe], Meta(max_length=MAX_RECIPES)] = []
 
@@ -268,11 +273,11 @@ class TrainResult(Schema, tag_field="kind", tag="train", frozen=True, kw_only=Tr
     """The outcome of a training.
 
     Attributes:
-        loss: The mean loss of a completion token, in nats.
+        loss: The mean loss of a target, in nats: of a completion token, or a pair of answers.
         first_loss: The loss of the first step.
         last_loss: The loss of the last step.
         num_steps: The number of optimizer steps.
-        num_tokens: The number of completion tokens in the loss.
+        num_tokens: The number of targets in the loss.
         rounding: The error of the update in the wire's dtype, relative to its norm.
         next_rank: The rank at which the client continues, for methods that prune.
         learning_rate_sum: The sum of the learning rates of all steps; 0 where moments are not

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts
 from fedmomentum.report.figures import aggregation, cost, scores
+from fedmomentum.report.figures.benchmarks import benchmark_plots
 from fedmomentum.report.figures.lines import present
 from fedmomentum.report.figures.svg import Plot
 from fedmomentum.report.html import render, write_page
@@ -136,6 +137,7 @@ def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plo
     by_client = scores.intervals_plot(summary, "client", "By client")
     return {
         "interval_plots": present(by_category, by_client),
+        "benchmark_plots": benchmark_plots(run.benchmarks) if run.benchmarks else [],
         "score_plots": present(
             scores.exact_match_plot(run.rounds),
             scores.macro_f1_plot(run.rounds),
@@ -197,18 +199,22 @@ def _plan_facts(run: RunResults) -> Facts:
     if plan.num_trained and plan.num_parameters:
         trained += f" ({percent(plan.num_trained / plan.num_parameters, 2)})"
     labels = [("Labels", shorten(", ".join(plan.labels), REASON_LENGTH))] if plan.labels else []
-    return [
+    facts = [
         ("Model", plan.model),
         *labels,
         ("Method", plan.method),
+        ("Optimizer state", plan.optimizer_state),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
         ("Parameters", count(plan.num_parameters)),
         ("Trained on each client", trained),
+        ("Adapted modules", "; ".join(plan.adapted)),
+        ("Not adapted", "; ".join(plan.not_adapted)),
         ("Planned up, a client and round", human_bytes(plan.uplink_bytes)),
         ("Planned down, a client and round", human_bytes(plan.downlink_bytes)),
         ("Planned memory", human_bytes(plan.memory_bytes)),
         ("Planned disk", human_bytes(plan.disk_bytes)),
     ]
+    return [(name, value) for name, value in facts if value]
 
 
 def _environment_facts(environment: dict[str, Any]) -> Facts:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.formats.run_files import ComparisonFile, ComparisonHead
+from fedmomentum.formats.scores import NO_EXAMPLES
 from fedmomentum.results.method_run import MethodRun, make_method_run
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.utils.records import parse_record, read_file
@@ -42,6 +43,17 @@ class Comparison:
     def methods(self) -> list[str]:
         """The methods in the order given."""
         return list(dict.fromkeys(one.method for one in self.method_runs))
+
+    @property
+    def measure(self) -> str:
+        """What the exact match of the runs is called."""
+        measures = (one.measure for one in self.method_runs if one.measure is not None)
+        return next(measures, NO_EXAMPLES.measure)
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the runs' losses."""
+        return self.method_runs[0].loss_unit
 
     def runs_of(self, method: str) -> list[MethodRun]:
         """Return the runs of one method, one a seed."""
@@ -91,7 +103,8 @@ def compare_runs(directories: Sequence[Path], target: float) -> Comparison:
 
     Raises:
         ModelError: If a run is missing; see `RunResults.load`.
-        DataError: If a file is damaged, or a config.toml is not TOML.
+        DataError: If a file is damaged, a config.toml is not TOML, or the runs have different
+            objectives.
     """
     # Settings are read from each run's config.toml.
     runs = [RunResults.load(directory) for directory in directories]
@@ -105,6 +118,13 @@ def compare_runs(directories: Sequence[Path], target: float) -> Comparison:
     method_runs = []
     for run, label, seed in zip(runs, labels, seeds, strict=True):
         method_runs.append(make_method_run(label, seed, [run]))
+
+    measures = sorted({one.measure for one in method_runs if one.measure is not None})
+    if len(measures) > 1:
+        raise DataError(
+            f"the runs report different things, {' and '.join(measures)}; compare runs with the "
+            "same training.objective"
+        )
 
     # In the order in which the methods were given, then by seed.
     method_runs.sort(key=lambda one: (labels.index(one.method), one.seed))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedmomentum.formats.round_record import EvaluationRecord
-from fedmomentum.formats.scores import Score
+from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.summary import find_federated_round, scored, total_seconds
 
@@ -50,6 +50,8 @@ class MethodRun:
         by_client: Client to its (exact match, loss) on its own examples.
         runs: The runs it was read from.
         kind: `federated`, `centralized` or `local`; the last two are references and send nothing.
+        measure: What `exact_match` is called (`Score.measure`); None without an evaluation.
+        loss_unit: The unit of the loss.
     """
 
     method: str
@@ -61,6 +63,8 @@ class MethodRun:
     by_client: dict[str, tuple[float, float]]
     runs: tuple[RunResults, ...]
     kind: Kind = "federated"
+    measure: str | None = None
+    loss_unit: str = "nats per token"
 
     def best(self, metric: str, choose: Callable[[list[float]], float]) -> float | None:
         """Return the best score of any round after the base model's.
@@ -110,6 +114,8 @@ def make_method_run(
         by_client=_scores_by_client(runs, kind),
         runs=tuple(runs),
         kind=kind,
+        measure=scores[0].measure if scores else None,
+        loss_unit=scores[0].loss_unit if scores else NO_EXAMPLES.loss_unit,
     )
 
 

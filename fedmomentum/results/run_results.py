@@ -11,6 +11,7 @@ import msgspec
 
 from fedmomentum.config.toml import altered_settings
 from fedmomentum.errors import ConfigError, DataError, ModelError
+from fedmomentum.formats.benchmark_file import BENCHMARKS, BenchmarkFile
 from fedmomentum.formats.directories import (
     check_last_round,
     read_manifest,
@@ -21,6 +22,7 @@ from fedmomentum.formats.manifest import ModelFile, RunState
 from fedmomentum.formats.metrics_file import METRICS, check_metrics, parse_record_line, read_metrics
 from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.run_files import EnvironmentFile, PartitionFile, PlanFile, read_facts
+from fedmomentum.results.benchmarks import BenchmarkResults, current_benchmarks
 from fedmomentum.utils.records import read_file, read_record
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -31,7 +33,7 @@ Names of clients and reasons of failures come over the wire.
 
 _RESTORE = "Restore the file from a copy."
 
-T = TypeVar("T", PlanFile, PartitionFile, RoundRecord)
+T = TypeVar("T", PlanFile, PartitionFile, RoundRecord, BenchmarkFile)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class RunResults:
         partition: Client to `train` and `test` to category to number of examples.
         rounds: One record a round in order; the first is usually the base model's evaluation.
         checkpoint: The last checkpoint's manifest; None in a copy without checkpoints.
+        benchmarks: Scores on standard benchmarks; None where there are none.
     """
 
     name: str
@@ -55,6 +58,7 @@ class RunResults:
     partition: dict[str, dict[str, dict[str, int]]]
     rounds: list[RoundRecord]
     checkpoint: ModelFile | None
+    benchmarks: BenchmarkResults | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> RunResults:
@@ -101,18 +105,22 @@ def _read(directory: Path) -> RunResults:
         checkpoint = _read_last_checkpoint(directory)
         committed = checkpoint.run if checkpoint else None
         rounds = _read_rounds(directory / METRICS, committed)
+        scores = _read_benchmarks(directory / BENCHMARKS)
     except (DataError, ConfigError) as error:
         raise DataError(f"{str(error).rstrip('.')}. {_RESTORE}") from None
 
     # All files must belong to one run, and the settings to its last checkpoint.
     run_ids = {plan.run_id, partition.run_id, environment_run_id}
+    if scores is not None:
+        run_ids.add(scores.run_id)
     if committed is not None:
         _check_settings(config_text, committed, directory / "config.toml")
         run_ids.add(committed.run_id)
     if len(run_ids) > 1:
         raise DataError(
-            f"{directory} holds files of several runs: environment.json, plan.json, partition.json "
-            "and the checkpoints do not name the same run. Restore them from a copy."
+            f"{directory} holds files of several runs: environment.json, plan.json, "
+            f"partition.json, {BENCHMARKS} and the checkpoints do not name the same run. Restore "
+            "them from a copy."
         )
     return RunResults(
         name=directory.resolve().name,
@@ -122,7 +130,16 @@ def _read(directory: Path) -> RunResults:
         partition=_as_plain_partition(partition),
         rounds=rounds,
         checkpoint=checkpoint,
+        benchmarks=current_benchmarks(scores, directory, rounds) if scores else None,
     )
+
+
+def _read_benchmarks(path: Path) -> BenchmarkFile | None:
+    """Return the scores on standard benchmarks; None in a run that has none."""
+    try:
+        return _printable(read_record(path, BenchmarkFile, DataError))
+    except FileNotFoundError:
+        return None
 
 
 def _as_plain_partition(partition: PartitionFile) -> dict[str, dict[str, dict[str, int]]]:

@@ -13,8 +13,14 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
-from fedmomentum.run.setup import load_data, set_threads, tokenized_clients, training_function
+from fedmomentum.run.setup import (
+    load_data,
+    set_threads,
+    tokenized_clients,
+    training_function,
+)
 from fedmomentum.run.task import check_task, require_labels
+from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.arguments import check_arguments
@@ -56,6 +62,7 @@ def prepare_client(
     check_arguments(config.training.arguments)
     check_task(config)
     require_labels(config.model)
+    check_dropout(config)
     function = training_function(config)
     set_threads(config.run.threads)
     if (files := config.data.client_files) and client_id in files:
@@ -86,6 +93,7 @@ def prepare_client(
 
 def rehearsal(config: Config, client: Client) -> bytes:
     """Return a task that trains the base model for one step, as a first round would ask."""
+    config = choose_optimizer_state(config, client.method)
     local = client.model
     model = local.initial_global_model(client.method)
     lora = ClientLora.of(local.client_lora, local.is_mixed or client.method.prunes)

@@ -1,9 +1,9 @@
 """Compare methods on the same data: paired runs, one per method and seed, and two references.
 
 A seed gives every method the same partition, participants, batches and initial adapter. The
-references take as many optimizer steps as a client that participates in every round, with a fresh
-optimizer every round as clients have: `centralized` is one client with the data of all, `local` is
-each client alone with its own. Both are scored on the held-out examples of all clients, the same
+references take as many optimizer steps as a client that participates in every round, with an
+optimizer that continues: `centralized` is one client with the data of all, `local` is each client
+alone with its own. Both are scored on the held-out examples of all clients, the same
 examples that a federated run is scored on.
 """
 
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
-from fedmomentum.config.schema import Config, MethodConfig
+from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import (
     apply_overrides,
     load_config,
-    parse_value,
     to_toml,
 )
 from fedmomentum.errors import ConfigError
@@ -37,12 +36,18 @@ from fedmomentum.results.comparison import (
 from fedmomentum.results.method_summary import csv_rows, summary_tables
 from fedmomentum.run.client_setup import client_names
 from fedmomentum.run.federated_trainer import FederatedTrainer
+from fedmomentum.run.method_variants import MethodVariant
 from fedmomentum.run.origin import check_data, fingerprints
-from fedmomentum.run.references import REFERENCES, make_reference
-from fedmomentum.run.setup import changed_settings, load_data, make_method
+from fedmomentum.run.references import make_reference
+from fedmomentum.run.setup import (
+    changed_settings,
+    load_data,
+    make_method,
+)
+from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.server.saved_run import saved_settings
 from fedmomentum.utils.io import write_atomically, write_json
-from fedmomentum.utils.names import directory_name, readable_name
+from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.records import with_checksum
 
 if TYPE_CHECKING:
@@ -51,40 +56,11 @@ if TYPE_CHECKING:
 
 
 _PER_RUN = {"method.name", "method.settings", "run.seed", "federation.num-rounds"}
-_METHOD_SECTIONS = ("training.", "lora.", "federation.")
-"""Sections that may differ between methods; data and evaluation are the same for all."""
 _CHANGED_BY_REFERENCES = {
     "evaluation.num-examples",
     "evaluation.final-num-examples",
     "training.local-epochs",
 }
-
-
-@dataclass(frozen=True)
-class MethodVariant:
-    """A method with its settings, or a reference.
-
-    Attributes:
-        label: As the user wrote it: `fedit`, `fedmomentum:split=singular`, `local`.
-        method: The method, with its settings. References run FedIT: the average of one client is
-            that client.
-        overrides: Settings of the run that apply to this variant only, as `section.key=value`.
-    """
-
-    label: str
-    method: MethodConfig
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """`federated`, `centralized` or `local`."""
-        name = self.label.partition(":")[0]
-        return name if name in REFERENCES else "federated"
-
-    @property
-    def directory(self) -> str:
-        """Name of the directory of this variant's runs."""
-        return readable_name(self.label)
 
 
 @dataclass(frozen=True)
@@ -135,91 +111,6 @@ class PlannedRun:
 # ── planning ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def parse_methods(text: str, config: Config) -> list[MethodVariant]:
-    """Parse a comma-separated list of `name` or `name:key=value;key=value`.
-
-    `[method.settings]` applies to the method that `[method]` names.
-
-    A name is that of a built-in method, `module:Class` of the user's own, or a reference. A key
-    with a dot, such as `training.learning-rate`, is a setting of the run, for this variant only;
-    any other key is a setting of the method.
-
-    Raises:
-        ConfigError: If there are no methods, one is named twice, a method or setting is unknown, a
-            reference is given a setting of a method, or a setting must be the same for all.
-    """
-    variants: list[MethodVariant] = []
-    for label in filter(None, (part.strip() for part in text.split(","))):
-        name, rest = _split_label(label)
-        settings = dict(config.method.settings) if name == config.method.name else {}
-        overrides = []
-        # Keys with a dot belong to the run, the others to the method.
-        for pair in filter(None, (part.strip() for part in rest.split(";"))):
-            key, equals, value = pair.partition("=")
-            if not equals:
-                raise ConfigError(
-                    f"{pair!r} in {label!r} is no setting; write name:key=value;key=value"
-                )
-            if "." in key:
-                overrides.append(pair)
-            else:
-                settings[key.strip()] = parse_value(value.strip())
-        if name in REFERENCES and settings:
-            raise ConfigError(f"{name} has no settings of its own; got {label!r}")
-        method = MethodConfig("fedit" if name in REFERENCES else name, settings)
-        # Data, seeds and evaluation must be the same for all methods.
-        for override in overrides:
-            if not override.startswith(_METHOD_SECTIONS) or override.startswith(
-                "federation.num-rounds"
-            ):
-                raise ConfigError(
-                    f"{override!r} in {label!r}: only {', '.join(_METHOD_SECTIONS)} can differ "
-                    "between methods"
-                )
-        try:
-            run_config = replace(apply_overrides(config, overrides), method=method)
-            if name not in REFERENCES:
-                make_method(run_config)
-        except ConfigError as error:
-            raise ConfigError(
-                f"--methods {label}: {error}; and the references {', '.join(REFERENCES)}"
-            ) from error
-        variants.append(MethodVariant(label, method, tuple(overrides)))
-    # Two labels must not share a directory, on file systems that ignore case either.
-    directories = [variant.directory.lower() for variant in variants]
-    if not variants or len(set(directories)) < len(directories):
-        raise ConfigError(
-            f"--methods must name methods, each once, e.g. fedmomentum,fedit,local; got {text!r}"
-        )
-    return variants
-
-
-def _split_label(label: str) -> tuple[str, str]:
-    """Return the name and the settings of a label.
-
-    The name of a user's method has a colon itself: settings follow a colon and contain "=".
-    """
-    name, _, settings = label.rpartition(":")
-    return (name, settings) if "=" in settings else (label, "")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Parse comma-separated nonnegative integers.
-
-    Raises:
-        ConfigError: If the text is anything else, or a seed is given twice.
-    """
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(
-            f"--seeds must be whole numbers from 0, each once, e.g. 0,1,2; got {text!r}"
-        )
-    return seeds
-
-
 def plan_runs(
     config: Config, variants: Sequence[MethodVariant], seeds: Sequence[int], out: Path
 ) -> list[PlannedRun]:
@@ -247,17 +138,31 @@ def plan_runs(
     return planned_runs
 
 
+def optimizer_states(planned_runs: Sequence[PlannedRun]) -> dict[str, str]:
+    """Return what each federated variant's optimizers start a round with, by label."""
+    states = {}
+    for planned_run in planned_runs:
+        if planned_run.variant.kind == "federated":
+            states[planned_run.variant.label] = planned_run.config.training.optimizer_state
+    return states
+
+
 def _runs_of_variant(
     variant: MethodVariant, seed: int, directory: Path, config: Config
 ) -> list[PlannedRun]:
     """Return one run, or for the reference `local` one per client."""
+    is_reference = variant.kind != "federated"
     if variant.kind == "centralized":
         config = replace(config, lora=replace(config.lora, clients={}))
     if variant.kind != "local":
+        config = choose_optimizer_state(config, make_method(config), is_reference=is_reference)
         return [PlannedRun(variant, seed, directory, config)]
     runs = []
     for client_id in client_names(config):
         client_config = replace(config, lora=config.lora.for_client(client_id))
+        client_config = choose_optimizer_state(
+            client_config, make_method(client_config), is_reference=True
+        )
         client_directory = directory / directory_name(client_id)
         runs.append(PlannedRun(variant, seed, client_directory, client_config, only=client_id))
     return runs

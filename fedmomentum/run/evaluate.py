@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
+from fedmomentum.config.training import TrainingConfig
 from fedmomentum.data.client_data import read_source
-from fedmomentum.data.tokenization import TokenizedExamples, prompt_token_ids
+from fedmomentum.data.tokenization import prompt_token_ids
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.tasks import Evaluation, GenerationTask
 from fedmomentum.evaluation.teacher_forcing import evaluate as evaluate_examples
+from fedmomentum.evaluation.teacher_forcing import measure_reference
 from fedmomentum.formats.run_files import PartitionFile, read_facts
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.global_model.base_of import is_classifier
+from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.inference import (
     DEFAULT_MAX_LENGTH,
     LoadSettings,
@@ -26,10 +30,11 @@ from fedmomentum.run.inference import (
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing_data
 from fedmomentum.run.saved_model import Result, open_result
 from fedmomentum.run.setup import held_out_order, load_data
-from fedmomentum.run.task import check_rows, make_rows, objective_of
+from fedmomentum.run.task import check_rows, make_rows
 
 if TYPE_CHECKING:
     from fedmomentum.data.examples import Example
+    from fedmomentum.objectives.objective import Objective
 
 
 # ── scores ────────────────────────────────────────────────────────────────────────────────────────
@@ -150,10 +155,11 @@ def evaluate_on(
             f"--max-length is {max_length}, and the model can see {pair.longest} tokens; give that "
             "or less"
         )
-    measure = _generating if by_generation else _teacher_forced
-    return measure(
-        pair, parts, max_length, config.evaluation.batch_size if config is not None else 32
-    )
+    batch_size = config.evaluation.batch_size if config is not None else 32
+    if by_generation:
+        return _generating(pair, parts, max_length, batch_size)
+    training = config.training if config is not None else TrainingConfig()
+    return _teacher_forced(pair, parts, max_length, batch_size, training)
 
 
 def evaluate(
@@ -233,7 +239,11 @@ def _refuse_reference(path: Path, clients: set[str]) -> None:
 
 
 def _teacher_forced(
-    pair: ModelPair, parts: Sequence[_Part], max_length: int, batch_size: int
+    pair: ModelPair,
+    parts: Sequence[_Part],
+    max_length: int,
+    batch_size: int,
+    training: TrainingConfig,
 ) -> ModelComparison:
     """One pass over the examples with their answers."""
     # The two models may have tokenizers of their own, where tokens were added.
@@ -251,34 +261,69 @@ def _teacher_forced(
                     max_length=max_length,
                     max_truncated_fraction=1,
                     owner=part.owner,
+                    loss_on=training.loss_on,
                 )
                 check_rows(pair.model, made, pair.labels, part.owner)
                 own.append((part.client, made[: part.most]))
         return tokens_by_tokenizer[id(tokenizer)]
 
-    def measured() -> Scored:
+    def measured(references: Sequence[TokenizedExamples]) -> Scored:
         total = Evaluation(NO_EXAMPLES, {})
         by_client = {}
-        for client, examples in tokens():
+        for number, (client, examples) in enumerate(tokens()):
+            if examples.are_pairs:
+                examples = _with_reference(examples, references[number])
             one = evaluate_examples(
                 pair.model,
                 examples,
                 pad_token_id=pair.tokenizer.pad_token_id,
                 batch_size=batch_size,
-                objective=objective_of(pair.labels),
+                objective=_objective(examples, training, pair.labels),
             )
             total = total + one
             if client:
                 by_client[client] = one.total
         return Scored(total, by_client)
 
-    # The base model first; its weights are restored bit for bit after the tuned one.
-    base = measured()
+    # The base model first; its weights are restored bit for bit after the tuned one. It is the
+    # reference of pairs, too.
+    references = []
+    for _, examples in tokens():
+        if examples.are_pairs:
+            pad = pair.tokenizer.pad_token_id
+            examples = measure_reference(
+                pair.model, examples, pad_token_id=pad, batch_size=batch_size
+            )
+        references.append(examples)
+    base = measured(references)
     with pair.tuned():
-        tuned = measured()
+        tuned = measured(references)
         num_cut = sum(examples.num_truncated for _, examples in tokens())
         num_lost = sum(examples.num_lost for _, examples in tokens())
     return ModelComparison(base, tuned, num_cut, num_lost, max_length, by_generation=False)
+
+
+def _objective(
+    examples: TokenizedExamples, training: TrainingConfig, labels: Sequence[str]
+) -> Objective:
+    """Return what the examples are scored on: pairs by their rewards, whatever was trained."""
+    objective = "dpo" if examples.are_pairs else "sft"
+    return make_objective(replace(training, objective=objective), labels)
+
+
+def _with_reference(examples: TokenizedExamples, measured: TokenizedExamples) -> TokenizedExamples:
+    """Return pairs with the reference that the base model measured.
+
+    Raises:
+        DataError: If the tuned model's tokenizer makes other tokens of them.
+    """
+    is_same = examples.rows == measured.rows
+    if not is_same:
+        raise DataError(
+            "the tuned model's tokenizer writes these pairs with other tokens than the base "
+            "model's, so their likelihoods cannot be compared; evaluate on rows with one answer"
+        )
+    return replace(examples, reference=measured.reference)
 
 
 def _generating(

@@ -23,7 +23,7 @@ from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.saved_model import find_base, open_result
-from fedmomentum.run.setup import LoadedRun, check_made_from, load_run
+from fedmomentum.run.setup import LoadedRun, check_made_from, load_run, with_start_adapter
 from fedmomentum.run.tracking import TrackerCallback
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
@@ -109,6 +109,9 @@ class FederatedTrainer:
             directory = Path("runs") / time.strftime("run-%Y%m%d-%H%M%S")
         self.directory = Path(directory)
         self.prepared: PreparedRun | None = None
+        if update_filter is not None and config.training.optimizer_state == "auto":
+            # Moments would leave the client unfiltered; see `prepare`.
+            config = replace(config, training=replace(config.training, optimizer_state="fresh"))
         self._config = config
         self._resume = resume
         self._server_round = server_round
@@ -129,7 +132,7 @@ class FederatedTrainer:
         if self._resume and rounds:
             resumed_round = rounds[-1] if self._server_round is None else self._server_round
             check_made_from(self.directory, resumed_round, loaded)
-        model = _initial_model(loaded)
+        model = _initial_model(loaded, is_resumed=self._resume and bool(rounds))
         plan = make_plan(loaded.config, loaded.local, model, loaded.clients, loaded.method)
         if not self._resume and (self.directory / "config.toml").is_file():
             warning = (
@@ -285,6 +288,8 @@ class FederatedTrainer:
         )
 
 
-def _initial_model(loaded: LoadedRun) -> GlobalModel:
+def _initial_model(loaded: LoadedRun, *, is_resumed: bool = False) -> GlobalModel:
+    """Return the model of round 0; a resumed run does not read the adapter that it began with."""
     dtype = wire_dtype(loaded.config.federation.downlink_dtype)
-    return loaded.local.initial_global_model(loaded.method).with_wire_dtype(dtype)
+    model = loaded.local.initial_global_model(loaded.method).with_wire_dtype(dtype)
+    return model if is_resumed else with_start_adapter(loaded.config, loaded.method, model)

@@ -14,13 +14,14 @@ from fedmomentum.run.environment import process_environment
 from fedmomentum.run.origin import check_data
 from fedmomentum.run.plan import served_plan
 from fedmomentum.run.setup import (
-    check_optimizer_state,
     check_run_directory,
     make_method,
     set_threads,
+    with_start_adapter,
 )
 from fedmomentum.run.task import check_task, require_labels
 from fedmomentum.run.tracking import TrackerCallback, check_trackers
+from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.handshake import handshake
@@ -67,7 +68,7 @@ def run_federation(
     """
     method = make_method(config)
     check_arguments(config.training.arguments)
-    check_optimizer_state(config, method)
+    config = choose_optimizer_state(config, method)
     check_task(config)
     require_labels(config.model)
     check_trackers(config.run.report_to)
@@ -88,6 +89,7 @@ def run_federation(
             state = ServerState(secrets.token_hex(16))
             started = handshake(transport, config, state.run_id, method)
             model = started.model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
+            model = with_start_adapter(config, method, model)
             plan = served_plan(config, model, method, started.facts)
             callback_list.on_plan(plan)
             _describe(directory, config, state.run_id, plan, model, started.facts, data)

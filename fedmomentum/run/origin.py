@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
@@ -24,7 +24,7 @@ from fedmomentum.utils.text import printable
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
     from fedmomentum.data.examples import ClientData, Example
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExamples
 
 
 def fingerprints(
@@ -48,13 +48,21 @@ def fingerprints(
 
 
 def _text(example: Example) -> str:
-    return json.dumps([example.prompt, example.completion, example.category, example.scoring])
+    parts: list[Any] = [example.prompt, example.completion, example.category, example.scoring]
+    if example.rejected is not None:
+        parts.append(example.rejected)
+    return json.dumps(parts)
 
 
 def _tokens(parts: Sequence[TokenizedExamples]) -> Iterator[str]:
     for number, part in enumerate(parts):
-        for ids, num_prompt_tokens in zip(part.input_ids, part.num_prompt_tokens, strict=True):
-            yield f"{number} {num_prompt_tokens} {ids}"
+        for index in range(len(part)):
+            example = part.example(index)
+            text = f"{number} {example.num_prompt_tokens} {example.input_ids}"
+            # Only where they are: most examples have neither.
+            yield text + "".join(
+                f" {more}" for more in (example.gaps, example.rejected_ids) if more
+            )
 
 
 def _hash(items: Iterator[str]) -> str:

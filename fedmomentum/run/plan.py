@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from fedmomentum.base_model.load_checks import max_positions
 from fedmomentum.formats.plan import Plan
 from fedmomentum.lora.half_precision import wire_dtype
+from fedmomentum.lora.module_summary import summarize, summarize_left_out
+from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.task import count_labels
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def make_plan(
     """Estimate what a run on this machine will cost; see `Plan`."""
     traffic = _traffic(config, model.adapter, method, len(clients))
     labels = local.identity.labels
-    longest = max(len(ids) for client in clients for ids in client.train.input_ids)
+    longest = max(client.train.longest for client in clients)
     longest -= bool(labels)  # a row's label is no token
     # Activations of a training step: some 24 vectors a layer and token, and the logits.
     text = local.peft.config.get_text_config()
@@ -36,6 +38,9 @@ def make_plan(
     activations = (
         config.training.batch_size * longest * (24 * width * local.dtype.itemsize + 4 * 1024)
     )
+    # Both answers of a pair are rows of the batch.
+    if config.training.objective == "dpo":
+        activations *= 2
     # Adapted weights of a 16-bit base have a float32 copy.
     weights = local.num_parameters * local.dtype.itemsize + (
         traffic.dense if local.dtype.itemsize < 4 else 0
@@ -60,7 +65,11 @@ def make_plan(
     plan = _plan(
         config, model, method, traffic, len(clients), local.num_parameters, memory, warnings
     )
-    return replace(plan, labels=count_labels(labels, [client.train for client in clients]))
+    return replace(
+        plan,
+        not_adapted=tuple(summarize_left_out(local.targets.left_out)),
+        labels=count_labels(labels, [client.train for client in clients]),
+    )
 
 
 def served_plan(
@@ -198,5 +207,9 @@ def _plan(
         + 2 * _update_bytes(config, traffic)  # the list, and what the kept recipes name
         + traffic.residual
         + traffic.spool,
+        adapted=tuple(summarize(model.adapter.modules)),
+        not_adapted=(),
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
+        optimizer_state=config.training.optimizer_state,
+        objective=make_objective(config.training, model.base.labels).settings,
     )

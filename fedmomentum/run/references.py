@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.config.schema import EvaluationConfig
-from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.run.plan import make_plan
 
 if TYPE_CHECKING:
@@ -66,14 +66,8 @@ def make_reference(run: PreparedRun, only: str | None) -> None:
 
 
 def _part(examples: TokenizedExamples, start: int, end: int, category: str) -> TokenizedExamples:
-    kept = examples.input_ids[start:end]
-    return TokenizedExamples(
-        kept,
-        examples.num_prompt_tokens[start:end],
-        (category,) * len(kept),
-        examples.is_truncated[start:end],
-        0,
-    )
+    part = examples[start:end]
+    return replace(part, categories=(category,) * len(part), num_lost=0)
 
 
 def _counts(examples: TokenizedExamples) -> dict[str, int]:

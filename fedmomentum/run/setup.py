@@ -25,11 +25,15 @@ from fedmomentum.formats.directories import read_manifest, retained_rounds, roun
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
+from fedmomentum.global_model.start import start_from
+from fedmomentum.lora.peft_folder import read_adapter
+from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
-from fedmomentum.run.task import check_rows, check_task, find_labels, make_rows, objective_of
+from fedmomentum.run.task import check_rows, check_task, find_labels, make_rows
 from fedmomentum.run.tracking import check_trackers
+from fedmomentum.run.training_checks import check_dropout, check_pairs, choose_optimizer_state
 from fedmomentum.server.saved_run import committed_records, saved_settings
-from fedmomentum.training.arguments import check_arguments, check_num_examples, check_optimizer
+from fedmomentum.training.arguments import check_arguments, check_num_examples
 from fedmomentum.utils.plugins import import_object
 from fedmomentum.utils.seeding import derive_seed
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from fedmomentum.data.examples import ClientData, Example
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.objects import StoredObject
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
@@ -93,8 +98,9 @@ def load_run(
     # Cheap checks come first: nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
-    check_optimizer_state(config, method)
+    config = choose_optimizer_state(config, method)
     check_task(config)
+    check_dropout(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
     if resume:
@@ -186,36 +192,19 @@ def make_method(config: Config) -> Method:
     return method
 
 
-def check_optimizer_state(config: Config, method: Method) -> None:
-    """Refuse to carry the optimizer's moments where they have no meaning in the next round.
+def with_start_adapter(config: Config, method: Method, model: GlobalModel) -> GlobalModel:
+    """Return the model of round 0 with the adapter that `lora.start-from` names.
+
+    Clients are sent it like any global model, so only the server reads the directory. The first
+    checkpoint names its factors by their hash; a resumed run does not read it again.
 
     Raises:
-        ConfigError: If the method starts every round from a fresh adapter, if moments are shared
-            between clients that train different factors, or if the optimizer's moments cannot be
-            read.
+        AdapterError: If it cannot be read, or does not fit the run.
     """
-    state = config.training.optimizer_state
-    if state == "fresh":
-        return
-    key = f"training.optimizer-state = {state}"
-    if method.fresh:
-        raise ConfigError(
-            f"{method.title} starts every round from a fresh adapter, for which earlier moments "
-            f"say nothing; {key} needs a method that continues its adapter. Set it to fresh"
-        )
-    if state != "local":
-        if method.personal_factors:
-            raise ConfigError(
-                f"{method.title} leaves factors with each client, so that clients do not train the "
-                f"same; {key} cannot be used. Set it to local, or fresh"
-            )
-        if config.lora.clients or method.prunes:
-            raise ConfigError(
-                f"{key} needs every client to train the same adapter; lora.clients and methods "
-                "that prune give clients adapters of their own. Set it to local, or fresh"
-            )
-    if config.training.function is None:
-        check_optimizer(config.training.arguments)
+    if config.lora.start_from is None:
+        return model
+    given = read_adapter(config.lora.start_from)
+    return start_from(model, given, is_merged=method.fresh or method.reads_base)
 
 
 def training_function(config: Config) -> TrainingFunction | None:
@@ -282,7 +271,8 @@ def load_data(config: Config) -> list[ClientData]:
         ConfigError: If no data is named.
         DataError: If data cannot be used.
     """
-    return load_clients(config.data, derive_seed(config.run.seed, "data"), config.model.task)
+    seed = derive_seed(config.run.seed, "data")
+    return load_clients(config.data, seed, loss_on=config.training.loss_on, task=config.model.task)
 
 
 def held_out_order(config: Config, party: ClientData) -> list[Example]:
@@ -304,11 +294,12 @@ def tokenized_clients(
     limits: dict[str, Any] = {
         "max_length": config.data.max_length,
         "max_truncated_fraction": config.data.max_truncated_fraction,
+        "loss_on": config.training.loss_on,
     }
     base = local.peft.get_base_model()
     check_max_length(base, config.data.max_length)
     labels = local.identity.labels
-    objective = objective_of(labels)
+    objective = make_objective(config.training, labels)
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     cache: dict[str, StoredObject] = {}
     clients = []
@@ -318,6 +309,7 @@ def tokenized_clients(
         parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
         for owner, examples in parts.items():
             rows[owner] = make_rows(examples, local.tokenizer, labels, owner=owner, **limits)
+            check_pairs(rows[owner], objective, owner)
             check_rows(base, rows[owner], labels, owner)
         train_tokens = rows[party.client_id]
         check_num_examples(len(train_tokens), hyperparameters, party.client_id)
@@ -327,8 +319,8 @@ def tokenized_clients(
                 train=train_tokens,
                 test=rows[held_out],
                 method=make_method(config),
-                objective=objective,
                 model=local,
+                objective=objective,
                 store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
                 training_function=function,
                 on_step=on_step,

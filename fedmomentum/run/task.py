@@ -1,4 +1,4 @@
-"""What a model is trained for, `model.task`: its labels, its rows of tokens, its objective."""
+"""What a model is trained for, `model.task`: its labels and its rows of tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.load_checks import check_token_ids
 from fedmomentum.config.schema import BUILT_IN_SOURCE, CLASSIFICATION
 from fedmomentum.data.labeled_texts import refuse_unknown_labels, sort_labels, tokenize_labeled
-from fedmomentum.data.tokenization import EMPTY_EXAMPLES, TokenizedExamples, tokenize
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.data.tokenized import EMPTY_EXAMPLES, TokenizedExamples
 from fedmomentum.errors import ConfigError, DataError
-from fedmomentum.objectives.classification import SequenceClassification
-from fedmomentum.objectives.objective import CAUSAL_LM, Objective
 from fedmomentum.utils.schema import MAX_LABELS
 
 if TYPE_CHECKING:
@@ -41,6 +40,16 @@ def check_task(config: Config) -> None:
             f"data.category-column is {config.data.category_column!r}; with {task} the category of "
             "a text is its label: leave it out"
         )
+    # What [training] says of answers: a label is none.
+    for key, value, wanted in (
+        ("objective", config.training.objective, "sft"),
+        ("loss-on", config.training.loss_on, "last"),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f'training.{key} = "{value}" is for the answers of language models; {task} learns '
+                "labels: leave it out"
+            )
 
 
 def require_labels(model: ModelConfig) -> tuple[str, ...]:
@@ -102,11 +111,6 @@ def count_labels(labels: Sequence[str], examples: Sequence[TokenizedExamples]) -
     return {label: counts[label] for label in labels}
 
 
-def objective_of(labels: Sequence[str]) -> Objective:
-    """Return what a model with these labels is trained and scored on; without any, a causal LM."""
-    return SequenceClassification(tuple(labels)) if labels else CAUSAL_LM
-
-
 def make_rows(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -115,6 +119,7 @@ def make_rows(
     owner: str,
     max_length: int,
     max_truncated_fraction: float,
+    loss_on: str = "last",
 ) -> TokenizedExamples:
     """Tokenize examples for a classifier or, without labels, for a causal language model.
 
@@ -131,6 +136,7 @@ def make_rows(
         max_length=max_length,
         max_truncated_fraction=max_truncated_fraction,
         owner=owner,
+        loss_on=loss_on,
     )
 
 
@@ -140,5 +146,5 @@ def check_rows(model: Any, rows: TokenizedExamples, labels: Sequence[str], owner
     Raises:
         ModelError: If there are any.
     """
-    texts = [ids[:-1] for ids in rows.input_ids] if labels else rows.input_ids
+    texts = [ids[:-1] for ids in rows.input_ids] if labels else rows.rows
     check_token_ids(model, texts, owner)

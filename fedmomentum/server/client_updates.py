@@ -10,6 +10,9 @@ from fedmomentum.aggregation.client_adapters import client_start, with_fixed_res
 from fedmomentum.errors import PayloadError
 from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.lora.half_precision import decode_factors, wire_dtype
+from fedmomentum.lora.module_names import EMBEDDING, split_expert
+from fedmomentum.lora.peft_layout import is_parameter_target
+from fedmomentum.lora.target_names import is_called, is_target
 from fedmomentum.protocol.messages import (
     MEASUREMENTS,
     OPTIMIZER,
@@ -54,7 +57,7 @@ class UpdateReader:
         self._is_mixed = config.lora.is_mixed or method.prunes
         self._uploads = method.uploaded_factors(server_round)
         self._dtype = wire_dtype(config.federation.uplink_dtype)
-        self._shares_moments = config.training.optimizer_state in ("shared", "shared-full")
+        self._shares_moments = config.training.shares_moments
 
     def lora_config(self, client: str) -> LoraConfig:
         """Return what a client trains now: its configuration, at the rank it was pruned to."""
@@ -79,8 +82,9 @@ class UpdateReader:
         if client not in self._lora.clients and not self._is_mixed:
             return adapter, {}
         client_lora = self.lora_config(client)
-        names = client_lora.target_modules if client in self._lora.clients else []
-        modules = [module for module in adapter.modules if _is_target(module, names)]
+        modules = list(adapter.modules)
+        if client in self._lora.clients:
+            modules = [module for module in modules if _is_target(module, client_lora)]
         return client_start(
             self._method,
             adapter,
@@ -137,9 +141,16 @@ def next_rank(reply: Reply) -> int:
     return rank
 
 
-def _is_target(module: str, names: list[str]) -> bool:
-    """Whether a client trains a module; without names it trains all."""
-    return not names or any(f".{module}".endswith(f".{name}") for name in names)
+def _is_target(module: str, lora: LoraConfig) -> bool:
+    """Whether a client trains a module or an expert; without names it trains all."""
+    if not lora.target_modules and not lora.target_parameters:
+        return True
+    parameter, expert = split_expert(module)
+    if expert is not None:
+        return any(is_called(parameter, name) for name in lora.target_parameters)
+    path = module.removesuffix(EMBEDDING)
+    is_module = bool(lora.target_modules) and is_target(path, lora.target_modules)
+    return is_module or is_parameter_target(path, lora.target_parameters)
 
 
 def _check_next_rank(result: TrainResult, rank: int, name: str) -> None:

@@ -78,8 +78,7 @@ class SharedOptimizer:
     @classmethod
     def of(cls, config: Config, method: Method, directory: RunDirectory) -> SharedOptimizer | None:
         """Return the optimizer that a run's clients share; None if they share none."""
-        is_shared = config.training.optimizer_state in ("shared", "shared-full")
-        return cls(config, method, directory) if is_shared else None
+        return cls(config, method, directory) if config.training.shares_moments else None
 
     # ── replies ──
 

@@ -105,7 +105,12 @@ def check_magnitude(update: Adapter) -> None:
 
 
 def check_evaluation(
-    reply: Reply, num_examples: int, num_modules: int, labels: Collection[str] = ()
+    reply: Reply,
+    num_examples: int,
+    num_modules: int,
+    *,
+    of_pairs: bool = False,
+    labels: Collection[str] = (),
 ) -> None:
     """Check an evaluation: scores that can be what they claim, and its probes.
 
@@ -113,6 +118,7 @@ def check_evaluation(
         reply: The client's reply to an `EvaluateRequest`.
         num_examples: Examples that were asked for at most.
         num_modules: Modules that are probed; 0 where no probes were asked for.
+        of_pairs: Whether the run compares pairs of answers.
         labels: The labels of a classifier.
 
     Raises:
@@ -137,6 +143,7 @@ def check_evaluation(
         return
     for score in (total, compared, *result.by_category.values()):
         _check_score(score, name)
+        _check_margin(score, name, of_pairs=of_pairs)
     for score in (total, compared):
         _check_labels(score, labels, name)
     if total.num_examples != reply.num_examples:
@@ -171,6 +178,26 @@ def _check_score(score: Score, name: str) -> None:
     if score.nll > MAX_LOSS * score.num_tokens:
         raise PayloadError(
             f"{name}: nll is {score.nll:g} over {score.num_tokens} tokens; that is no likelihood"
+        )
+
+
+def _check_margin(score: Score, name: str, *, of_pairs: bool) -> None:
+    """Refuse a score of pairs in a run without, or the reverse, and margins that cannot be."""
+    if not score.num_examples:
+        return
+    if score.is_of_pairs != of_pairs:
+        got, wanted = ("a", "none") if score.is_of_pairs else ("no", "one")
+        raise PayloadError(f"{name}: its score has {got} margin between answers; wanted {wanted}")
+    if score.margin is None:
+        return
+    if score.num_tokens != score.num_examples:
+        raise PayloadError(
+            f"{name}: {score.num_tokens} targets in {score.num_examples} pairs; each has one"
+        )
+    if abs(score.margin) > MAX_LOSS * score.num_examples:
+        raise PayloadError(
+            f"{name}: the margins of {score.num_examples} pairs sum to {score.margin:g}; no "
+            "likelihoods differ so much"
         )
 
 

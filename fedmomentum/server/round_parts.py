@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedmomentum.objectives.choice import make_objective
 from fedmomentum.protocol.messages import ClientLora, EvaluateRequest, TrainRequest
 from fedmomentum.utils.seeding import derive_seed
 
@@ -120,6 +121,7 @@ def train_request(
         manifest=manifest,
         lora=lora,
         chat_date=config.model.chat_date,
+        objective=make_objective(config.training, manifest.base.labels).settings,
         learning_rate=hyperparameters.learning_rate,
         local_steps=hyperparameters.local_steps,
         local_epochs=hyperparameters.local_epochs,
@@ -153,6 +155,7 @@ def evaluate_request(
         manifest=manifest,
         lora=lora,
         chat_date=config.model.chat_date,
+        objective=make_objective(config.training, manifest.base.labels).settings,
         num_examples=num_examples,
         num_compared=config.evaluation.num_examples,
         batch_size=config.evaluation.batch_size,

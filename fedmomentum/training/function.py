@@ -14,7 +14,7 @@ from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.training.optimizer_state import check_moments
 
 if TYPE_CHECKING:
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.objectives.objective import Objective
 
 
@@ -29,11 +29,12 @@ class TrainReport:
     """The result of one local training.
 
     Attributes:
-        loss: Mean loss of a completion token over all steps, in nats.
+        loss: Mean loss of a target over all steps, in nats. A target is a completion token, or a
+            pair of answers.
         first_loss: Mean loss over the first step only, before any change of the weights.
         last_loss: Mean loss over the last step.
         num_steps: Number of optimizer steps.
-        num_tokens: Number of completion tokens trained on, repetitions included.
+        num_tokens: Number of targets trained on, repetitions included.
         moments: The optimizer's moments after the last step, by the names of `named_parameters`;
             None where they are not wanted.
         learning_rate_sum: Sum of the learning rates of all steps; None in the report of a function

@@ -18,15 +18,11 @@ from fedmomentum.training.optimizer_state import set_moments
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.moments import Moments
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExample, TokenizedExamples
     from fedmomentum.objectives.objective import Objective
 
 
-Row = tuple[Sequence[int], int]
-"""Token ids of an example, and how many of them are the prompt's."""
-
-
-class ExampleDataset(Dataset[Row]):
+class ExampleDataset(Dataset["TokenizedExample"]):
     """Tokenized examples as the trainer's data loader reads them."""
 
     def __init__(self, examples: TokenizedExamples) -> None:
@@ -35,13 +31,13 @@ class ExampleDataset(Dataset[Row]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> Row:
-        return self._examples.input_ids[index], self._examples.num_prompt_tokens[index]
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self._examples.example(index)
 
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each example."""
-        return [len(ids) for ids in self._examples.input_ids]
+        return [self._examples.example(index).length for index in range(len(self))]
 
 
 class LengthGroupedSampler(Sampler[int]):

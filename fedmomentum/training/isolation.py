@@ -39,6 +39,23 @@ def sdpa_backend_for(model: nn.Module, longest: int) -> AbstractContextManager[A
 
 
 @contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Switch off the dropout of a model, though it is in training mode, for a while.
+
+    A reference model has none: with it, the model would differ from the reference by noise.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates = [layer.p for layer in layers]
+    for layer in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, rate in zip(layers, rates, strict=True):
+            layer.p = rate
+
+
+@contextmanager
 def gc_frozen() -> Iterator[None]:
     """Keep all existing objects out of garbage collection for a while.
 

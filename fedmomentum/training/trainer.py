@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -33,15 +34,19 @@ from fedmomentum.training.hf_trainer import (
     LocalTrainingArguments,
     LossRecorder,
     MomentsLoader,
-    Row,
     TrainableView,
 )
-from fedmomentum.training.isolation import gc_frozen, global_state_restored, sdpa_backend_for
+from fedmomentum.training.isolation import (
+    dropout_off,
+    gc_frozen,
+    global_state_restored,
+    sdpa_backend_for,
+)
 from fedmomentum.training.optimizer_state import check_moments, read_moments, trained_parameters
 
 if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
-    from fedmomentum.data.tokenization import TokenizedExamples
+    from fedmomentum.data.tokenized import TokenizedExample, TokenizedExamples
 
 
 def run_training(
@@ -144,18 +149,17 @@ def train(
     num_steps = count_steps(len(examples), hyperparameters)
     arguments = _with_warmup(hyperparameters.arguments, num_steps)
 
-    def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-        input_ids = [ids for ids, _ in rows]
-        num_prompt_tokens = [num_prompt for _, num_prompt in rows]
-        return objective.collate(input_ids, num_prompt_tokens, settings["pad_token_id"])
+    def collate(rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+        return objective.collate(rows, settings["pad_token_id"])
 
     # Train in a directory that is deleted, and restore everything global that a trainer changes.
     recorder = LossRecorder(settings.get("on_step"))
-    attention = sdpa_backend_for(model, max(map(len, examples.input_ids)))
+    attention = sdpa_backend_for(model, examples.longest)
     restored = global_state_restored(
         model, undo_checkpointing=bool(arguments.get("gradient_checkpointing"))
     )
-    with gc_frozen(), attention, restored, tempfile.TemporaryDirectory() as directory:
+    steady = dropout_off(model) if objective.compares_pairs else nullcontext()
+    with gc_frozen(), attention, restored, steady, tempfile.TemporaryDirectory() as directory:
         trainer = CompletionTrainer(
             objective=objective,
             recorder=recorder,

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# In units of the weight's eps: how far a linear layer may be from `x W^T + b` by rounding.
+FORWARD_TOL = 16
 
 
 def inner_model(model: Any) -> Any:
     """Return the model inside a PEFT wrapper, adapters included; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def compute_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Return the model's logits for rows of tokens, from one pass without a cache."""
+    tokens = tokens.to(next(model.parameters()).device)
+    # A PEFT wrapper's forward takes any argument; the model inside decides.
+    parameters = inspect.signature(inner_model(model).forward).parameters
+    arguments = {"use_cache": False} if "use_cache" in parameters else {}
+    logits: Tensor = model(input_ids=tokens, **arguments).logits
+    return logits
+
+
+def is_plain_linear(layer: Any) -> bool:
+    """Return whether a linear layer computes `x W^T + b`, and nothing else.
+
+    Routers of experts do not, for example. An update of the weight of such a layer would not have
+    its adapter's effect.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight = layer.weight.detach()
+    if not isinstance(layer, Conv1D):
+        weight = weight.mT
+    x = torch.linspace(-1, 1, weight.shape[0], device=weight.device).to(weight.dtype)[None]
+    expected = x @ weight
+    if layer.bias is not None:
+        expected = expected + layer.bias.detach()
+    with torch.no_grad():
+        result = layer(x)
+    tolerance = FORWARD_TOL * torch.finfo(weight.dtype).eps
+    return isinstance(result, Tensor) and torch.allclose(
+        result, expected, rtol=tolerance, atol=tolerance
+    )
 
 
 def cast_around(module: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:

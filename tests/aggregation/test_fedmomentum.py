@@ -93,7 +93,9 @@ def test_procrustes_is_the_balanced_split_nearest_to_the_mean_factors():
         draw = torch.randn(4, 4, generator=generator(seed), dtype=torch.float64)
         turn = torch.linalg.qr(torch.eye(4, dtype=torch.float64) + 0.1 * draw).Q
         assert nearest <= distance_to_means(B @ turn.mT, turn @ A, updates, weights) + 1e-12
-    balanced = aggregate(FedMomentum(), updates, weights, rank=4, reference=start).adapter
+    balanced = aggregate(
+        FedMomentum(split="balanced"), updates, weights, rank=4, reference=start
+    ).adapter
     assert nearest < 0.5 * distance_to_means(balanced.B, balanced.A, updates, weights)
 
 

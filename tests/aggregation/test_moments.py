@@ -102,7 +102,7 @@ def test_the_procrustes_split_needs_no_rotation():
     )
     adapter = aggregate(FedMomentum(split="procrustes"), updates, weights, rank=RANK).adapter
     assert error(gauge_rotation(mean, adapter), torch.eye(RANK, dtype=torch.float64)) < 1e-10
-    balanced = aggregate(FedMomentum(), updates, weights, rank=RANK).adapter
+    balanced = aggregate(FedMomentum(split="balanced"), updates, weights, rank=RANK).adapter
     assert error(gauge_rotation(mean, balanced), torch.eye(RANK, dtype=torch.float64)) > 0.1
 
 

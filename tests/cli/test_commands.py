@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.toml import to_toml
+from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
 from tests.runs import chain, start, timeless, tiny_config, write_data
@@ -67,7 +68,7 @@ def test_run_from_a_users_files_to_results(folder, tmp_path, call):
     code, printed, _ = call("run", config, "federation.num-rounds=1", "--out", out)
     assert code == 0
     assert (
-        "FedMomentum(split='balanced'" in printed and "site0" in printed and "held out" in printed
+        "FedMomentum(split='procrustes'" in printed and "site0" in printed and "held out" in printed
     )
     assert (
         "round 0" in printed
@@ -483,19 +484,28 @@ def test_many_kills_at_random_moments_lose_nothing(folder, tmp_path):
     config = tiny_config(folder, **rounds)
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config))
-    out, draw, kills = tmp_path / "run", random.Random(0), 0
-    for attempt in range(200):
+    out = tmp_path / "run"
+    generator = random.Random(0)
+    num_kills = 0
+    for _ in range(12):
         process = launch(file, out, *(["--resume"] if (out / "config.toml").exists() else []))
+        # Loading takes longer on a busy machine: wait for a round of this process, then kill.
+        last_round = max(retained_rounds(out), default=-1)
+        while process.poll() is None and max(retained_rounds(out), default=-1) == last_round:
+            time.sleep(0.05)
         try:
-            process.communicate(timeout=draw.uniform(4, 8))
+            process.communicate(timeout=generator.uniform(0, 2))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            kills += 1
+            num_kills += 1
             continue
-        assert process.returncode == 0, attempt
+        assert process.returncode == 0
         break
-    assert kills >= 3
+    assert num_kills >= 3
+    process = launch(file, out, "--resume")
+    process.communicate(timeout=600)
+    assert process.returncode == 0
     start(config, tmp_path / "whole", function=None)
     assert timeless(out) == timeless(tmp_path / "whole") and chain(out) == chain(tmp_path / "whole")
 

@@ -241,3 +241,33 @@ def test_partition_table():
         "one": {"train": {"a": 1, "x": 2}, "test": {"a": 1}},
         "two": {"train": {"a": 1}, "test": {}},
     }
+
+
+def test_no_turn_of_a_chat_is_trained_on_and_tested(tmp_path):
+    """Chats that begin alike differ as prompts of a last turn, and share those of first turns."""
+    rows = []
+    for number in range(40):
+        turns = []
+        for turn, question in enumerate((f"start {number // 2}", f"next {number}")):
+            turns.append({"role": "user", "content": question})
+            turns.append({"role": "assistant", "content": f"{number} {turn}"})
+        rows.append({"messages": turns})
+    rows += [{"messages": [{**turns[0], "content": f"alone {n}"}, *turns[1:]]} for n in range(20)]
+    config = DataConfig(
+        source=str(write(tmp_path / "d.jsonl", rows)),
+        num_clients=2,
+        min_examples=1,
+        test_fraction=0.3,
+    )
+
+    def shared(loss_on):
+        clients = client_data.load_clients(config, 0, loss_on=loss_on)
+        starts = {"train": set(), "test": set()}
+        for client in clients:
+            assert client.test
+            starts["train"] |= {example.prompt[0]["content"] for example in client.train}
+            starts["test"] |= {example.prompt[0]["content"] for example in client.test}
+        return starts["train"] & starts["test"]
+
+    assert shared("last")
+    assert not shared("all-assistant")

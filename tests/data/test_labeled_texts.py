@@ -96,8 +96,8 @@ def test_clients_are_divided_by_label_and_no_text_is_in_both_parts(tmp_path):
     rows = [row for client in range(4) for row in labeled_rows(client, 30)]
     source = write_rows(tmp_path / "all.jsonl", rows)
     config = DataConfig(source=source, partition="dirichlet", num_clients=3, concentration=0.3)
-    clients = load_clients(config, 1, CLASSIFICATION)
-    assert clients == load_clients(config, 1, CLASSIFICATION)
+    clients = load_clients(config, 1, task=CLASSIFICATION)
+    assert clients == load_clients(config, 1, task=CLASSIFICATION)
     table = partition_table(clients)
     shares = [counts["train"].get("east", 0) for counts in table.values()]
     assert max(shares) > 2 * min(shares)

@@ -250,3 +250,34 @@ def test_real_files(name, count):
     examples = to_examples(read_rows(path), where=name)
     assert len(examples) == count
     assert all(example.prompt[0]["role"] == "user" for example in examples)
+
+
+PAIR = {"prompt": [USER], "chosen": [ANSWER], "rejected": "no"}
+
+
+def test_pairs_are_read_as_text_or_messages():
+    texts = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    (example,) = to_examples(rows_of(texts))
+    assert (example.prompt, example.completion, example.rejected) == ("hi", "yes", "no")
+    (example,) = to_examples(rows_of(PAIR))
+    assert (example.prompt, example.rejected) == ((USER,), "no")
+    assert example.completion == ANSWER["content"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": ANSWER["content"]}, "row 1: the chosen and the rejected answer are the same"),
+        ({"rejected": " "}, "row 1: the rejected answer is empty"),
+        ({"rejected": 3}, "row 1: column 'rejected' must be a list of messages"),
+        (
+            {"chosen": [USER, ANSWER]},
+            "row 1: column 'chosen' must hold one message.* holds 2: move",
+        ),
+        ({"rejected": [USER]}, "row 1: the last message must be the assistant's"),
+        ({"completion": "x"}, "fit several formats"),
+    ],
+)
+def test_unusable_pairs_are_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        to_examples(rows_of(PAIR | change), where="f.csv")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fedmomentum.data.split import FILE, compare_split, split_fingerprint
-from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 
 
 def examples(*numbers):

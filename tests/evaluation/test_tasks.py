@@ -3,7 +3,7 @@
 import pytest
 
 from fedmomentum.data.examples import Example
-from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.evaluation.tasks import GenerationTask, TeacherForcedTask, evaluate_task
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.objectives.objective import ExampleScore

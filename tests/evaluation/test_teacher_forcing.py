@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmomentum.data.examples import Example
-from fedmomentum.data.tokenization import TokenizedExamples, tokenize
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError
 from fedmomentum.evaluation.generation import generate
 from fedmomentum.evaluation.teacher_forcing import evaluate

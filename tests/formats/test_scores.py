@@ -6,7 +6,7 @@ import random
 import msgspec
 import pytest
 
-from fedmomentum.data.tokenization import TokenizedExamples
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError
 from fedmomentum.evaluation.tasks import TeacherForcedTask, evaluate_task
 from fedmomentum.formats.metrics_file import parse_record_line
@@ -25,7 +25,7 @@ def evaluated(pairs):
     )
     answers = []
     for row, (label, predicted) in enumerate(pairs):
-        answers.append((row, ExampleScore(0.5, 1, label == predicted, label, predicted)))
+        answers.append((row, ExampleScore(0.5, 1, label == predicted, None, label, predicted)))
     return evaluate_task(TeacherForcedTask(examples), answers)
 
 

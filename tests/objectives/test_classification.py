@@ -22,7 +22,7 @@ def batch_of(model, tokenizer, *, pairs, texts=TEXTS):
         label = LABELS[number % 3]
         examples.append(Example(prompt, label, category=label))
     rows = tokenize_labeled(examples, tokenizer, LABELS, max_length=64, owner="a test")
-    batch = OBJECTIVE.collate(rows.input_ids, rows.num_prompt_tokens, tokenizer.pad_token_id)
+    batch = OBJECTIVE.collate(list(map(rows.example, range(len(rows)))), tokenizer.pad_token_id)
     tokenizer.padding_side = "right"
     seconds = [[f"and {text}" for text in texts]] if pairs else []
     stock = tokenizer(list(texts), *seconds, padding=True, return_tensors="pt")

@@ -16,12 +16,11 @@ from fedmomentum.run import compare
 from fedmomentum.run.compare import (
     PlannedRun,
     execute_run,
-    parse_methods,
-    parse_seeds,
     plan_runs,
     start_comparison,
 )
 from fedmomentum.run.compare import write_comparison as write
+from fedmomentum.run.method_variants import parse_methods, parse_seeds
 from fedmomentum.run.references import POOLED
 from tests.runs import Events, objects, prepare, start, timeless, tiny_config
 
@@ -290,6 +289,34 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
     assert len(timeless(more[1].directory)) == 4 and more[1].is_finished()
     with pytest.raises(ConfigError, match="has 3 rounds and 2 are asked for"):
         planned_runs[1].is_finished()
+
+
+def test_references_continue_their_optimizer_and_resume_with_it(folder, tmp_path):
+    config = settings(folder, training={"optimizer_state": "auto"})
+    variants = parse_methods("fedmomentum,fedit,centralized,local", config)
+    planned_runs = plan_runs(config, variants, [0], tmp_path / "whole")
+    states = [run.config.training.optimizer_state for run in planned_runs]
+    assert states == ["shared", "fresh", "local", "local", "local", "local"]
+    assert compare.optimizer_states(planned_runs) == {"fedmomentum": "shared", "fedit": "fresh"}
+    killed_runs = plan_runs(config, variants, [0], tmp_path / "parts")
+    for whole, parts in list(zip(planned_runs, killed_runs, strict=True))[2:4]:
+        execute_run(whole)
+
+        def stop(event, facts):
+            if event == "row" and facts["round"] == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            execute_run(parts, callbacks=[Events(stop)])
+        execute_run(parts)
+        assert timeless(parts.directory) == timeless(whole.directory)
+        assert objects(parts.directory) == objects(whole.directory)
+        # Not what a fresh optimizer in every round gives.
+        fresh = settings(folder, training={"optimizer_state": "fresh"})
+        label = whole.variant.label
+        planned = plan_runs(fresh, parse_methods(label, fresh), [0], tmp_path / f"fresh-{label}")
+        execute_run(planned[0])
+        assert objects(planned[0].directory) != objects(whole.directory)
 
 
 def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):

@@ -14,6 +14,8 @@ from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.run.networked import run_federation
+from fedmomentum.run.setup import make_method
+from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.training import TrainReport
 from fedmomentum.utils.names import directory_name
 from tests.helpers import error
@@ -59,6 +61,16 @@ def config_of(folder, state, name="fedmomentum", settings=None, **sections):
     if settings is None:
         settings = {"split": "procrustes"} if name == "fedmomentum" else {}
     return tiny_config(folder, method={"name": name, "settings": settings}, **sections)
+
+
+class KeepsUpdates:
+    """A filter that changes nothing."""
+
+    def on_client(self, update: ClientUpdate):
+        return update.trained
+
+    def on_server(self, aggregate, server_round):
+        return aggregate
 
 
 def networked(config, stores):
@@ -245,15 +257,8 @@ def test_what_has_no_meaning_is_refused_by_name(folder, tmp_path, state, name, s
 
 
 def test_a_filter_and_moments_exclude_each_other(folder, tmp_path):
-    class Nothing:
-        def on_client(self, update: ClientUpdate):
-            return update.trained
-
-        def on_server(self, aggregate, server_round):
-            return aggregate
-
     trainer = FederatedTrainer(
-        config_of(folder, "shared"), tmp_path / "run", update_filter=Nothing()
+        config_of(folder, "shared"), tmp_path / "run", update_filter=KeepsUpdates()
     )
     with pytest.raises(ConfigError, match="moments would leave the client unfiltered"):
         trainer.prepare()
@@ -343,3 +348,73 @@ def test_moments_that_were_not_asked_for_are_refused(folder, tmp_path):
         handlers[name] = partial(lying(extra), client=client)
     run_federation(InProcessTransport(handlers), config, tmp_path / "run")
     assert "optimizer.evil" in timeless(tmp_path / "run")[1]["failures"]["site1"]
+
+
+# ── what is chosen where the configuration leaves it open ──
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sections", "wanted"),
+    [
+        ("fedmomentum", {"split": "procrustes"}, {}, "shared"),
+        ("fedmomentum", {"split": "balanced"}, {}, "fresh"),  # as published
+        ("fedmomentum", {"split": "singular"}, {}, "fresh"),
+        ("fedexlora", {}, {}, "fresh"),
+        ("flora", {}, {}, "fresh"),
+        (
+            "fedmomentum",
+            {"split": "procrustes"},
+            {"training": {"arguments": {"optim": "adafactor"}}},
+            "fresh",
+        ),
+        (
+            "fedmomentum",
+            {"split": "procrustes"},
+            {"lora": {"clients": {"site0": {"rank": 1}}}},
+            "fresh",
+        ),
+        (
+            "fedmomentum",
+            {"split": "procrustes"},
+            {"training": {"function": "tests.run.test_optimizer_state:networked"}},
+            "fresh",
+        ),
+    ],
+)
+def test_auto_shares_moments_where_the_method_is_made_for_it(
+    folder, name, settings, sections, wanted
+):
+    sections = {key: dict(table) for key, table in sections.items()}
+    training = sections.pop("training", {})
+    config = config_of(folder, "auto", name, settings, training=training, **sections)
+    chosen = choose_optimizer_state(config, make_method(config))
+    assert chosen.training.optimizer_state == wanted
+
+
+def test_a_run_records_the_state_that_auto_stands_for_and_resumes_with_either(folder, tmp_path):
+    config = config_of(folder, "auto", federation={"num_rounds": 2})
+    plain = config_of(folder, "shared", federation={"num_rounds": 2})
+    start(plain, tmp_path / "shared", function=None)
+    trainer = FederatedTrainer(config, tmp_path / "auto")
+    trainer.train()
+    assert trainer.prepared.config.training.optimizer_state == "shared"
+    assert trainer.prepared.plan.optimizer_state == "shared"
+    assert chain(tmp_path / "auto") == chain(tmp_path / "shared")
+    # Another round, with the configuration that leaves it open.
+    more = config_of(folder, "auto", federation={"num_rounds": 3})
+    FederatedTrainer(more, tmp_path / "auto", resume=True).train()
+    more = config_of(folder, "shared", federation={"num_rounds": 3})
+    start(more, tmp_path / "shared", function=None, resume=True)
+    assert chain(tmp_path / "auto") == chain(tmp_path / "shared")
+    # Another state is another run.
+    fresh = config_of(folder, "fresh", federation={"num_rounds": 4})
+    with pytest.raises(ConfigError, match=r"these differ: training\.optimizer-state"):
+        FederatedTrainer(fresh, tmp_path / "auto", resume=True).train()
+
+
+def test_auto_is_fresh_with_an_update_filter(folder, tmp_path):
+    config = config_of(folder, "auto", federation={"num_rounds": 1})
+
+    trainer = FederatedTrainer(config, tmp_path / "run", update_filter=KeepsUpdates())
+    assert trainer.prepare().config.training.optimizer_state == "fresh"
+    trainer.close()

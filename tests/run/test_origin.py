@@ -10,6 +10,7 @@ import pytest
 from fedmomentum.config.toml import load_config, to_toml
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.run import compare
+from fedmomentum.run.method_variants import parse_methods
 from fedmomentum.run.origin import placed
 from tests.runs import Events, chain, objects, prepare, start, timeless, tiny_config
 from tests.tiny import tiny_llama
@@ -31,6 +32,7 @@ north = "site0.jsonl"
 [training]
 local-steps = 1
 batch-size = 4
+optimizer-state = "fresh"
 [federation]
 num-rounds = 2
 [evaluation]
@@ -271,7 +273,7 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
 
 
 def compared(config, out, only=None):
-    cells = compare.plan_runs(config, compare.parse_methods("fedit,local", config), [0], out)
+    cells = compare.plan_runs(config, parse_methods("fedit,local", config), [0], out)
     left = [cell for cell in cells if not cell.is_finished()]
     compare.start_comparison(config, out)
     for cell in left[:only]:
@@ -287,7 +289,7 @@ def test_a_comparison_goes_on_where_it_was_moved(tmp_path):
     assert compared(load_config(old / "job.toml"), old / "out", only=1)[0] == 3
     stopped_cell = compare.plan_runs(
         load_config(old / "job.toml"),
-        compare.parse_methods("fedit,local", load_config(old / "job.toml")),
+        parse_methods("fedit,local", load_config(old / "job.toml")),
         [0],
         old / "out",
     )[1]

@@ -10,7 +10,7 @@ import torch
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.global_model.model import GlobalModel
-from fedmomentum.lora.peft_model import ADAPTER_NAME, lora_layers
+from fedmomentum.lora.live_layers import ADAPTER_NAME, lora_layers
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
@@ -44,7 +44,7 @@ def fade(model, examples, **settings):
     report = nudge(model, examples, **settings)
     with torch.no_grad():
         for layer in lora_layers(model).values():
-            B = layer.lora_B[ADAPTER_NAME].weight
+            B = layer.parameter("B")
             B[:, B.shape[1] // 2 :] *= (
                 10 if len(examples) == 18 else 1e-3
             )  # site1's 24 less the held-out
@@ -86,9 +86,10 @@ def test_ranks_fall_where_tails_shrank_and_both_ways_give_equal_hashes(folder, t
     local.load_global_model(run.model)
     live = lora_layers(local.peft)
     assert all(
-        layer.base_layer is local.base_weights.layers[module] for module, layer in live.items()
+        layer.layer.base_layer is local.base_weights.layers[module]
+        for module, layer in live.items()
     )
-    assert {layer.r[ADAPTER_NAME] for layer in live.values()} == {4}
+    assert {layer.layer.r[ADAPTER_NAME] for layer in live.values()} == {4}
 
 
 def test_real_training_prunes_under_the_penalty_and_learns(folder, tmp_path):
@@ -111,7 +112,7 @@ def test_a_pruned_client_starts_from_the_first_components_in_the_same_scaling(fo
         layers = lora_layers(model)
         seen.append(
             {
-                m: (layer.lora_B[ADAPTER_NAME].weight.detach().clone(), layer.scaling[ADAPTER_NAME])
+                m: (layer.parameter("B").detach().clone(), layer.scaling)
                 for m, layer in layers.items()
             }
         )

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedmomentum.aggregation.registry import METHODS
-from fedmomentum.errors import ConfigError, DataError, ModelError, QuorumError
+from fedmomentum.errors import AdapterError, ConfigError, DataError, ModelError, QuorumError
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel, version_of
 from fedmomentum.lora.peft_model import saved_modules
@@ -127,6 +127,15 @@ def test_targets_that_also_name_layers_of_the_head_adapt_the_others(folder, tmp_
     assert {name.rpartition(".")[0] for name in adapter.saved} >= {
         "classifier.dense" if kind == "roberta" else "bert.pooler.dense"
     }
+
+
+@pytest.mark.parametrize("name", ["classifier", "classifier.dense"])
+def test_a_target_that_is_the_head_alone_is_refused_by_name(folder, tmp_path, name):
+    lora = {"target_modules": ["query", name]}
+    path = r"classifier\.dense" if "." in name else "classifier"
+    kind = "roberta" if "." in name else "bert"
+    with pytest.raises(AdapterError, match=f"{path}, which is the classifier's head, trained in"):
+        prepare(classifier_config(folder, kind, lora=lora), tmp_path / "run")
 
 
 # ── the head ──
@@ -398,6 +407,16 @@ def test_one_label_is_not_enough_unless_others_are_named(folder, tmp_path):
             "model.task must be causal-lm or sequence-classification; got",
         ),
         ("model", {"task": "causal-lm", "labels": ["a", "b"]}, "model.labels must be left out"),
+        (
+            "training",
+            {"objective": "dpo"},
+            'training.objective = "dpo" is for the answers of language models; model.task = ',
+        ),
+        (
+            "training",
+            {"loss_on": "all-assistant"},
+            'training.loss-on = "all-assistant" is for the answers of language models; model.task',
+        ),
         ("model", {"labels": ["a"]}, "model.labels must be two to 10000 different names"),
         ("model", {"labels": ["a", "a"]}, "model.labels must be two to 10000 different names"),
         ("model", {"labels": ["a", " "]}, "model.labels must be two to 10000 different names"),
@@ -438,6 +457,10 @@ def test_evaluate_reads_labeled_data_and_refuses_what_is_not_for_it(finished, tm
         evaluate_on(result, unknown, LoadSettings())
     with pytest.raises(ConfigError, match="a classifier is scored by label"):
         evaluate_on(result, file, LoadSettings(), category_column="label")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    with pytest.raises(DataError, match="is no data for sequence classification"):
+        evaluate_on(result, str(pairs), LoadSettings())
     with pytest.raises(ConfigError, match="gives labels and writes no text"):
         evaluate_on(result, file, LoadSettings(), by_generation=True)
     with pytest.raises(ConfigError, match="gives labels and writes no text.*fedmomentum evaluate"):

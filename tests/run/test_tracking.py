@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
-from fedmomentum.run.compare import execute_run, parse_methods, plan_runs
+from fedmomentum.run.compare import execute_run, plan_runs
+from fedmomentum.run.method_variants import parse_methods
 from fedmomentum.run.networked import run_federation
 from fedmomentum.run.tracking import numbers_of
 from tests.runs import prepare, start, timeless, tiny_config

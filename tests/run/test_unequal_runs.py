@@ -168,7 +168,7 @@ def test_a_party_that_trains_something_else_than_the_run_wants_is_told_so(folder
         ({"site0": {"rank": 0}}, "from 1 to lora.rank"),
         ({"site0": {"alpha": 1}}, "one of rank, lora-alpha"),
         ({"site0": {"lora-alpha": -1}}, "a number above 0"),
-        ({"site0": {"target-modules": "q"}}, "a list of names"),
+        ({"site0": {"target-modules": 5}}, "a list of names"),
         ({"site0": 3}, "a table"),
         ({"nobody": {"rank": 1}}, "names nobody, which is no client; there are site0"),
     ],

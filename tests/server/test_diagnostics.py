@@ -197,7 +197,7 @@ def test_clients_that_agree_and_an_exact_method(facts):
     result = aggregate_updates(
         [same] * 3,
         WEIGHTS,
-        METHODS["fedmomentum"](),
+        METHODS["fedmomentum"](split="balanced"),
         RoundContext(ranks=dict.fromkeys(SHAPES, 3), scalings=SCALINGS, reference=begin),
     )
     got = round_diagnostics(begin, [same] * 3, WEIGHTS, result.adapter, result.residual, None)

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from fedmomentum.data.examples import Example
-from fedmomentum.data.tokenization import TokenizedExamples, tokenize
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
 from fedmomentum.training.arguments import ALLOWED_ARGUMENTS, CONFIGURED_ARGUMENTS, check_arguments
 from fedmomentum.training.function import TrainReport

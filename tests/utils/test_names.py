@@ -129,12 +129,13 @@ def test_a_name_in_a_column_is_refused_with_its_row(tmp_path):
 
 def test_a_comparisons_folders_come_from_the_same_rule(tmp_path, monkeypatch):
     from fedmomentum.run import compare
+    from fedmomentum.run.method_variants import parse_methods
     from tests.runs import tiny_config
 
     config = tiny_config(tmp_path, num_clients=1)
     odd = ["..", "../../x", "A", "a", "a/b", "*"]
     config = replace(config, data=replace(config.data, client_files=dict.fromkeys(odd, "x.jsonl")))
-    cells = compare.plan_runs(config, compare.parse_methods("local", config), [0], tmp_path / "out")
+    cells = compare.plan_runs(config, parse_methods("local", config), [0], tmp_path / "out")
     folders = [cell.directory for cell in cells]
     assert [cell.only for cell in cells] == sorted(odd) and len(
         {str(f).lower() for f in folders}

@@ -65,9 +65,9 @@ class FedMomentum(Method):
 
     Args:
         split: How the singular values are distributed over B and A, a free choice of gauge
-            (`B A = (B G^-1)(G A)`): `balanced` is the paper's `B = U_r S_r^1/2`,
-            `A = S_r^1/2 V_r^T`; `procrustes` rotates that to the clients' mean factors, so that
-            an optimizer's moments keep their meaning; `singular` has `B = U_r S_r`, `A = V_r^T`;
+            (`B A = (B G^-1)(G A)`): `procrustes` rotates the balanced factors to the clients' mean
+            factors, so that an optimizer's moments keep their meaning; `balanced` is as published,
+            `B = U_r S_r^1/2`, `A = S_r^1/2 V_r^T`; `singular` has `B = U_r S_r`, `A = V_r^T`;
             `aligned` keeps the clients' mean A where it can.
         energy: Fraction of the squared singular values applied in this round, in (0, 1]. The
             leading `rank` directions are always applied; what is beyond the fraction is carried
@@ -89,7 +89,7 @@ class FedMomentum(Method):
         residual; we do neither.
     """
 
-    split: str = "balanced"
+    split: str = "procrustes"
     energy: float = 1.0
     svd: str = "exact"
     residual: str = "merged"
@@ -133,6 +133,11 @@ class FedMomentum(Method):
     def exact(self) -> bool:
         """Whether the residual is kept."""
         return self.residual != "dropped"
+
+    @property
+    def shares_moments(self) -> bool:
+        """Whether the factors stay in coordinates in which moments keep their meaning."""
+        return self.split == "procrustes"
 
     def client_adapter(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         """Split off the best approximation of the adapter of that rank.

@@ -70,14 +70,15 @@ RANK = "Rank of what is merged into the base weights each round, mean over the m
 COSINE = "Cosine of a round's change of the effective weights with that of the round before."
 ANGLE = "Mean principal angle between successive adapters, over the directions that are not zero."
 
-EXACT_MATCH_LABEL = "exact match (%)"
-LOSS_LABEL = "loss (nats per token)"
+# Titles and labels are written for answers; runs on pairs call the same measures otherwise.
+EXACT_MATCH_LABEL = "{measure} (%)"
+LOSS_LABEL = "loss ({unit})"
 ANGLE_LABEL = "angle (degrees)"
 
 SCORE_FIGURES = (
     CurveFigure(
         "exact-match",
-        "Exact match by round",
+        "{Measure} by round",
         EXACT_MATCH_LABEL,
         "exact_match",
         COMMON_EXAMPLES,
@@ -86,7 +87,7 @@ SCORE_FIGURES = (
     CurveFigure("loss", "Loss by round", LOSS_LABEL, "loss", COMMON_EXAMPLES),
     CurveFigure(
         "exact-match-bytes",
-        "Exact match by bytes",
+        "{Measure} by bytes",
         EXACT_MATCH_LABEL,
         "exact_match",
         ALL_BYTES,
@@ -139,7 +140,7 @@ def _curve_plot(comparison: Comparison, figure: CurveFigure) -> Plot | None:
         alpha = 0.15 if len(bands) < FEW_BANDS else 0.08
         for method, band in bands.items():
             _draw_band(axes, band, positions[method], scale, alpha)
-        round_axes(axes, figure.axis_label)
+        round_axes(axes, _worded(figure.axis_label, comparison))
         if figure.against_bytes:
             _byte_axis(axes, unit)
         if figure.as_percent:
@@ -158,12 +159,18 @@ def _curve_plot(comparison: Comparison, figure: CurveFigure) -> Plot | None:
         legend.append(Key(method, method_color(position), LEGEND_SHAPES[color_cycle(position)]))
     return make_plot(
         figure.key,
-        figure.title,
+        _worded(figure.title, comparison),
         draw,
         caption=f"{seeds} {figure.note}",
         data=_curve_data(comparison, figure, bands),
         legend=legend,
     )
+
+
+def _worded(text: str, comparison: Comparison) -> str:
+    """Return a title or label with the names of what the runs measure filled in."""
+    measure = comparison.measure
+    return text.format(measure=measure, Measure=measure.capitalize(), unit=comparison.loss_unit)
 
 
 def _make_band(runs: Sequence[MethodRun], figure: CurveFigure) -> Band:

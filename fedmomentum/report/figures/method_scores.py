@@ -45,7 +45,7 @@ class DifferenceFigure:
 DIFFERENCE_FIGURES = (
     DifferenceFigure(
         "exact-match-difference",
-        "Exact match against the baseline",
+        "{Measure} against the baseline",
         "points",
         lambda summary: summary.exact_match_difference,
         lambda run: run.exact_match,
@@ -54,7 +54,7 @@ DIFFERENCE_FIGURES = (
     DifferenceFigure(
         "loss-difference",
         "Loss against the baseline",
-        "nats per token",
+        "{unit}",
         lambda summary: summary.loss_difference,
         lambda run: run.loss,
     ),
@@ -92,7 +92,7 @@ def _difference_plot(
             color = method_color(comparison.methods.index(method))
             values = [figure.factor * value for value in differences[method].values()]
             _draw_difference(axes, y, estimate, values, figure.factor, color)
-        name_axes(axes, names, "", f"difference ({figure.unit})")
+        name_axes(axes, names, "", f"difference ({figure.unit.format(unit=comparison.loss_unit)})")
         axes.spines["left"].set_visible(False)
 
     data: list[Sequence[Any]] = [("method", "seed", "difference", "low", "high")]
@@ -102,7 +102,7 @@ def _difference_plot(
         data.append((method, "mean", estimate.mean, estimate.low, estimate.high))
     return make_plot(
         figure.key,
-        figure.title,
+        figure.title.format(Measure=comparison.measure.capitalize()),
         draw,
         caption=(
             f"After the last round, minus {comparison.baseline} with the same seed. Dot and line: "
@@ -166,7 +166,7 @@ def client_plot(comparison: Comparison, clients: Sequence[str]) -> Plot | None:
             axes.axhline(y, color=GRID, linewidth=0.5)
         for position, method in enumerate(comparison.methods):
             _draw_client_dots(axes, means, shown, method, position)
-        name_axes(axes, shown, "client", "exact match (%)")
+        name_axes(axes, shown, "client", f"{comparison.measure} (%)")
 
     data: list[Sequence[Any]] = [("client", "method", "exact_match", "loss", "seeds")]
     for client in clients:

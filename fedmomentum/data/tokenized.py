@@ -1,0 +1,145 @@
+"""Examples as token ids: what the model sees of each, and which of its tokens are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any, NamedTuple
+
+Span = tuple[int, int]
+"""A range of tokens in a row, the end excluded."""
+
+
+class TokenizedExample(NamedTuple):
+    """One of `TokenizedExamples`.
+
+    Attributes:
+        input_ids: Token ids of prompt, completion and end token.
+        num_prompt_tokens: How many of them belong to the prompt.
+        category: The category of the example.
+        is_truncated: Whether part of the completion was cut off.
+        gaps: Ranges after the prompt that carry no loss.
+        rejected_ids: Token ids of the prompt and the answer that was rejected; empty where the
+            example has one answer only.
+        reference: Log-probabilities of the answer and the rejected one under the reference model;
+            empty until they are measured.
+    """
+
+    input_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    category: str
+    is_truncated: bool
+    gaps: tuple[Span, ...] = ()
+    rejected_ids: tuple[int, ...] = ()
+    reference: tuple[float, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of its longest row."""
+        return max(len(self.input_ids), len(self.rejected_ids))
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What the model is trained and scored on: two examples with equal content are the same."""
+        return (self.input_ids, self.num_prompt_tokens, self.gaps, self.rejected_ids)
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """Examples ready to train or evaluate on; the fields are parallel, one entry an example.
+
+    Attributes:
+        input_ids: Token ids of prompt, completion and end token of each example. Of a chat whose
+            assistant's turns are all learned: the complete chat. For a classifier those of the
+            text, and then the index of its label.
+        num_prompt_tokens: How many of those belong to the prompt; no loss is taken on them. For a
+            classifier the tokens of the first text of a pair.
+        categories: The category of each example.
+        is_truncated: Whether ``max_length`` cut off part of the completion (or its end token).
+        num_lost: How many further examples were dropped because nothing of their completion was
+            left.
+        gaps: Ranges after the prompt that carry no loss either, such as later turns of the user.
+            Left out, there are none.
+        rejected_ids: Token ids of the prompt and the rejected answer. Left out, there are none.
+        reference: Log-probabilities of both answers under the reference model. Left out, they are
+            not measured.
+    """
+
+    input_ids: tuple[tuple[int, ...], ...]
+    num_prompt_tokens: tuple[int, ...]
+    categories: tuple[str, ...]
+    is_truncated: tuple[bool, ...]
+    num_lost: int
+    gaps: tuple[tuple[Span, ...], ...] = ()
+    rejected_ids: tuple[tuple[int, ...], ...] = ()
+    reference: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in what is left out, so that every field has an entry for each example."""
+        for name in ("gaps", "rejected_ids", "reference"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, ((),) * len(self.input_ids))
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: slice) -> TokenizedExamples:
+        """Return some of the examples; `num_lost` is kept."""
+        return self._mapped(lambda values: values[rows], self.num_lost)
+
+    def example(self, index: int) -> TokenizedExample:
+        """Return an example; indices count from 0."""
+        return TokenizedExample(
+            self.input_ids[index],
+            self.num_prompt_tokens[index],
+            self.categories[index],
+            self.is_truncated[index],
+            self.gaps[index],
+            self.rejected_ids[index],
+            self.reference[index],
+        )
+
+    def _mapped(
+        self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]], num_lost: int
+    ) -> TokenizedExamples:
+        """Return the examples with every parallel field changed."""
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            if field.name != "num_lost":
+                values[field.name] = change(getattr(self, field.name))
+        return TokenizedExamples(**values, num_lost=num_lost)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenizedExamples]) -> TokenizedExamples:
+        """Return the examples of all parts, one after the other."""
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name != "num_lost":
+                entries: Iterable[Any] = (getattr(part, field.name) for part in parts)
+                values[field.name] = tuple(chain.from_iterable(entries))
+        return cls(**values, num_lost=sum(part.num_lost for part in parts))
+
+    @property
+    def num_truncated(self) -> int:
+        """How many of the examples have lost part of their completion."""
+        return sum(self.is_truncated)
+
+    @property
+    def are_pairs(self) -> bool:
+        """Whether each example has a rejected answer beside the one to learn."""
+        return any(self.rejected_ids)
+
+    @property
+    def rows(self) -> tuple[tuple[int, ...], ...]:
+        """Every row that a model is run on: one an example, two where one answer is rejected."""
+        return self.input_ids + tuple(ids for ids in self.rejected_ids if ids)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest row; 0 without examples."""
+        return max(map(len, self.rows), default=0)
+
+
+EMPTY_EXAMPLES = TokenizedExamples((), (), (), (), 0)

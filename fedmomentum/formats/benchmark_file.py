@@ -1,0 +1,221 @@
+"""benchmarks.json of a run: a model's answers to standard benchmarks, right or wrong one by one."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fedmomentum.formats.manifest import Manifest
+from fedmomentum.formats.scores import NORMAL_95, Score
+from fedmomentum.utils.io import canonical_json, sha256
+from fedmomentum.utils.schema import Count, Hash, Label, PositiveCount, Size
+
+BENCHMARKS = "benchmarks.json"
+BENCHMARK_FORMAT = "fedmomentum benchmarks"
+BENCHMARK_VERSION = 1
+
+Outcomes = Annotated[str, Meta(min_length=1, max_length=10**7, pattern=r"^[01]+\Z")]
+"""A character an example, in the order of the data: 1 for a right answer, 0 for a wrong one."""
+
+MetricName = Literal["acc", "acc_norm", "acc_bytes", "exact_match", "pass_at_1"]
+TaskName = Annotated[str, Meta(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z")]
+ExtractionName = Annotated[str, Meta(max_length=60, pattern=r"^[A-Za-z0-9_.-]*\Z")]
+
+
+class _Open(msgspec.Struct, frozen=True, kw_only=True):
+    """A table with declared fields; others are ignored."""
+
+
+class MetricScore(_Open, frozen=True, kw_only=True):
+    """One metric of one model on one task.
+
+    Attributes:
+        metric: `acc`, `acc_norm`, `acc_bytes`, `exact_match` or `pass_at_1`.
+        extraction: How the answer was taken out of the text; empty where there is one way only.
+        correct: Which examples were answered right.
+    """
+
+    metric: MetricName
+    extraction: ExtractionName = ""
+    correct: Outcomes
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return f"{self.metric}, {self.extraction}" if self.extraction else self.metric
+
+    @property
+    def num_examples(self) -> int:
+        """The number of examples."""
+        return len(self.correct)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction answered right."""
+        return self.correct.count("1") / len(self.correct)
+
+    @property
+    def standard_error(self) -> float | None:
+        """The fraction's standard error, as lm-eval computes it; None for one example."""
+        if len(self.correct) == 1:
+            return None
+        return math.sqrt(self.fraction * (1 - self.fraction) / (len(self.correct) - 1))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the fraction."""
+        return Score(0.0, 0, len(self.correct), self.correct.count("1")).interval
+
+
+class ModelScores(_Open, frozen=True, kw_only=True):
+    """What one model scored on a task.
+
+    Attributes:
+        model: The base model, or a federated one.
+        round: The federated model's round; None where it is no run's.
+        client: Whose model it is; empty where there is one for all.
+        version: Its version, and the hash of its adapter; None for the base model.
+        num_truncated: Prompts that were cut from the left, to what the model can see.
+        num_unfinished: Answers that were cut at their longest length.
+        seconds: How long it took.
+    """
+
+    model: Literal["base", "federated"]
+    round: Count | None = None
+    client: Label = ""
+    version: Hash | None = None
+    adapter: Hash | None = None
+    num_truncated: Count
+    num_unfinished: Count
+    seconds: Size
+    scores: Annotated[list[MetricScore], Meta(min_length=1)]
+
+    @property
+    def key(self) -> tuple[str, int | None, str]:
+        """What tells it apart from other models of the task."""
+        return self.model, self.round, self.client
+
+
+class TaskSettings(_Open, frozen=True, kw_only=True):
+    """What must be equal where two models' answers are compared.
+
+    Attributes:
+        sha256: Hash of the task file and its data.
+        base: Hash of the base model; None where it is not known.
+        tokenizer: Hash of its tokenizer; None where it is not known.
+        limit: The first so many examples; None: all.
+        num_fewshot: Worked examples in a prompt.
+        chat: Whether prompts are in the chat template.
+        truncate: Whether prompts may be cut.
+        batch_size: Prompts in a forward pass.
+        dtype: The model's dtype.
+        device: The kind of device.
+        lm_eval: lm-evaluation-harness' version.
+    """
+
+    sha256: Hash
+    base: Hash | None
+    tokenizer: Hash | None
+    limit: PositiveCount | None
+    num_fewshot: Count
+    chat: bool
+    truncate: bool
+    batch_size: PositiveCount
+    dtype: Label
+    device: Label
+    lm_eval: Label
+
+
+class TaskResult(_Open, frozen=True, kw_only=True):
+    """All models on one task, with the same settings."""
+
+    task: TaskName
+    settings: TaskSettings
+    models: Annotated[list[ModelScores], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        """Check that all models answered the same examples, each once."""
+        scores = [score for model in self.models for score in model.scores]
+        if len({score.num_examples for score in scores}) > 1:
+            raise ValueError(f"{self.task}: the models have different numbers of examples")
+        if len({model.key for model in self.models}) < len(self.models):
+            raise ValueError(f"{self.task}: a model is there twice")
+        for model in self.models:
+            if len({score.name for score in model.scores}) < len(model.scores):
+                raise ValueError(f"{self.task}: a metric is there twice")
+
+    @property
+    def variant(self) -> str:
+        """How the task was asked: `5-shot chat first 100 float32`."""
+        asked = self.settings
+        parts = [f"{asked.num_fewshot}-shot"]
+        parts += ["chat"] if asked.chat else []
+        parts += ["cut"] if asked.truncate else []
+        parts += [f"first {asked.limit}"] if asked.limit is not None else []
+        return " ".join([*parts, asked.dtype])
+
+    @property
+    def base(self) -> ModelScores | None:
+        """The base model's scores."""
+        return next((model for model in self.models if model.model == "base"), None)
+
+    @property
+    def federated(self) -> list[ModelScores]:
+        """The federated models, by round and client."""
+        found = [model for model in self.models if model.model == "federated"]
+        return sorted(found, key=lambda model: (model.round or 0, model.client))
+
+
+class BenchmarkFile(_Open, frozen=True, kw_only=True):
+    """benchmarks.json."""
+
+    sha256: Hash
+    run_id: str | None = None
+    format: Literal["fedmomentum benchmarks"]
+    format_version: Literal[1]
+    tasks: list[TaskResult]
+
+
+def adapter_hash(manifest: Manifest) -> str:
+    """Return the hash of what a model adds to its base beside `base_update`."""
+    parts = {"adapter": msgspec.to_builtins(manifest.adapter), "scalings": manifest.scalings}
+    return sha256(canonical_json(parts).encode())
+
+
+def paired_difference(base: MetricScore, other: MetricScore) -> tuple[float, float, float]:
+    """Return a difference of two fractions on the same examples, and its 95 % interval.
+
+    Agresti and Min's: half an example is added to each of the four pairs of outcomes, so that the
+    interval does not shrink to nothing where the models never disagree.
+
+    Source:
+        Agresti, Min (2005): Simple improved confidence intervals for comparing matched proportions.
+    """
+    n = base.num_examples
+    pairs = list(zip(base.correct, other.correct, strict=True))
+    gained = pairs.count(("0", "1"))
+    lost = pairs.count(("1", "0"))
+    # One example is added to the pairs that differ, and two in all.
+    center = (gained - lost) / (n + 2)
+    variance = ((gained + lost + 1) / (n + 2) - center**2) / (n + 2)
+    half_width = NORMAL_95 * math.sqrt(variance)
+    return (gained - lost) / n, max(-1.0, center - half_width), min(1.0, center + half_width)
+
+
+def merge_results(old: list[TaskResult], new: TaskResult) -> list[TaskResult]:
+    """Return results with a new one.
+
+    It joins one of equal settings, and replaces one that was asked in the same way of other data or
+    another base model. What was asked in another way stays beside it.
+    """
+    name = (new.task, new.variant)
+    kept = [result for result in old if (result.task, result.variant) != name]
+    previous = next((result for result in old if (result.task, result.variant) == name), None)
+    if previous is not None and previous.settings == new.settings:
+        keys = {model.key for model in new.models}
+        models = [model for model in previous.models if model.key not in keys] + new.models
+        new = msgspec.structs.replace(new, models=models)
+    return sorted([*kept, new], key=lambda result: (result.task, result.variant))

@@ -1,0 +1,100 @@
+"""A run that begins with an adapter: `lora.start-from`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedmomentum.errors import AdapterError
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.global_model.parts import ADAPTER_TITLE, rounding_losses
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.adapter import check_size
+from fedmomentum.lora.half_precision import roundtrip
+
+if TYPE_CHECKING:
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.lora.adapter import Adapter
+
+
+def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> GlobalModel:
+    """Return the model of round 0 with the whole product of an adapter added to it.
+
+    An adapter of the run's rank is continued as it is. One of lower rank gets the last rows of the
+    fresh adapter's A, with zeros in B; of one of higher rank the leading directions are continued
+    and the base takes the others.
+
+    Args:
+        model: The base model with the adapter that the method starts from.
+        given: The adapter to begin with.
+        is_merged: Whether the base takes all of it, because the method starts from an adapter of
+            its own.
+
+    Raises:
+        AdapterError: If the adapter changes what the run does not adapt, or has another shape.
+    """
+    _check_fits(model, given)
+    check_size(given)
+    modules = dict(model.adapter.modules)
+    changes: dict[str, LowRank] = {}
+    for module, matrix in given.modules.items():
+        fresh = modules[module]
+        head, tail = (None, matrix) if is_merged else _divide(matrix, fresh)
+        if head is not None:
+            ratio = given.scalings[module] / model.adapter.scalings[module]
+            modules[module] = head.to(torch.float64).scaled(ratio).to(torch.float32)
+        if tail is not None and tail.rank:
+            scaled = tail.to(torch.float64).scaled(given.scalings[module])
+            changes[module] = scaled.to(torch.float32)
+    saved = {
+        key: given.saved.get(key, tensor).to(tensor.dtype)
+        for key, tensor in model.adapter.saved.items()
+    }
+    adapter = replace(model.adapter, modules=modules, saved=saved, name=ADAPTER_TITLE)
+
+    # Where factors travel in 16 bits, the base takes what rounding removes.
+    rounded = roundtrip(adapter, model.adapter_dtype)
+    if rounded is not adapter:
+        for module, lost in rounding_losses(adapter, rounded).items():
+            part = lost.to(torch.float32)
+            changes[module] = changes[module].concatenate(part) if module in changes else part
+    update = (StoredObject.of(changes),) if changes else ()
+    return replace(model, adapter=rounded, base_update=(*model.base_update, *update))
+
+
+def _divide(matrix: LowRank, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
+    """Return factors of the rank of `fresh`, and the rest of a matrix of higher rank."""
+    missing = fresh.rank - matrix.rank
+    if missing < 0:
+        return matrix.to(torch.float64).canonical().split_rank(fresh.rank)
+    if missing == 0:
+        return matrix, None
+    spare = LowRank(fresh.B.new_zeros(fresh.shape[0], missing), fresh.A[-missing:])
+    return matrix.concatenate(spare.to(matrix.dtype)), None
+
+
+def _check_fits(model: GlobalModel, given: Adapter) -> None:
+    """Refuse an adapter that does not belong to the modules of the run."""
+    where = f"lora.start-from: {given.name}"
+    for module, matrix in given.modules.items():
+        own = model.adapter.modules.get(module)
+        if own is None:
+            raise AdapterError(
+                f"{where} adapts {module}, which this run does not; name it in lora.target-modules "
+                "or lora.target-parameters"
+            )
+        if own.shape != matrix.shape:
+            raise AdapterError(
+                f"{where}: {module} is {matrix.shape[0]} x {matrix.shape[1]}, and "
+                f"{own.shape[0]} x {own.shape[1]} in the base model; it is of another model"
+            )
+    for key, tensor in given.saved.items():
+        saved = model.adapter.saved.get(key)
+        if saved is None or saved.shape != tensor.shape:
+            shape = "not trained" if saved is None else f"{tuple(saved.shape)}"
+            raise AdapterError(
+                f"{where} holds {key} {tuple(tensor.shape)}, trained in full; in this run it is "
+                f"{shape}. Name its module in lora.modules-to-save"
+            )

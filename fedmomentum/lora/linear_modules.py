@@ -1,0 +1,261 @@
+"""Which linear modules a model has, and which of them an adapter cannot, or should not, change.
+
+What a module does is observed in one pass over a few tokens, not guessed from its name: a module
+that is never called is not trained on text, and one whose weight is used without calling it would
+ignore its adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from fedmomentum.lora.peft_names import default_targets, is_forbidden, names_of_experts
+from fedmomentum.utils.modules import compute_logits, is_plain_linear
+
+# Why a module is not adapted unless it is named, or not at all.
+HEAD = "the output head"
+ROUTER = "routes tokens to experts"
+UNUSED = "not used on text"
+NOT_LINEAR = "computes something else than a linear layer"
+BYPASSED = (
+    "the model uses its weight without calling the module, so an adapter would have no effect"
+)
+TIED = "shares its weight with another module"
+EXPERT_NAME = (
+    "PEFT takes its name for that of the experts' weights; it can be adapted by the path of its "
+    "weight in target-parameters"
+)
+FORBIDDEN = "PEFT does not adapt it in this architecture"
+# Those that no setting can overrule.
+REFUSED = (NOT_LINEAR, BYPASSED, TIED, EXPERT_NAME, FORBIDDEN)
+
+NUM_TOKENS = 8
+# Ordinary tokens have small ids; special ones tend to have large ones.
+MAX_TOKEN_ID = 1000
+# What models call the layer that decides which experts a token goes to; these names are compared
+# with the last part of a path, or of its owner's.
+ROUTER_NAMES = re.compile(r"(\w*router|gate|shared_experts?_gate|expert_gate|gate_\w*weights?)")
+# Experts in a list of modules: a token reaches few of them, so that one is not called says little.
+_EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
+
+
+@dataclass(frozen=True)
+class LinearModules:
+    """The linear modules of a model.
+
+    Attributes:
+        kind: The name of the model's class.
+        sizes: Path of each linear module to the smaller side of its weight.
+        reasons: Path to why it is left out, for those that are.
+        others: Path to kind, of the modules and parameters that hold weights and are not linear.
+        embeddings: Paths of the embeddings among the others, which can be adapted by name.
+        parameters: Paths of all parameters that are matrices or stacks of them.
+        default: PEFT's target modules for this architecture: names, an expression, or None.
+    """
+
+    kind: str
+    sizes: Mapping[str, int]
+    reasons: Mapping[str, str]
+    others: Mapping[str, str]
+    embeddings: tuple[str, ...]
+    parameters: tuple[str, ...]
+    default: list[str] | str | None
+
+
+def find_linear_modules(model: nn.Module) -> LinearModules:
+    """Return the linear modules of a model without adapters; runs it once on a few tokens."""
+    linear = {}
+    others = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            linear[path] = module
+            continue
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            is_table = name.endswith(".weight") and parameter.ndim > 1
+            if is_table:
+                others[path] = type(module).__name__
+            elif parameter.ndim > 2:
+                others[name] = f"parameter of shape {tuple(parameter.shape)}"
+    return LinearModules(
+        kind=type(model).__name__,
+        sizes={path: min(module.weight.shape) for path, module in linear.items()},
+        reasons=_find_reasons(model, linear),
+        others=others,
+        embeddings=tuple(p for p, m in model.named_modules() if isinstance(m, nn.Embedding)),
+        parameters=tuple(p for p, tensor in model.named_parameters() if tensor.ndim > 1),
+        default=default_targets(model),
+    )
+
+
+def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]:
+    """Return why modules are left out; the strongest reason counts."""
+    called, bypassed = _observe(model, linear)
+    tied = _shared_weights(model)
+    taken = names_of_experts(model, linear)
+    heads = _heads(model)
+    reasons = {}
+    for path, module in linear.items():
+        leaf = path.rpartition(".")[2]
+        owner: Any = type(model.get_submodule(path.rpartition(".")[0]))
+        if module in heads:
+            reasons[path] = HEAD
+        elif id(module.weight) in tied:
+            reasons[path] = TIED
+        elif path in bypassed or _may_bypass(owner, leaf):
+            reasons[path] = BYPASSED
+        elif not is_plain_linear(module):
+            reasons[path] = NOT_LINEAR
+        elif path not in called and not _EXPERT.search(path):
+            reasons[path] = UNUSED
+        elif leaf in taken:
+            reasons[path] = EXPERT_NAME
+        elif _is_router(path, model):
+            reasons[path] = ROUTER
+        elif is_forbidden(model, leaf):
+            reasons[path] = FORBIDDEN
+    return reasons
+
+
+# ── what the model does ───────────────────────────────────────────────────────────────────────────
+
+
+class _WeightUse(TorchFunctionMode):
+    """Record weights that are used while their module is not being called."""
+
+    def __init__(self, paths: Mapping[int, str]) -> None:
+        super().__init__()
+        self._paths = paths  # of each weight, by its id
+        self.running: set[str] = set()
+        self.bypassed: set[str] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch, and look for weights among its tensors."""
+        result = function(*args, **(kwargs or {}))
+        # Reading a weight's dtype or device is no use of it.
+        if isinstance(result, Tensor):
+            for argument in [*args, *(kwargs or {}).values()]:
+                path = self._paths.get(id(argument))
+                if path is not None and path not in self.running:
+                    self.bypassed.add(path)
+        return result
+
+
+def _observe(model: Any, linear: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Run the model on a few tokens.
+
+    Returns:
+        The modules that were called, and those whose weight was used without a call.
+    """
+    if not type(model).__module__.startswith("transformers."):
+        return set(linear), set()  # a user's class: its inputs may mean anything
+    called: set[str] = set()
+    uses = _WeightUse({id(module.weight): path for path, module in linear.items()})
+    tokens = torch.arange(NUM_TOKENS) * 7 % min(_vocabulary_size(model), MAX_TOKEN_ID)
+    with ExitStack() as stack:
+        for path, module in linear.items():
+            stack.enter_context(_watched(path, module, called, uses.running))
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(uses)
+        compute_logits(model, tokens[None])
+    return called, uses.bypassed
+
+
+@cache
+def _may_bypass(owner: type, leaf: str) -> bool:
+    """Return whether a class's forward can pass the weight of one of its modules to a kernel.
+
+    Mixers of state-space models do so on a GPU, or where faster kernels are installed, so that one
+    pass on this machine does not tell.
+    """
+    # Not what only asks for the weight's type.
+    passed = re.compile(rf"(?<!isinstance\()self\.{re.escape(leaf)}\.weight[,)]")
+    for name, function in inspect.getmembers(owner, inspect.isfunction):
+        if "forward" not in name or not function.__module__.startswith("transformers."):
+            continue
+        try:
+            source = inspect.getsource(function)
+        except OSError:  # an installation without sources
+            continue
+        if passed.search(re.sub(r"\s+", "", source)):
+            return True
+    return False
+
+
+@contextmanager
+def _watched(path: str, module: nn.Module, called: set[str], running: set[str]) -> Iterator[None]:
+    """Record, within the block, that a module is called, and while it runs."""
+
+    def begin(*_: Any) -> None:
+        called.add(path)
+        running.add(path)
+
+    def end(*_: Any) -> None:
+        running.discard(path)
+
+    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def _vocabulary_size(model: Any) -> int:
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError, TypeError):
+        return 2
+
+
+# ── what the model is ─────────────────────────────────────────────────────────────────────────────
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the weights that several modules share, or one module in several places."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """Return the module that turns hidden states into logits over the vocabulary; or none."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    return [] if head is None else [head]
+
+
+def _is_router(path: str, model: nn.Module) -> bool:
+    """Return whether a module decides which experts a token goes to, by its name."""
+    owner, _, leaf = path.rpartition(".")
+    has_experts = any("expert" in name for name, _ in model.named_parameters())
+    names = (leaf, owner.rpartition(".")[2])
+    return has_experts and any(ROUTER_NAMES.fullmatch(name) for name in names)

@@ -1,0 +1,234 @@
+"""From `lora.target-modules` to the modules that are adapted: all that was asked for, or an error.
+
+PEFT matches names loosely, ignores those that match nothing as long as another one matches, and
+adapts parts of a model that text never reaches. So the modules are chosen here, and PEFT is given
+the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedmomentum.errors import AdapterError
+from fedmomentum.lora.linear_modules import REFUSED, UNUSED, LinearModules
+from fedmomentum.lora.target_checks import suggestion
+from fedmomentum.lora.target_names import (
+    ALL_LINEAR,
+    ATTENTION,
+    alternatives,
+    is_called,
+    is_target,
+)
+from fedmomentum.utils.text import printable
+
+# Where a module is in one of the repeated layers: `model.layers.3.mlp.up_proj`.
+_IN_LAYER = re.compile(r"\.\d+\.")
+_EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
+# Reasons of this file, besides those of `linear_modules`.
+SAVED = "trained in full"
+CLASSIFIER_HEAD = "the classifier's head, trained in full"
+SMALL = "has a side smaller than the rank"
+EXPERTS = "all experts of a layer in one parameter"
+NOT_CHOSEN = "not in target-modules"
+# What a name may stand for beside modules that are adapted.
+LEFT_OUT = (UNUSED, CLASSIFIER_HEAD)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The modules that are adapted.
+
+    Attributes:
+        modules: Their paths, sorted.
+        names: What PEFT is given: the names as they were, if they mean the same to PEFT.
+        parameters: The paths of parameters that are adapted: stacks of experts, of which each gets
+            factors of its own, and weights of linear modules.
+        left_out: Path of every other linear module, and of experts, to why it is not adapted.
+    """
+
+    modules: tuple[str, ...]
+    names: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def choose_targets(
+    model: LinearModules,
+    setting: Sequence[str] | str | None,
+    *,
+    rank: int,
+    saved: Collection[str] = (),
+    head: Collection[str] = (),
+    parameters: Sequence[str] = (),
+) -> Targets:
+    """Return the modules that a setting stands for in a model.
+
+    Args:
+        model: The model's linear modules.
+        setting: Names, `all-linear`, `attention`, or a regular expression that must match entire
+            paths; None or empty for PEFT's choice for the architecture, and where PEFT has none,
+            for the projections of the decoder layers.
+        rank: The rank of the adapter; a matrix with a smaller side has no adapter of that rank.
+        saved: Paths of the modules that are trained in full.
+        head: Those of them that are a classifier's head: a name of other modules may stand for
+            layers of it too, which are left out.
+        parameters: Endings of the paths of parameters, such as `experts.down_proj`. With some, and
+            without a setting, no module is adapted.
+
+    Raises:
+        AdapterError: If a name, or a part of the expression, stands for nothing that can be
+            adapted.
+    """
+    reasons = dict(model.reasons)
+    for path in [*model.sizes, *model.embeddings]:
+        if _is_within(path, saved):
+            reasons[path] = CLASSIFIER_HEAD if _is_within(path, head) else SAVED
+        elif model.sizes.get(path, rank) < rank and path not in reasons:
+            reasons[path] = SMALL
+    adapted = _find_parameters(model, parameters)
+
+    # A general wish takes what is possible; what is named must be possible.
+    names: Sequence[str] = ()
+    modules: list[str] = []
+    if not setting and adapted:
+        pass  # as in PEFT, these alone
+    elif not setting:
+        names = model.default if isinstance(model.default, list) else ()
+        modules = _default_modules(model, reasons)
+    elif setting in (ALL_LINEAR, ATTENTION):
+        modules = [p for p in model.sizes if p not in reasons and is_target(p, setting)]
+    else:
+        modules = _named_modules(model, setting, reasons)
+        names = () if isinstance(setting, str) else setting
+    if not modules and not adapted:
+        kinds = sorted(set(reasons.values())) or ["it has none"]
+        raise AdapterError(
+            f"target-modules {setting or '(default)'}: {model.kind} has no linear module to adapt "
+            f"({'; '.join(kinds)})"
+        )
+
+    chosen = {*modules, *adapted, *(path.removesuffix(".weight") for path in adapted)}
+    left_out = {path: reasons.get(path, NOT_CHOSEN) for path in model.sizes}
+    left_out |= {path: EXPERTS for path in model.others if _EXPERTS_PART.search(path)}
+    return Targets(
+        tuple(sorted(modules)),
+        _names_for_peft(model, names, modules),
+        tuple(adapted),
+        {path: reason for path, reason in left_out.items() if path not in chosen},
+    )
+
+
+def _is_within(path: str, modules: Collection[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
+def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
+    """Return the paths of the parameters that are adapted; every name must stand for some.
+
+    Raises:
+        AdapterError: If one stands for nothing.
+    """
+    found: set[str] = set()
+    for name in names:
+        matched = [path for path in model.parameters if is_called(path, name)]
+        if not matched:
+            hint = suggestion(name, list(model.parameters))
+            raise AdapterError(
+                f"target-parameters: {printable(name)} is no parameter of {model.kind} with two or "
+                f"three dimensions{hint}"
+            )
+        found |= set(matched)
+    return sorted(found)
+
+
+def _default_modules(model: LinearModules, reasons: Mapping[str, str]) -> list[str]:
+    """Return PEFT's choice; where it has none that can be adapted, those of the decoder layers."""
+    usable = [path for path in model.sizes if path not in reasons]
+    chosen = [path for path in usable if model.default and is_target(path, model.default)]
+    return chosen or [path for path in usable if _IN_LAYER.search(path)]
+
+
+def _names_for_peft(
+    model: LinearModules, names: Sequence[str], modules: Collection[str]
+) -> tuple[str, ...]:
+    """Return the names if PEFT would take exactly these modules by them, else the paths."""
+    everything = [*model.sizes, *model.others]
+    if names and {path for path in everything if is_target(path, names)} == set(modules):
+        return tuple(names)
+    return tuple(sorted(modules))
+
+
+# ── what is named ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _named_modules(
+    model: LinearModules, setting: Sequence[str] | str, reasons: Mapping[str, str]
+) -> list[str]:
+    """Return the modules of a list of names or an expression; each part must stand for some."""
+    parts: Iterable[tuple[str, Sequence[str] | str]]
+    if isinstance(setting, str):
+        parts = [(part, part) for part in alternatives(setting)]
+    else:
+        parts = [(name, [name]) for name in setting]
+    for shown, part in parts:
+        _check_part(model, shown, part, reasons)
+
+    adaptable = [*model.sizes, *_named_embeddings(model, setting)]
+    matched = [path for path in adaptable if is_target(path, setting)]
+    return [path for path in matched if reasons.get(path) not in LEFT_OUT]
+
+
+def _named_embeddings(model: LinearModules, setting: Sequence[str] | str) -> tuple[str, ...]:
+    """Return the embeddings that a setting can stand for: none if it is an expression."""
+    return () if isinstance(setting, str) else model.embeddings
+
+
+def _check_part(
+    model: LinearModules,
+    shown: str,
+    part: Sequence[str] | str,
+    reasons: Mapping[str, str],
+) -> None:
+    """Refuse a name or an alternative that would adapt less than it says.
+
+    Raises:
+        AdapterError: If it matches nothing, or something that cannot be adapted.
+    """
+    where = f"target-modules: {printable(shown, 200)}"
+    others = [path for path in model.others if is_target(path, part)]
+    embeddings = _named_embeddings(model, part)
+    others = [path for path in others if path not in embeddings]
+    if others:
+        raise AdapterError(
+            f"{where} stands for {others[0]}, a {model.others[others[0]]}; only linear modules "
+            "can be adapted here, embeddings where a list names them, and experts by "
+            "target-parameters. Leave it out, or name the linear modules with more of their path"
+        )
+    matched = [path for path in [*model.sizes, *embeddings] if is_target(path, part)]
+    if not matched:
+        if isinstance(part, str):
+            raise AdapterError(
+                f"{where} matches the entire path of no linear module of {model.kind}; paths are "
+                f"such as {next(iter(model.sizes), 'none')}. Names are given as a list: "
+                '["q_proj", "v_proj"]'
+            )
+        hint = suggestion(part[0], list(model.sizes))
+        raise AdapterError(f"{where} is no linear module of {model.kind}{hint}")
+    saved = [path for path in matched if reasons.get(path) == SAVED]
+    if saved:
+        raise AdapterError(
+            f"module {saved[0]} is in target-modules and in modules-to-save, which trains it in "
+            "full; remove it from one of them"
+        )
+    refused = [path for path in matched if reasons.get(path) in REFUSED]
+    if refused:
+        raise AdapterError(
+            f"{where} stands for {refused[0]}, which cannot be adapted: {reasons[refused[0]]}. "
+            "Leave it out"
+        )
+    if all(reasons.get(path) in LEFT_OUT for path in matched):
+        reason = reasons[matched[0]]
+        effect = "it has no adapter" if reason == CLASSIFIER_HEAD else "nothing would be trained"
+        raise AdapterError(f"{where} stands for {matched[0]}, which is {reason}, so that {effect}")

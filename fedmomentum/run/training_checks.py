@@ -1,0 +1,107 @@
+"""What `[training]` asks for, checked against the method, the adapter and the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.training.arguments import check_optimizer
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.data.tokenized import TokenizedExamples
+    from fedmomentum.objectives.objective import Objective
+
+
+def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool = False) -> Config:
+    """Return the configuration with an optimizer state that the method can carry.
+
+    `auto` becomes `shared` if the method is made for it, our trainer trains, and nothing in the
+    configuration excludes it; otherwise `fresh`. A reference of a comparison is one client, whose
+    optimizer continues: `local`.
+
+    Raises:
+        ConfigError: If another state than `auto` is given and cannot be carried.
+    """
+    training = config.training
+    if training.optimizer_state != "auto":
+        _check_optimizer_state(config, method)
+        return config
+    fresh = replace(config, training=replace(training, optimizer_state="fresh"))
+    # A function of the user's own would have to return moments, which most do not.
+    if training.function is not None or not (is_reference or method.shares_moments):
+        return fresh
+    state = "local" if is_reference else "shared"
+    chosen = replace(config, training=replace(training, optimizer_state=state))
+    try:
+        _check_optimizer_state(chosen, method)
+    except ConfigError:
+        return fresh
+    return chosen
+
+
+def _check_optimizer_state(config: Config, method: Method) -> None:
+    """Refuse to carry the optimizer's moments where they have no meaning in the next round.
+
+    Raises:
+        ConfigError: If the method starts every round from a fresh adapter, if moments are shared
+            between clients that train different factors, or if the optimizer's moments cannot be
+            read.
+    """
+    state = config.training.optimizer_state
+    if state == "fresh":
+        return
+    key = f"training.optimizer-state = {state}"
+    if method.fresh:
+        raise ConfigError(
+            f"{method.title} starts every round from a fresh adapter, for which earlier moments "
+            f"say nothing; {key} needs a method that continues its adapter. Set it to fresh"
+        )
+    if state != "local":
+        if method.personal_factors:
+            raise ConfigError(
+                f"{method.title} leaves factors with each client, so that clients do not train the "
+                f"same; {key} cannot be used. Set it to local, or fresh"
+            )
+        if config.lora.clients or method.prunes:
+            raise ConfigError(
+                f"{key} needs every client to train the same adapter; lora.clients and methods "
+                "that prune give clients adapters of their own. Set it to local, or fresh"
+            )
+    if config.training.function is None:
+        check_optimizer(config.training.arguments)
+
+
+def check_dropout(config: Config) -> None:
+    """Refuse dropout where a model is compared with a reference that has none.
+
+    Raises:
+        ConfigError: If there is any.
+    """
+    if config.training.objective == "dpo" and config.lora.dropout:
+        raise ConfigError(
+            f"lora.dropout must be 0 with training.objective = dpo; got {config.lora.dropout:g}. "
+            "The rewards compare the model with the base model, and noise in one of them would "
+            "count as a preference"
+        )
+
+
+def check_pairs(examples: TokenizedExamples, objective: Objective, owner: str) -> None:
+    """Refuse examples that are not what the objective learns from.
+
+    Raises:
+        DataError: If pairs are needed and there are none, or the reverse.
+    """
+    if not len(examples) or examples.are_pairs == objective.compares_pairs:
+        return
+    if examples.are_pairs:
+        raise DataError(
+            f"{owner}: the rows hold a chosen and a rejected answer; set training.objective = "
+            '"dpo", or give rows with one answer'
+        )
+    raise DataError(
+        f'{owner}: training.objective = "dpo" needs rows of prompt, chosen and rejected; these '
+        "hold one answer"
+    )

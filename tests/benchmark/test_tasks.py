@@ -1,0 +1,39 @@
+"""Our tasks ask what lm-evaluation-harness' own loader asks."""
+
+import pytest
+import yaml
+from lm_eval.api.task import ConfigurableTask
+
+from fedmomentum.benchmark.task_files import read_task
+from fedmomentum.benchmark.tasks import FEWSHOT_SEED, make_task
+from tests.benchmark.files import write_choices, write_sums
+
+
+def stock_task(folder, name, num_fewshot):
+    """The task as lm-eval makes it of the same file, with its own templates and its own data."""
+    config = yaml.safe_load((folder / f"{name}.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    config["dataset_kwargs"]["data_files"] = {k: str(folder / file) for k, file in files.items()}
+    config["dataset_kwargs"]["cache_dir"] = str(folder / "cache")
+    task = ConfigurableTask(config=config | {"num_fewshot": num_fewshot})
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    return task
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+@pytest.mark.parametrize("name", ["gsm8k", "choices"])
+def test_prompts_answers_and_worked_examples_are_lm_evals_own(tmp_path, name, shots):
+    write_choices(write_sums(tmp_path))
+    ours, stock = make_task(read_task(tmp_path, name), shots), stock_task(tmp_path, name, shots)
+    asked = []
+    for task in (ours, stock):
+        task.build_all_requests()
+        asked.append([(request.doc_id, request.idx, request.args) for request in task.instances])
+    assert asked[0] == asked[1] and len(asked[0]) in (8, 30)
+    assert (shots == 0) == (asked[0][0][2][0].count("Question:") == 1)
+    rows = list(ours.eval_docs)
+    assert [ours.doc_to_target(row) for row in rows] == [stock.doc_to_target(row) for row in rows]
+    # another task asks the same again
+    again = make_task(read_task(tmp_path, name), shots)
+    again.build_all_requests()
+    assert [request.args for request in again.instances] == [args for *_, args in asked[0]]
