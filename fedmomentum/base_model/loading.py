@@ -10,10 +10,15 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from fedmomentum.base_model.checkpoint_files import read_config, read_json_object, refuse_unusable
@@ -30,6 +35,7 @@ from fedmomentum.base_model.load_checks import (
     translate_library_errors,
     translate_out_of_memory,
 )
+from fedmomentum.base_model.padding_checks import refuse_padding_dependence
 from fedmomentum.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,7 +107,7 @@ def load_base(
     """
     is_classifier = bool(labels) or num_labels is not None
     refuse_unusable(directory, is_classifier=is_classifier)
-    auto_class: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    auto_class = AutoModelForSequenceClassification if is_classifier else _text_class(directory)
     label_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
     if labels:
         check_label_order(directory, labels)
@@ -134,7 +140,21 @@ def load_base(
         placed: PreTrainedModel = model.to(device).eval()
     if not is_classifier:
         refuse_other_kinds(directory, placed)
+        refuse_padding_dependence(directory, placed)
     return placed
+
+
+def _text_class(directory: Path) -> Any:
+    """Return the auto class of a language model: of an image-text model, that of the whole model.
+
+    `AutoModelForCausalLM` would load its language model alone, and leave out the rest.
+    """
+    declared = set(read_config(directory).get("architectures") or ())
+    has_images = declared & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+    is_language_model = declared & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if has_images and not is_language_model:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_tokenizer(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedmomentum.base_model.checkpoint_files import stored_tensors
 from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.stored_experts import StoredExperts
+from fedmomentum.base_model.stored_names import find_stored_names
 from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
@@ -72,7 +73,8 @@ class Float32Weights:
             needed.
         tied: See `tied_names`; needed if a layer shares its weight with one that is stored for
             both.
-        model: The model as it was loaded; needed if there are experts among the layers.
+        model: The model as it was loaded, which knows under which names its weights are stored;
+            needed if there are experts among the layers.
 
     Raises:
         ModelError: If a layer is of another kind, weights are quantized, or the checkpoint does
@@ -91,11 +93,16 @@ class Float32Weights:
         experts = {slot.path for slot in self._slots.values() if slot.expert is not None}
         self._experts = StoredExperts(directory, model or nn.Module(), experts)
         files = {name: tensor.file for name, tensor in stored_tensors(directory).items()}
+        paths = [slot.path for slot in self._slots.values() if slot.expert is None]
+        converted = find_stored_names(model, files, paths)
         # Module to the file of its weight, and the weight's name in it.
         self._stored: dict[str, tuple[Path, str]] = {}
         for module, slot in self._slots.items():
             slot.check()
-            if slot.expert is None:
+            name = converted.get(slot.path)
+            if slot.expert is None and name is not None:
+                self._stored[module] = (files[name], name)
+            elif slot.expert is None:
                 tied_to = (tied or {}).get(slot.path, ())
                 self._stored[module] = _find_checkpoint_tensor(slot.path, files, tied_to)
         with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):

@@ -111,6 +111,7 @@ def run_benchmarks(
             on_result(collected[name])
         return [collected[name] for name in tasks]
     results = _open_rounds(subject)
+    # A classifier has no likelihoods of answers.
     for result in results:
         refuse_generation(result)
     for number, result in enumerate(results):

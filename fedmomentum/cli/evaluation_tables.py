@@ -30,6 +30,7 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     base = comparison.base
     tuned = comparison.tuned
     columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
+    # What the last column holds depends on what was scored.
     by_label = tuned.all.total.by_label
     last = "perplexity"
     if by_label:
@@ -40,6 +41,7 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     if by_label:
         table.caption = "F1: the tuned model's, %; for all and for a client the mean over labels"
     table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
+    # Where there is one client, or one category, its scores are those of all.
     if len(base.by_client) > 1:
         table.add_section()
         for client in sorted(base.by_client):

@@ -35,6 +35,7 @@ COMMANDS = (
     run.compare,
     run.report,
     adapters.methods,
+    models.models,
     files.files,
     network.serve,
     network.join,

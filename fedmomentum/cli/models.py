@@ -1,4 +1,4 @@
-"""Commands that use a run's model: `export`, `inspect`, `evaluate`, `generate`."""
+"""Commands on models: `export`, `inspect`, `evaluate`, `generate`, and `models` on all families."""
 
 from __future__ import annotations
 
@@ -187,3 +187,23 @@ def generate(
         table.add_row(Text("base", style="dim"), Text(row.base))
         table.add_row(Text("tuned", style="dim"), Text(row.tuned))
         OUT.print(table, "")
+
+
+def models(
+    family: Annotated[
+        str,
+        typer.Argument(help="only families whose name or class contains this", metavar="[NAME]"),
+    ] = "",
+) -> None:
+    """List the families of models: what is adapted by default, what is not, what is refused."""
+    from fedmomentum.base_model.families import COLUMNS, family_cells, known_families
+
+    table = Table(*COLUMNS, show_lines=True)
+    for known in known_families():
+        if family.lower() in f"{known.family} {known.kind}".lower():
+            table.add_row(*map(Text, family_cells(known)))
+    if not table.row_count:
+        raise ConfigError(
+            f"no family is called {family!r}; `fedmomentum models` lists those that were tried"
+        )
+    OUT.print(table)

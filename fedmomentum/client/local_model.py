@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,9 +81,16 @@ class LocalModel:
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
-        self._linear_modules = find_linear_modules(base)
-        self._saved_modules = find_saved_modules(base, self._names_to_save(lora))
-        self.targets = self._choose_targets(lora)
+        # A matrix too small for the run's rank is so for all clients.
+        saved = find_saved_modules(base, self._names_to_save(lora))
+        self._choose_targets = partial(
+            choose_targets,
+            find_linear_modules(base),
+            rank=lora.rank,
+            saved=saved,
+            head=self._head,
+        )
+        self.targets = self._choose_targets(lora.target_modules, parameters=lora.target_parameters)
         with translate_out_of_memory(f"an adapter on {model.name} does not fit"):
             self.peft = self._attach(base, lora, self.targets, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
@@ -121,20 +129,10 @@ class LocalModel:
         """Return what is trained in full: a classifier's head, and what the user names."""
         return [*self._head, *(name for name in lora.modules_to_save if name not in self._head)]
 
-    def _choose_targets(self, lora: LoraConfig) -> Targets:
-        return choose_targets(
-            self._linear_modules,
-            lora.target_modules,
-            rank=lora.rank,
-            saved=self._saved_modules,
-            head=self._head,
-            parameters=lora.target_parameters,
-        )
-
     def _reattach(self, lora: LoraConfig) -> None:
         """Attach an adapter of these settings instead of the present one, on the same base."""
         if lora != self._attached_lora:
-            targets = self._choose_targets(lora)
+            targets = self._choose_targets(lora.target_modules, parameters=lora.target_parameters)
             self.peft = self._attach(detach_adapter(self.peft), lora, targets, self._seed)
             self._layers = lora_layers(self.peft)
             self._attached_lora = lora

@@ -126,6 +126,7 @@ class TeacherForcedTask:
 
     def evaluate(self, example: TokenizedExample, answer: ExampleScore) -> Score:
         """Score the predictions of an example's tokens."""
+        # Both answers of a pair may be cut; of a cut completion nobody knows the end.
         is_pair = answer.margin is not None
         is_exact = answer.is_exact and (is_pair or not example.is_truncated)
         by_label = _label_counts(answer.label, answer.predicted) if answer.label else {}

@@ -61,6 +61,7 @@ def load_base_of(
         ModelError: If the base model cannot be loaded.
     """
     adapter = model.adapter
+    # Only a run knows the names of its labels.
     if model.base.labels:
         base = load_base(directory, dtype, device, labels=model.base.labels)
     else:

@@ -27,6 +27,7 @@ from fedmomentum.utils.modules import compute_logits, is_plain_linear
 HEAD = "the output head"
 ROUTER = "routes tokens to experts"
 UNUSED = "not used on text"
+UNTRAINED = "its result reaches the logits without a gradient"
 NOT_LINEAR = "computes something else than a linear layer"
 BYPASSED = (
     "the model uses its weight without calling the module, so an adapter would have no effect"
@@ -37,6 +38,8 @@ EXPERT_NAME = (
     "weight in target-parameters"
 )
 FORBIDDEN = "PEFT does not adapt it in this architecture"
+# Modules that would have an adapter and never train it.
+IDLE = (UNUSED, UNTRAINED)
 # Those that no setting can overrule.
 REFUSED = (NOT_LINEAR, BYPASSED, TIED, EXPERT_NAME, FORBIDDEN)
 
@@ -100,7 +103,7 @@ def find_linear_modules(model: nn.Module) -> LinearModules:
 
 def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]:
     """Return why modules are left out; the strongest reason counts."""
-    called, bypassed = _observe(model, linear)
+    seen = _observe(model, linear)
     tied = _shared_weights(model)
     taken = names_of_experts(model, linear)
     heads = _heads(model)
@@ -112,12 +115,14 @@ def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]
             reasons[path] = HEAD
         elif id(module.weight) in tied:
             reasons[path] = TIED
-        elif path in bypassed or _may_bypass(owner, leaf):
+        elif path in seen.bypassed or _may_bypass(owner, leaf):
             reasons[path] = BYPASSED
         elif not is_plain_linear(module):
             reasons[path] = NOT_LINEAR
-        elif path not in called and not _EXPERT.search(path):
+        elif path not in seen.called and not _EXPERT.search(path):
             reasons[path] = UNUSED
+        elif path in seen.called and path not in seen.trained:
+            reasons[path] = UNTRAINED
         elif leaf in taken:
             reasons[path] = EXPERT_NAME
         elif _is_router(path, model):
@@ -153,25 +158,73 @@ class _WeightUse(TorchFunctionMode):
         return result
 
 
-def _observe(model: Any, linear: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Run the model on a few tokens.
+@dataclass(frozen=True)
+class _Observation:
+    """What a pass over a few tokens shows of linear modules.
 
-    Returns:
-        The modules that were called, and those whose weight was used without a call.
+    Attributes:
+        called: Those that were called.
+        trained: Those whose result reaches the logits with a gradient.
+        bypassed: Those whose weight was used without a call.
     """
+
+    called: set[str]
+    trained: set[str]
+    bypassed: set[str]
+
+
+def _observe(model: Any, linear: Mapping[str, Any]) -> _Observation:
+    """Run the model on a few tokens."""
     if not type(model).__module__.startswith("transformers."):
-        return set(linear), set()  # a user's class: its inputs may mean anything
-    called: set[str] = set()
-    uses = _WeightUse({id(module.weight): path for path, module in linear.items()})
+        # A user's class: its inputs may mean anything.
+        return _Observation(set(linear), set(linear), set())
+    tied = _shared_weights(model)
+    paths = {id(module.weight): path for path, module in linear.items()}
+    uses = _WeightUse({key: path for key, path in paths.items() if key not in tied})
     tokens = torch.arange(NUM_TOKENS) * 7 % min(_vocabulary_size(model), MAX_TOKEN_ID)
+    nodes: dict[str, list[Any]] = {}
     with ExitStack() as stack:
         for path, module in linear.items():
-            stack.enter_context(_watched(path, module, called, uses.running))
+            stack.enter_context(_watched(path, module, nodes, uses.running))
         stack.enter_context(_eval_mode(model))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(_gradients_from_embeddings(model))
         stack.enter_context(uses)
-        compute_logits(model, tokens[None])
-    return called, uses.bypassed
+        logits = compute_logits(model, tokens[None])
+    return _Observation(set(nodes), _reaching(logits, nodes), uses.bypassed)
+
+
+@contextmanager
+def _gradients_from_embeddings(model: Any) -> Iterator[None]:
+    """Let gradients flow from the embeddings on, whether weights are frozen or not."""
+
+    def with_gradient(_: nn.Module, __: Any, output: Any) -> Any:
+        # The product is no leaf, so the model may change it in place.
+        return output.detach().requires_grad_() * 1 if isinstance(output, Tensor) else output
+
+    try:
+        handle = model.get_input_embeddings().register_forward_hook(with_gradient)
+    except (AttributeError, NotImplementedError):
+        handle = None
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _reaching(logits: Tensor, nodes: Mapping[str, list[Any]]) -> set[str]:
+    """Return the modules of which a result is among the ancestors of the logits."""
+    if logits.grad_fn is None:
+        return set(nodes)
+    ancestors = set()
+    pending: list[Any] = [logits.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in ancestors:
+            ancestors.add(node)
+            pending += [parent for parent, _ in node.next_functions]
+    return {path for path, results in nodes.items() if any(n in ancestors for n in results)}
 
 
 @cache
@@ -196,15 +249,19 @@ def _may_bypass(owner: type, leaf: str) -> bool:
 
 
 @contextmanager
-def _watched(path: str, module: nn.Module, called: set[str], running: set[str]) -> Iterator[None]:
-    """Record, within the block, that a module is called, and while it runs."""
+def _watched(
+    path: str, module: nn.Module, nodes: dict[str, list[Any]], running: set[str]
+) -> Iterator[None]:
+    """Record, within the block, the autograd nodes of a module's results, and while it runs."""
 
     def begin(*_: Any) -> None:
-        called.add(path)
         running.add(path)
 
-    def end(*_: Any) -> None:
+    def end(_: nn.Module, __: Any, output: Any) -> None:
         running.discard(path)
+        outputs = output if isinstance(output, tuple) else (output,)
+        results = [part.grad_fn for part in outputs if isinstance(part, Tensor)]
+        nodes.setdefault(path, []).extend(results)
 
     handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
     try:

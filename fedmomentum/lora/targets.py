@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedmomentum.errors import AdapterError
-from fedmomentum.lora.linear_modules import REFUSED, UNUSED, LinearModules
+from fedmomentum.lora.linear_modules import IDLE, REFUSED, LinearModules
 from fedmomentum.lora.target_checks import suggestion
 from fedmomentum.lora.target_names import (
     ALL_LINEAR,
@@ -33,7 +33,7 @@ SMALL = "has a side smaller than the rank"
 EXPERTS = "all experts of a layer in one parameter"
 NOT_CHOSEN = "not in target-modules"
 # What a name may stand for beside modules that are adapted.
-LEFT_OUT = (UNUSED, CLASSIFIER_HEAD)
+LEFT_OUT = (*IDLE, CLASSIFIER_HEAD)
 
 
 @dataclass(frozen=True)
@@ -230,5 +230,6 @@ def _check_part(
         )
     if all(reasons.get(path) in LEFT_OUT for path in matched):
         reason = reasons[matched[0]]
-        effect = "it has no adapter" if reason == CLASSIFIER_HEAD else "nothing would be trained"
-        raise AdapterError(f"{where} stands for {matched[0]}, which is {reason}, so that {effect}")
+        is_head = reason == CLASSIFIER_HEAD
+        effect = "which needs no adapter" if is_head else "where nothing would be trained"
+        raise AdapterError(f"{where} stands for {matched[0]}, {effect}: {reason}")

@@ -52,6 +52,7 @@ class SequenceClassification:
         segments = []
         labels = []
         for example in examples:
+            # The label comes last, and is no token.
             *text, label = example.input_ids
             num_first = example.num_prompt_tokens
             padding = longest - len(text)

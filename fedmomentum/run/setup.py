@@ -307,6 +307,7 @@ def tokenized_clients(
         rows = {}
         held_out = f"{party.client_id} (held out)"
         parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
+        # Each part is what the objective learns from, in tokens that the model embeds.
         for owner, examples in parts.items():
             rows[owner] = make_rows(examples, local.tokenizer, labels, owner=owner, **limits)
             check_pairs(rows[owner], objective, owner)

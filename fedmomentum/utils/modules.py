@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,13 +19,23 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def compute_logits(model: Any, tokens: Tensor) -> Tensor:
-    """Return the model's logits for rows of tokens, from one pass without a cache."""
-    tokens = tokens.to(next(model.parameters()).device)
+def compute_logits(
+    model: Any, tokens: Tensor, inputs: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Return the model's logits for rows of tokens, from one pass without a cache.
+
+    Args:
+        model: The model.
+        tokens: Token ids, `(rows, length)`.
+        inputs: Further inputs of the same shape, such as a mask.
+    """
+    device = next(model.parameters()).device
     # A PEFT wrapper's forward takes any argument; the model inside decides.
     parameters = inspect.signature(inner_model(model).forward).parameters
-    arguments = {"use_cache": False} if "use_cache" in parameters else {}
-    logits: Tensor = model(input_ids=tokens, **arguments).logits
+    arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    for name, tensor in (inputs or {}).items():
+        arguments[name] = tensor.to(device)
+    logits: Tensor = model(input_ids=tokens.to(device), **arguments).logits
     return logits
 
 

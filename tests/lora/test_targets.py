@@ -198,7 +198,11 @@ def test_names_that_peft_takes_for_the_experts_are_left_out_of_all_linear():
         (qwen3_moe, ["q_proj", "gate"], "mlp.gate, a Qwen3MoeTopKRouter"),
         (qwen3_moe, ["q_proj", "down_proj"], "experts.down_proj, a parameter"),
         (mamba, ["in_proj", "dt_proj"], "dt_proj, which cannot be adapted: .*without calling"),
-        (bart, [r"encoder_attn.q_proj"], "encoder_attn.q_proj, which is not used on text"),
+        (
+            bart,
+            [r"encoder_attn.q_proj"],
+            "encoder_attn.q_proj, where nothing would be trained: not used on text",
+        ),
         (qwen2_moe, ["shared_expert_gate"], "rank 2 exceeds the smaller side 1"),
     ],
 )

@@ -91,6 +91,18 @@ def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path, own)
     assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
 
 
+@pytest.mark.parametrize("own", ["attention", r".*\.(q|o)_proj", ["up_proj", "mlp.down_proj"]])
+def test_a_client_adapts_a_part_of_all_linear_that_the_server_derives_too(folder, tmp_path, own):
+    """The k_proj of 16 x 32 is too small for rank 17 of the run, and so for a client of any rank."""
+    for rank, part in ((4, {}), (17, {"rank": 3})):
+        clients = {"site1": {"target-modules": own} | part}
+        lora = {"rank": rank, "target-modules": "all-linear", "clients": clients}
+        run = start(tiny_config(folder, lora=lora), tmp_path / str(rank))
+        names = {module.rpartition(".")[2] for module in run.model.adapter.modules}
+        assert ("k_proj" in names) == (rank == 4) and {"q_proj", "down_proj"} <= names
+        assert all(row["exactness_error"] < 1e-5 for row in timeless(tmp_path / str(rank))[1:])
+
+
 def test_clients_send_their_own_rank_and_get_the_whole(folder, tmp_path):
     start(config_of(folder, "ranks", every=0), tmp_path / "run")
     row = timeless(tmp_path / "run")[1]

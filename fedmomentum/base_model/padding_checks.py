@@ -1,0 +1,63 @@
+"""Check that padding changes nothing: batches are padded, and rows in them are independent."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmomentum.base_model.load_checks import (
+    MAX_CAUSALITY_TOKEN_ID,
+    NUM_CAUSALITY_TOKENS,
+    translate_library_errors,
+    vocabulary_size,
+)
+from fedmomentum.errors import ModelError
+from fedmomentum.utils.modules import compute_logits
+
+NUM_PADDING = 4
+# How far the logits of a padded row may be from those of the row alone, relative to their norm at
+# the median position. Rounding stays far below; a model that reads padding is far above.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
+TOLERANCE_16_BITS = 0.05
+
+
+def refuse_padding_dependence(directory: Path, model: Any) -> None:
+    """Refuse a model whose logits for a row depend on how far the row is padded.
+
+    Its loss would depend on which examples share a batch. Recurrent layers that ignore the mask
+    do, for example.
+
+    Raises:
+        ModelError: If padding changes the logits.
+    """
+    if not type(model).__module__.startswith("transformers."):
+        return  # a user's class: its inputs may mean anything
+    num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
+    row = torch.arange(NUM_CAUSALITY_TOKENS) * 7 % num_ids
+    with translate_library_errors(f"the model in {directory} cannot compute", {}), torch.no_grad():
+        alone = compute_logits(model, row[None])[0].float()
+        padded = _padded_logits(model, row)[NUM_PADDING:].float()
+    differences = (padded - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12)
+    difference = float(differences.median())
+    if difference > TOLERANCES.get(model.dtype, TOLERANCE_16_BITS):
+        raise ModelError(
+            f"the model in {directory}, a {type(model).__name__}, computes other logits for a row "
+            f"that is padded (they differ by {difference:.2g} of their norm): its layers take "
+            "padding for text, so that its loss would depend on which examples share a batch. "
+            "This architecture cannot be trained here"
+        )
+
+
+def _padded_logits(model: Any, row: Tensor) -> Tensor:
+    """Return the logits of a row padded on the left, as in the batches that are trained on."""
+    padding = torch.zeros(NUM_PADDING, dtype=torch.long)
+    mask = torch.cat([padding, torch.ones_like(row)])
+    inputs = {"attention_mask": mask[None]}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(dim=0) - 1).clamp(min=0)[None]
+    logits: Tensor = compute_logits(model, torch.cat([padding, row])[None], inputs)[0]
+    return logits
