@@ -26,6 +26,7 @@ def test_read_run_gives_what_the_files_hold(folder):
     assert msgspec.to_builtins(run.plan) == {
         "run_id": None,
         "warnings": [],
+        "labels": {},
         **json.loads((folder / "plan.json").read_text()),
     }
     assert run.environment["threads"] == 2
