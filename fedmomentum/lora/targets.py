@@ -30,7 +30,7 @@ _EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
 SAVED = "trained in full"
 CLASSIFIER_HEAD = "the classifier's head, trained in full"
 SMALL = "has a side smaller than the rank"
-EXPERTS = "all experts of a layer in one parameter"
+EXPERTS = "the experts of a layer, not in target-parameters"
 NOT_CHOSEN = "not in target-modules"
 # What a name may stand for beside modules that are adapted.
 LEFT_OUT = (*IDLE, CLASSIFIER_HEAD)

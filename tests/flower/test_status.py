@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import threading
+import time
 
 import pytest
 
@@ -109,6 +110,7 @@ def test_what_strangers_and_nodes_cause_does_not_fill_the_servers_log(tmp_path, 
     keys = make_keys(tmp_path, "north")
     with _server_log(tmp_path / "run"), running(keys) as link:
         stranger = Stranger(link.port, keys)
+        started = time.monotonic()
         for number in range(150):
             stranger.post("pull-messages", b"\xff" * 50, headers=stranger.signature("north"))
             logging.getLogger("uvicorn.error").error(
@@ -118,8 +120,10 @@ def test_what_strangers_and_nodes_cause_does_not_fill_the_servers_log(tmp_path, 
             "north is left out: %s", "\x1b]0;x\x07\n" + "y" * 10**6
         )
         stranger.close()
+    # A burst of 100 lines, and another in every five seconds that a busy machine takes for this.
+    num_allowed = 102 + 0.2 * (time.monotonic() - started)
     text = (tmp_path / "run" / "server.log").read_text()
-    assert len(text.splitlines()) <= 102 and len(text) < 50_000
+    assert len(text.splitlines()) <= num_allowed and len(text) < 50_000
     assert (
         "\x1b" not in text
         and "Traceback" not in text
