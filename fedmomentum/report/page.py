@@ -203,6 +203,7 @@ def _plan_facts(run: RunResults) -> Facts:
         ("Model", plan.model),
         *labels,
         ("Method", plan.method),
+        ("Learned", plan.objective),
         ("Optimizer state", plan.optimizer_state),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
         ("Parameters", count(plan.num_parameters)),

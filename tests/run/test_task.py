@@ -280,6 +280,7 @@ def test_parties_on_their_own_make_the_run_of_one_machine(folder, tmp_path):
     assert objects(tmp_path / "over") == objects(tmp_path / "one")
     plan = json.loads((tmp_path / "over" / "plan.json").read_text())
     assert plan["labels"] == dict.fromkeys(SORTED)
+    assert plan["objective"] == "task = sequence-classification"
 
 
 def test_over_a_network_the_settings_name_the_labels(folder, tmp_path):
