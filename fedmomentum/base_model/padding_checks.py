@@ -45,10 +45,10 @@ def refuse_padding_dependence(directory: Path, model: Any) -> None:
     difference = float(differences.median())
     if difference > TOLERANCES.get(model.dtype, TOLERANCE_16_BITS):
         raise ModelError(
-            f"the model in {directory}, a {type(model).__name__}, computes other logits for a row "
-            f"that is padded (they differ by {difference:.2g} of their norm): its layers take "
-            "padding for text, so that its loss would depend on which examples share a batch. "
-            "This architecture cannot be trained here"
+            f"the model in {directory} ({type(model).__name__}) computes other logits for a row "
+            f"that is padded (they differ by {difference:.2g} of their norm): it counts padding as "
+            "text, so that its loss would depend on which examples share a batch. This "
+            "architecture cannot be trained here"
         )
 
 

@@ -255,9 +255,10 @@ def _find_checkpoint_tensor(
     if not names:
         names = [name for name in files if name in tied_to]
     if len(names) != 1:
+        stored = f"several tensors ({', '.join(names[:3])})" if names else "no tensor"
         raise ModelError(
-            f"the checkpoint has {len(names)} tensors for {wanted} {names[:3]}; wanted one. If "
-            "transformers renames or joins tensors of this model on loading, write it again by "
-            "save_pretrained(..., save_original_format=False)"
+            f"the checkpoint holds {stored} for {wanted}; wanted one. If transformers joins, "
+            "splits or renames tensors of this model on loading, load it with transformers and "
+            "write it again by save_pretrained(..., save_original_format=False)"
         )
     return files[names[0]], names[0]

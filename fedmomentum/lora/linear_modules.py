@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from fedmomentum.lora.peft_names import default_targets, is_forbidden, names_of_experts
+from fedmomentum.lora.peft_names import (
+    default_targets,
+    is_forbidden,
+    names_of_experts,
+    renamed_on_loading,
+)
 from fedmomentum.utils.modules import compute_logits, is_plain_linear
 
 # Why a module is not adapted unless it is named, or not at all.
@@ -37,17 +42,18 @@ EXPERT_NAME = (
     "PEFT takes its name for that of the experts' weights; it can be adapted by the path of its "
     "weight in target-parameters"
 )
+RENAMED = "PEFT would read its adapter back under another name"
 FORBIDDEN = "PEFT does not adapt it in this architecture"
 # Modules that would have an adapter and never train it.
 IDLE = (UNUSED, UNTRAINED)
 # Those that no setting can overrule.
-REFUSED = (NOT_LINEAR, BYPASSED, TIED, EXPERT_NAME, FORBIDDEN)
+REFUSED = (NOT_LINEAR, BYPASSED, TIED, EXPERT_NAME, RENAMED, FORBIDDEN)
 
 NUM_TOKENS = 8
 # Ordinary tokens have small ids; special ones tend to have large ones.
 MAX_TOKEN_ID = 1000
-# What models call the layer that decides which experts a token goes to; these names are compared
-# with the last part of a path, or of its owner's.
+# What models call the module that decides which experts a token goes to; these names are compared
+# with every part of a path.
 ROUTER_NAMES = re.compile(r"(\w*router|gate|shared_experts?_gate|expert_gate|gate_\w*weights?)")
 # Experts in a list of modules: a token reaches few of them, so that one is not called says little.
 _EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
@@ -129,7 +135,8 @@ def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]
             reasons[path] = ROUTER
         elif is_forbidden(model, leaf):
             reasons[path] = FORBIDDEN
-    return reasons
+    kept = [path for path in linear if reasons.get(path) not in REFUSED]
+    return reasons | dict.fromkeys(renamed_on_loading(model, kept), RENAMED)
 
 
 # ── what the model does ───────────────────────────────────────────────────────────────────────────
@@ -311,8 +318,6 @@ def _heads(model: Any) -> list[nn.Module]:
 
 
 def _is_router(path: str, model: nn.Module) -> bool:
-    """Return whether a module decides which experts a token goes to, by its name."""
-    owner, _, leaf = path.rpartition(".")
+    """Return whether a module decides which experts a token goes to, or is a part of one."""
     has_experts = any("expert" in name for name, _ in model.named_parameters())
-    names = (leaf, owner.rpartition(".")[2])
-    return has_experts and any(ROUTER_NAMES.fullmatch(name) for name in names)
+    return has_experts and any(ROUTER_NAMES.fullmatch(name) for name in path.split("."))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
+
+from fedmomentum.lora.adapter import PREFIX
 
 
 def default_targets(model: Any) -> list[str] | str | None:
@@ -38,6 +42,36 @@ def names_of_experts(model: Any, paths: Iterable[str]) -> set[str]:
         if name not in (config.target_modules or ()):
             taken.add(name)
     return taken
+
+
+def renamed_on_loading(model: Any, paths: Iterable[str]) -> set[str]:
+    """Return the paths of modules whose factors PEFT would look for under another name.
+
+    PEFT applies the renamings of transformers' checkpoints to the names in an adapter's file. A
+    renaming that is loose about where a name ends changes names that are right already, and PEFT
+    then leaves these factors out.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+    )
+
+    # Renaming takes milliseconds a tensor, and all layers have the same names.
+    paths_by_pattern: dict[str, list[str]] = {}
+    for path in paths:
+        paths_by_pattern.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", path), []).append(path)
+    keys = {}
+    for alike in paths_by_pattern.values():
+        keys[f"{PREFIX}{alike[0]}.lora_A.weight"] = alike
+    tensors = {key: torch.zeros(1, 1) for key in keys}
+    found = convert_peft_adapter_state_dict_for_transformers(
+        model, LoraConfig(target_modules=[]), tensors
+    )
+    renamed: set[str] = set()
+    for key, alike in keys.items():
+        if key not in found:
+            renamed.update(alike)
+    return renamed
 
 
 def is_forbidden(model: nn.Module, name: str) -> bool:

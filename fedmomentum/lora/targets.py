@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedmomentum.errors import AdapterError
-from fedmomentum.lora.linear_modules import IDLE, REFUSED, LinearModules
+from fedmomentum.lora.linear_modules import IDLE, REFUSED, RENAMED, LinearModules
 from fedmomentum.lora.target_checks import suggestion
 from fedmomentum.lora.target_names import (
     ALL_LINEAR,
@@ -128,7 +128,7 @@ def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
     """Return the paths of the parameters that are adapted; every name must stand for some.
 
     Raises:
-        AdapterError: If one stands for nothing.
+        AdapterError: If one stands for nothing, or for what PEFT does not read back.
     """
     found: set[str] = set()
     for name in names:
@@ -140,6 +140,11 @@ def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
                 f"three dimensions{hint}"
             )
         found |= set(matched)
+    for path in sorted(found):
+        if model.reasons.get(path.removesuffix(".weight")) == RENAMED:
+            raise AdapterError(
+                f"target-parameters: {path} cannot be adapted: {RENAMED}. Leave it out"
+            )
     return sorted(found)
 
 

@@ -1,11 +1,13 @@
 """Stored names are found as transformers finds them."""
 
+import pytest
 import torch
 from safetensors import safe_open
 
 from fedmomentum.base_model.loading import load_base
 from fedmomentum.base_model.stored_names import find_stored_names
 from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.errors import ModelError
 from tests.families import make_model
 
 MODULE = "model.language_model.layers.1.self_attn.q_proj"
@@ -32,3 +34,19 @@ def test_what_transformers_makes_of_several_tensors_has_no_stored_name(tmp_path)
     parameter = "model.layers.0.mlp.experts.gate_up_proj"
     query = "model.layers.0.self_attn.q_proj.weight"
     assert find_stored_names(model, stored, [parameter, query]) == {query: query}
+
+
+def test_a_checkpoint_whose_tensors_are_split_is_refused_with_an_advice_that_helps(tmp_path):
+    """HRM's checkpoints hold the gate and up projections in one tensor, its model in two."""
+    path = "model.H_module.layers.0.mlp.gate_proj"
+    family = make_model("hrm_text")
+
+    def read(folder, **arguments):
+        family.save_pretrained(folder, **arguments)
+        model = load_base(folder, torch.float32, torch.device("cpu"))
+        return Float32Weights({path: model.get_submodule(path)}, folder, model=model)
+
+    with pytest.raises(ModelError, match=f"no tensor for {path}.weight.*original_format"):
+        read(tmp_path / "original")
+    weights = read(tmp_path / "split", save_original_format=False)
+    assert torch.equal(weights.pretrained(path), family.get_submodule(path).weight)

@@ -23,6 +23,7 @@ from fedmomentum.lora.linear_modules import (
     EXPERT_NAME,
     FORBIDDEN,
     HEAD,
+    RENAMED,
     ROUTER,
     UNUSED,
     find_linear_modules,
@@ -31,6 +32,7 @@ from fedmomentum.lora.module_summary import summarize, summarize_left_out
 from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, lora_layers
 from fedmomentum.lora.target_names import alternatives
 from fedmomentum.lora.targets import SMALL, choose_targets
+from tests.families import make_model
 
 SIZES = {
     "vocab_size": 60,
@@ -178,6 +180,28 @@ def test_names_that_peft_takes_for_the_experts_are_left_out_of_all_linear():
     targets = chosen(model, "all-linear")
     assert targets.left_out["model.layers.0.mlp.gate_proj"] == EXPERT_NAME
     assert leaves(targets) == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+
+def test_names_that_peft_would_not_find_again_in_an_adapter_are_left_out_and_refused_by_name():
+    """A renaming of Laguna's checkpoints changes `shared_experts` too, so that PEFT drops these."""
+    experts = "model.layers.1.mlp.shared_experts"
+    modules = find_linear_modules(make_model("laguna"))
+    renamed = {path for path, reason in modules.reasons.items() if reason == RENAMED}
+    assert renamed == {f"{experts}.{name}_proj" for name in ("gate", "up", "down")}
+    assert "model.layers.0.mlp.up_proj" in choose_targets(modules, None, rank=2).modules
+    with pytest.raises(AdapterError, match="shared_experts.up_proj, which cannot be adapted: PEFT"):
+        choose_targets(modules, ["shared_experts.up_proj"], rank=2)
+    with pytest.raises(AdapterError, match="target-parameters: .*shared_experts.up_proj.weight"):
+        choose_targets(modules, None, rank=2, parameters=["shared_experts.up_proj.weight"])
+
+
+def test_the_parts_of_a_router_are_left_out():
+    """Zaya's router is a network of its own: `mlp.gate.router_mlp.fc1`."""
+    reasons = find_linear_modules(make_model("zaya")).reasons
+    routers = {path for path, reason in reasons.items() if reason == ROUTER}
+    gate = "model.layers.0.mlp.gate"
+    assert {f"{gate}.down_proj", f"{gate}.router_mlp.fc1", f"{gate}.router_mlp.out_proj"} < routers
+    assert not any("self_attn" in path for path in routers)
 
 
 @pytest.mark.parametrize(
