@@ -22,6 +22,7 @@ EVERY_TIME = (
     "glm_moe_dsa",
     "gpt2",
     "gpt_oss",
+    "hrm_text",
     "jamba",
     "jetmoe",
     "llama",
@@ -40,6 +41,7 @@ EVERY_TIME = (
     "qwen3_next",
     "recurrent_gemma",
     "rwkv",
+    "xlm",
     "zamba",
 )
 CASES = [

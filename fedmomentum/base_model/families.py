@@ -16,7 +16,8 @@ COLUMNS = ("family", "class", "adapted by default", "not adapted", "trains and e
 INTRODUCTION = """# Models
 
 What happens with each family of causal language models that transformers supports, when
-`lora.target-modules` is not set. `fedmomentum models` prints this table. It is made by
+`lora.target-modules` is not set. `fedmomentum models` lists them, and `fedmomentum models NAME`
+shows all of those whose name or class contains NAME. This table is made by
 `python tools/models_table.py`, which builds a tiny model of every family from its configuration
 class, has two clients train it for two rounds, writes both exports, loads them by stock
 transformers and PEFT, and compares their logits; a test repeats this for every family. Counts are

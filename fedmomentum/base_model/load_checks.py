@@ -220,7 +220,8 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
 
     # Two rows that differ in the last token only: a causal model's earlier logits are the same.
     num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
-    row = torch.arange(NUM_CAUSALITY_TOKENS) * 7 % num_ids
+    # Not from 0 on: some models take the padding token itself, often 0, for padding.
+    row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
     other_row = torch.cat([row[:-1], (row[-1:] + 1) % num_ids])
     what = f"the model in {directory} cannot compute"
     with translate_library_errors(what, {}), torch.no_grad():

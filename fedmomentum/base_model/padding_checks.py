@@ -37,7 +37,7 @@ def refuse_padding_dependence(directory: Path, model: Any) -> None:
     if not type(model).__module__.startswith("transformers."):
         return  # a user's class: its inputs may mean anything
     num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
-    row = torch.arange(NUM_CAUSALITY_TOKENS) * 7 % num_ids
+    row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
     with translate_library_errors(f"the model in {directory} cannot compute", {}), torch.no_grad():
         alone = compute_logits(model, row[None])[0].float()
         padded = _padded_logits(model, row)[NUM_PADDING:].float()

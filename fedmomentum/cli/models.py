@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.cli.options import (
@@ -189,6 +189,9 @@ def generate(
         OUT.print(table, "")
 
 
+OVERVIEW = ("family", "adapted by default", "trains and exports")
+
+
 def models(
     family: Annotated[
         str,
@@ -196,14 +199,33 @@ def models(
     ] = "",
 ) -> None:
     """List the families of models: what is adapted by default, what is not, what is refused."""
-    from fedmomentum.base_model.families import COLUMNS, family_cells, known_families
+    from fedmomentum.base_model.families import (
+        COLUMNS,
+        family_cells,
+        known_families,
+        untried_families,
+    )
 
-    table = Table(*COLUMNS, show_lines=True)
-    for known in known_families():
-        if family.lower() in f"{known.family} {known.kind}".lower():
-            table.add_row(*map(Text, family_cells(known)))
-    if not table.row_count:
+    wanted = family.lower()
+    untried = {name: why for name, why in untried_families().items() if wanted in name.lower()}
+    known = [one for one in known_families() if wanted in f"{one.family} {one.kind}".lower()]
+    if not known and not untried:
         raise ConfigError(
-            f"no family is called {family!r}; `fedmomentum models` lists those that were tried"
+            f"no family is called {family!r}; `fedmomentum models` lists those that are known"
         )
-    OUT.print(table)
+    if family:
+        # One small table a family, so that long cells wrap; paths are never cut off.
+        for one in known:
+            table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")
+            for name, cell in zip(COLUMNS, family_cells(one), strict=True):
+                table.add_row(Text(name, style="dim"), Text(cell))
+            OUT.print(table, "")
+    else:
+        table = Table(*(Column(name, overflow="fold") for name in OVERVIEW), show_lines=True)
+        for one in known:
+            table.add_row(one.family, Text("; ".join(one.adapted)), Text(one.refused or "yes"))
+        OUT.print(table)
+    for name, why in untried.items():
+        OUT.print(Text(f"{name}: not tried ({why})"))

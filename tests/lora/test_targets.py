@@ -23,6 +23,7 @@ from fedmomentum.lora.linear_modules import (
     EXPERT_NAME,
     FORBIDDEN,
     HEAD,
+    NOT_LINEAR,
     RENAMED,
     ROUTER,
     UNUSED,
@@ -134,8 +135,8 @@ def test_what_is_left_out_is_told_with_its_reason():
     assert summarize_left_out(targets.left_out) == [
         "model.layers.*.mlp: 2 shared_expert_gate (routes tokens to experts)",
         "1 lm_head (the output head)",
-        "model.layers.*.mlp.experts: 2 gate_up_proj, 2 down_proj (all experts of a layer in one "
-        "parameter)",
+        "model.layers.*.mlp.experts: 2 gate_up_proj, 2 down_proj (the experts of a layer, not in "
+        "target-parameters)",
     ]
     experts = [f"model.layers.{n}.mlp.experts.down_proj[{e}]" for n in (0, 1) for e in range(4)]
     assert summarize(["model.embed_tokens[embedding]", *experts]) == [
@@ -193,6 +194,13 @@ def test_names_that_peft_would_not_find_again_in_an_adapter_are_left_out_and_ref
         choose_targets(modules, ["shared_experts.up_proj"], rank=2)
     with pytest.raises(AdapterError, match="target-parameters: .*shared_experts.up_proj.weight"):
         choose_targets(modules, None, rank=2, parameters=["shared_experts.up_proj.weight"])
+
+
+def test_a_linear_layer_that_takes_inputs_of_another_shape_is_left_out():
+    """DeepSeek-V4 multiplies each group of heads by rows of its own of one weight."""
+    reasons = find_linear_modules(make_model("deepseek_v4")).reasons
+    assert reasons["model.layers.0.self_attn.o_a_proj"] == NOT_LINEAR
+    assert "model.layers.0.self_attn.o_b_proj" not in reasons
 
 
 def test_the_parts_of_a_router_are_left_out():

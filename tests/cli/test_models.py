@@ -1,0 +1,42 @@
+"""What is known of the families of models, on terminals of any width."""
+
+import pytest
+
+from fedmomentum.base_model.families import known_families, untried_families
+from fedmomentum.cli.options import OUT
+
+
+def squeezed(text: str) -> str:
+    """Without what a table adds and where it wraps."""
+    return "".join(text.replace("│", "").split())
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_all_that_is_known_of_a_family_is_shown_uncut(width, call, monkeypatch):
+    monkeypatch.setattr(OUT, "_width", width)
+    _, shown, _ = call("models", "laguna")
+    family = next(known for known in known_families() if known.family == "laguna")
+    for text in (family.kind, *family.adapted, *family.left_out):
+        assert squeezed(text) in squeezed(shown)
+    assert "…" not in shown
+    assert "yes" in shown
+
+
+def test_every_family_is_listed_with_why_it_is_refused_or_was_not_tried(call):
+    _, shown, _ = call("models")
+    for family in known_families():
+        assert f"│ {family.family} " in shown
+    for name, reason in untried_families().items():
+        assert squeezed(f"{name}: not tried ({reason})") in squeezed(shown)
+    assert "…" not in shown
+
+
+def test_a_family_that_was_not_tried_is_told_with_the_reason(call):
+    reason = untried_families()["reformer"]
+    assert call("models", "reformer") == (0, f"reformer: not tried ({reason})\n", "")
+
+
+def test_a_name_that_no_family_has_is_refused(call):
+    code, _, err = call("models", "lama7")
+    assert code == 2
+    assert "no family is called 'lama7'" in err
