@@ -40,6 +40,12 @@ def check_task(config: Config) -> None:
             f"data.category-column is {config.data.category_column!r}; with {task} the category of "
             "a text is its label: leave it out"
         )
+    # An adapter of PEFT does not say which label each row of its head stands for.
+    if config.lora.start_from is not None:
+        raise ConfigError(
+            f"lora.start-from cannot be used with {task}: the adapter's head does not name its "
+            "labels, and could have them in another order. Leave it out"
+        )
     # What [training] says of answers: a label is none.
     for key, value, wanted in (
         ("objective", config.training.objective, "sft"),

@@ -420,6 +420,11 @@ def test_one_label_is_not_enough_unless_others_are_named(folder, tmp_path):
             {"loss_on": "all-assistant"},
             'training.loss-on = "all-assistant" is for the answers of language models; model.task',
         ),
+        (
+            "lora",
+            {"start_from": "adapter"},
+            "lora.start-from cannot be used with model.task = ",
+        ),
         ("model", {"labels": ["a"]}, "model.labels must be two to 10000 different names"),
         ("model", {"labels": ["a", "a"]}, "model.labels must be two to 10000 different names"),
         ("model", {"labels": ["a", " "]}, "model.labels must be two to 10000 different names"),
