@@ -27,13 +27,14 @@ from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.cli.main import app
 from fedmomentum.config.__main__ import render_reference
 from fedmomentum.config.toml import from_dict
-from fedmomentum.formats.scores import Score
+from fedmomentum.formats.scores import LabelCounts, Score
 from fedmomentum.linalg.low_rank import weighted_sum
 from fedmomentum.linalg.spectral import relative_error
 from fedmomentum.training.arguments import ALLOWED_ARGUMENTS, check_arguments
 from fedmomentum.utils.io import sha256
 from fedmomentum.utils.schema import Schema
 from tests.aggregation import test_method_contract as contract
+from tests.classifiers import labeled_rows, tiny_base, write_rows
 from tests.helpers import TOLERANCE, random_matrix
 from tests.runs import start, timeless, tiny_config
 from tests.tiny import tiny_llama
@@ -302,6 +303,20 @@ def test_the_readmes_training_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("0 None None\n1 ")
 
 
+def test_the_readmes_classifier_runs(tmp_path, monkeypatch):
+    (config,) = (t for t in blocks(ROOT / "README.md", "toml") if "classification" in t)
+    assert len(config.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "tickets.jsonl", labeled_rows(0, 60))
+    base = tiny_base(tmp_path / "base", "bert")
+    Path("tickets.toml").write_text(config.replace("path/to/an-encoder", str(base)))
+    overrides = ["federation.num-rounds=1", "data.max-length=32", "training.local-steps=1"]
+    trainer = FederatedTrainer(load_config("tickets.toml", overrides), "runs/tickets")
+    assert trainer.train().base.labels == ("east", "north", "south")
+    rows = RunResults.load("runs/tickets").rounds
+    assert rows[1].evaluation.total.macro_f1 is not None
+
+
 def test_the_readmes_preferences_run(tmp_path, monkeypatch):
     (config,) = (t for t in blocks(ROOT / "README.md", "toml") if '"dpo"' in t)
     (row,) = (json.loads(t) for t in blocks(ROOT / "README.md", "json") if '"rejected"' in t)
@@ -398,8 +413,10 @@ def test_every_metric_is_documented(run_folder):
     names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
     assert rows[2]["carried_norm"] > 0
     written = set().union(*(keys_of(row, names) for row in rows))
-    # What only the scores of pairs have.
+    # What only the scores of pairs have, and only those of a classifier.
     written |= Score(0.5, 1, 1, 1, margin=0.5).to_json().keys()
+    counts = {"x": LabelCounts(1, 2, 1), "y": LabelCounts(1, 0, 0)}
+    written |= keys_of(Score(0.5, 2, 2, 1, by_label=counts).to_json(), set(counts))
     assert written == told
 
 

@@ -165,8 +165,13 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 # ── unsupported directories ───────────────────────────────────────────────────────────────────────
 
 
-def refuse_unusable(directory: Path) -> None:
+def refuse_unusable(directory: Path, *, is_classifier: bool = False) -> None:
     """Refuse a directory whose weights would be loaded as something else than what is stored.
+
+    Args:
+        directory: The model's directory.
+        is_classifier: Whether it is loaded as a sequence classifier, which an embedding model's
+            encoder may become.
 
     Raises:
         ModelError: If the base is quantized, an embedding model, an adapter together with a model,
@@ -185,7 +190,8 @@ def refuse_unusable(directory: Path) -> None:
             "transformers and write it by save_pretrained"
         )
     _refuse_quantized(directory)
-    _refuse_embedding_model(directory)
+    if not is_classifier:
+        _refuse_embedding_model(directory)
 
 
 def _refuse_quantized(directory: Path) -> None:

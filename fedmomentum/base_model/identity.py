@@ -15,8 +15,10 @@ from torch import Tensor
 from fedmomentum.base_model.bundled import cache_directory
 from fedmomentum.base_model.checkpoint_files import checkpoint_files, read_config
 from fedmomentum.errors import FedMomentumError, ModelError
+from fedmomentum.formats.manifest import Base
 from fedmomentum.utils.io import sha256, write_json
 from fedmomentum.utils.schema import Hash, Schema, parse_json
+from fedmomentum.utils.text import printable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,18 +45,27 @@ class BaseIdentity:
         sha256: Over the sorted (name, shape, stored dtype, bytes) of the checkpoint's tensors, tied
             ones once; None if adapters were combined without their base.
         tokenizer_sha256: Over the tokenizer's files and chat template.
+        labels: Of a sequence classifier, in the order of its head's outputs: with the checkpoint
+            they decide the head that training starts from. Empty for a language model, and where
+            adapters were combined without their base.
     """
 
     name: str
     revision: str | None = None
     sha256: str | None = None
     tokenizer_sha256: str | None = None
+    labels: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, base: Base) -> BaseIdentity:
+        """Return the identity in a manifest."""
+        return cls(base.name, base.revision, base.sha256, base.tokenizer_sha256, base.labels)
 
     def check(self, other: BaseIdentity) -> None:
-        """Refuse another base model than this one; an unknown hash matches any.
+        """Refuse another base model than this one; an unknown hash, or no labels, match any.
 
         Raises:
-            ModelError: If both hashes are known and differ.
+            ModelError: If both hashes are known and differ, or the labels of both.
         """
         if self.sha256 and other.sha256 and self.sha256 != other.sha256:
             raise ModelError(
@@ -62,6 +73,16 @@ class BaseIdentity:
                 f"got {other.name} with {other.sha256[:16]}...; use the base that the run was made "
                 "with"
             )
+        if self.labels and other.labels and self.labels != other.labels:
+            raise ModelError(
+                f"the classifier's labels differ: wanted {_shown(self.labels)}; got "
+                f"{_shown(other.labels)}. Give all parties the same model.labels, in this order, "
+                "and the data that the run began with"
+            )
+
+
+def _shown(labels: Sequence[str]) -> str:
+    return printable(", ".join(map(repr, labels)), 300)
 
 
 def identify(name: str, directory: Path, revision: str | None = None) -> BaseIdentity:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
+from fedmomentum.base_model.classifier import is_other_head
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
 from fedmomentum.utils.modules import compute_logits
 from fedmomentum.utils.text import printable
@@ -169,9 +170,9 @@ def refuse_incomplete(
             )
     unexpected = sorted(info.unexpected)
     if is_classifier:
-        # A classifier made from a language model does not use its head.
-        is_head = re.compile(r"(^|\.)(lm_head|embed_out)\.")
-        unexpected = [name for name in unexpected if not is_head.search(name)]
+        # A classifier made from a language model or an encoder does not use its head.
+        stored = stored_tensors(directory)
+        unexpected = [name for name in unexpected if not is_other_head(name, model, stored)]
     if unexpected:
         raise ModelError(
             f"{directory} holds {_shown(unexpected)}, for which {kind} has no place: another model "
@@ -237,7 +238,7 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
         raise ModelError(
             f"the model in {directory} is no causal language model: a later token changes its "
             f"logits for earlier ones (by {difference:.2g}). Encoders and embedding models cannot "
-            "be trained here"
+            'be trained here, except as classifiers: model.task = "sequence-classification"'
         )
 
 
@@ -268,10 +269,18 @@ def max_positions(model: nn.Module) -> tuple[int | None, bool]:
     if not isinstance(positions, int) or positions <= 0:
         return None, False
     has_table = False
+    usable = positions
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.ndim == 2 and positions <= tensor.shape[0] <= positions + POSITION_PADDING:
-            has_table = has_table or bool(re.search(r"(^|[._])(wpe|pos)", name))
-    return positions, has_table
+        is_table = tensor.ndim == 2 and 0 <= tensor.shape[0] - positions <= POSITION_PADDING
+        if not is_table or not re.search(r"(^|[._])(wpe|pos)", name):
+            continue
+        has_table = True
+        # RoBERTa counts from behind its pad token, within a table of no more rows.
+        owner = model.get_submodule(name.rpartition(".")[0])
+        padding = getattr(owner, "padding_idx", None)
+        if padding is not None:
+            usable = min(usable, tensor.shape[0] - padding - 1)
+    return usable, has_table
 
 
 def check_max_length(model: nn.Module, max_length: int, key: str = "data.max-length") -> None:

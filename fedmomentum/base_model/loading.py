@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fedmomentum.base_model.checkpoint_files import read_config, read_json_object, refuse_unusable
+from fedmomentum.base_model.classifier import (
+    check_label_order,
+    initialize_head,
+    is_head,
+    refuse_other_classifiers,
+)
 from fedmomentum.base_model.load_checks import (
     LoadingInfo,
     refuse_incomplete,
@@ -76,12 +82,14 @@ def load_base(
     device: torch.device,
     *,
     num_labels: int | None = None,
+    labels: Sequence[str] = (),
     supplied: Collection[str] = (),
 ) -> PreTrainedModel:
     """Load the model in a directory, in eval mode, with every weight from the checkpoint.
 
     Models that transformers would load with random, quantized or left-out weights are refused, and
-    so are models that are no causal language model.
+    so are models that are no causal language model. A classifier with named labels has a head that
+    is the same for every party; see `classifier`.
 
     Args:
         directory: As written by `save_pretrained`.
@@ -89,6 +97,7 @@ def load_base(
         device: The device of the weights.
         num_labels: If given, load a sequence classifier with so many labels instead of a causal
             language model.
+        labels: If given, load a sequence classifier with these labels.
         supplied: Names of tensors that the caller sets afterwards, so that the checkpoint need not
             hold them.
 
@@ -96,10 +105,16 @@ def load_base(
         ModelError: If transformers cannot load it, or would load something else than the checkpoint
             holds.
     """
-    refuse_unusable(directory)
-    is_classifier = num_labels is not None
+    is_classifier = bool(labels) or num_labels is not None
+    refuse_unusable(directory, is_classifier=is_classifier)
     auto_class = AutoModelForSequenceClassification if is_classifier else _text_class(directory)
-    label_arguments = {"num_labels": num_labels} if is_classifier else {}
+    label_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
+    if labels:
+        check_label_order(directory, labels)
+        label_arguments = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
     what = f"{auto_class.__name__} cannot load a model from {directory}"
     with translate_library_errors(what, read_config(directory)):
         model, info = auto_class.from_pretrained(
@@ -112,7 +127,15 @@ def load_base(
             ignore_mismatched_sizes=True,
             **label_arguments,
         )
-    refuse_incomplete(directory, model, LoadingInfo.of(info), supplied, is_classifier=is_classifier)
+    loading = LoadingInfo.of(info)
+    if labels:
+        # Only a head may be missing; anything else makes the checkpoint incomplete.
+        refuse_other_classifiers(directory, model)
+        names = loading.missing.union(name for name, _, _ in loading.mismatched)
+        fresh = {name for name in names if is_head(name, model)}
+        initialize_head(model, fresh, directory, labels)
+        supplied = fresh.union(supplied)
+    refuse_incomplete(directory, model, loading, supplied, is_classifier=is_classifier)
     with translate_out_of_memory(f"the model in {directory} does not fit on {device}"):
         placed: PreTrainedModel = model.to(device).eval()
     if not is_classifier:
@@ -134,7 +157,9 @@ def _text_class(directory: Path) -> Any:
     return AutoModelForCausalLM
 
 
-def load_tokenizer(directory: Path, vocabulary: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    directory: Path, vocabulary: int | None = None, *, generates: bool = True
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a directory.
 
     A pad token that is missing, or outside the model's vocabulary, becomes the end token: padding
@@ -143,9 +168,10 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> PreTrained
     Args:
         directory: The directory.
         vocabulary: The number of tokens that the model embeds, if known; see `vocabulary_size`.
+        generates: Whether the model generates text, which needs an end token.
 
     Raises:
-        ModelError: If there is none, or it has no end token.
+        ModelError: If there is none, or it has no end token and needs one.
     """
     configs = [read_json_object(directory / "tokenizer_config.json"), read_config(directory)]
     config_with_code = next((config for config in configs if config.get("auto_map")), {})
@@ -154,13 +180,14 @@ def load_tokenizer(directory: Path, vocabulary: int | None = None) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and generates:
         raise ModelError(
             f"the tokenizer in {directory} has no end token (eos_token), so generation could not "
             "end"
         )
     pad = tokenizer.pad_token_id
-    if pad is None or (vocabulary is not None and pad >= vocabulary):
+    is_unusable = pad is None or (vocabulary is not None and pad >= vocabulary)
+    if is_unusable and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

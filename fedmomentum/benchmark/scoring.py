@@ -25,7 +25,7 @@ from fedmomentum.formats.benchmark_file import (
 )
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.formats.manifest import as_manifest
-from fedmomentum.run.inference import LoadSettings, ModelPair
+from fedmomentum.run.inference import LoadSettings, ModelPair, refuse_generation
 from fedmomentum.run.saved_model import Result, open_result
 
 Loaded = ModelPair | PlainModel
@@ -94,7 +94,8 @@ def run_benchmarks(
         One result a task, in the order asked for.
 
     Raises:
-        ConfigError: If there is no such task, or programs would have to be run and may not be.
+        ConfigError: If there is no such task, programs would have to be run and may not be, or the
+            model is a classifier.
         DataError: If a task file, its data or a prompt cannot be used.
         FedMomentumError: See `open_result` and `ModelPair`.
     """
@@ -110,6 +111,9 @@ def run_benchmarks(
             on_result(collected[name])
         return [collected[name] for name in tasks]
     results = _open_rounds(subject)
+    # A classifier has no likelihoods of answers.
+    for result in results:
+        refuse_generation(result)
     for number, result in enumerate(results):
         on_step(f"loading {result.title}", 0)
         pair = ModelPair(result, load)

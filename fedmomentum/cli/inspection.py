@@ -73,6 +73,8 @@ def _model_facts(directory: Path, model: GlobalModel) -> Iterator[Row]:
     yield from _personal_facts(directory, model)
     revision = f" @ {model.base.revision}" if model.base.revision else ""
     yield "base model", f"{model.base.name}{revision}"
+    if model.base.labels:
+        yield "labels", printable(", ".join(model.base.labels), 1000)
     yield "base SHA-256", model.base.sha256 or "unknown: aggregated without the base model"
     yield "tokenizer SHA-256", model.base.tokenizer_sha256 or "unknown"
     yield "version", model.version

@@ -121,7 +121,11 @@ def evaluate(
     device: DeviceOption = "",
 ) -> None:
     """Compute loss, perplexity and exact match on held-out examples, for tuned and base model."""
-    from fedmomentum.cli.tables import evaluation_notes, evaluation_table, evaluation_title
+    from fedmomentum.cli.evaluation_tables import (
+        evaluation_notes,
+        evaluation_table,
+        evaluation_title,
+    )
     from fedmomentum.run.evaluate import evaluate_on
     from fedmomentum.run.inference import LoadSettings
     from fedmomentum.run.saved_model import open_result

@@ -107,9 +107,11 @@ def _print_summary(out: Path) -> Path:
 
 def _next_commands(out: Path) -> list[tuple[str, str]]:
     """Return what can be done with a finished run: a title and a command each."""
+    from fedmomentum.formats.directories import find_manifest, read_manifest
     from fedmomentum.run.saved_model import example_client
 
     client = example_client(out)
+    is_classifier = bool(read_manifest(find_manifest(out, "last")).base.labels)
     model = [out] if client is None else [out, "--client", client]
     title = "the merged model" if client is None else "the model of a client"
 
@@ -117,9 +119,11 @@ def _next_commands(out: Path) -> list[tuple[str, str]]:
         words = [*model, "--to", kind, "--out", f"{out}-{kind}"]
         return shell_command("fedmomentum", "export", *words)
 
-    generate = shell_command("fedmomentum", "generate", *model)
+    use = shell_command("fedmomentum", "generate", *model) + ' --prompt "..."'
+    if is_classifier:
+        use = shell_command("fedmomentum", "evaluate", *model) + " --data FILE"
     return [
         (title, export("merged")),
         ("one plain PEFT adapter", export("adapter")),
-        ("try it", f'{generate} --prompt "..."'),
+        ("try it", use),
     ]

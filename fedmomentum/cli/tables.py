@@ -1,9 +1,9 @@
-"""Tables for the terminal: a run's plan, rounds and summary; comparisons; evaluations."""
+"""Tables for the terminal: a run's plan, rounds and summary; comparisons."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from fedmomentum.results.formatting import (
     number,
     percent,
     points,
+    with_interval,
 )
 from fedmomentum.utils.text import printable
 
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
     from fedmomentum.results.method_summary import MethodSummary
     from fedmomentum.results.run_results import RunResults
     from fedmomentum.results.summary import SummaryRow
-    from fedmomentum.run.evaluate import ModelComparison
-    from fedmomentum.run.saved_model import Result
 
 
 MAX_ABSENCES = 12
 """Clients with missing updates that are named when a run ends; the report names all."""
 MAX_CATEGORIES = 8
 """Categories with a column of their own in the table of the partition: what a terminal fits."""
+MAX_LABELS = 20
+"""Labels of a classifier that the plan names; plan.json names all."""
 MAX_CLIENTS = 40
 """Clients with a row of their own in the table of the partition: a screenful."""
 NUM_EXTREMES = 6
@@ -89,11 +90,24 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "memory": f"about {human_bytes(plan.memory_bytes)}",
         "disk": f"at most {human_bytes(plan.disk_bytes)} in {out}",
     }
+    if plan.labels:
+        rows["labels"] = _label_list(plan.labels)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
         if text:
             table.add_row(Text(name, style="bold"), Text(text))
     return table
+
+
+def _label_list(labels: Mapping[str, int | None]) -> str:
+    """Return a classifier's labels, each with its number of training examples where known."""
+    shown = []
+    for label, num_examples in list(labels.items())[:MAX_LABELS]:
+        number_text = "" if num_examples is None else f" ({count(num_examples)})"
+        shown.append(printable(label, 60) + number_text)
+    num_more = len(labels) - len(shown)
+    more = f" and {num_more} more" if num_more else ""
+    return f"{len(labels)}: {', '.join(shown)}{more}"
 
 
 def partition_table(clients: Sequence[Client]) -> Table:
@@ -128,6 +142,8 @@ def round_cells(record: RoundRecord) -> list[str]:
         score = record.evaluation.total
         loss = number(score.loss if score.num_tokens else None)
         exact_match = f"{percent(score.exact_match)} of {score.num_examples}"
+        if score.macro_f1 is not None:
+            exact_match += f", macro F1 {percent(score.macro_f1)}"
         if score.is_of_pairs:
             exact_match += f", margin {number(score.mean_margin)}"
     error = record.exactness_error
@@ -158,6 +174,9 @@ def summary_table(results: RunResults) -> Table:
         *columns,
         title=f"{total.measure.capitalize()} on held-out examples, % [95 % interval]",
     )
+    if total.by_label:
+        macro_f1 = [_macro_f1(score) for score in (rows[0].base, rows[0].federated)]
+        table.caption = f"macro F1: {' -> '.join(macro_f1)}"
     if total.is_of_pairs:
         margins = [_margin(score) for score in (rows[0].base, rows[0].federated)]
         table.caption = f"mean margin: {' -> '.join(margins)}. The base is its own reference"
@@ -165,6 +184,10 @@ def summary_table(results: RunResults) -> Table:
         _add_group(table, list(group))
         table.add_section()
     return table
+
+
+def _macro_f1(score: Score | None) -> str:
+    return "-" if score is None or score.macro_f1 is None else percent(score.macro_f1)
 
 
 def _margin(score: Score | None) -> str:
@@ -205,7 +228,7 @@ def _loss_cell(measure: Score | None) -> str:
 
 
 def _measure_cell(measure: Score | None) -> Text:
-    return Text("-" if measure is None else _with_interval(measure.exact_match, measure.interval))
+    return Text("-" if measure is None else with_interval(measure.exact_match, measure.interval))
 
 
 def absence_lines(results: RunResults) -> list[Text]:
@@ -302,73 +325,3 @@ def _cost_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> T
 
 def _method_name(summary: MethodSummary, baseline: str) -> Text:
     return Text(summary.method, style="bold" if summary.method == baseline else "")
-
-
-# ── an evaluation ──
-
-
-def evaluation_title(result: Result, comparison: ModelComparison) -> str:
-    """Return what was scored: which model, on how many examples, and how."""
-    how = ", answers generated" if comparison.by_generation else ""
-    total = comparison.tuned.all.total
-    measure = f"{total.measure} in % [95 % interval]"
-    return f"{result.title}: {total.num_examples} examples{how}; {measure}"
-
-
-def evaluation_table(comparison: ModelComparison) -> Table:
-    """Return the scores of base and tuned model: of all examples, by client, by category."""
-    base = comparison.base
-    tuned = comparison.tuned
-    columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
-    last = "margin" if tuned.all.total.is_of_pairs else "perplexity"
-    table = Table(Column("", overflow="fold", min_width=8), *columns, last)
-    table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
-    if len(base.by_client) > 1:
-        table.add_section()
-        for client in sorted(base.by_client):
-            cells = _score_cells(base.by_client[client], tuned.by_client[client])
-            table.add_row(Text(printable(client)), *cells)
-    if len(base.all.by_category) > 1:
-        table.add_section()
-        for category in sorted(base.all.by_category.keys() | tuned.all.by_category.keys()):
-            base_score = base.all.by_category.get(category, NO_EXAMPLES)
-            tuned_score = tuned.all.by_category.get(category, NO_EXAMPLES)
-            table.add_row(Text(printable(category)), *_score_cells(base_score, tuned_score))
-    return table
-
-
-def evaluation_notes(comparison: ModelComparison) -> list[str]:
-    """Return which examples the scores leave out or count as wrong, and why."""
-    notes = []
-    if comparison.num_lost:
-        verb = "is" if comparison.num_lost == 1 else "are"
-        notes.append(
-            f"{comparison.num_lost} more {verb} left out: the prompt alone is too long for "
-            f"{comparison.max_length} tokens"
-        )
-    if comparison.tuned.all.total.is_of_pairs:
-        notes.append("the base is its own reference: it prefers no answer to another")
-    if comparison.num_cut:
-        effect = "compared so" if comparison.tuned.all.total.is_of_pairs else "never exact"
-        notes.append(
-            f"{comparison.num_cut} of the answers are cut at {comparison.max_length} tokens and "
-            f"{effect}"
-        )
-    return notes
-
-
-def _score_cells(base: Score, tuned: Score) -> list[str]:
-    exact_matches = [_with_interval(score.exact_match, score.interval) for score in (base, tuned)]
-    if not base.num_tokens:
-        return [*exact_matches, "-", "-"]
-    loss = f"{number(base.loss)} -> {number(tuned.loss)}"
-    if tuned.is_of_pairs:
-        return [*exact_matches, loss, f"{_margin(base)} -> {_margin(tuned)}"]
-    perplexity = f"{base.perplexity:.3g} -> {tuned.perplexity:.3g}"
-    return [*exact_matches, loss, perplexity]
-
-
-def _with_interval(fraction: float, bounds: tuple[float, float]) -> str:
-    """Return a fraction and its interval in percent, such as `38.6 [34.2, 43.1]`."""
-    low, high = bounds
-    return f"{100 * fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

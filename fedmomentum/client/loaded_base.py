@@ -1,12 +1,14 @@
-"""The base model that a process has loaded, for all adapters that it trains."""
+"""`LoadedBase`: the base model of a process, for all adapters that it trains."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.classifier import set_pad_token
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
@@ -23,7 +25,7 @@ class LoadedBase:
 
     Attributes:
         directory: The directory that it was loaded from.
-        identity: Its name and content hashes.
+        identity: Its name, content hashes and labels.
         tokenizer: Its tokenizer.
         model: The transformers model; it is never trained or changed.
     """
@@ -34,8 +36,12 @@ class LoadedBase:
     model: Any = field(repr=False)
 
     @classmethod
-    def from_config(cls, model: ModelConfig) -> LoadedBase:
+    def from_config(cls, model: ModelConfig, labels: Sequence[str] = ()) -> LoadedBase:
         """Find, identify and load the base model of a configuration.
+
+        Args:
+            model: The section [model] of the configuration.
+            labels: If given, load a sequence classifier with these labels.
 
         Raises:
             ModelError: If it cannot be found or loaded.
@@ -43,10 +49,12 @@ class LoadedBase:
         directory = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
         identity = identify(model.name, directory, model.revision)
-        base = load_base(directory, pick_dtype(model.dtype, device), device)
-        tokenizer = load_tokenizer(directory, vocabulary_size(base))
+        base = load_base(directory, pick_dtype(model.dtype, device), device, labels=labels)
+        tokenizer = load_tokenizer(directory, vocabulary_size(base), generates=not labels)
         set_chat_date(tokenizer, model.chat_date)
-        return cls(directory, identity, tokenizer, base)
+        if labels:
+            set_pad_token(base, tokenizer)
+        return cls(directory, replace(identity, labels=tuple(labels)), tokenizer, base)
 
     def copy(self) -> Any:
         """Return a model of the same tensors but with modules of its own, to attach an adapter."""

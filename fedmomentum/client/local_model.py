@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
+from fedmomentum.base_model.classifier import head_modules
 from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.base_model.weights import Float32Weights
@@ -69,26 +70,29 @@ class LocalModel:
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
     ) -> None:
-        loaded = loaded or LoadedBase.from_config(model)
+        loaded = loaded or LoadedBase.from_config(model, model.labels)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
         base = loaded.copy()
+        # A classifier's head is trained in full, beside whatever else the user names.
+        self._head = head_modules(base, self.directory) if self.identity.labels else []
         self.num_parameters = sum(parameter.numel() for parameter in base.parameters())
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
         # A matrix too small for the run's rank is so for all clients.
-        saved = find_saved_modules(base, lora.modules_to_save)
+        saved = find_saved_modules(base, self._names_to_save(lora))
         self._choose_targets = partial(
             choose_targets,
             find_linear_modules(base),
             rank=lora.rank,
             saved=saved,
+            head=self._head,
         )
         self.targets = self._choose_targets(lora.target_modules, parameters=lora.target_parameters)
         with translate_out_of_memory(f"an adapter on {model.name} does not fit"):
-            self.peft = _attach(base, lora, self.targets, seed)
+            self.peft = self._attach(base, lora, self.targets, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
 
         # What this client trains of it may have fewer modules and a lower rank.
@@ -109,11 +113,27 @@ class LocalModel:
         self._probe_vector_cache: tuple[int, ProbeVectors] = (-1, {})
         self._merge_probe_cache: _MergeProbes | None = None
 
+    def _attach(self, base: Any, lora: LoraConfig, targets: Targets, seed: int) -> PeftModel:
+        return attach_adapter(
+            base,
+            rank=lora.rank,
+            lora_alpha=lora.lora_alpha,
+            target_modules=targets,
+            dropout=lora.dropout,
+            use_rslora=lora.use_rslora,
+            modules_to_save=self._names_to_save(lora),
+            seed=seed,
+        )
+
+    def _names_to_save(self, lora: LoraConfig) -> list[str]:
+        """Return what is trained in full: a classifier's head, and what the user names."""
+        return [*self._head, *(name for name in lora.modules_to_save if name not in self._head)]
+
     def _reattach(self, lora: LoraConfig) -> None:
         """Attach an adapter of these settings instead of the present one, on the same base."""
         if lora != self._attached_lora:
             targets = self._choose_targets(lora.target_modules, parameters=lora.target_parameters)
-            self.peft = _attach(detach_adapter(self.peft), lora, targets, self._seed)
+            self.peft = self._attach(detach_adapter(self.peft), lora, targets, self._seed)
             self._layers = lora_layers(self.peft)
             self._attached_lora = lora
 
@@ -357,16 +377,3 @@ class _MergeProbes:
     objects: tuple[str, ...]
     pretrained: dict[str, Tensor]
     merged: dict[str, Tensor]
-
-
-def _attach(base: Any, lora: LoraConfig, targets: Targets, seed: int) -> PeftModel:
-    return attach_adapter(
-        base,
-        rank=lora.rank,
-        lora_alpha=lora.lora_alpha,
-        target_modules=targets,
-        dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        modules_to_save=lora.modules_to_save,
-        seed=seed,
-    )

@@ -106,6 +106,7 @@ class Worker:
         description = Description(
             sha256=model.identity.sha256 or "",
             tokenizer_sha256=model.identity.tokenizer_sha256 or "",
+            labels=model.identity.labels,
             num_parameters=model.num_parameters,
             num_train=len(self.train),
             num_test=len(self.test),

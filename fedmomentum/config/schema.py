@@ -24,11 +24,15 @@ from fedmomentum.config.fields import (
 from fedmomentum.config.training import TrainingConfig
 from fedmomentum.utils.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.utils.names import check_client_name
+from fedmomentum.utils.schema import MAX_LABELS
 
 WIRE_DTYPES = ("float32", "float16", "bfloat16")
 PARTITIONS = ("iid", "dirichlet", "categories", "sizes")
 BUILT_IN_SOURCE = "reasoning-gym"
 """The `data.source` that stands for the built-in tasks."""
+CAUSAL_LM = "causal-lm"
+CLASSIFICATION = "sequence-classification"
+TASKS = (CAUSAL_LM, CLASSIFICATION)
 MAX_THREADS = 4096
 """More CPU threads than any machine has: a larger number is a typing error."""
 
@@ -40,6 +44,16 @@ class ModelConfig:
     name: str = option(
         "smollm2-135m-instruct",
         "the embedded model, a model directory, or a name on the Hugging Face hub",
+    )
+    task: str = option(
+        CAUSAL_LM,
+        "causal-lm (answers to prompts), or sequence-classification (labels of texts); see "
+        "docs/classification.md",
+    )
+    labels: list[str] = option(
+        [],
+        "of a classifier: its labels in the order of the head's outputs; empty: those of the data, "
+        "sorted. A federation over a network needs them, the same for server and clients",
     )
     revision: str | None = option(None, "hub revision (commit, tag or branch)")
     dtype: str = option(
@@ -56,6 +70,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         parse_date(self.chat_date)
+        require_choice("model.task", self.task, TASKS)
+        if self.labels:
+            wanted = f'left out with task = "{self.task}"'
+            require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)
+            are_names = all(label.strip() for label in self.labels)
+            wanted = f"two to {MAX_LABELS} different names"
+            are_different = 2 <= len(set(self.labels)) == len(self.labels) <= MAX_LABELS
+            require(are_names and are_different, "model.labels", self.labels, wanted)
 
 
 CLIENT_LORA_KEYS = ("rank", "lora-alpha", "target-modules", "target-parameters")

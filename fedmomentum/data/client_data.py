@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedmomentum.config.schema import BUILT_IN_SOURCE, DataConfig
+from fedmomentum.config.schema import BUILT_IN_SOURCE, CAUSAL_LM, CLASSIFICATION, DataConfig
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
-from fedmomentum.data.examples import ClientData, Example, Prompt
+from fedmomentum.data.examples import ClientData, Example, Prompt, TextPair
+from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
 from fedmomentum.data.readers import column_texts, read_rows, to_examples
 from fedmomentum.errors import ConfigError, DataError
@@ -47,7 +48,9 @@ PromptKey = Callable[[Prompt], str]
 """Returns a text that two prompts share if and only if one must not test what the other trains."""
 
 
-def load_clients(config: DataConfig, seed: int, *, loss_on: str = "last") -> list[ClientData]:
+def load_clients(
+    config: DataConfig, seed: int, *, loss_on: str = "last", task: str = CAUSAL_LM
+) -> list[ClientData]:
     """Load the examples of all clients, sorted by client id.
 
     Which client has which examples is decided by the first of these that applies:
@@ -66,6 +69,7 @@ def load_clients(config: DataConfig, seed: int, *, loss_on: str = "last") -> lis
         config: The section [data] of the configuration.
         seed: Decides the built-in examples, the partition and what is held out.
         loss_on: Which turns of a chat are learned; see `tokenize`.
+        task: The model's task, `model.task`; it decides which columns are read.
 
     Returns:
         The clients.
@@ -77,8 +81,8 @@ def load_clients(config: DataConfig, seed: int, *, loss_on: str = "last") -> lis
     """
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
-    examples = dict(sorted(assign_clients(config, seed).items()))
-    train, test = hold_out(config, examples, seed, partial(_prompt_key, loss_on=loss_on))
+    examples = dict(sorted(assign_clients(config, seed, task).items()))
+    train, test = hold_out(config, examples, seed, partial(_prompt_key, loss_on=loss_on), task)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
 
@@ -100,7 +104,7 @@ def _count_categories(examples: Sequence[Example]) -> dict[str, int]:
 # ── which client has which examples ───────────────────────────────────────────────────────────────
 
 
-def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
+def assign_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> ClientExamples:
     """Return all examples of each client, before any is held out.
 
     Raises:
@@ -109,14 +113,15 @@ def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
     if config.client_files:
         clients = {}
         for client, file in config.client_files.items():
-            _, clients[client] = read_source(file, config.split, config.category_column)
+            _, clients[client] = read_source(file, config.split, config.category_column, task)
         return clients
     if config.source == BUILT_IN_SOURCE:
         examples = task_examples(task_names(config), config.num_examples, seed)
-        return _simulate_clients(config, examples, seed)
-    rows, examples = read_source(config.source, config.split, config.category_column)
+        return _simulate_clients(config, examples, seed, has_categories=True)
+    rows, examples = read_source(config.source, config.split, config.category_column, task)
     if not config.client_column:
-        return _simulate_clients(config, examples, seed)
+        has_categories = config.category_column is not None or task == CLASSIFICATION
+        return _simulate_clients(config, examples, seed, has_categories=has_categories)
     # A column names the client of each row.
     owners = column_texts(rows, config.client_column, where=config.source)
     for number, owner in enumerate(owners, start=1):
@@ -125,13 +130,17 @@ def assign_clients(config: DataConfig, seed: int) -> ClientExamples:
     return _by_owner(examples, owners)
 
 
-def read_source(source: str, split: str, category_column: str | None) -> tuple[Rows, list[Example]]:
+def read_source(
+    source: str, split: str, category_column: str | None, task: str = CAUSAL_LM
+) -> tuple[Rows, list[Example]]:
     """Read a file, directory or hub data set, as rows and as examples.
 
     Raises:
         DataError: If it cannot be used.
     """
     rows = read_rows(source, split=split)
+    if task == CLASSIFICATION:
+        return rows, to_labeled_examples(rows, where=source)
     return rows, to_examples(rows, category_column=category_column, where=source)
 
 
@@ -140,10 +149,11 @@ def task_names(config: DataConfig) -> list[str]:
     return list(config.tasks or DEFAULT_TASKS)
 
 
-def _simulate_clients(config: DataConfig, examples: Sequence[Example], seed: int) -> ClientExamples:
+def _simulate_clients(
+    config: DataConfig, examples: Sequence[Example], seed: int, *, has_categories: bool
+) -> ClientExamples:
     """Divide one source among numbered clients."""
     by_category = config.partition in ("dirichlet", "categories")
-    has_categories = config.source == BUILT_IN_SOURCE or config.category_column is not None
     if by_category and not has_categories:
         raise DataError(f'partition "{config.partition}" divides by category; give category-column')
     parts = partition(
@@ -176,7 +186,7 @@ def _by_owner(examples: Sequence[Example], owners: Sequence[str]) -> ClientExamp
 
 
 def hold_out(
-    config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey
+    config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey, task: str
 ) -> tuple[ClientExamples, ClientExamples]:
     """Return each client's training examples, and its test examples.
 
@@ -187,7 +197,7 @@ def hold_out(
         tests = _built_in_tests(config, clients, seed, key)
         return clients, _assign_in_proportion(tests, clients, seed)
     if config.test_source is not None:
-        return clients, _shared_tests(config, config.test_source, clients, seed, key)
+        return clients, _shared_tests(config, config.test_source, clients, seed, key, task)
     return _hold_out_fraction(config, clients, seed, key)
 
 
@@ -210,7 +220,7 @@ def _built_in_tests(
 
 
 def _shared_tests(
-    config: DataConfig, source: str, clients: ClientExamples, seed: int, key: PromptKey
+    config: DataConfig, source: str, clients: ClientExamples, seed: int, key: PromptKey, task: str
 ) -> ClientExamples:
     """Divide a common test set among the clients.
 
@@ -218,7 +228,7 @@ def _shared_tests(
     training examples of it.
     """
     # Leave out what is trained on.
-    rows, tests = read_source(source, config.test_split, config.category_column)
+    rows, tests = read_source(source, config.test_split, config.category_column, task)
     trained = _trained_prompts(clients, key)
     is_new = [key(example.prompt) not in trained for example in tests]
     if not any(is_new):
@@ -320,6 +330,8 @@ def _prompt_key(prompt: Prompt, loss_on: str) -> str:
     """
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, TextPair):
+        return json.dumps(prompt)
     messages = list(prompt)
     if loss_on == "all-assistant":
         messages = list(takewhile(lambda message: message["role"] != "assistant", messages))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmomentum.errors import DataError
 from fedmomentum.utils.names import check_client_name
@@ -19,8 +19,16 @@ MAX_CATEGORIES = 10_000
 Message = dict[str, Any]
 """A chat message: `role`, `content`, and perhaps its role's keys of `TOOL_KEYS`."""
 
-Prompt = str | tuple[Message, ...]
-"""Plain text, or the chat messages before the answer."""
+
+class TextPair(NamedTuple):
+    """Two texts that are classified together."""
+
+    first: str
+    second: str
+
+
+Prompt = str | tuple[Message, ...] | TextPair
+"""Plain text, the chat messages before the answer, or a pair of texts to classify."""
 
 TOOL_KEYS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
 """Role to what its messages may hold besides role and content, where tools are called."""
@@ -48,8 +56,9 @@ class Example:
 
     Attributes:
         prompt: Plain text, or the chat messages before the answer, each with ``role`` and
-            ``content``; some with keys of `TOOL_KEYS` too.
-        completion: The text of the answer (the assistant's last turn), never empty.
+            ``content``; some with keys of `TOOL_KEYS` too. Of a classifier what is classified, a
+            text or a pair of them.
+        completion: The text of the answer (the assistant's last turn), or the label; never empty.
         category: The label or task by which examples are partitioned and results reported: a short
             name.
         scoring: JSON that the task's own scorer needs; empty for an exact match of the stripped
@@ -109,6 +118,8 @@ def _check_prompt(prompt: object) -> None:
     """Refuse a prompt that holds no text, or messages of another shape."""
     if isinstance(prompt, str):
         has_text = bool(prompt.strip())
+    elif isinstance(prompt, TextPair):
+        has_text = bool(prompt.first.strip() and prompt.second.strip())
     elif isinstance(prompt, tuple):
         if not prompt:
             raise DataError(

@@ -196,6 +196,8 @@ def _detect_format(columns: Sequence[str], where: str) -> str:
     if len(kinds) == 1:
         return kinds[0]
     problem = "fit no known format; rename them"
+    if "label" in present and ("text" in present or "text_a" in present):
+        problem += ', or train a classifier on them (model.task = "sequence-classification")'
     if kinds:
         problem = f"fit several formats ({', '.join(kinds)}); remove the columns of the others"
     raise DataError(

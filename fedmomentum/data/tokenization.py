@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedmomentum.data.continuation import continuation_ids
 from fedmomentum.data.encoding import encode_texts
+from fedmomentum.data.examples import TextPair
 from fedmomentum.data.tokenized import Span, TokenizedExamples
 from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
@@ -284,6 +285,8 @@ def _prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a prompt as the model sees it."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, TextPair):
+        raise DataError("a pair of texts is classified, not answered; give a prompt instead")
     return _chat_text(prompt, tokenizer, ends_with_answer=False)
 
 

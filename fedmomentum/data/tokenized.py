@@ -51,8 +51,10 @@ class TokenizedExamples:
 
     Attributes:
         input_ids: Token ids of prompt, completion and end token of each example. Of a chat whose
-            assistant's turns are all learned: the complete chat.
-        num_prompt_tokens: How many of those belong to the prompt; no loss is taken on them.
+            assistant's turns are all learned: the complete chat. For a classifier those of the
+            text, and then the index of its label.
+        num_prompt_tokens: How many of those belong to the prompt; no loss is taken on them. For a
+            classifier the tokens of the first text of a pair.
         categories: The category of each example.
         is_truncated: Whether ``max_length`` cut off part of the completion (or its end token).
         num_lost: How many further examples were dropped because nothing of their completion was

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from fedmomentum.data.builtin_tasks import score_answer
-from fedmomentum.formats.scores import NO_EXAMPLES, Score
+from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts, Score
 
 if TYPE_CHECKING:
     from fedmomentum.data.examples import Example
@@ -84,14 +84,18 @@ def evaluate_task(
     Returns:
         The scores in total and by category.
     """
-    # Sum by category first: the total is the sum of the categories in sorted order.
+    # Sum by category first: the total is the sum of the categories in sorted order. A classifier's
+    # counts by label belong to the total: what a category is taken for lies in others.
     by_category: dict[str, Score] = {}
     for index, answer in answers:
         example = task.get_example(index)
         score = by_category.get(example.category, NO_EXAMPLES)
         by_category[example.category] = score + task.evaluate(example, answer)
     by_category = dict(sorted(by_category.items()))
-    return Evaluation(sum(by_category.values(), NO_EXAMPLES), by_category)
+    total = sum(by_category.values(), NO_EXAMPLES)
+    for name, score in by_category.items():
+        by_category[name] = score.without_labels()
+    return Evaluation(total, by_category)
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,25 @@ class TeacherForcedTask:
 
     def evaluate(self, example: TokenizedExample, answer: ExampleScore) -> Score:
         """Score the predictions of an example's tokens."""
+        # Both answers of a pair may be cut; of a cut completion nobody knows the end.
         is_pair = answer.margin is not None
         is_exact = answer.is_exact and (is_pair or not example.is_truncated)
-        return Score(answer.nll, answer.num_targets, 1, int(is_exact), margin=answer.margin)
+        by_label = _label_counts(answer.label, answer.predicted) if answer.label else {}
+        return Score(
+            answer.nll,
+            answer.num_targets,
+            1,
+            int(is_exact),
+            margin=answer.margin,
+            by_label=by_label,
+        )
+
+
+def _label_counts(label: str, predicted: str) -> dict[str, LabelCounts]:
+    """Return the counts of one classified example."""
+    if label == predicted:
+        return {label: LabelCounts(1, 1, 1)}
+    return {label: LabelCounts(1, 0, 0), predicted: LabelCounts(0, 1, 0)}
 
 
 @dataclass(frozen=True)

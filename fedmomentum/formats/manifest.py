@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from fedmomentum.errors import FedMomentumError, FormatError, ModelError
 from fedmomentum.utils.schema import (
+    MAX_LABELS,
     Count,
     Hash,
     Label,
@@ -48,6 +49,7 @@ class Base(Schema, frozen=True, kw_only=True):
     revision: Text | None
     sha256: Hash | None
     tokenizer_sha256: Hash | None
+    labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
 
 
 class AdapterObjects(Schema, frozen=True, kw_only=True):

@@ -87,6 +87,10 @@ def _keep_sums(evaluation: dict[str, Any]) -> None:
         score = group.get(name)
         if isinstance(score, dict):
             group[name] = {key: score[key] for key in Score.__struct_fields__ if key in score}
+            by_label = score.get("by_label")
+            for counts in by_label.values() if isinstance(by_label, dict) else ():
+                if isinstance(counts, dict):
+                    counts.pop("f1", None)
 
 
 def read_metrics(path: Path, error: type[FedMomentumError] = DataError) -> list[bytes]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Plan:
         warnings: What the user should know before it starts.
         optimizer_state: What the clients' optimizers start a round with.
         objective: What is learned, as [training] says it.
+        labels: Of a classifier, label to its number of training examples, in the order of the
+            head; None where only the clients know it.
     """
 
     model: str
@@ -44,3 +47,4 @@ class Plan:
     warnings: tuple[str, ...]
     optimizer_state: str = "fresh"
     objective: str = ""
+    labels: Mapping[str, int | None] = field(default_factory=dict)

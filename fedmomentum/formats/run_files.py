@@ -59,6 +59,8 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     not_adapted: list[str] = []
     warnings: list[str] = []
     optimizer_state: str = "fresh"
+    objective: str = ""
+    labels: dict[str, Count | None] = {}
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 
-from fedmomentum.utils.schema import Count, Schema
+from fedmomentum.utils.schema import MAX_LABELS, Count, Label, Schema
 
 LARGEST = 1e300
 """Larger numbers overflow as soon as something is done with them, be it drawing a curve."""
@@ -17,17 +18,55 @@ NORMAL_95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution: two-sided 95 %."""
 
 
+class LabelCounts(Schema, frozen=True, kw_only=False):
+    """How often a classifier was right on one label.
+
+    Attributes:
+        num_examples: Number of examples with the label.
+        num_predicted: Number of examples for which it was the most likely one.
+        num_exact: Number of examples of both kinds.
+    """
+
+    num_examples: Count
+    num_predicted: Count
+    num_exact: Count
+
+    def __post_init__(self) -> None:
+        """Check that the numbers fit each other."""
+        if self.num_exact > min(self.num_examples, self.num_predicted):
+            raise ValueError(
+                f"{self.num_exact} right predictions of {self.num_predicted} for "
+                f"{self.num_examples} examples of a label"
+            )
+
+    def __add__(self, other: LabelCounts) -> LabelCounts:
+        """Return the counts of both groups together."""
+        return LabelCounts(
+            self.num_examples + other.num_examples,
+            self.num_predicted + other.num_predicted,
+            self.num_exact + other.num_exact,
+        )
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of precision and recall; None for a label that does not occur."""
+        total = self.num_examples + self.num_predicted
+        return 2 * self.num_exact / total if total else None
+
+
 class Score(Schema, frozen=True, kw_only=False):
     """Sums over a group of held-out examples, so that groups and clients can be added.
 
     Attributes:
-        nll: Summed negative log-likelihood of the completion tokens, in nats; of pairs of answers,
-            that of the preference.
-        num_tokens: Number of completion tokens, end tokens included; of pairs, their number.
+        nll: Summed negative log-likelihood of the completion tokens, or of the labels, in nats; of
+            pairs of answers, that of the preference.
+        num_tokens: Number of completion tokens, end tokens included; of a classifier, of labels;
+            of pairs, their number.
         num_examples: Number of examples.
-        num_exact: Number of examples that greedy generation answers word for word; of pairs, those
-            whose chosen answer has the larger reward.
+        num_exact: Number of examples that greedy generation answers word for word, or whose label
+            is the most likely one; of pairs, those whose chosen answer has the larger reward.
         margin: Sum of the margins between the rewards of pairs; None for other examples.
+        by_label: Of a classifier, label to its counts.
     """
 
     nll: Annotated[float, Meta(ge=0, le=LARGEST)]
@@ -35,21 +74,41 @@ class Score(Schema, frozen=True, kw_only=False):
     num_examples: Count
     num_exact: Count
     margin: Annotated[float, Meta(ge=-LARGEST, le=LARGEST)] | None = None
+    by_label: Annotated[dict[Label, LabelCounts], Meta(max_length=MAX_LABELS)] = {}
 
     def __post_init__(self) -> None:
         """Check that the numbers fit each other; msgspec reports a ValueError with the field."""
         if self.num_exact > self.num_examples:
             raise ValueError(f"{self.num_exact} exact answers of {self.num_examples} examples")
+        if not self.by_label:
+            return
+        # Every example has one label, and one prediction.
+        counts = self.by_label.values()
+        sums = [
+            sum(count.num_examples for count in counts),
+            sum(count.num_predicted for count in counts),
+            sum(count.num_exact for count in counts),
+        ]
+        if sums != [self.num_examples, self.num_examples, self.num_exact]:
+            raise ValueError("the counts of its labels do not add up to the score")
 
     def __add__(self, other: Score) -> Score:
         """Return the score of both groups together."""
+        by_label = dict(self.by_label)
+        for label, counts in other.by_label.items():
+            by_label[label] = by_label[label] + counts if label in by_label else counts
         return Score(
             self.nll + other.nll,
             self.num_tokens + other.num_tokens,
             self.num_examples + other.num_examples,
             self.num_exact + other.num_exact,
             margin=_sum(self.margin, other.margin),
+            by_label=dict(sorted(by_label.items())),
         )
+
+    def without_labels(self) -> Score:
+        """Return the score without its counts by label."""
+        return msgspec.structs.replace(self, by_label={}) if self.by_label else self
 
     @property
     def is_of_pairs(self) -> bool:
@@ -85,13 +144,27 @@ class Score(Schema, frozen=True, kw_only=False):
 
     @property
     def measure(self) -> str:
-        """What people call `exact_match`: of pairs it is the reward accuracy."""
+        """What people call `exact_match`: an accuracy, of labels or of the rewards of pairs."""
+        if self.by_label:
+            return "accuracy"
         return "reward accuracy" if self.is_of_pairs else "exact match"
 
     @property
     def loss_unit(self) -> str:
         """The unit of the loss."""
+        if self.by_label:
+            return "nats per label"
         return "nats per pair" if self.is_of_pairs else "nats per token"
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Mean F1 of the labels that occur as a label or as a prediction; None for no classifier.
+
+        It is scikit-learn's `f1_score(average="macro")`, with 0 for a label that was never right.
+        """
+        scores = (counts.f1 for counts in self.by_label.values())
+        occurring = [score for score in scores if score is not None]
+        return sum(occurring) / len(occurring) if occurring else None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -113,9 +186,9 @@ class Score(Schema, frozen=True, kw_only=False):
         high = 1.0 if self.num_exact == n else center + half_width
         return low, high
 
-    def to_json(self) -> dict[str, float | int | None]:
+    def to_json(self) -> dict[str, Any]:
         """Return the sums and what follows from them, as a row of metrics.jsonl holds them."""
-        row: dict[str, float | int | None] = {
+        row: dict[str, Any] = {
             "nll": self.nll,
             "num_tokens": self.num_tokens,
             "num_examples": self.num_examples,
@@ -127,6 +200,12 @@ class Score(Schema, frozen=True, kw_only=False):
         if self.margin is not None:
             row["margin"] = self.margin
             row["mean_margin"] = self.mean_margin if self.num_examples else None
+        if self.by_label:
+            # Of a classifier, with what follows from the counts of its labels.
+            row["macro_f1"] = self.macro_f1
+            row["by_label"] = {}
+            for label, counts in self.by_label.items():
+                row["by_label"][label] = {**msgspec.structs.asdict(counts), "f1": counts.f1}
         return row
 
 

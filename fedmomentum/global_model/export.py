@@ -11,7 +11,7 @@ import gc
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fedmomentum.base_model.identity import identify
-from fedmomentum.errors import AdapterError, ModelError
+from fedmomentum.errors import ModelError
+from fedmomentum.global_model.card import write_card
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import applied_share
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
-from fedmomentum.utils.io import write_atomically
 
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 # Alphas are rounded to whole numbers within 1e-9; a scaling read back differs by round-off only.
 SCALING_TOL = 1e-12
-# What transformers calls the last layer of its sequence classifiers.
-HEAD_NAMES = ("score.weight", "classifier.weight", "out_proj.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,25 +95,20 @@ def export_adapter(
         _check_written(adapter, temporary)
         if base_directory is not None:
             _copy_tokenizer(base_directory, temporary)
-        _write_card(model, temporary, "peft", f"PeftModel.from_pretrained(base, {out.name!r})")
+        write_card(model, temporary, "peft", f"PeftModel.from_pretrained(base, {out.name!r})")
         if base_directory is None or reference is None:
             return None
-        num_labels = _num_labels(model.adapter)
-        return _read_back_adapter(adapter, temporary, base_directory, num_labels, reference)
+        return _read_back_adapter(
+            replace(model, adapter=adapter), temporary, base_directory, reference
+        )
 
 
 def _reference_logits(model: GlobalModel, base_directory: Path) -> _Reference:
     """Compute the logits of the run's model, and free it."""
-    from fedmomentum.base_model.loading import load_base, tied_names
+    from fedmomentum.base_model.loading import tied_names
+    from fedmomentum.global_model.base_of import load_base_of
 
-    adapter = model.adapter
-    base = load_base(
-        base_directory,
-        torch.float32,
-        CPU,
-        num_labels=_num_labels(adapter),
-        supplied=adapter.saved.keys(),
-    )
+    base = load_base_of(model, base_directory, torch.float32, CPU)
     reference, _ = _compute_as_trained(model, base, base_directory, tied_names(base))
     del base
     gc.collect()
@@ -166,25 +159,15 @@ def _check_written(adapter: Adapter, directory: Path) -> None:
 
 
 def _read_back_adapter(
-    adapter: Adapter,
-    directory: Path,
-    base_directory: Path,
-    num_labels: int | None,
-    reference: _Reference,
+    model: GlobalModel, directory: Path, base_directory: Path, reference: _Reference
 ) -> float:
     """Load the written adapter by PEFT, and return the difference of its logits."""
-    from fedmomentum.base_model.loading import load_base
+    from fedmomentum.global_model.base_of import load_base_of
     from fedmomentum.global_model.readback import check_logits, logits_of
     from fedmomentum.lora.peft_model import load_with_peft, resize_for
 
-    base = load_base(
-        base_directory,
-        torch.float32,
-        CPU,
-        num_labels=num_labels,
-        supplied=adapter.saved.keys(),
-    )
-    resize_for(base, adapter)
+    base = load_base_of(model, base_directory, torch.float32, CPU)
+    resize_for(base, model.adapter)
     logits = logits_of(load_with_peft(base, directory), reference.tokens)
     what = "the adapter, read back by PEFT, is another model"
     return check_logits(logits, reference.logits, torch.float32, what)
@@ -214,16 +197,15 @@ def export_merged(
         AdapterError: If a tensor of `modules_to_save` has no place in the model.
     """
     from fedmomentum.base_model.loading import load_base, tied_names
+    from fedmomentum.global_model.base_of import load_base_of, num_labels
     from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
     from fedmomentum.global_model.tuned import TunedModel, write_down_ties
 
     require_empty_directory(out)
     model.base.check(identify(str(base_directory), base_directory))
-    num_labels = _num_labels(model.adapter)
-    supplied = model.adapter.saved.keys()
 
     # Merge in float32, and compare with the model as it was trained.
-    base = load_base(base_directory, torch.float32, CPU, num_labels=num_labels, supplied=supplied)
+    base = load_base_of(model, base_directory, torch.float32, CPU)
     tied = tied_names(base)
     reference, live = _compute_as_trained(model, base, base_directory, tied)
     tuned = TunedModel(live, base_directory, model, tied)
@@ -244,14 +226,14 @@ def export_merged(
         gc.collect()
 
         # Read it back: exactly what was written, and the run's model up to rounding.
-        saved = load_base(temporary, torch.float32, CPU, num_labels=num_labels)
+        saved = load_base(temporary, torch.float32, CPU, num_labels=num_labels(model.adapter))
         logits = logits_of(saved, tokens)
         what = "the merged model, read back, is not what was written"
         check_logits(logits, rounded_logits, torch.float32, what)
         what = f"the merged model, read back from {dtype}, is another model"
         check_logits(logits, reference.logits, dtype, what)
         _copy_tokenizer(base_directory, temporary)
-        _write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
+        write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
     return applied_fraction
 
 
@@ -323,55 +305,7 @@ def _save(live: Any, base_directory: Path, out: Path, dtype: torch.dtype) -> Non
         shutil.copyfile(settings, out / settings.name)
 
 
-def _num_labels(adapter: Adapter) -> int | None:
-    """Return the size of the classification head among the saved tensors; None without one.
-
-    Raises:
-        AdapterError: If the adapter is of a sequence classifier and saves no head.
-    """
-    if adapter.config.get("task_type") != "SEQ_CLS":
-        return None
-    heads = [tensor for name, tensor in adapter.saved.items() if name.endswith(HEAD_NAMES)]
-    if not heads:
-        raise AdapterError(
-            "the adapter is of a sequence classifier but saves no classification head"
-        )
-    return heads[-1].shape[0]
-
-
 def _copy_tokenizer(base_directory: Path, out: Path) -> None:
     from fedmomentum.base_model.loading import load_tokenizer
 
-    load_tokenizer(base_directory).save_pretrained(out)
-
-
-def _write_card(model: GlobalModel, out: Path, library: str, load: str) -> None:
-    """Write the model card; `load` is the line of code that loads the export."""
-    base = model.base
-    is_adapter_directory = library == "peft"
-    kind = "LoRA adapter" if is_adapter_directory else "merged model"
-    revision = f" (revision {base.revision})" if base.revision else ""
-    addition = " when loaded on the base model" if is_adapter_directory else ""
-    card = f"""---
-library_name: {library}
-base_model: {base.name}
-tags: [fedmomentum, federated-learning, lora]
----
-
-# Federated {kind} of {base.name}
-
-Made with fedmomentum: several clients fine-tuned one model with LoRA on data that stayed with them.
-
-| | |
-|---|---|
-| method | `{model.method}` |
-| rounds | {model.server_round} |
-| base model | {base.name}{revision} |
-| base SHA-256 | `{base.sha256 or "unknown: combined without the base at hand"}` |
-| tokenizer SHA-256 | `{base.tokenizer_sha256 or "unknown"}` |
-| base version after all merges | `{model.version}` |
-| adapted modules | {len(model.adapter.modules)} |
-
-This directory is the complete result{addition}: `{load}`.
-"""
-    write_atomically(out / "README.md", card.encode())
+    load_tokenizer(base_directory, generates=False).save_pretrained(out)

@@ -244,12 +244,7 @@ class GlobalModel:
 
         # Assemble, and compare the version with the one that is stated.
         model = cls(
-            base=BaseIdentity(
-                manifest.base.name,
-                manifest.base.revision,
-                manifest.base.sha256,
-                manifest.base.tokenizer_sha256,
-            ),
+            base=BaseIdentity.of(manifest.base),
             adapter=adapter,
             base_update=base_update,
             carried=carried.matrices if carried else {},
@@ -350,7 +345,9 @@ def object_names(manifest: Manifest | Mapping[str, Any]) -> set[str]:
 def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
     """Return the version of a base model with a `base_update` of these hashes."""
     base_name = base.sha256 or f"{base.name}@{base.revision}"
-    return sha256("\n".join([base_name, *names]).encode())
+    # The labels decide what the outputs of a classifier mean; they cannot be taken for a hash.
+    labels = [f"label {label!r}" for label in base.labels]
+    return sha256("\n".join([base_name, *labels, *names]).encode())
 
 
 def suggest_undamaged_round(directory: Path, damaged: Path) -> str:

@@ -135,6 +135,9 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
         if alphas[target] != alpha:
             alpha_pattern[target] = alphas[target]
     copied = {key: adapter.config[key] for key in COPIED_FIELDS if adapter.config.get(key)}
+    if "modules_to_save" in copied:
+        # PEFT appends its names of classification heads whenever it makes such a model.
+        copied["modules_to_save"] = sorted(set(copied["modules_to_save"]))
     return {
         "peft_type": "LORA",
         **copied,

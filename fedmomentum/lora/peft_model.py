@@ -74,7 +74,10 @@ def attach_adapter(
     targets = target_modules
     if not isinstance(targets, Targets):
         saved = find_saved_modules(model, modules_to_save)
-        targets = choose_targets(find_linear_modules(model), targets, rank=rank, saved=saved)
+        head = [path for path in saved if _is_head(model, path)]
+        targets = choose_targets(
+            find_linear_modules(model), targets, rank=rank, saved=saved, head=head
+        )
     if targets.parameters and dropout:
         raise AdapterError(
             f"LoRA dropout {dropout:g} is not possible for {targets.parameters[0]}, which PEFT "
@@ -126,6 +129,14 @@ def _check_rank(module: str, layer: LoraLayer) -> None:
 def _task_type(model: nn.Module) -> str | None:
     ending = re.sub(r"^.*For", "", type(model).__name__)
     return TASK_TYPES.get(ending)
+
+
+def _is_head(model: Any, path: str) -> bool:
+    """Return whether a module is a part of a classifier's head, its pooling layer included."""
+    if _task_type(model) != "SEQ_CLS":
+        return False
+    is_inside = path.startswith(f"{model.base_model_prefix}.")
+    return not is_inside or path.rpartition(".")[2] == "pooler"
 
 
 def _upcast_saved_modules(model: PeftModel) -> None:
@@ -208,6 +219,8 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
             f"{name}: the adapter is merged into the base; call unmerge_adapter() first"
         )
     config = json_value(model.peft_config[ADAPTER_NAME].to_dict())
+    if config.get("modules_to_save"):
+        config["modules_to_save"] = sorted(set(config["modules_to_save"]))
     tensors = {}
     for key, tensor in _live_tensors(model, layers).items():
         tensors[key] = tensor.detach().cpu().clone()

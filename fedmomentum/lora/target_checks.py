@@ -29,7 +29,7 @@ def find_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path]
     saved: list[str] = []
     for name in names:
-        saved += _find_saved(model, name, paths)
+        saved += _find_saved(model, name, paths, names)
     for path in saved:
         inner = [other for other in saved if other.startswith(f"{path}.")]
         if inner:
@@ -40,15 +40,22 @@ def find_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     return saved
 
 
-def _find_saved(model: nn.Module, name: str, paths: Sequence[str]) -> list[str]:
-    """Return the paths of the modules of one name."""
+def _find_saved(
+    model: nn.Module, name: str, paths: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """Return the paths of the modules of one of the names."""
     matches = [path for path in paths if is_called(path, name)]
     if not matches:
         raise AdapterError(
             f"modules-to-save: {printable(name)} is no module of "
             f"{type(model).__name__}{suggestion(name, paths)}"
         )
-    longer = [path for path in paths if path.endswith(name) and path not in matches]
+    longer = []
+    for path in paths:
+        # Two heads may be named of which one ends the other's name, as DistilBERT's do.
+        is_named = any(is_called(path, other) for other in names)
+        if path.endswith(name) and not is_named:
+            longer.append(path)
     if longer:
         raise AdapterError(
             f"modules-to-save: {printable(name)} also ends the name of {longer[0]}, which PEFT "

@@ -28,9 +28,12 @@ _IN_LAYER = re.compile(r"\.\d+\.")
 _EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
 # Reasons of this file, besides those of `linear_modules`.
 SAVED = "trained in full"
+CLASSIFIER_HEAD = "the classifier's head, trained in full"
 SMALL = "has a side smaller than the rank"
 EXPERTS = "the experts of a layer, not in target-parameters"
 NOT_CHOSEN = "not in target-modules"
+# What a name may stand for beside modules that are adapted.
+LEFT_OUT = (*IDLE, CLASSIFIER_HEAD)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def choose_targets(
     *,
     rank: int,
     saved: Collection[str] = (),
+    head: Collection[str] = (),
     parameters: Sequence[str] = (),
 ) -> Targets:
     """Return the modules that a setting stands for in a model.
@@ -68,6 +72,8 @@ def choose_targets(
             for the projections of the decoder layers.
         rank: The rank of the adapter; a matrix with a smaller side has no adapter of that rank.
         saved: Paths of the modules that are trained in full.
+        head: Those of them that are a classifier's head: a name of other modules may stand for
+            layers of it too, which are left out.
         parameters: Endings of the paths of parameters, such as `experts.down_proj`. With some, and
             without a setting, no module is adapted.
 
@@ -77,8 +83,8 @@ def choose_targets(
     """
     reasons = dict(model.reasons)
     for path in [*model.sizes, *model.embeddings]:
-        if any(path == owner or path.startswith(f"{owner}.") for owner in saved):
-            reasons[path] = SAVED
+        if _is_within(path, saved):
+            reasons[path] = CLASSIFIER_HEAD if _is_within(path, head) else SAVED
         elif model.sizes.get(path, rank) < rank and path not in reasons:
             reasons[path] = SMALL
     adapted = _find_parameters(model, parameters)
@@ -112,6 +118,10 @@ def choose_targets(
         tuple(adapted),
         {path: reason for path, reason in left_out.items() if path not in chosen},
     )
+
+
+def _is_within(path: str, modules: Collection[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
@@ -172,7 +182,7 @@ def _named_modules(
 
     adaptable = [*model.sizes, *_named_embeddings(model, setting)]
     matched = [path for path in adaptable if is_target(path, setting)]
-    return [path for path in matched if reasons.get(path) not in IDLE]
+    return [path for path in matched if reasons.get(path) not in LEFT_OUT]
 
 
 def _named_embeddings(model: LinearModules, setting: Sequence[str] | str) -> tuple[str, ...]:
@@ -223,8 +233,8 @@ def _check_part(
             f"{where} stands for {refused[0]}, which cannot be adapted: {reasons[refused[0]]}. "
             "Leave it out"
         )
-    if all(reasons.get(path) in IDLE for path in matched):
-        raise AdapterError(
-            f"{where} stands for {matched[0]}, where nothing would be trained: "
-            f"{reasons[matched[0]]}"
-        )
+    if all(reasons.get(path) in LEFT_OUT for path in matched):
+        reason = reasons[matched[0]]
+        is_head = reason == CLASSIFIER_HEAD
+        effect = "which needs no adapter" if is_head else "where nothing would be trained"
+        raise AdapterError(f"{where} stands for {matched[0]}, {effect}: {reason}")

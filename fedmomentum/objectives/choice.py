@@ -1,9 +1,11 @@
-"""The objective that a configuration asks for."""
+"""The objective that a configuration and a base model ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedmomentum.objectives.classification import SequenceClassification
 from fedmomentum.objectives.objective import CausalLM, Objective
 from fedmomentum.objectives.preference import DPO
 
@@ -11,8 +13,15 @@ if TYPE_CHECKING:
     from fedmomentum.config.training import TrainingConfig
 
 
-def make_objective(training: TrainingConfig) -> Objective:
-    """Return what a run trains and scores on."""
+def make_objective(training: TrainingConfig, labels: Sequence[str] = ()) -> Objective:
+    """Return what a run trains and scores on.
+
+    Args:
+        training: The section [training] of the configuration.
+        labels: The labels of the base model, if that is a classifier.
+    """
+    if labels:
+        return SequenceClassification(tuple(labels))
     if training.objective == "dpo":
         return DPO(beta=training.dpo_beta)
     return CausalLM(loss_on=training.loss_on)

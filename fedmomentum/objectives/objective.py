@@ -56,12 +56,16 @@ class ExampleScore(NamedTuple):
         is_exact: Whether the most likely class is the target at every position; of a pair of
             answers, whether the chosen one has the larger reward.
         margin: By how much its reward is larger; None without a pair.
+        label: The name of its class; empty unless each example has one.
+        predicted: The name of the most likely class; empty likewise.
     """
 
     nll: float
     num_targets: int
     is_exact: bool
     margin: float | None = None
+    label: str = ""
+    predicted: str = ""
 
 
 class Objective(Protocol):

@@ -20,6 +20,7 @@ from fedmomentum.formats.manifest import MAX_RECIPES, Manifest, Recipe
 from fedmomentum.formats.scores import Score
 from fedmomentum.utils.chat_date import DEFAULT_DATE
 from fedmomentum.utils.schema import (
+    MAX_LABELS,
     Count,
     Hash,
     Label,
@@ -235,6 +236,7 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
     Attributes:
         sha256: The content hash of its base model.
         tokenizer_sha256: The content hash of its tokenizer and chat template.
+        labels: The labels of its classifier, in the order of its head; empty without one.
         num_parameters: The number of parameters of the base model.
         num_train: The number of training examples.
         num_test: The number of held-out examples.
@@ -249,6 +251,7 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
 
     sha256: Hash
     tokenizer_sha256: Hash
+    labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
     num_parameters: Count
     num_train: Count
     num_test: Count

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fedmomentum.formats.round_record import RoundRecord
-from fedmomentum.formats.scores import NO_EXAMPLES
+from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts
 from fedmomentum.report.figures import aggregation, cost, scores
 from fedmomentum.report.figures.benchmarks import benchmark_plots
 from fedmomentum.report.figures.lines import present
@@ -42,6 +42,15 @@ class Participant:
     first_loss: float | None
     last_loss: float | None
     reason: str | None
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """A row of the table of a classifier's labels."""
+
+    name: str
+    base: LabelCounts | None
+    federated: LabelCounts | None
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ def _content(run: RunResults) -> dict[str, Any]:
             ("client", [row for row in summary if row.group == "client"]),
         ],
         "measure": (summary[0].federated or summary[0].base or NO_EXAMPLES).measure,
+        "labels": _label_rows(summary[0]),
         "before": find_base_round(rounds),
         "after": find_federated_round(rounds),
         "best": _best_round(rounds),
@@ -108,7 +118,12 @@ def _content(run: RunResults) -> dict[str, Any]:
         "plan": _plan_facts(run),
         "environment": _environment_facts(run.environment),
         "version": rounds[-1].version,
-        "commands": _commands(run.name, finished=is_finished, client=_example_client(run)),
+        "commands": _commands(
+            run.name,
+            finished=is_finished,
+            client=_example_client(run),
+            is_classifier=bool(run.plan.labels),
+        ),
         **_plots(run, summary),
     }
 
@@ -125,6 +140,7 @@ def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plo
         "benchmark_plots": benchmark_plots(run.benchmarks) if run.benchmarks else [],
         "score_plots": present(
             scores.exact_match_plot(run.rounds),
+            scores.macro_f1_plot(run.rounds),
             scores.evaluation_loss_plot(run.rounds),
             scores.train_loss_plot(run.rounds),
         ),
@@ -140,6 +156,14 @@ def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plo
 
 def _named_categories(summary: Sequence[SummaryRow]) -> list[SummaryRow]:
     return [row for row in summary if row.group == "category" and row.name]
+
+
+def _label_rows(total: SummaryRow) -> list[LabelRow]:
+    """Return how both models do on each label of a classifier; nothing for a language model."""
+    before = total.base.by_label if total.base else {}
+    after = total.federated.by_label if total.federated else {}
+    names = sorted(before.keys() | after.keys(), key=natural_order)
+    return [LabelRow(name, before.get(name), after.get(name)) for name in names]
 
 
 def _best_round(rounds: Sequence[RoundRecord]) -> int | None:
@@ -174,9 +198,12 @@ def _plan_facts(run: RunResults) -> Facts:
     trained = count(plan.num_trained)
     if plan.num_trained and plan.num_parameters:
         trained += f" ({percent(plan.num_trained / plan.num_parameters, 2)})"
+    labels = [("Labels", shorten(", ".join(plan.labels), REASON_LENGTH))] if plan.labels else []
     facts = [
         ("Model", plan.model),
+        *labels,
         ("Method", plan.method),
+        ("Learned", plan.objective),
         ("Optimizer state", plan.optimizer_state),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
         ("Parameters", count(plan.num_parameters)),
@@ -214,15 +241,21 @@ def _example_client(run: RunResults) -> str | None:
     return min(checkpoint.run.held, default="NAME")
 
 
-def _commands(name: str, *, finished: bool, client: str | None) -> list[tuple[str, str]]:
+def _commands(
+    name: str, *, finished: bool, client: str | None, is_classifier: bool
+) -> list[tuple[str, str]]:
     """Return what can be done with the run, as commands that can be pasted into a shell.
 
     Args:
         name: The run's directory.
         finished: Whether all rounds are done.
         client: One of the clients, where each has a model of its own.
+        is_classifier: Whether the model gives labels and writes no text.
     """
     client_option = [] if client is None else ["--client", client]
+    use = shlex.join(["fedmomentum", "generate", name, *client_option]) + ' --prompt "..."'
+    if is_classifier:
+        use = shlex.join(["fedmomentum", "evaluate", name, *client_option]) + " --data FILE"
     export = ["export", name, *client_option]
     commands = {
         "Merged model, loads anywhere": [*export, "--to", "merged", "--out", f"{name}-merged"],
@@ -235,8 +268,7 @@ def _commands(name: str, *, finished: bool, client: str | None) -> list[tuple[st
             name,
         ],
     }
-    generate = shlex.join(["fedmomentum", "generate", name, *client_option])
-    lines = [("Try the model", f'{generate} --prompt "..."')]
+    lines = [("Try the model", use)]
     for purpose, arguments in commands.items():
         lines.append((purpose, shlex.join(["fedmomentum", *arguments])))
     return lines

@@ -119,6 +119,12 @@ def shorten(text: str, length: int) -> str:
     return f"{head}…{line[-tail_length:]}"
 
 
+def with_interval(fraction: float, bounds: tuple[float, float]) -> str:
+    """Return a fraction and its interval in percent, such as `38.6 [34.2, 43.1]`."""
+    low, high = bounds
+    return f"{100 * fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def _with_minus(text: str) -> str:
     """Return a formatted number with a typographic minus instead of a hyphen."""
     return text.replace("-", "−")

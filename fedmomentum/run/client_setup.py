@@ -19,6 +19,7 @@ from fedmomentum.run.setup import (
     tokenized_clients,
     training_function,
 )
+from fedmomentum.run.task import check_task, require_labels
 from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
@@ -59,6 +60,8 @@ def prepare_client(
         ModelError: If the base model cannot be loaded.
     """
     check_arguments(config.training.arguments)
+    check_task(config)
+    require_labels(config.model)
     check_dropout(config)
     function = training_function(config)
     set_threads(config.run.threads)

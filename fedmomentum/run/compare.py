@@ -182,7 +182,7 @@ def _check_content(planned_runs: Sequence[PlannedRun]) -> None:
     for run in begun:
         model = run.config.model
         base = read_manifest(find_manifest(run.directory, "last")).base
-        made_with = BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256)
+        made_with = BaseIdentity.of(base)
         made_with.check(
             identify(model.name, resolve_base(model.name, model.revision), model.revision)
         )

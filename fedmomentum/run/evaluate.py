@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmomentum.base_model.load_checks import check_token_ids
+from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.config.training import TrainingConfig
-from fedmomentum.data.readers import read_rows, to_examples
-from fedmomentum.data.tokenization import prompt_token_ids, tokenize
+from fedmomentum.data.client_data import read_source
+from fedmomentum.data.tokenization import prompt_token_ids
 from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.tasks import Evaluation, GenerationTask
@@ -18,12 +18,19 @@ from fedmomentum.evaluation.teacher_forcing import evaluate as evaluate_examples
 from fedmomentum.evaluation.teacher_forcing import measure_reference
 from fedmomentum.formats.run_files import PartitionFile, read_facts
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
-from fedmomentum.objectives.objective import CausalLM
-from fedmomentum.objectives.preference import DPO
-from fedmomentum.run.inference import DEFAULT_MAX_LENGTH, LoadSettings, ModelPair, _generated
+from fedmomentum.global_model.base_of import is_classifier
+from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.inference import (
+    DEFAULT_MAX_LENGTH,
+    LoadSettings,
+    ModelPair,
+    _generated,
+    refuse_generation,
+)
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing_data
 from fedmomentum.run.saved_model import Result, open_result
 from fedmomentum.run.setup import held_out_order, load_data
+from fedmomentum.run.task import check_rows, make_rows
 
 if TYPE_CHECKING:
     from fedmomentum.data.examples import Example
@@ -118,11 +125,18 @@ def evaluate_on(
     if max_length is not None and max_length < 2:
         raise ConfigError(f"--max-length must be at least 2; got {max_length}")
     # The examples: the user's, or those that the run itself held out.
-    if data is not None:
-        rows = to_examples(
-            read_rows(data, split=split), category_column=category_column, where=data
+    if by_generation:
+        refuse_generation(result)
+    is_labeled = is_classifier(result.model.adapter)
+    if is_labeled and category_column is not None:
+        raise ConfigError(
+            f"--category-column is {category_column!r}; a classifier is scored by label: leave it "
+            "out"
         )
-        parts = [_Part(data, rows[:limit])]
+    if data is not None:
+        task = CLASSIFICATION if is_labeled else CAUSAL_LM
+        _, examples = read_source(data, split, category_column, task)
+        parts = [_Part(data, examples[:limit])]
     else:
         if category_column is not None:
             raise ConfigError(
@@ -240,15 +254,16 @@ def _teacher_forced(
         if id(tokenizer) not in tokens_by_tokenizer:
             own = tokens_by_tokenizer[id(tokenizer)] = []
             for part in parts:
-                made = tokenize(
+                made = make_rows(
                     part.examples,
                     tokenizer,
+                    pair.labels,
                     max_length=max_length,
                     max_truncated_fraction=1,
                     owner=part.owner,
                     loss_on=training.loss_on,
                 )
-                check_token_ids(pair.model, made.rows, part.owner)
+                check_rows(pair.model, made, pair.labels, part.owner)
                 own.append((part.client, made[: part.most]))
         return tokens_by_tokenizer[id(tokenizer)]
 
@@ -263,7 +278,7 @@ def _teacher_forced(
                 examples,
                 pad_token_id=pair.tokenizer.pad_token_id,
                 batch_size=batch_size,
-                objective=_objective(examples, training),
+                objective=_objective(examples, training, pair.labels),
             )
             total = total + one
             if client:
@@ -288,11 +303,12 @@ def _teacher_forced(
     return ModelComparison(base, tuned, num_cut, num_lost, max_length, by_generation=False)
 
 
-def _objective(examples: TokenizedExamples, training: TrainingConfig) -> Objective:
-    """Return what the examples are scored on: pairs by their rewards, others by their answers."""
-    if examples.are_pairs:
-        return DPO(beta=training.dpo_beta)
-    return CausalLM(loss_on=training.loss_on)
+def _objective(
+    examples: TokenizedExamples, training: TrainingConfig, labels: Sequence[str]
+) -> Objective:
+    """Return what the examples are scored on: pairs by their rewards, whatever was trained."""
+    objective = "dpo" if examples.are_pairs else "sft"
+    return make_objective(replace(training, objective=objective), labels)
 
 
 def _with_reference(examples: TokenizedExamples, measured: TokenizedExamples) -> TokenizedExamples:

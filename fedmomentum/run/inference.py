@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
-from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.loading import load_tokenizer, pick_device, pick_dtype
 from fedmomentum.data.tokenization import prompt_token_ids
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.generation import generate as generate_texts
 from fedmomentum.formats.run_files import EnvironmentFile, read_facts
+from fedmomentum.global_model.base_of import is_classifier, load_base_of
 from fedmomentum.global_model.tuned import TunedModel
 from fedmomentum.run.saved_model import Result, find_base, open_result
 from fedmomentum.run.setup import set_threads
@@ -62,15 +63,16 @@ class ModelPair:
 
     Raises:
         ModelError: If the base cannot be found or loaded, or is another one.
-        ConfigError: If the model is a sequence classifier.
+        ConfigError: If the model is a classifier whose labels are not known.
     """
 
     def __init__(self, result: Result, settings: LoadSettings) -> None:
         model = result.model
-        if model.adapter.config.get("task_type") == "SEQ_CLS":
+        self.labels = model.base.labels
+        if is_classifier(model.adapter) and not self.labels:
             raise ConfigError(
-                f"{result.path} is of a sequence classifier; export it and use transformers' own "
-                "pipeline"
+                f"{result.path} is of a sequence classifier and does not name its labels; evaluate "
+                "the run that it comes from, or export it and use transformers' own pipeline"
             )
         # The base model is identified by its content before it is loaded.
         directory = find_base(result, settings.base)
@@ -91,7 +93,7 @@ class ModelPair:
             chosen = pick_device(device)
         except ModelError as error:
             raise ModelError(f"{error}. Give another by --device") from error
-        self.model = load_base(directory, pick_dtype(dtype, chosen), chosen)
+        self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
         self._tuned = TunedModel(self.model, directory, model)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)
@@ -108,7 +110,7 @@ class ModelPair:
             and len(tuned) > size
             and (directory / "tokenizer_config.json").is_file()
         ):
-            base_tokenizer = load_tokenizer(directory, size)
+            base_tokenizer = load_tokenizer(directory, size, generates=not self.labels)
         for tokenizer in (base_tokenizer, tuned):
             set_chat_date(tokenizer, date)
         self._tokenizers = base_tokenizer, tuned
@@ -161,6 +163,7 @@ def _dtype_of_the_run(path: Path) -> str | None:
 def _tokenizer(result: Result, directory: Path, vocabulary: int | None) -> Any:
     """Load the tokenizer of the result: an adapter's directory may hold its own, or a template."""
     own = result.path
+    generates = not is_classifier(result.model.adapter)
     if (own / "adapter_config.json").is_file():
         if any((own / name).is_file() for name in TOKENIZER_FILES):
             tables = [
@@ -168,14 +171,13 @@ def _tokenizer(result: Result, directory: Path, vocabulary: int | None) -> Any:
                 for tensor in result.model.adapter.saved.values()
                 if tensor.ndim == 2
             ]
-            return load_tokenizer(
-                own, max([vocabulary, *tables]) if vocabulary is not None else None
-            )
+            largest = max([vocabulary, *tables]) if vocabulary is not None else None
+            return load_tokenizer(own, largest, generates=generates)
         if (own / CHAT_TEMPLATE).is_file():
-            tokenizer = load_tokenizer(directory, vocabulary)
+            tokenizer = load_tokenizer(directory, vocabulary, generates=generates)
             tokenizer.chat_template = (own / CHAT_TEMPLATE).read_text(encoding="utf-8")
             return tokenizer
-    return load_tokenizer(directory, vocabulary)
+    return load_tokenizer(directory, vocabulary, generates=generates)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -199,10 +201,11 @@ def answers(
         plain: Give the prompts as they are.
 
     Raises:
-        ConfigError: If nothing is to be generated.
+        ConfigError: If nothing is to be generated, or the model is a classifier.
         DataError: If a prompt is empty, or leaves no room for an answer.
         FedMomentumError: See `ModelPair`.
     """
+    refuse_generation(result)
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
     for prompt in prompts:
@@ -220,6 +223,20 @@ def answers(
         Answers(prompt, base, tuned)
         for prompt, base, tuned in zip(prompts, base_texts, tuned_texts, strict=True)
     ]
+
+
+def refuse_generation(result: Result) -> None:
+    """Refuse to have a classifier write text.
+
+    Raises:
+        ConfigError: If the model is one.
+    """
+    if is_classifier(result.model.adapter):
+        raise ConfigError(
+            f"{result.path} is a sequence classifier: it gives labels and writes no text. Score it "
+            "by `fedmomentum evaluate` (without --generate); for labels of new texts, `fedmomentum "
+            'export --to merged` and transformers\' pipeline("text-classification", DIR)'
+        )
 
 
 @dataclass(frozen=True)
@@ -270,7 +287,8 @@ def _generated(
     """
     for prompt in prompts:
         ids = prompt_token_ids(prompt, pair.tokenizer)
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        last = prompt if isinstance(prompt, str) else prompt[-1]
+        text = last if isinstance(last, str) else last["content"]
         name = f"the prompt {printable(text, 40)!r}"
         check_token_ids(pair.model, [ids], name)
         if pair.longest is not None and len(ids) + max_new_tokens > pair.longest:

@@ -19,6 +19,7 @@ from fedmomentum.run.setup import (
     set_threads,
     with_start_adapter,
 )
+from fedmomentum.run.task import check_task, require_labels
 from fedmomentum.run.tracking import TrackerCallback, check_trackers
 from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.server.callbacks import Callback, CallbackList
@@ -68,6 +69,8 @@ def run_federation(
     method = make_method(config)
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
+    check_task(config)
+    require_labels(config.model)
     check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
     set_threads(config.run.threads)

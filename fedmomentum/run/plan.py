@@ -12,6 +12,7 @@ from fedmomentum.formats.plan import Plan
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.lora.module_summary import summarize, summarize_left_out
 from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.task import count_labels
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -28,7 +29,9 @@ def make_plan(
 ) -> Plan:
     """Estimate what a run on this machine will cost; see `Plan`."""
     traffic = _traffic(config, model.adapter, method, len(clients))
+    labels = local.identity.labels
     longest = max(client.train.longest for client in clients)
+    longest -= bool(labels)  # a row's label is no token
     # Activations of a training step: some 24 vectors a layer and token, and the logits.
     text = local.peft.config.get_text_config()
     width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
@@ -62,7 +65,11 @@ def make_plan(
     plan = _plan(
         config, model, method, traffic, len(clients), local.num_parameters, memory, warnings
     )
-    return replace(plan, not_adapted=tuple(summarize_left_out(local.targets.left_out)))
+    return replace(
+        plan,
+        not_adapted=tuple(summarize_left_out(local.targets.left_out)),
+        labels=count_labels(labels, [client.train for client in clients]),
+    )
 
 
 def served_plan(
@@ -91,7 +98,8 @@ def served_plan(
     )
     memory += 4 * traffic.largest_sum + 400 * 2**20
     parameters = max(fact.num_parameters for fact in facts.values())
-    return _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
+    plan = _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
+    return replace(plan, labels=dict.fromkeys(model.base.labels))
 
 
 @dataclass(frozen=True)
@@ -203,5 +211,5 @@ def _plan(
         not_adapted=(),
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
         optimizer_state=config.training.optimizer_state,
-        objective=make_objective(config.training).settings,
+        objective=make_objective(config.training, model.base.labels).settings,
     )

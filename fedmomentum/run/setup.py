@@ -13,15 +13,13 @@ import torch
 
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.load_checks import check_max_length, check_token_ids
+from fedmomentum.base_model.load_checks import check_max_length
 from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
-from fedmomentum.data.tokenization import tokenize
-from fedmomentum.data.tokenized import EMPTY_EXAMPLES
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.global_model.client_state import ClientStateFiles
@@ -31,6 +29,7 @@ from fedmomentum.global_model.start import start_from
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
+from fedmomentum.run.task import check_rows, check_task, find_labels, make_rows
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.run.training_checks import check_dropout, check_pairs, choose_optimizer_state
 from fedmomentum.server.saved_run import committed_records, saved_settings
@@ -73,10 +72,7 @@ def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
     if server_round not in retained_rounds(out):
         return  # for `RunDirectory.resume` to say
     manifest = read_manifest(round_file(out, server_round))
-    base = manifest.base
-    BaseIdentity(base.name, base.revision, base.sha256, base.tokenizer_sha256).check(
-        loaded.local.identity
-    )
+    BaseIdentity.of(manifest.base).check(loaded.local.identity)
     check_data(out, loaded.data, server_round)
     has_moments = loaded.config.training.optimizer_state == "local"
     has_factors = bool(loaded.method.personal_factors)
@@ -103,6 +99,7 @@ def load_run(
     method = make_method(config)
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
+    check_task(config)
     check_dropout(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
@@ -117,7 +114,8 @@ def load_run(
     callbacks.on_message("Reading the data")
     parties = load_data(config)
     callbacks.on_message(f"Loading {config.model.name}")
-    base = LoadedBase.from_config(config.model)
+    labels = find_labels(config.model, parties)
+    base = LoadedBase.from_config(config.model, labels)
     local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
@@ -274,7 +272,7 @@ def load_data(config: Config) -> list[ClientData]:
         DataError: If data cannot be used.
     """
     seed = derive_seed(config.run.seed, "data")
-    return load_clients(config.data, seed, loss_on=config.training.loss_on)
+    return load_clients(config.data, seed, loss_on=config.training.loss_on, task=config.model.task)
 
 
 def held_out_order(config: Config, party: ClientData) -> list[Example]:
@@ -298,28 +296,29 @@ def tokenized_clients(
         "max_truncated_fraction": config.data.max_truncated_fraction,
         "loss_on": config.training.loss_on,
     }
-    objective = make_objective(config.training)
     base = local.peft.get_base_model()
     check_max_length(base, config.data.max_length)
+    labels = local.identity.labels
+    objective = make_objective(config.training, labels)
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     cache: dict[str, StoredObject] = {}
     clients = []
     for party in parties:
-        test = held_out_order(config, party)
+        rows = {}
         held_out = f"{party.client_id} (held out)"
-        train_tokens = tokenize(party.train, local.tokenizer, owner=party.client_id, **limits)
-        test_tokens = (
-            tokenize(test, local.tokenizer, owner=held_out, **limits) if test else EMPTY_EXAMPLES
-        )
-        for tokens, owner in ((train_tokens, party.client_id), (test_tokens, held_out)):
-            check_pairs(tokens, objective, owner)
-            check_token_ids(base, tokens.rows, owner)
+        parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
+        # Each part is what the objective learns from, in tokens that the model embeds.
+        for owner, examples in parts.items():
+            rows[owner] = make_rows(examples, local.tokenizer, labels, owner=owner, **limits)
+            check_pairs(rows[owner], objective, owner)
+            check_rows(base, rows[owner], labels, owner)
+        train_tokens = rows[party.client_id]
         check_num_examples(len(train_tokens), hyperparameters, party.client_id)
         clients.append(
             Client(
                 client_id=party.client_id,
                 train=train_tokens,
-                test=test_tokens,
+                test=rows[held_out],
                 method=make_method(config),
                 model=local,
                 objective=objective,

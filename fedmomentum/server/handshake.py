@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.errors import AdapterError, PayloadError, QuorumError
+from fedmomentum.errors import AdapterError, ModelError, PayloadError, QuorumError
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
@@ -27,6 +27,7 @@ from fedmomentum.server.exchange import collect, containing
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_magnitude
 from fedmomentum.utils.io import canonical_json
+from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -63,11 +64,11 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
     """
     clients = list(transport.clients())
     # First what everybody has; only then one adapter, which may be large.
-    replies, failures = _ask(transport, run_id, clients, config.lora, adapter=False)
+    replies, failures = _ask(transport, run_id, clients, config, adapter=False)
     facts = {client: _description(reply) for client, reply in replies.items()}
     for candidate in _majority(facts, failures):
         agreed = facts[candidate]
-        more, reasons = _ask(transport, run_id, [candidate], config.lora, adapter=True)
+        more, reasons = _ask(transport, run_id, [candidate], config, adapter=True)
         failures |= reasons
         if candidate not in more:
             continue
@@ -75,7 +76,11 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
             # The first of the majority whose adapter is usable starts the run.
             start = _first_adapter(more[candidate], agreed, config, is_zero=not method.reads_base)
             base = BaseIdentity(
-                config.model.name, config.model.revision, agreed.sha256, agreed.tokenizer_sha256
+                config.model.name,
+                config.model.revision,
+                agreed.sha256,
+                agreed.tokenizer_sha256,
+                agreed.labels,
             )
             _tell_differences(facts, agreed)
             scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
@@ -125,7 +130,7 @@ def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> 
 
 
 def _ask(
-    transport: Transport, run_id: str, clients: Sequence[str], lora: LoraConfig, *, adapter: bool
+    transport: Transport, run_id: str, clients: Sequence[str], config: Config, *, adapter: bool
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Have clients describe themselves; return usable replies, and the others' reasons."""
     tasks = {}
@@ -136,7 +141,8 @@ def _ask(
     replies = {}
     for client, reply in collect(transport, tasks, collected, limit):
         with containing(client, collected.failures):
-            _check_description(reply, lora)
+            _check_labels(reply, config.model.labels)
+            _check_description(reply, config.lora)
             if reply.tensors and not adapter:
                 raise PayloadError(
                     f"client {client}: its description holds tensors; none were asked for"
@@ -148,6 +154,30 @@ def _ask(
 def _description(reply: Reply) -> Description:
     assert isinstance(reply.answer, Description)  # the answer to a request to describe
     return reply.answer
+
+
+def _check_labels(reply: Reply, wanted: Sequence[str]) -> None:
+    """Check that a client's classifier has the run's labels, in their order, and a head for them.
+
+    Raises:
+        ModelError: If it has others, or the run trains no classifier.
+        PayloadError: If its head has no tensor with a row for each label.
+    """
+    name = f"client {reply.client_id}"
+    fact = _description(reply)
+    if list(fact.labels) != list(wanted):
+        raise ModelError(
+            f"{name}: its classifier's labels are {_listed(fact.labels)}; the run's are "
+            f"{_listed(wanted)}. Give both sides the same model.task and model.labels, in one order"
+        )
+    if wanted and not any(shape[:1] == [len(wanted)] for shape in fact.saved_shapes.values()):
+        raise PayloadError(
+            f"{name}: no tensor that it trains in full has {len(wanted)} rows, one for each label"
+        )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return printable(", ".join(map(repr, labels)), 300) if labels else "none"
 
 
 def _check_description(reply: Reply, lora: LoraConfig) -> None:
@@ -163,7 +193,7 @@ def _check_description(reply: Reply, lora: LoraConfig) -> None:
         raise PayloadError(
             f"{name}: its description misses the scalings or the shapes of its modules"
         )
-    if fact.saved_shapes and not lora.modules_to_save:
+    if fact.saved_shapes and not lora.modules_to_save and not fact.labels:
         raise AdapterError(
             f"{name}: its adapter holds {min(fact.saved_shapes)}; this run trains no whole modules"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,7 +105,12 @@ def check_magnitude(update: Adapter) -> None:
 
 
 def check_evaluation(
-    reply: Reply, num_examples: int, num_modules: int, *, of_pairs: bool = False
+    reply: Reply,
+    num_examples: int,
+    num_modules: int,
+    *,
+    of_pairs: bool = False,
+    labels: Collection[str] = (),
 ) -> None:
     """Check an evaluation: scores that can be what they claim, and its probes.
 
@@ -114,6 +119,7 @@ def check_evaluation(
         num_examples: Examples that were asked for at most.
         num_modules: Modules that are probed; 0 where no probes were asked for.
         of_pairs: Whether the run compares pairs of answers.
+        labels: The labels of a classifier.
 
     Raises:
         PayloadError: If figures do not add up, or probes are not what they should be.
@@ -138,6 +144,8 @@ def check_evaluation(
     for score in (total, compared, *result.by_category.values()):
         _check_score(score, name)
         _check_margin(score, name, of_pairs=of_pairs)
+    for score in (total, compared):
+        _check_labels(score, labels, name)
     if total.num_examples != reply.num_examples:
         raise PayloadError(
             f"{name}: a score over {total.num_examples} of {reply.num_examples} examples"
@@ -190,6 +198,21 @@ def _check_margin(score: Score, name: str, *, of_pairs: bool) -> None:
         raise PayloadError(
             f"{name}: the margins of {score.num_examples} pairs sum to {score.margin:g}; no "
             "likelihoods differ so much"
+        )
+
+
+def _check_labels(score: Score, labels: Collection[str], name: str) -> None:
+    """Refuse counts by label that are missing, not asked for, or of labels that there are not."""
+    if bool(score.by_label) != bool(labels and score.num_examples):
+        wanted = "counts for each label" if labels else "none: this run trains no classifier"
+        raise PayloadError(
+            f"{name}: its score has {len(score.by_label)} counts by label; wanted {wanted}"
+        )
+    unknown = sorted(score.by_label.keys() - set(labels))
+    if unknown:
+        raise PayloadError(
+            f"{name}: its score counts the label {unknown[0]!r}, which is none of the run's "
+            f"{len(labels)} labels"
         )
 
 

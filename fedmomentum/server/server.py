@@ -326,9 +326,10 @@ class Server:
             )
         self._callbacks.on_evaluate(list(clients))
         of_pairs = self._config.training.objective == "dpo"
+        labels = self.model.base.labels
 
         def accept(reply: Reply) -> None:
-            check_evaluation(reply, num_examples, num_modules, of_pairs=of_pairs)
+            check_evaluation(reply, num_examples, num_modules, of_pairs=of_pairs, labels=labels)
 
         replies, self.state = self._exchange.ask(
             self.model, self.state, requests, server_round, accept

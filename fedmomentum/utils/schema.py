@@ -27,6 +27,9 @@ MAX_DEPTH = 8
 MAX_ITEMS = 200_000
 """Values in free-form JSON; a `rank_pattern` of a large model names some thousand modules."""
 
+MAX_LABELS = 10_000
+"""The most labels of a classifier: as many as a client may report its scores by."""
+
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]

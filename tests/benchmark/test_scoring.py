@@ -28,6 +28,7 @@ from tests.benchmark.files import (
     write_rows,
     write_sums,
 )
+from tests.classifiers import classifier_config
 from tests.runs import rewritten, start, tiny_config
 
 
@@ -296,3 +297,9 @@ def test_scores_of_a_round_that_was_trained_again_are_not_shown(run, tasks, tmp_
 
     rewritten(copy / "benchmarks.json", age_version)
     assert RunResults.load(copy).benchmarks.num_outdated == 1
+
+
+def test_a_classifier_is_refused_before_it_is_loaded(tasks, tmp_path):
+    start(classifier_config(tmp_path, "bert", federation={"num_rounds": 1}), tmp_path / "run")
+    with pytest.raises(ConfigError, match="is a sequence classifier: it gives labels and writes"):
+        run_benchmarks(Subject(tmp_path / "run"), Benchmarks(("choices",), tasks))

@@ -358,7 +358,7 @@ def test_an_interrupted_export_leaves_nothing(trained, tmp_path, monkeypatch, in
     def stop(*_):
         raise interrupt
 
-    monkeypatch.setattr("fedmomentum.global_model.export._write_card", stop)
+    monkeypatch.setattr("fedmomentum.global_model.export.write_card", stop)
     for write in (export_merged, export_adapter):
         with pytest.raises((KeyboardInterrupt, OSError)):
             write(model, tmp_path / "out", base_directory=base)
@@ -388,7 +388,7 @@ def test_what_others_put_there_meanwhile_is_left_alone(trained, tmp_path, monkey
     base, model = trained
     monkeypatch.setattr(
         export,
-        "_write_card",
+        "write_card",
         lambda *_: (tmp_path / "out").mkdir() or (tmp_path / "out" / "x").touch(),
     )
     with pytest.raises(ModelError, match="now holds x; nothing was exported"):

@@ -1,12 +1,15 @@
 """Reading a run folder, whole or damaged."""
 
 import json
+from dataclasses import fields
 
 import msgspec
 import pytest
 
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.formats.metrics_file import encode_record
+from fedmomentum.formats.plan import Plan
+from fedmomentum.formats.run_files import PlanFile
 from fedmomentum.results.run_results import RunResults
 from tests.report.folders import records, row, write_record, write_run
 
@@ -25,12 +28,22 @@ def test_read_run_gives_what_the_files_hold(folder):
     assert run.rounds == records([row(r, CLIENTS, CATEGORIES) for r in range(3)])
     assert msgspec.to_builtins(run.plan) == {
         "run_id": None,
+        "adapted": [],
+        "not_adapted": [],
         "warnings": [],
+        "optimizer_state": "fresh",
+        "objective": "",
+        "labels": {},
         **json.loads((folder / "plan.json").read_text()),
     }
     assert run.environment["threads"] == 2
     assert set(run.partition) == set(CLIENTS)
     assert run.config_text == (folder / "config.toml").read_text()
+
+
+def test_a_plan_is_read_with_all_of_its_fields():
+    read = set(PlanFile.__struct_fields__) - {"sha256", "run_id"}
+    assert read == {field.name for field in fields(Plan)}
 
 
 def test_no_folder(tmp_path):

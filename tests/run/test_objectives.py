@@ -242,7 +242,8 @@ def test_resume_with_other_turns_or_answers_is_refused(folder, tmp_path):
 def test_tables_and_pages_name_what_pairs_measure(folder, tmp_path):
     from rich.console import Console
 
-    from fedmomentum.cli.tables import comparison_tables, evaluation_table, summary_table
+    from fedmomentum.cli.evaluation_tables import evaluation_table
+    from fedmomentum.cli.tables import comparison_tables, summary_table
     from fedmomentum.report import write_comparison_page, write_report
     from fedmomentum.results.comparison import compare_runs
     from fedmomentum.results.run_results import RunResults

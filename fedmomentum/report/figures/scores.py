@@ -131,11 +131,37 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
     )
 
 
+def macro_f1_plot(rounds: Rounds) -> Plot | None:
+    """Plot a classifier's macro F1 by round, on all examples and on each client's."""
+    totals = _total_scores(rounds)
+    curve = finite((server_round, _percent_f1(score)) for server_round, score in totals)
+    if not curve:
+        return None
+    # The curves are on the page; the numbers of all rounds and clients come along as CSV.
+    clients = _client_curves(rounds, _percent_f1)
+    data: list[Sequence[Any]] = [("round", "client", "items", "macro_f1")]
+    for record in rounds:
+        for client, score in _all_scores(record).items():
+            data.append((record.round, client, score.num_examples, score.macro_f1))
+    texts = Texts(
+        "macro-f1",
+        "Macro F1 by round",
+        "macro F1 (%)",
+        "Mean of the labels' F1, each label counted once; a client's over the labels that it has.",
+    )
+    return _loss_plot(texts, "all examples", curve, clients, data)
+
+
+def _percent_f1(score: Score) -> float | None:
+    return None if score.macro_f1 is None else 100 * score.macro_f1
+
+
 def _fraction(score: Score) -> str:
     """Return what the exact match is a fraction of."""
     if score.is_of_pairs:
         return "Fraction of pairs whose chosen answer has the larger reward"
-    return "Fraction of examples answered exactly"
+    how = "whose label is predicted" if score.by_label else "answered exactly"
+    return f"Fraction of examples {how}"
 
 
 def evaluation_loss_plot(rounds: Rounds) -> Plot | None:

@@ -1,0 +1,77 @@
+"""Load the base model of a global model as what it is: a language model or a classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.base_model.classifier import set_pad_token
+from fedmomentum.base_model.loading import load_base, load_tokenizer
+from fedmomentum.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.lora.adapter import Adapter
+
+
+# What transformers calls the last layer of its sequence classifiers.
+OUTPUT_NAMES = ("score", "classifier", "out_proj")
+
+
+def is_classifier(adapter: Adapter) -> bool:
+    """Return whether an adapter is of a sequence classifier."""
+    return adapter.config.get("task_type") == "SEQ_CLS"
+
+
+def num_labels(adapter: Adapter) -> int | None:
+    """Return the number of labels of a classifier's adapter; None for a language model's.
+
+    Raises:
+        AdapterError: If the adapter is of a sequence classifier and saves no head.
+    """
+    if not is_classifier(adapter):
+        return None
+    for name, tensor in sorted(adapter.saved.items()):
+        # The whole name counts: DistilBERT's pre_classifier is no output layer.
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module.rpartition(".")[2] in OUTPUT_NAMES:
+            return int(tensor.shape[0])
+    raise AdapterError("the adapter is of a sequence classifier but saves no classification head")
+
+
+def load_base_of(
+    model: GlobalModel, directory: Path, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load the base model of a global model.
+
+    A classifier of a run has the head that training started from. That of adapters which were
+    combined without their base has no head of its own: the adapter's takes its place.
+
+    Args:
+        model: The global model.
+        directory: The base model's directory.
+        dtype: The dtype of the weights.
+        device: The device of the weights.
+
+    Raises:
+        AdapterError: If the adapter is of a classifier and saves no head.
+        ModelError: If the base model cannot be loaded.
+    """
+    adapter = model.adapter
+    # Only a run knows the names of its labels.
+    if model.base.labels:
+        base = load_base(directory, dtype, device, labels=model.base.labels)
+    else:
+        base = load_base(
+            directory,
+            dtype,
+            device,
+            num_labels=num_labels(adapter),
+            supplied=adapter.saved.keys(),
+        )
+    if is_classifier(adapter):
+        set_pad_token(base, load_tokenizer(directory, generates=False))
+    return base

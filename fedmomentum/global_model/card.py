@@ -1,0 +1,68 @@
+"""The model card that comes with an export."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.utils.io import write_atomically
+
+if TYPE_CHECKING:
+    from fedmomentum.global_model.model import GlobalModel
+
+
+def write_card(model: GlobalModel, out: Path, library: str, load: str) -> None:
+    """Write the model card of an export.
+
+    Args:
+        model: The global model.
+        out: The export's directory.
+        library: `peft` or `transformers`.
+        load: The line of code that loads the export.
+    """
+    base = model.base
+    is_adapter_directory = library == "peft"
+    kind = "LoRA adapter" if is_adapter_directory else "merged model"
+    revision = f" (revision {base.revision})" if base.revision else ""
+    addition = " when loaded on the base model" if is_adapter_directory else ""
+    labels = ""
+    head = ""
+    if base.labels:
+        names = dict(enumerate(base.labels))
+        labels = f"| labels | {len(names)}: {', '.join(map(_cell, base.labels))} |\n"
+        if is_adapter_directory:
+            head = (
+                "\nThe base is a sequence classifier with the labels in this order; its head is in "
+                "the adapter:\n\n```python\nbase = "
+                f"AutoModelForSequenceClassification.from_pretrained(\n    {base.name!r}, "
+                f"num_labels={len(names)}, id2label={names}\n)\n```\n"
+            )
+    card = f"""---
+library_name: {library}
+base_model: {base.name}
+tags: [fedmomentum, federated-learning, lora]
+---
+
+# Federated {kind} of {base.name}
+
+Made with fedmomentum: several clients fine-tuned one model with LoRA on data that stayed with them.
+
+| | |
+|---|---|
+| method | `{model.method}` |
+| rounds | {model.server_round} |
+| base model | {base.name}{revision} |
+| base SHA-256 | `{base.sha256 or "unknown: combined without the base at hand"}` |
+| tokenizer SHA-256 | `{base.tokenizer_sha256 or "unknown"}` |
+| base version after all merges | `{model.version}` |
+| adapted modules | {len(model.adapter.modules)} |
+{labels}
+This directory is the complete result{addition}: `{load}`.
+{head}"""
+    write_atomically(out / "README.md", card.encode())
+
+
+def _cell(text: str) -> str:
+    """Return text as it may stand in a table of Markdown."""
+    return re.sub(r"[`|<>]", "_", text)

@@ -1,0 +1,156 @@
+"""What a model is trained for, `model.task`: its labels and its rows of tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedmomentum.base_model.classifier import order_labels
+from fedmomentum.base_model.hub import resolve_base
+from fedmomentum.base_model.load_checks import check_token_ids
+from fedmomentum.config.schema import BUILT_IN_SOURCE, CLASSIFICATION
+from fedmomentum.data.labeled_texts import refuse_unknown_labels, sort_labels, tokenize_labeled
+from fedmomentum.data.tokenization import tokenize
+from fedmomentum.data.tokenized import EMPTY_EXAMPLES, TokenizedExamples
+from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.utils.schema import MAX_LABELS
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config, ModelConfig
+    from fedmomentum.data.examples import ClientData, Example
+
+
+def check_task(config: Config) -> None:
+    """Refuse settings that a classifier has no use for.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if config.model.task != CLASSIFICATION:
+        return
+    task = f'model.task = "{CLASSIFICATION}"'
+    if config.data.source == BUILT_IN_SOURCE:
+        raise ConfigError(
+            f'data.source "{BUILT_IN_SOURCE}" has answers, not labels; {task} needs data with the '
+            "columns text, or text_a and text_b, and label"
+        )
+    if config.data.category_column is not None:
+        raise ConfigError(
+            f"data.category-column is {config.data.category_column!r}; with {task} the category of "
+            "a text is its label: leave it out"
+        )
+    # An adapter of PEFT does not say which label each row of its head stands for.
+    if config.lora.start_from is not None:
+        raise ConfigError(
+            f"lora.start-from cannot be used with {task}: the adapter's head does not name its "
+            "labels, and could have them in another order. Leave it out"
+        )
+    # What [training] says of answers: a label is none.
+    for key, value, wanted in (
+        ("objective", config.training.objective, "sft"),
+        ("loss-on", config.training.loss_on, "last"),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                f'training.{key} = "{value}" is for the answers of language models; {task} learns '
+                "labels: leave it out"
+            )
+
+
+def require_labels(model: ModelConfig) -> tuple[str, ...]:
+    """Return the labels that a party of a federation over a network was given.
+
+    Nobody sees all of the data, so nobody could find them.
+
+    Raises:
+        ConfigError: If the model is a classifier, and they are missing.
+    """
+    if model.task == CLASSIFICATION and not model.labels:
+        raise ConfigError(
+            "model.labels is missing: over a network no party sees all of the data, so the run's "
+            'settings name the labels, in one order for server and clients: labels = ["A", "B"]'
+        )
+    return tuple(model.labels)
+
+
+def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str, ...]:
+    """Return the labels of a classifier on data that is at hand; none for a language model.
+
+    They are those of the settings; else those of the data, held-out examples included, in the order
+    of the checkpoint's own head if that is for just these, or sorted.
+
+    Raises:
+        DataError: If the data has a label that the settings do not name, or only one.
+        ModelError: If the base model cannot be found.
+    """
+    if model.task != CLASSIFICATION:
+        return ()
+    if model.labels:
+        for party in parties:
+            refuse_unknown_labels((*party.train, *party.test), model.labels, party.client_id)
+        return tuple(model.labels)
+    # Those of all clients together, so that every client has the same.
+    found: set[str] = set()
+    for party in parties:
+        found.update(example.completion for example in (*party.train, *party.test))
+    if len(found) < 2:
+        raise DataError(
+            f"all examples have the label {next(iter(found))!r}; a classifier needs two labels at "
+            "least. If others come later, name all of them in model.labels"
+        )
+    if len(found) > MAX_LABELS:
+        raise DataError(
+            f"the clients' data has {len(found)} different labels, more than {MAX_LABELS}; a label "
+            "is what many rows have in common"
+        )
+    return order_labels(resolve_base(model.name, model.revision), sort_labels(found))
+
+
+def count_labels(labels: Sequence[str], examples: Sequence[TokenizedExamples]) -> dict[str, int]:
+    """Count the training examples of each label, in the order of the labels; {} without labels."""
+    if not labels:
+        return {}
+    counts: Counter[str] = Counter()
+    for part in examples:
+        counts.update(labels[ids[-1]] for ids in part.input_ids)
+    return {label: counts[label] for label in labels}
+
+
+def make_rows(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    labels: Sequence[str],
+    *,
+    owner: str,
+    max_length: int,
+    max_truncated_fraction: float,
+    loss_on: str = "last",
+) -> TokenizedExamples:
+    """Tokenize examples for a classifier or, without labels, for a causal language model.
+
+    Raises:
+        DataError: If they cannot be used; see `tokenize` and `tokenize_labeled`.
+    """
+    if not examples:
+        return EMPTY_EXAMPLES
+    if labels:
+        return tokenize_labeled(examples, tokenizer, labels, max_length=max_length, owner=owner)
+    return tokenize(
+        examples,
+        tokenizer,
+        max_length=max_length,
+        max_truncated_fraction=max_truncated_fraction,
+        owner=owner,
+        loss_on=loss_on,
+    )
+
+
+def check_rows(model: Any, rows: TokenizedExamples, labels: Sequence[str], owner: str) -> None:
+    """Refuse tokens that the model cannot embed; the label at a row's end is no token.
+
+    Raises:
+        ModelError: If there are any.
+    """
+    texts = [ids[:-1] for ids in rows.input_ids] if labels else rows.rows
+    check_token_ids(model, texts, owner)
