@@ -106,7 +106,12 @@ def federation(base: Path, dtype: str, device: torch.device, *, tiny: bool) -> C
     tables = {
         "model": {"name": str(base), "dtype": dtype, "device": str(device)},
         "lora": {"rank": 4 if tiny else 8, "lora-alpha": 16.0, "target-modules": LINEAR},
-        "training": {"local-steps": 2 if tiny else 10, "batch-size": 16, "learning-rate": 5e-3},
+        "training": {
+            "local-steps": 2 if tiny else 10,
+            "batch-size": 16,
+            "learning-rate": 5e-3,
+            "optimizer-state": "fresh",
+        },
         "federation": {"num-rounds": 2 if tiny else 4},
         "evaluation": {"num-examples": 16, "final-num-examples": 32},
         "run": {"keep-checkpoints": 1},

@@ -61,6 +61,7 @@ def settings_of(size: Size, folder: Path, device: torch.device) -> Config:
         "model": {"name": str(folder), "dtype": "bfloat16", "device": str(device)},
         "lora": {"rank": RANK, "lora-alpha": 2.0 * RANK, "target-modules": LINEAR},
         "training": {
+            "optimizer-state": "fresh",
             "local-steps": size.local_steps,
             "batch-size": size.batch,
             "learning-rate": 1e-4,
