@@ -1,4 +1,4 @@
-"""The published setting of FedMomentum, for whoever has the GPU and the weights.
+"""The published setting of FedMomentum, for a user with the GPU and the weights.
 
     python experiments/paper/paper.py --data DATA_DIRECTORY --model LLAMA_2_7B_DIRECTORY
     [section.key=value ...]

@@ -208,7 +208,7 @@ def make(
     """Write the model for some data, with the outputs of its lower layers.
 
     The vocabulary is that of the data: the embeddings of all other tokens are left out, and the
-    tokens that are left are numbered anew, in their order.
+    tokens that are left are renumbered in their order.
 
     Args:
         source: The directory of SmolLM2-135M, or of another Llama with tied embeddings.

@@ -146,7 +146,7 @@ def _chat_turns(
     """Return a complete chat's token ids, and the ranges of its assistant's turns."""
     messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
     end_id = end_token_id(example.prompt, tokenizer)
-    # Whoever has no template, or one that refuses these messages, is told so.
+    # Refuses a tokenizer without a template, and a template that does not accept these messages.
     _chat_text(messages, tokenizer, ends_with_answer=True)
     if has_generation_marks(tokenizer):
         return marked_turns(messages, tokenizer, end_id)
