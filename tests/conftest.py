@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import signal
 import sys
 
 import pytest
@@ -14,6 +15,12 @@ from fedmomentum.cli import main as cli
 from fedmomentum.cli.options import OUT
 
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    """Make Ctrl-C tests mean something where the tests run in a shell's background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
