@@ -21,7 +21,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import experiment
 import intents  # makes the model and registers its kind
 import moments
-import tuned_comparison
 
 from fedmomentum.config.toml import apply_overrides
 from fedmomentum.utils.process import quiet_libraries
@@ -59,27 +58,11 @@ def main() -> int:
     with quiet_libraries():
         intents.make(data, out)
         for name in [options.only] if options.only else list(CELLS):
-            setting, changes = CELLS[name]
-            config = apply_overrides(experiment.settings(setting, out), list(changes))
-            rates = tuned_comparison.choose_rates(
-                config,
-                METHODS,
-                moments.GRID,
-                out / f"{name}-tuning",
-                out / f"{name}-learning-rates.json",
-            )
-            tuned_comparison.compare_at(
-                config,
-                rates,
-                METHODS,
-                SEEDS,
-                out / name,
-                baseline=METHODS[1],
-                target=experiment.TARGET,
-                command=experiment.command_of("cells.py", name),
-            )
-            if options.publish:
-                tuned_comparison.publish(out / name, rates, HERE / "results" / f"cell-{name}")
+            base_setting, changes = CELLS[name]
+            config = apply_overrides(experiment.settings(base_setting, out), list(changes))
+            results = HERE / "results" / f"cell-{name}" if options.publish else None
+            setting = experiment.Setting("cells.py", name, METHODS, SEEDS, METHODS[1])
+            experiment.tune_and_compare(setting, config, moments.GRID, out, results)
     return 0
 
 

@@ -12,6 +12,8 @@ import argparse
 import csv
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -72,23 +74,57 @@ def main() -> int:
             return reproduce(out, chosen.reproduce)
         for name in [chosen.only] if chosen.only else ["few", "many"]:
             config = settings(name, out)
-            rates = tuned_comparison.choose_rates(
-                config, METHODS, GRID, out / f"{name}-tuning", out / f"{name}-learning-rates.json"
-            )
-            if not chosen.tune_only:
-                tuned_comparison.compare_at(
-                    config,
-                    rates,
-                    METHODS,
-                    SEEDS,
-                    out / name,
-                    baseline=BASELINE,
-                    target=TARGET,
-                    command=command_of("experiment.py", name),
-                )
-                if chosen.publish:
-                    tuned_comparison.publish(out / name, rates, HERE / "results" / name)
+            if chosen.tune_only:
+                tuned_comparison.choose_rates(config, METHODS, GRID, *rate_files(name, out))
+                continue
+            results = HERE / "results" / name if chosen.publish else None
+            setting = Setting("experiment.py", name, METHODS, SEEDS, BASELINE)
+            tune_and_compare(setting, config, GRID, out, results)
     return 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared in one setting.
+
+    Attributes:
+        script: The script that runs it.
+        name: Its name, and what the script's `--only` takes.
+        methods: The methods.
+        seeds: The seeds of the comparison.
+        baseline: The method that the others are compared with.
+    """
+
+    script: str
+    name: str
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    baseline: str
+
+
+def rate_files(name: str, out: Path) -> tuple[Path, Path]:
+    """Return the directory of a setting's tuning runs, and the file of the chosen rates."""
+    return out / f"{name}-tuning", out / f"{name}-learning-rates.json"
+
+
+def tune_and_compare(
+    setting: Setting, config: Config, grid: Grid, out: Path, results: Path | None
+) -> None:
+    """Choose every method's learning rate, compare, and publish to `results` if that is given."""
+    name = setting.name
+    rates = tuned_comparison.choose_rates(config, setting.methods, grid, *rate_files(name, out))
+    tuned_comparison.compare_at(
+        config,
+        rates,
+        setting.methods,
+        setting.seeds,
+        out / name,
+        baseline=setting.baseline,
+        target=TARGET,
+        command=command_of(setting.script, name),
+    )
+    if results is not None:
+        tuned_comparison.publish(out / name, rates, results)
 
 
 def settings(name: str, out: Path) -> Config:

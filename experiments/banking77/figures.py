@@ -122,8 +122,8 @@ def interval(mean: MeanEstimate) -> str:
     return f"{100 * mean.mean:+.1f} [{100 * mean.low:+.1f}, {100 * mean.high:+.1f}]"
 
 
-def draw() -> None:
-    """Write results/differences.svg, curves.svg, learning-rates.svg and directions.svg."""
+def use_style() -> None:
+    """Set the style that the figures share: small text that stays text, and the same bytes."""
     plt.rcParams.update(
         {
             "font.size": 9,
@@ -135,6 +135,11 @@ def draw() -> None:
             "figure.facecolor": "white",
         }
     )
+
+
+def draw() -> None:
+    """Write results/differences.svg, curves.svg, learning-rates.svg and directions.svg."""
+    use_style()
     colors = dict(zip(NAMES, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")

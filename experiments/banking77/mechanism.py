@@ -18,7 +18,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from figures import RESULTS, curve, method_of, scores
+from figures import RESULTS, curve, method_of, scores, use_style
 from moments_figures import FRESH, NAMES
 
 from fedmomentum.results.comparison import read_comparison
@@ -261,16 +261,7 @@ def usable_energy(method: str, file: str) -> bool:
 
 def draw() -> None:
     """Write the figure: the gain of every run against the change of each measure."""
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "svg.hashsalt": "fedmomentum",
-            "svg.fonttype": "none",
-            "figure.facecolor": "white",
-        }
-    )
+    use_style()
     paired = pairs(read())
     colors = dict(zip(NAMES, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     markers = {"few": "o", "many": "^"}

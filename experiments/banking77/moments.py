@@ -20,7 +20,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import experiment
 import intents  # makes the model and registers its kind
-import tuned_comparison
 from tuned_comparison import Grid
 
 from fedmomentum.utils.process import quiet_libraries
@@ -67,21 +66,9 @@ def main() -> int:
         intents.make(data, out)
         for name in [options.only] if options.only else ["few", "many"]:
             config = experiment.settings(name, out)
-            rates = tuned_comparison.choose_rates(
-                config, methods, GRID, out / f"{name}-tuning", out / f"{name}-learning-rates.json"
-            )
-            tuned_comparison.compare_at(
-                config,
-                rates,
-                methods,
-                SEEDS,
-                out / name,
-                baseline=methods[0],
-                target=experiment.TARGET,
-                command=experiment.command_of("moments.py", name),
-            )
-            if options.publish:
-                tuned_comparison.publish(out / name, rates, HERE / "results" / f"moments-{name}")
+            results = HERE / "results" / f"moments-{name}" if options.publish else None
+            setting = experiment.Setting("moments.py", name, methods, SEEDS, methods[0])
+            experiment.tune_and_compare(setting, config, GRID, out, results)
     return 0
 
 

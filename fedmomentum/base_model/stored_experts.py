@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedmomentum.base_model.checkpoint_files import stored_tensors
+from fedmomentum.base_model.stored_names import NameConversion
 from fedmomentum.errors import ModelError
 
 
@@ -41,23 +42,15 @@ class StoredExperts:
         self._converters: dict[str, Any] = {}
         if not parameters:
             return
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
+        from transformers.core_model_loading import dot_natural_key
 
-        conversions = getattr(model, "_weight_conversions", None) or []
-        renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
-        converters = [part for part in conversions if isinstance(part, WeightConverter)]
-        for converter in converters:
+        conversion = NameConversion(model, parameters)
+        for converter in conversion.converters:
             self._converters |= dict.fromkeys(converter.source_patterns, converter)
-        prefix = getattr(model, "base_model_prefix", "")
-        known: dict[str, Any] = dict.fromkeys(parameters, True)
         for name in sorted(self._files, key=dot_natural_key):
-            path, pattern = rename_source_key(name, renamings, converters, prefix, known)
-            if path in known:
+            match = conversion.find_parameter(name)
+            if match is not None:
+                path, pattern = match
                 self._sources.setdefault(path, []).append((name, pattern))
         for wanted in parameters:
             self._check(wanted, directory)

@@ -12,6 +12,40 @@ from typing import Any
 from torch import nn
 
 
+class NameConversion:
+    """How transformers turns the names of stored tensors into those of a model's parameters.
+
+    Args:
+        model: The model as transformers loaded it, with or without adapters.
+        parameters: The names of the parameters in the model without adapters.
+
+    Attributes:
+        converters: Those of the model's conversions that join or change tensors.
+    """
+
+    def __init__(self, model: nn.Module | None, parameters: Collection[str]) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        conversions = getattr(model, "_weight_conversions", None) or []
+        self.converters = [part for part in conversions if isinstance(part, WeightConverter)]
+        self._renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
+        self._prefix = getattr(model, "base_model_prefix", "")
+        self._known: dict[str, Any] = dict.fromkeys(parameters, True)
+
+    def find_parameter(self, stored: str) -> tuple[str, str | None] | None:
+        """Return the parameter that a stored tensor belongs to, and the pattern of its converter.
+
+        The pattern is None for a parameter that is stored as it is; the result is None for a tensor
+        of no given parameter.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        path, pattern = rename_source_key(
+            stored, self._renamings, self.converters, self._prefix, self._known
+        )
+        return (path, pattern) if path in self._known else None
+
+
 def find_stored_names(
     model: nn.Module | None, stored: Iterable[str], parameters: Collection[str]
 ) -> dict[str, str]:
@@ -24,20 +58,10 @@ def find_stored_names(
         stored: The names of the checkpoint's tensors.
         parameters: The names of the parameters in the model without adapters.
     """
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    conversions = getattr(model, "_weight_conversions", None) or []
-    renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
-    converters = [part for part in conversions if isinstance(part, WeightConverter)]
-    prefix = getattr(model, "base_model_prefix", "")
-    known: dict[str, Any] = dict.fromkeys(parameters, True)
+    conversion = NameConversion(model, parameters)
     names: dict[str, list[str]] = {}
     for name in stored:
-        path, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if path in known and pattern is None:
-            names.setdefault(path, []).append(name)
+        match = conversion.find_parameter(name)
+        if match is not None and match[1] is None:
+            names.setdefault(match[0], []).append(name)
     return {path: found[0] for path, found in names.items() if len(found) == 1}

@@ -65,13 +65,13 @@ SCORE_COLUMN = ROUND_COLUMNS.index("exact match")
 
 # ── a run ──
 
-
-OPTIMIZER_STATES = {
+OPTIMIZER_PHRASES = {
     "fresh": "fresh in every round",
     "shared": "starts a round with the clients' mean moments",
     "shared-full": "starts a round with the clients' mean moments, sent in full",
     "local": "starts a round with the client's own moments",
 }
+"""What the plan says of each `training.optimizer-state`."""
 
 
 def plan_table(plan: Plan, out: Path) -> Table:
@@ -82,7 +82,7 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "adapted": "; ".join(plan.adapted),
         "not adapted": "; ".join(plan.not_adapted),
         "method": plan.method,
-        "optimizer": OPTIMIZER_STATES.get(plan.optimizer_state, plan.optimizer_state),
+        "optimizer": OPTIMIZER_PHRASES.get(plan.optimizer_state, plan.optimizer_state),
         "learned": plan.objective,
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "

@@ -232,11 +232,9 @@ class Client(Worker):
         if request.optimizer_state == "local":
             last_round = task.server_round - 1
             state = self.store.load_state(LocalMoments, task.run_id, self.client_id, last_round)
-            return (
-                {}
-                if state is None
-                else state.start_moments(self.model.adapter(self.client_id).modules)
-            )
+            if state is None:
+                return {}
+            return state.start_moments(self.model.adapter(self.client_id).modules)
         # Shared moments: none before the first round has been aggregated.
         if request.moments is None:
             return {}
