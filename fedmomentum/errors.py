@@ -46,6 +46,10 @@ class QuorumError(FedMomentumError):
     """Too few clients answered a round with something usable."""
 
 
+class SecureSumError(FedMomentumError):
+    """A message or a rule of a secure sum that does not hold; nothing was opened for it."""
+
+
 # From a word with a separator to a quote, a bracket or a colon: file names may have blanks and
 # commas in them.
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")

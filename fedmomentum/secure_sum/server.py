@@ -1,0 +1,303 @@
+"""`SumServer`: the server's part in one attempt at a sum.
+
+It has no secrets and draws no random numbers: the same replies in the same order give the same
+messages and the same sum, so a server that was stopped continues from the replies that it kept. ::
+
+    server = SumServer(plan, roster)
+    while not server.finished:
+        for party, message in server.messages().items():
+            server.receive(party, send(party, message))
+        server.advance()
+    server.result
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmomentum.errors import SecureSumError
+from fedmomentum.secure_sum import fixed_point
+from fedmomentum.secure_sum.keys import SumKeys, add_mask, pair_sign, public_key
+from fedmomentum.secure_sum.messages import (
+    Advertisements,
+    Endorsement,
+    Endorsements,
+    Inbox,
+    MaskedValues,
+    Opening,
+    Outbox,
+    PartyKeys,
+    SealedShares,
+    SumPlan,
+    Survivors,
+    check_plan,
+    decode_message,
+    encode_message,
+)
+from fedmomentum.secure_sum.roster import Roster
+from fedmomentum.secure_sum.shamir import join_shares
+from fedmomentum.secure_sum.statements import (
+    KEYS,
+    SURVIVORS,
+    keys_digest,
+    keys_statement,
+    survivors_statement,
+)
+from fedmomentum.utils.schema import Schema
+
+MAX_REPLY_BYTES = 2**20
+"""The largest reply of a party besides its masked values."""
+STEPS = ("keys", "shares", "values", "signatures", "openings")
+"""What comes from the parties, step by step."""
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class SumResult:
+    """A sum.
+
+    Attributes:
+        values: Block to the sum of the survivors' elements, `(size,)`.
+        survivors: The parties whose values are in it, sorted.
+    """
+
+    values: dict[str, NDArray[np.float64]]
+    survivors: list[str]
+
+
+class SumServer:
+    """The server's part in one attempt at a sum.
+
+    Args:
+        plan: The sum.
+        roster: The public keys that the server has for the parties; a party with another key is
+            left out at once, rather than refused by all others.
+
+    Raises:
+        SecureSumError: If the plan cannot be obeyed.
+    """
+
+    def __init__(self, plan: SumPlan, roster: Roster) -> None:
+        check_plan(plan, trusts_server=True)
+        self._plan = plan
+        self._roster = roster
+        self._keys = SumKeys.of(plan)
+        self._step = 0
+        # Who may still answer, and the replies of the current step.
+        self._active: list[str] = list(plan.parties)
+        self._replies: dict[str, Schema] = {}
+        # What is known of the steps before.
+        self._advertised: dict[str, PartyKeys] = {}
+        self._all_keys = b""
+        self._outboxes: dict[str, dict[str, SealedShares]] = {}
+        self._masked: list[str] = []
+        self._survivors: list[str] = []
+        self._endorsements: list[Endorsement] = []
+        # The masked values are added up as they come: memory does not grow with the parties.
+        self._total = np.zeros(plan.size, dtype=np.uint32)
+        self._result: SumResult | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sum is known."""
+        return self._result is not None
+
+    @property
+    def result(self) -> SumResult:
+        """The sum.
+
+        Raises:
+            SecureSumError: If there are steps left.
+        """
+        if self._result is None:
+            raise SecureSumError(f"{self._plan.title}: its {STEPS[self._step]} have not all come")
+        return self._result
+
+    def messages(self) -> dict[str, bytes]:
+        """Return the current step's message to each party that is still in the sum."""
+        if self.finished:
+            return {}
+        if self._step == 2:
+            return {party: encode_message(self._inbox(party)) for party in self._active}
+        # All others get the same message.
+        message: Schema
+        if self._step == 0:
+            message = self._plan
+        elif self._step == 1:
+            message = Advertisements(keys=list(self._advertised.values()))
+        elif self._step == 3:
+            message = Survivors(parties=self._survivors)
+        else:
+            message = Endorsements(signatures=self._endorsements)
+        return dict.fromkeys(self._active, encode_message(message))
+
+    def receive(self, party: str, data: bytes) -> None:
+        """Take a party's reply to the current step's message.
+
+        Raises:
+            SecureSumError: If it is not a valid reply; the party has then dropped out, unless a
+                valid one comes before the step ends.
+        """
+        name = f"{self._plan.title}: {party}"
+        if self.finished or party not in self._active:
+            raise SecureSumError(f"{name} is not in this step of the sum")
+        if party in self._replies:
+            raise SecureSumError(f"{name} has sent its {STEPS[self._step]} already")
+        takers = (
+            self._take_keys,
+            self._take_shares,
+            self._take_values,
+            self._take_endorsement,
+            self._take_opening,
+        )
+        self._replies[party] = takers[self._step](party, data, name)
+
+    def advance(self) -> None:
+        """End the current step: who has not replied has dropped out.
+
+        Raises:
+            SecureSumError: If fewer than the threshold have replied; another attempt may do.
+        """
+        plan = self._plan
+        parties = sorted(self._replies)
+        if len(parties) < plan.threshold:
+            missing = [party for party in self._active if party not in self._replies]
+            raise SecureSumError(
+                f"{plan.title}: {len(parties)} parties sent their {STEPS[self._step]}, and "
+                f"{plan.threshold} are needed; {', '.join(missing)} did not"
+            )
+        # What the next steps need of this one.
+        replies = {party: self._replies[party] for party in parties}
+        if self._step == 0:
+            self._advertised = replies  # type: ignore[assignment]
+            self._all_keys = keys_digest(list(self._advertised.values()))
+        elif self._step == 1:
+            self._masked = parties
+            for party, outbox in replies.items():
+                assert isinstance(outbox, Outbox)
+                self._outboxes[party] = {sealed.party: sealed for sealed in outbox.shares}
+        elif self._step == 2:
+            self._survivors = parties
+        elif self._step == 3:
+            self._endorsements = list(replies.values())  # type: ignore[arg-type]
+        else:
+            self._result = self._unmask(replies)  # type: ignore[arg-type]
+        self._active = parties
+        self._replies = {}
+        self._step += 1
+
+    def _inbox(self, recipient: str) -> Inbox:
+        """Return what the others sealed for a party."""
+        shares = []
+        for sender in self._masked:
+            if sender != recipient:
+                data = self._outboxes[sender][recipient].data
+                shares.append(SealedShares(party=sender, data=data))
+        return Inbox(shares=shares)
+
+    # ── replies ──
+
+    def _take_keys(self, party: str, data: bytes, name: str) -> PartyKeys:
+        keys = decode_message(data, PartyKeys, name, MAX_REPLY_BYTES)
+        self._check_names([keys.party], [party], name)
+        statement = keys_statement(self._keys.digest, keys)
+        self._roster.verify(party, keys.signature, KEYS, *statement)
+        return keys
+
+    def _take_shares(self, party: str, data: bytes, name: str) -> Outbox:
+        outbox = decode_message(data, Outbox, name, MAX_REPLY_BYTES)
+        others = [other for other in self._advertised if other != party]
+        self._check_names([sealed.party for sealed in outbox.shares], others, name)
+        return outbox
+
+    def _take_values(self, party: str, data: bytes, name: str) -> Schema:
+        size = self._plan.size
+        masked = decode_message(data, MaskedValues, name, 4 * size + MAX_REPLY_BYTES)
+        if len(masked.values) != 4 * size:
+            raise SecureSumError(
+                f"{name} sent {len(masked.values)} bytes of masked values; expected {4 * size}"
+            )
+        self._total += np.frombuffer(masked.values, dtype="<u4")
+        # It is in the total, and that a party has sent its values is all that is kept.
+        return MaskedValues(values=b"")
+
+    def _take_endorsement(self, party: str, data: bytes, name: str) -> Endorsement:
+        endorsement = decode_message(data, Endorsement, name, MAX_REPLY_BYTES)
+        self._check_names([endorsement.party], [party], name)
+        statement = survivors_statement(
+            self._keys.digest, self._all_keys, self._masked, self._survivors
+        )
+        self._roster.verify(party, endorsement.signature, SURVIVORS, *statement)
+        return endorsement
+
+    def _take_opening(self, party: str, data: bytes, name: str) -> Opening:
+        opening = decode_message(data, Opening, name, MAX_REPLY_BYTES)
+        self._check_names([share.party for share in opening.shares], self._masked, name)
+        return opening
+
+    def _check_names(self, got: Sequence[str], wanted: Sequence[str], name: str) -> None:
+        if list(got) != list(wanted):
+            raise SecureSumError(
+                f"{name} sent {STEPS[self._step]} that are not for the parties of this step"
+            )
+
+    # ── the sum ──
+
+    def _unmask(self, openings: dict[str, Opening]) -> SumResult:
+        """Remove the survivors' own masks, and what masks the others left in their values."""
+        openers = sorted(openings)[: self._plan.threshold]
+        points = {party: point for point, party in enumerate(self._advertised, start=1)}
+        # All secrets first, so that wrong shares leave the total as it is.
+        secrets = {}
+        for index, party in enumerate(self._masked):
+            shares = {points[opener]: openings[opener].shares[index].share for opener in openers}
+            secrets[party] = self._joined(party, shares, openers)
+        for party, secret in secrets.items():
+            if party in self._survivors:
+                add_mask(self._total, self._keys.self_mask_key(secret, party), -1)
+            else:
+                self._remove_pair_masks(party, secret)
+        plan = self._plan
+        values = fixed_point.decode(self._total, plan.blocks, len(plan.parties))
+        return SumResult(values, self._survivors)
+
+    def _remove_pair_masks(self, dropped: str, private_key: bytes) -> None:
+        """Remove the masks that survivors share with a party that dropped out."""
+        for survivor in self._survivors:
+            peer = self._advertised[survivor].mask_key
+            key = self._keys.mask_key(private_key, dropped, survivor, peer)
+            add_mask(self._total, key, -pair_sign(survivor, dropped))
+
+    def _joined(self, party: str, shares: dict[int, bytes], openers: Sequence[str]) -> bytes:
+        """Return a survivor's seed or another party's key, compared with what it advertised.
+
+        Raises:
+            SecureSumError: If it is another: the party gave out wrong shares, or one was opened
+                wrongly.
+        """
+        # A seed is compared with its commitment, a private key with its public key.
+        keys = self._advertised[party]
+        is_survivor = party in self._survivors
+        kind = "seed" if is_survivor else "key"
+        try:
+            secret = join_shares(shares)
+        except ValueError:
+            secret = b""
+        if not secret:
+            matches = False
+        elif is_survivor:
+            matches = self._keys.seed_commitment(secret, party) == keys.seed_commitment
+        else:
+            matches = public_key(secret) == keys.mask_key
+        if not matches:
+            raise SecureSumError(
+                f"{self._plan.title}: the shares of {', '.join(openers)} do not open the {kind} of "
+                f"{party}: one of them or {party} sent wrong shares"
+            )
+        return secret

@@ -1,0 +1,46 @@
+"""What parties sign in a sum, in the exact bytes that both sides compute."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from fedmomentum.secure_sum.keys import joined
+from fedmomentum.secure_sum.messages import PartyKeys
+
+KEYS = "keys"
+"""The purpose of a signature under a party's own keys."""
+SURVIVORS = "list of survivors"
+"""The purpose of a signature under the parties whose masked values came."""
+
+
+def keys_statement(plan_digest: bytes, keys: PartyKeys) -> tuple[bytes | str, ...]:
+    """Return what a party signs of its keys."""
+    return plan_digest, keys.party, keys.mask_key, keys.channel_key, keys.seed_commitment
+
+
+def keys_digest(keys: Sequence[PartyKeys]) -> bytes:
+    """Return a hash of all parties' keys."""
+    parts: list[bytes | str] = []
+    for entry in keys:
+        parts += [entry.party, entry.mask_key, entry.channel_key, entry.seed_commitment]
+    return hashlib.sha256(joined(*parts)).digest()
+
+
+def survivors_statement(
+    plan_digest: bytes, all_keys: bytes, masked: Sequence[str], survivors: Sequence[str]
+) -> tuple[bytes, ...]:
+    """Return what a party signs before anything is opened.
+
+    Args:
+        plan_digest: The plan's hash.
+        all_keys: The hash of all parties' keys.
+        masked: The parties under whose masks the values are.
+        survivors: Those of them whose values are in the sum.
+    """
+    return plan_digest, all_keys, joined(*masked), joined(*survivors)
+
+
+def sealing_context(plan_digest: bytes, all_keys: bytes, sender: str, recipient: str) -> bytes:
+    """Return what sealed shares are bound to."""
+    return joined(plan_digest, all_keys, sender, recipient)
