@@ -25,6 +25,11 @@ def largest_integer(num_parties: int) -> int:
     return MAX_SUM // num_parties
 
 
+def count_block(name: str, size: int, num_parties: int) -> Block:
+    """Return a block whose elements are whole numbers up to `largest_integer`, summed exactly."""
+    return Block(name=name, size=size, bound=float(largest_integer(num_parties)))
+
+
 def sum_error(block: Block, num_parties: int, num_survivors: int) -> float:
     """Return how far an element of the decoded sum can be from the exact sum.
 

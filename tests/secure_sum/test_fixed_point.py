@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmomentum.errors import DataError, SecureSumError, public_text
-from fedmomentum.secure_sum.fixed_point import decode, encode, largest_integer, sum_error
+from fedmomentum.secure_sum.fixed_point import (
+    count_block,
+    decode,
+    encode,
+    largest_integer,
+    sum_error,
+)
 from fedmomentum.secure_sum.messages import Block
 
 BLOCKS = [Block(name="B", size=4, bound=0.25), Block(name="A", size=2, bound=3e4)]
@@ -70,3 +76,11 @@ def test_other_blocks_are_refused_by_name():
         encode({"B": good()["B"]}, BLOCKS, 5)
     with pytest.raises(SecureSumError, match=r"'A' has 2 elements in the sum, .* has \(3,\)"):
         encode(good() | {"A": np.zeros(3)}, BLOCKS, 5)
+
+
+@pytest.mark.parametrize("n", [3, 10, 100])
+def test_counts_are_summed_to_the_last_one(n):
+    block = count_block("examples", 3, n)
+    counts = [np.array([i, 7 * i + 1, largest_integer(n) - i], dtype=np.float64) for i in range(n)]
+    total = sum(encode({"examples": c}, [block], n) for c in counts)
+    assert (decode(total, [block], n)["examples"] == sum(counts)).all()

@@ -1,0 +1,227 @@
+r"""The exact weighted mean of products, from sums of vectors alone, in two of them.
+
+A sum under masks adds vectors, and `sum_i N_i B_i A_i` is no sum of factors. With `(B_0, A_0)` what
+all clients started from, `b_i = B_i - B_0`, `a_i = A_i - A_0`, and means weighted by `N_i / N`::
+
+    mean(B A) = (B_0 + b)(A_0 + a) + mean((b_i - b)(a_i - a)),        b = mean(b_i), a = mean(a_i)
+
+The first sum gives N, b, a, and a sketch of the last term, the cross term, whose range Q the second
+sum projects it on. What Q leaves out, each client keeps, and brings into the next round::
+
+    sum 1     N_i,  N_i b_i,  N_i a_i,  (N_i b_i a_i + N' f_i) Omega
+    server    Q = orth(sum/N - b a Omega)
+    sum 2     Q^T (N_i (b_i - b)(a_i - a) + N f_i)
+    result    (B_0 + b)(A_0 + a) + Q sum/N
+    client    f_i <- (I - Q Q^T) ((N_i/N) (b_i - b)(a_i - a) + f_i)
+
+So the result plus all `f_i` is the mean plus all `f_i` of before, whatever Q is, and whoever takes
+part. The `f_i` are in the units of the model: they do not change their meaning with N. The N' of
+the first sum, where N is not known yet, is a guess that only Q depends on, such as the N of the
+round before. A client that drops out between the sums keeps its cross term whole, as with a Q of no
+columns.
+
+Nothing here knows of scalings: factors are in effective units, or the result is multiplied by the
+clients' common scaling.
+
+Source:
+    The sketch in two passes is that of FedASK, arXiv 2507.09990, which has no masks, no feedback
+    and no residual.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmomentum.linalg.low_rank import CORE_DTYPE, LowRank
+from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.linalg.weighted_sum import exact_sum
+
+
+@dataclass(frozen=True, eq=False)
+class ClientMove:
+    """What one client did in one round, in float64.
+
+    Attributes:
+        num_examples: Its weight `N_i`.
+        b: `(out, r)`, the change of B.
+        a: `(r, in)`, the change of A.
+        feedback: What is missing in the model of its cross terms of earlier rounds; None for
+            nothing.
+    """
+
+    num_examples: int
+    b: Tensor
+    a: Tensor
+    feedback: Matrix | None = None
+
+    @classmethod
+    def of(
+        cls, start: LowRank, trained: LowRank, num_examples: int, feedback: Matrix | None = None
+    ) -> ClientMove:
+        """Return a client's move from the factors that it was sent to those that it trained.
+
+        Raises:
+            ValueError: If the factors differ in shape: their means would not be factors.
+        """
+        if start.shape != trained.shape or start.rank != trained.rank:
+            raise ValueError(f"moves from {start!r} to {trained!r}, which is of another shape")
+        b = trained.B.to(CORE_DTYPE) - start.B.to(CORE_DTYPE)
+        a = trained.A.to(CORE_DTYPE) - start.A.to(CORE_DTYPE)
+        return cls(num_examples, b, a, feedback)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstTerms:
+    """What the first sum adds up: one client's terms, or the sum of all.
+
+    Attributes:
+        num_examples: `N_i`.
+        b: `(out, r)`, `N_i b_i`.
+        a: `(r, in)`, `N_i a_i`.
+        sketch: `(out, c)`, `(N_i b_i a_i + N' f_i) Omega`.
+    """
+
+    num_examples: int
+    b: Tensor
+    a: Tensor
+    sketch: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MeanMove:
+    """What the server sends after the first sum.
+
+    Server and clients must compute with the same numbers: if they travel in fewer digits, the
+    server rounds them before it uses them. Q need not be orthonormal for the result to be exact.
+
+    Attributes:
+        num_examples: N, of all clients in the first sum.
+        b: `(out, r)`, the mean change of B.
+        a: `(r, in)`, the mean change of A.
+        Q: `(out, c)`, orthonormal, the range on which cross terms are added up.
+    """
+
+    num_examples: int
+    b: Tensor
+    a: Tensor
+    Q: Tensor
+
+
+def sketch_matrix(module: str, in_size: int, width: int, seed: int) -> Tensor:
+    """Sample the matrix Omega of one module, the same on every machine.
+
+    Args:
+        module: Name of the module.
+        in_size: The module's input size.
+        width: The number c of columns.
+        seed: Seed of the round's sketches, which is public.
+
+    Returns:
+        `(in, width)`, float64.
+    """
+    digest = hashlib.sha256(f"{seed}/sketch/{module}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.randn(in_size, width, generator=generator, dtype=CORE_DTYPE)
+
+
+def first_terms(move: ClientMove, omega: Tensor, expected_examples: int) -> FirstTerms:
+    """Return what a client adds to the first sum.
+
+    Args:
+        move: What it did.
+        omega: `(in, c)`.
+        expected_examples: N', about the number of examples of all clients of the round.
+    """
+    N_i = move.num_examples
+    sketch = N_i * (move.b @ (move.a @ omega))
+    if move.feedback is not None:
+        sketch += expected_examples * _times(move.feedback, omega)
+    return FirstTerms(N_i, N_i * move.b, N_i * move.a, sketch)
+
+
+def mean_move(total: FirstTerms, omega: Tensor) -> MeanMove:
+    """Return the means, and the range of the cross terms, from the first sum.
+
+    Q has as many columns as the sketch, or as its rows where these are fewer: columns beyond the
+    rank of the sketch are arbitrary directions, which do no harm.
+    """
+    N = total.num_examples
+    b = total.b / N
+    a = total.a / N
+    sketch = total.sketch / N - b @ (a @ omega)
+    return MeanMove(N, b, a, torch.linalg.qr(sketch).Q)
+
+
+def second_terms(move: ClientMove, mean: MeanMove) -> Tensor:
+    """Return what a client adds to the second sum: `(c, in)`."""
+    cross = _cross_factors(move, mean)
+    terms = move.num_examples * ((mean.Q.mT @ cross.B) @ cross.A)
+    if move.feedback is not None:
+        terms += mean.num_examples * _left_times(mean.Q, move.feedback)
+    return terms
+
+
+def combine_sums(start: LowRank, mean: MeanMove, second: Tensor | None) -> tuple[LowRank, LowRank]:
+    """Return the two parts of the result: the product of mean factors, and the cross term.
+
+    Args:
+        start: What the clients started from.
+        mean: The first sum's outcome.
+        second: `(c, in)`, the second sum; None where there was none, and clients keep all cross
+            terms.
+    """
+    factors = LowRank(start.B.to(CORE_DTYPE) + mean.b, start.A.to(CORE_DTYPE) + mean.a)
+    if second is None:
+        return factors, LowRank(mean.Q[:, :0], mean.a[:0])
+    return factors, LowRank(mean.Q, second / mean.num_examples)
+
+
+def next_feedback(move: ClientMove, mean: MeanMove, *, in_second_sum: bool) -> Matrix:
+    """Return what the model lacks of a client's cross terms after the round, in float64.
+
+    Called once for a client that the first sum holds. A client that it does not hold keeps its
+    feedback as it is.
+
+    Args:
+        move: What it did, with the feedback of before.
+        mean: The first sum's outcome.
+        in_second_sum: Whether its terms are in the second sum too.
+
+    Returns:
+        Factored, or dense where that is smaller.
+    """
+    parts = [_cross_factors(move, mean)]
+    weights = [move.num_examples / mean.num_examples]
+    before: Sequence[Matrix] = [] if move.feedback is None else [move.feedback]
+    missing = exact_sum(parts, weights, before)
+    if not in_second_sum:
+        return missing
+    # (I - Q Q^T), from the left.
+    Q = mean.Q
+    if isinstance(missing, LowRank):
+        return LowRank(missing.B - Q @ (Q.mT @ missing.B), missing.A)
+    return missing - Q @ (Q.mT @ missing)
+
+
+def _cross_factors(move: ClientMove, mean: MeanMove) -> LowRank:
+    """Return `(b_i - b)(a_i - a)`."""
+    return LowRank(move.b - mean.b, move.a - mean.a)
+
+
+def _times(matrix: Matrix, x: Tensor) -> Tensor:
+    """Return `matrix x` for `(in, c)`, in float64."""
+    if isinstance(matrix, LowRank):
+        return matrix.B.to(x) @ (matrix.A.to(x) @ x)
+    return matrix.to(x) @ x
+
+
+def _left_times(Q: Tensor, matrix: Matrix) -> Tensor:
+    """Return `Q^T matrix` for `(out, c)`, in float64."""
+    if isinstance(matrix, LowRank):
+        return (Q.mT @ matrix.B.to(Q)) @ matrix.A.to(Q)
+    return Q.mT @ matrix.to(Q)

@@ -1,0 +1,319 @@
+"""The mean of products from two sums: exact in every round, whoever takes part, with masks too."""
+
+import functools
+import operator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmomentum.aggregation.product_from_sums import (
+    ClientMove,
+    FirstTerms,
+    combine_sums,
+    first_terms,
+    mean_move,
+    next_feedback,
+    second_terms,
+    sketch_matrix,
+)
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.matrix import to_dense
+from fedmomentum.secure_sum.fixed_point import count_block, sum_error
+from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
+from fedmomentum.secure_sum.server import SumServer
+from tests.secure_sum.sums import make_parties, roster, run_sum
+
+OUT, IN, RANK = 14, 11, 3
+SCALING = 2.5
+
+
+def factors(draw, rank=RANK, size=1.0):
+    return LowRank(
+        size * torch.randn(OUT, rank, generator=draw, dtype=torch.float64),
+        size * torch.randn(rank, IN, generator=draw, dtype=torch.float64),
+    )
+
+
+def train(draw, start, size=0.3):
+    step = factors(draw, start.rank, size)
+    return LowRank(start.B + step.B, start.A + step.A)
+
+
+def add_terms(terms):
+    return FirstTerms(
+        *(
+            functools.reduce(operator.add, [getattr(t, name) for t in terms])
+            for name in ("num_examples", "b", "a", "sketch")
+        )
+    )
+
+
+def effective(matrix):
+    return SCALING * to_dense(matrix)
+
+
+def mean_of_products(trained, counts):
+    """The exact mean in effective units: what secure sums must give."""
+    total = sum(counts.values())
+    return sum(counts[c] / total * effective(trained[c]) for c in trained)
+
+
+class Federation:
+    """Clients whose feedback stays with them; a round's sums are plain here."""
+
+    def __init__(self, seed, width):
+        self.draw = torch.Generator().manual_seed(seed)
+        self.width = width
+        self.feedback = {}
+        self.expected = 1
+
+    def round(self, start, counts, second, number=1):
+        """A round of the clients in `counts`, of which `second` are in the second sum."""
+        omega = sketch_matrix("q_proj", IN, self.width, number)
+        trained = {client: train(self.draw, start) for client in counts}
+        moves = {
+            client: ClientMove.of(start, trained[client], counts[client], self.feedback.get(client))
+            for client in counts
+        }
+        mean = mean_move(
+            add_terms([first_terms(move, omega, self.expected) for move in moves.values()]), omega
+        )
+        total = sum(second_terms(moves[c], mean) for c in second) if second else None
+        for client, move in moves.items():
+            self.feedback[client] = next_feedback(move, mean, in_second_sum=client in second)
+        self.expected = mean.num_examples
+        return trained, combine_sums(start, mean, total)
+
+    def missing(self):
+        zero = torch.zeros(OUT, IN, dtype=torch.float64)
+        return sum((effective(f) for f in self.feedback.values()), zero)
+
+
+def close(got, wanted, tolerance=1e-10):
+    return (got - wanted).norm() <= tolerance * max(1.0, float(wanted.norm()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 999), width=st.integers(1, 12))
+def test_the_model_and_what_clients_keep_are_the_exact_mean_in_every_round(data, seed, width):
+    """Over rounds with changing participants, weights and drops between the sums."""
+    clients = [f"client {i}" for i in range(6)]
+    federation = Federation(seed, width)
+    start = factors(federation.draw)
+    for number in range(4):
+        chosen = data.draw(st.lists(st.sampled_from(clients), min_size=3, unique=True))
+        counts = {client: data.draw(st.integers(1, 500)) for client in chosen}
+        second = data.draw(st.lists(st.sampled_from(chosen), unique=True))
+        before = federation.missing()
+        trained, (mean, cross) = federation.round(start, counts, second, number)
+        got = effective(mean) + effective(cross) + federation.missing()
+        assert close(got, mean_of_products(trained, counts) + before)
+        # The next round starts from other factors, as after a method's truncation.
+        start = factors(federation.draw)
+
+
+@pytest.mark.parametrize("num_clients", [3, 4])
+def test_a_sketch_of_n_minus_1_times_the_rank_needs_no_feedback(num_clients):
+    federation = Federation(1, (num_clients - 1) * RANK)
+    start = factors(federation.draw)
+    counts = {f"client {i}": 10 + 7 * i for i in range(num_clients)}
+    trained, (mean, cross) = federation.round(start, counts, list(counts))
+    assert close(effective(mean) + effective(cross), mean_of_products(trained, counts))
+    assert federation.missing().norm() < 1e-10
+    # and one column less is not enough
+    narrower = Federation(1, (num_clients - 1) * RANK - 1)
+    narrower.round(factors(narrower.draw), counts, list(counts))
+    assert narrower.missing().norm() > 1e-3
+
+
+def test_a_sketch_as_wide_as_the_matrix_is_high_is_exact():
+    federation = Federation(2, OUT + 5)
+    counts = {f"client {i}": 3 for i in range(9)}
+    federation.round(factors(federation.draw), counts, list(counts))
+    assert federation.missing().norm() < 1e-10
+
+
+def test_a_client_that_drops_between_the_sums_keeps_its_cross_term_whole():
+    federation = Federation(3, RANK)
+    start = factors(federation.draw)
+    counts = {"a": 5, "b": 20, "c": 9}
+    trained, (mean, _) = federation.round(start, counts, ["a", "b"])
+    total = sum(counts.values())
+    deviation = LowRank(trained["c"].B - mean.B, trained["c"].A - mean.A)
+    assert close(
+        effective(federation.feedback["c"]), counts["c"] / total * effective(deviation), 1e-12
+    )
+
+
+def test_without_a_second_sum_the_mean_factors_stand_and_clients_keep_the_rest():
+    federation = Federation(4, RANK)
+    start = factors(federation.draw)
+    counts = {"a": 5, "b": 20, "c": 9}
+    trained, (mean, cross) = federation.round(start, counts, [])
+    assert cross.rank == 0
+    B = sum(counts[c] * trained[c].B for c in counts) / 34
+    assert torch.allclose(mean.B, B, atol=1e-12)
+    wanted = mean_of_products(trained, counts) - effective(mean)
+    assert close(federation.missing(), wanted)
+
+
+def test_feedback_returns_and_stays_bounded_at_half_participation():
+    """Without feedback the error only grows; with it the model lacks about as much all the time."""
+    federation = Federation(5, RANK)
+    clients = [f"client {i}" for i in range(6)]
+    kept, lost = [], torch.zeros(OUT, IN, dtype=torch.float64)
+    for number in range(60):
+        start = factors(federation.draw)
+        counts = {c: 10 for c in clients[number % 2 :: 2]}
+        forgetful = Federation(number, RANK)
+        forgetful.round(start, counts, list(counts), number)
+        lost += forgetful.missing()
+        federation.round(start, counts, list(counts), number)
+        kept.append(float(federation.missing().norm()))
+    assert max(kept[30:]) < 1.5 * max(kept[:30])
+    assert max(kept) < float(lost.norm())
+
+
+def test_feedback_is_kept_in_the_smaller_form_and_either_form_counts():
+    federation = Federation(6, RANK)
+    counts = {"a": 5, "b": 20, "c": 9}
+    forms = []
+    for number in range(4):
+        before = federation.missing()
+        trained, parts = federation.round(factors(federation.draw), counts, list(counts), number)
+        got = sum(effective(part) for part in parts) + federation.missing()
+        assert close(got, mean_of_products(trained, counts) + before)
+        forms.append(type(federation.feedback["a"]))
+    # 3 (14 + 11) < 14 * 11, and 9 (14 + 11) is not
+    assert forms == [LowRank, LowRank, torch.Tensor, torch.Tensor]
+
+
+def test_one_trained_factor_has_no_cross_term():
+    """Where all have the same A, as in FFA-LoRA, the mean of B is exact."""
+    draw = torch.Generator().manual_seed(7)
+    start = factors(draw)
+    trained = [LowRank(train(draw, start).B, start.A) for _ in range(3)]
+    moves = [ClientMove.of(start, t, 4) for t in trained]
+    omega = sketch_matrix("q_proj", IN, RANK, 1)
+    mean = mean_move(add_terms([first_terms(move, omega, 12) for move in moves]), omega)
+    parts = combine_sums(start, mean, None)
+    assert close(effective(parts[0]), sum(effective(t) for t in trained) / 3)
+    assert all(to_dense(next_feedback(m, mean, in_second_sum=False)).norm() < 1e-12 for m in moves)
+
+
+def test_rounded_messages_of_the_server_cost_nothing_in_what_clients_keep():
+    """Q in float32 is not orthonormal to float64, and the law holds all the same."""
+    draw = torch.Generator().manual_seed(8)
+    start = factors(draw)
+    trained = {c: train(draw, start) for c in "abc"}
+    counts = {"a": 5, "b": 20, "c": 9}
+    moves = {c: ClientMove.of(start, trained[c], counts[c]) for c in "abc"}
+    omega = sketch_matrix("q_proj", IN, RANK, 1)
+    mean = mean_move(add_terms([first_terms(m, omega, 34) for m in moves.values()]), omega)
+    rounded = type(mean)(mean.num_examples, mean.b, mean.a, mean.Q.float().double())
+    second = sum(second_terms(m, rounded) for m in moves.values())
+    parts = combine_sums(start, rounded, second)
+    kept = [next_feedback(m, rounded, in_second_sum=True) for m in moves.values()]
+    got = sum(effective(part) for part in (*parts, *kept))
+    assert close(got, mean_of_products(trained, counts))
+
+
+def test_unequal_ranks_are_refused():
+    draw = torch.Generator().manual_seed(9)
+    with pytest.raises(ValueError, match="which is of another shape"):
+        ClientMove.of(factors(draw), factors(draw, rank=2), 5)
+
+
+def test_the_sketch_is_the_same_everywhere_and_another_for_each_module_and_seed():
+    made = [sketch_matrix("q", 5, 2, 1), sketch_matrix("k", 5, 2, 1), sketch_matrix("q", 5, 2, 2)]
+    assert torch.equal(made[0], sketch_matrix("q", 5, 2, 1))
+    assert len({float(omega.sum()) for omega in made}) == 3
+
+
+# ── under masks ──
+
+
+def secure_sum(number, blocks, values, folder, leaves):
+    """A masked sum of tensors by block, and who survived it."""
+    parties = sorted(values)
+    plan = SumPlan(
+        run_id="run",
+        server_round=1,
+        number=number,
+        attempt=1,
+        parties=parties,
+        threshold=min_threshold(len(parties)),
+        blocks=blocks,
+    )
+    flat = {
+        party: {name: np.asarray(t, dtype=np.float64).reshape(-1) for name, t in own.items()}
+        for party, own in values.items()
+    }
+    result = run_sum(
+        SumServer(plan, roster(parties)), make_parties(plan, flat, folder), dict(leaves)
+    )
+    first = values[parties[0]]
+    shaped = {
+        name: torch.from_numpy(total).reshape(np.shape(first[name]))
+        for name, total in result.values.items()
+    }
+    return shaped, result.survivors
+
+
+def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
+    """Five clients; one drops within the first sum, one within the second: to the fixed point's bound."""
+    draw = torch.Generator().manual_seed(10)
+    start = factors(draw)
+    clients = [f"client {i}" for i in range(5)]
+    counts = dict(zip(clients, (31, 400, 77, 120, 5), strict=True))
+    trained = {c: train(draw, start) for c in clients}
+    feedback = factors(draw, size=0.05)
+    moves = {c: ClientMove.of(start, trained[c], counts[c], feedback) for c in clients}
+    omega = sketch_matrix("q_proj", IN, RANK, 1)
+
+    # Bounds are public: here from what no client of the test exceeds.
+    blocks = [
+        count_block("examples", 1, 5),
+        Block(name="b", size=OUT * RANK, bound=600.0),
+        Block(name="a", size=RANK * IN, bound=600.0),
+        Block(name="sketch", size=OUT * RANK, bound=5000.0),
+    ]
+    terms = {}
+    for client, move in moves.items():
+        own = first_terms(move, omega, 600)
+        terms[client] = {
+            "examples": [own.num_examples],
+            "b": own.b,
+            "a": own.a,
+            "sketch": own.sketch,
+        }
+    summed, first = secure_sum(1, blocks, terms, tmp_path, {"client 0": 2})
+    assert first == clients[1:]
+    num_examples = int(summed["examples"])
+    assert num_examples == sum(counts[c] for c in first)
+    mean = mean_move(FirstTerms(num_examples, summed["b"], summed["a"], summed["sketch"]), omega)
+
+    wide = [Block(name="cross", size=RANK * IN, bound=2000.0)]
+    terms = {c: {"cross": second_terms(moves[c], mean)} for c in first}
+    summed, second = secure_sum(2, wide, terms, tmp_path, {"client 4": 2})
+    assert second == clients[1:4]
+    parts = combine_sums(start, mean, summed["cross"])
+    kept = [next_feedback(moves[c], mean, in_second_sum=c in second) for c in first]
+    got = sum(effective(part) for part in (*parts, *kept))
+    wanted = mean_of_products({c: trained[c] for c in first}, {c: counts[c] for c in first}) + len(
+        first
+    ) * effective(feedback)
+
+    # What rounding to the fixed point can do: to b and a times the other factor, and to the cross.
+    off = {b.name: sum_error(b, 5, 4) / num_examples for b in blocks}
+    bound = off["b"] * (OUT * RANK) ** 0.5 * float((start.A + mean.a).norm())
+    bound += off["a"] * (RANK * IN) ** 0.5 * float((start.B + mean.b).norm())
+    bound += sum_error(wide[0], 4, 3) / num_examples * (RANK * IN) ** 0.5
+    error = float((got - wanted).norm())
+    assert error <= SCALING * bound
+    assert bound < 1e-4 * float(wanted.norm())
+    # and masks are what rounds: it is no longer exact to 1e-10
+    assert error > 1e-10
