@@ -181,6 +181,38 @@ def combine_sums(start: LowRank, mean: MeanMove, second: Tensor | None) -> tuple
     return factors, LowRank(mean.Q, second / mean.num_examples)
 
 
+def stand_ins(factors: LowRank, cross: LowRank) -> tuple[list[LowRank], Tensor]:
+    """Return updates with the same mean factors and the same mean product as the clients'.
+
+    A method that depends on the clients' updates by these alone gives with them what it gives with
+    the clients'. They come in pairs `(B + x, A + y)`, `(B - x, A - y)`: x and y cancel in the mean
+    factors, and their product remains in the mean product.
+
+    Args:
+        factors: The mean factors B and A, of rank r.
+        cross: The mean product minus the product of the mean factors, of rank c.
+
+    Returns:
+        `2 ceil(c / r)` updates of rank r, or one where c is 0, and their weights, sum 1.
+    """
+    r = factors.rank
+    num_pairs = -(-cross.rank // r)
+    if not num_pairs:
+        return [factors], torch.ones(1, dtype=CORE_DTYPE)
+    # Zeros fill the last pair up to rank r. Balanced factors keep x and y of one size.
+    padding = num_pairs * r - cross.rank
+    balanced = cross.canonical()
+    X = torch.nn.functional.pad(balanced.B, (0, padding)) * num_pairs**0.5
+    Y = torch.nn.functional.pad(balanced.A, (0, 0, 0, padding)) * num_pairs**0.5
+    updates = []
+    for start in range(0, num_pairs * r, r):
+        x = X[:, start : start + r]
+        y = Y[start : start + r]
+        updates.append(LowRank(factors.B + x, factors.A + y))
+        updates.append(LowRank(factors.B - x, factors.A - y))
+    return updates, torch.full((2 * num_pairs,), 0.5 / num_pairs, dtype=CORE_DTYPE)
+
+
 def next_feedback(move: ClientMove, mean: MeanMove, *, in_second_sum: bool) -> Matrix:
     """Return what the model lacks of a client's cross terms after the round, in float64.
 

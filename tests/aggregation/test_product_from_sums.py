@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmomentum.aggregation.client_updates import ClientUpdates
+from fedmomentum.aggregation.method import AggregationContext, Method
 from fedmomentum.aggregation.product_from_sums import (
     ClientMove,
     FirstTerms,
@@ -18,12 +20,15 @@ from fedmomentum.aggregation.product_from_sums import (
     next_feedback,
     second_terms,
     sketch_matrix,
+    stand_ins,
 )
+from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import to_dense
 from fedmomentum.secure_sum.fixed_point import count_block, sum_error
 from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
 from fedmomentum.secure_sum.server import SumServer
+from tests.helpers import legal
 from tests.secure_sum.sums import make_parties, roster, run_sum
 
 OUT, IN, RANK = 14, 11, 3
@@ -231,6 +236,69 @@ def test_the_sketch_is_the_same_everywhere_and_another_for_each_module_and_seed(
     made = [sketch_matrix("q", 5, 2, 1), sketch_matrix("k", 5, 2, 1), sketch_matrix("q", 5, 2, 2)]
     assert torch.equal(made[0], sketch_matrix("q", 5, 2, 1))
     assert len({float(omega.sum()) for omega in made}) == 3
+
+
+# ── methods ──
+
+
+def test_one_method_weighs_clients_by_their_updates():
+    """So it cannot know its weights from sums."""
+    own = [n for n, m in METHODS.items() if m.client_weights is not Method.client_weights]
+    assert own == ["hetlora"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("round_number", [1, 2])
+def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
+    """Adapter, residual and what is carried, through both sums with a sketch of (n - 1) r.
+
+    All but FedRot-LoRA, which rotates single updates.
+    """
+    method = METHODS[name]()
+    draw = torch.Generator().manual_seed(11)
+    start = factors(draw)
+    updates = legal(method, [train(draw, start) for _ in range(4)], start, round_number)
+    counts = [3, 50, 20, 27]
+    weights = torch.tensor(counts, dtype=torch.float64) / 100
+    context = AggregationContext(rank=RANK, reference=start, server_round=round_number, seed=4)
+    wanted = method.aggregate(ClientUpdates(updates, weights), context)
+
+    moves = [ClientMove.of(start, u, n) for u, n in zip(updates, counts, strict=True)]
+    omega = sketch_matrix("q_proj", IN, 3 * RANK, 1)
+    mean = mean_move(add_terms([first_terms(m, omega, 100) for m in moves]), omega)
+    second = None
+    if method.trained_factors(round_number) == "BA":
+        second = sum(second_terms(move, mean) for move in moves)
+    made, made_weights = stand_ins(*combine_sums(start, mean, second))
+    # a factor that is not trained is the one that all have, to the bit
+    got = method.aggregate(
+        ClientUpdates(legal(method, made, start, round_number), made_weights), context
+    )
+    differ = [
+        float((to_dense(a) - to_dense(b)).norm()) if a is not None else 0.0
+        for a, b in (
+            (got.adapter, wanted.adapter),
+            (got.residual, wanted.residual),
+            (got.carried, wanted.carried),
+        )
+    ]
+    assert (got.residual is None) == (wanted.residual is None)
+    if name == "fedrotlora":
+        assert max(differ) > 1e-3
+    else:
+        assert max(differ) < 1e-8 * float(to_dense(wanted.adapter).norm() + 1)
+
+
+@pytest.mark.parametrize("width", [0, 1, RANK, RANK + 1, 3 * RANK])
+def test_stand_ins_have_the_mean_factors_and_the_mean_product(width):
+    draw = torch.Generator().manual_seed(12)
+    mean, cross = factors(draw), factors(draw, rank=width)
+    updates, weights = stand_ins(mean, cross)
+    made = ClientUpdates(updates, weights)
+    assert {u.rank for u in updates} == {RANK} and abs(float(weights.sum()) - 1) < 1e-12
+    assert torch.allclose(made.mean_factors().B, mean.B, atol=1e-10)
+    assert torch.allclose(made.mean_factors().A, mean.A, atol=1e-10)
+    assert close(effective(made.sum()), effective(mean) + effective(cross))
 
 
 # ── under masks ──
