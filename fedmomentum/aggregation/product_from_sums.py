@@ -31,14 +31,14 @@ Source:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedmomentum.linalg.low_rank import CORE_DTYPE, LowRank
-from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.linalg.matrix import Matrix, scale
 from fedmomentum.linalg.weighted_sum import exact_sum
 
 
@@ -129,18 +129,23 @@ def sketch_matrix(module: str, in_size: int, width: int, seed: int) -> Tensor:
     return torch.randn(in_size, width, generator=generator, dtype=CORE_DTYPE)
 
 
-def first_terms(move: ClientMove, omega: Tensor, expected_examples: int) -> FirstTerms:
+def first_terms(
+    move: ClientMove, omega: Tensor, expected_examples: int, feedback_limit: float = math.inf
+) -> FirstTerms:
     """Return what a client adds to the first sum.
 
     Args:
         move: What it did.
         omega: `(in, c)`.
         expected_examples: N', about the number of examples of all clients of the round.
+        feedback_limit: The largest size of an element that feedback adds to the sketch; more
+            feedback is scaled down.
     """
     N_i = move.num_examples
     sketch = N_i * (move.b @ (move.a @ omega))
     if move.feedback is not None:
-        sketch += expected_examples * _times(move.feedback, omega)
+        returned = expected_examples * _times(move.feedback, omega)
+        sketch += _share(returned, feedback_limit) * returned
     return FirstTerms(N_i, N_i * move.b, N_i * move.a, sketch)
 
 
@@ -157,12 +162,20 @@ def mean_move(total: FirstTerms, omega: Tensor) -> MeanMove:
     return MeanMove(N, b, a, torch.linalg.qr(sketch).Q)
 
 
-def second_terms(move: ClientMove, mean: MeanMove) -> Tensor:
-    """Return what a client adds to the second sum: `(c, in)`."""
+def second_terms(move: ClientMove, mean: MeanMove, feedback_limit: float = math.inf) -> Tensor:
+    """Return what a client adds to the second sum: `(c, in)`.
+
+    Args:
+        move: What it did.
+        mean: The first sum's outcome.
+        feedback_limit: The largest size of an element that feedback adds; more feedback is scaled
+            down, and `next_feedback`, with the same limit, keeps the rest.
+    """
     cross = _cross_factors(move, mean)
     terms = move.num_examples * ((mean.Q.mT @ cross.B) @ cross.A)
     if move.feedback is not None:
-        terms += mean.num_examples * _left_times(mean.Q, move.feedback)
+        returned = mean.num_examples * _left_times(mean.Q, move.feedback)
+        terms += _share(returned, feedback_limit) * returned
     return terms
 
 
@@ -181,7 +194,9 @@ def combine_sums(start: LowRank, mean: MeanMove, second: Tensor | None) -> tuple
     return factors, LowRank(mean.Q, second / mean.num_examples)
 
 
-def stand_ins(factors: LowRank, cross: LowRank) -> tuple[list[LowRank], Tensor]:
+def stand_ins(
+    factors: LowRank, cross: LowRank, num_pairs: int | None = None
+) -> tuple[list[LowRank], Tensor]:
     """Return updates with the same mean factors and the same mean product as the clients'.
 
     A method that depends on the clients' updates by these alone gives with them what it gives with
@@ -191,12 +206,19 @@ def stand_ins(factors: LowRank, cross: LowRank) -> tuple[list[LowRank], Tensor]:
     Args:
         factors: The mean factors B and A, of rank r.
         cross: The mean product minus the product of the mean factors, of rank c.
+        num_pairs: The number of pairs; as few as hold the cross term, `ceil(c / r)`, by default.
 
     Returns:
-        `2 ceil(c / r)` updates of rank r, or one where c is 0, and their weights, sum 1.
+        Updates of rank r, two a pair or one without pairs, and their weights, sum 1.
+
+    Raises:
+        ValueError: If the pairs do not hold the cross term.
     """
     r = factors.rank
-    num_pairs = -(-cross.rank // r)
+    if num_pairs is None:
+        num_pairs = -(-cross.rank // r)
+    if cross.rank > num_pairs * r:
+        raise ValueError(f"{num_pairs} pairs of rank {r} do not hold a cross term {cross!r}")
     if not num_pairs:
         return [factors], torch.ones(1, dtype=CORE_DTYPE)
     # Zeros fill the last pair up to rank r. Balanced factors keep x and y of one size.
@@ -213,7 +235,13 @@ def stand_ins(factors: LowRank, cross: LowRank) -> tuple[list[LowRank], Tensor]:
     return updates, torch.full((2 * num_pairs,), 0.5 / num_pairs, dtype=CORE_DTYPE)
 
 
-def next_feedback(move: ClientMove, mean: MeanMove, *, in_second_sum: bool) -> Matrix:
+def next_feedback(
+    move: ClientMove,
+    mean: MeanMove,
+    *,
+    in_second_sum: bool,
+    feedback_limit: float = math.inf,
+) -> Matrix:
     """Return what the model lacks of a client's cross terms after the round, in float64.
 
     Called once for a client that the first sum holds. A client that it does not hold keeps its
@@ -223,21 +251,38 @@ def next_feedback(move: ClientMove, mean: MeanMove, *, in_second_sum: bool) -> M
         move: What it did, with the feedback of before.
         mean: The first sum's outcome.
         in_second_sum: Whether its terms are in the second sum too.
+        feedback_limit: That of `second_terms`.
 
     Returns:
         Factored, or dense where that is smaller.
     """
-    parts = [_cross_factors(move, mean)]
+    cross = [_cross_factors(move, mean)]
     weights = [move.num_examples / mean.num_examples]
-    before: Sequence[Matrix] = [] if move.feedback is None else [move.feedback]
-    missing = exact_sum(parts, weights, before)
+    before = move.feedback
     if not in_second_sum:
+        return exact_sum(cross, weights, [] if before is None else [before])
+    if before is None:
+        return _outside(exact_sum(cross, weights), mean.Q)
+    # What was returned is in the model now but for what lies outside of Q.
+    share = _share(mean.num_examples * _left_times(mean.Q, before), feedback_limit)
+    returned = scale(before, share, CORE_DTYPE)
+    missing = _outside(exact_sum(cross, weights, [returned]), mean.Q)
+    if share == 1:
         return missing
-    # (I - Q Q^T), from the left.
-    Q = mean.Q
-    if isinstance(missing, LowRank):
-        return LowRank(missing.B - Q @ (Q.mT @ missing.B), missing.A)
-    return missing - Q @ (Q.mT @ missing)
+    return exact_sum([], [], [missing, scale(before, 1 - share, CORE_DTYPE)])
+
+
+def _outside(matrix: Matrix, Q: Tensor) -> Matrix:
+    """Return `(I - Q Q^T) matrix`."""
+    if isinstance(matrix, LowRank):
+        return LowRank(matrix.B - Q @ (Q.mT @ matrix.B), matrix.A)
+    return matrix - Q @ (Q.mT @ matrix)
+
+
+def _share(terms: Tensor, limit: float) -> float:
+    """Return the largest factor, at most 1, by which no element exceeds a limit."""
+    largest = float(terms.abs().max())
+    return 1.0 if largest <= limit else limit / largest
 
 
 def _cross_factors(move: ClientMove, mean: MeanMove) -> LowRank:

@@ -196,6 +196,32 @@ def test_feedback_is_kept_in_the_smaller_form_and_either_form_counts():
     assert forms == [LowRank, LowRank, torch.Tensor, torch.Tensor]
 
 
+@settings(max_examples=20, deadline=None)
+@given(limit=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_feedback_beyond_its_limit_returns_in_parts_and_is_not_lost(limit, seed):
+    draw = torch.Generator().manual_seed(seed)
+    start = factors(draw)
+    counts = {"a": 5, "b": 20, "c": 9}
+    trained = {c: train(draw, start) for c in counts}
+    moves = {c: ClientMove.of(start, trained[c], counts[c], factors(draw)) for c in counts}
+    omega = sketch_matrix("q_proj", IN, RANK, 1)
+    terms = [first_terms(m, omega, 34, limit) for m in moves.values()]
+    for move, own in zip(moves.values(), terms, strict=True):
+        plain = move.num_examples * (move.b @ move.a @ omega)
+        assert (own.sketch - plain).abs().max() <= limit * (1 + 1e-9)
+    mean = mean_move(add_terms(terms), omega)
+    second = [second_terms(m, mean, limit) for m in moves.values()]
+    for move, own in zip(moves.values(), second, strict=True):
+        alone = ClientMove(move.num_examples, move.b, move.a)
+        assert (own - second_terms(alone, mean)).abs().max() <= limit * (1 + 1e-9)
+    kept = [
+        next_feedback(m, mean, in_second_sum=True, feedback_limit=limit) for m in moves.values()
+    ]
+    got = sum(effective(part) for part in (*combine_sums(start, mean, sum(second)), *kept))
+    before = sum(effective(m.feedback) for m in moves.values())
+    assert close(got, mean_of_products(trained, counts) + before)
+
+
 def test_one_trained_factor_has_no_cross_term():
     """Where all have the same A, as in FFA-LoRA, the mean of B is exact."""
     draw = torch.Generator().manual_seed(7)
@@ -299,6 +325,10 @@ def test_stand_ins_have_the_mean_factors_and_the_mean_product(width):
     assert torch.allclose(made.mean_factors().B, mean.B, atol=1e-10)
     assert torch.allclose(made.mean_factors().A, mean.A, atol=1e-10)
     assert close(effective(made.sum()), effective(mean) + effective(cross))
+    with pytest.raises(ValueError, match="do not hold a cross term"):
+        stand_ins(mean, factors(draw), 0)
+    more = ClientUpdates(*stand_ins(mean, cross, 4))
+    assert len(more) == 8 and close(effective(more.sum()), effective(mean) + effective(cross))
 
 
 # ── under masks ──

@@ -1,0 +1,326 @@
+"""A round's sums over whole adapters: what is summed, within which bounds, and what comes of it.
+
+Every block of a sum has a public bound, which follows from two numbers that are set before the
+round: the largest number of examples of a client, and the largest change of an element of its
+adapter. A client within these two is within all bounds.
+
+::
+
+    layout.first_blocks()                              server   plan of sum 1
+    layout.first_values(moves, ...)                    client   its values
+    layout.mean_moves(totals)                          server   sent to the clients of sum 1
+    layout.second_blocks(), layout.second_values(...)           the same for sum 2
+    layout.stand_ins(means, totals)                    server   adapters for `aggregate_updates`
+    layout.next_feedback(moves, means, ...)            client   what it keeps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedmomentum.aggregation.product_from_sums import (
+    ClientMove,
+    FirstTerms,
+    MeanMove,
+    combine_sums,
+    first_terms,
+    mean_move,
+    next_feedback,
+    second_terms,
+    sketch_matrix,
+    stand_ins,
+)
+from fedmomentum.errors import AdapterError
+from fedmomentum.linalg.low_rank import CORE_DTYPE
+from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.lora.adapter import Adapter
+from fedmomentum.secure_sum.fixed_point import count_block, largest_integer
+from fedmomentum.secure_sum.messages import Block
+
+Values = dict[str, NDArray[np.float64]]
+EXAMPLES = "examples"
+# Q as it travels may be this much longer than of unit length.
+Q_MARGIN = 1.001
+
+
+@dataclass(frozen=True, eq=False)
+class ClientMoves:
+    """What one client did in a round, over all modules.
+
+    Attributes:
+        num_examples: Its number of examples.
+        modules: Module to its move; the feedback is in units of the adapter's scaling.
+        saved: Fully trained tensor to its change.
+    """
+
+    num_examples: int
+    modules: Mapping[str, ClientMove]
+    saved: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class MeanMoves:
+    """The outcome of the first sum, over all modules.
+
+    Attributes:
+        num_examples: The number of examples of all clients in it.
+        modules: Module to the mean move.
+        saved: Fully trained tensor to its mean change.
+    """
+
+    num_examples: int
+    modules: Mapping[str, MeanMove]
+    saved: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSums:
+    """The form of a round's sums; the same for all its clients and its server.
+
+    Attributes:
+        start: The adapter that all clients start from.
+        factors: The factors that are summed, `BA`, `B` or `A`; another is that of `start`.
+        sketch_ranks: The width of the sketches, in multiples of the adapter's rank; 0 for methods
+            that need mean factors only. Without both factors there is no cross term to sketch.
+        num_parties: The number of parties of the sums.
+        max_examples: The largest number of examples of a client.
+        max_change: The largest size of a change of an element of a factor or saved tensor.
+        expected_examples: About the number of examples of all clients.
+        seed: Seed of the round's sketches.
+
+    Raises:
+        AdapterError: If sums of so many examples do not fit.
+    """
+
+    start: Adapter
+    factors: str
+    sketch_ranks: int
+    num_parties: int
+    max_examples: int
+    max_change: float
+    expected_examples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check that counts of examples fit."""
+        largest = largest_integer(self.num_parties)
+        if not 1 <= self.max_examples <= largest:
+            raise AdapterError(
+                f"a client has at most {self.max_examples} examples, and a sum over "
+                f"{self.num_parties} clients counts 1 to {largest} of each; set a lower bound"
+            )
+
+    @property
+    def has_second_sum(self) -> bool:
+        """Whether there is a cross term to sum up."""
+        return self.factors == "BA" and self.sketch_ranks > 0
+
+    def width(self, module: str) -> int:
+        """Return the number of columns of a module's sketch."""
+        matrix = self.start.modules[module]
+        return min(self.sketch_ranks * matrix.rank, *matrix.shape) if self.has_second_sum else 0
+
+    # ── client ──
+
+    def moves(
+        self, trained: Adapter, num_examples: int, feedback: Mapping[str, Matrix]
+    ) -> ClientMoves:
+        """Return a client's moves from the round's start.
+
+        Args:
+            trained: The adapter that it trained.
+            num_examples: Its number of examples.
+            feedback: Module to what the model lacks of its earlier cross terms, in units of the
+                adapter's scaling.
+
+        Raises:
+            AdapterError: If there are too many examples, or the adapter is of another form.
+        """
+        if not 1 <= num_examples <= self.max_examples:
+            raise AdapterError(
+                f"this client has {num_examples} examples, and the round's sums count 1 to "
+                f"{self.max_examples} of a client; it takes no part in them"
+            )
+        modules = {}
+        for module, begun in self.start.modules.items():
+            try:
+                modules[module] = ClientMove.of(
+                    begun, trained.modules[module], num_examples, feedback.get(module)
+                )
+            except (KeyError, ValueError) as error:
+                raise AdapterError(f"{trained.name}: module {module}: {error}") from error
+        saved = {}
+        for name, tensor in self.start.saved.items():
+            saved[name] = trained.saved[name].to(CORE_DTYPE) - tensor.to(CORE_DTYPE)
+        return ClientMoves(num_examples, modules, saved)
+
+    def first_values(self, moves: ClientMoves) -> Values:
+        """Return a client's values in the first sum, by block."""
+        values = {EXAMPLES: np.array([moves.num_examples], dtype=np.float64)}
+        for module, move in moves.modules.items():
+            omega = self._omega(module)
+            limit = self._sketch_bound(module) / 2
+            terms = first_terms(move, omega, self.expected_examples, limit)
+            if "B" in self.factors:
+                values[f"B {module}"] = _flat(terms.b)
+            if "A" in self.factors:
+                values[f"A {module}"] = _flat(terms.a)
+            if self.has_second_sum:
+                values[f"sketch {module}"] = _flat(terms.sketch)
+        for name, change in moves.saved.items():
+            values[f"saved {name}"] = _flat(moves.num_examples * change)
+        return values
+
+    def second_values(self, moves: ClientMoves, means: MeanMoves) -> Values:
+        """Return a client's values in the second sum, by block."""
+        values = {}
+        for module, move in moves.modules.items():
+            limit = self._cross_bound(module) / 2
+            values[f"cross {module}"] = _flat(second_terms(move, means.modules[module], limit))
+        return values
+
+    def next_feedback(
+        self, moves: ClientMoves, means: MeanMoves, *, in_second_sum: bool
+    ) -> dict[str, Matrix]:
+        """Return what the model lacks of a client's cross terms after the round, by module."""
+        feedback = {}
+        for module, move in moves.modules.items():
+            feedback[module] = next_feedback(
+                move,
+                means.modules[module],
+                in_second_sum=in_second_sum,
+                feedback_limit=self._cross_bound(module) / 2,
+            )
+        return feedback
+
+    # ── server ──
+
+    def first_blocks(self) -> list[Block]:
+        """Return the blocks of the first sum."""
+        blocks = [count_block(EXAMPLES, 1, self.num_parties)]
+        bound = self.max_examples * self.max_change
+        for module, matrix in self.start.modules.items():
+            if "B" in self.factors:
+                blocks.append(Block(name=f"B {module}", size=matrix.B.numel(), bound=bound))
+            if "A" in self.factors:
+                blocks.append(Block(name=f"A {module}", size=matrix.A.numel(), bound=bound))
+            if self.has_second_sum:
+                size = matrix.shape[0] * self.width(module)
+                sketch_bound = self._sketch_bound(module)
+                blocks.append(Block(name=f"sketch {module}", size=size, bound=sketch_bound))
+        for name, tensor in self.start.saved.items():
+            blocks.append(Block(name=f"saved {name}", size=tensor.numel(), bound=bound))
+        return blocks
+
+    def second_blocks(self) -> list[Block]:
+        """Return the blocks of the second sum."""
+        blocks = []
+        for module, matrix in self.start.modules.items():
+            size = self.width(module) * matrix.shape[1]
+            bound = self._cross_bound(module)
+            blocks.append(Block(name=f"cross {module}", size=size, bound=bound))
+        return blocks
+
+    def mean_moves(self, totals: Values, dtype: torch.dtype = torch.float32) -> MeanMoves:
+        """Return the outcome of the first sum.
+
+        Args:
+            totals: The sum's values.
+            dtype: In which it travels: everybody computes with numbers rounded to it.
+        """
+        num_examples = round(float(totals[EXAMPLES][0]))
+
+        def rounded(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype).to(CORE_DTYPE)
+
+        modules = {}
+        for module, matrix in self.start.modules.items():
+            zero_B = torch.zeros(matrix.B.shape, dtype=CORE_DTYPE)
+            zero_A = torch.zeros(matrix.A.shape, dtype=CORE_DTYPE)
+            zero_sketch = torch.zeros(matrix.shape[0], self.width(module), dtype=CORE_DTYPE)
+            total = FirstTerms(
+                num_examples,
+                _shaped(totals, f"B {module}", zero_B),
+                _shaped(totals, f"A {module}", zero_A),
+                _shaped(totals, f"sketch {module}", zero_sketch),
+            )
+            mean = mean_move(total, self._omega(module))
+            modules[module] = MeanMove(
+                num_examples, rounded(mean.b), rounded(mean.a), rounded(mean.Q)
+            )
+        saved = {}
+        for name, tensor in self.start.saved.items():
+            total_change = _shaped(totals, f"saved {name}", tensor.to(CORE_DTYPE))
+            saved[name] = rounded(total_change / num_examples)
+        return MeanMoves(num_examples, modules, saved)
+
+    def stand_ins(
+        self, means: MeanMoves, totals: Values | None
+    ) -> tuple[list[Adapter], list[float]]:
+        """Return adapters and weights that give `aggregate_updates` what the clients' would.
+
+        Args:
+            means: The outcome of the first sum.
+            totals: The values of the second sum; None where there was none.
+        """
+        num_pairs = self.sketch_ranks if totals is not None else 0
+        by_module = {}
+        weights = torch.ones(1)
+        for module, begun in self.start.modules.items():
+            mean = means.modules[module]
+            second = None
+            if totals is not None:
+                shape = (self.width(module), begun.shape[1])
+                second = _shaped(totals, f"cross {module}", torch.zeros(shape))
+            factors, cross = combine_sums(begun, mean, second)
+            by_module[module], weights = stand_ins(factors, cross, num_pairs)
+        saved = {}
+        for name, tensor in self.start.saved.items():
+            saved[name] = (tensor.to(CORE_DTYPE) + means.saved[name]).to(tensor.dtype)
+        adapters = []
+        for index in range(len(weights)):
+            modules = {module: updates[index] for module, updates in by_module.items()}
+            name = f"stand-in {index + 1}"
+            adapters.append(replace(self.start, modules=modules, saved=saved, name=name))
+        return adapters, weights.tolist()
+
+    # ── bounds ──
+
+    def _omega(self, module: str) -> Tensor:
+        in_size = self.start.modules[module].shape[1]
+        return sketch_matrix(module, in_size, self.width(module), self.seed)
+
+    def _sketch_bound(self, module: str) -> float:
+        """Bound the sketch's elements: half for the client's own product, half for feedback."""
+        if not self.has_second_sum:
+            return math.inf
+        rank = self.start.modules[module].rank
+        # |(b a omega)_ij| <= sum over k of |b_ik| |a_k| |omega_j|, elementwise.
+        column_sum = float(self._omega(module).abs().sum(0).max())
+        return 2 * self.max_examples * rank * self.max_change**2 * column_sum
+
+    def _cross_bound(self, module: str) -> float:
+        """Bound the elements of the second sum: half for its own cross term, half for feedback."""
+        matrix = self.start.modules[module]
+        # Deviations from a mean are at most twice as large, and Q has columns of unit length.
+        column = 4 * matrix.rank * self.max_change**2 * math.sqrt(matrix.shape[0])
+        return 2 * Q_MARGIN * self.max_examples * column
+
+
+def _flat(tensor: Tensor) -> NDArray[np.float64]:
+    flat: NDArray[np.float64] = tensor.to(CORE_DTYPE).reshape(-1).cpu().numpy()
+    return flat
+
+
+def _shaped(values: Values, block: str, like: Tensor) -> Tensor:
+    """Return a block in the shape of a tensor, or the tensor itself where it was not summed."""
+    if block not in values:
+        return like
+    return torch.from_numpy(values[block]).reshape(like.shape)
