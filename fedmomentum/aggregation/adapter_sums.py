@@ -11,7 +11,9 @@ adapter. A client within these two is within all bounds.
     layout.mean_moves(totals)                          server   sent to the clients of sum 1
     layout.second_blocks(), layout.second_values(...)           the same for sum 2
     layout.stand_ins(means, totals)                    server   adapters for `aggregate_updates`
-    layout.next_feedback(moves, means, ...)            client   what it keeps
+
+What a client keeps of a round is `next_feedback` of `product_from_sums` by module, with the
+layout's `feedback_limit`.
 """
 
 from __future__ import annotations
@@ -32,12 +34,11 @@ from fedmomentum.aggregation.product_from_sums import (
     combine_sums,
     first_terms,
     mean_move,
-    next_feedback,
     second_terms,
     sketch_matrix,
     stand_ins,
 )
-from fedmomentum.errors import AdapterError
+from fedmomentum.errors import AdapterError, DataError
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.linalg.matrix import Matrix
 from fedmomentum.lora.adapter import Adapter
@@ -141,10 +142,12 @@ class AdapterSums:
                 adapter's scaling.
 
         Raises:
-            AdapterError: If there are too many examples, or the adapter is of another form.
+            DataError: If there are too many examples.
+            AdapterError: If the adapter is of another form.
         """
         if not 1 <= num_examples <= self.max_examples:
-            raise AdapterError(
+            # A `DataError`: its text, and so the number, stays with the client.
+            raise DataError(
                 f"this client has {num_examples} examples, and the round's sums count 1 to "
                 f"{self.max_examples} of a client; it takes no part in them"
             )
@@ -182,23 +185,13 @@ class AdapterSums:
         """Return a client's values in the second sum, by block."""
         values = {}
         for module, move in moves.modules.items():
-            limit = self._cross_bound(module) / 2
+            limit = self.feedback_limit(module)
             values[f"cross {module}"] = _flat(second_terms(move, means.modules[module], limit))
         return values
 
-    def next_feedback(
-        self, moves: ClientMoves, means: MeanMoves, *, in_second_sum: bool
-    ) -> dict[str, Matrix]:
-        """Return what the model lacks of a client's cross terms after the round, by module."""
-        feedback = {}
-        for module, move in moves.modules.items():
-            feedback[module] = next_feedback(
-                move,
-                means.modules[module],
-                in_second_sum=in_second_sum,
-                feedback_limit=self._cross_bound(module) / 2,
-            )
-        return feedback
+    def feedback_limit(self, module: str) -> float:
+        """Return the limit within which feedback is returned in the second sum."""
+        return self._cross_bound(module) / 2
 
     # ── server ──
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fedmomentum.global_model.client_state import ClientStateFiles
+from fedmomentum.global_model.cross_terms import CrossTerms
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import PersonalFactors
 
-STATE_TYPES: tuple[type[PersonalFactors] | type[LocalMoments], ...] = (
+STATE_TYPES: tuple[type[PersonalFactors] | type[LocalMoments] | type[CrossTerms], ...] = (
     PersonalFactors,
     LocalMoments,
+    CrossTerms,
 )
 
 

@@ -1,0 +1,156 @@
+"""What a client keeps of its cross terms, where products are summed under masks.
+
+A client's terms are in the model, and out of what it keeps, once the server has committed the
+round. It learns that later, with its next task. So after its part in a round it saves what it kept
+before, and beside it the round's moves, pending; with the outcome, `settled` makes one of the two.
+The file of a round is never changed afterwards: a round that is repeated starts from the file of
+the round before, so nothing is lost, and nothing counts twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedmomentum.aggregation.adapter_sums import MeanMoves
+from fedmomentum.aggregation.product_from_sums import ClientMove, next_feedback
+from fedmomentum.errors import ModelError
+from fedmomentum.global_model.state_file import StateHeader, encode_state, read_header, read_state
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.utils.schema import ModulePath, PositiveCount, Size
+
+# The key of the one pair of metadata in a file.
+_KEY = "cross_terms"
+
+
+class _Header(StateHeader, frozen=True, kw_only=True):
+    """The header of a file.
+
+    Attributes:
+        num_examples: The client's weight in the round.
+        feedback_limits: Module to the limit within which feedback was returned in the round.
+    """
+
+    num_examples: PositiveCount
+    feedback_limits: dict[ModulePath, Size]
+
+
+@dataclass(frozen=True, eq=False)
+class CrossTerms:
+    """What a client kept of its cross terms before a round, and what it did in it.
+
+    Attributes:
+        client: The client's name.
+        run_id: The run on the wire.
+        server_round: The round.
+        num_examples: The client's weight in the round.
+        moves: Module to its move in the round, with what it kept before as the feedback.
+        feedback_limits: Module to the limit within which feedback was returned in the round.
+    """
+
+    KIND: ClassVar[str] = "cross-terms"
+    TITLE: ClassVar[str] = "cross terms"
+
+    client: str
+    run_id: str
+    server_round: int
+    num_examples: int
+    moves: Mapping[str, ClientMove]
+    feedback_limits: Mapping[str, float] = field(default_factory=dict)
+
+    def settled(self, means: MeanMoves | None, *, in_second_sum: bool) -> dict[str, Matrix]:
+        """Return what the client keeps, now that the round's outcome is known.
+
+        Args:
+            means: The outcome of the round's first sum; None if the round was not committed, or
+                the sum does not hold this client.
+            in_second_sum: Whether the second sum holds it too.
+
+        Raises:
+            ModelError: If the outcome is of other modules or shapes than the round.
+        """
+        name = f"client {self.client}: round {self.server_round}"
+        kept: dict[str, Matrix] = {}
+        for module, move in self.moves.items():
+            if means is None:
+                if move.feedback is not None:
+                    kept[module] = move.feedback
+                continue
+            mean = means.modules.get(module)
+            if mean is None or (mean.b.shape, mean.a.shape) != (move.b.shape, move.a.shape):
+                raise ModelError(f"{name}: its outcome is not that of this client's {module}")
+            kept[module] = next_feedback(
+                move,
+                mean,
+                in_second_sum=in_second_sum,
+                feedback_limit=self.feedback_limits[module],
+            )
+        return kept
+
+    # ── files ──
+
+    def encode(self) -> bytes:
+        """Return the bytes of their file, which holds a checksum of all that it says."""
+        header = _Header(
+            client=self.client,
+            run_id=self.run_id,
+            round=self.server_round,
+            num_examples=self.num_examples,
+            feedback_limits=dict(self.feedback_limits),
+        )
+        tensors = {}
+        for module, move in self.moves.items():
+            tensors[f"{module}.move_b"] = move.b.contiguous()
+            tensors[f"{module}.move_a"] = move.a.contiguous()
+            if isinstance(move.feedback, LowRank):
+                tensors[f"{module}.kept_B"] = move.feedback.B.contiguous()
+                tensors[f"{module}.kept_A"] = move.feedback.A.contiguous()
+            elif move.feedback is not None:
+                tensors[f"{module}.kept"] = move.feedback.contiguous()
+        return encode_state(_KEY, header, tensors)
+
+    @classmethod
+    def read(cls, file: Path) -> CrossTerms:
+        """Read the cross terms of a file.
+
+        Raises:
+            ModelError: If it is missing or damaged.
+        """
+        header, tensors = read_state(file, _KEY, _Header, cls.TITLE)
+        moves = {}
+        for module in header.feedback_limits:
+            try:
+                b = tensors[f"{module}.move_b"]
+                a = tensors[f"{module}.move_a"]
+                moves[module] = ClientMove(header.num_examples, b, a, _kept(tensors, module))
+            except (KeyError, ValueError) as error:
+                raise ModelError(f"{file}: {module} is incomplete ({error})") from error
+        return cls(
+            client=header.client,
+            run_id=header.run_id,
+            server_round=header.round,
+            num_examples=header.num_examples,
+            moves=moves,
+            feedback_limits=header.feedback_limits,
+        )
+
+    @classmethod
+    def read_client(cls, file: Path) -> str:
+        """Return the client that a file names.
+
+        Raises:
+            FedMomentumError: If the file is damaged.
+        """
+        return read_header(file, _KEY, _Header).client
+
+
+def _kept(tensors: Mapping[str, Tensor], module: str) -> Matrix | None:
+    """Return what a module's file holds of earlier rounds; None for nothing."""
+    if f"{module}.kept_B" in tensors:
+        return LowRank(tensors[f"{module}.kept_B"], tensors[f"{module}.kept_A"])
+    return tensors.get(f"{module}.kept")
