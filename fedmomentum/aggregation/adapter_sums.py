@@ -22,9 +22,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmomentum.aggregation.product_from_sums import (
@@ -45,7 +43,8 @@ from fedmomentum.lora.adapter import Adapter
 from fedmomentum.secure_sum.fixed_point import count_block, largest_integer
 from fedmomentum.secure_sum.messages import Block
 
-Values = dict[str, NDArray[np.float64]]
+# Block to its elements, `(size,)`, float64.
+Values = Mapping[str, Tensor]
 EXAMPLES = "examples"
 # Q as it travels may be this much longer than of unit length.
 Q_MARGIN = 1.001
@@ -166,7 +165,7 @@ class AdapterSums:
 
     def first_values(self, moves: ClientMoves) -> Values:
         """Return a client's values in the first sum, by block."""
-        values = {EXAMPLES: np.array([moves.num_examples], dtype=np.float64)}
+        values = {EXAMPLES: torch.tensor([moves.num_examples], dtype=CORE_DTYPE)}
         for module, move in moves.modules.items():
             omega = self._omega(module)
             limit = self._sketch_bound(module) / 2
@@ -184,6 +183,7 @@ class AdapterSums:
     def second_values(self, moves: ClientMoves, means: MeanMoves) -> Values:
         """Return a client's values in the second sum, by block."""
         values = {}
+        # In units of examples, as in the first sum.
         for module, move in moves.modules.items():
             limit = self.feedback_limit(module)
             values[f"cross {module}"] = _flat(second_terms(move, means.modules[module], limit))
@@ -197,6 +197,7 @@ class AdapterSums:
 
     def first_blocks(self) -> list[Block]:
         """Return the blocks of the first sum."""
+        # A change of at most `max_change`, times a weight of at most `max_examples`.
         blocks = [count_block(EXAMPLES, 1, self.num_parties)]
         bound = self.max_examples * self.max_change
         for module, matrix in self.start.modules.items():
@@ -233,6 +234,7 @@ class AdapterSums:
         def rounded(tensor: Tensor) -> Tensor:
             return tensor.to(dtype).to(CORE_DTYPE)
 
+        # What was not summed has not changed.
         modules = {}
         for module, matrix in self.start.modules.items():
             zero_B = torch.zeros(matrix.B.shape, dtype=CORE_DTYPE)
@@ -264,6 +266,7 @@ class AdapterSums:
             totals: The values of the second sum; None where there was none.
         """
         num_pairs = self.sketch_ranks if totals is not None else 0
+        # As many stand-ins for every module, since an adapter has one update of each.
         by_module = {}
         weights = torch.ones(1)
         for module, begun in self.start.modules.items():
@@ -274,6 +277,7 @@ class AdapterSums:
                 second = _shaped(totals, f"cross {module}", torch.zeros(shape))
             factors, cross = combine_sums(begun, mean, second)
             by_module[module], weights = stand_ins(factors, cross, num_pairs)
+        # Tensors that are trained in full have their mean, in each of the stand-ins.
         saved = {}
         for name, tensor in self.start.saved.items():
             saved[name] = (tensor.to(CORE_DTYPE) + means.saved[name]).to(tensor.dtype)
@@ -307,13 +311,12 @@ class AdapterSums:
         return 2 * Q_MARGIN * self.max_examples * column
 
 
-def _flat(tensor: Tensor) -> NDArray[np.float64]:
-    flat: NDArray[np.float64] = tensor.to(CORE_DTYPE).reshape(-1).cpu().numpy()
-    return flat
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.to(CORE_DTYPE).reshape(-1)
 
 
 def _shaped(values: Values, block: str, like: Tensor) -> Tensor:
     """Return a block in the shape of a tensor, or the tensor itself where it was not summed."""
     if block not in values:
         return like
-    return torch.from_numpy(values[block]).reshape(like.shape)
+    return values[block].reshape(like.shape)

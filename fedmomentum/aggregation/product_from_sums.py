@@ -155,6 +155,7 @@ def mean_move(total: FirstTerms, omega: Tensor) -> MeanMove:
     Q has as many columns as the sketch, or as its rows where these are fewer: columns beyond the
     rank of the sketch are arbitrary directions, which do no harm.
     """
+    # The sketch of mean(b_i a_i) minus that of b a is the sketch of the cross term.
     N = total.num_examples
     b = total.b / N
     a = total.a / N
@@ -171,6 +172,7 @@ def second_terms(move: ClientMove, mean: MeanMove, feedback_limit: float = math.
         feedback_limit: The largest size of an element that feedback adds; more feedback is scaled
             down, and `next_feedback`, with the same limit, keeps the rest.
     """
+    # N is known now: feedback counts in full, whatever the others weigh.
     cross = _cross_factors(move, mean)
     terms = move.num_examples * ((mean.Q.mT @ cross.B) @ cross.A)
     if move.feedback is not None:
@@ -226,6 +228,7 @@ def stand_ins(
     balanced = cross.canonical()
     X = torch.nn.functional.pad(balanced.B, (0, padding)) * num_pairs**0.5
     Y = torch.nn.functional.pad(balanced.A, (0, 0, 0, padding)) * num_pairs**0.5
+    # One pair for every r components.
     updates = []
     for start in range(0, num_pairs * r, r):
         x = X[:, start : start + r]

@@ -77,6 +77,7 @@ class CrossTerms:
         name = f"client {self.client}: round {self.server_round}"
         kept: dict[str, Matrix] = {}
         for module, move in self.moves.items():
+            # The model has nothing of this round: what was kept before stays.
             if means is None:
                 if move.feedback is not None:
                     kept[module] = move.feedback
@@ -96,6 +97,7 @@ class CrossTerms:
 
     def encode(self) -> bytes:
         """Return the bytes of their file, which holds a checksum of all that it says."""
+        # The moves, and beside them what was kept before, in either form.
         header = _Header(
             client=self.client,
             run_id=self.run_id,
@@ -122,6 +124,7 @@ class CrossTerms:
             ModelError: If it is missing or damaged.
         """
         header, tensors = read_state(file, _KEY, _Header, cls.TITLE)
+        # The header names the modules.
         moves = {}
         for module in header.feedback_limits:
             try:

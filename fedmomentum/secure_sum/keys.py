@@ -112,6 +112,15 @@ class SumKeys:
         return HKDF(hashes.SHA256(), KEY_BYTES, salt=self.digest, info=info).derive(secret)
 
 
+def check_public_key(party: str, key: bytes) -> None:
+    """Refuse a public key with which every agreement gives the same secret.
+
+    Raises:
+        SecureSumError: If it is of low order.
+    """
+    _agree(PROTOCOL.ljust(KEY_BYTES), party, key)
+
+
 def _agree(private_key: bytes, other: str, other_key: bytes) -> bytes:
     """Return the X25519 shared secret of a private and another party's public key."""
     try:

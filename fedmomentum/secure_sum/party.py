@@ -25,7 +25,15 @@ from numpy.typing import NDArray
 from fedmomentum.errors import ConfigError, SecureSumError
 from fedmomentum.secure_sum import fixed_point
 from fedmomentum.secure_sum.journal import PartyJournal
-from fedmomentum.secure_sum.keys import SumKeys, add_mask, pair_sign, public_key, seal, unseal
+from fedmomentum.secure_sum.keys import (
+    SumKeys,
+    add_mask,
+    check_public_key,
+    pair_sign,
+    public_key,
+    seal,
+    unseal,
+)
 from fedmomentum.secure_sum.messages import (
     Advertisements,
     Endorsement,
@@ -219,7 +227,9 @@ class SumParty:
         for keys in message.keys:
             statement = keys_statement(self._keys.digest, keys)
             identity.roster.verify(keys.party, keys.signature, KEYS, *statement)
-            seen.update((keys.mask_key, keys.channel_key))
+            for key in (keys.mask_key, keys.channel_key):
+                check_public_key(keys.party, key)
+                seen.add(key)
         if len(seen) < 2 * len(message.keys):
             raise SecureSumError(f"{plan.title}: one key was advertised twice")
 

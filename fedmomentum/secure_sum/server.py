@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedmomentum.errors import SecureSumError
 from fedmomentum.secure_sum import fixed_point
-from fedmomentum.secure_sum.keys import SumKeys, add_mask, pair_sign, public_key
+from fedmomentum.secure_sum.keys import SumKeys, add_mask, check_public_key, pair_sign, public_key
 from fedmomentum.secure_sum.messages import (
     Advertisements,
     Endorsement,
@@ -208,6 +208,8 @@ class SumServer:
         self._check_names([keys.party], [party], name)
         statement = keys_statement(self._keys.digest, keys)
         self._roster.verify(party, keys.signature, KEYS, *statement)
+        for key in (keys.mask_key, keys.channel_key):
+            check_public_key(party, key)
         return keys
 
     def _take_shares(self, party: str, data: bytes, name: str) -> Outbox:

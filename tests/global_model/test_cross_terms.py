@@ -1,6 +1,5 @@
 """Rounds under masks, with parties and a server that stop anywhere: feedback is neither lost nor doubled."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -139,6 +138,10 @@ class Coordinator:
             kept.append(replies)
         return server.result
 
+    @staticmethod
+    def tensors(result):
+        return {name: torch.from_numpy(total) for name, total in result.values.items()}
+
     def round(self, server_round, clients, first_leaves=None, second_leaves=None):
         layout = AdapterSums(
             start=self.adapter,
@@ -153,7 +156,7 @@ class Coordinator:
         moves = {c: self.sites[c].prepare(layout, server_round, self.outcomes) for c in clients}
         values = {c: layout.first_values(m) for c, m in moves.items()}
         first = self.sum(server_round, 1, layout.first_blocks(), values, first_leaves or {})
-        means = layout.mean_moves(first.values)
+        means = layout.mean_moves(self.tensors(first))
 
         values = {c: layout.second_values(moves[c], means) for c in first.survivors}
         survivors = []
@@ -164,7 +167,7 @@ class Coordinator:
             pass  # the mean factors alone: clients keep their cross terms whole
         else:
             survivors = second.survivors
-            totals = second.values
+            totals = self.tensors(second)
         adapters, weights = layout.stand_ins(means, totals)
         context = RoundContext(
             ranks={MODULE: SHAPE[2]},
@@ -248,6 +251,6 @@ def test_damaged_files_and_outcomes_of_other_adapters_are_refused(tmp_path):
     start = Adapter({"q": random_matrix(6, 5, 3, seed=2)}, {"q": 1.0})
     layout = AdapterSums(start, "BA", 1, 3, 9, 1.0, 20, 0)
     moves = layout.moves(start, 9, {})
-    means = layout.mean_moves({n: 3 * np.asarray(v) for n, v in layout.first_values(moves).items()})
+    means = layout.mean_moves({n: 3 * v for n, v in layout.first_values(moves).items()})
     with pytest.raises(ModelError, match="round 4: its outcome is not that of this client's q"):
         make_state(None).settled(means, in_second_sum=True)

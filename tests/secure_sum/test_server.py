@@ -11,6 +11,7 @@ from fedmomentum.secure_sum import party as party_module
 from fedmomentum.secure_sum import shamir
 from fedmomentum.secure_sum.fixed_point import sum_error
 from fedmomentum.secure_sum.messages import (
+    Advertisements,
     Block,
     Endorsement,
     MaskedValues,
@@ -22,12 +23,15 @@ from fedmomentum.secure_sum.messages import (
     decode_message,
     encode_message,
 )
+from fedmomentum.secure_sum.roster import sign
 from fedmomentum.secure_sum.server import SumServer
+from fedmomentum.secure_sum.statements import KEYS, keys_statement
 from tests.secure_sum.sums import (
     make_parties,
     make_plan,
     make_values,
     names,
+    node_key,
     plain_sum,
     roster,
     run_sum,
@@ -249,6 +253,22 @@ def test_replies_for_others_or_with_other_keys_are_refused(tmp_path):
         server.receive("party 01", altered(replies["party 01"], PartyKeys, mask_key=b"m" * 32))
     with pytest.raises(SecureSumError, match="not for the parties of this step"):
         server.receive("party 01", replies["party 02"])
+
+
+@pytest.mark.parametrize("field", ["mask_key", "channel_key"])
+def test_keys_that_keep_nothing_secret_are_refused_by_server_and_parties(tmp_path, field):
+    """Of low order, signed by their party: masks from them would be known to all."""
+    server, parties = until(0, make_plan(4), tmp_path)
+    replies = {p: parties[p].answer(m) for p, m in server.messages().items()}
+    keys = decode_message(replies["party 03"], PartyKeys, "x")
+    weak = msgspec.structs.replace(keys, **{field: bytes(32)})
+    signature = sign(node_key("party 03"), KEYS, *keys_statement(make_plan(4).digest(), weak))
+    weak = msgspec.structs.replace(weak, signature=signature)
+    with pytest.raises(SecureSumError, match="the key of party 03 is of low order"):
+        server.receive("party 03", encode_message(weak))
+    others = [decode_message(replies[p], PartyKeys, "x") for p in names(4)[:3]]
+    with pytest.raises(SecureSumError, match="the key of party 03 is of low order"):
+        parties["party 01"].answer(encode_message(Advertisements(keys=[*others, weak])))
 
 
 def test_shares_for_too_few_and_values_of_another_size_are_refused(tmp_path):
