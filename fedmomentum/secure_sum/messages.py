@@ -130,10 +130,25 @@ class SealedShares(Schema, frozen=True, kw_only=True):
     data: Sealed
 
 
+class ShareHashes(Schema, frozen=True, kw_only=True):
+    """Hashes of two shares, which say nothing of them and show whether the right one is opened.
+
+    Attributes:
+        party: The other party: who holds the shares, or who gave them out.
+        key_share: The hash of the share of the key.
+        seed_share: The hash of the share of the seed.
+    """
+
+    party: Party
+    key_share: Key
+    seed_share: Key
+
+
 class Inbox(Schema, tag_field="step", tag="inbox", frozen=True, kw_only=True):
-    """The shares that the others sealed for one party, sorted by sender."""
+    """The shares that the others sealed for one party, and their hashes, both sorted by sender."""
 
     shares: Annotated[list[SealedShares], Meta(max_length=MAX_PARTIES)]
+    hashes: Annotated[list[ShareHashes], Meta(max_length=MAX_PARTIES)]
 
 
 class Survivors(Schema, tag_field="step", tag="survivors", frozen=True, kw_only=True):
@@ -220,9 +235,15 @@ def check_parties(parties: Sequence[str], what: str, name: str) -> None:
 
 
 class Outbox(Schema, frozen=True, kw_only=True):
-    """The shares that a party seals for all others, sorted by recipient."""
+    """The shares that a party gives out.
+
+    Attributes:
+        shares: Those for each other party, sealed, sorted by recipient.
+        hashes: The hashes of all, its own too, sorted by holder.
+    """
 
     shares: Annotated[list[SealedShares], Meta(max_length=MAX_PARTIES)]
+    hashes: Annotated[list[ShareHashes], Meta(max_length=MAX_PARTIES)]
 
 
 class MaskedValues(Schema, frozen=True, kw_only=True):

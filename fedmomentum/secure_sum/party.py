@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -46,6 +47,7 @@ from fedmomentum.secure_sum.messages import (
     PartyKeys,
     SealedShares,
     ServerMessage,
+    ShareHashes,
     SumPlan,
     Survivors,
     check_parties,
@@ -61,6 +63,7 @@ from fedmomentum.secure_sum.statements import (
     keys_digest,
     keys_statement,
     sealing_context,
+    share_hash,
     survivors_statement,
 )
 from fedmomentum.utils.schema import Schema
@@ -240,7 +243,9 @@ class SumParty:
         self._advertised = {keys.party: keys for keys in message.keys}
         self._all_keys = keys_digest(message.keys)
         sealed = []
+        hashes = []
         for party, *shares in zip(parties, key_shares, seed_shares, strict=True):
+            hashes.append(self._hashes(party, shares, giver=identity.name, holder=party))
             if party == identity.name:
                 secrets.shares[party] = shares
                 continue
@@ -250,7 +255,15 @@ class SumParty:
                 sealing_context(self._keys.digest, self._all_keys, identity.name, party),
             )
             sealed.append(SealedShares(party=party, data=data))
-        return Outbox(shares=sealed)
+        return Outbox(shares=sealed, hashes=hashes)
+
+    def _hashes(self, party: str, shares: Sequence[bytes], giver: str, holder: str) -> ShareHashes:
+        """Return the hashes of the shares that `giver` gives `holder`, under a party's name."""
+        hashes = [
+            share_hash(self._keys.digest, giver, holder, kind, share)
+            for kind, share in zip(("key", "seed"), shares, strict=True)
+        ]
+        return ShareHashes(party=party, key_share=hashes[0], seed_share=hashes[1])
 
     def _channel_key(self, other: str, *, sender: str) -> bytes:
         """Return the key under which `sender` seals shares, for this party or the other."""
@@ -268,10 +281,18 @@ class SumParty:
         self._check_subset(masked, list(self._advertised), "the parties with shares")
         # All shares are opened before the values are touched, so that a refusal changes nothing.
         opened = {}
-        for sealed in message.shares:
+        for sealed, hashes in zip_longest(message.shares, message.hashes):
+            if sealed is None or hashes is None:
+                raise SecureSumError(f"{self._title}: not as many hashes as shares")
             context = sealing_context(self._keys.digest, self._all_keys, sealed.party, name)
             key = self._channel_key(sealed.party, sender=sealed.party)
-            opened[sealed.party] = unseal(key, sealed.data, context, sealed.party)
+            shares = unseal(key, sealed.data, context, sealed.party)
+            if self._hashes(sealed.party, shares, giver=sealed.party, holder=name) != hashes:
+                raise SecureSumError(
+                    f"{self._title}: the shares that {sealed.party} sealed for this party are not "
+                    "those that it gave the hashes of"
+                )
+            opened[sealed.party] = shares
         self._secrets.shares |= opened
 
         # Its own mask, then one for each other party: those of a pair cancel in the sum.

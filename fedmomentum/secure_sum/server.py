@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +34,7 @@ from fedmomentum.secure_sum.messages import (
     Outbox,
     PartyKeys,
     SealedShares,
+    ShareHashes,
     SumPlan,
     Survivors,
     check_plan,
@@ -46,6 +48,7 @@ from fedmomentum.secure_sum.statements import (
     SURVIVORS,
     keys_digest,
     keys_statement,
+    share_hash,
     survivors_statement,
 )
 from fedmomentum.utils.schema import Schema
@@ -96,6 +99,7 @@ class SumServer:
         self._advertised: dict[str, PartyKeys] = {}
         self._all_keys = b""
         self._outboxes: dict[str, dict[str, SealedShares]] = {}
+        self._hashes: dict[str, dict[str, ShareHashes]] = {}
         self._masked: list[str] = []
         self._survivors: list[str] = []
         self._endorsements: list[Endorsement] = []
@@ -182,6 +186,7 @@ class SumServer:
             for party, outbox in replies.items():
                 assert isinstance(outbox, Outbox)
                 self._outboxes[party] = {sealed.party: sealed for sealed in outbox.shares}
+                self._hashes[party] = {hashes.party: hashes for hashes in outbox.hashes}
         elif self._step == 2:
             self._survivors = parties
         elif self._step == 3:
@@ -195,11 +200,14 @@ class SumServer:
     def _inbox(self, recipient: str) -> Inbox:
         """Return what the others sealed for a party."""
         shares = []
+        hashes = []
         for sender in self._masked:
             if sender != recipient:
-                data = self._outboxes[sender][recipient].data
-                shares.append(SealedShares(party=sender, data=data))
-        return Inbox(shares=shares)
+                sealed = self._outboxes[sender][recipient]
+                shares.append(msgspec.structs.replace(sealed, party=sender))
+                own = self._hashes[sender][recipient]
+                hashes.append(msgspec.structs.replace(own, party=sender))
+        return Inbox(shares=shares, hashes=hashes)
 
     # ── replies ──
 
@@ -216,6 +224,8 @@ class SumServer:
         outbox = decode_message(data, Outbox, name, MAX_REPLY_BYTES)
         others = [other for other in self._advertised if other != party]
         self._check_names([sealed.party for sealed in outbox.shares], others, name)
+        holders = [hashes.party for hashes in outbox.hashes]
+        self._check_names(holders, list(self._advertised), name)
         return outbox
 
     def _take_values(self, party: str, data: bytes, name: str) -> Schema:
@@ -241,6 +251,17 @@ class SumServer:
     def _take_opening(self, party: str, data: bytes, name: str) -> Opening:
         opening = decode_message(data, Opening, name, MAX_REPLY_BYTES)
         self._check_names([share.party for share in opening.shares], self._masked, name)
+        # A wrong share would spoil the sum: who opens one is left out, and the others suffice.
+        for opened in opening.shares:
+            giver = opened.party
+            hashes = self._hashes[giver][party]
+            is_survivor = giver in self._survivors
+            kind = "seed" if is_survivor else "key"
+            wanted = hashes.seed_share if is_survivor else hashes.key_share
+            if share_hash(self._keys.digest, giver, party, kind, opened.share) != wanted:
+                raise SecureSumError(
+                    f"{name} opened another share of the {kind} of {giver} than it was given"
+                )
         return opening
 
     def _check_names(self, got: Sequence[str], wanted: Sequence[str], name: str) -> None:
@@ -259,7 +280,7 @@ class SumServer:
         secrets = {}
         for index, party in enumerate(self._masked):
             shares = {points[opener]: openings[opener].shares[index].share for opener in openers}
-            secrets[party] = self._joined(party, shares, openers)
+            secrets[party] = self._joined(party, shares)
         for party, secret in secrets.items():
             if party in self._survivors:
                 add_mask(self._total, self._keys.self_mask_key(secret, party), -1)
@@ -276,12 +297,12 @@ class SumServer:
             key = self._keys.mask_key(private_key, dropped, survivor, peer)
             add_mask(self._total, key, -pair_sign(survivor, dropped))
 
-    def _joined(self, party: str, shares: dict[int, bytes], openers: Sequence[str]) -> bytes:
+    def _joined(self, party: str, shares: dict[int, bytes]) -> bytes:
         """Return a survivor's seed or another party's key, compared with what it advertised.
 
         Raises:
-            SecureSumError: If it is another: the party gave out wrong shares, or one was opened
-                wrongly.
+            SecureSumError: If it is another: the party gave out shares of no one secret, since
+                all were opened as it gave them.
         """
         # A seed is compared with its commitment, a private key with its public key.
         keys = self._advertised[party]
@@ -299,7 +320,7 @@ class SumServer:
             matches = public_key(secret) == keys.mask_key
         if not matches:
             raise SecureSumError(
-                f"{self._plan.title}: the shares of {', '.join(openers)} do not open the {kind} of "
-                f"{party}: one of them or {party} sent wrong shares"
+                f"{self._plan.title}: the shares that {party} gave out do not open its {kind}; "
+                "leave it out of further sums"
             )
         return secret

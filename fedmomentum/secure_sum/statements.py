@@ -1,11 +1,11 @@
-"""What parties sign in a sum, in the exact bytes that both sides compute."""
+"""What parties sign and hash in a sum, in the exact bytes that both sides compute."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-from fedmomentum.secure_sum.keys import joined
+from fedmomentum.secure_sum.keys import PROTOCOL, joined
 from fedmomentum.secure_sum.messages import PartyKeys
 
 KEYS = "keys"
@@ -39,6 +39,19 @@ def survivors_statement(
         survivors: Those of them whose values are in the sum.
     """
     return plan_digest, all_keys, joined(*masked), joined(*survivors)
+
+
+def share_hash(plan_digest: bytes, giver: str, holder: str, kind: str, share: bytes) -> bytes:
+    """Return the hash of a share, which is random and cannot be guessed from it.
+
+    Args:
+        plan_digest: The plan's hash.
+        giver: The party whose secret it is a share of.
+        holder: The party that holds it.
+        kind: `key` or `seed`.
+        share: The share.
+    """
+    return hashlib.sha256(joined(PROTOCOL, plan_digest, giver, holder, kind, share)).digest()
 
 
 def sealing_context(plan_digest: bytes, all_keys: bytes, sender: str, recipient: str) -> bytes:

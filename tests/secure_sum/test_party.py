@@ -179,10 +179,21 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
         (shares[1].data, "what party 00 sealed"),  # of party 02
     ):
         wrong = SealedShares(party="party 00", data=data)
-        refuses(party, Inbox(shares=[wrong, *shares[1:]]), said)
-    refuses(party, Inbox(shares=shares[:1]), "the parties with shares are 2; wanted 3")
+        refuses(party, changed(message, shares=[wrong, *shares[1:]]), said)
+    refuses(party, changed(message, shares=shares[:1]), "the parties with shares are 2; wanted 3")
     stranger = SealedShares(party="zoe", data=bytes(80))
-    refuses(party, Inbox(shares=[*shares, stranger]), "hold zoe")
+    refuses(party, changed(message, shares=[*shares, stranger]), "hold zoe")
+    # shares other than those that their giver vouches for, for whom this party would be blamed
+    hashes = message.hashes
+    for wrong in (
+        [changed(hashes[0], key_share=b"h" * 32), *hashes[1:]],
+        [changed(hashes[0], seed_share=b"h" * 32), *hashes[1:]],
+        [changed(hashes[1], party="party 00"), *hashes[1:]],
+        hashes[::-1],
+    ):
+        refuses(party, changed(message, hashes=wrong), "are not those that it gave the hashes of")
+    for wrong in (hashes[:-1], [*hashes, hashes[0]], []):
+        refuses(party, changed(message, hashes=wrong), "not as many hashes as shares")
     party.answer(encode_message(message))
 
 
@@ -316,7 +327,7 @@ def test_messages_out_of_order_are_refused(tmp_path, step):
     others = [
         make_plan(4),
         Advertisements(keys=[]),
-        Inbox(shares=[]),
+        Inbox(shares=[], hashes=[]),
         Survivors(parties=[]),
         Endorsements(signatures=[]),
     ]

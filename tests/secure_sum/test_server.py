@@ -278,6 +278,10 @@ def test_shares_for_too_few_and_values_of_another_size_are_refused(tmp_path):
     for wrong in (shares[:-1], shares[::-1], [*shares, shares[0]], []):
         with pytest.raises(SecureSumError, match="not for the parties of this step"):
             server.receive("party 01", altered(reply, Outbox, shares=wrong))
+    hashes = decode_message(reply, Outbox, "x").hashes
+    for wrong in (hashes[:-1], hashes[::-1], [*hashes, hashes[0]], []):
+        with pytest.raises(SecureSumError, match="not for the parties of this step"):
+            server.receive("party 01", altered(reply, Outbox, hashes=wrong))
 
     folder = tmp_path / "more"
     folder.mkdir()
@@ -290,22 +294,76 @@ def test_shares_for_too_few_and_values_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("share", [bytes(32), b"\xff" * 32])
 @pytest.mark.parametrize("index", [0, 4])
-def test_wrong_openings_are_refused_before_the_sum_is_made(tmp_path, share, index):
+def test_who_opens_a_wrong_share_is_left_out_and_the_sum_is_made(tmp_path, share, index):
     """Of a survivor's seed, and of the key of a party that dropped out."""
+    plan = make_plan(7)
+    values = make_values(plan)
+    parties = make_parties(plan, values, tmp_path)
+    server = SumServer(plan, roster(plan.parties))
+    leaves = {"party 04": 2} if index == 4 else {}
+    refused = []
+    for step in range(5):
+        for party, message in server.messages().items():
+            if step >= leaves.get(party, 99):
+                continue
+            reply = parties[party].answer(message)
+            if (step, party) != (4, "party 01"):
+                server.receive(party, reply)
+                continue
+            shares = decode_message(reply, Opening, "x").shares
+            shares[index] = OpenedShare(party=shares[index].party, share=share)
+            with pytest.raises(SecureSumError, match="party 01 opened another share of the"):
+                server.receive(party, encode_message(Opening(shares=shares)))
+            refused.append(party)
+        server.advance()
+    assert refused == ["party 01"]
+    # Its values are in the sum all the same.
+    assert "party 01" in server.result.survivors
+    assert_is_sum(server.result, plan, values)
+
+
+@pytest.mark.parametrize("kind", ["key", "seed"])
+def test_a_swapped_share_is_refused_by_the_kind_that_is_opened(tmp_path, kind):
+    """A share of the key where the seed's is wanted, and the other way round."""
     plan = make_plan(5)
     parties = make_parties(plan, make_values(plan), tmp_path)
+    secrets = {party: actor._secrets for party, actor in parties.items()}
+    about = "party 04" if kind == "key" else "party 00"
 
-    def lie(step, party, reply):
+    def swap(step, party, reply):
         if (step, party) != (4, "party 01"):
             return reply
+        key_share, seed_share = secrets[party].shares[about]
         shares = decode_message(reply, Opening, "x").shares
-        shares[index] = OpenedShare(party=shares[index].party, share=share)
+        index = [opened.party for opened in shares].index(about)
+        other = seed_share if kind == "key" else key_share
+        shares[index] = OpenedShare(party=about, share=other)
         return encode_message(Opening(shares=shares))
 
-    kind = "key" if index == 4 else "seed"
-    said = f"do not open the {kind} of party 0{index}: one of them or party 0{index} sent wrong"
+    said = f"party 01 opened another share of the {kind} of {about} than it was given"
     with pytest.raises(SecureSumError, match=said):
-        run_sum(SumServer(plan, roster(plan.parties)), parties, {"party 04": 2}, lie)
+        run_sum(SumServer(plan, roster(plan.parties)), parties, {"party 04": 2}, swap)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_party_that_gives_out_shares_of_nothing_is_named(tmp_path, monkeypatch, drops):
+    """Its shares lie on no polynomial of the threshold; all others open them as they got them."""
+    plan = make_plan(5)
+    parties = make_parties(plan, make_values(plan), tmp_path)
+    honest = party_module.split_secret
+    liar = parties["party 03"]
+
+    def split(secret, threshold, num_shares):
+        if secret in (liar._secrets.mask_key, liar._secrets.seed):
+            return [shamir.random_secret() for _ in range(num_shares)]
+        return honest(secret, threshold, num_shares)
+
+    monkeypatch.setattr(party_module, "split_secret", split)
+    kind = "key" if drops else "seed"
+    said = f"the shares that party 03 gave out do not open its {kind}; leave it out"
+    with pytest.raises(SecureSumError, match=said):
+        leaves = {"party 03": 2} if drops else {}
+        run_sum(SumServer(plan, roster(plan.parties)), parties, leaves)
 
 
 def test_a_server_plans_no_sum_that_parties_must_refuse():
