@@ -197,7 +197,7 @@ def check_plan(plan: SumPlan, *, trusts_server: bool) -> None:
         trusts_server: See `min_threshold`.
 
     Raises:
-        SecureSumError: If there are too few parties, they are not sorted, the threshold is too low
+        SecureSumError: If there are too few parties or too many, they are not sorted, the threshold is too low
             or cannot be reached, or blocks have one name or too many elements.
     """
     num_parties = len(plan.parties)
@@ -205,6 +205,10 @@ def check_plan(plan: SumPlan, *, trusts_server: bool) -> None:
         raise SecureSumError(
             f"{plan.title}: {num_parties} parties; a secure sum needs at least {MIN_PARTIES}, or "
             "each could compute the values of another"
+        )
+    if num_parties > MAX_PARTIES:
+        raise SecureSumError(
+            f"{plan.title}: {num_parties} parties; each masks for every other, up to {MAX_PARTIES}"
         )
     check_parties(plan.parties, "its parties", plan.title)
     least = min_threshold(num_parties, trusts_server=trusts_server)

@@ -159,10 +159,10 @@ class SumParty:
                 still waits for the right one.
             DataError: If this party's own values cannot be summed.
         """
+        message = self._decoded(data)
         digest = hashlib.sha256(data).digest()
         if digest == self._answered:
             return self._reply
-        message = self._decoded(data)
         if self._next == len(self._steps):
             raise SecureSumError(f"{self._title}: this party has opened its shares, and is done")
         wanted, step = self._steps[self._next]

@@ -25,7 +25,7 @@ def public_key(name):
 
 
 def names(n):
-    return [f"party {i:02}" for i in range(n)]
+    return sorted(f"party {i:02}" for i in range(n))
 
 
 def roster(parties):

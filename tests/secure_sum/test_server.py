@@ -49,8 +49,8 @@ def assert_is_sum(result, plan, values):
         assert error <= 1e-7 * block.bound
 
 
-@settings(max_examples=20, deadline=None)
-@given(data=st.data(), n=st.integers(3, 7))
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), n=st.integers(3, 6))
 def test_drop_outs_at_any_step_leave_the_sum_of_whose_values_came(tmp_path_factory, data, n):
     threshold = data.draw(st.integers(2 * n // 3 + 1, n))
     plan = make_plan(n, threshold=threshold)
@@ -80,13 +80,13 @@ def test_one_drop_out_more_than_allowed_ends_the_sum_by_name(tmp_path, step):
 
 def test_many_parties(tmp_path):
     blocks = [Block(name="x", size=3001, bound=2.0)]
-    plan = make_plan(16, blocks=blocks)
+    plan = make_plan(12, blocks=blocks)
     values = make_values(plan)
     parties = make_parties(plan, values, tmp_path)
-    result = run_sum(SumServer(plan, roster(plan.parties)), parties, {"party 03": 2, "party 12": 3})
-    assert len(result.survivors) == 15
+    result = run_sum(SumServer(plan, roster(plan.parties)), parties, {"party 03": 2, "party 11": 3})
+    assert len(result.survivors) == 11
     error = np.abs(result.values["x"] - plain_sum(values, result.survivors)["x"]).max()
-    assert error <= sum_error(blocks[0], 16, 15) and error <= 1e-7 * 2
+    assert error <= sum_error(blocks[0], 12, 11) and error <= 1e-7 * 2
 
 
 # ── what the server sees ──
@@ -369,6 +369,7 @@ def test_a_party_that_gives_out_shares_of_nothing_is_named(tmp_path, monkeypatch
 def test_a_server_plans_no_sum_that_parties_must_refuse():
     for changes, said in (
         ({"parties": ["a", "b"]}, "2 parties; a secure sum needs at least 3"),
+        ({"parties": names(101)}, "101 parties; each masks for every other, up to 100"),
         ({"parties": ["a", "c", "b"]}, "not sorted"),
         ({"parties": ["a", "b", "b", "c"]}, "named twice"),
         ({"threshold": 2}, "threshold 2 of 4 parties; wanted 3 to 4"),
