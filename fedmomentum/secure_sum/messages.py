@@ -197,8 +197,8 @@ def check_plan(plan: SumPlan, *, trusts_server: bool) -> None:
         trusts_server: See `min_threshold`.
 
     Raises:
-        SecureSumError: If there are too few parties or too many, they are not sorted, the threshold is too low
-            or cannot be reached, or blocks have one name or too many elements.
+        SecureSumError: If there are too few parties or too many, they are not sorted, the
+            threshold is too low or cannot be reached, or blocks have one name or too many elements.
     """
     num_parties = len(plan.parties)
     if num_parties < MIN_PARTIES:

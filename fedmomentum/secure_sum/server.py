@@ -166,8 +166,8 @@ class SumServer:
         """End the current step: who has not replied has dropped out.
 
         Raises:
-            SecureSumError: If fewer than the threshold have replied, or a secret does not open. Where
-                shares were opened, no other attempt is possible: parties open a sum once.
+            SecureSumError: If fewer than the threshold have replied, or a secret does not open.
+                Where shares were opened, no other attempt is possible: parties open a sum once.
         """
         plan = self._plan
         parties = sorted(self._replies)
