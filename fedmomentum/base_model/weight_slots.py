@@ -63,6 +63,34 @@ class WeightSlot:
         parameter: Tensor = getattr(self.owner, self.parameter)
         return parameter.detach()
 
+    def loaded(self) -> Tensor:
+        """Return the weight that the module was loaded with, as floating-point `(out, in)`.
+
+        It shares memory with the module if that holds its weight so.
+        """
+        return self.matrix(self.live)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the module's products."""
+        return self.live.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the weight."""
+        return self.live.device
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter as a checkpoint stores it, before any quantization."""
+        return tuple(self.live.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the matrix."""
+        *_, rows, columns = self.parameter_shape
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
     # ── checks ──
 
     def check(self) -> None:

@@ -33,6 +33,7 @@ BUILT_IN_SOURCE = "reasoning-gym"
 CAUSAL_LM = "causal-lm"
 CLASSIFICATION = "sequence-classification"
 TASKS = (CAUSAL_LM, CLASSIFICATION)
+ADAPTED_WEIGHTS = ("auto", "float32", "as-loaded")
 MAX_THREADS = 4096
 """More CPU threads than any machine has: a larger number is a typing error."""
 
@@ -61,6 +62,12 @@ class ModelConfig:
         "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16",
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    adapted_weights: str = option(
+        "auto",
+        "how this process holds the adapted modules: float32 (what is merged is added to a float32 "
+        "copy), as-loaded (16 bits and what is merged beside them, as factors or int8), auto "
+        "(as-loaded on a GPU, else float32)",
+    )
     chat_date: str = option(
         DEFAULT_DATE,
         "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "
@@ -71,6 +78,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         parse_date(self.chat_date)
         require_choice("model.task", self.task, TASKS)
+        require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
         if self.labels:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)
@@ -328,6 +336,11 @@ class EvaluationConfig:
         100, "held-out examples of every client, before the first and after the last round"
     )
     batch_size: int = option(32, "examples in a forward pass")
+    probes: bool = option(
+        True,
+        "measure on the clients' live weights whether a round was exact and all that was merged "
+        "is computed with; without, exactness_error and applied_share are left empty",
+    )
 
     def __post_init__(self) -> None:
         require_at_least("evaluation.every", self.every, 0)

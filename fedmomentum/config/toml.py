@@ -44,10 +44,12 @@ MAY_CHANGE = frozenset(
         "federation.min-valid-fraction",
         "federation.round-timeout",
         "federation.join-timeout",
+        "evaluation.probes",
         "run.keep-checkpoints",
         "run.report-to",
         "model.name",
         "model.revision",  # the base model is compared by content
+        "model.adapted-weights",  # of the machine, as environment.json says
     }
 )
 """Settings that a resumed run may change: no finished round depends on them."""

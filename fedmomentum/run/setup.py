@@ -119,7 +119,14 @@ def load_run(
     callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
     base = LoadedBase.from_config(config.model, labels)
-    local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
+    # Clients that train less have models of their own, which share the base model's weights.
+    local = LocalModel(
+        config.model,
+        config.lora,
+        seed=derive_seed(seed, "adapter"),
+        loaded=base,
+        takes_loaded=not config.lora.clients,
+    )
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
     for client in clients:
