@@ -32,6 +32,7 @@ from fedmomentum.lora.peft_model import (
 )
 from fedmomentum.lora.target_checks import find_saved_modules
 from fedmomentum.lora.targets import Targets, choose_targets
+from fedmomentum.utils.quantized import num_parameters
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -70,14 +71,14 @@ class LocalModel:
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
     ) -> None:
-        loaded = loaded or LoadedBase.from_config(model, model.labels)
+        loaded = loaded or LoadedBase.from_config(model, model.labels, lora.modules_to_save)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
         base = loaded.copy()
         # A classifier's head is trained in full, beside whatever else the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
-        self.num_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self.num_parameters = num_parameters(base)
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.

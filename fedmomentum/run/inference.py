@@ -76,7 +76,9 @@ class ModelPair:
             )
         # The base model is identified by its content before it is loaded.
         directory = find_base(result, settings.base)
-        found = identify(settings.base or model.base.name, directory)
+        found = identify(
+            settings.base or model.base.name, directory, quantization=model.base.quantization
+        )
         model.base.check(found)
         dtype, device = _as_in_the_run(result, settings)
         if result.config is not None:

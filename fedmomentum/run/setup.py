@@ -115,7 +115,7 @@ def load_run(
     parties = load_data(config)
     callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
-    base = LoadedBase.from_config(config.model, labels)
+    base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
     local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
