@@ -26,6 +26,7 @@ from fedmomentum.utils.quantized import (
     is_eight_bit,
     is_four_bit,
     quantized_layers,
+    set_product_dtype,
 )
 from fedmomentum.utils.text import printable
 
@@ -297,6 +298,7 @@ def prepare_layers(
     if quantization is not None:
         cast_unquantized(model, dtype)
     for path, layer in layers.items():
+        set_product_dtype(layer, dtype)
         if is_four_bit(layer):
             state = layer.weight.quant_state
             if quantization is not None and state.blocksize != quantization.block_size:

@@ -34,6 +34,7 @@ CAUSAL_LM = "causal-lm"
 CLASSIFICATION = "sequence-classification"
 TASKS = (CAUSAL_LM, CLASSIFICATION)
 QUANTIZATIONS = ("none", "nf4", "int8", "torchao-int8")
+ADAPTED_WEIGHTS = ("auto", "float32", "as-loaded")
 MAX_THREADS = 4096
 """More CPU threads than any machine has: a larger number is a typing error."""
 
@@ -69,6 +70,12 @@ class ModelConfig:
         "needs none. See docs/quantization.md",
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    adapted_weights: str = option(
+        "auto",
+        "how this process holds the adapted modules: float32 (what is merged is added to a float32 "
+        "copy), as-loaded (16 bits, or quantized, and what is merged beside them, as factors or "
+        "int8), auto (as-loaded on a GPU and for quantized weights, else float32)",
+    )
     chat_date: str = option(
         DEFAULT_DATE,
         "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "
@@ -80,6 +87,7 @@ class ModelConfig:
         parse_date(self.chat_date)
         require_choice("model.task", self.task, TASKS)
         require_choice("model.quantization", self.quantization, QUANTIZATIONS)
+        require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
         if self.labels:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)

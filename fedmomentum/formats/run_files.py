@@ -85,6 +85,7 @@ class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
     processor: str = ""
     device: str | None = None
     dtype: str | None = None
+    adapted_weights: str | None = None
     base_sha256: Hash | None = None
     tokenizer_sha256: Hash | None = None
     clients: dict[str, str] = {}

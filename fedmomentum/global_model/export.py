@@ -245,8 +245,11 @@ def export_merged(
 
 def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
     """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
+    from fedmomentum.base_model.weights import Float32Weights
+
     changes = {}
     expected = {}
+    assert isinstance(tuned.base_weights, Float32Weights)
     for module in tuned.base_weights.layers:
         pretrained = tuned.base_weights.pretrained(module)
         merged = tuned.base_weights.weight(module)

@@ -52,6 +52,7 @@ def environment(local: LocalModel) -> dict[str, Any]:
         **process_environment(),
         "device": str(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),
+        "adapted_weights": local.holding,
         "base_sha256": local.identity.sha256,
         "tokenizer_sha256": local.identity.tokenizer_sha256,
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.holding import choose_holding
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
 from fedmomentum.base_model.loading import load_tokenizer, pick_device, pick_dtype
@@ -96,7 +97,9 @@ class ModelPair:
         except ModelError as error:
             raise ModelError(f"{error}. Give another by --device") from error
         self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
-        self._tuned = TunedModel(self.model, directory, model)
+        setting = result.config.model.adapted_weights if result.config is not None else "auto"
+        holding = choose_holding(setting, self.model)
+        self._tuned = TunedModel(self.model, directory, model, holding=holding)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)
         self.tokenizer = self._tokenizers[0]

@@ -73,25 +73,36 @@ def num_parameters(model: nn.Module) -> int:
     return total
 
 
-def dequantize(layer: Any) -> Tensor:
-    """Return what a quantized layer's weight stands for, `(out, in)`, in float32, on its device.
+def set_product_dtype(layer: Any, dtype: torch.dtype) -> None:
+    """Note on a quantized layer what its products are in, which not all of them know."""
+    layer.product_dtype = dtype
 
-    Codes and scales are multiplied in float32, whatever dtype the layer computes in.
+
+def product_dtype(layer: Any) -> torch.dtype:
+    """Return the dtype of a quantized layer's products; float32 where nobody has noted it."""
+    dtype: torch.dtype = getattr(layer, "product_dtype", torch.float32)
+    return dtype
+
+
+def dequantize(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return what a quantized layer's weight stands for, `(out, in)`, in `dtype`, on its device.
+
+    In float32 it is the product of codes and scales, whatever dtype the layer computes in.
     """
     if is_torchao(layer):
-        weight: Tensor = layer.weight.dequantize(torch.float32)
+        weight: Tensor = layer.weight.dequantize(dtype)
         return weight
     from bitsandbytes import functional
 
     if is_four_bit(layer):
         # The state names the dtype of the result; that of the layer stays as it is.
         state = copy.copy(layer.weight.quant_state)
-        state.dtype = torch.float32
+        state.dtype = dtype
         four_bit: Tensor = functional.dequantize_4bit(layer.weight.data, state)
         return four_bit
     scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
     eight_bit: Tensor = functional.int8_vectorwise_dequant(layer.weight.data, scales)
-    return eight_bit
+    return eight_bit.to(dtype)
 
 
 def shared_with_copies(model: nn.Module) -> Iterator[Any]:
