@@ -37,6 +37,7 @@ from fedmomentum.base_model.load_checks import (
 )
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence
 from fedmomentum.base_model.quantization import (
+    ON_LOADING,
     check_quantization,
     prepare_layers,
     quantizing_arguments,
@@ -82,6 +83,21 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
     return DTYPES[dtype]
+
+
+def pick_merged_dtype(dtype: str) -> torch.dtype:
+    """Return the dtype of a merged model's weights on disk.
+
+    Raises:
+        ModelError: If it is not the name of a dtype, or of quantized weights.
+    """
+    if dtype in ON_LOADING:
+        raise ModelError(
+            f"dtype {dtype!r}: a merged model is not quantized, since what was trained is smaller "
+            "than the step between two codes and would be rounded away. Choose float32, bfloat16 "
+            "or float16; or export one adapter (--to adapter) for the quantized base"
+        )
+    return pick_dtype(dtype, torch.device("cpu"))
 
 
 def load_base(

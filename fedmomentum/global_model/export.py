@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.card import write_card
@@ -131,15 +132,19 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model as it was before.
     """
+    from fedmomentum.base_model.holding import choose_holding, hold_weights
     from fedmomentum.base_model.weight_slots import find_owners
-    from fedmomentum.base_model.weights import Float32Weights
     from fedmomentum.global_model.readback import logits_of, probe_tokens
     from fedmomentum.lora.peft_model import detach_adapter, wrap_with_adapter
 
     trained = wrap_with_adapter(base, model.adapter)
     live = trained.get_base_model()
-    base_weights = Float32Weights(
-        find_owners(live, model.adapter.modules), base_directory, tied, model=live
+    base_weights = hold_weights(
+        find_owners(live, model.adapter.modules),
+        base_directory,
+        holding=choose_holding("auto", live),
+        model=live,
+        tied=tied,
     )
     base_weights.apply(model.base_update)
     tokens = probe_tokens(base)
@@ -168,6 +173,7 @@ def _read_back_adapter(
     model: GlobalModel, directory: Path, base_directory: Path, reference: _Reference
 ) -> float:
     """Load the written adapter by PEFT, and return the difference of its logits."""
+    from fedmomentum.base_model.load_checks import rounds_inputs
     from fedmomentum.global_model.base_of import load_base_of
     from fedmomentum.global_model.readback import check_logits, logits_of
     from fedmomentum.lora.peft_model import load_with_peft, resize_for
@@ -176,7 +182,9 @@ def _read_back_adapter(
     resize_for(base, model.adapter)
     logits = logits_of(load_with_peft(base, directory), reference.tokens)
     what = "the adapter, read back by PEFT, is another model"
-    return check_logits(logits, reference.logits, torch.float32, what)
+    # bitsandbytes' int8 rounds inputs where nothing is merged, as on the bare base.
+    tolerance = torch.float16 if rounds_inputs(base) else torch.float32
+    return check_logits(logits, reference.logits, tolerance, what)
 
 
 # ── a merged model ────────────────────────────────────────────────────────────────────────────────
@@ -192,6 +200,7 @@ def export_merged(
         out: A new or empty directory.
         base_directory: The base model's directory; its identity is checked.
         dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
+            A quantized base is dequantized.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
@@ -204,11 +213,20 @@ def export_merged(
     """
     from fedmomentum.base_model.loading import load_base, tied_names
     from fedmomentum.global_model.base_of import load_base_of, num_labels
+    from fedmomentum.global_model.dequantized_base import base_quantization, dequantized_base
     from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
     from fedmomentum.global_model.tuned import TunedModel, write_down_ties
 
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
+    if base_quantization(model, base_directory) is not None:
+        # What is merged does not survive codes; so the result is that of the dequantized base.
+        with dequantized_base(model, base_directory, out) as (plain, directory):
+            fraction = export_merged(plain, out, base_directory=directory, dtype=dtype)
+        class_name = read_config(out)["architectures"][0]
+        load = f"{class_name}.from_pretrained({out.name!r})"
+        write_card(model, out, "transformers", load, is_dequantized=True)
+        return fraction
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, torch.float32, CPU)
