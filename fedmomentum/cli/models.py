@@ -73,7 +73,7 @@ def export(
             )
             quantization = base_quantization(result.model, base_directory)
             if quantization is not None:
-                written += f", which are the dequantized ones of the {quantization} base"
+                written += f"; the {quantization} base is dequantized in it"
     OUT.print(f"{result.title} -> {out}: {written}", markup=False, soft_wrap=True)
 
 
