@@ -345,6 +345,11 @@ class EvaluationConfig:
         100, "held-out examples of every client, before the first and after the last round"
     )
     batch_size: int = option(32, "examples in a forward pass")
+    probes: bool = option(
+        True,
+        "measure on the clients' live weights whether a round was exact and all that was merged "
+        "is computed with; without, exactness_error and applied_share are left empty",
+    )
 
     def __post_init__(self) -> None:
         require_at_least("evaluation.every", self.every, 0)

@@ -20,6 +20,9 @@ BLOCK_ELEMENTS = 2**19
 # A product of fewer rows than this is not divided among threads.
 MIN_ROWS_PER_THREAD = 64
 
+# The same on a GPU, which needs large products to be busy: 256 MB.
+GPU_BLOCK_ELEMENTS = 2**25
+
 
 def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
     """Sample the Gaussian probe vectors of one module.
@@ -54,8 +57,10 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
             matrices: fresh memory for every block can take three times as long.
 
     Returns:
-        `(NUM_PROBES,)`, in the dtype of X.
+        `(NUM_PROBES,)`, in the dtype of X, on the CPU.
     """
+    if matrix.device.type == "cuda":
+        return _probe_on_device(matrix, U, X)
     if isinstance(matrix, LowRank):
         return (U * (matrix.B.to(X) @ (matrix.A.to(X) @ X))).sum(0)
     out_size, in_size = matrix.shape
@@ -69,6 +74,24 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
         cast_rows = cast_block[: len(rows)].copy_(rows)
         _add_product_(UtM, U[start : start + block_rows], cast_rows)
     return (UtM.mT * X).sum(0)
+
+
+def _probe_on_device(matrix: Tensor | LowRank, U: Tensor, X: Tensor) -> Tensor:
+    """Compute a probe where the matrix is; only its numbers are copied to the CPU."""
+    U = U.to(matrix.device)
+    return (U * times(matrix, X.to(matrix.device))).sum(0).cpu()
+
+
+def times(matrix: Tensor | LowRank, X: Tensor) -> Tensor:
+    """Return `M X` `(out, n)` in the dtype and on the device of X.
+
+    A dense M is cast some rows at a time.
+    """
+    if isinstance(matrix, LowRank):
+        return matrix.B.to(X) @ (matrix.A.to(X) @ X)
+    limit = GPU_BLOCK_ELEMENTS if X.device.type == "cuda" else BLOCK_ELEMENTS
+    rows = matrix.split(max(1, limit // matrix.shape[1]))
+    return torch.cat([block.to(X) @ X for block in rows])
 
 
 def _add_product_(UtM: Tensor, U: Tensor, rows: Tensor) -> None:
