@@ -14,6 +14,7 @@ from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
 from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
 from fedmomentum.base_model.quantization import ON_LOADING
+from fedmomentum.base_model.padding_checks import refuse_padding_dependence_of_labels
 from fedmomentum.utils.chat_date import set_chat_date
 from fedmomentum.utils.quantized import shared_with_copies
 
@@ -67,6 +68,7 @@ class LoadedBase:
         set_chat_date(tokenizer, model.chat_date)
         if labels:
             set_pad_token(base, tokenizer)
+            refuse_padding_dependence_of_labels(directory, base)
         return cls(directory, replace(identity, labels=tuple(labels)), tokenizer, base)
 
     def copy(self) -> Any:
