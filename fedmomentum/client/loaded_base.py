@@ -13,8 +13,8 @@ from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
 from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
-from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence_of_labels
+from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.utils.chat_date import set_chat_date
 from fedmomentum.utils.quantized import shared_with_copies
 
