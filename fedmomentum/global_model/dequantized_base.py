@@ -26,7 +26,7 @@ from fedmomentum.base_model.quantization import stored_quantization
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.base_of import load_base_of
 from fedmomentum.utils.io import write_json
-from fedmomentum.utils.quantized import dequantize, is_eight_bit, quantized_layers
+from fedmomentum.utils.quantized import dequantize, keep_inputs, quantized_layers
 
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
@@ -36,10 +36,8 @@ SHARD_BYTES = 2**30
 """Of float32 weights that are in memory at a time, unless one is larger."""
 # Files beside the weights: the tokenizer's, and settings of generation.
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-# How far a layer's outputs may be from those of its dequantized weight, relative to their norm:
-# rounding alone, and with bitsandbytes' int8 that of the inputs to 8 bits.
+# How far a layer's outputs may be from those of its dequantized weight, relative to their norm.
 TOLERANCE = 1e-4
-TOLERANCE_INT8 = 0.05
 NUM_INPUTS = 8
 
 
@@ -76,6 +74,7 @@ def dequantized_base(
     directory.mkdir(parents=True)
     try:
         base = load_base_of(model, base_directory, torch.float32, CPU)
+        keep_inputs(base)
         _write_dequantized(base, directory)
         del base
         gc.collect()
@@ -143,7 +142,7 @@ def _plain_weight(path: str, layer: Any) -> Tensor:
     with torch.no_grad():
         outputs = layer(inputs)
     difference = float((outputs - expected).norm() / expected.norm().clamp(min=1e-12))
-    if not difference <= (TOLERANCE_INT8 if is_eight_bit(layer) else TOLERANCE):
+    if not difference <= TOLERANCE:
         raise ModelError(
             f"module {path} computes with other weights than it dequantizes to (its outputs differ "
             f"by {difference:.3g} of their norm); nothing was exported. Update bitsandbytes or "

@@ -27,9 +27,11 @@ from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import applied_share
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
+from fedmomentum.utils.quantized import keep_inputs
 
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.global_model.objects import StoredObject
     from fedmomentum.global_model.tuned import TunedModel
 
 CPU = torch.device("cpu")
@@ -44,10 +46,12 @@ class _Reference:
     Attributes:
         tokens: One row of tokens.
         logits: Its logits for them.
+        is_rounded: Whether a quantized base held in 8 bits what was merged.
     """
 
     tokens: Tensor
     logits: Tensor
+    is_rounded: bool
 
 
 def require_empty_directory(out: Path) -> None:
@@ -132,25 +136,42 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model as it was before.
     """
-    from fedmomentum.base_model.holding import choose_holding, hold_weights
+    from fedmomentum.base_model.holding import AS_LOADED, choose_holding, hold_weights
     from fedmomentum.base_model.weight_slots import find_owners
     from fedmomentum.global_model.readback import logits_of, probe_tokens
     from fedmomentum.lora.peft_model import detach_adapter, wrap_with_adapter
 
     trained = wrap_with_adapter(base, model.adapter)
     live = trained.get_base_model()
-    base_weights = hold_weights(
-        find_owners(live, model.adapter.modules),
-        base_directory,
-        holding=choose_holding("auto", live),
-        model=live,
-        tied=tied,
-    )
-    base_weights.apply(model.base_update)
+    holding = choose_holding("auto", live)
+    owners = find_owners(live, model.adapter.modules)
+    base_weights = hold_weights(owners, base_directory, holding=holding, model=live, tied=tied)
+    # Beside a quantized base, what was merged is exact in factors, and not in 8 bits.
+    factors = _merged_factors(model) if holding == AS_LOADED else None
+    if factors is None:
+        base_weights.apply(model.base_update)
+    else:
+        base_weights.apply([], factors)
     tokens = probe_tokens(base)
+    keep_inputs(trained)
     logits = logits_of(trained, tokens)
     base_weights.apply([])
-    return _Reference(tokens, logits), detach_adapter(trained)
+    is_rounded = holding == AS_LOADED and factors is None
+    return _Reference(tokens, logits, is_rounded), detach_adapter(trained)
+
+
+def _merged_factors(model: GlobalModel) -> StoredObject | None:
+    """Return the sum of all that was merged in factors; None if a part of it is dense."""
+    from fedmomentum.global_model.objects import StoredObject
+
+    changed = {module for part in model.base_update for module in part.matrices}
+    sums = {}
+    for module in sorted(changed):
+        total = model.merged(module)
+        if not isinstance(total, LowRank):
+            return None
+        sums[module] = total.to(torch.float32)
+    return StoredObject.of(sums)
 
 
 def _check_written(adapter: Adapter, directory: Path) -> None:
@@ -173,17 +194,17 @@ def _read_back_adapter(
     model: GlobalModel, directory: Path, base_directory: Path, reference: _Reference
 ) -> float:
     """Load the written adapter by PEFT, and return the difference of its logits."""
-    from fedmomentum.base_model.load_checks import rounds_inputs
     from fedmomentum.global_model.base_of import load_base_of
     from fedmomentum.global_model.readback import check_logits, logits_of
     from fedmomentum.lora.peft_model import load_with_peft, resize_for
 
     base = load_base_of(model, base_directory, torch.float32, CPU)
     resize_for(base, model.adapter)
-    logits = logits_of(load_with_peft(base, directory), reference.tokens)
+    adapted = load_with_peft(base, directory)
+    keep_inputs(adapted)
+    logits = logits_of(adapted, reference.tokens)
     what = "the adapter, read back by PEFT, is another model"
-    # bitsandbytes' int8 rounds inputs where nothing is merged, as on the bare base.
-    tolerance = torch.float16 if rounds_inputs(base) else torch.float32
+    tolerance = torch.float16 if reference.is_rounded else torch.float32
     return check_logits(logits, reference.logits, tolerance, what)
 
 
