@@ -234,20 +234,14 @@ def export_merged(
     """
     from fedmomentum.base_model.loading import load_base, tied_names
     from fedmomentum.global_model.base_of import load_base_of, num_labels
-    from fedmomentum.global_model.dequantized_base import base_quantization, dequantized_base
+    from fedmomentum.global_model.dequantized_base import base_quantization
     from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
     from fedmomentum.global_model.tuned import TunedModel, write_down_ties
 
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
     if base_quantization(model, base_directory) is not None:
-        # What is merged does not survive codes; so the result is that of the dequantized base.
-        with dequantized_base(model, base_directory, out) as (plain, directory):
-            fraction = export_merged(plain, out, base_directory=directory, dtype=dtype)
-        class_name = read_config(out)["architectures"][0]
-        load = f"{class_name}.from_pretrained({out.name!r})"
-        write_card(model, out, "transformers", load, is_dequantized=True)
-        return fraction
+        return _export_dequantized(model, out, base_directory, dtype)
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, torch.float32, CPU)
@@ -280,6 +274,24 @@ def export_merged(
         _copy_tokenizer(base_directory, temporary)
         write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
     return applied_fraction
+
+
+def _export_dequantized(
+    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype
+) -> float:
+    """Write a global model on a quantized base as one on the dequantized base.
+
+    What is merged would not survive being quantized.
+    """
+    from fedmomentum.global_model.dequantized_base import dequantized_base
+
+    with dequantized_base(model, base_directory, out) as (plain, directory):
+        fraction = export_merged(plain, out, base_directory=directory, dtype=dtype)
+    # The card names the base that the run had.
+    class_name = read_config(out)["architectures"][0]
+    load = f"{class_name}.from_pretrained({out.name!r})"
+    write_card(model, out, "transformers", load, is_dequantized=True)
+    return fraction
 
 
 def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
