@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A loaded base model, shared by any number of `LocalModel`s of one process.
+    """A loaded base model, for one `LocalModel` or shared by several of one process.
 
     Attributes:
         directory: The directory that it was loaded from.
         identity: Its name, content hashes and labels.
         tokenizer: Its tokenizer.
-        model: The transformers model; it is never trained or changed.
+        model: The transformers model. It is not changed while it is shared.
     """
 
     directory: Path

@@ -48,8 +48,9 @@ class LocalModel:
         lora: The run's adapter; it is attached here unless `client_lora` is given.
         seed: The seed of the adapter's initialization.
         client_lora: What this client trains, if that is less than the run's adapter.
-        loaded: The base model if this process has loaded it: its weights are shared, except those
-            of the adapted modules.
+        loaded: The base model if this process has loaded it.
+        is_shared: Whether other models use it too: its weights are shared, except those of the
+            adapted modules. Otherwise they are changed in it, so that none is in memory twice.
 
     Raises:
         ModelError: If the base model cannot be found or loaded.
@@ -65,12 +66,13 @@ class LocalModel:
         seed: int,
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
+        is_shared: bool = False,
     ) -> None:
         loaded = loaded or LoadedBase.from_config(model, model.labels, lora.modules_to_save)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
-        base = loaded.copy()
+        base = loaded.copy() if is_shared else loaded.model
         # A classifier's head is trained in full, beside whatever else the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
         self.num_parameters = num_parameters(base)

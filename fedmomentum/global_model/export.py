@@ -24,7 +24,7 @@ from fedmomentum.errors import ModelError
 from fedmomentum.global_model.card import write_card
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.linalg.probes import applied_share
+from fedmomentum.linalg.probes import AppliedShare
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
 from fedmomentum.utils.quantized import keep_inputs
@@ -33,10 +33,13 @@ if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.objects import StoredObject
     from fedmomentum.global_model.tuned import TunedModel
+    from fedmomentum.linalg.matrix import Matrix
 
 CPU = torch.device("cpu")
 # Alphas are rounded to whole numbers within 1e-9; a scaling read back differs by round-off only.
 SCALING_TOL = 1e-12
+# Rows of a matrix that are compared at a time.
+ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,26 +301,30 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
     """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
     from fedmomentum.base_model.weights import Float32Weights
 
-    changes = {}
-    expected = {}
+    share = AppliedShare()
     assert isinstance(tuned.base_weights, Float32Weights)
     for module in tuned.base_weights.layers:
         pretrained = tuned.base_weights.pretrained(module)
         merged = tuned.base_weights.weight(module)
-        change = merged.to(dtype).double() - pretrained.to(dtype).double()
-        changes[module] = change.flatten()
         effective = model.effective(module)
-        dense = effective.dense() if isinstance(effective, LowRank) else effective
-        expected[module] = dense.flatten()
-    for name, (before, after) in zip(sorted(model.adapter.saved), tuned.saved, strict=True):
+        # Some rows at a time: in float64 a large matrix takes gigabytes.
+        for first in range(0, len(merged), ROWS):
+            rows = slice(first, first + ROWS)
+            change = merged[rows].to(dtype).double() - pretrained[rows].to(dtype).double()
+            share.add(change, _rows_of(effective, rows))
+    for before, after in tuned.saved:
         if not after.is_floating_point():
             continue
         start = torch.zeros_like(after)  # added tokens have no rows before
-        rows = tuple(slice(0, size) for size in before.shape)
-        start[rows] = before
-        changes[name] = (after.to(dtype).double() - start.to(dtype).double()).flatten()
-        expected[name] = (after.double() - start.double()).flatten()
-    return applied_share(changes, expected)
+        start[tuple(slice(0, size) for size in before.shape)] = before
+        change = after.to(dtype).double() - start.to(dtype).double()
+        share.add(change, after.double() - start.double())
+    return share.value
+
+
+def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
+    """Return some rows of a matrix as a dense one."""
+    return matrix.B[rows] @ matrix.A if isinstance(matrix, LowRank) else matrix[rows]
 
 
 def _stored_tensors(live: Any) -> list[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -130,6 +131,25 @@ def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
     Both are sums over all probes of all modules. 1 where all of it arrived; a change that rounding
     swallowed gives less. 1 where nothing was wanted, so never NaN.
     """
-    numerator = sum(float((got[m] * wanted[m]).sum()) for m in wanted)
-    denominator = sum(float(wanted[m].square().sum()) for m in wanted)
-    return numerator / denominator if denominator > 0 else 1.0
+    share = AppliedShare()
+    for module, change in wanted.items():
+        share.add(got[module], change)
+    return share.value
+
+
+@dataclass
+class AppliedShare:
+    """The fraction of a change that arrived, summed up tensor by tensor; see `applied_share`."""
+
+    numerator: float = 0.0
+    denominator: float = 0.0
+
+    def add(self, got: Tensor, wanted: Tensor) -> None:
+        """Add one tensor of what arrived and what should have."""
+        self.numerator += float((got * wanted).sum())
+        self.denominator += float(wanted.square().sum())
+
+    @property
+    def value(self) -> float:
+        """The fraction so far."""
+        return self.numerator / self.denominator if self.denominator > 0 else 1.0

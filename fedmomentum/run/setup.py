@@ -119,7 +119,14 @@ def load_run(
     callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
     base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
-    local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
+    # Clients that train less have models of their own, which share the base model's weights.
+    local = LocalModel(
+        config.model,
+        config.lora,
+        seed=derive_seed(seed, "adapter"),
+        loaded=base,
+        is_shared=bool(config.lora.clients),
+    )
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
     for client in clients:
@@ -165,7 +172,12 @@ def _own_models(
             seed = derive_seed(config.run.seed, "adapter")
             try:
                 model = LocalModel(
-                    config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
+                    config.model,
+                    lora,
+                    seed=seed,
+                    client_lora=client_lora,
+                    loaded=loaded,
+                    is_shared=True,
                 )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedmomentum.base_model import side_branch
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
 from fedmomentum.base_model.weights import BaseWeights, Float32Weights
 from fedmomentum.errors import ModelError
@@ -148,10 +149,23 @@ def test_a_part_of_ones_own_stays_in_factors_and_is_no_part_of_the_sum(tmp_path)
         weights.apply(parts, Part("f" * 64, {name: own.matrices[name].dense()}))
 
 
+def wide_product(left, right, *, out_dtype=None):
+    """What `torch.mm` gives on a GPU: inputs of one dtype, sums in another."""
+    assert left.dtype == right.dtype and out_dtype in (None, torch.float32)
+    return left.to(out_dtype or left.dtype) @ right.to(out_dtype or left.dtype)
+
+
 @pytest.mark.parametrize("kind", ["linear", "bias", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 12])
-def test_output_and_gradient_are_those_of_one_dense_weight(tmp_path, kind, dtype, count):
+@pytest.mark.parametrize("device", ["cpu", "as on a gpu"])
+def test_output_and_gradient_are_those_of_one_dense_weight(
+    tmp_path, monkeypatch, kind, dtype, count, device
+):
+    if device != "cpu":
+        # Products in 16 bits that are added in float32, which a CPU has no kernel for.
+        monkeypatch.setattr(side_branch, "_multiplies_narrow", lambda x: True)
+        monkeypatch.setattr(torch, "mm", wide_product)
     weights, layer, name = held(tmp_path, kind, dtype)
     # Larger than a residual, so that a gradient without the branch would be wrong.
     parts = [

@@ -96,7 +96,7 @@ def test_methods_with_equal_and_unequal_ranks(folder, tmp_path, name, lora):
         assert all(row["exactness_error"] < 0.05 for row in rows[1:])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "embeddings", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt2", "embeddings", "mixtral", "parameters"])
 def test_other_kinds_of_modules(tmp_path, family):
     lora = {"target-modules": "all-linear"}
     if family == "gpt2":
@@ -104,6 +104,9 @@ def test_other_kinds_of_modules(tmp_path, family):
     elif family == "embeddings":
         tiny_llama(tmp_path / "base")
         lora = {"target-modules": ["embed_tokens", "lm_head", "q_proj"]}
+    elif family == "parameters":  # PEFT adds to these weights themselves
+        tiny_llama(tmp_path / "base")
+        lora = {"target-modules": ["q_proj"], "target-parameters": ["v_proj.weight"]}
     else:  # experts have no forward of their own, so they are held in float32
         tiny_moe(tmp_path / "base", family)
         lora = {"target-modules": ["q_proj"], "target-parameters": ["experts.down_proj"]}
@@ -111,8 +114,9 @@ def test_other_kinds_of_modules(tmp_path, family):
     assert_everything_arrives(tmp_path / "run")
     held = run.local.base_weights
     in_float32 = {name for name in held.layers if name in held._wide.layers}
-    assert in_float32 == {name for name in held.layers if "experts" in name}
-    # What is measured is the whole of it: in float32 the same run says the same to 1e-3.
+    without_branch = {"mixtral": "experts", "parameters": "v_proj"}.get(family, "none")
+    assert in_float32 == {name for name in held.layers if without_branch in name}
+    # What is measured is what there is: all of it, and without anything merged nothing.
     model = GlobalModel.load(tmp_path / "run")
     run.local.load_global_model(model)
     assert run.local.applied_fraction(model, 3) == pytest.approx(1, abs=0.01)
