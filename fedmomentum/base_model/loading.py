@@ -41,6 +41,7 @@ from fedmomentum.base_model.quantization import (
     check_quantization,
     prepare_layers,
     quantizing_arguments,
+    refuse_quantized_head,
 )
 from fedmomentum.errors import ModelError
 
@@ -167,6 +168,8 @@ def load_base(
         )
     if kind is not None:
         prepare_layers(directory, model, kind, quantization, dtype)
+        if is_classifier:
+            refuse_quantized_head(directory, model)
     loading = LoadingInfo.of(info)
     if labels:
         # Only a head may be missing; anything else makes the checkpoint incomplete.

@@ -88,6 +88,10 @@ class ModelConfig:
         require_choice("model.task", self.task, TASKS)
         require_choice("model.quantization", self.quantization, QUANTIZATIONS)
         require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
+        if self.quantization != "none":
+            wanted = f'auto or as-loaded with quantization = "{self.quantization}"'
+            holds_codes = self.adapted_weights != "float32"
+            require(holds_codes, "model.adapted-weights", self.adapted_weights, wanted)
         if self.labels:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)

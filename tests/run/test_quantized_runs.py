@@ -13,7 +13,7 @@ from transformers import (
 
 from fedmomentum.base_model.loading import load_base
 from fedmomentum.base_model.quantization import ON_LOADING
-from fedmomentum.errors import ConfigError, ModelError, QuorumError
+from fedmomentum.errors import AdapterError, ConfigError, ModelError, QuorumError
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
@@ -83,6 +83,15 @@ def stock_base(folder, kind):
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def quantized_directory(folder, out):
+    """The base as a directory that is quantized already."""
+    model = load_base(folder / "base", torch.float32, CPU, quantization=ON_LOADING["nf4"])
+    model.save_pretrained(out)
+    for file in [*(folder / "base").glob("*token*"), folder / "base" / "chat_template.jinja"]:
+        (out / file.name).write_bytes(file.read_bytes())
+    return out
 
 
 def logits(model):
@@ -185,10 +194,7 @@ def test_evaluating_a_run_gives_the_runs_own_numbers(finished, kind):
 
 
 def test_a_directory_that_is_quantized_already_is_trained_and_exported(folder, tmp_path):
-    stored = load_base(folder / "base", torch.float32, CPU, quantization=ON_LOADING["nf4"])
-    stored.save_pretrained(tmp_path / "base")
-    for file in [*(folder / "base").glob("*token*"), folder / "base" / "chat_template.jinja"]:
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    quantized_directory(folder, tmp_path / "base")
     start(config_of(folder, "none", name=str(tmp_path / "base"), rounds=2), tmp_path / "run")
     model = GlobalModel.load(tmp_path / "run")
     assert model.base.quantization is None
@@ -247,5 +253,17 @@ def test_a_run_is_not_resumed_or_used_with_another_quantization(folder, finished
 
 
 def test_quantized_weights_are_not_held_in_float32(folder, tmp_path):
+    with pytest.raises(ConfigError, match="adapted-weights must be auto or as-loaded with quant"):
+        config_of(folder, "nf4", adapted_weights="float32")
+    stored = quantized_directory(folder, tmp_path / "base")
+    config = config_of(folder, "none", name=str(stored), adapted_weights="float32")
     with pytest.raises(ModelError, match="float32.* holds no quantized weights; use as-loaded"):
-        start(config_of(folder, "nf4", adapted_weights="float32"), tmp_path / "run")
+        start(config, tmp_path / "run")
+
+
+def test_what_a_directory_stores_quantized_is_not_trained_in_full(folder, tmp_path):
+    stored = quantized_directory(folder, tmp_path / "base")
+    config = config_of(folder, "none", name=str(stored))
+    lora = replace(config.lora, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
+    with pytest.raises(AdapterError, match=r"stored with model.layers.1.mlp.gate_proj quantized"):
+        start(replace(config, lora=lora), tmp_path / "run")
