@@ -24,6 +24,7 @@ from fedmomentum.run.inference import LoadSettings
 from fedmomentum.run.networked import run_federation
 from fedmomentum.run.saved_model import open_result
 from fedmomentum.utils.quantized import dequantize, quantized_layers
+from tests.classifiers import classifier_config
 from tests.runs import Events, chain, nudge, objects, start, timeless, tiny_config
 from tests.tiny import tiny_llama
 
@@ -213,6 +214,20 @@ def test_dense_merged_parts_are_exported_exactly(folder, tmp_path):
     assert difference < 1e-5
     adapted = PeftModel.from_pretrained(stock_base(folder, "nf4"), tmp_path / "adapter")
     assert distance(logits(adapted), dense_logits(folder, "nf4", tmp_path / "run")) < 1e-5
+
+
+def test_a_classifier_keeps_its_head_in_floating_point(tmp_path):
+    """DistilBERT's has two layers, of which transformers alone would quantize one."""
+    config = classifier_config(
+        tmp_path, "distilbert", num_clients=2, model={"quantization": "int8"}
+    )
+    run = start(config, tmp_path / "run")
+    quantized = [path for path, _ in quantized_layers(run.local.peft.get_base_model())]
+    assert len(quantized) == 12 and not any("classifier" in path for path in quantized)
+    model = GlobalModel.load(tmp_path / "run")
+    base = tmp_path / "base-distilbert"
+    assert export_adapter(model, tmp_path / "adapter", base_directory=base) < 1e-5
+    assert export_merged(model, tmp_path / "merged", base_directory=base) == pytest.approx(1)
 
 
 # ── one for all parties ──
