@@ -70,9 +70,11 @@ class AsLoadedWeights:
             else:
                 others[module] = layers[module]
         self._wide = Float32Weights(others, directory, tied, model)
-        self._stored = PretrainedWeights(self._slots, directory, tied, model)
+        # What a quantized weight was before is of no account: it stands for what it dequantizes to.
+        unquantized = {name: slot for name, slot in self._slots.items() if not slot.is_quantized}
+        self._stored = PretrainedWeights(unquantized, directory, tied, model)
         with translate_out_of_memory(f"reading the adapted modules of {directory}"):
-            for module, stored in self._iterate_stored(self._slots):
+            for module, stored in self._stored.iterate(unquantized):
                 self._stored.check_loaded(module, stored, self._slots[module].loaded())
         self._forwards: dict[str, BranchedLayer] = {}
         for module, slot in self._slots.items():
@@ -98,8 +100,12 @@ class AsLoadedWeights:
         yield from self._wide.iterate_pretrained(m for m in modules if m not in self._slots)
 
     def _iterate_stored(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield modules and the weights that they were loaded from."""
-        yield from self._stored.iterate(modules)
+        """Yield modules and the weights that they were loaded from; quantized ones, dequantized."""
+        modules = list(modules)
+        quantized = {module for module in modules if self._slots[module].is_quantized}
+        yield from self._stored.iterate(m for m in modules if m not in quantized)
+        for module in sorted(quantized):
+            yield module, self._slots[module].loaded()
 
     # ── merged parts ──
 

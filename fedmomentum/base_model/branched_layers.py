@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +47,12 @@ class BranchedLayer:
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         bias = getattr(self.slot.owner, "bias", None)
         product: Any = BranchedProduct.apply
-        y: Tensor = product(flat, self.slot.loaded, self.branch, bias)
+        y: Tensor = product(flat, partial(self.slot.loaded, dtype), self.branch, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def outputs(self, X: Tensor, branch: SideBranch) -> Tensor:
         """Return `(W + D) X` `(out, n)` before it is rounded, with any branch D."""
-        return multiply(X.mT, self.slot.loaded(), branch).mT
+        return multiply(X.mT, self.slot.loaded(X.dtype), branch).mT
 
 
 class BranchedEmbedding(BranchedLayer):

@@ -31,6 +31,7 @@ from fedmomentum.lora.peft_model import (
 )
 from fedmomentum.lora.target_checks import find_saved_modules
 from fedmomentum.lora.targets import Targets, choose_targets
+from fedmomentum.utils.quantized import num_parameters
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -68,14 +69,14 @@ class LocalModel:
         takes_loaded: bool = False,
     ) -> None:
         takes_loaded = takes_loaded or loaded is None
-        loaded = loaded or LoadedBase.from_config(model, model.labels)
+        loaded = loaded or LoadedBase.from_config(model, model.labels, lora.modules_to_save)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
         base = loaded.model if takes_loaded else loaded.copy()
         # A classifier's head is trained in full, beside whatever else the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
-        self.num_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self.num_parameters = num_parameters(base)
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
@@ -104,7 +105,7 @@ class LocalModel:
 
         live = self.peft.get_base_model()
         owners = find_owners(live, self.fresh.modules)
-        self.holding = choose_holding(model.adapted_weights, next(live.parameters()).device)
+        self.holding = choose_holding(model.adapted_weights, live)
         self.base_weights = hold_weights(owners, self.directory, holding=self.holding, model=live)
         # Of a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}

@@ -77,7 +77,9 @@ class ModelPair:
             )
         # The base model is identified by its content before it is loaded.
         directory = find_base(result, settings.base)
-        found = identify(settings.base or model.base.name, directory)
+        found = identify(
+            settings.base or model.base.name, directory, quantization=model.base.quantization
+        )
         model.base.check(found)
         dtype, device = _as_in_the_run(result, settings)
         if result.config is not None:
@@ -96,7 +98,7 @@ class ModelPair:
             raise ModelError(f"{error}. Give another by --device") from error
         self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
         setting = result.config.model.adapted_weights if result.config is not None else "auto"
-        holding = choose_holding(setting, chosen)
+        holding = choose_holding(setting, self.model)
         self._tuned = TunedModel(self.model, directory, model, holding=holding)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)

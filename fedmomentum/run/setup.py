@@ -118,7 +118,7 @@ def load_run(
     parties = load_data(config)
     callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
-    base = LoadedBase.from_config(config.model, labels)
+    base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
     # Clients that train less have models of their own, which share the base model's weights.
     local = LocalModel(
         config.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ TRIM_THRESHOLD = 256 * 2**20
 """Bytes of freed memory to keep: more than the largest tensors of an aggregation."""
 MMAP_THRESHOLD = 32 * 2**20
 """The most that glibc accepts."""
+ADVISING_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""What libraries of quantized weights write to on import; and bitsandbytes in every product."""
 # After this time a signal whose exception Python has ignored is sent again.
 REPEAT_SECONDS = 0.05
 
@@ -84,18 +87,25 @@ def installed_version(package: str) -> str:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep other libraries' progress bars and advice off the terminal; errors still show."""
+    quiet_advice()
     import datasets
     import transformers
 
     # Unset, tokenizers warn where a process is started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging: Any = transformers.utils.logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def quiet_advice() -> None:
+    """Keep what libraries of quantized weights write on import off the terminal."""
+    for name in ADVISING_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def tune_malloc() -> None:
