@@ -73,7 +73,7 @@ FLOORS: list[
         "evaluation": {"transformers"},
         "global_model": {"msgspec", "transformers"},
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
-        "training": {"transformers", "numpy", "msgspec"},
+        "training": {"transformers", "numpy", "msgspec", "accelerate"},
     },
     {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},

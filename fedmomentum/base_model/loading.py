@@ -38,43 +38,6 @@ from fedmomentum.base_model.load_checks import (
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence
 from fedmomentum.errors import ModelError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(device: str) -> torch.device:
-    """Return the device of a name; for `auto` the first GPU if torch finds one, else the CPU.
-
-    Raises:
-        ModelError: If torch does not know the device, or does not find it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return chosen
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
-
-    Raises:
-        ModelError: If it is not the name of a supported dtype.
-    """
-    if dtype == "auto":
-        if device.type == "cuda":
-            is_native = torch.cuda.is_bf16_supported()
-        else:
-            is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if is_native else torch.float32
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
-    return DTYPES[dtype]
-
 
 def load_base(
     directory: Path,

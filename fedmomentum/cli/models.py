@@ -44,7 +44,7 @@ def export(
     """Write the result for stock transformers or PEFT, which load it without fedmomentum."""
     import torch
 
-    from fedmomentum.base_model.loading import pick_dtype
+    from fedmomentum.base_model.devices import pick_dtype
     from fedmomentum.global_model.export import (
         export_adapter,
         export_merged,

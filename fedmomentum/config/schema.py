@@ -61,6 +61,11 @@ class ModelConfig:
         "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16",
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    tf32: bool = option(
+        False,
+        "on a GPU, multiply float32 matrices in TF32: several times faster, and factors are "
+        "rounded to 10 bits, in training and evaluation alike; see docs/training.md",
+    )
     chat_date: str = option(
         DEFAULT_DATE,
         "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "

@@ -84,6 +84,7 @@ class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
     platform: str = ""
     processor: str = ""
     device: str | None = None
+    tf32: bool | None = None
     dtype: str | None = None
     base_sha256: Hash | None = None
     tokenizer_sha256: Hash | None = None

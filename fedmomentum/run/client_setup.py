@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
@@ -83,7 +84,8 @@ def prepare_client(
         callbacks.on_message(f"Loading {config.model.name}")
         client_lora = config.lora.for_client(client_id)
         seed = derive_seed(config.run.seed, "adapter")
-        local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
+        with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
+            local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
     (client,) = tokenized_clients(
         config, [parties[client_id]], local, store, function, callbacks.on_step
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedmomentum.base_model.devices import rounds_to_tf32
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.run_files import EnvironmentFile, read_facts
 from fedmomentum.utils.process import installed_version
@@ -51,6 +52,7 @@ def environment(local: LocalModel) -> dict[str, Any]:
     return {
         **process_environment(),
         "device": str(local.peft.device),
+        "tf32": rounds_to_tf32(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),
         "base_sha256": local.identity.sha256,
         "tokenizer_sha256": local.identity.tokenizer_sha256,

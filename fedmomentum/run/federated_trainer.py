@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedmomentum.base_model.loading import pick_dtype
+from fedmomentum.base_model.devices import pick_dtype
 from fedmomentum.config.toml import to_toml
 from fedmomentum.data.client_data import partition_table
 from fedmomentum.errors import ConfigError

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
 from fedmomentum.base_model.identity import identify
-from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
-from fedmomentum.base_model.loading import load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.load_checks import (
+    check_token_ids,
+    max_positions,
+    translate_out_of_memory,
+    vocabulary_size,
+)
+from fedmomentum.base_model.loading import load_tokenizer
 from fedmomentum.data.tokenization import prompt_token_ids
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.generation import generate as generate_texts
@@ -93,8 +99,10 @@ class ModelPair:
             chosen = pick_device(device)
         except ModelError as error:
             raise ModelError(f"{error}. Give another by --device") from error
-        self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
-        self._tuned = TunedModel(self.model, directory, model)
+        set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
+        with translate_out_of_memory(f"{model.base.name} with what was trained does not fit"):
+            self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
+            self._tuned = TunedModel(self.model, directory, model)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)
         self.tokenizer = self._tokenizers[0]

@@ -13,7 +13,7 @@ import torch
 
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.load_checks import check_max_length
+from fedmomentum.base_model.load_checks import check_max_length, translate_out_of_memory
 from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
@@ -116,7 +116,9 @@ def load_run(
     callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
     base = LoadedBase.from_config(config.model, labels)
-    local = LocalModel(config.model, config.lora, seed=derive_seed(seed, "adapter"), loaded=base)
+    adapter_seed = derive_seed(seed, "adapter")
+    with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
+        local = LocalModel(config.model, config.lora, seed=adapter_seed, loaded=base)
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
     for client in clients:
@@ -160,10 +162,12 @@ def _own_models(
         model = next((model for other, model in models if other == client_lora), None)
         if model is None:
             seed = derive_seed(config.run.seed, "adapter")
+            what = f"{config.model.name} with the adapter of {name} does not fit"
             try:
-                model = LocalModel(
-                    config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
-                )
+                with translate_out_of_memory(what):
+                    model = LocalModel(
+                        config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
+                    )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error
             models.append((client_lora, model))

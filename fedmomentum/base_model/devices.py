@@ -1,0 +1,78 @@
+"""The device of a model and the numbers that it computes in: chosen, checked, set up."""
+
+from __future__ import annotations
+
+import torch
+
+from fedmomentum.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device of a name; for `auto` the first GPU if torch finds one, else the CPU.
+
+    Raises:
+        ModelError: If torch does not know the device, does not find it, or it cannot hold weights.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # With its number: `cuda` is whichever GPU is the current one.
+        chosen = torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    if chosen.type == "meta":
+        raise ModelError("device 'meta' holds no weights; choose auto, cpu, cuda, cuda:1, ...")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
+
+    Raises:
+        ModelError: If it is not the name of a supported dtype.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            # Older GPUs emulate it, which is slower than float32.
+            with torch.cuda.device(device):
+                is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if is_native else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
+    return DTYPES[dtype]
+
+
+def set_up_device(device: torch.device, *, tf32: bool) -> None:
+    """Prepare this process to compute on a device.
+
+    On a GPU, it becomes the current one, where libraries place what they do not place by
+    themselves; and float32 matrices are multiplied in TF32 or not, from here on.
+
+    Args:
+        device: As `pick_device` returns it.
+        tf32: Whether a GPU may round the factors of float32 products to 10 bits.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def rounds_to_tf32(device: torch.device) -> bool:
+    """Return whether float32 products on a device are computed in TF32."""
+    return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def generator_devices(device: torch.device) -> list[int]:
+    """Return the GPU whose random generator a model on a device uses; none for one on the CPU.
+
+    For `torch.random.fork_rng`, which without a list makes a context on every GPU, some hundred MB.
+    """
+    if device.type not in ("cuda", "xpu"):
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]
