@@ -46,6 +46,7 @@ SIZES = {
     "ffn_hidden_size": 48,
     "n_inner": 48,
     "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
     "dim_ff": 48,
     "moe_intermediate_size": 24,
     "expert_ffn_hidden_size": 24,
@@ -55,12 +56,14 @@ SIZES = {
     "n_layers": 2,
     "num_layers": 2,
     "decoder_layers": 2,
+    "encoder_layers": 2,
     "depth": 1,
     "num_attention_heads": 4,
     "n_head": 4,
     "n_heads": 4,
     "num_heads": 4,
     "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "global_head_dim": 8,
@@ -213,14 +216,14 @@ ZERO_PADDING = ("youtu",)
 """Families whose class zeroes the padding token's embedding whenever it loads a checkpoint."""
 
 
-def make_config(kind: type, name: str = "") -> Any:
+def make_config(kind: type, name: str = "", settings: dict[str, Any] | None = None) -> Any:
     """A configuration of a class, and of those of its parts, as small as its parameters allow."""
     parameters = inspect.signature(kind.__init__).parameters
     names = {*parameters, *getattr(kind, "__dataclass_fields__", {})}
     values = {key: value for key, value in SIZES.items() if key in names}
     if "qk_rope_head_dim" in values:
         values |= {"head_dim": 8, "num_key_value_heads": 4}
-    own = OVERRIDES.get(name or getattr(kind, "model_type", ""), {})
+    own = settings or OVERRIDES.get(name or getattr(kind, "model_type", ""), {})
     for part, part_kind in (getattr(kind, "sub_configs", None) or {}).items():
         if part in names and part not in own and hasattr(part_kind, "__init__"):
             if part_kind.__name__ != "AutoConfig":
@@ -235,7 +238,7 @@ def make_model(family: str) -> Any:
     auto_class = AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
     with torch.device("meta"):
         size = sum(p.numel() for p in auto_class.from_config(config).parameters())
-    assert size < 3e6, f"{family} is not tiny: {size:.0f} parameters"
+    assert size < TOO_LARGE, f"{family} is not tiny: {size:.0f} parameters"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto_class.from_config(config).eval()
@@ -278,6 +281,8 @@ TOKENS = torch.tensor([[5, 9, 30, 41, 7, 12, 60, 33, 8, 21]])
 # Of the logits' norm: how far both exports may be apart, and how far training moves them at least.
 TOLERANCE = 1e-4
 SMALLEST_CHANGE = 1e-5
+TOO_LARGE = 3e6
+"""Parameters of a model that would slow the tests down."""
 
 
 @cache
@@ -288,7 +293,12 @@ def tokenizer() -> Any:
 def one_step(model, examples, *, learning_rate, on_step, **_) -> TrainReport:
     """Train by one large step of gradient descent; every factor must have a gradient."""
     batch = CAUSAL_LM.collate([examples.example(row) for row in range(4)], 0)
-    loss = CAUSAL_LM.loss(CAUSAL_LM.predict(model, batch))
+    return gradient_step(model, CAUSAL_LM, batch, size=50 * learning_rate, on_step=on_step)
+
+
+def gradient_step(model, objective, batch, *, size, on_step) -> TrainReport:
+    """Subtract `size` times the gradient from all that is trained; none may be without one."""
+    loss = objective.loss(objective.predict(model, batch))
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(
         loss.optimized / loss.num_targets, list(factors.values()), allow_unused=True
@@ -296,7 +306,7 @@ def one_step(model, examples, *, learning_rate, on_step, **_) -> TrainReport:
     assert all(gradient is not None for gradient in gradients)
     with torch.no_grad():
         for factor, gradient in zip(factors.values(), gradients, strict=True):
-            factor -= 50 * learning_rate * gradient
+            factor -= size * gradient
     value = float(loss.nll.detach()) / loss.num_targets
     on_step(1, 1, value)
     return TrainReport(value, value, value, num_steps=1, num_tokens=loss.num_targets)
@@ -324,7 +334,7 @@ def run_family(family: str, folder: Path) -> Family:
     except FedMomentumError as error:
         # A training that fails is a defect, not a refusal.
         assert "usable update" not in str(error), error
-        refused = _reason(error, base)
+        refused = reason(error, base)
     return Family(
         family=family,
         kind=type(model).__name__,
@@ -341,7 +351,7 @@ def _is_peft_default(modules: LinearModules, names: tuple[str, ...]) -> bool:
     )
 
 
-def _reason(error: FedMomentumError, base: Path) -> str:
+def reason(error: FedMomentumError, base: Path) -> str:
     """A refusal without what differs from run to run."""
     text = str(error).replace(f" in {base}", "").replace(str(base), "its directory")
     return re.sub(r" \((by|they differ by) [^)]*\)", "", text)

@@ -21,17 +21,34 @@ sys.path.insert(0, str(ROOT))
 def main(names: list[str]) -> None:
     """Renew the records of some families, or of all, and the page."""
     from fedmomentum.base_model.families import RECORDS, families_page, known_families
+    from tests import classifier_families
+    from tests.classifier_families import CLASSIFIERS, run_classifier
     from tests.families import FAMILIES, NOT_TRIED, run_family
 
-    # What is known so far stays where only some are asked for; every record is written at once.
-    known = {family.family: family for family in known_families()} if names else {}
-    for name in names or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
-            known[name] = run_family(name, Path(folder))
-        print(name, known[name].refused or "ok", flush=True)
-        records = [msgspec.to_builtins(known[key]) for key in FAMILIES if key in known]
-        content = {"families": records, "not_tried": NOT_TRIED}
-        RECORDS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    # What is known so far stays where only some are asked for.
+    families = {}
+    classifiers = {}
+    if names:
+        families = {record.family: record for record in known_families().families}
+        classifiers = {record.family: record for record in known_families().classifiers}
+
+    # Every record is written at once: what is measured stays measured.
+    for name in names or sorted({*FAMILIES, *CLASSIFIERS}):
+        if name in FAMILIES:
+            with tempfile.TemporaryDirectory() as folder:
+                families[name] = run_family(name, Path(folder))
+            print(name, families[name].refused or "ok", flush=True)
+        if name in CLASSIFIERS:
+            with tempfile.TemporaryDirectory() as folder:
+                classifiers[name] = run_classifier(name, Path(folder))
+            print(name, "as a classifier", classifiers[name].refused or "ok", flush=True)
+        content = {
+            "families": [families[key] for key in sorted(families)],
+            "not_tried": NOT_TRIED,
+            "classifiers": [classifiers[key] for key in sorted(classifiers)],
+            "classifiers_not_tried": classifier_families.NOT_TRIED,
+        }
+        RECORDS.write_text(json.dumps(msgspec.to_builtins(content), indent=1) + "\n")
     (ROOT / "docs" / "models.md").write_text(families_page(), encoding="utf-8")
 
 

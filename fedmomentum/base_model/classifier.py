@@ -77,7 +77,7 @@ def check_label_order(directory: Path, labels: Sequence[str]) -> None:
 
 
 def refuse_other_classifiers(directory: Path, model: Any) -> None:
-    """Refuse classifiers whose head cannot be told from the rest, or that read a text twice.
+    """Refuse classifiers whose head cannot be told from the rest, or that read a text otherwise.
 
     Raises:
         ModelError: If the model is one of them.
@@ -93,6 +93,13 @@ def refuse_other_classifiers(directory: Path, model: Any) -> None:
             f"{directory}: {kind} has no part {model.base_model_prefix!r}, so its head cannot be "
             "told from what is pretrained; this classifier is not supported"
         )
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        raise ModelError(
+            f"{directory}: {kind} has no table of token embeddings; supported are classifiers that "
+            "look up tokens in one"
+        ) from None
 
 
 # ── tensors ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,11 +1,13 @@
 """What is known of each family of models: a record that the tests make and keep current.
 
-Every family is built tiny from its configuration, trained by two clients for two rounds and
-exported; `families.json` holds what came of it.
+Every family is built tiny from its configuration, as a causal language model and as a sequence
+classifier where it has these classes, trained by two clients for two rounds and exported;
+`families.json` holds what came of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedmomentum.errors import ModelError
@@ -13,6 +15,7 @@ from fedmomentum.utils.schema import Schema, parse_json
 
 RECORDS = Path(__file__).with_name("families.json")
 COLUMNS = ("family", "class", "adapted by default", "not adapted", "trains and exports")
+CLASSIFIER_COLUMNS = ("family", "class", "adapted by default", "trains and exports")
 INTRODUCTION = """# Models
 
 What happens with each family of causal language models that transformers supports, when
@@ -30,6 +33,14 @@ those of the tiny models, most of which have two layers.
 
 Image-text models (classes that end in `ForConditionalGeneration`) are trained on text: their
 language model is adapted, the rest stays as it is and is part of the merged export.
+"""
+CLASSIFIERS_INTRODUCTION = """
+## Sequence classifiers
+
+The same for `model.task = "sequence-classification"` ([classifiers](classification.md)): the
+encoder or decoder is stored without a head, two clients train it with a head for three labels, and
+the logits of both exports are compared. A model whose logits for a text depend on how far the text
+is padded is refused.
 """
 
 
@@ -53,48 +64,77 @@ class Family(Schema, frozen=True):
     refused: str
 
 
-class _Records(Schema, frozen=True):
+class ClassifierFamily(Schema, frozen=True):
+    """What came of a family's tiny sequence classifier.
+
+    Attributes:
+        family: transformers' name of the architecture, `model_type` in config.json.
+        kind: The class of the classifier.
+        adapted: The modules that are adapted by default, layers together.
+        is_peft_default: Whether that is PEFT's choice.
+        refused: Why a run is refused; empty if it trains and exports.
+    """
+
+    family: str
+    kind: str
+    adapted: list[str]
+    is_peft_default: bool
+    refused: str
+
+
+class Records(Schema, frozen=True):
     """The file.
 
     Attributes:
-        families: Every family that was tried.
+        families: Every causal language model that was tried.
         not_tried: The other causal language models of transformers, with the reason.
+        classifiers: Every sequence classifier that was tried.
+        classifiers_not_tried: The other sequence classifiers of transformers, with the reason.
     """
 
     families: list[Family]
     not_tried: dict[str, str]
+    classifiers: list[ClassifierFamily]
+    classifiers_not_tried: dict[str, str]
 
 
-def known_families() -> list[Family]:
-    """Return what is known of every family that was tried, sorted by name."""
-    return _read().families
+def known_families() -> Records:
+    """Return what is known of every family, sorted by name."""
+    return parse_json(RECORDS.read_bytes(), Records, str(RECORDS), ModelError)
 
 
-def untried_families() -> dict[str, str]:
-    """Return the families that were not tried, with the reason."""
-    return _read().not_tried
-
-
-def _read() -> _Records:
-    return parse_json(RECORDS.read_bytes(), _Records, str(RECORDS), ModelError)
-
-
-def family_cells(family: Family) -> list[str]:
-    """Return a family's cells under `COLUMNS`."""
+def family_cells(family: Family | ClassifierFamily) -> list[str]:
+    """Return a family's cells under `COLUMNS`, or a classifier's under `CLASSIFIER_COLUMNS`."""
     adapted = "; ".join(family.adapted)
     if family.is_peft_default:
         adapted += " (PEFT)"
-    left_out = "; ".join(family.left_out)
-    return [family.family, family.kind, adapted, left_out, family.refused or "yes"]
+    cells = [family.family, family.kind, adapted, family.refused or "yes"]
+    if isinstance(family, Family):
+        cells.insert(3, "; ".join(family.left_out))
+    return cells
 
 
 def families_page() -> str:
     """Return docs/models.md."""
-    lines = [INTRODUCTION, f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for family in known_families():
+    known = known_families()
+    lines = [
+        INTRODUCTION,
+        *_table(COLUMNS, known.families, known.not_tried),
+        CLASSIFIERS_INTRODUCTION,
+        *_table(CLASSIFIER_COLUMNS, known.classifiers, known.classifiers_not_tried),
+    ]
+    return "\n".join(lines)
+
+
+def _table(
+    columns: Sequence[str],
+    families: Sequence[Family | ClassifierFamily],
+    untried: Mapping[str, str],
+) -> list[str]:
+    """Return the lines of a Markdown table, and of a sentence about what is not in it."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for family in families:
         cells = [cell.replace("*", "\\*").replace("|", "\\|") for cell in family_cells(family)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Not tried:"]
-    untried = [f"{name} ({reason})" for name, reason in untried_families().items()]
-    lines += [", ".join(untried) + ".", ""]
-    return "\n".join(lines)
+    reasons = [f"{name} ({reason})" for name, reason in untried.items()]
+    return [*lines, "", "Not tried:", ", ".join(reasons) + ".", ""]

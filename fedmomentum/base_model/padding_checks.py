@@ -39,8 +39,39 @@ def refuse_padding_dependence(directory: Path, model: Any) -> None:
     num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
     row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
     with translate_library_errors(f"the model in {directory} cannot compute", {}), torch.no_grad():
-        alone = compute_logits(model, row[None])[0].float()
-        padded = _padded_logits(model, row)[NUM_PADDING:].float()
+        alone = compute_logits(model, row[None])[0]
+        padded = _padded_logits(model, row)[NUM_PADDING:]
+    _refuse_difference(directory, model, alone, padded)
+
+
+def refuse_padding_dependence_of_labels(directory: Path, model: Any) -> None:
+    """Refuse a classifier whose logits for a text depend on how far the text is padded.
+
+    Encoders whose convolutions or Fourier transforms run over padding do, for example.
+
+    Args:
+        directory: The model's directory, for messages.
+        model: The classifier; its configuration has the pad token (see `set_pad_token`).
+
+    Raises:
+        ModelError: If padding changes the logits.
+    """
+    num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
+    pad = int(model.config.get_text_config().pad_token_id)
+    row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
+    # The pad token within a text would be taken for its end.
+    row[row == pad] = (pad + 1) % num_ids
+    padded_row = torch.cat([row, torch.full((NUM_PADDING,), pad)])
+    mask = (torch.arange(len(padded_row)) < len(row)).long()
+    with translate_library_errors(f"the model in {directory} cannot compute", {}), torch.no_grad():
+        alone = compute_logits(model, row[None], {"attention_mask": torch.ones_like(row)[None]})
+        padded = compute_logits(model, padded_row[None], {"attention_mask": mask[None]})
+    _refuse_difference(directory, model, alone, padded)
+
+
+def _refuse_difference(directory: Path, model: Any, alone: Tensor, padded: Tensor) -> None:
+    """Refuse a model if the logits `(rows, classes)` of the same text differ."""
+    alone, padded = alone.float(), padded.float()
     differences = (padded - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12)
     difference = float(differences.median())
     if difference > TOLERANCES.get(model.dtype, TOLERANCE_16_BITS):

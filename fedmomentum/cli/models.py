@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
@@ -22,6 +23,9 @@ from fedmomentum.cli.options import (
     check_output_directory,
 )
 from fedmomentum.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedmomentum.base_model.families import ClassifierFamily, Family
 
 
 def export(
@@ -198,34 +202,64 @@ def models(
         typer.Argument(help="only families whose name or class contains this", metavar="[NAME]"),
     ] = "",
 ) -> None:
-    """List the families of models: what is adapted by default, what is not, what is refused."""
-    from fedmomentum.base_model.families import (
-        COLUMNS,
-        family_cells,
-        known_families,
-        untried_families,
-    )
+    """List the families of models: what is adapted by default, what is not, what is refused.
+
+    Language models come first, then sequence classifiers.
+    """
+    from fedmomentum.base_model.families import CLASSIFIER_COLUMNS, COLUMNS, known_families
 
     wanted = family.lower()
-    untried = {name: why for name, why in untried_families().items() if wanted in name.lower()}
-    known = [one for one in known_families() if wanted in f"{one.family} {one.kind}".lower()]
-    if not known and not untried:
+    known = known_families()
+    num_found = _print_kind("language model", COLUMNS, known.families, known.not_tried, wanted)
+    num_found += _print_kind(
+        "sequence classifier",
+        CLASSIFIER_COLUMNS,
+        known.classifiers,
+        known.classifiers_not_tried,
+        wanted,
+    )
+    if not num_found:
         raise ConfigError(
             f"no family is called {family!r}; `fedmomentum models` lists those that are known"
         )
-    if family:
-        # One small table a family, so that long cells wrap; paths are never cut off.
-        for one in known:
-            table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-            table.add_column(no_wrap=True)
-            table.add_column(overflow="fold")
-            for name, cell in zip(COLUMNS, family_cells(one), strict=True):
-                table.add_row(Text(name, style="dim"), Text(cell))
-            OUT.print(table, "")
-    else:
-        table = Table(*(Column(name, overflow="fold") for name in OVERVIEW), show_lines=True)
-        for one in known:
-            table.add_row(one.family, Text("; ".join(one.adapted)), Text(one.refused or "yes"))
-        OUT.print(table)
-    for name, why in untried.items():
-        OUT.print(Text(f"{name}: not tried ({why})"))
+
+
+def _print_kind(
+    kind: str,
+    columns: Sequence[str],
+    families: Sequence[Family | ClassifierFamily],
+    untried: Mapping[str, str],
+    wanted: str,
+) -> int:
+    """Print the families of a kind whose name or class contains a text; return their number."""
+    found = [one for one in families if wanted in f"{one.family} {one.kind}".lower()]
+    reasons = {name: why for name, why in untried.items() if wanted in name.lower()}
+    if found and wanted:
+        _print_families(found, columns)
+    elif found:
+        _print_overview(found, f"{kind}s")
+    for name, why in reasons.items():
+        OUT.print(Text(f"{name}: not tried as a {kind} ({why})"))
+    return len(found) + len(reasons)
+
+
+def _print_families(families: Sequence[Family | ClassifierFamily], columns: Sequence[str]) -> None:
+    """Print one small table a family, so that long cells wrap; paths are never cut off."""
+    from fedmomentum.base_model.families import family_cells
+
+    for one in families:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, cell in zip(columns, family_cells(one), strict=True):
+            table.add_row(Text(name, style="dim"), Text(cell))
+        OUT.print(table, "")
+
+
+def _print_overview(families: Sequence[Family | ClassifierFamily], title: str) -> None:
+    """Print one row a family."""
+    columns = [Column(name, overflow="fold") for name in OVERVIEW]
+    table = Table(*columns, title=title, show_lines=True)
+    for one in families:
+        table.add_row(one.family, Text("; ".join(one.adapted)), Text(one.refused or "yes"))
+    OUT.print(table)

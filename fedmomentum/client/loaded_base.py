@@ -14,6 +14,7 @@ from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
 from fedmomentum.base_model.loading import load_base, load_tokenizer
+from fedmomentum.base_model.padding_checks import refuse_padding_dependence_of_labels
 from fedmomentum.utils.chat_date import set_chat_date
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class LoadedBase:
         set_chat_date(tokenizer, model.chat_date)
         if labels:
             set_pad_token(base, tokenizer)
+            refuse_padding_dependence_of_labels(directory, base)
         return cls(directory, replace(identity, labels=tuple(labels)), tokenizer, base)
 
     def copy(self) -> Any:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt+completion": ("prompt", "completion"),
-    "prompt+chosen+rejected": ("prompt", "chosen", "rejected"),
+    "chosen+rejected": ("chosen", "rejected"),
     "instruction+output": ("instruction", "output"),
     "question+answer": ("question", "answer"),
 }
@@ -46,7 +46,8 @@ def to_examples(
     - ``prompt`` and ``completion``: each text or a list of messages, the completion then holding
       one message, the assistant's.
     - ``prompt``, ``chosen`` and ``rejected``: the same with two answers, of which the first is
-      preferred.
+      preferred. Where these two are whole chats that differ in their last message, the messages
+      before it are the prompt, and the column ``prompt`` may be missing.
     - ``instruction``, ``output`` and perhaps ``input``: one message of the user, the instruction,
       then a blank line and the input where it is not empty. An ``answer`` column counts only where
       there is no ``output``.
@@ -202,12 +203,15 @@ def _detect_format(columns: Sequence[str], where: str) -> str:
         problem = f"fit several formats ({', '.join(kinds)}); remove the columns of the others"
     raise DataError(
         f"{_prefix(where)}the columns {_join_names(columns)} {problem}. Known: messages; prompt, "
-        "completion; prompt, chosen, rejected; instruction, output (and input); question, answer"
+        "completion; chosen, rejected (and prompt); instruction, output (and input); question, "
+        "answer"
     )
 
 
 def _used_columns(kind: str, columns: Sequence[str]) -> list[str]:
     """Return the columns from which a format takes its prompts and answers."""
+    if kind == "chosen+rejected" and "prompt" in columns:
+        return ["prompt", "chosen", "rejected"]
     if kind != "instruction+output":
         return list(FORMATS[kind])
     names = ["instruction", "output" if "output" in columns else "answer"]
@@ -236,9 +240,8 @@ def _parse_row(kind: str, row: Mapping[str, Any]) -> tuple[Prompt, str, str | No
         return _prompt_messages(messages[:-1]), _assistant_text(messages[-1]), None
     if kind == "prompt+completion":
         return _parse_prompt(row["prompt"]), _parse_answer(row, "completion"), None
-    if kind == "prompt+chosen+rejected":
-        prompt = _parse_prompt(row["prompt"])
-        return prompt, _parse_answer(row, "chosen"), _parse_answer(row, "rejected")
+    if kind == "chosen+rejected":
+        return _parse_pair(row)
     if kind == "question+answer":
         return _user_message(_text(row, "question")), _text(row, "answer"), None
     instruction = _text(row, "instruction")
@@ -269,6 +272,44 @@ def _parse_answer(row: Mapping[str, Any], column: str) -> str:
             "move those before the answer to the column 'prompt'"
         )
     return _assistant_text(messages[0])
+
+
+def _parse_pair(row: Mapping[str, Any]) -> tuple[Prompt, str, str]:
+    """Return the prompt and both answers of a preference."""
+    answers = [row["chosen"], row["rejected"]]
+    are_chats = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
+    if are_chats:
+        return _parse_pair_of_chats(row)
+    if row.get("prompt") is None:
+        raise DataError(
+            "there is no prompt: name it in the column 'prompt', or give 'chosen' and 'rejected' "
+            "as whole chats, lists of messages that differ in the last one"
+        )
+    prompt = _parse_prompt(row["prompt"])
+    return prompt, _parse_answer(row, "chosen"), _parse_answer(row, "rejected")
+
+
+def _parse_pair_of_chats(row: Mapping[str, Any]) -> tuple[Prompt, str, str]:
+    """Return what two chats have in common, and the answers in which they end."""
+    chosen = _messages(row["chosen"], "chosen")
+    rejected = _messages(row["rejected"], "rejected")
+    context = chosen[:-1]
+    if context != rejected[:-1]:
+        raise DataError(
+            "the chats in 'chosen' and 'rejected' differ before their last message; a preference "
+            "is between two answers to the same prompt"
+        )
+    # A column that repeats the prompt must say the same: as messages, or as the text of one.
+    prompt = row.get("prompt")
+    if prompt is not None:
+        texts = [message["content"] for message in context]
+        is_same = prompt in texts if isinstance(prompt, str) else prompt == context
+        if not is_same:
+            raise DataError(
+                f"column 'prompt' is {_shown(prompt)}, which the chats in 'chosen' and 'rejected' "
+                "do not hold before their last message; remove the column, or correct it"
+            )
+    return _prompt_messages(context), _assistant_text(chosen[-1]), _assistant_text(rejected[-1])
 
 
 def _user_message(text: str) -> Prompt:

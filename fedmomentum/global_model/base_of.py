@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # What transformers calls the last layer of its sequence classifiers.
-OUTPUT_NAMES = ("score", "classifier", "out_proj")
+OUTPUT_NAMES = ("score", "classifier", "out_proj", "summary", "logits_proj")
 
 
 def is_classifier(adapter: Adapter) -> bool:
@@ -26,14 +26,18 @@ def is_classifier(adapter: Adapter) -> bool:
     return adapter.config.get("task_type") == "SEQ_CLS"
 
 
-def num_labels(adapter: Adapter) -> int | None:
-    """Return the number of labels of a classifier's adapter; None for a language model's.
+def num_labels(model: GlobalModel) -> int | None:
+    """Return the number of labels of a classifier; None for a language model.
 
     Raises:
-        AdapterError: If the adapter is of a sequence classifier and saves no head.
+        AdapterError: If it has no named labels, and its adapter saves no head that shows their
+            number.
     """
+    adapter = model.adapter
     if not is_classifier(adapter):
         return None
+    if model.base.labels:
+        return len(model.base.labels)
     for name, tensor in sorted(adapter.saved.items()):
         # The whole name counts: DistilBERT's pre_classifier is no output layer.
         module, _, leaf = name.rpartition(".")
@@ -69,7 +73,7 @@ def load_base_of(
             directory,
             dtype,
             device,
-            num_labels=num_labels(adapter),
+            num_labels=num_labels(model),
             supplied=adapter.saved.keys(),
         )
     if is_classifier(adapter):

@@ -226,7 +226,7 @@ def export_merged(
         gc.collect()
 
         # Read it back: exactly what was written, and the run's model up to rounding.
-        saved = load_base(temporary, torch.float32, CPU, num_labels=num_labels(model.adapter))
+        saved = load_base(temporary, torch.float32, CPU, num_labels=num_labels(model))
         logits = logits_of(saved, tokens)
         what = "the merged model, read back, is not what was written"
         check_logits(logits, rounded_logits, torch.float32, what)

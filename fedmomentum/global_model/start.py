@@ -77,7 +77,7 @@ def _divide(matrix: LowRank, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
 
 def _check_fits(model: GlobalModel, given: Adapter) -> None:
     """Refuse an adapter that does not belong to the modules of the run."""
-    where = f"lora.start-from: {given.name}"
+    where = given.name
     for module, matrix in given.modules.items():
         own = model.adapter.modules.get(module)
         if own is None:

@@ -292,4 +292,4 @@ def _initial_model(loaded: LoadedRun, *, is_resumed: bool = False) -> GlobalMode
     """Return the model of round 0; a resumed run does not read the adapter that it began with."""
     dtype = wire_dtype(loaded.config.federation.downlink_dtype)
     model = loaded.local.initial_global_model(loaded.method).with_wire_dtype(dtype)
-    return model if is_resumed else with_start_adapter(loaded.config, loaded.method, model)
+    return model if is_resumed else with_start_adapter(loaded.start_adapter, loaded.method, model)

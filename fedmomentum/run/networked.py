@@ -16,6 +16,7 @@ from fedmomentum.run.plan import served_plan
 from fedmomentum.run.setup import (
     check_run_directory,
     make_method,
+    read_start_adapter,
     set_threads,
     with_start_adapter,
 )
@@ -73,6 +74,7 @@ def run_federation(
     require_labels(config.model)
     check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
+    start_adapter = None if resume else read_start_adapter(config)
     set_threads(config.run.threads)
     # Checked before any client is asked for anything.
     callback_list = CallbackList(callbacks)
@@ -89,7 +91,7 @@ def run_federation(
             state = ServerState(secrets.token_hex(16))
             started = handshake(transport, config, state.run_id, method)
             model = started.model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
-            model = with_start_adapter(config, method, model)
+            model = with_start_adapter(start_adapter, method, model)
             plan = served_plan(config, model, method, started.facts)
             callback_list.on_plan(plan)
             _describe(directory, config, state.run_id, plan, model, started.facts, data)

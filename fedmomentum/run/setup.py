@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fedmomentum.formats.round_record import RoundRecord
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.objects import StoredObject
+    from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
 
@@ -59,6 +60,7 @@ class LoadedRun:
     clients: list[Client]
     parties: list[ClientData]
     data: dict[str, Fingerprint]
+    start_adapter: Adapter | None = None
 
 
 def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
@@ -108,6 +110,7 @@ def load_run(
         refuse_missing(config)
     if resume or not is_plan:
         check_run_directory(config, out, resume, server_round)
+    start_adapter = None if resume else read_start_adapter(config)
     set_threads(config.run.threads)
     seed = config.run.seed
     # Data before the model: its mistakes are more frequent, and it is quicker to read.
@@ -126,7 +129,7 @@ def load_run(
     data = fingerprints(
         parties, {client.client_id: (client.train, client.test) for client in clients}
     )
-    return LoadedRun(config, method, local, clients, parties, data)
+    return LoadedRun(config, method, local, clients, parties, data, start_adapter)
 
 
 def set_threads(threads: int) -> None:
@@ -196,18 +199,28 @@ def make_method(config: Config) -> Method:
     return method
 
 
-def with_start_adapter(config: Config, method: Method, model: GlobalModel) -> GlobalModel:
-    """Return the model of round 0 with the adapter that `lora.start-from` names.
+def read_start_adapter(config: Config) -> Adapter | None:
+    """Read the adapter that `lora.start-from` names, if it names one.
 
     Clients are sent it like any global model, so only the server reads the directory. The first
     checkpoint names its factors by their hash; a resumed run does not read it again.
 
     Raises:
-        AdapterError: If it cannot be read, or does not fit the run.
+        AdapterError: If it cannot be read; the message names the setting.
     """
     if config.lora.start_from is None:
+        return None
+    return read_adapter(config.lora.start_from, name="the adapter of lora.start-from")
+
+
+def with_start_adapter(given: Adapter | None, method: Method, model: GlobalModel) -> GlobalModel:
+    """Return the model of round 0 with the given adapter, if there is one.
+
+    Raises:
+        AdapterError: If it does not fit the run.
+    """
+    if given is None:
         return model
-    given = read_adapter(config.lora.start_from)
     return start_from(model, given, is_merged=method.fresh or method.reads_base)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmomentum.base_model.families import known_families, untried_families
+from fedmomentum.base_model.families import known_families
 from fedmomentum.cli.options import OUT
 
 
@@ -15,7 +15,7 @@ def squeezed(text: str) -> str:
 def test_all_that_is_known_of_a_family_is_shown_uncut(width, call, monkeypatch):
     monkeypatch.setattr(OUT, "_width", width)
     _, shown, _ = call("models", "laguna")
-    family = next(known for known in known_families() if known.family == "laguna")
+    family = next(known for known in known_families().families if known.family == "laguna")
     for text in (family.kind, *family.adapted, *family.left_out):
         assert squeezed(text) in squeezed(shown)
     assert "…" not in shown
@@ -24,16 +24,32 @@ def test_all_that_is_known_of_a_family_is_shown_uncut(width, call, monkeypatch):
 
 def test_every_family_is_listed_with_why_it_is_refused_or_was_not_tried(call):
     _, shown, _ = call("models")
-    for family in known_families():
+    known = known_families()
+    for family in [*known.families, *known.classifiers]:
         assert f"│ {family.family} " in shown
-    for name, reason in untried_families().items():
-        assert squeezed(f"{name}: not tried ({reason})") in squeezed(shown)
+    for kind, untried in (
+        ("language model", known.not_tried),
+        ("sequence classifier", known.classifiers_not_tried),
+    ):
+        for name, reason in untried.items():
+            assert squeezed(f"{name}: not tried as a {kind} ({reason})") in squeezed(shown)
     assert "…" not in shown
 
 
+def test_a_family_is_shown_as_language_model_and_as_classifier(call):
+    _, shown, _ = call("models", "mobilebert")
+    assert "MobileBertForSequenceClassification" in shown
+    _, shown, _ = call("models", "olmo2")
+    assert "Olmo2ForCausalLM" in shown
+    assert "Olmo2ForSequenceClassification" in shown
+
+
 def test_a_family_that_was_not_tried_is_told_with_the_reason(call):
-    reason = untried_families()["reformer"]
-    assert call("models", "reformer") == (0, f"reformer: not tried ({reason})\n", "")
+    reason = known_families().not_tried["musicgen"]
+    sentence = f"musicgen: not tried as a language model ({reason})"
+    code, shown, _ = call("models", "musicgen")
+    assert code == 0
+    assert sentence in shown.splitlines()
 
 
 def test_a_name_that_no_family_has_is_refused(call):

@@ -264,6 +264,43 @@ def test_pairs_are_read_as_text_or_messages():
     assert example.completion == ANSWER["content"]
 
 
+@pytest.mark.parametrize("prompt", [None, "column", "messages", "text"])
+def test_whole_chats_are_read_as_pairs(prompt):
+    """UltraFeedback's form, and that of conversations without a prompt."""
+    system = {"role": "system", "content": "be brief"}
+    context = [system, USER]
+    row = {
+        "chosen": [*context, ANSWER],
+        "rejected": [*context, {"role": "assistant", "content": "no"}],
+    }
+    if prompt is not None:
+        row["prompt"] = {"column": None, "messages": context, "text": USER["content"]}[prompt]
+    (example,) = to_examples(rows_of(row))
+    assert example.prompt == (system, USER)
+    assert (example.completion, example.rejected) == (ANSWER["content"], "no")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "another"}, "row 1: column 'prompt' is 'another', which the chats"),
+        ({"prompt": [ANSWER]}, "row 1: column 'prompt' is .* which the chats"),
+        (
+            {"rejected": [{"role": "user", "content": "other"}, ANSWER]},
+            "row 1: the chats in 'chosen' and 'rejected' differ before their last message",
+        ),
+        ({"rejected": [USER, USER]}, "row 1: the last message must be the assistant's"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "row 1: .* are the same"),
+        ({"chosen": "yes", "rejected": "no"}, "row 1: there is no prompt"),
+        ({"chosen": [ANSWER], "rejected": "no"}, "row 1: there is no prompt"),
+    ],
+)
+def test_unusable_chats_are_refused_as_pairs(change, message):
+    row = {"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "no"}]}
+    with pytest.raises(DataError, match=message):
+        to_examples(rows_of(row | change), where="f.csv")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

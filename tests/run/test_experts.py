@@ -247,13 +247,30 @@ def test_a_run_that_began_with_an_adapter_is_resumed_without_it(folder, given, t
         start(moved, tmp_path / "again", resume=True)
 
 
+def test_a_start_adapter_is_read_before_data_and_model(folder, tmp_path):
+    config = config_of(folder, lora={"start-from": str(tmp_path / "nowhere")})
+    # Neither of these exists: whatever is read first is what the error names.
+    config = replace(
+        config,
+        model=replace(config.model, name=str(tmp_path / "no-model")),
+        data=replace(config.data, client_files={"alice": str(tmp_path / "no-data.jsonl")}),
+    )
+    with pytest.raises(AdapterError, match=r"lora\.start-from"):
+        prepare(config, tmp_path / "run")
+    with pytest.raises(AdapterError, match=r"lora\.start-from"):
+        run_federation(InProcessTransport({}), config, tmp_path / "served")
+
+
 def test_adapters_that_do_not_fit_the_run_are_refused_by_name(folder, given, tmp_path):
     cases = [
         (
             {"target-modules": ["q_proj"], "start-from": str(given)},
             "adapts .* which this run does not",
         ),
-        ({"start-from": str(tmp_path / "nowhere")}, "no adapter_config.json"),
+        (
+            {"start-from": str(tmp_path / "nowhere")},
+            r"^the adapter of lora\.start-from: no adapter_config\.json in .*nowhere; wanted",
+        ),
     ]
     for lora, message in cases:
         with pytest.raises(AdapterError, match=message):
