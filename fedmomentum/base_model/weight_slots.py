@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fedmomentum.errors import ModelError
 from fedmomentum.lora.module_names import is_embedding, split_expert, weight_path
 from fedmomentum.utils.modules import cast_around, is_plain_linear
+from fedmomentum.utils.quantized import dequantize, is_quantized, product_dtype, weight_shape
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,14 +64,48 @@ class WeightSlot:
         parameter: Tensor = getattr(self.owner, self.parameter)
         return parameter.detach()
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the module's weight is quantized."""
+        return self.expert is None and is_quantized(self.owner)
+
+    def loaded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight that the module was loaded with, as floating-point `(out, in)`.
+
+        It shares memory with the module if that holds its weight so; a quantized one is dequantized
+        to `dtype`.
+        """
+        return dequantize(self.owner, dtype) if self.is_quantized else self.matrix(self.live)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the module's products."""
+        return product_dtype(self.owner) if self.is_quantized else self.live.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the weight."""
+        return self.live.device
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter as a checkpoint stores it, before any quantization."""
+        return weight_shape(self.owner) if self.is_quantized else tuple(self.live.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the matrix."""
+        *_, rows, columns = self.parameter_shape
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
     # ── checks ──
 
     def check(self) -> None:
         """Refuse a place whose weight cannot take an update.
 
         Raises:
-            ModelError: If it is of another kind, is quantized, or computes something else than the
-                product with its weight.
+            ModelError: If it is of another kind, or computes something else than the product with
+                its weight.
         """
         if self.expert is not None:
             self._check_expert()
@@ -79,7 +114,7 @@ class WeightSlot:
                 raise ModelError(f"{self.name} is a {type(self.owner).__name__}; wanted Embedding")
         else:
             _check_linear(self.name, self.owner)
-        if self.live.dtype not in FLOATING_DTYPES:
+        if not self.is_quantized and self.live.dtype not in FLOATING_DTYPES:
             raise ModelError(
                 f"module {self.name} is in {self.live.dtype}; load the base model in a floating "
                 "dtype"
@@ -113,9 +148,10 @@ class WeightSlot:
 
 
 def _check_linear(module: str, layer: Any) -> None:
-    """Refuse a module that is no linear layer, is quantized, or computes something else."""
+    """Refuse a module that is no linear layer, or computes something else."""
     is_linear = isinstance(layer, (nn.Linear, Conv1D))
-    if not is_linear or type(layer).__module__.startswith("bitsandbytes"):
+    is_unknown = type(layer).__module__.startswith("bitsandbytes") and not is_quantized(layer)
+    if not is_linear or is_unknown:
         raise ModelError(
             f"module {module} is a {type(layer).__name__}; supported are Linear and Conv1D"
         )

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedmomentum.base_model.checkpoint_files import stored_tensors
+from fedmomentum.base_model.forward_probes import layer_outputs, outputs_with
 from fedmomentum.base_model.load_checks import translate_out_of_memory
-from fedmomentum.base_model.stored_experts import StoredExperts
-from fedmomentum.base_model.stored_names import find_stored_names
+from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.linalg.probes import probe
 
 
 class MergedPart(Protocol):
@@ -39,17 +38,56 @@ class BaseWeights(Protocol):
     """The adapted modules of a live base model: pretrained weights plus merged parts.
 
     How they are held is an implementation's choice: as a float32 copy (`Float32Weights`), or as
-    quantized weights with the parts in a side branch.
+    they were loaded with the parts in a side branch (`AsLoadedWeights`).
     """
 
-    def apply(self, base_update: Sequence[MergedPart]) -> None:
-        """Set every module to its pretrained weight plus the sum of the parts: all, or none."""
+    layers: Mapping[str, Any]
+    """Name of a matrix to the live module that holds its weight."""
+
+    def apply(self, base_update: Sequence[MergedPart], own: MergedPart | None = None) -> None:
+        """Set every module to its pretrained weight plus the sum of the parts: all, or none.
+
+        Args:
+            base_update: The merged parts, oldest first.
+            own: A low-rank part that is added last and that is no part of the sum: the tail of a
+                client of lower rank, or an adapter.
+        """
 
     def reset(self) -> None:
         """Set every module to its pretrained weight."""
 
-    def weight(self, module: str) -> Tensor:
-        """Return the live weight of a module, `(out, in)`."""
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return `(out, in)` of a module's weight."""
+
+    # ── pretrained weights ──
+
+    def pretrained(self, module: str) -> Tensor:
+        """Return the pretrained weight of a module, `(out, in)`, float32, on the CPU."""
+
+    def iterate_pretrained(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield modules and their pretrained weights, as `pretrained` returns them."""
+
+    # ── what the forward computes with ──
+
+    def probe(self, module: str, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """Compute `diag(U^T W X)` of the weight that the forward multiplies by; see `probe`."""
+
+    def inputs(self, module: str, X: Tensor) -> Tensor:
+        """Return columns `(in, n)` as the module's layer sees them: on its device, rounded."""
+
+    def outputs(self, module: str, X: Tensor) -> Tensor:
+        """Return `W X` `(out, n)`, plus a constant, as the layer's forward gives it.
+
+        It is what the forward has before it rounds to the 16 bits of the model around it: that
+        rounding is unbiased.
+
+        Args:
+            module: The module.
+            X: What `inputs` returned.
+        """
+
+    def pretrained_outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `outputs` gives for these modules and inputs if nothing is merged."""
 
 
 # ── in float32 ────────────────────────────────────────────────────────────────────────────────────
@@ -88,61 +126,32 @@ class Float32Weights:
         tied: Mapping[str, Collection[str]] | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        self.layers: dict[str, Any] = dict(layers)
+        self.layers: Mapping[str, Any] = dict(layers)
         self._slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
-        experts = {slot.path for slot in self._slots.values() if slot.expert is not None}
-        self._experts = StoredExperts(directory, model or nn.Module(), experts)
-        files = {name: tensor.file for name, tensor in stored_tensors(directory).items()}
-        paths = [slot.path for slot in self._slots.values() if slot.expert is None]
-        converted = find_stored_names(model, files, paths)
-        # Module to the file of its weight, and the weight's name in it.
-        self._stored: dict[str, tuple[Path, str]] = {}
-        for module, slot in self._slots.items():
+        for slot in self._slots.values():
             slot.check()
-            name = converted.get(slot.path)
-            if slot.expert is None and name is not None:
-                self._stored[module] = (files[name], name)
-            elif slot.expert is None:
-                tied_to = (tied or {}).get(slot.path, ())
-                self._stored[module] = _find_checkpoint_tensor(slot.path, files, tied_to)
+        # Making room for one parameter of a module casts its others, and the model's dtype is that
+        # of its layers' inputs and outputs.
+        self._dtypes = {module: slot.live.dtype for module, slot in self._slots.items()}
+        self._stored = PretrainedWeights(self._slots, directory, tied, model)
         with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):
-            # Making room for one parameter of a module casts its others.
-            dtypes = {slot.path: slot.live.dtype for slot in self._slots.values()}
             loaded: dict[str, Tensor] = {}
-            for module, weight in self.iterate_pretrained(self.layers):
+            for module, stored in self._stored.iterate(self.layers):
                 slot = self._slots[module]
                 # The experts of a parameter come one after the other; the first makes room for all.
                 if slot.path not in loaded:
                     loaded = {slot.path: slot.live}
                     slot.upcast()
-                as_loaded = slot.matrix(loaded[slot.path]).to(dtypes[slot.path])
-                self._check_loaded(module, weight, as_loaded, directory)
-                self.weight(module).copy_(weight)
+                as_loaded = slot.matrix(loaded[slot.path]).to(self._dtypes[module])
+                self._stored.check_loaded(module, stored, as_loaded)
+                self.weight(module).copy_(stored)
         self._applied_names: list[str] = []
         self._is_consistent = True
 
-    def _check_loaded(self, module: str, stored: Tensor, loaded: Tensor, directory: Path) -> None:
-        """Refuse a stored weight that is not the one in the model, in the model's dtype.
-
-        The model computes with the latter. They differ if transformers changes a checkpoint on
-        loading, or if the wrong tensor of the checkpoint was found.
-        """
-        as_loaded = stored.to(device=loaded.device, dtype=loaded.dtype)
-        if not bool(stored.isfinite().all()):
-            raise ModelError(
-                f"the weight of {module} in {directory} holds NaN or Inf; download the model again"
-            )
-        if torch.equal(as_loaded, loaded):
-            return
-        difference = float((as_loaded.double() - loaded.double()).norm())
-        norm = float(loaded.double().norm())
-        file, name = self._stored.get(module, (directory, "what it makes of the parts"))
-        raise ModelError(
-            f"module {module}: transformers loads another weight than {name} in {file.name} (they "
-            f"differ by {difference:.3g}, of norm {norm:.3g}). The checkpoint is stored in a form "
-            "that transformers converts; load it with transformers and write it again by "
-            "save_pretrained(..., save_original_format=False)"
-        )
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return `(out, in)` of a module's weight."""
+        out_size, in_size = self.weight(module).shape
+        return out_size, in_size
 
     # ── pretrained weights ──
 
@@ -156,33 +165,8 @@ class Float32Weights:
         Raises:
             ModelError: If a stored weight has another shape than the live one.
         """
-        modules_by_file: dict[Path, list[str]] = {}
-        experts_by_parameter: dict[str, list[str]] = {}
-        for module in modules:
-            if module in self._stored:
-                modules_by_file.setdefault(self._stored[module][0], []).append(module)
-            else:
-                experts_by_parameter.setdefault(self._slots[module].path, []).append(module)
-        for file, modules_in_file in modules_by_file.items():
-            with safe_open(file, framework="pt") as opened:
-                for module in modules_in_file:
-                    name = self._stored[module][1]
-                    tensor = opened.get_tensor(name)
-                    yield module, self._matrix(module, name, tensor)
-        # All experts of a parameter are read together: they may be stored in one tensor.
-        for parameter, experts in experts_by_parameter.items():
-            tensor = self._experts.read(parameter)
-            for module in experts:
-                yield module, self._matrix(module, parameter, tensor)
-
-    def _matrix(self, module: str, name: str, tensor: Tensor) -> Tensor:
-        """Return the matrix of a module in a stored tensor, in float32."""
-        slot = self._slots[module]
-        if tensor.shape != slot.live.shape:
-            raise ModelError(
-                f"{name} is {tuple(tensor.shape)} on disk and {tuple(slot.live.shape)} in the model"
-            )
-        return slot.matrix(tensor).to(torch.float32)
+        for module, stored in self._stored.iterate(modules):
+            yield module, stored.to(torch.float32)
 
     # ── live weights ──
 
@@ -194,13 +178,13 @@ class Float32Weights:
     def reset(self) -> None:
         """Set every module to its pretrained weight."""
         self._is_consistent = False
-        for module, weight in self.iterate_pretrained(self.layers):
-            self.weight(module).copy_(weight)
+        for module, stored in self._stored.iterate(self.layers):
+            self.weight(module).copy_(stored)
         self._applied_names = []
         self._is_consistent = True
 
-    def apply(self, base_update: Sequence[MergedPart]) -> None:
-        """Set every module to its pretrained weight plus the sum of `base_update`.
+    def apply(self, base_update: Sequence[MergedPart], own: MergedPart | None = None) -> None:
+        """Set every module to its pretrained weight plus the sum of `base_update` and `own`.
 
         Parts that are applied already are not added again. All parts are checked before the first
         is added; weights that an error left between two parts (no memory, Ctrl-C) are reset first.
@@ -208,15 +192,16 @@ class Float32Weights:
         Raises:
             ModelError: If a part changes a module that is not among these, or has another shape.
         """
-        for part in base_update:
-            self._check_part(part)
-        names = [part.name for part in base_update]
+        parts = [*base_update] if own is None else [*base_update, own]
+        for part in parts:
+            check_part(part, self)
+        names = [part.name for part in parts]
         is_prefix = names[: len(self._applied_names)] == self._applied_names
         if not self._is_consistent or not is_prefix:
             self.reset()
         num_applied = len(self._applied_names)
         self._is_consistent = False
-        for part in base_update[num_applied:]:
+        for part in parts[num_applied:]:
             for module, matrix in part.matrices.items():
                 weight = self.weight(module)
                 if isinstance(matrix, LowRank):
@@ -226,39 +211,38 @@ class Float32Weights:
         self._applied_names = names
         self._is_consistent = True
 
-    def _check_part(self, part: MergedPart) -> None:
-        for module, matrix in part.matrices.items():
-            shape = tuple(matrix.shape)
-            if module not in self.layers or shape != tuple(self.weight(module).shape):
-                raise ModelError(
-                    f"base update {part.name[:16]} changes module {module} {shape}, which is not "
-                    "adapted here or has another shape"
-                )
+    # ── what the forward computes with ──
+
+    def probe(self, module: str, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """Compute `diag(U^T W X)` of the live weight."""
+        return probe(self.weight(module), U, X, scratch)
+
+    def inputs(self, module: str, X: Tensor) -> Tensor:
+        """Return columns `(in, n)` on the layer's device, in the dtype of the model around it."""
+        return X.to(device=self._slots[module].live.device, dtype=self._dtypes[module])
+
+    def outputs(self, module: str, X: Tensor) -> Tensor:
+        """Return `W X` as the layer's forward gives it, before it rounds its outputs."""
+        return layer_outputs(self._slots[module], X)
+
+    def pretrained_outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the layers give with their pretrained weights, each put in place in turn."""
+        outputs = {}
+        for module, stored in self._stored.iterate(inputs):
+            outputs[module] = outputs_with(self._slots[module], stored, inputs[module])
+        return outputs
 
 
-# ── files ─────────────────────────────────────────────────────────────────────────────────────────
+def check_part(part: MergedPart, weights: BaseWeights) -> None:
+    """Refuse a part that does not fit the adapted modules.
 
-
-def _find_checkpoint_tensor(
-    wanted: str, files: Mapping[str, Path], tied_to: Collection[str]
-) -> tuple[Path, str]:
-    """Return the file and the name under which a checkpoint stores the weight of this path.
-
-    A model with a head has a prefix that one without does not have. Of tied weights one may be
-    stored for all.
+    Raises:
+        ModelError: If it changes a module that is not among them, or has another shape.
     """
-    names = [name for name in files if name == wanted]
-    if not names:
-        names = [
-            name for name in files if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
-        ]
-    if not names:
-        names = [name for name in files if name in tied_to]
-    if len(names) != 1:
-        stored = f"several tensors ({', '.join(names[:3])})" if names else "no tensor"
-        raise ModelError(
-            f"the checkpoint holds {stored} for {wanted}; wanted one. If transformers joins, "
-            "splits or renames tensors of this model on loading, load it with transformers and "
-            "write it again by save_pretrained(..., save_original_format=False)"
-        )
-    return files[names[0]], names[0]
+    for module, matrix in part.matrices.items():
+        shape = tuple(matrix.shape)
+        if module not in weights.layers or shape != weights.shape(module):
+            raise ModelError(
+                f"base update {part.name[:16]} changes module {module} {shape}, which is not "
+                "adapted here or has another shape"
+            )

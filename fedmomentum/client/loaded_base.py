@@ -15,7 +15,9 @@ from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
 from fedmomentum.base_model.loading import load_base, load_tokenizer
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence_of_labels
+from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.utils.chat_date import set_chat_date
+from fedmomentum.utils.quantized import shared_with_copies
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import ModelConfig
@@ -38,12 +40,15 @@ class LoadedBase:
     model: Any = field(repr=False)
 
     @classmethod
-    def from_config(cls, model: ModelConfig, labels: Sequence[str] = ()) -> LoadedBase:
+    def from_config(
+        cls, model: ModelConfig, labels: Sequence[str] = (), trained: Sequence[str] = ()
+    ) -> LoadedBase:
         """Find, identify and load the base model of a configuration.
 
         Args:
             model: The section [model] of the configuration.
             labels: If given, load a sequence classifier with these labels.
+            trained: Names of the modules that are trained in full.
 
         Raises:
             ModelError: If it cannot be found or loaded.
@@ -51,8 +56,16 @@ class LoadedBase:
         directory = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
         set_up_device(device, tf32=model.tf32)
-        identity = identify(model.name, directory, model.revision)
-        base = load_base(directory, pick_dtype(model.dtype, device), device, labels=labels)
+        quantization = ON_LOADING.get(model.quantization)
+        identity = identify(model.name, directory, model.revision, quantization)
+        base = load_base(
+            directory,
+            pick_dtype(model.dtype, device),
+            device,
+            labels=labels,
+            quantization=quantization,
+            trained=trained,
+        )
         tokenizer = load_tokenizer(directory, vocabulary_size(base), generates=not labels)
         set_chat_date(tokenizer, model.chat_date)
         if labels:
@@ -62,5 +75,6 @@ class LoadedBase:
 
     def copy(self) -> Any:
         """Return a model of the same tensors but with modules of its own, to attach an adapter."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        shared = [*self.model.parameters(), *self.model.buffers()]
+        shared += shared_with_copies(self.model)
+        return copy.deepcopy(self.model, {id(item): item for item in shared})

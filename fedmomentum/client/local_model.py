@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
 from fedmomentum.base_model.classifier import head_modules
+from fedmomentum.base_model.holding import choose_holding, hold_weights
 from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.weight_slots import find_owners
-from fedmomentum.base_model.weights import Float32Weights
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.errors import ConfigError
 from fedmomentum.global_model.model import GlobalModel
@@ -32,6 +32,7 @@ from fedmomentum.lora.peft_model import (
 )
 from fedmomentum.lora.target_checks import find_saved_modules
 from fedmomentum.lora.targets import Targets, choose_targets
+from fedmomentum.utils.quantized import num_parameters
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -70,14 +71,14 @@ class LocalModel:
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
     ) -> None:
-        loaded = loaded or LoadedBase.from_config(model, model.labels)
+        loaded = loaded or LoadedBase.from_config(model, model.labels, lora.modules_to_save)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
         base = loaded.copy()
         # A classifier's head is trained in full, beside whatever else the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
-        self.num_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self.num_parameters = num_parameters(base)
         self.dtype = base.dtype
 
         # The run's adapter decides which modules the federation adapts, and their form.
@@ -106,7 +107,8 @@ class LocalModel:
 
         live = self.peft.get_base_model()
         owners = find_owners(live, self.fresh.modules)
-        self.base_weights = Float32Weights(owners, self.directory, model=live)
+        self.holding = choose_holding(model.adapted_weights, live)
+        self.base_weights = hold_weights(owners, self.directory, holding=self.holding, model=live)
         # Of a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}
         self._probe_buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
@@ -205,10 +207,8 @@ class LocalModel:
                 is_mixed=is_mixed,
             )
 
-        parts = [*model.base_update]
-        if self._fixed_residual:
-            parts.append(StoredObject.of(self._fixed_residual))
-        self.base_weights.apply(parts)
+        own = StoredObject.of(self._fixed_residual) if self._fixed_residual else None
+        self.base_weights.apply(model.base_update, own)
         load_adapter(self.peft, start)
 
     def _trains_all_of(self, model: GlobalModel, client_lora: LoraConfig) -> bool:
@@ -297,8 +297,8 @@ class LocalModel:
         if self._probe_vector_cache[0] != seed:
             vectors = {}
             for module in self.base_weights.layers:
-                out_size, in_size = self.base_weights.weight(module).shape
-                vectors[module] = probe_vectors(module, (out_size, in_size), seed)
+                shape = self.base_weights.shape(module)
+                vectors[module] = probe_vectors(module, shape, seed)
             self._probe_vector_cache = (seed, vectors)
         return self._probe_vector_cache[1]
 
@@ -315,8 +315,8 @@ class LocalModel:
         base = {}
         effective = {}
         for module, (U, X) in self._probe_vectors(seed).items():
-            weight = self.base_weights.weight(module)
-            base[module] = effective[module] = probe(weight, U, X, self._probe_buffer)
+            probes = self.base_weights.probe(module, U, X, self._probe_buffer)
+            base[module] = effective[module] = probes
             layer = self._layers.get(module)
             if layer is not None:
                 effective[module] = base[module] + layer.scaling * probe(layer.detached(), U, X)

@@ -107,6 +107,7 @@ class Worker:
             sha256=model.identity.sha256 or "",
             tokenizer_sha256=model.identity.tokenizer_sha256 or "",
             labels=model.identity.labels,
+            quantization=model.identity.quantization,
             num_parameters=model.num_parameters,
             num_train=len(self.train),
             num_test=len(self.test),

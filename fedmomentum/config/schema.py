@@ -33,6 +33,8 @@ BUILT_IN_SOURCE = "reasoning-gym"
 CAUSAL_LM = "causal-lm"
 CLASSIFICATION = "sequence-classification"
 TASKS = (CAUSAL_LM, CLASSIFICATION)
+QUANTIZATIONS = ("none", "nf4", "int8", "torchao-int8")
+ADAPTED_WEIGHTS = ("auto", "float32", "as-loaded")
 MAX_THREADS = 4096
 """More CPU threads than any machine has: a larger number is a typing error."""
 
@@ -60,11 +62,24 @@ class ModelConfig:
         "auto",
         "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16",
     )
+    quantization: str = option(
+        "none",
+        "what is done with the weights of linear layers on loading: none; nf4 (4 bits, by "
+        "bitsandbytes, with double quantization); int8 (by bitsandbytes); torchao-int8 (int8 "
+        "weights, by torchao). The same for all clients; a directory that is quantized already "
+        "needs none. See docs/quantization.md",
+    )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     tf32: bool = option(
         False,
         "on a GPU, multiply float32 matrices in TF32: several times faster, and factors are "
         "rounded to 10 bits, in training and evaluation alike; see docs/training.md",
+    )
+    adapted_weights: str = option(
+        "auto",
+        "how this process holds the adapted modules: float32 (what is merged is added to a float32 "
+        "copy), as-loaded (16 bits, or quantized, and what is merged beside them, as factors or "
+        "int8), auto (as-loaded on a GPU and for quantized weights, else float32)",
     )
     chat_date: str = option(
         DEFAULT_DATE,
@@ -76,6 +91,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         parse_date(self.chat_date)
         require_choice("model.task", self.task, TASKS)
+        require_choice("model.quantization", self.quantization, QUANTIZATIONS)
+        require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
         if self.labels:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)

@@ -48,6 +48,7 @@ MAY_CHANGE = frozenset(
         "run.report-to",
         "model.name",
         "model.revision",  # the base model is compared by content
+        "model.adapted-weights",  # of the machine, as environment.json says
     }
 )
 """Settings that a resumed run may change: no finished round depends on them."""

@@ -42,6 +42,28 @@ Scaling = Annotated[float, Meta(gt=0)]
 Round = Annotated[int, Meta(ge=-1, le=2**31)]
 
 
+class Quantization(Schema, frozen=True, kw_only=True):
+    """What was done with the stored weights of a base model's linear layers when it was loaded.
+
+    Attributes:
+        kind: How a weight is stored: `nf4` and `int8` by bitsandbytes, `torchao-int8` by torchao.
+        double: Whether the scales are quantized, too.
+        block_size: The number of weights that share a scale; 0: a row.
+    """
+
+    kind: Literal["nf4", "int8", "torchao-int8"]
+    double: bool
+    block_size: Count
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {"kind": self.kind, "double": self.double, "block_size": self.block_size}
+
+    def __str__(self) -> str:
+        scales = f"blocks of {self.block_size}" if self.block_size else "rows"
+        return f"{self.kind}{' with double quantization' if self.double else ''} in {scales}"
+
+
 class Base(Schema, frozen=True, kw_only=True):
     """The base model; the fields are those of `fedmomentum.base_model.identity.BaseIdentity`."""
 
@@ -50,6 +72,7 @@ class Base(Schema, frozen=True, kw_only=True):
     sha256: Hash | None
     tokenizer_sha256: Hash | None
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
+    quantization: Quantization | None = None
 
 
 class AdapterObjects(Schema, frozen=True, kw_only=True):

@@ -86,6 +86,7 @@ class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
     device: str | None = None
     tf32: bool | None = None
     dtype: str | None = None
+    adapted_weights: str | None = None
     base_sha256: Hash | None = None
     tokenizer_sha256: Hash | None = None
     clients: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.classifier import set_pad_token
 from fedmomentum.base_model.loading import load_base, load_tokenizer
@@ -65,9 +65,12 @@ def load_base_of(
         ModelError: If the base model cannot be loaded.
     """
     adapter = model.adapter
+    # What is trained in full is not quantized: the modules of the adapter's own tensors.
+    trained = {name.rpartition(".")[0] for name in adapter.saved}
+    quantized: dict[str, Any] = {"quantization": model.base.quantization, "trained": trained}
     # Only a run knows the names of its labels.
     if model.base.labels:
-        base = load_base(directory, dtype, device, labels=model.base.labels)
+        base = load_base(directory, dtype, device, labels=model.base.labels, **quantized)
     else:
         base = load_base(
             directory,
@@ -75,6 +78,7 @@ def load_base_of(
             device,
             num_labels=num_labels(model),
             supplied=adapter.saved.keys(),
+            **quantized,
         )
     if is_classifier(adapter):
         set_pad_token(base, load_tokenizer(directory, generates=False))

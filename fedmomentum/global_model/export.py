@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedmomentum.base_model.identity import identify
+from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.card import write_card
 from fedmomentum.global_model.single_adapter import to_single_adapter
@@ -59,6 +59,12 @@ def require_empty_directory(out: Path) -> None:
         raise ModelError(f"{out} exists and is not empty; nothing was written. Give another --out")
 
 
+def _identity_of(model: GlobalModel, base_directory: Path) -> BaseIdentity:
+    """Return the identity of a base model that is loaded as the global model's was."""
+    name = str(base_directory)
+    return identify(name, base_directory, quantization=model.base.quantization)
+
+
 # ── an adapter ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -87,7 +93,7 @@ def export_adapter(
     require_empty_directory(out)
     reference = None
     if base_directory is not None:
-        model.base.check(identify(str(base_directory), base_directory))
+        model.base.check(_identity_of(model, base_directory))
         reference = _reference_logits(model, base_directory)
     with written_aside(out) as temporary:
         adapter = to_single_adapter(model)
@@ -202,7 +208,7 @@ def export_merged(
     from fedmomentum.global_model.tuned import TunedModel, write_down_ties
 
     require_empty_directory(out)
-    model.base.check(identify(str(base_directory), base_directory))
+    model.base.check(_identity_of(model, base_directory))
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, torch.float32, CPU)
@@ -239,8 +245,11 @@ def export_merged(
 
 def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
     """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
+    from fedmomentum.base_model.weights import Float32Weights
+
     changes = {}
     expected = {}
+    assert isinstance(tuned.base_weights, Float32Weights)
     for module in tuned.base_weights.layers:
         pretrained = tuned.base_weights.pretrained(module)
         merged = tuned.base_weights.weight(module)

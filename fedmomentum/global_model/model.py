@@ -17,7 +17,7 @@ A run's directory holds a manifest for every round that it keeps, `rounds/0003.j
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +193,7 @@ class GlobalModel:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "base": asdict(self.base),
+            "base": self.base.record(),
             "base_update": [stored.name for stored in self.base_update],
             "version": self.version,
             "adapter": {kind: stored.name for kind, stored in self.adapter_objects.items()},
@@ -347,7 +347,8 @@ def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
     base_name = base.sha256 or f"{base.name}@{base.revision}"
     # The labels decide what the outputs of a classifier mean; they cannot be taken for a hash.
     labels = [f"label {label!r}" for label in base.labels]
-    return sha256("\n".join([base_name, *labels, *names]).encode())
+    quantization = [f"quantization {base.quantization}"] if base.quantization else []
+    return sha256("\n".join([base_name, *labels, *quantization, *names]).encode())
 
 
 def suggest_undamaged_round(directory: Path, damaged: Path) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from fedmomentum.base_model.holding import FLOAT32, hold_weights
 from fedmomentum.base_model.loading import tied_names
 from fedmomentum.base_model.weight_slots import find_owners
-from fedmomentum.base_model.weights import Float32Weights
 from fedmomentum.errors import AdapterError, ModelError
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import check_size
@@ -70,11 +70,12 @@ class TunedModel:
     tokens as they have.
 
     Args:
-        base: The base model as `load_base` returns it. Its adapted modules are in float32 from now
-            on.
+        base: The base model as `load_base` returns it. Its adapted modules are held by this from
+            now on.
         directory: The base model's directory.
         model: The global model.
         tied: The base's `tied_names` at loading, if its modules were untied since.
+        holding: How its adapted modules are held, see `hold_weights`.
 
     Raises:
         ModelError: If an adapted module is missing in the base, or has another weight than its
@@ -89,6 +90,8 @@ class TunedModel:
         directory: Path,
         model: GlobalModel,
         tied: Mapping[str, Collection[str]] | None = None,
+        *,
+        holding: str = FLOAT32,
     ) -> None:
         self.base = base
         adapter = model.adapter
@@ -102,10 +105,10 @@ class TunedModel:
         self._owners = outermost_owners(adapter.saved)
         self._neighbor_slots = self._make_neighbor_slots(adapter.saved)
         tied = tied_names(base) if tied is None else tied
-        self.base_weights = Float32Weights(layers, directory, tied, model=base)
-        # The adapter is merged like any other part, as the last one.
-        live = StoredObject.of({module: adapter.effective(module) for module in adapter.modules})
-        self._update = (*model.base_update, live)
+        self.base_weights = hold_weights(layers, directory, holding=holding, model=base, tied=tied)
+        # The adapter is added like any other part, as the last one.
+        self._base_update = model.base_update
+        self._live = StoredObject.of({m: adapter.effective(m) for m in adapter.modules})
 
         # What `apply` changes and `restore` undoes.
         self._handles: list[RemovableHandle] = []
@@ -193,7 +196,7 @@ class TunedModel:
             ModelError: If the global model changes a module that the base does not have, or if
                 embeddings and head would have different numbers of tokens.
         """
-        self.base_weights.apply(self._update)
+        self.base_weights.apply(self._base_update, self._live)
         if self._is_tuned:
             return
         self._is_tuned = True

@@ -27,6 +27,7 @@ from fedmomentum.lora.peft_names import (
     renamed_on_loading,
 )
 from fedmomentum.utils.modules import compute_logits, is_plain_linear
+from fedmomentum.utils.quantized import quantized_layers, weight_shape
 
 # Why a module is not adapted unless it is named, or not at all.
 HEAD = "the output head"
@@ -70,6 +71,7 @@ class LinearModules:
         others: Path to kind, of the modules and parameters that hold weights and are not linear.
         embeddings: Paths of the embeddings among the others, which can be adapted by name.
         parameters: Paths of all parameters that are matrices or stacks of them.
+        quantized: Paths of the linear modules whose weights are quantized.
         default: PEFT's target modules for this architecture: names, an expression, or None.
     """
 
@@ -79,6 +81,7 @@ class LinearModules:
     others: Mapping[str, str]
     embeddings: tuple[str, ...]
     parameters: tuple[str, ...]
+    quantized: frozenset[str]
     default: list[str] | str | None
 
 
@@ -98,11 +101,12 @@ def find_linear_modules(model: nn.Module) -> LinearModules:
                 others[name] = f"parameter of shape {tuple(parameter.shape)}"
     return LinearModules(
         kind=type(model).__name__,
-        sizes={path: min(module.weight.shape) for path, module in linear.items()},
+        sizes={path: min(weight_shape(module)) for path, module in linear.items()},
         reasons=_find_reasons(model, linear),
         others=others,
         embeddings=tuple(p for p, m in model.named_modules() if isinstance(m, nn.Embedding)),
         parameters=tuple(p for p, tensor in model.named_parameters() if tensor.ndim > 1),
+        quantized=frozenset(path for path, _ in quantized_layers(model)),
         default=default_targets(model),
     )
 

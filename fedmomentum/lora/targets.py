@@ -141,6 +141,11 @@ def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
             )
         found |= set(matched)
     for path in sorted(found):
+        if path.removesuffix(".weight") in model.quantized:
+            raise AdapterError(
+                f"target-parameters: {path} is quantized, and PEFT adapts it as a module only: "
+                "name it in target-modules"
+            )
         if model.reasons.get(path.removesuffix(".weight")) == RENAMED:
             raise AdapterError(
                 f"target-parameters: {path} cannot be adapted: {RENAMED}. Leave it out"

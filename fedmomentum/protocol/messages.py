@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmomentum.config.schema import LoraConfig
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.formats.manifest import MAX_RECIPES, Manifest, Recipe
+from fedmomentum.formats.manifest import MAX_RECIPES, Manifest, Quantization, Recipe
 from fedmomentum.formats.scores import Score
 from fedmomentum.utils.chat_date import DEFAULT_DATE
 from fedmomentum.utils.schema import (
@@ -237,6 +237,7 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
         sha256: The content hash of its base model.
         tokenizer_sha256: The content hash of its tokenizer and chat template.
         labels: The labels of its classifier, in the order of its head; empty without one.
+        quantization: What it did with the base model's stored weights on loading; None: nothing.
         num_parameters: The number of parameters of the base model.
         num_train: The number of training examples.
         num_test: The number of held-out examples.
@@ -252,6 +253,7 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
     sha256: Hash
     tokenizer_sha256: Hash
     labels: Annotated[tuple[Label, ...], Meta(max_length=MAX_LABELS)] = ()
+    quantization: Quantization | None = None
     num_parameters: Count
     num_train: Count
     num_test: Count

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
+from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import (
     apply_overrides,
@@ -184,7 +185,12 @@ def _check_content(planned_runs: Sequence[PlannedRun]) -> None:
         base = read_manifest(find_manifest(run.directory, "last")).base
         made_with = BaseIdentity.of(base)
         made_with.check(
-            identify(model.name, resolve_base(model.name, model.revision), model.revision)
+            identify(
+                model.name,
+                resolve_base(model.name, model.revision),
+                model.revision,
+                ON_LOADING.get(model.quantization),
+            )
         )
         if run.seed not in data:  # methods share the data of a seed
             data[run.seed] = fingerprints(load_data(run.config))

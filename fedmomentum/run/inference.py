@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
+from fedmomentum.base_model.holding import choose_holding
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.load_checks import (
     check_token_ids,
@@ -82,7 +83,9 @@ class ModelPair:
             )
         # The base model is identified by its content before it is loaded.
         directory = find_base(result, settings.base)
-        found = identify(settings.base or model.base.name, directory)
+        found = identify(
+            settings.base or model.base.name, directory, quantization=model.base.quantization
+        )
         model.base.check(found)
         dtype, device = _as_in_the_run(result, settings)
         if result.config is not None:
@@ -100,9 +103,11 @@ class ModelPair:
         except ModelError as error:
             raise ModelError(f"{error}. Give another by --device") from error
         set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
+        setting = result.config.model.adapted_weights if result.config is not None else "auto"
         with translate_out_of_memory(f"{model.base.name} with what was trained does not fit"):
             self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
-            self._tuned = TunedModel(self.model, directory, model)
+            holding = choose_holding(setting, self.model)
+            self._tuned = TunedModel(self.model, directory, model, holding=holding)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)
         self.tokenizer = self._tokenizers[0]

@@ -118,7 +118,7 @@ def load_run(
     parties = load_data(config)
     callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
-    base = LoadedBase.from_config(config.model, labels)
+    base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
     adapter_seed = derive_seed(seed, "adapter")
     with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
         local = LocalModel(config.model, config.lora, seed=adapter_seed, loaded=base)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.base_model.identity import BaseIdentity
+from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.errors import AdapterError, ModelError, PayloadError, QuorumError
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
@@ -81,6 +82,7 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
                 agreed.sha256,
                 agreed.tokenizer_sha256,
                 agreed.labels,
+                agreed.quantization,
             )
             _tell_differences(facts, agreed)
             scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
@@ -99,7 +101,8 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
 def _structure(fact: Description) -> str:
     """Return what all clients must have in common: the base model, and what is trained of it."""
     shapes = {module: list(shape) for module, shape in fact.shapes.items()}
-    return canonical_json([fact.sha256, shapes, fact.scalings, fact.saved_shapes])
+    quantization = str(fact.quantization)
+    return canonical_json([fact.sha256, quantization, shapes, fact.scalings, fact.saved_shapes])
 
 
 def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> list[str]:
@@ -142,6 +145,7 @@ def _ask(
     for client, reply in collect(transport, tasks, collected, limit):
         with containing(client, collected.failures):
             _check_labels(reply, config.model.labels)
+            _check_quantization(reply, config.model.quantization)
             _check_description(reply, config.lora)
             if reply.tensors and not adapter:
                 raise PayloadError(
@@ -173,6 +177,20 @@ def _check_labels(reply: Reply, wanted: Sequence[str]) -> None:
     if wanted and not any(shape[:1] == [len(wanted)] for shape in fact.saved_shapes.values()):
         raise PayloadError(
             f"{name}: no tensor that it trains in full has {len(wanted)} rows, one for each label"
+        )
+
+
+def _check_quantization(reply: Reply, setting: str) -> None:
+    """Check that a client quantizes the base model as the run does.
+
+    Raises:
+        ModelError: If it does it in another way, or does not.
+    """
+    got = _description(reply).quantization
+    if got != ON_LOADING.get(setting):
+        raise ModelError(
+            f"client {reply.client_id}: what it does with the base model's weights on loading is "
+            f"{got or 'none'}; the run's model.quantization is {setting}. Give both sides the same"
         )
 
 

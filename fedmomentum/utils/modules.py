@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fedmomentum.utils.quantized import is_quantized
+
 # In units of the weight's eps: how far a linear layer may be from `x W^T + b` by rounding.
 FORWARD_TOL = 16
 
@@ -47,7 +49,8 @@ def is_plain_linear(layer: Any) -> bool:
     """
     from transformers.pytorch_utils import Conv1D
 
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+    # What quantized layers compute differs from it by rounding, but by no more.
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or is_quantized(layer):
         return True
     weight = layer.weight.detach()
     if not isinstance(layer, Conv1D):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ TRIM_THRESHOLD = 256 * 2**20
 """Bytes of freed memory to keep: more than the largest tensors of an aggregation."""
 MMAP_THRESHOLD = 32 * 2**20
 """The most that glibc accepts."""
+ADVISING_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""What libraries of quantized weights write to on import; and bitsandbytes in every product."""
 # After this time a signal whose exception Python has ignored is sent again.
 REPEAT_SECONDS = 0.05
 
@@ -89,9 +92,11 @@ def quiet_libraries() -> Iterator[None]:
 
     # Unset, tokenizers warn where a process is started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging: Any = transformers.utils.logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ADVISING_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

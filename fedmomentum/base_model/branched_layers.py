@@ -1,0 +1,115 @@
+"""Forwards of live layers that add a side branch to the weight which the layer was loaded with."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmomentum.base_model.side_branch import EMPTY, BranchedProduct, SideBranch, multiply
+from fedmomentum.base_model.weight_slots import WeightSlot
+from fedmomentum.lora.module_names import is_embedding
+
+# Rows of an embedding that are multiplied at a time by a probe.
+CHUNK_ROWS = 4096
+
+
+class BranchedLayer:
+    """Takes the place of a layer's `forward`; without a branch it is that forward.
+
+    It belongs to the layer: a deep copy of the layer has a copy of it, which shares the tensors of
+    the branch until it is given another one.
+
+    Args:
+        slot: The place of the weight. The layer computes `x W^T + bias` with it.
+    """
+
+    def __init__(self, slot: WeightSlot) -> None:
+        self.slot = slot
+        self.branch: SideBranch = EMPTY
+        self._plain = slot.owner.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
+        if self.branch.is_empty:
+            output: Tensor = self._plain(x)
+            return output
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the weight and the branch."""
+        dtype = self.slot.dtype
+        # As the layer's own product would be.
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        bias = getattr(self.slot.owner, "bias", None)
+        product: Any = BranchedProduct.apply
+        y: Tensor = product(flat, partial(self.slot.loaded, dtype), self.branch, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def outputs(self, X: Tensor, branch: SideBranch) -> Tensor:
+        """Return `(W + D) X` `(out, n)` before it is rounded, with any branch D."""
+        return multiply(X.mT, self.slot.loaded(X.dtype), branch).mT
+
+
+class BranchedEmbedding(BranchedLayer):
+    """Takes the place of an embedding's `forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rows of the tokens x, of the weight and the branch."""
+        return self._rows(x, self.branch).to(self.slot.dtype)
+
+    def outputs(self, X: Tensor, branch: SideBranch) -> Tensor:
+        """Return `(W + D) X` `(out, n)`, from all rows as they are looked up."""
+        products = []
+        for ids in torch.arange(self.slot.shape[0], device=X.device).split(CHUNK_ROWS):
+            rows = self._rows(ids, branch)
+            products.append(rows @ X.to(rows.dtype))
+        return torch.cat(products)
+
+    def _rows(self, ids: Tensor, branch: SideBranch) -> Tensor:
+        """Look up rows in float32."""
+        loaded = self.slot.loaded()[ids]
+        rows = loaded.to(torch.promote_types(loaded.dtype, torch.float32))
+        if branch.dense is not None:
+            rows = rows + branch.dense.values[ids] * branch.dense.scales[ids]
+        if branch.factors is not None:
+            B = branch.factors.B[ids].to(rows.dtype)
+            rows = rows + B @ branch.factors.A.to(rows.dtype)
+        return rows
+
+
+def branch_on(slot: WeightSlot) -> BranchedLayer:
+    """Give a layer a forward with a branch, unless it has one, and return that."""
+    forward = slot.owner.__dict__.get("forward")
+    if not isinstance(forward, BranchedLayer):
+        kind = BranchedEmbedding if is_embedding(slot.name) else BranchedLayer
+        forward = kind(slot)
+        slot.owner.forward = forward
+    return forward
+
+
+def can_branch(slot: WeightSlot, model: nn.Module | None) -> bool:
+    """Return whether the layer's forward is the product with its weight, and no more.
+
+    Args:
+        slot: The place of the weight, checked.
+        model: The model, in which PEFT may adapt parameters: it adds to the weight itself.
+    """
+    if slot.expert is not None:
+        return False
+    wrapped: set[int] = set()
+    for module in model.modules() if model is not None else ():
+        if hasattr(module, "parameter_name"):
+            wrapper: Any = module
+            wrapped.add(id(wrapper.get_base_layer()))
+    if id(slot.owner) in wrapped:
+        return False
+    if is_embedding(slot.name):
+        # Some embeddings scale what they look up, or change their weights while they do.
+        is_lookup = type(slot.owner).forward is nn.Embedding.forward
+        return is_lookup and slot.owner.max_norm is None
+    return True
