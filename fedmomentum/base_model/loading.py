@@ -84,7 +84,7 @@ def load_base(
     is_classifier = bool(labels) or num_labels is not None
     refuse_unusable(directory, is_classifier=is_classifier)
     kind = check_quantization(directory, quantization, device)
-    auto_class = AutoModelForSequenceClassification if is_classifier else _text_class(directory)
+    auto_class = AutoModelForSequenceClassification if is_classifier else text_class(directory)
     label_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
     if labels:
         check_label_order(directory, labels)
@@ -131,7 +131,7 @@ def load_base(
     return placed
 
 
-def _text_class(directory: Path) -> Any:
+def text_class(directory: Path) -> Any:
     """Return the auto class of a language model: of an image-text model, that of the whole model.
 
     `AutoModelForCausalLM` would load its language model alone, and leave out the rest.

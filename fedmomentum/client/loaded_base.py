@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.classifier import set_pad_token
-from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_attention, set_up_device
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
@@ -66,6 +66,7 @@ class LoadedBase:
             quantization=quantization,
             trained=trained,
         )
+        set_attention(base, model.attention)
         tokenizer = load_tokenizer(directory, vocabulary_size(base), generates=not labels)
         set_chat_date(tokenizer, model.chat_date)
         if labels:

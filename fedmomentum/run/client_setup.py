@@ -14,10 +14,11 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
+from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.setup import (
     load_data,
-    set_threads,
-    tokenized_clients,
+    make_clients,
+    set_up_process,
     training_function,
 )
 from fedmomentum.run.task import check_task, require_labels
@@ -65,7 +66,7 @@ def prepare_client(
     require_labels(config.model)
     check_dropout(config)
     function = training_function(config)
-    set_threads(config.run.threads)
+    set_up_process(config.run)
     if (files := config.data.client_files) and client_id in files:
         config = replace(
             config, data=replace(config.data, client_files={client_id: files[client_id]})
@@ -86,9 +87,14 @@ def prepare_client(
         seed = derive_seed(config.run.seed, "adapter")
         with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
             local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
-    (client,) = tokenized_clients(
-        config, [parties[client_id]], local, store, function, callbacks.on_step
+    examples = tokenize_parties(
+        config,
+        [parties[client_id]],
+        local.peft.get_base_model(),
+        local.tokenizer,
+        local.identity.labels,
     )
+    (client,) = make_clients(config, examples, local, store, function, callbacks.on_step)
     client.store.is_private = True
     return client
 

@@ -26,7 +26,7 @@ from fedmomentum.formats.run_files import EnvironmentFile, read_facts
 from fedmomentum.global_model.base_of import is_classifier, load_base_of
 from fedmomentum.global_model.tuned import TunedModel
 from fedmomentum.run.saved_model import Result, find_base, open_result
-from fedmomentum.run.setup import set_threads
+from fedmomentum.run.setup import set_up_process
 from fedmomentum.utils.chat_date import DEFAULT_DATE, set_chat_date
 from fedmomentum.utils.text import printable
 
@@ -89,7 +89,7 @@ class ModelPair:
         model.base.check(found)
         dtype, device = _as_in_the_run(result, settings)
         if result.config is not None:
-            set_threads(result.config.run.threads)
+            set_up_process(result.config.run)
         if model.base.tokenizer_sha256 and found.tokenizer_sha256 != model.base.tokenizer_sha256:
             LOG.warning(
                 "the tokenizer or chat template in %s is not that of the run %s; scores and "

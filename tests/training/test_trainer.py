@@ -502,3 +502,17 @@ def test_the_trainer_uses_the_device_that_the_model_is_on(tmp_path, monkeypatch)
     assert not made_current
     arguments = LocalTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     assert arguments.device == torch.device("cpu") and arguments.n_gpu == 0
+
+
+def test_layers_that_are_computed_again_give_the_same_bits(folder):
+    """Gradient checkpointing saves memory and changes nothing, with carried moments too."""
+    tokens = tokens_of(folder)
+    results = []
+    for arguments in ({}, {"gradient_checkpointing": True, "optim": "adamw_torch_fused"}):
+        arguments = {"optim": "adamw_torch_fused"} | arguments
+        model = new_model(folder)
+        first = train(model, tokens, **DEFAULTS, arguments=arguments, moments={})
+        train(model, tokens, **DEFAULTS, arguments=arguments, moments=first.moments)
+        results.append((adapter_of(model), first.loss))
+        assert not model.get_base_model().is_gradient_checkpointing
+    assert same_bits(results[0][0], results[1][0]) and results[0][1] == results[1][1]
