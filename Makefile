@@ -86,6 +86,7 @@ docs: $(STAMP)
 	$(BIN)/python tools/architecture.py
 	$(BIN)/python tools/metrics_tables.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/models_table.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/big_models_table.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

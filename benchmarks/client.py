@@ -43,8 +43,9 @@ from fedmomentum.evaluation.teacher_forcing import evaluate
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.protocol.codec import decode_reply, decode_task, encode_reply, encode_task
+from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.federated_trainer import FederatedTrainer
-from fedmomentum.run.setup import make_method, tokenized_clients
+from fedmomentum.run.setup import make_method
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.client_deltas import distance
 from fedmomentum.server.client_updates import UpdateReader
@@ -258,7 +259,7 @@ OVERHEAD = "all that is not training"
 WATCHED: Mapping[str, list[Callable[..., Any]]] = {
     STEPS: [Trainer._run_epoch],
     EVALUATING: [evaluate],
-    TOKENIZING: [tokenized_clients],
+    TOKENIZING: [tokenize_parties],
     "loading the global model": [ClientStore.receive, LocalModel.load_global_model],
     "probes": [LocalModel.probes, LocalModel.applied_fraction, expected_probes],
     "starting and ending the trainer": [train],

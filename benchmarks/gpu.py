@@ -9,7 +9,7 @@
 No network is needed: weights of real shapes are drawn on the device. rounds: a small Llama is
 trained from scratch, then federated; exactness, applied share and exports, in float32 and bfloat16,
 with TF32 and without. residuals: what the forward of one layer gives of many small residuals.
-training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop, and the
+training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop, the plan, and the
 share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
 on the device, on the CPU of the same machine, and the published way on the device. A size that
 would not end in time, judged by the one before, is left out and named. The file is written after

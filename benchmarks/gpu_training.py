@@ -24,6 +24,7 @@ from gpu_models import (
     watch_memory,
     write_model,
 )
+from gpu_plan import plan_targets, planned_memory
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
@@ -123,6 +124,7 @@ def measure_size(
         device,
     )
     numbers["client"] = memory
+    numbers["planned"] = planned_memory(config, size)
     plain, memory = _load_and_train(
         lambda: plain_peft(folder, device),
         lambda model: plain_training(model, examples, size.steps, device),
@@ -352,6 +354,7 @@ def targets_of(numbers: dict[str, Any]) -> list[Target]:
             numbers["round"]["train_task"]["probes_share"],
         ),
     ]
+    targets += plan_targets(name, numbers["planned"], numbers["client"])
     for when in ("rest", "loading", "training"):
         times = numbers["client"][when] / numbers["plain"][when]
         if math.isfinite(times):

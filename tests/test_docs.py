@@ -506,3 +506,15 @@ def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatc
         assert re.search(
             rf"^\| `{method.split(',')[0]}`.* \| {re.escape(cells)} \|$", text, re.MULTILINE
         ), method
+
+
+# ── big models ──
+
+
+def test_the_tables_of_big_models_are_the_plans():
+    """Every model and setting has a row, and a row is what the plan computes now."""
+    page = (ROOT / "docs" / "big-models.md").read_text()
+    tool = runpy.run_path(str(ROOT / "tools" / "big_models_table.py"))
+    for name in [*tool["MODELS"], *tool["SETTINGS"]]:
+        assert f"\n| {name} | " in page, "run: make docs"
+    assert f"\n{tool['model_row']('Llama 3.2 1B')}\n" in page, "run: make docs"

@@ -84,7 +84,7 @@ FLOORS: list[
         "evaluation": {"transformers"},
         "global_model": {"msgspec", "safetensors", "transformers"},
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
-        "training": {"transformers", "numpy", "msgspec"},
+        "training": {"transformers", "numpy", "msgspec", "accelerate"},
     },
     {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},

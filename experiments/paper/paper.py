@@ -23,11 +23,11 @@ import tuned_comparison
 from tuned_comparison import Grid, Rates
 
 from fedmomentum.cli.tables import comparison_tables, plan_table
-from fedmomentum.client.client import Client
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import load_config
 from fedmomentum.formats.plan import Plan
 from fedmomentum.results.formatting import count, human_seconds
+from fedmomentum.run.client_examples import TokenizedClient
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.utils.process import quiet_libraries
 from fedmomentum.utils.terminal import SafeConsole
@@ -178,7 +178,7 @@ def _mean_length(rows: Sequence[Sequence[int]]) -> float:
     return statistics.mean(map(len, rows)) if rows else 0.0
 
 
-def _num_evaluated(config: Config, clients: Sequence[Client]) -> float:
+def _num_evaluated(config: Config, clients: Sequence[TokenizedClient]) -> float:
     """Return the tokens of a run's evaluations: before it, after it, and in between."""
     evaluation = config.evaluation
     num_between = (config.federation.num_rounds - 1) // evaluation.every

@@ -16,13 +16,14 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 OTHER_FILES = ["*/*", "consolidated*", "*.fp16.*", "*.fp32.*", "*.bf16.*"]
 
 
-def resolve_base(name: str, revision: str | None = None) -> Path:
+def resolve_base(name: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """Return the local directory of a base model.
 
     Args:
         name: A directory, `BUNDLED_NAME`, or a name on the Hugging Face hub, which is downloaded
             unless it is in the hub's cache.
         revision: The revision of the hub repository.
+        with_weights: Whether weights are downloaded too; a plan needs none.
 
     Raises:
         ModelError: If there is no such directory, and the hub does not provide it.
@@ -40,7 +41,10 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
 
     try:
         directory = snapshot_download(
-            name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=OTHER_FILES
+            name,
+            revision=revision,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=OTHER_FILES if with_weights else [*OTHER_FILES, "*.safetensors"],
         )
         return Path(directory)
     except Exception as error:  # the hub's client raises many kinds, all of which mean: no model

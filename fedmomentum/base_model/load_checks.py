@@ -67,7 +67,7 @@ def translate_library_errors(what: str, config: Mapping[str, Any]) -> Iterator[N
 
 def _reason(error: Exception, config: Mapping[str, Any]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return _describe_out_of_memory(error)
     if isinstance(error, ImportError):
         return f"a library is missing: {printable(' '.join(lines))}"
@@ -89,7 +89,7 @@ def translate_out_of_memory(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise ModelError(f"{what}: {_describe_out_of_memory(error)}") from error
 
@@ -102,7 +102,7 @@ def _describe_out_of_memory(error: BaseException) -> str:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

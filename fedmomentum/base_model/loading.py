@@ -28,6 +28,7 @@ from fedmomentum.base_model.classifier import (
     is_head,
     refuse_other_classifiers,
 )
+from fedmomentum.base_model.devices import pick_dtype
 from fedmomentum.base_model.load_checks import (
     LoadingInfo,
     refuse_incomplete,
@@ -47,43 +48,6 @@ from fedmomentum.errors import ModelError
 
 if TYPE_CHECKING:
     from fedmomentum.formats.manifest import Quantization
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(device: str) -> torch.device:
-    """Return the device of a name; for `auto` the first GPU if torch finds one, else the CPU.
-
-    Raises:
-        ModelError: If torch does not know the device, or does not find it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    return chosen
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
-
-    Raises:
-        ModelError: If it is not the name of a supported dtype.
-    """
-    if dtype == "auto":
-        if device.type == "cuda":
-            is_native = torch.cuda.is_bf16_supported()
-        else:
-            is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if is_native else torch.float32
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
-    return DTYPES[dtype]
 
 
 def pick_merged_dtype(dtype: str) -> torch.dtype:
@@ -138,7 +102,7 @@ def load_base(
     is_classifier = bool(labels) or num_labels is not None
     refuse_unusable(directory, is_classifier=is_classifier)
     kind = check_quantization(directory, quantization, device)
-    auto_class = AutoModelForSequenceClassification if is_classifier else _text_class(directory)
+    auto_class = AutoModelForSequenceClassification if is_classifier else text_class(directory)
     label_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
     if labels:
         check_label_order(directory, labels)
@@ -187,7 +151,7 @@ def load_base(
     return placed
 
 
-def _text_class(directory: Path) -> Any:
+def text_class(directory: Path) -> Any:
     """Return the auto class of a language model: of an image-text model, that of the whole model.
 
     `AutoModelForCausalLM` would load its language model alone, and leave out the rest.

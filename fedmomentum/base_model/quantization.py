@@ -80,7 +80,7 @@ def stored_quantization(directory: Path) -> str | None:
             if not settings:
                 continue
             is_own = table is config and key == "quantization_config"
-            kind = _stored_kind(settings) if is_own and isinstance(settings, dict) else None
+            kind = stored_kind(settings) if is_own and isinstance(settings, dict) else None
             if kind is None:
                 method = settings.get("quant_method") if isinstance(settings, dict) else settings
                 raise ModelError(
@@ -98,7 +98,7 @@ def stored_quantization(directory: Path) -> str | None:
     return found
 
 
-def _stored_kind(settings: Mapping[str, Any]) -> str | None:
+def stored_kind(settings: Mapping[str, Any]) -> str | None:
     """Return the kind of a stored quantization by its settings; None if it is not supported."""
     method = settings.get("quant_method")
     if method == "torchao":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.load_checks import vocabulary_size
-from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.loading import load_base, load_tokenizer
 from fedmomentum.formats.directories import MANIFEST, is_adapter_directory, retained_rounds
 
 
@@ -37,5 +38,6 @@ class PlainModel:
         self.base = identify(str(path), path)
         # There is no run that says which it was.
         place = pick_device(device or "auto")
+        set_up_device(place, tf32=False)
         self.model = load_base(path, pick_dtype(dtype or "auto", place), place)
         self.tokenizer = load_tokenizer(path, vocabulary_size(self.model))

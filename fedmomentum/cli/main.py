@@ -87,12 +87,20 @@ def _user_message(error: BaseException) -> str | None:
             return str(error) or type(error).__name__
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}. Make room or grant access, and try again"
-    # torch's own error is recognized by name, so that torch is not imported
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return (
             "out of memory. Use a machine or device with more, smaller batches, or a smaller dtype"
         )
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on any device, without importing torch for another error."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from fedmomentum.base_model.load_checks import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _show_version(value: bool) -> None:

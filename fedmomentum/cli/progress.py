@@ -26,9 +26,9 @@ from fedmomentum.server.callbacks import Callback
 from fedmomentum.utils.terminal import log_handler
 
 if TYPE_CHECKING:
-    from fedmomentum.client.client import Client
     from fedmomentum.formats.plan import Plan
     from fedmomentum.formats.round_record import RoundRecord
+    from fedmomentum.run.client_examples import TokenizedClient
 
 
 LOG = logging.getLogger("fedmomentum")
@@ -106,7 +106,7 @@ class RunView(Callback):
         self._progress.update(self._step_bar, visible=False)
         self._live.stop()
 
-    def show_plan(self, plan: Plan, clients: Sequence[Client], out: Path) -> None:
+    def show_plan(self, plan: Plan, clients: Sequence[TokenizedClient], out: Path) -> None:
         """Print what the run will cost, and how many examples each client has."""
         self._console.print(plan_table(plan, out))
         self._console.print(partition_table(clients))

@@ -64,10 +64,9 @@ def run(
             view.show_plan(plan, clients, out)
             return
         check_output_directory(out)
-        # load everything, print what the run will cost, then train
-        prepared = trainer.prepare()
+        # print what the run will cost, load everything, then train
+        prepared = trainer.prepare(lambda plan, examples: view.show_plan(plan, examples, out))
         try:
-            view.show_plan(prepared.plan, prepared.clients, out)
             trainer.train()
         except BaseException as error:
             write_partial_report(out)

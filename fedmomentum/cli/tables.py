@@ -28,7 +28,6 @@ from fedmomentum.results.formatting import (
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
-    from fedmomentum.client.client import Client
     from fedmomentum.formats.plan import Plan
     from fedmomentum.formats.round_record import RoundRecord
     from fedmomentum.formats.scores import Score
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from fedmomentum.results.method_summary import MethodSummary
     from fedmomentum.results.run_results import RunResults
     from fedmomentum.results.summary import SummaryRow
+    from fedmomentum.run.client_examples import TokenizedClient
 
 
 MAX_ABSENCES = 12
@@ -87,7 +87,8 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
         f"{human_bytes(plan.downlink_bytes)} down",
-        "memory": f"about {human_bytes(plan.memory_bytes)}",
+        "device": plan.device,
+        **_memory_rows(plan),
         "disk": f"at most {human_bytes(plan.disk_bytes)} in {out}",
     }
     if plan.labels:
@@ -97,6 +98,23 @@ def plan_table(plan: Plan, out: Path) -> Table:
         if text:
             table.add_row(Text(name, style="bold"), Text(text))
     return table
+
+
+def _memory_rows(plan: Plan) -> dict[str, str]:
+    """Return what a plan says of memory, on the host and on a GPU."""
+    if plan.host_memory is None:
+        return {"memory": f"about {human_bytes(plan.memory_bytes)}"}
+    rows = {"host memory": plan.host_memory, "device memory": plan.device_memory}
+    texts = {}
+    for name, use in rows.items():
+        if use is not None:
+            texts[name] = (
+                f"about {human_bytes(use.peak)}: {human_bytes(use.at_rest)} at rest, "
+                f"{human_bytes(use.loading)} in loading, {human_bytes(use.training)} in training, "
+                f"{human_bytes(use.evaluating)} in evaluation, {human_bytes(use.aggregating)} in "
+                "aggregation"
+            )
+    return texts
 
 
 def _label_list(labels: Mapping[str, int | None]) -> str:
@@ -110,7 +128,7 @@ def _label_list(labels: Mapping[str, int | None]) -> str:
     return f"{len(labels)}: {', '.join(shown)}{more}"
 
 
-def partition_table(clients: Sequence[Client]) -> Table:
+def partition_table(clients: Sequence[TokenizedClient]) -> Table:
     """Return the examples by client and category; small categories together if there are many."""
     totals: Counter[str] = Counter()
     for client in clients:

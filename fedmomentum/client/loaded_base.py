@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.classifier import set_pad_token
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_attention, set_up_device
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
-from fedmomentum.base_model.loading import load_base, load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.loading import load_base, load_tokenizer
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence_of_labels
 from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.utils.chat_date import set_chat_date
@@ -54,6 +55,7 @@ class LoadedBase:
         """
         directory = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
+        set_up_device(device, tf32=model.tf32)
         quantization = ON_LOADING.get(model.quantization)
         identity = identify(model.name, directory, model.revision, quantization)
         base = load_base(
@@ -64,6 +66,7 @@ class LoadedBase:
             quantization=quantization,
             trained=trained,
         )
+        set_attention(base, model.attention)
         tokenizer = load_tokenizer(directory, vocabulary_size(base), generates=not labels)
         set_chat_date(tokenizer, model.chat_date)
         if labels:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fedmomentum.config.data import DataConfig
 from fedmomentum.config.fields import (
     check_modules,
     check_numbers,
@@ -27,13 +28,18 @@ from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.schema import MAX_LABELS
 
 WIRE_DTYPES = ("float32", "float16", "bfloat16")
-PARTITIONS = ("iid", "dirichlet", "categories", "sizes")
-BUILT_IN_SOURCE = "reasoning-gym"
-"""The `data.source` that stands for the built-in tasks."""
 CAUSAL_LM = "causal-lm"
 CLASSIFICATION = "sequence-classification"
 TASKS = (CAUSAL_LM, CLASSIFICATION)
 QUANTIZATIONS = ("none", "nf4", "int8", "torchao-int8")
+ATTENTIONS = (
+    "auto",
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+)
 ADAPTED_WEIGHTS = ("auto", "float32", "as-loaded")
 MAX_THREADS = 4096
 """More CPU threads than any machine has: a larger number is a typing error."""
@@ -69,7 +75,18 @@ class ModelConfig:
         "weights, by torchao). The same for all clients; a directory that is quantized already "
         "needs none. See docs/quantization.md",
     )
+    attention: str = option(
+        "auto",
+        "how attention is computed: auto (the model's own choice, mostly sdpa), eager, sdpa, "
+        "flash_attention_2 or flash_attention_3 (on a GPU, in 16 bits, if its package is "
+        "installed), flex_attention",
+    )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    tf32: bool = option(
+        False,
+        "on a GPU, multiply float32 matrices in TF32: several times faster, and factors are "
+        "rounded to 10 bits, in training and evaluation alike; see docs/training.md",
+    )
     adapted_weights: str = option(
         "auto",
         "how this process holds the adapted modules: float32 (what is merged is added to a float32 "
@@ -87,6 +104,7 @@ class ModelConfig:
         parse_date(self.chat_date)
         require_choice("model.task", self.task, TASKS)
         require_choice("model.quantization", self.quantization, QUANTIZATIONS)
+        require_choice("model.attention", self.attention, ATTENTIONS)
         require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
         if self.quantization != "none":
             wanted = f'auto or as-loaded with quantization = "{self.quantization}"'
@@ -209,69 +227,6 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where each client's data is, and how much of it is held out."""
-
-    source: str = option(
-        "",
-        "one source for all clients: a JSONL, JSON, CSV or Parquet file, a directory saved by "
-        "datasets, a hub name, or reasoning-gym (the built-in tasks)",
-    )
-    client_files: dict[str, str] = option({}, "one file a client instead: client name = file")
-    client_column: str | None = option(None, "column of the source that names each row's client")
-    split: str = option("train", "split of a source that has several")
-    tasks: list[str] = option([], "built-in tasks to mix; empty: all")
-    num_examples: int = option(2000, "training examples over all clients (built-in tasks)")
-    num_test_examples: int = option(400, "held-out examples over all clients (built-in tasks)")
-    num_clients: int = option(4, "clients to divide a source among")
-    partition: str = option("iid", "how to divide: iid, dirichlet, categories, sizes")
-    category_column: str | None = option(None, "column to divide and report by")
-    concentration: float = option(0.5, "of the Dirichlet partition: small is skewed, large is even")
-    min_examples: int = option(8, "fewest examples of a client")
-    categories_per_client: int = option(2, "for the partition categories")
-    sizes: list[float] = option([], "for the partition sizes: one number a client, in proportion")
-    test_source: str | None = option(None, "a held-out source, divided among the clients")
-    test_split: str = option("test", "split of the held-out source")
-    test_fraction: float = option(0.1, "fraction of its own examples that each client holds out")
-    max_length: int = option(512, "longest example in tokens; longer ones are truncated")
-    max_truncated_fraction: float = option(
-        0.02, "refused where a larger fraction of the examples loses its complete answer to that"
-    )
-
-    def __post_init__(self) -> None:
-        self._check_sources()
-        require_choice("data.partition", self.partition, PARTITIONS)
-        require_at_least("data.num-clients", self.num_clients, 1)
-        require(self.concentration > 0, "data.concentration", self.concentration, "above 0")
-        require(0 <= self.test_fraction < 1, "data.test-fraction", self.test_fraction, "in [0, 1)")
-        require(
-            0 <= self.max_truncated_fraction <= 1,
-            "data.max-truncated-fraction",
-            self.max_truncated_fraction,
-            "in [0, 1]",
-        )
-        require_at_least("data.max-length", self.max_length, 2)
-
-    def _check_sources(self) -> None:
-        """Refuse keys that contradict the source."""
-        for client in self.client_files:
-            check_client_name(client, "data.client-files")
-        if self.client_files:
-            wanted = "left out where client-files is given"
-            require(not self.source, "data.source", self.source, wanted)
-            require(self.client_column is None, "data.client-column", self.client_column, wanted)
-        # The built-in tasks have no columns, and are generated with their tests.
-        if self.source == BUILT_IN_SOURCE:
-            wanted = f'left out with source "{BUILT_IN_SOURCE}"'
-            for key in ("client_column", "category_column", "test_source"):
-                value = getattr(self, key)
-                require(value is None, f"data.{key.replace('_', '-')}", value, wanted)
-        else:
-            wanted = f'left out, for it belongs to source "{BUILT_IN_SOURCE}"'
-            require(not self.tasks, "data.tasks", self.tasks, wanted)
-
-
-@dataclass(frozen=True)
 class MethodConfig:
     """How the server aggregates the adapters."""
 
@@ -371,6 +326,11 @@ class RunConfig:
     )
     threads: int = option(
         0, "CPU threads; 0: all cores. Part of the result: other numbers give other last bits"
+    )
+    deterministic: bool = option(
+        False,
+        "on a GPU, use only kernels that give the same bits every time, and stop where there is "
+        "none; see docs/training.md",
     )
     keep_checkpoints: int = option(3, "checkpoints kept, besides the best")
     report_to: list[str] = option(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedmomentum.config.schema import BUILT_IN_SOURCE, CAUSAL_LM, CLASSIFICATION, DataConfig
+from fedmomentum.config.data import BUILT_IN_SOURCE, DataConfig
+from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
 from fedmomentum.data.examples import ClientData, Example, Prompt, TextPair
 from fedmomentum.data.labeled_texts import to_labeled_examples

@@ -232,7 +232,7 @@ PARTITIONS: Mapping[str, Partition] = MappingProxyType(
         "sizes": partition_by_sizes,
     }
 )
-"""The partitions by name; the configuration's names are `fedmomentum.config.schema.PARTITIONS`."""
+"""The partitions by name; the configuration's names are `fedmomentum.config.data.PARTITIONS`."""
 
 
 # ── their parts ───────────────────────────────────────────────────────────────────────────────────

@@ -7,6 +7,30 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of memory in each phase of a run, estimated.
+
+    Attributes:
+        at_rest: The model with its adapter, between tasks.
+        loading: While the model is loaded.
+        training: At the peak of a training step.
+        evaluating: At the peak of a batch that is evaluated.
+        aggregating: While the server aggregates, in the same process.
+    """
+
+    at_rest: int
+    loading: int
+    training: int
+    evaluating: int
+    aggregating: int
+
+    @property
+    def peak(self) -> int:
+        """The most of all phases."""
+        return max(self.at_rest, self.loading, self.training, self.evaluating, self.aggregating)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will cost, estimated before it starts.
 
@@ -21,7 +45,7 @@ class Plan:
         method: Its `repr`.
         uplink_bytes: Per client and round.
         downlink_bytes: Per client and round: the adapter and the most the residual can be.
-        memory_bytes: Of this process, about.
+        memory_bytes: Of this process on the host, at the peak, about.
         disk_bytes: Of the run directory, at most.
         adapted: The adapted modules, layers together.
         not_adapted: The other linear modules with the reason, if the base model is at hand.
@@ -30,6 +54,9 @@ class Plan:
         objective: What is learned, as [training] says it.
         labels: Of a classifier, label to its number of training examples, in the order of the
             head; None where only the clients know it.
+        device: Where the model is, in which dtype and how held; empty where it is with the clients.
+        host_memory: Of the host, in each phase; None where only the server's is known.
+        device_memory: Of the GPU; None without one.
     """
 
     model: str
@@ -48,3 +75,6 @@ class Plan:
     optimizer_state: str = "fresh"
     objective: str = ""
     labels: Mapping[str, int | None] = field(default_factory=dict)
+    device: str = ""
+    host_memory: MemoryUse | None = None
+    device_memory: MemoryUse | None = None

@@ -42,6 +42,16 @@ class _RunRecord(_Open, frozen=True, kw_only=True):
     run_id: str | None = None
 
 
+class MemoryFile(_Open, frozen=True, kw_only=True):
+    """Bytes in each phase of a run; the fields are those of `plan.MemoryUse`."""
+
+    at_rest: Count
+    loading: Count
+    training: Count
+    evaluating: Count
+    aggregating: Count
+
+
 class PlanFile(_RunRecord, frozen=True, kw_only=True):
     """plan.json: what a run was estimated to cost; the fields are those of `run.Plan`."""
 
@@ -61,6 +71,9 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     optimizer_state: str = "fresh"
     objective: str = ""
     labels: dict[str, Count | None] = {}
+    device: str = ""
+    host_memory: MemoryFile | None = None
+    device_memory: MemoryFile | None = None
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):
@@ -84,8 +97,10 @@ class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
     platform: str = ""
     processor: str = ""
     device: str | None = None
+    tf32: bool | None = None
     dtype: str | None = None
     adapted_weights: str | None = None
+    attention: str | None = None
     base_sha256: Hash | None = None
     tokenizer_sha256: Hash | None = None
     clients: dict[str, str] = {}

@@ -35,7 +35,7 @@ def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> Global
     Raises:
         AdapterError: If the adapter changes what the run does not adapt, or has another shape.
     """
-    _check_fits(model, given)
+    check_fits(model.adapter, given)
     check_size(given)
     modules = dict(model.adapter.modules)
     changes: dict[str, LowRank] = {}
@@ -75,11 +75,19 @@ def _divide(matrix: LowRank, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
     return matrix.concatenate(spare.to(matrix.dtype)), None
 
 
-def _check_fits(model: GlobalModel, given: Adapter) -> None:
-    """Refuse an adapter that does not belong to the modules of the run."""
+def check_fits(own_adapter: Adapter, given: Adapter) -> None:
+    """Refuse an adapter that does not belong to the modules of the run.
+
+    Args:
+        own_adapter: The run's adapter; its tensors need no values.
+        given: The adapter to begin with.
+
+    Raises:
+        AdapterError: If it adapts another module, or one of another shape.
+    """
     where = given.name
     for module, matrix in given.modules.items():
-        own = model.adapter.modules.get(module)
+        own = own_adapter.modules.get(module)
         if own is None:
             raise AdapterError(
                 f"{where} adapts {module}, which this run does not; name it in lora.target-modules "
@@ -91,7 +99,7 @@ def _check_fits(model: GlobalModel, given: Adapter) -> None:
                 f"{own.shape[0]} x {own.shape[1]} in the base model; it is of another model"
             )
     for key, tensor in given.saved.items():
-        saved = model.adapter.saved.get(key)
+        saved = own_adapter.saved.get(key)
         if saved is None or saved.shape != tensor.shape:
             shape = "not trained" if saved is None else f"{tuple(saved.shape)}"
             raise AdapterError(

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
+from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.setup import (
     load_data,
-    set_threads,
-    tokenized_clients,
+    make_clients,
+    set_up_process,
     training_function,
 )
 from fedmomentum.run.task import check_task, require_labels
@@ -64,7 +66,7 @@ def prepare_client(
     require_labels(config.model)
     check_dropout(config)
     function = training_function(config)
-    set_threads(config.run.threads)
+    set_up_process(config.run)
     if (files := config.data.client_files) and client_id in files:
         config = replace(
             config, data=replace(config.data, client_files={client_id: files[client_id]})
@@ -83,10 +85,16 @@ def prepare_client(
         callbacks.on_message(f"Loading {config.model.name}")
         client_lora = config.lora.for_client(client_id)
         seed = derive_seed(config.run.seed, "adapter")
-        local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
-    (client,) = tokenized_clients(
-        config, [parties[client_id]], local, store, function, callbacks.on_step
+        with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
+            local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
+    examples = tokenize_parties(
+        config,
+        [parties[client_id]],
+        local.peft.get_base_model(),
+        local.tokenizer,
+        local.identity.labels,
     )
+    (client,) = make_clients(config, examples, local, store, function, callbacks.on_step)
     client.store.is_private = True
     return client
 

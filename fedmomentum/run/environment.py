@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedmomentum.base_model.devices import rounds_to_tf32
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.run_files import EnvironmentFile, read_facts
 from fedmomentum.utils.process import installed_version
@@ -58,8 +59,10 @@ def environment(local: LocalModel) -> dict[str, Any]:
     return {
         **facts,
         "device": str(local.peft.device),
+        "tf32": rounds_to_tf32(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),
         "adapted_weights": local.holding,
+        "attention": getattr(local.peft.get_base_model().config, "_attn_implementation", None),
         "base_sha256": local.identity.sha256,
         "tokenizer_sha256": local.identity.tokenizer_sha256,
     }

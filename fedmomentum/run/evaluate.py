@@ -20,6 +20,7 @@ from fedmomentum.formats.run_files import PartitionFile, read_facts
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.global_model.base_of import is_classifier
 from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.client_examples import held_out_order
 from fedmomentum.run.inference import (
     DEFAULT_MAX_LENGTH,
     LoadSettings,
@@ -29,7 +30,7 @@ from fedmomentum.run.inference import (
 )
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing_data
 from fedmomentum.run.saved_model import Result, open_result
-from fedmomentum.run.setup import held_out_order, load_data
+from fedmomentum.run.setup import load_data
 from fedmomentum.run.task import check_rows, make_rows
 
 if TYPE_CHECKING:

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.loading import pick_merged_dtype
+from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.config.toml import to_toml
 from fedmomentum.data.client_data import partition_table
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.global_model.export import export_adapter, export_merged
+from fedmomentum.global_model.start import check_fits
 from fedmomentum.global_model.states import client_states
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.saved_model import find_base, open_result
-from fedmomentum.run.setup import LoadedRun, check_made_from, load_run, with_start_adapter
+from fedmomentum.run.setup import (
+    LoadedRun,
+    RunOutline,
+    check_made_from,
+    load_run,
+    outline_run,
+    with_start_adapter,
+)
 from fedmomentum.run.tracking import TrackerCallback
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
@@ -38,6 +48,12 @@ if TYPE_CHECKING:
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.plan import Plan
     from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.run.client_examples import TokenizedClient
+    from fedmomentum.run.outline import ModelOutline
+
+
+OnPlan = Callable[["Plan", Sequence["TokenizedClient"]], None]
+"""Called with a run's plan and its clients' examples."""
 
 
 @dataclass
@@ -46,6 +62,7 @@ class PreparedRun:
 
     Attributes:
         config: The run's settings.
+        outline: The shapes of the model, from which the plan was made.
         method: Combines the clients' adapters.
         directory: The run's directory, locked by this process.
         local: The base model with a live adapter, shared by all clients that train alike.
@@ -58,6 +75,7 @@ class PreparedRun:
     """
 
     config: Config
+    outline: ModelOutline
     method: Method
     directory: RunDirectory
     local: LocalModel
@@ -116,32 +134,40 @@ class FederatedTrainer:
         self._callbacks = CallbackList(callbacks)
         self._update_filter = update_filter
 
-    def plan(self) -> tuple[Plan, list[Client]]:
-        """Estimate what the run will cost, without touching its directory.
+    def plan(self) -> tuple[Plan, list[TokenizedClient]]:
+        """Estimate what the run will cost, without loading weights or touching its directory.
+
+        The base model's directory needs no weights for it, and this machine not the device.
 
         Returns:
-            The plan, and the clients with their tokenized data.
+            The plan, and the clients' tokenized data.
 
         Raises:
             FedMomentumError: See `prepare`.
         """
-        loaded = self._load(is_plan=True)
+        outline = self._make_outline(is_plan=True)
+        config = outline.config
         rounds = retained_rounds(self.directory)
         if self._resume and rounds:
             resumed_round = rounds[-1] if self._server_round is None else self._server_round
-            check_made_from(self.directory, resumed_round, loaded)
-        model = _initial_model(loaded, is_resumed=self._resume and bool(rounds))
-        plan = make_plan(loaded.config, loaded.local, model, loaded.clients, loaded.method)
+            identity = _identify(outline)
+            check_made_from(self.directory, resumed_round, outline, identity)
+        elif outline.start_adapter is not None:
+            check_fits(outline.model.adapter, outline.start_adapter)
+        plan = make_plan(config, outline.model, outline.examples, outline.method)
         if not self._resume and (self.directory / "config.toml").is_file():
             warning = (
                 f"{self.directory} holds a run already; without --resume, or another --out, this "
                 "run would be refused"
             )
             plan = replace(plan, warnings=(*plan.warnings, warning))
-        return plan, loaded.clients
+        return plan, outline.examples
 
-    def prepare(self) -> PreparedRun:
+    def prepare(self, on_plan: OnPlan | None = None) -> PreparedRun:
         """Read the data, load the model and open the directory; `train` does it where it was not.
+
+        Args:
+            on_plan: Receives the plan and the clients' examples before any weight is loaded.
 
         Raises:
             ConfigError: If settings contradict each other, or the directory has other settings.
@@ -149,31 +175,36 @@ class FederatedTrainer:
             ModelError: If the base model cannot be loaded, or the directory is in use or holds
                 something else.
         """
-        loaded = self._load()
-        if self._update_filter is not None and loaded.config.training.optimizer_state != "fresh":
+        outline = self._make_outline()
+        config = outline.config
+        if self._update_filter is not None and config.training.optimizer_state != "fresh":
             raise ConfigError(
                 "an update filter changes factors, and optimizer moments would leave the client "
-                f"unfiltered; training.optimizer-state is {loaded.config.training.optimizer_state}"
+                f"unfiltered; training.optimizer-state is {config.training.optimizer_state}"
                 ", set it to fresh"
             )
-        directory = RunDirectory(self.directory, keep=loaded.config.run.keep_checkpoints)
+        plan = make_plan(config, outline.model, outline.examples, outline.method)
+        if on_plan is not None:
+            on_plan(plan, outline.examples)
+        loaded = load_run(outline, self.directory, self._callbacks)
+        directory = RunDirectory(self.directory, keep=config.run.keep_checkpoints)
         try:
             model, state = self._start(directory, loaded)
-            plan = make_plan(loaded.config, loaded.local, model, loaded.clients, loaded.method)
         except BaseException:
             directory.close()
             raise
         self.prepared = PreparedRun(
-            config=loaded.config,
-            method=loaded.method,
+            config=config,
+            outline=outline.model,
+            method=outline.method,
             directory=directory,
             local=loaded.local,
             clients=loaded.clients,
             model=model,
             state=state,
             plan=plan,
-            partition=partition_table(loaded.parties),
-            data=loaded.data,
+            partition=partition_table(outline.parties),
+            data=outline.data,
         )
         return self.prepared
 
@@ -247,8 +278,8 @@ class FederatedTrainer:
         if self.prepared is not None:
             self.prepared.directory.close()
 
-    def _load(self, *, is_plan: bool = False) -> LoadedRun:
-        return load_run(
+    def _make_outline(self, *, is_plan: bool = False) -> RunOutline:
+        return outline_run(
             self._config,
             self.directory,
             resume=self._resume,
@@ -261,12 +292,14 @@ class FederatedTrainer:
         """Return the model and state to start from: fresh ones, or those of a checkpoint."""
         if self._resume and self._server_round is not None:
             # What comes after that round is about to be deleted: check before.
-            check_made_from(self.directory, self._server_round, loaded)
+            check_made_from(
+                self.directory, self._server_round, loaded.outline, loaded.local.identity
+            )
         resumed = directory.resume(self._server_round) if self._resume else None
         if resumed is None:
             return _initial_model(loaded), ServerState(secrets.token_hex(16))
         model, state = resumed
-        check_made_from(self.directory, model.server_round, loaded)
+        check_made_from(self.directory, model.server_round, loaded.outline, loaded.local.identity)
         for states in client_states(self.directory, state.run_id):
             states.discard_after(model.server_round)
         return model, state
@@ -286,8 +319,17 @@ class FederatedTrainer:
         )
 
 
-def _initial_model(loaded: LoadedRun, *, is_resumed: bool = False) -> GlobalModel:
-    """Return the model of round 0; a resumed run does not read the adapter that it began with."""
-    dtype = wire_dtype(loaded.config.federation.downlink_dtype)
-    model = loaded.local.initial_global_model(loaded.method).with_wire_dtype(dtype)
-    return model if is_resumed else with_start_adapter(loaded.start_adapter, loaded.method, model)
+def _initial_model(loaded: LoadedRun) -> GlobalModel:
+    """Return the model of round 0."""
+    outline = loaded.outline
+    dtype = wire_dtype(outline.config.federation.downlink_dtype)
+    model = loaded.local.initial_global_model(outline.method).with_wire_dtype(dtype)
+    return with_start_adapter(outline.start_adapter, outline.method, model)
+
+
+def _identify(outline: RunOutline) -> BaseIdentity:
+    """Return the identity of the base model that a run would load."""
+    settings = outline.config.model
+    quantization = ON_LOADING.get(settings.quantization)
+    found = identify(settings.name, outline.model.directory, settings.revision, quantization)
+    return replace(found, labels=outline.model.labels)

@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
 from fedmomentum.base_model.holding import choose_holding
 from fedmomentum.base_model.identity import identify
-from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
-from fedmomentum.base_model.loading import load_tokenizer, pick_device, pick_dtype
+from fedmomentum.base_model.load_checks import (
+    check_token_ids,
+    max_positions,
+    translate_out_of_memory,
+    vocabulary_size,
+)
+from fedmomentum.base_model.loading import load_tokenizer
 from fedmomentum.data.tokenization import prompt_token_ids
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.generation import generate as generate_texts
@@ -20,7 +26,7 @@ from fedmomentum.formats.run_files import EnvironmentFile, read_facts
 from fedmomentum.global_model.base_of import is_classifier, load_base_of
 from fedmomentum.global_model.tuned import TunedModel
 from fedmomentum.run.saved_model import Result, find_base, open_result
-from fedmomentum.run.setup import set_threads
+from fedmomentum.run.setup import set_up_process
 from fedmomentum.utils.chat_date import DEFAULT_DATE, set_chat_date
 from fedmomentum.utils.text import printable
 
@@ -83,7 +89,7 @@ class ModelPair:
         model.base.check(found)
         dtype, device = _as_in_the_run(result, settings)
         if result.config is not None:
-            set_threads(result.config.run.threads)
+            set_up_process(result.config.run)
         if model.base.tokenizer_sha256 and found.tokenizer_sha256 != model.base.tokenizer_sha256:
             LOG.warning(
                 "the tokenizer or chat template in %s is not that of the run %s; scores and "
@@ -96,10 +102,12 @@ class ModelPair:
             chosen = pick_device(device)
         except ModelError as error:
             raise ModelError(f"{error}. Give another by --device") from error
-        self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
+        set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
         setting = result.config.model.adapted_weights if result.config is not None else "auto"
-        holding = choose_holding(setting, self.model)
-        self._tuned = TunedModel(self.model, directory, model, holding=holding)
+        with translate_out_of_memory(f"{model.base.name} with what was trained does not fit"):
+            self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
+            holding = choose_holding(setting, self.model)
+            self._tuned = TunedModel(self.model, directory, model, holding=holding)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)
         self.tokenizer = self._tokenizers[0]

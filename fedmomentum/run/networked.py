@@ -17,7 +17,7 @@ from fedmomentum.run.setup import (
     check_run_directory,
     make_method,
     read_start_adapter,
-    set_threads,
+    set_up_process,
     with_start_adapter,
 )
 from fedmomentum.run.task import check_task, require_labels
@@ -75,7 +75,7 @@ def run_federation(
     check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
     start_adapter = None if resume else read_start_adapter(config)
-    set_threads(config.run.threads)
+    set_up_process(config.run)
     # Checked before any client is asked for anything.
     callback_list = CallbackList(callbacks)
     directory = RunDirectory(out, keep=config.run.keep_checkpoints)

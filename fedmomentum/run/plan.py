@@ -8,45 +8,114 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.load_checks import max_positions
-from fedmomentum.formats.plan import Plan
+from fedmomentum.formats.plan import MemoryUse, Plan
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.lora.module_summary import summarize, summarize_left_out
 from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.memory import (
+    BaseSizes,
+    ServerBytes,
+    choose_placement,
+    estimate,
+    simulate_steps,
+)
 from fedmomentum.run.task import count_labels
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
-    from fedmomentum.client.client import Client
-    from fedmomentum.client.local_model import LocalModel
     from fedmomentum.config.schema import Config
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.protocol.messages import Description
+    from fedmomentum.run.client_examples import TokenizedClient
+    from fedmomentum.run.outline import ModelOutline
+
+# torch and what else a server loads.
+SERVER_LIBRARIES = 400 * 2**20
 
 
 def make_plan(
-    config: Config, local: LocalModel, model: GlobalModel, clients: Sequence[Client], method: Method
+    config: Config, outline: ModelOutline, clients: Sequence[TokenizedClient], method: Method
 ) -> Plan:
     """Estimate what a run on this machine will cost; see `Plan`."""
-    traffic = _traffic(config, model.adapter, method, len(clients))
-    labels = local.identity.labels
+    adapter = outline.adapter
+    traffic = _traffic(config, adapter, method, len(clients))
+    labels = outline.labels
     longest = max(client.train.longest for client in clients)
     longest -= bool(labels)  # a row's label is no token
-    # Activations of a training step: some 24 vectors a layer and token, and the logits.
-    text = local.peft.config.get_text_config()
-    width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
-    activations = (
-        config.training.batch_size * longest * (24 * width * local.dtype.itemsize + 4 * 1024)
+    warnings = _warn(config, clients, longest, outline)
+    place = choose_placement(config, outline)
+    host, device = plan_memory(
+        config, outline, method, len(clients), _longest(clients, longest, labels)
     )
-    # Both answers of a pair are rows of the batch.
-    if config.training.objective == "dpo":
-        activations *= 2
-    # Adapted weights of a 16-bit base have a float32 copy.
-    weights = local.num_parameters * local.dtype.itemsize + (
-        traffic.dense if local.dtype.itemsize < 4 else 0
+    plan = _plan(
+        config, adapter, method, traffic, len(clients), outline.num_parameters, host.peak, warnings
     )
+    return replace(
+        plan,
+        not_adapted=tuple(summarize_left_out(outline.targets.left_out)),
+        labels=count_labels(labels, [client.train for client in clients]),
+        objective=make_objective(config.training, labels).settings,
+        device=place.describe(outline.device),
+        host_memory=host,
+        device_memory=device,
+    )
+
+
+def plan_memory(
+    config: Config,
+    outline: ModelOutline,
+    method: Method,
+    num_clients: int,
+    longest: tuple[int, int],
+) -> tuple[MemoryUse, MemoryUse | None]:
+    """Estimate the memory of host and device in each phase; the device's is None on a CPU.
+
+    Args:
+        config: The configuration.
+        outline: The base model and its adapter.
+        method: The method.
+        num_clients: How many clients there are.
+        longest: Tokens of the longest example, and of the longest answer.
+    """
+    adapter = outline.adapter
+    traffic = _traffic(config, adapter, method, num_clients)
+    place = choose_placement(config, outline)
+    server = ServerBytes(
+        adapter=4 * adapter.num_parameters(),
+        update=_update_bytes(config, traffic),
+        aggregating=_aggregation_bytes(traffic),
+    )
+    return estimate(
+        config,
+        BaseSizes.of(outline.base, adapter, outline.saved),
+        place,
+        simulate_steps(config, outline, place, longest),
+        server,
+        adapter.num_parameters(),
+    )
+
+
+def _longest(
+    clients: Sequence[TokenizedClient], longest: int, labels: Sequence[str]
+) -> tuple[int, int]:
+    """Return the tokens of the longest example and of the longest answer; of a text, one label."""
+    if labels:
+        return longest, 1
+    answers = [1]
+    for client in clients:
+        for ids, num_prompt in zip(
+            client.train.input_ids, client.train.num_prompt_tokens, strict=True
+        ):
+            answers.append(len(ids) - num_prompt)
+    return longest, max(answers)
+
+
+def _warn(
+    config: Config, clients: Sequence[TokenizedClient], longest: int, outline: ModelOutline
+) -> list[str]:
+    """Return what the user should know before hours of training."""
     warnings = []
-    # What the user should know before hours of training.
     short = [c.client_id for c in clients if len(c.train) < config.training.batch_size]
     if short:
         warnings.append(
@@ -54,22 +123,18 @@ def make_plan(
         )
     if config.evaluation.every and not any(len(client.test) for client in clients):
         warnings.append("no client holds out examples; nothing will be evaluated")
-    positions, _ = max_positions(local.peft.get_base_model())
+    positions, _ = max_positions(outline.base)
     if positions is not None and longest > positions:
         warnings.append(
             f"the longest example has {longest} tokens and the model was made for {positions}; "
             f"data.max-length = {positions} cuts them"
         )
-    # The adapter, its gradient and the moments of Adam; and the libraries themselves.
-    memory = weights + 4 * traffic.uplink + activations + 700 * 2**20
-    plan = _plan(
-        config, model, method, traffic, len(clients), local.num_parameters, memory, warnings
-    )
-    return replace(
-        plan,
-        not_adapted=tuple(summarize_left_out(local.targets.left_out)),
-        labels=count_labels(labels, [client.train for client in clients]),
-    )
+    if not outline.is_here:
+        warnings.append(
+            f"this machine has no {outline.device}; the plan is for one that has, in "
+            f"{str(outline.dtype).removeprefix('torch.')}"
+        )
+    return warnings
 
 
 def served_plan(
@@ -87,19 +152,24 @@ def served_plan(
         )
     if config.evaluation.every and not any(fact.num_test for fact in facts.values()):
         warnings.append("no client holds out examples; nothing will be evaluated")
-    # updates are on disk: in memory are a reply as bytes and tensors, what is sent in the message
-    # store and as it is encoded, the base update and what a round makes of it as bytes and tensors,
-    # and one module's sum at work
-    memory = (
-        3 * traffic.uplink
-        + 4 * traffic.adapter
-        + 8 * traffic.residual
-        + 2 * _update_bytes(config, traffic)
-    )
-    memory += 4 * traffic.largest_sum + 400 * 2**20
     parameters = max(fact.num_parameters for fact in facts.values())
-    plan = _plan(config, model, method, traffic, len(facts), parameters, memory, warnings)
-    return replace(plan, labels=dict.fromkeys(model.base.labels))
+    memory = _aggregation_bytes(traffic) + 2 * _update_bytes(config, traffic) + SERVER_LIBRARIES
+    plan = _plan(config, model.adapter, method, traffic, len(facts), parameters, memory, warnings)
+    return replace(
+        plan,
+        labels=dict.fromkeys(model.base.labels),
+        objective=make_objective(config.training, model.base.labels).settings,
+    )
+
+
+def _aggregation_bytes(traffic: _Traffic) -> int:
+    """Return the memory of an aggregation.
+
+    Updates are on disk: in memory are a reply as bytes and tensors, what is sent in the message
+    store and as it is encoded, what a round makes of the base update as bytes and tensors, and one
+    module's sum at work.
+    """
+    return 3 * traffic.uplink + 4 * traffic.adapter + 8 * traffic.residual + 4 * traffic.largest_sum
 
 
 @dataclass(frozen=True)
@@ -179,7 +249,7 @@ def _update_bytes(config: Config, traffic: _Traffic) -> int:
 
 def _plan(
     config: Config,
-    model: GlobalModel,
+    adapter: Adapter,
     method: Method,
     traffic: _Traffic,
     num_clients: int,
@@ -196,7 +266,7 @@ def _plan(
     return Plan(
         model=config.model.name,
         num_parameters=num_parameters,
-        num_trained=model.adapter.num_parameters(),
+        num_trained=adapter.num_parameters(),
         num_clients=num_clients,
         num_rounds=config.federation.num_rounds,
         method=repr(method),
@@ -207,9 +277,8 @@ def _plan(
         + 2 * _update_bytes(config, traffic)  # the list, and what the kept recipes name
         + traffic.residual
         + traffic.spool,
-        adapted=tuple(summarize(model.adapter.modules)),
+        adapted=tuple(summarize(adapter.modules)),
         not_adapted=(),
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
         optimizer_state=config.training.optimizer_state,
-        objective=make_objective(config.training, model.base.labels).settings,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedmomentum.config.schema import EvaluationConfig
 from fedmomentum.data.tokenized import TokenizedExamples
+from fedmomentum.run.client_examples import TokenizedClient
 from fedmomentum.run.plan import make_plan
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def make_reference(run: PreparedRun, only: str | None) -> None:
     run.partition = {
         client.client_id: {"train": _counts(client.train), "test": _counts(client.test)}
     }
-    run.plan = make_plan(run.config, run.local, run.model, run.clients, run.method)
+    examples = TokenizedClient(client.client_id, client.train, client.test)
+    run.plan = make_plan(run.config, run.outline, [examples], run.method)
 
 
 def _part(examples: TokenizedExamples, start: int, end: int, category: str) -> TokenizedExamples:

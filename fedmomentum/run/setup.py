@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.load_checks import check_max_length
+from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
@@ -28,19 +27,21 @@ from fedmomentum.global_model.personal import personal_states
 from fedmomentum.global_model.start import start_from
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.client_examples import TokenizedClient, tokenize_parties
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
-from fedmomentum.run.task import check_rows, check_task, find_labels, make_rows
+from fedmomentum.run.outline import ModelOutline, outline_model
+from fedmomentum.run.task import check_task, find_labels
 from fedmomentum.run.tracking import check_trackers
-from fedmomentum.run.training_checks import check_dropout, check_pairs, choose_optimizer_state
+from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
 from fedmomentum.server.saved_run import committed_records, saved_settings
-from fedmomentum.training.arguments import check_arguments, check_num_examples
+from fedmomentum.training.arguments import check_arguments
 from fedmomentum.utils.plugins import import_object
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
-    from fedmomentum.config.schema import Config, LoraConfig
-    from fedmomentum.data.examples import ClientData, Example
+    from fedmomentum.config.schema import Config, LoraConfig, RunConfig
+    from fedmomentum.data.examples import ClientData
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.round_record import RoundRecord
     from fedmomentum.global_model.model import GlobalModel
@@ -51,19 +52,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """What a run on this machine is made of, before its directory is opened."""
+class RunOutline:
+    """What a run on this machine is made of, before the weights of its model are loaded.
+
+    Attributes:
+        config: The run's settings.
+        method: Combines the clients' adapters.
+        function: Trains a client's model, where the user gives one.
+        model: The shapes of the model.
+        examples: The clients' examples as tokens.
+        parties: The same as texts.
+        data: The fingerprints of both.
+        start_adapter: What `lora.start-from` names.
+    """
 
     config: Config
     method: Method
-    local: LocalModel
-    clients: list[Client]
+    function: TrainingFunction | None
+    model: ModelOutline
+    examples: list[TokenizedClient]
     parties: list[ClientData]
     data: dict[str, Fingerprint]
     start_adapter: Adapter | None = None
 
 
-def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run on this machine is made of, before its directory is opened."""
+
+    outline: RunOutline
+    local: LocalModel
+    clients: list[Client]
+
+
+def check_made_from(
+    out: Path, server_round: int, outline: RunOutline, identity: BaseIdentity
+) -> None:
     """Refuse to continue from a round with another base, other data, or missing personal factors.
 
     Raises:
@@ -74,10 +98,10 @@ def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
     if server_round not in retained_rounds(out):
         return  # for `RunDirectory.resume` to say
     manifest = read_manifest(round_file(out, server_round))
-    BaseIdentity.of(manifest.base).check(loaded.local.identity)
-    check_data(out, loaded.data, server_round)
-    has_moments = loaded.config.training.optimizer_state == "local"
-    has_factors = bool(loaded.method.personal_factors)
+    BaseIdentity.of(manifest.base).check(identity)
+    check_data(out, outline.data, server_round)
+    has_moments = outline.config.training.optimizer_state == "local"
+    has_factors = bool(outline.method.personal_factors)
     if manifest.run is None or not (has_moments or has_factors):
         return
     last_trained = _last_trained(committed_records(out, server_round))
@@ -87,7 +111,7 @@ def check_made_from(out: Path, server_round: int, loaded: LoadedRun) -> None:
         ClientStateFiles(out, manifest.run.run_id, LocalMoments).check(last_trained)
 
 
-def load_run(
+def outline_run(
     config: Config,
     out: Path,
     *,
@@ -95,8 +119,8 @@ def load_run(
     server_round: int | None = None,
     is_plan: bool = False,
     callbacks: Callback,
-) -> LoadedRun:
-    """Check the settings, read the data and load the model; see `prepare`."""
+) -> RunOutline:
+    """Check the settings, read the data, and outline the model: all but its weights."""
     # Cheap checks come first: nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
@@ -111,35 +135,53 @@ def load_run(
     if resume or not is_plan:
         check_run_directory(config, out, resume, server_round)
     start_adapter = None if resume else read_start_adapter(config)
-    set_threads(config.run.threads)
-    seed = config.run.seed
+    set_up_process(config.run)
     # Data before the model: its mistakes are more frequent, and it is quicker to read.
     callbacks.on_message("Reading the data")
     parties = load_data(config)
-    callbacks.on_message(f"Loading {config.model.name}")
     labels = find_labels(config.model, parties)
-    base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
-    # Clients that train less have models of their own, which share the base model's weights.
-    local = LocalModel(
-        config.model,
-        config.lora,
-        seed=derive_seed(seed, "adapter"),
-        loaded=base,
-        takes_loaded=not config.lora.clients,
+    model = outline_model(config, labels, is_plan=is_plan)
+    examples = tokenize_parties(config, parties, model.base, model.tokenizer, labels)
+    data = fingerprints(parties, {one.client_id: (one.train, one.test) for one in examples})
+    return RunOutline(config, method, function, model, examples, parties, data, start_adapter)
+
+
+def load_run(outline: RunOutline, out: Path, callbacks: Callback) -> LoadedRun:
+    """Load the model of a run, and make its clients; see `prepare`."""
+    config = outline.config
+    callbacks.on_message(f"Loading {config.model.name}")
+    labels = outline.model.labels
+    base = outline.model.loaded
+    if base is None:
+        base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
+    with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
+        # Clients that train less have models of their own, which share the base model's weights.
+        local = LocalModel(
+            config.model,
+            config.lora,
+            seed=derive_seed(config.run.seed, "adapter"),
+            loaded=base,
+            takes_loaded=not config.lora.clients,
+        )
+    clients = make_clients(
+        config, outline.examples, local, out, outline.function, callbacks.on_step
     )
-    clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
     for client in clients:
         client.model = local_models[client.client_id]
-    data = fingerprints(
-        parties, {client.client_id: (client.train, client.test) for client in clients}
-    )
-    return LoadedRun(config, method, local, clients, parties, data, start_adapter)
+    return LoadedRun(outline, local, clients)
 
 
-def set_threads(threads: int) -> None:
-    """Have torch use so many threads; 0: as many as there are cores."""
-    torch.set_num_threads(threads if threads > 0 else os.cpu_count() or 1)
+def set_up_process(run: RunConfig) -> None:
+    """Have torch use so many threads, 0 as many as there are cores; and deterministic kernels.
+
+    Operations of a GPU that have none raise an error then, which names them.
+    """
+    torch.set_num_threads(run.threads if run.threads > 0 else os.cpu_count() or 1)
+    if run.deterministic:
+        # Read when cuBLAS is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(run.deterministic)
 
 
 def _last_trained(records: Sequence[RoundRecord]) -> dict[str, int]:
@@ -170,10 +212,12 @@ def _own_models(
         model = next((model for other, model in models if other == client_lora), None)
         if model is None:
             seed = derive_seed(config.run.seed, "adapter")
+            what = f"{config.model.name} with the adapter of {name} does not fit"
             try:
-                model = LocalModel(
-                    config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
-                )
+                with translate_out_of_memory(what):
+                    model = LocalModel(
+                        config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
+                    )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error
             models.append((client_lora, model))
@@ -295,50 +339,24 @@ def load_data(config: Config) -> list[ClientData]:
     return load_clients(config.data, seed, loss_on=config.training.loss_on, task=config.model.task)
 
 
-def held_out_order(config: Config, party: ClientData) -> list[Example]:
-    """Return a client's held-out examples in the shuffled order that evaluations use."""
-    test = list(party.test)
-    random.Random(derive_seed(config.run.seed, "test order", party.client_id)).shuffle(test)
-    return test
-
-
-def tokenized_clients(
+def make_clients(
     config: Config,
-    parties: Sequence[ClientData],
+    examples: Sequence[TokenizedClient],
     local: LocalModel,
     out: Path,
     function: TrainingFunction | None,
     on_step: Callable[[str, int, int, float], None] | None,
 ) -> list[Client]:
-    """Tokenize each client's examples, once for the whole run; held-out ones shuffled."""
-    limits: dict[str, Any] = {
-        "max_length": config.data.max_length,
-        "max_truncated_fraction": config.data.max_truncated_fraction,
-        "loss_on": config.training.loss_on,
-    }
-    base = local.peft.get_base_model()
-    check_max_length(base, config.data.max_length)
-    labels = local.identity.labels
-    objective = make_objective(config.training, labels)
-    hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
+    """Return the clients with their examples, on one model and with one cache of objects."""
+    objective = make_objective(config.training, local.identity.labels)
     cache: dict[str, StoredObject] = {}
     clients = []
-    for party in parties:
-        rows = {}
-        held_out = f"{party.client_id} (held out)"
-        parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
-        # Each part is what the objective learns from, in tokens that the model embeds.
-        for owner, examples in parts.items():
-            rows[owner] = make_rows(examples, local.tokenizer, labels, owner=owner, **limits)
-            check_pairs(rows[owner], objective, owner)
-            check_rows(base, rows[owner], labels, owner)
-        train_tokens = rows[party.client_id]
-        check_num_examples(len(train_tokens), hyperparameters, party.client_id)
+    for one in examples:
         clients.append(
             Client(
-                client_id=party.client_id,
-                train=train_tokens,
-                test=rows[held_out],
+                client_id=one.client_id,
+                train=one.train,
+                test=one.test,
                 method=make_method(config),
                 model=local,
                 objective=objective,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.base_model.classifier import order_labels
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.load_checks import check_token_ids
-from fedmomentum.config.schema import BUILT_IN_SOURCE, CLASSIFICATION
+from fedmomentum.config.data import BUILT_IN_SOURCE
+from fedmomentum.config.schema import CLASSIFICATION
 from fedmomentum.data.labeled_texts import refuse_unknown_labels, sort_labels, tokenize_labeled
 from fedmomentum.data.tokenization import tokenize
 from fedmomentum.data.tokenized import EMPTY_EXAMPLES, TokenizedExamples

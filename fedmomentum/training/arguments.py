@@ -76,6 +76,8 @@ CONFIGURED_ARGUMENTS = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "use_cpu": "model.device",
+    "tf32": "model.tf32",
+    "full_determinism": "run.deterministic",
     "output_dir": "the run's directory",
 }
 """Fields that the run's configuration decides, each with the key that does."""

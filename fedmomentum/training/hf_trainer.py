@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler
@@ -231,8 +234,30 @@ class TrainableView(nn.Module):
             return getattr(self.wrapped_model, name)
 
 
+@dataclass
 class LocalTrainingArguments(TrainingArguments):
-    """The trainer's arguments, which leave the model on the device where it is."""
+    """The trainer's arguments, which leave the model on the device where it is.
+
+    transformers would train on the first GPU, whichever the model is on, and make it the current
+    one.
+
+    Attributes:
+        model_device: The device that the model is on.
+    """
+
+    model_device: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        device = torch.device(self.model_device)
+        # accelerate keeps one state a process, and moves batches to its device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.distributed_state = PartialState(cpu=device.type == "cpu")
+        self.distributed_state.device = device
+        # One process uses one device: several visible GPUs would otherwise split each batch between
+        # replicas.
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
 
     @property
     def place_model_on_device(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedmomentum.base_model.devices import generator_devices
 from fedmomentum.utils.modules import inner_model
 
 MAX_MATH_SDPA_TOKENS = 128
@@ -72,6 +73,17 @@ def gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _generators_restored(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's generators: the CPU's, and that of the device that the model is on."""
+    indices = generator_devices(device)
+    return torch.random.fork_rng(indices, device_type=device.type if indices else None)
+
+
+def _current_device(device: torch.device) -> AbstractContextManager[None]:
+    """Have libraries launch their kernels on the GPU that the model is on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @contextmanager
 def global_state_restored(model: nn.Module, *, undo_checkpointing: bool) -> Iterator[None]:
     """Undo a trainer's side effects: seeded global generators, the model's mode and configuration.
@@ -81,12 +93,13 @@ def global_state_restored(model: nn.Module, *, undo_checkpointing: bool) -> Iter
         undo_checkpointing: Whether the training switches gradient checkpointing on.
     """
     was_training = model.training
+    device = next(model.parameters()).device
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with _generators_restored(device), _current_device(device):
             yield
     finally:
         random.setstate(python_state)

@@ -203,9 +203,13 @@ def _with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]
     return result
 
 
-def _device_arguments(device: torch.device) -> dict[str, bool]:
+def _device_arguments(device: torch.device) -> dict[str, Any]:
     """Return the trainer's arguments that depend on where the model is."""
-    return {"use_cpu": device.type == "cpu", "dataloader_pin_memory": device.type == "cuda"}
+    return {
+        "model_device": str(device),
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+    }
 
 
 def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTrainingArguments:
@@ -230,13 +234,9 @@ def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTr
     }
     options = {"lr_scheduler_type": "constant", **arguments, **configured, **silent}
     try:
-        result = LocalTrainingArguments(**options)
+        return LocalTrainingArguments(**options)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"[training.arguments] cannot be used: {_first_line(error)}") from error
-    # One process uses one device: several visible GPUs would otherwise split each batch between
-    # replicas.
-    result._n_gpu = min(result.n_gpu, 1)
-    return result
 
 
 def _create_optimizer(trainer: Trainer, num_steps: int) -> Optimizer:

@@ -240,6 +240,7 @@ def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, mo
         (PermissionError(13, "Permission denied"), "Permission denied. Make room or grant access"),
         (MemoryError(), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (ModelError("a sentence"), "a sentence"),
     ],
 )

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from fedmomentum.config.schema import PARTITIONS as PARTITION_NAMES
-from fedmomentum.config.schema import DataConfig
+from fedmomentum.config.data import PARTITIONS as PARTITION_NAMES
+from fedmomentum.config.data import DataConfig
 from fedmomentum.data import ClientData, Example, client_data, partition_table
 from fedmomentum.data.partition import PARTITIONS
 from fedmomentum.errors import ConfigError, DataError

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fedmomentum.config.schema import CLASSIFICATION, DataConfig
+from fedmomentum.config.data import DataConfig
+from fedmomentum.config.schema import CLASSIFICATION
 from fedmomentum.data.client_data import load_clients, partition_table
 from fedmomentum.data.examples import Example, TextPair
 from fedmomentum.data.labeled_texts import (

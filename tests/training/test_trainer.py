@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokenization import tokenize
@@ -19,7 +20,11 @@ from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
 from fedmomentum.training.arguments import ALLOWED_ARGUMENTS, CONFIGURED_ARGUMENTS, check_arguments
 from fedmomentum.training.function import TrainReport
-from fedmomentum.training.hf_trainer import LengthGroupedSampler, TrainableView
+from fedmomentum.training.hf_trainer import (
+    LengthGroupedSampler,
+    LocalTrainingArguments,
+    TrainableView,
+)
 from fedmomentum.training.isolation import MAX_MATH_SDPA_TOKENS
 from tests.tiny import PAD_TOKEN_ID, tiny_gpt2, tiny_llama
 from tests.training.keywords import train
@@ -463,3 +468,51 @@ def test_weight_decay_leaves_biases_and_norms_alone(folder):
     )
     assert torch.allclose(norm.weight, before[0], atol=1e-7)
     assert matrix.weight.norm() < 0.9 * before[1].norm()
+
+
+def test_training_on_the_cpu_touches_no_gpu(folder, monkeypatch):
+    """`fork_rng` without a list makes a context on every GPU."""
+    forked = []
+    real = torch.random.fork_rng
+
+    def fork_rng(devices=None, **options):
+        forked.append(devices)
+        return real(devices, **options)
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    model = new_model(folder)
+    forked.clear()
+    train(model, tokens_of(folder), **DEFAULTS | {"local_steps": 1})
+    assert forked == [[]]
+
+
+def test_the_trainer_uses_the_device_that_the_model_is_on(tmp_path, monkeypatch):
+    """transformers takes the first GPU; what it says of this machine does not matter."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    arguments = LocalTrainingArguments(
+        output_dir=str(tmp_path), model_device="cuda:1", report_to="none"
+    )
+    assert arguments.device == torch.device("cuda:1")
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 8
+    trainer = Trainer(nn.Linear(2, 2), arguments, train_dataset=[{"x": torch.zeros(2)}])
+    assert trainer.accelerator.device == torch.device("cuda:1")
+    assert trainer.get_train_dataloader().device == torch.device("cuda:1")
+    assert not made_current
+    arguments = LocalTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    assert arguments.device == torch.device("cpu") and arguments.n_gpu == 0
+
+
+def test_layers_that_are_computed_again_give_the_same_bits(folder):
+    """Gradient checkpointing saves memory and changes nothing, with carried moments too."""
+    tokens = tokens_of(folder)
+    results = []
+    for arguments in ({}, {"gradient_checkpointing": True, "optim": "adamw_torch_fused"}):
+        arguments = {"optim": "adamw_torch_fused"} | arguments
+        model = new_model(folder)
+        first = train(model, tokens, **DEFAULTS, arguments=arguments, moments={})
+        train(model, tokens, **DEFAULTS, arguments=arguments, moments=first.moments)
+        results.append((adapter_of(model), first.loss))
+        assert not model.get_base_model().is_gradient_checkpointing
+    assert same_bits(results[0][0], results[1][0]) and results[0][1] == results[1][1]

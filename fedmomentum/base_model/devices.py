@@ -1,0 +1,120 @@
+"""The device of a model and the numbers that it computes in: chosen, checked, set up."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedmomentum.base_model.load_checks import translate_library_errors
+from fedmomentum.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What each of them is computed by.
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device of a name; for `auto` the first GPU if torch finds one, else the CPU.
+
+    Raises:
+        ModelError: If torch does not know the device, does not find it, or it cannot hold weights.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # With its number: `cuda` is whichever GPU is the current one.
+        chosen = torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    if chosen.type == "meta":
+        raise ModelError("device 'meta' holds no weights; choose auto, cpu, cuda, cuda:1, ...")
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
+
+    Raises:
+        ModelError: If it is not the name of a supported dtype.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            # Older GPUs emulate it, which is slower than float32.
+            with torch.cuda.device(device):
+                is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if is_native else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
+    return DTYPES[dtype]
+
+
+def set_up_device(device: torch.device, *, tf32: bool) -> None:
+    """Prepare this process to compute on a device.
+
+    On a GPU, it becomes the current one, where libraries place what they do not place by
+    themselves; and float32 matrices are multiplied in TF32 or not, from here on.
+
+    Args:
+        device: As `pick_device` returns it.
+        tf32: Whether a GPU may round the factors of float32 products to 10 bits.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def rounds_to_tf32(device: torch.device) -> bool:
+    """Return whether float32 products on a device are computed in TF32."""
+    return device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+
+
+def generator_devices(device: torch.device) -> list[int]:
+    """Return the GPU whose random generator a model on a device uses; none for one on the CPU.
+
+    For `torch.random.fork_rng`, which without a list makes a context on every GPU, some hundred MB.
+    """
+    if device.type not in ("cuda", "xpu"):
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]
+
+
+def set_attention(model: PreTrainedModel, attention: str) -> None:
+    """Have a model compute attention in this way.
+
+    Args:
+        model: The model, on its device.
+        attention: As transformers calls it; `auto`: as the model chooses.
+
+    Raises:
+        ModelError: If it is not possible for this model, here.
+    """
+    if attention == "auto":
+        return
+    device, dtype = model.device, model.dtype
+    if attention in FLASH_PACKAGES and (device.type == "cpu" or dtype == torch.float32):
+        raise ModelError(
+            f'model.attention = "{attention}" needs a GPU and 16 bits; this is {device} in '
+            f'{str(dtype).removeprefix("torch.")}. Leave it out: "sdpa" has fast kernels of its own'
+        )
+    package = FLASH_PACKAGES.get(attention)
+    if package is not None and find_spec(package) is None:
+        # transformers would take kernels from the hub instead, which is code from elsewhere.
+        raise ModelError(
+            f'model.attention = "{attention}" needs the package {package}, which is not installed'
+        )
+    what = f'model.attention = "{attention}" cannot be used for {type(model).__name__}'
+    with translate_library_errors(what, {}):
+        model.set_attn_implementation(attention)
+    # transformers leaves a model as it is that does not support the change.
+    chosen = model.config._attn_implementation
+    if chosen != attention:
+        raise ModelError(f"{what}; it stays with {chosen}")

@@ -1,0 +1,75 @@
+"""The section [data] of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmomentum.config.fields import option, require, require_at_least, require_choice
+from fedmomentum.utils.names import check_client_name
+
+PARTITIONS = ("iid", "dirichlet", "categories", "sizes")
+BUILT_IN_SOURCE = "reasoning-gym"
+"""The `data.source` that stands for the built-in tasks."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where each client's data is, and how much of it is held out."""
+
+    source: str = option(
+        "",
+        "one source for all clients: a JSONL, JSON, CSV or Parquet file, a directory saved by "
+        "datasets, a hub name, or reasoning-gym (the built-in tasks)",
+    )
+    client_files: dict[str, str] = option({}, "one file a client instead: client name = file")
+    client_column: str | None = option(None, "column of the source that names each row's client")
+    split: str = option("train", "split of a source that has several")
+    tasks: list[str] = option([], "built-in tasks to mix; empty: all")
+    num_examples: int = option(2000, "training examples over all clients (built-in tasks)")
+    num_test_examples: int = option(400, "held-out examples over all clients (built-in tasks)")
+    num_clients: int = option(4, "clients to divide a source among")
+    partition: str = option("iid", "how to divide: iid, dirichlet, categories, sizes")
+    category_column: str | None = option(None, "column to divide and report by")
+    concentration: float = option(0.5, "of the Dirichlet partition: small is skewed, large is even")
+    min_examples: int = option(8, "fewest examples of a client")
+    categories_per_client: int = option(2, "for the partition categories")
+    sizes: list[float] = option([], "for the partition sizes: one number a client, in proportion")
+    test_source: str | None = option(None, "a held-out source, divided among the clients")
+    test_split: str = option("test", "split of the held-out source")
+    test_fraction: float = option(0.1, "fraction of its own examples that each client holds out")
+    max_length: int = option(512, "longest example in tokens; longer ones are truncated")
+    max_truncated_fraction: float = option(
+        0.02, "refused where a larger fraction of the examples loses its complete answer to that"
+    )
+
+    def __post_init__(self) -> None:
+        self._check_sources()
+        require_choice("data.partition", self.partition, PARTITIONS)
+        require_at_least("data.num-clients", self.num_clients, 1)
+        require(self.concentration > 0, "data.concentration", self.concentration, "above 0")
+        require(0 <= self.test_fraction < 1, "data.test-fraction", self.test_fraction, "in [0, 1)")
+        require(
+            0 <= self.max_truncated_fraction <= 1,
+            "data.max-truncated-fraction",
+            self.max_truncated_fraction,
+            "in [0, 1]",
+        )
+        require_at_least("data.max-length", self.max_length, 2)
+
+    def _check_sources(self) -> None:
+        """Refuse keys that contradict the source."""
+        for client in self.client_files:
+            check_client_name(client, "data.client-files")
+        if self.client_files:
+            wanted = "left out where client-files is given"
+            require(not self.source, "data.source", self.source, wanted)
+            require(self.client_column is None, "data.client-column", self.client_column, wanted)
+        # The built-in tasks have no columns, and are generated with their tests.
+        if self.source == BUILT_IN_SOURCE:
+            wanted = f'left out with source "{BUILT_IN_SOURCE}"'
+            for key in ("client_column", "category_column", "test_source"):
+                value = getattr(self, key)
+                require(value is None, f"data.{key.replace('_', '-')}", value, wanted)
+        else:
+            wanted = f'left out, for it belongs to source "{BUILT_IN_SOURCE}"'
+            require(not self.tasks, "data.tasks", self.tasks, wanted)

@@ -1,0 +1,87 @@
+"""The clients' examples as tokens, checked against the model and the settings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedmomentum.base_model.load_checks import check_max_length
+from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.task import check_rows, make_rows
+from fedmomentum.run.training_checks import check_pairs
+from fedmomentum.training.arguments import check_num_examples
+from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.data.examples import ClientData, Example
+    from fedmomentum.data.tokenized import TokenizedExamples
+
+
+@dataclass(frozen=True)
+class TokenizedClient:
+    """A client's examples as tokens.
+
+    Attributes:
+        client_id: The client.
+        train: What it trains on.
+        test: What it holds out.
+    """
+
+    client_id: str
+    train: TokenizedExamples
+    test: TokenizedExamples
+
+
+def held_out_order(config: Config, party: ClientData) -> list[Example]:
+    """Return a client's held-out examples in the shuffled order that evaluations use."""
+    test = list(party.test)
+    random.Random(derive_seed(config.run.seed, "test order", party.client_id)).shuffle(test)
+    return test
+
+
+def tokenize_parties(
+    config: Config,
+    parties: Sequence[ClientData],
+    base: Any,
+    tokenizer: Any,
+    labels: Sequence[str],
+) -> list[TokenizedClient]:
+    """Tokenize each client's examples, once for the whole run; held-out ones shuffled.
+
+    Args:
+        config: The configuration.
+        parties: The clients' data.
+        base: The base model, with or without memory.
+        tokenizer: Its tokenizer.
+        labels: Of a classifier.
+
+    Raises:
+        DataError: If examples cannot be used.
+        ModelError: If the model does not embed a token.
+        ConfigError: If a client has too few examples for the settings.
+    """
+    limits: dict[str, Any] = {
+        "max_length": config.data.max_length,
+        "max_truncated_fraction": config.data.max_truncated_fraction,
+        "loss_on": config.training.loss_on,
+    }
+    check_max_length(base, config.data.max_length)
+    objective = make_objective(config.training, labels)
+    hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
+    examples_by_client = []
+    for party in parties:
+        rows = {}
+        held_out = f"{party.client_id} (held out)"
+        parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
+        # Each part is what the objective learns from, in tokens that the model embeds.
+        for owner, examples in parts.items():
+            rows[owner] = make_rows(examples, tokenizer, labels, owner=owner, **limits)
+            check_pairs(rows[owner], objective, owner)
+            check_rows(base, rows[owner], labels, owner)
+        train_tokens = rows[party.client_id]
+        check_num_examples(len(train_tokens), hyperparameters, party.client_id)
+        examples_by_client.append(TokenizedClient(party.client_id, train_tokens, rows[held_out]))
+    return examples_by_client

@@ -1,0 +1,271 @@
+"""What a run takes of memory, host's and device's, in each of its phases; computed, not measured.
+
+Weights and optimizer states are counted by their shapes, activations by a step that is run without
+memory (`training.step_memory`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedmomentum.base_model.holding import AS_LOADED, FLOAT32
+from fedmomentum.base_model.quantization import NONE
+from fedmomentum.formats.plan import MemoryUse
+from fedmomentum.lora.module_names import weight_path
+from fedmomentum.training.step_memory import StepShape, step_bytes
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.run.outline import ModelOutline
+
+LOG = logging.getLogger("fedmomentum")
+
+# Bytes of an element in each form: codes and their scales, for nf4 by blocks of 64 whose scales are
+# quantized in blocks of 256.
+QUANTIZED_BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+QUANTIZED_BYTES["torchao-int8"] = 1.0
+# torch, transformers, PEFT and what they load, in memory of this process alone.
+LIBRARIES = 400 * 2**20
+# The live factors, the fresh adapter, the global one and its bytes, and a reply beside its bytes.
+ADAPTER_COPIES = 6
+# Vectors a layer and token that a step keeps, where it cannot be run without memory.
+VECTORS_A_LAYER = 34
+
+
+@dataclass(frozen=True)
+class BaseSizes:
+    """Numbers of a base model, by how they are held.
+
+    Attributes:
+        adapted: Elements of the adapted matrices.
+        linear: Elements of the other linear layers that a quantization would take.
+        other: Elements of everything else.
+        trained: Elements of modules that are trained in full; they are held a second time.
+        largest: Elements of the largest tensor.
+    """
+
+    adapted: int
+    linear: int
+    other: int
+    trained: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: Any, adapter: Adapter, saved: Collection[str]) -> BaseSizes:
+        """Count the parameters of a model, with or without memory."""
+        adapted_paths = {weight_path(module) for module in adapter.modules}
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        counts = {"adapted": 0, "linear": 0, "other": 0}
+        linear = {
+            f"{path}.weight"
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head and path not in saved
+        }
+        largest = 0
+        for name, parameter in model.named_parameters():
+            kind = "other"
+            if name in adapted_paths:
+                kind = "adapted"
+            elif name in linear:
+                kind = "linear"
+            counts[kind] += parameter.numel()
+            largest = max(largest, parameter.numel())
+        trained = sum(tensor.numel() for tensor in adapter.saved.values())
+        return cls(**counts, trained=trained, largest=largest)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model is held.
+
+    Attributes:
+        on_gpu: Whether it is on a device with memory of its own.
+        dtype: The dtype of its weights, and what quantized ones compute in.
+        stored_dtype: The dtype on disk.
+        holding: How the adapted modules are held: `float32` or `as-loaded`.
+        quantization: `none`, or how linear layers are quantized.
+    """
+
+    on_gpu: bool
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    holding: str
+    quantization: str
+
+    @property
+    def quantized_bytes(self) -> float | None:
+        """Bytes of a quantized element; None where nothing is quantized."""
+        return QUANTIZED_BYTES.get(self.quantization)
+
+    def describe(self, device: torch.device) -> str:
+        """Return it as a plan shows it: `cuda:0, bfloat16, adapted modules as-loaded`."""
+        parts = [str(device), str(self.dtype).removeprefix("torch.")]
+        if self.quantization != NONE:
+            parts.append(self.quantization)
+        return ", ".join([*parts, f"adapted modules {self.holding}"])
+
+
+def choose_placement(config: Config, outline: ModelOutline) -> Placement:
+    """Return how a configuration holds its model; see `holding.choose_holding`."""
+    quantization = outline.quantization or config.model.quantization
+    on_gpu = outline.device.type != "cpu"
+    holding = config.model.adapted_weights
+    if holding == "auto":
+        holding = AS_LOADED if on_gpu or quantization != NONE else FLOAT32
+    return Placement(on_gpu, outline.dtype, outline.stored_dtype, holding, quantization)
+
+
+@dataclass(frozen=True)
+class ServerBytes:
+    """What the server's part takes.
+
+    Attributes:
+        adapter: An adapter in float32.
+        update: What is merged over all rounds, at most, as it is kept.
+        aggregating: The work of an aggregation.
+    """
+
+    adapter: int
+    update: int
+    aggregating: int
+
+
+def weight_bytes(sizes: BaseSizes, place: Placement) -> int:
+    """Return the bytes of the base model's weights as they are held."""
+    itemsize = place.dtype.itemsize
+    quantized = place.quantized_bytes
+    adapted: float = 4 if place.holding == FLOAT32 else itemsize
+    linear: float = itemsize
+    if quantized is not None:
+        adapted = linear = quantized
+    total = sizes.adapted * adapted + sizes.linear * linear + sizes.other * itemsize
+    return int(total) + 4 * sizes.trained
+
+
+def branch_bytes(sizes: BaseSizes, place: Placement, update: int) -> int:
+    """Return the most that merged parts take beside weights that are held as loaded."""
+    if place.holding == FLOAT32:
+        return 0
+    # As factors, in the model's dtype, while they are smaller than int8.
+    return min(update // 4 * place.dtype.itemsize, sizes.adapted)
+
+
+def moment_bytes(config: Config, trained: int) -> int:
+    """Return the bytes of the optimizer's state over so many trained elements."""
+    name = str(config.training.arguments.get("optim", "adamw_torch"))
+    options = str(config.training.arguments.get("optim_args", ""))
+    if name == "sgd":
+        return 4 * trained if "momentum" in options else 0
+    if "8bit" in name:
+        return 2 * trained
+    return 8 * trained
+
+
+def estimate(
+    config: Config,
+    sizes: BaseSizes,
+    place: Placement,
+    steps: tuple[int, int],
+    server: ServerBytes,
+    trained: int,
+) -> tuple[MemoryUse, MemoryUse | None]:
+    """Return what host and device take in each phase; the device's is None on a CPU.
+
+    Args:
+        config: The configuration.
+        sizes: The base model's.
+        place: Where and how it is held.
+        steps: The activations of a training step, gradients included, and of an evaluation.
+        server: What the server takes.
+        trained: Elements that are trained.
+    """
+    weights = weight_bytes(sizes, place)
+    branch = branch_bytes(sizes, place, server.update)
+    live = weights + 4 * trained
+    training = max(steps[0], 12 * trained) + moment_bytes(config, trained)
+    # A layer is made in its new form beside its old one.
+    one_layer = sizes.largest * (place.stored_dtype.itemsize + 4)
+    model = MemoryUse(
+        at_rest=live,
+        loading=live + one_layer,
+        training=live + branch + training,
+        evaluating=live + branch + steps[1],
+        aggregating=live + branch,
+    )
+    adapters = ADAPTER_COPIES * server.adapter
+    converted = place.dtype != place.stored_dtype and place.quantized_bytes is None
+    everything = sizes.adapted + sizes.linear + sizes.other
+    if place.on_gpu:
+        rest = LIBRARIES + adapters
+        host = MemoryUse(
+            at_rest=rest,
+            # Pages of the checkpoint's files are the system's, unless they are converted.
+            loading=rest + (everything * place.dtype.itemsize if converted else one_layer),
+            training=rest + server.update,
+            evaluating=rest + server.update,
+            aggregating=rest + server.update + server.aggregating,
+        )
+        return host, model
+    # Until everything is loaded, converted weights are held beside their float32 copies.
+    copies = sizes.adapted * place.dtype.itemsize if place.holding == FLOAT32 and converted else 0
+    shared = LIBRARIES + adapters
+    host = MemoryUse(
+        at_rest=shared + model.at_rest,
+        loading=shared + model.at_rest + max(copies, one_layer),
+        training=shared + model.training + server.update,
+        evaluating=shared + model.evaluating + server.update,
+        aggregating=shared + model.aggregating + server.update + server.aggregating,
+    )
+    return host, None
+
+
+def simulate_steps(
+    config: Config, outline: ModelOutline, place: Placement, longest: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the activations of a training step and of an evaluation's batch, in bytes.
+
+    Args:
+        config: The configuration.
+        outline: The base model and its adapter.
+        place: How the model is held.
+        longest: Tokens of the longest example, and of the longest answer.
+    """
+    rows = config.training.batch_size
+    if config.training.objective == "dpo":
+        rows *= 2  # both answers of a pair
+    length, positions = longest
+    shape = StepShape(
+        rows=rows,
+        length=length,
+        positions=min(length, positions + 1),
+        dtype=place.dtype,
+        in_float32=place.holding == FLOAT32,
+        rank=config.lora.rank,
+        dropout=config.lora.dropout,
+        checkpointing=bool(config.training.arguments.get("gradient_checkpointing")),
+        trained=tuple(outline.saved),
+    )
+    evaluated = replace(shape, rows=config.evaluation.batch_size, is_training=False)
+    modules = outline.targets.modules
+    skeleton = outline.skeleton
+    try:
+        if skeleton is not None:
+            return step_bytes(skeleton, modules, shape), step_bytes(skeleton, modules, evaluated)
+    except Exception as error:  # a model that decides by the values of its tensors
+        LOG.debug("the step cannot be run without memory", exc_info=error)
+    return _guess_steps(outline.base.config.get_text_config(), shape)
+
+
+def _guess_steps(text: Any, shape: StepShape) -> tuple[int, int]:
+    """Return about what a training step and an evaluation take, by the model's configuration."""
+    width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
+    kept = VECTORS_A_LAYER * shape.rows * shape.length * width * shape.dtype.itemsize
+    logits = 4 * shape.rows * shape.positions * getattr(text, "vocab_size", 32000)
+    return kept + 3 * logits, logits
