@@ -16,7 +16,7 @@ from fedmomentum.base_model.branched_layers import (
     branch_on,
     can_branch,
 )
-from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.side_branch import EMPTY, Int8Matrix, SideBranch, make_branch
 from fedmomentum.base_model.weight_slots import WeightSlot

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedmomentum.base_model.load_checks import translate_library_errors
+from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.errors import ModelError
 
 if TYPE_CHECKING:

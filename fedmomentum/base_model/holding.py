@@ -4,37 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
+from fedmomentum.base_model.holding_choice import AS_LOADED, resolve_holding
 from fedmomentum.base_model.weights import BaseWeights, Float32Weights
-from fedmomentum.errors import ModelError
 from fedmomentum.utils.quantized import quantized_layers
 
-AS_LOADED = "as-loaded"
-FLOAT32 = "float32"
 
+def choose_holding(setting: str, model: Any) -> str:
+    """Return how a loaded model's adapted modules are held; see `resolve_holding`.
 
-def choose_holding(setting: str, model: nn.Module) -> str:
-    """Return `float32` or `as-loaded` for the setting `model.adapted-weights`.
-
-    `auto` is as-loaded on a GPU, whose memory and whose speed in float32 are short, and for
-    quantized weights.
+    Args:
+        setting: `auto`, `float32` or `as-loaded`.
+        model: A transformers model.
 
     Raises:
         ModelError: If quantized weights shall be held in float32.
     """
-    has_quantized = any(True for _ in quantized_layers(model))
-    if has_quantized and setting == FLOAT32:
-        raise ModelError(
-            'model.adapted-weights = "float32" holds no quantized weights; use as-loaded or auto, '
-            "which keep them as they are and what is merged beside them"
-        )
-    if setting != "auto":
-        return setting
-    is_on_cpu = next(model.parameters()).device.type == "cpu"
-    return FLOAT32 if is_on_cpu and not has_quantized else AS_LOADED
+    return resolve_holding(
+        setting,
+        on_gpu=next(model.parameters()).device.type != "cpu",
+        dtype=model.dtype,
+        is_quantized=any(True for _ in quantized_layers(model)),
+    )
 
 
 def hold_weights(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from torch import nn
 
 from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
 from fedmomentum.base_model.classifier import is_other_head
-from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
+from fedmomentum.base_model.library_errors import translate_library_errors
+from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.utils.modules import compute_logits
 from fedmomentum.utils.quantized import is_eight_bit, quantized_layers
 from fedmomentum.utils.text import printable
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What torch's allocators say, in errors that have no type of their own.
-OUT_OF_MEMORY_TEXTS = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "cannot allocate",
-)
 # Tensor names that a message lists.
 MAX_SHOWN = 3
 # In units of the dtype's eps, relative to the largest logit: the order of sums alone stays below.
@@ -42,73 +35,6 @@ NUM_CAUSALITY_TOKENS = 8
 MAX_CAUSALITY_TOKEN_ID = 1000
 # Position tables may have a few more rows than positions: OPT's has two.
 POSITION_PADDING = 8
-
-# ── errors of libraries ───────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def translate_library_errors(what: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """Turn any error of a library within the block into a `ModelError`.
-
-    Args:
-        what: The beginning of the message.
-        config: The JSON in which `auto_map` would name code of the directory's own.
-
-    Raises:
-        ModelError: If the block raises anything but a `FedMomentumError`.
-    """
-    try:
-        yield
-    except FedMomentumError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{what}: {_reason(error, config)}") from error
-
-
-def _reason(error: Exception, config: Mapping[str, Any]) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if is_out_of_memory(error):
-        return _describe_out_of_memory(error)
-    if isinstance(error, ImportError):
-        return f"a library is missing: {printable(' '.join(lines))}"
-    if config.get("auto_map") and "trust_remote_code" in str(error):
-        return (
-            "it needs code from its directory (auto_map), which is never run, and transformers "
-            "does not include this architecture. Use a model that transformers supports"
-        )
-    return printable(lines[0]) if lines else type(error).__name__
-
-
-@contextmanager
-def translate_out_of_memory(what: str) -> Iterator[None]:
-    """Turn running out of memory, on any device, into a `ModelError` that begins with `what`.
-
-    Raises:
-        ModelError: If the block runs out of memory.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(f"{what}: {_describe_out_of_memory(error)}") from error
-
-
-def _describe_out_of_memory(error: BaseException) -> str:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"out of memory ({printable(first_line, 200)}). Choose a smaller model, dtype bfloat16, or "
-        "a device with more memory, and close other programs that use it"
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
-
 
 # ── complete ──────────────────────────────────────────────────────────────────────────────────────
 

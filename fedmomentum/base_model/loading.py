@@ -29,13 +29,8 @@ from fedmomentum.base_model.classifier import (
     refuse_other_classifiers,
 )
 from fedmomentum.base_model.devices import pick_dtype
-from fedmomentum.base_model.load_checks import (
-    LoadingInfo,
-    refuse_incomplete,
-    refuse_other_kinds,
-    translate_library_errors,
-    translate_out_of_memory,
-)
+from fedmomentum.base_model.library_errors import translate_library_errors, translate_out_of_memory
+from fedmomentum.base_model.load_checks import LoadingInfo, refuse_incomplete, refuse_other_kinds
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence
 from fedmomentum.base_model.quantization import (
     ON_LOADING,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.base_model.load_checks import (
     MAX_CAUSALITY_TOKEN_ID,
     NUM_CAUSALITY_TOKENS,
     rounds_inputs,
-    translate_library_errors,
     vocabulary_size,
 )
 from fedmomentum.errors import ModelError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmomentum.base_model.forward_probes import layer_outputs, outputs_with
-from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.errors import ModelError

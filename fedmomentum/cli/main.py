@@ -98,7 +98,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on any device, without importing torch for another error."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from fedmomentum.base_model.load_checks import is_out_of_memory
+    from fedmomentum.base_model.library_errors import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
 from fedmomentum.base_model.classifier import head_modules
 from fedmomentum.base_model.holding import choose_holding, hold_weights
-from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.weight_probes import WeightProbes

@@ -91,7 +91,7 @@ class ModelConfig:
         "auto",
         "how this process holds the adapted modules: float32 (what is merged is added to a float32 "
         "copy), as-loaded (16 bits, or quantized, and what is merged beside them, as factors or "
-        "int8), auto (as-loaded on a GPU and for quantized weights, else float32)",
+        "int8), auto (as-loaded for quantized weights, and for 16-bit ones on a GPU; else float32)",
     )
     chat_date: str = option(
         DEFAULT_DATE,

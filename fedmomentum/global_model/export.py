@@ -139,7 +139,8 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model as it was before.
     """
-    from fedmomentum.base_model.holding import AS_LOADED, choose_holding, hold_weights
+    from fedmomentum.base_model.holding import choose_holding, hold_weights
+    from fedmomentum.base_model.holding_choice import AS_LOADED
     from fedmomentum.base_model.weight_slots import find_owners
     from fedmomentum.global_model.readback import logits_of, probe_tokens
     from fedmomentum.lora.peft_model import detach_adapter, wrap_with_adapter

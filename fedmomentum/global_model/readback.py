@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmomentum.base_model.load_checks import (
-    max_positions,
-    translate_library_errors,
-    vocabulary_size,
-)
+from fedmomentum.base_model.library_errors import translate_library_errors
+from fedmomentum.base_model.load_checks import max_positions, vocabulary_size
 from fedmomentum.errors import ModelError
 from fedmomentum.utils.modules import compute_logits
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fedmomentum.base_model.holding import FLOAT32, hold_weights
+from fedmomentum.base_model.holding import hold_weights
+from fedmomentum.base_model.holding_choice import FLOAT32
 from fedmomentum.base_model.loading import tied_names
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.errors import AdapterError, ModelError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest

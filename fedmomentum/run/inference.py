@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
 from fedmomentum.base_model.holding import choose_holding
 from fedmomentum.base_model.identity import identify
-from fedmomentum.base_model.load_checks import (
-    check_token_ids,
-    max_positions,
-    translate_out_of_memory,
-    vocabulary_size,
-)
+from fedmomentum.base_model.library_errors import translate_out_of_memory
+from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
 from fedmomentum.base_model.loading import load_tokenizer
 from fedmomentum.data.tokenization import prompt_token_ids
 from fedmomentum.errors import ConfigError, DataError, ModelError

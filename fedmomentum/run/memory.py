@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedmomentum.base_model.holding import AS_LOADED, FLOAT32
+from fedmomentum.base_model.holding_choice import FLOAT32, resolve_holding
 from fedmomentum.base_model.quantization import NONE
 from fedmomentum.formats.plan import MemoryUse
 from fedmomentum.lora.module_names import weight_path
@@ -113,12 +113,19 @@ class Placement:
 
 
 def choose_placement(config: Config, outline: ModelOutline) -> Placement:
-    """Return how a configuration holds its model; see `holding.choose_holding`."""
+    """Return how a configuration holds its model.
+
+    Raises:
+        ModelError: If quantized weights shall be held in float32.
+    """
     quantization = outline.quantization or config.model.quantization
     on_gpu = outline.device.type != "cpu"
-    holding = config.model.adapted_weights
-    if holding == "auto":
-        holding = AS_LOADED if on_gpu or quantization != NONE else FLOAT32
+    holding = resolve_holding(
+        config.model.adapted_weights,
+        on_gpu=on_gpu,
+        dtype=outline.dtype,
+        is_quantized=quantization != NONE,
+    )
     return Placement(on_gpu, outline.dtype, outline.stored_dtype, holding, quantization)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.load_checks import translate_out_of_memory
+from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmomentum.base_model import side_branch
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
+from fedmomentum.base_model.holding_choice import resolve_holding
 from fedmomentum.base_model.weights import BaseWeights, Float32Weights
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
@@ -297,3 +298,26 @@ def test_a_forward_that_rounds_weights_shows_in_its_outputs(tmp_path):
     assert share() < 0.95
     in_store = layer.weight.detach() - weights.pretrained("layer")
     assert float((in_store - wanted).norm() / wanted.norm()) < 1e-3
+
+
+# ── the choice ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "dtype", "is_quantized", "wanted"),
+    [
+        (False, torch.bfloat16, False, "float32"),
+        (True, torch.bfloat16, False, "as-loaded"),
+        (True, torch.float16, False, "as-loaded"),
+        (True, torch.float32, False, "float32"),
+        (False, torch.float32, True, "as-loaded"),
+    ],
+)
+def test_auto_holds_narrow_weights_of_a_gpu_and_quantized_ones_as_loaded(
+    on_gpu, dtype, is_quantized, wanted
+):
+    facts = {"on_gpu": on_gpu, "dtype": dtype, "is_quantized": is_quantized}
+    assert resolve_holding("auto", **facts) == wanted
+    assert resolve_holding("as-loaded", **facts) == "as-loaded"
+    if not is_quantized:
+        assert resolve_holding("float32", **facts) == "float32"
