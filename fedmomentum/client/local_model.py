@@ -49,8 +49,8 @@ class LocalModel:
         seed: The seed of the adapter's initialization.
         client_lora: What this client trains, if that is less than the run's adapter.
         loaded: The base model if this process has loaded it.
-        is_shared: Whether other models use it too: its weights are shared, except those of the
-            adapted modules. Otherwise they are changed in it, so that none is in memory twice.
+        takes_loaded: Whether nobody else uses it: it is changed, so that no weight is in memory
+            twice. Otherwise its weights are shared, except those of the adapted modules.
 
     Raises:
         ModelError: If the base model cannot be found or loaded.
@@ -66,13 +66,14 @@ class LocalModel:
         seed: int,
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
-        is_shared: bool = False,
+        takes_loaded: bool = False,
     ) -> None:
+        takes_loaded = takes_loaded or loaded is None
         loaded = loaded or LoadedBase.from_config(model, model.labels, lora.modules_to_save)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
-        base = loaded.copy() if is_shared else loaded.model
+        base = loaded.model if takes_loaded else loaded.copy()
         # A classifier's head is trained in full, beside whatever else the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
         self.num_parameters = num_parameters(base)

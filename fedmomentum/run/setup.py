@@ -125,7 +125,7 @@ def load_run(
         config.lora,
         seed=derive_seed(seed, "adapter"),
         loaded=base,
-        is_shared=bool(config.lora.clients),
+        takes_loaded=not config.lora.clients,
     )
     clients = tokenized_clients(config, parties, local, out, function, callbacks.on_step)
     local_models = _own_models(config, local, base, [client.client_id for client in clients])
@@ -172,12 +172,7 @@ def _own_models(
             seed = derive_seed(config.run.seed, "adapter")
             try:
                 model = LocalModel(
-                    config.model,
-                    lora,
-                    seed=seed,
-                    client_lora=client_lora,
-                    loaded=loaded,
-                    is_shared=True,
+                    config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
                 )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error

@@ -1,5 +1,7 @@
 """Whole runs whose adapted modules are held as they were loaded, and what a run measures of its weights."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,8 @@ from torch import nn
 
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
 from fedmomentum.base_model.weights import Float32Weights
+from fedmomentum.client.loaded_base import LoadedBase
+from fedmomentum.client.local_model import LocalModel
 from fedmomentum.config.toml import from_dict, to_dict
 from fedmomentum.errors import ConfigError
 from fedmomentum.global_model.model import GlobalModel
@@ -18,6 +22,7 @@ from fedmomentum.run.networked import run_federation
 from tests.runs import chain, nudge, prepare, start, timeless, tiny_config
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_moe
 
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 AS_LOADED = {"dtype": "bfloat16", "adapted-weights": "as-loaded"}
 UNEQUAL = {
     "rank": 4,
@@ -80,7 +85,7 @@ def test_a_run_of_real_training_resumes_to_the_same_bits_and_is_evaluated_as_it_
     assert scored.loss == pytest.approx(last["loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["fedmomentum", "flora", "frlora", "fedexlora", "fedit"])
+@pytest.mark.parametrize("name", ["fedmomentum", "flora", "frlora", "fedexlora", "hetlora"])
 @pytest.mark.parametrize("lora", [{}, UNEQUAL])
 def test_methods_with_equal_and_unequal_ranks(folder, tmp_path, name, lora):
     from fedmomentum.aggregation.registry import METHODS
@@ -199,6 +204,21 @@ def test_what_the_products_lose_shows_in_the_applied_share(folder, tmp_path, mon
         run.close()
         shares[setting] = timeless(tmp_path / setting)[-1]["applied_share"]
     assert shares["float32"] < 0.9 and shares["as-loaded"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("holding", ["float32", "as-loaded"])
+def test_no_weight_of_a_base_that_nobody_shares_is_in_memory_twice(folder, holding):
+    config = config_of(folder, model={"dtype": "bfloat16", "adapted-weights": holding})
+    for takes in (True, False):
+        loaded = LoadedBase.from_config(config.model)
+        weight = weakref.ref(loaded.model.get_submodule(Q_PROJ).weight)
+        local = LocalModel(config.model, config.lora, seed=0, loaded=loaded, takes_loaded=takes)
+        gc.collect()
+        # In float32 it has been replaced; where others share the base, they still have it.
+        assert (weight() is None) == (takes and holding == "float32")
+        own = local.base_weights.layers[Q_PROJ].weight
+        assert own.dtype == (torch.float32 if holding == "float32" else torch.bfloat16)
+        assert (own is weight()) == (holding == "as-loaded")
 
 
 def test_what_is_not_measured_is_empty(folder, tmp_path):
