@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from fedmomentum.base_model.side_branch import EMPTY, BranchedProduct, SideBranch, multiply
 from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.lora.module_names import is_embedding
+from fedmomentum.utils.quantized import is_eight_bit
 
 # Rows of an embedding that are multiplied at a time by a probe.
 CHUNK_ROWS = 4096
 
 
 class BranchedLayer:
-    """Takes the place of a layer's `forward`; without a branch it is that forward.
+    """Takes the place of a layer's `forward`; without a branch it is that forward, or its product.
 
     It belongs to the layer: a deep copy of the layer has a copy of it, which shares the tensors of
     the branch until it is given another one.
@@ -30,10 +31,14 @@ class BranchedLayer:
         self.slot = slot
         self.branch: SideBranch = EMPTY
         self._plain = slot.owner.forward
+        # bitsandbytes' int8 rounds inputs to 8 bits, in evaluation and on a GPU, except in columns
+        # with a large number in any row of the batch. What a layer computes would then depend on
+        # the batch, and on whether something was merged. It multiplies by the dequantized weight.
+        self._rounds_inputs = is_eight_bit(slot.owner)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
-        if self.branch.is_empty:
+        if self.branch.is_empty and not self._rounds_inputs:
             output: Tensor = self._plain(x)
             return output
         return self.forward(x)

@@ -16,7 +16,7 @@ from fedmomentum.base_model.classifier import is_other_head
 from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.utils.modules import compute_logits
-from fedmomentum.utils.quantized import is_eight_bit, quantized_layers
+from fedmomentum.utils.quantized import quantized_layers
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 MAX_SHOWN = 3
 # In units of the dtype's eps, relative to the largest logit: the order of sums alone stays below.
 CAUSALITY_TOL = 16
-# Relative to the largest logit, for bitsandbytes' int8: it rounds inputs to 8 bits, and a large
-# number in one row decides which columns are not rounded in all.
-CAUSALITY_TOL_INT8 = 0.05
 NUM_CAUSALITY_TOKENS = 8
 # Ordinary tokens have small ids; special ones, which a model may mask, tend to have large ones.
 MAX_CAUSALITY_TOKEN_ID = 1000
@@ -166,20 +163,13 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
             "too large for this dtype (try bfloat16 or float32)"
         )
     difference = float((logits[0] - logits[1]).abs().max())
-    relative = CAUSALITY_TOL * torch.finfo(model.dtype).eps
-    if rounds_inputs(model):
-        relative = CAUSALITY_TOL_INT8
-    if difference > relative * float(logits.abs().max()):
+    tolerance = CAUSALITY_TOL * torch.finfo(model.dtype).eps * float(logits.abs().max())
+    if difference > tolerance:
         raise ModelError(
             f"the model in {directory} is no causal language model: a later token changes its "
             f"logits for earlier ones (by {difference:.2g}). Encoders and embedding models cannot "
             'be trained here, except as classifiers: model.task = "sequence-classification"'
         )
-
-
-def rounds_inputs(model: nn.Module) -> bool:
-    """Return whether the model's linear layers round their inputs, as bitsandbytes' int8 does."""
-    return any(is_eight_bit(layer) for layer in model.modules())
 
 
 # ── sizes ─────────────────────────────────────────────────────────────────────────────────────────

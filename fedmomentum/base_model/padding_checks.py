@@ -13,7 +13,6 @@ from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.base_model.load_checks import (
     MAX_CAUSALITY_TOKEN_ID,
     NUM_CAUSALITY_TOKENS,
-    rounds_inputs,
     vocabulary_size,
 )
 from fedmomentum.errors import ModelError
@@ -75,10 +74,7 @@ def _refuse_difference(directory: Path, model: Any, alone: Tensor, padded: Tenso
     alone, padded = alone.float(), padded.float()
     differences = (padded - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12)
     difference = float(differences.median())
-    tolerance = TOLERANCES.get(model.dtype, TOLERANCE_16_BITS)
-    if rounds_inputs(model):
-        tolerance = TOLERANCE_16_BITS
-    if difference > tolerance:
+    if difference > TOLERANCES.get(model.dtype, TOLERANCE_16_BITS):
         raise ModelError(
             f"the model in {directory} ({type(model).__name__}) computes other logits for a row "
             f"that is padded (they differ by {difference:.2g} of their norm): it counts padding as "

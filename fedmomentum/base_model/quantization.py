@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedmomentum.base_model.branched_layers import branch_on
 from fedmomentum.base_model.checkpoint_files import FLOATING, read_config, stored_tensors
 from fedmomentum.base_model.classifier import is_head
+from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.manifest import Quantization
 from fedmomentum.lora.target_names import is_called
@@ -295,8 +297,7 @@ def prepare_layers(
             f"{directory}: {type(model).__name__} has no linear layers that can be quantized "
             f"({kind}); leave model.quantization out"
         )
-    if quantization is not None:
-        cast_unquantized(model, dtype)
+    cast_unquantized(model, dtype)
     for path, layer in layers.items():
         set_product_dtype(layer, dtype)
         if is_four_bit(layer):
@@ -319,9 +320,11 @@ def prepare_layers(
             # Backward passes dequantize to the state's dtype, forward passes to the input's.
             layer.compute_dtype = state.dtype = dtype
             layer.compute_type_is_set = True
-        elif is_eight_bit(layer) and layer.weight.CB is not None:
+        elif is_eight_bit(layer):
             # Else the first forward pass takes codes and scales from a weight that copies share.
-            layer.init_8bit_state()
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+            branch_on(WeightSlot.of(path, layer))
 
 
 def refuse_quantized_head(directory: Path, model: Any) -> None:
@@ -343,7 +346,8 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
     """Cast what is not quantized to `dtype`, but what transformers keeps in float32 to that.
 
     Weights are quantized in the dtype that they are stored in, so that the codes do not depend on
-    the dtype in which a party computes.
+    the dtype in which a party computes. And of a directory that is quantized already, transformers
+    casts nothing.
     """
     kept = [re.compile(rf"(^|\.){re.escape(part)}(\.|$)") for part in model._get_dtype_plan(dtype)]
     quantized = {id(layer.weight) for _, layer in quantized_layers(model)}

@@ -70,10 +70,7 @@ class ModelConfig:
     )
     quantization: str = option(
         "none",
-        "what is done with the weights of linear layers on loading: none; nf4 (4 bits, by "
-        "bitsandbytes, with double quantization); int8 (by bitsandbytes); torchao-int8 (int8 "
-        "weights, by torchao). The same for all clients; a directory that is quantized already "
-        "needs none. See docs/quantization.md",
+        "on loading, the same for all: none, nf4, int8, torchao-int8; see docs/quantization.md",
     )
     attention: str = option(
         "auto",
@@ -107,9 +104,8 @@ class ModelConfig:
         require_choice("model.attention", self.attention, ATTENTIONS)
         require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
         if self.quantization != "none":
-            wanted = f'auto or as-loaded with quantization = "{self.quantization}"'
-            holds_codes = self.adapted_weights != "float32"
-            require(holds_codes, "model.adapted-weights", self.adapted_weights, wanted)
+            key = "model.adapted-weights with model.quantization"
+            require_choice(key, self.adapted_weights, ("auto", "as-loaded"))
         if self.labels:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)

@@ -26,7 +26,7 @@ from fedmomentum.base_model.quantization import stored_quantization
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.base_of import load_base_of
 from fedmomentum.utils.io import write_json
-from fedmomentum.utils.quantized import dequantize, keep_inputs, quantized_layers
+from fedmomentum.utils.quantized import dequantize, quantized_layers
 
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
@@ -74,7 +74,6 @@ def dequantized_base(
     directory.mkdir(parents=True)
     try:
         base = load_base_of(model, base_directory, torch.float32, CPU)
-        keep_inputs(base)
         _write_dequantized(base, directory)
         del base
         gc.collect()

@@ -27,7 +27,6 @@ from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import AppliedShare
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
-from fedmomentum.utils.quantized import keep_inputs
 
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
@@ -157,7 +156,6 @@ def _compute_as_trained(
     else:
         base_weights.apply([], factors)
     tokens = probe_tokens(base)
-    keep_inputs(trained)
     logits = logits_of(trained, tokens)
     base_weights.apply([])
     is_rounded = holding == AS_LOADED and factors is None
@@ -205,7 +203,6 @@ def _read_back_adapter(
     base = load_base_of(model, base_directory, torch.float32, CPU)
     resize_for(base, model.adapter)
     adapted = load_with_peft(base, directory)
-    keep_inputs(adapted)
     logits = logits_of(adapted, reference.tokens)
     what = "the adapter, read back by PEFT, is another model"
     tolerance = torch.float16 if reference.is_rounded else torch.float32

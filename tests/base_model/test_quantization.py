@@ -95,7 +95,10 @@ def test_dequantized_weights_are_bitsandbytes_own(folder):
 def test_a_directory_that_is_quantized_already_loads_as_what_it_is(folder, tmp_path, kind):
     path = saved(folder, kind, tmp_path / kind)
     made = dict(quantized_layers(load(folder, kind)))
-    stored = dict(quantized_layers(load_base(path, torch.bfloat16, CPU)))
+    model = load_base(path, torch.bfloat16, CPU)
+    stored = dict(quantized_layers(model))
+    others = [p for p in model.parameters() if p.ndim == 1 or p.shape[0] == 100]
+    assert len(others) == 7 and all(parameter.dtype == torch.bfloat16 for parameter in others)
     assert made.keys() == stored.keys()
     for module in made:
         assert torch.equal(dequantize(made[module]), dequantize(stored[module]))
@@ -178,6 +181,20 @@ def test_gradients_and_weights_are_the_same_before_and_after_an_evaluation(folde
     assert all(torch.equal(before[name], after[name]) for name in before)
     for path, layer in quantized_layers(model):
         assert torch.equal(weights[path], dequantize(layer))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_computes_what_training_does_whatever_shares_the_batch(folder, kind):
+    """LLM.int8() rounds inputs, by what is large in any row; here the last row would decide for the first."""
+    model = load(folder, kind)
+    layer = model.get_submodule(UP_PROJ)
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
+    inputs[2, 7] = 50.0
+    with torch.no_grad():
+        together = layer.eval()(inputs)
+        assert torch.allclose(together, layer.train()(inputs), atol=1e-5)
+        assert torch.allclose(together[:1], layer.eval()(inputs[:1]), atol=1e-5)
+        assert torch.allclose(together, inputs @ dequantize(layer).T, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,7 +85,7 @@ def test_a_run_of_real_training_resumes_to_the_same_bits_and_is_evaluated_as_it_
     assert scored.loss == pytest.approx(last["loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["fedmomentum", "flora", "frlora", "fedexlora", "fedit"])
+@pytest.mark.parametrize("name", ["fedmomentum", "flora", "frlora", "fedexlora", "hetlora"])
 @pytest.mark.parametrize("lora", [{}, UNEQUAL])
 def test_methods_with_equal_and_unequal_ranks(folder, tmp_path, name, lora):
     from fedmomentum.aggregation.registry import METHODS

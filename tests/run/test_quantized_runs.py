@@ -268,7 +268,9 @@ def test_a_run_is_not_resumed_or_used_with_another_quantization(folder, finished
 
 
 def test_quantized_weights_are_not_held_in_float32(folder, tmp_path):
-    with pytest.raises(ConfigError, match="adapted-weights must be auto or as-loaded with quant"):
+    with pytest.raises(
+        ConfigError, match="adapted-weights with model.quantization must be auto or"
+    ):
         config_of(folder, "nf4", adapted_weights="float32")
     stored = quantized_directory(folder, tmp_path / "base")
     config = config_of(folder, "none", name=str(stored), adapted_weights="float32")
