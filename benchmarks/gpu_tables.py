@@ -74,7 +74,7 @@ def rounds(measured: Measured) -> str:
     """Return the rounds' exactness."""
     rows = [
         [
-            row["dtype"],
+            _base(row),
             f"`{row['products']}`",
             f"{row['rounds']} × {row['clients']}",
             " → ".join(f"{loss:.2f}" for loss in row["loss"]),
@@ -97,11 +97,16 @@ def rounds(measured: Measured) -> str:
     return markdown([*names, "error in the forward"], rows)
 
 
+def _base(row: Measured) -> str:
+    """Return the base's dtype, and whether its adapted modules stay in it."""
+    return f"{row['dtype']}, as loaded" if row.get("holding") == "as-loaded" else row["dtype"]
+
+
 def exports(measured: Measured) -> str:
     """Return the exports' distances from the live model."""
     keys = ("merged_difference", "adapter_difference", "live_difference", "change")
     rows = [
-        [row["dtype"], f"`{row['products']}`", *(f"{row[key]:.1e}" for key in keys)]
+        [_base(row), f"`{row['products']}`", *(f"{row[key]:.1e}" for key in keys)]
         for row in measured["rows"]
     ]
     return markdown(
@@ -120,9 +125,11 @@ def exports(measured: Measured) -> str:
 def _residuals_text(measured: Measured) -> str:
     size = measured["size"]
     plain = 1e3 * measured["seconds"]["bfloat16 weight, nothing merged"]
+    is_held_both_ways = "as loaded, with a branch" in measured["seconds"]
+    held = " (in the last rows as it was loaded)" if is_held_both_ways else ""
     return (
-        f"One {size} × {size} weight, stored in bfloat16 and kept in float32, with 1, 10 and 50 "
-        f"residuals merged, each "
+        f"One {size} × {size} weight, stored in bfloat16 and kept in float32{held}, with 1, 10 and "
+        "50 residuals merged, each "
         "3e-4 of the weight's norm: the share of them that its products give, and their error; "
         "and the milliseconds of "
         f"a client's forward of {measured['tokens']} tokens, casts included. A bfloat16 weight "
@@ -138,7 +145,8 @@ def residuals(measured: Measured) -> str:
         cells = cells_by_products.setdefault(row["products"], [row["products"]])
         cells += [f"{100 * row['share']:.1f} %", f"{row['error']:.3f}"]
     for name, cells in cells_by_products.items():
-        cells.append(f"{1e3 * measured['seconds'][name]:.2f}")
+        seconds = measured["seconds"].get(name)
+        cells.append(f"{1e3 * seconds:.2f}" if seconds is not None else "–")
     names = ["products", "share of 1", "error", "of 10", "error", "of 50", "error", "ms"]
     return markdown(names, list(cells_by_products.values()))
 

@@ -119,7 +119,9 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial)
     for row in measured["rounds"]["rows"]:
         # something was trained and merged, and all of it arrives: in probes, in forwards and in
         # both exports
-        assert row["exactness_error"] < 1e-6 and row["applied_share"] == pytest.approx(1, abs=1e-4)
+        in_float32 = row["holding"] == "float32"
+        assert row["exactness_error"] < (1e-6 if in_float32 else 0.05)
+        assert row["applied_share"] == pytest.approx(1, abs=1e-4 if in_float32 else 0.01)
         assert row["forward_share"] == pytest.approx(
             1, abs=1e-5 if row["dtype"] == "float32" else 0.02
         )
@@ -132,6 +134,9 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial)
     }
     assert all(shares["float32", count] == pytest.approx(1, abs=1e-3) for count in (1, 10, 50))
     assert shares["bfloat16 autocast", 1] < 0.5  # 16 bits let no more of one residual through
+    assert shares["a branch added to bfloat16 outputs", 1] < 0.5  # in outputs as little
+    beside = [shares["as loaded, with a branch", count] for count in (1, 10, 50)]
+    assert beside == pytest.approx([1, 1, 1], abs=0.01)
     (size,) = measured["training"]
     assert [row["ratio"] for row in size["speed"]][0] == 1 and all(
         row["tokens_per_second"] > 0 for row in size["speed"]

@@ -81,7 +81,7 @@ FLOORS: list[
     },
     {
         "evaluation": {"transformers"},
-        "global_model": {"msgspec", "transformers"},
+        "global_model": {"msgspec", "safetensors", "transformers"},
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
         "training": {"transformers", "numpy", "msgspec", "accelerate"},
     },

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmomentum.base_model.branched_layers import BranchedLayer, branch_on, can_branch
+from fedmomentum.base_model.branched_layers import (
+    BranchedLayer,
+    adapted_in_place,
+    branch_on,
+    can_branch,
+)
 from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.side_branch import EMPTY, Int8Matrix, SideBranch, make_branch
@@ -56,8 +61,14 @@ class AsLoadedWeights:
         slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
         for slot in slots.values():
             slot.check()
-        self._slots = {name: slot for name, slot in slots.items() if can_branch(slot, model)}
-        others = {name: layers[name] for name in slots if name not in self._slots}
+        in_place = adapted_in_place(model)
+        self._slots: dict[str, WeightSlot] = {}
+        others: dict[str, nn.Module] = {}
+        for module, slot in slots.items():
+            if can_branch(slot) and id(slot.owner) not in in_place:
+                self._slots[module] = slot
+            else:
+                others[module] = layers[module]
         self._wide = Float32Weights(others, directory, tied, model)
         # What a quantized weight was before is of no account: it stands for what it dequantizes to.
         unquantized = {name: slot for name, slot in self._slots.items() if not slot.is_quantized}

@@ -92,21 +92,19 @@ def branch_on(slot: WeightSlot) -> BranchedLayer:
     return forward
 
 
-def can_branch(slot: WeightSlot, model: nn.Module | None) -> bool:
-    """Return whether the layer's forward is the product with its weight, and no more.
-
-    Args:
-        slot: The place of the weight, checked.
-        model: The model, in which PEFT may adapt parameters: it adds to the weight itself.
-    """
-    if slot.expert is not None:
-        return False
-    wrapped: set[int] = set()
+def adapted_in_place(model: nn.Module | None) -> set[int]:
+    """Return the ids of modules of which PEFT adapts parameters: it adds to the weight itself."""
+    modules = set()
     for module in model.modules() if model is not None else ():
         if hasattr(module, "parameter_name"):
             wrapper: Any = module
-            wrapped.add(id(wrapper.get_base_layer()))
-    if id(slot.owner) in wrapped:
+            modules.add(id(wrapper.get_base_layer()))
+    return modules
+
+
+def can_branch(slot: WeightSlot) -> bool:
+    """Return whether the forward of a checked layer is the product with its weight, and no more."""
+    if slot.expert is not None:
         return False
     if is_embedding(slot.name):
         # Some embeddings scale what they look up, or change their weights while they do.

@@ -28,6 +28,7 @@ from fedmomentum.base_model.classifier import (
     is_head,
     refuse_other_classifiers,
 )
+from fedmomentum.base_model.devices import pick_dtype
 from fedmomentum.base_model.load_checks import (
     LoadingInfo,
     refuse_incomplete,
@@ -37,14 +38,31 @@ from fedmomentum.base_model.load_checks import (
 )
 from fedmomentum.base_model.padding_checks import refuse_padding_dependence
 from fedmomentum.base_model.quantization import (
+    ON_LOADING,
     check_quantization,
     prepare_layers,
     quantizing_arguments,
+    refuse_quantized_head,
 )
 from fedmomentum.errors import ModelError
 
 if TYPE_CHECKING:
     from fedmomentum.formats.manifest import Quantization
+
+
+def pick_merged_dtype(dtype: str) -> torch.dtype:
+    """Return the dtype of a merged model's weights on disk.
+
+    Raises:
+        ModelError: If it is not the name of a dtype, or of quantized weights.
+    """
+    if dtype in ON_LOADING:
+        raise ModelError(
+            f"dtype {dtype!r}: a merged model is not quantized, since what was trained is smaller "
+            "than the step between two codes and would be rounded away. Choose float32, bfloat16 "
+            "or float16; or export one adapter (--to adapter) for the quantized base"
+        )
+    return pick_dtype(dtype, torch.device("cpu"))
 
 
 def load_base(
@@ -114,6 +132,8 @@ def load_base(
         )
     if kind is not None:
         prepare_layers(directory, model, kind, quantization, dtype)
+        if is_classifier:
+            refuse_quantized_head(directory, model)
     loading = LoadingInfo.of(info)
     if labels:
         # Only a head may be missing; anything else makes the checkpoint incomplete.

@@ -324,6 +324,21 @@ def prepare_layers(
             layer.init_8bit_state()
 
 
+def refuse_quantized_head(directory: Path, model: Any) -> None:
+    """Refuse a classifier of which the directory's settings quantize the head.
+
+    Raises:
+        ModelError: If they do: it would be trained in full.
+    """
+    for path, _ in quantized_layers(model):
+        if is_head(path, model):
+            raise ModelError(
+                f"the settings of {directory} quantize {path}, a part of the classifier's head, "
+                "which is trained in full. Use the model's release in bfloat16 with "
+                "model.quantization"
+            )
+
+
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
     """Cast what is not quantized to `dtype`, but what transformers keeps in float32 to that.
 

@@ -203,6 +203,7 @@ def _settings(
         sha256=data.sha256,
         base=base.sha256 or None,
         tokenizer=base.tokenizer_sha256 or None,
+        quantization=str(base.quantization) if base.quantization is not None else None,
         limit=benchmarks.asking.limit,
         num_fewshot=data.file.num_fewshot if shots is None else shots,
         chat=benchmarks.asking.chat,

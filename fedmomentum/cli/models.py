@@ -46,9 +46,8 @@ def export(
     store: StoreOption = None,
 ) -> None:
     """Write the result for stock transformers or PEFT, which load it without fedmomentum."""
-    import torch
-
-    from fedmomentum.base_model.devices import pick_dtype
+    from fedmomentum.base_model.loading import pick_merged_dtype
+    from fedmomentum.global_model.dequantized_base import base_quantization
     from fedmomentum.global_model.export import (
         export_adapter,
         export_merged,
@@ -60,7 +59,7 @@ def export(
     if to not in ("merged", "adapter"):
         raise ConfigError(f"--to must be merged or adapter; got {to!r}")
     # mistakes are found before anything is loaded
-    torch_dtype = pick_dtype(dtype, torch.device("cpu"))
+    torch_dtype = pick_merged_dtype(dtype)
     check_output_directory(out)
     require_empty_directory(out)
     result = open_result(model, server_round=server_round, client=client, store=store)
@@ -76,6 +75,9 @@ def export(
             written = (
                 f"the merged model in {dtype}; {fraction:.2%} of the change arrived in its weights"
             )
+            quantization = base_quantization(result.model, base_directory)
+            if quantization is not None:
+                written += f"; the {quantization} base is dequantized in it"
     OUT.print(f"{result.title} -> {out}: {written}", markup=False, soft_wrap=True)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.attention import set_attention
 from fedmomentum.base_model.classifier import set_pad_token
-from fedmomentum.base_model.devices import pick_device, pick_dtype, set_attention, set_up_device
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A loaded base model, shared by any number of `LocalModel`s of one process.
+    """A loaded base model, for one `LocalModel` or shared by several of one process.
 
     Attributes:
         directory: The directory that it was loaded from.
         identity: Its name, content hashes and labels.
         tokenizer: Its tokenizer.
-        model: The transformers model; it is never trained or changed.
+        model: The transformers model. It is not changed while it is shared.
     """
 
     directory: Path

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
@@ -17,11 +16,11 @@ from fedmomentum.base_model.holding import choose_holding, hold_weights
 from fedmomentum.base_model.load_checks import translate_out_of_memory
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.client.loaded_base import LoadedBase
+from fedmomentum.client.weight_probes import WeightProbes
 from fedmomentum.errors import ConfigError
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.linalg.probes import BLOCK_ELEMENTS, applied_share, probe, probe_vectors
 from fedmomentum.lora.linear_modules import find_linear_modules
 from fedmomentum.lora.live_layers import LoraLayer, lora_layers
 from fedmomentum.lora.peft_model import (
@@ -41,10 +40,6 @@ if TYPE_CHECKING:
     from fedmomentum.lora.peft_model import PeftModel
 
 
-# Module path to the probe vectors U `(num_probes, out)` and X `(in, num_probes)`.
-ProbeVectors = dict[str, tuple[Tensor, Tensor]]
-
-
 class LocalModel:
     """The base model of this process with one live adapter, which can be set to any global model.
 
@@ -53,8 +48,9 @@ class LocalModel:
         lora: The run's adapter; it is attached here unless `client_lora` is given.
         seed: The seed of the adapter's initialization.
         client_lora: What this client trains, if that is less than the run's adapter.
-        loaded: The base model if this process has loaded it: its weights are shared, except those
-            of the adapted modules.
+        loaded: The base model if this process has loaded it.
+        is_shared: Whether other models use it too: its weights are shared, except those of the
+            adapted modules. Otherwise they are changed in it, so that none is in memory twice.
 
     Raises:
         ModelError: If the base model cannot be found or loaded.
@@ -70,12 +66,13 @@ class LocalModel:
         seed: int,
         client_lora: LoraConfig | None = None,
         loaded: LoadedBase | None = None,
+        is_shared: bool = False,
     ) -> None:
         loaded = loaded or LoadedBase.from_config(model, model.labels, lora.modules_to_save)
         self.directory = loaded.directory
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
-        base = loaded.copy()
+        base = loaded.copy() if is_shared else loaded.model
         # A classifier's head is trained in full, beside whatever else the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
         self.num_parameters = num_parameters(base)
@@ -111,9 +108,7 @@ class LocalModel:
         self.base_weights = hold_weights(owners, self.directory, holding=self.holding, model=live)
         # Of a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}
-        self._probe_buffer = torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
-        self._probe_vector_cache: tuple[int, ProbeVectors] = (-1, {})
-        self._merge_probe_cache: _MergeProbes | None = None
+        self._weight_probes = WeightProbes(self.base_weights)
 
     def _attach(self, base: Any, lora: LoraConfig, targets: Targets, seed: int) -> PeftModel:
         return attach_adapter(
@@ -289,19 +284,6 @@ class LocalModel:
 
     # ── probes ──
 
-    def _probe_vectors(self, seed: int) -> ProbeVectors:
-        """Return every module's probe vectors; those of the last seed are cached.
-
-        All clients of a round use the same seed.
-        """
-        if self._probe_vector_cache[0] != seed:
-            vectors = {}
-            for module in self.base_weights.layers:
-                shape = self.base_weights.shape(module)
-                vectors[module] = probe_vectors(module, shape, seed)
-            self._probe_vector_cache = (seed, vectors)
-        return self._probe_vector_cache[1]
-
     def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Measure the live weights by random bilinear forms, in float64.
 
@@ -312,68 +294,13 @@ class LocalModel:
             Module path to its probes, for `base`, the base weight `W` without the adapter, and for
             `effective`, `W + scaling * B A`.
         """
-        base = {}
-        effective = {}
-        for module, (U, X) in self._probe_vectors(seed).items():
-            probes = self.base_weights.probe(module, U, X, self._probe_buffer)
-            base[module] = effective[module] = probes
-            layer = self._layers.get(module)
-            if layer is not None:
-                effective[module] = base[module] + layer.scaling * probe(layer.detached(), U, X)
-            # The fixed residual belongs to the adapter, though it is added to the base weight.
-            if module in self._fixed_residual:
-                base[module] = base[module] - probe(self._fixed_residual[module], U, X)
-        return {"base": base, "effective": effective}
+        return self._weight_probes.measure(seed, self._layers, self._fixed_residual)
 
-    def applied_fraction(
-        self, model: GlobalModel, probes: Mapping[str, Tensor], seed: int
-    ) -> float:
-        """Return the fraction of `base_update` that the live base weights contain.
-
-        With `p` for probes, it is `<p(W) - p(W_0), p(U)> / <p(U), p(U)>` for the update `U` and the
-        pretrained weights `W_0`.
+    def applied_fraction(self, model: GlobalModel, seed: int) -> float:
+        """Return the fraction of `base_update` that the layers' forward computes with.
 
         Args:
             model: The global model that is loaded; it has a `base_update`.
-            probes: The probes of the live base weights, by module.
             seed: The probes' seed.
         """
-        expected = self._merge_probes(model, seed)
-        changes = {}
-        for module in expected.merged:
-            changes[module] = probes[module] - expected.pretrained[module]
-        return applied_share(changes, expected.merged)
-
-    def _merge_probes(self, model: GlobalModel, seed: int) -> _MergeProbes:
-        """Measure the pretrained weights and the merged update, once for all clients of a round."""
-        objects = tuple(stored.name for stored in model.base_update)
-        cached = self._merge_probe_cache
-        if cached is not None and (cached.seed, cached.objects) == (seed, objects):
-            return cached
-        vectors = self._probe_vectors(seed)
-        # Sorted, because the order of a sum decides its last bits.
-        modules = sorted({module for stored in model.base_update for module in stored.matrices})
-        pretrained = {}
-        for module, weight in self.base_weights.iterate_pretrained(modules):
-            pretrained[module] = probe(weight, *vectors[module], self._probe_buffer)
-        merged = {module: probe(model.merged(module), *vectors[module]) for module in modules}
-        result = _MergeProbes(seed, objects, pretrained, merged)
-        self._merge_probe_cache = result
-        return result
-
-
-@dataclass(frozen=True, eq=False)
-class _MergeProbes:
-    """Probes of what the base weights should be.
-
-    Attributes:
-        seed: The probes' seed.
-        objects: Hashes of the merged update's objects.
-        pretrained: Module path to the probes of its pretrained weight.
-        merged: Module path to the probes of everything that was merged into it.
-    """
-
-    seed: int
-    objects: tuple[str, ...]
-    pretrained: dict[str, Tensor]
-    merged: dict[str, Tensor]
+        return self._weight_probes.applied_fraction(model.base_update, self._fixed_residual, seed)

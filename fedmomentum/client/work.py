@@ -221,9 +221,7 @@ class Worker:
             probes = self.model.probes(request.probe_seed)
             tensors = _stacked(probes)
             if global_model.base_update:
-                applied_fraction = self.model.applied_fraction(
-                    global_model, probes["base"], request.probe_seed
-                )
+                applied_fraction = self.model.applied_fraction(global_model, request.probe_seed)
 
         parts = [self._evaluate(part, request.batch_size) for part in _parts(request)]
         evaluations = [part for part in parts if part is not None]

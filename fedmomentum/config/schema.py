@@ -106,6 +106,10 @@ class ModelConfig:
         require_choice("model.quantization", self.quantization, QUANTIZATIONS)
         require_choice("model.attention", self.attention, ATTENTIONS)
         require_choice("model.adapted-weights", self.adapted_weights, ADAPTED_WEIGHTS)
+        if self.quantization != "none":
+            wanted = f'auto or as-loaded with quantization = "{self.quantization}"'
+            holds_codes = self.adapted_weights != "float32"
+            require(holds_codes, "model.adapted-weights", self.adapted_weights, wanted)
         if self.labels:
             wanted = f'left out with task = "{self.task}"'
             require(self.task == CLASSIFICATION, "model.labels", self.labels, wanted)
@@ -300,6 +304,11 @@ class EvaluationConfig:
         100, "held-out examples of every client, before the first and after the last round"
     )
     batch_size: int = option(32, "examples in a forward pass")
+    probes: bool = option(
+        True,
+        "measure on the clients' live weights whether a round was exact and all that was merged "
+        "is computed with; without, exactness_error and applied_share are left empty",
+    )
 
     def __post_init__(self) -> None:
         require_at_least("evaluation.every", self.every, 0)

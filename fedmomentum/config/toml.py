@@ -44,6 +44,7 @@ MAY_CHANGE = frozenset(
         "federation.min-valid-fraction",
         "federation.round-timeout",
         "federation.join-timeout",
+        "evaluation.probes",
         "run.keep-checkpoints",
         "run.report-to",
         "model.name",

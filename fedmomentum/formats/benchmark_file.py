@@ -106,6 +106,7 @@ class TaskSettings(_Open, frozen=True, kw_only=True):
         sha256: Hash of the task file and its data.
         base: Hash of the base model; None where it is not known.
         tokenizer: Hash of its tokenizer; None where it is not known.
+        quantization: How the base was quantized on loading; None: it was not.
         limit: The first so many examples; None: all.
         num_fewshot: Worked examples in a prompt.
         chat: Whether prompts are in the chat template.
@@ -119,6 +120,7 @@ class TaskSettings(_Open, frozen=True, kw_only=True):
     sha256: Hash
     base: Hash | None
     tokenizer: Hash | None
+    quantization: Label | None = None
     limit: PositiveCount | None
     num_fewshot: Count
     chat: bool

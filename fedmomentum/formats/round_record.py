@@ -253,9 +253,11 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     applied_share: Annotated[
         Number | None,
         doc(
-            "⟨got, wanted⟩ / ⟨wanted, wanted⟩ of everything merged into the base so far, by the "
-            "same probes; the smallest over the clients. 1: all of it is there. `null` where "
-            "nothing is merged",
+            "⟨got, wanted⟩ / ⟨wanted, wanted⟩ of everything merged into the base so far, M: got is "
+            "f(x) − f₀(x) of the adapted layers' forward f and that of the pretrained ones, f₀, "
+            "before outputs are rounded to 16 bits; wanted is M x; over all outputs, for a few "
+            "random x; the smallest over the clients. 1: all of it is computed with. `null` where "
+            "nothing is merged, or nothing measured",
             "fraction",
         ),
     ] = None

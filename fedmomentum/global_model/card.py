@@ -11,8 +11,20 @@ from fedmomentum.utils.io import write_atomically
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
 
+# How stock transformers quantizes a base on loading, by the kind of quantization.
+_CONFIGS = {
+    "nf4": (
+        'BitsAndBytesConfig(\n        load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        "bnb_4bit_use_double_quant=True\n    )"
+    ),
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+    "torchao-int8": "TorchAoConfig(Int8WeightOnlyConfig())",
+}
 
-def write_card(model: GlobalModel, out: Path, library: str, load: str) -> None:
+
+def write_card(
+    model: GlobalModel, out: Path, library: str, load: str, *, is_dequantized: bool = False
+) -> None:
     """Write the model card of an export.
 
     Args:
@@ -20,6 +32,7 @@ def write_card(model: GlobalModel, out: Path, library: str, load: str) -> None:
         out: The export's directory.
         library: `peft` or `transformers`.
         load: The line of code that loads the export.
+        is_dequantized: Whether the base was quantized, and merged into what it dequantizes to.
     """
     base = model.base
     is_adapter_directory = library == "peft"
@@ -38,6 +51,19 @@ def write_card(model: GlobalModel, out: Path, library: str, load: str) -> None:
                 f"AutoModelForSequenceClassification.from_pretrained(\n    {base.name!r}, "
                 f"num_labels={len(names)}, id2label={names}\n)\n```\n"
             )
+    if base.quantization is not None:
+        labels += f"| base quantized on loading | {base.quantization} |\n"
+    if is_dequantized:
+        head += (
+            "\nThe base model was quantized in training. These are its dequantized weights with "
+            "what was trained; quantizing them again would round away what was trained.\n"
+        )
+    elif base.quantization is not None:
+        head += (
+            "\nIt was trained on the base model as it is when quantized on loading:\n\n```python\n"
+            f"base = AutoModelForCausalLM.from_pretrained(\n    {base.name!r}, "
+            f"quantization_config={_CONFIGS[base.quantization.kind]}\n)\n```\n"
+        )
     card = f"""---
 library_name: {library}
 base_model: {base.name}

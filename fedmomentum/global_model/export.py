@@ -18,22 +18,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.card import write_card
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.linalg.probes import applied_share
+from fedmomentum.linalg.probes import AppliedShare
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
+from fedmomentum.utils.quantized import keep_inputs
 
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.global_model.objects import StoredObject
     from fedmomentum.global_model.tuned import TunedModel
+    from fedmomentum.linalg.matrix import Matrix
 
 CPU = torch.device("cpu")
 # Alphas are rounded to whole numbers within 1e-9; a scaling read back differs by round-off only.
 SCALING_TOL = 1e-12
+# Rows of a matrix that are compared at a time.
+ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +49,12 @@ class _Reference:
     Attributes:
         tokens: One row of tokens.
         logits: Its logits for them.
+        is_rounded: Whether a quantized base held in 8 bits what was merged.
     """
 
     tokens: Tensor
     logits: Tensor
+    is_rounded: bool
 
 
 def require_empty_directory(out: Path) -> None:
@@ -131,21 +139,42 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model as it was before.
     """
+    from fedmomentum.base_model.holding import AS_LOADED, choose_holding, hold_weights
     from fedmomentum.base_model.weight_slots import find_owners
-    from fedmomentum.base_model.weights import Float32Weights
     from fedmomentum.global_model.readback import logits_of, probe_tokens
     from fedmomentum.lora.peft_model import detach_adapter, wrap_with_adapter
 
     trained = wrap_with_adapter(base, model.adapter)
     live = trained.get_base_model()
-    base_weights = Float32Weights(
-        find_owners(live, model.adapter.modules), base_directory, tied, model=live
-    )
-    base_weights.apply(model.base_update)
+    holding = choose_holding("auto", live)
+    owners = find_owners(live, model.adapter.modules)
+    base_weights = hold_weights(owners, base_directory, holding=holding, model=live, tied=tied)
+    # Beside a quantized base, what was merged is exact in factors, and not in 8 bits.
+    factors = _merged_factors(model) if holding == AS_LOADED else None
+    if factors is None:
+        base_weights.apply(model.base_update)
+    else:
+        base_weights.apply([], factors)
     tokens = probe_tokens(base)
+    keep_inputs(trained)
     logits = logits_of(trained, tokens)
     base_weights.apply([])
-    return _Reference(tokens, logits), detach_adapter(trained)
+    is_rounded = holding == AS_LOADED and factors is None
+    return _Reference(tokens, logits, is_rounded), detach_adapter(trained)
+
+
+def _merged_factors(model: GlobalModel) -> StoredObject | None:
+    """Return the sum of all that was merged in factors; None if a part of it is dense."""
+    from fedmomentum.global_model.objects import StoredObject
+
+    changed = {module for part in model.base_update for module in part.matrices}
+    sums = {}
+    for module in sorted(changed):
+        total = model.merged(module)
+        if not isinstance(total, LowRank):
+            return None
+        sums[module] = total.to(torch.float32)
+    return StoredObject.of(sums)
 
 
 def _check_written(adapter: Adapter, directory: Path) -> None:
@@ -174,9 +203,12 @@ def _read_back_adapter(
 
     base = load_base_of(model, base_directory, torch.float32, CPU)
     resize_for(base, model.adapter)
-    logits = logits_of(load_with_peft(base, directory), reference.tokens)
+    adapted = load_with_peft(base, directory)
+    keep_inputs(adapted)
+    logits = logits_of(adapted, reference.tokens)
     what = "the adapter, read back by PEFT, is another model"
-    return check_logits(logits, reference.logits, torch.float32, what)
+    tolerance = torch.float16 if reference.is_rounded else torch.float32
+    return check_logits(logits, reference.logits, tolerance, what)
 
 
 # ── a merged model ────────────────────────────────────────────────────────────────────────────────
@@ -192,6 +224,7 @@ def export_merged(
         out: A new or empty directory.
         base_directory: The base model's directory; its identity is checked.
         dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
+            A quantized base is dequantized.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
@@ -204,11 +237,14 @@ def export_merged(
     """
     from fedmomentum.base_model.loading import load_base, tied_names
     from fedmomentum.global_model.base_of import load_base_of, num_labels
+    from fedmomentum.global_model.dequantized_base import base_quantization
     from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
     from fedmomentum.global_model.tuned import TunedModel, write_down_ties
 
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
+    if base_quantization(model, base_directory) is not None:
+        return _export_dequantized(model, out, base_directory, dtype)
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, torch.float32, CPU)
@@ -243,30 +279,52 @@ def export_merged(
     return applied_fraction
 
 
+def _export_dequantized(
+    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype
+) -> float:
+    """Write a global model on a quantized base as one on the dequantized base.
+
+    What is merged would not survive being quantized.
+    """
+    from fedmomentum.global_model.dequantized_base import dequantized_base
+
+    with dequantized_base(model, base_directory, out) as (plain, directory):
+        fraction = export_merged(plain, out, base_directory=directory, dtype=dtype)
+    # The card names the base that the run had.
+    class_name = read_config(out)["architectures"][0]
+    load = f"{class_name}.from_pretrained({out.name!r})"
+    write_card(model, out, "transformers", load, is_dequantized=True)
+    return fraction
+
+
 def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
     """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
     from fedmomentum.base_model.weights import Float32Weights
 
-    changes = {}
-    expected = {}
+    share = AppliedShare()
     assert isinstance(tuned.base_weights, Float32Weights)
     for module in tuned.base_weights.layers:
         pretrained = tuned.base_weights.pretrained(module)
         merged = tuned.base_weights.weight(module)
-        change = merged.to(dtype).double() - pretrained.to(dtype).double()
-        changes[module] = change.flatten()
         effective = model.effective(module)
-        dense = effective.dense() if isinstance(effective, LowRank) else effective
-        expected[module] = dense.flatten()
-    for name, (before, after) in zip(sorted(model.adapter.saved), tuned.saved, strict=True):
+        # Some rows at a time: in float64 a large matrix takes gigabytes.
+        for first in range(0, len(merged), ROWS):
+            rows = slice(first, first + ROWS)
+            change = merged[rows].to(dtype).double() - pretrained[rows].to(dtype).double()
+            share.add(change, _rows_of(effective, rows))
+    for before, after in tuned.saved:
         if not after.is_floating_point():
             continue
         start = torch.zeros_like(after)  # added tokens have no rows before
-        rows = tuple(slice(0, size) for size in before.shape)
-        start[rows] = before
-        changes[name] = (after.to(dtype).double() - start.to(dtype).double()).flatten()
-        expected[name] = (after.double() - start.double()).flatten()
-    return applied_share(changes, expected)
+        start[tuple(slice(0, size) for size in before.shape)] = before
+        change = after.to(dtype).double() - start.to(dtype).double()
+        share.add(change, after.double() - start.double())
+    return share.value
+
+
+def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
+    """Return some rows of a matrix as a dense one."""
+    return matrix.B[rows] @ matrix.A if isinstance(matrix, LowRank) else matrix[rows]
 
 
 def _stored_tensors(live: Any) -> list[tuple[str, Tensor]]:

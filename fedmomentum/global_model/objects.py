@@ -16,7 +16,7 @@ from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.weighted_sum import exact_sum
 from fedmomentum.utils.io import sha256, write_atomically
 from fedmomentum.utils.records import read_file
-from fedmomentum.utils.tensors import is_finite, read_safetensors, safetensors_bytes
+from fedmomentum.utils.tensors import is_finite, safetensors_bytes, view_safetensors
 
 if TYPE_CHECKING:
     from fedmomentum.linalg.matrix import Matrix
@@ -156,14 +156,14 @@ class StoredObject:
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """Module to its matrix, `(out, in)`.
+        """Module to its matrix, `(out, in)`: views of the bytes, which must not be written to.
 
         Raises:
             PayloadError: If the bytes are no safetensors file.
             ModelError: If tensors are not of the form above, or not finite.
         """
         name = f"object {self.name[:16]}"
-        tensors, _ = read_safetensors(self.data, name)
+        tensors = view_safetensors(self.data, name)
         for key, tensor in tensors.items():
             check_matrix(tensor, f"{name}: tensor {key}")
         # Sorted, A comes before B: a pair is read at its A, and its B is only checked.

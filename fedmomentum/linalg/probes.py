@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ BLOCK_ELEMENTS = 2**19
 
 # A product of fewer rows than this is not divided among threads.
 MIN_ROWS_PER_THREAD = 64
+
+# The same on a GPU, which needs large products to be busy: 256 MB.
+GPU_BLOCK_ELEMENTS = 2**25
 
 
 def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
@@ -54,8 +58,10 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
             matrices: fresh memory for every block can take three times as long.
 
     Returns:
-        `(NUM_PROBES,)`, in the dtype of X.
+        `(NUM_PROBES,)`, in the dtype of X, on the CPU.
     """
+    if matrix.device.type == "cuda":
+        return _probe_on_device(matrix, U, X)
     if isinstance(matrix, LowRank):
         return (U * (matrix.B.to(X) @ (matrix.A.to(X) @ X))).sum(0)
     out_size, in_size = matrix.shape
@@ -69,6 +75,24 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
         cast_rows = cast_block[: len(rows)].copy_(rows)
         _add_product_(UtM, U[start : start + block_rows], cast_rows)
     return (UtM.mT * X).sum(0)
+
+
+def _probe_on_device(matrix: Tensor | LowRank, U: Tensor, X: Tensor) -> Tensor:
+    """Compute a probe where the matrix is; only its numbers are copied to the CPU."""
+    U = U.to(matrix.device)
+    return (U * times(matrix, X.to(matrix.device))).sum(0).cpu()
+
+
+def times(matrix: Tensor | LowRank, X: Tensor) -> Tensor:
+    """Return `M X` `(out, n)` in the dtype and on the device of X.
+
+    A dense M is cast some rows at a time.
+    """
+    if isinstance(matrix, LowRank):
+        return matrix.B.to(X) @ (matrix.A.to(X) @ X)
+    limit = GPU_BLOCK_ELEMENTS if X.device.type == "cuda" else BLOCK_ELEMENTS
+    rows = matrix.split(max(1, limit // matrix.shape[1]))
+    return torch.cat([block.to(X) @ X for block in rows])
 
 
 def _add_product_(UtM: Tensor, U: Tensor, rows: Tensor) -> None:
@@ -107,6 +131,25 @@ def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
     Both are sums over all probes of all modules. 1 where all of it arrived; a change that rounding
     swallowed gives less. 1 where nothing was wanted, so never NaN.
     """
-    numerator = sum(float((got[m] * wanted[m]).sum()) for m in wanted)
-    denominator = sum(float(wanted[m].square().sum()) for m in wanted)
-    return numerator / denominator if denominator > 0 else 1.0
+    share = AppliedShare()
+    for module, change in wanted.items():
+        share.add(got[module], change)
+    return share.value
+
+
+@dataclass
+class AppliedShare:
+    """The fraction of a change that arrived, summed up tensor by tensor; see `applied_share`."""
+
+    numerator: float = 0.0
+    denominator: float = 0.0
+
+    def add(self, got: Tensor, wanted: Tensor) -> None:
+        """Add one tensor of what arrived and what should have."""
+        self.numerator += float((got * wanted).sum())
+        self.denominator += float(wanted.square().sum())
+
+    @property
+    def value(self) -> float:
+        """The fraction so far."""
+        return self.numerator / self.denominator if self.denominator > 0 else 1.0

@@ -10,6 +10,7 @@ from torch import nn
 from fedmomentum.errors import AdapterError
 from fedmomentum.lora.live_layers import LoraLayer
 from fedmomentum.lora.target_names import is_called
+from fedmomentum.utils.quantized import quantized_layers
 from fedmomentum.utils.text import printable
 
 # How similar a name must be to be suggested, by difflib's ratio; a typo is far above.
@@ -62,6 +63,13 @@ def _find_saved(
             f"would train too; write more of the path, such as {matches[0]}"
         )
     for path in matches:
+        quantized = [f"{path}.{inner}" for inner, _ in quantized_layers(model.get_submodule(path))]
+        if quantized:
+            raise AdapterError(
+                f"modules-to-save: the base model is stored with {quantized[0].rstrip('.')} "
+                "quantized, which cannot be trained in full; leave it out, or use the model's "
+                "release in bfloat16 with model.quantization, which leaves such modules as they are"
+            )
         if not list(model.get_submodule(path).parameters()):
             raise AdapterError(
                 f"modules-to-save: {path} has no parameters, so there is nothing to train"

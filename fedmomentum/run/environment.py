@@ -14,6 +14,7 @@ from fedmomentum.base_model.devices import rounds_to_tf32
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.run_files import EnvironmentFile, read_facts
 from fedmomentum.utils.process import installed_version
+from fedmomentum.utils.quantized import quantized_layers
 
 if TYPE_CHECKING:
     from fedmomentum.client.local_model import LocalModel
@@ -32,6 +33,8 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
+# What quantized weights are made and multiplied by.
+QUANTIZING_PACKAGES = ("bitsandbytes", "torchao")
 
 
 def process_environment() -> dict[str, Any]:
@@ -49,8 +52,12 @@ def process_environment() -> dict[str, Any]:
 
 def environment(local: LocalModel) -> dict[str, Any]:
     """Return what the last bits of a result depend on: versions, threads, device, dtype, hashes."""
+    facts = process_environment()
+    if any(True for _ in quantized_layers(local.peft)):
+        libraries = {package: installed_version(package) for package in QUANTIZING_PACKAGES}
+        facts["versions"] |= libraries
     return {
-        **process_environment(),
+        **facts,
         "device": str(local.peft.device),
         "tf32": rounds_to_tf32(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),

@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from fedmomentum.base_model.devices import pick_dtype
 from fedmomentum.base_model.identity import BaseIdentity, identify
+from fedmomentum.base_model.loading import pick_merged_dtype
 from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.config.toml import to_toml
 from fedmomentum.data.client_data import partition_table
@@ -258,7 +256,7 @@ class FederatedTrainer:
             ModelError: If there is no finished round, or what was written is not the run's model.
         """
         result = open_result(self.directory)
-        chosen = pick_dtype(dtype, torch.device("cpu"))
+        chosen = pick_merged_dtype(dtype)
         return export_merged(
             result.model, Path(out), base_directory=find_base(result, ""), dtype=chosen
         )

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedmomentum.base_model.holding import AS_LOADED, FLOAT32
-from fedmomentum.base_model.quantization import NONE
+from fedmomentum.config.schema import ADAPTED_WEIGHTS, QUANTIZATIONS
 from fedmomentum.formats.plan import MemoryUse
 from fedmomentum.lora.module_names import weight_path
 from fedmomentum.training.step_memory import StepShape, step_bytes
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from fedmomentum.run.outline import ModelOutline
 
 LOG = logging.getLogger("fedmomentum")
+
+AUTO, FLOAT32, AS_LOADED = ADAPTED_WEIGHTS
+NONE = QUANTIZATIONS[0]
 
 # Bytes of an element in each form: codes and their scales, for nf4 by blocks of 64 whose scales are
 # quantized in blocks of 256.
@@ -117,7 +119,7 @@ def choose_placement(config: Config, outline: ModelOutline) -> Placement:
     quantization = outline.quantization or config.model.quantization
     on_gpu = outline.device.type != "cpu"
     holding = config.model.adapted_weights
-    if holding == "auto":
+    if holding == AUTO:
         holding = AS_LOADED if on_gpu or quantization != NONE else FLOAT32
     return Placement(on_gpu, outline.dtype, outline.stored_dtype, holding, quantization)
 

@@ -156,7 +156,14 @@ def load_run(outline: RunOutline, out: Path, callbacks: Callback) -> LoadedRun:
         base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
     seed = derive_seed(config.run.seed, "adapter")
     with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
-        local = LocalModel(config.model, config.lora, seed=seed, loaded=base)
+        # Clients that train less have models of their own, which share the base model's weights.
+        local = LocalModel(
+            config.model,
+            config.lora,
+            seed=seed,
+            loaded=base,
+            is_shared=bool(config.lora.clients),
+        )
     clients = make_clients(
         config, outline.examples, local, out, outline.function, callbacks.on_step
     )
@@ -210,7 +217,12 @@ def _own_models(
             try:
                 with translate_out_of_memory(what):
                     model = LocalModel(
-                        config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
+                        config.model,
+                        lora,
+                        seed=seed,
+                        client_lora=client_lora,
+                        loaded=loaded,
+                        is_shared=True,
                     )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error

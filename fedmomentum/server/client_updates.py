@@ -58,6 +58,7 @@ class UpdateReader:
         self._uploads = method.uploaded_factors(server_round)
         self._dtype = wire_dtype(config.federation.uplink_dtype)
         self._shares_moments = config.training.shares_moments
+        self._num_probed = len(model.adapter.modules) if config.evaluation.probes else 0
 
     def lora_config(self, client: str) -> LoraConfig:
         """Return what a client trains now: its configuration, at the rank it was pruned to."""
@@ -105,7 +106,7 @@ class UpdateReader:
         name = f"client {reply.client_id}"
         result = train_result(reply)
         check_losses(result, name)
-        check_measurements(reply.tensors, len(self.model.adapter.modules), name)
+        check_measurements(reply.tensors, self._num_probed, name)
         if self._method.prunes:
             _check_next_rank(result, self.rank(reply.client_id), name)
 

@@ -163,6 +163,11 @@ def evaluate_request(
     )
 
 
-def probe_seed(config: Config, server_round: int) -> int:
-    """Return the seed of a round's probes: one for its training and the evaluation that follows."""
+def probe_seed(config: Config, server_round: int) -> int | None:
+    """Return the seed of a round's probes: one for its training and the evaluation that follows.
+
+    None if the run measures none.
+    """
+    if not config.evaluation.probes:
+        return None
     return derive_seed(config.run.seed, "probe", server_round)

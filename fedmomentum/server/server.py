@@ -300,10 +300,10 @@ class Server:
         trained: TrainedRound,
         weights: Mapping[str, float],
     ) -> ExpectedProbes | None:
-        """Return what evaluating clients must measure; None where each has a model of its own."""
-        if self._method.personal_factors:
-            return None
+        """Return what evaluating clients must measure; None if models differ, or none is asked."""
         seed = probe_seed(self._config, server_round)
+        if self._method.personal_factors or seed is None:
+            return None
         return expected_probes(trained.replies.replies, weights, model, self.model, seed)
 
     def _evaluate(
@@ -314,11 +314,11 @@ class Server:
             return RoundEvaluation()
         # The weights of an unchanged base model are not probed: there is nothing to compare with.
         is_probed = self.model.server_round > 0 or bool(self.model.base_update)
-        num_modules = len(self.model.adapter.modules) if is_probed else 0
         num_examples = num_eval_examples(self._config, server_round)
         reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)
         manifest = sent_manifest(self.model)
         seed = probe_seed(self._config, server_round) if is_probed else None
+        num_modules = len(self.model.adapter.modules) if seed is not None else 0
         requests = {}
         for client in clients:
             requests[client] = evaluate_request(

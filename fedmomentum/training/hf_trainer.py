@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -178,6 +178,13 @@ class TrainableView(nn.Module):
     Args:
         model: The model.
     """
+
+    # What the trainer asks a quantized model for, to refuse one without an adapter: nothing in the
+    # view is quantized.
+    is_quantized = False
+    is_loaded_in_4bit = False
+    is_loaded_in_8bit = False
+    hf_device_map: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

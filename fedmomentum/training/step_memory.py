@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fedmomentum.base_model.skeleton import Skeleton
 from fedmomentum.base_model.weight_slots import WeightSlot, find_owners
 from fedmomentum.training.isolation import sdpa_backend_for
 from fedmomentum.utils.modules import inner_model
+
+if TYPE_CHECKING:
+    from fedmomentum.base_model.skeleton import Skeleton
 
 # Layers of a deep model that are run; the others repeat them.
 FEW_LAYERS = 2

@@ -87,6 +87,7 @@ def installed_version(package: str) -> str:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep other libraries' progress bars and advice off the terminal; errors still show."""
+    quiet_advice()
     import datasets
     import transformers
 
@@ -95,12 +96,16 @@ def quiet_libraries() -> Iterator[None]:
     transformers_logging: Any = transformers.utils.logging
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ADVISING_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def quiet_advice() -> None:
+    """Keep what libraries of quantized weights write on import off the terminal."""
+    for name in ADVISING_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def tune_malloc() -> None:

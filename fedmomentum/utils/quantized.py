@@ -105,6 +105,16 @@ def dequantize(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     return eight_bit.to(dtype)
 
 
+def keep_inputs(model: nn.Module) -> None:
+    """Have bitsandbytes' int8 layers on a CPU multiply inputs as they are, until the mode is set.
+
+    In evaluation they round inputs to 8 bits; in training, on a CPU, they do not.
+    """
+    for layer in model.modules():
+        if is_eight_bit(layer):
+            layer.training = True
+
+
 def shared_with_copies(model: nn.Module) -> Iterator[Any]:
     """Yield what copies of a model share beside its parameters: bitsandbytes' codes and scales.
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -17,6 +21,7 @@ MAX_HEADER_BYTES = 64 * 2**20
 """A safetensors header of a model of 100,000 tensors has about 10 MiB."""
 LENGTH_BYTES = 8
 """Bytes at the beginning of a safetensors file that hold the length of its header."""
+FLOAT32_BYTES = 4
 
 
 def safetensors_bytes(
@@ -62,6 +67,66 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[st
     except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise PayloadError(f"{name}: not safetensors: {error}") from error
     return tensors, metadata
+
+
+def view_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Decode safetensors bytes of any origin; float32 tensors are views of them, not copies.
+
+    They must not be written to. Whatever is not plainly laid out is left to `read_safetensors`,
+    which copies it or refuses it.
+
+    Raises:
+        PayloadError: See `read_safetensors`.
+    """
+    tensors = _views(data)
+    return read_safetensors(data, name)[0] if tensors is None else tensors
+
+
+def _views(data: bytes) -> dict[str, Tensor] | None:
+    """Return float32 tensors as views of safetensors bytes; None if these have anything else.
+
+    As the format demands, the tensors lie behind each other without a gap and fill the bytes.
+    """
+    start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    if not LENGTH_BYTES < start <= min(MAX_HEADER_BYTES, len(data)) or start % FLOAT32_BYTES:
+        return None
+    try:
+        header = json.loads(data[LENGTH_BYTES:start])
+        entries = {key: msgspec.convert(value, _Entry) for key, value in header.items()}
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    position = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.data_offsets):
+        begin, end = entry.data_offsets
+        num_bytes = math.prod(entry.shape) * FLOAT32_BYTES
+        if entry.dtype != "F32" or begin != position or end != begin + num_bytes:
+            return None
+        position = end
+    if start + position != len(data):
+        return None
+    views = {}
+    for key, entry in entries.items():
+        flat = _view(data, start + entry.data_offsets[0], math.prod(entry.shape))
+        views[key] = flat.view(entry.shape)
+    return views
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: list[Annotated[int, msgspec.Meta(ge=0, le=2**40)]]
+    data_offsets: tuple[int, int]
+
+
+def _view(data: bytes, start: int, count: int) -> Tensor:
+    """Return float32 numbers in bytes as a tensor of the same memory."""
+    if not count:
+        return torch.zeros(0)
+    with warnings.catch_warnings():
+        # torch warns of bytes that could be written to through the tensor.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=torch.float32, count=count, offset=start)
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bitsandbytes
@@ -12,14 +12,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from fedmomentum.base_model.as_loaded import AsLoadedWeights
+from fedmomentum.base_model.holding import choose_holding, hold_weights
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.loading import load_base
 from fedmomentum.base_model.quantization import ON_LOADING
+from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.config.schema import ModelConfig
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.manifest import Base
 from fedmomentum.global_model.model import version_of
+from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.peft_model import attach_adapter
 from fedmomentum.utils.quantized import dequantize, num_parameters, quantized_layers
 from tests.tiny import tiny_gpt2, tiny_llama
@@ -197,6 +201,61 @@ def test_copies_share_codes_and_scales_and_compute_the_same(folder, kind):
         if kind == "int8":
             assert one.state.CB.data_ptr() == other.state.CB.data_ptr()
             assert one.state.SCB is other.state.SCB
+
+
+@dataclass
+class Part:
+    """What one round merges."""
+
+    name: str
+    matrices: dict[str, LowRank]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fifty_small_residuals_arrive_in_the_forward(folder, kind, dtype):
+    """Each is 3e-4 of the weight, a fraction of the step between two codes."""
+    model = load(folder, kind, dtype)
+    layers = find_owners(model, ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
+    weights = hold_weights(layers, folder, holding=choose_holding("auto", model), model=model)
+    assert isinstance(weights, AsLoadedWeights)
+    generator = torch.Generator().manual_seed(7)
+    parts = []
+    for index in range(50):
+        matrices = {}
+        for module in layers:
+            pretrained = weights.pretrained(module)
+            assert torch.equal(pretrained, dequantize(layers[module]))
+            B = torch.randn(pretrained.shape[0], 6, generator=generator)
+            A = torch.randn(6, pretrained.shape[1], generator=generator)
+            matrices[module] = LowRank(B * (3e-4 * pretrained.norm() / (B @ A).norm()), A)
+        parts.append(Part(f"{index:064x}", matrices))
+    weights.apply(parts)
+    got = []
+    wanted = []
+    for module in layers:
+        total = sum(part.matrices[module].dense().double() for part in parts)
+        X = torch.randn(total.shape[1], 8, generator=generator)
+        inputs = weights.inputs(module, X)
+        before = weights.pretrained_outputs({module: inputs})[module].double()
+        got.append((weights.outputs(module, inputs).double() - before).flatten())
+        wanted.append((total @ inputs.double()).flatten())
+        # What the whole layer gives is this, rounded to the dtype of its outputs.
+        after = layers[module](inputs.T).double()
+        exact = (before + total @ inputs.double()).T
+        assert (after - exact).norm() < 4 * torch.finfo(
+            dtype
+        ).eps * exact.norm() + 1e-4 * exact.norm()
+    got, wanted = torch.cat(got), torch.cat(wanted)
+    assert float(got @ wanted / (wanted @ wanted)) == pytest.approx(1, abs=0.01)
+    # Applied one by one they are the same bits, and nothing is left of them when they are taken away.
+    outputs = weights.outputs(module, inputs)
+    weights.reset()
+    for count in (1, 20, 50):
+        weights.apply(parts[:count])
+    assert torch.equal(weights.outputs(module, inputs), outputs)
+    weights.reset()
+    assert torch.equal(weights.pretrained(module), dequantize(layers[module]))
 
 
 # ── identity ──

@@ -84,17 +84,17 @@ def test_probes_are_of_the_weights_as_they_are_when_asked(trained):
     run.local.load_global_model(run.model)
     module, *others = sorted(run.local.base_weights.layers)
     before = run.local.probes(5)
-    assert run.local.applied_fraction(run.model, before["base"], 5) == pytest.approx(1, abs=1e-4)
+    assert run.local.applied_fraction(run.model, 5) == pytest.approx(1, abs=1e-4)
     run.local.base_weights.layers[module].weight.data.copy_(
         run.local.base_weights.pretrained(module)
     )  # as if nothing was merged
     after = run.local.probes(5)
-    lost = run.local.applied_fraction(run.model, after["base"], 5)
+    lost = run.local.applied_fraction(run.model, 5)
     for name in ("base", "effective"):
         assert not torch.equal(after[name][module], before[name][module])
         assert all(torch.equal(after[name][other], before[name][other]) for other in others)
     run.local.base_weights.apply([])
-    none = run.local.applied_fraction(run.model, run.local.probes(5)["base"], 5)
+    none = run.local.applied_fraction(run.model, 5)
     run.local.load_global_model(run.model)
     again = run.local.probes(5)
     assert none == pytest.approx(0, abs=1e-6) and none < lost < 0.99
