@@ -159,6 +159,7 @@ def plan_model(name: str, setting: Setting) -> tuple[int, MemoryUse, MemoryUse]:
         stored_dtype=torch.bfloat16,
         is_here=False,
         quantization=None,
+        num_parameters=sum(p.numel() for p in skeleton.model.parameters()),
     )
     method = build_method("fedmomentum", {})
     longest = (setting.length, setting.length // 2)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.attention import set_attention
 from fedmomentum.base_model.classifier import set_pad_token
-from fedmomentum.base_model.devices import pick_device, pick_dtype, set_attention, set_up_device
+from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size

@@ -49,6 +49,7 @@ class ModelOutline:
         stored_dtype: The dtype of the weights on disk, as config.json says.
         is_here: Whether this machine has the device.
         quantization: How the weights on disk are quantized; None if they are not.
+        num_parameters: Number of parameters of the base model.
     """
 
     directory: Path
@@ -65,11 +66,7 @@ class ModelOutline:
     stored_dtype: torch.dtype
     is_here: bool
     quantization: str | None
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of the base model."""
-        return sum(parameter.numel() for parameter in self.base.parameters())
+    num_parameters: int
 
 
 def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> ModelOutline:
@@ -141,6 +138,7 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
         stored_dtype=_stored_dtype(directory, dtype),
         is_here=is_here,
         quantization=_stored_quantization(directory),
+        num_parameters=sum(parameter.numel() for parameter in base.parameters()),
     )
 
 

@@ -216,7 +216,11 @@ def _own_models(
             try:
                 with translate_out_of_memory(what):
                     model = LocalModel(
-                        config.model, lora, seed=seed, client_lora=client_lora, loaded=loaded
+                        config.model,
+                        lora,
+                        seed=seed,
+                        client_lora=client_lora,
+                        loaded=loaded,
                     )
             except (AdapterError, ConfigError) as error:
                 raise ConfigError(f"lora.clients.{name}: {error}") from error

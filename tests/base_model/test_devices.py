@@ -11,12 +11,9 @@ from fedmomentum.base_model.devices import (
     pick_device,
     pick_dtype,
     rounds_to_tf32,
-    set_attention,
     set_up_device,
 )
-from fedmomentum.base_model.loading import load_base
 from fedmomentum.errors import ModelError
-from tests.tiny import tiny_llama
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu():
@@ -75,28 +72,3 @@ def test_only_the_generator_of_the_models_gpu_is_touched(monkeypatch):
     assert generator_devices(torch.device("cuda:1")) == [1]
     assert generator_devices(torch.device("cuda")) == [3]
     assert devices.DTYPES.keys() == {"float32", "bfloat16", "float16"}
-
-
-# ── attention ──
-
-
-def test_attention_is_computed_as_asked(tmp_path):
-    """Both ways give the same logits, so that one is really another way."""
-    directory = tiny_llama(tmp_path)
-    model = load_base(directory, torch.float32, torch.device("cpu"))
-    tokens = torch.arange(10)[None] + 5
-    before = model.config._attn_implementation
-    set_attention(model, "auto")
-    assert model.config._attn_implementation == before
-    logits = {}
-    for attention in ("eager", "sdpa"):
-        set_attention(model, attention)
-        assert model.config._attn_implementation == attention
-        logits[attention] = model(tokens).logits
-    assert torch.allclose(logits["eager"], logits["sdpa"], rtol=1e-4, atol=1e-6)
-
-
-def test_flash_attention_on_a_cpu_is_refused(tmp_path):
-    model = load_base(tiny_llama(tmp_path), torch.bfloat16, torch.device("cpu"))
-    with pytest.raises(ModelError, match="flash_attention_2.*needs a GPU and 16 bits; this is cpu"):
-        set_attention(model, "flash_attention_2")
