@@ -48,7 +48,7 @@ class BaseSizes:
         linear: Elements of the other linear layers that a quantization would take.
         other: Elements of everything else.
         trained: Elements of modules that are trained in full; they are held a second time.
-        largest: Elements of the largest tensor.
+        largest: Elements of the largest linear layer, which may be made in another form.
     """
 
     adapted: int
@@ -76,7 +76,9 @@ class BaseSizes:
             elif name in linear:
                 kind = "linear"
             counts[kind] += parameter.numel()
-            largest = max(largest, parameter.numel())
+            # Everything else stays in the form in which it is read.
+            if kind != "other":
+                largest = max(largest, parameter.numel())
         trained = sum(tensor.numel() for tensor in adapter.saved.values())
         return cls(**counts, trained=trained, largest=largest)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmomentum import FederatedTrainer
+from fedmomentum.base_model.loading import load_base
 from fedmomentum.config.toml import from_dict, to_toml
 from fedmomentum.run import memory
 from fedmomentum.run.outline import outline_model
@@ -115,6 +116,20 @@ def test_a_plan_needs_no_weights_and_no_gpu(base, tmp_path, monkeypatch):
         assert any("this machine has no cuda:7" in warning for warning in plan.warnings)
     assert plan.device_memory.training > plan.device_memory.at_rest > 0
     assert plan.host_memory.training < with_weights.host_memory.training
+
+
+def test_the_plan_is_shown_before_weights_are_loaded(base, tmp_path, monkeypatch):
+    order = []
+
+    def load(*arguments, **options):
+        order.append("weights")
+        return load_base(*arguments, **options)
+
+    monkeypatch.setattr("fedmomentum.client.loaded_base.load_base", load)
+    trainer = FederatedTrainer(tiny_config(base), tmp_path / "run")
+    prepared = trainer.prepare(lambda plan, _: order.append(plan))
+    trainer.close()
+    assert order == [prepared.plan, "weights"]
 
 
 def test_the_plan_names_what_a_run_adapts(base, tmp_path):
