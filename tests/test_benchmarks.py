@@ -46,6 +46,7 @@ def test_every_benchmark_is_run_and_writes_what_is_asked(runner):
         "plots",
         "gpu_aggregation",
         "gpu_models",
+        "gpu_plan",
         "gpu_rounds",
         "gpu_tables",
         "gpu_training",

@@ -460,6 +460,10 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     assert importlib.import_module("figures").tables().strip() in text
     moments = importlib.import_module("moments_figures").tables().strip()
     assert moments and moments in text
+    classifier = importlib.import_module("classifier")
+    published = classifier.read_scores(classifier.PUBLISHED)
+    assert len(published) == len(METHODS)
+    assert classifier.table(published) in text
     cells = importlib.import_module("cells_figures").tables().strip()
     assert cells.count("\n") > 1 and cells in text
     monkeypatch.syspath_prepend(ROOT / "experiments" / "smollm2")

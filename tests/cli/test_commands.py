@@ -364,7 +364,7 @@ def test_aggregate_by_every_method(adapters, tmp_path, call, name):
             "a number, last or best",
         ),
         (
-            ["export", "{finished}", "--to", "merged", "--dtype", "int8", "--out", "x"],
+            ["export", "{finished}", "--to", "merged", "--dtype", "int9", "--out", "x"],
             "choose auto, float32",
         ),
         (

@@ -18,6 +18,7 @@ from fedmomentum.errors import (
     ModelError,
     PayloadError,
     QuorumError,
+    SecureSumError,
     public_text,
 )
 
@@ -31,6 +32,7 @@ OURS = [
     DamagedObject,
     PayloadError,
     QuorumError,
+    SecureSumError,
 ]
 # what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken
 # to go on

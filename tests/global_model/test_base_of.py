@@ -1,5 +1,7 @@
 """Adapters of classifiers that others made: combined and exported, whatever their head is called."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -56,7 +58,7 @@ def test_adapters_of_stock_peft_are_combined_with_their_heads(tmp_path, kind, ex
     base, directories = peft_adapters(tmp_path, kind, extra)
     adapters = [read_adapter(directory) for directory in directories]
     model = aggregate_directories(directories, FedMomentum(), weights=list(WEIGHTS)).model
-    assert f"{head}.weight" in model.adapter.saved and num_labels(model.adapter) == 4
+    assert f"{head}.weight" in model.adapter.saved and num_labels(model) == 4
     if kind == "distilbert":
         assert "pre_classifier.weight" in model.adapter.saved
     for name, tensor in model.adapter.saved.items():
@@ -84,11 +86,15 @@ def test_adapters_of_stock_peft_are_combined_with_their_heads(tmp_path, kind, ex
 
 def test_a_head_without_output_layer_is_refused_by_name(tmp_path):
     _, directories = peft_adapters(tmp_path, "distilbert")
-    adapter = read_adapter(directories[0])
+    model = aggregate_directories(directories, FedMomentum()).model
     for name in ("classifier.weight", "classifier.bias"):
-        del adapter.saved[name]
+        del model.adapter.saved[name]
     with pytest.raises(AdapterError, match="saves no classification head"):
-        num_labels(adapter)
+        num_labels(model)
+    # A run knows its labels, whatever the last layer of its head is called.
+    labels = ("north", "east", "south")
+    named = replace(model, base=replace(model.base, labels=labels))
+    assert num_labels(named) == len(labels)
 
 
 def test_an_adapter_that_does_not_name_its_labels_is_not_scored(tmp_path):

@@ -34,6 +34,9 @@ def test_read_run_gives_what_the_files_hold(folder):
         "optimizer_state": "fresh",
         "objective": "",
         "labels": {},
+        "device": "",
+        "host_memory": None,
+        "device_memory": None,
         **json.loads((folder / "plan.json").read_text()),
     }
     assert run.environment["threads"] == 2

@@ -16,9 +16,10 @@ from fedmomentum.evaluation.teacher_forcing import evaluate
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.protocol.transport import InProcessTransport
+from fedmomentum.run.client_examples import held_out_order
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.networked import run_federation
-from fedmomentum.run.setup import held_out_order, load_data
+from fedmomentum.run.setup import load_data
 from fedmomentum.utils.names import directory_name
 from tests.runs import nudge, start, timeless, tiny_config
 
