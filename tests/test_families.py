@@ -52,14 +52,10 @@ EVERY_TIME = (
 )
 CLASSIFIERS_EVERY_TIME = (
     "bert",
-    "deberta-v2",
-    "distilbert",
     "fnet",
     "llama",
     "modernbert",
-    "roberta",
     "t5",
-    "xlnet",
 )
 
 

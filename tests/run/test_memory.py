@@ -44,7 +44,14 @@ def write_model(directory, shape, layers, dtype=torch.float32):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's accounts")
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("weights", marks=pytest.mark.long),
+        pytest.param("activations", marks=pytest.mark.long),
+        "logits",
+    ],
+)
 def test_a_run_takes_what_the_plan_says(kind, tmp_path):
     shape, batch, length = SHAPES[kind]
     write_model(tmp_path / "base", shape, LAYERS[kind])
