@@ -120,7 +120,7 @@ class AsLoadedWeights:
         """Set every module's branch to the sum of `base_update`, and `own` in factors.
 
         All parts are checked before the first branch is changed. An error in between (no memory,
-        Ctrl-C) leaves branches that the next call makes anew.
+        Ctrl-C) leaves branches that the next call rebuilds.
 
         Raises:
             ModelError: If a part changes a module that is not among these, or has another shape,
@@ -132,7 +132,7 @@ class AsLoadedWeights:
         names = ([part.name for part in base_update], own.name if own else None)
         if names == self._applied_names:
             return
-        # The sum in 8 bits is made anew only where it is another one.
+        # The sum in 8 bits is rebuilt only if it has changed.
         is_same_sum = self._applied_names is not None and names[0] == self._applied_names[0]
         self._applied_names = None
         self._wide.apply([self._share_of_wide(part) for part in parts])

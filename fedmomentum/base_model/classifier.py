@@ -55,6 +55,14 @@ def stored_labels(directory: Path) -> tuple[str, ...]:
         return ()
 
 
+def label_arguments(labels: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of transformers that give a classifier these labels, in this order."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
 def order_labels(directory: Path, labels: Sequence[str]) -> tuple[str, ...]:
     """Return labels in the order of the checkpoint's own head, if that has just these."""
     stored = stored_labels(directory)
@@ -77,7 +85,7 @@ def check_label_order(directory: Path, labels: Sequence[str]) -> None:
 
 
 def refuse_other_classifiers(directory: Path, model: Any) -> None:
-    """Refuse classifiers whose head cannot be told from the rest, or that read a text otherwise.
+    """Refuse classifiers whose head cannot be told from the rest, or that have no token table.
 
     Raises:
         ModelError: If the model is one of them.

@@ -22,7 +22,7 @@ def choose_holding(setting: str, model: Any) -> str:
         model: A transformers model.
 
     Raises:
-        ModelError: If quantized weights shall be held in float32.
+        ModelError: If float32 is asked for and weights are quantized.
     """
     return resolve_holding(
         setting,

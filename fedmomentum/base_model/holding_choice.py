@@ -23,7 +23,7 @@ def resolve_holding(setting: str, *, on_gpu: bool, dtype: torch.dtype, is_quanti
         is_quantized: Whether any weights are quantized.
 
     Raises:
-        ModelError: If quantized weights shall be held in float32.
+        ModelError: If float32 is asked for and weights are quantized.
     """
     if is_quantized and setting == FLOAT32:
         raise ModelError(

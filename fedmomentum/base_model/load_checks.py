@@ -111,7 +111,7 @@ def refuse_incomplete(
 
 def _refuse_integer_weights(directory: Path, model: PreTrainedModel) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Codes of quantized layers are integers by right.
+    # The codes of quantized layers are meant to be integers.
     for path, _ in quantized_layers(model):
         parameters.pop(f"{path}.weight")
     for name, tensor in stored_tensors(directory).items():

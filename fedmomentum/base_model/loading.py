@@ -26,6 +26,7 @@ from fedmomentum.base_model.classifier import (
     check_label_order,
     initialize_head,
     is_head,
+    label_arguments,
     refuse_other_classifiers,
 )
 from fedmomentum.base_model.devices import pick_dtype
@@ -98,22 +99,19 @@ def load_base(
     refuse_unusable(directory, is_classifier=is_classifier)
     kind = check_quantization(directory, quantization, device)
     auto_class = AutoModelForSequenceClassification if is_classifier else text_class(directory)
-    label_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
+    head_arguments: dict[str, Any] = {"num_labels": num_labels} if is_classifier else {}
     if labels:
         check_label_order(directory, labels)
-        label_arguments = {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
+        head_arguments = label_arguments(labels)
     what = f"{auto_class.__name__} cannot load a model from {directory}"
     with translate_library_errors(what, read_config(directory)):
         arguments: dict[str, Any] = {"dtype": dtype}
         if kind is not None:
-            # Quantized weights are made, or unpacked, where they shall be.
+            # Weights are quantized, or unpacked, on the device that will hold them.
             arguments["device_map"] = {"": device}
         if quantization is not None:
             arguments |= quantizing_arguments(
-                directory, quantization, auto_class, label_arguments, trained
+                directory, quantization, auto_class, head_arguments, trained
             )
         model, info = auto_class.from_pretrained(
             directory,
@@ -123,7 +121,7 @@ def load_base(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **arguments,
-            **label_arguments,
+            **head_arguments,
         )
     if kind is not None:
         prepare_layers(directory, model, kind, quantization, dtype)

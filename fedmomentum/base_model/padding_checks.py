@@ -44,7 +44,7 @@ def refuse_padding_dependence(directory: Path, model: Any) -> None:
     _refuse_difference(directory, model, alone, padded)
 
 
-def refuse_padding_dependence_of_labels(directory: Path, model: Any) -> None:
+def refuse_padding_dependent_classifier(directory: Path, model: Any) -> None:
     """Refuse a classifier whose logits for a text depend on how far the text is padded.
 
     Encoders whose convolutions or Fourier transforms run over padding do, for example.

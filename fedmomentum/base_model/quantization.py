@@ -1,7 +1,7 @@
 """Quantized base models: what a directory holds, how weights are quantized on loading, the repairs.
 
 transformers, bitsandbytes and torchao do the work. Here is decided what is supported, which modules
-stay in floating point, and what of the libraries must be set right before a layer computes.
+stay in floating point, and which faults of the libraries are corrected before a layer computes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def stored_quantization(directory: Path) -> str | None:
     """
     advice = (
         "supported are bitsandbytes' nf4, fp4 and int8 and torchao's int8 weights. Use the model's "
-        "release in bfloat16, float16 or float32, with model.quantization if it shall be small; or "
+        "release in bfloat16, float16 or float32, with model.quantization to make it small; or "
         "dequantize it with transformers and save_pretrained"
     )
     # The configuration, or that of a part of a multimodal model, may name a method.
@@ -149,7 +149,7 @@ def check_quantization(
         The kind; None for floating-point weights.
 
     Raises:
-        ModelError: If a quantized directory shall be quantized again, if its quantization is not
+        ModelError: If a quantized directory would be quantized again, if its quantization is not
             supported, or if a library is missing or has nothing for the device.
     """
     stored = stored_quantization(directory)
@@ -286,7 +286,7 @@ def prepare_layers(
         model: The loaded model.
         kind: How its weights are quantized.
         quantization: What was done on loading; None: they are stored like this.
-        dtype: What they shall compute in.
+        dtype: The dtype of their products.
 
     Raises:
         ModelError: If nothing was quantized, or in blocks of another size than is asked for.

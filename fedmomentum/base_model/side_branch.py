@@ -90,8 +90,8 @@ def make_branch(
 ) -> SideBranch:
     """Return the branch of these parts: factors while they are smaller than 8 bits an element.
 
-    It depends on the parts alone: one who adds a part a round has the same bits as one who adds all
-    of them at once.
+    It depends on the parts alone: adding a part in every round gives the same bits as adding all
+    parts at once.
 
     Args:
         parts: What was merged, oldest first, in float32.

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from fedmomentum.base_model.checkpoint_files import read_config, refuse_unusable
+from fedmomentum.base_model.classifier import label_arguments
 from fedmomentum.base_model.loading import text_class
 from fedmomentum.errors import ModelError
 
@@ -68,11 +69,7 @@ def load_skeleton(directory: Path, labels: Sequence[str] = (), attention: str = 
     if not read_config(directory):
         raise ModelError(f"no config.json in {directory}; give the directory of a base model")
     auto_class = AutoModelForSequenceClassification if labels else text_class(directory)
-    options: dict[str, Any] = {}
-    if labels:
-        options = {"id2label": dict(enumerate(labels))}
-        options["label2id"] = {label: index for index, label in enumerate(labels)}
-
+    options: dict[str, Any] = label_arguments(labels) if labels else {}
     # Fused kernels keep what torch's own does.
     if attention in ("eager", "sdpa"):
         options["attn_implementation"] = attention

@@ -15,7 +15,7 @@ from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.load_checks import vocabulary_size
 from fedmomentum.base_model.loading import load_base, load_tokenizer
-from fedmomentum.base_model.padding_checks import refuse_padding_dependence_of_labels
+from fedmomentum.base_model.padding_checks import refuse_padding_dependent_classifier
 from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.utils.chat_date import set_chat_date
 from fedmomentum.utils.quantized import shared_with_copies
@@ -57,14 +57,13 @@ class LoadedBase:
         directory = resolve_base(model.name, model.revision)
         device = pick_device(model.device)
         set_up_device(device, tf32=model.tf32)
-        quantization = ON_LOADING.get(model.quantization)
-        identity = identify(model.name, directory, model.revision, quantization)
+        identity = identify_base(model, directory, labels)
         base = load_base(
             directory,
             pick_dtype(model.dtype, device),
             device,
             labels=labels,
-            quantization=quantization,
+            quantization=identity.quantization,
             trained=trained,
         )
         set_attention(base, model.attention)
@@ -72,11 +71,27 @@ class LoadedBase:
         set_chat_date(tokenizer, model.chat_date)
         if labels:
             set_pad_token(base, tokenizer)
-            refuse_padding_dependence_of_labels(directory, base)
-        return cls(directory, replace(identity, labels=tuple(labels)), tokenizer, base)
+            refuse_padding_dependent_classifier(directory, base)
+        return cls(directory, identity, tokenizer, base)
 
     def copy(self) -> Any:
         """Return a model of the same tensors but with modules of its own, to attach an adapter."""
         shared = [*self.model.parameters(), *self.model.buffers()]
         shared += shared_with_copies(self.model)
         return copy.deepcopy(self.model, {id(item): item for item in shared})
+
+
+def identify_base(model: ModelConfig, directory: Path, labels: Sequence[str]) -> BaseIdentity:
+    """Return the identity of the base model of a configuration.
+
+    Args:
+        model: The section [model] of the configuration.
+        directory: The base model's directory.
+        labels: Of a classifier; empty for a language model.
+
+    Raises:
+        ModelError: If there are no weights, or they cannot be read.
+    """
+    quantization = ON_LOADING.get(model.quantization)
+    identity = identify(model.name, directory, model.revision, quantization)
+    return replace(identity, labels=tuple(labels))

@@ -29,7 +29,7 @@ from fedmomentum.lora.peft_model import (
     detach_adapter,
     load_adapter,
 )
-from fedmomentum.lora.target_checks import find_saved_modules
+from fedmomentum.lora.target_checks import find_saved_modules, names_to_save
 from fedmomentum.lora.targets import Targets, choose_targets
 from fedmomentum.utils.quantized import num_parameters
 
@@ -81,7 +81,7 @@ class LocalModel:
 
         # The run's adapter decides which modules the federation adapts, and their form.
         # A matrix too small for the run's rank is so for all clients.
-        saved = find_saved_modules(base, self._names_to_save(lora))
+        saved = find_saved_modules(base, names_to_save(self._head, lora.modules_to_save))
         self._choose_targets = partial(
             choose_targets,
             find_linear_modules(base),
@@ -119,13 +119,9 @@ class LocalModel:
             target_modules=targets,
             dropout=lora.dropout,
             use_rslora=lora.use_rslora,
-            modules_to_save=self._names_to_save(lora),
+            modules_to_save=names_to_save(self._head, lora.modules_to_save),
             seed=seed,
         )
-
-    def _names_to_save(self, lora: LoraConfig) -> list[str]:
-        """Return what is trained in full: a classifier's head, and what the user names."""
-        return [*self._head, *(name for name in lora.modules_to_save if name not in self._head)]
 
     def _reattach(self, lora: LoraConfig) -> None:
         """Attach an adapter of these settings instead of the present one, on the same base."""

@@ -19,13 +19,10 @@ from torch import Tensor
 from fedmomentum.aggregation.adapter_sums import MeanMoves
 from fedmomentum.aggregation.product_from_sums import ClientMove, next_feedback
 from fedmomentum.errors import ModelError
-from fedmomentum.global_model.state_file import StateHeader, encode_state, read_header, read_state
+from fedmomentum.global_model.state_file import StateFile, StateHeader, encode_state, read_state
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import Matrix
 from fedmomentum.utils.schema import ModulePath, PositiveCount, Size
-
-# The key of the one pair of metadata in a file.
-_KEY = "cross_terms"
 
 
 class _Header(StateHeader, frozen=True, kw_only=True):
@@ -41,7 +38,7 @@ class _Header(StateHeader, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, eq=False)
-class CrossTerms:
+class CrossTerms(StateFile):
     """What a client kept of its cross terms before a round, and what it did in it.
 
     Attributes:
@@ -55,6 +52,8 @@ class CrossTerms:
 
     KIND: ClassVar[str] = "cross-terms"
     TITLE: ClassVar[str] = "cross terms"
+    KEY: ClassVar[str] = "cross_terms"
+    HEADER: ClassVar[type[StateHeader]] = _Header
 
     client: str
     run_id: str
@@ -114,7 +113,7 @@ class CrossTerms:
                 tensors[f"{module}.kept_A"] = move.feedback.A.contiguous()
             elif move.feedback is not None:
                 tensors[f"{module}.kept"] = move.feedback.contiguous()
-        return encode_state(_KEY, header, tensors)
+        return encode_state(self.KEY, header, tensors)
 
     @classmethod
     def read(cls, file: Path) -> CrossTerms:
@@ -123,7 +122,7 @@ class CrossTerms:
         Raises:
             ModelError: If it is missing or damaged.
         """
-        header, tensors = read_state(file, _KEY, _Header, cls.TITLE)
+        header, tensors = read_state(file, cls.KEY, _Header, cls.TITLE)
         # The header names the modules.
         moves = {}
         for module in header.feedback_limits:
@@ -141,15 +140,6 @@ class CrossTerms:
             moves=moves,
             feedback_limits=header.feedback_limits,
         )
-
-    @classmethod
-    def read_client(cls, file: Path) -> str:
-        """Return the client that a file names.
-
-        Raises:
-            FedMomentumError: If the file is damaged.
-        """
-        return read_header(file, _KEY, _Header).client
 
 
 def _kept(tensors: Mapping[str, Tensor], module: str) -> Matrix | None:

@@ -16,15 +16,12 @@ from torch import Tensor
 from fedmomentum.aggregation.moments import Moments, carry_moments
 from fedmomentum.errors import ModelError, PayloadError
 from fedmomentum.global_model.shared_moments import decode_moments, encode_moments
-from fedmomentum.global_model.state_file import StateHeader, encode_state, read_header, read_state
+from fedmomentum.global_model.state_file import StateFile, StateHeader, encode_state, read_state
 from fedmomentum.linalg.low_rank import LowRank
-
-# The key of the one pair of metadata in a file.
-_KEY = "moments"
 
 
 @dataclass(frozen=True, eq=False)
-class LocalMoments:
+class LocalMoments(StateFile):
     """A client's own moments after a round.
 
     Attributes:
@@ -37,6 +34,7 @@ class LocalMoments:
 
     KIND: ClassVar[str] = "optimizer"
     TITLE: ClassVar[str] = "optimizer moments"
+    KEY: ClassVar[str] = "moments"
 
     client: str
     run_id: str
@@ -95,7 +93,7 @@ class LocalMoments:
         for module, matrix in self.factors.items():
             tensors[f"{module}.B"] = matrix.B
             tensors[f"{module}.A"] = matrix.A
-        return encode_state(_KEY, header, tensors)
+        return encode_state(self.KEY, header, tensors)
 
     @classmethod
     def read(cls, file: Path) -> LocalMoments:
@@ -104,7 +102,7 @@ class LocalMoments:
         Raises:
             ModelError: If it is missing or damaged.
         """
-        header, tensors = read_state(file, _KEY, StateHeader, cls.TITLE)
+        header, tensors = read_state(file, cls.KEY, StateHeader, cls.TITLE)
         factors = {}
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
@@ -121,15 +119,6 @@ class LocalMoments:
             factors=factors,
             moments=moments,
         )
-
-    @classmethod
-    def read_client(cls, file: Path) -> str:
-        """Return the client that a file names.
-
-        Raises:
-            FedMomentumError: If the file is damaged.
-        """
-        return read_header(file, _KEY, StateHeader).client
 
 
 def _without_factors(

@@ -18,11 +18,8 @@ from torch import Tensor
 
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.client_state import ClientStateFiles
-from fedmomentum.global_model.state_file import StateHeader, encode_state, read_header, read_state
+from fedmomentum.global_model.state_file import StateFile, StateHeader, encode_state, read_state
 from fedmomentum.utils.schema import PositiveCount
-
-# The key of the one pair of metadata in a file.
-_KEY = "personal"
 
 
 class _Header(StateHeader, frozen=True, kw_only=True):
@@ -34,7 +31,7 @@ class _Header(StateHeader, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, eq=False)
-class PersonalFactors:
+class PersonalFactors(StateFile):
     """A client's own factors after a round.
 
     Attributes:
@@ -50,6 +47,8 @@ class PersonalFactors:
 
     KIND: ClassVar[str] = "personal"
     TITLE: ClassVar[str] = "own factors"
+    KEY: ClassVar[str] = "personal"
+    HEADER: ClassVar[type[StateHeader]] = _Header
 
     client: str
     run_id: str
@@ -101,7 +100,7 @@ class PersonalFactors:
             scaling=self.scaling,
             mixed=self.mixed,
         )
-        return encode_state(_KEY, header, self.tensors)
+        return encode_state(self.KEY, header, self.tensors)
 
     @classmethod
     def read(cls, file: Path) -> PersonalFactors:
@@ -110,7 +109,7 @@ class PersonalFactors:
         Raises:
             ModelError: If it is missing or damaged.
         """
-        header, tensors = read_state(file, _KEY, _Header, cls.TITLE)
+        header, tensors = read_state(file, cls.KEY, _Header, cls.TITLE)
         return cls(
             client=header.client,
             run_id=header.run_id,
@@ -120,15 +119,6 @@ class PersonalFactors:
             mixed=header.mixed,
             tensors=tensors,
         )
-
-    @classmethod
-    def read_client(cls, file: Path) -> str:
-        """Return the client that a file names.
-
-        Raises:
-            FedMomentumError: If the file is damaged.
-        """
-        return read_header(file, _KEY, _Header).client
 
 
 def personal_states(store: Path, run_id: str) -> ClientStateFiles[PersonalFactors]:

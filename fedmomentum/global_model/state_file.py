@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 from torch import Tensor
@@ -33,6 +33,27 @@ class StateHeader(Schema, frozen=True, kw_only=True):
 
 
 H = TypeVar("H", bound=StateHeader)
+
+
+class StateFile:
+    """What every kind of client state has in common: how its files name the client.
+
+    Attributes:
+        KEY: The key of the one pair of metadata in a file.
+        HEADER: The type of the header.
+    """
+
+    KEY: ClassVar[str]
+    HEADER: ClassVar[type[StateHeader]] = StateHeader
+
+    @classmethod
+    def read_client(cls, file: Path) -> str:
+        """Return the client that a file names, without reading all of it.
+
+        Raises:
+            FedMomentumError: If the file is damaged.
+        """
+        return read_header(file, cls.KEY, cls.HEADER).client
 
 
 def encode_state(key: str, header: StateHeader, tensors: Mapping[str, Tensor]) -> bytes:

@@ -17,6 +17,11 @@ from fedmomentum.utils.text import printable
 SUGGESTION_CUTOFF = 0.5
 
 
+def names_to_save(head: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return what is trained in full: a classifier's head, and what the user names beside it."""
+    return [*head, *(name for name in names if name not in head)]
+
+
 def find_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the paths of the modules that are trained in full; every name must match some.
 

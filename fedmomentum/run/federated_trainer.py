@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.loading import pick_merged_dtype
-from fedmomentum.base_model.quantization import ON_LOADING
+from fedmomentum.client.loaded_base import identify_base
 from fedmomentum.config.toml import to_toml
 from fedmomentum.data.client_data import partition_table
 from fedmomentum.errors import ConfigError
@@ -150,7 +149,8 @@ class FederatedTrainer:
         rounds = retained_rounds(self.directory)
         if self._resume and rounds:
             resumed_round = rounds[-1] if self._server_round is None else self._server_round
-            identity = _identify(outline)
+            shapes = outline.model
+            identity = identify_base(config.model, shapes.directory, shapes.labels)
             check_made_from(self.directory, resumed_round, outline, identity)
         elif outline.start_adapter is not None:
             check_fits(outline.model.adapter, outline.start_adapter)
@@ -325,11 +325,3 @@ def _initial_model(loaded: LoadedRun) -> GlobalModel:
     dtype = wire_dtype(outline.config.federation.downlink_dtype)
     model = loaded.local.initial_global_model(outline.method).with_wire_dtype(dtype)
     return with_start_adapter(outline.start_adapter, outline.method, model)
-
-
-def _identify(outline: RunOutline) -> BaseIdentity:
-    """Return the identity of the base model that a run would load."""
-    settings = outline.config.model
-    quantization = ON_LOADING.get(settings.quantization)
-    found = identify(settings.name, outline.model.directory, settings.revision, quantization)
-    return replace(found, labels=outline.model.labels)

@@ -29,8 +29,12 @@ LOG = logging.getLogger("fedmomentum")
 
 # Bytes of an element in each form: codes and their scales, for nf4 by blocks of 64 whose scales are
 # quantized in blocks of 256.
-QUANTIZED_BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
-QUANTIZED_BYTES["torchao-int8"] = 1.0
+QUANTIZED_BYTES = {
+    "nf4": 0.5 + (1 + 4 / 256) / 64,
+    "fp4": 0.5 + 4 / 64,
+    "int8": 1.0,
+    "torchao-int8": 1.0,
+}
 # torch, transformers, PEFT and what they load, in memory of this process alone.
 LIBRARIES = 400 * 2**20
 # The live factors, the fresh adapter, the global one and its bytes, and a reply beside its bytes.
@@ -118,7 +122,7 @@ def choose_placement(config: Config, outline: ModelOutline) -> Placement:
     """Return how a configuration holds its model.
 
     Raises:
-        ModelError: If quantized weights shall be held in float32.
+        ModelError: If float32 is asked for and weights are quantized.
     """
     quantization = outline.quantization or config.model.quantization
     on_gpu = outline.device.type != "cpu"

@@ -21,7 +21,7 @@ from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.errors import FedMomentumError, ModelError
 from fedmomentum.lora.linear_modules import find_linear_modules
 from fedmomentum.lora.outline import outline_adapter
-from fedmomentum.lora.target_checks import find_saved_modules
+from fedmomentum.lora.target_checks import find_saved_modules, names_to_save
 from fedmomentum.lora.targets import Targets, choose_targets
 from fedmomentum.utils.chat_date import set_chat_date
 
@@ -90,19 +90,19 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     dtype = torch.bfloat16
     if is_here or settings.dtype != "auto":
         dtype = pick_dtype(settings.dtype, device)
+    skeleton: Skeleton | None = None
     loaded = None
     base: Any
     try:
-        skeleton: Skeleton | None = load_skeleton(directory, labels, settings.attention)
-        assert skeleton is not None
-        base = skeleton.model
-        with skeleton.active():
+        made = load_skeleton(directory, labels, settings.attention)
+        base = made.model
+        with made.active():
             linear = find_linear_modules(base)
+        skeleton = made
     except FedMomentumError:
         raise
     except Exception:
         # What it computes depends on values, or transformers cannot make it: loading says why.
-        skeleton = None
         loaded = LoadedBase.from_config(settings, labels, config.lora.modules_to_save)
         base = loaded.model
         linear = find_linear_modules(base)
@@ -113,8 +113,7 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     # As the clients' models will have it.
     lora = config.lora
     head = head_modules(base, directory) if labels else []
-    names = [*head, *(name for name in lora.modules_to_save if name not in head)]
-    saved = find_saved_modules(base, names)
+    saved = find_saved_modules(base, names_to_save(head, lora.modules_to_save))
     targets = choose_targets(
         linear,
         lora.target_modules,
@@ -135,7 +134,7 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
         saved=saved,
         device=device,
         dtype=dtype,
-        stored_dtype=_stored_dtype(directory, dtype),
+        stored_dtype=_declared_dtype(directory, dtype),
         is_here=is_here,
         quantization=_stored_quantization(directory),
         num_parameters=sum(parameter.numel() for parameter in base.parameters()),
@@ -161,7 +160,7 @@ def _stored_quantization(directory: Path) -> str | None:
     return stored_kind(settings) if isinstance(settings, dict) else None
 
 
-def _stored_dtype(directory: Path, otherwise: torch.dtype) -> torch.dtype:
+def _declared_dtype(directory: Path, otherwise: torch.dtype) -> torch.dtype:
     """Return the dtype of a checkpoint by its configuration, which may not say it."""
     stored = read_config(directory)
     name = stored.get("dtype") or stored.get("torch_dtype")

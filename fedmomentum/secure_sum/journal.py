@@ -1,7 +1,7 @@
 """What a party has opened, on disk, so that it cannot be made to open more.
 
-The sum of one set of parties and the same sum of a smaller set differ by the values of whoever is
-missing. So a party opens one attempt at each sum, and never one that lies behind it.
+The sum over one set of parties and the sum over a smaller set differ by the values of the parties
+that are missing. So a party opens one attempt at each sum, and never an earlier sum than its last.
 """
 
 from __future__ import annotations
@@ -55,27 +55,26 @@ class PartyJournal:
         """Record that the party takes part in an attempt at a sum.
 
         Raises:
-            SecureSumError: If it lies behind what the party did before, or its sum was opened.
+            SecureSumError: If it is earlier than what the party did last, or its sum was opened.
         """
         with self._locked():
             runs = self._read()
             progress = runs.get(plan.run_id, RunProgress())
-            position = (plan.server_round, plan.number, plan.attempt)
             # What was opened is over, whatever the attempt.
-            if position[:2] <= progress.opened:
+            if plan.position[:2] <= progress.opened:
                 raise SecureSumError(
                     f"{plan.title}: this party has opened sum {progress.opened[1]} of round "
                     f"{progress.opened[0]} already, and opens no sum twice: the difference of two "
                     "would show the values of single parties"
                 )
             # The keys of an attempt depend on its number: none comes twice.
-            if position <= progress.begun:
+            if plan.position <= progress.begun:
                 raise SecureSumError(
                     f"{plan.title}: this party has begun attempt {progress.begun[2]} at sum "
-                    f"{progress.begun[1]} of round {progress.begun[0]}, and goes not back; wanted "
-                    "a later attempt"
+                    f"{progress.begun[1]} of round {progress.begun[0]}, and does not go back; "
+                    "wanted a later attempt"
                 )
-            runs[plan.run_id] = msgspec.structs.replace(progress, begun=position)
+            runs[plan.run_id] = msgspec.structs.replace(progress, begun=plan.position)
             self._write(runs)
 
     def open(self, plan: SumPlan) -> None:
@@ -87,18 +86,17 @@ class PartyJournal:
         with self._locked():
             runs = self._read()
             progress = runs.get(plan.run_id, RunProgress())
-            position = (plan.server_round, plan.number, plan.attempt)
-            if position[:2] <= progress.opened:
+            if plan.position[:2] <= progress.opened:
                 raise SecureSumError(
                     f"{plan.title}: this party has opened shares of this sum already, and opens "
                     "no others"
                 )
-            if position != progress.begun:
+            if plan.position != progress.begun:
                 raise SecureSumError(
                     f"{plan.title}: this party has begun a later attempt since; it opens nothing "
                     "of this one"
                 )
-            runs[plan.run_id] = msgspec.structs.replace(progress, opened=position[:2])
+            runs[plan.run_id] = msgspec.structs.replace(progress, opened=plan.position[:2])
             self._write(runs)
 
     @contextmanager

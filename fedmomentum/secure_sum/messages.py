@@ -84,6 +84,11 @@ class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
         return sum(block.size for block in self.blocks)
 
     @property
+    def position(self) -> tuple[int, int, int]:
+        """Its place in the run: round, sum and attempt."""
+        return self.server_round, self.number, self.attempt
+
+    @property
     def title(self) -> str:
         """What to call it in messages."""
         return f"sum {self.number} of round {self.server_round}, attempt {self.attempt}"

@@ -171,7 +171,7 @@ def test_a_round_under_masks_with_a_drop_in_the_first_sum(tmp_path):
 
 
 @pytest.mark.parametrize("sketch_ranks", [1, 2, 9])
-def test_whoever_keeps_within_the_two_public_bounds_is_within_all(sketch_ranks):
+def test_changes_within_the_two_public_bounds_are_within_all_bounds(sketch_ranks):
     """At the bounds in every element, signs as bad as can be, with more feedback than fits."""
     start = start_adapter()
     layout = make_layout(start, sketch_ranks=sketch_ranks, max_examples=300)

@@ -7,7 +7,7 @@ from fedmomentum.base_model.classifier import set_pad_token
 from fedmomentum.base_model.loading import load_base, load_tokenizer
 from fedmomentum.base_model.padding_checks import (
     refuse_padding_dependence,
-    refuse_padding_dependence_of_labels,
+    refuse_padding_dependent_classifier,
 )
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.config.schema import CLASSIFICATION, ModelConfig
@@ -49,4 +49,4 @@ def test_a_classifier_that_masks_padding_is_not(kind, dtype, tmp_path):
     directory = tiny_base(tmp_path, kind)
     model = load_base(directory, dtype, CPU, labels=LABELS)
     set_pad_token(model, load_tokenizer(directory))
-    refuse_padding_dependence_of_labels(directory, model)
+    refuse_padding_dependent_classifier(directory, model)

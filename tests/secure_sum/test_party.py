@@ -313,7 +313,11 @@ def test_an_attempt_is_not_begun_twice(tmp_path):
     for _ in range(2):
         party = make_parties(plan, make_values(plan), tmp_path)[ME]
         if _:
-            refuses(party, plan, "has begun attempt 1 at sum 1 of round 3, and goes not back")
+            refuses(
+                party,
+                plan,
+                "has begun attempt 1 at sum 1 of round 3, and does not go back; wanted a later",
+            )
         else:
             party.answer(encode_message(plan))
 
