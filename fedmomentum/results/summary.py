@@ -120,7 +120,10 @@ def _evaluation(record: RoundRecord | None) -> EvaluationRecord | None:
 
 
 def _by_category(evaluation: EvaluationRecord | None) -> Mapping[str, Score]:
-    return evaluation.by_category if evaluation else {}
+    """Return the score of each category; nothing where the data names none."""
+    if evaluation is None or evaluation.by_category.keys() == {""}:
+        return {}
+    return evaluation.by_category
 
 
 def _by_client(evaluation: EvaluationRecord | None) -> Mapping[str, Score]:

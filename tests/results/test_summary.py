@@ -45,6 +45,13 @@ def test_summarize_run_leaves_open_what_was_not_evaluated():
     assert summarize_run(records(rows[:1]))[0].federated is None
 
 
+def test_data_without_categories_has_no_row_for_them():
+    groups = [line.group for line in summarize_run(records([row(0, ["a"], [""])]))]
+    assert groups == ["total", "client"]
+    mixed = [line.group for line in summarize_run(records([row(0, ["a"], ["", "x"])]))]
+    assert mixed == ["total", "category", "category", "client"]
+
+
 def test_natural_order():
     names = ["client-10", "client-2", "10", "9", "", "client"]
     assert sorted(names, key=natural_order) == ["", "9", "10", "client", "client-2", "client-10"]
