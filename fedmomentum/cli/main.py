@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+import typer.core
 
 from fedmomentum.cli import adapters, benchmark, demo, files, models, network, run
 from fedmomentum.cli.options import ERR, OUT
@@ -16,6 +17,9 @@ from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+
+# Help is plain text. If rich is installed, typer still escapes the brackets of defaults for it.
+typer.core.HAS_RICH = False
 
 app = typer.Typer(
     add_completion=False,

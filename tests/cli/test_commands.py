@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fedmomentum.aggregation.registry import METHODS
+from fedmomentum.cli import main
 from fedmomentum.config.toml import to_toml
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.global_model.model import GlobalModel
@@ -528,3 +529,10 @@ def test_memory_stays_flat_over_rounds(folder, tmp_path):
         observer=observe,
     )
     assert seen[20] <= 1.05 * seen[2], [s // 2**20 for s in seen]
+
+
+def test_help_shows_no_markup(call):
+    """typer escapes the brackets of defaults for rich, which does not print them here."""
+    for command in main.app.registered_commands:
+        code, out, _ = call(command.callback.__name__, "--help")
+        assert code == 0 and "\\[" not in out, command.callback.__name__
