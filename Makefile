@@ -12,7 +12,7 @@ RUN := runs/default-$(shell date +%Y%m%d-%H%M%S)
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint install test-long test-faults test-fuzz simulation bench bench-gpu bench-scale demo-seeds docs clean
+.PHONY: run test lint install test-long test-faults test-fuzz simulation bench bench-gpu bench-scale demo-seeds docs docs-site clean
 
 run: $(STAMP)
 	$(BIN)/fedmomentum run fedmomentum/configs/default.toml --out $(RUN)
@@ -87,6 +87,12 @@ docs: $(STAMP)
 	$(BIN)/python tools/metrics_tables.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/models_table.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/big_models_table.py
+
+# the documentation as a site, in build/site; every link is checked, and the pages load nothing from elsewhere
+docs-site: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python tools/docs_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

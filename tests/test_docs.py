@@ -186,6 +186,18 @@ def test_the_readmes_aggregate_commands_run(two_adapters):
     assert json.loads(Path("one-adapter/adapter_config.json").read_text())["r"] == 6
 
 
+def test_the_guides_aggregate_commands_run(two_adapters, capsys):
+    """And the two results are one sum."""
+    text = (ROOT / "docs" / "combining.md").read_text()
+    lines = re.findall(r"^fedmomentum ((?:aggregate|inspect) .*)$", text, flags=re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["aggregate", "aggregate", "inspect"]
+    for line in lines:
+        app(line.replace("--rank 8", "--rank 3").split(), standalone_mode=False)
+    assert "residual" in capsys.readouterr().out
+    assert GlobalModel.load("combined").adapter.modules["model.layers.0.self_attn.q_proj"].rank == 3
+    assert json.loads(Path("one-adapter/adapter_config.json").read_text())["r"] == 6
+
+
 @pytest.fixture(scope="module")
 def median():
     """The method of docs/adding-a-method.md, as the module it would be."""
