@@ -45,7 +45,7 @@ from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.protocol.codec import decode_reply, decode_task, encode_reply, encode_task
 from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.federated_trainer import FederatedTrainer
-from fedmomentum.run.setup import make_method
+from fedmomentum.run.method import make_method
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.client_deltas import distance
 from fedmomentum.server.client_updates import UpdateReader

@@ -25,9 +25,9 @@ from tuned_comparison import Grid, Rates
 from fedmomentum.cli.tables import comparison_tables, plan_table
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import load_config
+from fedmomentum.data.tokenized import TokenizedClient
 from fedmomentum.formats.plan import Plan
 from fedmomentum.results.formatting import count, human_seconds
-from fedmomentum.run.client_examples import TokenizedClient
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.utils.process import quiet_libraries
 from fedmomentum.utils.terminal import SafeConsole

@@ -29,6 +29,23 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def find_device(name: str) -> torch.device | None:
+    """Return the device of a name without opening it, which takes memory there; None if it is away.
+
+    Raises:
+        ModelError: If torch does not know the device, or it cannot hold weights.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cpu":
+            return device
+        num_devices = torch.get_device_module(device.type).device_count()
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {name!r} cannot be used: {reason}") from error
+    return device if (device.index or 0) < num_devices else None
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
 

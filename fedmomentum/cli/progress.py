@@ -26,9 +26,9 @@ from fedmomentum.server.callbacks import Callback
 from fedmomentum.utils.terminal import log_handler
 
 if TYPE_CHECKING:
+    from fedmomentum.data.tokenized import TokenizedClient
     from fedmomentum.formats.plan import Plan
     from fedmomentum.formats.round_record import RoundRecord
-    from fedmomentum.run.client_examples import TokenizedClient
 
 
 LOG = logging.getLogger("fedmomentum")
@@ -68,6 +68,8 @@ class RunView(Callback):
             *ROUND_COLUMNS, caption="* lowest held-out loss so far", caption_justify="left"
         )
         self._is_interrupted = False
+        # Client to its steps that are done, and all of them: several train at once on run.devices.
+        self._training: dict[str, tuple[int, int]] = {}
         self._live = Live(console=console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> RunView:
@@ -129,8 +131,13 @@ class RunView(Callback):
         self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
-        """Show a client's training step."""
-        self._show_step(f"  {client}", step, num_steps, f"loss {loss:.3f}")
+        """Show a client's training step; those of clients that train at the same time together."""
+        self._training[client] = (step, num_steps)
+        num_done = sum(done for done, _ in self._training.values())
+        num_all = sum(total for _, total in self._training.values())
+        self._show_step(f"  {', '.join(self._training)}", num_done, num_all, f"loss {loss:.3f}")
+        if step == num_steps:
+            del self._training[client]
 
     def show_replies(self, num_replies: int, num_tasks: int, note: str) -> None:
         """Show how many clients have replied over a network."""
@@ -139,6 +146,7 @@ class RunView(Callback):
     def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
         """Show the bar of the rounds, and how many clients train."""
         self.raise_if_interrupted()
+        self._training.clear()  # of clients that failed
         if self._console.is_terminal and not self._live.is_started:
             self._live.start()
             self._live.update(Group(self._table, self._progress))

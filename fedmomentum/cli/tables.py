@@ -28,20 +28,22 @@ from fedmomentum.results.formatting import (
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
-    from fedmomentum.formats.plan import Plan
+    from fedmomentum.data.tokenized import TokenizedClient
+    from fedmomentum.formats.plan import MemoryUse, Plan, WorkerPlan
     from fedmomentum.formats.round_record import RoundRecord
     from fedmomentum.formats.scores import Score
     from fedmomentum.results.comparison import Comparison
     from fedmomentum.results.method_summary import MethodSummary
     from fedmomentum.results.run_results import RunResults
     from fedmomentum.results.summary import SummaryRow
-    from fedmomentum.run.client_examples import TokenizedClient
 
 
 MAX_ABSENCES = 12
 """Clients with missing updates that are named when a run ends; the report names all."""
 MAX_CATEGORIES = 8
 """Categories with a column of their own in the table of the partition: what a terminal fits."""
+MAX_WORKER_CLIENTS = 5
+"""Clients of a worker that the plan names; plan.json names all."""
 MAX_LABELS = 20
 """Labels of a classifier that the plan names; plan.json names all."""
 MAX_CLIENTS = 40
@@ -88,6 +90,7 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
         f"{human_bytes(plan.downlink_bytes)} down",
         "device": plan.device,
+        "workers": "; ".join(_worker_text(worker) for worker in plan.workers),
         **_memory_rows(plan),
         "disk": f"at most {human_bytes(plan.disk_bytes)} in {out}",
     }
@@ -100,21 +103,41 @@ def plan_table(plan: Plan, out: Path) -> Table:
     return table
 
 
+def _worker_text(worker: WorkerPlan) -> str:
+    """Return which clients a worker plays, and where: `cuda:1: south, west`."""
+    shown = list(worker.clients[:MAX_WORKER_CLIENTS])
+    num_more = len(worker.clients) - len(shown)
+    more = f" and {num_more} more" if num_more else ""
+    return f"{worker.device}: {', '.join(shown)}{more}"
+
+
 def _memory_rows(plan: Plan) -> dict[str, str]:
     """Return what a plan says of memory, on the host and on a GPU."""
     if plan.host_memory is None:
         return {"memory": f"about {human_bytes(plan.memory_bytes)}"}
-    rows = {"host memory": plan.host_memory, "device memory": plan.device_memory}
-    texts = {}
-    for name, use in rows.items():
-        if use is not None:
-            texts[name] = (
-                f"about {human_bytes(use.peak)}: {human_bytes(use.at_rest)} at rest, "
-                f"{human_bytes(use.loading)} in loading, {human_bytes(use.training)} in training, "
-                f"{human_bytes(use.evaluating)} in evaluation, {human_bytes(use.aggregating)} in "
-                "aggregation"
-            )
+    texts = {"host memory": _memory_text(plan.host_memory, 1)}
+    if plan.device_memory is None:
+        return texts
+    # A device that is listed twice holds the model twice.
+    models_on = Counter(worker.device for worker in plan.workers)
+    for device, num_models in models_on.items():
+        texts[f"{device} memory"] = _memory_text(plan.device_memory, num_models)
+    if not models_on:
+        texts["device memory"] = _memory_text(plan.device_memory, 1)
     return texts
+
+
+def _memory_text(use: MemoryUse, num_times: int) -> str:
+    """Return what so many times a use of memory takes, in each phase."""
+    phases = {
+        "at rest": use.at_rest,
+        "in loading": use.loading,
+        "in training": use.training,
+        "in evaluation": use.evaluating,
+        "in aggregation": use.aggregating,
+    }
+    listed = ", ".join(f"{human_bytes(num_times * size)} {name}" for name, size in phases.items())
+    return f"about {human_bytes(num_times * use.peak)}: {listed}"
 
 
 def _label_list(labels: Mapping[str, int | None]) -> str:

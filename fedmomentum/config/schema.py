@@ -321,12 +321,20 @@ class RunConfig:
         0, "of everything that is random: data, sampled clients, initialization, batches"
     )
     threads: int = option(
-        0, "CPU threads; 0: all cores. Part of the result: other numbers give other last bits"
+        0,
+        "CPU threads of a process; 0: all cores, with run.devices divided among the workers. Part "
+        "of the result: other numbers give other last bits",
     )
     deterministic: bool = option(
         False,
         "on a GPU, use only kernels that give the same bits every time, and stop where there is "
         "none; see docs/training.md",
+    )
+    devices: list[str] = option(
+        [],
+        'one process for each of these, e.g. ["cuda:0", "cuda:1"], among which the clients are '
+        "divided; devices of one kind. Empty: all clients in this process, on model.device; see "
+        "docs/big-models.md",
     )
     keep_checkpoints: int = option(3, "checkpoints kept, besides the best")
     report_to: list[str] = option(
@@ -344,6 +352,9 @@ class RunConfig:
             f"from 0 to {MAX_THREADS}",
         )
         require_at_least("run.keep-checkpoints", self.keep_checkpoints, 1)
+        kinds = {device.partition(":")[0] for device in self.devices}
+        wanted = 'devices of one kind by their names, such as ["cuda:0", "cuda:1"]'
+        require(len(kinds) <= 1 and not kinds & {"", "auto"}, "run.devices", self.devices, wanted)
 
 
 @dataclass(frozen=True)
@@ -358,3 +369,9 @@ class Config:
     federation: FederationConfig
     evaluation: EvaluationConfig
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        # The workers' devices are the models' devices.
+        wanted = 'left out, or "auto", where run.devices lists devices'
+        is_only = self.model.device == "auto" or not self.run.devices
+        require(is_only, "model.device", self.model.device, wanted)

@@ -49,7 +49,10 @@ MAY_CHANGE = frozenset(
         "run.report-to",
         "model.name",
         "model.revision",  # the base model is compared by content
-        "model.adapted-weights",  # of the machine, as environment.json says
+        # of the machine, as environment.json says
+        "model.adapted-weights",
+        "model.device",
+        "run.devices",
     }
 )
 """Settings that a resumed run may change: no finished round depends on them."""

@@ -143,3 +143,18 @@ class TokenizedExamples:
 
 
 EMPTY_EXAMPLES = TokenizedExamples((), (), (), (), 0)
+
+
+@dataclass(frozen=True)
+class TokenizedClient:
+    """A client's examples as tokens.
+
+    Attributes:
+        client_id: The client.
+        train: What it trains on.
+        test: What it holds out.
+    """
+
+    client_id: str
+    train: TokenizedExamples
+    test: TokenizedExamples

@@ -61,6 +61,8 @@ from fedmomentum.utils.text import printable
 
 RETRY_DELAYS = (1.0, 3.0, None)
 """Seconds until a request is made again; None ends it."""
+CLOSE_SECONDS = 5.0
+"""How long the end of a connection waits for requests that are under way."""
 MAX_REFUSAL_LENGTH = 4096
 """Characters of a refusal's body that are parsed; Flower's have a few hundred."""
 
@@ -90,6 +92,9 @@ class FleetClient:
         self._client._client.follow_redirects = False
         self._stop = threading.Event()
         self._lost: str | None = None
+        # Flower's helpers make requests in threads, and do not wait for those after one that fails.
+        self._num_requests = 0
+        self._requests_change = threading.Condition()
 
     def __enter__(self) -> FleetClient:
         request = ActivateNodeRequest(
@@ -111,22 +116,44 @@ class FleetClient:
         self._stop.set()
         # a heartbeat after the deactivation would bring the node back
         self._heartbeat.join(HEARTBEAT_SECONDS)
+        is_idle = self._wait_for_requests()
         try:
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except Exception:
             # the server will notice that heartbeats are missing
             self._lost = self._lost or "closed"
-        self._client.close()
+        if is_idle:
+            self._client.close()
+
+    def _wait_for_requests(self) -> bool:
+        """Wait for the requests of other threads; return whether all have ended.
+
+        None is made again from here on. A socket that is closed while a thread still writes to it
+        gives its number to the next connection of this process, and that is where the rest would
+        go. Those that take longer end by their own time limits, and close their sockets then.
+        """
+        with self._requests_change:
+            return self._requests_change.wait_for(lambda: self._num_requests == 0, CLOSE_SECONDS)
 
     def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
         """Make a request, again after a while if the network fails.
 
         Raises:
-            ConnectionLost: If there is no usable answer.
+            ConnectionLost: If there is no usable answer, or the connection is being closed.
         """
+        with self._requests_change:
+            self._num_requests += 1
+        try:
+            return self._call_repeatedly(method, request)
+        finally:
+            with self._requests_change:
+                self._num_requests -= 1
+                self._requests_change.notify_all()
+
+    def _call_repeatedly(self, method: Callable[[Any], Any], request: Any) -> Any:
         for delay in RETRY_DELAYS:
-            if self._lost:
-                raise ConnectionLost(self._lost)
+            if self._lost or self._stop.is_set():
+                raise ConnectionLost(self._lost or "closed")
             try:
                 return method(request)
             except httpx.HTTPStatusError as error:

@@ -1,35 +1,19 @@
-"""A node's worker: a separate process that keeps base model and data loaded between messages.
-
-Node and worker are connected by a socket pair that no other process can open, and exchange frames
-(see `Frame`). The worker ends when the node does, even if the node is killed: the socket closes.
-"""
+"""A node's worker: a separate process that keeps base model and data loaded between messages."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.config.toml import to_toml
 from fedmomentum.flower.node_callback import NodeCallback, WorkerInfo
-from fedmomentum.flower.worker_process import Frame
+from fedmomentum.run.worker import WorkerExit, WorkerProcess
+from fedmomentum.run.worker_process import Frame
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
-
-
-EXIT_SECONDS = 5.0
-"""How long a worker whose socket has closed may take to exit."""
-MAX_POLL_SECONDS = 3600.0
-"""The longest single wait for a frame; `poll` does not accept an infinite one."""
 
 
 class WorkerError(Exception):
@@ -66,28 +50,18 @@ class Worker:
         self._client_id = client_id
         self._store = store
         self._callback = callback or NodeCallback()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection | None = None
+        self._process = WorkerProcess("fedmomentum.flower.worker_process")
         self._info: WorkerInfo | None = None
         self._run_id: str | None = None
         self._sent_run_id: str | None = None  # the one that the current process was sent
 
     def start(self) -> None:
         """Start the process unless it is running; it loads in the background."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process.is_running:
             return
         self.stop()
-        # a socket pair is reachable by these two processes only
-        node_socket, worker_socket = socket.socketpair()
-        descriptor = worker_socket.fileno()
-        command = [sys.executable, "-m", "fedmomentum.flower.worker_process", str(descriptor)]
         self._store.mkdir(parents=True, exist_ok=True)
         self._store.chmod(0o700)  # what the server sends is for nobody else on this machine
-        self._process = subprocess.Popen(
-            command, pass_fds=[descriptor], stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        worker_socket.close()
-        self._pipe = Connection(node_socket.detach())
         self._sent_run_id = None
         # the first frame: whose data and which model
         setup = {
@@ -95,7 +69,7 @@ class Worker:
             "client_id": self._client_id,
             "store": str(self._store),
         }
-        self._pipe.send_bytes(json.dumps(setup).encode())
+        self._process.start(json.dumps(setup).encode())
 
     def wait_until_ready(self) -> WorkerInfo:
         """Wait until model and data are loaded; return what they are.
@@ -139,14 +113,13 @@ class Worker:
         self.start()
         if self._info is None:
             self._receive(Frame.READY, end)
-        assert self._pipe is not None
         try:
             if self._run_id is not None and self._run_id != self._sent_run_id:
-                self._pipe.send_bytes(Frame.RUN + self._run_id.encode(errors="replace"))
+                self._process.send(Frame.RUN + self._run_id.encode(errors="replace"))
                 self._sent_run_id = self._run_id
-            self._pipe.send_bytes(frame)
-        except OSError as error:
-            raise self._exited() from error
+            self._process.send(frame)
+        except WorkerExit as error:
+            raise self._exited(error) from error
         return self._receive(Frame.REPLY, end)
 
     def _receive(self, expected: bytes, end: float) -> bytes:
@@ -156,9 +129,7 @@ class Worker:
             WorkerError: If the worker reports an error, exits, or does not send one in time.
         """
         while True:
-            frame = self._next_frame(end)
-            letter = frame[:1]
-            body = frame[1:]
+            letter, body = self._next_frame(end)
             # an error takes the place of the frame that was expected
             if letter == Frame.ERROR:
                 error = json.loads(body)
@@ -167,17 +138,17 @@ class Worker:
             if letter == expected:
                 return body
 
-    def _next_frame(self, end: float) -> bytes:
-        assert self._pipe is not None
+    def _next_frame(self, end: float) -> tuple[bytes, bytes]:
         try:
             while True:
                 remaining = end - time.monotonic()
-                if self._pipe.poll(min(max(remaining, 0), MAX_POLL_SECONDS)):
-                    return self._pipe.recv_bytes()
+                frame = self._process.receive(remaining)
+                if frame is not None:
+                    return frame
                 if remaining <= 0:
                     break
-        except (EOFError, OSError) as error:
-            raise self._exited() from error
+        except WorkerExit as error:
+            raise self._exited(error) from error
         # out of time: end the task with its process, and be ready for the next one
         self.stop()
         self.start()
@@ -190,35 +161,22 @@ class Worker:
         elif letter == Frame.WARNING:
             self._callback.on_warning(body.decode())
         elif letter == Frame.STEP:
-            self._callback.on_step(**json.loads(body))
+            progress = json.loads(body)
+            self._callback.on_step(progress["step"], progress["num_steps"], progress["loss"])
         elif letter == Frame.READY:
             self._info = WorkerInfo(**json.loads(body))
             self._callback.on_ready(self._info)
 
-    def _exited(self) -> WorkerError:
+    def _exited(self, error: WorkerExit) -> WorkerError:
         """Return how the worker ended; start another one if it had been able to load."""
-        assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(EXIT_SECONDS)
-        code = self._process.poll()
         was_ready = self._info is not None
         self.stop()
         if was_ready:
             self.start()
-        how = f"with exit code {code}"
-        if code is not None and code < 0:
-            how = f"by signal {signal.Signals(-code).name}"
         when = "" if was_ready else " while it was loading"
-        return WorkerError(f"its worker ended {how}{when}")
+        return WorkerError(f"its worker ended {error}{when}")
 
     def stop(self) -> None:
         """End the process and all that it has started."""
-        if self._pipe is not None:
-            self._pipe.close()
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._process = None
-        self._pipe = None
+        self._process.stop()
         self._info = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -31,6 +31,29 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class WorkerPlan:
+    """A process of `run.devices`.
+
+    Attributes:
+        device: Where its model is.
+        clients: The clients that it plays.
+    """
+
+    device: str
+    clients: tuple[str, ...]
+
+
+def divide_clients(clients: Sequence[str], devices: Sequence[str]) -> tuple[WorkerPlan, ...]:
+    """Divide clients among workers, in the order of their names: one after the other.
+
+    A device that no client is left for gets no worker.
+    """
+    names = sorted(clients)
+    num_workers = min(len(devices), len(names))
+    return tuple(WorkerPlan(devices[k], tuple(names[k::num_workers])) for k in range(num_workers))
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will cost, estimated before it starts.
 
@@ -45,7 +68,7 @@ class Plan:
         method: Its `repr`.
         uplink_bytes: Per client and round.
         downlink_bytes: Per client and round: the adapter and the most the residual can be.
-        memory_bytes: Of this process on the host, at the peak, about.
+        memory_bytes: Of the run's processes on the host, at the peak, about.
         disk_bytes: Of the run directory, at most.
         adapted: The adapted modules, layers together.
         not_adapted: The other linear modules with the reason, if the base model is at hand.
@@ -56,7 +79,8 @@ class Plan:
             head; None where only the clients know it.
         device: Where the model is, in which dtype and how held; empty where it is with the clients.
         host_memory: Of the host, in each phase; None where only the server's is known.
-        device_memory: Of the GPU; None without one.
+        device_memory: Of the GPU, for one worker where there are several; None without one.
+        workers: The processes of `run.devices`.
     """
 
     model: str
@@ -78,3 +102,4 @@ class Plan:
     device: str = ""
     host_memory: MemoryUse | None = None
     device_memory: MemoryUse | None = None
+    workers: tuple[WorkerPlan, ...] = ()

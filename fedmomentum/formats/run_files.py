@@ -52,6 +52,13 @@ class MemoryFile(_Open, frozen=True, kw_only=True):
     aggregating: Count
 
 
+class WorkerFile(_Open, frozen=True, kw_only=True):
+    """A process of `run.devices`; the fields are those of `plan.WorkerPlan`."""
+
+    device: str
+    clients: list[str]
+
+
 class PlanFile(_RunRecord, frozen=True, kw_only=True):
     """plan.json: what a run was estimated to cost; the fields are those of `run.Plan`."""
 
@@ -74,6 +81,7 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     device: str = ""
     host_memory: MemoryFile | None = None
     device_memory: MemoryFile | None = None
+    workers: list[WorkerFile] = []
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):

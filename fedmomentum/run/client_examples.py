@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.load_checks import check_max_length
+from fedmomentum.data.tokenized import TokenizedClient
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.task import check_rows, make_rows
 from fedmomentum.run.training_checks import check_pairs
@@ -17,22 +17,6 @@ from fedmomentum.utils.seeding import derive_seed
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
     from fedmomentum.data.examples import ClientData, Example
-    from fedmomentum.data.tokenized import TokenizedExamples
-
-
-@dataclass(frozen=True)
-class TokenizedClient:
-    """A client's examples as tokens.
-
-    Attributes:
-        client_id: The client.
-        train: What it trains on.
-        test: What it holds out.
-    """
-
-    client_id: str
-    train: TokenizedExamples
-    test: TokenizedExamples
 
 
 def held_out_order(config: Config, party: ClientData) -> list[Example]:

@@ -15,9 +15,10 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
 from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.local_clients import make_clients
 from fedmomentum.run.setup import (
     load_data,
-    make_clients,
+    refuse_devices,
     set_up_process,
     training_function,
 )
@@ -61,6 +62,7 @@ def prepare_client(
         DataError: If data cannot be used.
         ModelError: If the base model cannot be loaded.
     """
+    refuse_devices(config)
     check_arguments(config.training.arguments)
     check_task(config)
     require_labels(config.model)

@@ -37,13 +37,13 @@ from fedmomentum.results.comparison import (
 from fedmomentum.results.method_summary import csv_rows, summary_tables
 from fedmomentum.run.client_setup import client_names
 from fedmomentum.run.federated_trainer import FederatedTrainer
+from fedmomentum.run.method import make_method
 from fedmomentum.run.method_variants import MethodVariant
 from fedmomentum.run.origin import check_data, fingerprints
 from fedmomentum.run.references import make_reference
 from fedmomentum.run.setup import (
     changed_settings,
     load_data,
-    make_method,
 )
 from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.server.saved_run import saved_settings
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 
 _PER_RUN = {"method.name", "method.settings", "run.seed", "federation.num-rounds"}
+_OF_THE_MACHINE = {"model.device", "run.devices"}
 _CHANGED_BY_REFERENCES = {
     "evaluation.num-examples",
     "evaluation.final-num-examples",
@@ -215,7 +216,7 @@ def _check_same(directory: Path, config: Config, may_differ: set[str]) -> None:
     Raises:
         ConfigError: If a setting outside `may_differ` differs.
     """
-    may_change = {*may_differ, "federation.num-rounds", "run.report-to"}
+    may_change = {*may_differ, *_OF_THE_MACHINE, "federation.num-rounds", "run.report-to"}
     changed = changed_settings(_saved(directory), config, may_change)
     if changed:
         raise ConfigError(
@@ -236,21 +237,34 @@ def execute_run(planned_run: PlannedRun, *, callbacks: Iterable[Callback] = ()) 
     resume = _has_begun(planned_run.directory)
     # Check that the settings are the comparison's; a reference changes some when it is prepared.
     planned_run.is_finished()
-    config = planned_run.config
+    is_reference = planned_run.variant.kind != "federated"
+    planned = _on_one_device(planned_run.config) if is_reference else planned_run.config
+    config = planned
     if resume:
-        # A reference saved its own settings; paths are where they are now.
-        config = replace(_saved(planned_run.directory), model=config.model, data=config.data)
+        # A reference saved its own settings; paths are where they are now, and so are devices.
+        saved = _saved(planned_run.directory)
+        run = replace(saved.run, devices=planned.run.devices)
+        config = replace(saved, model=planned.model, data=planned.data, run=run)
     trainer = FederatedTrainer(config, planned_run.directory, resume=resume, callbacks=callbacks)
     prepared = trainer.prepare()
     try:
-        prepared.config = planned_run.config
-        if planned_run.variant.kind != "federated":
+        prepared.config = planned
+        if is_reference:
             make_reference(prepared, planned_run.only)
         if resume:
             _check_same(planned_run.directory, prepared.config, set())
         trainer.train()
     finally:
         trainer.close()
+
+
+def _on_one_device(config: Config) -> Config:
+    """Return the settings of a reference, which is one client and needs one device."""
+    devices = config.run.devices
+    if not devices:
+        return config
+    model = replace(config.model, device=devices[0])
+    return replace(config, model=model, run=replace(config.run, devices=[]))
 
 
 # ── the result ────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.loading import pick_merged_dtype
 from fedmomentum.client.loaded_base import identify_base
@@ -20,20 +20,21 @@ from fedmomentum.global_model.start import check_fits
 from fedmomentum.global_model.states import client_states
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.protocol.transport import InProcessTransport
+from fedmomentum.run.devices import DeviceTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
+from fedmomentum.run.local_clients import LocalClients, load_local_clients
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.saved_model import find_base, open_result
 from fedmomentum.run.setup import (
-    LoadedRun,
     RunOutline,
     check_made_from,
-    load_run,
     outline_run,
     with_start_adapter,
 )
 from fedmomentum.run.tracking import TrackerCallback
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.handshake import handshake
 from fedmomentum.server.round_parts import RoundSteps
 from fedmomentum.server.server import Server
 from fedmomentum.server.state import ServerState
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
     from fedmomentum.client.client import Client
     from fedmomentum.client.local_model import LocalModel
     from fedmomentum.config.schema import Config
+    from fedmomentum.data.tokenized import TokenizedClient
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.plan import Plan
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.run.client_examples import TokenizedClient
     from fedmomentum.run.outline import ModelOutline
 
 
@@ -64,8 +65,11 @@ class PreparedRun:
         outline: The shapes of the model, from which the plan was made.
         method: Combines the clients' adapters.
         directory: The run's directory, locked by this process.
-        local: The base model with a live adapter, shared by all clients that train alike.
-        clients: The clients with their tokenized data.
+        local: The base model with a live adapter, shared by all clients that train alike; None
+            where `workers` have it.
+        clients: The clients with their tokenized data; none where `workers` play them.
+        workers: The processes of `run.devices`; None without.
+        environment: What the last bits of a result depend on.
         model: The global model to start from.
         state: What the server remembers.
         plan: What the run will cost.
@@ -77,8 +81,10 @@ class PreparedRun:
     outline: ModelOutline
     method: Method
     directory: RunDirectory
-    local: LocalModel
+    local: LocalModel | None
     clients: list[Client]
+    workers: DeviceTransport | None
+    environment: dict[str, Any]
     model: GlobalModel
     state: ServerState
     plan: Plan
@@ -87,7 +93,9 @@ class PreparedRun:
 
 
 class FederatedTrainer:
-    """Fine-tunes a base model on the data of all clients, which train in turn in this process.
+    """Fine-tunes a base model on the data of all clients, which train on this machine.
+
+    They train in turn in this process; or, with `run.devices`, in a process for each device.
 
     Args:
         config: The run: base model, LoRA, data, training, federation, method. See `load_config`.
@@ -186,20 +194,33 @@ class FederatedTrainer:
         plan = make_plan(config, outline.model, outline.examples, outline.method)
         if on_plan is not None:
             on_plan(plan, outline.examples)
-        loaded = load_run(outline, self.directory, self._callbacks)
-        directory = RunDirectory(self.directory, keep=config.run.keep_checkpoints)
+        # The clients: here, or in processes of their own.
+        crew: LocalClients | DeviceTransport
+        if config.run.devices:
+            crew = self._make_workers(outline)
+            facts = crew.start()
+        else:
+            crew = self._load_clients(outline)
+            facts = environment(crew.local)
+        directory = None
         try:
-            model, state = self._start(directory, loaded)
+            directory = RunDirectory(self.directory, keep=config.run.keep_checkpoints)
+            model, state = self._start(directory, outline, crew)
         except BaseException:
-            directory.close()
+            if isinstance(crew, DeviceTransport):
+                crew.close()
+            if directory is not None:
+                directory.close()
             raise
         self.prepared = PreparedRun(
             config=config,
             outline=outline.model,
             method=outline.method,
             directory=directory,
-            local=loaded.local,
-            clients=loaded.clients,
+            local=crew.local if isinstance(crew, LocalClients) else None,
+            clients=crew.clients if isinstance(crew, LocalClients) else [],
+            workers=crew if isinstance(crew, DeviceTransport) else None,
+            environment=facts,
             model=model,
             state=state,
             plan=plan,
@@ -228,7 +249,7 @@ class FederatedTrainer:
                 run.config.run.report_to, run.directory, run.state.run_id
             ) as trackers:
                 server = Server(
-                    InProcessTransport(steps),
+                    run.workers or InProcessTransport(steps),
                     method=run.method,
                     model=run.model,
                     state=run.state,
@@ -274,9 +295,12 @@ class FederatedTrainer:
         export_adapter(result.model, Path(out), base_directory=find_base(result, ""))
 
     def close(self) -> None:
-        """Release the run's directory, so that other processes can open it."""
-        if self.prepared is not None:
-            self.prepared.directory.close()
+        """End the workers, and release the run's directory, so that others can open it."""
+        if self.prepared is None:
+            return
+        if self.prepared.workers is not None:
+            self.prepared.workers.close()
+        self.prepared.directory.close()
 
     def _make_outline(self, *, is_plan: bool = False) -> RunOutline:
         return outline_run(
@@ -288,40 +312,79 @@ class FederatedTrainer:
             callbacks=self._callbacks,
         )
 
-    def _start(self, directory: RunDirectory, loaded: LoadedRun) -> tuple[GlobalModel, ServerState]:
+    def _load_clients(self, outline: RunOutline) -> LocalClients:
+        """Load the model of a run in this process, and make its clients."""
+        self._callbacks.on_message(f"Loading {outline.config.model.name}")
+        return load_local_clients(
+            outline.config,
+            outline.examples,
+            outline.model.labels,
+            self.directory,
+            function=outline.function,
+            callbacks=self._callbacks,
+            base=outline.model.loaded,
+        )
+
+    def _make_workers(self, outline: RunOutline) -> DeviceTransport:
+        """Return the workers of `run.devices`, which are not started yet."""
+        config = outline.config
+        if self._update_filter is not None:
+            raise ConfigError(
+                "an update filter is an object of this process, and run.devices has clients train "
+                f"in others; leave run.devices out ({config.run.devices})"
+            )
+        self._callbacks.on_message(f"Loading {config.model.name}, {len(config.run.devices)} times")
+        return DeviceTransport(
+            config, outline.examples, outline.model.labels, self.directory, self._callbacks
+        )
+
+    def _start(
+        self, directory: RunDirectory, outline: RunOutline, crew: LocalClients | DeviceTransport
+    ) -> tuple[GlobalModel, ServerState]:
         """Return the model and state to start from: fresh ones, or those of a checkpoint."""
+        if isinstance(crew, LocalClients):
+            identity = crew.local.identity
+        else:
+            shapes = outline.model
+            identity = identify_base(outline.config.model, shapes.directory, shapes.labels)
         if self._resume and self._server_round is not None:
             # What comes after that round is about to be deleted: check before.
-            check_made_from(
-                self.directory, self._server_round, loaded.outline, loaded.local.identity
-            )
+            check_made_from(self.directory, self._server_round, outline, identity)
         resumed = directory.resume(self._server_round) if self._resume else None
         if resumed is None:
-            return _initial_model(loaded), ServerState(secrets.token_hex(16))
+            state = ServerState(secrets.token_hex(16))
+            return _initial_model(outline, state.run_id, crew), state
         model, state = resumed
-        check_made_from(self.directory, model.server_round, loaded.outline, loaded.local.identity)
+        check_made_from(self.directory, model.server_round, outline, identity)
         for states in client_states(self.directory, state.run_id):
             states.discard_after(model.server_round)
         return model, state
 
     def _describe(self, run: PreparedRun) -> None:
         """Write what the run is into its directory."""
-        current_environment = environment(run.local)
         if run.directory.records:
-            warn_of_another_environment(current_environment, self.directory)
+            warn_of_another_environment(run.environment, self.directory)
         run.directory.describe(
             to_toml(run.config),
             run.state.run_id,
             plan=asdict(run.plan),
             partition=run.partition,
-            environment=current_environment,
+            environment=run.environment,
             data=run.data,
         )
 
 
-def _initial_model(loaded: LoadedRun) -> GlobalModel:
-    """Return the model of round 0."""
-    outline = loaded.outline
-    dtype = wire_dtype(outline.config.federation.downlink_dtype)
-    model = loaded.local.initial_global_model(outline.method).with_wire_dtype(dtype)
+def _initial_model(
+    outline: RunOutline, run_id: str, crew: LocalClients | DeviceTransport
+) -> GlobalModel:
+    """Return the model of round 0, as this process or a worker makes it."""
+    config = outline.config
+    if isinstance(crew, LocalClients):
+        model = crew.local.initial_global_model(outline.method)
+    else:
+        # The labels of a classifier may have been found in the data.
+        labeled = replace(config.model, labels=list(outline.model.labels))
+        asked = handshake(crew, replace(config, model=labeled), run_id, outline.method)
+        model = asked.model
+    model = model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
     return with_start_adapter(outline.start_adapter, outline.method, model)

@@ -110,9 +110,9 @@ class Placement:
         """Bytes of a quantized element; None where nothing is quantized."""
         return QUANTIZED_BYTES.get(self.quantization)
 
-    def describe(self, device: torch.device) -> str:
+    def describe(self, device: str) -> str:
         """Return it as a plan shows it: `cuda:0, bfloat16, adapted modules as-loaded`."""
-        parts = [str(device), str(self.dtype).removeprefix("torch.")]
+        parts = [device, str(self.dtype).removeprefix("torch.")]
         if self.quantization != NONE:
             parts.append(self.quantization)
         return ", ".join([*parts, f"adapted modules {self.holding}"])
@@ -188,8 +188,11 @@ def estimate(
     steps: tuple[int, int],
     server: ServerBytes,
     trained: int,
+    num_workers: int = 0,
 ) -> tuple[MemoryUse, MemoryUse | None]:
     """Return what host and device take in each phase; the device's is None on a CPU.
+
+    With workers, the host's is that of all processes, and the device's that of one worker.
 
     Args:
         config: The configuration.
@@ -198,6 +201,7 @@ def estimate(
         steps: The activations of a training step, gradients included, and of an evaluation.
         server: What the server takes.
         trained: Elements that are trained.
+        num_workers: Of `run.devices`; 0 where this process has the model.
     """
     weights = weight_bytes(sizes, place)
     branch = branch_bytes(sizes, place, server.update)
@@ -212,31 +216,50 @@ def estimate(
         evaluating=live + branch + steps[1],
         aggregating=live + branch,
     )
-    adapters = ADAPTER_COPIES * server.adapter
+    rest = LIBRARIES + ADAPTER_COPIES * server.adapter
     converted = place.dtype != place.stored_dtype and place.quantized_bytes is None
     everything = sizes.adapted + sizes.linear + sizes.other
     if place.on_gpu:
-        rest = LIBRARIES + adapters
-        host = MemoryUse(
+        clients = MemoryUse(
             at_rest=rest,
             # Pages of the checkpoint's files are the system's, unless they are converted.
             loading=rest + (everything * place.dtype.itemsize if converted else one_layer),
             training=rest + server.update,
             evaluating=rest + server.update,
-            aggregating=rest + server.update + server.aggregating,
+            aggregating=rest + server.update,
         )
-        return host, model
+        return _with_server(clients, rest, server, num_workers), model
     # Until everything is loaded, converted weights are held beside their float32 copies.
     copies = sizes.adapted * place.dtype.itemsize if place.holding == FLOAT32 and converted else 0
-    shared = LIBRARIES + adapters
-    host = MemoryUse(
-        at_rest=shared + model.at_rest,
-        loading=shared + model.at_rest + max(copies, one_layer),
-        training=shared + model.training + server.update,
-        evaluating=shared + model.evaluating + server.update,
-        aggregating=shared + model.aggregating + server.update + server.aggregating,
+    clients = MemoryUse(
+        at_rest=rest + model.at_rest,
+        loading=rest + model.at_rest + max(copies, one_layer),
+        training=rest + model.training + server.update,
+        evaluating=rest + model.evaluating + server.update,
+        aggregating=rest + model.aggregating + server.update,
     )
-    return host, None
+    return _with_server(clients, rest, server, num_workers), None
+
+
+def _with_server(clients: MemoryUse, rest: int, server: ServerBytes, num_workers: int) -> MemoryUse:
+    """Return what the host needs for clients and server.
+
+    Args:
+        clients: Of a process that plays clients.
+        rest: What a process takes that does nothing yet.
+        server: What the server takes.
+        num_workers: How many such processes there are beside the server's; 0: they are one.
+    """
+    if num_workers == 0:
+        return replace(clients, aggregating=clients.aggregating + server.aggregating)
+    alone = rest + server.update
+    return MemoryUse(
+        at_rest=rest + num_workers * clients.at_rest,
+        loading=rest + num_workers * clients.loading,
+        training=alone + num_workers * clients.training,
+        evaluating=alone + num_workers * clients.evaluating,
+        aggregating=alone + num_workers * clients.aggregating + server.aggregating,
+    )
 
 
 def simulate_steps(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from fedmomentum.config.schema import Config, MethodConfig
 from fedmomentum.config.toml import apply_overrides, parse_value
 from fedmomentum.errors import ConfigError
+from fedmomentum.run.method import make_method
 from fedmomentum.run.references import REFERENCES
-from fedmomentum.run.setup import make_method
 from fedmomentum.utils.names import readable_name
 
 _METHOD_SECTIONS = ("training.", "lora.", "federation.")

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from fedmomentum.config.toml import to_toml
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.run.environment import process_environment
+from fedmomentum.run.method import make_method
 from fedmomentum.run.origin import check_data
 from fedmomentum.run.plan import served_plan
 from fedmomentum.run.setup import (
     check_run_directory,
-    make_method,
     read_start_adapter,
+    refuse_devices,
     set_up_process,
     with_start_adapter,
 )
@@ -67,6 +68,7 @@ def run_federation(
         ModelError: If `out` is in use or holds something else.
         QuorumError: See `Server.run` and `handshake`.
     """
+    refuse_devices(config)
     method = make_method(config)
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)

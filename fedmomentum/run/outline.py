@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 
 from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.classifier import head_modules
-from fedmomentum.base_model.devices import DTYPES, pick_device, pick_dtype
+from fedmomentum.base_model.devices import DTYPES, find_device, pick_device, pick_dtype
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.load_checks import check_max_length, vocabulary_size
 from fedmomentum.base_model.loading import load_tokenizer
@@ -86,7 +86,13 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     """
     settings = config.model
     directory = resolve_base(settings.name, settings.revision, with_weights=not is_plan)
-    device, is_here = _planned_device(settings.device, is_plan=is_plan)
+    devices = config.run.devices
+    if devices:
+        device, is_here = _worker_device(devices, is_plan=is_plan)
+        # Where it has to be loaded for its shapes, the workers' devices hold no copy of it.
+        settings = replace(settings, device="cpu")
+    else:
+        device, is_here = _planned_device(settings.device, is_plan=is_plan)
     dtype = torch.bfloat16
     if is_here or settings.dtype != "auto":
         dtype = pick_dtype(settings.dtype, device)
@@ -152,6 +158,18 @@ def _planned_device(name: str, *, is_plan: bool) -> tuple[torch.device, bool]:
         return torch.device(name), False
     except RuntimeError as error:
         raise ModelError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _worker_device(names: Sequence[str], *, is_plan: bool) -> tuple[torch.device, bool]:
+    """Return the first of the workers' devices, and whether all are here; none is opened here.
+
+    Raises:
+        ModelError: If one is no device, or is not here and is to be used.
+    """
+    for name in names:
+        if find_device(name) is None and not is_plan:
+            raise ModelError(f"run.devices: this machine has no {name}")
+    return torch.device(names[0]), all(find_device(name) is not None for name in names)
 
 
 def _stored_quantization(directory: Path) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.load_checks import max_positions
-from fedmomentum.formats.plan import MemoryUse, Plan
+from fedmomentum.formats.plan import MemoryUse, Plan, divide_clients
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.lora.module_summary import summarize, summarize_left_out
 from fedmomentum.objectives.choice import make_objective
@@ -24,10 +24,10 @@ from fedmomentum.run.task import count_labels
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config
+    from fedmomentum.data.tokenized import TokenizedClient
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.protocol.messages import Description
-    from fedmomentum.run.client_examples import TokenizedClient
     from fedmomentum.run.outline import ModelOutline
 
 # torch and what else a server loads.
@@ -48,6 +48,8 @@ def make_plan(
     host, device = plan_memory(
         config, outline, method, len(clients), _longest(clients, longest, labels)
     )
+    names = [client.client_id for client in clients]
+    workers = divide_clients(names, config.run.devices)
     plan = _plan(
         config, adapter, method, traffic, len(clients), outline.num_parameters, host.peak, warnings
     )
@@ -56,7 +58,8 @@ def make_plan(
         not_adapted=tuple(summarize_left_out(outline.targets.left_out)),
         labels=count_labels(labels, [client.train for client in clients]),
         objective=make_objective(config.training, labels).settings,
-        device=place.describe(outline.device),
+        device=place.describe(str(outline.device.type if workers else outline.device)),
+        workers=workers,
         host_memory=host,
         device_memory=device,
     )
@@ -69,7 +72,7 @@ def plan_memory(
     num_clients: int,
     longest: tuple[int, int],
 ) -> tuple[MemoryUse, MemoryUse | None]:
-    """Estimate the memory of host and device in each phase; the device's is None on a CPU.
+    """Estimate the memory of host and device in each phase; see `memory.estimate`.
 
     Args:
         config: The configuration.
@@ -93,6 +96,7 @@ def plan_memory(
         simulate_steps(config, outline, place, longest),
         server,
         adapter.num_parameters(),
+        min(len(config.run.devices), num_clients),
     )
 
 
@@ -129,9 +133,13 @@ def _warn(
             f"the longest example has {longest} tokens and the model was made for {positions}; "
             f"data.max-length = {positions} cuts them"
         )
+    unused = config.run.devices[len(clients) :]
+    if unused:
+        warnings.append(f"fewer clients than run.devices: {', '.join(unused)} will not be used")
     if not outline.is_here:
+        devices = ", ".join(dict.fromkeys(config.run.devices)) or outline.device
         warnings.append(
-            f"this machine has no {outline.device}; the plan is for one that has, in "
+            f"this machine has no {devices}; the plan is for one that has, in "
             f"{str(outline.dtype).removeprefix('torch.')}"
         )
     return warnings

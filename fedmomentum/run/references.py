@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.config.schema import EvaluationConfig
-from fedmomentum.data.tokenized import TokenizedExamples
-from fedmomentum.run.client_examples import TokenizedClient
+from fedmomentum.data.tokenized import TokenizedClient, TokenizedExamples
 from fedmomentum.run.plan import make_plan
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ def make_reference(run: PreparedRun, only: str | None) -> None:
     would be scored on at the ends; an item's category is the client it comes from. Passes over
     pooled data are cut to the mean client's number of steps.
     """
+    assert run.local is not None, "a reference trains in this process"
     config, federated = run.config, run.clients
     settings = config.evaluation
     between, ends = settings.num_examples, max(settings.num_examples, settings.final_num_examples)

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.library_errors import translate_out_of_memory
-from fedmomentum.client.client import Client
-from fedmomentum.client.loaded_base import LoadedBase
-from fedmomentum.client.local_model import LocalModel
-from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
-from fedmomentum.errors import AdapterError, ConfigError, ModelError
+from fedmomentum.data.tokenized import TokenizedClient
+from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.global_model.start import start_from
 from fedmomentum.lora.peft_folder import read_adapter
-from fedmomentum.objectives.choice import make_objective
-from fedmomentum.run.client_examples import TokenizedClient, tokenize_parties
+from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.method import make_method
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.outline import ModelOutline, outline_model
 from fedmomentum.run.task import check_task, find_labels
@@ -40,12 +35,11 @@ from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
-    from fedmomentum.config.schema import Config, LoraConfig, RunConfig
+    from fedmomentum.config.schema import Config, RunConfig
     from fedmomentum.data.examples import ClientData
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.round_record import RoundRecord
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.global_model.objects import StoredObject
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
@@ -74,15 +68,6 @@ class RunOutline:
     parties: list[ClientData]
     data: dict[str, Fingerprint]
     start_adapter: Adapter | None = None
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """What a run on this machine is made of, before its directory is opened."""
-
-    outline: RunOutline
-    local: LocalModel
-    clients: list[Client]
 
 
 def check_made_from(
@@ -142,34 +127,9 @@ def outline_run(
     labels = find_labels(config.model, parties)
     model = outline_model(config, labels, is_plan=is_plan)
     examples = tokenize_parties(config, parties, model.base, model.tokenizer, labels)
+    _refuse_unknown_clients(config, [one.client_id for one in examples])
     data = fingerprints(parties, {one.client_id: (one.train, one.test) for one in examples})
     return RunOutline(config, method, function, model, examples, parties, data, start_adapter)
-
-
-def load_run(outline: RunOutline, out: Path, callbacks: Callback) -> LoadedRun:
-    """Load the model of a run, and make its clients; see `prepare`."""
-    config = outline.config
-    callbacks.on_message(f"Loading {config.model.name}")
-    labels = outline.model.labels
-    base = outline.model.loaded
-    if base is None:
-        base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
-    with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
-        # Clients that train less have models of their own, which share the base model's weights.
-        local = LocalModel(
-            config.model,
-            config.lora,
-            seed=derive_seed(config.run.seed, "adapter"),
-            loaded=base,
-            takes_loaded=not config.lora.clients,
-        )
-    clients = make_clients(
-        config, outline.examples, local, out, outline.function, callbacks.on_step
-    )
-    local_models = _own_models(config, local, base, [client.client_id for client in clients])
-    for client in clients:
-        client.model = local_models[client.client_id]
-    return LoadedRun(outline, local, clients)
 
 
 def set_up_process(run: RunConfig) -> None:
@@ -193,61 +153,28 @@ def _last_trained(records: Sequence[RoundRecord]) -> dict[str, int]:
     return last_rounds
 
 
-def _own_models(
-    config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]
-) -> dict[str, LocalModel]:
-    """Return each client's model: one for all, unless some train less; all on one base model."""
-    lora = config.lora
-    unknown_clients = sorted(set(lora.clients) - set(names))
+def _refuse_unknown_clients(config: Config, names: Sequence[str]) -> None:
+    """Refuse settings of a client that there is not."""
+    unknown_clients = sorted(set(config.lora.clients) - set(names))
     if unknown_clients:
         raise ConfigError(
             f"lora.clients names {unknown_clients[0]}, which is no client; there are "
             f"{', '.join(names)}"
         )
-    # Clients with equal settings share a model.
-    models: list[tuple[LoraConfig, LocalModel]] = [(lora.for_client(""), local)]
-    models_by_client = {}
-    for name in names:
-        client_lora = lora.for_client(name)
-        model = next((model for other, model in models if other == client_lora), None)
-        if model is None:
-            seed = derive_seed(config.run.seed, "adapter")
-            what = f"{config.model.name} with the adapter of {name} does not fit"
-            try:
-                with translate_out_of_memory(what):
-                    model = LocalModel(
-                        config.model,
-                        lora,
-                        seed=seed,
-                        client_lora=client_lora,
-                        loaded=loaded,
-                    )
-            except (AdapterError, ConfigError) as error:
-                raise ConfigError(f"lora.clients.{name}: {error}") from error
-            models.append((client_lora, model))
-        models_by_client[name] = model
-    return models_by_client
 
 
-def make_method(config: Config) -> Method:
-    """Build the method of the configuration.
+def refuse_devices(config: Config) -> None:
+    """Refuse `run.devices` where clients are not processes of this run.
 
     Raises:
-        ConfigError: If a name or setting is unknown, or the method refuses a value.
+        ConfigError: If it is set.
     """
-    method = build_method(
-        config.method.name, {k.replace("-", "_"): v for k, v in config.method.settings.items()}
-    )
-    if config.lora.is_mixed and not method.unequal_ranks:
+    if config.run.devices:
         raise ConfigError(
-            f"{method.title} needs every client at one rank; lora.clients gives several"
+            f"run.devices is for fedmomentum run and compare; got {config.run.devices}. Over a "
+            "network each client has one device, model.device of its own settings: leave "
+            "run.devices out, and start one fedmomentum join for each client"
         )
-    if method.reads_base and config.federation.downlink_dtype != "float32":
-        raise ConfigError(
-            f"{method.title} starts from the base's own directions; they need downlink-dtype "
-            "float32"
-        )
-    return method
 
 
 def read_start_adapter(config: Config) -> Adapter | None:
@@ -341,32 +268,3 @@ def load_data(config: Config) -> list[ClientData]:
     """
     seed = derive_seed(config.run.seed, "data")
     return load_clients(config.data, seed, loss_on=config.training.loss_on, task=config.model.task)
-
-
-def make_clients(
-    config: Config,
-    examples: Sequence[TokenizedClient],
-    local: LocalModel,
-    out: Path,
-    function: TrainingFunction | None,
-    on_step: Callable[[str, int, int, float], None] | None,
-) -> list[Client]:
-    """Return the clients with their examples, on one model and with one cache of objects."""
-    objective = make_objective(config.training, local.identity.labels)
-    cache: dict[str, StoredObject] = {}
-    clients = []
-    for one in examples:
-        clients.append(
-            Client(
-                client_id=one.client_id,
-                train=one.train,
-                test=one.test,
-                method=make_method(config),
-                model=local,
-                objective=objective,
-                store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
-                training_function=function,
-                on_step=on_step,
-            )
-        )
-    return clients

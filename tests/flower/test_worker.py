@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 
-from fedmomentum.flower import worker as module
 from fedmomentum.flower.node_callback import NodeCallback, WorkerInfo
 from fedmomentum.flower.worker import Worker, WorkerError
 from fedmomentum.lora.adapter import PREFIX
@@ -100,7 +99,7 @@ def light(config, tmp_path, monkeypatch, told):
     script = tmp_path / "stand_in"
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o700)
-    monkeypatch.setattr(module.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     found = Worker(config, "site0", tmp_path / "store", Recorder(told))
     yield found
     found.stop()

@@ -13,8 +13,8 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.federated_trainer import FederatedTrainer
+from fedmomentum.run.method import make_method
 from fedmomentum.run.networked import run_federation
-from fedmomentum.run.setup import make_method
 from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.training import TrainReport
 from fedmomentum.utils.names import directory_name

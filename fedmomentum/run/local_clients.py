@@ -1,0 +1,136 @@
+"""The clients of a run in this process, on one loaded base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.base_model.library_errors import translate_out_of_memory
+from fedmomentum.client.client import Client
+from fedmomentum.client.loaded_base import LoadedBase
+from fedmomentum.client.local_model import LocalModel
+from fedmomentum.client.store import ClientStore
+from fedmomentum.errors import AdapterError, ConfigError
+from fedmomentum.objectives.choice import make_objective
+from fedmomentum.run.method import make_method
+from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config, LoraConfig
+    from fedmomentum.data.tokenized import TokenizedClient
+    from fedmomentum.global_model.objects import StoredObject
+    from fedmomentum.server.callbacks import Callback
+    from fedmomentum.training.function import TrainingFunction
+
+
+@dataclass(frozen=True)
+class LocalClients:
+    """A run's clients in this process.
+
+    Attributes:
+        local: The model of clients that train the whole adapter.
+        clients: The clients; those that train less have models of their own, on the same base.
+    """
+
+    local: LocalModel
+    clients: list[Client]
+
+
+def load_local_clients(
+    config: Config,
+    examples: Sequence[TokenizedClient],
+    labels: Sequence[str],
+    out: Path,
+    *,
+    function: TrainingFunction | None,
+    callbacks: Callback,
+    base: LoadedBase | None = None,
+) -> LocalClients:
+    """Load a run's model, and make clients that share it.
+
+    Args:
+        config: The run's settings.
+        examples: The clients to make, with their examples.
+        labels: Of a classifier.
+        out: The run's directory.
+        function: Trains a client's model, where the user gives one.
+        callbacks: Receive training steps.
+        base: The base model, where it is loaded already.
+    """
+    if base is None:
+        base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
+    with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
+        # Clients that train less have models of their own, which share the base model's weights.
+        local = LocalModel(
+            config.model,
+            config.lora,
+            seed=derive_seed(config.run.seed, "adapter"),
+            loaded=base,
+            takes_loaded=not config.lora.clients,
+        )
+    clients = make_clients(config, examples, local, out, function, callbacks.on_step)
+    local_models = _own_models(config, local, base, [client.client_id for client in clients])
+    for client in clients:
+        client.model = local_models[client.client_id]
+    return LocalClients(local, clients)
+
+
+def make_clients(
+    config: Config,
+    examples: Sequence[TokenizedClient],
+    local: LocalModel,
+    out: Path,
+    function: TrainingFunction | None,
+    on_step: Callable[[str, int, int, float], None] | None,
+) -> list[Client]:
+    """Return the clients with their examples, on one model and with one cache of objects."""
+    objective = make_objective(config.training, local.identity.labels)
+    cache: dict[str, StoredObject] = {}
+    clients = []
+    for one in examples:
+        clients.append(
+            Client(
+                client_id=one.client_id,
+                train=one.train,
+                test=one.test,
+                method=make_method(config),
+                model=local,
+                objective=objective,
+                store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
+                training_function=function,
+                on_step=on_step,
+            )
+        )
+    return clients
+
+
+def _own_models(
+    config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]
+) -> dict[str, LocalModel]:
+    """Return each client's model: one for all, unless some train less; all on one base model."""
+    lora = config.lora
+    # Clients with equal settings share a model.
+    models: list[tuple[LoraConfig, LocalModel]] = [(lora.for_client(""), local)]
+    models_by_client = {}
+    for name in names:
+        client_lora = lora.for_client(name)
+        model = next((model for other, model in models if other == client_lora), None)
+        if model is None:
+            seed = derive_seed(config.run.seed, "adapter")
+            what = f"{config.model.name} with the adapter of {name} does not fit"
+            try:
+                with translate_out_of_memory(what):
+                    model = LocalModel(
+                        config.model,
+                        lora,
+                        seed=seed,
+                        client_lora=client_lora,
+                        loaded=loaded,
+                    )
+            except (AdapterError, ConfigError) as error:
+                raise ConfigError(f"lora.clients.{name}: {error}") from error
+            models.append((client_lora, model))
+        models_by_client[name] = model
+    return models_by_client

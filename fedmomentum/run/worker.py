@@ -1,0 +1,125 @@
+"""The parent's side of a worker: a process that keeps a base model and data loaded between tasks.
+
+Parent and worker are connected by a socket pair that no other process can open, and exchange frames
+(see `worker_process.Frame`). The worker ends when its parent does, even if the parent is killed:
+the socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+
+EXIT_SECONDS = 5.0
+"""How long a worker whose socket has closed may take to exit."""
+MAX_POLL_SECONDS = 3600.0
+"""The longest single wait for a frame; `poll` does not accept an infinite one."""
+
+
+class WorkerExit(Exception):
+    """The worker has ended, or was never started; the text says how: `by signal SIGKILL`."""
+
+
+class WorkerProcess:
+    """A worker's process, and the frames to it and from it.
+
+    Args:
+        module: The module that the process runs; it calls `worker_process.serve`.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pipe(self) -> Connection:
+        """The connection, for `multiprocessing.connection.wait`.
+
+        Raises:
+            WorkerExit: If there is no process.
+        """
+        if self._pipe is None:
+            raise WorkerExit("before it was started")
+        return self._pipe
+
+    def start(self, setup: bytes) -> None:
+        """Start the process, which is not running, and send it its first frame; it loads then.
+
+        One that ends before it has taken the frame says so when it is asked for something.
+        """
+        # A socket pair is reachable by these two processes only.
+        own_socket, worker_socket = socket.socketpair()
+        descriptor = worker_socket.fileno()
+        # What this process can import, such as the user's training function, the worker can too.
+        search_path = os.pathsep.join(entry for entry in sys.path if entry)
+        # A session of its own: Ctrl-C on the terminal is for the parent, which ends the worker.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", self._module, str(descriptor)],
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": search_path},
+        )
+        worker_socket.close()
+        self._pipe = Connection(own_socket.detach())
+        with contextlib.suppress(OSError):
+            self._pipe.send_bytes(setup)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            WorkerExit: If the process has ended.
+        """
+        try:
+            self.pipe.send_bytes(frame)
+        except OSError as error:
+            raise self._ended() from error
+
+    def receive(self, seconds: float) -> tuple[bytes, bytes] | None:
+        """Return the next frame, its letter and its body; None if none comes in time.
+
+        Raises:
+            WorkerExit: If the process has ended.
+        """
+        try:
+            if not self.pipe.poll(min(max(seconds, 0), MAX_POLL_SECONDS)):
+                return None
+            frame = self.pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise self._ended() from error
+        return frame[:1], frame[1:]
+
+    def _ended(self) -> WorkerExit:
+        """Return how the process ended, and release what is left of it."""
+        code = None
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_SECONDS)
+            code = self._process.poll()
+        self.stop()
+        if code is not None and code < 0:
+            return WorkerExit(f"by signal {signal.Signals(-code).name}")
+        return WorkerExit(f"with exit code {code}")
+
+    def stop(self) -> None:
+        """End the process and all that it has started."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+        self._pipe = None

@@ -1,0 +1,138 @@
+"""The worker's own side: load, answer frames one after the other, report progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from fedmomentum.errors import FedMomentumError, public_text
+from fedmomentum.server.callbacks import Callback
+from fedmomentum.utils.process import quiet_advice, tune_malloc
+
+LOG = logging.getLogger("fedmomentum")
+LOAD_FAILED = 2
+"""Exit code if model or data cannot be loaded."""
+
+Send = Callable[[bytes, bytes], None]
+"""Sends a frame to the parent: its letter and its body."""
+Answer = Callable[[bytes], "bytes | None"]
+"""From a frame to the bytes of the reply; None if it has none."""
+
+
+class Frame:
+    """First letters of the frames between parent and worker; the rest of a frame is its body."""
+
+    # To the worker.
+    RUN = b"I"  # the run that the next tasks belong to
+    TASK = b"T"  # an encoded task
+    SMOKE_TEST = b"C"  # do one step of training, as a task would
+    # From the worker.
+    MESSAGE = b"S"  # a line about what it is doing
+    WARNING = b"W"
+    STEP = b"P"  # a client's training step, JSON
+    READY = b"Y"  # model and data are loaded, JSON
+    REPLY = b"R"  # the reply to a task or a smoke test
+    ERROR = b"E"  # why there is none, in full and in words that may leave the machine, JSON
+
+
+def serve(load: Callable[[bytes, Send], Answer]) -> None:
+    """Load, and answer frames until the parent ends; the command line names the pipe.
+
+    Args:
+        load: From the first frame, and a function that sends frames, to the function that answers
+            all others. It sends `Frame.READY` itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
+    # As the command line does for its own process, before anything heavy is imported.
+    tune_malloc()
+    quiet_advice()
+    pipe = Connection(int(sys.argv[1]))
+    setup = pipe.recv_bytes()
+    inbox = _Inbox(pipe)
+    try:
+        answer = load(setup, inbox.send)
+    except Exception as error:
+        inbox.send(Frame.ERROR, _logged(error))
+        sys.exit(LOAD_FAILED)
+    # Tasks, one after the other.
+    while True:
+        try:
+            reply = answer(inbox.next_frame())
+        except Exception as error:
+            # Whatever a task causes, the worker is there for the next one.
+            inbox.send(Frame.ERROR, _logged(error))
+        else:
+            if reply is not None:
+                inbox.send(Frame.REPLY, reply)
+
+
+class _Inbox:
+    """Frames as they arrive, and the way back.
+
+    They are read in a thread of their own, so that this process ends with its parent at once,
+    whatever it is doing.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._send_lock = threading.Lock()
+        self._frames: list[bytes] = []
+        self._has_frames = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                frame = self._pipe.recv_bytes()
+            except (EOFError, OSError):
+                os._exit(0)
+            with self._has_frames:
+                self._frames.append(frame)
+                self._has_frames.notify()
+
+    def next_frame(self) -> bytes:
+        with self._has_frames:
+            self._has_frames.wait_for(lambda: bool(self._frames))
+            return self._frames.pop(0)
+
+    def send(self, letter: bytes, body: bytes) -> None:
+        with self._send_lock:
+            try:
+                self._pipe.send_bytes(letter + body)
+            except OSError:
+                os._exit(0)
+
+
+class Reporter(Callback):
+    """Sends progress to the parent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    def on_message(self, text: str) -> None:
+        """Send a line about what is being done."""
+        self._send(Frame.MESSAGE, text.encode())
+
+    def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
+        """Send a client's training step."""
+        progress = {"client": client, "step": step, "num_steps": num_steps, "loss": loss}
+        self._send(Frame.STEP, json.dumps(progress).encode())
+
+
+def describe_error(error: Exception) -> bytes:
+    """Return the body of an error's frame: what may leave the machine, and in full."""
+    versions = {"text": public_text(error), "detail": f"{type(error).__name__}: {error}"}
+    return json.dumps(versions).encode()
+
+
+def _logged(error: Exception) -> bytes:
+    """Return an error's frame; one that nobody expected is logged here, with its traceback."""
+    if not isinstance(error, FedMomentumError):
+        LOG.exception("the worker failed")
+    return describe_error(error)
