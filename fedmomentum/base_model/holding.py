@@ -10,7 +10,9 @@ from torch import nn
 
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
 from fedmomentum.base_model.holding_choice import AS_LOADED, resolve_holding
-from fedmomentum.base_model.weights import BaseWeights, Float32Weights
+from fedmomentum.base_model.streamed import is_streamed
+from fedmomentum.base_model.streamed_weights import StreamedWeights
+from fedmomentum.base_model.weights import BaseWeights, Float32Weights, MergedWeights
 from fedmomentum.utils.quantized import quantized_layers
 
 
@@ -54,3 +56,28 @@ def hold_weights(
     """
     kind = AsLoadedWeights if holding == AS_LOADED else Float32Weights
     return kind(layers, directory, tied, model)
+
+
+def hold_for_use(
+    layers: Mapping[str, nn.Module],
+    directory: Path,
+    *,
+    holding: str,
+    model: nn.Module,
+    tied: Mapping[str, Collection[str]] | None = None,
+) -> MergedWeights:
+    """Return the adapted modules of a model that is not trained, held as the model is.
+
+    Args:
+        layers: See `hold_weights`, and the same for the other arguments.
+        directory: The model's directory.
+        holding: `float32` or `as-loaded`, for a model that is not streamed.
+        model: The model.
+        tied: The names of tied weights.
+
+    Raises:
+        ModelError: If a layer cannot be held.
+    """
+    if is_streamed(model):
+        return StreamedWeights(layers, directory, tied, model)
+    return hold_weights(layers, directory, holding=holding, model=model, tied=tied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ from fedmomentum.base_model.quantization import (
     quantizing_arguments,
     refuse_quantized_head,
 )
+from fedmomentum.base_model.stored_dtypes import stored_dtypes_kept
+from fedmomentum.base_model.streamed import stream_parameters
 from fedmomentum.errors import ModelError
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ def pick_merged_dtype(dtype: str) -> torch.dtype:
 
 def load_base(
     directory: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     *,
     num_labels: int | None = None,
@@ -81,7 +84,9 @@ def load_base(
 
     Args:
         directory: As written by `save_pretrained`.
-        dtype: The dtype of the weights, and what quantized ones compute in.
+        dtype: The dtype of the weights, and what quantized ones compute in. None: float32, but
+            weights that are not quantized stay in their files and are float32 tensors only while
+            they are used; see `streamed`.
         device: The device of the weights.
         num_labels: If given, load a sequence classifier with so many labels instead of a causal
             language model.
@@ -104,7 +109,10 @@ def load_base(
         check_label_order(directory, labels)
         head_arguments = label_arguments(labels)
     what = f"{auto_class.__name__} cannot load a model from {directory}"
-    with translate_library_errors(what, read_config(directory)):
+    is_streamed = dtype is None and kind is None
+    dtype = dtype or torch.float32
+    kept = stored_dtypes_kept(directory) if is_streamed else nullcontext()
+    with kept, translate_library_errors(what, read_config(directory)):
         arguments: dict[str, Any] = {"dtype": dtype}
         if kind is not None:
             # Weights are quantized, or unpacked, on the device that will hold them.
@@ -127,6 +135,8 @@ def load_base(
         prepare_layers(directory, model, kind, quantization, dtype)
         if is_classifier:
             refuse_quantized_head(directory, model)
+    if is_streamed:
+        stream_parameters(model, device)
     loading = LoadingInfo.of(info)
     if labels:
         # Only a head may be missing; anything else makes the checkpoint incomplete.
@@ -137,7 +147,7 @@ def load_base(
         supplied = fresh.union(supplied)
     refuse_incomplete(directory, model, loading, supplied, is_classifier=is_classifier)
     with translate_out_of_memory(f"the model in {directory} does not fit on {device}"):
-        placed: PreTrainedModel = (model if kind is not None else model.to(device)).eval()
+        placed: PreTrainedModel = (model if is_streamed or kind else model.to(device)).eval()
     if not is_classifier:
         refuse_other_kinds(directory, placed)
         refuse_padding_dependence(directory, placed)

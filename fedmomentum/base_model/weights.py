@@ -17,8 +17,7 @@ from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.errors import ModelError
-from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.linalg.matrix import Matrix
+from fedmomentum.linalg.matrix import Matrix, add_to_weight_
 from fedmomentum.linalg.probes import probe
 
 
@@ -34,12 +33,8 @@ class MergedPart(Protocol):
         """Module to its matrix, `(out, in)`."""
 
 
-class BaseWeights(Protocol):
-    """The adapted modules of a live base model: pretrained weights plus merged parts.
-
-    How they are held is an implementation's choice: as a float32 copy (`Float32Weights`), or as
-    they were loaded with the parts in a side branch (`AsLoadedWeights`).
-    """
+class MergedWeights(Protocol):
+    """The adapted modules of a live base model, which can be set to any sum of merged parts."""
 
     layers: Mapping[str, Any]
     """Name of a matrix to the live module that holds its weight."""
@@ -59,10 +54,16 @@ class BaseWeights(Protocol):
     def shape(self, module: str) -> tuple[int, int]:
         """Return `(out, in)` of a module's weight."""
 
-    # ── pretrained weights ──
-
     def pretrained(self, module: str) -> Tensor:
         """Return the pretrained weight of a module, `(out, in)`, float32, on the CPU."""
+
+
+class BaseWeights(MergedWeights, Protocol):
+    """The adapted modules of a live base model: pretrained weights plus merged parts.
+
+    How they are held is an implementation's choice: as a float32 copy (`Float32Weights`), or as
+    they were loaded with the parts in a side branch (`AsLoadedWeights`).
+    """
 
     def iterate_pretrained(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield modules and their pretrained weights, as `pretrained` returns them."""
@@ -203,11 +204,7 @@ class Float32Weights:
         self._is_consistent = False
         for part in parts[num_applied:]:
             for module, matrix in part.matrices.items():
-                weight = self.weight(module)
-                if isinstance(matrix, LowRank):
-                    weight.addmm_(matrix.B.to(weight.device), matrix.A.to(weight.device))
-                else:
-                    weight += matrix.to(weight.device)
+                add_to_weight_(self.weight(module), matrix)
         self._applied_names = names
         self._is_consistent = True
 
@@ -233,7 +230,7 @@ class Float32Weights:
         return outputs
 
 
-def check_part(part: MergedPart, weights: BaseWeights) -> None:
+def check_part(part: MergedPart, weights: MergedWeights) -> None:
     """Refuse a part that does not fit the adapted modules.
 
     Raises:

@@ -44,8 +44,18 @@ def export(
     base: BaseOption = "",
     client: ClientOption = "",
     store: StoreOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="where what was written is compared with the run's model: auto, cpu, cuda, ... "
+            "[default: the run's]",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Write the result for stock transformers or PEFT, which load it without fedmomentum."""
+    from fedmomentum.base_model.devices import set_up_device
     from fedmomentum.base_model.loading import pick_merged_dtype
     from fedmomentum.global_model.dequantized_base import base_quantization
     from fedmomentum.global_model.export import (
@@ -53,6 +63,7 @@ def export(
         export_merged,
         require_empty_directory,
     )
+    from fedmomentum.run.inference import choose_device
     from fedmomentum.run.saved_model import find_base, open_result
     from fedmomentum.utils.process import quiet_libraries
 
@@ -64,13 +75,15 @@ def export(
     require_empty_directory(out)
     result = open_result(model, server_round=server_round, client=client, store=store)
     base_directory = find_base(result, base)
+    chosen = choose_device(result, device)
+    set_up_device(chosen, tf32=False)  # the comparison is of float32 products
     with quiet_libraries(), OUT.status("Exporting"):
         if to == "adapter":
-            export_adapter(result.model, out, base_directory=base_directory)
+            export_adapter(result.model, out, base_directory=base_directory, device=chosen)
             written = "one PEFT adapter, scaling 1, for the base model"
         else:
             fraction = export_merged(
-                result.model, out, base_directory=base_directory, dtype=torch_dtype
+                result.model, out, base_directory=base_directory, dtype=torch_dtype, device=chosen
             )
             written = (
                 f"the merged model in {dtype}; {fraction:.2%} of the change arrived in its weights"

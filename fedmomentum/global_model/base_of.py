@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.classifier import set_pad_token
 from fedmomentum.base_model.loading import load_base, load_tokenizer
+from fedmomentum.base_model.streamed import load_parameters
 from fedmomentum.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def num_labels(model: GlobalModel) -> int | None:
 
 
 def load_base_of(
-    model: GlobalModel, directory: Path, dtype: torch.dtype, device: torch.device
+    model: GlobalModel, directory: Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
     """Load the base model of a global model.
 
@@ -57,7 +58,7 @@ def load_base_of(
     Args:
         model: The global model.
         directory: The base model's directory.
-        dtype: The dtype of the weights.
+        dtype: The dtype of the weights; see `load_base`.
         device: The device of the weights.
 
     Raises:
@@ -67,10 +68,10 @@ def load_base_of(
     adapter = model.adapter
     # What is trained in full is not quantized: the modules of the adapter's own tensors.
     trained = {name.rpartition(".")[0] for name in adapter.saved}
-    quantized: dict[str, Any] = {"quantization": model.base.quantization, "trained": trained}
+    how: dict[str, Any] = {"quantization": model.base.quantization, "trained": trained}
     # Only a run knows the names of its labels.
     if model.base.labels:
-        base = load_base(directory, dtype, device, labels=model.base.labels, **quantized)
+        base = load_base(directory, dtype, device, labels=model.base.labels, **how)
     else:
         base = load_base(
             directory,
@@ -78,8 +79,19 @@ def load_base_of(
             device,
             num_labels=num_labels(model),
             supplied=adapter.saved.keys(),
-            **quantized,
+            **how,
         )
+    # Tables that have more rows in the adapter, for added tokens, are resized in place.
+    load_parameters(base, _resized(base, adapter))
     if is_classifier(adapter):
         set_pad_token(base, load_tokenizer(directory, generates=False))
     return base
+
+
+def _resized(base: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """Return the base's parameters of which the adapter saves a tensor of another shape."""
+    names = []
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if name in adapter.saved and adapter.saved[name].shape != parameter.shape:
+            names.append(name)
+    return names

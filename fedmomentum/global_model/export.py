@@ -8,8 +8,6 @@ run's model.
 from __future__ import annotations
 
 import gc
-import re
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +74,11 @@ def _identity_of(model: GlobalModel, base_directory: Path) -> BaseIdentity:
 
 
 def export_adapter(
-    model: GlobalModel, out: Path, *, base_directory: Path | None = None
+    model: GlobalModel,
+    out: Path,
+    *,
+    base_directory: Path | None = None,
+    device: torch.device = CPU,
 ) -> float | None:
     """Write one plain PEFT adapter that makes the base model the global model; read it back.
 
@@ -85,6 +87,7 @@ def export_adapter(
         out: A new or empty directory.
         base_directory: The base model's directory, for its tokenizer, and to load the adapter on
             it. Without it, only the written tensors are checked.
+        device: Where both models compute the logits that are compared.
 
     Returns:
         The difference of the logits of the adapter, as PEFT loads it, from the run's, as a
@@ -101,7 +104,7 @@ def export_adapter(
     reference = None
     if base_directory is not None:
         model.base.check(_identity_of(model, base_directory))
-        reference = _reference_logits(model, base_directory)
+        reference = _reference_logits(model, base_directory, device)
     with written_aside(out) as temporary:
         adapter = to_single_adapter(model)
         write_adapter(adapter, temporary)
@@ -112,16 +115,16 @@ def export_adapter(
         if base_directory is None or reference is None:
             return None
         return _read_back_adapter(
-            replace(model, adapter=adapter), temporary, base_directory, reference
+            replace(model, adapter=adapter), temporary, base_directory, reference, device
         )
 
 
-def _reference_logits(model: GlobalModel, base_directory: Path) -> _Reference:
+def _reference_logits(model: GlobalModel, base_directory: Path, device: torch.device) -> _Reference:
     """Compute the logits of the run's model, and free it."""
     from fedmomentum.base_model.loading import tied_names
     from fedmomentum.global_model.base_of import load_base_of
 
-    base = load_base_of(model, base_directory, torch.float32, CPU)
+    base = load_base_of(model, base_directory, None, device)
     reference, _ = _compute_as_trained(model, base, base_directory, tied_names(base))
     del base
     gc.collect()
@@ -138,7 +141,7 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model as it was before.
     """
-    from fedmomentum.base_model.holding import choose_holding, hold_weights
+    from fedmomentum.base_model.holding import choose_holding, hold_for_use
     from fedmomentum.base_model.holding_choice import AS_LOADED
     from fedmomentum.base_model.weight_slots import find_owners
     from fedmomentum.global_model.readback import logits_of, probe_tokens
@@ -148,7 +151,7 @@ def _compute_as_trained(
     live = trained.get_base_model()
     holding = choose_holding("auto", live)
     owners = find_owners(live, model.adapter.modules)
-    base_weights = hold_weights(owners, base_directory, holding=holding, model=live, tied=tied)
+    base_weights = hold_for_use(owners, base_directory, holding=holding, model=live, tied=tied)
     # Beside a quantized base, what was merged is exact in factors, and not in 8 bits.
     factors = _merged_factors(model) if holding == AS_LOADED else None
     if factors is None:
@@ -193,14 +196,18 @@ def _check_written(adapter: Adapter, directory: Path) -> None:
 
 
 def _read_back_adapter(
-    model: GlobalModel, directory: Path, base_directory: Path, reference: _Reference
+    model: GlobalModel,
+    directory: Path,
+    base_directory: Path,
+    reference: _Reference,
+    device: torch.device,
 ) -> float:
     """Load the written adapter by PEFT, and return the difference of its logits."""
     from fedmomentum.global_model.base_of import load_base_of
     from fedmomentum.global_model.readback import check_logits, logits_of
     from fedmomentum.lora.peft_model import load_with_peft, resize_for
 
-    base = load_base_of(model, base_directory, torch.float32, CPU)
+    base = load_base_of(model, base_directory, None, device)
     resize_for(base, model.adapter)
     adapted = load_with_peft(base, directory)
     logits = logits_of(adapted, reference.tokens)
@@ -213,9 +220,17 @@ def _read_back_adapter(
 
 
 def export_merged(
-    model: GlobalModel, out: Path, *, base_directory: Path, dtype: torch.dtype = torch.float32
+    model: GlobalModel,
+    out: Path,
+    *,
+    base_directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> float:
     """Write the global model as an ordinary transformers directory, and read it back.
+
+    No more than the largest weight and one shard are in memory beside the mapped files; weights are
+    merged on the CPU, so that their bits do not depend on the device.
 
     Args:
         model: The global model.
@@ -223,6 +238,7 @@ def export_merged(
         base_directory: The base model's directory; its identity is checked.
         dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
             A quantized base is dequantized.
+        device: Where the models compute the logits that are compared.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
@@ -236,16 +252,17 @@ def export_merged(
     from fedmomentum.base_model.loading import load_base, tied_names
     from fedmomentum.global_model.base_of import load_base_of, num_labels
     from fedmomentum.global_model.dequantized_base import base_quantization
+    from fedmomentum.global_model.model_files import round_weights, save_model
     from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
     from fedmomentum.global_model.tuned import TunedModel, write_down_ties
 
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
     if base_quantization(model, base_directory) is not None:
-        return _export_dequantized(model, out, base_directory, dtype)
+        return _export_dequantized(model, out, base_directory, dtype, device)
 
     # Merge in float32, and compare with the model as it was trained.
-    base = load_base_of(model, base_directory, torch.float32, CPU)
+    base = load_base_of(model, base_directory, None, device)
     tied = tied_names(base)
     reference, live = _compute_as_trained(model, base, base_directory, tied)
     tuned = TunedModel(live, base_directory, model, tied)
@@ -258,15 +275,15 @@ def export_merged(
     with written_aside(out) as temporary:
         # Round, write, and free the model, so that only one is in memory.
         write_down_ties(live)
-        _round_weights(live, dtype)
+        round_weights(live, dtype)
         rounded_logits = logits_of(live, tokens)
-        _save(live, base_directory, temporary, dtype)
+        save_model(live, base_directory, temporary, dtype)
         class_name = type(live).__name__
         del base, live, tuned
         gc.collect()
 
         # Read it back: exactly what was written, and the run's model up to rounding.
-        saved = load_base(temporary, torch.float32, CPU, num_labels=num_labels(model))
+        saved = load_base(temporary, None, device, num_labels=num_labels(model))
         logits = logits_of(saved, tokens)
         what = "the merged model, read back, is not what was written"
         check_logits(logits, rounded_logits, torch.float32, what)
@@ -278,7 +295,7 @@ def export_merged(
 
 
 def _export_dequantized(
-    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype
+    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Write a global model on a quantized base as one on the dequantized base.
 
@@ -287,7 +304,7 @@ def _export_dequantized(
     from fedmomentum.global_model.dequantized_base import dequantized_base
 
     with dequantized_base(model, base_directory, out) as (plain, directory):
-        fraction = export_merged(plain, out, base_directory=directory, dtype=dtype)
+        fraction = export_merged(plain, out, base_directory=directory, dtype=dtype, device=device)
     # The card names the base that the run had.
     class_name = read_config(out)["architectures"][0]
     load = f"{class_name}.from_pretrained({out.name!r})"
@@ -297,10 +314,10 @@ def _export_dequantized(
 
 def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
     """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
-    from fedmomentum.base_model.weights import Float32Weights
+    from fedmomentum.base_model.streamed_weights import StreamedWeights
 
     share = AppliedShare()
-    assert isinstance(tuned.base_weights, Float32Weights)
+    assert isinstance(tuned.base_weights, StreamedWeights)
     for module in tuned.base_weights.layers:
         pretrained = tuned.base_weights.pretrained(module)
         merged = tuned.base_weights.weight(module)
@@ -313,61 +330,17 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
     for before, after in tuned.saved:
         if not after.is_floating_point():
             continue
-        start = torch.zeros_like(after)  # added tokens have no rows before
+        # Added tokens have no rows before.
+        start = torch.zeros_like(after)
         start[tuple(slice(0, size) for size in before.shape)] = before
         change = after.to(dtype).double() - start.to(dtype).double()
-        share.add(change, after.double() - start.double())
+        share.add(change.cpu(), (after.double() - start.double()).cpu())
     return share.value
 
 
 def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
     """Return some rows of a matrix as a dense one."""
     return matrix.B[rows] @ matrix.A if isinstance(matrix, LowRank) else matrix[rows]
-
-
-def _stored_tensors(live: Any) -> list[tuple[str, Tensor]]:
-    """Return the floating-point tensors that are written to disk, each once.
-
-    Buffers that the model computes when it is loaded are not among them.
-    """
-    persistent = live.state_dict().keys()
-    tensors = []
-    for name, tensor in [*live.named_parameters(), *live.named_buffers()]:
-        if name in persistent and tensor.is_floating_point():
-            tensors.append((name, tensor))
-    return tensors
-
-
-def _round_weights(live: Any, dtype: torch.dtype) -> None:
-    """Round every weight to its value on disk, except those that transformers keeps in float32."""
-    if dtype == torch.float32:
-        return
-    float32_modules = [
-        *(live._keep_in_fp32_modules or ()),
-        *(live._keep_in_fp32_modules_strict or ()),
-    ]
-    for name, tensor in _stored_tensors(live):
-        if not any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in float32_modules):
-            tensor.data = tensor.data.to(dtype).to(torch.float32)
-
-
-def _save(live: Any, base_directory: Path, out: Path, dtype: torch.dtype) -> None:
-    """Write the rounded model in `dtype`, with the base model's generation settings."""
-    if getattr(live.config, "auto_map", None) is not None:
-        del live.config.auto_map  # it names code in the base's directory, which is not copied
-    for _, tensor in _stored_tensors(live):
-        rounded = tensor.data.to(dtype)
-        # Not equal is what transformers keeps in float32.
-        if torch.equal(rounded.to(tensor.dtype), tensor.data):
-            tensor.data = rounded
-    settings = base_directory / "generation_config.json"
-    has_settings = live.can_generate() and settings.is_file()
-    if has_settings:
-        # transformers refuses to write the settings of some base models; so they are copied.
-        live.generation_config = type(live.generation_config)()
-    live.save_pretrained(out)
-    if has_settings:
-        shutil.copyfile(settings, out / settings.name)
 
 
 def _copy_tokenizer(base_directory: Path, out: Path) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fedmomentum.base_model.holding import hold_weights
+from fedmomentum.base_model.holding import hold_for_use
 from fedmomentum.base_model.holding_choice import FLOAT32
 from fedmomentum.base_model.loading import tied_names
+from fedmomentum.base_model.streamed import StreamedTensor
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.errors import AdapterError, ModelError
 from fedmomentum.global_model.objects import StoredObject
@@ -106,7 +107,7 @@ class TunedModel:
         self._owners = outermost_owners(adapter.saved)
         self._neighbor_slots = self._make_neighbor_slots(adapter.saved)
         tied = tied_names(base) if tied is None else tied
-        self.base_weights = hold_weights(layers, directory, holding=holding, model=base, tied=tied)
+        self.base_weights = hold_for_use(layers, directory, holding=holding, model=base, tied=tied)
         # The adapter is added like any other part, as the last one.
         self._base_update = model.base_update
         self._live = StoredObject.of({m: adapter.effective(m) for m in adapter.modules})
@@ -261,8 +262,11 @@ def write_down_ties(model: PreTrainedModel) -> None:
     for name in tied_names(model):
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        tied = owner.get_parameter(leaf)
-        owner._parameters[leaf] = nn.Parameter(tied.detach().clone(), requires_grad=False)
+        copied = owner.get_parameter(leaf).detach()
+        # A streamed one is made anew whenever it is used.
+        if not isinstance(copied, StreamedTensor):
+            copied = copied.clone()
+        owner._parameters[leaf] = nn.Parameter(copied, requires_grad=False)
 
 
 def _token_tables(model: Any) -> list[Any]:

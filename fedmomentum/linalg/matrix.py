@@ -63,6 +63,18 @@ def add_dense_(total: Tensor, matrix: Tensor) -> Tensor:
     return total
 
 
+def add_to_weight_(weight: Tensor, matrix: Matrix) -> None:
+    """Add a part to a live weight `(out, in)` in place, on its device and in its dtype.
+
+    A factored part is added in `2 out in rank` operations, without a second matrix of the weight's
+    size.
+    """
+    if isinstance(matrix, LowRank):
+        weight.addmm_(matrix.B.to(weight.device), matrix.A.to(weight.device))
+    else:
+        weight += matrix.to(weight.device)
+
+
 def stacked_blocks(
     matrices: Sequence[LowRank], dtype: torch.dtype = CORE_DTYPE
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

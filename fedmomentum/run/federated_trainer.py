@@ -22,6 +22,7 @@ from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.devices import DeviceTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
+from fedmomentum.run.inference import choose_device
 from fedmomentum.run.local_clients import LocalClients, load_local_clients
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.saved_model import find_base, open_result
@@ -279,7 +280,11 @@ class FederatedTrainer:
         result = open_result(self.directory)
         chosen = pick_merged_dtype(dtype)
         return export_merged(
-            result.model, Path(out), base_directory=find_base(result, ""), dtype=chosen
+            result.model,
+            Path(out),
+            base_directory=find_base(result, ""),
+            dtype=chosen,
+            device=choose_device(result, ""),
         )
 
     def export_adapter(self, out: Path | str) -> None:
@@ -292,7 +297,12 @@ class FederatedTrainer:
             ModelError: If there is no finished round, or what was written is not the run's model.
         """
         result = open_result(self.directory)
-        export_adapter(result.model, Path(out), base_directory=find_base(result, ""))
+        export_adapter(
+            result.model,
+            Path(out),
+            base_directory=find_base(result, ""),
+            device=choose_device(result, ""),
+        )
 
     def close(self) -> None:
         """End the workers, and release the run's directory, so that others can open it."""

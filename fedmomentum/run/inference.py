@@ -27,6 +27,8 @@ from fedmomentum.utils.chat_date import DEFAULT_DATE, set_chat_date
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
+    import torch
+
     from fedmomentum.data.examples import Prompt
 
 
@@ -83,7 +85,7 @@ class ModelPair:
             settings.base or model.base.name, directory, quantization=model.base.quantization
         )
         model.base.check(found)
-        dtype, device = _as_in_the_run(result, settings)
+        dtype = _choose_dtype(result, settings.dtype)
         if result.config is not None:
             set_up_process(result.config.run)
         if model.base.tokenizer_sha256 and found.tokenizer_sha256 != model.base.tokenizer_sha256:
@@ -94,10 +96,7 @@ class ModelPair:
                 result.path,
             )
         # As in the run, unless another dtype or device is asked for.
-        try:
-            chosen = pick_device(device)
-        except ModelError as error:
-            raise ModelError(f"{error}. Give another by --device") from error
+        chosen = choose_device(result, settings.device)
         set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
         setting = result.config.model.adapted_weights if result.config is not None else "auto"
         with translate_out_of_memory(f"{model.base.name} with what was trained does not fit"):
@@ -140,14 +139,28 @@ class ModelPair:
                 self.tokenizer = self._tokenizers[0]
 
 
-def _as_in_the_run(result: Result, settings: LoadSettings) -> tuple[str, str]:
-    """Return dtype and device: those asked for, else those of the run, else `auto`."""
-    model = result.config.model if result.config is not None else None
-    dtype = settings.dtype or (model.dtype if model is not None else "auto")
-    device = settings.device or (model.device if model is not None else "auto")
-    if dtype == "auto" and not settings.dtype and model is not None:
-        dtype = _dtype_of_the_run(result.path) or dtype
-    return dtype, device
+def choose_device(result: Result, device: str) -> torch.device:
+    """Return the device that was asked for, else that of the run, else the best one.
+
+    Raises:
+        ModelError: If it is not here.
+    """
+    if not device:
+        device = result.config.model.device if result.config is not None else "auto"
+    try:
+        return pick_device(device)
+    except ModelError as error:
+        raise ModelError(f"{error}. Give another by --device") from error
+
+
+def _choose_dtype(result: Result, dtype: str) -> str:
+    """Return the dtype that was asked for, else that of the run, else `auto`."""
+    if dtype or result.config is None:
+        return dtype or "auto"
+    of_run = result.config.model.dtype
+    if of_run == "auto":
+        return _dtype_of_the_run(result.path) or of_run
+    return of_run
 
 
 def _dtype_of_the_run(path: Path) -> str | None:

@@ -105,7 +105,8 @@ def test_export_inspect_report_generate_evaluate(folder, finished, tmp_path, cal
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert set(plain.state_dict()) and merged.config.hidden_size == 32
     code, printed, _ = call(
-        "export", finished, "--to", "merged", "--dtype", "bfloat16", "--out", tmp_path / "half"
+        *("export", finished, "--to", "merged", "--dtype", "bfloat16", "--device", "cpu"),
+        *("--out", tmp_path / "half"),
     )
     assert code == 0 and "in bfloat16" in printed
     for what in (finished, tmp_path / "adapter"):
@@ -367,6 +368,10 @@ def test_aggregate_by_every_method(adapters, tmp_path, call, name):
         (
             ["export", "{finished}", "--to", "merged", "--dtype", "int9", "--out", "x"],
             "choose auto, float32",
+        ),
+        (
+            ["export", "{finished}", "--to", "adapter", "--device", "tpu", "--out", "x"],
+            "'tpu' cannot be used",
         ),
         (
             ["export", "{finished}", "--to", "merged", "--base", "{other}", "--out", "x"],

@@ -127,3 +127,86 @@ def test_all_linear_modules_of_a_model_of_a_billion_parameters_in_8_gb(tmp_path)
     assert max(measured.values()) < MEMORY
     # While it is loaded: the mapped checkpoint, the adapter, and no copy of the base.
     assert measured["own_while_loading"] - measured["own_before"] < 0.5 * GIB
+
+
+EXPORT = """
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fedmomentum.base_model.identity import identify
+from fedmomentum.global_model.export import export_merged
+from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.adapter import Adapter
+import peft
+
+base = Path(sys.argv[1])
+SHAPES = {
+    "self_attn.q_proj": (2048, 2048),
+    "self_attn.k_proj": (512, 2048),
+    "self_attn.v_proj": (512, 2048),
+    "self_attn.o_proj": (2048, 2048),
+    "mlp.gate_proj": (8192, 2048),
+    "mlp.up_proj": (8192, 2048),
+    "mlp.down_proj": (2048, 8192),
+}
+noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+
+def factors(layer, rank, seed):
+    for name, (out, size) in SHAPES.items():
+        B = 1e-3 * noise[layer + seed :][: out * rank].view(out, rank)
+        A = 1e-1 * noise[layer + 3 * seed :][: size * rank].view(rank, size)
+        yield f"model.layers.{layer}.{name}", LowRank(B, A)
+
+def part(rank, seed):
+    return {name: matrix for layer in range(16) for name, matrix in factors(layer, rank, seed)}
+
+modules = part(16, 1)
+config = {
+    "peft_type": "LORA", "r": 16, "lora_alpha": 48, "task_type": "CAUSAL_LM",
+    "target_modules": sorted(name.rpartition(".")[2] for name in SHAPES),
+}
+adapter = Adapter(modules, dict.fromkeys(modules, 3.0), {}, config, "adapter")
+update = (StoredObject.of(part(8, 2)), StoredObject.of(part(24, 3)))
+model = GlobalModel(base=identify(str(base), base), adapter=adapter, base_update=update, method="m")
+
+def own_memory():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+# Memory that is no copy of a file: the system takes pages of mapped files back when it needs them.
+before = own_memory()
+own = []
+def watch():
+    while True:
+        own.append(own_memory())
+        time.sleep(0.02)
+
+threading.Thread(target=watch, daemon=True).start()
+out = Path(sys.argv[2])
+share = export_merged(model, out, base_directory=base, dtype=torch.bfloat16)
+files = {file.name: file.stat().st_size for file in out.glob("*.safetensors")}
+print(json.dumps({"share": share, "own": max(own) - before, "files": files}))
+"""
+LARGEST_WEIGHT = 4 * 64128 * 2048
+
+
+@pytest.mark.long
+def test_a_merged_export_holds_a_weight_and_a_file_and_no_copy_of_the_model(tmp_path):
+    num_parameters = write_random_llama(tmp_path / "base")
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "base"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout.splitlines()[-1])
+    print({"GB above the libraries": round(measured["own"] / 1e9, 2)})
+    assert measured["share"] == pytest.approx(1, abs=0.01)
+    # A copy of the model in float32 would take 4.9 GB, one in 16 bits 2.5 GB.
+    assert measured["own"] < LARGEST_WEIGHT + 1.5e9 < 2 * num_parameters
+    assert len(measured["files"]) > 1
+    assert 2 * num_parameters < sum(measured["files"].values()) < 2.01 * num_parameters
+    assert max(measured["files"].values()) < 1.01 * 2**30

@@ -16,7 +16,7 @@ from fedmomentum import GlobalModel, aggregate_adapters, read_adapter
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.loading import load_base
 from fedmomentum.errors import AdapterError, ModelError
-from fedmomentum.global_model import export, readback
+from fedmomentum.global_model import export, model_files, readback
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.global_model.tuned import TunedModel
@@ -302,7 +302,7 @@ def test_a_merged_model_that_reads_back_as_another_is_refused(trained, tmp_path,
     """As when the head is tied again, which is how tied models were once exported."""
     base, model = trained
     monkeypatch.setattr("fedmomentum.global_model.tuned.write_down_ties", lambda model: None)
-    honest = export._save
+    honest = model_files.save_model
 
     def one_tensor_for_both(live, base_directory, out, dtype):
         honest(live, base_directory, out, dtype)
@@ -310,7 +310,7 @@ def test_a_merged_model_that_reads_back_as_another_is_refused(trained, tmp_path,
         del tensors["lm_head.weight"]
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(export, "_save", one_tensor_for_both)
+    monkeypatch.setattr(model_files, "save_model", one_tensor_for_both)
     with pytest.raises(
         ModelError, match=r"is not what was written: on 16 tokens its logits differ .* by 0\.\d+"
     ):

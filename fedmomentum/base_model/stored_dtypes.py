@@ -1,0 +1,69 @@
+"""Load a float32 model whose parameters stay in the dtype of their files, and memory-mapped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
+
+# The 16-bit ones, by safetensors' names. All others are cast to float32 where they are not in it.
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@contextmanager
+def stored_dtypes_kept(directory: Path) -> Iterator[None]:
+    """Let transformers keep 16-bit parameters of a checkpoint as they are, within the block.
+
+    The model that it makes is one in float32 in every other respect: what it computes when it is
+    created (positions, scales of embeddings) is in float32.
+
+    Args:
+        directory: The directory that is loaded.
+    """
+    # The plan is what transformers keeps some modules in float32 by; it takes none from callers.
+    transformers_class: Any = PreTrainedModel
+    original = transformers_class._get_dtype_plan
+
+    def with_stored_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {**original(model, dtype), **_stored_plan(model, directory)}
+
+    transformers_class._get_dtype_plan = with_stored_dtypes
+    try:
+        yield
+    finally:
+        transformers_class._get_dtype_plan = original
+
+
+def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
+    """Return patterns of parameter names, and the 16-bit dtype that the checkpoint has them in."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    stored = stored_tensors(directory)
+    dtypes = {tensor.dtype for tensor in stored.values()} & FLOATING
+    if len(dtypes) == 1:
+        narrow = _NARROW.get(dtypes.pop())
+        return {} if narrow is None else {"*": narrow}
+
+    # Where dtypes differ, every parameter has that of the tensors that it is made of.
+    conversions = get_model_conversion_mapping(model)
+    renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
+    converters = [part for part in conversions if isinstance(part, WeightConverter)]
+    parameters = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, set[str]] = {}
+    for name, tensor in stored.items():
+        path, _ = rename_source_key(name, renamings, converters, prefix, parameters)
+        found.setdefault(path, set()).add(tensor.dtype)
+    plan = {}
+    for path, of_path in found.items():
+        if len(of_path) == 1 and of_path <= _NARROW.keys():
+            plan[f"^{re.escape(path)}$"] = _NARROW[of_path.pop()]
+    return plan
