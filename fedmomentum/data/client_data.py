@@ -17,9 +17,10 @@ from fedmomentum.config.data import BUILT_IN_SOURCE, DataConfig
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
 from fedmomentum.data.examples import ClientData, Example, TextPair
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
-from fedmomentum.data.readers import column_texts, read_rows, to_examples
+from fedmomentum.data.readers import read_rows, to_examples
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.seeding import data_seed

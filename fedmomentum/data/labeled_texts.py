@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.data.columns import resolve_names
 from fedmomentum.data.encoding import TEXTS_PER_CALL
 from fedmomentum.data.examples import MAX_CATEGORIES, Example, Prompt, TextPair
-from fedmomentum.data.readers import column_texts
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError

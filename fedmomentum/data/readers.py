@@ -5,16 +5,17 @@ Errors name the file, the row (from 1, a CSV header not counted) and the column.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from fedmomentum.data.columns import find_format, join_names
-from fedmomentum.data.examples import MAX_CATEGORIES, MAX_LABEL, Example, label_problem
+from fedmomentum.data.chats import shown
+from fedmomentum.data.columns import find_format
+from fedmomentum.data.examples import MAX_CATEGORIES, Example
+from fedmomentum.data.label_columns import column_texts, file_prefix, read_column
 from fedmomentum.data.row_formats import Cells, parse_row
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
 from fedmomentum.errors import DataError
-from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,11 +69,11 @@ def to_examples(
     num_categories = len(set(categories))
     if num_categories > MAX_CATEGORIES:
         raise DataError(
-            f"{_prefix(where)}column {category_column!r} has {num_categories} different values, "
+            f"{file_prefix(where)}column {category_column!r} has {num_categories} different values, "
             f"more than {MAX_CATEGORIES}; a category is what many rows have in common"
         )
     # Row by row, so that a message can name the row.
-    values_by_column = [_column(rows, name, where) for name in form.names.values()]
+    values_by_column = [read_column(rows, name, where) for name in form.names.values()]
     examples = []
     for number, (category, *values) in enumerate(
         zip(categories, *values_by_column, strict=True), start=1
@@ -90,122 +91,18 @@ def to_examples(
             )
             examples.append(example)
         except DataError as error:
-            raise DataError(f"{_prefix(where)}{rows.place(number)}: {error}") from None
+            raise DataError(f"{file_prefix(where)}{rows.place(number)}: {error}") from None
     return examples
-
-
-def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[str]:
-    """Return one column's labels as text: names of a ClassLabel, numbers written out.
-
-    Args:
-        rows: The rows, from `read_rows`.
-        column: The name of the column.
-        where: Name of the file, for messages.
-
-    Returns:
-        One text a row, none empty, none longer than `MAX_LABEL` or with control characters: they
-        are shown to people, and travel to the server.
-
-    Raises:
-        DataError: If there is no such column, or a row's value is missing or neither text nor a
-            whole number, or of another kind than those before it.
-    """
-    rows = Rows.of(rows)
-    if column not in rows.column_names:
-        known = join_names(rows.column_names)
-        raise DataError(f"{_prefix(where)}no column {column!r}; found: {known}")
-    label_names = rows.label_names.get(column)
-    texts = []
-    kinds: set[type] = set()
-    for number, value in enumerate(_column(rows, column, where), start=1):
-        place = f"{_prefix(where)}{rows.place(number)}: column {column!r}"
-        label = _label(value, label_names, place)
-        # Text and numbers in one column would become one label.
-        kinds.add(type(label))
-        if len(kinds) > 1:
-            raise DataError(
-                f"{place} is {_shown(label)}, and rows before it hold another kind of value; a "
-                "column must hold one kind of value in all rows, for 1 and '1' would be taken for "
-                "the same"
-            )
-        problem = label_problem(str(label))
-        if problem is not None:
-            raise DataError(
-                f"{place} {problem}; it must be a short name of at most {MAX_LABEL} characters"
-            )
-        texts.append(str(label))
-    return texts
-
-
-def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | int:
-    """Return a value of a column of labels, its number replaced by the label's name."""
-    if label_names is not None and type(value) is int:
-        if not 0 <= value < len(label_names):
-            raise DataError(
-                f"{place} is {value}, which is none of its {len(label_names)} labels (-1: no label)"
-            )
-        value = label_names[value]
-    if not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"{place} is {_shown(value)}; it must be text or a number")
-    return value
-
-
-def _column(rows: Rows, name: str, where: str) -> list[Any]:
-    """Return a column's values.
-
-    Raises:
-        DataError: If a text in them was cut within a character.
-    """
-    values = rows[name]
-    for number, value in enumerate(values, start=1):
-        surrogate = _lone_surrogate(value)
-        if surrogate is not None:
-            raise DataError(
-                f"{_prefix(where)}{rows.place(number)}: column {name!r} holds {surrogate!r}, half "
-                "of a character that takes two (a lone surrogate): the text was cut within a "
-                "character. Write the row again, or drop it"
-            )
-    return values
-
-
-def _lone_surrogate(value: Any) -> str | None:
-    """Return half a character from a text, or from any text in a list or an object."""
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, str):
-            try:
-                item.encode("utf-8")
-            except UnicodeEncodeError as error:
-                return item[error.start]
-        elif isinstance(item, Mapping):
-            pending.extend(item.keys())
-            pending.extend(item.values())
-        elif isinstance(item, list | tuple):
-            pending.extend(item)
-    return None
 
 
 def _refuse_tools(rows: Rows, where: str) -> None:
     """Refuse a column of tool definitions, which chat templates would write into the chat."""
     if "tools" not in rows.column_names:
         return
-    for number, value in enumerate(_column(rows, "tools", where), start=1):
+    for number, value in enumerate(read_column(rows, "tools", where), start=1):
         if value:
             raise DataError(
-                f"{_prefix(where)}{rows.place(number)}: column 'tools' holds {_shown(value)}; "
+                f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds {shown(value)}; "
                 "definitions of tools are not supported, and left out they would be missing from "
                 "the prompt. Write them into the system message, or remove the column"
             )
-
-
-# ── messages to the user ──────────────────────────────────────────────────────────────────────────
-
-
-def _prefix(where: str) -> str:
-    return f"{where}: " if where else ""
-
-
-def _shown(value: Any) -> str:
-    """Return a value of the data for a message: one line, and cut where it is long."""
-    return printable(repr(value), 100)

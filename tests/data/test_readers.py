@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from fedmomentum.data import read_rows, to_examples
-from fedmomentum.data.readers import column_texts
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.errors import DataError
 
 ROWS = [

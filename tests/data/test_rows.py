@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedmomentum.data import read_rows, to_examples
 from fedmomentum.data.examples import MAX_CATEGORIES, MAX_LABEL, Example
-from fedmomentum.data.readers import column_texts
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.data.rows import Rows
 from fedmomentum.errors import DataError
 from fedmomentum.protocol import messages
