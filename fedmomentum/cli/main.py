@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmomentum.cli import adapters, benchmark, files, models, network, run
+from fedmomentum.cli.data import data
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     run.run,
+    data,
     adapters.aggregate,
     models.export,
     models.inspect,

@@ -82,6 +82,7 @@ def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     calls = []
     for call in message["tool_calls"]:
+        # Text that is no JSON object stays as it is.
         function = call.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
             try:

@@ -123,6 +123,7 @@ def _from_sharegpt(message: Message, place: str) -> Message:
         raise DataError(
             f"{place}: must have from and value, or role and content; got {shown(message)}"
         )
+    # Who speaks decides the role; whatever else the message has is checked with its role.
     sender = message["from"]
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:

@@ -85,7 +85,7 @@ def load_clients(
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
     examples = dict(sorted(assign_clients(config, seed, task).items()))
-    train, test = hold_out(config, examples, seed, partial(_prompt_key, loss_on=loss_on), task)
+    train, test = hold_out(config, examples, seed, partial(prompt_key, loss_on=loss_on), task)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
 
@@ -355,7 +355,7 @@ def _trained_prompts(clients: ClientExamples, key: PromptKey) -> set[str]:
     return prompts
 
 
-def _prompt_key(example: Example, loss_on: str) -> str:
+def prompt_key(example: Example, loss_on: str) -> str:
     """Return a text that two examples share if and only if their prompts are the same.
 
     Where all turns of a chat are learned, two of its turns' prompts can only be the same if those

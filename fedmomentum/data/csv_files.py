@@ -47,6 +47,7 @@ def read_csv(path: Path, text: str, delimiter: str | None = None) -> Table:
         DataError: If the text is not CSV, a line has too few or too many values, or several
             delimiters fit; the message names the line.
     """
+    # Which delimiter: the file's own word, its ending, or what fits.
     offset = 0
     named = _SEPARATOR_LINE.match(text)
     if named is not None:
@@ -55,6 +56,7 @@ def read_csv(path: Path, text: str, delimiter: str | None = None) -> Table:
         offset = 1
     if delimiter is None:
         delimiter = _find_delimiter(path, text)
+    # The values by column, without row numbers.
     records = _parse(path, text, delimiter, offset)
     has_index = check_header(path, records.header)
     columns = {}

@@ -162,6 +162,7 @@ def fits_windows(text: str) -> bool:
     Its letters must be those of one Western European language, no word may consist of letters
     beyond ASCII alone, and signs must stand where signs do.
     """
+    # The letters beyond ASCII, of one language.
     letters = {character.lower() for character in text if not character.isascii()}
     letters = {character for character in letters if character.isalpha() and character not in "ªºµ"}
     if not any(letters.issubset(alphabet) for alphabet in ALPHABETS.values()):

@@ -187,6 +187,7 @@ def _client_rows(path: Path, value: JsonObject) -> JsonRows:
             "part of a data set, not a client. Save each part as a file of its own (the one that "
             "is held out is data.test-source), or rename the client"
         )
+    # All rows as one list, with the client of each beside it.
     objects: list[JsonObject] = []
     owners: list[str] = []
     for client, rows in value.items():

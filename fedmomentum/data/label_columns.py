@@ -81,8 +81,8 @@ def read_column(rows: Rows, name: str, where: str) -> list[Any]:
         surrogate = _lone_surrogate(value)
         if surrogate is not None:
             raise DataError(
-                f"{file_prefix(where)}{rows.place(number)}: column {name!r} holds {surrogate!r}, half "
-                "of a character that takes two (a lone surrogate): the text was cut within a "
+                f"{file_prefix(where)}{rows.place(number)}: column {name!r} holds {surrogate!r}, "
+                "half of a character that takes two (a lone surrogate): the text was cut within a "
                 "character. Write the row again, or drop it"
             )
     return values

@@ -69,8 +69,8 @@ def to_examples(
     num_categories = len(set(categories))
     if num_categories > MAX_CATEGORIES:
         raise DataError(
-            f"{file_prefix(where)}column {category_column!r} has {num_categories} different values, "
-            f"more than {MAX_CATEGORIES}; a category is what many rows have in common"
+            f"{file_prefix(where)}column {category_column!r} has {num_categories} different "
+            f"values, more than {MAX_CATEGORIES}; a category is what many rows have in common"
         )
     # Row by row, so that a message can name the row.
     values_by_column = [read_column(rows, name, where) for name in form.names.values()]

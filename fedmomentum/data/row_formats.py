@@ -97,6 +97,7 @@ def _parse_question(kind: str, cells: Cells) -> Answered:
             "are read from messages only, and left out they would be missing from the prompt: "
             "write the row as messages, or remove the column"
         )
+    # The question, and below it what it is about.
     question_column, context_column, answer_columns = USER_COLUMNS[kind]
     question = cells.text(question_column)
     context = ""
@@ -116,6 +117,7 @@ def _with_system(chat: Chat, cells: Cells) -> Chat:
     text = cells.text("system", may_be_empty=True)
     if not text.strip():
         return chat
+    # The chat may begin with the same message already.
     first = chat.messages[0]
     if first["role"] != "system":
         message: Message = {"role": "system", "content": text}
@@ -191,6 +193,7 @@ def _parse_pair(cells: Cells) -> Answered:
     are_chats = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
     if are_chats:
         return _parse_pair_of_chats(cells)
+    # Two answers, and a prompt of its own.
     value = cells.get("prompt")
     if value is None:
         raise DataError(

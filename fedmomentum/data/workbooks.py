@@ -103,6 +103,7 @@ def _cell_value(cell: Any) -> Any:
 
 def _sheet_table(path: Path, title: str, rows: _SheetRows) -> Table:
     """Return the columns of a sheet whose first row is the header."""
+    # Rows end where their last value does; fill them up to the longest.
     width = max(len(values) for _, values in rows)
     padded = [values + [None] * (width - len(values)) for _, values in rows]
     header = ["" if value is None else str(value).strip() for value in padded[0]]
