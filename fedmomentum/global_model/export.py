@@ -213,7 +213,12 @@ def _read_back_adapter(
 
 
 def export_merged(
-    model: GlobalModel, out: Path, *, base_directory: Path, dtype: torch.dtype = torch.float32
+    model: GlobalModel,
+    out: Path,
+    *,
+    base_directory: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
 ) -> float:
     """Write the global model as an ordinary transformers directory, and read it back.
 
@@ -223,6 +228,7 @@ def export_merged(
         base_directory: The base model's directory; its identity is checked.
         dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
             A quantized base is dequantized.
+        tokenizer: The tokenizer to write; by default the base model's.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
@@ -242,7 +248,7 @@ def export_merged(
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
     if base_quantization(model, base_directory) is not None:
-        return _export_dequantized(model, out, base_directory, dtype)
+        return _export_dequantized(model, out, base_directory, dtype, tokenizer)
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, torch.float32, CPU)
@@ -272,13 +278,13 @@ def export_merged(
         check_logits(logits, rounded_logits, torch.float32, what)
         what = f"the merged model, read back from {dtype}, is another model"
         check_logits(logits, reference.logits, dtype, what)
-        _copy_tokenizer(base_directory, temporary)
+        _copy_tokenizer(base_directory, temporary, tokenizer)
         write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
     return applied_fraction
 
 
 def _export_dequantized(
-    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype
+    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype, tokenizer: Any
 ) -> float:
     """Write a global model on a quantized base as one on the dequantized base.
 
@@ -287,7 +293,9 @@ def _export_dequantized(
     from fedmomentum.global_model.dequantized_base import dequantized_base
 
     with dequantized_base(model, base_directory, out) as (plain, directory):
-        fraction = export_merged(plain, out, base_directory=directory, dtype=dtype)
+        fraction = export_merged(
+            plain, out, base_directory=directory, dtype=dtype, tokenizer=tokenizer
+        )
     # The card names the base that the run had.
     class_name = read_config(out)["architectures"][0]
     load = f"{class_name}.from_pretrained({out.name!r})"
@@ -370,7 +378,10 @@ def _save(live: Any, base_directory: Path, out: Path, dtype: torch.dtype) -> Non
         shutil.copyfile(settings, out / settings.name)
 
 
-def _copy_tokenizer(base_directory: Path, out: Path) -> None:
+def _copy_tokenizer(base_directory: Path, out: Path, tokenizer: Any = None) -> None:
+    """Write a tokenizer; where none is given, the base model's."""
     from fedmomentum.base_model.loading import load_tokenizer
 
-    load_tokenizer(base_directory, generates=False).save_pretrained(out)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base_directory, generates=False)
+    tokenizer.save_pretrained(out)
