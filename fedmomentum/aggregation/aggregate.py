@@ -16,6 +16,7 @@ from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank, result_dtype, zeros
 from fedmomentum.linalg.matrix import LazySequence, Matrix, rank_bound, scale
 from fedmomentum.lora.adapter import Adapter, check_size
+from fedmomentum.lora.base_names import check_same_base
 from fedmomentum.lora.peft_layout import stacks
 from fedmomentum.utils.seeding import module_seed
 
@@ -124,7 +125,7 @@ def aggregate_adapters(
     _check_offline_weights(weights, len(adapters))
     for adapter in adapters:
         check_size(adapter)
-    _check_same_base(adapters)
+    check_same_base(adapters)
     _check_same_experts(adapters)
     # By default the result has what the adapters have in common.
     scalings = {s for adapter in adapters for s in adapter.scalings.values()}
@@ -309,15 +310,6 @@ def _check_offline_weights(weights: Sequence[float], num_adapters: int) -> None:
     # A sum may overflow, and the least weight may underflow when it is divided by the sum.
     if not is_positive or not 0 < min(weights) / total < math.inf:
         raise AdapterError(f"weights must be positive numbers with a finite sum; got {weights}")
-
-
-def _check_same_base(adapters: Sequence[Adapter]) -> None:
-    bases = [adapter.config.get("base_model_name_or_path") for adapter in adapters]
-    if len(set(bases)) > 1:
-        names = ", ".join(f"{a.name}: {base}" for a, base in zip(adapters, bases, strict=True))
-        raise AdapterError(
-            f"the adapters were trained on different base models ({names}); they cannot be combined"
-        )
 
 
 def _check_same_experts(adapters: Sequence[Adapter]) -> None:

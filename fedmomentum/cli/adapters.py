@@ -49,6 +49,13 @@ def aggregate(
             "--to", help="global: a global model directory; adapter: one plain PEFT adapter"
         ),
     ] = "global",
+    base: Annotated[
+        str,
+        typer.Option("--base", help="the one base model of all, whatever the adapters call it"),
+    ] = "",
+    revision: Annotated[
+        str, typer.Option("--revision", help="its revision, whatever the adapters name")
+    ] = "",
 ) -> None:
     """Aggregate adapters you already have, exactly, without loading their base model."""
     from fedmomentum.aggregation.registry import build_method
@@ -70,6 +77,8 @@ def aggregate(
             weights=_parse_weights(weights),
             rank=rank,
             lora_alpha=lora_alpha,
+            base=base,
+            revision=revision,
         )
         if to == "adapter":
             export_adapter(result.model, out)

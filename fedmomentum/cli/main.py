@@ -10,6 +10,7 @@ import typer
 import typer.core
 
 from fedmomentum.cli import adapters, benchmark, demo, files, models, network, run
+from fedmomentum.cli.data import data
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
@@ -31,6 +32,7 @@ app = typer.Typer(
 COMMANDS = (
     demo.demo,
     run.run,
+    data,
     adapters.aggregate,
     models.export,
     models.inspect,

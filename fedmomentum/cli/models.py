@@ -65,6 +65,7 @@ def export(
     )
     from fedmomentum.run.inference import choose_device
     from fedmomentum.run.saved_model import find_base, open_result
+    from fedmomentum.run.tokenizers import own_tokenizer
     from fedmomentum.utils.process import quiet_libraries
 
     if to not in ("merged", "adapter"):
@@ -82,8 +83,14 @@ def export(
             export_adapter(result.model, out, base_directory=base_directory, device=chosen)
             written = "one PEFT adapter, scaling 1, for the base model"
         else:
+            # An adapter's directory may hold a tokenizer or template that it was trained with.
             fraction = export_merged(
-                result.model, out, base_directory=base_directory, dtype=torch_dtype, device=chosen
+                result.model,
+                out,
+                base_directory=base_directory,
+                dtype=torch_dtype,
+                tokenizer=own_tokenizer(result, base_directory),
+                device=chosen,
             )
             written = (
                 f"the merged model in {dtype}; {fraction:.2%} of the change arrived in its weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedmomentum.config.columns import COLUMNS
 from fedmomentum.config.fields import option, require, require_at_least, require_choice
 from fedmomentum.utils.names import check_client_name
 
@@ -18,11 +19,20 @@ class DataConfig:
 
     source: str = option(
         "",
-        "one source for all clients: a JSONL, JSON, CSV or Parquet file, a directory saved by "
-        "datasets, a hub name, or reasoning-gym (the built-in tasks)",
+        "one source for all clients: a JSONL, JSON, CSV, Excel or Parquet file, a directory saved "
+        "by datasets, a hub name, or reasoning-gym (the built-in tasks)",
     )
     client_files: dict[str, str] = option({}, "one file a client instead: client name = file")
     client_column: str | None = option(None, "column of the source that names each row's client")
+    columns: dict[str, str] = option(
+        {},
+        'your names of the columns that are read, such as question = "Frage"; an empty one leaves '
+        "that column out. See docs/data.md",
+    )
+    encoding: str = option(
+        "auto",
+        "encoding of text files, such as cp1252; auto: UTF-8, or in CSV files what is recognized",
+    )
     split: str = option("train", "split of a source that has several")
     tasks: list[str] = option([], "built-in tasks to mix; empty: all")
     num_examples: int = option(2000, "training examples over all clients (built-in tasks)")
@@ -44,6 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_sources()
+        self._check_reading()
         require_choice("data.partition", self.partition, PARTITIONS)
         require_at_least("data.num-clients", self.num_clients, 1)
         require(self.concentration > 0, "data.concentration", self.concentration, "above 0")
@@ -73,3 +84,24 @@ class DataConfig:
         else:
             wanted = f'left out, for it belongs to source "{BUILT_IN_SOURCE}"'
             require(not self.tasks, "data.tasks", self.tasks, wanted)
+
+    def _check_reading(self) -> None:
+        """Refuse names of columns that are never read, and encodings that are none."""
+        for ours, theirs in self.columns.items():
+            key = f"data.columns.{ours}"
+            known = ", ".join(COLUMNS)
+            require(
+                ours in COLUMNS, key, theirs, f"left out: the columns that are read are {known}"
+            )
+            others = [name for name in self.columns if self.columns[name] == theirs and theirs]
+            wanted = f"the name of a column that no other key has; {' and '.join(others)} share it"
+            require(len(others) < 2, key, theirs, wanted)
+        if self.encoding == "auto":
+            return
+        try:
+            "a".encode(self.encoding)
+            is_known = True
+        except (LookupError, ValueError):
+            is_known = False
+        wanted = "auto or a text encoding that Python knows, such as utf-16 or cp1252"
+        require(is_known, "data.encoding", self.encoding, wanted)

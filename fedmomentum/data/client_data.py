@@ -16,10 +16,11 @@ import numpy as np
 from fedmomentum.config.data import BUILT_IN_SOURCE, DataConfig
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
-from fedmomentum.data.examples import ClientData, Example, Prompt, TextPair
+from fedmomentum.data.examples import ClientData, Example, TextPair
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
-from fedmomentum.data.readers import column_texts, read_rows, to_examples
+from fedmomentum.data.readers import read_rows, to_examples
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.seeding import data_seed
@@ -45,8 +46,8 @@ class Purpose(IntEnum):
 
 ClientExamples = dict[str, list[Example]]
 """The examples of each client, by its id."""
-PromptKey = Callable[[Prompt], str]
-"""Returns a text that two prompts share if and only if one must not test what the other trains."""
+PromptKey = Callable[[Example], str]
+"""Returns a text that two examples share if and only if one must not test what the other trains."""
 
 
 def load_clients(
@@ -57,8 +58,9 @@ def load_clients(
     Which client has which examples is decided by the first of these that applies:
 
     1. ``client-files``: one file a client.
-    2. ``client-column``: one source whose column names the client of each row.
-    3. Otherwise one source, divided by `partition` among "client-0", "client-1", ... (zero-padded).
+    2. A JSON file that has lists of rows by client.
+    3. ``client-column``: one source whose column names the client of each row.
+    4. Otherwise one source, divided by `partition` among "client-0", "client-1", ... (zero-padded).
 
     No prompt is both trained on and tested on: the prompt of a held-out example occurs once in the
     source (with ``client-files``: once in that client's file, for no client sees another's), and
@@ -83,7 +85,7 @@ def load_clients(
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
     examples = dict(sorted(assign_clients(config, seed, task).items()))
-    train, test = hold_out(config, examples, seed, partial(_prompt_key, loss_on=loss_on), task)
+    train, test = hold_out(config, examples, seed, partial(prompt_key, loss_on=loss_on), task)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
 
@@ -114,12 +116,24 @@ def assign_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> Clie
     if config.client_files:
         clients = {}
         for client, file in config.client_files.items():
-            _, clients[client] = read_source(file, config.split, config.category_column, task)
+            rows, clients[client] = read_source(file, config, config.split, task)
+            if rows.owners is not None:
+                raise DataError(
+                    f"{file}: holds lists of rows by client, and data.client-files says that it is "
+                    f"{client}'s; name it as data.source, or keep one client's list"
+                )
         return clients
     if config.source == BUILT_IN_SOURCE:
         examples = task_examples(task_names(config), config.num_examples, seed)
         return _simulate_clients(config, examples, seed, has_categories=True)
-    rows, examples = read_source(config.source, config.split, config.category_column, task)
+    rows, examples = read_source(config.source, config, config.split, task)
+    if rows.owners is not None:
+        if config.client_column:
+            raise DataError(
+                f"{config.source}: holds lists of rows by client, and data.client-column names a "
+                "column; leave one of them out"
+            )
+        return _by_owner(examples, rows.owners)
     if not config.client_column:
         has_categories = config.category_column is not None or task == CLASSIFICATION
         return _simulate_clients(config, examples, seed, has_categories=has_categories)
@@ -132,17 +146,30 @@ def assign_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> Clie
 
 
 def read_source(
-    source: str, split: str, category_column: str | None, task: str = CAUSAL_LM
+    source: str,
+    config: DataConfig,
+    split: str,
+    task: str = CAUSAL_LM,
 ) -> tuple[Rows, list[Example]]:
     """Read a file, directory or hub data set, as rows and as examples.
+
+    Args:
+        source: What to read.
+        config: How: the encoding, the names of columns, the column of categories.
+        split: Which split of a source that has several.
+        task: The model's task, `model.task`.
 
     Raises:
         DataError: If it cannot be used.
     """
-    rows = read_rows(source, split=split)
+    own_names = set(config.columns.values())
+    rows = read_rows(source, split=split, encoding=config.encoding, row_columns=own_names)
     if task == CLASSIFICATION:
-        return rows, to_labeled_examples(rows, where=source)
-    return rows, to_examples(rows, category_column=category_column, where=source)
+        return rows, to_labeled_examples(rows, where=source, columns=config.columns)
+    examples = to_examples(
+        rows, category_column=config.category_column, where=source, columns=config.columns
+    )
+    return rows, examples
 
 
 def task_names(config: DataConfig) -> list[str]:
@@ -229,9 +256,9 @@ def _shared_tests(
     training examples of it.
     """
     # Leave out what is trained on.
-    rows, tests = read_source(source, config.test_split, config.category_column, task)
+    rows, tests = read_source(source, config, config.test_split, task)
     trained = _trained_prompts(clients, key)
-    is_new = [key(example.prompt) not in trained for example in tests]
+    is_new = [key(example) not in trained for example in tests]
     if not any(is_new):
         raise DataError(
             f"{source}: every prompt is also trained on; give a test set of other prompts"
@@ -242,14 +269,19 @@ def _shared_tests(
     # Give every client its own, or a part of all.
     new_tests = list(compress(tests, is_new))
     column = config.client_column
-    if column is None or column not in rows.column_names:
+    owners: Sequence[str]
+    if rows.owners is not None:
+        owners = rows.owners
+        place = "the outer object"
+    elif column is not None and column in rows.column_names:
+        owners = column_texts(rows, column, where=source)
+        place = f"column {column!r}"
+    else:
         return _assign_in_proportion(new_tests, clients, seed)
-    owners = column_texts(rows, column, where=source)
     unknown = sorted(set(owners) - set(clients))
     if unknown:
         raise DataError(
-            f"{source}: column {column!r} names clients without training examples: "
-            f"{', '.join(unknown)}"
+            f"{source}: {place} names clients without training examples: {', '.join(unknown)}"
         )
     by_owner = _by_owner(new_tests, list(compress(owners, is_new)))
     return {client: by_owner.get(client, []) for client in clients}
@@ -291,7 +323,7 @@ def _hold_out_fraction(
     # How often each prompt occurs.
     counts = {}
     for client, examples in clients.items():
-        counts[client] = Counter(key(example.prompt) for example in examples)
+        counts[client] = Counter(key(example) for example in examples)
     # With a file of its own a client counts only there, for it sees no other client's.
     if not config.client_files:
         counts = dict.fromkeys(clients, sum(counts.values(), Counter()))
@@ -303,7 +335,7 @@ def _hold_out_fraction(
         rng = np.random.default_rng([data_seed(seed, Purpose.HELD_OUT), *client.encode()])
         unique = []
         for index, example in enumerate(examples):
-            if counts[client][key(example.prompt)] == 1:
+            if counts[client][key(example)] == 1:
                 unique.append(index)
         num_wanted = round(config.test_fraction * len(examples))
         if config.test_fraction > 0 and len(examples) >= MIN_EXAMPLES_TO_HOLD_OUT:
@@ -319,16 +351,19 @@ def _trained_prompts(clients: ClientExamples, key: PromptKey) -> set[str]:
     """Return the prompts that any client trains on, as `key` writes them."""
     prompts: set[str] = set()
     for examples in clients.values():
-        prompts.update(key(example.prompt) for example in examples)
+        prompts.update(key(example) for example in examples)
     return prompts
 
 
-def _prompt_key(prompt: Prompt, loss_on: str) -> str:
-    """Return a text that two prompts share if and only if they are the same.
+def prompt_key(example: Example, loss_on: str) -> str:
+    """Return a text that two examples share if and only if their prompts are the same.
 
     Where all turns of a chat are learned, two of its turns' prompts can only be the same if those
-    of the first turns are; so these are compared.
+    of the first turns are; so these are compared. A text without a prompt stands for itself.
     """
+    prompt = example.prompt
+    if prompt is None:
+        return example.completion
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, TextPair):

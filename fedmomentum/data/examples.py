@@ -17,7 +17,7 @@ MAX_CATEGORIES = 10_000
 """The most categories of a data set: as many as a client may report its scores by."""
 
 Message = dict[str, Any]
-"""A chat message: `role`, `content`, and perhaps its role's keys of `TOOL_KEYS`."""
+"""A chat message: `role`, `content`, perhaps `name`, and its role's keys of `TOOL_KEYS`."""
 
 
 class TextPair(NamedTuple):
@@ -30,8 +30,8 @@ class TextPair(NamedTuple):
 Prompt = str | tuple[Message, ...] | TextPair
 """Plain text, the chat messages before the answer, or a pair of texts to classify."""
 
-TOOL_KEYS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
-"""Role to what its messages may hold besides role and content, where tools are called."""
+TOOL_KEYS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id"}}
+"""Role to what its messages may hold besides role, content and name, where tools are called."""
 
 MAX_NESTING = 16
 """How deep the arguments of a tool call may be nested."""
@@ -57,7 +57,7 @@ class Example:
     Attributes:
         prompt: Plain text, or the chat messages before the answer, each with ``role`` and
             ``content``; some with keys of `TOOL_KEYS` too. Of a classifier what is classified, a
-            text or a pair of them.
+            text or a pair of them. None: there is no prompt, and all of a text is learned.
         completion: The text of the answer (the assistant's last turn), or the label; never empty.
         category: The label or task by which examples are partitioned and results reported: a short
             name.
@@ -66,6 +66,8 @@ class Example:
         rejected: The text of the answer to which ``completion`` is preferred; None where there is
             only one answer.
         source_row: The row of its file, from 1, for messages; 0 where it comes from none.
+        learned_turns: Positions of the assistant's messages in the prompt that are learned beside
+            the answer, where the data says so; None: `training.loss-on` alone decides.
 
     Raises:
         DataError: If an answer is empty, or both are the same; the prompt has no text, a message of
@@ -73,12 +75,13 @@ class Example:
             or cannot be shown.
     """
 
-    prompt: Prompt
+    prompt: Prompt | None
     completion: str
     category: str = ""
     scoring: str = ""
     rejected: str | None = None
     source_row: int = field(default=0, compare=False, repr=False)
+    learned_turns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained on."""
@@ -95,7 +98,8 @@ class Example:
             raise DataError(
                 f"the category {problem}; it must be a short name of at most {MAX_LABEL} characters"
             )
-        _check_prompt(self.prompt)
+        if self.prompt is not None:
+            _check_prompt(self.prompt)
 
     def _check_rejected(self) -> None:
         """Refuse a rejected answer that is none."""
@@ -157,10 +161,10 @@ def keys_problem(message: object) -> str | None:
     keys = set(message) if isinstance(message, Mapping) else set()
     if not isinstance(message, Mapping) or not {"role", "content"} <= keys:
         return f"must have exactly role and content; got {shown}"
-    extra_keys = TOOL_KEYS.get(str(message["role"]), set())
-    if keys - {"role", "content"} - extra_keys:
-        more = f", and perhaps {' and '.join(sorted(extra_keys))}" if extra_keys else ""
-        return f"must have exactly role and content{more}; got {shown}"
+    allowed = [*sorted(TOOL_KEYS.get(str(message["role"]), ())), "name"]
+    if keys.difference(("role", "content"), allowed):
+        more = " and ".join(allowed)
+        return f"must have exactly role and content, and perhaps {more}; got {shown}"
     return None
 
 

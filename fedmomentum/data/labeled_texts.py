@@ -10,9 +10,10 @@ import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.data.columns import resolve_names
 from fedmomentum.data.encoding import TEXTS_PER_CALL
 from fedmomentum.data.examples import MAX_CATEGORIES, Example, Prompt, TextPair
-from fedmomentum.data.readers import column_texts
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError
@@ -35,12 +36,15 @@ _log = logging.getLogger(__name__)
 # ── from rows to examples ─────────────────────────────────────────────────────────────────────────
 
 
-def to_labeled_examples(rows: Rows | Dataset, *, where: str = "") -> list[Example]:
+def to_labeled_examples(
+    rows: Rows | Dataset, *, where: str = "", columns: Mapping[str, str] | None = None
+) -> list[Example]:
     """Convert rows with the columns `text`, or `text_a` and `text_b`, and `label` into examples.
 
     Args:
         rows: The rows, from `read_rows`.
         where: Name of the file, for messages.
+        columns: Our names of columns to the file's own, as `data.columns` has them.
 
     Returns:
         One example a row, in the order of the rows.
@@ -50,32 +54,37 @@ def to_labeled_examples(rows: Rows | Dataset, *, where: str = "") -> list[Exampl
     """
     rows = Rows.of(rows)
     prefix = f"{where}: " if where else ""
-    names = _text_columns(rows.column_names, prefix)
-    labels = column_texts(rows, LABEL_COLUMN, where=where)
+    own_names = resolve_names(rows.column_names, columns or {}, where)
+    names = [own_names[name] for name in _text_columns(list(own_names), rows.column_names, prefix)]
+    label_column = own_names[LABEL_COLUMN]
+    labels = column_texts(rows, label_column, where=where)
     if len(set(labels)) > MAX_CATEGORIES:
         raise DataError(
-            f"{prefix}column {LABEL_COLUMN!r} has {len(set(labels))} different values, more than "
+            f"{prefix}column {label_column!r} has {len(set(labels))} different values, more than "
             f"{MAX_CATEGORIES}; a label is what many rows have in common"
         )
     # Row by row, so that a message can name the row.
-    columns = [rows[name] for name in names]
+    values = [rows[name] for name in names]
     examples = []
-    for number, (label, *texts) in enumerate(zip(labels, *columns, strict=True), start=1):
+    for number, (label, *texts) in enumerate(zip(labels, *values, strict=True), start=1):
         for name, text in zip(names, texts, strict=True):
-            _check_text(text, f"{prefix}row {number}: column {name!r}")
+            _check_text(text, f"{prefix}{rows.place(number)}: column {name!r}")
         prompt: Prompt = texts[0] if len(texts) == 1 else TextPair(*texts)
         examples.append(Example(prompt=prompt, completion=label, category=label))
     return examples
 
 
-def _text_columns(columns: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Return the columns that are classified."""
-    fitting = [names for names in TEXT_COLUMNS if set(names) <= set(columns)]
-    if len(fitting) == 1 and LABEL_COLUMN in columns:
+def _text_columns(known: Sequence[str], columns: Sequence[str], prefix: str) -> tuple[str, ...]:
+    """Return the columns that are classified, out of those known by our names."""
+    fitting = [names for names in TEXT_COLUMNS if set(names) <= set(known)]
+    if len(fitting) == 1 and LABEL_COLUMN in known:
         return fitting[0]
     problem = "has the columns of one text and of a pair; remove those of one of them"
     if len(fitting) < 2:
-        problem = "is no data for sequence classification; rename its columns"
+        problem = (
+            "is no data for sequence classification; rename its columns, or say in [data.columns] "
+            "which is which"
+        )
     raise DataError(
         f"{prefix}the data, with the columns {printable(', '.join(columns))}, {problem}. Wanted: "
         "text, or text_a and text_b; and label"

@@ -1,25 +1,51 @@
 """A data set as columns, each read when it is used: a column that nobody uses can hold anything.
 
-JSON lines, JSON, CSV and Parquet files, directories written by ``datasets.save_to_disk``, and data
-sets of the Hugging Face hub. No pickle is read and no code that comes with the data is run.
+JSON lines, JSON, CSV, Excel and Parquet files, directories written by ``datasets.save_to_disk``,
+and data sets of the Hugging Face hub. No pickle is read and no code that comes with the data is
+run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.data.text_files import column_names, csv_columns, json_column, json_rows, read_text
+from fedmomentum.config.columns import COLUMNS
+from fedmomentum.data.csv_files import read_csv
+from fedmomentum.data.decoding import AUTO, DecodedText, read_text
+from fedmomentum.data.json_files import JsonRows, column_names, json_column, json_rows
+from fedmomentum.data.tables import Table
+from fedmomentum.data.workbooks import read_workbook
 from fedmomentum.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # slow to import: done where rows are read
 
 
-FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+FILE_ENDINGS = (*TEXT_ENDINGS, ".xlsx", ".parquet")
+"""Of files that can be read, in lower case; those of text may have `.gz` behind them."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a data set was found to be, for people and messages.
+
+    Attributes:
+        kind: The form of the file.
+        encoding: Of a text file, its encoding.
+        details: What else was recognized.
+        lines: The line in which each row begins, where that is not plain; else None.
+    """
+
+    kind: str
+    encoding: str = ""
+    details: tuple[str, ...] = ()
+    lines: Sequence[int] | None = None
 
 
 class Rows:
@@ -30,6 +56,8 @@ class Rows:
             does not have it.
         num_rows: Number of rows.
         label_names: Name of a column to the labels that its whole numbers stand for.
+        owners: The client of each row, where the file itself names clients; else None.
+        origin: What the data set was found to be.
     """
 
     def __init__(
@@ -37,11 +65,16 @@ class Rows:
         columns: Mapping[str, Callable[[], Iterable[Any]]],
         num_rows: int,
         label_names: Mapping[str, Sequence[str]] | None = None,
+        *,
+        owners: Sequence[str] | None = None,
+        origin: Origin = Origin("rows"),  # noqa: B008 (frozen)
     ) -> None:
         self._columns = columns
         self._values: dict[str, list[Any]] = {}
         self.num_rows = num_rows
         self.label_names = label_names or {}
+        self.owners = owners
+        self.origin = origin
 
     @classmethod
     def of(cls, dataset: Rows | Dataset) -> Rows:
@@ -58,12 +91,18 @@ class Rows:
             if isinstance(feature, ClassLabel):
                 labels[name] = feature.names
         columns = {name: partial(read, name) for name in dataset.column_names}
-        return cls(columns, dataset.num_rows, labels)
+        return cls(columns, dataset.num_rows, labels, origin=Origin("saved data set"))
 
     @property
     def column_names(self) -> list[str]:
         """The names of all columns."""
         return list(self._columns)
+
+    def place(self, number: int) -> str:
+        """Return what to call a row, counted from 1, in messages."""
+        if self.origin.lines is None:
+            return f"row {number}"
+        return f"row {number} (line {self.origin.lines[number - 1]})"
 
     def __getitem__(self, name: str) -> list[Any]:
         """Return a column's values.
@@ -84,15 +123,26 @@ class Rows:
         return rows
 
 
-def read_rows(source: str | Path, *, split: str = "train") -> Rows:
+def read_rows(
+    source: str | Path,
+    *,
+    split: str = "train",
+    encoding: str = AUTO,
+    row_columns: Collection[str] = (),
+) -> Rows:
     """Find a data set, and read the names of its columns.
 
     Args:
-        source: A ``.jsonl``, ``.json`` (a list of objects, or one object a line), ``.csv`` (UTF-8,
-            with a header; all values are text) or ``.parquet`` file; a directory written by
+        source: A ``.jsonl`` or ``.ndjson`` file (one object a line), ``.json`` (a list of objects,
+            one object a line, or an object with a list of them for each client), ``.csv`` or
+            ``.tsv`` (with a header; all values are text), ``.xlsx`` or ``.parquet``; upper case or
+            not, text files also compressed (``.gz``); a directory written by
             ``datasets.save_to_disk``; or a hub name.
         split: Which split of a directory with several or of a hub data set; files have none and
             ignore it.
+        encoding: The encoding of text files; `AUTO`: UTF-8, or what is recognized.
+        row_columns: Names of columns besides those that are read: a JSON object with one of them
+            is a row, not a table of clients.
 
     Returns:
         The rows.
@@ -103,12 +153,14 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
     """
     path = Path(source)
     looks_like_path = (
-        path.suffix in FILE_ENDINGS or path.is_absolute() or str(source).startswith((".", "~"))
+        file_ending(path) in FILE_ENDINGS
+        or path.is_absolute()
+        or str(source).startswith((".", "~"))
     )
     if path.is_dir():
         rows = Rows.of(_read_directory(path, split))
     elif path.is_file():
-        rows = _read_file(path)
+        rows = _read_file(path, encoding, row_columns)
     elif looks_like_path:
         raise DataError(f"{source}: no such file or directory")
     else:
@@ -118,21 +170,67 @@ def read_rows(source: str | Path, *, split: str = "train") -> Rows:
     return rows
 
 
-def _read_file(path: Path) -> Rows:
+def file_ending(path: Path) -> str:
+    """Return the ending that tells what a file is: in lower case, without `.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _read_file(path: Path, encoding: str, row_columns: Collection[str]) -> Rows:
     """Return the rows of a file; its ending decides the format."""
-    if path.suffix not in FILE_ENDINGS:
-        ending = path.suffix or "a file without ending"
-        raise DataError(f"{path}: cannot read {ending}; known: {', '.join(FILE_ENDINGS)}")
-    if path.suffix == ".parquet":
+    ending = file_ending(path)
+    if ending not in FILE_ENDINGS:
+        found = path.suffix or "a file without ending"
+        hint = ""
+        if ending == ".xls":
+            hint = ". Save the workbook as .xlsx"
+        raise DataError(f"{path}: cannot read {found}; known: {', '.join(FILE_ENDINGS)}{hint}")
+    if ending not in TEXT_ENDINGS and path.suffix.lower() == ".gz":
+        raise DataError(f"{path}: {ending} files are compressed in themselves; unpack it")
+    if ending == ".parquet":
         return _read_parquet(path)
-    text = read_text(path)
-    if path.suffix == ".csv":
-        values = csv_columns(path, text)
-        num_rows = len(next(iter(values.values()), []))
-        return Rows({name: partial(iter, column) for name, column in values.items()}, num_rows)
-    objects = json_rows(path, text)
-    columns = {name: partial(json_column, path, objects, name) for name in column_names(objects)}
-    return Rows(columns, len(objects))
+    if ending == ".xlsx":
+        return _table_rows(read_workbook(path), Origin("Excel workbook"))
+    is_csv = ending in (".csv", ".tsv")
+    decoded = read_text(path, encoding, may_be_windows=is_csv)
+    if is_csv:
+        table = read_csv(path, decoded.text, "\t" if ending == ".tsv" else None)
+        return _table_rows(table, _text_origin("CSV", decoded))
+    found_rows = json_rows(path, decoded.text, {*COLUMNS, *row_columns})
+    return _json_table(path, found_rows, decoded)
+
+
+def _text_origin(kind: str, decoded: DecodedText) -> Origin:
+    """Return what a text file was found to be."""
+    details = ("compressed by gzip",) if decoded.is_compressed else ()
+    return Origin(kind, decoded.encoding, details)
+
+
+def _table_rows(table: Table, origin: Origin) -> Rows:
+    """Return the rows of a CSV file or workbook."""
+    details = [*origin.details, table.detail]
+    if table.has_index:
+        details.append("a first column without a name left out")
+    num_rows = len(next(iter(table.columns.values()), []))
+    return Rows(
+        {name: partial(iter, column) for name, column in table.columns.items()},
+        num_rows,
+        origin=Origin(origin.kind, origin.encoding, tuple(details), table.lines),
+    )
+
+
+def _json_table(path: Path, rows: JsonRows, decoded: DecodedText) -> Rows:
+    """Return the rows of a JSON file."""
+    objects = rows.objects
+    origin = _text_origin(rows.kind, decoded)
+    return Rows(
+        {name: partial(json_column, path, objects, name) for name in column_names(objects)},
+        len(objects),
+        owners=rows.owners,
+        origin=Origin(origin.kind, origin.encoding, origin.details, rows.lines),
+    )
 
 
 # ── Parquet ───────────────────────────────────────────────────────────────────────────────────────
@@ -153,7 +251,8 @@ def _read_parquet(path: Path) -> Rows:
         repeated = next(name for name in schema.names if schema.names.count(name) > 1)
         raise DataError(f"{path}: the column {repeated!r} comes twice; name each column once")
     columns = {name: partial(_parquet_column, path, name) for name in schema.names}
-    return Rows(columns, num_rows, _stored_labels(schema.metadata))
+    labels = _stored_labels(schema.metadata)
+    return Rows(columns, num_rows, labels, origin=Origin("Parquet"))
 
 
 def _parquet_column(path: Path, name: str) -> Iterator[Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedmomentum.data.chat_text import chat_text
 from fedmomentum.data.continuation import continuation_ids
 from fedmomentum.data.encoding import encode_texts
 from fedmomentum.data.examples import TextPair
 from fedmomentum.data.tokenized import Span, TokenizedExamples
 from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
-from fedmomentum.utils.chat_date import date_arguments
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def tokenize(
     """Convert examples into token ids, truncated on the right at ``max_length`` tokens.
 
     A chat is written by the tokenizer's own template, plain text as prompt + completion. Each ends
-    with the token at which generation stops, so that the model learns to stop.
+    with the token at which generation stops, so that the model learns to stop. Of a text without a
+    prompt every token is learned that another one precedes.
 
     Args:
         examples: The examples to tokenize.
@@ -62,7 +63,7 @@ def tokenize(
             answer; those are dropped.
         owner: Whose examples these are, for error messages: ``"client-3 (train)"``.
         loss_on: ``"last"``: a chat's last turn is learned; ``"all-assistant"``: all turns of its
-            assistant.
+            assistant, but not those that the data leaves out (`Example.learned_turns`).
 
     Returns:
         The tokenized examples.
@@ -121,11 +122,14 @@ def _token_ids(
 ) -> list[_TokenIds]:
     """Return the token ids of each example."""
     if loss_on == "last":
+        for row, example in enumerate(examples):
+            if example.learned_turns:
+                raise DataError(f"{_title(owner, row, example)}: {_unlearned(example)}")
         return _last_answers(dict(enumerate(examples)), tokenizer, owner)
     # Plain text has one answer; a chat may have several.
     plain = {}
     for row, example in enumerate(examples):
-        if isinstance(example.prompt, str):
+        if example.prompt is None or isinstance(example.prompt, str):
             plain[row] = example
     plain_ids = dict(zip(plain, _last_answers(plain, tokenizer, owner), strict=True))
     result = []
@@ -140,24 +144,41 @@ def _token_ids(
     return result
 
 
+def _unlearned(example: Example) -> str:
+    """Return the message for a chat whose row wants more turns learned than the settings."""
+    turns = ", ".join(str(position + 1) for position in example.learned_turns or ())
+    return (
+        f"by its weights the messages {turns} are to be learned as well as the last, and "
+        'training.loss-on = "last" learns the last alone; set training.loss-on = "all-assistant", '
+        "give those messages the weight 0, or remove the weights"
+    )
+
+
 def _chat_turns(
     example: Example, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[Span]]:
-    """Return a complete chat's token ids, and the ranges of its assistant's turns."""
-    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
-    end_id = end_token_id(example.prompt, tokenizer)
+    """Return a complete chat's token ids, and the ranges of its assistant's turns to learn."""
+    prompt = example.prompt
+    assert isinstance(prompt, tuple)  # a chat
+    messages: list[dict[str, Any]] = [
+        *prompt,
+        {"role": "assistant", "content": example.completion},
+    ]
+    end_id = end_token_id(prompt, tokenizer)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = turns
+    if example.learned_turns is not None:
+        learned = [*example.learned_turns, len(prompt)]
     # Refuses a tokenizer without a template, and a template that does not accept these messages.
-    _chat_text(messages, tokenizer, ends_with_answer=True)
+    chat_text(messages, tokenizer, ends_with_answer=True)
     if has_generation_marks(tokenizer):
-        return marked_turns(messages, tokenizer, end_id)
+        return marked_turns(messages, tokenizer, end_id, learned)
     texts = []
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for position in learned:
         header = ""
         if position:
-            header = _chat_text(messages[:position], tokenizer, ends_with_answer=False)
-        turn = _chat_text(messages[: position + 1], tokenizer, ends_with_answer=True)
+            header = chat_text(messages[:position], tokenizer, ends_with_answer=False)
+        turn = chat_text(messages[: position + 1], tokenizer, ends_with_answer=True)
         texts.append((position, header, turn))
     return prefix_turns(texts, tokenizer, end_id)
 
@@ -192,7 +213,7 @@ def _last_answers(
         try:
             text = _example_text(example, tokenizer)
             if text.is_chat not in end_ids:
-                end_ids[text.is_chat] = end_token_id(example.prompt, tokenizer)
+                end_ids[text.is_chat] = end_token_id(example.prompt or "", tokenizer)
         except DataError as error:
             raise DataError(f"{_title(owner, row, example)}: {error}") from error
         texts.append(text)
@@ -207,9 +228,17 @@ def _last_answers(
             answer = _answer_ids(prompt, full, text, end_ids[text.is_chat], tokenizer)
         except DataError as error:
             raise DataError(f"{_title(owner, row, example)}: {error}") from error
+        # Nothing precedes the first token of a text, so it is not learned.
+        if example.prompt is None:
+            answer = _without_second_start(prompt, answer)
         ids = prompt + answer
-        result.append(_TokenIds(ids, [(len(prompt), len(ids))]))
+        result.append(_TokenIds(ids, [(max(1, len(prompt)), len(ids))]))
     return result
+
+
+def _without_second_start(start: list[int], ids: list[int]) -> list[int]:
+    """Return a text's token ids without its own start token, if the tokenizer has written one."""
+    return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
 def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -237,7 +266,7 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
         # What the template writes after the last assistant's text.
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "yes"}
-        text = _chat_text((question, answer), tokenizer, ends_with_answer=True)
+        text = chat_text((question, answer), tokenizer, ends_with_answer=True)
         _, found, closing_text = text.rpartition("yes")
         if not found:
             raise DataError(
@@ -273,7 +302,7 @@ def answer_prefix(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
     start = _prompt_text(prompt, tokenizer)
     answer = {"role": "assistant", "content": "yes"}
-    full = _chat_text((*prompt, answer), tokenizer, ends_with_answer=True)
+    full = chat_text((*prompt, answer), tokenizer, ends_with_answer=True)
     written = full[len(start) :] if full.startswith(start) else ""
     return written[: max(written.rfind("yes"), 0)]
 
@@ -287,7 +316,7 @@ def _prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
         return prompt
     if isinstance(prompt, TextPair):
         raise DataError("a pair of texts is classified, not answered; give a prompt instead")
-    return _chat_text(prompt, tokenizer, ends_with_answer=False)
+    return chat_text(prompt, tokenizer, ends_with_answer=False)
 
 
 def _example_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Text:
@@ -297,11 +326,13 @@ def _example_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Text
         DataError: If the chat template cannot be used, or does not begin the conversation with the
             prompt.
     """
+    if example.prompt is None:
+        return _Text("", example.completion, is_chat=False)
     prompt = _prompt_text(example.prompt, tokenizer)
     if isinstance(example.prompt, str):
         return _Text(prompt, prompt + example.completion, is_chat=False)
     answer = {"role": "assistant", "content": example.completion}
-    full = _chat_text((*example.prompt, answer), tokenizer, ends_with_answer=True)
+    full = chat_text((*example.prompt, answer), tokenizer, ends_with_answer=True)
     if not full.startswith(prompt):
         raise DataError(
             "the chat template writes the conversation with the answer differently from the "
@@ -309,39 +340,6 @@ def _example_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Text
             f"`prompt` and `completion` text instead. Prompt: {prompt!r}. Conversation: {full!r}"
         )
     return _Text(prompt, full, is_chat=True)
-
-
-def _chat_text(
-    messages: Sequence[dict[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    ends_with_answer: bool,
-) -> str:
-    """Return a chat as the tokenizer's template writes it.
-
-    Raises:
-        DataError: If there is no template, or it refuses the messages.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the examples are chats (`messages`), but this model's tokenizer has no chat template: "
-            "give plain `prompt` and `completion` text instead, or use an instruction-tuned model"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=not ends_with_answer,
-            tokenize=False,
-            **date_arguments(tokenizer),
-        )
-    # Templates raise errors of any kind on a role or an order that they do not support.
-    except Exception as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"the chat template refuses messages with the roles {roles}: {error}"
-        ) from error
-    assert isinstance(text, str)  # tokenize=False
-    return text
 
 
 # ── token ids ─────────────────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.data.chat_text import template_messages
 from fedmomentum.data.tokenized import Span
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
@@ -46,7 +47,10 @@ def has_generation_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def marked_turns(
-    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, end_id: int
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    end_id: int,
+    positions: Sequence[int],
 ) -> tuple[list[int], list[Span]]:
     """Return a chat's token ids, and the ranges that its template marks as generated.
 
@@ -54,6 +58,7 @@ def marked_turns(
         messages: The complete chat.
         tokenizer: A tokenizer whose template has generation marks.
         end_id: The token at which generation stops.
+        positions: Which messages are learned, all or some of the assistant's, the last one too.
 
     Raises:
         DataError: If the tokenizer cannot tell which tokens are marked, a turn of the assistant is
@@ -61,7 +66,7 @@ def marked_turns(
     """
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            list(messages),
+            template_messages(messages, tokenizer),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -97,7 +102,27 @@ def marked_turns(
             "to stop; move {% endgeneration %} behind it, or set training.loss-on = "
             '"last"'
         )
-    return ids, learned
+    return ids, _chosen_runs(learned, messages, positions)
+
+
+def _chosen_runs(
+    learned: list[Span], messages: Sequence[dict[str, Any]], positions: Sequence[int]
+) -> list[Span]:
+    """Return the ranges of the messages that are learned.
+
+    Raises:
+        DataError: If some are not learned, and the ranges do not tell which message each is of.
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(positions) == len(turns):
+        return learned
+    if len(learned) != len(turns):
+        raise DataError(
+            f"some of the assistant's {len(turns)} messages are not to be learned, and the "
+            f"generation marks of the chat template cover {len(learned)} ranges, so that it is not "
+            "clear which they are; write messages of the assistant that follow each other as one"
+        )
+    return [span for span, turn in zip(learned, turns, strict=True) if turn in positions]
 
 
 def _runs(mask: Sequence[int]) -> list[Span]:

@@ -226,6 +226,7 @@ def export_merged(
     base_directory: Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    tokenizer: Any = None,
 ) -> float:
     """Write the global model as an ordinary transformers directory, and read it back.
 
@@ -239,6 +240,7 @@ def export_merged(
         dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
             A quantized base is dequantized.
         device: Where the models compute the logits that are compared.
+        tokenizer: The tokenizer to write; by default the base model's.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
@@ -259,7 +261,7 @@ def export_merged(
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
     if base_quantization(model, base_directory) is not None:
-        return _export_dequantized(model, out, base_directory, dtype, device)
+        return _export_dequantized(model, out, base_directory, dtype, device, tokenizer)
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, None, device)
@@ -289,13 +291,18 @@ def export_merged(
         check_logits(logits, rounded_logits, torch.float32, what)
         what = f"the merged model, read back from {dtype}, is another model"
         check_logits(logits, reference.logits, dtype, what)
-        _copy_tokenizer(base_directory, temporary)
+        _copy_tokenizer(base_directory, temporary, tokenizer)
         write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
     return applied_fraction
 
 
 def _export_dequantized(
-    model: GlobalModel, out: Path, base_directory: Path, dtype: torch.dtype, device: torch.device
+    model: GlobalModel,
+    out: Path,
+    base_directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Any,
 ) -> float:
     """Write a global model on a quantized base as one on the dequantized base.
 
@@ -304,7 +311,14 @@ def _export_dequantized(
     from fedmomentum.global_model.dequantized_base import dequantized_base
 
     with dequantized_base(model, base_directory, out) as (plain, directory):
-        fraction = export_merged(plain, out, base_directory=directory, dtype=dtype, device=device)
+        fraction = export_merged(
+            plain,
+            out,
+            base_directory=directory,
+            dtype=dtype,
+            device=device,
+            tokenizer=tokenizer,
+        )
     # The card names the base that the run had.
     class_name = read_config(out)["architectures"][0]
     load = f"{class_name}.from_pretrained({out.name!r})"
@@ -343,7 +357,10 @@ def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
     return matrix.B[rows] @ matrix.A if isinstance(matrix, LowRank) else matrix[rows]
 
 
-def _copy_tokenizer(base_directory: Path, out: Path) -> None:
+def _copy_tokenizer(base_directory: Path, out: Path, tokenizer: Any = None) -> None:
+    """Write a tokenizer; where none is given, the base model's."""
     from fedmomentum.base_model.loading import load_tokenizer
 
-    load_tokenizer(base_directory, generates=False).save_pretrained(out)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base_directory, generates=False)
+    tokenizer.save_pretrained(out)

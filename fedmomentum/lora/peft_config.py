@@ -44,6 +44,10 @@ HARMLESS_FIELDS = {
     "runtime_config",
     "megatron_core",
     "eva_config",
+    # read by initializations of their own only, which are refused (`HARMLESS_INIT`)
+    "loftq_config",
+    "corda_config",
+    "lora_ga_config",
     # how the base stores its weight; the factors are (rank, in) and (out, rank) in any case
     "fan_in_fan_out",
 }

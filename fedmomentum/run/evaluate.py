@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmomentum.config.data import DataConfig
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.config.training import TrainingConfig
 from fedmomentum.data.client_data import read_source
@@ -34,7 +35,8 @@ from fedmomentum.run.setup import load_data
 from fedmomentum.run.task import check_rows, make_rows
 
 if TYPE_CHECKING:
-    from fedmomentum.data.examples import Example
+    from fedmomentum.config.schema import Config
+    from fedmomentum.data.examples import Example, Prompt
     from fedmomentum.objectives.objective import Objective
 
 
@@ -136,7 +138,7 @@ def evaluate_on(
         )
     if data is not None:
         task = CLASSIFICATION if is_labeled else CAUSAL_LM
-        _, examples = read_source(data, split, category_column, task)
+        _, examples = read_source(data, _reading(config, category_column), split, task)
         parts = [_Part(data, examples[:limit])]
     else:
         if category_column is not None:
@@ -189,6 +191,12 @@ def evaluate(
     """
     result = open_result(Path(path), server_round=str(server_round), client=client)
     return evaluate_on(result, data, settings, category_column=category_column, limit=limit)
+
+
+def _reading(config: Config | None, category_column: str | None) -> DataConfig:
+    """Return how to read data of the user's: with the encoding and the column names of the run."""
+    own = config.data if config is not None else DataConfig()
+    return DataConfig(category_column=category_column, columns=own.columns, encoding=own.encoding)
 
 
 def _held_out(result: Result, limit: int | None) -> list[_Part]:
@@ -304,6 +312,20 @@ def _teacher_forced(
     return ModelComparison(base, tuned, num_cut, num_lost, max_length, by_generation=False)
 
 
+def _prompt_of(example: Example, owner: str) -> Prompt:
+    """Return what an answer is generated to.
+
+    Raises:
+        ConfigError: If it is a text without a prompt.
+    """
+    if example.prompt is None:
+        raise ConfigError(
+            f"{owner}: the examples are texts without prompts, so there is nothing to answer; "
+            "leave out --generate"
+        )
+    return example.prompt
+
+
 def _objective(
     examples: TokenizedExamples, training: TrainingConfig, labels: Sequence[str]
 ) -> Objective:
@@ -343,9 +365,10 @@ def _generating(
     asked: list[tuple[str, Example]] = []
     num_lost = 0
     for part in parts:
-        short = [
-            e for e in part.examples if len(prompt_token_ids(e.prompt, pair.tokenizer)) <= room
-        ]
+        short = []
+        for example in part.examples:
+            if len(prompt_token_ids(_prompt_of(example, part.owner), pair.tokenizer)) <= room:
+                short.append(example)
         num_lost += len(part.examples) - len(short)
         asked += [(part.client, example) for example in short[: part.most]]
     if not asked:
@@ -357,7 +380,7 @@ def _generating(
     task = GenerationTask([example for _, example in asked])
 
     def measured() -> Scored:
-        prompts = [example.prompt for _, example in asked]
+        prompts = [_prompt_of(example, client) for client, example in asked]
         texts = _generated(pair, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         total = Evaluation(NO_EXAMPLES, {})
         by_client: dict[str, Score] = {}

@@ -23,6 +23,7 @@ from fedmomentum.global_model.base_of import is_classifier, load_base_of
 from fedmomentum.global_model.tuned import TunedModel
 from fedmomentum.run.saved_model import Result, find_base, open_result
 from fedmomentum.run.setup import set_up_process
+from fedmomentum.run.tokenizers import tokenizer_of
 from fedmomentum.utils.chat_date import DEFAULT_DATE, set_chat_date
 from fedmomentum.utils.text import printable
 
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 DEFAULT_MAX_LENGTH = 512
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "spiece.model",
-)
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class ModelPair:
         """Choose the tokenizers of both models: the same one, unless tokens were added."""
         # Where tokens were added, the base model knows fewer than the tuned one.
         size = vocabulary_size(self.model)
-        tuned = _tokenizer(result, directory, size)
+        tuned = tokenizer_of(result, directory, size)
         base_tokenizer = tuned
         if (
             size is not None
@@ -180,26 +173,6 @@ def _dtype_of_the_run(path: Path) -> str | None:
         raise ModelError(f"{error}. Restore it from a copy, or give --dtype") from error
     dtype = environment.get("dtype")
     return dtype if dtype in ("float32", "bfloat16", "float16") else None
-
-
-def _tokenizer(result: Result, directory: Path, vocabulary: int | None) -> Any:
-    """Load the tokenizer of the result: an adapter's directory may hold its own, or a template."""
-    own = result.path
-    generates = not is_classifier(result.model.adapter)
-    if (own / "adapter_config.json").is_file():
-        if any((own / name).is_file() for name in TOKENIZER_FILES):
-            tables = [
-                tensor.shape[0]
-                for tensor in result.model.adapter.saved.values()
-                if tensor.ndim == 2
-            ]
-            largest = max([vocabulary, *tables]) if vocabulary is not None else None
-            return load_tokenizer(own, largest, generates=generates)
-        if (own / CHAT_TEMPLATE).is_file():
-            tokenizer = load_tokenizer(directory, vocabulary, generates=generates)
-            tokenizer.chat_template = (own / CHAT_TEMPLATE).read_text(encoding="utf-8")
-            return tokenizer
-    return load_tokenizer(directory, vocabulary, generates=generates)
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────

@@ -51,6 +51,8 @@ def _text(example: Example) -> str:
     parts: list[Any] = [example.prompt, example.completion, example.category, example.scoring]
     if example.rejected is not None:
         parts.append(example.rejected)
+    if example.learned_turns is not None:
+        parts.append({"learned turns": example.learned_turns})
     return json.dumps(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.global_model.start import start_from
+from fedmomentum.lora.base_names import base_and_revision
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.method import make_method
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.callbacks import Callback
     from fedmomentum.training.function import TrainingFunction
+
+LOG = logging.getLogger("fedmomentum")
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,17 @@ def read_start_adapter(config: Config) -> Adapter | None:
     """
     if config.lora.start_from is None:
         return None
-    return read_adapter(config.lora.start_from, name="the adapter of lora.start-from")
+    given = read_adapter(config.lora.start_from, name="the adapter of lora.start-from")
+    own_name = base_and_revision(given)[0]
+    names = {config.model.name, os.path.realpath(config.model.name)}
+    if own_name and own_name not in names:
+        LOG.warning(
+            "lora.start-from names the base model %s, and model.name is %s; only if these are one "
+            "model does the adapter mean what it was trained for",
+            own_name,
+            config.model.name,
+        )
+    return given
 
 
 def with_start_adapter(given: Adapter | None, method: Method, model: GlobalModel) -> GlobalModel:

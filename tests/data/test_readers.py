@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from fedmomentum.data import read_rows, to_examples
-from fedmomentum.data.readers import column_texts
+from fedmomentum.data.label_columns import column_texts
 from fedmomentum.errors import DataError
 
 ROWS = [
@@ -81,7 +81,7 @@ def test_csv_values_stay_text(tmp_path):
     ("name", "content", "message"),
     [
         ("d.jsonl", b'{"a": "1"}\n{"a": \n', r"d\.jsonl, line 2: not valid JSON"),
-        ("d.jsonl", b'{"a": "1"}\n\n{"a": "2"}\n', r"d\.jsonl, line 2: not valid JSON"),
+        ("d.jsonl", b'{"a": "1"}\n\n{"a": 2\n', r"d\.jsonl, line 3: not valid JSON"),
         ("d.jsonl", b'{"a": "1"}\n["b"]\n', r"d\.jsonl, line 2: must be an object"),
         ("d.jsonl", b"\xff\xfe\x00", "not UTF-8"),
         ("d.jsonl", b" \n", "empty file"),
@@ -177,7 +177,7 @@ def test_formats(row, prompt, completion):
         ({"messages": []}, "row 1: column 'messages' must be a list"),
         ({"messages": "hi"}, "row 1: column 'messages' must be a list"),
         (
-            {"messages": [{"from": "human", "value": "a"}]},
+            {"messages": [{"speaker": "human", "text": "a"}]},
             "message 1: must have exactly role and content",
         ),
         ({"messages": [USER | {"tool_calls": "x"}, ANSWER]}, "message 1: must have exactly"),
@@ -204,7 +204,7 @@ def test_the_row_at_fault_is_named(tmp_path):
 
 
 def test_a_key_that_only_another_rows_messages_have_does_no_harm():
-    rows = rows_of({"messages": [USER, ANSWER]}, {"messages": [USER | {"name": "Ann"}, ANSWER]})
+    rows = rows_of({"messages": [USER, ANSWER]}, {"messages": [USER | {"mood": "glad"}, ANSWER]})
     assert to_examples(rows.select([0]))[0].prompt == (USER,)
     with pytest.raises(DataError, match="row 2: column 'messages', message 1: must have exactly"):
         to_examples(rows)

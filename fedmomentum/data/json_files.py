@@ -1,21 +1,28 @@
-"""Rows of JSON and CSV files. Columns that are not used are parsed and not looked at."""
+"""Rows of JSON files: a list, one object a line, or lists by client.
+
+Columns that are not used are parsed and not looked at.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmomentum.errors import DataError
+from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.text import printable
 
 MAX_INTEGER_DIGITS = 4000
 """Digits of a whole number; Python refuses to parse more than 4,300."""
+
+
+SPLIT_NAMES = frozenset(
+    ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "all")
+)
+"""Keys that name parts of a data set, and hardly clients."""
 
 
 class JsonObject(dict[str, Any]):
@@ -24,48 +31,44 @@ class JsonObject(dict[str, Any]):
     repeated: frozenset[str] = frozenset()
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file without its byte order mark, its line ends as they are.
+@dataclass(frozen=True)
+class JsonRows:
+    """What a JSON file holds.
 
-    Raises:
-        DataError: If the file is in another encoding, damaged or empty, or cannot be read.
+    Attributes:
+        objects: The rows.
+        kind: The form of the file, for people.
+        lines: The line of each row, where lines between them are blank; else None.
+        owners: The client of each row, where the file has lists by client; else None.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(
-            f"{path}: not UTF-8 text but UTF-16 (or UTF-32), by its first bytes; save it as UTF-8"
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(
-            f"{path}, line {line}: holds a NUL character; the file is damaged, or in UTF-16: "
-            "restore it, or save it as UTF-8"
-        )
-    if not text.strip():
-        raise DataError(f"{path}: empty file; an empty data set cannot be used")
-    return text
+
+    objects: list[JsonObject]
+    kind: str
+    lines: list[int] | None = None
+    owners: list[str] | None = None
 
 
-# ── JSON ──────────────────────────────────────────────────────────────────────────────────────────
+def json_rows(path: Path, text: str, row_columns: Collection[str]) -> JsonRows:
+    """Return the objects of a JSON file: a list of them, one a line, or lists by client.
 
-
-def json_rows(path: Path, text: str) -> list[JsonObject]:
-    """Return the objects of a JSON file: a list of them, or one a line.
+    Args:
+        path: The file, for messages.
+        text: Its content.
+        row_columns: Names of columns: an object with one of them is a row, not a table of clients.
 
     Raises:
         DataError: If the text is something else; the message names the line or the row.
     """
-    return _json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
+    start = text.lstrip()[:1]
+    if start == "[":
+        return JsonRows(_json_list(path, text), "JSON, a list of objects")
+    single = _single_object(path, text) if start == "{" else None
+    if single is None:
+        return _json_lines(path, text)
+    if _is_by_client(single, row_columns):
+        return _client_rows(path, single)
+    is_line = "\n" not in text.strip()
+    return JsonRows([single], "JSON Lines" if is_line else "JSON, one object")
 
 
 def json_column(path: Path, rows: Sequence[JsonObject], name: str) -> Iterator[Any]:
@@ -123,17 +126,21 @@ def _json_list(path: Path, text: str) -> list[JsonObject]:
     return list(values)
 
 
-def _json_lines(path: Path, text: str) -> list[JsonObject]:
-    """Return the objects of a file with one a line."""
+def _json_lines(path: Path, text: str) -> JsonRows:
+    """Return the objects of a file with one a line; blank lines are skipped."""
     objects = []
+    lines = []
     # Only \n ends a line: JSON strings may hold other characters that str.splitlines takes for
     # line ends.
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         try:
             value = _parse(line)
         except json.JSONDecodeError as error:
-            alternative = "" if path.suffix == ".jsonl" else ", or a list of objects"
+            is_lines_only = any(ending in path.name.lower() for ending in (".jsonl", ".ndjson"))
+            alternative = "" if is_lines_only else ", or a list of objects"
             raise DataError(
                 f"{where}: not valid JSON: {error.msg}{_hint(error)}; wanted one object a "
                 f"line{alternative}"
@@ -141,7 +148,55 @@ def _json_lines(path: Path, text: str) -> list[JsonObject]:
         except RecursionError:
             raise DataError(f"{where}: not usable JSON: it is nested too deep") from None
         objects.append(_check_object(value, where))
-    return objects
+        lines.append(number)
+    has_blanks = bool(lines) and lines[-1] > len(lines)
+    return JsonRows(objects, "JSON Lines", lines if has_blanks else None)
+
+
+def _single_object(path: Path, text: str) -> JsonObject | None:
+    """Return the one object that is the entire text; None where there is more, or it is none."""
+    if not text.rstrip().endswith("}"):
+        return None
+    try:
+        value = _parse(text)
+    # Several objects, or a mistake that is told by its line.
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return value if isinstance(value, JsonObject) else None
+
+
+def _is_by_client(value: JsonObject, row_columns: Collection[str]) -> bool:
+    """Return whether an object holds a list of rows for each of several clients."""
+    if len(value) < 2 or not value.keys().isdisjoint(row_columns):
+        return False
+    for rows in value.values():
+        if not isinstance(rows, list) or not all(isinstance(row, JsonObject) for row in rows):
+            return False
+    return True
+
+
+def _client_rows(path: Path, value: JsonObject) -> JsonRows:
+    """Return the rows of all clients, one after the other."""
+    if value.repeated:
+        client = printable(repr(min(value.repeated)), 60)
+        raise DataError(f"{path}: the client {client} comes twice; put its rows into one list")
+    splits = [name for name in value if name.lower() in SPLIT_NAMES]
+    if splits:
+        raise DataError(
+            f"{path}: holds lists of rows by client, and {', '.join(map(repr, splits))} names a "
+            "part of a data set, not a client. Save each part as a file of its own (the one that "
+            "is held out is data.test-source), or rename the client"
+        )
+    # All rows as one list, with the client of each beside it.
+    objects: list[JsonObject] = []
+    owners: list[str] = []
+    for client, rows in value.items():
+        check_client_name(client, f"{path}, a key of the outer object", DataError)
+        if not rows:
+            raise DataError(f"{path}: client {client!r} has no rows; give it some or leave it out")
+        objects += rows
+        owners += [client] * len(rows)
+    return JsonRows(objects, "JSON, lists by client", owners=owners)
 
 
 def _check_object(value: Any, where: str) -> JsonObject:
@@ -184,53 +239,3 @@ def _hint(error: json.JSONDecodeError) -> str:
     if after[:1] == "'":
         return " (names and texts stand in double quotes)"
     return ""
-
-
-# ── CSV ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def csv_columns(path: Path, text: str) -> dict[str, list[str]]:
-    """Return the columns of a CSV file with a header; all values are text.
-
-    Raises:
-        DataError: If the text is not CSV, or a line has too few or too many values; the message
-            names the line.
-    """
-    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
-    records = []
-    with _unlimited_field_size():
-        try:
-            header = next(reader)
-            _check_header(path, header)
-            for record in reader:
-                if len(record) != len(header):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: {len(record)} values for {len(header)} "
-                        "columns; put values that hold a comma or a line end in double quotes"
-                    )
-                records.append(record)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
-    columns = {}
-    for position, name in enumerate(header):
-        columns[name] = [record[position] for record in records]
-    return columns
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    """Refuse a header with a column that has no name, or another's."""
-    if len(set(header)) != len(header) or not all(header):
-        raise DataError(
-            f"{path}: the header must name each column once; got {printable(repr(header))} (a "
-            "comma at the end of a line makes a column without a name)"
-        )
-
-
-@contextmanager
-def _unlimited_field_size() -> Iterator[None]:
-    """Accept long texts, which the CSV reader otherwise takes for a quote that was never closed."""
-    previous = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(previous)

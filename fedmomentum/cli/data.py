@@ -1,0 +1,220 @@
+"""`fedmomentum data`: what files of examples are taken for, and what the model sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fedmomentum.cli.options import ERR, OUT
+from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.run.data_report import DataReport, ShownExample
+
+LEARNED_MARKS = ("⟦", "⟧")
+"""What stands around the tokens that are learned."""
+MAX_SEGMENT = 600
+"""Characters of a part of an example that are shown."""
+MAX_ROWS = 5
+
+
+def data(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="files of examples [default: those of --config]",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="take model, columns and lengths from a configuration"),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="whose tokenizer [default: the configuration's]")
+    ] = "",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="OURS=YOURS",
+            help="e.g. question=Frage; repeatable, see docs/data.md",
+        ),
+    ] = None,
+    encoding: Annotated[str, typer.Option("--encoding", help="of text files, e.g. cp1252")] = "",
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="longest example in tokens")
+    ] = None,
+    loss_on: Annotated[
+        str, typer.Option("--loss-on", help="turns of a chat: last or all-assistant")
+    ] = "",
+    task: Annotated[str, typer.Option("--task", help="causal-lm or sequence-classification")] = "",
+) -> None:
+    """Show what files of examples are taken for, and what the model will see of them."""
+    from fedmomentum.config.toml import apply_overrides, format_value, from_dict, load_config
+    from fedmomentum.run.data_report import load_tokenizer_of, report_data
+    from fedmomentum.utils.process import quiet_libraries
+
+    # What is given on the command line counts before the configuration.
+    settings = load_config(config) if config is not None else from_dict({})
+    given = {
+        "model.name": model,
+        "model.task": task,
+        "data.encoding": encoding,
+        "data.max-length": max_length,
+        "training.loss-on": loss_on,
+    }
+    overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
+    settings = apply_overrides(settings, overrides)
+    columns = {**settings.data.columns, **_parse_columns(column or [])}
+    settings = replace(settings, data=replace(settings.data, columns=columns))
+    # Every file that can be read is shown, whatever is wrong with the others.
+    sources = files or _sources(settings)
+    with quiet_libraries():
+        tokenizer = load_tokenizer_of(settings.model)
+        num_broken = 0
+        for number, source in enumerate(sources):
+            if number:
+                OUT.print()
+            try:
+                report = report_data(source, settings, tokenizer)
+            except DataError as error:
+                num_broken += 1
+                ERR.print(f"fedmomentum: {error}", markup=False)
+                continue
+            _print_report(report)
+    if num_broken:
+        raise typer.Exit(2)
+
+
+def _parse_columns(pairs: list[str]) -> dict[str, str]:
+    """Return the columns of `--column`.
+
+    Raises:
+        ConfigError: If one is no pair.
+    """
+    columns = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--column {pair!r} must be OURS=YOURS, such as question=Frage")
+        columns[ours.strip()] = theirs.strip()
+    return columns
+
+
+def _sources(settings: Config) -> list[str]:
+    """Return the sources of a configuration.
+
+    Raises:
+        ConfigError: If there are none to read.
+    """
+    from fedmomentum.config.data import BUILT_IN_SOURCE
+
+    sources = list(settings.data.client_files.values())
+    if settings.data.source and settings.data.source != BUILT_IN_SOURCE:
+        sources.append(settings.data.source)
+    if settings.data.test_source:
+        sources.append(settings.data.test_source)
+    if not sources:
+        raise ConfigError("give files of examples, or --config with a configuration that has some")
+    return sources
+
+
+# ── printing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _print_report(report: DataReport) -> None:
+    """Print a report: facts, examples, and what to know before a run."""
+    OUT.print(Text(report.source, style="bold"), soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _facts(report):
+        table.add_row(Text(name, style="dim"), Text(value))
+    OUT.print(table)
+    start, end = LEARNED_MARKS
+    OUT.print()
+    OUT.print(
+        Text(f"The first examples as the model sees them; what is learned is in {start}…{end}:")
+    )
+    for number, example in enumerate(report.shown, start=1):
+        OUT.print(Text(f"row {number}", style="dim"))
+        OUT.print(Padding(_example_text(example), (0, 0, 0, 2)))
+    for note in _notes(report):
+        OUT.print(Text(f"note: {note}", style="yellow"))
+
+
+def _facts(report: DataReport) -> Iterator[tuple[str, str]]:
+    """Yield what was recognized."""
+    yield "file", ", ".join((report.origin.kind, *report.origin.details))
+    if report.origin.encoding:
+        yield "encoding", report.origin.encoding
+    yield "format", report.kind
+    # The file's own names, and what they stand for where that is not plain.
+    used = []
+    for ours, own in report.columns.items():
+        used.append(own if own == ours else f"{own} (as {ours})")
+    yield "columns read", printable(", ".join(used))
+    if report.ignored:
+        yield "not read", printable(", ".join(report.ignored))
+    yield "rows", f"{report.num_rows:,}"
+    if report.clients:
+        listed = ", ".join(f"{client} {count:,}" for client, count in report.clients.items())
+        yield "of clients", printable(listed)
+    lengths = []
+    for percent, length in report.percentiles.items():
+        lengths.append(f"{percent} % ≤ {length:,}" if percent < 100 else f"longest {length:,}")
+    yield "tokens", ", ".join(lengths)
+
+
+def _example_text(example: ShownExample) -> Text:
+    """Return an example with marks around what is learned."""
+    text = Text()
+    start, end = LEARNED_MARKS
+    for segment in example.segments:
+        # Of a long text, its beginning and its end.
+        shown = segment.text
+        if len(shown) > MAX_SEGMENT:
+            half = MAX_SEGMENT // 2
+            shown = f"{shown[:half]} […] {shown[-half:]}"
+        if segment.is_learned:
+            text.append(f"{start}{shown}{end}", style="green")
+        else:
+            text.append(shown)
+    if example.note:
+        text.append(f"\n{printable(example.note, MAX_SEGMENT)}", style="dim")
+    return text
+
+
+def _notes(report: DataReport) -> Iterator[str]:
+    """Yield what is cut, dropped or repeated."""
+    limit = f"data.max-length = {report.max_length}"
+    if report.num_cut:
+        yield f"rows cut at {limit} tokens: {report.num_cut:,} of {report.num_rows:,}"
+    if report.lost_rows:
+        rows = ", ".join(map(str, report.lost_rows[:MAX_ROWS]))
+        more = " and others" if len(report.lost_rows) > MAX_ROWS else ""
+        outcome = "a run drops them"
+        if report.is_refused:
+            outcome = "that is more than data.max-truncated-fraction allows, so a run refuses them"
+        yield (
+            f"rows whose prompt alone fills {limit} tokens: {len(report.lost_rows):,} "
+            f"({rows}{more}); {outcome}"
+        )
+    if report.num_copies:
+        yield f"rows that repeat an earlier one: {report.num_copies:,}; all are trained on"
+    if report.num_repeated:
+        yield (
+            f"rows that share their prompt with another: {report.num_repeated:,}; none of them is "
+            "held out for evaluation"
+        )

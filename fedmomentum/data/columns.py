@@ -1,0 +1,123 @@
+"""Which columns of a data set count, and as what: the formats of rows, and a user's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmomentum.config.columns import COLUMNS
+from fedmomentum.errors import DataError
+from fedmomentum.utils.text import printable
+
+FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("system",)),
+    "conversations": (("conversations",), ("system",)),
+    "prompt+completion": (("prompt", "completion"), ()),
+    "chosen+rejected": (("chosen", "rejected"), ("prompt",)),
+    "instruction+output": (("instruction", "output"), ("input", "system", "history")),
+    "instruction+response": (("instruction", "response"), ("context", "system")),
+    "question+answer": (("question", "answer"), ("system",)),
+    "text": (("text",), ()),
+}
+"""Each format with the columns that identify it, and those that it reads where they are.
+
+`output` may be missing where `answer` replaces it; `text` counts where no other format fits.
+"""
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How rows are read.
+
+    Attributes:
+        kind: One of `FORMATS`.
+        names: Our name of each column that is read, to the file's own.
+    """
+
+    kind: str
+    names: Mapping[str, str]
+
+
+def find_format(columns: Sequence[str], mapping: Mapping[str, str], where: str) -> RowFormat:
+    """Return the one format that columns fit.
+
+    Args:
+        columns: The file's columns.
+        mapping: Our names of columns to the file's own; an empty one: that column is not used.
+        where: Name of the file, for messages.
+
+    Raises:
+        DataError: If the columns fit no format or several, or a mapped one is missing.
+    """
+    names = resolve_names(columns, mapping, where)
+    # Names that the user gave decide, if they are those of a format.
+    given = {ours for ours, theirs in mapping.items() if theirs}
+    kinds = [kind for kind, (needed, _) in FORMATS.items() if given.issuperset(needed)]
+    if not kinds:
+        present = set(names)
+        if "instruction" in present and "answer" in present:
+            present.add("output")
+        kinds = [kind for kind, (needed, _) in FORMATS.items() if present.issuperset(needed)]
+    # Data sets often have each row written out as one text besides.
+    if kinds != ["text"]:
+        kinds = [kind for kind in kinds if kind != "text"]
+    elif "label" in names and "text" not in given:
+        kinds = []
+    if len(kinds) != 1:
+        raise DataError(_misfit(columns, names, kinds, where))
+    (kind,) = kinds
+    needed, optional = FORMATS[kind]
+    if kind == "instruction+output" and "output" not in names:
+        needed = ("instruction", "answer")
+    return RowFormat(kind, {ours: names[ours] for ours in (*needed, *optional) if ours in names})
+
+
+def resolve_names(columns: Sequence[str], mapping: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return our names of the columns that a file has, to its own names.
+
+    Raises:
+        DataError: If the file has no column of a mapped name.
+    """
+    prefix = f"{where}: " if where else ""
+    for ours, theirs in mapping.items():
+        if theirs and theirs not in columns:
+            raise DataError(
+                f"{prefix}no column {printable(theirs)!r}, which [data.columns] gives for {ours}; "
+                f"correct it there, or rename the column; found: {join_names(columns)}"
+            )
+    # A column that stands for another of ours does not count under its own name.
+    names = {}
+    for name in columns:
+        if name in COLUMNS and name not in mapping and name not in mapping.values():
+            names[name] = name
+    names.update((ours, theirs) for ours, theirs in mapping.items() if theirs)
+    return names
+
+
+def _misfit(
+    columns: Sequence[str], names: Mapping[str, str], kinds: Sequence[str], where: str
+) -> str:
+    """Return the message for columns that fit no format, or several."""
+    prefix = f"{where}: " if where else ""
+    problem = (
+        "fit no known format; rename them, or say in [data.columns] which is which, such as "
+        'question = "..." and answer = "..."'
+    )
+    if "label" in names and ("text" in names or "text_a" in names):
+        problem += ', or train a classifier on them (model.task = "sequence-classification")'
+    if kinds:
+        unused = FORMATS[kinds[-1]][0][0]
+        problem = (
+            f"fit several formats ({', '.join(kinds)}); remove the columns of the others, or leave "
+            f'one out by [data.columns], such as {unused} = ""'
+        )
+    return (
+        f"{prefix}the columns {join_names(columns)} {problem}. Known: messages; prompt, "
+        "completion; chosen, rejected (and prompt); instruction, output (and input); instruction, "
+        "response (and context); question, answer; conversations; text alone"
+    )
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Return names of columns for a message."""
+    return printable(", ".join(names))

@@ -1,0 +1,159 @@
+"""CSV files: which delimiter, header, rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmomentum.data.tables import Table, check_header
+from fedmomentum.errors import DataError
+
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+"""What may separate the values of a line, with its name for people."""
+
+# Excel's own first line, which names the delimiter.
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ \t]*(?:\r\n|\n|\r)', re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """The lines of a CSV file that are not blank, each with its number."""
+
+    header: list[str]
+    values: list[list[str]]
+    lines: list[int]
+    has_blanks: bool
+
+
+def read_csv(path: Path, text: str, delimiter: str | None = None) -> Table:
+    """Return the columns of a CSV file with a header; all values are text.
+
+    Values are separated by what a first line `sep=;` says; else by the one of `DELIMITERS` with
+    which every line has as many values as the header. Blank lines are skipped. A first column
+    without a name is the row numbers that pandas and R write, and is left out.
+
+    Args:
+        path: The file, for messages.
+        text: Its content.
+        delimiter: What separates values, where the file's ending says that.
+
+    Raises:
+        DataError: If the text is not CSV, a line has too few or too many values, or several
+            delimiters fit; the message names the line.
+    """
+    # Which delimiter: the file's own word, its ending, or what fits.
+    offset = 0
+    named = _SEPARATOR_LINE.match(text)
+    if named is not None:
+        delimiter = named[1]
+        text = text[named.end() :]
+        offset = 1
+    if delimiter is None:
+        delimiter = _find_delimiter(path, text)
+    # The values by column, without row numbers.
+    records = _parse(path, text, delimiter, offset)
+    has_index = check_header(path, records.header)
+    columns = {}
+    for position, name in enumerate(records.header):
+        if not (has_index and position == 0):
+            columns[name] = [values[position] for values in records.values]
+    lines = records.lines if records.has_blanks or offset else None
+    detail = f"values separated by a {DELIMITERS.get(delimiter, repr(delimiter))}"
+    return Table(columns, lines, has_index, detail)
+
+
+def _find_delimiter(path: Path, text: str) -> str:
+    """Return the delimiter of a CSV file; a comma where its header has one column only."""
+    candidates = [delimiter for delimiter in DELIMITERS if _header_width(text, delimiter) > 1]
+    if len(candidates) < 2:
+        return candidates[0] if candidates else ","
+    # The header does not tell; do the other lines?
+    fitting = []
+    for delimiter in candidates:
+        try:
+            check_header(path, _parse(path, text, delimiter, 0).header)
+            fitting.append(delimiter)
+        except DataError:
+            continue
+    if len(fitting) > 1:
+        names = " or a ".join(DELIMITERS[delimiter] for delimiter in fitting)
+        raise DataError(
+            f"{path}: its values may be separated by a {names}, for every line has as many of each "
+            f"as the header; name the right one in a first line, such as sep={fitting[0]}"
+        )
+    # Where none fits, the message is about the likeliest.
+    return max(fitting or candidates, key=lambda delimiter: _header_width(text, delimiter))
+
+
+def _header_width(text: str, delimiter: str) -> int:
+    """Return how many columns the first line that is not blank has; 0 where it is no CSV."""
+    with _unlimited_field_size():
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            return next((len(record) for record in reader if any(record)), 0)
+        except csv.Error:
+            return 0
+
+
+def _parse(path: Path, text: str, delimiter: str, offset: int) -> _Records:
+    """Return the header and the other lines, all of which have as many values.
+
+    Args:
+        path: The file, for messages.
+        text: Its content.
+        delimiter: What separates values.
+        offset: Number of lines before the text.
+
+    Raises:
+        DataError: If a line has another number of values, or the text is not CSV.
+    """
+    stripped = text.rstrip("\r\n")
+    header: list[str] = []
+    values: list[list[str]] = []
+    lines: list[int] = []
+    has_blanks = False
+    with _unlimited_field_size():
+        reader = csv.reader(io.StringIO(stripped, newline=""), delimiter=delimiter, strict=True)
+        previous = 0
+        try:
+            for record in reader:
+                line = previous + 1 + offset
+                previous = reader.line_num
+                # Blank, or a row of empty cells as spreadsheets write them.
+                if not record or (len(record) > 1 and not any(record)):
+                    has_blanks = True
+                elif not header:
+                    header = record
+                elif len(record) != len(header):
+                    raise DataError(_wrong_width(path, reader.line_num + offset, record, header))
+                else:
+                    values.append(record)
+                    lines.append(line)
+        except csv.Error as error:
+            line = reader.line_num + offset
+            raise DataError(f"{path}, line {line}: not valid CSV: {error}") from None
+    return _Records(header, values, lines, has_blanks)
+
+
+def _wrong_width(path: Path, line: int, record: Sequence[str], header: Sequence[str]) -> str:
+    """Return the message for a line with too few or too many values."""
+    return (
+        f"{path}, line {line}: {len(record)} values for {len(header)} columns; put values that "
+        "hold a delimiter (such as a comma) or a line end in double quotes"
+    )
+
+
+@contextmanager
+def _unlimited_field_size() -> Iterator[None]:
+    """Accept long texts, which the CSV reader otherwise takes for a quote that was never closed."""
+    previous = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(previous)

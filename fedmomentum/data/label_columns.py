@@ -1,0 +1,116 @@
+"""Columns of labels: clients, categories, and a classifier's labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedmomentum.data.examples import MAX_LABEL, label_problem
+from fedmomentum.data.rows import Rows
+from fedmomentum.errors import DataError
+from fedmomentum.utils.text import printable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[str]:
+    """Return one column's labels as text: names of a ClassLabel, numbers written out.
+
+    Args:
+        rows: The rows, from `read_rows`.
+        column: The name of the column.
+        where: Name of the file, for messages.
+
+    Returns:
+        One text a row, none empty, none longer than `MAX_LABEL` or with control characters: they
+        are shown to people, and travel to the server.
+
+    Raises:
+        DataError: If there is no such column, or a row's value is missing or neither text nor a
+            whole number, or of another kind than those before it.
+    """
+    rows = Rows.of(rows)
+    if column not in rows.column_names:
+        known = printable(", ".join(rows.column_names))
+        raise DataError(f"{file_prefix(where)}no column {column!r}; found: {known}")
+    label_names = rows.label_names.get(column)
+    texts = []
+    kinds: set[type] = set()
+    for number, value in enumerate(read_column(rows, column, where), start=1):
+        place = f"{file_prefix(where)}{rows.place(number)}: column {column!r}"
+        label = _label(value, label_names, place)
+        # Text and numbers in one column would become one label.
+        kinds.add(type(label))
+        if len(kinds) > 1:
+            raise DataError(
+                f"{place} is {_shown(label)}, and rows before it hold another kind of value; a "
+                "column must hold one kind of value in all rows, for 1 and '1' would be taken for "
+                "the same"
+            )
+        problem = label_problem(str(label))
+        if problem is not None:
+            raise DataError(
+                f"{place} {problem}; it must be a short name of at most {MAX_LABEL} characters"
+            )
+        texts.append(str(label))
+    return texts
+
+
+def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | int:
+    """Return a value of a column of labels, its number replaced by the label's name."""
+    if label_names is not None and type(value) is int:
+        if not 0 <= value < len(label_names):
+            raise DataError(
+                f"{place} is {value}, which is none of its {len(label_names)} labels (-1: no label)"
+            )
+        value = label_names[value]
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise DataError(f"{place} is {_shown(value)}; it must be text or a number")
+    return value
+
+
+def read_column(rows: Rows, name: str, where: str) -> list[Any]:
+    """Return a column's values.
+
+    Raises:
+        DataError: If a text in them was cut within a character.
+    """
+    values = rows[name]
+    for number, value in enumerate(values, start=1):
+        surrogate = _lone_surrogate(value)
+        if surrogate is not None:
+            raise DataError(
+                f"{file_prefix(where)}{rows.place(number)}: column {name!r} holds {surrogate!r}, "
+                "half of a character that takes two (a lone surrogate): the text was cut within a "
+                "character. Write the row again, or drop it"
+            )
+    return values
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """Return half a character from a text, or from any text in a list or an object."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as error:
+                return item[error.start]
+        elif isinstance(item, Mapping):
+            pending.extend(item.keys())
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple):
+            pending.extend(item)
+    return None
+
+
+def file_prefix(where: str) -> str:
+    """Return how a message about a file begins; empty without one."""
+    return f"{where}: " if where else ""
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the data for a message: one line, and cut where it is long."""
+    return printable(repr(value), 100)

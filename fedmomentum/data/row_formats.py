@@ -1,0 +1,274 @@
+"""From the cells of a row to a prompt and its answer, format by format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedmomentum.data.chats import Chat, parse_chat, shown
+from fedmomentum.data.examples import Message, Prompt
+from fedmomentum.errors import DataError
+
+USER_COLUMNS = {
+    "instruction+output": ("instruction", "input", ("output", "answer")),
+    "instruction+response": ("instruction", "context", ("response",)),
+    "question+answer": ("question", None, ("answer",)),
+}
+"""Formats of one question: its column, that of what it is about, and those of the answer."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a row that are read.
+
+    Attributes:
+        values: Our name of each column to the row's value.
+        names: Our name of each column to the file's own, for messages.
+    """
+
+    values: Mapping[str, Any]
+    names: Mapping[str, str]
+
+    def get(self, column: str) -> Any:
+        """Return a column's value; None where there is none."""
+        return self.values.get(column)
+
+    def text(self, column: str, *, may_be_empty: bool = False) -> str:
+        """Return a column's text.
+
+        Raises:
+            DataError: If it is none, or empty where it may not be.
+        """
+        value = self.values[column]
+        name = self.names[column]
+        if not isinstance(value, str):
+            raise DataError(f"column {name!r} is {shown(value)}; it must be text")
+        if not value.strip() and not may_be_empty:
+            raise DataError(f"column {name!r} is empty; fill it in or drop the row")
+        return value
+
+    def chat(self, column: str, *, may_be_text: bool = False) -> Chat:
+        """Return a column's messages.
+
+        Raises:
+            DataError: If they are none.
+        """
+        return parse_chat(self.values[column], self.names[column], may_be_text=may_be_text)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a row holds; see `Example`."""
+
+    prompt: Prompt | None
+    completion: str
+    rejected: str | None = None
+    learned_turns: tuple[int, ...] | None = field(default=None)
+
+
+def parse_row(kind: str, cells: Cells) -> Answered:
+    """Return the prompt and the answer of a row.
+
+    Args:
+        kind: The format, one of `columns.FORMATS`.
+        cells: The row.
+
+    Raises:
+        DataError: If the row has another shape; the message names the column.
+    """
+    if kind == "text":
+        return Answered(None, cells.text("text"))
+    if kind in ("messages", "conversations"):
+        chat = _with_system(cells.chat(kind, may_be_text=True), cells)
+        return _parse_turns(chat, cells.names[kind])
+    if kind == "prompt+completion":
+        return _parse_completion(cells)
+    if kind == "chosen+rejected":
+        return _parse_pair(cells)
+    return _parse_question(kind, cells)
+
+
+def _parse_question(kind: str, cells: Cells) -> Answered:
+    """Return a message of the user, and its answer."""
+    if cells.get("history"):
+        raise DataError(
+            f"column {cells.names['history']!r} holds {shown(cells.get('history'))}; earlier turns "
+            "are read from messages only, and left out they would be missing from the prompt: "
+            "write the row as messages, or remove the column"
+        )
+    # The question, and below it what it is about.
+    question_column, context_column, answer_columns = USER_COLUMNS[kind]
+    question = cells.text(question_column)
+    context = ""
+    if context_column is not None and cells.get(context_column) is not None:
+        context = cells.text(context_column, may_be_empty=True)
+    if context.strip():
+        question = f"{question}\n\n{context}"
+    answer_column = next(column for column in answer_columns if column in cells.values)
+    asked = _with_system(Chat([{"role": "user", "content": question}], [None]), cells)
+    return Answered(tuple(asked.messages), cells.text(answer_column))
+
+
+def _with_system(chat: Chat, cells: Cells) -> Chat:
+    """Return a chat that begins with the system's message of a column of its own."""
+    if cells.get("system") is None:
+        return chat
+    text = cells.text("system", may_be_empty=True)
+    if not text.strip():
+        return chat
+    # The chat may begin with the same message already.
+    first = chat.messages[0]
+    if first["role"] != "system":
+        message: Message = {"role": "system", "content": text}
+        return Chat([message, *chat.messages], [None, *chat.weights])
+    if first["content"] == text:
+        return chat
+    raise DataError(
+        f"column {cells.names['system']!r} is {shown(text)}, and the chat begins with another "
+        "message of the system; remove one of them, or leave the column out: [data.columns] system "
+        '= ""'
+    )
+
+
+# ── chats ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _parse_turns(chat: Chat, column: str) -> Answered:
+    """Return a chat as the messages before its last answer, and that answer."""
+    learned = chat.learned_turns()
+    messages = chat.messages
+    if learned is not None:
+        if not learned:
+            raise DataError(
+                f"column {column!r}: all messages of the assistant have weight 0, so nothing would "
+                "be learned; drop the row"
+            )
+        # What follows the last message to learn would carry no loss, and changes none.
+        messages = messages[: learned[-1] + 1]
+        learned = learned[:-1]
+    answer = _assistant_text(messages[-1])
+    return Answered(_prompt_messages(messages[:-1]), answer, learned_turns=learned)
+
+
+def _parse_completion(cells: Cells) -> Answered:
+    """Return a prompt and its completion, each as text or as messages."""
+    value = cells.get("prompt")
+    learned: tuple[int, ...] | None = None
+    prompt: Prompt
+    if isinstance(value, str):
+        prompt = value
+    else:
+        chat = cells.chat("prompt")
+        prompt = _prompt_messages(chat.messages)
+        learned = chat.learned_turns()
+    return Answered(prompt, _parse_answer(cells, "completion"), learned_turns=learned)
+
+
+def _parse_answer(cells: Cells, column: str) -> str:
+    """Return a column that holds an answer: text, or one message of the assistant."""
+    value = cells.get(column)
+    if isinstance(value, str):
+        return value
+    name = cells.names[column]
+    chat = cells.chat(column)
+    if len(chat.messages) != 1:
+        raise DataError(
+            f"column {name!r} must hold one message, the assistant's; it holds "
+            f"{len(chat.messages)}: move those before the answer to the column 'prompt'"
+        )
+    if chat.weights == [0]:
+        raise DataError(
+            f"column {name!r}: the answer has weight 0, so nothing would be learned; drop the row"
+        )
+    return _assistant_text(chat.messages[0])
+
+
+# ── preferences ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _parse_pair(cells: Cells) -> Answered:
+    """Return the prompt and both answers of a preference."""
+    answers = [cells.get("chosen"), cells.get("rejected")]
+    are_chats = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
+    if are_chats:
+        return _parse_pair_of_chats(cells)
+    # Two answers, and a prompt of its own.
+    value = cells.get("prompt")
+    if value is None:
+        raise DataError(
+            "there is no prompt: name it in the column 'prompt', or give 'chosen' and 'rejected' "
+            "as whole chats, lists of messages that differ in the last one"
+        )
+    prompt: Prompt = value if isinstance(value, str) else ()
+    if not isinstance(value, str):
+        prompt = _prompt_messages(_unweighted(cells.chat("prompt"), cells.names["prompt"]))
+    return Answered(prompt, _parse_answer(cells, "chosen"), _parse_answer(cells, "rejected"))
+
+
+def _parse_pair_of_chats(cells: Cells) -> Answered:
+    """Return what two chats have in common, and the answers in which they end."""
+    chosen = _unweighted(cells.chat("chosen"), cells.names["chosen"])
+    rejected = _unweighted(cells.chat("rejected"), cells.names["rejected"])
+    context = chosen[:-1]
+    if context != rejected[:-1]:
+        raise DataError(
+            "the chats in 'chosen' and 'rejected' differ before their last message; a preference "
+            "is between two answers to the same prompt"
+        )
+    # A column that repeats the prompt must say the same: as messages, or as the text of one.
+    prompt = cells.get("prompt")
+    if prompt is not None:
+        texts = [message["content"] for message in context]
+        if isinstance(prompt, str):
+            is_same = prompt in texts
+        else:
+            is_same = cells.chat("prompt").messages == context
+        if not is_same:
+            raise DataError(
+                f"column {cells.names['prompt']!r} is {shown(prompt)}, which the chats in 'chosen' "
+                "and 'rejected' do not hold before their last message; remove the column, or "
+                "correct it"
+            )
+    return Answered(
+        _prompt_messages(context), _assistant_text(chosen[-1]), _assistant_text(rejected[-1])
+    )
+
+
+def _unweighted(chat: Chat, column: str) -> list[Message]:
+    """Return the messages of a preference, in which weights mean nothing."""
+    if chat.is_weighted:
+        raise DataError(
+            f"column {column!r}: a message has a weight, and of preferences only the last answers "
+            "are compared; remove the weights"
+        )
+    return chat.messages
+
+
+# ── messages ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _prompt_messages(messages: list[Message]) -> Prompt:
+    """Return the messages before the answer as a prompt."""
+    if not messages:
+        raise DataError(
+            "nothing stands before the answer; a chat needs at least one message before the "
+            "assistant's last"
+        )
+    return tuple(messages)
+
+
+def _assistant_text(message: Message) -> str:
+    """Return the text of the message that is the answer."""
+    if message["role"] != "assistant":
+        raise DataError(
+            "the last message must be the assistant's, the answer to learn; its role is "
+            f"{shown(message['role'])}"
+        )
+    others = sorted(message.keys() - {"role", "content"})
+    if others:
+        raise DataError(
+            f"the last message, the answer to learn, holds {', '.join(others)}; it must be text "
+            "alone: end the chat with the assistant's answer"
+        )
+    return str(message["content"])

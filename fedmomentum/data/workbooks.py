@@ -1,0 +1,119 @@
+"""Excel workbooks: the text of their cells, as far as the file tells it."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from fedmomentum.data.tables import Table, check_header
+from fedmomentum.errors import DataError
+from fedmomentum.utils.text import printable
+
+GENERAL_FORMAT = "General"
+"""Excel's number format that shows a number as it is."""
+
+
+class NoText:
+    """A cell whose text depends on how Excel shows it, for messages."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+
+    def __repr__(self) -> str:
+        return self._description
+
+
+def read_workbook(path: Path) -> Table:
+    """Return the columns of the one sheet of an Excel workbook that is not empty.
+
+    Values are those that Excel last computed. Numbers without a number format of their own become
+    text, as in a CSV file; others are shown by Excel in a way that the value does not tell, and
+    are no text.
+
+    Raises:
+        DataError: If it is no workbook, has several sheets, or its header does not name each column
+            once.
+    """
+    import openpyxl
+
+    try:
+        workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    # A damaged workbook causes errors of any kind.
+    except Exception as error:
+        is_archive = zipfile.is_zipfile(path)
+        reason = str(error) if is_archive else "it is no archive (perhaps it has a password)"
+        raise DataError(
+            f"{path}: not a readable .xlsx workbook: {printable(reason, 200)}; save it again as "
+            ".xlsx, or as CSV in UTF-8"
+        ) from None
+    try:
+        sheets = {sheet.title: _sheet_rows(sheet) for sheet in workbook.worksheets}
+    except Exception as error:
+        raise DataError(
+            f"{path}: not a readable .xlsx workbook: {printable(str(error), 200)}"
+        ) from None
+    finally:
+        workbook.close()
+    filled = {title: rows for title, rows in sheets.items() if rows}
+    if not filled:
+        raise DataError(f"{path}: empty workbook; an empty data set cannot be used")
+    if len(filled) > 1:
+        names = printable(", ".join(map(repr, filled)))
+        raise DataError(
+            f"{path}: has several sheets, {names}; keep the one with the examples, or save each as "
+            "a workbook of its own"
+        )
+    ((title, rows),) = filled.items()
+    return _sheet_table(path, title, rows)
+
+
+_SheetRows = list[tuple[int, list[Any]]]
+
+
+def _sheet_rows(sheet: Any) -> _SheetRows:
+    """Return the rows of a sheet that are not empty, each with its number."""
+    # What the file says of its size may be wrong, and then rows would be missing.
+    sheet.reset_dimensions()
+    found = []
+    for number, cells in enumerate(sheet.iter_rows(), start=1):
+        values = [_cell_value(cell) for cell in cells]
+        while values and values[-1] is None:
+            values.pop()
+        if values:
+            found.append((number, values))
+    return found
+
+
+def _cell_value(cell: Any) -> Any:
+    """Return a cell's text; None where it is empty, `NoText` where its value does not tell it."""
+    value = cell.value
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    if cell.data_type == "e":
+        return NoText(f"{value}, an error of a formula")
+    if isinstance(value, str):
+        return value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and cell.number_format == GENERAL_FORMAT:
+        return str(value)
+    shape = str(cell.number_format)[:30]
+    return NoText(f"{str(value)[:30]}, shown by Excel as {shape}: format the cell as text")
+
+
+def _sheet_table(path: Path, title: str, rows: _SheetRows) -> Table:
+    """Return the columns of a sheet whose first row is the header."""
+    # Rows end where their last value does; fill them up to the longest.
+    width = max(len(values) for _, values in rows)
+    padded = [values + [None] * (width - len(values)) for _, values in rows]
+    header = ["" if value is None else str(value).strip() for value in padded[0]]
+    by_position = [[values[position] for values in padded[1:]] for position in range(width)]
+    # Cells beside the table that were once formatted are no column.
+    kept = []
+    for position, name in enumerate(header):
+        if name or any(value is not None for value in by_position[position]):
+            kept.append(position)
+    has_index = check_header(path, [header[position] for position in kept])
+    columns = {header[position]: by_position[position] for position in kept[has_index:]}
+    lines = [number for number, _ in rows[1:]]
+    return Table(columns, lines, has_index, f"sheet {title!r}")

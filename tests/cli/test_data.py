@@ -1,0 +1,100 @@
+"""`fedmomentum data`: what a file is taken for and what is learned, in any width; mistakes end with 2."""
+
+import json
+
+import pytest
+import typer
+
+from fedmomentum.cli.main import app
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def show(capsys, *words):
+    code = 0
+    try:
+        code = app(["data", *map(str, words)], standalone_mode=False) or 0
+    except typer.Exit as stop:
+        code = stop.exit_code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_is_recognized_learned_dropped_and_repeated_is_shown(base, tmp_path, capsys):
+    row = {"q": "2+2?", "a": "4", "id": 1}
+    file = write(
+        tmp_path / "d.jsonl", row, row, {"q": "x" * 90, "a": "y"}, {"q": "2+", "a": "z" * 40}
+    )
+    words = ("--model", base, "--column", "question=q", "--column", "answer=a", "--max-length", 60)
+    code, out, _ = show(capsys, file, *words)
+    assert code == 0
+    squeezed = " ".join(out.split())
+    for told in (
+        "file JSON Lines encoding UTF-8 format question+answer",
+        "columns read q (as question), a (as answer) not read id rows 4",
+        "<|im_start|>assistant ⟦4<|im_end|>⟧",
+        "rows cut at data.max-length = 60 tokens: 1 of 4",
+        "rows whose prompt alone fills data.max-length = 60 tokens: 1 (3); that is more than",
+        "rows that repeat an earlier one: 1",
+        "share their prompt with another: 2",
+    ):
+        assert told in squeezed, told
+    assert "row 3" in out and "row 4" not in out
+
+
+def test_turns_that_are_learned_are_marked(base, tmp_path, capsys):
+    turns = [
+        ("user", "a", None),
+        ("assistant", "bb", 0),
+        ("user", "c", None),
+        ("assistant", "d", 1),
+    ]
+    chat = [{"role": role, "content": text, "weight": weight} for role, text, weight in turns]
+    file = write(tmp_path / "d.jsonl", {"messages": chat}, {"messages": chat[:1] + chat[3:]})
+    _, out, _ = show(capsys, file, "--model", base, "--loss-on", "all-assistant")
+    shown = out.partition("is in ⟦…⟧:")[2]
+    assert shown.count("⟦") == 2 == shown.count("⟦d<|im_end|>⟧") and "bb<|im_end|>" in shown
+
+
+def test_narrow_terminals_cut_nothing_off(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    text = "word " * 40
+    file = write(tmp_path / "d.jsonl", {"prompt": text, "chosen": "yes", "rejected": "no"})
+    _, out, _ = show(capsys, file, "--model", base)
+    assert out.count("word") == 40 and "rejected: no" in out
+    assert max(map(len, out.splitlines()[1:])) <= 30
+
+
+def test_labels_are_shown_beside_texts(base, tmp_path, capsys):
+    file = write(tmp_path / "d.jsonl", {"text": "a", "label": "x"}, {"text": "b", "label": "y"})
+    code, out, _ = show(capsys, file, "--model", base, "--task", "sequence-classification")
+    assert code == 0 and "label: x" in out and "⟦4" not in out
+
+
+def test_a_broken_file_ends_with_2_and_the_others_are_shown(base, tmp_path, capsys):
+    good = write(tmp_path / "good.jsonl", {"question": "a", "answer": "b"})
+    bad = write(tmp_path / "bad.jsonl", {"question": "a", "answer": "b"}, {"question": "a"})
+    code, out, err = show(capsys, bad, good, "--model", base)
+    assert code == 2 and "⟦b<|im_end|>⟧" in out
+    assert "bad.jsonl: row 2: column 'answer' is None; it must be text" in " ".join(err.split())
+
+
+def test_the_files_of_a_configuration_are_shown(base, tmp_path, capsys):
+    for client in ("north", "south"):
+        write(tmp_path / f"{client}.jsonl", {"Frage": client, "answer": "b"})
+    config = tmp_path / "office.toml"
+    config.write_text(
+        f'model.name = "{base}"\n[data.client-files]\nnorth = "north.jsonl"\nsouth = "south.jsonl"\n'
+        '[data.columns]\nquestion = "Frage"\n'
+    )
+    code, out, _ = show(capsys, "--config", config)
+    assert code == 0 and "north<|im_end|>" in out and "south<|im_end|>" in out

@@ -1,0 +1,138 @@
+"""Rows as people have them, in each format: what is the prompt, what is learned, what is refused."""
+
+import json
+
+import pytest
+
+from fedmomentum.config.data import DataConfig
+from fedmomentum.data import read_rows, to_examples
+from fedmomentum.data.client_data import read_source
+from fedmomentum.errors import DataError
+from tests.data import format_cases
+from tests.data.format_cases import CASES
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_files_as_people_have_them_are_read(case, tmp_path):
+    _, prompt, answer = format_cases.read(case, tmp_path)
+    assert (prompt, answer) == (case.prompt, case.answer)
+
+
+def test_the_table_in_the_documentation_is_of_these_files():
+    text = format_cases.PAGE.read_text()
+    assert format_cases.MARKS[0] in text
+    assert format_cases.page(text) == text, "run: python -m tests.data.format_cases"
+
+
+def examples(tmp_path, *rows, **columns):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return to_examples(read_rows(file), where="d.jsonl", columns=columns)
+
+
+def chat(*turns):
+    """Messages of (role, content) or (role, content, weight)."""
+    messages = []
+    for role, content, *weight in turns:
+        message = {"role": role, "content": content}
+        if weight:
+            (message["weight"],) = weight
+        messages.append(message)
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("turns", "kept", "learned"),
+    [
+        ([("user", "a"), ("assistant", "b")], 2, None),
+        ([("user", "a"), ("assistant", "b", 1)], 2, ()),
+        ([("user", "a"), ("assistant", "b", 0), ("user", "c"), ("assistant", "d")], 4, ()),
+        ([("user", "a"), ("assistant", "b", 1), ("user", "c"), ("assistant", "d")], 4, (1,)),
+        # what follows the last message to learn carries no loss
+        ([("user", "a"), ("assistant", "b", 1), ("user", "c"), ("assistant", "d", 0)], 2, ()),
+        ([("user", "a"), ("assistant", "b"), ("assistant", "c", 0), ("user", "d", 0)], 2, ()),
+    ],
+)
+def test_weights_say_which_turns_are_learned(turns, kept, learned, tmp_path):
+    (example,) = examples(tmp_path, chat(*turns))
+    assert len(example.prompt) + 1 == kept
+    assert example.completion == turns[kept - 1][1]
+    assert example.learned_turns == learned
+    assert not any("weight" in message for message in example.prompt)
+
+
+def test_an_instruction_without_input_is_the_instruction_alone(tmp_path):
+    rows = [{"instruction": "Q", "input": text, "output": "A"} for text in ("", " ", None)]
+    for example in examples(tmp_path, *rows):
+        assert example.prompt == ({"role": "user", "content": "Q"},)
+
+
+def test_a_column_of_the_system_begins_the_chat(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    asked = {"role": "user", "content": "Q"}
+    rows = [
+        {"question": "Q", "answer": "A", "system": "Be brief."},
+        {"question": "Q", "answer": "A", "system": " "},
+    ]
+    assert [e.prompt for e in examples(tmp_path, *rows)] == [(system, asked), (asked,)]
+    turns = [("system", "Be brief."), ("user", "Q"), ("assistant", "A")]
+    (example,) = examples(tmp_path, chat(*turns) | {"system": "Be brief."})
+    assert example.prompt == (system, asked)
+    with pytest.raises(DataError, match="row 1: column 'system' is 'Rhyme.', and the chat begins"):
+        examples(tmp_path, chat(*turns) | {"system": "Rhyme."})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            chat(("user", "a"), ("assistant", "b", 0)),
+            "column 'messages': all messages of the assistant have weight 0.*drop the row",
+        ),
+        (chat(("user", "a"), ("assistant", "b", 2)), ".*message 2: weight is 2; it must be 0 or 1"),
+        (chat(("user", "a"), ("assistant", "b", True)), ".*message 2: weight is True"),
+        (
+            chat(("user", "a", 1), ("assistant", "b")),
+            ".*message 1: weight is 1 in a message of 'user'",
+        ),
+        (
+            {"prompt": "a", "completion": [{"role": "assistant", "content": "b", "weight": 0}]},
+            "column 'completion': the answer has weight 0",
+        ),
+        (
+            {
+                "prompt": [{"role": "assistant", "content": "a", "weight": 0}],
+                "chosen": "b",
+                "rejected": "c",
+            },
+            "column 'prompt': a message has a weight",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            "column 'history' holds .*write the row as messages",
+        ),
+        ({"text": " "}, "column 'text' is empty"),
+        ({"text": 3}, "column 'text' is 3; it must be text"),
+        (
+            {"messages": "[{'role': 'user'}]"},
+            "column 'messages' begins like a list and is not JSON",
+        ),
+    ],
+)
+def test_what_says_nothing_to_learn_is_refused_by_row_and_column(row, message, tmp_path):
+    with pytest.raises(DataError, match=f"d.jsonl: row 1: {message}"):
+        examples(tmp_path, row)
+
+
+def test_messages_written_as_json_are_read_as_messages(tmp_path):
+    turns = chat(("user", "a"), ("assistant", "b"))["messages"]
+    (example,) = examples(tmp_path, {"messages": json.dumps(turns)})
+    assert (example.prompt, example.completion) == ((turns[0],), "b")
+
+
+def test_refusals_name_the_users_own_column_and_line(tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text('\n{"Frage": "a", "Antwort": "b"}\n\n\n{"Frage": "c", "Antwort": 3}\n')
+    config = DataConfig(columns={"question": "Frage", "answer": "Antwort"})
+    with pytest.raises(DataError, match=r"d.jsonl: row 2 \(line 5\): column 'Antwort' is 3"):
+        read_source(str(file), config, "train")

@@ -1,0 +1,75 @@
+"""Adapters from other tools: one base under several names is asked for once, others are refused."""
+
+import json
+import os
+
+import pytest
+
+from fedmomentum.aggregation.registry import build_method
+from fedmomentum.errors import AdapterError
+from fedmomentum.lora.base_names import base_and_revision, with_base
+from fedmomentum.lora.peft_folder import read_adapter
+from fedmomentum.run.aggregate import aggregate_directories
+from tests.lora import adapter_cases
+from tests.lora.adapter_cases import COMMIT, HUB_NAME, write_adapter
+from tests.tiny import tiny_gpt2, tiny_llama
+
+
+def test_adapters_of_other_tools_are_combined_asked_about_or_refused():
+    found = adapter_cases.results()
+    for case, alone, helped in found:
+        assert case.outcome in alone, (case.title, alone)
+        if case.base or case.revision:
+            option = "--base" if case.base else "--revision"
+            assert option in alone and helped == "combined", (case.title, helped)
+    text = adapter_cases.PAGE.read_text()
+    assert adapter_cases.MARKS[0] in text
+    assert adapter_cases.page(text, found) == text, "run: python -m tests.lora.adapter_cases"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def test_names_of_one_base_are_the_same(base, tmp_path):
+    adapter = read_adapter(write_adapter(base, tmp_path / "a", {}))
+    assert base_and_revision(adapter) == (HUB_NAME, "main")
+    os.symlink(base, tmp_path / "link")
+    for name in (str(base), f"{base}/", str(tmp_path / "link"), os.path.relpath(base)):
+        assert base_and_revision(with_base(adapter, name, "")) == (os.path.realpath(base), "")
+    cached = f"/x/hub/models--org--model/snapshots/{COMMIT}"
+    assert base_and_revision(with_base(adapter, cached, "")) == (HUB_NAME, COMMIT)
+    # another base has another revision
+    named = with_base(with_base(adapter, "", COMMIT), "org/other", "")
+    assert base_and_revision(named) == ("org/other", "main")
+
+
+def test_the_named_base_stands_in_the_result_and_must_fit(base, tmp_path):
+    directories = [
+        write_adapter(base, tmp_path / "a", {}),
+        write_adapter(base, tmp_path / "b", {"base_model_name_or_path": "/elsewhere"}),
+    ]
+    method = build_method("fedmomentum", {})
+    model = aggregate_directories(directories, method, base=str(base)).model
+    assert model.base.name == str(base) and model.base.revision is None
+    assert model.adapter.config["base_model_name_or_path"] == str(base)
+    model = aggregate_directories(directories, method, base=HUB_NAME, revision=COMMIT).model
+    assert (model.base.name, model.base.revision) == (HUB_NAME, COMMIT)
+    other = tiny_gpt2(tmp_path / "gpt2")
+    with pytest.raises(
+        AdapterError, match=r"a adapts model.layers.0.* of another model than --base"
+    ):
+        aggregate_directories(directories, method, base=str(other))
+    narrow = tiny_llama(tmp_path / "wide", width=64)
+    with pytest.raises(AdapterError, match="has in another size"):
+        aggregate_directories(directories, method, base=str(narrow))
+
+
+def test_a_field_of_tomorrow_is_refused_unless_it_says_nothing(base, tmp_path):
+    directory = write_adapter(base, tmp_path / "a", {"unsloth_tomorrow": None, "other": False})
+    read_adapter(directory)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "unsloth_tomorrow": 2}))
+    with pytest.raises(AdapterError, match="has unsloth_tomorrow = 2"):
+        read_adapter(directory)
