@@ -16,9 +16,11 @@ from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import Task
 from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.privacy_checks import check_privacy
 from fedmomentum.run.setup import (
     load_data,
     make_clients,
+    make_method,
     set_up_process,
     training_function,
 )
@@ -64,6 +66,7 @@ def prepare_client(
     """
     check_arguments(config.training.arguments)
     check_task(config)
+    check_privacy(config, make_method(config))
     require_labels(config.model)
     check_dropout(config)
     function = training_function(config)
