@@ -41,8 +41,6 @@ def check_privacy(config: Config, method: Method) -> None:
             f"optimizer's moments, which {SETTING} does not sum up; set it to fresh or local"
         )
     _check_federation(config.federation)
-    # Deleted with the first run that uses it.
-    raise ConfigError(f"{SETTING} is not available yet; leave it out")
 
 
 def _check_federation(federation: FederationConfig) -> None:
