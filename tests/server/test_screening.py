@@ -18,7 +18,6 @@ from fedmomentum.server.screening import (
     MAX_WORK,
     REACH,
     Move,
-    StepRule,
     moves_of,
     screen,
     step_norms,
