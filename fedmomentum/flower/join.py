@@ -150,7 +150,7 @@ def join(
     """
     # mistakes in keys, names and roster are reported before anything is loaded
     identity.fleet_client()
-    party = node_identity(config.privacy, identity.name, identity.key)
+    party = node_identity(config, identity.name, identity.key)
     if party is not None:
         callback.on_message(
             f"Roster of {len(party.roster.keys)}, fingerprint {spoken_fingerprint(party.roster)}"
@@ -285,7 +285,7 @@ def preflight_check(
     if config.privacy.secure_aggregation:
         passes(
             f"the roster {config.privacy.roster}",
-            lambda: node_identity(config.privacy, identity.name, identity.key),
+            lambda: node_identity(config, identity.name, identity.key),
         )
     with tempfile.TemporaryDirectory() as directory:
         worker = Worker(config, identity.name, Path(directory), callback, identity.key)

@@ -17,23 +17,28 @@ from fedmomentum.client.secure_work import SecureParty
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.keys import admitted_keys, load_private_key
 from fedmomentum.secure_sum.journal import PartyJournal
-from fedmomentum.secure_sum.messages import MAX_PARTIES, MIN_PARTIES
+from fedmomentum.secure_sum.messages import MAX_PARTIES, MIN_PARTIES, min_threshold
 from fedmomentum.secure_sum.party import Identity
 from fedmomentum.secure_sum.roster import Roster
+from fedmomentum.server.selection import sample_size
 from fedmomentum.utils.io import write_atomically
 
 if TYPE_CHECKING:
-    from fedmomentum.config.privacy import PrivacyConfig
+    from fedmomentum.config.schema import Config
 
 JOURNAL = "opened-sums.json"
 """The file in a node's store that says which sums it has opened."""
 
 
-def node_identity(privacy: PrivacyConfig, name: str, key: Path) -> Identity | None:
+def node_identity(config: Config, name: str, key: Path) -> Identity | None:
     """Return who a node is in secure sums; None if it takes part in none.
 
+    The server names the parties of a sum, and could name other few of them each time. So a node
+    takes part in sums that as many open as a round of all on its roster would need, or as its own
+    `privacy.threshold` says.
+
     Args:
-        privacy: The node's settings.
+        config: The node's settings.
         name: The node's name.
         key: The file of its private key.
 
@@ -41,6 +46,7 @@ def node_identity(privacy: PrivacyConfig, name: str, key: Path) -> Identity | No
         ConfigError: If there is no roster, it cannot be read, has too few parties, or has not this
             node with this key.
     """
+    privacy = config.privacy
     if not privacy.secure_aggregation:
         return None
     if privacy.roster is None:
@@ -55,9 +61,17 @@ def node_identity(privacy: PrivacyConfig, name: str, key: Path) -> Identity | No
             f"{privacy.roster} has {len(roster.keys)} parties, and a secure sum needs at least "
             f"{MIN_PARTIES}"
         )
+    num_sampled = sample_size(len(roster.keys), config.federation.client_fraction)
+    least = min_threshold(num_sampled, trusts_server=privacy.trusts_server)
     private_key = load_private_key(key)
     try:
-        return Identity(name, private_key, roster, trusts_server=privacy.trusts_server)
+        return Identity(
+            name,
+            private_key,
+            roster,
+            trusts_server=privacy.trusts_server,
+            least_threshold=privacy.threshold or least,
+        )
     except ConfigError as error:
         raise ConfigError(
             f"{privacy.roster} does not have {name} with the public key of {key}; the other "
@@ -65,11 +79,11 @@ def node_identity(privacy: PrivacyConfig, name: str, key: Path) -> Identity | No
         ) from error
 
 
-def node_party(privacy: PrivacyConfig, name: str, key: Path, store: Path) -> SecureParty | None:
+def node_party(config: Config, name: str, key: Path, store: Path) -> SecureParty | None:
     """Return with what a node takes part in secure sums; None if it takes part in none.
 
     Args:
-        privacy: The node's settings.
+        config: The node's settings.
         name: The node's name.
         key: The file of its private key.
         store: The node's directory, which remembers what was opened.
@@ -77,7 +91,7 @@ def node_party(privacy: PrivacyConfig, name: str, key: Path, store: Path) -> Sec
     Raises:
         ConfigError: See `node_identity`.
     """
-    identity = node_identity(privacy, name, key)
+    identity = node_identity(config, name, key)
     if identity is None:
         return None
     return SecureParty(identity, PartyJournal(store / JOURNAL))

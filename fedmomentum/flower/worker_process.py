@@ -148,7 +148,7 @@ def _load(
     with quiet_libraries():
         client = prepare_client(config, setup["client_id"], store, callbacks=_Reporter(send))
     if "key" in setup:
-        client.party = node_party(config.privacy, setup["client_id"], Path(setup["key"]), store)
+        client.party = node_party(config, setup["client_id"], Path(setup["key"]), store)
     info = WorkerInfo(
         num_train=len(client.train),
         num_test=len(client.test),

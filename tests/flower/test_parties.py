@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedmomentum.cli.main import app
-from fedmomentum.config.privacy import PrivacyConfig
+from fedmomentum.config.toml import from_dict
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
 from fedmomentum.flower.parties import (
@@ -34,8 +34,14 @@ def public(folder):
     return [folder / f"{site}.pub" for site in SITES]
 
 
-def secure(**settings):
-    return PrivacyConfig(secure_aggregation=True, **settings)
+def secure(*, client_fraction=1.0, **settings):
+    settings = {key.replace("_", "-"): value for key, value in settings.items()}
+    return from_dict(
+        {
+            "privacy": {"secure-aggregation": True} | settings,
+            "federation": {"client-fraction": client_fraction},
+        }
+    )
 
 
 def test_all_sites_make_the_same_file_and_the_server_has_the_same_keys(folder, tmp_path):
@@ -56,7 +62,7 @@ def test_a_node_signs_with_the_key_that_the_roster_has(folder):
     identity = node_identity(privacy, "north", folder / "north.key")
     assert identity.key.public_key() == load_private_key(folder / "north.key").public_key()
     assert set(identity.roster.keys) == set(SITES) and not identity.trusts_server
-    assert node_identity(PrivacyConfig(), "north", folder / "north.key") is None
+    assert node_identity(from_dict({}), "north", folder / "north.key") is None
     party = node_party(privacy, "north", folder / "north.key", folder / "store")
     assert party.journal.file == folder / "store" / JOURNAL
 
@@ -76,6 +82,21 @@ def test_a_node_without_a_roster_of_its_own_takes_no_part(folder, settings, name
         settings = {"roster": str(folder / settings["roster"])}
     with pytest.raises(ConfigError, match=message):
         node_identity(secure(**settings), name, folder / key)
+
+
+def test_a_node_takes_part_in_sums_of_enough_of_its_roster(folder, tmp_path):
+    many = tmp_path / "many"
+    names = [f"site{index}" for index in range(10)]
+    for name in names:
+        make_node_key(name, many)
+    make_roster([many / f"{name}.pub" for name in names], many / "roster.pub")
+
+    def least(**settings):
+        config = secure(roster=str(many / "roster.pub"), **settings)
+        return node_identity(config, "site0", many / "site0.key").least_threshold
+
+    assert least() == 7 and least(client_fraction=0.5) == 4
+    assert least(trusts_server=True) == 6 and least(threshold=10) == 10
 
 
 def test_a_name_or_a_key_comes_once(folder, tmp_path):
