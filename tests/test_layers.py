@@ -77,7 +77,7 @@ FLOORS: list[
             "jinja2",
         },
         "objectives": set(),
-        "protocol": {"msgspec"},
+        "protocol": {"msgspec", "numpy"},
         "results": {"msgspec"},
     },
     {
@@ -86,7 +86,7 @@ FLOORS: list[
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
         "training": {"transformers", "numpy", "msgspec", "accelerate"},
     },
-    {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
+    {"client": {"msgspec", "numpy"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},
     {
         "flower": THIRD_PARTY,

@@ -1,64 +1,74 @@
-"""How much one number of an adapter can change in a round: a public function of the job."""
+"""The public bound of what a round can change, within which its secure sums count.
+
+It follows from the run's settings and from the adapter that all start from, so that server and
+clients can compute it, and says nothing of any client.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from fedmomentum.errors import ConfigError
-from fedmomentum.lora.adapter import to_tensors
-from fedmomentum.server.screening import StepRule
-from fedmomentum.training.arguments import count_steps
+from fedmomentum.server.screening import asked_steps
+from fedmomentum.training.step_rule import largest_change
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
-    from fedmomentum.config.training import LocalTraining
     from fedmomentum.lora.adapter import Adapter
 
 
-ADAM_REACH = 3.2
-"""Adam moves a number by at most (1 - b1) / sqrt(1 - b2) = 3.17 learning rates in a step, whatever
-the gradients."""
+def change_bound(config: Config, server_round: int, start: Adapter) -> float:
+    """Return a bound of how much one number of a client's adapter changes in a round.
 
-
-def change_bound(config: Config, hyperparameters: LocalTraining, start: Adapter) -> float:
-    """Return a bound of the change of a number of the adapter in a round, for every client.
+    It is `privacy.max-change` where that is given, else what the optimizer can do in as many steps
+    as a client with `privacy.max-examples` makes.
 
     Args:
         config: The run's settings.
-        hyperparameters: The round's.
-        start: The adapter that the clients start from.
+        server_round: The round.
+        start: What all clients start from.
 
     Raises:
-        ConfigError: If nothing is known of the optimizer's steps, and the settings give no bound.
+        ConfigError: If neither is known.
     """
-    if config.privacy.max_change is not None:
-        return config.privacy.max_change
-    rule = check_change_bound(config, hyperparameters.learning_rate)
-    # The bound holds for the client with most examples; schedules only lower the learning rate.
-    num_steps = count_steps(config.privacy.max_examples, hyperparameters)
-    rates = num_steps * hyperparameters.learning_rate
-    length = rule.per_number if rule.per_number is not None else rule.per_step
-    assert length is not None
-    moved = ADAM_REACH * length * rates
-    # Decay takes from a number in proportion to its size: that at the start, and the change.
-    largest = max(float(tensor.abs().max()) for tensor in to_tensors(start).values())
-    return moved + rates * rule.weight_decay * (largest + moved)
-
-
-def check_change_bound(config: Config, learning_rate: float) -> StepRule:
-    """Return what is known of the steps of the run's optimizer.
-
-    Raises:
-        ConfigError: If that is nothing.
-    """
+    privacy = config.privacy
+    if privacy.max_change is not None:
+        return privacy.max_change
     training = config.training
-    rule = StepRule.of(
-        learning_rate, training.arguments, own_function=training.function is not None
-    )
-    if not rule.is_known:
-        what = "training.function" if training.function is not None else "the optimizer"
-        raise ConfigError(
-            f"nothing is known of how far {what} moves a number of the adapter, and a secure sum "
-            "needs a bound; set privacy.max-change"
+    hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
+    num_steps = asked_steps(privacy.max_examples, hyperparameters)
+    # Everything that is trained, in the units in which it is trained.
+    factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
+    tensors = [*factors, *start.saved.values()]
+    bound = None
+    if training.function is None:
+        bound = largest_change(
+            hyperparameters,
+            num_steps,
+            largest_number=max(float(tensor.abs().max()) for tensor in tensors),
+            largest_tensor=max(tensor.numel() for tensor in tensors),
+            # A client's own moments may be as old as the run.
+            steps_before=(server_round - 1) * num_steps
+            if training.optimizer_state == "local"
+            else 0,
         )
-    return rule
+    if bound is None:
+        raise ConfigError(unknown_change(config))
+    return bound
+
+
+def unknown_change(config: Config) -> str:
+    """Return what is missing where nothing is known of how far the training goes."""
+    training = config.training
+    if training.function is not None:
+        what = f"training.function, {training.function}"
+    else:
+        settings = ("optim", "optim_args", "max_grad_norm", "adam_beta1", "adam_beta2")
+        given = [
+            f"{key} = {training.arguments[key]!r}" for key in settings if key in training.arguments
+        ]
+        what = f"the optimizer with {', '.join(given)}"
+    return (
+        f"nothing is known of how far {what} can change a number of the adapter in a round, and "
+        "secure sums count within a public bound; set privacy.max-change"
+    )
