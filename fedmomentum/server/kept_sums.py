@@ -26,6 +26,9 @@ from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.records import Record, read_file, read_record, with_checksum
 from fedmomentum.utils.schema import Count, PositiveCount, Text
 
+KEPT_SUMS = "secure"
+"""The name of the directory in a run's."""
+
 
 class _RoundFile(Record, frozen=True, kw_only=True):
     """A round in which clients have trained.

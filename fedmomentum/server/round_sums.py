@@ -182,7 +182,10 @@ class RoundSums:
         train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
         if not layout.has_second_sum:
             updates, weights = _named(*layout.stand_ins(means, None))
-            return SummedRound(first.survivors, updates, weights, means.num_examples, train_loss)
+            count = means.num_examples
+            return SummedRound(
+                first.survivors, updates, weights, count, trained.attempt, train_loss
+            )
 
         # The cross terms, on the range that the sketch has found.
         stored = means_object(means)
