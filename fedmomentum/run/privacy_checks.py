@@ -45,8 +45,6 @@ def check_privacy(config: Config, method: Method) -> None:
         )
     _check_federation(config.federation)
     _check_change(config)
-    # Deleted with the first run that uses it.
-    raise ConfigError(f"{SETTING} is not available yet; leave it out")
 
 
 def _check_federation(federation: FederationConfig) -> None:
