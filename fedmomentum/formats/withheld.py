@@ -8,19 +8,27 @@ from __future__ import annotations
 
 from fedmomentum.formats.round_record import Withheld
 
+PHRASES = {
+    "weights": "the clients' weights",
+    "num_examples": "their numbers of examples",
+    "clients": "how each one's training went",
+    "screening": "how far each one moved",
+    "evaluation.by_client": "scores by client",
+    "evaluation.by_category": "scores by category, whose names come from the data",
+    "exactness_error": "exactness measured on single clients",
+    "applied_share": "what of the merged part is applied on single clients",
+    "uplink_rounding": "rounding of single updates",
+    "diagnostics": "how the model moved, which needs single updates",
+}
+"""A field that can be withheld to what it is, in words."""
 SUMS_ONLY = Withheld(
     reason="secure aggregation: the server has sums over the clients, and nothing of a single one",
-    fields=[
-        "weights",
-        "num_examples",
-        "clients",
-        "screening",
-        "evaluation.by_client",
-        "evaluation.by_category",
-        "exactness_error",
-        "applied_share",
-        "uplink_rounding",
-        "diagnostics",
-    ],
+    fields=list(PHRASES),
 )
 """What every row of such a run withholds."""
+
+
+def describe_withheld(withheld: Withheld) -> str:
+    """Return a sentence that says what is withheld."""
+    names = [PHRASES.get(field, field) for field in withheld.fields]
+    return f"Left out on purpose: {'; '.join(names)}."
