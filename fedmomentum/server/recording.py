@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.formats.withheld import SUMS_ONLY
 from fedmomentum.lora.half_precision import rounding_error
 from fedmomentum.server.round_metrics import (
     client_trainings,
@@ -75,4 +76,5 @@ def round_record(
         version=model.version,
         uplink_bytes=sum_by_client(training.uplink_bytes, evaluated.replies.uplink_bytes),
         downlink_bytes=sum_by_client(training.downlink_bytes, evaluated.replies.downlink_bytes),
+        withheld=None if trained.summed is None else SUMS_ONLY,
     )

@@ -12,6 +12,7 @@ import torch
 
 from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
 from fedmomentum.formats.round_record import Diagnostics, RoundRecord
+from fedmomentum.formats.withheld import SUMS_ONLY
 from fedmomentum.protocol.messages import Reply
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.client_updates import UpdateReader, next_rank
@@ -167,6 +168,7 @@ class Server:
             version=self.model.version,
             uplink_bytes=sum_by_client(replies.uplink_bytes, {}),
             downlink_bytes=sum_by_client(replies.downlink_bytes, {}),
+            withheld=None if self._secure is None else SUMS_ONLY,
             seconds=PhaseTimer().total(Replies(), replies),
         )
         return self._commit(record)
