@@ -79,7 +79,7 @@ FLOORS: list[
             "jinja2",
         },
         "objectives": set(),
-        "protocol": {"msgspec"},
+        "protocol": {"msgspec", "numpy"},
         "results": {"msgspec"},
     },
     {
@@ -88,7 +88,7 @@ FLOORS: list[
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
         "training": {"transformers", "numpy", "msgspec", "accelerate"},
     },
-    {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
+    {"client": {"msgspec", "numpy"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},
     {
         "flower": THIRD_PARTY,

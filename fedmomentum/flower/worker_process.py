@@ -7,11 +7,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmomentum.config.toml import load_config
 from fedmomentum.flower.node_callback import WorkerInfo
 from fedmomentum.run.worker_process import Answer, Frame, Reporter, Send, serve
 from fedmomentum.utils.terminal import LineFormatter
+
+if TYPE_CHECKING:
+    from fedmomentum.client.client import Client
 
 LOG = logging.getLogger("fedmomentum")
 
@@ -29,7 +33,7 @@ def _load(setup: Mapping[str, str], send: Send) -> Answer:
     """Load model and data.
 
     Args:
-        setup: The configuration as TOML, the client's name, and its store.
+        setup: The configuration as TOML, the client's name, its store, and the file of its key.
         send: Sends a frame to the node.
 
     Returns:
@@ -37,6 +41,7 @@ def _load(setup: Mapping[str, str], send: Send) -> Answer:
     """
     # Heavy imports, in the worker only.
     from fedmomentum.data.split import compare_split
+    from fedmomentum.flower.parties import node_party
     from fedmomentum.run.client_setup import prepare_client, rehearsal
     from fedmomentum.utils.process import quiet_libraries
 
@@ -46,6 +51,8 @@ def _load(setup: Mapping[str, str], send: Send) -> Answer:
     config = load_config(config_file)
     with quiet_libraries():
         client = prepare_client(config, setup["client_id"], store, callbacks=Reporter(send))
+    if "key" in setup:
+        client.party = node_party(config, setup["client_id"], Path(setup["key"]), store)
     info = WorkerInfo(
         num_train=len(client.train),
         num_test=len(client.test),
@@ -67,10 +74,21 @@ def _load(setup: Mapping[str, str], send: Send) -> Answer:
             check_split(body.decode())
             return None
         with quiet_libraries():
-            task = rehearsal(config, client) if letter == Frame.SMOKE_TEST else body
-            return client.handle(task)
+            if letter == Frame.SMOKE_TEST:
+                return _rehearse(client, rehearsal(config, client))
+            return client.handle(body)
 
     return answer
+
+
+def _rehearse(client: Client, task: bytes) -> bytes:
+    """Do a step of training whose reply stays on this machine, so that nothing is summed up."""
+    party = client.party
+    client.party = None
+    try:
+        return client.handle(task)
+    finally:
+        client.party = party
 
 
 if __name__ == "__main__":

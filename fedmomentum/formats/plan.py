@@ -81,6 +81,7 @@ class Plan:
         host_memory: Of the host, in each phase; None where only the server's is known.
         device_memory: Of the GPU, for one worker where there are several; None without one.
         workers: The processes of `run.devices`.
+        privacy: What the clients keep from the server; empty for nothing.
     """
 
     model: str
@@ -103,3 +104,4 @@ class Plan:
     host_memory: MemoryUse | None = None
     device_memory: MemoryUse | None = None
     workers: tuple[WorkerPlan, ...] = ()
+    privacy: str = ""

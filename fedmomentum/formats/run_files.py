@@ -82,6 +82,7 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     host_memory: MemoryFile | None = None
     device_memory: MemoryFile | None = None
     workers: list[WorkerFile] = []
+    privacy: str = ""
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):

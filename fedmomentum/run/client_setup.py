@@ -12,10 +12,13 @@ from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_task
-from fedmomentum.protocol.messages import ClientLora, Task
+from fedmomentum.protocol.messages import Task
 from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.local_clients import make_clients
+from fedmomentum.run.method import make_method
+from fedmomentum.run.privacy_checks import check_privacy
 from fedmomentum.run.setup import (
     load_data,
     refuse_devices,
@@ -65,6 +68,7 @@ def prepare_client(
     refuse_devices(config)
     check_arguments(config.training.arguments)
     check_task(config)
+    check_privacy(config, make_method(config))
     require_labels(config.model)
     check_dropout(config)
     function = training_function(config)

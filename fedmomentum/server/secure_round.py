@@ -1,0 +1,202 @@
+"""`SecureRounds`: rounds of which the server sees sums over the clients, and no single update.
+
+The clients train and keep their updates. One sum gives the mean of the factors and a sketch of what
+the mean product has besides; a second one, for methods that depend on the product, that part on the
+sketch's range. From both come adapters that stand in for the clients', and the method does with
+them what it would do with the clients'. Scores come from a third sum.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fedmomentum.errors import PayloadError, QuorumError
+from fedmomentum.protocol.secure_messages import SecureTerms
+from fedmomentum.server.change_bound import change_bound
+from fedmomentum.server.kept_sums import KeptSums, TrainedParties
+from fedmomentum.server.round_parts import TrainedRound
+from fedmomentum.server.round_sums import RoundSums, SummedRound
+from fedmomentum.server.scoring import RoundEvaluation
+from fedmomentum.server.sum_exchange import LostSumError
+from fedmomentum.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.config.training import LocalTraining
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.protocol.messages import Reply, TrainRequest
+    from fedmomentum.protocol.transport import Transport
+    from fedmomentum.secure_sum.roster import Roster
+    from fedmomentum.server.exchange import Exchange
+    from fedmomentum.server.replies import Replies
+    from fedmomentum.server.state import ServerState
+
+
+LOG = logging.getLogger("fedmomentum")
+
+
+class SecureRounds:
+    """The server's part in the sums of all rounds.
+
+    Args:
+        transport: Reaches the clients.
+        roster: The public keys that the server has for the clients.
+        method: Combines the stand-ins.
+        config: The run's settings.
+        kept: Where what came is kept until the round is committed; None where the clients end with
+            the server, which then repeats the round.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        roster: Roster,
+        *,
+        method: Method,
+        config: Config,
+        kept: KeptSums | None,
+    ) -> None:
+        self._roster = roster
+        self._method = method
+        self._config = config
+        self._kept = kept
+        self._sums = RoundSums(transport, roster, method, config, kept)
+
+    # ── training ──
+
+    def train(
+        self,
+        exchange: Exchange,
+        model: GlobalModel,
+        state: ServerState,
+        server_round: int,
+        requests: Mapping[str, TrainRequest],
+        hyperparameters: LocalTraining,
+    ) -> tuple[TrainedRound, ServerState]:
+        """Have the clients train, and sum up what they trained.
+
+        A round whose sums had begun when the server was killed goes on with them: the clients have
+        trained, and open every sum once. If it cannot, and nobody has opened the first sum yet, it
+        begins anew.
+
+        Args:
+            exchange: Asks the clients.
+            model: The model that they start from.
+            state: What the server remembers.
+            server_round: The round.
+            requests: Client to what it is asked to train.
+            hyperparameters: The round's.
+
+        Returns:
+            What stands in for the clients' updates, and the state with the sums' outcome.
+
+        Raises:
+            QuorumError: If too few clients took part.
+        """
+        known = [client for client in requests if client in self._roster.keys]
+        terms = self._terms(model, state, server_round, len(known))
+        sums = partial(self._sums.updates, model, state.run_id, server_round, terms)
+        attempt = 1
+        before = None if self._kept is None else self._kept.round(server_round)
+        if before is not None:
+            trained, replies = before
+            try:
+                summed = sums(trained, replies)
+            except LostSumError:
+                raise
+            except QuorumError as error:
+                LOG.warning("round %d begins anew: %s", server_round, error)
+                attempt = trained.attempt + 1
+            else:
+                return self._trained(summed, replies, server_round, hyperparameters, state)
+
+        # Every client learns what became of its last values, and trains.
+        asked = {}
+        for client in known:
+            request = requests[client]
+            own_terms = msgspec.structs.replace(terms, outcome=state.outcomes.get(client))
+            asked[client] = msgspec.structs.replace(request, secure=own_terms)
+        replies, state = exchange.ask(model, state, asked, server_round, check_ready)
+        for client in sorted(requests.keys() - set(known)):
+            replies.failures[client] = f"client {client} was admitted after this run began"
+        for client, reason in replies.failures.items():
+            LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
+        trained = TrainedParties(attempt, sorted(replies.replies))
+        self._sums.threshold(server_round, trained.parties, replies.failures)
+        if self._kept is not None:
+            self._kept.begin_round(server_round, trained, replies)
+        summed = sums(trained, replies)
+        return self._trained(summed, replies, server_round, hyperparameters, state)
+
+    def _trained(
+        self,
+        summed: SummedRound,
+        replies: Replies,
+        server_round: int,
+        hyperparameters: LocalTraining,
+        state: ServerState,
+    ) -> tuple[TrainedRound, ServerState]:
+        """Return the sums in the form of a round's updates, and the state with their outcome."""
+        trained = TrainedRound(
+            replies=replies,
+            updates=summed.updates,
+            ranks={},
+            learning_rate=hyperparameters.learning_rate,
+            factors=self._method.trained_factors(server_round),
+            screening={},
+            moments={},
+            summed=summed,
+        )
+        return trained, summed.recorded_in(state)
+
+    def clear(self) -> None:
+        """Delete what was kept of a round: it is committed."""
+        if self._kept is not None:
+            self._kept.clear()
+
+    def _terms(
+        self,
+        model: GlobalModel,
+        state: ServerState,
+        server_round: int,
+        num_clients: int,
+    ) -> SecureTerms:
+        """Return what the clients of a round have in common so that their values can be summed."""
+        privacy = self._config.privacy
+        # A guess is enough: only the choice of the sketches' range depends on it.
+        expected = state.summed_examples or num_clients * privacy.max_examples
+        return SecureTerms(
+            num_parties=num_clients,
+            max_examples=privacy.max_examples,
+            max_change=change_bound(self._config, server_round, model.adapter),
+            sketch_ranks=privacy.sketch_ranks if self._method.depends_on == "product" else 0,
+            expected_examples=expected,
+            seed=derive_seed(self._config.run.seed, "sketch", server_round),
+        )
+
+    # ── evaluating ──
+
+    def scores(
+        self, run_id: str, summed: SummedRound | None, server_round: int, replies: Replies
+    ) -> RoundEvaluation:
+        """Return what the clients scored together; see `RoundSums.scores`."""
+        return RoundEvaluation(replies, self._sums.scores(run_id, summed, server_round, replies))
+
+
+def check_ready(reply: Reply) -> None:
+    """Refuse a reply that brings what should have stayed with its client.
+
+    Raises:
+        PayloadError: If it holds a tensor.
+    """
+    if reply.tensors:
+        raise PayloadError(
+            f"client {reply.client_id}: tensor {min(reply.tensors)[:200]!r} was not asked for; "
+            "updates are summed under masks"
+        )
