@@ -198,6 +198,33 @@ def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_roun
     assert model.manifest() == expected.manifest()
 
 
+def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path):
+    """Asked again, those that are there still open it; if too few are left, the next round goes on."""
+    for stores, restarts, accepted in (("kept", False, 4), ("lost", True, 0)):
+        federation = Federation(tmp_path, stores=stores)
+
+        def leave(task):
+            # The first to answer has opened its shares; the others are away.
+            return position(task) != (1, 1, 4) or task.client_id == "site0"
+
+        federation.before = leave
+        out = tmp_path / f"out {stores}"
+        with pytest.raises(QuorumError, match="1 clients gave their openings, and 3 are needed"):
+            federation.run(out)
+        federation.before = lambda task: None
+        if restarts:
+            for name in federation.names:
+                federation.start_client(name)
+        model = federation.run(out, resume=True)
+        _, first, second = rows(out)
+        assert len(first.accepted) == accepted
+        assert second.accepted == federation.names
+        # What was trained in a lost round is in neither the model nor the feedback.
+        _, state = resumed(out)
+        assert {outcome.server_round for outcome in state.outcomes.values()} == {2}
+        assert model.server_round == 2
+
+
 # ── what a client accepts, and what it tells ──
 
 
