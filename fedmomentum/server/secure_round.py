@@ -22,7 +22,6 @@ from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.round_parts import TrainedRound
 from fedmomentum.server.round_sums import RoundSums, SummedRound
 from fedmomentum.server.scoring import RoundEvaluation
-from fedmomentum.server.sum_exchange import LostSumError
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -124,9 +123,10 @@ class SecureRounds:
             trained, replies = before
             try:
                 summed = sums(trained, replies)
-            except LostSumError as error:
-                raise LostRoundError(str(error), replies.failures) from error
             except QuorumError as error:
+                assert self._kept is not None
+                if self._kept.is_opened(server_round):
+                    raise LostRoundError(str(error), replies.failures) from error
                 LOG.warning("round %d begins anew: %s", server_round, error)
                 attempt = trained.attempt + 1
             else:

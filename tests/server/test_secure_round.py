@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from fedmomentum.errors import ConfigError, QuorumError
+from fedmomentum.errors import ConfigError, ModelError, QuorumError
 from fedmomentum.formats.metrics_file import parse_record_line
+from fedmomentum.run.networked import run_federation
 from fedmomentum.server.checkpoint import RunDirectory
 from tests.runs import start, tiny_config
 from tests.secure_runs import PRIVACY, Federation, ServerKilled, dense_model, position
@@ -328,3 +329,41 @@ def told(out):
         table.pop("seconds")
         found.append(table)
     return found
+
+
+def test_a_damaged_reply_that_was_kept_is_refused_by_name(tmp_path):
+    """Masked values look the same whether they are damaged or not."""
+    federation = Federation(tmp_path)
+
+    def kill(task):
+        if position(task) == (1, 1, 3):
+            raise ServerKilled
+
+    federation.before = kill
+    out = tmp_path / "out"
+    with pytest.raises(ServerKilled):
+        federation.run(out)
+    federation.before = lambda task: None
+    (reply,) = out.glob("secure/*/0001-1-1/2/site1")
+    data = reply.read_bytes()
+    reply.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ModelError, match="site1 was damaged or altered"):
+        federation.run(out, resume=True)
+    reply.write_bytes(data)
+    assert federation.run(out, resume=True).server_round == 2
+
+
+def test_over_a_network_no_round_is_done_again(tmp_path):
+    federation = Federation(tmp_path, federation={"num_rounds": 1})
+    federation.run(tmp_path / "out")
+    with pytest.raises(ConfigError, match="clients open the sums of a round once"):
+        run_federation(
+            None,
+            federation.config,
+            tmp_path / "out",
+            resume=True,
+            server_round=0,
+            roster=federation.roster,
+        )
+    with pytest.raises(ConfigError, match="needs clients with keys of their own"):
+        run_federation(None, federation.config, tmp_path / "other")
