@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,4 +78,45 @@ def round_record(
         uplink_bytes=sum_by_client(training.uplink_bytes, evaluated.replies.uplink_bytes),
         downlink_bytes=sum_by_client(training.downlink_bytes, evaluated.replies.downlink_bytes),
         withheld=None if trained.summed is None else SUMS_ONLY,
+    )
+
+
+def base_record(model: GlobalModel, evaluated: RoundEvaluation, *, is_secure: bool) -> RoundRecord:
+    """Return the row of round 0, but for times.
+
+    Args:
+        model: The model, which is the base model.
+        evaluated: What the clients scored.
+        is_secure: Whether the server has sums over them.
+    """
+    replies = evaluated.replies
+    return RoundRecord(
+        round=0,
+        failures=dict(sorted(replies.failures.items())),
+        evaluation=evaluated.scores,
+        exactness_error=evaluated.exactness_error,
+        applied_share=evaluated.applied_share,
+        version=model.version,
+        uplink_bytes=sum_by_client(replies.uplink_bytes, {}),
+        downlink_bytes=sum_by_client(replies.downlink_bytes, {}),
+        withheld=SUMS_ONLY if is_secure else None,
+    )
+
+
+def unchanged_record(
+    model: GlobalModel, clients: list[str], failures: Mapping[str, str]
+) -> RoundRecord:
+    """Return the row of a round whose sums nobody can make again: it changes nothing.
+
+    Args:
+        model: The model, as it was before.
+        clients: The clients that were asked to train.
+        failures: Client to why it did not open the sums.
+    """
+    return RoundRecord(
+        round=model.server_round,
+        participants=clients,
+        failures=dict(sorted(failures.items())),
+        version=model.version,
+        withheld=SUMS_ONLY,
     )
