@@ -238,19 +238,22 @@ def compare_speed(
 
 
 class Stopwatch:
-    """Seconds spent in some functions."""
+    """Seconds spent in some functions, the device's work that they begin included."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, its calls counted under `name`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize(self._device)
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
+                synchronize(self._device)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
         return call
@@ -272,7 +275,7 @@ def measure_round(
     """
     method = FedMomentum()
     model = _second_round(local, method)
-    watch = Stopwatch()
+    watch = Stopwatch(device)
     for name in ("load_global_model", "probes", "applied_fraction"):
         setattr(local, name, watch.timed(name, getattr(local, name)))
     client = Client(

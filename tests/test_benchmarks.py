@@ -1,13 +1,15 @@
 """`python benchmarks` runs every script, and says of all of them what was met and what failed."""
 
+import contextlib
+import gc
 import importlib
 import importlib.util
+import io
 import json
 import math
-import os
 import re
-import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,27 +96,46 @@ def test_the_gpu_is_measured_where_there_is_one(runner, monkeypatch):
 
 @pytest.fixture(scope="module")
 def gpu_trial(tmp_path_factory):
-    """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that."""
+    """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that.
+
+    In this process: to import the libraries once more would take longer than all of its parts.
+    """
     file = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(BENCHMARKS.parent),
-        "COLUMNS": "150",
-        "OMP_NUM_THREADS": "1",
-    }
+    threads = torch.get_num_threads()
+    patched = pytest.MonkeyPatch.context()
+    with patched as patch, warnings.catch_warnings(), torch.random.fork_rng([]):
+        patch.setenv("COLUMNS", "150")
+        patch.setenv("FEDMOMENTUM_CACHE", "")  # the script sets it; afterwards it is as it was
+        patch.syspath_prepend(BENCHMARKS)
+        torch.set_num_threads(1)
+        gpu = importlib.import_module("gpu")
 
-    def run(*options: str) -> str:
-        command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        def run(*options: str) -> str:
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                assert gpu.main(options) == 0
+            return printed.getvalue()
 
-    printed = run("--tiny", "--device", "cpu", "--json", str(file))
-    return json.loads(file.read_text()), printed, run("--render", str(file))
+        try:
+            printed = run("--tiny", "--device", "cpu", "--json", str(file))
+            return json.loads(file.read_text()), printed, run("--render", str(file))
+        finally:
+            gc.unfreeze()
+            torch.set_num_threads(threads)
+            forget_scripts()
+
+
+def forget_scripts() -> None:
+    """Have scripts of the folder imported anew."""
+    for name, module in list(sys.modules.items()):
+        if str(BENCHMARKS) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial):
     measured, _, _ = gpu_trial
+    held = {(row["dtype"], row["holding"]) for row in measured["rounds"]["rows"]}
+    assert held == {("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "as-loaded")}
     assert measured["failed"] == {} and measured["skipped"] == {} and measured["tiny"]
     assert measured["environment"]["device"]["name"] == "cpu"
     for row in measured["rounds"]["rows"]:
@@ -198,13 +219,7 @@ def importing(monkeypatch):
     """Import scripts of the folder by their names, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
-    ours = [
-        name
-        for name, module in sys.modules.items()
-        if str(BENCHMARKS) in str(getattr(module, "__file__", ""))
-    ]
-    for name in ours:
-        del sys.modules[name]
+    forget_scripts()
 
 
 def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monkeypatch, tmp_path):
