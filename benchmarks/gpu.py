@@ -1,7 +1,7 @@
 """The package on a GPU: exactness, a client's speed and memory, aggregation of an 8B round.
 
-    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 3B] [--only rounds residuals training
-    aggregation]
+    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 1B-nf4 3B] [--only rounds residuals
+    training aggregation]
                              [--device cuda] [--json FILE]         (`make bench-gpu`)
     python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too, in seconds
     python benchmarks/gpu.py --render FILE      Markdown for docs/appendix/performance.md
@@ -9,8 +9,8 @@
 No network is needed: weights of real shapes are drawn on the device. rounds: a small Llama is
 trained from scratch, then federated; exactness, applied share and exports, in float32 and bfloat16,
 with TF32 and without. residuals: what the forward of one layer gives of many small residuals.
-training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop, the plan, and the
-share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
+training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop (with `-nf4`, of
+QLoRA), the plan, and the share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
 on the device, on the CPU of the same machine, and the published way on the device. A size that
 would not end in time, judged by the one before, is left out and named. The file is written after
 every part: what is measured stays measured.
@@ -38,7 +38,15 @@ import torch
 import transformers
 from common import Target, environment, print_targets, write_json
 from gpu_aggregation import CLIENTS, LAYERS, measure_aggregation, ranks
-from gpu_models import SIZES, TINY, Budget, Size, describe_device, free_memory, scratch_folder
+from gpu_models import (
+    SIZES,
+    TINY_SIZES,
+    Budget,
+    Size,
+    describe_device,
+    free_memory,
+    scratch_folder,
+)
 from gpu_rounds import measure_residuals, measure_rounds, ways, write_trained_model
 from gpu_tables import tables
 from gpu_training import measure_size
@@ -219,7 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "8B", "3B"])
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=[*SIZES, *TINY_SIZES],
+        help="in this order [default: 1B 8B 1B-nf4 3B; with --tiny: tiny]",
+    )
     parser.add_argument(
         "--minutes", type=float, default=5.5, help="nothing is begun that would end later"
     )
@@ -248,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     # Memory is collected after every part; what was imported need not be searched each time.
     gc.freeze()
-    sizes = [TINY] if chosen.tiny else [SIZES[name] for name in chosen.sizes]
+    names = chosen.sizes or (["tiny"] if chosen.tiny else ["1B", "8B", "1B-nf4", "3B"])
+    sizes = [{**SIZES, **TINY_SIZES}[name] for name in names]
     report = Report(device, chosen.json, tiny=chosen.tiny)
     run_all(device, chosen.only, sizes, budget, report)
     report.keep()

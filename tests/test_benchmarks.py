@@ -176,6 +176,20 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial)
         )
 
 
+@pytest.mark.long
+def test_the_gpu_benchmark_trains_a_4_bit_base_beside_qlora(importing, tmp_path):
+    """The same codes and factors on both sides; what is merged lies beside the codes."""
+    training, models = importing("gpu_training"), importing("gpu_models")
+    size, device = models.TINY_SIZES["tiny-nf4"], torch.device("cpu")
+    numbers, targets = training.measure_size(size, tmp_path, device, models.Budget(1000))
+    assert numbers["size"] == "tiny, nf4" and numbers["planned"]["rest"] > 0
+    assert all(row["tokens_per_second"] > 0 for row in numbers["speed"])
+    assert numbers["round"]["evaluate_task"] is not None and targets
+    plain = training.plain_peft(size, tmp_path, device)
+    kinds = {type(module).__name__ for module in plain.modules()}
+    assert "Linear4bit" in kinds
+
+
 def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_model(gpu_trial):
     measured = gpu_trial[0]["aggregation"]
     assert {row["path"] for row in measured["modules"]} <= {
