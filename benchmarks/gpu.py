@@ -1,7 +1,7 @@
 """The package on a GPU: exactness, a client's speed and memory, aggregation of an 8B round.
 
-    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 3B] [--only rounds residuals training
-    aggregation]
+    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 1B-nf4 3B] [--only rounds residuals
+    training aggregation]
                              [--device cuda] [--json FILE]         (`make bench-gpu`)
     python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too, in seconds
     python benchmarks/gpu.py --render FILE      Markdown for docs/appendix/performance.md
@@ -9,8 +9,8 @@
 No network is needed: weights of real shapes are drawn on the device. rounds: a small Llama is
 trained from scratch, then federated; exactness, applied share and exports, in float32 and bfloat16,
 with TF32 and without. residuals: what the forward of one layer gives of many small residuals.
-training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop, the plan, and the
-share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
+training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop (with `-nf4`, of
+QLoRA), the plan, and the share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
 on the device, on the CPU of the same machine, and the published way on the device. A size that
 would not end in time, judged by the one before, is left out and named. The file is written after
 every part: what is measured stays measured.
@@ -19,6 +19,7 @@ every part: what is measured stays measured.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -36,9 +37,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 import torch
 import transformers
 from common import Target, environment, print_targets, write_json
-from gpu_aggregation import measure_aggregation
-from gpu_models import SIZES, TINY, Budget, Size, describe_device, free_memory, scratch_folder
-from gpu_rounds import measure_residuals, measure_rounds
+from gpu_aggregation import CLIENTS, LAYERS, measure_aggregation, ranks
+from gpu_models import (
+    SIZES,
+    TINY_SIZES,
+    Budget,
+    Size,
+    describe_device,
+    free_memory,
+    scratch_folder,
+)
+from gpu_rounds import measure_residuals, measure_rounds, ways, write_trained_model
 from gpu_tables import tables
 from gpu_training import measure_size
 from rich.console import Console
@@ -129,9 +138,7 @@ def run_all(
             folder / "cache"
         )  # of models that are gone afterwards
         if "rounds" in parts:
-            report.keep(
-                rounds=report.run("rounds", lambda: measure_rounds(folder, device, tiny=tiny))
-            )
+            run_rounds(device, folder, report)
         if "residuals" in parts:
             report.keep(
                 residuals=report.run(
@@ -141,11 +148,38 @@ def run_all(
         if "training" in parts:
             run_sizes(device, sizes, budget, RESERVE if "aggregation" in parts else 0.0, report)
         if "aggregation" in parts:
-            report.keep(
-                aggregation=report.run(
-                    "aggregation", lambda: measure_aggregation(device, budget, tiny=tiny)
-                )
-            )
+            run_aggregation(device, budget, report)
+
+
+def run_rounds(device: torch.device, folder: Path, report: Report) -> None:
+    """Measure the small federation in one way after the other."""
+    tiny = report.measured["tiny"]
+    pretrained = report.run(
+        "small model", lambda: (write_trained_model(folder / "base", device, tiny=tiny), [])
+    )
+    if pretrained is None:
+        return
+    rows: list[dict[str, Any]] = []
+    for way in ways(tiny=tiny):
+        row = report.run(way.name, partial(measure_rounds, folder, way, device, tiny=tiny))
+        if row:
+            rows.append(row)
+            report.keep(rounds={"pretrained": pretrained, "rows": rows})
+
+
+def run_aggregation(device: torch.device, budget: Budget, report: Report) -> None:
+    """Measure aggregations of one rank after the other."""
+    tiny = report.measured["tiny"]
+    modules: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
+    for rank in ranks(tiny=tiny):
+        name = f"aggregation, rank {rank}"
+        measured = report.run(name, partial(measure_aggregation, rank, device, budget, tiny=tiny))
+        if measured:
+            modules += measured["modules"]
+            rounds += measured["rounds"]
+            both = {"modules": modules, "rounds": rounds}
+            report.keep(aggregation={"clients": CLIENTS, "layers": LAYERS, **both})
 
 
 def run_sizes(
@@ -185,11 +219,20 @@ def run_sizes(
         report.keep(training=results)
 
 
-def main() -> int:
-    """Run the parts that are asked for, or render a file; return 1 if one failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that are asked for, or render a file; return 1 if one failed.
+
+    Args:
+        arguments: Of the command line; those of this process by default.
+    """
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1B", "8B", "3B"])
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=[*SIZES, *TINY_SIZES],
+        help="in this order [default: 1B 8B 1B-nf4 3B; with --tiny: tiny]",
+    )
     parser.add_argument(
         "--minutes", type=float, default=5.5, help="nothing is begun that would end later"
     )
@@ -201,7 +244,7 @@ def main() -> int:
     parser.add_argument(
         "--render", type=Path, help="print the Markdown of such a file, and measure nothing"
     )
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     if chosen.render:
         print(tables(json.loads(chosen.render.read_text())), end="")
         return 0
@@ -216,7 +259,10 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    sizes = [TINY] if chosen.tiny else [SIZES[name] for name in chosen.sizes]
+    # Memory is collected after every part; what was imported need not be searched each time.
+    gc.freeze()
+    names = chosen.sizes or (["tiny"] if chosen.tiny else ["1B", "8B", "1B-nf4", "3B"])
+    sizes = [{**SIZES, **TINY_SIZES}[name] for name in names]
     report = Report(device, chosen.json, tiny=chosen.tiny)
     run_all(device, chosen.only, sizes, budget, report)
     report.keep()

@@ -72,8 +72,13 @@ def error_of(updates: Sequence[LowRank], rank: int) -> float:
     return float(total.norm()) / norm
 
 
+def ranks(*, tiny: bool) -> tuple[int, int]:
+    """Return the ranks to measure."""
+    return (2, 4) if tiny else (16, 64)
+
+
 def measure_aggregation(
-    device: torch.device, budget: Budget, *, tiny: bool, repeats: int = 5
+    rank: int, device: torch.device, budget: Budget, *, tiny: bool, repeats: int = 5
 ) -> tuple[dict[str, Any], list[Target]]:
     """Time one module of each shape on every side, and a full round on the device if time allows.
 
@@ -82,37 +87,30 @@ def measure_aggregation(
     """
     rows: list[dict[str, Any]] = []
     rounds: list[dict[str, Any]] = []
-    for rank in (2, 4) if tiny else (16, 64):
-        dense: dict[str, dict[str, Any]] = {}
-        for kind in INPUTS:
-            mine = []
-            for name, (shape, count) in _shapes(tiny).items():
-                updates = draw(kind, shape, rank, device)
-                if name not in dense:
-                    dense[name] = _time_published(updates, device)
-                facts = {
-                    "module": name,
-                    "shape": shape,
-                    "count": count,
-                    "rank": rank,
-                    "input": kind,
-                }
-                row = _compare(updates, rank, device, 2 if tiny else repeats)
-                mine.append({**facts, **row, **dense[name]})
-            summary = _round_of(mine, rank, kind)
-            # making the adapters takes some time as well
-            if 2 * summary["device"] + 15 < budget.left():
-                summary["whole"] = time_whole_round(kind, rank, device, tiny=tiny)
-            rows += mine
-            rounds.append(summary)
-            free_memory(device)
-    numbers = {"clients": CLIENTS, "layers": LAYERS, "modules": rows, "rounds": rounds}
-    return numbers, _targets_of(rows, rounds)
+    dense: dict[str, dict[str, Any]] = {}
+    for kind in INPUTS:
+        mine = []
+        for name, (shape, count) in _shapes(tiny).items():
+            updates = draw(kind, shape, rank, device)
+            if name not in dense:
+                dense[name] = _time_published(updates, device)
+            facts = {"module": name, "shape": shape, "count": count, "rank": rank, "input": kind}
+            row = _compare(updates, rank, device, 2 if tiny else repeats)
+            mine.append({**facts, **row, **dense[name]})
+        summary = _round_of(mine, rank, kind)
+        # making the adapters takes some time as well
+        if 2 * summary["device"] + 15 < budget.left():
+            summary["whole"] = time_whole_round(kind, rank, device, tiny=tiny)
+        rows += mine
+        rounds.append(summary)
+        free_memory(device)
+    return {"modules": rows, "rounds": rounds}, _targets_of(rows, rounds)
 
 
 def _targets_of(rows: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]]) -> list[Target]:
     worst = max(row["error"] for row in rows)
-    targets = [Target.at_most("8B: error of adapter + residual, any module", 1e-6, worst)]
+    name = f"8B, rank {rounds[0]['rank']}: error of adapter + residual, any module"
+    targets = [Target.at_most(name, 1e-6, worst)]
     for row in rounds:
         what = f"8B, rank {row['rank']}, {row['input']}"
         of_published, of_cpu = (row[side] / row["device"] for side in ("published", "cpu"))

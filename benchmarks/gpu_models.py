@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Size:
         local_steps: Steps of a client's round.
         seconds: About what all of it takes on an H100, by which it is decided whether it still fits
             into the time.
+        quantization: `model.quantization`; the plain side loads it as QLoRA does.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Size:
     repeats: int
     local_steps: int
     seconds: float
+    quantization: str = "none"
 
     def llama(self) -> LlamaConfig:
         """Return the model's configuration."""
@@ -85,11 +87,17 @@ SIZES = {
     ),
 }
 """The shapes of Llama-3.2-1B and 3B and of Llama-3.1-8B."""
+for _name in list(SIZES):
+    SIZES[f"{_name}-nf4"] = replace(SIZES[_name], name=f"{_name}, nf4", quantization="nf4")
 
 TINY = Size(
     "tiny", _shape(64, 128, 2, 4, 2, tie_word_embeddings=False, vocab_size=128), 2, 16, 2, 2, 2, 5
 )
 """A shape that shows within seconds, and without a GPU, that everything runs."""
+TINY_SIZES = {
+    "tiny": TINY,
+    "tiny-nf4": replace(TINY, name="tiny, nf4", quantization="nf4"),
+}
 
 
 def write_model(

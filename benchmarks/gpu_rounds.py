@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def write_trained_model(folder: Path, device: torch.device, *, tiny: bool) -> di
         vocab_size=FIRST_ID + MODULUS,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2 if tiny else 4,
+        num_hidden_layers=1 if tiny else 4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -102,14 +103,49 @@ def write_trained_model(folder: Path, device: torch.device, *, tiny: bool) -> di
     return {"first_loss": report.first_loss, "last_loss": report.last_loss}
 
 
-def federation(base: Path, dtype: str, holding: str, device: torch.device, *, tiny: bool) -> Config:
+@dataclass(frozen=True)
+class Way:
+    """How the small model is held, and how float32 products are made.
+
+    Attributes:
+        dtype: Of the base.
+        holding: `model.adapted-weights`.
+        products: One of `PRECISIONS`.
+    """
+
+    dtype: str
+    holding: str
+    products: str
+
+    @property
+    def name(self) -> str:
+        """The name of its part, which is also that of its directory."""
+        return f"rounds-{self.dtype}-{self.holding}-{self.products}"
+
+
+def ways(*, tiny: bool) -> list[Way]:
+    """Return the ways to measure: all of them, or on tiny shapes every kind of holding once."""
+    held = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "as-loaded"))
+    precisions: tuple[tuple[str, ...], ...] = (PRECISIONS,) * len(held)
+    if tiny:
+        # TF32 with the adapted modules in float32, where it would show on a GPU.
+        precisions = (("highest",), ("high",), ("highest",))
+    found = []
+    for (dtype, holding), wanted in zip(held, precisions, strict=True):
+        found += [Way(dtype, holding, precision) for precision in wanted]
+    return found
+
+
+def federation(base: Path, way: Way, device: torch.device, *, tiny: bool) -> Config:
     """Return the settings of the rounds that are run on the small model."""
     tables = {
         "model": {
             "name": str(base),
-            "dtype": dtype,
+            "dtype": way.dtype,
             "device": str(device),
-            "adapted-weights": holding,
+            "adapted-weights": way.holding,
+            # Loading a model sets the precision of this process.
+            "tf32": way.products != "highest",
         },
         "lora": {"rank": 4 if tiny else 8, "lora-alpha": 16.0, "target-modules": LINEAR},
         "training": {
@@ -260,43 +296,30 @@ def _apart(got: Tensor, wanted: Tensor) -> float:
 
 
 def measure_rounds(
-    folder: Path, device: torch.device, *, tiny: bool
+    folder: Path, way: Way, device: torch.device, *, tiny: bool
 ) -> tuple[dict[str, Any], list[Target]]:
-    """Run the small federation in float32 and bfloat16, with products in float32 and in TF32.
-
-    The adapted modules of the bfloat16 base are held in float32, and as they were loaded.
-    """
-    pretrained = write_trained_model(folder / "base", device, tiny=tiny)
-    rows: list[dict[str, Any]] = []
-    targets: list[Target] = []
-    held = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "as-loaded"))
-    for dtype, holding in held:
-        for precision in PRECISIONS:
-            config = federation(folder / "base" / dtype, dtype, holding, device, tiny=tiny)
-            out = folder / f"run-{dtype}-{holding}-{precision}"
-            with float32_products(precision):
-                model, local, metrics = run_federation(config, out, 2 if tiny else 3)
-                share, error = forward_share(local, model)
-            with float32_products("highest"):
-                exports = compare_exports(local, model, out, device)
-            done = [row for row in metrics if row["round"]]
-            row = {
-                "dtype": dtype,
-                "holding": holding,
-                "products": precision,
-                "rounds": len(done),
-                "clients": len(done[-1]["accepted"]),
-                "loss": [done[0]["train_loss"], done[-1]["train_loss"]],
-                "exactness_error": max(row["exactness_error"] for row in done),
-                "applied_share": min(row["applied_share"] for row in done),
-                "forward_share": share,
-                "forward_error": error,
-                **exports,
-            }
-            rows.append(row)
-            if precision == "highest":  # TF32 has no target
-                targets += _targets_of(row)
-    return {"pretrained": pretrained, "rows": rows}, targets
+    """Run the small federation in one way, on the model that `write_trained_model` wrote there."""
+    config = federation(folder / "base" / way.dtype, way, device, tiny=tiny)
+    out = folder / way.name
+    with float32_products(way.products):
+        model, local, metrics = run_federation(config, out, 2 if tiny else 3)
+        share, error = forward_share(local, model)
+    with float32_products("highest"):
+        exports = compare_exports(local, model, out, device)
+    done = [row for row in metrics if row["round"]]
+    row = {
+        **asdict(way),
+        "rounds": len(done),
+        "clients": len(done[-1]["accepted"]),
+        "loss": [done[0]["train_loss"], done[-1]["train_loss"]],
+        "exactness_error": max(row["exactness_error"] for row in done),
+        "applied_share": min(row["applied_share"] for row in done),
+        "forward_share": share,
+        "forward_error": error,
+        **exports,
+    }
+    # TF32 has no target.
+    return row, _targets_of(row) if way.products == "highest" else []
 
 
 def _targets_of(row: Mapping[str, Any]) -> list[Target]:
@@ -342,7 +365,7 @@ def measure_residuals(
     blobs = _residuals(size, 50, float(stored.float().norm()), generator)
     x = torch.randn(64 if tiny else 1024, size, generator=generator).bfloat16().float().to(device)
 
-    before = {name: _forward(layer, x, way).double() for name, way in _ways(device).items()}
+    before = {name: _forward(layer, x, way).double() for name, way in _products(device).items()}
     rows: list[dict[str, Any]] = []
     targets: list[Target] = []
     total = torch.zeros(size, size, dtype=torch.float64, device=device)
@@ -352,7 +375,7 @@ def measure_residuals(
             continue
         merged.apply(blobs[:count])
         wanted = x.double() @ total.mT
-        for name, way in _ways(device).items():
+        for name, way in _products(device).items():
             share, error = share_and_error(
                 [_forward(layer, x, way).double() - before[name]], [wanted]
             )
@@ -377,7 +400,7 @@ def measure_residuals(
 
     tokens = torch.randn(64 if tiny else 4096, size, generator=generator).to(device, torch.bfloat16)
     sides: dict[str, Callable[[], Any]] = {
-        name: partial(_forward, on_client, tokens, way) for name, way in _ways(device).items()
+        name: partial(_forward, on_client, tokens, way) for name, way in _products(device).items()
     }
     sides[BESIDE] = partial(_forward, branched, tokens, nullcontext)
     sides[NOTHING_MERGED] = partial(_forward, narrow, tokens, nullcontext)
@@ -388,14 +411,14 @@ def measure_residuals(
 NOTHING_MERGED = "bfloat16 weight, nothing merged"
 BESIDE = "as loaded, with a branch"
 AFTERWARDS = "a branch added to bfloat16 outputs"
-Way = Callable[[], AbstractContextManager[Any]]
+Products = Callable[[], AbstractContextManager[Any]]
 
 
 def _layer(size: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     return nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
 
 
-def _ways(device: torch.device) -> dict[str, Way]:
+def _products(device: torch.device) -> dict[str, Products]:
     return {
         "float32": nullcontext,
         "TF32": partial(float32_products, "high"),
@@ -403,7 +426,7 @@ def _ways(device: torch.device) -> dict[str, Way]:
     }
 
 
-def _forward(layer: nn.Module, x: Tensor, way: Way) -> Tensor:
+def _forward(layer: nn.Module, x: Tensor, way: Products) -> Tensor:
     with torch.no_grad(), way():
         output: Tensor = layer(x)
     return output

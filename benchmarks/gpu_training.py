@@ -29,7 +29,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
 from training_speed import new_optimizer, padded_loss, step
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedmomentum import FedMomentum, LowRank
 from fedmomentum.client.client import Client
@@ -60,7 +60,12 @@ CLIENT_TF32 = "client, train(), TF32 allowed"
 def settings_of(size: Size, folder: Path, device: torch.device) -> Config:
     """Return the settings of a client that trains LoRA on all linear modules of a bfloat16 base."""
     tables = {
-        "model": {"name": str(folder), "dtype": "bfloat16", "device": str(device)},
+        "model": {
+            "name": str(folder),
+            "dtype": "bfloat16",
+            "device": str(device),
+            "quantization": size.quantization,
+        },
         "lora": {"rank": RANK, "lora-alpha": 2.0 * RANK, "target-modules": LINEAR},
         "training": {
             "optimizer-state": "fresh",
@@ -82,13 +87,25 @@ def random_examples(size: Size, vocabulary: int) -> TokenizedExamples:
     )
 
 
-def plain_peft(folder: Path, device: torch.device) -> Any:
-    """Load the base in bfloat16 and put a LoRA adapter on it, as PEFT's documentation has it."""
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def plain_peft(size: Size, folder: Path, device: torch.device) -> Any:
+    """Load the base in bfloat16 and put a LoRA adapter on it, as PEFT's documentation has it.
+
+    In 4 bits it is QLoRA: NF4 with its scales quantized, and products in bfloat16.
+    """
+    quantized: dict[str, Any] = {}
+    if size.quantization == "nf4":
+        quantized["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        quantized["device_map"] = {"": device}
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **quantized)
     config = PeftLoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, task_type="CAUSAL_LM"
     )
-    return get_peft_model(base.to(device), config)
+    return get_peft_model(base if quantized else base.to(device), config)
 
 
 def plain_training(
@@ -127,7 +144,7 @@ def measure_size(
     numbers["client"] = memory
     numbers["planned"] = planned_memory(config, size)
     plain, memory = _load_and_train(
-        lambda: plain_peft(folder, device),
+        lambda: plain_peft(size, folder, device),
         lambda model: plain_training(model, examples, size.steps, device),
         device,
     )
@@ -239,19 +256,22 @@ def compare_speed(
 
 
 class Stopwatch:
-    """Seconds spent in some functions."""
+    """Seconds spent in some functions, the device's work that they begin included."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, its calls counted under `name`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize(self._device)
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
+                synchronize(self._device)
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
         return call
@@ -273,7 +293,7 @@ def measure_round(
     """
     method = FedMomentum()
     model = _second_round(local, method)
-    watch = Stopwatch()
+    watch = Stopwatch(device)
     for name in ("load_global_model", "probes", "applied_fraction"):
         setattr(local, name, watch.timed(name, getattr(local, name)))
     client = Client(

@@ -1,13 +1,15 @@
 """`python benchmarks` runs every script, and says of all of them what was met and what failed."""
 
+import contextlib
+import gc
 import importlib
 import importlib.util
+import io
 import json
 import math
-import os
 import re
-import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,27 +96,46 @@ def test_the_gpu_is_measured_where_there_is_one(runner, monkeypatch):
 
 @pytest.fixture(scope="module")
 def gpu_trial(tmp_path_factory):
-    """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that."""
+    """What `gpu.py --tiny` writes and prints on this machine's CPU, and what it renders of that.
+
+    In this process: to import the libraries once more would take longer than all of its parts.
+    """
     file = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(BENCHMARKS.parent),
-        "COLUMNS": "150",
-        "OMP_NUM_THREADS": "1",
-    }
+    threads = torch.get_num_threads()
+    patched = pytest.MonkeyPatch.context()
+    with patched as patch, warnings.catch_warnings(), torch.random.fork_rng([]):
+        patch.setenv("COLUMNS", "150")
+        patch.setenv("FEDMOMENTUM_CACHE", "")  # the script sets it; afterwards it is as it was
+        patch.syspath_prepend(BENCHMARKS)
+        torch.set_num_threads(1)
+        gpu = importlib.import_module("gpu")
 
-    def run(*options: str) -> str:
-        command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        def run(*options: str) -> str:
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                assert gpu.main(options) == 0
+            return printed.getvalue()
 
-    printed = run("--tiny", "--device", "cpu", "--json", str(file))
-    return json.loads(file.read_text()), printed, run("--render", str(file))
+        try:
+            printed = run("--tiny", "--device", "cpu", "--json", str(file))
+            return json.loads(file.read_text()), printed, run("--render", str(file))
+        finally:
+            gc.unfreeze()
+            torch.set_num_threads(threads)
+            forget_scripts()
+
+
+def forget_scripts() -> None:
+    """Have scripts of the folder imported anew."""
+    for name, module in list(sys.modules.items()):
+        if str(BENCHMARKS) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial):
     measured, _, _ = gpu_trial
+    held = {(row["dtype"], row["holding"]) for row in measured["rounds"]["rows"]}
+    assert held == {("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "as-loaded")}
     assert measured["failed"] == {} and measured["skipped"] == {} and measured["tiny"]
     assert measured["environment"]["device"]["name"] == "cpu"
     for row in measured["rounds"]["rows"]:
@@ -153,6 +174,20 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial)
             0 < task["probes_share"] < 1
             and task["merging"] + task["training"] + task["probes"] < task["whole"]
         )
+
+
+@pytest.mark.long
+def test_the_gpu_benchmark_trains_a_4_bit_base_beside_qlora(importing, tmp_path):
+    """The same codes and factors on both sides; what is merged lies beside the codes."""
+    training, models = importing("gpu_training"), importing("gpu_models")
+    size, device = models.TINY_SIZES["tiny-nf4"], torch.device("cpu")
+    numbers, targets = training.measure_size(size, tmp_path, device, models.Budget(1000))
+    assert numbers["size"] == "tiny, nf4" and numbers["planned"]["rest"] > 0
+    assert all(row["tokens_per_second"] > 0 for row in numbers["speed"])
+    assert numbers["round"]["evaluate_task"] is not None and targets
+    plain = training.plain_peft(size, tmp_path, device)
+    kinds = {type(module).__name__ for module in plain.modules()}
+    assert "Linear4bit" in kinds
 
 
 def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_model(gpu_trial):
@@ -198,13 +233,7 @@ def importing(monkeypatch):
     """Import scripts of the folder by their names, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
-    ours = [
-        name
-        for name, module in sys.modules.items()
-        if str(BENCHMARKS) in str(getattr(module, "__file__", ""))
-    ]
-    for name in ours:
-        del sys.modules[name]
+    forget_scripts()
 
 
 def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monkeypatch, tmp_path):

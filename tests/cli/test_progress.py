@@ -1,7 +1,11 @@
-"""What the terminal shows at a run's end."""
+"""What the terminal shows during a run and at its end."""
 
+import io
 from types import SimpleNamespace
 
+from rich.console import Console
+
+from fedmomentum.cli.progress import RunView
 from fedmomentum.cli.tables import summary_table
 from fedmomentum.formats.round_record import EvaluationRecord, RoundRecord
 from fedmomentum.formats.scores import Score
@@ -31,3 +35,23 @@ def test_of_many_categories_the_losers_and_the_winners_are_shown():
 
 def test_few_categories_are_all_shown_in_their_order():
     assert [str(cell) for cell in shown([5, 1, 9])] == ["all", "c00", "c01", "c02", "a"]
+
+
+def test_clients_that_train_at_the_same_time_share_a_bar():
+    view = RunView(Console(file=io.StringIO()), 2)
+
+    def bar():
+        task = view._progress.tasks[view._step_bar]
+        return task.description.strip(), task.completed, task.total
+
+    view.on_step("north", 1, 4, 0.5)
+    assert bar() == ("north", 1, 4)
+    view.on_step("south", 2, 6, 0.5)
+    assert bar() == ("north, south", 3, 10)
+    view.on_step("north", 4, 4, 0.5)
+    assert bar() == ("north, south", 6, 10)
+    view.on_step("south", 3, 6, 0.5)
+    assert bar() == ("south", 3, 6)
+    view.on_round_begin(2, ["north", "south"])  # south has failed
+    view.on_step("north", 1, 4, 0.5)
+    assert bar() == ("north", 1, 4)
