@@ -11,7 +11,7 @@ import typer
 from fedmomentum.cli import adapters, benchmark, files, models, network, run
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
-from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
+from fedmomentum.utils.process import INTERRUPTION, tune_malloc
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -56,7 +56,6 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     INTERRUPTION.listen()
     tune_malloc()
-    quiet_advice()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # if it is not set, tokenizers warn whenever a process is started
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

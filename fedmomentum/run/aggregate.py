@@ -12,7 +12,8 @@ import torch
 
 from fedmomentum.aggregation.aggregate import aggregate_adapters
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.errors import ConfigError
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
+from fedmomentum.global_model.base_of import base_of_adapter
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import rank_bound
@@ -21,6 +22,7 @@ from fedmomentum.lora.peft_folder import read_adapter
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.method import Method
+    from fedmomentum.lora.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def aggregate_directories(
     if lora_alpha is not None and not 0 < lora_alpha < math.inf:
         raise ConfigError(f"--lora-alpha must be a number above 0; got {lora_alpha:g}")
     adapters = [read_adapter(directory) for directory in directories]
+    base = _common_base(directories, adapters)
     if rank is None:
         rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
     scaling = None if lora_alpha is None else lora_alpha / rank
@@ -74,10 +77,8 @@ def aggregate_directories(
 
     # adapters on disk are in float32, whatever the aggregation computed in
     modules = {name: matrix.to(torch.float32) for name, matrix in aggregate.adapter.modules.items()}
-    base_config = adapters[0].config
-    base_name = str(base_config.get("base_model_name_or_path") or "unknown")
     model = GlobalModel(
-        base=BaseIdentity(base_name, base_config.get("revision")),
+        base=base,
         adapter=replace(
             aggregate.adapter,
             modules=modules,
@@ -91,3 +92,27 @@ def aggregate_directories(
     )
     residual_rank = max(map(rank_bound, aggregate.residual.values()), default=0)
     return AggregatedDirectories(model, len(adapters), rank, residual_rank)
+
+
+def _common_base(directories: Sequence[Path], adapters: Sequence[Adapter]) -> BaseIdentity:
+    """Return the base model of all adapters: the first that is known by more than its name.
+
+    Raises:
+        AdapterError: If two adapters are for different base models, or for one base model that was
+            quantized differently.
+    """
+    bases = []
+    for directory, adapter in zip(directories, adapters, strict=True):
+        bases.append(base_of_adapter(directory, adapter))
+    known = [number for number, base in enumerate(bases) if base.sha256]
+    if not known:
+        return bases[0] if bases[0].name else replace(bases[0], name="unknown")
+    first = known[0]
+    for number in known[1:]:
+        try:
+            bases[first].check(bases[number])
+        except ModelError as error:
+            raise AdapterError(
+                f"{directories[first]} and {directories[number]} do not fit together: {error}"
+            ) from error
+    return bases[first]
