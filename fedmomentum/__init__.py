@@ -7,6 +7,8 @@ The names below are the public ones. They are imported when they are first used,
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.utils.process import quiet_advice
+
 if TYPE_CHECKING:
     from fedmomentum.aggregation import METHODS as METHODS
     from fedmomentum.aggregation import AggregationContext as AggregationContext
@@ -60,6 +62,9 @@ _MODULES = {
 }
 """Public name to the module that defines it."""
 __all__ = list(_MODULES)
+
+# Before any of them imports transformers or PEFT, which import what else is installed.
+quiet_advice()
 
 
 def __getattr__(name: str) -> Any:

@@ -501,6 +501,23 @@ def test_what_is_said_of_a_gpu_is_what_was_measured_on_one(monkeypatch):
         assert importlib.import_module("gpu_tables").tables(measured).strip() in text
 
 
+def test_the_figures_of_quantization_are_those_of_the_committed_numbers(monkeypatch):
+    text = (ROOT / "docs" / "quantization.md").read_text()
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    quantization = importlib.import_module("quantization")
+    for table in quantization.tables().values():
+        assert table in text
+    # What the text says of it is true of the numbers.
+    numbers = json.loads(quantization.NUMBERS.read_text())
+    held = numbers["holding"]
+    assert all(held[name]["share"] < 0.01 for name in held if "nf4" in name or "int8," in name)
+    assert held["bfloat16 and D in 8 bits"]["error"] < 0.01
+    logits = numbers["logits"]
+    stock = logits.pop("bitsandbytes' own int8")
+    assert stock["padding"] > 0.01 and stock["quantization"] > 2 * logits["int8"]["quantization"]
+    assert all(row["padding"] < 1e-5 for row in logits.values())
+
+
 def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatch):
     text, folder = (APPENDIX / "performance.md").read_text(), APPENDIX / "performance"
     monkeypatch.syspath_prepend(ROOT / "experiments")

@@ -266,6 +266,18 @@ def find_skipped(
     return sorted(re.escape(path) for path in skipped)
 
 
+def find_unquantized(model: Any) -> list[str]:
+    """Return the linear layers of a loaded model that are not quantized; none if none is."""
+    quantized = dict(quantized_layers(model))
+    if not quantized:
+        return []
+    paths = []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and path not in quantized:
+            paths.append(path)
+    return sorted(paths)
+
+
 def _row_size(module: nn.Module) -> int:
     """Return the number of inputs of a linear layer; 0 for other modules."""
     if isinstance(module, nn.Linear):

@@ -59,16 +59,16 @@ class WeightSource:
     sums: Sequence[MatrixSum] = ()
     rounded_to: torch.dtype | None = None
 
-    def read(self) -> Tensor:
-        """Return the parameter in float32, on the CPU."""
+    def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the parameter on the CPU, made in float32 and cast to `dtype`."""
         # What is changed is a copy, in the parameter's own layout: its sums have the same bits as
         # those of a live weight.
         weight = self.stored.to(torch.float32, copy=bool(self.sums))
         for added in self.sums:
             added.add_to(weight)
         if self.rounded_to is not None:
-            weight = weight.to(self.rounded_to).to(torch.float32)
-        return weight
+            weight = weight.to(self.rounded_to)
+        return weight.to(dtype)
 
     def of_expert(self, number: int) -> WeightSource:
         """Return the source of one expert's slice of a 3-D parameter."""
@@ -118,7 +118,7 @@ class StreamedTensor(Tensor):
 
     def read(self) -> Tensor:
         """Return an ordinary tensor of the same numbers, dtype and device."""
-        return self.source.read().to(device=self.device, dtype=self.dtype)
+        return self.source.read(self.dtype).to(self.device)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

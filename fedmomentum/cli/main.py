@@ -13,7 +13,7 @@ from fedmomentum.cli import adapters, benchmark, demo, files, models, network, r
 from fedmomentum.cli.data import data
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
-from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
+from fedmomentum.utils.process import INTERRUPTION, tune_malloc
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -63,7 +63,6 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     INTERRUPTION.listen()
     tune_malloc()
-    quiet_advice()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # if it is not set, tokenizers warn whenever a process is started
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

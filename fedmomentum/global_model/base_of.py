@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.classifier import set_pad_token
+from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.loading import load_base, load_tokenizer
 from fedmomentum.base_model.streamed import load_parameters
 from fedmomentum.errors import AdapterError
+from fedmomentum.formats.adapter_base import read_adapter_base
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +47,21 @@ def num_labels(model: GlobalModel) -> int | None:
         if leaf == "weight" and module.rpartition(".")[2] in OUTPUT_NAMES:
             return int(tensor.shape[0])
     raise AdapterError("the adapter is of a sequence classifier but saves no classification head")
+
+
+def base_of_adapter(directory: Path, adapter: Adapter) -> BaseIdentity:
+    """Return the base model of an adapter's directory.
+
+    An export of this package says which one it is; of any other adapter only the name is known.
+
+    Raises:
+        AdapterError: If the file that says so is damaged.
+    """
+    base = read_adapter_base(directory)
+    if base is not None:
+        return BaseIdentity.of(base)
+    name = str(adapter.config.get("base_model_name_or_path") or "")
+    return BaseIdentity(name, adapter.config.get("revision"))
 
 
 def load_base_of(

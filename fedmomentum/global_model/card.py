@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.utils.io import write_atomically
 
 if TYPE_CHECKING:
+    from fedmomentum.base_model.identity import BaseIdentity
     from fedmomentum.global_model.model import GlobalModel
 
-# How stock transformers quantizes a base on loading, by the kind of quantization.
+# How stock transformers quantizes a base on loading, by the kind of quantization: the class that
+# says so, its arguments, and the one that names modules to leave alone.
 _CONFIGS = {
     "nf4": (
-        'BitsAndBytesConfig(\n        load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-        "bnb_4bit_use_double_quant=True\n    )"
+        "BitsAndBytesConfig",
+        'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+        "llm_int8_skip_modules",
     ),
-    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
-    "torchao-int8": "TorchAoConfig(Int8WeightOnlyConfig())",
+    "int8": ("BitsAndBytesConfig", "load_in_8bit=True", "llm_int8_skip_modules"),
+    "torchao-int8": ("TorchAoConfig", "Int8WeightOnlyConfig()", "modules_to_not_convert"),
 }
 
 
 def write_card(
-    model: GlobalModel, out: Path, library: str, load: str, *, is_dequantized: bool = False
+    model: GlobalModel,
+    out: Path,
+    library: str,
+    load: str,
+    *,
+    is_dequantized: bool = False,
+    unquantized: Sequence[str] = (),
 ) -> None:
     """Write the model card of an export.
 
@@ -33,6 +43,7 @@ def write_card(
         library: `peft` or `transformers`.
         load: The line of code that loads the export.
         is_dequantized: Whether the base was quantized, and merged into what it dequantizes to.
+        unquantized: Of a base that is quantized on loading, the linear layers that are not.
     """
     base = model.base
     is_adapter_directory = library == "peft"
@@ -47,9 +58,7 @@ def write_card(
         if is_adapter_directory:
             head = (
                 "\nThe base is a sequence classifier with the labels in this order; its head is in "
-                "the adapter:\n\n```python\nbase = "
-                f"AutoModelForSequenceClassification.from_pretrained(\n    {base.name!r}, "
-                f"num_labels={len(names)}, id2label={names}\n)\n```\n"
+                "the adapter.\n"
             )
     if base.quantization is not None:
         labels += f"| base quantized on loading | {base.quantization} |\n"
@@ -60,10 +69,11 @@ def write_card(
         )
     elif base.quantization is not None:
         head += (
-            "\nIt was trained on the base model as it is when quantized on loading:\n\n```python\n"
-            f"base = AutoModelForCausalLM.from_pretrained(\n    {base.name!r}, "
-            f"quantization_config={_CONFIGS[base.quantization.kind]}\n)\n```\n"
+            "\nIt was trained on the base model as it is when quantized on loading. On the base as "
+            "it is stored it gives other answers.\n"
         )
+    if is_adapter_directory:
+        head += _loading(base, load, unquantized)
     card = f"""---
 library_name: {library}
 base_model: {base.name}
@@ -87,6 +97,32 @@ Made with fedmomentum: several clients fine-tuned one model with LoRA on data th
 This directory is the complete result{addition}: `{load}`.
 {head}"""
     write_atomically(out / "README.md", card.encode())
+
+
+def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
+    """Return the code that loads an adapter on its base with stock libraries."""
+    kind = "AutoModelForSequenceClassification" if base.labels else "AutoModelForCausalLM"
+    imports = ["from peft import PeftModel"]
+    lines = [f"    {base.name!r},"]
+    if base.labels:
+        lines.append(f"    num_labels={len(base.labels)},")
+        lines.append(f"    id2label={dict(enumerate(base.labels))},")
+    if base.quantization is not None:
+        config, arguments, skip = _CONFIGS[base.quantization.kind]
+        imports.append(f"from transformers import {kind}, {config}")
+        if config == "TorchAoConfig":
+            imports.append("from torchao.quantization import Int8WeightOnlyConfig")
+        lines.append(f"    quantization_config={config}(")
+        lines.append(f"        {arguments},")
+        if unquantized:
+            # The libraries take names for patterns.
+            patterns = [re.escape(path) for path in unquantized]
+            lines.append(f"        {skip}={patterns!r},")
+        lines.append("    ),")
+    else:
+        imports.append(f"from transformers import {kind}")
+    call = [f"base = {kind}.from_pretrained(", *lines, ")", f"model = {load}"]
+    return "\n```python\n" + "\n".join([*imports, "", *call]) + "\n```\n"
 
 
 def _cell(text: str) -> str:

@@ -8,7 +8,7 @@ run's model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
+from fedmomentum.formats.adapter_base import write_adapter_base
 from fedmomentum.global_model.card import write_card
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
@@ -47,11 +48,13 @@ class _Reference:
         tokens: One row of tokens.
         logits: Its logits for them.
         is_rounded: Whether a quantized base held in 8 bits what was merged.
+        unquantized: The base's linear layers that are not quantized.
     """
 
     tokens: Tensor
     logits: Tensor
     is_rounded: bool
+    unquantized: Sequence[str] = ()
 
 
 def require_empty_directory(out: Path) -> None:
@@ -111,7 +114,11 @@ def export_adapter(
         _check_written(adapter, temporary)
         if base_directory is not None:
             _copy_tokenizer(base_directory, temporary)
-        write_card(model, temporary, "peft", f"PeftModel.from_pretrained(base, {out.name!r})")
+        if model.base.sha256:
+            write_adapter_base(model.base.record(), temporary)
+        load = f"PeftModel.from_pretrained(base, {out.name!r})"
+        unquantized = reference.unquantized if reference is not None else ()
+        write_card(model, temporary, "peft", load, unquantized=unquantized)
         if base_directory is None or reference is None:
             return None
         return _read_back_adapter(
@@ -122,13 +129,15 @@ def export_adapter(
 def _reference_logits(model: GlobalModel, base_directory: Path, device: torch.device) -> _Reference:
     """Compute the logits of the run's model, and free it."""
     from fedmomentum.base_model.loading import tied_names
+    from fedmomentum.base_model.quantization import find_unquantized
     from fedmomentum.global_model.base_of import load_base_of
 
     base = load_base_of(model, base_directory, None, device)
+    unquantized = find_unquantized(base)
     reference, _ = _compute_as_trained(model, base, base_directory, tied_names(base))
     del base
     gc.collect()
-    return reference
+    return replace(reference, unquantized=unquantized)
 
 
 def _compute_as_trained(

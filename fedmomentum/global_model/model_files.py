@@ -24,7 +24,7 @@ from fedmomentum.base_model.streamed import StreamedTensor
 from fedmomentum.utils.io import write_json
 
 CPU = torch.device("cpu")
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**29
 """Of weights in one file, unless a single one is larger."""
 
 

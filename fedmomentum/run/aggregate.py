@@ -13,7 +13,8 @@ import torch
 from fedmomentum.aggregation.aggregate import aggregate_adapters
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.skeleton import load_skeleton
-from fedmomentum.errors import AdapterError, ConfigError
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
+from fedmomentum.global_model.base_of import base_of_adapter
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import rank_bound
@@ -80,6 +81,9 @@ def aggregate_directories(
         adapters.append(with_base(read_adapter(directory), base, revision))
     if base and Path(base).is_dir():
         check_shapes(adapters, Path(base))
+    identity = _common_base(directories, adapters)
+    if base:
+        identity = replace(identity, name=base, revision=revision or None)
     if rank is None:
         rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
     scaling = None if lora_alpha is None else lora_alpha / rank
@@ -87,10 +91,8 @@ def aggregate_directories(
 
     # adapters on disk are in float32, whatever the aggregation computed in
     modules = {name: matrix.to(torch.float32) for name, matrix in aggregate.adapter.modules.items()}
-    base_config = adapters[0].config
-    base_name = str(base_config.get("base_model_name_or_path") or "unknown")
     model = GlobalModel(
-        base=BaseIdentity(base_name, base_config.get("revision")),
+        base=identity,
         adapter=replace(
             aggregate.adapter,
             modules=modules,
@@ -132,3 +134,27 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
                     f"{adapter.name} adapts {module} ({matrix.shape[0]} x {matrix.shape[1]}), "
                     f"which {directory} {found}; it is of another model than --base names"
                 )
+
+
+def _common_base(directories: Sequence[Path], adapters: Sequence[Adapter]) -> BaseIdentity:
+    """Return the base model of all adapters: the first that is known by more than its name.
+
+    Raises:
+        AdapterError: If two adapters are for different base models, or for one base model that was
+            quantized differently.
+    """
+    bases = []
+    for directory, adapter in zip(directories, adapters, strict=True):
+        bases.append(base_of_adapter(directory, adapter))
+    known = [number for number, base in enumerate(bases) if base.sha256]
+    if not known:
+        return bases[0] if bases[0].name else replace(bases[0], name="unknown")
+    first = known[0]
+    for number in known[1:]:
+        try:
+            bases[first].check(bases[number])
+        except ModelError as error:
+            raise AdapterError(
+                f"{directories[first]} and {directories[number]} do not fit together: {error}"
+            ) from error
+    return bases[first]

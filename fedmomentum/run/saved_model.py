@@ -16,7 +16,6 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.client_adapters import client_start, with_fixed_residual
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.hub import resolve_base
-from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
 from fedmomentum.formats.directories import (
     ADAPTER_CONFIG,
@@ -25,6 +24,7 @@ from fedmomentum.formats.directories import (
     read_manifest,
     retained_rounds,
 )
+from fedmomentum.global_model.base_of import base_of_adapter
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.personal import PersonalFactors, check_factor, personal_states
 from fedmomentum.linalg.low_rank import LowRank
@@ -149,10 +149,7 @@ def open_result(
     if is_adapter_directory(path):
         _refuse_choices(path, "a PEFT adapter", server_round, client)
         adapter = read_adapter(path)
-        name = str(adapter.config.get("base_model_name_or_path") or "")
-        return Result(
-            path, GlobalModel(BaseIdentity(name, adapter.config.get("revision")), adapter)
-        )
+        return Result(path, GlobalModel(base_of_adapter(path, adapter), adapter))
     # A global model, or a round of a run.
     file = find_manifest(path, server_round)
     model = GlobalModel.load(path, server_round)

@@ -87,7 +87,6 @@ def installed_version(package: str) -> str:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep other libraries' progress bars and advice off the terminal; errors still show."""
-    quiet_advice()
     import datasets
     import transformers
 
@@ -103,9 +102,15 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def quiet_advice() -> None:
-    """Keep what libraries of quantized weights write on import off the terminal."""
+    """Keep what libraries of quantized weights write on import off the terminal.
+
+    transformers and PEFT import them wherever they are installed. A level that the user has set
+    stays.
+    """
     for name in ADVISING_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
 
 
 def tune_malloc() -> None:

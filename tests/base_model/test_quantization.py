@@ -395,7 +395,7 @@ def test_a_device_without_the_quantization_is_refused_by_name(folder):
 
 
 def test_importing_bitsandbytes_fetches_no_code(tmp_path):
-    """With `kernels` installed, its import asks the model hub for a compiled extension."""
+    """With `kernels` installed, its import asks the model hub for a compiled extension; and it writes advice."""
     (tmp_path / "kernels.py").write_text(
         "def get_kernel(*names, **_):\n    print('ASKED FOR', *names)\n    raise OSError\n"
     )
@@ -410,3 +410,4 @@ def test_importing_bitsandbytes_fetches_no_code(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert "ASKED FOR" not in done.stdout and str(tmp_path) in done.stdout
+    assert not done.stderr

@@ -1,6 +1,9 @@
 """Runs on quantized bases: exact, resumable, exported as what they are, and one quantization for all parties."""
 
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +14,17 @@ from transformers import (
     TorchAoConfig,
 )
 
+from fedmomentum import FedMomentum
 from fedmomentum.base_model.loading import load_base
 from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.errors import AdapterError, ConfigError, ModelError, QuorumError
+from fedmomentum.formats.adapter_base import BASE_FILE
+from fedmomentum.global_model.base_of import load_base_of
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.protocol.transport import InProcessTransport
+from fedmomentum.run.aggregate import aggregate_directories
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.evaluate import evaluate_on
 from fedmomentum.run.inference import LoadSettings
@@ -161,7 +168,9 @@ def test_a_run_trains_in_bfloat16(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_out_gives_the_global_models_logits(folder, finished, tmp_path, kind):
+def test_every_way_out_gives_the_global_models_logits(
+    folder, finished, tmp_path, kind, monkeypatch
+):
     run = finished(kind)
     model = GlobalModel.load(run)
     wanted = dense_logits(folder, kind, run)
@@ -183,8 +192,84 @@ def test_every_way_out_gives_the_global_models_logits(folder, finished, tmp_path
     export_adapter(model, tmp_path / "adapter", base_directory=folder / "base")
     adapted = PeftModel.from_pretrained(stock_base(folder, kind), tmp_path / "adapter")
     assert distance(logits(adapted), wanted) < (0.03 if kind == "int8" else 1e-5)
-    card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "quantization_config=" in card
+    monkeypatch.chdir(tmp_path)
+    by_card = model_of_card(tmp_path / "adapter" / "README.md")
+    assert torch.equal(logits(by_card), logits(adapted))
+
+
+def model_of_card(card):
+    """Run the code in a model card, as a user would."""
+    code = re.search(r"```python\n(.*?)```", card.read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code, names)
+    for layer in names["model"].modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return names["model"].eval()
+
+
+def test_the_card_of_a_classifier_names_what_is_not_quantized(tmp_path, monkeypatch):
+    config = classifier_config(
+        tmp_path, model={"quantization": "int8"}, federation={"num-rounds": 1}
+    )
+    start(config, tmp_path / "run")
+    model = GlobalModel.load(tmp_path / "run")
+    export_adapter(model, tmp_path / "adapter", base_directory=Path(model.base.name))
+    monkeypatch.chdir(tmp_path)
+    by_card = model_of_card(tmp_path / "adapter" / "README.md")
+    assert type(by_card.get_base_model()).__name__.endswith("ForSequenceClassification")
+    own = load_base_of(model, Path(model.base.name), torch.float32, CPU)
+    wanted = {path for path, _ in quantized_layers(own)}
+    loaded = {
+        path.removesuffix(".base_layer") for path, _ in quantized_layers(by_card.base_model.model)
+    }
+    assert loaded == wanted and wanted
+
+
+# ── an exported adapter knows its base ──
+
+
+def test_an_exported_adapter_is_used_on_the_base_as_it_was_quantized(folder, finished, tmp_path):
+    run = finished("nf4")
+    model = GlobalModel.load(run)
+    export_adapter(model, tmp_path / "adapter", base_directory=folder / "base")
+    result = open_result(tmp_path / "adapter")
+    assert result.model.base == model.base and result.model.base.quantization is not None
+    data = str(folder / "site0.jsonl")
+    settings = LoadSettings(base=str(folder / "base"), dtype="float32")
+    by_adapter = evaluate_on(result, data, settings)
+    by_run = evaluate_on(open_result(run), data, settings)
+    assert by_adapter.base.all.total.nll == by_run.base.all.total.nll
+    assert by_adapter.tuned.all.total.nll == pytest.approx(by_run.tuned.all.total.nll, rel=1e-5)
+
+    # Not on the weights as they are stored elsewhere, and not quantized again.
+    export_merged(model, tmp_path / "merged", base_directory=folder / "base")
+    for use in (
+        lambda: evaluate_on(result, data, LoadSettings(base=str(tmp_path / "merged"))),
+        lambda: export_merged(result.model, tmp_path / "x", base_directory=tmp_path / "merged"),
+        lambda: export_adapter(result.model, tmp_path / "x", base_directory=tmp_path / "merged"),
+    ):
+        with pytest.raises(ModelError, match="the base model differs: wanted .*base"):
+            use()
+    assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_bases_that_were_quantized_differently_are_not_aggregated(
+    folder, finished, tmp_path
+):
+    for kind in ("nf4", "int8"):
+        model = GlobalModel.load(finished(kind))
+        export_adapter(model, tmp_path / kind, base_directory=folder / "base")
+    with pytest.raises(AdapterError, match=r"nf4 and .*int8 do not fit together: .*differently"):
+        aggregate_directories([tmp_path / "nf4", tmp_path / "int8"], FedMomentum())
+    # Of a foreign adapter only the name of its base is known.
+    shutil.copytree(tmp_path / "nf4", tmp_path / "foreign")
+    (tmp_path / "foreign" / BASE_FILE).unlink()
+    both = aggregate_directories([tmp_path / "foreign", tmp_path / "nf4"], FedMomentum()).model
+    assert both.base == GlobalModel.load(finished("nf4")).base
+    (tmp_path / "foreign" / BASE_FILE).write_text('{"format": "fedmomentum adapter base"}')
+    with pytest.raises(AdapterError, match=f"{BASE_FILE}.*format_version"):
+        open_result(tmp_path / "foreign")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
