@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from fedmomentum.cli import adapters, benchmark, files, models, network, run
-from fedmomentum.cli.data import data
+from fedmomentum.cli.data import data, init
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
-from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
+from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc, wait_passively
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -26,8 +26,9 @@ app = typer.Typer(
     help="Exact federated LoRA fine-tuning: FedMomentum.",
 )
 COMMANDS = (
-    run.run,
+    init,
     data,
+    run.run,
     adapters.aggregate,
     models.export,
     models.inspect,
@@ -58,6 +59,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     INTERRUPTION.listen()
     tune_malloc()
+    wait_passively()
     quiet_advice()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # if it is not set, tokenizers warn whenever a process is started

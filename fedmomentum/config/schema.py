@@ -321,7 +321,9 @@ class RunConfig:
         0, "of everything that is random: data, sampled clients, initialization, batches"
     )
     threads: int = option(
-        0, "CPU threads; 0: all cores. Part of the result: other numbers give other last bits"
+        0,
+        "CPU threads; 0: one for each core that the process may use. Part of the result: other "
+        "numbers give other last bits",
     )
     deterministic: bool = option(
         False,
