@@ -4,7 +4,8 @@
 
 Every way of waiting is a process of its own, for OpenMP reads it once. The ways take turns, alone
 and beside a neighbor: another process that trains with as many threads, as two jobs on one machine
-do. `usual` is what OpenMP does by itself: a thread that waits for others keeps its core busy.
+do. `usual` is what OpenMP does by itself: a thread that waits for others keeps its core busy. `brief`
+is what fedmomentum's command line sets.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ import sys
 import time
 from pathlib import Path
 
+from fedmomentum.utils.process import BRIEF_WAITING, WAIT_SETTINGS
+
 ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, dict[str, str]] = {
     "usual": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "spin-1000": {"GOMP_SPINCOUNT": "1000"},
+    "brief": dict(BRIEF_WAITING),
     "spin-10000": {"GOMP_SPINCOUNT": "10000"},
 }
 """What is set in the environment."""
 SIZE = 576
 NUM_LAYERS = 4
 NUM_TOKENS = 128
-SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "KMP_BLOCKTIME")
+SETTINGS = (*WAIT_SETTINGS, "OMP_NUM_THREADS")
 
 
 def train(threads: int, seconds: float) -> tuple[float, str]:

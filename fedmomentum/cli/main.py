@@ -12,7 +12,7 @@ from fedmomentum.cli import adapters, benchmark, files, models, network, run
 from fedmomentum.cli.data import data, init
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
-from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc, wait_passively
+from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc, wait_briefly
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     INTERRUPTION.listen()
     tune_malloc()
-    wait_passively()
+    wait_briefly()
     quiet_advice()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # if it is not set, tokenizers warn whenever a process is started

@@ -28,6 +28,10 @@ ADVISING_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """What libraries of quantized weights write to on import; and bitsandbytes in every product."""
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """What decides, in the environment, how threads of OpenMP wait for one another."""
+BRIEF_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""What is set. GNU's OpenMP, torch's on Linux, heeds the second: that much it waits by itself where
+it has more threads than cores. Measured in docs/appendix/performance.md.
+"""
 CPU_LIMITS = (
     ("/sys/fs/cgroup/cpu.max", None),
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
@@ -116,8 +120,8 @@ def quiet_advice() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def wait_passively() -> None:
-    """Have threads that wait for others leave their cores to other work.
+def wait_briefly() -> None:
+    """Have threads that wait for others leave their cores to other work, after a few microseconds.
 
     By default, a thread of OpenMP that has finished its part of an operation keeps its core busy
     until the others have finished theirs. Beside other work these others wait for the cores, and
@@ -125,7 +129,7 @@ def wait_passively() -> None:
     the user has set is left as it is. OpenMP reads this once, so torch must not be loaded yet.
     """
     if not any(name in os.environ for name in WAIT_SETTINGS):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.update(BRIEF_WAITING)
 
 
 def describe_waiting() -> str:

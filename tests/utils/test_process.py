@@ -35,29 +35,30 @@ def test_cores_are_those_of_the_container_and_the_affinity(texts, limit, tmp_pat
 
 
 @pytest.mark.parametrize("name", process.WAIT_SETTINGS)
-def test_threads_wait_passively_unless_the_user_says_otherwise(name, monkeypatch):
+def test_threads_wait_briefly_unless_the_user_says_otherwise(name, monkeypatch):
     for setting in process.WAIT_SETTINGS:
         monkeypatch.delenv(setting, raising=False)
     assert process.describe_waiting() == "busy waiting"
     monkeypatch.setenv(name, "7")
-    process.wait_passively()
+    process.wait_briefly()
     assert process.describe_waiting() == f"{name}=7"
     monkeypatch.delenv(name)
-    process.wait_passively()
-    assert process.describe_waiting() == "OMP_WAIT_POLICY=PASSIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    process.wait_briefly()
+    assert process.describe_waiting() == "OMP_WAIT_POLICY=PASSIVE, GOMP_SPINCOUNT=1000"
+    for setting in process.BRIEF_WAITING:
+        monkeypatch.delenv(setting)
 
 
 def test_the_command_line_sets_it_before_torch_is_loaded():
     code = (
         "import sys, os\n"
         "from fedmomentum.cli import main\n"
-        "before = main.wait_passively\n"
+        "before = main.wait_briefly\n"
         "def check():\n"
         "    assert 'torch' not in sys.modules\n"
         "    before()\n"
         "    print(os.environ['OMP_WAIT_POLICY'])\n"
-        "main.wait_passively = check\n"
+        "main.wait_briefly = check\n"
         "sys.argv = ['fedmomentum', '--version']\n"
         "main.main()\n"
     )
