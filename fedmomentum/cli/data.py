@@ -1,8 +1,8 @@
-"""`fedmomentum data`: what files of examples are taken for, and what the model sees of them."""
+"""Commands on files of examples: `data` shows what is made of them, `init` configures a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,13 +12,25 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedmomentum.cli.options import ERR, OUT
+from fedmomentum.cli.options import ERR, OUT, check_output_directory, shell_command
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
     from fedmomentum.run.data_report import DataReport, ShownExample
+
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", metavar="OURS=YOURS", help="e.g. question=Frage; repeatable, see data.columns"
+    ),
+]
+EncodingOption = Annotated[str, typer.Option("--encoding", help="of text files, e.g. cp1252")]
+LossOnOption = Annotated[
+    str, typer.Option("--loss-on", help="turns of a chat: last or all-assistant")
+]
+TaskOption = Annotated[str, typer.Option("--task", help="causal-lm or sequence-classification")]
 
 LEARNED_MARKS = ("⟦", "⟧")
 """What stands around the tokens that are learned."""
@@ -43,30 +55,19 @@ def data(
     model: Annotated[
         str, typer.Option("--model", help="whose tokenizer [default: the configuration's]")
     ] = "",
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column",
-            metavar="OURS=YOURS",
-            help="e.g. question=Frage; repeatable, see docs/data.md",
-        ),
-    ] = None,
-    encoding: Annotated[str, typer.Option("--encoding", help="of text files, e.g. cp1252")] = "",
+    column: ColumnOption = None,
+    encoding: EncodingOption = "",
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="longest example in tokens")
     ] = None,
-    loss_on: Annotated[
-        str, typer.Option("--loss-on", help="turns of a chat: last or all-assistant")
-    ] = "",
-    task: Annotated[str, typer.Option("--task", help="causal-lm or sequence-classification")] = "",
+    loss_on: LossOnOption = "",
+    task: TaskOption = "",
 ) -> None:
     """Show what files of examples are taken for, and what the model will see of them."""
-    from fedmomentum.config.toml import apply_overrides, format_value, from_dict, load_config
+    from fedmomentum.config.toml import from_dict, load_config
     from fedmomentum.run.data_report import load_tokenizer_of, report_data
     from fedmomentum.utils.process import quiet_libraries
 
-    # What is given on the command line counts before the configuration.
-    settings = load_config(config) if config is not None else from_dict({})
     given = {
         "model.name": model,
         "model.task": task,
@@ -74,10 +75,8 @@ def data(
         "data.max-length": max_length,
         "training.loss-on": loss_on,
     }
-    overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
-    settings = apply_overrides(settings, overrides)
-    columns = {**settings.data.columns, **_parse_columns(column or [])}
-    settings = replace(settings, data=replace(settings.data, columns=columns))
+    start = load_config(config) if config is not None else from_dict({})
+    settings = _with_options(start, given, column or [])
     # Every file that can be read is shown, whatever is wrong with the others.
     sources = files or _sources(settings)
     with quiet_libraries():
@@ -95,6 +94,57 @@ def data(
             _print_report(report)
     if num_broken:
         raise typer.Exit(2)
+
+
+def init(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="one for all clients, or one a client"),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="file to write")] = Path("federation.toml"),
+    model: Annotated[str, typer.Option("--model", help="the base model")] = "",
+    column: ColumnOption = None,
+    encoding: EncodingOption = "",
+    loss_on: LossOnOption = "",
+    task: TaskOption = "",
+) -> None:
+    """Write a first configuration, with comments, from what is in the files."""
+    from fedmomentum.config.toml import from_dict, load_config
+    from fedmomentum.run.data_report import load_tokenizer_of, report_data
+    from fedmomentum.run.starter_config import starter_config
+    from fedmomentum.utils.process import quiet_libraries
+
+    if out.exists():
+        raise ConfigError(f"{out} is there already; remove it, or choose another --out")
+    check_output_directory(out.parent)
+    given = {
+        "model.name": model,
+        "model.task": task,
+        "data.encoding": encoding,
+        "training.loss-on": loss_on,
+    }
+    settings = _with_options(from_dict({}), given, column or [])
+    with quiet_libraries():
+        tokenizer = load_tokenizer_of(settings.model)
+        reports = [report_data(source, settings, tokenizer) for source in files]
+    text = starter_config(reports, settings, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    # What is written can be read: a name with a quote, or a model that is a path.
+    load_config(out)
+    OUT.print(f"{out}: written. Next:", markup=False, soft_wrap=True)
+    for words in (("data", "--config", out), ("run", out, "--plan"), ("run", out)):
+        OUT.print(f"  {shell_command('fedmomentum', *words)}", markup=False, soft_wrap=True)
+
+
+def _with_options(settings: Config, given: Mapping[str, object], columns: list[str]) -> Config:
+    """Return settings with those that were given on the command line."""
+    from fedmomentum.config.toml import apply_overrides, format_value
+
+    overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
+    settings = apply_overrides(settings, overrides)
+    names = {**settings.data.columns, **_parse_columns(columns)}
+    return replace(settings, data=replace(settings.data, columns=names))
 
 
 def _parse_columns(pairs: list[str]) -> dict[str, str]:

@@ -10,10 +10,10 @@ import typer
 import typer.core
 
 from fedmomentum.cli import adapters, benchmark, demo, files, models, network, run
-from fedmomentum.cli.data import data
+from fedmomentum.cli.data import data, init
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
-from fedmomentum.utils.process import INTERRUPTION, tune_malloc
+from fedmomentum.utils.process import INTERRUPTION, tune_malloc, wait_briefly
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -31,8 +31,9 @@ app = typer.Typer(
 )
 COMMANDS = (
     demo.demo,
-    run.run,
+    init,
     data,
+    run.run,
     adapters.aggregate,
     models.export,
     models.inspect,
@@ -63,6 +64,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     INTERRUPTION.listen()
     tune_malloc()
+    wait_briefly()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # if it is not set, tokenizers warn whenever a process is started
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

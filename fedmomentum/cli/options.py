@@ -22,7 +22,11 @@ ConfigFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="override keys", show_default=False),
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="override keys; without a value: as if the file did not have it",
+        show_default=False,
+    ),
 ]
 ModelPath = Annotated[
     Path,

@@ -25,6 +25,7 @@ from fedmomentum.results.formatting import (
     points,
     with_interval,
 )
+from fedmomentum.utils.process import describe_waiting
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ OPTIMIZER_PHRASES = {
 
 def plan_table(plan: Plan, out: Path) -> Table:
     """Return a run's plan, for the run's directory `out`."""
+    import torch  # loaded by now; not for `--help`
+
     rows = {
         "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
         f"{count(plan.num_trained)} trained",
@@ -92,6 +95,7 @@ def plan_table(plan: Plan, out: Path) -> Table:
         f"{human_bytes(plan.downlink_bytes)} down",
         "device": plan.device,
         "workers": "; ".join(_worker_text(worker) for worker in plan.workers),
+        "CPU threads": f"{torch.get_num_threads()} ({describe_waiting()})",
         **_memory_rows(plan),
         "disk": f"at most {human_bytes(plan.disk_bytes)} in {out}",
     }

@@ -323,8 +323,8 @@ class RunConfig:
     )
     threads: int = option(
         0,
-        "CPU threads of a process; 0: all cores, with run.devices divided among the workers. Part "
-        "of the result: other numbers give other last bits",
+        "CPU threads of a process; 0: one for each core that the process may use, with run.devices "
+        "divided among the workers. Part of the result: other numbers give other last bits",
     )
     deterministic: bool = option(
         False,

@@ -123,13 +123,19 @@ def parse_value(text: str) -> Any:
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in the tables of a configuration, in place."""
+    """Set one `section.key=value` in the tables of a configuration, in place.
+
+    Without a value, `section.key=`, the key is left out, as if the file did not have it.
+    """
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or len(names) < 2:
         raise ConfigError(
             f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3"
         )
+    if not text.strip():
+        _unset(table, names, override)
+        return
     # Descend to the table that holds the key, and create those that are missing.
     value = parse_value(text)
     for name in names[:-1]:
@@ -138,6 +144,25 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override!r}: {name} is no section")
         table = inner
     table[names[-1]] = value
+
+
+def _unset(table: dict[str, Any], names: Sequence[str], override: str) -> None:
+    """Leave out one key of the tables of a configuration, in place.
+
+    Raises:
+        ConfigError: If there is no such key: a typing error must not leave the other key as it is.
+    """
+    section, key, *inner = names
+    _check_known({section: None}, SECTIONS, "section")
+    known = [name.replace("_", "-") for name in get_type_hints(SECTIONS[section])]
+    _check_known({key: None}, known, f"key in [{section}]")
+    # Within free tables, such as method.settings, only what is there can be left out.
+    holder = table.get(section, {})
+    for name in (key, *inner)[:-1]:
+        holder = holder.get(name, {}) if isinstance(holder, dict) else {}
+    if not isinstance(holder, dict) or (inner and inner[-1] not in holder):
+        raise ConfigError(f"{override!r}: there is no {'.'.join(names)} to leave out")
+    holder.pop(names[-1], None)
 
 
 def from_dict(table: Mapping[str, Any]) -> Config:

@@ -34,6 +34,7 @@ from fedmomentum.run.training_checks import check_dropout, choose_optimizer_stat
 from fedmomentum.server.saved_run import committed_records, saved_settings
 from fedmomentum.training.arguments import check_arguments
 from fedmomentum.utils.plugins import import_object
+from fedmomentum.utils.process import available_cpus
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -140,11 +141,11 @@ def outline_run(
 
 
 def set_up_process(run: RunConfig) -> None:
-    """Have torch use so many threads, 0 as many as there are cores; and deterministic kernels.
+    """Have torch use so many threads, 0 one for each core it may use; and deterministic kernels.
 
     Operations of a GPU that have none raise an error then, which names them.
     """
-    torch.set_num_threads(run.threads if run.threads > 0 else os.cpu_count() or 1)
+    torch.set_num_threads(run.threads if run.threads > 0 else available_cpus())
     if run.deterministic:
         # Read when cuBLAS is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

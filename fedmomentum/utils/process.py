@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 # glibc's numbers of two settings of `mallopt`: how much freed memory at the end of the heap it
@@ -25,6 +26,17 @@ MMAP_THRESHOLD = 32 * 2**20
 """The most that glibc accepts."""
 ADVISING_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """What libraries of quantized weights write to on import; and bitsandbytes in every product."""
+WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""What decides, in the environment, how threads of OpenMP wait for one another."""
+BRIEF_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""What is set. GNU's OpenMP, torch's on Linux, heeds the second: that much it waits by itself where
+it has more threads than cores. Measured in docs/appendix/performance.md.
+"""
+CPU_LIMITS = (
+    ("/sys/fs/cgroup/cpu.max", None),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+"""Where a container's limit stands: quota and period in one file, or in two."""
 # After this time a signal whose exception Python has ignored is sent again.
 REPEAT_SECONDS = 0.05
 
@@ -111,6 +123,44 @@ def quiet_advice() -> None:
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.ERROR)
+
+
+def wait_briefly() -> None:
+    """Have threads that wait for others leave their cores to other work, after a few microseconds.
+
+    By default, a thread of OpenMP that has finished its part of an operation keeps its core busy
+    until the others have finished theirs. Beside other work these others wait for the cores, and
+    every operation costs a time slice of the system. How threads wait changes no result. Whatever
+    the user has set is left as it is. OpenMP reads this once, so torch must not be loaded yet.
+    """
+    if not any(name in os.environ for name in WAIT_SETTINGS):
+        os.environ.update(BRIEF_WAITING)
+
+
+def describe_waiting() -> str:
+    """Return how this process's threads wait for one another, by its environment."""
+    given = [f"{name}={os.environ[name]}" for name in WAIT_SETTINGS if name in os.environ]
+    return ", ".join(given) or "busy waiting"
+
+
+def available_cpus() -> int:
+    """Return the number of cores that this process may use: by its affinity, and its container."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    for quota_file, period_file in CPU_LIMITS:
+        try:
+            numbers = Path(quota_file).read_text().split()
+            if period_file is not None:
+                numbers += Path(period_file).read_text().split()
+            quota, period = (int(number) for number in numbers)
+        # No such file, or no limit: "max 100000".
+        except (OSError, ValueError):
+            continue
+        if quota > 0 and period > 0:
+            count = min(count, max(1, -(-quota // period)))
+    return max(1, count)
 
 
 def tune_malloc() -> None:

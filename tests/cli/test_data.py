@@ -1,4 +1,4 @@
-"""`fedmomentum data`: what a file is taken for and what is learned, in any width; mistakes end with 2."""
+"""`data` shows what a file is taken for and what is learned; `init` writes what a run of it needs."""
 
 import json
 
@@ -6,6 +6,9 @@ import pytest
 import typer
 
 from fedmomentum.cli.main import app
+from fedmomentum.config.toml import load_config
+from fedmomentum.data import load_clients
+from fedmomentum.errors import ConfigError
 from tests.tiny import tiny_llama
 
 
@@ -98,3 +101,79 @@ def test_the_files_of_a_configuration_are_shown(base, tmp_path, capsys):
     )
     code, out, _ = show(capsys, "--config", config)
     assert code == 0 and "north<|im_end|>" in out and "south<|im_end|>" in out
+
+
+# ── init ──
+
+
+def begin(capsys, *words):
+    app(["init", *map(str, words)], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_a_first_configuration_is_written_for_one_file_a_client(base, tmp_path, capsys):
+    for client in ("north", "south"):
+        rows = [{"Frage": f"{client} {i}?", "a": "b" * 70, "id": i} for i in range(40)]
+        write(tmp_path / f"{client}.jsonl", *rows)
+    out = tmp_path / "sub" / "first.toml"
+    files = [tmp_path / "north.jsonl", tmp_path / "south.jsonl"]
+    columns = ("--column", "question=Frage", "--column", "answer=a")
+    told = begin(capsys, *files, "--model", base, "--out", out, *columns)
+    assert f"fedmomentum data --config {out}" in told.replace("\n", "")
+    text = out.read_text()
+    assert "# columns that are not read: id" in text and "40 rows, question+answer" in text
+    config = load_config(out)
+    assert config.data.client_files == {
+        client: str(tmp_path / f"{client}.jsonl") for client in ("north", "south")
+    }
+    assert config.data.columns == {"question": "Frage", "answer": "a"}
+    assert config.data.max_length == 128 and config.training.local_steps == 5
+    assert [len(client.train) for client in load_clients(config.data, 0)] == [36, 36]
+    with pytest.raises(ConfigError, match="is there already"):
+        begin(capsys, *files, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "section", "settings"),
+    [
+        (
+            [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(8)],
+            (),
+            "training",
+            {"objective": "dpo", "local_steps": 1},
+        ),
+        (
+            [{"text": f"t{i}", "label": "xy"[i % 2]} for i in range(8)],
+            ("--task", "sequence-classification"),
+            "model",
+            {"task": "sequence-classification"},
+        ),
+        ([{"text": f"t{i}"} for i in range(3)], (), "data", {"num_clients": 1, "max_length": 64}),
+    ],
+)
+def test_a_first_configuration_fits_what_is_in_the_file(
+    content, words, section, settings, base, tmp_path, capsys
+):
+    file = write(tmp_path / 'a "b".jsonl', *content)
+    out = tmp_path / "c.toml"
+    begin(capsys, file, "--model", base, "--out", out, *words)
+    config = load_config(out)
+    assert config.data.source == str(file)
+    for name, value in settings.items():
+        assert getattr(getattr(config, section), name) == value
+
+
+def test_files_that_do_not_tell_their_clients_are_refused(base, tmp_path, capsys):
+    row = {"question": "a", "answer": "b"}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "d.jsonl", row)
+    files = [tmp_path / "a" / "d.jsonl", tmp_path / "b" / "d.jsonl"]
+    begin(capsys, *files, "--model", base, "--out", tmp_path / "c.toml")
+    assert sorted(load_config(tmp_path / "c.toml").data.client_files) == ["a", "b"]
+    with pytest.raises(ConfigError, match="do not tell their clients apart"):
+        begin(capsys, files[0], files[0], "--model", base, "--out", tmp_path / "e.toml")
+    other = write(tmp_path / "x.jsonl", {"text": "a"})
+    with pytest.raises(ConfigError, match="different formats"):
+        begin(capsys, files[0], other, "--model", base, "--out", tmp_path / "e.toml")
+    assert not (tmp_path / "e.toml").exists()

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmomentum.config.__main__ import render_reference
-from fedmomentum.config.toml import SECTIONS, changed_keys, from_dict, load_config, to_dict, to_toml
+from fedmomentum.config.toml import (
+    SECTIONS,
+    apply_overrides,
+    changed_keys,
+    from_dict,
+    load_config,
+    to_dict,
+    to_toml,
+)
 from fedmomentum.errors import ConfigError
 
 MINIMAL = {"data": {"source": "reasoning-gym"}}
@@ -166,3 +174,37 @@ def test_the_shipped_configuration_is_valid():
 
     config = load_config(Path(__file__).parents[2] / "fedmomentum" / "configs" / "default.toml")
     assert config.data.source == "reasoning-gym" and config.method.name == "fedmomentum"
+
+
+def test_overrides_without_a_value_leave_a_key_out(tmp_path):
+    file = write(
+        tmp_path,
+        '[data]\nsource = "d.jsonl"\n[data.columns]\nquestion = "q"\nanswer = "a"\n'
+        "[training]\nlocal-steps = 20\n[method.settings]\nenergy = 0.5\n",
+    )
+    words = ["training.local-steps=", "training.local-epochs=2", "method.settings.energy= "]
+    config = load_config(file, [*words, "data.columns.answer=", "lora.rank="])
+    assert (config.training.local_steps, config.training.local_epochs) == (None, 2.0)
+    assert config.method.settings == {} and config.data.columns == {"question": "q"}
+    assert config.lora.rank == load_config(file).lora.rank
+    # of a configuration that has every key, too
+    changed = apply_overrides(config, ["training.local-epochs="])
+    assert (changed.training.local_steps, changed.training.local_epochs) == (10, None)
+    # an empty text is a value
+    assert load_config(file, ['data.columns.answer=""']).data.columns["answer"] == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.local-stpes=", "unknown key in .training.: local-stpes; did you mean local-st"),
+        ("trainnig.local-steps=", "unknown section: trainnig; did you mean training"),
+        ("method.settings.energy=", "there is no method.settings.energy to leave out"),
+        ("training.local-steps.x=", "there is no training.local-steps.x to leave out"),
+        ("local-steps=", "is no setting; write section.key=value"),
+    ],
+)
+def test_only_what_there_is_can_be_left_out(override, message, tmp_path):
+    file = write(tmp_path, '[data]\nsource = "d.jsonl"\n[training]\nlocal-steps = 20\n')
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, [override])
