@@ -41,6 +41,7 @@ THIRD_PARTY = {
     "yaml",
     "bitsandbytes",
     "torchao",
+    "opacus",
 }
 """Libraries besides torch that are imported by the packages named in FLOORS only."""
 FLOORS: list[
@@ -77,6 +78,7 @@ FLOORS: list[
             "jinja2",
         },
         "objectives": set(),
+        "privacy": {"msgspec", "numpy", "opacus"},
         "protocol": {"msgspec"},
         "results": {"msgspec"},
     },
@@ -84,7 +86,7 @@ FLOORS: list[
         "evaluation": {"transformers"},
         "global_model": {"msgspec", "safetensors", "transformers"},
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
-        "training": {"transformers", "numpy", "msgspec", "accelerate"},
+        "training": {"transformers", "numpy", "msgspec", "accelerate", "opacus"},
     },
     {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},
