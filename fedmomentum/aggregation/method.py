@@ -103,6 +103,10 @@ class Method(ABC):
     """The rank q of what each round sends for the base, in words of r and n; "" for none."""
     reads_base: ClassVar[bool] = False
     """Whether `initialize` needs the base weight."""
+    depends_on: ClassVar[str] = "updates"
+    """What of the clients' updates its result depends on: `updates`, each of them; `product`, their
+    mean factors and mean product; `factors`, their mean factors alone. Sums over the clients give
+    the latter two, so a method of the first kind cannot be used with secure aggregation."""
 
     @property
     def exact(self) -> bool:

@@ -22,6 +22,7 @@ from fedmomentum.config.fields import (
     require_choice,
     require_fraction,
 )
+from fedmomentum.config.privacy import PrivacyConfig
 from fedmomentum.config.training import TrainingConfig
 from fedmomentum.utils.chat_date import DEFAULT_DATE, parse_date
 from fedmomentum.utils.names import check_client_name
@@ -357,4 +358,5 @@ class Config:
     method: MethodConfig
     federation: FederationConfig
     evaluation: EvaluationConfig
+    privacy: PrivacyConfig
     run: RunConfig

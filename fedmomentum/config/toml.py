@@ -35,6 +35,7 @@ LOCATIONS = frozenset(
         "data.source",
         "data.test-source",
         "data.client-files",
+        "privacy.roster",
     }
 )
 """Settings that say where something is: with another value it is the same run if the content is."""
@@ -45,6 +46,7 @@ MAY_CHANGE = frozenset(
         "federation.round-timeout",
         "federation.join-timeout",
         "evaluation.probes",
+        "privacy.trusts-server",  # what a client asks of others, no matter of the sums
         "run.keep-checkpoints",
         "run.report-to",
         "model.name",
@@ -225,7 +227,9 @@ def _resolve_paths(config: Config, directory: Path) -> Config:
     model = dataclasses.replace(config.model, name=resolve(config.model.name))
     start_from = resolve(config.lora.start_from) if config.lora.start_from else None
     lora = dataclasses.replace(config.lora, start_from=start_from)
-    return dataclasses.replace(config, data=data, model=model, lora=lora)
+    roster = resolve(config.privacy.roster) if config.privacy.roster else None
+    privacy = dataclasses.replace(config.privacy, roster=roster)
+    return dataclasses.replace(config, data=data, model=model, lora=lora, privacy=privacy)
 
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────

@@ -15,9 +15,11 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import ClientLora, Task
 from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.privacy_checks import check_privacy
 from fedmomentum.run.setup import (
     load_data,
     make_clients,
+    make_method,
     set_up_process,
     training_function,
 )
@@ -63,6 +65,7 @@ def prepare_client(
     """
     check_arguments(config.training.arguments)
     check_task(config)
+    check_privacy(config, make_method(config))
     require_labels(config.model)
     check_dropout(config)
     function = training_function(config)

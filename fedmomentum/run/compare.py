@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.quantization import ON_LOADING
+from fedmomentum.config.privacy import PrivacyConfig
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import (
     apply_overrides,
@@ -153,6 +154,8 @@ def _runs_of_variant(
 ) -> list[PlannedRun]:
     """Return one run, or for the reference `local` one per client."""
     is_reference = variant.kind != "federated"
+    if is_reference:  # one client, which has nobody to keep anything from
+        config = replace(config, privacy=PrivacyConfig())
     if variant.kind == "centralized":
         config = replace(config, lora=replace(config.lora, clients={}))
     if variant.kind != "local":

@@ -13,6 +13,7 @@ from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.run.environment import process_environment
 from fedmomentum.run.origin import check_data
 from fedmomentum.run.plan import served_plan
+from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
 from fedmomentum.run.setup import (
     check_run_directory,
     make_method,
@@ -71,6 +72,7 @@ def run_federation(
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
     check_task(config)
+    check_privacy(config, method)
     require_labels(config.model)
     check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
@@ -89,6 +91,7 @@ def run_federation(
             directory.describe(to_toml(config), state.run_id, data=data)
         else:
             state = ServerState(secrets.token_hex(16))
+            check_num_clients(config, len(transport.clients()))
             started = handshake(transport, config, state.run_id, method)
             model = started.model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
             model = with_start_adapter(start_adapter, method, model)

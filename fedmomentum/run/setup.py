@@ -30,6 +30,7 @@ from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.client_examples import TokenizedClient, tokenize_parties
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.outline import ModelOutline, outline_model
+from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
 from fedmomentum.run.task import check_task, find_labels
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
@@ -126,6 +127,7 @@ def outline_run(
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
     check_task(config)
+    check_privacy(config, method)
     check_dropout(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
@@ -139,6 +141,7 @@ def outline_run(
     # Data before the model: its mistakes are more frequent, and it is quicker to read.
     callbacks.on_message("Reading the data")
     parties = load_data(config)
+    check_num_clients(config, len(parties))
     labels = find_labels(config.model, parties)
     model = outline_model(config, labels, is_plan=is_plan)
     examples = tokenize_parties(config, parties, model.base, model.tokenizer, labels)

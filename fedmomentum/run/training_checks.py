@@ -19,8 +19,8 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
     """Return the configuration with an optimizer state that the method can carry.
 
     `auto` becomes `shared` if the method is made for it, our trainer trains, and nothing in the
-    configuration excludes it; otherwise `fresh`. A reference of a comparison is one client, whose
-    optimizer continues: `local`.
+    configuration excludes it, as secure aggregation does; otherwise `fresh`. A reference of a
+    comparison is one client, whose optimizer continues: `local`.
 
     Raises:
         ConfigError: If another state than `auto` is given and cannot be carried.
@@ -31,7 +31,8 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
         return config
     fresh = replace(config, training=replace(training, optimizer_state="fresh"))
     # A function of the user's own would have to return moments, which most do not.
-    if training.function is not None or not (is_reference or method.shares_moments):
+    can_share = method.shares_moments and not config.privacy.secure_aggregation
+    if training.function is not None or not (is_reference or can_share):
         return fresh
     state = "local" if is_reference else "shared"
     chosen = replace(config, training=replace(training, optimizer_state=state))

@@ -30,10 +30,15 @@ def sample_clients(
         client_fraction: In (0, 1].
     """
     ordered = sorted(client_ids)
-    count = max(1, math.ceil(client_fraction * len(ordered) - ROUNDING))
+    count = sample_size(len(ordered), client_fraction)
     generator = torch.Generator().manual_seed(derive_seed(seed, "participants", server_round))
     permutation = torch.randperm(len(ordered), generator=generator).tolist()
     return sorted(ordered[index] for index in permutation[:count])
+
+
+def sample_size(num_clients: int, client_fraction: float) -> int:
+    """Return how many clients are sampled for a round."""
+    return max(1, math.ceil(client_fraction * num_clients - ROUNDING))
 
 
 def client_weights(num_examples: Mapping[str, int], max_weight: float) -> dict[str, float]:

@@ -415,3 +415,35 @@ def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
     assert bound < 1e-4 * float(wanted.norm())
     # and masks are what rounds: it is no longer exact to 1e-10
     assert error > 1e-10
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("round_number", [1, 2])
+def test_a_method_depends_on_what_it_says(name, round_number):
+    """One of `factors` gives the same without the cross term; one of `product` does not."""
+    method = METHODS[name]()
+    draw = torch.Generator().manual_seed(21)
+    start = factors(draw)
+    context = AggregationContext(rank=RANK, reference=start, server_round=round_number, seed=4)
+    mean = train(draw, start)
+    results = []
+    for cross in (factors(draw, rank=2), LowRank(mean.B[:, :0], mean.A[:0])):
+        updates, weights = stand_ins(mean, cross)
+        updates = legal(method, updates, start, round_number)
+        results.append(method.aggregate(ClientUpdates(updates, weights), context))
+    with_cross, without = results
+    differ = sum(
+        float((to_dense(a) - to_dense(b)).norm())
+        for a, b in (
+            (with_cross.adapter, without.adapter),
+            (with_cross.residual, without.residual),
+            (with_cross.carried, without.carried),
+        )
+        if a is not None
+    )
+    if method.depends_on == "factors":
+        assert differ < 1e-10
+    elif method.depends_on == "product":
+        assert differ > 1e-3
+    else:
+        assert name in ("hetlora", "fedrotlora")

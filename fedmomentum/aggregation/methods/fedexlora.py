@@ -35,6 +35,7 @@ class FedExLoRA(Method):
         "Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of "
         "Large Language Models, ACL 2025, arXiv 2410.09432"
     )
+    depends_on = "product"
     residual_rank = "q <= (n-1) r"
     exact = True
 

@@ -34,6 +34,7 @@ class FedIT(Method):
         "Zhang et al., Towards Building the FederatedGPT: Federated Instruction Tuning, ICASSP "
         "2024, arXiv 2305.05644"
     )
+    depends_on = "factors"
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
         """Average the factors. Findings: `dropped_energy`."""

@@ -99,6 +99,7 @@ class FedMomentum(Method):
         "Yan et al., FedMomentum: Preserving LoRA Training Momentum in Federated Fine-Tuning, "
         "2026, arXiv 2603.08014"
     )
+    depends_on = "product"
     residual_rank = "q <= (n-1) r"
     unequal_ranks = True
     best_rank = True

@@ -37,6 +37,7 @@ class FedSALoRA(Method):
         "Guo et al., Selective Aggregation for Low-Rank Adaptation in Federated Learning, ICLR "
         "2025, arXiv 2410.01463"
     )
+    depends_on = "factors"
     shared_factors = "A"
 
     def sent_factors(self, server_round: int) -> str:

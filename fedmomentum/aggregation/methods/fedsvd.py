@@ -36,6 +36,7 @@ class FedSVD(Method):
         "Lee et al., FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA, "
         "NeurIPS 2025, arXiv 2505.12805"
     )
+    depends_on = "factors"
     exact = True
     best_rank = True
 

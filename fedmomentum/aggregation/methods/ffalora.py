@@ -34,6 +34,7 @@ class FFALoRA(Method):
         "Sun et al., Improving LoRA in Privacy-preserving Federated Learning, ICLR 2024, arXiv "
         "2403.12313"
     )
+    depends_on = "factors"
     exact = True
 
     def trained_factors(self, server_round: int) -> str:

@@ -36,6 +36,7 @@ class FlexLoRA(Method):
         "Bai et al., Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and "
         "Client Resources, NeurIPS 2024, arXiv 2402.11505"
     )
+    depends_on = "product"
     unequal_ranks = True
     best_rank = True
 

@@ -37,6 +37,7 @@ class FLoRA(Method):
         "Wang et al., FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous "
         "Low-Rank Adaptations, NeurIPS 2024, arXiv 2409.05976"
     )
+    depends_on = "product"
     residual_rank = "q = n r"
     exact = True
     unequal_ranks = True

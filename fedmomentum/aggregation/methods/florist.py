@@ -45,6 +45,7 @@ class FLoRIST(Method):
         "Ramesh, Dass, FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated "
         "Fine-Tuning of Large Language Models, MLSys 2026, arXiv 2506.09199"
     )
+    depends_on = "product"
     residual_rank = "q <= n r"
     unequal_ranks = True
     fresh = True

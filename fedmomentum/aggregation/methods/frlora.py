@@ -42,6 +42,7 @@ class FRLoRA(Method):
         "Yan et al., Federated Residual Low-Rank Adaption of Large Language Models, ICLR 2025, "
         "OpenReview e0rQRMUhs7"
     )
+    depends_on = "factors"
     residual_rank = "q = r"
     reads_base = True
 

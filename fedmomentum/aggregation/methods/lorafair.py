@@ -56,6 +56,7 @@ class LoRAFAIR(Method):
         "Bian et al., LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization "
         "Refinement, ICCV 2025, arXiv 2411.14961"
     )
+    depends_on = "product"
 
     def __post_init__(self) -> None:
         """Validate the settings."""

@@ -37,6 +37,7 @@ class RoLoRA(Method):
         "Chen et al., Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA, "
         "NeurIPS 2025, arXiv 2502.01755"
     )
+    depends_on = "factors"
     exact = True
 
     def trained_factors(self, server_round: int) -> str:

@@ -1,0 +1,74 @@
+"""The section [privacy]: what parties keep from the server and from one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmomentum.config.fields import option, require, require_at_least
+
+MIN_CLIENTS = 3
+"""With two, each could subtract its own values from the sum."""
+MAX_CLIENTS = 100
+MAX_EXAMPLES = 2**31 // MAX_CLIENTS
+"""A sum of so many examples of each client fits 32 bits."""
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What the clients keep from the server and from one another; see docs/privacy.md."""
+
+    secure_aggregation: bool = option(
+        False,
+        "the server sees sums over the clients, and nothing of a single one. At a client: it takes "
+        "part in no run without",
+    )
+    threshold: int | None = option(
+        None,
+        "how many clients must agree to open a sum, and suffice for it (default: more than two "
+        "thirds of the round's)",
+    )
+    max_examples: int = option(
+        10_000,
+        "a public bound of every client's number of training examples; one with more takes no part",
+    )
+    max_change: float | None = option(
+        None,
+        "a public bound of how much one number of the adapter changes in a round; a client beyond "
+        "it takes no part (default: what the optimizer's steps can do)",
+    )
+    sketch_ranks: int = option(
+        1,
+        "of methods that need the sum of products: how many times the rank the sums hold of it in "
+        "a round. The rest comes with the next rounds; clients - 1 leaves none",
+    )
+    roster: str | None = option(
+        None,
+        "at a client over a network: the file of all clients' public keys, which the sites "
+        "exchanged themselves: cat *.pub > roster.pub",
+    )
+    trusts_server: bool = option(
+        False,
+        "at a client: accept a threshold of more than half of the clients, which is safe only if "
+        "the server keeps the rules",
+    )
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            # More than half of the clients, of whom there are three at least.
+            require_at_least("privacy.threshold", self.threshold, MIN_CLIENTS)
+            wanted = f"at most {MAX_CLIENTS}, the most clients of a secure sum"
+            require(self.threshold <= MAX_CLIENTS, "privacy.threshold", self.threshold, wanted)
+        require(
+            1 <= self.max_examples <= MAX_EXAMPLES,
+            "privacy.max-examples",
+            self.max_examples,
+            f"from 1 to {MAX_EXAMPLES}",
+        )
+        if self.max_change is not None:
+            is_valid = 1e-12 <= self.max_change <= 1e12
+            require(is_valid, "privacy.max-change", self.max_change, "from 1e-12 to 1e12")
+        wanted = f"from 1 to {MAX_CLIENTS - 1}"
+        is_valid = 1 <= self.sketch_ranks < MAX_CLIENTS
+        require(is_valid, "privacy.sketch-ranks", self.sketch_ranks, wanted)
+        if self.roster is not None:
+            require(self.roster != "", "privacy.roster", self.roster, "the path of a file")

@@ -1,0 +1,98 @@
+"""What `[privacy]` asks for, checked against the other settings, the method and the clients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedmomentum.config.privacy import MAX_CLIENTS, MIN_CLIENTS
+from fedmomentum.config.schema import FederationConfig
+from fedmomentum.errors import ConfigError
+from fedmomentum.server.selection import sample_size
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+
+SETTING = "privacy.secure-aggregation"
+
+
+def check_privacy(config: Config, method: Method) -> None:
+    """Refuse settings that a run whose server sees only sums cannot obey.
+
+    Raises:
+        ConfigError: If there are any; the message names the setting and what to do.
+    """
+    if not config.privacy.secure_aggregation:
+        return
+    if method.depends_on == "updates":
+        raise ConfigError(
+            f"{method.title or type(method).__name__} needs every client's update by itself, and "
+            f"with {SETTING} the server has sums of them; choose another method.name, or leave "
+            f"{SETTING} out"
+        )
+    if config.lora.clients:
+        raise ConfigError(
+            f"lora.clients gives clients adapters of their own, and {SETTING} adds up adapters of "
+            "one form; leave lora.clients out"
+        )
+    if config.training.shares_moments:
+        raise ConfigError(
+            f"training.optimizer-state = {config.training.optimizer_state} has clients send their "
+            f"optimizer's moments, which {SETTING} does not sum up; set it to fresh or local"
+        )
+    _check_federation(config.federation)
+    # Deleted with the first run that uses it.
+    raise ConfigError(f"{SETTING} is not available yet; leave it out")
+
+
+def _check_federation(federation: FederationConfig) -> None:
+    """Refuse rules that the server would need single updates or counts of examples for.
+
+    Raises:
+        ConfigError: If one of them is set.
+    """
+    for name, why in (
+        ("max_client_weight", "the server does not know how many examples a client has"),
+        ("outlier_norm_ratio", "the server cannot tell how far a client moved"),
+        ("uplink_dtype", "what clients send are masked integers of 32 bits"),
+    ):
+        value = getattr(federation, name)
+        if value != getattr(FederationConfig(), name):
+            key = name.replace("_", "-")
+            raise ConfigError(
+                f"federation.{key} = {value} cannot be used with {SETTING}: {why}. Leave it out"
+            )
+
+
+def check_num_clients(config: Config, num_clients: int) -> None:
+    """Refuse too few or too many clients for a secure sum.
+
+    Args:
+        config: The run's settings.
+        num_clients: The number of all clients of the run.
+
+    Raises:
+        ConfigError: If a round would have fewer than `MIN_CLIENTS` or more than `MAX_CLIENTS`, or
+            fewer than the threshold.
+    """
+    privacy = config.privacy
+    if not privacy.secure_aggregation:
+        return
+    fraction = config.federation.client_fraction
+    num_sampled = sample_size(num_clients, fraction)
+    what = f"{num_clients} clients with federation.client-fraction {fraction:g} are {num_sampled}"
+    if num_sampled < MIN_CLIENTS:
+        raise ConfigError(
+            f"{what} a round, and {SETTING} needs at least {MIN_CLIENTS}: with fewer, each could "
+            "compute what another did. Have more clients take part, or leave it out"
+        )
+    if num_sampled > MAX_CLIENTS:
+        raise ConfigError(
+            f"{what} a round, and {SETTING} works with up to {MAX_CLIENTS}, as each masks its "
+            "values for every other; lower federation.client-fraction"
+        )
+    if privacy.threshold is not None and not num_sampled / 2 < privacy.threshold <= num_sampled:
+        raise ConfigError(
+            f"privacy.threshold is {privacy.threshold}, and {what} a round; wanted "
+            f"{num_sampled // 2 + 1} to {num_sampled}, or nothing for more than two thirds"
+        )
