@@ -43,8 +43,9 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.objectives.collation import completion_batch
+from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_task
-from fedmomentum.protocol.messages import ClientLora, EvaluateRequest, Task
+from fedmomentum.protocol.messages import EvaluateRequest, Task
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.function import OnStep, TrainReport
 from fedmomentum.training.trainer import train

@@ -25,8 +25,9 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import Adapter, to_tensors
+from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_reply, encode_task
-from fedmomentum.protocol.messages import ClientLora, Reply, Task, TrainRequest, TrainResult
+from fedmomentum.protocol.messages import Reply, Task, TrainRequest, TrainResult
 from fedmomentum.utils.tensors import safetensors_bytes
 
 MODELS = {

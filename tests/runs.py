@@ -14,15 +14,9 @@ import torch
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import from_dict
 from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import decode_reply, decode_task
-from fedmomentum.protocol.messages import (
-    PROTOCOL,
-    ClientLora,
-    DescribeRequest,
-    Reply,
-    Task,
-    TrainRequest,
-)
+from fedmomentum.protocol.messages import PROTOCOL, DescribeRequest, Reply, Task, TrainRequest
 from fedmomentum.run.federated_trainer import FederatedTrainer, PreparedRun
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.training import TrainReport

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from fedmomentum.client.work import Worker, WorkResult
+from fedmomentum.client.sum_worker import SumWorker
+from fedmomentum.client.work import WorkResult
 from fedmomentum.data.split import split_fingerprint
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import PersonalFactors
 from fedmomentum.global_model.shared_moments import SharedMoments
+from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import decode_task, encode_reply
 from fedmomentum.protocol.messages import (
     SECONDS,
-    ClientLora,
     DescribeRequest,
     EvaluateRequest,
     MissingObjects,
@@ -31,11 +32,15 @@ from fedmomentum.protocol.messages import (
     Task,
     TrainRequest,
 )
+from fedmomentum.protocol.secure_messages import (
+    WITHHELD_COUNT,
+    WITHHELD_SPLIT,
+    SumRequest,
+)
 from fedmomentum.utils.chat_date import check_chat_date
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.moments import Moments
-    from fedmomentum.client.store import ClientStore
     from fedmomentum.config.schema import LoraConfig
     from fedmomentum.global_model.model import GlobalModel
 
@@ -45,14 +50,9 @@ ModelTask = TrainRequest | EvaluateRequest
 
 
 @dataclass(kw_only=True)
-class Client(Worker):
-    """One participant: its data, its model, and what it keeps between tasks.
+class Client(SumWorker):
+    """One participant: its data, its model, and what it keeps between tasks."""
 
-    Attributes:
-        store: Its objects and its state of earlier rounds.
-    """
-
-    store: ClientStore
     _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)
 
     def handle(self, payload: bytes) -> bytes:
@@ -68,6 +68,10 @@ class Client(Worker):
         if task.client_id != self.client_id:
             raise ModelError(f"a task for {task.client_id} came to {self.client_id}")
         request = task.request
+        if isinstance(request, SumRequest):
+            named = {request.means} if request.means else set()
+            return self._reply(task, self.answer_sum(task, request), cached_objects=named)
+        self.check_privacy(is_secure=request.is_secure)
         if isinstance(request, DescribeRequest):
             return self._reply(task, self.describe(request))
         started = time.perf_counter()
@@ -87,13 +91,20 @@ class Client(Worker):
 
         if isinstance(request, TrainRequest):
             moments = self._start_moments(task, request)
-            result = self.run_training(request, task.server_round, moments)
+            if request.is_secure:
+                result = self.train_for_sums(task, request, received, moments)
+            else:
+                result = self.run_training(request, task.server_round, moments)
             self._save_personal(task, client_lora)
             self._save_moments(task, request, {**(moments or {}), **result.moments})
+        elif request.is_secure:
+            result = self.evaluate_for_sums(task, request, received)
         else:
             result = self.run_evaluation(request, received)
-        seconds = [loaded - started, time.perf_counter() - loaded]
-        result.tensors[SECONDS] = torch.tensor(seconds, dtype=torch.float64)
+        if not request.is_secure:
+            # Times tell how much data a client has.
+            seconds = [loaded - started, time.perf_counter() - loaded]
+            result.tensors[SECONDS] = torch.tensor(seconds, dtype=torch.float64)
         return self._reply(task, result, version=received.version, cached_objects=needed)
 
     def split(self, run_id: str) -> str:
@@ -114,14 +125,15 @@ class Client(Worker):
         version: str = "",
         cached_objects: set[str] | frozenset[str] = frozenset(),
     ) -> bytes:
+        is_withheld = self.party is not None
         reply = Reply(
             run_id=task.run_id,
             client_id=self.client_id,
             server_round=task.server_round,
             version=version,
             holds=sorted(cached_objects),
-            num_examples=result.num_examples,
-            split=self.split(task.run_id),
+            num_examples=WITHHELD_COUNT if is_withheld else result.num_examples,
+            split=WITHHELD_SPLIT if is_withheld else self.split(task.run_id),
             answer=result.answer,
             tensors=result.tensors,
         )

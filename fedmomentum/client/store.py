@@ -8,7 +8,7 @@ hashes decide whether the result has the bits that were wanted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,7 +23,9 @@ from fedmomentum.global_model.objects import StoredObject, prune_objects, save_o
 from fedmomentum.global_model.parts import adapter_objects
 from fedmomentum.lora.adapter import Adapter, fresh_adapter
 from fedmomentum.lora.half_precision import wire_dtype
-from fedmomentum.protocol.messages import DescribeRequest, FreshAdapter, MissingObjects, Task
+from fedmomentum.protocol.adapter_terms import FreshAdapter
+from fedmomentum.protocol.messages import DescribeRequest, MissingObjects, Task
+from fedmomentum.protocol.secure_messages import SumRequest
 from fedmomentum.utils.seeding import module_seed
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ class ClientStore:
             ModelError: If the manifest or an object is invalid.
         """
         request = task.request
-        if isinstance(request, DescribeRequest):
-            raise TypeError("a describe task names no global model")
+        if isinstance(request, DescribeRequest | SumRequest):
+            raise TypeError("such a task names no global model")
         needed = set(request.needed)
 
         # Keep what was sent, but nothing that the request does not name.
@@ -160,6 +162,14 @@ class ClientStore:
             del self.cache[name]
         if self.is_private:
             prune_objects(self.directory, set(retained))
+
+    def keep(self, objects: Mapping[str, bytes]) -> None:
+        """Save objects that were sent, by their hashes, which are checked on reading.
+
+        Raises:
+            ModelError: If a name is no hash.
+        """
+        self._save(dict(objects))
 
     def _save(self, objects: dict[str, bytes]) -> None:
         save_objects(objects, self.directory)

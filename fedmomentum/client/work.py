@@ -64,6 +64,21 @@ class WorkResult:
     moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """The outcome of a training, before anything of it is made ready to leave.
+
+    Attributes:
+        adapter: What was trained.
+        report: How training went.
+        moments: The optimizer's moments, of the factors that were trained.
+    """
+
+    adapter: Adapter
+    report: TrainReport
+    moments: Mapping[str, Moments]
+
+
 @dataclass(kw_only=True)
 class Worker:
     """A client's data and model, and the work that it does with them.
@@ -109,8 +124,8 @@ class Worker:
             labels=model.identity.labels,
             quantization=model.identity.quantization,
             num_parameters=model.num_parameters,
-            num_train=len(self.train),
-            num_test=len(self.test),
+            num_train=0 if request.is_secure else len(self.train),
+            num_test=0 if request.is_secure else len(self.test),
             versions={name: installed_version(name) for name in REPORTED_PACKAGES},
             threads=torch.get_num_threads(),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -144,43 +159,50 @@ class Worker:
             FedMomentumError: If training fails.
         """
         method = self.method
+        start_factors = []
+        if method.prunes:
+            start_factors = [_detached_copy(m) for m in self.model.live_factors()]
+        trained = self.train_adapter(request, server_round, moments)
+
+        # What leaves: the factors that the method uploads, in the dtype of the wire.
+        dtype = wire_dtype(request.uplink_dtype)
+        uploaded = _uploaded(trained.adapter, method.uploaded_factors(server_round))
+        tensors = encode_factors(uploaded, dtype)
+        tensors |= self._probe_tensors(request.probe_seed)
+        tensors |= _shared_tensors(request, trained.moments)
+
+        next_rank = None
+        if method.prunes:
+            with torch.no_grad():
+                next_rank = method.next_rank(
+                    request.lora.rank, start_factors, self.model.live_factors()
+                )
+        rounding = rounding_error(trained.adapter, roundtrip(trained.adapter, dtype))
+        result = train_result_of(trained.report, rounding, next_rank)
+        return WorkResult(result, len(self.train), tensors, trained.moments)
+
+    def train_adapter(
+        self,
+        request: TrainRequest,
+        server_round: int,
+        moments: Mapping[str, Moments] | None = None,
+    ) -> TrainedAdapter:
+        """Train the loaded model; return its adapter, of which nothing has left; see above."""
         model = self.model
         start = model.adapter(self.client_id) if self.update_filter else None
-        start_factors = [_detached_copy(m) for m in model.live_factors()] if method.prunes else []
 
-        trained_factors = method.trained_factors(server_round)
+        trained_factors = self.method.trained_factors(server_round)
         with model.training_only(trained_factors):
             # Finding the names visits all parameters of the model, so it is done where needed.
             names = {} if moments is None else model.parameter_names(trained_factors)
             report = self._train_model(request, by_parameter(moments, names, model))
         trained_moments = by_factor(report, names, model)
 
-        trained = model.adapter(self.client_id)
+        adapter = model.adapter(self.client_id)
         if self.update_filter is not None and start is not None:
-            update = ClientUpdate(self.client_id, server_round, start, trained)
-            trained = self.update_filter.on_client(update)
-
-        # What leaves: the factors that the method uploads, in the dtype of the wire.
-        dtype = wire_dtype(request.uplink_dtype)
-        tensors = encode_factors(_uploaded(trained, method.uploaded_factors(server_round)), dtype)
-        tensors |= self._probe_tensors(request.probe_seed)
-        tensors |= _shared_tensors(request, trained_moments)
-
-        next_rank = None
-        if method.prunes:
-            with torch.no_grad():
-                next_rank = method.next_rank(request.lora.rank, start_factors, model.live_factors())
-        result = TrainResult(
-            loss=report.loss,
-            first_loss=report.first_loss,
-            last_loss=report.last_loss,
-            num_steps=report.num_steps,
-            num_tokens=report.num_tokens,
-            rounding=rounding_error(trained, roundtrip(trained, dtype)),
-            next_rank=next_rank,
-            learning_rate_sum=report.learning_rate_sum or 0.0,
-        )
-        return WorkResult(result, len(self.train), tensors, trained_moments)
+            update = ClientUpdate(self.client_id, server_round, start, adapter)
+            adapter = self.update_filter.on_client(update)
+        return TrainedAdapter(adapter, report, trained_moments)
 
     def _train_model(
         self, request: TrainRequest, moments: Mapping[str, Moments] | None
@@ -293,6 +315,28 @@ def _parts(request: EvaluateRequest) -> tuple[slice, slice]:
 
 
 # ── helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def train_result_of(
+    report: TrainReport, rounding: float = 0.0, next_rank: int | None = None
+) -> TrainResult:
+    """Return what a training function reported, as an answer.
+
+    Args:
+        report: The report.
+        rounding: The error of the update in the wire's dtype.
+        next_rank: The rank at which the client continues, for methods that prune.
+    """
+    return TrainResult(
+        loss=report.loss,
+        first_loss=report.first_loss,
+        last_loss=report.last_loss,
+        num_steps=report.num_steps,
+        num_tokens=report.num_tokens,
+        rounding=rounding,
+        next_rank=next_rank,
+        learning_rate_sum=report.learning_rate_sum or 0.0,
+    )
 
 
 def _detached_copy(factors: LowRank) -> LowRank:

@@ -135,9 +135,9 @@ def decode_reply(data: bytes, task: Task, max_bytes: int) -> Reply:
         if got != expected:
             raise PayloadError(f"{name}: the reply is for {key} {got!r}; expected {expected!r}")
     kind = kind_of(head.answer)
-    may_be_missing = kind == "missing" and task.kind != "describe"
-    if kind != task.kind and not may_be_missing:
-        raise PayloadError(f"{name}: the reply is for kind {kind!r}; expected {task.kind!r}")
+    may_be_missing = kind == "missing" and task.kind in ("train", "evaluate")
+    if kind != task.answer_kind and not may_be_missing:
+        raise PayloadError(f"{name}: the reply is for kind {kind!r}; expected {task.answer_kind!r}")
     if isinstance(head.answer, Description):
         check_free_form(head.answer.adapter_config, f"{name}: its adapter_config")
     return Reply(**{key: getattr(head, key) for key in Reply.HEAD}, tensors=tensors)

@@ -14,10 +14,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 from torch import Tensor
 
-from fedmomentum.config.schema import LoraConfig
 from fedmomentum.config.training import LocalTraining
 from fedmomentum.formats.manifest import MAX_RECIPES, Manifest, Quantization, Recipe
 from fedmomentum.formats.scores import Score
+from fedmomentum.protocol.adapter_terms import (
+    MAX_MODULES,
+    ClientLora,
+    DType,
+    FreshAdapter,
+    Positive,
+)
+from fedmomentum.protocol.secure_messages import Ready, SecureTerms, SumAnswer, SumRequest
 from fedmomentum.utils.chat_date import DEFAULT_DATE
 from fedmomentum.utils.schema import (
     MAX_LABELS,
@@ -32,13 +39,11 @@ from fedmomentum.utils.schema import (
     Text,
 )
 
-PROTOCOL = 3
+PROTOCOL = 4
 # The largest number of objects that a reply may name.
 MAX_OBJECTS = 100_000
 # The largest number of categories in a client's scores.
 MAX_CATEGORIES = 10_000
-# The largest number of adapted modules.
-MAX_MODULES = 100_000
 
 # Tensors of a reply, `(num_modules, NUM_PROBES)` float64: probes of the client's live weights,
 # without and with the adapter's product.
@@ -54,55 +59,10 @@ OPTIMIZER = "optimizer."
 
 # The version of a base, a SHA-256; empty if none was loaded.
 Version = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
-DType = Literal["float32", "float16", "bfloat16"]
 OptimizerState = Literal["fresh", "shared", "shared-full", "local"]
-Positive = Annotated[float, Meta(gt=0)]
 
 
 # ── tasks ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-class ClientLora(Schema, frozen=True, kw_only=True):
-    """What one client trains, so that server and client can compare it.
-
-    Attributes:
-        rank: The rank of its adapter.
-        lora_alpha: The numerator of its scaling.
-        target_modules: Its `lora.target-modules`; only compared, never matched.
-        target_parameters: Its `lora.target-parameters`, likewise.
-        mixed: Whether the clients of the run have different ranks.
-    """
-
-    rank: PositiveCount
-    lora_alpha: Positive
-    target_modules: Annotated[list[Text], Meta(max_length=MAX_MODULES)] | Text
-    target_parameters: Annotated[list[Text], Meta(max_length=MAX_MODULES)] = []
-    mixed: bool
-
-    @classmethod
-    def of(cls, lora: LoraConfig, mixed: bool) -> ClientLora:
-        """Return the part of a client's settings that both sides must agree on."""
-        return cls(
-            rank=lora.rank,
-            lora_alpha=lora.lora_alpha,
-            target_modules=lora.target_modules,
-            target_parameters=lora.target_parameters,
-            mixed=mixed,
-        )
-
-
-class FreshAdapter(Schema, frozen=True, kw_only=True):
-    """The seed from which a client initializes the round's adapter instead of downloading it.
-
-    Attributes:
-        seed: The run's seed.
-        server_round: The round after which the adapter starts.
-        dtype: The dtype that its factors are rounded to.
-    """
-
-    seed: Seed
-    server_round: Count
-    dtype: DType
 
 
 class DescribeRequest(Schema, tag_field="kind", tag="describe", frozen=True, kw_only=True):
@@ -110,9 +70,11 @@ class DescribeRequest(Schema, tag_field="kind", tag="describe", frozen=True, kw_
 
     Attributes:
         adapter: Whether to send the initial adapter too.
+        is_secure: Whether the run sums up under masks, and no numbers of examples are told.
     """
 
     adapter: bool
+    is_secure: bool = False
 
 
 class ModelRequest(Schema, frozen=True, kw_only=True):
@@ -154,6 +116,7 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
         uplink_dtype: The dtype in which the factors travel.
         optimizer_state: What the optimizer starts with, and what is sent of what it ends with.
         moments: The moments to start with (`SharedMoments`), by content hash; None for zeros.
+        secure: How the update is summed up under masks; None where the reply holds it.
     """
 
     learning_rate: Positive
@@ -166,11 +129,22 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
     uplink_dtype: DType
     optimizer_state: OptimizerState
     moments: Hash | None = None
+    secure: SecureTerms | None = None
 
     @property
     def needed(self) -> frozenset[str]:
         """Hashes of the objects that the client needs for it."""
-        return self.manifest.needed | ({self.moments} if self.moments else set())
+        needed = set(self.manifest.needed)
+        if self.moments:
+            needed.add(self.moments)
+        if self.secure is not None and self.secure.outcome is not None:
+            needed.add(self.secure.outcome.means)
+        return frozenset(needed)
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the outcome stays with the client, for the round's sums."""
+        return self.secure is not None
 
     @property
     def hyperparameters(self) -> LocalTraining:
@@ -192,15 +166,25 @@ class EvaluateRequest(ModelRequest, tag_field="kind", tag="evaluate", frozen=Tru
         num_compared: The number of the first of them, which all evaluations of the run share.
         batch_size: The number of examples in a batch.
         probe_seed: The seed of the probes of the loaded weights; None for no probes.
+        is_secure: Whether the scores stay with the client, for the round's sums.
+        means: Hash of the outcome of the round's first sum, which the client keeps; None if the
+            client will not need it.
     """
 
     num_examples: Count
     num_compared: Count
     batch_size: PositiveCount
     probe_seed: Seed | None
+    is_secure: bool = False
+    means: Hash | None = None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Hashes of the objects that the client needs for it."""
+        return self.manifest.needed | ({self.means} if self.means else set())
 
 
-Request = DescribeRequest | TrainRequest | EvaluateRequest
+Request = DescribeRequest | TrainRequest | EvaluateRequest | SumRequest
 
 
 @dataclass(frozen=True)
@@ -223,8 +207,16 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """The kind of the request: `describe`, `train` or `evaluate`."""
+        """The kind of the request: `describe`, `train`, `evaluate` or `sum`."""
         return kind_of(self.request)
+
+    @property
+    def answer_kind(self) -> str:
+        """The kind of the answer, where the task can be done."""
+        request = self.request
+        if isinstance(request, TrainRequest | EvaluateRequest) and request.is_secure:
+            return kind_of(Ready())
+        return self.kind
 
 
 # ── replies ───────────────────────────────────────────────────────────────────────────────────────
@@ -239,8 +231,8 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
         labels: The labels of its classifier, in the order of its head; empty without one.
         quantization: What it did with the base model's stored weights on loading; None: nothing.
         num_parameters: The number of parameters of the base model.
-        num_train: The number of training examples.
-        num_test: The number of held-out examples.
+        num_train: The number of training examples; 0 where sums are masked.
+        num_test: The number of held-out examples, likewise.
         threads: The number of CPU threads.
         dtype: The dtype of its base model in memory.
         versions: Package to version.
@@ -324,7 +316,7 @@ class MissingObjects(Schema, tag_field="kind", tag="missing", frozen=True, kw_on
     missing: Annotated[list[Hash], Meta(min_length=1, max_length=MAX_OBJECTS)]
 
 
-Answer = Description | TrainResult | EvaluateResult | MissingObjects
+Answer = Description | TrainResult | EvaluateResult | MissingObjects | Ready | SumAnswer
 
 
 @dataclass(frozen=True)
@@ -337,7 +329,8 @@ class Reply:
         server_round: The round of the task.
         version: The version of the base that the client ended with; empty if it loaded none.
         holds: Hashes of the manifest's objects that the client now has.
-        num_examples: The number of examples behind the answer; its weight.
+        num_examples: The number of examples behind the answer; its weight. Of one party alone it is
+            withheld where sums are masked (`WITHHELD_COUNT`), and so is `split`.
         split: A hash of how the client's examples are split into training and held-out ones. It
             must not change during a run: the model would be scored on examples it was trained on.
         answer: The outcome of the task.
@@ -369,7 +362,7 @@ class Reply:
 
     @property
     def kind(self) -> str:
-        """The kind of the answer: `describe`, `train`, `evaluate` or `missing`."""
+        """The kind of the answer: `describe`, `train`, `evaluate`, `missing`, `ready` or `sum`."""
         return kind_of(self.answer)
 
 

@@ -12,8 +12,9 @@ from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.manifest import as_manifest
+from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_task
-from fedmomentum.protocol.messages import ClientLora, Task
+from fedmomentum.protocol.messages import Task
 from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.privacy_checks import check_privacy
 from fedmomentum.run.setup import (

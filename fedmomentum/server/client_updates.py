@@ -13,14 +13,8 @@ from fedmomentum.lora.half_precision import decode_factors, wire_dtype
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_layout import is_parameter_target
 from fedmomentum.lora.target_names import is_called, is_target
-from fedmomentum.protocol.messages import (
-    MEASUREMENTS,
-    OPTIMIZER,
-    ClientLora,
-    Reply,
-    TrainResult,
-    train_result,
-)
+from fedmomentum.protocol.adapter_terms import ClientLora
+from fedmomentum.protocol.messages import MEASUREMENTS, OPTIMIZER, Reply, TrainResult, train_result
 from fedmomentum.server.reply_checks import check_losses, check_magnitude, check_measurements
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ import msgspec
 from fedmomentum.errors import FedMomentumError, PayloadError
 from fedmomentum.formats.manifest import Manifest, Recipe, as_manifest
 from fedmomentum.linalg.probes import NUM_PROBES
+from fedmomentum.protocol.adapter_terms import FreshAdapter
 from fedmomentum.protocol.codec import decode_reply, encode_task
 from fedmomentum.protocol.messages import (
     MEASUREMENTS,
     EvaluateRequest,
-    FreshAdapter,
     MissingObjects,
     Reply,
     Task,

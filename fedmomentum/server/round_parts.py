@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedmomentum.objectives.choice import make_objective
-from fedmomentum.protocol.messages import ClientLora, EvaluateRequest, TrainRequest
+from fedmomentum.protocol.adapter_terms import ClientLora
+from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:

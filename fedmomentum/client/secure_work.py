@@ -1,0 +1,255 @@
+"""A client's part in rounds whose updates are summed under masks.
+
+What it trained stays here; the server asks for sums of it, one message after the other. All of a
+round but the feedback is in memory: a client that is restarted has dropped from the round's sums,
+and takes part again in the next round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, MeanMoves, Values
+from fedmomentum.errors import DataError, ModelError, SecureSumError
+from fedmomentum.global_model.cross_terms import CrossTerms
+from fedmomentum.global_model.mean_moves import read_means
+from fedmomentum.protocol.secure_messages import FIRST_SUM, SECOND_SUM, RoundOutcome, SecureTerms
+from fedmomentum.secure_sum.messages import SumPlan, decode_message
+from fedmomentum.secure_sum.party import Identity, SumParty
+
+if TYPE_CHECKING:
+    from fedmomentum.client.store import ClientStore
+    from fedmomentum.linalg.matrix import Matrix
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.protocol.messages import EvaluateResult, TrainResult
+    from fedmomentum.protocol.secure_messages import SumRequest
+    from fedmomentum.secure_sum.journal import PartyJournal
+
+
+LOG = logging.getLogger("fedmomentum")
+
+
+@dataclass(frozen=True)
+class SecureParty:
+    """With what a client takes part in sums.
+
+    Attributes:
+        identity: Who it is, and whom it accepts as others.
+        journal: Where it records what it opens.
+    """
+
+    identity: Identity
+    journal: PartyJournal
+
+
+@dataclass
+class SecureWork:
+    """What a client computed in one round, and the sum that it is in the middle of.
+
+    Attributes:
+        party: With what it takes part.
+        run_id: The run on the wire.
+        server_round: The round.
+        layout: The form of the sums of updates; None where the client did not train.
+        moves: How it moved from the round's start.
+        training: How its training went.
+        evaluation: Its scores.
+    """
+
+    party: SecureParty
+    run_id: str
+    server_round: int
+    layout: AdapterSums | None = None
+    moves: ClientMoves | None = None
+    training: TrainResult | None = None
+    evaluation: EvaluateResult | None = None
+    _position: tuple[int, int] = field(init=False, repr=False, default=(0, 0))
+    _sum: SumParty | None = field(init=False, repr=False, default=None)
+
+    def is_of(self, run_id: str, server_round: int) -> bool:
+        """Whether it is of a round."""
+        return (self.run_id, self.server_round) == (run_id, server_round)
+
+    def answer(self, request: SumRequest, message: bytes, means: MeanMoves | None) -> bytes:
+        """Answer a message of a sum.
+
+        Args:
+            request: Which sum.
+            message: The server's message.
+            means: The outcome of the first sum, with the first message of the second.
+
+        Raises:
+            SecureSumError: If a rule does not hold, or the client has nothing to add to the sum.
+            DataError: If its own values cannot be summed.
+        """
+        position = (request.number, request.attempt)
+        if self._sum is None or position != self._position:
+            self._check_plan(request, message)
+            # Only with a plan that is for this very sum is there something to sum up.
+            values = self._values(request.number, means)
+            party = SumParty(self.party.identity, self.party.journal, values)
+            reply = party.answer(message)
+            self._sum = party
+            self._position = position
+            return reply
+        return self._sum.answer(message)
+
+    def _check_plan(self, request: SumRequest, message: bytes) -> None:
+        """Check that a sum's first message is its plan, and of the round that was trained.
+
+        What a party opened is recorded by run, round and sum, so these must be the true ones.
+
+        Raises:
+            SecureSumError: If it is not.
+        """
+        try:
+            plan = decode_message(message, SumPlan, "the server")
+        except SecureSumError as error:
+            raise SecureSumError(
+                f"round {self.server_round}: this client does not take part in attempt "
+                f"{request.attempt} at sum {request.number}, as it was not there at its beginning"
+            ) from error
+        wanted = (self.run_id, self.server_round, request.number, request.attempt)
+        if (plan.run_id, *plan.position) != wanted:
+            raise SecureSumError(
+                f"a plan of {plan.title} came with attempt {request.attempt} at sum "
+                f"{request.number} of round {self.server_round}"
+            )
+
+    def _values(self, number: int, means: MeanMoves | None) -> Mapping[str, NDArray[np.float64]]:
+        """Return the client's values in a sum, by block."""
+        if self.layout is None or self.moves is None:
+            raise SecureSumError(f"round {self.server_round}: this client has not trained in it")
+        values: Values
+        if number == FIRST_SUM:
+            values = self.layout.first_values(self.moves)
+        elif number == SECOND_SUM and means is not None:
+            self._check_means(means)
+            values = self.layout.second_values(self.moves, means)
+        else:
+            raise SecureSumError(f"round {self.server_round} has no sum {number}")
+        return {block: tensor.numpy() for block, tensor in values.items()}
+
+    def _check_means(self, means: MeanMoves) -> None:
+        """Check that the outcome of the first sum has the form of this client's values.
+
+        Raises:
+            SecureSumError: If it has not.
+        """
+        assert self.layout is not None
+        for module, matrix in self.layout.start.modules.items():
+            mean = means.modules.get(module)
+            width = self.layout.width(module)
+            if mean is None or (mean.b.shape, mean.a.shape, mean.Q.shape[1]) != (
+                matrix.B.shape,
+                matrix.A.shape,
+                width,
+            ):
+                raise SecureSumError(
+                    f"round {self.server_round}: the outcome of the first sum is not that of this "
+                    f"client's {module}"
+                )
+
+
+def layout_of(terms: SecureTerms, start: Adapter, factors: str) -> AdapterSums:
+    """Return the form of a round's sums.
+
+    Args:
+        terms: What all clients of the round have in common.
+        start: The adapter that they start from.
+        factors: The factors that are summed.
+    """
+    return AdapterSums(
+        start=start,
+        factors=factors,
+        sketch_ranks=terms.sketch_ranks,
+        num_parties=terms.num_parties,
+        max_examples=terms.max_examples,
+        max_change=terms.max_change,
+        expected_examples=terms.expected_examples,
+        seed=terms.seed,
+    )
+
+
+def settled_feedback(
+    store: ClientStore, client: str, run_id: str, server_round: int, outcome: RoundOutcome | None
+) -> dict[str, Matrix]:
+    """Return what the global model lacks of a client's cross terms before a round.
+
+    The client's newest file says what it kept before its last round, and what it did in it. Whether
+    the model has that round, the outcome says.
+
+    Args:
+        store: The client's files.
+        client: The client.
+        run_id: The run on the wire.
+        server_round: The round that begins.
+        outcome: Of the last round whose sums hold the client's cross terms; None for none.
+
+    Raises:
+        ModelError: If the file of that round is missing or damaged.
+        PayloadError: If the outcome's means are damaged.
+    """
+    state = store.load_state(CrossTerms, run_id, client, server_round - 1)
+    if outcome is not None and (state is None or state.server_round < outcome.server_round):
+        raise ModelError(
+            f"client {client}: its cross terms after round {outcome.server_round} are missing; "
+            "restore its store from a copy. The global model counts on them"
+        )
+    if state is None:
+        return {}
+    # Rounds after the outcome's have nothing of this client: what it kept before them stands.
+    if outcome is None or state.server_round != outcome.server_round:
+        return state.settled(None, in_second_sum=False)
+    name = f"the outcome of round {outcome.server_round}"
+    means = read_means(store.read(outcome.means), name)
+    return state.settled(means, in_second_sum=outcome.in_second_sum)
+
+
+def save_cross_terms(store: ClientStore, client: str, work: SecureWork) -> None:
+    """Save what a client keeps of a round, before anything of it leaves."""
+    layout = work.layout
+    moves = work.moves
+    assert layout is not None and moves is not None
+    if not layout.has_second_sum:
+        return
+    store.save_state(
+        CrossTerms(
+            client=client,
+            run_id=work.run_id,
+            server_round=work.server_round,
+            num_examples=moves.num_examples,
+            moves=moves.modules,
+            feedback_limits={module: layout.feedback_limit(module) for module in moves.modules},
+        )
+    )
+
+
+@contextmanager
+def keeping_reasons(client: str) -> Iterator[None]:
+    """Keep with the client what goes wrong with its own data and values; the server learns that.
+
+    Args:
+        client: The client.
+
+    Raises:
+        SecureSumError: If anything but a rule of the sums was broken; it does not say what.
+    """
+    try:
+        yield
+    except SecureSumError:
+        raise
+    except Exception as error:
+        LOG.error("%s takes no part in the round's sums: %s", client, error)
+        if not isinstance(error, DataError):
+            LOG.debug("%s failed", client, exc_info=error)
+        raise SecureSumError(
+            f"client {client} takes no part in the round's sums; its own log says why"
+        ) from None

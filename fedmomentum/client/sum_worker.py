@@ -1,0 +1,135 @@
+"""`SumWorker`: a client's work in rounds whose updates are summed under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fedmomentum.client.secure_work import (
+    SecureParty,
+    SecureWork,
+    keeping_reasons,
+    layout_of,
+    save_cross_terms,
+    settled_feedback,
+)
+from fedmomentum.client.work import Worker, WorkResult, train_result_of
+from fedmomentum.errors import ConfigError, SecureSumError
+from fedmomentum.global_model.mean_moves import read_means
+from fedmomentum.protocol.messages import EvaluateRequest, EvaluateResult, Task, TrainRequest
+from fedmomentum.protocol.secure_messages import (
+    SUM_MESSAGE,
+    WITHHELD_COUNT,
+    Ready,
+    SumAnswer,
+    SumRequest,
+    message_tensors,
+)
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation.moments import Moments
+    from fedmomentum.client.store import ClientStore
+    from fedmomentum.global_model.model import GlobalModel
+
+
+@dataclass(kw_only=True)
+class SumWorker(Worker):
+    """A client's work where the outcome stays with it, and the server asks for sums.
+
+    Attributes:
+        store: Its objects and its state of earlier rounds.
+        party: With what it takes part in sums under masks. With it, it takes part in no run that
+            has none; without, in none that has some.
+    """
+
+    store: ClientStore
+    party: SecureParty | None = None
+    _round: SecureWork | None = field(init=False, repr=False, default=None)
+
+    def check_privacy(self, *, is_secure: bool) -> None:
+        """Check that the run keeps from the server what is configured here.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        if self.party is not None and not is_secure:
+            raise ConfigError(
+                f"client {self.client_id} takes part in runs with secure aggregation only "
+                "([privacy] secure-aggregation = true), and this one has none"
+            )
+        if self.party is None and is_secure:
+            raise ConfigError(
+                "the run has secure aggregation; [privacy] here does not. Set "
+                "secure-aggregation = true, and the roster"
+            )
+
+    def _work(self, task: Task) -> SecureWork:
+        """Return what this client has of a task's round, empty at first."""
+        assert self.party is not None  # `check_privacy`
+        if self._round is None or not self._round.is_of(task.run_id, task.server_round):
+            self._round = SecureWork(self.party, task.run_id, task.server_round)
+        return self._round
+
+    def train_for_sums(
+        self,
+        task: Task,
+        request: TrainRequest,
+        global_model: GlobalModel,
+        moments: Mapping[str, Moments] | None,
+    ) -> WorkResult:
+        """Train, and keep the update for the round's sums; its cross terms are on disk then.
+
+        Raises:
+            ModelError: If the feedback of earlier rounds is missing or damaged.
+            SecureSumError: If this client takes no part; why stays with it.
+        """
+        terms = request.secure
+        assert terms is not None
+        store = self.store
+        work = self._work(task)
+        factors = self.method.uploaded_factors(task.server_round)
+        work.layout = layout_of(terms, global_model.adapter, factors)
+        feedback = settled_feedback(
+            store, self.client_id, task.run_id, task.server_round, terms.outcome
+        )
+        with keeping_reasons(self.client_id):
+            trained = self.train_adapter(request, task.server_round, moments)
+            work.moves = work.layout.moves(trained.adapter, len(self.train), feedback)
+        work.training = train_result_of(trained.report)
+        save_cross_terms(store, self.client_id, work)
+        return WorkResult(Ready(), WITHHELD_COUNT, {}, trained.moments)
+
+    def evaluate_for_sums(
+        self, task: Task, request: EvaluateRequest, global_model: GlobalModel
+    ) -> WorkResult:
+        """Score the loaded model, and keep the scores for the round's sums."""
+        with keeping_reasons(self.client_id):
+            result = self.run_evaluation(request, global_model)
+        assert isinstance(result.answer, EvaluateResult)
+        self._work(task).evaluation = result.answer
+        return WorkResult(Ready(), WITHHELD_COUNT, {})
+
+    def answer_sum(self, task: Task, request: SumRequest) -> WorkResult:
+        """Answer a message of one of the round's sums.
+
+        Raises:
+            SecureSumError: If a rule does not hold, or this client has nothing of that round.
+        """
+        self.check_privacy(is_secure=True)
+        work = self._round
+        if work is None or not work.is_of(task.run_id, task.server_round):
+            raise SecureSumError(
+                f"client {self.client_id} has nothing of round {task.server_round}: it was started "
+                "again since, or has taken part in a later one. It takes part in the next round"
+            )
+        # The first sum's outcome is kept: the next task names it again.
+        means = None
+        if request.means is not None:
+            self.store.keep({request.means: task.objects.get(request.means, b"")})
+            stored = self.store.read(request.means)
+            means = read_means(stored, "the outcome of the first sum")
+        message = task.objects.get(SUM_MESSAGE, b"")
+        with keeping_reasons(self.client_id):
+            answer = work.answer(request, message, means)
+        return WorkResult(SumAnswer(), WITHHELD_COUNT, message_tensors(answer))

@@ -1,0 +1,111 @@
+"""The messages of rounds whose updates are summed under masks.
+
+A reply of such a round says nothing of its client: what it computed stays there, and the server
+asks for sums of it. The parties' messages of a sum, `fedmomentum.secure_sum.messages`, travel as
+bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from fedmomentum.errors import PayloadError
+from fedmomentum.protocol.adapter_terms import Positive
+from fedmomentum.utils.schema import Count, Hash, PositiveCount, Schema, Seed
+from fedmomentum.utils.tensors import bytes_to_tensor
+
+SUM_MESSAGE = "message"
+"""The object of a task, and the tensor of a reply, that holds a message of a sum."""
+WITHHELD_COUNT = 1
+"""What a reply gives as its number of examples where the server may not know it."""
+WITHHELD_SPLIT = "0" * 64
+"""What a reply gives as the hash of its examples: whoever guessed them could check the guess."""
+
+FIRST_SUM = 1
+SECOND_SUM = 2
+SCORE_SUM = 3
+
+
+class RoundOutcome(Schema, frozen=True, kw_only=True):
+    """What became of a client's values in a round that was committed, and whose first sum has them.
+
+    Attributes:
+        server_round: The round.
+        means: Hash of the first sum's outcome (`means_object`).
+        in_second_sum: Whether the second sum has the client's values too.
+    """
+
+    server_round: PositiveCount
+    means: Hash
+    in_second_sum: bool
+
+
+class SecureTerms(Schema, frozen=True, kw_only=True):
+    """What the clients of a round must have in common so that their values can be summed.
+
+    Attributes:
+        num_parties: The number of clients that are asked to train.
+        max_examples: The largest number of examples of a client.
+        max_change: The largest change of a number of its adapter.
+        sketch_ranks: The width of the sketches of the cross terms, in ranks; 0 for none.
+        expected_examples: About the number of examples of all clients of the round.
+        seed: The seed of the sketches.
+        outcome: Of the client's last round that had cross terms; None before it had one.
+    """
+
+    num_parties: PositiveCount
+    max_examples: PositiveCount
+    max_change: Positive
+    sketch_ranks: Count
+    expected_examples: PositiveCount
+    seed: Seed
+    outcome: RoundOutcome | None = None
+
+
+class SumRequest(Schema, tag_field="kind", tag="sum", frozen=True, kw_only=True):
+    """Answer the next message of a sum, which is the object `SUM_MESSAGE` of the task.
+
+    Attributes:
+        number: Which of the round's sums it is: `FIRST_SUM`, `SECOND_SUM` or `SCORE_SUM`.
+        attempt: Which attempt at this sum it is, from 1.
+        means: Hash of the first sum's outcome, with the first message of the second sum.
+    """
+
+    number: Annotated[int, Meta(ge=FIRST_SUM, le=SCORE_SUM)]
+    attempt: PositiveCount
+    means: Hash | None = None
+
+
+class Ready(Schema, tag_field="kind", tag="ready", frozen=True, kw_only=True):
+    """The client did what was asked, and keeps the outcome for the round's sums."""
+
+
+class SumAnswer(Schema, tag_field="kind", tag="sum", frozen=True, kw_only=True):
+    """The client's message of a sum is in the tensor `SUM_MESSAGE`."""
+
+
+def message_tensors(message: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a reply that carries a message of a sum."""
+    return {SUM_MESSAGE: bytes_to_tensor(message)}
+
+
+def message_of(tensors: dict[str, Tensor], name: str) -> bytes:
+    """Return the message of a sum from a reply's tensors.
+
+    Args:
+        tensors: The tensors.
+        name: Whose they are, for the message.
+
+    Raises:
+        PayloadError: If they are anything else.
+    """
+    tensor = tensors.get(SUM_MESSAGE)
+    if len(tensors) != 1 or tensor is None or tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise PayloadError(
+            f"{name}: its reply holds {len(tensors)} tensors; wanted one, {SUM_MESSAGE!r}, of bytes"
+        )
+    return tensor.numpy().tobytes()
