@@ -194,6 +194,7 @@ def tokenize_labeled(
         tuple(example.category for example in examples),
         (False,) * len(examples),
         0,
+        units=tuple(example.unit for example in examples),
     )
 
 

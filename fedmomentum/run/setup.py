@@ -342,8 +342,14 @@ def load_data(config: Config) -> list[ClientData]:
         ConfigError: If no data is named.
         DataError: If data cannot be used.
     """
-    seed = derive_seed(config.run.seed, "data")
-    return load_clients(config.data, seed, loss_on=config.training.loss_on, task=config.model.task)
+    dp = config.privacy.dp
+    return load_clients(
+        config.data,
+        derive_seed(config.run.seed, "data"),
+        loss_on=config.training.loss_on,
+        task=config.model.task,
+        unit_column=None if dp is None else dp.unit_column,
+    )
 
 
 def make_clients(
