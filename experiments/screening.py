@@ -94,7 +94,8 @@ def measure() -> dict[str, Any]:
     from fedmomentum.data import TokenizedExamples
     from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, load_adapter
     from fedmomentum.server.client_deltas import distance
-    from fedmomentum.server.screening import StepRule, step_norms
+    from fedmomentum.server.screening import step_norms
+    from fedmomentum.training.step_rule import StepRule
     from fedmomentum.training.trainer import train
     from tests.tiny import PAD_TOKEN_ID, tiny_llama
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from fedmomentum.config.privacy import MAX_CLIENTS, MIN_CLIENTS
 from fedmomentum.config.schema import FederationConfig
 from fedmomentum.errors import ConfigError
+from fedmomentum.server.change_bound import unknown_change
 from fedmomentum.server.selection import sample_size
+from fedmomentum.training.step_rule import largest_change
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -41,6 +43,7 @@ def check_privacy(config: Config, method: Method) -> None:
             f"optimizer's moments, which {SETTING} does not sum up; set it to fresh or local"
         )
     _check_federation(config.federation)
+    _check_change(config)
     # Deleted with the first run that uses it.
     raise ConfigError(f"{SETTING} is not available yet; leave it out")
 
@@ -62,6 +65,20 @@ def _check_federation(federation: FederationConfig) -> None:
             raise ConfigError(
                 f"federation.{key} = {value} cannot be used with {SETTING}: {why}. Leave it out"
             )
+
+
+def _check_change(config: Config) -> None:
+    """Refuse training of which nothing bounds what it changes, before anything is loaded.
+
+    Raises:
+        ConfigError: If no bound is given or known.
+    """
+    if config.privacy.max_change is not None:
+        return
+    hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
+    bound = largest_change(hyperparameters, 1, largest_number=1.0, largest_tensor=1)
+    if config.training.function is not None or bound is None:
+        raise ConfigError(unknown_change(config))
 
 
 def check_num_clients(config: Config, num_clients: int) -> None:

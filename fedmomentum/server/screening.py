@@ -22,7 +22,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,6 +31,7 @@ from fedmomentum.errors import DataError
 from fedmomentum.formats.round_record import ScreeningRecord
 from fedmomentum.server.client_deltas import distance
 from fedmomentum.training.arguments import count_steps
+from fedmomentum.training.step_rule import StepRule
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -50,58 +51,6 @@ MAX_WORK = 1000.0
 
 _SAVED = "modules_to_save"
 _ADAPTER = "adapter"
-
-
-@dataclass(frozen=True)
-class StepRule:
-    """How long a step of the run's optimizer can be.
-
-    Attributes:
-        learning_rate: The learning rate of the round.
-        per_number: The most that one number changes in a step, in learning rates; None where
-            nothing is known.
-        per_step: The most that all numbers together change in a step (Euclidean), in learning
-            rates; None where only `per_number` is known.
-        weight_decay: Decoupled weight decay.
-    """
-
-    learning_rate: float
-    per_number: float | None
-    per_step: float | None = None
-    weight_decay: float = 0.0
-
-    @property
-    def is_known(self) -> bool:
-        """Whether anything is known of how far a step goes."""
-        return self.per_number is not None or self.per_step is not None
-
-    @classmethod
-    def of(
-        cls, learning_rate: float, arguments: Mapping[str, Any], *, own_function: bool
-    ) -> StepRule:
-        """Return the rule for a run's training arguments.
-
-        Adam's steps are bounded number by number, whatever the gradient. Plain gradient descent is
-        bounded by the norm to which the gradient is clipped.
-
-        Args:
-            learning_rate: The learning rate of the round.
-            arguments: The run's `[training.arguments]`.
-            own_function: Whether clients train by a function of the user's own, of which nothing is
-                known.
-        """
-        name = str(arguments.get("optim", "adamw_torch"))
-        decay = float(arguments.get("weight_decay", 0.0))
-        if own_function:
-            return cls(learning_rate, None)
-        if name == "sgd":
-            clip = float(arguments.get("max_grad_norm", 1.0))
-            return cls(learning_rate, None, clip if clip > 0 else None, decay)
-        if name.startswith("adamw_torch") or name in ("adafactor", "adagrad"):
-            return cls(learning_rate, 1.0, None, decay)
-        if name == "rmsprop":  # its first step divides by a tenth of the gradient
-            return cls(learning_rate, 10.0, None, decay)
-        return cls(learning_rate, None)
 
 
 @dataclass(frozen=True)

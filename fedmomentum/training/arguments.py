@@ -139,7 +139,7 @@ def check_optimizer(arguments: Mapping[str, Any]) -> None:
             f"training argument optim: the state of the optimizer {printable(name, 100)} cannot "
             f"be carried over; {advice}"
         )
-    options = _optimizer_options(arguments)
+    options = optimizer_options(arguments)
     if name == "sgd":
         momentum = options.get("momentum", "0")
         if not _is_above_0(momentum):
@@ -154,14 +154,15 @@ def check_optimizer(arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _optimizer_options(arguments: Mapping[str, Any]) -> dict[str, str]:
+def optimizer_options(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Return `optim_args`, a text such as "momentum=0.9, dampening=0.1", by name."""
     # Read as transformers reads it: blanks are ignored, and the last of two equal names counts.
     options = {}
     text = str(arguments.get("optim_args") or "")
     for assignment in text.replace(" ", "").split(","):
         key, _, value = assignment.partition("=")
-        options[key] = value
+        if key:
+            options[key] = value
     return options
 
 

@@ -29,6 +29,12 @@ def secure(privacy=None, **sections):
         ({"federation": {"max-client-weight": 0.5}}, "federation.max-client-weight = 0.5 cannot"),
         ({"federation": {"outlier-norm-ratio": 3.0}}, "federation.outlier-norm-ratio = 3.0"),
         ({"federation": {"uplink-dtype": "float16"}}, "federation.uplink-dtype = float16"),
+        ({"training": {"function": "own:train"}}, "how far training.function, own:train can"),
+        ({"training": {"arguments": {"optim": "lion_32bit"}}}, "optim = 'lion_32bit' can change"),
+        (
+            {"training": {"arguments": {"optim": "sgd", "max_grad_norm": 0}}},
+            "max_grad_norm = 0 can change",
+        ),
     ],
 )
 def test_what_sums_do_not_give_is_refused_by_name(sections, message):
@@ -36,6 +42,13 @@ def test_what_sums_do_not_give_is_refused_by_name(sections, message):
     with pytest.raises(ConfigError, match=message):
         check_privacy(config, make_method(config))
     check_privacy(from_dict(sections), make_method(config))
+
+
+def test_with_a_bound_of_its_own_any_training_will_do():
+    training = {"function": "own:train", "arguments": {"optim": "lion_32bit"}}
+    config = secure({"max-change": 0.5}, training=training)
+    with pytest.raises(ConfigError, match="not available yet"):
+        check_privacy(config, make_method(config))
 
 
 def test_a_method_of_the_users_own_is_refused_until_it_says_what_it_depends_on():

@@ -18,12 +18,12 @@ from fedmomentum.server.screening import (
     MAX_WORK,
     REACH,
     Move,
-    StepRule,
     moves_of,
     screen,
     step_norms,
     typical_move,
 )
+from fedmomentum.training.step_rule import StepRule
 from tests.runs import altered, start, timeless, tiny_config
 from tests.server.test_server import with_faults
 from tests.tiny import tiny_llama

@@ -1,0 +1,201 @@
+"""What clients tell of training and evaluation where only sums of it are told: losses and scores.
+
+One client's loss or score says something of its data, and so does how many examples are behind it.
+So they are summed as updates are. Whole numbers are summed exactly. Any other is divided into a
+whole part, and a rest below 1 that is as exact as the sum's integers allow; then no bound of it
+need be known, except that the whole part fits.
+
+Scores by category are not told: the names of categories come from the clients' data. Those by label
+are, since a run's settings name the labels; of a label that only one client has, the sums are that
+client's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmomentum.errors import SecureSumError
+from fedmomentum.formats.round_record import EvaluationRecord
+from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts, Score
+from fedmomentum.protocol.messages import EvaluateResult
+from fedmomentum.secure_sum.fixed_point import count_block
+from fedmomentum.secure_sum.messages import Block
+
+# Block to its elements, `(size,)`.
+Values = Mapping[str, NDArray[np.float64]]
+
+LOSS = "loss"
+UNTOLD = "untold losses"
+MAX_LOSS = 1e4
+"""A training loss beyond this many nats is not told: nothing is learned any more."""
+COUNTS = ("num_tokens", "num_examples", "num_exact")
+GROUPS = ("total", "compared")
+
+
+# ── training ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def loss_blocks(num_parties: int) -> list[Block]:
+    """Return the blocks of the clients' training losses, which travel with the first sum."""
+    return [*_real_blocks(LOSS, 1, num_parties), count_block(UNTOLD, 1, num_parties)]
+
+
+def loss_values(loss: float, num_examples: int, max_examples: int) -> Values:
+    """Return a client's values in these blocks.
+
+    Args:
+        loss: The mean loss of its training.
+        num_examples: Its number of examples, by which the mean over the clients is weighted.
+        max_examples: The largest number of examples of a client.
+    """
+    is_told = abs(loss) <= MAX_LOSS
+    weighted = loss * num_examples / max_examples if is_told else 0.0
+    return {**_real_values(LOSS, [weighted]), UNTOLD: np.array([0.0 if is_told else 1.0])}
+
+
+def mean_loss(totals: Values, num_examples: int, max_examples: int) -> float | None:
+    """Return the clients' mean loss, weighted by their numbers of examples.
+
+    Args:
+        totals: The sums.
+        num_examples: The number of examples of all clients in them.
+        max_examples: The largest number of examples of a client.
+
+    Returns:
+        The mean; None if a client's loss is beyond `MAX_LOSS`, so that the mean would leave it out.
+    """
+    if round(float(totals[UNTOLD][0])):
+        return None
+    (total,) = _reals(LOSS, totals)
+    return total * max_examples / num_examples
+
+
+# ── evaluation ────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """The form of the sum of the clients' scores.
+
+    Attributes:
+        num_parties: The number of clients that the sum is planned for.
+        of_pairs: Whether the examples are pairs of answers.
+        labels: The labels of a classifier; empty for other models.
+    """
+
+    num_parties: int
+    of_pairs: bool = False
+    labels: Sequence[str] = ()
+
+    def blocks(self) -> list[Block]:
+        """Return the sum's blocks."""
+        blocks = []
+        for group in GROUPS:
+            blocks += _real_blocks(f"{group} nll", 1, self.num_parties)
+            blocks.append(count_block(f"{group} counts", len(COUNTS), self.num_parties))
+            if self.of_pairs:
+                blocks += _real_blocks(f"{group} margin", 1, self.num_parties)
+            if self.labels:
+                size = 3 * len(self.labels)
+                blocks.append(count_block(f"{group} labels", size, self.num_parties))
+        return blocks
+
+    def values(self, result: EvaluateResult) -> Values:
+        """Return a client's values in the sum; zeros where it has no held-out examples."""
+        values: dict[str, NDArray[np.float64]] = {}
+        for group in GROUPS:
+            score = getattr(result, group) or NO_EXAMPLES
+            values |= _real_values(f"{group} nll", [score.nll])
+            counts = [float(getattr(score, name)) for name in COUNTS]
+            values[f"{group} counts"] = np.array(counts)
+            if self.of_pairs:
+                values |= _real_values(f"{group} margin", [score.margin or 0.0])
+            if self.labels:
+                values[f"{group} labels"] = self._label_values(score)
+        return values
+
+    def _label_values(self, score: Score) -> NDArray[np.float64]:
+        """Return the counts by label, label after label."""
+        rows = []
+        for label in self.labels:
+            counts = score.by_label.get(label, LabelCounts(0, 0, 0))
+            rows.append([counts.num_examples, counts.num_predicted, counts.num_exact])
+        return np.array(rows, dtype=np.float64).reshape(-1)
+
+    def record(self, totals: Values) -> EvaluationRecord | None:
+        """Return the scores of all clients together; None where nobody has held-out examples.
+
+        Raises:
+            SecureSumError: If they contradict each other: a client's values are not what it
+                measured. Which client's, nobody can tell.
+        """
+        try:
+            total = self._score("total", totals)
+            compared = self._score("compared", totals)
+        except ValueError as error:
+            raise SecureSumError(
+                f"the sum of the clients' scores contradicts itself ({error}); a client added what "
+                "it did not measure"
+            ) from error
+        return EvaluationRecord(total=total, compared=compared) if total.num_examples else None
+
+    def _score(self, group: str, totals: Values) -> Score:
+        """Return the score of a group; `ValueError` if it cannot be one."""
+        num_tokens, num_examples, num_exact = _counts(totals[f"{group} counts"])
+        (nll,) = _reals(f"{group} nll", totals)
+        # Rounding may leave a sum of zeros a hair below zero.
+        if nll < -1e-5:
+            raise ValueError(f"a negative log-likelihood of {nll:.6g}")
+        margin = None
+        if self.of_pairs:
+            (margin,) = _reals(f"{group} margin", totals)
+        by_label = {}
+        if self.labels:
+            rows = np.reshape(totals[f"{group} labels"], (-1, 3))
+            for label, row in zip(self.labels, rows, strict=True):
+                by_label[label] = LabelCounts(*_counts(row))
+            # As where clients send theirs: without labels that are neither there nor predicted.
+            by_label = {k: c for k, c in by_label.items() if c.num_examples or c.num_predicted}
+        return Score(
+            max(nll, 0.0),
+            num_tokens,
+            num_examples,
+            num_exact,
+            margin=margin,
+            by_label=dict(sorted(by_label.items())),
+        )
+
+
+# ── numbers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _real_blocks(name: str, size: int, num_parties: int) -> list[Block]:
+    """Return the blocks of numbers whose size is not bounded: whole parts, and the rest."""
+    whole = count_block(f"{name}, whole", size, num_parties)
+    return [whole, Block(name=f"{name}, rest", size=size, bound=1.0)]
+
+
+def _real_values(name: str, numbers: Sequence[float]) -> dict[str, NDArray[np.float64]]:
+    """Return a client's values in these blocks."""
+    whole = [float(math.floor(number)) for number in numbers]
+    rest = [number - part for number, part in zip(numbers, whole, strict=True)]
+    return {f"{name}, whole": np.array(whole), f"{name}, rest": np.array(rest)}
+
+
+def _reals(name: str, totals: Values) -> list[float]:
+    """Return the sums of the numbers."""
+    sums = np.rint(totals[f"{name}, whole"]) + totals[f"{name}, rest"]
+    return [float(number) for number in sums]
+
+
+def _counts(values: NDArray[np.float64]) -> list[int]:
+    """Return sums of whole numbers; `ValueError` if one is negative."""
+    counts = [round(float(value)) for value in values]
+    if min(counts, default=0) < 0:
+        raise ValueError(f"a count of {min(counts)}")
+    return counts

@@ -1,0 +1,74 @@
+"""The public bound of what a round can change, within which its secure sums count.
+
+It follows from the run's settings and from the adapter that all start from, so that server and
+clients can compute it, and says nothing of any client.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedmomentum.errors import ConfigError
+from fedmomentum.server.screening import asked_steps
+from fedmomentum.training.step_rule import largest_change
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
+    from fedmomentum.lora.adapter import Adapter
+
+
+def max_change(config: Config, server_round: int, start: Adapter) -> float:
+    """Return a bound of how much one number of a client's adapter changes in a round.
+
+    It is `privacy.max-change` where that is given, else what the optimizer can do in as many steps
+    as a client with `privacy.max-examples` makes.
+
+    Args:
+        config: The run's settings.
+        server_round: The round.
+        start: What all clients start from.
+
+    Raises:
+        ConfigError: If neither is known.
+    """
+    privacy = config.privacy
+    if privacy.max_change is not None:
+        return privacy.max_change
+    training = config.training
+    hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
+    num_steps = asked_steps(privacy.max_examples, hyperparameters)
+    # Everything that is trained, in the units in which it is trained.
+    factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
+    tensors = [*factors, *start.saved.values()]
+    bound = None
+    if training.function is None:
+        bound = largest_change(
+            hyperparameters,
+            num_steps,
+            largest_number=max(float(tensor.abs().max()) for tensor in tensors),
+            largest_tensor=max(tensor.numel() for tensor in tensors),
+            # A client's own moments may be as old as the run.
+            steps_before=(server_round - 1) * num_steps
+            if training.optimizer_state == "local"
+            else 0,
+        )
+    if bound is None:
+        raise ConfigError(unknown_change(config))
+    return bound
+
+
+def unknown_change(config: Config) -> str:
+    """Return what is missing where nothing is known of how far the training goes."""
+    training = config.training
+    if training.function is not None:
+        what = f"training.function, {training.function}"
+    else:
+        settings = ("optim", "optim_args", "max_grad_norm", "adam_beta1", "adam_beta2")
+        given = [
+            f"{key} = {training.arguments[key]!r}" for key in settings if key in training.arguments
+        ]
+        what = f"the optimizer with {', '.join(given)}"
+    return (
+        f"nothing is known of how far {what} can change a number of the adapter in a round, and "
+        "secure sums count within a public bound; set privacy.max-change"
+    )

@@ -1,0 +1,220 @@
+"""How far a step of an optimizer can go, whatever the gradient.
+
+Two questions are answered. How long a step *is*, about, when many numbers move at once: the
+server's screening compares clients by it. And how far a single number *can* get in a round, at
+most: the public bound within which secure sums count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedmomentum.training.arguments import optimizer_options
+
+if TYPE_CHECKING:
+    from fedmomentum.config.training import LocalTraining
+
+ROUNDING = 1.01
+"""Room for what float32 adds to a bound, over many steps."""
+BETAS = (0.9, 0.999)
+"""Adam's, where a configuration gives none."""
+RMSPROP_ALPHA = 0.99
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+"""AdamW whose moments are kept in full; with rounded moments no bound holds exactly."""
+NEGLIGIBLE = 1e-16
+"""A power so small leaves a number of float64 as it is."""
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How long a step of the run's optimizer can be.
+
+    Attributes:
+        learning_rate: The learning rate of the round.
+        per_number: The most that one number changes in a step, in learning rates; None where
+            nothing is known.
+        per_step: The most that all numbers together change in a step (Euclidean), in learning
+            rates; None where only `per_number` is known.
+        weight_decay: Decoupled weight decay.
+    """
+
+    learning_rate: float
+    per_number: float | None
+    per_step: float | None = None
+    weight_decay: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known of how far a step goes."""
+        return self.per_number is not None or self.per_step is not None
+
+    @classmethod
+    def of(
+        cls, learning_rate: float, arguments: Mapping[str, Any], *, own_function: bool
+    ) -> StepRule:
+        """Return the rule for a run's training arguments.
+
+        Adam's steps are bounded number by number, whatever the gradient. Plain gradient descent is
+        bounded by the norm to which the gradient is clipped.
+
+        Args:
+            learning_rate: The learning rate of the round.
+            arguments: The run's `[training.arguments]`.
+            own_function: Whether clients train by a function of the user's own, of which nothing is
+                known.
+        """
+        name = str(arguments.get("optim", "adamw_torch"))
+        decay = float(arguments.get("weight_decay", 0.0))
+        if own_function:
+            return cls(learning_rate, None)
+        if name == "sgd":
+            clip = float(arguments.get("max_grad_norm", 1.0))
+            return cls(learning_rate, None, clip if clip > 0 else None, decay)
+        if name.startswith("adamw_torch") or name in ("adafactor", "adagrad"):
+            return cls(learning_rate, 1.0, None, decay)
+        if name == "rmsprop":  # its first step divides by a tenth of the gradient
+            return cls(learning_rate, 10.0, None, decay)
+        return cls(learning_rate, None)
+
+
+# ── the most that one number can change in a round ──
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far a number can get in all steps of a round.
+
+    Attributes:
+        gradients: By gradients, in learning rates.
+        decay: By weight decay, in learning rates times decay times the number's size.
+    """
+
+    gradients: float
+    decay: float
+
+
+def largest_change(
+    training: LocalTraining,
+    num_steps: int,
+    *,
+    largest_number: float,
+    largest_tensor: int,
+    steps_before: int = 0,
+) -> float | None:
+    """Return a bound of how much one trained number changes in a round, whatever the data.
+
+    It holds for our own trainer, and for schedules that stay at or below the round's learning rate,
+    which all of transformers' do by default.
+
+    Args:
+        training: The round's hyperparameters.
+        num_steps: The largest number of steps of a client.
+        largest_number: The largest size of a number before the round.
+        largest_tensor: The number of elements of the largest trained tensor.
+        steps_before: The number of steps that the optimizer's moments can hold from earlier rounds.
+
+    Returns:
+        The bound; None where nothing is known of the optimizer.
+    """
+    reach = _reach(training.arguments, num_steps, steps_before, largest_tensor)
+    if reach is None or not math.isfinite(reach.gradients):
+        return None
+    # Decay pulls a number, which is at most so large, towards zero in every step.
+    moved = training.learning_rate * reach.gradients
+    weight_decay = float(training.arguments.get("weight_decay", 0.0))
+    decayed = training.learning_rate * weight_decay * reach.decay * (largest_number + moved)
+    return ROUNDING * (moved + decayed)
+
+
+def _reach(
+    arguments: Mapping[str, Any], num_steps: int, steps_before: int, largest_tensor: int
+) -> _Reach | None:
+    """Return how far a number can get; None where nothing is known."""
+    name = str(arguments.get("optim", "adamw_torch"))
+    options = optimizer_options(arguments)
+    if name in ADAMW:
+        beta1 = float(arguments.get("adam_beta1", BETAS[0]))
+        beta2 = float(arguments.get("adam_beta2", BETAS[1]))
+        return _Reach(adam_reach(beta1, beta2, num_steps, steps_before), num_steps)
+    if name == "sgd":
+        return _reach_of_sgd(arguments, options, num_steps, steps_before)
+    # The others' options would change the bound.
+    if options:
+        return None
+    # These two add decay to the gradient, whose size does not matter.
+    if name == "adagrad":
+        return _Reach(num_steps, 0)
+    if name == "rmsprop":
+        return _Reach(num_steps / math.sqrt(1 - RMSPROP_ALPHA), 0)
+    if name == "adafactor":
+        # A step is clipped to a root mean square of 1, and may be all in one number.
+        return _Reach(num_steps * math.sqrt(largest_tensor), num_steps)
+    return None
+
+
+def _reach_of_sgd(
+    arguments: Mapping[str, Any], options: Mapping[str, str], num_steps: int, steps_before: int
+) -> _Reach | None:
+    """Return how far gradient descent can get, where the gradient's norm is clipped."""
+    clip = float(arguments.get("max_grad_norm", 1.0))
+    if clip <= 0 or not options.keys() <= {"momentum", "nesterov"}:
+        return None
+    try:
+        momentum = float(options.get("momentum", "0"))
+    except ValueError:
+        return None
+    if not 0 <= momentum < 1:
+        return None
+    # A gradient counts in its own step, and less in each that follows, so a step is worth
+    # (1 - m^t) / (1 - m) of a first one; this is the sum. Decay is a part of the gradient here,
+    # added after clipping.
+    missing = momentum ** (steps_before + 1) * (1 - momentum**num_steps) / (1 - momentum)
+    steps = (num_steps - missing) / (1 - momentum)
+    return _Reach(steps * clip, steps)
+
+
+def adam_reach(beta1: float, beta2: float, num_steps: int, steps_before: int = 0) -> float:
+    """Return how far Adam can take a number in all steps together, in learning rates.
+
+    Step t moves a number by `m / (1 - beta1^t)` over `sqrt(v / (1 - beta2^t))`, where m and v are
+    the averages of its gradients and of their squares. By Cauchy and Schwarz,
+    `m^2 <= v (1 - beta1)^2 / (1 - beta2) * sum_{k < t} (beta1^2 / beta2)^k`. With the usual betas
+    that is 1 in the first step, 1.2 in step 20, and never more than 7.3.
+
+    Args:
+        beta1: The decay of m, below 1.
+        beta2: The decay of v, below 1.
+        num_steps: The number of steps.
+        steps_before: How many steps m and v can hold already.
+    """
+    if beta2 == 0:
+        # v is the last gradient's square, and m may hold a much larger one from before.
+        return math.inf if beta1 else float(num_steps)
+    ratio = beta1**2 / beta2
+    if ratio >= 1:  # old gradients count for more in m than in v, and ever more
+        return math.inf
+    # The powers of both decays and of their ratio, step by step.
+    power1 = 1.0
+    power2 = 1.0
+    power_of_ratio = 1.0
+    series = 0.0
+    largest = 0.0
+    reach = 0.0
+    for step in range(1, steps_before + num_steps + 1):
+        power1 *= beta1
+        power2 *= beta2
+        series += power_of_ratio
+        power_of_ratio *= ratio
+        square = (1 - beta1) ** 2 / (1 - beta2) * series * (1 - power2)
+        # The largest so far, because m and v may hold fewer steps than they can.
+        largest = max(largest, math.sqrt(square) / (1 - power1))
+        if step > steps_before:
+            reach += largest
+        if max(power1, power2, power_of_ratio) < NEGLIGIBLE:
+            # Nothing changes in the steps that are left.
+            left = steps_before + num_steps - step
+            return reach + largest * min(left, num_steps)
+    return reach

@@ -1,0 +1,131 @@
+"""The bound of a change holds against the worst gradients, and is not far from what they reach."""
+
+import math
+
+import pytest
+import torch
+
+from fedmomentum.config.training import LocalTraining
+from fedmomentum.training.step_rule import adam_reach, largest_change
+
+
+def training(learning_rate=0.1, **arguments):
+    return LocalTraining(
+        learning_rate=learning_rate, batch_size=4, local_steps=1, arguments=arguments
+    )
+
+
+def optimizer_of(parameter, hyperparameters):
+    """As transformers makes it."""
+    arguments = hyperparameters.arguments
+    options = {"lr": hyperparameters.learning_rate}
+    options["weight_decay"] = arguments.get("weight_decay", 0.0)
+    name = arguments.get("optim", "adamw_torch")
+    if name == "sgd":
+        if "optim_args" in arguments:
+            options["momentum"] = float(arguments["optim_args"].partition("=")[2])
+        return torch.optim.SGD([parameter], **options)
+    if name == "adagrad":
+        return torch.optim.Adagrad([parameter], **options)
+    if name == "rmsprop":
+        return torch.optim.RMSprop([parameter], **options)
+    betas = (arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999))
+    return torch.optim.AdamW([parameter], betas=betas, eps=1e-300, **options)
+
+
+def schedules(num_steps):
+    """Gradients that take optimizers far: constant, growing, late, random in sign and size."""
+    draw = torch.Generator().manual_seed(0)
+    yield [1.0] * num_steps
+    yield [1.2**step for step in range(num_steps)]
+    yield [(0.999 / 0.9) ** step for step in range(num_steps)]
+    yield [0.0] * (num_steps - 1) + [1.0]
+    yield [1e-6] * (num_steps // 2) + [1e6] * (num_steps - num_steps // 2)
+    yield (torch.randn(num_steps, generator=draw, dtype=torch.float64).exp() ** 3).tolist()
+    yield torch.randn(num_steps, generator=draw, dtype=torch.float64).tolist()
+
+
+def moved(hyperparameters, gradients, start=0.7, *, keep_last=None):
+    parameter = torch.nn.Parameter(torch.tensor([start], dtype=torch.float64))
+    optimizer = optimizer_of(parameter, hyperparameters)
+    clip = hyperparameters.arguments.get("max_grad_norm", 1.0)
+    positions = [start]
+    for gradient in gradients:
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        torch.nn.utils.clip_grad_norm_([parameter], clip)
+        if "sgd" not in hyperparameters.arguments.get("optim", ""):
+            parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        positions.append(float(parameter.detach()))
+    begun = positions[-1 - keep_last] if keep_last else start
+    return abs(positions[-1] - begun)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 60])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"adam_beta1": 0.5, "adam_beta2": 0.9},
+        {"adam_beta1": 0.0, "adam_beta2": 0.99},
+        {"weight_decay": 0.05},
+        {"optim": "sgd"},
+        {"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 0.01},
+        {"optim": "adagrad", "weight_decay": 0.3},
+        {"optim": "rmsprop"},
+    ],
+)
+def test_no_gradients_take_a_number_beyond_the_bound(num_steps, arguments):
+    hyperparameters = training(**arguments)
+    bound = largest_change(
+        hyperparameters, num_steps, largest_number=0.7, largest_tensor=1, steps_before=0
+    )
+    reached = []
+    for gradients in schedules(num_steps):
+        for sign in (1, -1):
+            reached.append(moved(hyperparameters, [sign * g for g in gradients]))
+    # not a bound of anything: the worst of these few comes within a fourth of it
+    assert bound / 4 < max(reached) <= bound
+
+
+def test_moments_of_earlier_rounds_take_a_number_further():
+    hyperparameters = training()
+    bound = largest_change(
+        hyperparameters, 5, largest_number=10.0, largest_tensor=1, steps_before=1000
+    )
+    fresh = largest_change(hyperparameters, 5, largest_number=10.0, largest_tensor=1)
+    growing = [(0.999 / 0.9) ** max(0, step - 965) for step in range(1005)]
+    reached = moved(hyperparameters, growing, keep_last=5)
+    assert 3 * fresh < reached <= bound
+
+
+def test_adafactor_can_put_its_whole_step_into_one_number():
+    one = largest_change(training(optim="adafactor"), 3, largest_number=1.0, largest_tensor=100)
+    assert one == pytest.approx(1.01 * 0.1 * 3 * 10)
+
+
+def test_the_reach_of_many_steps_is_that_of_adding_them_up():
+    """The shortcut for steps in which nothing changes any more gives what the loop gives."""
+    for before in (0, 500):
+        few = [adam_reach(0.5, 0.9, n, before) for n in (400, 500, 600)]
+        assert few[2] - few[1] == pytest.approx(few[1] - few[0], rel=1e-12)
+    assert adam_reach(0.9, 0.999, 1) == 1.0
+    assert adam_reach(0.9, 0.999, 1, 10**6) == pytest.approx(7.27, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"optim": "lion_32bit"},
+        {"optim": "adamw_torch_8bit"},
+        {"optim": "sgd", "max_grad_norm": 0},
+        {"optim": "sgd", "optim_args": "momentum=1.5"},
+        {"optim": "sgd", "optim_args": "dampening=-3"},
+        {"optim": "rmsprop", "optim_args": "alpha=0.999999"},
+        {"adam_beta1": 0.99, "adam_beta2": 0.9},
+        {"adam_beta2": 0.0},
+    ],
+)
+def test_of_some_optimizers_no_bound_is_known(arguments):
+    assert largest_change(training(**arguments), 5, largest_number=1, largest_tensor=1) is None
+    assert math.isinf(adam_reach(0.9, 0.0, 5))
