@@ -64,7 +64,11 @@ class SumWorker(Worker):
                 "secure-aggregation = true, and the roster"
             )
 
-    def _work(self, task: Task) -> SecureWork:
+    def has_round(self, task: Task) -> bool:
+        """Whether what this client computed in a task's round is still in memory."""
+        return self._round is not None and self._round.is_of(task.run_id, task.server_round)
+
+    def _round_work(self, task: Task) -> SecureWork:
         """Return what this client has of a task's round, empty at first."""
         assert self.party is not None  # `check_privacy`
         if self._round is None or not self._round.is_of(task.run_id, task.server_round):
@@ -87,7 +91,7 @@ class SumWorker(Worker):
         terms = request.secure
         assert terms is not None
         store = self.store
-        work = self._work(task)
+        work = self._round_work(task)
         factors = self.method.uploaded_factors(task.server_round)
         work.layout = layout_of(terms, global_model.adapter, factors)
         feedback = settled_feedback(
@@ -95,8 +99,8 @@ class SumWorker(Worker):
         )
         with keeping_reasons(self.client_id):
             trained = self.train_adapter(request, task.server_round, moments)
-            work.moves = work.layout.moves(trained.adapter, len(self.train), feedback)
-        work.training = train_result_of(trained.report)
+            work.moves = work.layout.moves(trained.adapter, self.num_examples, feedback)
+        work.training = train_result_of(trained.report, is_private=self.private is not None)
         save_cross_terms(store, self.client_id, work)
         return WorkResult(Ready(), WITHHELD_COUNT, {}, trained.moments)
 
@@ -107,7 +111,7 @@ class SumWorker(Worker):
         with keeping_reasons(self.client_id):
             result = self.run_evaluation(request, global_model)
         assert isinstance(result.answer, EvaluateResult)
-        self._work(task).evaluation = result.answer
+        self._round_work(task).evaluation = result.answer
         return WorkResult(Ready(), WITHHELD_COUNT, {})
 
     def answer_sum(self, task: Task, request: SumRequest) -> WorkResult:

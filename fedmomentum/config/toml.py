@@ -194,7 +194,7 @@ def _check_type(value: Any, hint: Any, key: str) -> Any:
     alternatives = get_args(hint) if is_union else (hint,)
     # The first alternative of a union that fits; containers are checked item by item.
     for alternative in alternatives:
-        if dataclasses.is_dataclass(alternative):
+        if isinstance(alternative, type) and dataclasses.is_dataclass(alternative):
             # A table within the section; None is not its type, and falls through.
             if isinstance(value, Mapping) or len(alternatives) == 1:
                 return _parse_section(alternative, key, value)
@@ -247,7 +247,7 @@ def _resolve_paths(config: Config, directory: Path) -> Config:
 
 
 def _resolved_dp(config: Config, directory: Path) -> DPConfig | None:
-    """Return `[privacy.dp]` with the ledger's directory, which need not exist yet, made absolute."""
+    """Return `[privacy.dp]` with its ledger's path, which may not exist yet, made absolute."""
     dp = config.privacy.dp
     if dp is None or dp.ledger is None:
         return dp
@@ -275,7 +275,7 @@ def _section_table(section: Any) -> dict[str, Any]:
 
 
 def _compared_values(config: Config) -> dict[str, Any]:
-    """Return `section.key` to value, inner sections taken apart; empty ones stand for themselves."""
+    """Return `section.key` to value, and that of the keys of inner sections."""
     values: dict[str, Any] = {}
     for section, table in to_dict(config).items():
         for key, value in table.items():

@@ -65,8 +65,8 @@ class Example:
             text.
         rejected: The text of the answer to which ``completion`` is preferred; None where there is
             only one answer.
-        unit: Whose example it is, such as a patient: all examples of one unit are protected together
-            by a private training; empty where each stands for itself.
+        unit: Whose example it is, such as a patient: a private training protects all examples of
+            one unit together; empty where each stands for itself.
         source_row: The row of its file, from 1, for messages; 0 where it comes from none.
 
     Raises:

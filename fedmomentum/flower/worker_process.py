@@ -163,8 +163,9 @@ def _load(
             check_split(body.decode())
             return None
         with quiet_libraries():
-            task = rehearsal(config, client) if letter == Frame.SMOKE_TEST else body
-            return client.handle(task)
+            if letter == Frame.SMOKE_TEST:
+                return client.handle(rehearsal(config, client), is_rehearsal=True)
+            return client.handle(body)
 
     return answer
 

@@ -86,7 +86,6 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, num_steps: int) 
         ConfigError: If no noise multiplier up to `MAX_NOISE` suffices.
     """
 
-
     def renyi_suffices(noise: float) -> bool:
         return _renyi_epsilon([Steps(noise, sample_rate, num_steps)], delta) <= epsilon
 

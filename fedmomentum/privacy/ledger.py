@@ -9,7 +9,6 @@ not a second noise that could be averaged with the first.
 from __future__ import annotations
 
 import fcntl
-import math
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -313,7 +312,7 @@ class Ledger:
 
     def _prune(self, trainings: Sequence[Training]) -> None:
         """Delete the replies of all but the newest trainings."""
-        retained = {self._reply_file(one).name for one in trainings[-RETAINED_REPLIES:] if one.reply}
+        retained = {training.reply for training in trainings[-RETAINED_REPLIES:]}
         for file in self._replies.iterdir():
             if file.name not in retained:
                 file.unlink()
@@ -362,5 +361,6 @@ def read_ledger(file: Path) -> LedgerRecord:
 
 def round_down(number: int) -> int:
     """Return a number rounded down to two digits: 1234 to 1200."""
-    scale = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    num_dropped = max(0, len(str(number)) - 2)
+    scale = int("1" + "0" * num_dropped)
     return number // scale * scale

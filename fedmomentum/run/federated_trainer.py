@@ -86,6 +86,18 @@ class PreparedRun:
     data: dict[str, Fingerprint]
 
 
+def _partition(
+    outline: RunOutline, clients: Sequence[Client]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Count each client's examples by category; with privacy only what the public knows."""
+    if outline.config.privacy.dp is None:
+        return partition_table(outline.parties)
+    partition = {}
+    for client in clients:
+        partition[client.client_id] = {"train": {"": client.num_examples}, "test": {"": 0}}
+    return partition
+
+
 class FederatedTrainer:
     """Fine-tunes a base model on the data of all clients, which train in turn in this process.
 
@@ -203,7 +215,7 @@ class FederatedTrainer:
             model=model,
             state=state,
             plan=plan,
-            partition=partition_table(outline.parties),
+            partition=_partition(outline, loaded.clients),
             data=outline.data,
         )
         return self.prepared

@@ -14,6 +14,7 @@ from fedmomentum.run.environment import process_environment
 from fedmomentum.run.origin import check_data
 from fedmomentum.run.plan import served_plan
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
+from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
 from fedmomentum.run.setup import (
     check_run_directory,
     make_method,
@@ -72,7 +73,9 @@ def run_federation(
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
     check_task(config)
+    config = choose_private_dtype(config)
     check_privacy(config, method)
+    check_private_run(config)
     require_labels(config.model)
     check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)

@@ -16,9 +16,11 @@ from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
+from fedmomentum.client.private_party import PrivateParty
 from fedmomentum.client.store import ClientStore
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
+from fedmomentum.data.tokenized import EMPTY_EXAMPLES
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.global_model.client_state import ClientStateFiles
@@ -31,6 +33,7 @@ from fedmomentum.run.client_examples import TokenizedClient, tokenize_parties
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.outline import ModelOutline, outline_model
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
+from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
 from fedmomentum.run.task import check_task, find_labels
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
@@ -127,7 +130,9 @@ def outline_run(
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
     check_task(config)
+    config = choose_private_dtype(config)
     check_privacy(config, method)
+    check_private_run(config)
     check_dropout(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
@@ -315,6 +320,11 @@ def check_run_directory(
     else:
         keys = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
         changed = [key for key in keys if not key.startswith("data.")]
+    # The noise was chosen for the rounds that the run began with.
+    dp = config.privacy.dp
+    is_longer = config.federation.num_rounds > began.federation.num_rounds
+    if is_longer and dp is not None and dp.epsilon is not None:
+        changed.append("federation.num-rounds (the noise was chosen for privacy.dp.epsilon)")
     if changed:
         raise ConfigError(
             f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with "
@@ -364,18 +374,25 @@ def make_clients(
     objective = make_objective(config.training, local.identity.labels)
     cache: dict[str, StoredObject] = {}
     clients = []
+    dp = config.privacy.dp
     for one in examples:
+        private = None
+        if dp is not None:
+            ledgers = Path(dp.ledger) if dp.ledger else out / "privacy"
+            private = PrivateParty(one.client_id, dp, one.train, ledgers)
         clients.append(
             Client(
                 client_id=one.client_id,
                 train=one.train,
-                test=one.test,
+                # Scores have no noise: with privacy nothing is scored.
+                test=one.test if private is None else EMPTY_EXAMPLES,
                 method=make_method(config),
                 model=local,
                 objective=objective,
                 store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
                 training_function=function,
                 on_step=on_step,
+                private=private,
             )
         )
     return clients

@@ -27,6 +27,7 @@ from fedmomentum.server.round_metrics import (
     client_trainings,
     energies,
     joined_failures,
+    mean_loss,
     sum_by_client,
     uplink_rounding,
 )
@@ -364,7 +365,7 @@ class Server:
             weights=weights,
             num_examples=trained.num_examples,
             learning_rate=trained.learning_rate,
-            train_loss=sum(w * trainings[client].loss for client, w in weights.items()),
+            train_loss=mean_loss(trainings, weights),
             clients=trainings,
             screening=dict(trained.screening),
             evaluation=evaluated.scores,
