@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedmomentum.cli import adapters, benchmark, files, models, network, run
+from fedmomentum.cli import adapters, benchmark, files, models, network, privacy, run
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, quiet_advice, tune_malloc
@@ -126,3 +126,4 @@ def _options(
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(network.keys_app, name="keys")
+app.add_typer(privacy.privacy_app, name="privacy")

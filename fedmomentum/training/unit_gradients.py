@@ -272,13 +272,13 @@ def _sum_by_owner(
 
 def _made_up_rows(are_pairs: bool) -> list[TokenizedExample]:
     """Return rows of different lengths whose last number is a token as well as a label."""
-    rejected = (((4, 3), (-1.0, -2.0)), ((5, 4, 3, 2), (-3.0, -1.0))) if are_pairs else None
+    rejected = ((4, 5, 3), (5, 4, 6, 4, 3, 2))
+    reference = ((-1.0, -2.0), (-3.0, -1.0))
     rows = []
     for index, ids in enumerate(((4, 5, 1), (5, 4, 6, 4, 0))):
-        row = TokenizedExample(ids, 1, "", False)
-        if rejected is not None:
-            rejected_ids, reference = rejected[index]
-            row = row._replace(rejected_ids=rejected_ids, reference=reference)
+        row = TokenizedExample(ids, len(ids) - 1, "", False)
+        if are_pairs:
+            row = row._replace(rejected_ids=rejected[index], reference=reference[index])
         rows.append(row)
     return rows
 
