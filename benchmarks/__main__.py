@@ -30,6 +30,7 @@ NAMES = (
     "network",
     "scale",
     "wire",
+    "secure_sum",
     "catching_up",
     "gpu",
 )

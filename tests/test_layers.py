@@ -79,7 +79,7 @@ FLOORS: list[
         },
         "objectives": set(),
         "privacy": {"msgspec", "numpy", "opacus"},
-        "protocol": {"msgspec"},
+        "protocol": {"msgspec", "numpy"},
         "results": {"msgspec"},
     },
     {
@@ -88,7 +88,7 @@ FLOORS: list[
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
         "training": {"transformers", "numpy", "msgspec", "accelerate", "opacus"},
     },
-    {"client": {"msgspec"}, "server": {"msgspec", "safetensors"}},
+    {"client": {"msgspec", "numpy"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},
     {
         "flower": THIRD_PARTY,

@@ -42,6 +42,16 @@ class AggregationResult:
     findings: Mapping[str, Mapping[str, float]]
     weights: Tensor
 
+    def to(self, dtype: torch.dtype) -> AggregationResult:
+        """Return the result with all its matrices cast to `dtype`."""
+        modules = {module: matrix.to(dtype) for module, matrix in self.adapter.modules.items()}
+        return replace(
+            self,
+            adapter=replace(self.adapter, modules=modules),
+            residual={module: matrix.to(dtype) for module, matrix in self.residual.items()},
+            carried={module: matrix.to(dtype) for module, matrix in self.carried.items()},
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class RoundContext:

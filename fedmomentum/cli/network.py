@@ -96,6 +96,32 @@ def keys_admit(
         OUT.print(f"{admit_node(file, keys)} is admitted", markup=False)
 
 
+@keys_app.command("roster")
+def keys_roster(
+    public_files: Annotated[list[Path], typer.Argument(metavar="NAME.pub...", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file to write; else nothing is written")
+    ] = None,
+) -> None:
+    """Join the sites' public keys into a roster for secure aggregation, and print its fingerprint.
+
+    Every site makes its own, from files that it has from the other sites and not by way of the
+    server; then all compare the fingerprint, which is the same where the keys are.
+    """
+    from fedmomentum.flower.parties import make_roster, spoken_fingerprint
+
+    roster = make_roster(public_files, out)
+    OUT.print(f"Parties: {', '.join(roster.keys)}", markup=False, soft_wrap=True)
+    OUT.print(f"Fingerprint: {spoken_fingerprint(roster)}", markup=False, soft_wrap=True)
+    if out is not None:
+        OUT.print(
+            f"The roster is in {out}. Have every other site read you its fingerprint, and set "
+            f'[privacy] roster = "{out}"',
+            markup=False,
+            soft_wrap=True,
+        )
+
+
 # ── server and nodes ──
 
 

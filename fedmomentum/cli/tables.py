@@ -85,6 +85,7 @@ def plan_table(plan: Plan, out: Path) -> Table:
         "optimizer": OPTIMIZER_PHRASES.get(plan.optimizer_state, plan.optimizer_state),
         "learned": plan.objective,
         "rounds": f"{plan.num_rounds} with {plan.num_clients} clients",
+        "privacy": plan.privacy,
         "traffic": f"per client and round: {human_bytes(plan.uplink_bytes)} up, at most "
         f"{human_bytes(plan.downlink_bytes)} down",
         "device": plan.device,

@@ -20,12 +20,13 @@ from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, MeanM
 from fedmomentum.errors import DataError, ModelError, SecureSumError
 from fedmomentum.global_model.cross_terms import CrossTerms
 from fedmomentum.global_model.mean_moves import read_means
-from fedmomentum.protocol.secure_messages import FIRST_SUM, SECOND_SUM, RoundOutcome, SecureTerms
+from fedmomentum.protocol.secure_messages import FIRST_SUM, SECOND_SUM, SecureTerms
 from fedmomentum.secure_sum.messages import SumPlan, decode_message
 from fedmomentum.secure_sum.party import Identity, SumParty
 
 if TYPE_CHECKING:
     from fedmomentum.client.store import ClientStore
+    from fedmomentum.formats.manifest import RoundOutcome
     from fedmomentum.linalg.matrix import Matrix
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.protocol.messages import EvaluateResult, TrainResult

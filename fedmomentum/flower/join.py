@@ -22,6 +22,7 @@ from fedmomentum.flower.certificates import HOST_NAME
 from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
 from fedmomentum.flower.keys import NODE_NAME, load_private_key
 from fedmomentum.flower.node_callback import NodeCallback, TaskInfo
+from fedmomentum.flower.parties import node_identity, spoken_fingerprint
 from fedmomentum.flower.worker import Worker, WorkerError
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.utils.text import printable
@@ -147,9 +148,15 @@ def join(
         ConfigError: See `NodeIdentity.fleet_client`.
         WorkerError: If model or data cannot be loaded.
     """
-    identity.fleet_client()  # mistakes in keys and names are reported before anything is loaded
+    # mistakes in keys, names and roster are reported before anything is loaded
+    identity.fleet_client()
+    party = node_identity(config, identity.name, identity.key)
+    if party is not None:
+        callback.on_message(
+            f"Roster of {len(party.roster.keys)}, fingerprint {spoken_fingerprint(party.roster)}"
+        )
     # model and data are loaded once, for all connections
-    worker = Worker(config, identity.name, identity.store, callback)
+    worker = Worker(config, identity.name, identity.store, callback, identity.key)
     try:
         worker.wait_until_ready()
         handler = _TaskHandler(worker, callback)
@@ -275,8 +282,13 @@ def preflight_check(
         return not problem
 
     passes("key, authority and name", identity.fleet_client)
+    if config.privacy.secure_aggregation:
+        passes(
+            f"the roster {config.privacy.roster}",
+            lambda: node_identity(config, identity.name, identity.key),
+        )
     with tempfile.TemporaryDirectory() as directory:
-        worker = Worker(config, identity.name, Path(directory), callback)
+        worker = Worker(config, identity.name, Path(directory), callback, identity.key)
         try:
             if passes("base model and data", worker.wait_until_ready):
                 passes("a step of training", lambda: worker.run_smoke_test(SMOKE_TEST_SECONDS))

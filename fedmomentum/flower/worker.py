@@ -53,6 +53,7 @@ class Worker:
         client_id: The client's name.
         store: Directory for the objects that the server sends.
         callback: Receives what the worker reports.
+        key: The node's private key, which signs what it adds to secure sums.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Worker:
         client_id: str,
         store: Path,
         callback: NodeCallback | None = None,
+        key: Path | None = None,
     ) -> None:
         self._config = config
         self._client_id = client_id
         self._store = store
         self._callback = callback or NodeCallback()
+        self._key = key
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._info: WorkerInfo | None = None
@@ -95,6 +98,8 @@ class Worker:
             "client_id": self._client_id,
             "store": str(self._store),
         }
+        if self._key is not None:
+            setup["key"] = str(self._key)
         self._pipe.send_bytes(json.dumps(setup).encode())
 
     def wait_until_ready(self) -> WorkerInfo:

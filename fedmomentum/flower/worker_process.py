@@ -12,12 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmomentum.config.toml import load_config
 from fedmomentum.errors import FedMomentumError, public_text
 from fedmomentum.flower.node_callback import WorkerInfo
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.utils.terminal import LineFormatter
+
+if TYPE_CHECKING:
+    from fedmomentum.client.client import Client
 
 LOG = logging.getLogger("fedmomentum")
 LOAD_FAILED = 2
@@ -125,7 +129,7 @@ def _load(
     """Load model and data.
 
     Args:
-        setup: The configuration as TOML, the client's name, and its store.
+        setup: The configuration as TOML, the client's name, its store, and the file of its key.
         send: Sends a frame to the node: its letter and its body.
 
     Returns:
@@ -133,6 +137,7 @@ def _load(
     """
     # heavy imports, in the worker only
     from fedmomentum.data.split import compare_split
+    from fedmomentum.flower.parties import node_party
     from fedmomentum.run.client_setup import prepare_client, rehearsal
     from fedmomentum.utils.process import quiet_libraries
 
@@ -142,6 +147,8 @@ def _load(
     config = load_config(config_file)
     with quiet_libraries():
         client = prepare_client(config, setup["client_id"], store, callbacks=_Reporter(send))
+    if "key" in setup:
+        client.party = node_party(config, setup["client_id"], Path(setup["key"]), store)
     info = WorkerInfo(
         num_train=len(client.train),
         num_test=len(client.test),
@@ -164,10 +171,20 @@ def _load(
             return None
         with quiet_libraries():
             if letter == Frame.SMOKE_TEST:
-                return client.handle(rehearsal(config, client), is_rehearsal=True)
+                return _rehearse(client, rehearsal(config, client))
             return client.handle(body)
 
     return answer
+
+
+def _rehearse(client: Client, task: bytes) -> bytes:
+    """Do a step of training whose reply stays here, so that nothing is summed up or spent."""
+    party = client.party
+    client.party = None
+    try:
+        return client.handle(task, is_rehearsal=True)
+    finally:
+        client.party = party
 
 
 def _describe_error(error: Exception) -> bytes:

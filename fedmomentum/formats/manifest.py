@@ -158,6 +158,20 @@ class Fingerprint(Schema, frozen=True, kw_only=True):
     tokens: Hash | None = None
 
 
+class RoundOutcome(Schema, frozen=True, kw_only=True):
+    """What became of a client's values in a round that was committed, and whose first sum has them.
+
+    Attributes:
+        server_round: The round.
+        means: Hash of the first sum's outcome (`global_model.mean_moves`).
+        in_second_sum: Whether the second sum has the client's values too.
+    """
+
+    server_round: PositiveCount
+    means: Hash
+    in_second_sum: bool
+
+
 class RunState(Schema, frozen=True, kw_only=True):
     """The server's state in a run's checkpoint.
 
@@ -173,6 +187,8 @@ class RunState(Schema, frozen=True, kw_only=True):
         splits: Client to the hash of how its examples are divided into training and held-out ones.
         moments: Hash of the optimizer's moments that the next round starts with; None where there
             are none.
+        outcomes: With secure aggregation, client to what became of its last cross terms.
+        summed_examples: The number of examples of the last round that was summed under masks.
         settings: The run's configuration as TOML; config.toml is a copy of it for people.
         metrics: The rows of metrics.jsonl up to this round.
         data: Fingerprints of the clients' data, where the process that wrote the run knew them.
@@ -191,13 +207,16 @@ class RunState(Schema, frozen=True, kw_only=True):
     metrics: MetricsPrefix
     data: dict[Text, Fingerprint] | None = None
     moments: Hash | None = None
+    outcomes: dict[Text, RoundOutcome] = {}
+    summed_examples: Count = 0
 
     @property
     def needed(self) -> frozenset[str]:
         """Hashes of the objects that only the next round needs."""
         fetched = (name for recipe in self.recipes for name in recipe.fetched)
         moments = (self.moments,) if self.moments else ()
-        return frozenset((*self.started_from, *self.merged, *fetched, *moments))
+        means = (outcome.means for outcome in self.outcomes.values())
+        return frozenset((*self.started_from, *self.merged, *fetched, *moments, *means))
 
 
 class ModelFile(Manifest, frozen=True, kw_only=True):

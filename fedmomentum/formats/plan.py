@@ -57,6 +57,7 @@ class Plan:
         device: Where the model is, in which dtype and how held; empty where it is with the clients.
         host_memory: Of the host, in each phase; None where only the server's is known.
         device_memory: Of the GPU; None without one.
+        privacy: What the clients keep from the server; empty for nothing.
     """
 
     model: str
@@ -78,3 +79,4 @@ class Plan:
     device: str = ""
     host_memory: MemoryUse | None = None
     device_memory: MemoryUse | None = None
+    privacy: str = ""

@@ -182,6 +182,13 @@ class PhaseSeconds(_Table, frozen=True, kw_only=True):
     ] = None
 
 
+class Withheld(_Table, frozen=True, kw_only=True):
+    """What a row leaves empty on purpose."""
+
+    reason: Annotated[str, doc("why, in words")]
+    fields: Annotated[list[str], doc("the fields, as `field` or `field.part`", "names")] = []
+
+
 class RoundRecord(_Table, frozen=True, kw_only=True):
     """What a round did: who took part, how training went, what the model scores, what it cost."""
 
@@ -323,6 +330,15 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     seconds: Annotated[PhaseSeconds, doc("wall time of the server, below", "object")] = (
         PhaseSeconds()
     )
+    withheld: Annotated[
+        Withheld | None,
+        doc(
+            "what is left empty on purpose, and why: with [secure aggregation](privacy.md) what "
+            "speaks of single clients, with [differential privacy](privacy.md) what has no noise; "
+            "`null` otherwise",
+            "object",
+        ),
+    ] = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values; scores with what follows from their sums."""

@@ -74,6 +74,7 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     device: str = ""
     host_memory: MemoryFile | None = None
     device_memory: MemoryFile | None = None
+    privacy: str = ""
 
 
 class PartitionFile(_RunRecord, frozen=True, kw_only=True):

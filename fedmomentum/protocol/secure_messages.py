@@ -14,6 +14,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from fedmomentum.errors import PayloadError
+from fedmomentum.formats.manifest import RoundOutcome
 from fedmomentum.protocol.adapter_terms import Positive
 from fedmomentum.utils.schema import Count, Hash, PositiveCount, Schema, Seed
 from fedmomentum.utils.tensors import bytes_to_tensor
@@ -28,20 +29,6 @@ WITHHELD_SPLIT = "0" * 64
 FIRST_SUM = 1
 SECOND_SUM = 2
 SCORE_SUM = 3
-
-
-class RoundOutcome(Schema, frozen=True, kw_only=True):
-    """What became of a client's values in a round that was committed, and whose first sum has them.
-
-    Attributes:
-        server_round: The round.
-        means: Hash of the first sum's outcome (`means_object`).
-        in_second_sum: Whether the second sum has the client's values too.
-    """
-
-    server_round: PositiveCount
-    means: Hash
-    in_second_sum: bool
 
 
 class SecureTerms(Schema, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts
+from fedmomentum.formats.withheld import describe_withheld
 from fedmomentum.report.figures import aggregation, cost, scores
 from fedmomentum.report.figures.benchmarks import benchmark_plots
 from fedmomentum.report.figures.lines import present
@@ -93,8 +94,11 @@ def _content(run: RunResults) -> dict[str, Any]:
     num_done = rounds[-1].round
     is_finished = num_done >= run.plan.num_rounds
     summary = summarize_run(rounds)
+    withheld = rounds[-1].withheld
     return {
         "run": run,
+        "withheld": withheld,
+        "left_out": "" if withheld is None else describe_withheld(withheld),
         "method": run.plan.method.partition("(")[0],
         "num_clients": run.plan.num_clients,
         "done": num_done,
@@ -206,6 +210,7 @@ def _plan_facts(run: RunResults) -> Facts:
         ("Learned", plan.objective),
         ("Optimizer state", plan.optimizer_state),
         ("Clients, rounds", f"{count(plan.num_clients)}, {count(plan.num_rounds)}"),
+        ("Privacy", plan.privacy),
         ("Parameters", count(plan.num_parameters)),
         ("Trained on each client", trained),
         ("Adapted modules", "; ".join(plan.adapted)),

@@ -23,6 +23,7 @@ from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.saved_model import find_base, open_result
+from fedmomentum.run.secure_run import parties_of_this_process, secure_steps
 from fedmomentum.run.setup import (
     LoadedRun,
     RunOutline,
@@ -195,6 +196,12 @@ class FederatedTrainer:
                 f"unfiltered; training.optimizer-state is {config.training.optimizer_state}"
                 ", set it to fresh"
             )
+        if self._update_filter is not None and config.privacy.secure_aggregation:
+            raise ConfigError(
+                "an update filter changes the sum after the fact, and with "
+                "privacy.secure-aggregation what the clients keep of a round would no longer fit "
+                "it; leave one of the two out"
+            )
         plan = make_plan(config, outline.model, outline.examples, outline.method)
         if on_plan is not None:
             on_plan(plan, outline.examples)
@@ -235,19 +242,27 @@ class FederatedTrainer:
             self._describe(run)
             for client in run.clients:
                 client.update_filter = self._update_filter
-            steps = {client.client_id: client.handle for client in run.clients}
-            with TrackerCallback(
-                run.config.run.report_to, run.directory, run.state.run_id
-            ) as trackers:
+            transport = InProcessTransport(
+                {client.client_id: client.handle for client in run.clients}
+            )
+            with (
+                TrackerCallback(
+                    run.config.run.report_to, run.directory, run.state.run_id
+                ) as trackers,
+                parties_of_this_process(run.config, run.clients) as roster,
+            ):
+                steps = RoundSteps(update_filter=self._update_filter)
+                if roster is not None:
+                    steps = secure_steps(transport, run.config, run.method, roster)
                 server = Server(
-                    InProcessTransport(steps),
+                    transport,
                     method=run.method,
                     model=run.model,
                     state=run.state,
                     config=run.config,
                     directory=run.directory,
                     callbacks=[self._callbacks, trackers],
-                    steps=RoundSteps(update_filter=self._update_filter),
+                    steps=steps,
                 )
                 run.model = server.run()
             return run.model

@@ -129,7 +129,9 @@ def _describe(
     partition = {}
     environments = {}
     for name, client in clients.items():
-        partition[name] = {"train": {"": client.num_train}, "test": {"": client.num_test}}
+        # Where the server has sums, clients do not tell how many examples they have.
+        if not config.privacy.secure_aggregation:
+            partition[name] = {"train": {"": client.num_train}, "test": {"": client.num_test}}
         environments[name] = f"{client.threads} threads, {client.dtype}, {client.versions}"
     directory.describe(
         to_toml(config),

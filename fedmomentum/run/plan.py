@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,8 +18,11 @@ from fedmomentum.run.memory import (
     estimate,
     simulate_steps,
 )
+from fedmomentum.run.privacy_checks import describe_privacy
 from fedmomentum.run.private_checks import private_warnings
+from fedmomentum.run.secure_traffic import num_stand_ins, secure_traffic
 from fedmomentum.run.task import count_labels
+from fedmomentum.server.selection import sample_size
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -152,6 +154,21 @@ def served_plan(
 ) -> Plan:
     """Estimate what a run over a network will cost; its memory is the server's."""
     traffic = _traffic(config, model.adapter, method, len(facts))
+    # Where the server has sums, clients do not tell how many examples they have.
+    warnings = [] if config.privacy.secure_aggregation else _warn_of_facts(config, facts)
+    warnings += private_warnings(config, method)
+    parameters = max(fact.num_parameters for fact in facts.values())
+    memory = _aggregation_bytes(traffic) + 2 * _update_bytes(config, traffic) + SERVER_LIBRARIES
+    plan = _plan(config, model.adapter, method, traffic, len(facts), parameters, memory, warnings)
+    return replace(
+        plan,
+        labels=dict.fromkeys(model.base.labels),
+        objective=make_objective(config.training, model.base.labels).settings,
+    )
+
+
+def _warn_of_facts(config: Config, facts: Mapping[str, Description]) -> list[str]:
+    """Return what follows from the numbers of examples that clients tell."""
     warnings = []
     short = [
         client for client, fact in facts.items() if fact.num_train < config.training.batch_size
@@ -162,15 +179,7 @@ def served_plan(
         )
     if config.evaluation.every and not any(fact.num_test for fact in facts.values()):
         warnings.append("no client holds out examples; nothing will be evaluated")
-    warnings += private_warnings(config, method)
-    parameters = max(fact.num_parameters for fact in facts.values())
-    memory = _aggregation_bytes(traffic) + 2 * _update_bytes(config, traffic) + SERVER_LIBRARIES
-    plan = _plan(config, model.adapter, method, traffic, len(facts), parameters, memory, warnings)
-    return replace(
-        plan,
-        labels=dict.fromkeys(model.base.labels),
-        objective=make_objective(config.training, model.base.labels).settings,
-    )
+    return warnings
 
 
 def _aggregation_bytes(traffic: _Traffic) -> int:
@@ -203,10 +212,12 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
         wire_dtype(config.federation.uplink_dtype),
         wire_dtype(config.federation.downlink_dtype),
     )
-    rank, asked = (
-        config.lora.rank,
-        max(1, math.ceil(config.federation.client_fraction * num_clients - 1e-9)),
-    )
+    rank = config.lora.rank
+    is_secure = config.privacy.secure_aggregation
+    # Where the server has sums, so many updates stand for those of the clients.
+    asked = sample_size(num_clients, config.federation.client_fraction)
+    if is_secure:
+        asked = num_stand_ins(config, method)
     # Upper bounds, module by module.
     residual = dense = largest_sum = 0
     for matrix in adapter.modules.values():
@@ -224,8 +235,12 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
     numbers = adapter.num_parameters()
     spool = 4 * asked * numbers  # widened to float32
     sent, received = _moment_bytes(config, adapter)
+    sent += up.itemsize * numbers
+    if is_secure:
+        sent, received = secure_traffic(config, adapter, method, num_clients)
+        spool = num_clients * sent
     return _Traffic(
-        uplink=up.itemsize * numbers + sent,
+        uplink=sent,
         adapter=down.itemsize * numbers + received,
         residual=residual,
         dense=dense,
@@ -292,4 +307,5 @@ def _plan(
         not_adapted=(),
         warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
         optimizer_state=config.training.optimizer_state,
+        privacy=describe_privacy(config, num_clients),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fedmomentum.config.privacy import MAX_CLIENTS, MIN_CLIENTS
 from fedmomentum.config.schema import FederationConfig
 from fedmomentum.errors import ConfigError
+from fedmomentum.secure_sum.messages import min_threshold
 from fedmomentum.server.change_bound import unknown_change
 from fedmomentum.server.selection import sample_size
 from fedmomentum.training.step_rule import largest_change
@@ -44,8 +45,6 @@ def check_privacy(config: Config, method: Method) -> None:
         )
     _check_federation(config.federation)
     _check_change(config)
-    # Deleted with the first run that uses it.
-    raise ConfigError(f"{SETTING} is not available yet; leave it out")
 
 
 def _check_federation(federation: FederationConfig) -> None:
@@ -79,6 +78,20 @@ def _check_change(config: Config) -> None:
     bound = largest_change(hyperparameters, 1, largest_number=1.0, largest_tensor=1)
     if config.training.function is not None or bound is None:
         raise ConfigError(unknown_change(config))
+
+
+def describe_privacy(config: Config, num_clients: int) -> str:
+    """Return what a run's plan says of privacy; empty where nothing is kept from the server."""
+    privacy = config.privacy
+    if not privacy.secure_aggregation:
+        return ""
+    num_sampled = sample_size(num_clients, config.federation.client_fraction)
+    threshold = privacy.threshold or min_threshold(num_sampled)
+    return (
+        f"secure aggregation: the server sees sums over the clients, which {threshold} of a "
+        f"round's {num_sampled} open together; nothing of a single client is recorded, and updates "
+        "are not screened"
+    )
 
 
 def check_num_clients(config: Config, num_clients: int) -> None:

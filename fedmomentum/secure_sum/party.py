@@ -79,6 +79,8 @@ class Identity:
         key: Its node's private key, on the curve P-384.
         roster: All parties' public keys, its own too, as the parties exchanged them.
         trusts_server: Whether it relies on the server to keep the rules; see `min_threshold`.
+        least_threshold: The lowest threshold that it accepts besides, however few parties the
+            server names: sums over ever other few would show, by their differences, single ones.
 
     Raises:
         ConfigError: If the roster has another key for it, or none.
@@ -88,6 +90,7 @@ class Identity:
     key: ec.EllipticCurvePrivateKey = field(repr=False)
     roster: Roster = field(repr=False)
     trusts_server: bool = False
+    least_threshold: int = 0
 
     def __post_init__(self) -> None:
         """Compare the roster with the private key."""
@@ -191,6 +194,12 @@ class SumParty:
         identity = self._identity
         # The terms: enough parties, all of them known, this one among them.
         check_plan(plan, trusts_server=identity.trusts_server)
+        if plan.threshold < identity.least_threshold:
+            raise SecureSumError(
+                f"{plan.title}: its threshold is {plan.threshold} of {len(plan.parties)} parties; "
+                f"this party takes part in sums that {identity.least_threshold} open. If so many "
+                "are no longer there, set privacy.threshold here and on the server"
+            )
         if identity.name not in plan.parties:
             raise SecureSumError(f"{plan.title}: this party, {identity.name}, is not in it")
         for party in plan.parties:

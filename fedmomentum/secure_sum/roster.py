@@ -8,7 +8,7 @@ another, and not the server.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +103,12 @@ class Roster:
                 f"the {purpose} of {party} was not signed by the key that the roster has for it, "
                 "or for another sum"
             ) from problem
+
+
+def make_parties(names: Iterable[str]) -> tuple[dict[str, ec.EllipticCurvePrivateKey], Roster]:
+    """Make keys for parties of one process; return their private keys, and the roster."""
+    keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in names}
+    return keys, Roster({name: key.public_key() for name, key in keys.items()})
 
 
 def sign(key: ec.EllipticCurvePrivateKey, purpose: str, *parts: bytes | str) -> bytes:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 
-def max_change(config: Config, server_round: int, start: Adapter) -> float:
+def change_bound(config: Config, server_round: int, start: Adapter) -> float:
     """Return a bound of how much one number of a client's adapter changes in a round.
 
     It is `privacy.max-change` where that is given, else what the optimizer can do in as many steps

@@ -353,4 +353,5 @@ def _needed(state: ServerState) -> set[str]:
         *state.merged,
         *([state.moments] if state.moments else []),
         *(name for recipe in state.recipes for name in recipe.fetched),
+        *(outcome.means for outcome in state.outcomes.values()),
     }

@@ -56,6 +56,8 @@ class CheckpointReader:
             recipes=run.recipes,
             splits=run.splits,
             moments=run.moments,
+            outcomes=run.outcomes,
+            summed_examples=run.summed_examples,
         )
         self.last_update(model, state, ())
         return manifest, model, state

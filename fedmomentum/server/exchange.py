@@ -203,13 +203,14 @@ class _Tasks:
         wanted = self.needed.union(*(plan.objects for plan in deliveries.values()))
         for name in sorted(wanted - self._objects.keys()):
             self._objects[name] = directory.read(name)
-        # What is no part of the base: the adapter, and the moments to start with.
+        # What is no part of the base: the adapter, the moments to start with, and what became of
+        # a client's last sums.
         base_update = {stored.name for stored in self._model.base_update}
-        others = set(self.needed - base_update)
         if self._fresh is not None:
-            others -= {self._model.adapter_objects[kind].name for kind in "BA"}
+            base_update |= {self._model.adapter_objects[kind].name for kind in "BA"}
         tasks = {}
         for client, plan in deliveries.items():
+            others = self._requests[client].needed - base_update
             missing = plan.objects | (others - {*self._state.held.get(client, ())})
             tasks[client] = self.task(client, missing, plan.recipes)
         return tasks

@@ -29,8 +29,9 @@ class Replies:
 
     @property
     def loading_seconds(self) -> float:
-        """How long the clients took to load the model, summed over the clients."""
-        return sum(float(reply.tensors[SECONDS][0]) for reply in self.replies.values())
+        """How long the clients took to load the model, summed over those that tell."""
+        replies = [reply.tensors for reply in self.replies.values()]
+        return sum(float(tensors[SECONDS][0]) for tensors in replies if SECONDS in tensors)
 
     @property
     def working_seconds(self) -> float:

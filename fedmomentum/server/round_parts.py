@@ -23,24 +23,28 @@ if TYPE_CHECKING:
     from fedmomentum.formats.round_record import ScreeningRecord
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.replies import Replies
+    from fedmomentum.server.secure_round import SecureRounds, SummedRound
 
 
 @dataclass(frozen=True)
 class RoundSteps:
     """The optional steps of a round.
 
-    Screening and diagnostics look at single clients' updates; a private federation has neither.
+    Screening and diagnostics look at single clients' updates; where these are summed under masks,
+    there is neither.
 
     Attributes:
         screening: Leave out updates that are too large for the work that was asked for.
         diagnostics: Measure how each client moved.
         update_filter: Changes what comes of the sum before it becomes the model; the clients have
             their hook of the same filter.
+        secure: Sums updates and scores up under masks; None where clients send them.
     """
 
     screening: bool = True
     diagnostics: bool = True
     update_filter: UpdateFilter | None = None
+    secure: SecureRounds | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class TrainedRound:
         factors: The factors that were trained, `BA`, `B` or `A`.
         screening: How far each client went.
         moments: Client to what it sent of its optimizer's moments; empty where none are shared.
+        summed: The outcome of the sums under masks, if the updates are those that stand in for the
+            clients'.
     """
 
     replies: Replies
@@ -79,10 +85,18 @@ class TrainedRound:
     factors: str
     screening: Mapping[str, ScreeningRecord]
     moments: Mapping[str, UploadedMoments]
+    summed: SummedRound | None = None
+
+    @property
+    def accepted(self) -> list[str]:
+        """The clients whose update is used, sorted."""
+        return list(self.updates) if self.summed is None else self.summed.clients
 
     @property
     def num_examples(self) -> dict[str, int]:
-        """Client to its number of training examples, of those whose update is used."""
+        """Client to its number of training examples, where the server knows it."""
+        if self.summed is not None:
+            return {}
         return {client: self.replies.replies[client].num_examples for client in self.updates}
 
 
@@ -145,6 +159,7 @@ def evaluate_request(
     manifest: Manifest,
     num_examples: int,
     seed: int | None,
+    means: str | None = None,
 ) -> EvaluateRequest:
     """Return what a client is asked to evaluate in a round.
 
@@ -154,6 +169,7 @@ def evaluate_request(
         manifest: The global model.
         num_examples: The largest number of examples.
         seed: The seed of the probes; None for no probes.
+        means: Hash of the outcome of the round's first sum, if the client keeps it.
     """
     return EvaluateRequest(
         manifest=manifest,
@@ -164,14 +180,16 @@ def evaluate_request(
         num_compared=config.evaluation.num_examples,
         batch_size=config.evaluation.batch_size,
         probe_seed=seed,
+        is_secure=config.privacy.secure_aggregation,
+        means=means,
     )
 
 
 def probe_seed(config: Config, server_round: int) -> int | None:
     """Return the seed of a round's probes: one for its training and the evaluation that follows.
 
-    None if the run measures none.
+    None if the run measures none, as where sums are masked: probes give a single update away.
     """
-    if not config.evaluation.probes:
+    if not config.evaluation.probes or config.privacy.secure_aggregation:
         return None
     return derive_seed(config.run.seed, "probe", server_round)

@@ -12,7 +12,7 @@ import torch
 
 from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
 from fedmomentum.formats.round_record import Diagnostics, RoundRecord
-from fedmomentum.lora.half_precision import rounding_error
+from fedmomentum.formats.withheld import withheld_by
 from fedmomentum.protocol.messages import Reply
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.client_updates import UpdateReader, next_rank
@@ -20,17 +20,10 @@ from fedmomentum.server.delivery import consolidate_if_due
 from fedmomentum.server.diagnostics import round_diagnostics
 from fedmomentum.server.exchange import Exchange, sent_manifest
 from fedmomentum.server.moments import SharedOptimizer
+from fedmomentum.server.recording import round_record
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_aggregate, check_evaluation
-from fedmomentum.server.round_metrics import (
-    PhaseTimer,
-    client_trainings,
-    energies,
-    joined_failures,
-    mean_loss,
-    sum_by_client,
-    uplink_rounding,
-)
+from fedmomentum.server.round_metrics import PhaseTimer, sum_by_client
 from fedmomentum.server.round_parts import (
     Combined,
     RoundSteps,
@@ -41,6 +34,7 @@ from fedmomentum.server.round_parts import (
 )
 from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
 from fedmomentum.server.screening import Screening
+from fedmomentum.server.secure_round import SummedRound, check_ready
 from fedmomentum.server.selection import (
     check_quorum,
     client_weights,
@@ -53,7 +47,9 @@ from fedmomentum.server.update_collector import UpdateCollector
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config
+    from fedmomentum.config.training import LocalTraining
     from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.protocol.messages import TrainRequest
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.server.checkpoint import RunDirectory
     from fedmomentum.server.state import ServerState
@@ -100,6 +96,7 @@ class Server:
         self._directory = directory
         self._callbacks = CallbackList(callbacks)
         self._steps = steps
+        self._secure = steps.secure
         self._exchange = Exchange(transport, config, directory, draws_adapter=method.fresh)
         self._optimizer = SharedOptimizer.of(config, method, directory)
 
@@ -135,7 +132,7 @@ class Server:
             combined = self._aggregate(server_round, trained)
         # The aggregate becomes the model that is evaluated and trained next.
         eval_clients = evaluating_clients(
-            self._config, server_round, list(combined.weights), self._transport.clients
+            self._config, server_round, trained.accepted, self._transport.clients
         )
         with timer.phase("merge"):
             self._advance(combined.result)
@@ -149,8 +146,8 @@ class Server:
         if eval_clients:
             expected = self._expected_probes(server_round, model, trained, combined.weights)
         # Scores on held-out examples, and the record of it all.
-        evaluated = self._evaluate(server_round, eval_clients, expected)
-        record = self._record(server_round, clients, trained, combined, evaluated)
+        evaluated = self._evaluate(server_round, eval_clients, expected, trained.summed)
+        record = round_record(self.model, clients, trained, combined, evaluated)
         seconds = timer.total(trained.replies, evaluated.replies)
         record = msgspec.structs.replace(record, diagnostics=diagnostics, seconds=seconds)
         return self._commit(record)
@@ -189,7 +186,7 @@ class Server:
     # ── training ──
 
     def _train(self, server_round: int, clients: Sequence[str]) -> TrainedRound:
-        """Have the clients train, and return the usable updates.
+        """Have the clients train, and return the usable updates, or what stands in for them.
 
         Raises:
             QuorumError: If they are not enough.
@@ -197,14 +194,7 @@ class Server:
         num_rounds = self._config.federation.num_rounds
         hyperparameters = self._config.training.hyperparameters(server_round, num_rounds)
         reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)
-        screening = None
-        if self._steps.screening:
-            rate = hyperparameters.learning_rate
-            screening = Screening(self._config, self._method, server_round, rate)
         moments = self.state.moments
-        store = self._directory.updates
-        collector = UpdateCollector(reader, store, screening, self._optimizer, moments)
-        ranks = {client: reader.rank(client) for client in clients}
         manifest = sent_manifest(self.model)
         requests = {}
         for client in clients:
@@ -212,6 +202,36 @@ class Server:
             requests[client] = train_request(
                 self._config, server_round, client, hyperparameters, lora, manifest, moments
             )
+        if self._secure is None:
+            return self._train_openly(server_round, requests, reader, hyperparameters)
+        trained, self.state = self._secure.train(
+            self._exchange, self.model, self.state, server_round, requests, hyperparameters
+        )
+        if trained.summed is not None and trained.summed.means is not None:
+            # Clients need it again with their next task.
+            means = trained.summed.means
+            self._directory.put({means.name: means.data})
+        return trained
+
+    def _train_openly(
+        self,
+        server_round: int,
+        requests: Mapping[str, TrainRequest],
+        reader: UpdateReader,
+        hyperparameters: LocalTraining,
+    ) -> TrainedRound:
+        """Have the clients train and send their updates; return the usable ones.
+
+        Raises:
+            QuorumError: If they are not enough.
+        """
+        screening = None
+        if self._steps.screening:
+            rate = hyperparameters.learning_rate
+            screening = Screening(self._config, self._method, server_round, rate)
+        store = self._directory.updates
+        collector = UpdateCollector(reader, store, screening, self._optimizer, self.state.moments)
+        ranks = {client: reader.rank(client) for client in requests}
 
         replies, self.state = self._exchange.ask(
             self.model, self.state, requests, server_round, collector.accept
@@ -221,7 +241,7 @@ class Server:
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
         fraction = self._config.federation.min_valid_fraction
-        check_quorum(server_round, len(updates), len(clients), fraction, replies.failures)
+        check_quorum(server_round, len(updates), len(requests), fraction, replies.failures)
         if self._method.prunes:
             next_ranks = {client: next_rank(replies.replies[client]) for client in updates}
             self.state = replace(self.state, ranks={**self.state.ranks, **next_ranks})
@@ -241,7 +261,10 @@ class Server:
         """Combine the updates by the run's method, module by module."""
         adapter = self.model.adapter
         max_weight = self._config.federation.max_client_weight
-        weights = client_weights(trained.num_examples, max_weight)
+        if trained.summed is None:
+            weights = client_weights(trained.num_examples, max_weight)
+        else:
+            weights = trained.summed.weights
         result = aggregate_updates(
             [trained.updates[client] for client in weights],
             list(weights.values()),
@@ -258,6 +281,9 @@ class Server:
         )
         if self._steps.update_filter is not None:
             result = self._steps.update_filter.on_server(result, server_round)
+        if trained.summed is not None:
+            # The stand-ins are in float64, so that they say no less than the sums.
+            result = result.to(torch.float32)
         check_aggregate(result, server_round)
         return Combined(dict(zip(weights, result.weights.tolist(), strict=True)), result)
 
@@ -308,7 +334,11 @@ class Server:
         return expected_probes(trained.replies.replies, weights, model, self.model, seed)
 
     def _evaluate(
-        self, server_round: int, clients: Sequence[str], expected: ExpectedProbes | None
+        self,
+        server_round: int,
+        clients: Sequence[str],
+        expected: ExpectedProbes | None,
+        summed: SummedRound | None = None,
     ) -> RoundEvaluation:
         """Ask the clients to evaluate the global model on their held-out examples."""
         if not clients:
@@ -322,14 +352,18 @@ class Server:
         num_modules = len(self.model.adapter.modules) if seed is not None else 0
         requests = {}
         for client in clients:
+            means = None if summed is None else summed.kept_by(client)
             requests[client] = evaluate_request(
-                self._config, reader.lora(client), manifest, num_examples, seed
+                self._config, reader.lora(client), manifest, num_examples, seed, means
             )
         self._callbacks.on_evaluate(list(clients))
         of_pairs = self._config.training.objective == "dpo"
         labels = self.model.base.labels
 
         def accept(reply: Reply) -> None:
+            if self._secure is not None:
+                check_ready(reply)
+                return
             check_evaluation(reply, num_examples, num_modules, of_pairs=of_pairs, labels=labels)
 
         replies, self.state = self._exchange.ask(
@@ -337,58 +371,17 @@ class Server:
         )
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
+        if self._secure is not None:
+            return RoundEvaluation(replies)
         return pool_scores(replies, expected)
 
     # ── recording ──
 
-    def _record(
-        self,
-        server_round: int,
-        clients: list[str],
-        trained: TrainedRound,
-        combined: Combined,
-        evaluated: RoundEvaluation,
-    ) -> RoundRecord:
-        """Return the round's row of metrics, but for times and diagnostics."""
-        replies, weights = trained.replies.replies, combined.weights
-        trainings = client_trainings(replies, weights, trained.ranks)
-        sum_energies = energies(combined.result, self.model)
-        is_float32 = self.model.adapter_dtype == torch.float32
-        rounding = (
-            0.0 if is_float32 else rounding_error(combined.result.adapter, self.model.adapter)
-        )
-        return RoundRecord(
-            round=server_round,
-            participants=clients,
-            accepted=list(weights),
-            failures=joined_failures(trained.replies.failures, evaluated.replies.failures),
-            weights=weights,
-            num_examples=trained.num_examples,
-            learning_rate=trained.learning_rate,
-            train_loss=mean_loss(trainings, weights),
-            clients=trainings,
-            screening=dict(trained.screening),
-            evaluation=evaluated.scores,
-            retained_energy=sum_energies.retained_energy,
-            residual_rank=sum_energies.residual_rank,
-            residual_norm=sum_energies.residual_norm,
-            carried_norm=sum_energies.carried_norm,
-            fallbacks=sum_energies.fallbacks,
-            exactness_error=evaluated.exactness_error,
-            applied_share=evaluated.applied_share,
-            uplink_rounding=uplink_rounding(replies, weights),
-            downlink_rounding=rounding,
-            version=self.model.version,
-            uplink_bytes=sum_by_client(
-                trained.replies.uplink_bytes, evaluated.replies.uplink_bytes
-            ),
-            downlink_bytes=sum_by_client(
-                trained.replies.downlink_bytes, evaluated.replies.downlink_bytes
-            ),
-        )
-
     def _commit(self, record: RoundRecord) -> RoundRecord:
         """Mark the best round so far, make the round durable, and tell the callbacks."""
+        is_private = self._config.privacy.dp is not None
+        withheld = withheld_by(secure=self._secure is not None, private=is_private)
+        record = msgspec.structs.replace(record, withheld=withheld)
         compared = None if record.evaluation is None else record.evaluation.compared
         if compared is not None and compared.num_tokens and record.round > 0:
             best_loss = self.state.best_loss
@@ -396,5 +389,7 @@ class Server:
                 record = msgspec.structs.replace(record, is_best=True)
                 self.state = replace(self.state, best_round=record.round, best_loss=compared.loss)
         self._directory.commit(self.model, self.state, record)
+        if self._secure is not None:
+            self._secure.clear()
         self._callbacks.on_round_end(record)
         return record

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedmomentum.formats.manifest import Recipe
+    from fedmomentum.formats.manifest import Recipe, RoundOutcome
     from fedmomentum.global_model.model import GlobalModel
 
 
@@ -31,6 +31,10 @@ class ServerState:
         splits: Client to the hash of how its examples are divided, as it last said.
         moments: Hash of the optimizer's moments that the next round starts with; None where there
             are none.
+        outcomes: With secure aggregation, client to what became of its last cross terms, which it
+            learns with its next task.
+        summed_examples: The number of examples of the last round that was summed under masks; 0
+            before it.
     """
 
     run_id: str
@@ -43,6 +47,8 @@ class ServerState:
     recipes: tuple[Recipe, ...] = ()
     splits: Mapping[str, str] = field(default_factory=dict)
     moments: str | None = None
+    outcomes: Mapping[str, RoundOutcome] = field(default_factory=dict)
+    summed_examples: int = 0
 
     def dividing(self, client_id: str, split: str) -> ServerState:
         """Return the state after a client said how its examples are divided."""

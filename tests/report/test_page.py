@@ -12,10 +12,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import matplotlib
+import msgspec
 import pytest
 
 import fedmomentum.report
 from fedmomentum.errors import DataError, ModelError
+from fedmomentum.formats.withheld import PHRASES, SUMS_ONLY
 from fedmomentum.report import write_report
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.summary import summarize_run
@@ -433,3 +435,36 @@ def test_global_settings_of_matplotlib_are_left_alone(tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(ModelError):
         write_report(tmp_path / "nowhere")
+
+
+# ── what is withheld ──
+
+
+def test_a_run_of_sums_says_what_it_leaves_out_and_why(tmp_path):
+    """Nothing of a single client is drawn, and nothing looks as if it had gone wrong."""
+    rows = [row(r, CLIENTS, TASKS) for r in range(4)]
+    for one in rows:
+        one.update(
+            weights={},
+            num_examples={},
+            clients={},
+            screening={},
+            diagnostics=None,
+            exactness_error=None,
+            applied_share=None,
+            withheld=msgspec.to_builtins(SUMS_ONLY),
+        )
+        one["evaluation"] |= {"by_client": {}, "by_category": {}}
+    folder = write_run(tmp_path / "my-run", rows, CLIENTS, TASKS)
+    write_record(folder / "partition.json", {"clients": {}})
+    one = Page(write_report(folder))
+    check(one)
+    assert "Secure aggregation: the server has sums over the clients" in one.text
+    for phrase in PHRASES.values():
+        assert phrase in one.text
+    assert "The numbers of examples stay with the clients" in one.text
+    assert "in the sum" in one.text and "weight" not in one.text.split("Participants")[-1][:400]
+    assert {"exact-match", "loss", "train-loss", "retained-energy", "bytes"} <= set(one.data)
+    assert not set(one.data) & {"client-drift", "exactness", "partition-train"}
+    plain = page(tmp_path / "plain", [row(r, CLIENTS, TASKS) for r in range(4)])
+    assert "Left out on purpose" not in plain.text

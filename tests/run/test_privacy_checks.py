@@ -9,7 +9,6 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
 from fedmomentum.run.setup import make_method
 from fedmomentum.run.training_checks import choose_optimizer_state
-from tests.runs import prepare, tiny_config
 
 SECURE = {"secure-aggregation": True}
 
@@ -47,8 +46,7 @@ def test_what_sums_do_not_give_is_refused_by_name(sections, message):
 def test_with_a_bound_of_its_own_any_training_will_do():
     training = {"function": "own:train", "arguments": {"optim": "lion_32bit"}}
     config = secure({"max-change": 0.5}, training=training)
-    with pytest.raises(ConfigError, match="not available yet"):
-        check_privacy(config, make_method(config))
+    check_privacy(config, make_method(config))
 
 
 def test_a_method_of_the_users_own_is_refused_until_it_says_what_it_depends_on():
@@ -91,9 +89,3 @@ def test_too_few_or_too_many_clients_are_refused(num_clients, fraction, threshol
 def test_enough_clients_are_not_refused(num_clients, threshold):
     table = {} if threshold is None else {"threshold": threshold}
     check_num_clients(secure(table), num_clients)
-
-
-def test_it_is_not_available_yet(tmp_path):
-    config = tiny_config(tmp_path, privacy=SECURE)
-    with pytest.raises(ConfigError, match="privacy.secure-aggregation is not available yet"):
-        prepare(config, tmp_path / "run")

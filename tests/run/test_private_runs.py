@@ -108,6 +108,8 @@ def test_records_say_nothing_of_the_data(finished):
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["train_loss"] is None and row["evaluation"] is None and not row["is_best"]
+        assert row["withheld"]["reason"].startswith("differential privacy")
+        assert "evaluation" in row["withheld"]["fields"]
         for training in row["clients"].values():
             assert training["loss"] is None and training["num_tokens"] is None
     partition = json.loads((out / "partition.json").read_text())

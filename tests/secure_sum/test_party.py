@@ -57,6 +57,23 @@ def changed(message, **changes):
 # ── the plan ──
 
 
+def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
+    """A server that names other three of ten each time would learn single values by differences."""
+    everybody = names(10)
+    me = identity(everybody[0], everybody, least_threshold=7)
+    values = {"B": np.zeros(5), "A": np.zeros(3)}
+
+    def plan(number, n, threshold):
+        return encode_message(make_plan(n, number=number, threshold=threshold))
+
+    def party():
+        return SumParty(me, PartyJournal(tmp_path / "journal.json"), values)
+
+    with pytest.raises(SecureSumError, match="threshold is 5 of 7 parties; .* sums that 7 open"):
+        party().answer(plan(1, 7, 5))
+    assert party().answer(plan(1, 7, 7)) and party().answer(plan(2, 10, 7))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -7,7 +7,7 @@ from fedmomentum.config.toml import from_dict
 from fedmomentum.errors import ConfigError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import Adapter
-from fedmomentum.server.change_bound import max_change
+from fedmomentum.server.change_bound import change_bound
 
 
 def adapter():
@@ -18,7 +18,7 @@ def adapter():
 
 def bound(server_round=1, *, privacy=None, federation=None, **training):
     tables = {"privacy": privacy or {}, "federation": federation or {}, "training": training}
-    return max_change(from_dict(tables), server_round, adapter())
+    return change_bound(from_dict(tables), server_round, adapter())
 
 
 def test_it_grows_with_learning_rate_and_steps_and_is_what_the_job_says_where_it_does():

@@ -1,0 +1,71 @@
+"""What a private run does not tell, and why: for its rows, its plan and its report.
+
+With secure aggregation the server has sums over the clients, and whatever speaks of a single one
+stays with that client. With differential privacy nothing is told that has no noise. The rows of
+metrics.jsonl say so instead of looking as if something had gone wrong.
+"""
+
+from __future__ import annotations
+
+from fedmomentum.formats.round_record import Withheld
+
+PHRASES = {
+    "weights": "the clients' weights",
+    "num_examples": "their numbers of examples",
+    "clients": "how each one's training went",
+    "screening": "how far each one moved",
+    "evaluation.by_client": "scores by client",
+    "evaluation.by_category": "scores by category, whose names come from the data",
+    "exactness_error": "exactness measured on single clients",
+    "applied_share": "what of the merged part is applied on single clients",
+    "uplink_rounding": "rounding of single updates",
+    "train_loss": "losses",
+    "clients.loss": "losses of single clients",
+    "clients.num_tokens": "numbers of targets",
+    "evaluation": "all held-out scores, so that no round is the best",
+    "diagnostics": "how the model moved, which needs single updates",
+}
+"""A field that can be withheld to what it is, in words."""
+SUMS_ONLY = Withheld(
+    reason="secure aggregation: the server has sums over the clients, and nothing of a single one",
+    fields=[
+        "weights",
+        "num_examples",
+        "clients",
+        "screening",
+        "evaluation.by_client",
+        "evaluation.by_category",
+        "exactness_error",
+        "applied_share",
+        "uplink_rounding",
+        "diagnostics",
+    ],
+)
+"""What every row of such a run withholds."""
+
+
+NOISED_ONLY = Withheld(
+    reason="differential privacy: nothing is told of the examples that has no noise",
+    fields=["train_loss", "clients.loss", "clients.num_tokens", "evaluation"],
+)
+"""What every row of a run with differential privacy withholds."""
+
+
+def withheld_by(*, secure: bool, private: bool) -> Withheld | None:
+    """Return what a run withholds; None where it tells all.
+
+    Args:
+        secure: Whether the server has sums only.
+        private: Whether training is differentially private.
+    """
+    kinds = [kind for kind, counts in ((SUMS_ONLY, secure), (NOISED_ONLY, private)) if counts]
+    if not kinds:
+        return None
+    reason = "; ".join(kind.reason for kind in kinds)
+    return Withheld(reason=reason, fields=[field for kind in kinds for field in kind.fields])
+
+
+def describe_withheld(withheld: Withheld) -> str:
+    """Return a sentence that says what is withheld."""
+    names = [PHRASES.get(field, field) for field in withheld.fields]
+    return f"Left out on purpose: {'; '.join(names)}."

@@ -1,0 +1,73 @@
+"""What a run with secure aggregation has besides: its clients' keys, and the server's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from fedmomentum.client.secure_work import SecureParty
+from fedmomentum.secure_sum.journal import PartyJournal
+from fedmomentum.secure_sum.party import Identity
+from fedmomentum.secure_sum.roster import Roster, make_parties
+from fedmomentum.server.kept_sums import KeptSums
+from fedmomentum.server.round_parts import RoundSteps
+from fedmomentum.server.secure_round import SecureRounds
+from fedmomentum.utils.names import directory_name
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.client.client import Client
+    from fedmomentum.config.schema import Config
+    from fedmomentum.protocol.transport import Transport
+
+
+@contextmanager
+def parties_of_this_process(config: Config, clients: Sequence[Client]) -> Iterator[Roster | None]:
+    """Have the clients of this process take part under masks, with keys made for this once.
+
+    They end with this process, so what they have opened is of no further use: a round that was
+    interrupted is repeated, by parties with other keys. The sums are the same to the bit.
+
+    Args:
+        config: The run's settings.
+        clients: The clients.
+
+    Yields:
+        The roster of their public keys; None in a run without secure aggregation.
+    """
+    if not config.privacy.secure_aggregation:
+        yield None
+        return
+    keys, roster = make_parties(client.client_id for client in clients)
+    with TemporaryDirectory() as directory:
+        for client in clients:
+            name = client.client_id
+            identity = Identity(
+                name, keys[name], roster, trusts_server=config.privacy.trusts_server
+            )
+            journal = PartyJournal(Path(directory) / directory_name(name))
+            client.party = SecureParty(identity, journal)
+        yield roster
+
+
+def secure_steps(
+    transport: Transport,
+    config: Config,
+    method: Method,
+    roster: Roster,
+    kept: KeptSums | None = None,
+) -> RoundSteps:
+    """Return the steps of rounds whose updates are summed under masks.
+
+    Args:
+        transport: Reaches the clients.
+        config: The run's settings.
+        method: Combines what stands in for the clients' updates.
+        roster: The public keys that the server has for the clients.
+        kept: Where what came of a sum is kept, for clients that outlive this process.
+    """
+    secure = SecureRounds(transport, roster, method=method, config=config, kept=kept)
+    return RoundSteps(screening=False, diagnostics=False, secure=secure)

@@ -1,0 +1,79 @@
+"""What a round of secure sums sends, counted as a plan counts: upper estimates, in bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.server.selection import sample_size
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.lora.adapter import Adapter
+
+VALUE_BYTES = 4
+PARTY_BYTES = 900
+"""Keys, shares, hashes and signatures of one other party in one sum, with its name, each way."""
+BLOCK_BYTES = 40
+"""A block in a sum's plan, besides its name."""
+NUM_SUMS = 3
+"""Of updates, of cross terms, and of scores."""
+
+
+def num_stand_ins(config: Config, method: Method) -> int:
+    """Return how many updates stand for those of all clients."""
+    return 2 * config.privacy.sketch_ranks if method.depends_on == "product" else 1
+
+
+def secure_traffic(
+    config: Config, adapter: Adapter, method: Method, num_clients: int
+) -> tuple[int, int]:
+    """Return what a client sends in a round's sums, and is sent besides the global model.
+
+    Args:
+        config: The run's settings.
+        adapter: The adapter, of which only the shapes count.
+        method: The method; of one that alternates, the round in which more is sent counts.
+        num_clients: The number of all clients of the run.
+    """
+    layouts = []
+    for server_round in (1, 2):
+        layouts.append(
+            AdapterSums(
+                start=adapter,
+                factors=method.uploaded_factors(server_round),
+                sketch_ranks=config.privacy.sketch_ranks if method.depends_on == "product" else 0,
+                num_parties=num_clients,
+                max_examples=1,
+                max_change=1.0,
+                expected_examples=1,
+                seed=0,
+            )
+        )
+    # Keys, shares and signatures grow with the number of clients, plans with that of the modules.
+    parties = sample_size(num_clients, config.federation.client_fraction)
+    agreement = NUM_SUMS * PARTY_BYTES * parties
+    names = sum(len(name) + BLOCK_BYTES for name in (*adapter.modules, *adapter.saved))
+    uplink = 0
+    downlink = 0
+    for layout in layouts:
+        values, means = _num_values(layout)
+        uplink = max(uplink, VALUE_BYTES * values)
+        downlink = max(downlink, VALUE_BYTES * means)
+    return uplink + agreement, downlink + agreement + 2 * NUM_SUMS * names
+
+
+def _num_values(layout: AdapterSums) -> tuple[int, int]:
+    """Return how many numbers a client sends in the sums of updates, and is sent as their means."""
+    saved = sum(tensor.numel() for tensor in layout.start.saved.values())
+    values = saved
+    means = saved
+    for module, matrix in layout.start.modules.items():
+        out_size, in_size = matrix.shape
+        rank = matrix.rank
+        factors = rank * (out_size * ("B" in layout.factors) + in_size * ("A" in layout.factors))
+        # The sketch has as many columns as the range on which cross terms are summed.
+        values += factors + (out_size + in_size) * layout.width(module)
+        means += rank * (out_size + in_size) + out_size * layout.width(module)
+    return values, means if layout.has_second_sum else 0

@@ -1,0 +1,178 @@
+"""What a server keeps of a round's sums, so that it continues from there after a kill.
+
+Clients open a sum once, so what came of them cannot be asked for again. ::
+
+    secure/0003.json            who trained in the round, and what the server noted meanwhile
+    secure/0003-1-1/            round, sum, attempt
+        2/<client>              a reply, by step
+        2.json                  the step has ended with these clients
+
+A reply is on disk before the step ends, and a step's end before the next message leaves.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from fedmomentum.errors import ModelError
+from fedmomentum.server.replies import Replies
+from fedmomentum.utils.io import write_atomically, write_json
+from fedmomentum.utils.names import directory_name
+from fedmomentum.utils.records import Record, read_file, read_record, with_checksum
+from fedmomentum.utils.schema import Count, PositiveCount, Text
+
+
+class _RoundFile(Record, frozen=True, kw_only=True):
+    """A round in which clients have trained.
+
+    Attributes:
+        attempt: The attempt at the round's sums.
+        parties: The clients that trained.
+        failures: Client to why it did not.
+        uplink_bytes: Client to the bytes that came of it.
+        downlink_bytes: Client to the bytes that it was sent.
+    """
+
+    format_version: Literal[1]
+    run_id: Text
+    attempt: PositiveCount
+    parties: list[Text]
+    failures: dict[Text, str]
+    uplink_bytes: dict[Text, Count]
+    downlink_bytes: dict[Text, Count]
+
+
+class _StepFile(Record, frozen=True, kw_only=True):
+    format_version: Literal[1]
+    parties: list[Text]
+
+
+@dataclass(frozen=True)
+class TrainedParties:
+    """The clients whose updates a round's sums are of.
+
+    Attributes:
+        attempt: The attempt at the round's sums.
+        parties: The clients, sorted.
+    """
+
+    attempt: int
+    parties: list[str]
+
+
+@dataclass(frozen=True)
+class KeptSum:
+    """One attempt at a sum on disk."""
+
+    directory: Path
+
+    def replies(self, step: int, parties: Sequence[str], max_bytes: int) -> Mapping[str, bytes]:
+        """Return the kept replies of a step, each read when it is looked at."""
+        directory = self.directory / str(step)
+        files = {party: directory / directory_name(party) for party in parties}
+        present = {party: file for party, file in files.items() if file.is_file()}
+        return _Replies(present, max_bytes)
+
+    def keep(self, step: int, party: str, reply: bytes) -> None:
+        """Keep a reply."""
+        directory = self.directory / str(step)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / directory_name(party), reply)
+
+    def ended_with(self, step: int) -> list[str] | None:
+        """Return the clients with which a step has ended; None if it has not.
+
+        Raises:
+            ModelError: If the record is damaged.
+        """
+        try:
+            return read_record(self.directory / f"{step}.json", _StepFile).parties
+        except FileNotFoundError:
+            return None
+
+    def end(self, step: int, parties: Sequence[str]) -> None:
+        """Record that a step has ended: whoever has not replied has dropped out."""
+        table = {"format_version": 1, "parties": list(parties)}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / f"{step}.json", with_checksum(table))
+
+
+class KeptSums:
+    """The directory of what is kept of the sums of the rounds that are not committed yet.
+
+    Args:
+        directory: Created with the first round.
+        run_id: The run on the wire.
+    """
+
+    def __init__(self, directory: Path, run_id: str) -> None:
+        self._directory = directory
+        self._run_id = run_id
+
+    def sum(self, server_round: int, number: int, attempt: int) -> KeptSum:
+        """Return an attempt at a sum, begun or not."""
+        return KeptSum(self._directory / f"{server_round:04d}-{number}-{attempt}")
+
+    def round(self, server_round: int) -> tuple[TrainedParties, Replies] | None:
+        """Return who trained in a round, and what was noted meanwhile; None if nobody has.
+
+        Raises:
+            ModelError: If the record is damaged, or of another run.
+        """
+        file = self._round_file(server_round)
+        try:
+            record = read_record(file, _RoundFile)
+        except FileNotFoundError:
+            return None
+        if record.run_id != self._run_id:
+            raise ModelError(f"{file} is of another run; delete {self._directory}")
+        replies = Replies(
+            failures=record.failures,
+            uplink_bytes=record.uplink_bytes,
+            downlink_bytes=record.downlink_bytes,
+        )
+        return TrainedParties(record.attempt, record.parties), replies
+
+    def begin_round(self, server_round: int, trained: TrainedParties, replies: Replies) -> None:
+        """Record who has trained in a round, before its first sum begins."""
+        self._directory.mkdir(exist_ok=True)
+        table = {
+            "format_version": 1,
+            "run_id": self._run_id,
+            "attempt": trained.attempt,
+            "parties": trained.parties,
+            "failures": replies.failures,
+            "uplink_bytes": replies.uplink_bytes,
+            "downlink_bytes": replies.downlink_bytes,
+        }
+        write_json(self._round_file(server_round), with_checksum(msgspec.to_builtins(table)))
+
+    def clear(self) -> None:
+        """Delete all, once the round is committed."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _round_file(self, server_round: int) -> Path:
+        return self._directory / f"{server_round:04d}.json"
+
+
+class _Replies(Mapping[str, bytes]):
+    """Clients to their replies on disk."""
+
+    def __init__(self, files: Mapping[str, Path], max_bytes: int) -> None:
+        self._files = files
+        self._max_bytes = max_bytes
+
+    def __getitem__(self, party: str) -> bytes:
+        return read_file(self._files[party], max_bytes=self._max_bytes)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

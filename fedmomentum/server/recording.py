@@ -1,0 +1,79 @@
+"""A round's row of metrics, from what its steps gave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedmomentum.formats.round_record import RoundRecord
+from fedmomentum.lora.half_precision import rounding_error
+from fedmomentum.server.round_metrics import (
+    client_trainings,
+    energies,
+    joined_failures,
+    mean_loss,
+    sum_by_client,
+    uplink_rounding,
+)
+
+if TYPE_CHECKING:
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.server.round_parts import Combined, TrainedRound
+    from fedmomentum.server.scoring import RoundEvaluation
+
+
+def round_record(
+    model: GlobalModel,
+    clients: list[str],
+    trained: TrainedRound,
+    combined: Combined,
+    evaluated: RoundEvaluation,
+) -> RoundRecord:
+    """Return a round's row of metrics, but for times and diagnostics.
+
+    What speaks of single clients is left out where the server has sums over them.
+
+    Args:
+        model: The model that came out.
+        clients: The clients that were asked to train.
+        trained: What they gave.
+        combined: What became of it.
+        evaluated: What the clients scored.
+    """
+    training = trained.replies
+    weights = combined.weights if trained.summed is None else {}
+    trainings = client_trainings(training.replies, weights, trained.ranks)
+    sum_energies = energies(combined.result, model)
+    is_float32 = model.adapter_dtype == torch.float32
+    rounding = 0.0 if is_float32 else rounding_error(combined.result.adapter, model.adapter)
+    train_loss = None
+    uplink = None
+    if weights:
+        train_loss = mean_loss(trainings, weights)
+        uplink = uplink_rounding(training.replies, weights)
+    return RoundRecord(
+        round=model.server_round,
+        participants=clients,
+        accepted=trained.accepted,
+        failures=joined_failures(training.failures, evaluated.replies.failures),
+        weights=weights,
+        num_examples=trained.num_examples,
+        learning_rate=trained.learning_rate,
+        train_loss=train_loss,
+        clients=trainings,
+        screening=dict(trained.screening),
+        evaluation=evaluated.scores,
+        retained_energy=sum_energies.retained_energy,
+        residual_rank=sum_energies.residual_rank,
+        residual_norm=sum_energies.residual_norm,
+        carried_norm=sum_energies.carried_norm,
+        fallbacks=sum_energies.fallbacks,
+        exactness_error=evaluated.exactness_error,
+        applied_share=evaluated.applied_share,
+        uplink_rounding=uplink,
+        downlink_rounding=rounding,
+        version=model.version,
+        uplink_bytes=sum_by_client(training.uplink_bytes, evaluated.replies.uplink_bytes),
+        downlink_bytes=sum_by_client(training.downlink_bytes, evaluated.replies.downlink_bytes),
+    )
