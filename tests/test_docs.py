@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 import torch
 import typer
@@ -28,6 +29,7 @@ from fedmomentum.cli.main import app
 from fedmomentum.config.__main__ import render_reference
 from fedmomentum.config.toml import from_dict
 from fedmomentum.formats.scores import LabelCounts, Score
+from fedmomentum.formats.withheld import SUMS_ONLY
 from fedmomentum.linalg.low_rank import weighted_sum
 from fedmomentum.linalg.spectral import relative_error
 from fedmomentum.training.arguments import ALLOWED_ARGUMENTS, check_arguments
@@ -417,6 +419,8 @@ def test_every_metric_is_documented(run_folder):
     written |= Score(0.5, 1, 1, 1, margin=0.5).to_json().keys()
     counts = {"x": LabelCounts(1, 2, 1), "y": LabelCounts(1, 0, 0)}
     written |= keys_of(Score(0.5, 2, 2, 1, by_label=counts).to_json(), set(counts))
+    # What a run without secure aggregation does not withhold.
+    written |= msgspec.to_builtins(SUMS_ONLY).keys()
     assert written == told
 
 
@@ -510,6 +514,24 @@ def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatc
         assert re.search(
             rf"^\| `{method.split(',')[0]}`.* \| {re.escape(cells)} \|$", text, re.MULTILINE
         ), method
+
+
+def test_the_costs_of_secure_sums_are_those_of_the_committed_numbers(monkeypatch):
+    """The table of docs/privacy.md is what the benchmark renders; what is said of it holds."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("secure_sum")
+    measured = json.loads((APPENDIX / "performance" / "secure-sum.json").read_text())
+    text = (ROOT / "docs" / "privacy.md").read_text()
+    assert f"\n{benchmark.tables(measured)}\n" in text
+    assert [row["parties"] for row in measured["rows"] if not row["left"]] == [3, 10, 30, 100]
+    assert f"({4 * measured['parameters'] / 1e6:.2f} MB)" in text
+    errors = [row["error"] for row in measured["rows"]]
+    bounds = [row["error_bound"] for row in measured["rows"]]
+    assert max(errors) <= max(bounds) <= 7e-7 and "at most 7·10⁻⁷" in text
+    # "twice the adapter", from what was sent
+    for row in measured["rows"]:
+        sent = row["up_bytes"] - row["besides_values_bytes"]
+        assert sent == pytest.approx(2 * 4 * measured["parameters"], rel=1e-3)
 
 
 # ── big models ──

@@ -22,10 +22,9 @@ from fedmomentum.privacy.ledger import (
     OpenTraining,
     round_down,
 )
-from fedmomentum.privacy.mechanism import Mechanism, group_units
+from fedmomentum.privacy.mechanism import Mechanism, PrivateSettings, group_units
 from fedmomentum.protocol.private_messages import EXAMPLE, PrivateTerms
 from fedmomentum.training.arguments import count_steps
-from fedmomentum.training.private_trainer import PrivateSettings
 from fedmomentum.utils.io import sha256
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, MeanM
 from fedmomentum.errors import DataError, ModelError, SecureSumError
 from fedmomentum.global_model.cross_terms import CrossTerms
 from fedmomentum.global_model.mean_moves import read_means
-from fedmomentum.protocol.secure_messages import FIRST_SUM, SECOND_SUM, SecureTerms
+from fedmomentum.protocol.score_sums import ScoreSums, loss_values
+from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SecureTerms
 from fedmomentum.secure_sum.messages import SumPlan, decode_message
 from fedmomentum.secure_sum.party import Identity, SumParty
 
@@ -62,6 +63,7 @@ class SecureWork:
         moves: How it moved from the round's start.
         training: How its training went.
         evaluation: Its scores.
+        scores: The form of the sum of scores.
     """
 
     party: SecureParty
@@ -71,6 +73,7 @@ class SecureWork:
     moves: ClientMoves | None = None
     training: TrainResult | None = None
     evaluation: EvaluateResult | None = None
+    scores: ScoreSums | None = None
     _position: tuple[int, int] = field(init=False, repr=False, default=(0, 0))
     _sum: SumParty | None = field(init=False, repr=False, default=None)
 
@@ -126,17 +129,22 @@ class SecureWork:
 
     def _values(self, number: int, means: MeanMoves | None) -> Mapping[str, NDArray[np.float64]]:
         """Return the client's values in a sum, by block."""
-        if self.layout is None or self.moves is None:
+        if number == SCORE_SUM:
+            if self.evaluation is None or self.scores is None:
+                raise SecureSumError(f"round {self.server_round}: this client has no scores of it")
+            return self.scores.values(self.evaluation)
+        layout = self.layout
+        moves = self.moves
+        if layout is None or moves is None or self.training is None:
             raise SecureSumError(f"round {self.server_round}: this client has not trained in it")
-        values: Values
         if number == FIRST_SUM:
-            values = self.layout.first_values(self.moves)
-        elif number == SECOND_SUM and means is not None:
-            self._check_means(means)
-            values = self.layout.second_values(self.moves, means)
-        else:
-            raise SecureSumError(f"round {self.server_round} has no sum {number}")
-        return {block: tensor.numpy() for block, tensor in values.items()}
+            values = _arrays(layout.first_values(moves))
+            loss = self.training.loss
+            return {**values, **loss_values(loss, moves.num_examples, layout.max_examples)}
+        if means is None:
+            raise SecureSumError(f"round {self.server_round}: sum {number} came without the means")
+        self._check_means(means)
+        return _arrays(layout.second_values(moves, means))
 
     def _check_means(self, means: MeanMoves) -> None:
         """Check that the outcome of the first sum has the form of this client's values.
@@ -157,6 +165,10 @@ class SecureWork:
                     f"round {self.server_round}: the outcome of the first sum is not that of this "
                     f"client's {module}"
                 )
+
+
+def _arrays(values: Values) -> dict[str, NDArray[np.float64]]:
+    return {block: tensor.numpy() for block, tensor in values.items()}
 
 
 def layout_of(terms: SecureTerms, start: Adapter, factors: str) -> AdapterSums:

@@ -18,6 +18,7 @@ from fedmomentum.client.work import Worker, WorkResult, train_result_of
 from fedmomentum.errors import ConfigError, SecureSumError
 from fedmomentum.global_model.mean_moves import read_means
 from fedmomentum.protocol.messages import EvaluateRequest, EvaluateResult, Task, TrainRequest
+from fedmomentum.protocol.score_sums import ScoreSums
 from fedmomentum.protocol.secure_messages import (
     SUM_MESSAGE,
     WITHHELD_COUNT,
@@ -26,6 +27,7 @@ from fedmomentum.protocol.secure_messages import (
     SumRequest,
     message_tensors,
 )
+from fedmomentum.secure_sum.messages import MIN_PARTIES
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.moments import Moments
@@ -111,7 +113,14 @@ class SumWorker(Worker):
         with keeping_reasons(self.client_id):
             result = self.run_evaluation(request, global_model)
         assert isinstance(result.answer, EvaluateResult)
-        self._round_work(task).evaluation = result.answer
+        work = self._round_work(task)
+        work.evaluation = result.answer
+        # The number of parties decides bounds, which are the plan's, and no values.
+        work.scores = ScoreSums(
+            num_parties=MIN_PARTIES,
+            of_pairs=self.objective.compares_pairs,
+            labels=global_model.base.labels,
+        )
         return WorkResult(Ready(), WITHHELD_COUNT, {})
 
     def answer_sum(self, task: Task, request: SumRequest) -> WorkResult:

@@ -12,6 +12,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from fedmomentum.flower.apps import server_app
+from fedmomentum.flower.parties import server_roster
 from fedmomentum.flower.status import StatusWriter
 from fedmomentum.flower.superlink import SuperLink
 from fedmomentum.flower.transport import FlowerTransport
@@ -82,6 +83,7 @@ def serve(
                 resume=resume,
                 server_round=server_round,
                 callbacks=[callback_list],
+                roster=server_roster(keys) if config.privacy.secure_aggregation else None,
             )
 
         admitted = ", ".join(superlink.registered()) or "nobody yet (fedmomentum keys admit)"

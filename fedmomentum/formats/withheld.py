@@ -19,34 +19,24 @@ PHRASES = {
     "exactness_error": "exactness measured on single clients",
     "applied_share": "what of the merged part is applied on single clients",
     "uplink_rounding": "rounding of single updates",
-    "train_loss": "losses",
-    "clients.loss": "losses of single clients",
-    "clients.num_tokens": "numbers of targets",
-    "evaluation": "all held-out scores, so that no round is the best",
     "diagnostics": "how the model moved, which needs single updates",
 }
-"""A field that can be withheld to what it is, in words."""
+"""A field that secure aggregation withholds to what it is, in words."""
+NOISELESS_PHRASES = {
+    "train_loss": "losses and numbers of targets in training",
+    "evaluation": "all held-out scores, so that no round is the best",
+}
+"""The same of differential privacy."""
 SUMS_ONLY = Withheld(
     reason="secure aggregation: the server has sums over the clients, and nothing of a single one",
-    fields=[
-        "weights",
-        "num_examples",
-        "clients",
-        "screening",
-        "evaluation.by_client",
-        "evaluation.by_category",
-        "exactness_error",
-        "applied_share",
-        "uplink_rounding",
-        "diagnostics",
-    ],
+    fields=list(PHRASES),
 )
 """What every row of such a run withholds."""
 
 
 NOISED_ONLY = Withheld(
     reason="differential privacy: nothing is told of the examples that has no noise",
-    fields=["train_loss", "clients.loss", "clients.num_tokens", "evaluation"],
+    fields=list(NOISELESS_PHRASES),
 )
 """What every row of a run with differential privacy withholds."""
 
@@ -67,5 +57,6 @@ def withheld_by(*, secure: bool, private: bool) -> Withheld | None:
 
 def describe_withheld(withheld: Withheld) -> str:
     """Return a sentence that says what is withheld."""
-    names = [PHRASES.get(field, field) for field in withheld.fields]
+    phrases = {**PHRASES, **NOISELESS_PHRASES}
+    names = [phrases.get(field, field) for field in withheld.fields]
     return f"Left out on purpose: {'; '.join(names)}."

@@ -48,6 +48,19 @@ class Mechanism:
             raise ConfigError(f"a private training has at least one step; got {self.num_steps}")
 
 
+@dataclass(frozen=True)
+class PrivateSettings:
+    """What makes a training private.
+
+    Attributes:
+        mechanism: The steps.
+        units: The rows of each unit, by index.
+    """
+
+    mechanism: Mechanism
+    units: tuple[tuple[int, ...], ...]
+
+
 def group_units(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Return the rows of each unit, in the order in which the units appear.
 

@@ -40,6 +40,7 @@ from fedmomentum.run.client_setup import client_names
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.run.method_variants import MethodVariant
 from fedmomentum.run.origin import check_data, fingerprints
+from fedmomentum.run.privacy_checks import check_privacy
 from fedmomentum.run.references import make_reference
 from fedmomentum.run.setup import (
     changed_settings,
@@ -159,7 +160,9 @@ def _runs_of_variant(
     if variant.kind == "centralized":
         config = replace(config, lora=replace(config.lora, clients={}))
     if variant.kind != "local":
-        config = choose_optimizer_state(config, make_method(config), is_reference=is_reference)
+        method = make_method(config)
+        config = choose_optimizer_state(config, method, is_reference=is_reference)
+        check_privacy(config, method)
         return [PlannedRun(variant, seed, directory, config)]
     runs = []
     for client_id in client_names(config):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.config.toml import to_toml
+from fedmomentum.errors import ConfigError
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.run.environment import process_environment
 from fedmomentum.run.origin import check_data
 from fedmomentum.run.plan import served_plan
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
 from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
+from fedmomentum.run.secure_run import secure_steps
 from fedmomentum.run.setup import (
     check_run_directory,
     make_method,
@@ -28,6 +30,8 @@ from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.handshake import handshake
+from fedmomentum.server.kept_sums import KEPT_SUMS, KeptSums
+from fedmomentum.server.round_parts import RoundSteps
 from fedmomentum.server.server import Server
 from fedmomentum.server.state import ServerState
 from fedmomentum.training.arguments import check_arguments
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.protocol.messages import Description
     from fedmomentum.protocol.transport import Transport
+    from fedmomentum.secure_sum.roster import Roster
 
 
 def run_federation(
@@ -50,6 +55,7 @@ def run_federation(
     server_round: int | None = None,
     callbacks: Iterable[Callback] = (),
     data: Mapping[str, Fingerprint] | None = None,
+    roster: Roster | None = None,
 ) -> GlobalModel:
     """Run a federation whose clients are elsewhere; needs neither data nor base model.
 
@@ -62,6 +68,7 @@ def run_federation(
             again.
         callbacks: Receive the plan and progress, in this order.
         data: Fingerprints of the clients' data, where this process knows it.
+        roster: The public keys of the clients, where their updates are summed under masks.
 
     Raises:
         ConfigError: If settings contradict each other, or `out` is of a run with other settings.
@@ -71,11 +78,11 @@ def run_federation(
     """
     method = make_method(config)
     check_arguments(config.training.arguments)
-    config = choose_optimizer_state(config, method)
+    config = choose_private_dtype(choose_optimizer_state(config, method))
     check_task(config)
-    config = choose_private_dtype(config)
     check_privacy(config, method)
     check_private_run(config)
+    _check_roster(config, roster, server_round)
     require_labels(config.model)
     check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
@@ -102,6 +109,10 @@ def run_federation(
             callback_list.on_plan(plan)
             _describe(directory, config, state.run_id, plan, model, started.facts, data)
         with TrackerCallback(config.run.report_to, directory, state.run_id) as trackers:
+            steps = RoundSteps()
+            if roster is not None:
+                kept = KeptSums(out / KEPT_SUMS, state.run_id)
+                steps = secure_steps(transport, config, method, roster, kept)
             server = Server(
                 transport,
                 method=method,
@@ -110,10 +121,31 @@ def run_federation(
                 config=config,
                 directory=directory,
                 callbacks=[callback_list, trackers],
+                steps=steps,
             )
             return server.run()
     finally:
         directory.close()
+
+
+def _check_roster(config: Config, roster: Roster | None, server_round: int | None) -> None:
+    """Refuse secure aggregation without keys to check, and rounds that clients do not repeat.
+
+    Raises:
+        ConfigError: If one of them is asked for.
+    """
+    is_secure = config.privacy.secure_aggregation
+    if is_secure and roster is None:
+        raise ConfigError(
+            "privacy.secure-aggregation needs clients with keys of their own: run all in one "
+            "process (fedmomentum run), or over a network (fedmomentum serve)"
+        )
+    if is_secure and server_round is not None:
+        raise ConfigError(
+            "--round has rounds done again, and with privacy.secure-aggregation clients open the "
+            "sums of a round once: the difference of two would show the values of single clients. "
+            "Resume without it"
+        )
 
 
 def _describe(

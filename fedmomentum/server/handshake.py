@@ -136,9 +136,12 @@ def _ask(
     transport: Transport, run_id: str, clients: Sequence[str], config: Config, *, adapter: bool
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Have clients describe themselves; return usable replies, and the others' reasons."""
+    is_secure = config.privacy.secure_aggregation
     tasks = {}
     for client in clients:
-        tasks[client] = Task(run_id, client, 0, DescribeRequest(adapter=adapter))
+        tasks[client] = Task(
+            run_id, client, 0, DescribeRequest(adapter=adapter, is_secure=is_secure)
+        )
     limit = MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES
     collected = Replies()
     replies = {}

@@ -2,8 +2,8 @@
 
 Clients open a sum once, so what came of them cannot be asked for again. ::
 
-    secure/0003.json            who trained in the round, and what the server noted meanwhile
-    secure/0003-1-1/            round, sum, attempt
+    secure/<run>/0003.json      who trained in the round, and what the server noted meanwhile
+    secure/<run>/0003-1-1/      round, sum, attempt
         2/<client>              a reply, by step
         2.json                  the step has ended with these clients
 
@@ -20,12 +20,14 @@ from typing import Literal
 
 import msgspec
 
-from fedmomentum.errors import ModelError
 from fedmomentum.server.replies import Replies
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.records import Record, read_file, read_record, with_checksum
 from fedmomentum.utils.schema import Count, PositiveCount, Text
+
+KEPT_SUMS = "secure"
+"""The name of the directory in a run's."""
 
 
 class _RoundFile(Record, frozen=True, kw_only=True):
@@ -40,7 +42,6 @@ class _RoundFile(Record, frozen=True, kw_only=True):
     """
 
     format_version: Literal[1]
-    run_id: Text
     attempt: PositiveCount
     parties: list[Text]
     failures: dict[Text, str]
@@ -112,8 +113,9 @@ class KeptSums:
     """
 
     def __init__(self, directory: Path, run_id: str) -> None:
-        self._directory = directory
-        self._run_id = run_id
+        # A run that has committed nothing has another name when it starts again.
+        self._root = directory
+        self._directory = directory / run_id
 
     def sum(self, server_round: int, number: int, attempt: int) -> KeptSum:
         """Return an attempt at a sum, begun or not."""
@@ -123,15 +125,13 @@ class KeptSums:
         """Return who trained in a round, and what was noted meanwhile; None if nobody has.
 
         Raises:
-            ModelError: If the record is damaged, or of another run.
+            ModelError: If the record is damaged.
         """
         file = self._round_file(server_round)
         try:
             record = read_record(file, _RoundFile)
         except FileNotFoundError:
             return None
-        if record.run_id != self._run_id:
-            raise ModelError(f"{file} is of another run; delete {self._directory}")
         replies = Replies(
             failures=record.failures,
             uplink_bytes=record.uplink_bytes,
@@ -141,10 +141,9 @@ class KeptSums:
 
     def begin_round(self, server_round: int, trained: TrainedParties, replies: Replies) -> None:
         """Record who has trained in a round, before its first sum begins."""
-        self._directory.mkdir(exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         table = {
             "format_version": 1,
-            "run_id": self._run_id,
             "attempt": trained.attempt,
             "parties": trained.parties,
             "failures": replies.failures,
@@ -155,7 +154,7 @@ class KeptSums:
 
     def clear(self) -> None:
         """Delete all, once the round is committed."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self._root, ignore_errors=True)
 
     def _round_file(self, server_round: int) -> Path:
         return self._directory / f"{server_round:04d}.json"

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fedmomentum.formats.round_record import ScreeningRecord
     from fedmomentum.lora.adapter import Adapter
     from fedmomentum.server.replies import Replies
-    from fedmomentum.server.secure_round import SecureRounds, SummedRound
+    from fedmomentum.server.round_sums import SummedRound
+    from fedmomentum.server.secure_round import SecureRounds
 
 
 @dataclass(frozen=True)

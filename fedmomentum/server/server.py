@@ -32,9 +32,10 @@ from fedmomentum.server.round_parts import (
     probe_seed,
     train_request,
 )
+from fedmomentum.server.round_sums import SummedRound
 from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
 from fedmomentum.server.screening import Screening
-from fedmomentum.server.secure_round import SummedRound, check_ready
+from fedmomentum.server.secure_round import check_ready
 from fedmomentum.server.selection import (
     check_quorum,
     client_weights,
@@ -372,7 +373,7 @@ class Server:
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
         if self._secure is not None:
-            return RoundEvaluation(replies)
+            return self._secure.scores(self.state.run_id, summed, server_round, replies)
         return pool_scores(replies, expected)
 
     # ── recording ──

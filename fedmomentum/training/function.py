@@ -16,7 +16,7 @@ from fedmomentum.training.optimizer_state import check_moments
 if TYPE_CHECKING:
     from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.objectives.objective import Objective
-    from fedmomentum.training.private_trainer import PrivateSettings
+    from fedmomentum.privacy.mechanism import PrivateSettings
 
 
 OnStep = Callable[[int, int, float], None]

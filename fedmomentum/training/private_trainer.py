@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 from fedmomentum.base_model.devices import rounds_to_tf32
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.privacy.entropy import normals, poisson_sample, random_seed
-from fedmomentum.privacy.mechanism import Mechanism
+from fedmomentum.privacy.mechanism import Mechanism, PrivateSettings
 from fedmomentum.training.arguments import OPTIMIZERS_WITH_MOMENTS
 from fedmomentum.training.hf_trainer import CompletionTrainer
 from fedmomentum.training.unit_gradients import UnitGradients
@@ -33,19 +32,6 @@ ARGUMENTS_WITHOUT_PRIVACY = {
     "train_sampling_strategy": "the examples of a step are drawn at random",
 }
 """Training arguments that a private training refuses, each with the reason."""
-
-
-@dataclass(frozen=True)
-class PrivateSettings:
-    """What makes a training private.
-
-    Attributes:
-        mechanism: The steps.
-        units: The rows of each unit, by index.
-    """
-
-    mechanism: Mechanism
-    units: tuple[tuple[int, ...], ...]
 
 
 class StepDataset(Dataset[int]):

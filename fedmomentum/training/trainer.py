@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer
 
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
 from fedmomentum.objectives.objective import CAUSAL_LM
+from fedmomentum.privacy.mechanism import PrivateSettings
 from fedmomentum.training.arguments import (
     check_hyperparameters,
     check_optimizer,
@@ -44,7 +45,6 @@ from fedmomentum.training.isolation import (
 )
 from fedmomentum.training.optimizer_state import check_moments, read_moments, trained_parameters
 from fedmomentum.training.private_trainer import (
-    PrivateSettings,
     PrivateTrainer,
     check_private_arguments,
     check_private_device,

@@ -19,9 +19,8 @@ from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.objectives.classification import SequenceClassification
 from fedmomentum.privacy.accountant import epsilon_of
 from fedmomentum.privacy.ledger import Budget, Ledger
-from fedmomentum.privacy.mechanism import Mechanism, group_units
+from fedmomentum.privacy.mechanism import Mechanism, PrivateSettings, group_units
 from fedmomentum.training import private_trainer
-from fedmomentum.training.private_trainer import PrivateSettings
 from fedmomentum.training.trainer import train
 
 DELTA = 1e-5

@@ -8,8 +8,8 @@ import torch
 from fedmomentum.config.training import LocalTraining
 from fedmomentum.errors import ConfigError
 from fedmomentum.objectives.objective import CAUSAL_LM
-from fedmomentum.privacy.mechanism import Mechanism
-from fedmomentum.training.private_trainer import PrivateSettings, check_private_arguments
+from fedmomentum.privacy.mechanism import Mechanism, PrivateSettings
+from fedmomentum.training.private_trainer import check_private_arguments
 from fedmomentum.training.trainer import run_training, train
 from tests.training.private_models import PAD, lora_model, random_rows
 from tests.training.test_unit_gradients import UNITS, formula

@@ -1,0 +1,287 @@
+"""`RoundSums`: the sums of a round under masks, and what comes of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+from torch import Tensor
+
+from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.errors import QuorumError, SecureSumError
+from fedmomentum.formats.manifest import RoundOutcome
+from fedmomentum.global_model.mean_moves import means_object
+from fedmomentum.protocol.score_sums import ScoreSums, loss_blocks, mean_loss
+from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SUM, SecureTerms
+from fedmomentum.secure_sum.messages import MIN_PARTIES, SumPlan, min_threshold
+from fedmomentum.server.kept_sums import KeptSum, KeptSums, TrainedParties
+from fedmomentum.server.selection import ROUNDING, sample_size
+from fedmomentum.server.sum_exchange import SumExchange
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
+    from fedmomentum.config.schema import Config
+    from fedmomentum.formats.round_record import EvaluationRecord
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.global_model.objects import StoredObject
+    from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.protocol.transport import Transport
+    from fedmomentum.secure_sum.roster import Roster
+    from fedmomentum.secure_sum.server import SumResult
+    from fedmomentum.server.replies import Replies
+    from fedmomentum.server.state import ServerState
+
+
+LOG = logging.getLogger("fedmomentum")
+
+
+@dataclass(frozen=True)
+class SummedRound:
+    """What the sums of a round's updates give.
+
+    Attributes:
+        clients: The clients whose values are in the first sum, sorted.
+        updates: What stands in for their updates, by made-up names.
+        weights: The weights of these, sum 1.
+        num_examples: The number of examples of all of these clients.
+        attempt: Which attempt at the round's sums it is.
+        train_loss: Their mean training loss; None where one of them has none to speak of.
+        means: The outcome of the first sum, which they keep; None without a second sum.
+        outcomes: Client to what it must learn with its next task; empty without a second sum.
+        holders: The clients that have the means already.
+    """
+
+    clients: list[str]
+    updates: dict[str, Adapter]
+    weights: dict[str, float]
+    num_examples: int
+    attempt: int
+    train_loss: float | None
+    means: StoredObject | None = None
+    outcomes: Mapping[str, RoundOutcome] = field(default_factory=dict)
+    holders: frozenset[str] = frozenset()
+
+    def kept_by(self, client: str) -> str | None:
+        """Return the hash of the means if a client keeps them until its next task."""
+        if self.means is None or client not in self.clients:
+            return None
+        return self.means.name
+
+    def recorded_in(self, state: ServerState) -> ServerState:
+        """Return the state with the outcomes, which count once the round is committed."""
+        state = replace(
+            state,
+            outcomes={**state.outcomes, **self.outcomes},
+            summed_examples=self.num_examples,
+        )
+        for client in sorted(self.holders):
+            assert self.means is not None
+            state = state.holding(client, (*state.held.get(client, ()), self.means.name))
+        return state
+
+
+@dataclass(frozen=True)
+class RoundSums:
+    """Runs the sums of a round with its clients.
+
+    Attributes:
+        transport: Reaches the clients.
+        roster: The public keys that the server has for them.
+        method: Combines what stands in for their updates.
+        config: The run's settings.
+        kept: Where what came is kept until the round is committed; None to keep nothing.
+    """
+
+    transport: Transport
+    roster: Roster
+    method: Method
+    config: Config
+    kept: KeptSums | None
+
+    def threshold(
+        self, server_round: int, clients: Sequence[str], failures: Mapping[str, str]
+    ) -> int:
+        """Return how many of a sum's clients must agree to open it.
+
+        It does not fall with the clients that are there: they take part in no sum that fewer open
+        than a round of all on their roster needs.
+
+        Args:
+            server_round: The round.
+            clients: The clients of the sum.
+            failures: Why others are missing.
+
+        Raises:
+            QuorumError: If the clients are too few.
+        """
+        privacy = self.config.privacy
+        federation = self.config.federation
+        num_sampled = sample_size(len(self.roster.keys), federation.client_fraction)
+        # A sum that too few clients are left for is not opened at all.
+        quorum = math.ceil(federation.min_valid_fraction * num_sampled - ROUNDING)
+        least = [min_threshold(n) for n in (num_sampled, len(clients))]
+        threshold = max(privacy.threshold or max(least), quorum, MIN_PARTIES)
+        if len(clients) < threshold:
+            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(failures.items()))
+            raise QuorumError(
+                f"round {server_round}: {len(clients)} clients are left for a sum, and {threshold} "
+                f"are needed ({reasons or 'no others are connected'}). Rounds up to "
+                f"{server_round - 1} are saved; mend the clients and resume"
+            )
+        return threshold
+
+    def updates(
+        self,
+        model: GlobalModel,
+        run_id: str,
+        server_round: int,
+        terms: SecureTerms,
+        trained: TrainedParties,
+        collected: Replies,
+    ) -> SummedRound:
+        """Sum up what the clients trained.
+
+        Args:
+            model: The model that they started from.
+            run_id: The run on the wire.
+            server_round: The round.
+            terms: What the clients were told of the sums.
+            trained: The clients that have trained.
+            collected: Gets failures, bytes and seconds.
+
+        Raises:
+            QuorumError: If too few clients took part in the first sum.
+        """
+        exchange = SumExchange(self.transport, self.roster, collected)
+        layout = AdapterSums(
+            start=model.adapter,
+            factors=self.method.uploaded_factors(server_round),
+            sketch_ranks=terms.sketch_ranks,
+            num_parties=len(trained.parties),
+            max_examples=terms.max_examples,
+            max_change=terms.max_change,
+            expected_examples=terms.expected_examples,
+            seed=terms.seed,
+        )
+        first_plan = SumPlan(
+            run_id=run_id,
+            server_round=server_round,
+            number=FIRST_SUM,
+            attempt=trained.attempt,
+            parties=trained.parties,
+            threshold=self.threshold(server_round, trained.parties, collected.failures),
+            blocks=[*layout.first_blocks(), *loss_blocks(len(trained.parties))],
+        )
+        first = exchange.run(first_plan, self._kept_sum(first_plan))
+        means = layout.mean_moves(_tensors(first))
+        train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
+        if not layout.has_second_sum:
+            updates, weights = _named(*layout.stand_ins(means, None))
+            count = means.num_examples
+            return SummedRound(
+                first.survivors, updates, weights, count, trained.attempt, train_loss
+            )
+
+        # The cross terms, on the range that the sketch has found.
+        stored = means_object(means)
+        second = self._second_sum(exchange, first_plan, first.survivors, layout, stored)
+        totals = None if second is None else _tensors(second)
+        updates, weights = _named(*layout.stand_ins(means, totals))
+        in_second = [] if second is None else second.survivors
+        outcomes = {}
+        for client in first.survivors:
+            outcomes[client] = RoundOutcome(
+                server_round=server_round, means=stored.name, in_second_sum=client in in_second
+            )
+        return SummedRound(
+            first.survivors,
+            updates,
+            weights,
+            means.num_examples,
+            trained.attempt,
+            train_loss,
+            means=stored,
+            outcomes=outcomes,
+            holders=frozenset(exchange.holders),
+        )
+
+    def _second_sum(
+        self,
+        exchange: SumExchange,
+        first_plan: SumPlan,
+        clients: Sequence[str],
+        layout: AdapterSums,
+        means: StoredObject,
+    ) -> SumResult | None:
+        """Sum up the cross terms; None if too few clients take part, who then keep them."""
+        server_round = first_plan.server_round
+        try:
+            plan = msgspec.structs.replace(
+                first_plan,
+                number=SECOND_SUM,
+                parties=list(clients),
+                threshold=self.threshold(server_round, clients, exchange.collected.failures),
+                blocks=layout.second_blocks(),
+            )
+            return exchange.run(plan, self._kept_sum(plan), means)
+        except QuorumError as error:
+            LOG.warning(
+                "round %d takes the mean of the factors alone, and the clients keep the rest for "
+                "later rounds: %s",
+                server_round,
+                error,
+            )
+            return None
+
+    def scores(
+        self, run_id: str, summed: SummedRound | None, server_round: int, replies: Replies
+    ) -> EvaluationRecord | None:
+        """Sum up the scores of the clients that have evaluated; None where that cannot be.
+
+        Args:
+            run_id: The run on the wire.
+            summed: The round's sums of updates; None in round 0.
+            server_round: The round.
+            replies: Whose scores there are; gets failures, bytes and seconds.
+        """
+        clients = sorted(replies.replies)
+        labels = self.config.model.labels
+        of_pairs = self.config.training.objective == "dpo"
+        sums = ScoreSums(len(clients), of_pairs=of_pairs, labels=labels)
+        try:
+            plan = SumPlan(
+                run_id=run_id,
+                server_round=server_round,
+                number=SCORE_SUM,
+                attempt=1 if summed is None else summed.attempt,
+                parties=clients,
+                threshold=self.threshold(server_round, clients, replies.failures),
+                blocks=sums.blocks(),
+            )
+            result = SumExchange(self.transport, self.roster, replies).run(
+                plan, self._kept_sum(plan)
+            )
+            return sums.record(result.values)
+        except (QuorumError, SecureSumError) as error:
+            LOG.warning("round %d has no scores: %s", server_round, error)
+            return None
+
+    def _kept_sum(self, plan: SumPlan) -> KeptSum | None:
+        return None if self.kept is None else self.kept.sum(*plan.position)
+
+
+def _named(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[dict[str, Adapter], dict[str, float]]:
+    """Return adapters and their weights by the adapters' names."""
+    updates = {adapter.name: adapter for adapter in adapters}
+    return updates, dict(zip(updates, weights, strict=True))
+
+
+def _tensors(result: SumResult) -> dict[str, Tensor]:
+    return {block: torch.from_numpy(total) for block, total in result.values.items()}

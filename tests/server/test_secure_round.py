@@ -1,0 +1,303 @@
+"""Rounds whose updates are summed under masks: the same model, whoever is killed, and nothing of a single client."""
+
+import logging
+
+import pytest
+import torch
+
+from fedmomentum.errors import ConfigError, QuorumError
+from fedmomentum.formats.metrics_file import parse_record_line
+from fedmomentum.server.checkpoint import RunDirectory
+from tests.runs import start, tiny_config
+from tests.secure_runs import PRIVACY, Federation, ServerKilled, dense_model, position
+
+
+def rows(out):
+    lines = (out / "metrics.jsonl").read_bytes().splitlines()
+    return [parse_record_line(line, "metrics", ConfigError) for line in lines]
+
+
+def resumed(out):
+    folder = RunDirectory(out)
+    try:
+        return folder.resume()
+    finally:
+        folder.close()
+
+
+def distance(one, other):
+    """The largest relative difference of two models, over the modules."""
+    return max(float((one[m] - other[m]).norm() / other[m].norm()) for m in other)
+
+
+# ── the same model as without masks ──
+
+
+@pytest.mark.parametrize(
+    ("method", "sketch_ranks"), [("fedit", 1), ("fedsvd", 1), ("fedmomentum", 2), ("flora", 2)]
+)
+def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
+    tmp_path, method, sketch_ranks
+):
+    """Means are exact; products too, with a sketch of (n - 1) times the rank."""
+    settings = {"method": {"name": method}, "federation": {"num_rounds": 1}}
+    plain = start(tiny_config(tmp_path, **settings), tmp_path / "plain")
+    privacy = {**PRIVACY, "sketch_ranks": sketch_ranks}
+    secure = start(tiny_config(tmp_path, **settings, privacy=privacy), tmp_path / "secure")
+    assert distance(dense_model(secure.model), dense_model(plain.model)) < 5e-6
+
+    # Losses and scores are those of all clients together, and nothing is told of one.
+    for ours, theirs in zip(rows(tmp_path / "secure"), rows(tmp_path / "plain"), strict=True):
+        assert ours.evaluation.total.num_exact == theirs.evaluation.total.num_exact
+        assert ours.evaluation.total.num_tokens == theirs.evaluation.total.num_tokens
+        assert ours.evaluation.compared.loss == pytest.approx(theirs.evaluation.compared.loss)
+        assert ours.train_loss == (theirs.train_loss and pytest.approx(theirs.train_loss))
+        assert ours.accepted == theirs.accepted
+        assert not ours.evaluation.by_client and not ours.evaluation.by_category
+        assert not ours.clients and not ours.num_examples and not ours.weights
+        assert not ours.screening and ours.diagnostics is None and ours.exactness_error is None
+
+
+def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
+    config = tiny_config(tmp_path, privacy=PRIVACY, federation={"num_rounds": 3})
+    whole = start(config, tmp_path / "whole")
+
+    def kill(event, facts):
+        if event == "aggregate" and not killed:
+            killed.append(facts)
+            raise ServerKilled
+
+    killed = []
+    with pytest.raises(ServerKilled):
+        start(config, tmp_path / "killed", observer=kill)
+    again = start(config, tmp_path / "killed", resume=True)
+    assert again.model.manifest() == whole.model.manifest()
+
+
+# ── kills ──
+
+
+def test_a_server_killed_at_every_step_of_every_sum_ends_with_the_same_model(tmp_path):
+    """It goes on from the replies that it kept, since clients open every sum once."""
+    settings = {"evaluation": {"every": 1}, "federation": {"num_rounds": 1}}
+    expected = Federation(tmp_path, stores="a", **settings).run(tmp_path / "whole")
+    federation = Federation(tmp_path, stores="b", **settings)
+    killed = set()
+    trained = []
+
+    def before(task):
+        place = position(task)
+        server_round, number, _ = place
+        if task.kind == "train":
+            trained.append((server_round, task.client_id))
+        # in the middle of each step: some have answered, and others have not
+        if server_round and number and task.client_id == "site2" and place not in killed:
+            killed.add(place)
+            raise ServerKilled
+
+    federation.before = before
+    out = tmp_path / "killed"
+    model, num_kills = federation.run_through(out)
+    assert num_kills == len(killed) == 3 * 5
+    assert model.manifest() == expected.manifest()
+    # Nobody was asked to train a second time, and nothing is left behind.
+    assert len(trained) == len(set(trained)) == 4
+    assert not (out / "secure").exists()
+    ours, theirs = rows(out), rows(tmp_path / "whole")
+    assert [row.evaluation for row in ours] == [row.evaluation for row in theirs]
+    assert [row.accepted for row in ours] == [row.accepted for row in theirs]
+
+
+def test_clients_killed_at_any_step_leave_model_and_feedback_the_exact_mean(tmp_path):
+    """Feedback is neither lost nor doubled, be it within a sum, between the two or while unmasking."""
+    # Of seven clients five open a sum: two may leave, here each at its own step.
+    kills = {
+        1: {"site1": (1, 0), "site4": (1, 2)},
+        2: {"site1": (1, 3), "site4": (1, 4)},
+        3: {"site1": (2, 0), "site4": (2, 2)},
+        4: {"site1": (2, 4), "site4": (2, 1)},
+        5: {"site0": (2, 1), "site1": (2, 1), "site4": (2, 2)},
+        6: {},
+    }
+    federation = Federation(
+        tmp_path, num_clients=7, federation={"num_rounds": len(kills)}, run={"keep_checkpoints": 99}
+    )
+    moves = {}
+
+    def before(task):
+        server_round, number, step = position(task)
+        client = federation.clients[task.client_id]
+        if number == 1 and step == 0:
+            moves[server_round, task.client_id] = client._round.moves
+        if kills.get(server_round, {}).get(task.client_id) == (number, step):
+            federation.start_client(task.client_id)
+
+    federation.before = before
+    out = tmp_path / "out"
+    model = federation.run(out)
+    accepted = {row.round: row.accepted for row in rows(out) if row.round}
+    everybody = federation.names
+    assert accepted[1] == [name for name in everybody if name not in ("site1", "site4")]
+    assert all(accepted[server_round] == everybody for server_round in (2, 3, 4, 5, 6))
+
+    # What the exact means of all rounds would have given.
+    exact = {}
+    for server_round, clients in accepted.items():
+        start_of_round = RunDirectory(out)
+        before_it, _ = start_of_round.resume(server_round - 1)
+        start_of_round.close()
+        total = sum(moves[server_round, client].num_examples for client in clients)
+        for module, matrix in before_it.adapter.modules.items():
+            B, A = matrix.B.double(), matrix.A.double()
+            for client in clients:
+                move = moves[server_round, client].modules[module]
+                product = (B + move.b) @ (A + move.a) - B @ A
+                share = before_it.adapter.scalings[module] * move.num_examples / total
+                exact[module] = exact.get(module, 0) + share * product
+    _, state = resumed(out)
+    feedback = federation.feedback(state)
+    got = dense_model(model)
+    scaled = {m: model.adapter.scalings[m] * feedback[m] for m in got}
+    assert distance({m: got[m] + scaled[m] for m in got}, exact) < 5e-6
+    # It matters: without the feedback the model is off by far more.
+    assert distance(got, exact) > 1e-3
+
+
+def test_a_client_that_was_killed_takes_part_again_in_the_next_round(tmp_path):
+    federation = Federation(tmp_path)
+
+    def before(task):
+        if position(task) == (1, 1, 1) and task.client_id == "site3":
+            federation.start_client("site3")
+
+    federation.before = before
+    federation.run(tmp_path / "out")
+    first, second = rows(tmp_path / "out")[1:]
+    assert first.accepted == ["site0", "site1", "site2"] and second.accepted == federation.names
+    assert "site3 has nothing of round 1: it was started again" in first.failures["site3"]
+
+
+def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_round_anew(tmp_path):
+    expected = Federation(tmp_path, stores="a").run(tmp_path / "whole")
+    federation = Federation(tmp_path, stores="b")
+    out = tmp_path / "out"
+
+    def before(task):
+        if position(task)[:2] == (2, 1) and task.client_id in ("site1", "site2"):
+            return False
+        return None
+
+    federation.before = before
+    with pytest.raises(QuorumError, match="2 clients gave their keys, and 3 are needed"):
+        federation.run(out)
+    # The clients are started again as well: nobody has values of that round any more.
+    federation.before = lambda task: None
+    for name in federation.names:
+        federation.start_client(name)
+    model = federation.run(out, resume=True)
+    assert model.manifest() == expected.manifest()
+
+
+# ── what a client accepts, and what it tells ──
+
+
+def test_a_client_takes_part_in_no_other_kind_of_run_than_configured(tmp_path):
+    federation = Federation(tmp_path)
+    open_config = tiny_config(tmp_path, num_clients=4)
+    with pytest.raises(QuorumError, match="takes part in runs with secure aggregation only"):
+        federation.run(tmp_path / "open", config=open_config)
+    for client in federation.clients.values():
+        client.party = None
+    with pytest.raises(QuorumError, match=r"\[privacy\] here does not"):
+        federation.run(tmp_path / "secure")
+
+
+def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog):
+    federation = Federation(tmp_path)
+
+    def far(model, examples, *, on_step, **rest):
+        from tests.runs import nudge
+
+        report = nudge(model, examples, on_step=on_step, **rest)
+        with torch.no_grad():
+            for tensor in model.parameters():
+                if tensor.requires_grad:
+                    tensor += 7.5
+        return report
+
+    federation.clients["site1"].training_function = far
+    with caplog.at_level(logging.ERROR, logger="fedmomentum"):
+        federation.run(tmp_path / "out")
+    first = rows(tmp_path / "out")[1]
+    assert first.accepted == ["site0", "site2", "site3"]
+    reason = first.failures["site1"]
+    assert reason.endswith("takes no part in the round's sums; its own log says why")
+    assert "7.5" not in reason and "bound" not in reason
+    assert any("and the sum's bound is" in line for line in caplog.messages)
+
+
+def test_the_servers_view_does_not_depend_on_which_client_has_which_update(
+    tmp_path, caplog, monkeypatch
+):
+    """Two clients change places: the sum is the same, and so is all but keys, masks and masked values."""
+    monkeypatch.setattr("secrets.token_hex", lambda size: "ab" * size)
+    views = []
+    for swap in (False, True):
+        out = tmp_path / f"swap {swap}"
+        federation = Federation(tmp_path, stores=f"nodes {swap}", evaluation={"every": 1})
+        place = {name: name for name in federation.names}
+        if swap:
+            place |= {"site0": "site1", "site1": "site0"}
+        # equal numbers of examples, so that only the updates differ
+        shared = federation.clients["site0"].train
+        for name, client in federation.clients.items():
+            client.train = shared
+            client.training_function = update_of(place[name])
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG, logger="fedmomentum"):
+            model = federation.run(out)
+        replies = []
+        for task, payload, reply in federation.seen:
+            replies.append(
+                (task.client_id, *position(task), len(payload), len(reply), plain(reply))
+            )
+        views.append((model.manifest(), replies, list(caplog.messages), told(out)))
+    assert views[0] == views[1]
+
+
+def update_of(name):
+    """Instead of training: a step that depends on a name alone."""
+    from fedmomentum.training import TrainReport
+
+    def train(model, examples, *, on_step, **_):
+        draw = torch.Generator().manual_seed(sum(name.encode()))
+        with torch.no_grad():
+            for _, tensor in sorted(model.named_parameters()):
+                if tensor.requires_grad:
+                    tensor += 0.02 * (torch.rand(tensor.shape, generator=draw) - 0.5)
+        loss = 1.0 + sum(name.encode()) % 7
+        on_step(1, 1, loss)
+        return TrainReport(
+            loss=loss, first_loss=loss, last_loss=loss, num_steps=1, num_tokens=len(examples)
+        )
+
+    return train
+
+
+def plain(reply):
+    """What a reply says besides a sum's message."""
+    from fedmomentum.utils.tensors import read_safetensors
+
+    tensors, metadata = read_safetensors(reply, "a reply")
+    shapes = {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}
+    others = {name: t.tolist() for name, t in tensors.items() if name != "message"}
+    return metadata, shapes, others
+
+
+def told(out):
+    found = []
+    for row in rows(out):
+        table = row.to_json()
+        table.pop("seconds")
+        found.append(table)
+    return found
