@@ -94,7 +94,6 @@ def print_served_result(out: Path) -> None:
 def _print_summary(out: Path) -> Path:
     """Write a run's report and print its summary table; return the report's file."""
     from fedmomentum.cli.tables import absence_lines, summary_table
-    from fedmomentum.formats.withheld import describe_withheld
     from fedmomentum.report import write_report
     from fedmomentum.results.run_results import RunResults
 
@@ -103,7 +102,8 @@ def _print_summary(out: Path) -> Path:
     OUT.print(summary_table(results))
     withheld = results.rounds[-1].withheld
     if withheld is not None:
-        OUT.print(f"{describe_withheld(withheld)} ({withheld.reason})", markup=False)
+        reason = withheld.reason[:1].upper() + withheld.reason[1:]
+        OUT.print(f"{reason}; the report says what is left out for that", markup=False)
     for line in absence_lines(results):
         OUT.print(line, soft_wrap=True)
     return page

@@ -144,6 +144,10 @@ class GlobalModel:
             newest=newest,
         )
 
+    def unchanged(self) -> GlobalModel:
+        """Return the next round's model after a round that gives nothing."""
+        return replace(self, server_round=self.server_round + 1, newest=())
+
     def _as_objects(self, residual: Mapping[str, Matrix]) -> tuple[StoredObject, ...]:
         """Return the residual as objects: two if it ends in the first object of `base_update`.
 

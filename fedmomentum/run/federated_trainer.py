@@ -35,7 +35,7 @@ from fedmomentum.run.setup import (
 from fedmomentum.run.tracking import TrackerCallback
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
-from fedmomentum.server.round_parts import RoundSteps
+from fedmomentum.server.round_steps import RoundSteps
 from fedmomentum.server.server import Server
 from fedmomentum.server.state import ServerState
 

@@ -31,7 +31,7 @@ from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.handshake import handshake
 from fedmomentum.server.kept_sums import KEPT_SUMS, KeptSums
-from fedmomentum.server.round_parts import RoundSteps
+from fedmomentum.server.round_steps import RoundSteps
 from fedmomentum.server.server import Server
 from fedmomentum.server.state import ServerState
 from fedmomentum.training.arguments import check_arguments

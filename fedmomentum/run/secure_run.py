@@ -13,7 +13,7 @@ from fedmomentum.secure_sum.journal import PartyJournal
 from fedmomentum.secure_sum.party import Identity
 from fedmomentum.secure_sum.roster import Roster, make_parties
 from fedmomentum.server.kept_sums import KeptSums
-from fedmomentum.server.round_parts import RoundSteps
+from fedmomentum.server.round_steps import RoundSteps
 from fedmomentum.server.secure_round import SecureRounds
 from fedmomentum.utils.names import directory_name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.secure_sum.server import STEPS
 from fedmomentum.server.selection import sample_size
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 VALUE_BYTES = 4
 PARTY_BYTES = 900
 """Keys, shares, hashes and signatures of one other party in one sum, with its name, each way."""
+EXCHANGE_BYTES = 1200
+"""A task or a reply of a step of a sum, besides the message in it, each way."""
 BLOCK_BYTES = 40
 """A block in a sum's plan, besides its name."""
 NUM_SUMS = 3
@@ -53,7 +56,7 @@ def secure_traffic(
         )
     # Keys, shares and signatures grow with the number of clients, plans with that of the modules.
     parties = sample_size(num_clients, config.federation.client_fraction)
-    agreement = NUM_SUMS * PARTY_BYTES * parties
+    agreement = NUM_SUMS * (PARTY_BYTES * parties + EXCHANGE_BYTES * len(STEPS))
     names = sum(len(name) + BLOCK_BYTES for name in (*adapter.modules, *adapter.saved))
     uplink = 0
     downlink = 0

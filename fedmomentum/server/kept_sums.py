@@ -4,7 +4,7 @@ Clients open a sum once, so what came of them cannot be asked for again. ::
 
     secure/<run>/0003.json      who trained in the round, and what the server noted meanwhile
     secure/<run>/0003-1-1/      round, sum, attempt
-        2/<client>              a reply, by step
+        2/<client>              a reply behind its SHA-256, by step
         2.json                  the step has ended with these clients
 
 A reply is on disk before the step ends, and a step's end before the next message leaves.
@@ -12,6 +12,7 @@ A reply is on disk before the step ends, and a step's end before the next messag
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,18 @@ from typing import Literal
 
 import msgspec
 
+from fedmomentum.errors import ModelError
+from fedmomentum.protocol.secure_messages import FIRST_SUM
+from fedmomentum.secure_sum.server import STEPS
 from fedmomentum.server.replies import Replies
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.records import Record, read_file, read_record, with_checksum
 from fedmomentum.utils.schema import Count, PositiveCount, Text
 
+DIGEST_BYTES = 32
+SIGNATURES = STEPS.index("signatures")
+"""The step after which clients open a sum."""
 KEPT_SUMS = "secure"
 """The name of the directory in a run's."""
 
@@ -84,7 +91,8 @@ class KeptSum:
         """Keep a reply."""
         directory = self.directory / str(step)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / directory_name(party), reply)
+        digest = hashlib.sha256(reply).digest()
+        write_atomically(directory / directory_name(party), digest + reply)
 
     def ended_with(self, step: int) -> list[str] | None:
         """Return the clients with which a step has ended; None if it has not.
@@ -152,6 +160,11 @@ class KeptSums:
         }
         write_json(self._round_file(server_round), with_checksum(msgspec.to_builtins(table)))
 
+    def is_opened(self, server_round: int) -> bool:
+        """Whether clients may have opened an attempt at a round's first sum."""
+        attempts = self._directory.glob(f"{server_round:04d}-{FIRST_SUM}-*")
+        return any(KeptSum(attempt).ended_with(SIGNATURES) is not None for attempt in attempts)
+
     def clear(self) -> None:
         """Delete all, once the round is committed."""
         shutil.rmtree(self._root, ignore_errors=True)
@@ -168,7 +181,13 @@ class _Replies(Mapping[str, bytes]):
         self._max_bytes = max_bytes
 
     def __getitem__(self, party: str) -> bytes:
-        return read_file(self._files[party], max_bytes=self._max_bytes)
+        file = self._files[party]
+        data = read_file(file, max_bytes=self._max_bytes + DIGEST_BYTES)
+        reply = data[DIGEST_BYTES:]
+        # Masked values look the same whether they are damaged or not.
+        if hashlib.sha256(reply).digest() != data[:DIGEST_BYTES]:
+            raise ModelError(f"{file} was damaged or altered; restore it from a copy")
+        return reply
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

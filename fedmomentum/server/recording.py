@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,4 +77,42 @@ def round_record(
         version=model.version,
         uplink_bytes=sum_by_client(training.uplink_bytes, evaluated.replies.uplink_bytes),
         downlink_bytes=sum_by_client(training.downlink_bytes, evaluated.replies.downlink_bytes),
+    )
+
+
+def base_record(model: GlobalModel, evaluated: RoundEvaluation) -> RoundRecord:
+    """Return the row of round 0, but for times.
+
+    Args:
+        model: The model, which is the base model.
+        evaluated: What the clients scored.
+    """
+    replies = evaluated.replies
+    return RoundRecord(
+        round=0,
+        failures=dict(sorted(replies.failures.items())),
+        evaluation=evaluated.scores,
+        exactness_error=evaluated.exactness_error,
+        applied_share=evaluated.applied_share,
+        version=model.version,
+        uplink_bytes=sum_by_client(replies.uplink_bytes, {}),
+        downlink_bytes=sum_by_client(replies.downlink_bytes, {}),
+    )
+
+
+def unchanged_record(
+    model: GlobalModel, clients: list[str], failures: Mapping[str, str]
+) -> RoundRecord:
+    """Return the row of a round whose sums nobody can make again: it changes nothing.
+
+    Args:
+        model: The model, as it was before.
+        clients: The clients that were asked to train.
+        failures: Client to why it did not open the sums.
+    """
+    return RoundRecord(
+        round=model.server_round,
+        participants=clients,
+        failures=dict(sorted(failures.items())),
+        version=model.version,
     )

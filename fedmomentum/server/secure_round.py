@@ -22,7 +22,6 @@ from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.round_parts import TrainedRound
 from fedmomentum.server.round_sums import RoundSums, SummedRound
 from fedmomentum.server.scoring import RoundEvaluation
-from fedmomentum.server.sum_exchange import LostSumError
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -39,6 +38,21 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("fedmomentum")
+
+
+class LostRoundError(QuorumError):
+    """A round of which a sum was opened, and too few clients are left to open the rest.
+
+    Clients open no second sum of a round, so it cannot be made again.
+
+    Args:
+        text: What happened.
+        failures: Client to why it did not open its part.
+    """
+
+    def __init__(self, text: str, failures: Mapping[str, str]) -> None:
+        super().__init__(text)
+        self.failures = dict(failures)
 
 
 class SecureRounds:
@@ -82,8 +96,8 @@ class SecureRounds:
         """Have the clients train, and sum up what they trained.
 
         A round whose sums had begun when the server was killed goes on with them: the clients have
-        trained, and open every sum once. If it cannot, and nobody has opened the first sum yet, it
-        begins anew.
+        trained, and open every sum once. If it cannot, it begins anew, unless somebody has opened
+        the first sum.
 
         Args:
             exchange: Asks the clients.
@@ -97,7 +111,8 @@ class SecureRounds:
             What stands in for the clients' updates, and the state with the sums' outcome.
 
         Raises:
-            QuorumError: If too few clients took part.
+            QuorumError: If too few clients took part; a resumed server asks them again.
+            LostRoundError: If it has done so, and the clients that are left cannot open the sum.
         """
         known = [client for client in requests if client in self._roster.keys]
         terms = self._terms(model, state, server_round, len(known))
@@ -108,9 +123,10 @@ class SecureRounds:
             trained, replies = before
             try:
                 summed = sums(trained, replies)
-            except LostSumError:
-                raise
             except QuorumError as error:
+                assert self._kept is not None
+                if self._kept.is_opened(server_round):
+                    raise LostRoundError(str(error), replies.failures) from error
                 LOG.warning("round %d begins anew: %s", server_round, error)
                 attempt = trained.attempt + 1
             else:

@@ -20,22 +20,22 @@ from fedmomentum.server.delivery import consolidate_if_due
 from fedmomentum.server.diagnostics import round_diagnostics
 from fedmomentum.server.exchange import Exchange, sent_manifest
 from fedmomentum.server.moments import SharedOptimizer
-from fedmomentum.server.recording import round_record
+from fedmomentum.server.recording import base_record, round_record, unchanged_record
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_aggregate, check_evaluation
-from fedmomentum.server.round_metrics import PhaseTimer, sum_by_client
+from fedmomentum.server.round_metrics import PhaseTimer
 from fedmomentum.server.round_parts import (
     Combined,
-    RoundSteps,
     TrainedRound,
     evaluate_request,
     probe_seed,
     train_request,
 )
+from fedmomentum.server.round_steps import RoundSteps
 from fedmomentum.server.round_sums import SummedRound
 from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
 from fedmomentum.server.screening import Screening
-from fedmomentum.server.secure_round import check_ready
+from fedmomentum.server.secure_round import LostRoundError, check_ready
 from fedmomentum.server.selection import (
     check_quorum,
     client_weights,
@@ -128,7 +128,10 @@ class Server:
             self._consolidate_if_due(clients)
         model = self.model
         # Local training; what comes back is validated and screened.
-        trained = self._train(server_round, clients)
+        try:
+            trained = self._train(server_round, clients)
+        except LostRoundError as error:
+            return self._commit_unchanged(clients, error)
         with timer.phase("aggregate"):
             combined = self._aggregate(server_round, trained)
         # The aggregate becomes the model that is evaluated and trained next.
@@ -153,23 +156,22 @@ class Server:
         record = msgspec.structs.replace(record, diagnostics=diagnostics, seconds=seconds)
         return self._commit(record)
 
+    def _commit_unchanged(self, clients: list[str], error: LostRoundError) -> RoundRecord:
+        """Commit a round that changes nothing, as nobody can make its sums again."""
+        LOG.warning("round %d changes nothing: %s", self.model.server_round + 1, error)
+        before = self.model
+        self.model = before.unchanged()
+        self.state = self.state.stepped(before, self.model)
+        return self._commit(unchanged_record(self.model, clients, error.failures))
+
     def evaluate_base_model(self) -> RoundRecord:
         """Run round 0: nothing is trained; the base model is evaluated."""
         self._callbacks.on_round_begin(0, [])
         clients = self._transport.clients() if self._config.evaluation.every else []
         evaluated = self._evaluate(0, clients, None)
-        replies = evaluated.replies
-        record = RoundRecord(
-            round=0,
-            failures=dict(sorted(replies.failures.items())),
-            evaluation=evaluated.scores,
-            exactness_error=evaluated.exactness_error,
-            applied_share=evaluated.applied_share,
-            version=self.model.version,
-            uplink_bytes=sum_by_client(replies.uplink_bytes, {}),
-            downlink_bytes=sum_by_client(replies.downlink_bytes, {}),
-            seconds=PhaseTimer().total(Replies(), replies),
-        )
+        record = base_record(self.model, evaluated)
+        seconds = PhaseTimer().total(Replies(), evaluated.replies)
+        record = msgspec.structs.replace(record, seconds=seconds)
         return self._commit(record)
 
     # ── sampling and sending ──

@@ -94,7 +94,11 @@ class SumExchange:
             ended = kept.ended_with(step)
             known = kept.replies(step, list(messages), limit)
             for client in known if ended is None else ended:
-                server.receive(client, known[client])
+                try:
+                    server.receive(client, known[client])
+                except SecureSumError as error:
+                    # Such as a key that has been replaced meanwhile.
+                    raise QuorumError(f"what was kept is of no use: {error}") from error
                 replied.add(client)
         if ended is None:
             waiting = {client: messages[client] for client in messages if client not in replied}

@@ -396,3 +396,19 @@ def test_tables_in_the_terminal(done):
         and "±" in text
         and "[" in text
     )
+
+
+# ── secure aggregation ──
+
+
+def test_with_secure_aggregation_methods_are_refused_before_anything_runs(folder, tmp_path):
+    """And references, which are one client each, have no sums."""
+    config = settings(folder, privacy={"secure-aggregation": True})
+    with pytest.raises(ConfigError, match="HetLoRA needs every client's update by itself"):
+        plan_runs(config, parse_methods("fedmomentum,hetlora", config), [0], tmp_path)
+    asked = "fedmomentum,centralized,local"
+    planned_runs = plan_runs(config, parse_methods(asked, config), [0], tmp_path)
+    secure = {run.title: run.config.privacy.secure_aggregation for run in planned_runs}
+    assert secure.pop("fedmomentum, seed 0") and len(secure) == 4 and not any(secure.values())
+    (federated, *_) = planned_runs
+    assert federated.config.training.optimizer_state == "fresh"

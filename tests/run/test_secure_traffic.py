@@ -84,9 +84,9 @@ def test_counted_bytes_are_those_of_the_messages(name, tmp_path):
         adapters, _ = layout.stand_ins(means, totals)
         assert len(adapters) == num_stand_ins(config, method)
     counted_up, counted_down = secure_traffic(config, start, method, N)
-    # never less than is sent, and not much more than that and the agreement's few kilobytes
-    assert up <= counted_up <= up + 20_000
-    assert down <= counted_down <= down + 20_000
+    # never less than is sent, and not much more than that and what carries the messages
+    assert up <= counted_up <= up + 40_000
+    assert down <= counted_down <= down + 40_000
 
 
 def test_a_sketch_of_one_rank_doubles_what_is_sent():
@@ -97,4 +97,6 @@ def test_a_sketch_of_one_rank_doubles_what_is_sent():
         config = from_dict({"privacy": {"secure-aggregation": True} | privacy})
         up, _ = secure_traffic(config, start, METHODS[name](), 3)
         saved = 4 * 3 * 900
-        assert up - 3 * 3 * 900 - saved == pytest.approx(factor * (plain - saved), rel=1e-9)
+        assert up - 3 * (3 * 900 + 5 * 1200) - saved == pytest.approx(
+            factor * (plain - saved), rel=1e-9
+        )

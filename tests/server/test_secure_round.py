@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from fedmomentum.errors import ConfigError, QuorumError
+from fedmomentum.errors import ConfigError, ModelError, QuorumError
 from fedmomentum.formats.metrics_file import parse_record_line
+from fedmomentum.run.networked import run_federation
 from fedmomentum.server.checkpoint import RunDirectory
 from tests.runs import start, tiny_config
 from tests.secure_runs import PRIVACY, Federation, ServerKilled, dense_model, position
@@ -198,6 +199,33 @@ def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_roun
     assert model.manifest() == expected.manifest()
 
 
+def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path):
+    """Asked again, those that are there still open it; if too few are left, the next round goes on."""
+    for stores, restarts, accepted in (("kept", False, 4), ("lost", True, 0)):
+        federation = Federation(tmp_path, stores=stores)
+
+        def leave(task):
+            # The first to answer has opened its shares; the others are away.
+            return position(task) != (1, 1, 4) or task.client_id == "site0"
+
+        federation.before = leave
+        out = tmp_path / f"out {stores}"
+        with pytest.raises(QuorumError, match="1 clients gave their openings, and 3 are needed"):
+            federation.run(out)
+        federation.before = lambda task: None
+        if restarts:
+            for name in federation.names:
+                federation.start_client(name)
+        model = federation.run(out, resume=True)
+        _, first, second = rows(out)
+        assert len(first.accepted) == accepted
+        assert second.accepted == federation.names
+        # What was trained in a lost round is in neither the model nor the feedback.
+        _, state = resumed(out)
+        assert {outcome.server_round for outcome in state.outcomes.values()} == {2}
+        assert model.server_round == 2
+
+
 # ── what a client accepts, and what it tells ──
 
 
@@ -301,3 +329,41 @@ def told(out):
         table.pop("seconds")
         found.append(table)
     return found
+
+
+def test_a_damaged_reply_that_was_kept_is_refused_by_name(tmp_path):
+    """Masked values look the same whether they are damaged or not."""
+    federation = Federation(tmp_path)
+
+    def kill(task):
+        if position(task) == (1, 1, 3):
+            raise ServerKilled
+
+    federation.before = kill
+    out = tmp_path / "out"
+    with pytest.raises(ServerKilled):
+        federation.run(out)
+    federation.before = lambda task: None
+    (reply,) = out.glob("secure/*/0001-1-1/2/site1")
+    data = reply.read_bytes()
+    reply.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ModelError, match="site1 was damaged or altered"):
+        federation.run(out, resume=True)
+    reply.write_bytes(data)
+    assert federation.run(out, resume=True).server_round == 2
+
+
+def test_over_a_network_no_round_is_done_again(tmp_path):
+    federation = Federation(tmp_path, federation={"num_rounds": 1})
+    federation.run(tmp_path / "out")
+    with pytest.raises(ConfigError, match="clients open the sums of a round once"):
+        run_federation(
+            None,
+            federation.config,
+            tmp_path / "out",
+            resume=True,
+            server_round=0,
+            roster=federation.roster,
+        )
+    with pytest.raises(ConfigError, match="needs clients with keys of their own"):
+        run_federation(None, federation.config, tmp_path / "other")
