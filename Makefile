@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 # what `make run` does without: the linters, the test runner, Flower for federations over a network,
 # lm-evaluation-harness for benchmarks, and the libraries of quantized base models
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,flower,benchmark,quantization]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo,dev,flower,benchmark,quantization,privacy]'
 	touch $@
 
 # ── longer checks, not part of `make test` ──

@@ -50,6 +50,10 @@ class SecureSumError(FedMomentumError):
     """A message or a rule of a secure sum that does not hold; nothing was opened for it."""
 
 
+class PrivacyError(FedMomentumError):
+    """A training that a party's privacy ledger does not allow, or a ledger that cannot be used."""
+
+
 # From a word with a separator to a quote, a bracket or a colon: file names may have blanks and
 # commas in them.
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")

@@ -17,7 +17,8 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import decode_reply, decode_task
 from fedmomentum.protocol.messages import PROTOCOL, DescribeRequest, Reply, Task, TrainRequest
-from fedmomentum.run.federated_trainer import FederatedTrainer, PreparedRun
+from fedmomentum.run.federated_trainer import FederatedTrainer
+from fedmomentum.run.prepared_run import PreparedRun
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.training import TrainReport
 from fedmomentum.utils.records import with_checksum

@@ -42,6 +42,7 @@ THIRD_PARTY = {
     "yaml",
     "bitsandbytes",
     "torchao",
+    "opacus",
 }
 """Libraries besides torch that are imported by the packages named in FLOORS only."""
 FLOORS: list[
@@ -79,6 +80,7 @@ FLOORS: list[
             "jinja2",
         },
         "objectives": set(),
+        "privacy": {"msgspec", "numpy", "opacus"},
         "protocol": {"msgspec", "numpy"},
         "results": {"msgspec"},
     },
@@ -86,7 +88,7 @@ FLOORS: list[
         "evaluation": {"transformers"},
         "global_model": {"msgspec", "safetensors", "transformers"},
         "report": {"matplotlib", "jinja2", "numpy", "markupsafe"},
-        "training": {"transformers", "numpy", "msgspec", "accelerate"},
+        "training": {"transformers", "numpy", "msgspec", "accelerate", "opacus"},
     },
     {"client": {"msgspec", "numpy"}, "server": {"msgspec", "safetensors"}},
     {"run": {"msgspec", "accelerate"}},

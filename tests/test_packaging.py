@@ -31,8 +31,10 @@ OWNERS = {
     "data/builtin_tasks.py": ("demo",),
     "base_model/quantization.py": ("quantization",),
     "utils/quantized.py": ("quantization",),
+    "privacy/accountant.py": ("privacy",),
+    "training/unit_gradients.py": ("privacy",),
 }
-INSTALLED_BY_MAKE = ("demo", "dev", "flower", "benchmark", "quantization")
+INSTALLED_BY_MAKE = ("demo", "dev", "flower", "benchmark", "quantization", "privacy")
 
 
 def declared(*extras):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 import typer.core
 
-from fedmomentum.cli import adapters, benchmark, demo, files, models, network, run
+from fedmomentum.cli import adapters, benchmark, demo, files, models, network, privacy, run
 from fedmomentum.cli.data import data, init
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
@@ -134,3 +134,4 @@ def _options(
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(network.keys_app, name="keys")
+app.add_typer(privacy.privacy_app, name="privacy")

@@ -55,10 +55,16 @@ class Client(SumWorker):
 
     _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)
 
-    def handle(self, payload: bytes) -> bytes:
+    def handle(self, payload: bytes, *, is_rehearsal: bool = False) -> bytes:
         """Do one task: load the global model that it names, train or evaluate it, reply.
 
+        Args:
+            payload: The encoded task.
+            is_rehearsal: Whether the reply stays on this machine, so that a private training need
+                not be counted.
+
         Raises:
+            PrivacyError: If a private training would spend more than this party allows.
             PayloadError: If the bytes are no task.
             ModelError: If the task is for another client or base model, or if another version of
                 the global model comes out than the task says.
@@ -74,6 +80,11 @@ class Client(SumWorker):
         self.check_privacy(is_secure=request.is_secure)
         if isinstance(request, DescribeRequest):
             return self._reply(task, self.describe(request))
+        if isinstance(request, TrainRequest):
+            self._check_private_terms(request)
+            repeated = None if is_rehearsal else self._repeated_reply(task, request)
+            if repeated is not None:
+                return repeated
         started = time.perf_counter()
 
         received = self.store.receive(task, self.model.fresh)
@@ -87,8 +98,26 @@ class Client(SumWorker):
         self.measure_references(request)
         self._load(task, request, received, client_lora)
         self.store.evict(needed)
-        loaded = time.perf_counter()
+        loading_seconds = time.perf_counter() - started
 
+        terms = request.private if isinstance(request, TrainRequest) else None
+        if is_rehearsal or terms is None or self.private is None:
+            return self._work(task, received, client_lora, loading_seconds)
+        # What is spent is on disk before the first step, and the reply before it leaves.
+        assert isinstance(request, TrainRequest)
+        mechanism = self.private.settings(terms, request.hyperparameters).mechanism
+        with self.private.training(task, request, mechanism) as training:
+            reply = self._work(task, received, client_lora, loading_seconds)
+            training.finish(reply)
+        return reply
+
+    def _work(
+        self, task: Task, received: GlobalModel, client_lora: LoraConfig, loading_seconds: float
+    ) -> bytes:
+        """Train or evaluate the loaded model; return the reply."""
+        request = task.request
+        started = time.perf_counter()
+        assert isinstance(request, TrainRequest | EvaluateRequest)
         if isinstance(request, TrainRequest):
             moments = self._start_moments(task, request)
             if request.is_secure:
@@ -103,9 +132,42 @@ class Client(SumWorker):
             result = self.run_evaluation(request, received)
         if not request.is_secure:
             # Times tell how much data a client has.
-            seconds = [loaded - started, time.perf_counter() - loaded]
+            seconds = [loading_seconds, time.perf_counter() - started]
             result.tensors[SECONDS] = torch.tensor(seconds, dtype=torch.float64)
+        needed = set(request.needed)
         return self._reply(task, result, version=received.version, cached_objects=needed)
+
+    # ── differential privacy ──
+
+    def _check_private_terms(self, request: TrainRequest) -> None:
+        """Check that the run protects the data as is configured here.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        if self.private is None and request.private is not None:
+            raise ConfigError(
+                "the run has differential privacy; [privacy] here does not. Set [privacy.dp] with "
+                "a budget, so that what it spends is counted here"
+            )
+        if self.private is not None and request.private is None:
+            raise ConfigError(
+                f"client {self.client_id} takes part in runs with differential privacy only "
+                "([privacy.dp]), and this one has none"
+            )
+        if self.private is not None and request.private is not None:
+            self.private.check_terms(request.private)
+
+    def _repeated_reply(self, task: Task, request: TrainRequest) -> bytes | None:
+        """Return the reply to a private training that was done already; None if there is none.
+
+        Where updates are summed, what was trained must still be in memory.
+        """
+        if self.private is None:
+            return None
+        if request.is_secure and not self.has_round(task):
+            return None
+        return self.private.stored_reply(task, request)
 
     def split(self, run_id: str) -> str:
         """Return a hash of how the examples are split into training and held-out ones.
@@ -125,14 +187,15 @@ class Client(SumWorker):
         version: str = "",
         cached_objects: set[str] | frozenset[str] = frozenset(),
     ) -> bytes:
-        is_withheld = self.party is not None
+        is_secure = self.party is not None
+        is_withheld = is_secure or self.private is not None
         reply = Reply(
             run_id=task.run_id,
             client_id=self.client_id,
             server_round=task.server_round,
             version=version,
             holds=sorted(cached_objects),
-            num_examples=WITHHELD_COUNT if is_withheld else result.num_examples,
+            num_examples=WITHHELD_COUNT if is_secure else result.num_examples,
             split=WITHHELD_SPLIT if is_withheld else self.split(task.run_id),
             answer=result.answer,
             tensors=result.tensors,

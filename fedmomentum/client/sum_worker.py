@@ -66,7 +66,11 @@ class SumWorker(Worker):
                 "secure-aggregation = true, and the roster"
             )
 
-    def _work(self, task: Task) -> SecureWork:
+    def has_round(self, task: Task) -> bool:
+        """Whether what this client computed in a task's round is still in memory."""
+        return self._round is not None and self._round.is_of(task.run_id, task.server_round)
+
+    def _round_work(self, task: Task) -> SecureWork:
         """Return what this client has of a task's round, empty at first."""
         assert self.party is not None  # `check_privacy`
         if self._round is None or not self._round.is_of(task.run_id, task.server_round):
@@ -89,7 +93,7 @@ class SumWorker(Worker):
         terms = request.secure
         assert terms is not None
         store = self.store
-        work = self._work(task)
+        work = self._round_work(task)
         factors = self.method.uploaded_factors(task.server_round)
         work.layout = layout_of(terms, global_model.adapter, factors)
         feedback = settled_feedback(
@@ -97,8 +101,8 @@ class SumWorker(Worker):
         )
         with keeping_reasons(self.client_id):
             trained = self.train_adapter(request, task.server_round, moments)
-            work.moves = work.layout.moves(trained.adapter, len(self.train), feedback)
-        work.training = train_result_of(trained.report)
+            work.moves = work.layout.moves(trained.adapter, self.num_examples, feedback)
+        work.training = train_result_of(trained.report, is_private=self.private is not None)
         save_cross_terms(store, self.client_id, work)
         return WorkResult(Ready(), WITHHELD_COUNT, {}, trained.moments)
 
@@ -109,7 +113,7 @@ class SumWorker(Worker):
         with keeping_reasons(self.client_id):
             result = self.run_evaluation(request, global_model)
         assert isinstance(result.answer, EvaluateResult)
-        work = self._work(task)
+        work = self._round_work(task)
         work.evaluation = result.answer
         # The number of parties decides bounds, which are the plan's, and no values.
         work.scores = ScoreSums(

@@ -37,6 +37,7 @@ from fedmomentum.utils.process import installed_version
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.client.local_model import LocalModel
+    from fedmomentum.client.private_party import PrivateParty
     from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.evaluation.tasks import Evaluation
     from fedmomentum.global_model.model import GlobalModel
@@ -94,6 +95,8 @@ class Worker:
         training_function: Trains the model, where the user gives a function for that.
         on_step: Called after every training step with (client, step, number of steps, loss).
         update_filter: Changes updates before they are encoded; none by default.
+        private: With what it trains privately. With it, it takes part in no run whose training is
+            not differentially private; without, in none whose is.
     """
 
     client_id: str
@@ -105,10 +108,16 @@ class Worker:
     training_function: TrainingFunction | None = None
     on_step: Callable[[str, int, int, float], None] | None = field(default=None, repr=False)
     update_filter: UpdateFilter | None = None
+    private: PrivateParty | None = None
     # Held-out pairs with their reference, by (start, end, batch size) of an evaluation.
     _references: dict[tuple[int, int, int], TokenizedExamples] = field(
         init=False, repr=False, default_factory=dict
     )
+
+    @property
+    def num_examples(self) -> int:
+        """The number of training examples as others may know it; of units, with privacy."""
+        return len(self.train) if self.private is None else self.private.public_units
 
     # ── describe ──
 
@@ -124,7 +133,7 @@ class Worker:
             labels=model.identity.labels,
             quantization=model.identity.quantization,
             num_parameters=model.num_parameters,
-            num_train=0 if request.is_secure else len(self.train),
+            num_train=0 if request.is_secure else self.num_examples,
             num_test=0 if request.is_secure else len(self.test),
             versions={name: installed_version(name) for name in REPORTED_PACKAGES},
             threads=torch.get_num_threads(),
@@ -136,7 +145,7 @@ class Worker:
             saved_shapes={name: list(tensor.shape) for name, tensor in fresh.saved.items()},
         )
         tensors = to_tensors(fresh) if request.adapter else {}
-        return WorkResult(description, max(1, len(self.train)), tensors)
+        return WorkResult(description, max(1, self.num_examples), tensors)
 
     # ── train ──
 
@@ -178,8 +187,10 @@ class Worker:
                     request.lora.rank, start_factors, self.model.live_factors()
                 )
         rounding = rounding_error(trained.adapter, roundtrip(trained.adapter, dtype))
-        result = train_result_of(trained.report, rounding, next_rank)
-        return WorkResult(result, len(self.train), tensors, trained.moments)
+        result = train_result_of(
+            trained.report, rounding, next_rank, is_private=self.private is not None
+        )
+        return WorkResult(result, self.num_examples, tensors, trained.moments)
 
     def train_adapter(
         self,
@@ -215,6 +226,9 @@ class Worker:
             assert value is not None  # the method has one, or this is not called
             return value
 
+        private = None
+        if self.private is not None and request.private is not None:
+            private = self.private.settings(request.private, request.hyperparameters)
         has_penalty = method.penalty(self.model.live_factors()) is not None
         return run_training(
             self.training_function,
@@ -227,6 +241,7 @@ class Worker:
             penalty=penalty if has_penalty else None,
             moments=moments,
             objective=self.objective,
+            private=private,
         )
 
     def _report_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -318,7 +333,11 @@ def _parts(request: EvaluateRequest) -> tuple[slice, slice]:
 
 
 def train_result_of(
-    report: TrainReport, rounding: float = 0.0, next_rank: int | None = None
+    report: TrainReport,
+    rounding: float = 0.0,
+    next_rank: int | None = None,
+    *,
+    is_private: bool = False,
 ) -> TrainResult:
     """Return what a training function reported, as an answer.
 
@@ -326,13 +345,14 @@ def train_result_of(
         report: The report.
         rounding: The error of the update in the wire's dtype.
         next_rank: The rank at which the client continues, for methods that prune.
+        is_private: Whether what has no noise is withheld: losses and the number of targets.
     """
     return TrainResult(
-        loss=report.loss,
-        first_loss=report.first_loss,
-        last_loss=report.last_loss,
+        loss=None if is_private else report.loss,
+        first_loss=None if is_private else report.first_loss,
+        last_loss=None if is_private else report.last_loss,
         num_steps=report.num_steps,
-        num_tokens=report.num_tokens,
+        num_tokens=None if is_private else report.num_tokens,
         rounding=rounding,
         next_rank=next_rank,
         learning_rate_sum=report.learning_rate_sum or 0.0,

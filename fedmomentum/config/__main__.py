@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fedmomentum.config.toml import SECTIONS, format_value
+from fedmomentum.config.toml import INNER_SECTIONS, SECTIONS, format_value
 
 INTRODUCTION = (
     "# Configuration",
@@ -23,7 +23,7 @@ INTRODUCTION = (
 def render_reference() -> str:
     """Return `docs/configuration.md`, generated from the configuration's classes."""
     lines = list(INTRODUCTION)
-    for section, kind in SECTIONS.items():
+    for section, kind in {**SECTIONS, **INNER_SECTIONS}.items():
         summary = str(kind.__doc__).splitlines()[0]
         lines += [f"## [{section}]", "", summary, ""]
         lines += ["| key | default | meaning |", "|---|---|---|"]

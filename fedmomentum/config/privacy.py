@@ -14,6 +14,62 @@ MAX_EXAMPLES = 2**31 // MAX_CLIENTS
 
 
 @dataclass(frozen=True)
+class DPConfig:
+    """Differential privacy of each client's training; the table switches it on."""
+
+    epsilon: float | None = option(
+        None,
+        "what all rounds of the run may reveal of one unit; each client adds the noise that this "
+        "takes with its data. This or noise-multiplier; `fedmomentum privacy plan` shows both",
+    )
+    noise_multiplier: float | None = option(
+        None, "standard deviation of the noise in units of max-grad-norm, for all clients"
+    )
+    delta: float = option(
+        1e-5, "the probability with which epsilon may not hold: well below 1 / units of a client"
+    )
+    max_grad_norm: float = option(
+        1.0, "the gradient of each unit is clipped to this norm, over all trained parameters"
+    )
+    unit_column: str | None = option(
+        None,
+        "column of the data that names what is protected, such as a patient: all its rows are one "
+        "unit. Left out, each row is one",
+    )
+    public_units: int | None = option(
+        None,
+        "at a client: its number of units as the public knows it, which sets the sample rate and "
+        "its weight (default: when its ledger is begun, their number rounded down to two digits)",
+    )
+    budget: float | None = option(
+        None,
+        "at a client: the epsilon that all runs on its data may spend together, at its delta; "
+        "training beyond it is refused",
+    )
+    ledger: str | None = option(
+        None,
+        "at a client: the directory of its ledger, `CLIENT.json`, which counts all runs; the same "
+        "for all runs on the same data (default: `privacy` in the client's store, or in the run's "
+        "directory)",
+    )
+
+    def __post_init__(self) -> None:
+        key = "privacy.dp"
+        for name in ("epsilon", "noise_multiplier", "max_grad_norm", "budget"):
+            value = getattr(self, name)
+            is_valid = value is None or 0 < value <= 1e9
+            require(is_valid, f"{key}.{name.replace('_', '-')}", value, "above 0, up to 1e9")
+        require(0 < self.delta < 1, f"{key}.delta", self.delta, "between 0 and 1")
+        has_both = self.epsilon is not None and self.noise_multiplier is not None
+        wanted = "left out where noise-multiplier is given"
+        require(not has_both, f"{key}.epsilon", self.epsilon, wanted)
+        if self.public_units is not None:
+            require_at_least(f"{key}.public-units", self.public_units, 1)
+        for name in ("unit_column", "ledger"):
+            require(getattr(self, name) != "", f"{key}.{name}", "", "a name, or left out")
+
+
+@dataclass(frozen=True)
 class PrivacyConfig:
     """What the clients keep from the server and from one another; see docs/privacy.md."""
 
@@ -50,6 +106,12 @@ class PrivacyConfig:
         False,
         "at a client: accept a threshold of more than half of the clients, which is safe only if "
         "the server keeps the rules",
+    )
+
+    dp: DPConfig | None = option(
+        None,
+        "differential privacy, [privacy.dp] below: what clients send reveals little of any one of "
+        "their examples. At a client: it takes part in no run without",
     )
 
     def __post_init__(self) -> None:

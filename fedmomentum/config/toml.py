@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import tomllib
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fedmomentum.config.fields import check_numbers, describe_value
+from fedmomentum.config.privacy import DPConfig
 from fedmomentum.config.schema import Config
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.text import printable
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
 """Name of each section to its class."""
+INNER_SECTIONS: dict[str, type] = {"privacy.dp": DPConfig}
+"""Tables within a section whose keys are known, and compared one by one."""
 RENAMED_KEYS = {
     "participation": "client-fraction",
     "quorum": "min-valid-fraction",
@@ -36,6 +40,7 @@ LOCATIONS = frozenset(
         "data.test-source",
         "data.client-files",
         "privacy.roster",
+        "privacy.dp.ledger",
     }
 )
 """Settings that say where something is: with another value it is the same run if the content is."""
@@ -46,6 +51,7 @@ MAY_CHANGE = frozenset(
         "federation.round-timeout",
         "federation.join-timeout",
         "evaluation.probes",
+        "privacy.dp.budget",  # of what may be spent, not of how it is
         "privacy.trusts-server",  # what a client asks of others, no matter of the sums
         "run.keep-checkpoints",
         "run.report-to",
@@ -216,6 +222,11 @@ def _check_type(value: Any, hint: Any, key: str) -> Any:
     alternatives = get_args(hint) if is_union else (hint,)
     # The first alternative of a union that fits; containers are checked item by item.
     for alternative in alternatives:
+        if isinstance(alternative, type) and dataclasses.is_dataclass(alternative):
+            # A table within the section; None is not its type, and falls through.
+            if isinstance(value, Mapping) or len(alternatives) == 1:
+                return _parse_section(alternative, key, value)
+            continue
         origin = get_origin(alternative) or alternative
         arguments = get_args(alternative)
         if origin is float and isinstance(value, int) and not isinstance(value, bool):
@@ -232,7 +243,10 @@ def _check_type(value: Any, hint: Any, key: str) -> Any:
         if isinstance(value, origin) and (origin is bool or not isinstance(value, bool)):
             check_numbers(value, key)
             return value
-    names = [getattr(kind, "__name__", str(kind)) for kind in alternatives]
+    names = []
+    for kind in alternatives:
+        is_table = dataclasses.is_dataclass(kind)
+        names.append("table" if is_table else getattr(kind, "__name__", str(kind)))
     wanted = " or ".join(name for name in names if name != "NoneType")
     raise ConfigError(f"{printable(key)} must be of type {wanted}; got {describe_value(value)}")
 
@@ -256,8 +270,16 @@ def _resolve_paths(config: Config, directory: Path) -> Config:
     start_from = resolve(config.lora.start_from) if config.lora.start_from else None
     lora = dataclasses.replace(config.lora, start_from=start_from)
     roster = resolve(config.privacy.roster) if config.privacy.roster else None
-    privacy = dataclasses.replace(config.privacy, roster=roster)
+    privacy = dataclasses.replace(config.privacy, roster=roster, dp=_resolved_dp(config, directory))
     return dataclasses.replace(config, data=data, model=model, lora=lora, privacy=privacy)
+
+
+def _resolved_dp(config: Config, directory: Path) -> DPConfig | None:
+    """Return `[privacy.dp]` with its ledger's path, which may not exist yet, made absolute."""
+    dp = config.privacy.dp
+    if dp is None or dp.ledger is None:
+        return dp
+    return dataclasses.replace(dp, ledger=str((directory / dp.ledger).resolve()))
 
 
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
@@ -265,13 +287,33 @@ def _resolve_paths(config: Config, directory: Path) -> Config:
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return every key with its value, in kebab-case; None is left out, for TOML has none."""
-    tables: dict[str, dict[str, Any]] = {}
-    for section in SECTIONS:
-        values = dataclasses.asdict(getattr(config, section))
-        tables[section] = {
-            key.replace("_", "-"): value for key, value in values.items() if value is not None
-        }
-    return tables
+    return {section: _section_table(getattr(config, section)) for section in SECTIONS}
+
+
+def _section_table(section: Any) -> dict[str, Any]:
+    """Return a section's keys and values; a section within it is a table."""
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            table[field.name.replace("_", "-")] = _section_table(value)
+        elif value is not None:
+            table[field.name.replace("_", "-")] = copy.deepcopy(value)
+    return table
+
+
+def _compared_values(config: Config) -> dict[str, Any]:
+    """Return `section.key` to value, and that of the keys of inner sections."""
+    values: dict[str, Any] = {}
+    for section, table in to_dict(config).items():
+        for key, value in table.items():
+            name = f"{section}.{key}"
+            if name not in INNER_SECTIONS:
+                values[name] = value
+                continue
+            values[name] = {}
+            values |= {f"{name}.{inner}": item for inner, item in value.items()}
+    return values
 
 
 def to_toml(config: Config) -> str:
@@ -322,14 +364,13 @@ def _escape_control(character: str) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Return the keys that differ, as `section.key`."""
-    before = to_dict(old)
-    after = to_dict(new)
-    keys = []
-    for section in SECTIONS:
-        for key in sorted(before[section].keys() | after[section].keys()):
-            if before[section].get(key) != after[section].get(key):
-                keys.append(f"{section}.{key}")
-    return keys
+    before = _compared_values(old)
+    after = _compared_values(new)
+    order = list(SECTIONS)
+    keys = sorted(
+        before.keys() | after.keys(), key=lambda key: (order.index(key.partition(".")[0]), key)
+    )
+    return [key for key in keys if before.get(key) != after.get(key)]
 
 
 def altered_settings(text: str, committed: str) -> list[str]:
@@ -361,8 +402,14 @@ def _flatten(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return `section.key` to value; a key outside any section is kept under its own name."""
     flat: dict[str, Any] = {}
     for section, values in table.items():
-        if isinstance(values, Mapping):
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
+        if not isinstance(values, Mapping):
             flat[section] = values
+            continue
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if name in INNER_SECTIONS and isinstance(value, Mapping):
+                flat[name] = {}
+                flat |= {f"{name}.{inner}": item for inner, item in value.items()}
+            else:
+                flat[name] = value
     return flat

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from itertools import compress, takewhile
@@ -51,7 +52,12 @@ PromptKey = Callable[[Example], str]
 
 
 def load_clients(
-    config: DataConfig, seed: int, *, loss_on: str = "last", task: str = CAUSAL_LM
+    config: DataConfig,
+    seed: int,
+    *,
+    loss_on: str = "last",
+    task: str = CAUSAL_LM,
+    unit_column: str | None = None,
 ) -> list[ClientData]:
     """Load the examples of all clients, sorted by client id.
 
@@ -73,6 +79,7 @@ def load_clients(
         seed: Decides the built-in examples, the partition and what is held out.
         loss_on: Which turns of a chat are learned; see `tokenize`.
         task: The model's task, `model.task`; it decides which columns are read.
+        unit_column: The column that names the unit of each training example.
 
     Returns:
         The clients.
@@ -84,7 +91,7 @@ def load_clients(
     """
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
-    examples = dict(sorted(assign_clients(config, seed, task).items()))
+    examples = dict(sorted(assign_clients(config, seed, task, unit_column).items()))
     train, test = hold_out(config, examples, seed, partial(prompt_key, loss_on=loss_on), task)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
@@ -107,7 +114,9 @@ def _count_categories(examples: Sequence[Example]) -> dict[str, int]:
 # ── which client has which examples ───────────────────────────────────────────────────────────────
 
 
-def assign_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> ClientExamples:
+def assign_clients(
+    config: DataConfig, seed: int, task: str = CAUSAL_LM, unit_column: str | None = None
+) -> ClientExamples:
     """Return all examples of each client, before any is held out.
 
     Raises:
@@ -116,17 +125,24 @@ def assign_clients(config: DataConfig, seed: int, task: str = CAUSAL_LM) -> Clie
     if config.client_files:
         clients = {}
         for client, file in config.client_files.items():
-            rows, clients[client] = read_source(file, config, config.split, task)
+            rows, examples = read_source(file, config, config.split, task)
             if rows.owners is not None:
                 raise DataError(
                     f"{file}: holds lists of rows by client, and data.client-files says that it is "
                     f"{client}'s; name it as data.source, or keep one client's list"
                 )
+            clients[client] = with_units(rows, examples, unit_column, where=file)
         return clients
     if config.source == BUILT_IN_SOURCE:
+        if unit_column is not None:
+            raise ConfigError(
+                f"privacy.dp.unit-column is {unit_column!r}, and the built-in tasks have no "
+                "columns; leave it out"
+            )
         examples = task_examples(task_names(config), config.num_examples, seed)
         return _simulate_clients(config, examples, seed, has_categories=True)
     rows, examples = read_source(config.source, config, config.split, task)
+    examples = with_units(rows, examples, unit_column, where=config.source)
     if rows.owners is not None:
         if config.client_column:
             raise DataError(
@@ -170,6 +186,20 @@ def read_source(
         rows, category_column=config.category_column, where=source, columns=config.columns
     )
     return rows, examples
+
+
+def with_units(
+    rows: Rows, examples: Sequence[Example], column: str | None, *, where: str
+) -> list[Example]:
+    """Return examples with the units that a column of their rows names; as they are without one.
+
+    Raises:
+        DataError: If there is no such column, or a row names no unit.
+    """
+    if column is None:
+        return list(examples)
+    units = column_texts(rows, column, where=where)
+    return [replace(example, unit=unit) for example, unit in zip(examples, units, strict=True)]
 
 
 def task_names(config: DataConfig) -> list[str]:

@@ -65,6 +65,8 @@ class Example:
             text.
         rejected: The text of the answer to which ``completion`` is preferred; None where there is
             only one answer.
+        unit: Whose example it is, such as a patient: a private training protects all examples of
+            one unit together; empty where each stands for itself.
         source_row: The row of its file, from 1, for messages; 0 where it comes from none.
         learned_turns: Positions of the assistant's messages in the prompt that are learned beside
             the answer, where the data says so; None: `training.loss-on` alone decides.
@@ -80,6 +82,7 @@ class Example:
     category: str = ""
     scoring: str = ""
     rejected: str | None = None
+    unit: str = field(default="", compare=False, repr=False)
     source_row: int = field(default=0, compare=False, repr=False)
     learned_turns: tuple[int, ...] | None = None
 

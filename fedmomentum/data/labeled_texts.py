@@ -203,6 +203,7 @@ def tokenize_labeled(
         tuple(example.category for example in examples),
         (False,) * len(examples),
         0,
+        units=tuple(example.unit for example in examples),
     )
 
 

@@ -108,6 +108,7 @@ def tokenize(
         num_lost,
         tuple(gaps),
         tuple(tuple(rejected[row][:max_length]) for row in retained),
+        units=tuple(examples[row].unit for row in retained),
     )
 
 

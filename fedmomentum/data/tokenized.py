@@ -64,6 +64,8 @@ class TokenizedExamples:
         rejected_ids: Token ids of the prompt and the rejected answer. Left out, there are none.
         reference: Log-probabilities of both answers under the reference model. Left out, they are
             not measured.
+        units: The unit of each example, which a private training protects as a whole; empty for an
+            example that is a unit of its own. Left out, all are.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
@@ -74,12 +76,15 @@ class TokenizedExamples:
     gaps: tuple[tuple[Span, ...], ...] = ()
     rejected_ids: tuple[tuple[int, ...], ...] = ()
     reference: tuple[tuple[float, ...], ...] = ()
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Fill in what is left out, so that every field has an entry for each example."""
         for name in ("gaps", "rejected_ids", "reference"):
             if not getattr(self, name):
                 object.__setattr__(self, name, ((),) * len(self.input_ids))
+        if not self.units:
+            object.__setattr__(self, "units", ("",) * len(self.input_ids))
 
     def __len__(self) -> int:
         """Return the number of examples."""

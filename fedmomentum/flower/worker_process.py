@@ -82,11 +82,11 @@ def _load(setup: Mapping[str, str], send: Send) -> Answer:
 
 
 def _rehearse(client: Client, task: bytes) -> bytes:
-    """Do a step of training whose reply stays on this machine, so that nothing is summed up."""
+    """Do a step of training whose reply stays here, so that nothing is summed up or spent."""
     party = client.party
     client.party = None
     try:
-        return client.handle(task)
+        return client.handle(task, is_rehearsal=True)
     finally:
         client.party = party
 

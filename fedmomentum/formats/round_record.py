@@ -30,9 +30,18 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True):
 class ClientTraining(_Table, frozen=True, kw_only=True):
     """One client's local training in a round."""
 
-    loss: Annotated[Number, doc("mean over the completion tokens of all steps", "nats per token")]
-    first_loss: Annotated[Number, doc("of the first step, before any change", "nats per token")]
-    last_loss: Annotated[Number, doc("of the last step", "nats per token")]
+    loss: Annotated[
+        Number | None,
+        doc(
+            "mean over the completion tokens of all steps; `null` with `[privacy.dp]`, like the "
+            "other losses and `num_tokens`: they have no noise",
+            "nats per token",
+        ),
+    ]
+    first_loss: Annotated[
+        Number | None, doc("of the first step, before any change", "nats per token")
+    ]
+    last_loss: Annotated[Number | None, doc("of the last step", "nats per token")]
     num_steps: Annotated[Count | None, doc("optimizer steps", "count")] = None
     num_tokens: Annotated[Count | None, doc("completion tokens, repetitions included", "count")] = (
         None
@@ -324,8 +333,9 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     withheld: Annotated[
         Withheld | None,
         doc(
-            "what is left empty because it speaks of single clients, and why: with [secure "
-            "aggregation](privacy.md) the server has sums over the clients; `null` otherwise",
+            "what is left empty on purpose, and why: with [secure aggregation](privacy.md) what "
+            "speaks of single clients, with [differential privacy](privacy.md) what has no noise; "
+            "`null` otherwise",
             "object",
         ),
     ] = None

@@ -1,7 +1,8 @@
-"""What a run with secure aggregation does not tell, and why: for its rows, its plan and its report.
+"""What a private run does not tell, and why: for its rows, its plan and its report.
 
-The server has sums over the clients. Whatever speaks of a single one stays with that client, and
-the rows of metrics.jsonl say so instead of looking as if something had gone wrong.
+With secure aggregation the server has sums over the clients, and whatever speaks of a single one
+stays with that client. With differential privacy nothing is told that has no noise. The rows of
+metrics.jsonl say so instead of looking as if something had gone wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ PHRASES = {
     "uplink_rounding": "rounding of single updates",
     "diagnostics": "how the model moved, which needs single updates",
 }
-"""A field that can be withheld to what it is, in words."""
+"""A field that secure aggregation withholds to what it is, in words."""
+NOISELESS_PHRASES = {
+    "train_loss": "losses and numbers of targets in training",
+    "evaluation": "all held-out scores, so that no round is the best",
+}
+"""The same of differential privacy."""
 SUMS_ONLY = Withheld(
     reason="secure aggregation: the server has sums over the clients, and nothing of a single one",
     fields=list(PHRASES),
@@ -28,7 +34,29 @@ SUMS_ONLY = Withheld(
 """What every row of such a run withholds."""
 
 
+NOISED_ONLY = Withheld(
+    reason="differential privacy: nothing is told of the examples that has no noise",
+    fields=list(NOISELESS_PHRASES),
+)
+"""What every row of a run with differential privacy withholds."""
+
+
+def withheld_by(*, secure: bool, private: bool) -> Withheld | None:
+    """Return what a run withholds; None where it tells all.
+
+    Args:
+        secure: Whether the server has sums only.
+        private: Whether training is differentially private.
+    """
+    kinds = [kind for kind, counts in ((SUMS_ONLY, secure), (NOISED_ONLY, private)) if counts]
+    if not kinds:
+        return None
+    reason = "; ".join(kind.reason for kind in kinds)
+    return Withheld(reason=reason, fields=[field for kind in kinds for field in kind.fields])
+
+
 def describe_withheld(withheld: Withheld) -> str:
     """Return a sentence that says what is withheld."""
-    names = [PHRASES.get(field, field) for field in withheld.fields]
+    phrases = {**PHRASES, **NOISELESS_PHRASES}
+    names = [phrases.get(field, field) for field in withheld.fields]
     return f"Left out on purpose: {'; '.join(names)}."

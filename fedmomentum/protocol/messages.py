@@ -24,6 +24,7 @@ from fedmomentum.protocol.adapter_terms import (
     FreshAdapter,
     Positive,
 )
+from fedmomentum.protocol.private_messages import PrivateTerms
 from fedmomentum.protocol.secure_messages import Ready, SecureTerms, SumAnswer, SumRequest
 from fedmomentum.utils.chat_date import DEFAULT_DATE
 from fedmomentum.utils.schema import (
@@ -117,6 +118,7 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
         optimizer_state: What the optimizer starts with, and what is sent of what it ends with.
         moments: The moments to start with (`SharedMoments`), by content hash; None for zeros.
         secure: How the update is summed up under masks; None where the reply holds it.
+        private: How the training is differentially private; None where it is not.
     """
 
     learning_rate: Positive
@@ -130,6 +132,7 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
     optimizer_state: OptimizerState
     moments: Hash | None = None
     secure: SecureTerms | None = None
+    private: PrivateTerms | None = None
 
     @property
     def needed(self) -> frozenset[str]:
@@ -231,7 +234,8 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
         labels: The labels of its classifier, in the order of its head; empty without one.
         quantization: What it did with the base model's stored weights on loading; None: nothing.
         num_parameters: The number of parameters of the base model.
-        num_train: The number of training examples; 0 where sums are masked.
+        num_train: The number of training examples; 0 where sums are masked, and of units, as the
+            public knows it, where training is differentially private.
         num_test: The number of held-out examples, likewise.
         threads: The number of CPU threads.
         dtype: The dtype of its base model in memory.
@@ -267,22 +271,23 @@ class TrainResult(Schema, tag_field="kind", tag="train", frozen=True, kw_only=Tr
     """The outcome of a training.
 
     Attributes:
-        loss: The mean loss of a target, in nats: of a completion token, or a pair of answers.
+        loss: The mean loss of a target, in nats: of a completion token, or a pair of answers. None
+            where training is differentially private, like the other losses: they have no noise.
         first_loss: The loss of the first step.
         last_loss: The loss of the last step.
         num_steps: The number of optimizer steps.
-        num_tokens: The number of targets in the loss.
+        num_tokens: The number of targets in the loss; None with the losses.
         rounding: The error of the update in the wire's dtype, relative to its norm.
         next_rank: The rank at which the client continues, for methods that prune.
         learning_rate_sum: The sum of the learning rates of all steps; 0 where moments are not
             shared.
     """
 
-    loss: float
-    first_loss: float
-    last_loss: float
+    loss: float | None
+    first_loss: float | None
+    last_loss: float | None
     num_steps: Count
-    num_tokens: Count
+    num_tokens: Count | None
     rounding: Size
     next_rank: PositiveCount | None = None
     learning_rate_sum: Size = 0.0

@@ -45,17 +45,18 @@ def loss_blocks(num_parties: int) -> list[Block]:
     return [*_real_blocks(LOSS, 1, num_parties), count_block(UNTOLD, 1, num_parties)]
 
 
-def loss_values(loss: float, num_examples: int, max_examples: int) -> Values:
+def loss_values(loss: float | None, num_examples: int, max_examples: int) -> Values:
     """Return a client's values in these blocks.
 
     Args:
-        loss: The mean loss of its training.
+        loss: The mean loss of its training; None where differential privacy withholds it.
         num_examples: Its number of examples, by which the mean over the clients is weighted.
         max_examples: The largest number of examples of a client.
     """
-    is_told = abs(loss) <= MAX_LOSS
-    weighted = loss * num_examples / max_examples if is_told else 0.0
-    return {**_real_values(LOSS, [weighted]), UNTOLD: np.array([0.0 if is_told else 1.0])}
+    if loss is None or not abs(loss) <= MAX_LOSS:
+        return {**_real_values(LOSS, [0.0]), UNTOLD: np.array([1.0])}
+    weighted = loss * num_examples / max_examples
+    return {**_real_values(LOSS, [weighted]), UNTOLD: np.array([0.0])}
 
 
 def mean_loss(totals: Values, num_examples: int, max_examples: int) -> float | None:

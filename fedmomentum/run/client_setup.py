@@ -19,6 +19,7 @@ from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.local_clients import make_clients
 from fedmomentum.run.method import make_method
 from fedmomentum.run.privacy_checks import check_privacy
+from fedmomentum.run.private_checks import check_private_client, choose_private_dtype
 from fedmomentum.run.setup import (
     load_data,
     refuse_devices,
@@ -68,7 +69,9 @@ def prepare_client(
     refuse_devices(config)
     check_arguments(config.training.arguments)
     check_task(config)
+    config = choose_private_dtype(config)
     check_privacy(config, make_method(config))
+    check_private_client(config)
     require_labels(config.model)
     check_dropout(config)
     function = training_function(config)
@@ -115,4 +118,9 @@ def rehearsal(config: Config, client: Client) -> bytes:
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     request = train_request(config, 1, client.client_id, hyperparameters, lora, manifest)
     one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)
+    terms = request.private
+    if terms is not None and terms.epsilon is None and terms.noise_multiplier is None:
+        # The server decides how much noise there is; of a rehearsal nothing leaves.
+        terms = msgspec.structs.replace(terms, noise_multiplier=1.0)
+        one_step = msgspec.structs.replace(one_step, private=terms)
     return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.loading import pick_merged_dtype
 from fedmomentum.client.loaded_base import identify_base
 from fedmomentum.config.toml import to_toml
-from fedmomentum.data.client_data import partition_table
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.global_model.export import export_adapter, export_merged
@@ -25,6 +24,7 @@ from fedmomentum.run.environment import environment, warn_of_another_environment
 from fedmomentum.run.inference import choose_device
 from fedmomentum.run.local_clients import LocalClients, load_local_clients
 from fedmomentum.run.plan import make_plan
+from fedmomentum.run.prepared_run import PreparedRun, known_partition
 from fedmomentum.run.saved_model import find_base, open_result
 from fedmomentum.run.secure_run import parties_of_this_process, secure_steps
 from fedmomentum.run.setup import (
@@ -42,56 +42,15 @@ from fedmomentum.server.server import Server
 from fedmomentum.server.state import ServerState
 
 if TYPE_CHECKING:
-    from fedmomentum.aggregation import Method
     from fedmomentum.aggregation.update_filter import UpdateFilter
-    from fedmomentum.client.client import Client
-    from fedmomentum.client.local_model import LocalModel
     from fedmomentum.config.schema import Config
     from fedmomentum.data.tokenized import TokenizedClient
-    from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.plan import Plan
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.run.outline import ModelOutline
 
 
 OnPlan = Callable[["Plan", Sequence["TokenizedClient"]], None]
 """Called with a run's plan and its clients' examples."""
-
-
-@dataclass
-class PreparedRun:
-    """A run that is ready to train: everything is loaded and checked, nothing is trained yet.
-
-    Attributes:
-        config: The run's settings.
-        outline: The shapes of the model, from which the plan was made.
-        method: Combines the clients' adapters.
-        directory: The run's directory, locked by this process.
-        local: The base model with a live adapter, shared by all clients that train alike; None
-            where `workers` have it.
-        clients: The clients with their tokenized data; none where `workers` play them.
-        workers: The processes of `run.devices`; None without.
-        environment: What the last bits of a result depend on.
-        model: The global model to start from.
-        state: What the server remembers.
-        plan: What the run will cost.
-        partition: Client to `train` and `test`, to category, to number of examples.
-        data: Client to the fingerprint of its data.
-    """
-
-    config: Config
-    outline: ModelOutline
-    method: Method
-    directory: RunDirectory
-    local: LocalModel | None
-    clients: list[Client]
-    workers: DeviceTransport | None
-    environment: dict[str, Any]
-    model: GlobalModel
-    state: ServerState
-    plan: Plan
-    partition: dict[str, dict[str, dict[str, int]]]
-    data: dict[str, Fingerprint]
 
 
 class FederatedTrainer:
@@ -232,7 +191,7 @@ class FederatedTrainer:
             model=model,
             state=state,
             plan=plan,
-            partition=partition_table(outline.parties),
+            partition=known_partition(outline, crew),
             data=outline.data,
         )
         return self.prepared

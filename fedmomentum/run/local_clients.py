@@ -11,7 +11,9 @@ from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
+from fedmomentum.client.private_party import PrivateParty
 from fedmomentum.client.store import ClientStore
+from fedmomentum.data.tokenized import EMPTY_EXAMPLES
 from fedmomentum.errors import AdapterError, ConfigError
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.method import make_method
@@ -89,18 +91,25 @@ def make_clients(
     objective = make_objective(config.training, local.identity.labels)
     cache: dict[str, StoredObject] = {}
     clients = []
+    dp = config.privacy.dp
     for one in examples:
+        private = None
+        if dp is not None:
+            ledgers = Path(dp.ledger) if dp.ledger else out / "privacy"
+            private = PrivateParty(one.client_id, dp, one.train, ledgers)
         clients.append(
             Client(
                 client_id=one.client_id,
                 train=one.train,
-                test=one.test,
+                # Scores have no noise: with privacy nothing is scored.
+                test=one.test if private is None else EMPTY_EXAMPLES,
                 method=make_method(config),
                 model=local,
                 objective=objective,
                 store=ClientStore(out, retained_rounds=config.run.keep_checkpoints, cache=cache),
                 training_function=function,
                 on_step=on_step,
+                private=private,
             )
         )
     return clients

@@ -16,6 +16,7 @@ from fedmomentum.run.method import make_method
 from fedmomentum.run.origin import check_data
 from fedmomentum.run.plan import served_plan
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
+from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
 from fedmomentum.run.secure_run import secure_steps
 from fedmomentum.run.setup import (
     check_run_directory,
@@ -37,6 +38,7 @@ from fedmomentum.server.state import ServerState
 from fedmomentum.training.arguments import check_arguments
 
 if TYPE_CHECKING:
+    from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config
     from fedmomentum.formats.manifest import Fingerprint
     from fedmomentum.formats.plan import Plan
@@ -76,15 +78,9 @@ def run_federation(
         ModelError: If `out` is in use or holds something else.
         QuorumError: See `Server.run` and `handshake`.
     """
-    refuse_devices(config)
     method = make_method(config)
-    check_arguments(config.training.arguments)
-    config = choose_optimizer_state(config, method)
-    check_task(config)
-    check_privacy(config, method)
+    config = _checked_settings(config, method)
     _check_roster(config, roster, server_round)
-    require_labels(config.model)
-    check_trackers(config.run.report_to)
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
     start_adapter = None if resume else read_start_adapter(config)
     set_up_process(config.run)
@@ -126,6 +122,23 @@ def run_federation(
             return server.run()
     finally:
         directory.close()
+
+
+def _checked_settings(config: Config, method: Method) -> Config:
+    """Return the settings with what is chosen for the user filled in.
+
+    Raises:
+        ConfigError: If settings contradict each other, or cannot be obeyed over a network.
+    """
+    refuse_devices(config)
+    check_arguments(config.training.arguments)
+    config = choose_private_dtype(choose_optimizer_state(config, method))
+    check_task(config)
+    check_privacy(config, method)
+    check_private_run(config)
+    require_labels(config.model)
+    check_trackers(config.run.report_to)
+    return config
 
 
 def _check_roster(config: Config, roster: Roster | None, server_round: int | None) -> None:

@@ -19,6 +19,7 @@ from fedmomentum.run.memory import (
     simulate_steps,
 )
 from fedmomentum.run.privacy_checks import describe_privacy
+from fedmomentum.run.private_checks import private_warnings
 from fedmomentum.run.secure_traffic import num_stand_ins, secure_traffic
 from fedmomentum.run.task import count_labels
 from fedmomentum.server.selection import sample_size
@@ -45,7 +46,7 @@ def make_plan(
     labels = outline.labels
     longest = max(client.train.longest for client in clients)
     longest -= bool(labels)  # a row's label is no token
-    warnings = _warn(config, clients, longest, outline)
+    warnings = _warn(config, clients, longest, outline) + private_warnings(config, method)
     place = choose_placement(config, outline)
     host, device = plan_memory(
         config, outline, method, len(clients), _longest(clients, longest, labels)
@@ -58,7 +59,7 @@ def make_plan(
     return replace(
         plan,
         not_adapted=tuple(summarize_left_out(outline.targets.left_out)),
-        labels=count_labels(labels, [client.train for client in clients]),
+        labels=_label_counts(config, labels, clients),
         objective=make_objective(config.training, labels).settings,
         device=place.describe(str(outline.device.type if workers else outline.device)),
         workers=workers,
@@ -147,6 +148,15 @@ def _warn(
     return warnings
 
 
+def _label_counts(
+    config: Config, labels: Sequence[str], clients: Sequence[TokenizedClient]
+) -> dict[str, int | None]:
+    """Return the labels with their numbers of training examples; withheld with privacy."""
+    if config.privacy.dp is not None:
+        return dict.fromkeys(labels)
+    return dict(count_labels(labels, [client.train for client in clients]))
+
+
 def served_plan(
     config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Description]
 ) -> Plan:
@@ -154,6 +164,7 @@ def served_plan(
     traffic = _traffic(config, model.adapter, method, len(facts))
     # Where the server has sums, clients do not tell how many examples they have.
     warnings = [] if config.privacy.secure_aggregation else _warn_of_facts(config, facts)
+    warnings += private_warnings(config, method)
     parameters = max(fact.num_parameters for fact in facts.values())
     memory = _aggregation_bytes(traffic) + 2 * _update_bytes(config, traffic) + SERVER_LIBRARIES
     plan = _plan(config, model.adapter, method, traffic, len(facts), parameters, memory, warnings)

@@ -10,7 +10,7 @@ from fedmomentum.data.tokenized import TokenizedClient, TokenizedExamples
 from fedmomentum.run.plan import make_plan
 
 if TYPE_CHECKING:
-    from fedmomentum.run.federated_trainer import PreparedRun
+    from fedmomentum.run.prepared_run import PreparedRun
 
 
 REFERENCES = ("centralized", "local")

@@ -28,6 +28,7 @@ from fedmomentum.run.method import make_method
 from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
 from fedmomentum.run.outline import ModelOutline, outline_model
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
+from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
 from fedmomentum.run.task import check_task, find_labels
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
@@ -117,7 +118,9 @@ def outline_run(
     check_arguments(config.training.arguments)
     config = choose_optimizer_state(config, method)
     check_task(config)
+    config = choose_private_dtype(config)
     check_privacy(config, method)
+    check_private_run(config)
     check_dropout(config)
     check_trackers(config.run.report_to)
     function = training_function(config)
@@ -257,6 +260,11 @@ def check_run_directory(
     else:
         keys = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
         changed = [key for key in keys if not key.startswith("data.")]
+    # The noise was chosen for the rounds that the run began with.
+    dp = config.privacy.dp
+    is_longer = config.federation.num_rounds > began.federation.num_rounds
+    if is_longer and dp is not None and dp.epsilon is not None:
+        changed.append("federation.num-rounds (the noise was chosen for privacy.dp.epsilon)")
     if changed:
         raise ConfigError(
             f"{out} was made with other settings; these differ: {', '.join(changed)}. Resume with "
@@ -284,5 +292,11 @@ def load_data(config: Config) -> list[ClientData]:
         ConfigError: If no data is named.
         DataError: If data cannot be used.
     """
-    seed = derive_seed(config.run.seed, "data")
-    return load_clients(config.data, seed, loss_on=config.training.loss_on, task=config.model.task)
+    dp = config.privacy.dp
+    return load_clients(
+        config.data,
+        derive_seed(config.run.seed, "data"),
+        loss_on=config.training.loss_on,
+        task=config.model.task,
+        unit_column=None if dp is None else dp.unit_column,
+    )

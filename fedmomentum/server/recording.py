@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmomentum.formats.round_record import RoundRecord
-from fedmomentum.formats.withheld import SUMS_ONLY
 from fedmomentum.lora.half_precision import rounding_error
 from fedmomentum.server.round_metrics import (
     client_trainings,
     energies,
     joined_failures,
+    mean_loss,
     sum_by_client,
     uplink_rounding,
 )
@@ -51,7 +51,7 @@ def round_record(
     train_loss = None if trained.summed is None else trained.summed.train_loss
     uplink = None
     if weights:
-        train_loss = sum(w * trainings[client].loss for client, w in weights.items())
+        train_loss = mean_loss(trainings, weights)
         uplink = uplink_rounding(training.replies, weights)
     return RoundRecord(
         round=model.server_round,
@@ -77,17 +77,15 @@ def round_record(
         version=model.version,
         uplink_bytes=sum_by_client(training.uplink_bytes, evaluated.replies.uplink_bytes),
         downlink_bytes=sum_by_client(training.downlink_bytes, evaluated.replies.downlink_bytes),
-        withheld=None if trained.summed is None else SUMS_ONLY,
     )
 
 
-def base_record(model: GlobalModel, evaluated: RoundEvaluation, *, is_secure: bool) -> RoundRecord:
+def base_record(model: GlobalModel, evaluated: RoundEvaluation) -> RoundRecord:
     """Return the row of round 0, but for times.
 
     Args:
         model: The model, which is the base model.
         evaluated: What the clients scored.
-        is_secure: Whether the server has sums over them.
     """
     replies = evaluated.replies
     return RoundRecord(
@@ -99,7 +97,6 @@ def base_record(model: GlobalModel, evaluated: RoundEvaluation, *, is_secure: bo
         version=model.version,
         uplink_bytes=sum_by_client(replies.uplink_bytes, {}),
         downlink_bytes=sum_by_client(replies.downlink_bytes, {}),
-        withheld=SUMS_ONLY if is_secure else None,
     )
 
 
@@ -118,5 +115,4 @@ def unchanged_record(
         participants=clients,
         failures=dict(sorted(failures.items())),
         version=model.version,
-        withheld=SUMS_ONLY,
     )

@@ -82,7 +82,7 @@ def check_losses(result: TrainResult, name: str) -> None:
     """
     for key in ("loss", "first_loss", "last_loss"):
         value = getattr(result, key)
-        if abs(value) > MAX_LOSS:
+        if value is not None and abs(value) > MAX_LOSS:
             raise PayloadError(
                 f"{name}: its {key} is {value:g}; wanted at most {MAX_LOSS:g} nats a token"
             )

@@ -86,6 +86,19 @@ def client_trainings(
     return trainings
 
 
+def mean_loss(
+    trainings: Mapping[str, ClientTraining], weights: Mapping[str, float]
+) -> float | None:
+    """Return the clients' weighted mean loss; None where one of them withholds its own."""
+    total = 0.0
+    for client, weight in weights.items():
+        loss = trainings[client].loss
+        if loss is None:
+            return None
+        total += weight * loss
+    return total
+
+
 def uplink_rounding(replies: Mapping[str, Reply], weights: Mapping[str, float]) -> float:
     """Return the clients' weighted mean of what 16 bits took from their updates, relative."""
     return sum(w * train_result(replies[client]).rounding for client, w in weights.items())

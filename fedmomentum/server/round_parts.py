@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
+from fedmomentum.protocol.private_messages import PrivateTerms
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def train_request(
         manifest: The global model.
         moments: Hash of the optimizer's moments to start with; None for zeros.
     """
+    dp = config.privacy.dp
     return TrainRequest(
         manifest=manifest,
         lora=lora,
@@ -125,6 +127,7 @@ def train_request(
         uplink_dtype=config.federation.uplink_dtype,  # type: ignore[arg-type]
         optimizer_state=config.training.optimizer_state,  # type: ignore[arg-type]
         moments=moments,
+        private=None if dp is None else PrivateTerms.of(dp, config.federation.num_rounds),
     )
 
 

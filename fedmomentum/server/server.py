@@ -12,6 +12,7 @@ import torch
 
 from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
 from fedmomentum.formats.round_record import Diagnostics, RoundRecord
+from fedmomentum.formats.withheld import withheld_by
 from fedmomentum.protocol.messages import Reply
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.client_updates import UpdateReader, next_rank
@@ -168,7 +169,7 @@ class Server:
         self._callbacks.on_round_begin(0, [])
         clients = self._transport.clients() if self._config.evaluation.every else []
         evaluated = self._evaluate(0, clients, None)
-        record = base_record(self.model, evaluated, is_secure=self._secure is not None)
+        record = base_record(self.model, evaluated)
         seconds = PhaseTimer().total(Replies(), evaluated.replies)
         record = msgspec.structs.replace(record, seconds=seconds)
         return self._commit(record)
@@ -381,6 +382,9 @@ class Server:
 
     def _commit(self, record: RoundRecord) -> RoundRecord:
         """Mark the best round so far, make the round durable, and tell the callbacks."""
+        is_private = self._config.privacy.dp is not None
+        withheld = withheld_by(secure=self._secure is not None, private=is_private)
+        record = msgspec.structs.replace(record, withheld=withheld)
         compared = None if record.evaluation is None else record.evaluation.compared
         if compared is not None and compared.num_tokens and record.round > 0:
             best_loss = self.state.best_loss

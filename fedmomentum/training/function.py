@@ -16,6 +16,7 @@ from fedmomentum.training.optimizer_state import check_moments
 if TYPE_CHECKING:
     from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.objectives.objective import Objective
+    from fedmomentum.privacy.mechanism import PrivateSettings
 
 
 OnStep = Callable[[int, int, float], None]
@@ -62,6 +63,7 @@ class TrainingSettings(TypedDict):
             parameters without moments start fresh. None, unlike an empty mapping, reports no
             moments afterwards.
         objective: What is minimized; the loss of the completions by default.
+        private: What makes the training differentially private; None for a plain one.
     """
 
     pad_token_id: int
@@ -70,6 +72,7 @@ class TrainingSettings(TypedDict):
     penalty: NotRequired[Penalty | None]
     moments: NotRequired[Mapping[str, Moments] | None]
     objective: NotRequired[Objective]
+    private: NotRequired[PrivateSettings | None]
 
 
 class TrainingKeywords(TypedDict):

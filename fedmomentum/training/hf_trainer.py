@@ -118,7 +118,8 @@ class LossRecorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the current step."""
         del args, control, kwargs
-        loss = self._nll / self._num_tokens
+        # The batch of a private step may be empty.
+        loss = self._nll / self._num_tokens if self._num_tokens else math.nan
         self._steps.append((loss, self._num_tokens))
         self._nll = 0.0
         self._num_tokens = 0
@@ -128,11 +129,11 @@ class LossRecorder(TrainerCallback):
     def report(self) -> TrainReport:
         """Return the report over all steps."""
         num_tokens = sum(tokens for _, tokens in self._steps)
-        nll = sum(loss * tokens for loss, tokens in self._steps)
+        nll = sum(loss * tokens for loss, tokens in self._steps if tokens)
         first_loss, _ = self._steps[0]
         last_loss, _ = self._steps[-1]
         return TrainReport(
-            loss=nll / num_tokens,
+            loss=nll / num_tokens if num_tokens else math.nan,
             first_loss=first_loss,
             last_loss=last_loss,
             num_steps=self.step,

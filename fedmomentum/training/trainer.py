@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer
 
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
 from fedmomentum.objectives.objective import CAUSAL_LM
+from fedmomentum.privacy.mechanism import PrivateSettings
 from fedmomentum.training.arguments import (
     check_hyperparameters,
     check_optimizer,
@@ -43,10 +44,17 @@ from fedmomentum.training.isolation import (
     sdpa_backend_for,
 )
 from fedmomentum.training.optimizer_state import check_moments, read_moments, trained_parameters
+from fedmomentum.training.private_trainer import (
+    PrivateTrainer,
+    check_private_arguments,
+    check_private_device,
+)
+from fedmomentum.training.unit_gradients import UnitGradients
 
 if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.data.tokenized import TokenizedExample, TokenizedExamples
+    from fedmomentum.objectives.objective import Objective
 
 
 def run_training(
@@ -74,6 +82,11 @@ def run_training(
     """
     if function is None:
         return train(model, examples, hyperparameters, **settings)
+    if settings.get("private") is not None:
+        raise ConfigError(
+            "a training function of your own cannot be differentially private: nothing shows what "
+            "it does with the examples; remove training.function, or [privacy.dp]"
+        )
     keywords = TrainingKeywords(
         pad_token_id=settings["pad_token_id"],
         learning_rate=hyperparameters.learning_rate,
@@ -116,6 +129,9 @@ def train(
     schedule. The order of examples and dropout follow from ``seed`` alone; the global random
     generators are restored. Nothing is printed or kept on disk.
 
+    A private training is DP-SGD: the examples of each step, dropout and noise come from the
+    operating system's entropy, not from ``seed``, and no two trainings give the same.
+
     Args:
         model: A model; its parameters with ``requires_grad`` are trained.
         examples: The client's examples.
@@ -135,6 +151,7 @@ def train(
     """
     moments = settings.get("moments")
     objective = settings.get("objective", CAUSAL_LM)
+    private = settings.get("private")
     check_hyperparameters(hyperparameters)
     if moments is not None:
         check_optimizer(hyperparameters.arguments)
@@ -147,10 +164,11 @@ def train(
         )
     # The number of steps first: the warm-up may be a fraction of it.
     num_steps = count_steps(len(examples), hyperparameters)
+    if private is not None:
+        check_private_arguments(hyperparameters.arguments)
+        check_private_device(model)
+        num_steps = private.mechanism.num_steps
     arguments = _with_warmup(hyperparameters.arguments, num_steps)
-
-    def collate(rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
-        return objective.collate(rows, settings["pad_token_id"])
 
     # Train in a directory that is deleted, and restore everything global that a trainer changes.
     recorder = LossRecorder(settings.get("on_step"))
@@ -160,33 +178,77 @@ def train(
     )
     steady = dropout_off(model) if objective.compares_pairs else nullcontext()
     with gc_frozen(), attention, restored, steady, tempfile.TemporaryDirectory() as directory:
-        trainer = CompletionTrainer(
-            objective=objective,
-            recorder=recorder,
-            penalty=settings.get("penalty"),
-            model=TrainableView(model),
-            args=_training_arguments(
-                arguments,
-                **_device_arguments(next(iter(parameters.values())).device),
-                output_dir=directory,
-                learning_rate=hyperparameters.learning_rate,
-                max_steps=num_steps,
-                per_device_train_batch_size=hyperparameters.batch_size,
-                seed=settings["seed"],
-            ),
-            train_dataset=ExampleDataset(examples),
-            data_collator=collate,
+        view = TrainableView(model)
+        trainer_arguments = _training_arguments(
+            arguments,
+            **_device_arguments(next(iter(parameters.values())).device),
+            **_batch_arguments(private, hyperparameters.batch_size),
+            output_dir=directory,
+            learning_rate=hyperparameters.learning_rate,
+            max_steps=num_steps,
+            seed=settings["seed"],
         )
-        trainer.remove_callback(PrinterCallback)
-        optimizer = _create_optimizer(trainer, num_steps)
-        if moments is not None:
-            trainer.add_callback(MomentsLoader(optimizer, parameters, moments))
-        trainer.train()
+        options: dict[str, Any] = {
+            "objective": objective,
+            "recorder": recorder,
+            "penalty": settings.get("penalty"),
+            "model": view,
+            "args": trainer_arguments,
+        }
+        with _new_trainer(examples, settings["pad_token_id"], private, options) as trainer:
+            trainer.remove_callback(PrinterCallback)
+            optimizer = _create_optimizer(trainer, num_steps)
+            if moments is not None:
+                trainer.add_callback(MomentsLoader(optimizer, parameters, moments))
+            trainer.train()
     _check_finite(parameters.values(), recorder.step, hyperparameters.learning_rate)
     report = recorder.report()
     if moments is None:
         return report
     return replace(report, moments=read_moments(optimizer, parameters))
+
+
+@contextmanager
+def _new_trainer(
+    examples: TokenizedExamples,
+    pad_token_id: int,
+    private: PrivateSettings | None,
+    options: Mapping[str, Any],
+) -> Iterator[CompletionTrainer]:
+    """Yield the trainer of a plain or a private training; the latter's hooks are removed after.
+
+    Raises:
+        ModelError: If the model cannot be trained privately.
+    """
+    objective: Objective = options["objective"]
+    if private is None:
+
+        def collate(rows: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+            return objective.collate(rows, pad_token_id)
+
+        yield CompletionTrainer(
+            train_dataset=ExampleDataset(examples), data_collator=collate, **options
+        )
+        return
+    arguments: LocalTrainingArguments = options["args"]
+    gradients = UnitGradients(
+        options["model"].wrapped_model,
+        objective,
+        pad_token_id,
+        # Rows that go through the model together, however many are drawn.
+        max_rows=max(1, round(private.mechanism.expected_batch)),
+        label_smoothing=arguments.label_smoothing_factor,
+    )
+    with gradients.hooked():
+        gradients.check_rows_are_independent()
+        yield PrivateTrainer(settings=private, examples=examples, gradients=gradients, **options)
+
+
+def _batch_arguments(private: PrivateSettings | None, batch_size: int) -> dict[str, Any]:
+    """Return the trainer's arguments about batches; a private step draws its own, and clips."""
+    if private is None:
+        return {"per_device_train_batch_size": batch_size}
+    return {"per_device_train_batch_size": 1, "max_grad_norm": 0.0}
 
 
 def _with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""What a task says of the differential privacy of a training."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from fedmomentum.config.privacy import DPConfig
+from fedmomentum.protocol.adapter_terms import Positive
+from fedmomentum.utils.schema import Label, PositiveCount, Schema
+
+EXAMPLE = "example"
+"""The unit of privacy where no column names one."""
+
+
+class PrivateTerms(Schema, frozen=True, kw_only=True):
+    """How a client trains privately; the same for all clients and rounds of a run.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise in clipping norms; None where it follows
+            from `epsilon`.
+        epsilon: What all rounds may reveal of one unit; None with a noise multiplier.
+        delta: The probability with which epsilon may not hold.
+        max_grad_norm: The norm that a unit's gradient is clipped to.
+        unit: What is protected: `example`, or a column's name.
+        num_rounds: The rounds of the run, in each of which a client may have to train.
+    """
+
+    noise_multiplier: Positive | None
+    epsilon: Positive | None
+    delta: Annotated[float, Meta(gt=0, lt=1)]
+    max_grad_norm: Positive
+    unit: Label
+    num_rounds: PositiveCount
+
+    @classmethod
+    def of(cls, dp: DPConfig, num_rounds: int) -> PrivateTerms:
+        """Return the terms of a run's settings."""
+        return cls(
+            noise_multiplier=dp.noise_multiplier,
+            epsilon=dp.epsilon,
+            delta=dp.delta,
+            max_grad_norm=dp.max_grad_norm,
+            unit=dp.unit_column or EXAMPLE,
+            num_rounds=num_rounds,
+        )

@@ -1,0 +1,291 @@
+"""Sums of gradients that are clipped unit by unit, by the hooks of Opacus.
+
+A unit is what a private training protects: an example, or all rows of one patient. Opacus computes
+the gradient of every row in one backward pass; those of a unit's rows are summed and then clipped
+together, to one norm over all parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmomentum.data.tokenized import TokenizedExample
+from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.objectives.objective import Predictions
+from fedmomentum.training.optimizer_state import trained_parameters
+
+if TYPE_CHECKING:
+    from fedmomentum.data.tokenized import TokenizedExamples
+    from fedmomentum.objectives.objective import Objective
+
+# How far the gradient of a row in a batch may be from that of the same row alone, relative to the
+# larger: float32 kernels sum in an order that depends on the batch.
+COUPLING_RTOL = 1e-3
+EXACT_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass
+class ClippedSum:
+    """The sum of the clipped gradients of some units.
+
+    Attributes:
+        gradients: The sum by parameter, in float64.
+        nll: Loss of the units' rows, summed over their targets.
+        num_targets: Number of these targets.
+        num_unusable: Units whose gradient was not finite; they contribute nothing.
+    """
+
+    gradients: dict[str, Tensor]
+    nll: float = 0.0
+    num_targets: int = 0
+    num_unusable: int = 0
+
+    def add_clipped(self, units: Mapping[str, Tensor], max_norm: float) -> None:
+        """Add gradients of units, each clipped to a norm over all of its parameters.
+
+        Args:
+            units: Gradients of shape `(units, ...)` by parameter, in float64.
+            max_norm: The norm.
+        """
+        squares: Any = 0
+        for gradient in units.values():
+            squares = squares + gradient.flatten(1).square().sum(dim=1)
+        norms = squares.sqrt()
+        factors = (max_norm / norms).clamp(max=1.0)
+        # A gradient that is not finite has no direction to clip: nothing of it may be added.
+        usable = norms.isfinite()
+        self.num_unusable += int((~usable).sum())
+        factors = factors[usable]
+        for name, gradient in units.items():
+            self.gradients[name] += torch.tensordot(factors, gradient[usable], dims=1)
+
+
+@dataclass
+class UnitGradients:
+    """Computes sums of clipped gradients while `hooked` is open.
+
+    Attributes:
+        model: A model in training mode; its trainable parameters belong to linear layers.
+        objective: What is minimized: the mean loss of a row's targets, summed over a unit's rows.
+        pad_token_id: Fills short rows.
+        max_rows: The most examples in one pass through the model.
+        label_smoothing: As in `Objective.loss`.
+    """
+
+    model: nn.Module
+    objective: Objective
+    pad_token_id: int
+    max_rows: int
+    label_smoothing: float = 0.0
+    _parameters: dict[str, nn.Parameter] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Find the trainable parameters."""
+        self._parameters = trained_parameters(self.model)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Have every backward pass within the block keep the gradient of each row.
+
+        Raises:
+            ConfigError: If Opacus is not installed.
+            ModelError: If `check_layers` refuses the model.
+        """
+        check_layers(self.model)
+        try:
+            from opacus.grad_sample import GradSampleHooks
+        except ImportError as error:
+            raise ConfigError(
+                "differential privacy needs the package opacus: pip install 'fedmomentum[privacy]'"
+            ) from error
+        hooks = GradSampleHooks(self.model, loss_reduction="sum")
+        try:
+            with warnings.catch_warnings():
+                # The inputs of the first adapted layer need no gradient, and have none.
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                yield
+        finally:
+            hooks.cleanup()
+
+    def clipped_sum(
+        self, examples: TokenizedExamples, units: Sequence[Sequence[int]], max_norm: float
+    ) -> ClippedSum:
+        """Return the sum over units of their clipped gradients; zero without units.
+
+        Args:
+            examples: The rows.
+            units: The rows of each unit, by index.
+            max_norm: The norm that each unit's gradient is clipped to.
+        """
+        result = ClippedSum({})
+        for name, parameter in self._parameters.items():
+            result.gradients[name] = torch.zeros_like(parameter, dtype=torch.float64)
+        # A unit of many rows may need several passes: its sum so far waits in `pending`.
+        pairs = [(unit, row) for unit, rows in enumerate(units) for row in rows]
+        pending: dict[str, Tensor] = {}
+        for start in range(0, len(pairs), self.max_rows):
+            chunk = pairs[start : start + self.max_rows]
+            batch = [examples.example(row) for _, row in chunk]
+            gradients = self._row_gradients(batch, result)
+            owners = torch.tensor([unit - chunk[0][0] for unit, _ in chunk])
+            summed = _sum_by_owner(gradients, owners, pending)
+            # The last unit of the pass is complete unless the next pass begins with it.
+            following = pairs[start + self.max_rows : start + self.max_rows + 1]
+            continues = bool(following) and following[0][0] == chunk[-1][0]
+            pending = {}
+            if continues:
+                pending = {name: value[-1] for name, value in summed.items()}
+                summed = {name: value[:-1] for name, value in summed.items()}
+            result.add_clipped(summed, max_norm)
+        return result
+
+    def _row_gradients(
+        self, batch: Sequence[TokenizedExample], result: ClippedSum
+    ) -> dict[str, Tensor]:
+        """Return the gradient of each example of a batch by parameter; count its loss.
+
+        Raises:
+            ModelError: If a layer's first dimension is not that of the batch.
+        """
+        device = next(iter(self._parameters.values())).device
+        inputs = self.objective.collate(batch, self.pad_token_id)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        predictions = self.objective.predict(self.model, inputs)
+        total: Any = 0
+        for part in split_predictions(predictions, len(batch)):
+            loss = self.objective.loss(part, label_smoothing=self.label_smoothing)
+            total = total + loss.optimized / max(loss.num_targets, 1)
+            result.nll += loss.nll.item()
+            result.num_targets += loss.num_targets
+        total.backward()
+        # Both rows of a pair are gradients of the same example.
+        num_rows = len(inputs["input_ids"])
+        gradients = {}
+        for name, parameter in self._parameters.items():
+            of_rows: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.grad = None
+            if of_rows is None:  # the layer took no part in this batch
+                of_rows = parameter.new_zeros(num_rows, *parameter.shape)
+            if not isinstance(of_rows, Tensor) or len(of_rows) != num_rows:
+                raise _coupled(name)
+            by_pass = of_rows.double().unflatten(0, (num_rows // len(batch), len(batch)))
+            gradients[name] = by_pass.sum(dim=0)
+        return gradients
+
+    def check_rows_are_independent(self) -> None:
+        """Refuse a model in which one row's gradient depends on the other rows of its batch.
+
+        It is tried on made-up tokens, so that the answer says nothing about the data.
+
+        Raises:
+            ModelError: If there is such a dependence: one unit could change the gradients of all
+                others, and no clipping would bound what it reveals.
+        """
+        rows = _made_up_rows(self.objective.compares_pairs)
+        unused = ClippedSum({})
+        # Without dropout, which is other in every pass. The hooks only work in training mode.
+        was_training = self.model.training
+        self.model.eval()
+        for module in self.model.modules():
+            if type(module) is nn.Linear:
+                module.train()
+        try:
+            self._compare_rows(rows, unused)
+        finally:
+            self.model.train(was_training)
+
+    def _compare_rows(self, rows: Sequence[TokenizedExample], unused: ClippedSum) -> None:
+        """Compare the gradient of each row in a batch with that of the row alone."""
+        together = self._row_gradients(rows, unused)
+        for index, row in enumerate(rows):
+            alone = self._row_gradients([row], unused)
+            for name, gradient in alone.items():
+                difference = (gradient[0] - together[name][index]).norm()
+                if not difference <= COUPLING_RTOL * gradient[0].norm() + 1e-12:
+                    raise _coupled(name)
+
+
+def split_predictions(predictions: Predictions, num_examples: int) -> Iterator[Predictions]:
+    """Yield the predictions of each example of a batch; a pair's two rows stay together."""
+    logits = predictions.logits.split(1)
+    labels = predictions.labels.split(1)
+    for index in range(num_examples):
+        if predictions.reference is None:
+            yield Predictions(logits[index], labels[index])
+            continue
+        both = (index, num_examples + index)
+        yield Predictions(
+            torch.cat([logits[row] for row in both]),
+            torch.cat([labels[row] for row in both]),
+            predictions.reference[index : index + 1],
+        )
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse a model whose gradients by row are not known to be right.
+
+    Raises:
+        ModelError: If a trainable parameter is not that of a linear layer, or weights are not in
+            float32.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise _coupled(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and type(module) is not nn.Linear:
+                raise ModelError(
+                    f"differential privacy: {path}.{name} belongs to a {type(module).__name__}, "
+                    "and the gradient of each example is only computed for linear layers; adapt "
+                    "linear modules only, and leave out lora.target-parameters and "
+                    "modules-to-save of other kinds"
+                )
+            if parameter.dtype not in EXACT_DTYPES:
+                raise ModelError(
+                    f"differential privacy: {path}.{name} is held in {parameter.dtype}, and the "
+                    "rounding of one example would depend on the others of its batch; set "
+                    'model.dtype = "float32" and model.quantization = "none"'
+                )
+
+
+def _sum_by_owner(
+    gradients: Mapping[str, Tensor], owners: Tensor, pending: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Sum the gradients of rows by unit; what is pending belongs to the first."""
+    num_units = int(owners[-1]) + 1
+    result = {}
+    for name, gradient in gradients.items():
+        summed = gradient.new_zeros(num_units, *gradient.shape[1:])
+        summed.index_add_(0, owners.to(gradient.device), gradient)
+        if pending:
+            summed[0] += pending[name]
+        result[name] = summed
+    return result
+
+
+def _made_up_rows(are_pairs: bool) -> list[TokenizedExample]:
+    """Return rows of different lengths whose last number is a token as well as a label."""
+    rejected = ((4, 5, 3), (5, 4, 6, 4, 3, 2))
+    reference = ((-1.0, -2.0), (-3.0, -1.0))
+    rows = []
+    for index, ids in enumerate(((4, 5, 1), (5, 4, 6, 4, 0))):
+        row = TokenizedExample(ids, len(ids) - 1, "", False)
+        if are_pairs:
+            row = row._replace(rejected_ids=rejected[index], reference=reference[index])
+        rows.append(row)
+    return rows
+
+
+def _coupled(name: str) -> ModelError:
+    return ModelError(
+        f"differential privacy: the gradient of {name} cannot be attributed to single examples, "
+        "because the layer mixes the rows of a batch or has another dimension first; train this "
+        "model without [privacy.dp], or adapt other modules"
+    )
