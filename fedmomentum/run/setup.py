@@ -13,7 +13,6 @@ import torch
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.library_errors import translate_out_of_memory
-from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.store import ClientStore
@@ -41,6 +40,7 @@ from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
+    from fedmomentum.client.client import Client
     from fedmomentum.config.schema import Config, LoraConfig, RunConfig
     from fedmomentum.data.examples import ClientData
     from fedmomentum.formats.manifest import Fingerprint
@@ -355,6 +355,9 @@ def make_clients(
     on_step: Callable[[str, int, int, float], None] | None,
 ) -> list[Client]:
     """Return the clients with their examples, on one model and with one cache of objects."""
+    # Imported where there are clients: who only reads a result has none.
+    from fedmomentum.client.client import Client
+
     objective = make_objective(config.training, local.identity.labels)
     cache: dict[str, StoredObject] = {}
     clients = []
