@@ -6,6 +6,7 @@ Clients open a sum once, so what came of them cannot be asked for again. ::
     secure/<run>/0003-1-1/      round, sum, attempt
         2/<client>              a reply behind its SHA-256, by step
         2.json                  the step has ended with these clients
+        means                   what came of the first sum, as it was sent
 
 A reply is on disk before the step ends, and a step's end before the next message leaves.
 """
@@ -22,6 +23,7 @@ from typing import Literal
 import msgspec
 
 from fedmomentum.errors import ModelError
+from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.protocol.secure_messages import FIRST_SUM
 from fedmomentum.secure_sum.server import STEPS
 from fedmomentum.server.replies import Replies
@@ -80,6 +82,22 @@ class KeptSum:
 
     directory: Path
 
+    def means(self, computed: StoredObject) -> StoredObject:
+        """Return what came of it as the clients were sent it first, whoever computes it again.
+
+        Another machine may choose other directions, and clients have used those of before.
+
+        Raises:
+            ModelError: If it was damaged.
+        """
+        file = self.directory / "means"
+        try:
+            data = read_file(file, max_bytes=DIGEST_BYTES + len(computed.data))
+        except FileNotFoundError:
+            write_atomically(file, _with_digest(computed.data))
+            return computed
+        return StoredObject(_without_digest(data, file))
+
     def replies(self, step: int, parties: Sequence[str], max_bytes: int) -> Mapping[str, bytes]:
         """Return the kept replies of a step, each read when it is looked at."""
         directory = self.directory / str(step)
@@ -91,8 +109,7 @@ class KeptSum:
         """Keep a reply."""
         directory = self.directory / str(step)
         directory.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(reply).digest()
-        write_atomically(directory / directory_name(party), digest + reply)
+        write_atomically(directory / directory_name(party), _with_digest(reply))
 
     def ended_with(self, step: int) -> list[str] | None:
         """Return the clients with which a step has ended; None if it has not.
@@ -183,14 +200,26 @@ class _Replies(Mapping[str, bytes]):
     def __getitem__(self, party: str) -> bytes:
         file = self._files[party]
         data = read_file(file, max_bytes=self._max_bytes + DIGEST_BYTES)
-        reply = data[DIGEST_BYTES:]
-        # Masked values look the same whether they are damaged or not.
-        if hashlib.sha256(reply).digest() != data[:DIGEST_BYTES]:
-            raise ModelError(f"{file} was damaged or altered; restore it from a copy")
-        return reply
+        return _without_digest(data, file)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _with_digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() + data
+
+
+def _without_digest(data: bytes, file: Path) -> bytes:
+    """Return what stands behind its hash.
+
+    Raises:
+        ModelError: If it is not what was written; masked values would not show it.
+    """
+    content = data[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != data[:DIGEST_BYTES]:
+        raise ModelError(f"{file} was damaged or altered; restore it from a copy")
+    return content

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmomentum.aggregation.adapter_sums import AdapterSums
 from fedmomentum.errors import QuorumError, SecureSumError
 from fedmomentum.formats.manifest import RoundOutcome
-from fedmomentum.global_model.mean_moves import means_object
+from fedmomentum.global_model.mean_moves import means_object, read_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_blocks, mean_loss
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SUM, SecureTerms
 from fedmomentum.secure_sum.messages import MIN_PARTIES, SumPlan, min_threshold
@@ -189,6 +189,11 @@ class RoundSums:
 
         # The cross terms, on the range that the sketch has found.
         stored = means_object(means)
+        kept = self._kept_sum(first_plan)
+        if kept is not None:
+            stored = kept.means(stored)
+            sent = read_means(stored, f"the outcome of sum {FIRST_SUM} of round {server_round}")
+            means = replace(means, modules=sent.modules)
         second = self._second_sum(exchange, first_plan, first.survivors, layout, stored)
         totals = None if second is None else _tensors(second)
         updates, weights = _named(*layout.stand_ins(means, totals))

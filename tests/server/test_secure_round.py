@@ -35,7 +35,13 @@ def distance(one, other):
 
 
 @pytest.mark.parametrize(
-    ("method", "sketch_ranks"), [("fedit", 1), ("fedsvd", 1), ("fedmomentum", 2), ("flora", 2)]
+    ("method", "sketch_ranks"),
+    [
+        ("fedit", 1),
+        pytest.param("fedsvd", 1, marks=pytest.mark.long),
+        ("fedmomentum", 2),
+        pytest.param("flora", 2, marks=pytest.mark.long),
+    ],
 )
 def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
     tmp_path, method, sketch_ranks
@@ -60,7 +66,7 @@ def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
 
 
 def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
-    config = tiny_config(tmp_path, privacy=PRIVACY, federation={"num_rounds": 3})
+    config = tiny_config(tmp_path, privacy=PRIVACY, federation={"num_rounds": 2})
     whole = start(config, tmp_path / "whole")
 
     def kill(event, facts):
