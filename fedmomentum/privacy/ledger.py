@@ -155,7 +155,7 @@ class Ledger:
                 its replies are still there.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked("w"):
+        with self._locked("file"):
             try:
                 return self.read()
             except FileNotFoundError:
@@ -263,7 +263,7 @@ class Ledger:
 
     def _enter(self, training: Training) -> int:
         """Write a training down; return its position."""
-        with self._locked("w"):
+        with self._locked("file"):
             record = self.read()
             last = record.trainings[-1] if record.trainings else None
             # A started one whose process holds no lock any more died before its reply was stored.
@@ -295,7 +295,7 @@ class Ledger:
 
     def store_reply(self, position: int, reply: bytes) -> None:
         """Store the reply of a training, first the reply itself and then that there is one."""
-        with self._locked("w"):
+        with self._locked("file"):
             record = self.read()
             training = msgspec.structs.replace(
                 record.trainings[position], state="replied", reply=sha256(reply)
@@ -310,7 +310,7 @@ class Ledger:
 
     def _fail(self, position: int) -> None:
         """Write down that a training has failed, unless its reply is stored."""
-        with self._locked("w"):
+        with self._locked("file"):
             record = self.read()
             # What fails after that is the way to the server.
             if record.trainings[position].state == "replied":
