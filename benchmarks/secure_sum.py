@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmomentum import Adapter, LowRank
-from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, MeanMoves
+from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves
+from fedmomentum.aggregation.product_from_sums import MeanMoves
 from fedmomentum.global_model.mean_moves import means_object
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.secure_sum.fixed_point import largest_integer

@@ -4,6 +4,7 @@ The command line prints them and exits with 2.
 """
 
 import re
+from collections.abc import Mapping
 
 
 class FedMomentumError(Exception):
@@ -44,6 +45,21 @@ class PayloadError(FedMomentumError):
 
 class QuorumError(FedMomentumError):
     """Too few clients answered a round with something usable."""
+
+
+class LostRoundError(QuorumError):
+    """A round of which a sum was opened, and too few clients are left to open the rest.
+
+    Clients open no second sum of a round, so it cannot be made again.
+
+    Args:
+        text: What happened.
+        failures: Client to why it did not open its part.
+    """
+
+    def __init__(self, text: str, failures: Mapping[str, str]) -> None:
+        super().__init__(text)
+        self.failures = dict(failures)
 
 
 class SecureSumError(FedMomentumError):

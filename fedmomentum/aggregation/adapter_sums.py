@@ -29,6 +29,7 @@ from fedmomentum.aggregation.product_from_sums import (
     ClientMove,
     FirstTerms,
     MeanMove,
+    MeanMoves,
     combine_sums,
     first_terms,
     mean_move,
@@ -62,21 +63,6 @@ class ClientMoves:
 
     num_examples: int
     modules: Mapping[str, ClientMove]
-    saved: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class MeanMoves:
-    """The outcome of the first sum, over all modules.
-
-    Attributes:
-        num_examples: The number of examples of all clients in it.
-        modules: Module to the mean move.
-        saved: Fully trained tensor to its mean change.
-    """
-
-    num_examples: int
-    modules: Mapping[str, MeanMove]
     saved: Mapping[str, Tensor]
 
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,21 @@ class MeanMove:
     b: Tensor
     a: Tensor
     Q: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MeanMoves:
+    """The outcome of the first sum, over all modules.
+
+    Attributes:
+        num_examples: The number of examples of all clients in it.
+        modules: Module to the mean move.
+        saved: Fully trained tensor to its mean change.
+    """
+
+    num_examples: int
+    modules: Mapping[str, MeanMove]
+    saved: Mapping[str, Tensor]
 
 
 def sketch_matrix(module: str, in_size: int, width: int, seed: int) -> Tensor:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, MeanMoves, Values
+from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, Values
+from fedmomentum.aggregation.product_from_sums import MeanMoves
 from fedmomentum.errors import DataError, ModelError, SecureSumError
 from fedmomentum.global_model.cross_terms import CrossTerms
 from fedmomentum.global_model.mean_moves import read_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_values
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SecureTerms
 from fedmomentum.secure_sum.messages import SumPlan, decode_message
-from fedmomentum.secure_sum.party import Identity, SumParty
 
 if TYPE_CHECKING:
     from fedmomentum.client.store import ClientStore
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedmomentum.protocol.messages import EvaluateResult, TrainResult
     from fedmomentum.protocol.secure_messages import SumRequest
     from fedmomentum.secure_sum.journal import PartyJournal
+    from fedmomentum.secure_sum.party import Identity, SumParty
 
 
 LOG = logging.getLogger("fedmomentum")
@@ -98,6 +99,9 @@ class SecureWork:
             self._check_plan(request, message)
             # Only with a plan that is for this very sum is there something to sum up.
             values = self._values(request.number, means)
+            # Imported by clients that take part in sums, and by no others.
+            from fedmomentum.secure_sum.party import SumParty
+
             party = SumParty(self.party.identity, self.party.journal, values)
             reply = party.answer(message)
             self._sum = party

@@ -55,12 +55,14 @@ def node_identity(config: Config, name: str, key: Path) -> Identity | None:
             "whose public keys its site has from them. Collect the sites' NAME.pub, not by way of "
             "the server, and make the file with: fedmomentum keys roster NAME.pub..."
         )
+    # The roster: enough parties, and this node among them with its own key.
     roster = Roster.read(Path(privacy.roster))
     if len(roster.keys) < MIN_PARTIES:
         raise ConfigError(
             f"{privacy.roster} has {len(roster.keys)} parties, and a secure sum needs at least "
             f"{MIN_PARTIES}"
         )
+    # How many must open a sum, whatever the server names.
     num_sampled = sample_size(len(roster.keys), config.federation.client_fraction)
     least = min_threshold(num_sampled, trusts_server=privacy.trusts_server)
     private_key = load_private_key(key)
@@ -137,6 +139,7 @@ def make_roster(public_files: list[Path], out: Path | None) -> Roster:
                     )
             keys[name] = key
             places[name] = file
+    # Sorted, so that all sites write the same bytes.
     if not MIN_PARTIES <= len(keys) <= MAX_PARTIES:
         raise ConfigError(
             f"a secure sum has {MIN_PARTIES} to {MAX_PARTIES} parties; these are {len(keys)}"

@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from fedmomentum.aggregation.adapter_sums import MeanMoves
 from fedmomentum.aggregation.product_from_sums import ClientMove, next_feedback
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.state_file import StateFile, StateHeader, encode_state, read_state
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import Matrix
 from fedmomentum.utils.schema import ModulePath, PositiveCount, Size
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation.product_from_sums import MeanMoves
 
 
 class _Header(StateHeader, frozen=True, kw_only=True):

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedmomentum.aggregation.adapter_sums import MeanMoves
-from fedmomentum.aggregation.product_from_sums import MeanMove
+from fedmomentum.aggregation.product_from_sums import MeanMove, MeanMoves
 from fedmomentum.errors import PayloadError
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.low_rank import CORE_DTYPE

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
-from fedmomentum.config.schema import LoraConfig
 from fedmomentum.utils.schema import Count, PositiveCount, Schema, Seed, Text
+
+if TYPE_CHECKING:
+    from fedmomentum.config.schema import LoraConfig
 
 # The largest number of adapted modules.
 MAX_MODULES = 100_000

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,11 @@ from numpy.typing import NDArray
 from fedmomentum.errors import SecureSumError
 from fedmomentum.formats.round_record import EvaluationRecord
 from fedmomentum.formats.scores import NO_EXAMPLES, LabelCounts, Score
-from fedmomentum.protocol.messages import EvaluateResult
 from fedmomentum.secure_sum.fixed_point import count_block
 from fedmomentum.secure_sum.messages import Block
+
+if TYPE_CHECKING:
+    from fedmomentum.protocol.messages import EvaluateResult
 
 # Block to its elements, `(size,)`.
 Values = Mapping[str, NDArray[np.float64]]
@@ -95,6 +98,7 @@ class ScoreSums:
 
     def blocks(self) -> list[Block]:
         """Return the sum's blocks."""
+        # Of both groups the same, and the counts of labels where there are any.
         blocks = []
         for group in GROUPS:
             blocks += _real_blocks(f"{group} nll", 1, self.num_parties)
@@ -108,6 +112,7 @@ class ScoreSums:
 
     def values(self, result: EvaluateResult) -> Values:
         """Return a client's values in the sum; zeros where it has no held-out examples."""
+        # Without held-out examples a client adds zeros: the sum's form is that of all.
         values: dict[str, NDArray[np.float64]] = {}
         for group in GROUPS:
             score = getattr(result, group) or NO_EXAMPLES
@@ -147,6 +152,7 @@ class ScoreSums:
 
     def _score(self, group: str, totals: Values) -> Score:
         """Return the score of a group; `ValueError` if it cannot be one."""
+        # What no score can be is found here or by the score itself.
         num_tokens, num_examples, num_exact = _counts(totals[f"{group} counts"])
         (nll,) = _reals(f"{group} nll", totals)
         # Rounding may leave a sum of zeros a hair below zero.
@@ -183,6 +189,7 @@ def _real_blocks(name: str, size: int, num_parties: int) -> list[Block]:
 
 def _real_values(name: str, numbers: Sequence[float]) -> dict[str, NDArray[np.float64]]:
     """Return a client's values in these blocks."""
+    # Rounded down, so that the rest is from 0 to 1 for negative numbers, too.
     whole = [float(math.floor(number)) for number in numbers]
     rest = [number - part for number, part in zip(numbers, whole, strict=True)]
     return {f"{name}, whole": np.array(whole), f"{name}, rest": np.array(rest)}
@@ -190,6 +197,7 @@ def _real_values(name: str, numbers: Sequence[float]) -> dict[str, NDArray[np.fl
 
 def _reals(name: str, totals: Values) -> list[float]:
     """Return the sums of the numbers."""
+    # Whole parts come back exactly, but for the last bits of the decoding.
     sums = np.rint(totals[f"{name}, whole"]) + totals[f"{name}, rest"]
     return [float(number) for number in sums]
 

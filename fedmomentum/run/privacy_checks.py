@@ -27,6 +27,7 @@ def check_privacy(config: Config, method: Method) -> None:
     """
     if not config.privacy.secure_aggregation:
         return
+    # What the server would need of single clients, and does not have.
     if method.depends_on == "updates":
         raise ConfigError(
             f"{method.title or type(method).__name__} needs every client's update by itself, and "
@@ -74,6 +75,7 @@ def _check_change(config: Config) -> None:
     """
     if config.privacy.max_change is not None:
         return
+    # Whether a bound is known does not depend on round, steps or sizes.
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     bound = largest_change(hyperparameters, 1, largest_number=1.0, largest_tensor=1)
     if config.training.function is not None or bound is None:

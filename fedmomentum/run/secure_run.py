@@ -14,7 +14,6 @@ from fedmomentum.secure_sum.party import Identity
 from fedmomentum.secure_sum.roster import Roster, make_parties
 from fedmomentum.server.kept_sums import KeptSums
 from fedmomentum.server.round_steps import RoundSteps
-from fedmomentum.server.secure_round import SecureRounds
 from fedmomentum.utils.names import directory_name
 
 if TYPE_CHECKING:
@@ -69,5 +68,8 @@ def secure_steps(
         roster: The public keys that the server has for the clients.
         kept: Where what came of a sum is kept, for clients that outlive this process.
     """
+    # Imported by runs that have sums, and by no others.
+    from fedmomentum.server.secure_round import SecureRounds
+
     secure = SecureRounds(transport, roster, method=method, config=config, kept=kept)
     return RoundSteps(screening=False, diagnostics=False, secure=secure)

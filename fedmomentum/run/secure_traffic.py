@@ -40,6 +40,7 @@ def secure_traffic(
         method: The method; of one that alternates, the round in which more is sent counts.
         num_clients: The number of all clients of the run.
     """
+    # A method may alternate: both kinds of rounds are counted, and the larger one is told.
     layouts = []
     for server_round in (1, 2):
         layouts.append(
@@ -69,6 +70,7 @@ def secure_traffic(
 
 def _num_values(layout: AdapterSums) -> tuple[int, int]:
     """Return how many numbers a client sends in the sums of updates, and is sent as their means."""
+    # What is trained in full is summed and averaged whole.
     saved = sum(tensor.numel() for tensor in layout.start.saved.values())
     values = saved
     means = saved

@@ -13,7 +13,6 @@ import torch
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.library_errors import translate_out_of_memory
-from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.private_party import PrivateParty
@@ -44,6 +43,7 @@ from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
+    from fedmomentum.client.client import Client
     from fedmomentum.config.schema import Config, LoraConfig, RunConfig
     from fedmomentum.data.examples import ClientData
     from fedmomentum.formats.manifest import Fingerprint
@@ -371,6 +371,9 @@ def make_clients(
     on_step: Callable[[str, int, int, float], None] | None,
 ) -> list[Client]:
     """Return the clients with their examples, on one model and with one cache of objects."""
+    # Imported where there are clients: who only reads a result has none.
+    from fedmomentum.client.client import Client
+
     objective = make_objective(config.training, local.identity.labels)
     cache: dict[str, StoredObject] = {}
     clients = []

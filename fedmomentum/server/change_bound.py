@@ -34,6 +34,7 @@ def change_bound(config: Config, server_round: int, start: Adapter) -> float:
     privacy = config.privacy
     if privacy.max_change is not None:
         return privacy.max_change
+    # As many steps as the largest client makes: with epochs, its number of examples counts.
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
     num_steps = asked_steps(privacy.max_examples, hyperparameters)

@@ -244,3 +244,16 @@ def is_finite(matrix: Matrix) -> bool:
     # The product's elements are below the product of the norms; below float32's end, all of them
     # are finite.
     return math.isfinite(math.prod(sizes)) and math.prod(sizes) < torch.finfo(torch.float32).max
+
+
+def check_ready(reply: Reply) -> None:
+    """Refuse a reply that brings what should have stayed with its client.
+
+    Raises:
+        PayloadError: If it holds a tensor.
+    """
+    if reply.tensors:
+        raise PayloadError(
+            f"client {reply.client_id}: tensor {min(reply.tensors)[:200]!r} was not asked for; "
+            "updates are summed under masks"
+        )

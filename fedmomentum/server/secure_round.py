@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fedmomentum.errors import PayloadError, QuorumError
+from fedmomentum.errors import LostRoundError, QuorumError
 from fedmomentum.protocol.secure_messages import SecureTerms
 from fedmomentum.server.change_bound import change_bound
 from fedmomentum.server.kept_sums import KeptSums, TrainedParties
+from fedmomentum.server.reply_checks import check_ready
 from fedmomentum.server.round_parts import TrainedRound
 from fedmomentum.server.round_sums import RoundSums, SummedRound
 from fedmomentum.server.scoring import RoundEvaluation
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.protocol.messages import Reply, TrainRequest
+    from fedmomentum.protocol.messages import TrainRequest
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.secure_sum.roster import Roster
     from fedmomentum.server.exchange import Exchange
@@ -38,21 +39,6 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("fedmomentum")
-
-
-class LostRoundError(QuorumError):
-    """A round of which a sum was opened, and too few clients are left to open the rest.
-
-    Clients open no second sum of a round, so it cannot be made again.
-
-    Args:
-        text: What happened.
-        failures: Client to why it did not open its part.
-    """
-
-    def __init__(self, text: str, failures: Mapping[str, str]) -> None:
-        super().__init__(text)
-        self.failures = dict(failures)
 
 
 class SecureRounds:
@@ -203,16 +189,3 @@ class SecureRounds:
     ) -> RoundEvaluation:
         """Return what the clients scored together; see `RoundSums.scores`."""
         return RoundEvaluation(replies, self._sums.scores(run_id, summed, server_round, replies))
-
-
-def check_ready(reply: Reply) -> None:
-    """Refuse a reply that brings what should have stayed with its client.
-
-    Raises:
-        PayloadError: If it holds a tensor.
-    """
-    if reply.tensors:
-        raise PayloadError(
-            f"client {reply.client_id}: tensor {min(reply.tensors)[:200]!r} was not asked for; "
-            "updates are summed under masks"
-        )

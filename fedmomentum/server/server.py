@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from fedmomentum.aggregation.aggregate import AggregationResult, RoundContext, aggregate_updates
+from fedmomentum.errors import LostRoundError
 from fedmomentum.formats.round_record import Diagnostics, RoundRecord
 from fedmomentum.formats.withheld import withheld_by
 from fedmomentum.protocol.messages import Reply
@@ -22,7 +23,7 @@ from fedmomentum.server.exchange import Exchange, sent_manifest
 from fedmomentum.server.moments import SharedOptimizer
 from fedmomentum.server.recording import base_record, round_record, unchanged_record
 from fedmomentum.server.replies import Replies
-from fedmomentum.server.reply_checks import check_aggregate, check_evaluation
+from fedmomentum.server.reply_checks import check_aggregate, check_evaluation, check_ready
 from fedmomentum.server.round_metrics import PhaseTimer
 from fedmomentum.server.round_parts import (
     Combined,
@@ -32,10 +33,8 @@ from fedmomentum.server.round_parts import (
     train_request,
 )
 from fedmomentum.server.round_steps import RoundSteps
-from fedmomentum.server.round_sums import SummedRound
 from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
 from fedmomentum.server.screening import Screening
-from fedmomentum.server.secure_round import LostRoundError, check_ready
 from fedmomentum.server.selection import (
     check_quorum,
     client_weights,
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from fedmomentum.protocol.messages import TrainRequest
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.server.checkpoint import RunDirectory
+    from fedmomentum.server.round_sums import SummedRound
     from fedmomentum.server.state import ServerState
 
 

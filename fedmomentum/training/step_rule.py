@@ -133,6 +133,7 @@ def _reach(
     arguments: Mapping[str, Any], num_steps: int, steps_before: int, largest_tensor: int
 ) -> _Reach | None:
     """Return how far a number can get; None where nothing is known."""
+    # Each optimizer by its own argument; of what is not listed nothing is claimed.
     name = str(arguments.get("optim", "adamw_torch"))
     options = optimizer_options(arguments)
     if name in ADAMW:
@@ -166,6 +167,7 @@ def _reach_of_sgd(
         momentum = float(options.get("momentum", "0"))
     except ValueError:
         return None
+    # At 1 and above, old gradients never count less.
     if not 0 <= momentum < 1:
         return None
     # A gradient counts in its own step, and less in each that follows, so a step is worth
