@@ -68,6 +68,7 @@ def _units_by_client(job: Config, dp: DPConfig, units: Sequence[int] | None) -> 
         if min(units) < 1:
             raise ConfigError(f"--units must be at least 1; got {min(units)}")
         return {f"{count} units": count for count in units}
+    # Held-out examples are not trained on, and do not count.
     result = {}
     for party in load_data(job):
         groups = group_units([example.unit for example in party.train])
@@ -90,6 +91,7 @@ def _plan_table(job: Config, dp: DPConfig, units: Mapping[str, int]) -> Table:
     table = Table("client", *right)
     num_rounds = job.federation.num_rounds
     hyperparameters = job.training.hyperparameters(1, num_rounds)
+    # Without epsilon or noise there is nothing to compute, so the usual ones are shown.
     is_open = dp.epsilon is None and dp.noise_multiplier is None
     variants = [dp]
     if is_open:
@@ -143,6 +145,7 @@ def _print_ledger(record: LedgerRecord, delta: float) -> None:
     columns = ("rounds", "steps", "rate", "noise", "epsilon so far", "unsent")
     right = [Column(name, justify="right") for name in columns]
     table = Table("run", "from", "data", *right)
+    # Epsilon adds up over the rows: each shows what was spent when its run ended.
     history = []
     for trainings in _by_run(record.trainings):
         history += [training.steps for training in trainings]

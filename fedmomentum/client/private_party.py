@@ -106,6 +106,7 @@ class PrivateParty:
 
     def task_hash(self, task: Task, request: TrainRequest) -> str:
         """Return a hash of what a task asks for, whatever objects come with it."""
+        # Which objects come along depends on what the client has kept.
         asked = msgspec.structs.replace(request, fresh=None, recipes=[])
         head = f"{task.run_id}/{task.server_round}/".encode()
         return sha256(head + msgspec.json.encode(asked, order="sorted"))
@@ -125,6 +126,7 @@ class PrivateParty:
             PrivacyError: If the ledger refuses it.
         """
         _ = self.begun  # there must be a ledger
+        # The same task again is the same training, whoever asks.
         key = self.task_hash(task, request)
         run = (task.run_id, task.server_round)
         with self.ledger.training(key, *run, mechanism, self._data) as opened:

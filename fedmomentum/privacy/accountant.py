@@ -165,6 +165,7 @@ def _renyi_epsilon(history: Sequence[Steps], delta: float) -> float:
 
 def _half_width(history: Sequence[Steps], delta_error: float) -> float:
     """Return how far a grid of privacy losses must reach: Gopi et al., remark 5.6."""
+    # What all steps lose together, and what each of them may lose alone.
     num_steps = sum(one.num_steps for one in history)
     width = _renyi_epsilon(history, delta_error / 4)
     for one in history:
@@ -194,6 +195,7 @@ def _numerical_epsilon(history: Sequence[Steps], delta: float, renyi: float) -> 
         def _get_domain(self, **_: Any) -> Any:
             return Domain.create_aligned(-half_width, half_width, error / mesh_factor)
 
+    # An upper bound: Opacus adds the error to what it computes.
     accountant = Accountant()
     accountant.history = _triples(history)
     try:

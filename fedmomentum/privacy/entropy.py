@@ -29,6 +29,7 @@ def uniforms(count: int) -> NDArray[np.float64]:
 def normals(shape: Sequence[int]) -> Tensor:
     """Return standard normal numbers in float64, on the CPU, by the method of Box and Muller."""
     count = math.prod(shape)
+    # Two uniform numbers make two normal ones.
     num_pairs = (count + 1) // 2
     radius, angle = uniforms(2 * num_pairs).reshape(2, num_pairs)
     radius = np.sqrt(-2.0 * np.log(radius))

@@ -155,11 +155,12 @@ class Ledger:
                 its replies are still there.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked("w"):
+        with self._locked("file"):
             try:
                 return self.read()
             except FileNotFoundError:
                 pass
+            # Replies outlive the file if somebody removes it to begin anew.
             if self._replies.is_dir():
                 raise PrivacyError(
                     f"{self.file} is missing, and {self._replies} shows that there was a ledger: "
@@ -174,8 +175,10 @@ class Ledger:
                 public_units=num_units,
                 salt=secrets.token_hex(32),
                 trainings=[],
+                # Filled in when it is written.
                 sha256="0" * 64,
             )
+            # Only this user may read what was sent, and the key of the hashes.
             self._replies.mkdir()
             self._replies.chmod(0o700)
             self._write(record)
@@ -205,12 +208,14 @@ class Ledger:
     def stored_reply(self, task: str) -> bytes | None:
         """Return the reply to a task that was done already; None if it was not, or is not kept."""
         for training in reversed(self.read().trainings):
+            # A task may have failed before it was done, so the newest reply counts.
             if training.task != task or training.reply is None:
                 continue
             try:
                 reply = read_file(self._reply_file(training), max_bytes=MAX_REPLY_BYTES)
             except FileNotFoundError:
                 return None
+            # A damaged reply must not leave; the task is then trained, and counted, again.
             return reply if sha256(reply) == training.reply else None
         return None
 
@@ -234,6 +239,7 @@ class Ledger:
             PrivacyError: If the training would spend more than the budget, or another process
                 trains on this ledger.
         """
+        # Held until the reply is stored, so that no two processes train for one entry.
         with self._locked("training", waits=False):
             training = Training(
                 task=task,
@@ -257,9 +263,10 @@ class Ledger:
 
     def _enter(self, training: Training) -> int:
         """Write a training down; return its position."""
-        with self._locked("w"):
+        with self._locked("file"):
             record = self.read()
             last = record.trainings[-1] if record.trainings else None
+            # A started one whose process holds no lock any more died before its reply was stored.
             if last is not None and last.task == training.task and last.state == "started":
                 if last.steps == training.steps:
                     return len(record.trainings) - 1
@@ -288,12 +295,13 @@ class Ledger:
 
     def store_reply(self, position: int, reply: bytes) -> None:
         """Store the reply of a training, first the reply itself and then that there is one."""
-        with self._locked("w"):
+        with self._locked("file"):
             record = self.read()
             training = msgspec.structs.replace(
                 record.trainings[position], state="replied", reply=sha256(reply)
             )
             self._replies.mkdir(exist_ok=True)
+            # Were the record first, a kill between the two would leave a reply that is nowhere.
             write_atomically(self._reply_file(training), reply)
             trainings = [*record.trainings]
             trainings[position] = training
@@ -302,8 +310,9 @@ class Ledger:
 
     def _fail(self, position: int) -> None:
         """Write down that a training has failed, unless its reply is stored."""
-        with self._locked("w"):
+        with self._locked("file"):
             record = self.read()
+            # What fails after that is the way to the server.
             if record.trainings[position].state == "replied":
                 return
             trainings = [*record.trainings]

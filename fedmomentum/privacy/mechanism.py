@@ -36,6 +36,7 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         """Refuse what is no private mechanism."""
+        # Not `value <= 0`: NaN is no noise either.
         for name in ("noise_multiplier", "max_grad_norm", "expected_batch"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -67,6 +68,7 @@ def group_units(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     Args:
         names: The unit of each row; "" for a row that is a unit of its own.
     """
+    # A row without a name is a unit under its own number, which no name equals.
     rows_by_unit: dict[str | int, list[int]] = {}
     for row, name in enumerate(names):
         rows_by_unit.setdefault(name or row, []).append(row)

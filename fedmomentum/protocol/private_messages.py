@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
-from fedmomentum.config.privacy import DPConfig
 from fedmomentum.protocol.adapter_terms import Positive
 from fedmomentum.utils.schema import Label, PositiveCount, Schema
+
+if TYPE_CHECKING:
+    from fedmomentum.config.privacy import DPConfig
 
 EXAMPLE = "example"
 """The unit of privacy where no column names one."""

@@ -36,6 +36,7 @@ def check_private_training(config: Config) -> None:
             f"training.function cannot be used with {SETTING}: nothing shows what it does with the "
             "examples; leave one of them out"
         )
+    # Optimizers and steps that would see, or clip, something else.
     check_private_arguments(config.training.arguments)
     # Rounding must not carry one example into the gradients of others.
     for key, value, wanted in (
@@ -114,6 +115,7 @@ def private_warnings(config: Config, method: Method) -> list[str]:
         f"{SETTING} withholds losses, held-out scores, numbers of examples and categories: nothing "
         "is evaluated, and no round is the best"
     ]
+    # Methods that alternate train another factor in every other round.
     factors = {method.trained_factors(server_round) for server_round in (1, 2)}
     if "BA" in factors:
         warnings.append(

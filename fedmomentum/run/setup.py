@@ -116,9 +116,8 @@ def outline_run(
     # Cheap checks come first: nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
-    config = choose_optimizer_state(config, method)
+    config = choose_private_dtype(choose_optimizer_state(config, method))
     check_task(config)
-    config = choose_private_dtype(config)
     check_privacy(config, method)
     check_private_run(config)
     check_dropout(config)

@@ -96,6 +96,7 @@ class PrivateTrainer(CompletionTrainer):
         # A dropout that the server could predict would tell it which units were drawn.
         torch.manual_seed(random_seed())
         mechanism = self._settings.mechanism
+        # Each unit by itself: the size of the batch is random too, as the accountant assumes.
         drawn = poisson_sample(len(self._settings.units), mechanism.sample_rate)
         units = [self._settings.units[index] for index in drawn]
         total = self._gradients.clipped_sum(self._examples, units, mechanism.max_grad_norm)
@@ -108,6 +109,7 @@ class PrivateTrainer(CompletionTrainer):
             )
         # Noise also without any unit: whether one was drawn must not show.
         noised = add_noise(total.gradients, mechanism)
+        # The optimizer takes its step from here, and sees nothing else of the data.
         for name, parameter in model.wrapped_model.named_parameters():
             if parameter.requires_grad:
                 parameter.grad = noised[name].to(parameter.dtype)

@@ -128,6 +128,7 @@ class UnitGradients:
         for name, parameter in self._parameters.items():
             result.gradients[name] = torch.zeros_like(parameter, dtype=torch.float64)
         # A unit of many rows may need several passes: its sum so far waits in `pending`.
+        # The order of the units does not matter: their gradients are summed.
         pairs = [(unit, row) for unit, rows in enumerate(units) for row in rows]
         pending: dict[str, Tensor] = {}
         for start in range(0, len(pairs), self.max_rows):
@@ -158,6 +159,7 @@ class UnitGradients:
         inputs = self.objective.collate(batch, self.pad_token_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         predictions = self.objective.predict(self.model, inputs)
+        # The sum of the rows' mean losses, so that long rows count no more than short ones.
         total: Any = 0
         for part in split_predictions(predictions, len(batch)):
             loss = self.objective.loss(part, label_smoothing=self.label_smoothing)
