@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
+from fedmomentum.base_model.checkpoint_files import stored_tensors
 from fedmomentum.base_model.classifier import is_head
 
 # The 16-bit ones, by safetensors' names. All others are cast to float32 where they are not in it.
@@ -55,12 +55,14 @@ def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     stored = stored_tensors(directory)
-    dtypes = {tensor.dtype for tensor in stored.values()} & FLOATING
+    dtypes = {tensor.dtype for tensor in stored.values()}
+    if not dtypes & _NARROW.keys():
+        return {}
     if len(dtypes) == 1:
-        narrow = _NARROW.get(dtypes.pop())
-        return {} if narrow is None else {"*": narrow}
+        return {"*": _NARROW[dtypes.pop()]}
 
-    # Where dtypes differ, every parameter has that of the tensors that it is made of.
+    # Where dtypes differ, or integers are among the tensors, every parameter has the dtype of the
+    # tensors that it is made of.
     conversions = get_model_conversion_mapping(model)
     renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
     converters = [part for part in conversions if isinstance(part, WeightConverter)]

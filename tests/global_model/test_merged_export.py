@@ -26,8 +26,8 @@ from tests.families import FAMILIES, make_model, tokenizer
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
-EVERY_TIME = ("gemma3", "gpt2", "llama4", "mixtral")
-"""Families with renamed or joined tensors, tied weights, scaled embeddings, transposed weights."""
+EVERY_TIME = ("deepseek_v4", "gemma3", "gpt2", "llama4", "mixtral")
+"""Families with integer tensors, renamed or joined ones, scaled embeddings, transposed weights."""
 
 
 def random_global_model(base, *, seed=0, size=0.05, **settings):
