@@ -10,6 +10,7 @@ The model is the embedded SmolLM2-135M-Instruct; all is on a CPU and in float32.
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,7 @@ def measure_logits() -> dict[str, dict[str, float]]:
     plain = logits(load_base(directory, torch.float32, CPU), short, longer)
     forms: dict[str, Callable[[], Any]] = {}
     for kind, quantization in ON_LOADING.items():
-        forms[kind] = lambda quantization=quantization: load_base(
-            directory, torch.float32, CPU, quantization=quantization
-        )
+        forms[kind] = partial(load_base, directory, torch.float32, CPU, quantization=quantization)
     forms["bitsandbytes' own int8"] = lambda: AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,

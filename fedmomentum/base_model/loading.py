@@ -111,8 +111,11 @@ def load_base(
     what = f"{auto_class.__name__} cannot load a model from {directory}"
     is_streamed = dtype is None and kind is None
     dtype = dtype or torch.float32
-    kept = stored_dtypes_kept(directory) if is_streamed else nullcontext()
-    with kept, translate_library_errors(what, read_config(directory)):
+    kept = stored_dtypes_kept(directory, is_classifier=is_classifier)
+    with (
+        kept if is_streamed else nullcontext(),
+        translate_library_errors(what, read_config(directory)),
+    ):
         arguments: dict[str, Any] = {"dtype": dtype}
         if kind is not None:
             # Weights are quantized, or unpacked, on the device that will hold them.
@@ -135,8 +138,6 @@ def load_base(
         prepare_layers(directory, model, kind, quantization, dtype)
         if is_classifier:
             refuse_quantized_head(directory, model)
-    if is_streamed:
-        stream_parameters(model, device)
     loading = LoadingInfo.of(info)
     if labels:
         # Only a head may be missing; anything else makes the checkpoint incomplete.
@@ -145,6 +146,8 @@ def load_base(
         fresh = {name for name in names if is_head(name, model)}
         initialize_head(model, fresh, directory, labels)
         supplied = fresh.union(supplied)
+    if is_streamed:
+        stream_parameters(model, device)
     refuse_incomplete(directory, model, loading, supplied, is_classifier=is_classifier)
     with translate_out_of_memory(f"the model in {directory} does not fit on {device}"):
         placed: PreTrainedModel = (model if is_streamed or kind else model.to(device)).eval()

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fedmomentum.base_model.checkpoint_files import FLOATING, stored_tensors
+from fedmomentum.base_model.checkpoint_files import stored_tensors
+from fedmomentum.base_model.classifier import is_head
 
 # The 16-bit ones, by safetensors' names. All others are cast to float32 where they are not in it.
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @contextmanager
-def stored_dtypes_kept(directory: Path) -> Iterator[None]:
+def stored_dtypes_kept(directory: Path, is_classifier: bool) -> Iterator[None]:
     """Let transformers keep 16-bit parameters of a checkpoint as they are, within the block.
 
     The model that it makes is one in float32 in every other respect: what it computes when it is
@@ -26,13 +27,20 @@ def stored_dtypes_kept(directory: Path) -> Iterator[None]:
 
     Args:
         directory: The directory that is loaded.
+        is_classifier: Whether it is loaded as a sequence classifier, whose head may be initialized
+            anew, in float32.
     """
     # The plan is what transformers keeps some modules in float32 by; it takes none from callers.
     transformers_class: Any = PreTrainedModel
     original = transformers_class._get_dtype_plan
 
     def with_stored_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        return {**original(model, dtype), **_stored_plan(model, directory)}
+        # The first pattern that matches decides.
+        plan = dict(original(model, dtype))
+        if is_classifier:
+            heads = [name for name, _ in model.named_parameters() if is_head(name, model)]
+            plan |= dict.fromkeys(map(_pattern, heads), torch.float32)
+        return {**plan, **_stored_plan(model, directory)}
 
     transformers_class._get_dtype_plan = with_stored_dtypes
     try:
@@ -47,12 +55,14 @@ def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     stored = stored_tensors(directory)
-    dtypes = {tensor.dtype for tensor in stored.values()} & FLOATING
+    dtypes = {tensor.dtype for tensor in stored.values()}
+    if not dtypes & _NARROW.keys():
+        return {}
     if len(dtypes) == 1:
-        narrow = _NARROW.get(dtypes.pop())
-        return {} if narrow is None else {"*": narrow}
+        return {"*": _NARROW[dtypes.pop()]}
 
-    # Where dtypes differ, every parameter has that of the tensors that it is made of.
+    # Where dtypes differ, or integers are among the tensors, every parameter has the dtype of the
+    # tensors that it is made of.
     conversions = get_model_conversion_mapping(model)
     renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
     converters = [part for part in conversions if isinstance(part, WeightConverter)]
@@ -62,8 +72,13 @@ def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
     for name, tensor in stored.items():
         path, _ = rename_source_key(name, renamings, converters, prefix, parameters)
         found.setdefault(path, set()).add(tensor.dtype)
-    plan = {}
+    plan: dict[str, torch.dtype] = {}
     for path, of_path in found.items():
         if len(of_path) == 1 and of_path <= _NARROW.keys():
-            plan[f"^{re.escape(path)}$"] = _NARROW[of_path.pop()]
+            plan[_pattern(path)] = _NARROW[of_path.pop()]
     return plan
+
+
+def _pattern(path: str) -> str:
+    """Return the pattern of one parameter."""
+    return f"^{re.escape(path)}$"

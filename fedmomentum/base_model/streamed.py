@@ -132,7 +132,11 @@ class StreamedTensor(Tensor):
         if func in _ALIASES:
             tensor = args[0]
             return cls(tensor.source, tensor.device, tensor.dtype)
-        _refuse_changes(func, args)
+        if changes_any(cls, func, args):
+            raise ModelError(
+                f"the model changes a weight in place when it computes ({func}); such a model "
+                "cannot be exported"
+            )
         # Loops over experts take one of them at a time.
         if func is _ATEN.select.int and args[0].ndim == 3 and args[1] == 0:
             tensor = args[0]
@@ -142,19 +146,13 @@ class StreamedTensor(Tensor):
         return func(*args, **kwargs)
 
 
-def _refuse_changes(operation: Any, args: tuple[Any, ...]) -> None:
-    """Refuse to change a streamed tensor in place: the change would be lost.
-
-    Raises:
-        ModelError: If the operation does.
-    """
+def changes_any(kind: type[Tensor], operation: Any, args: tuple[Any, ...]) -> bool:
+    """Return whether an operation changes a tensor of a kind in place: the change would be lost."""
     for argument, value in zip(operation._schema.arguments, args, strict=False):
         alias = argument.alias_info
-        if alias is not None and alias.is_write and isinstance(value, StreamedTensor):
-            raise ModelError(
-                f"the model changes a weight of shape {tuple(value.shape)} in place ({operation}) "
-                "when it computes; such a model cannot be exported"
-            )
+        if alias is not None and alias.is_write and isinstance(value, kind):
+            return True
+    return False
 
 
 def stream_parameters(model: nn.Module, device: torch.device) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fedmomentum.base_model.checkpoint_files import INDEX_FILE, SINGLE_FILE
-from fedmomentum.base_model.streamed import StreamedTensor
+from fedmomentum.base_model.streamed import StreamedTensor, changes_any
+from fedmomentum.errors import ModelError
 from fedmomentum.utils.io import write_json
 
 CPU = torch.device("cpu")
@@ -156,6 +157,11 @@ class RecordedTensor(Tensor):
             computed = tree_map_only(RecordedTensor, lambda tensor: tensor.compute(), inputs)
             return func(*computed[0], **computed[1])
 
+        if changes_any(cls, func, args):
+            raise ModelError(
+                f"transformers changes tensors in place ({func}) when it gives the weights of this "
+                "model the form of its checkpoint; such a model cannot be exported"
+            )
         if func._schema.is_mutable:
             return run()
         found: list[str] = []
