@@ -31,6 +31,7 @@ NAMES = (
     "scale",
     "wire",
     "catching_up",
+    "shared_machine",
     "gpu",
 )
 SCRIPTS = {name: HERE / f"{name}.py" for name in NAMES}
