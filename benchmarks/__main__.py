@@ -32,6 +32,7 @@ NAMES = (
     "wire",
     "secure_sum",
     "catching_up",
+    "shared_machine",
     "gpu",
 )
 SCRIPTS = {name: HERE / f"{name}.py" for name in NAMES}

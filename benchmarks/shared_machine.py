@@ -108,6 +108,10 @@ def main() -> None:
     if options.child is not None:
         print(json.dumps(train(options.threads, options.child)))
         return
+    # Not in the processes that are measured.
+    from common import Target, finish
+    from rich.console import Console
+
     ways = options.ways.split(",")
     steps: dict[str, dict[str, list[float]]] = {way: {"alone": [], "beside": []} for way in ways}
     digests = set()
@@ -123,11 +127,12 @@ def main() -> None:
     for way, places in steps.items():
         cells = [f"{statistics.median(values):.3f}" for values in places.values()]
         print(f"| {way} | {' | '.join(cells)} |")
-    print(
-        f"\nThe weights after three steps are {'' if len(digests) == 1 else 'NOT '}the same bits."
-    )
-    if options.json is not None:
-        options.json.write_text(json.dumps(steps, indent=1))
+    targets = [Target.at_most("different weights after three steps", 1, len(digests))]
+    if {"usual", "brief"} <= steps.keys():
+        usual, brief = (statistics.median(steps[way]["beside"]) for way in ("usual", "brief"))
+        name = "time of a step beside a neighbor, brief waiting to usual"
+        targets.append(Target.at_most(name, 1, brief / usual))
+    finish(targets, options.json, Console(), steps=steps)
 
 
 if __name__ == "__main__":

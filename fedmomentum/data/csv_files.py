@@ -126,7 +126,7 @@ def _parse(path: Path, text: str, delimiter: str, offset: int) -> _Records:
                 line = previous + 1 + offset
                 previous = reader.line_num
                 # Blank, or a row of empty cells as spreadsheets write them.
-                if not record or (len(record) > 1 and not any(record)):
+                if not any(value.strip() for value in record):
                     has_blanks = True
                 elif not header:
                     header = record

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+EMPTY_TEXTS = ("[]", "{}", "null", "None")
+"""What tables of text write for an empty list."""
+
+
 def to_examples(
     rows: Rows | Dataset,
     *,
@@ -100,7 +104,8 @@ def _refuse_tools(rows: Rows, where: str) -> None:
     if "tools" not in rows.column_names:
         return
     for number, value in enumerate(read_column(rows, "tools", where), start=1):
-        if value:
+        # Tables of text write "no tools" out.
+        if value and value not in EMPTY_TEXTS:
             raise DataError(
                 f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds {shown(value)}; "
                 "definitions of tools are not supported, and left out they would be missing from "

@@ -19,7 +19,7 @@ WANTED = [{"question": "a, b?", "answer": "c; d"}, {"question": "e", "answer": "
         '"sep=\t"\r\nquestion\tanswer\r\na, b?\tc; d\r\ne\tf\r\n',
         ',question,answer\n0,"a, b?",c; d\n1,e,f\n',
         '"";question;answer\n"1";"a, b?";"c; d"\n"2";e;f\n',
-        '\n\nquestion,answer\n"a, b?",c; d\n,\ne,f\n',
+        '\n\nquestion,answer\n"a, b?",c; d\n,\n  \ne,f\n',
     ],
 )
 def test_delimiters_blank_lines_and_row_numbers_are_recognized(text, tmp_path):

@@ -124,6 +124,13 @@ def test_what_says_nothing_to_learn_is_refused_by_row_and_column(row, message, t
         examples(tmp_path, row)
 
 
+def test_no_tools_may_be_written_out(tmp_path):
+    rows = [{"question": "a", "answer": "b", "tools": tools} for tools in ("[]", "", None, [])]
+    assert len(examples(tmp_path, *rows)) == 4
+    with pytest.raises(DataError, match="row 1: column 'tools' holds"):
+        examples(tmp_path, {"question": "a", "answer": "b", "tools": '[{"name": "add"}]'})
+
+
 def test_messages_written_as_json_are_read_as_messages(tmp_path):
     turns = chat(("user", "a"), ("assistant", "b"))["messages"]
     (example,) = examples(tmp_path, {"messages": json.dumps(turns)})
