@@ -194,6 +194,8 @@ class FedMomentumStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Return the average of the metrics that all valid replies have."""
+        if not self._sent:
+            return None
         found = self._read(replies, is_train=False)
         if not found.accepted:
             return None

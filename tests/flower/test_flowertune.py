@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -91,3 +92,55 @@ def test_the_two_apps_train_and_export(tmp_path, monkeypatch):
         start, before, after = (m.eval()(TOKENS).logits for m in (base, live, merged))
     # each round moves the model, in about the same direction
     assert (before - start).norm() > 0.1 and (after - before).norm() < 2 * (after - start).norm()
+
+
+@pytest.mark.long
+def test_flwr_run_trains_it_on_a_superlink_with_two_supernodes(tmp_path):
+    """Stock flwr throughout, without TLS, on loopback; a new process for each message."""
+    values = settings(tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    with socket.socket() as probe, socket.socket() as probe_0, socket.socket() as probe_1:
+        ports = []
+        for unused in (probe, probe_0, probe_1):
+            unused.bind(("127.0.0.1", 0))
+            ports.append(unused.getsockname()[1])
+    address = f"127.0.0.1:{ports[0]}"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "loop"\n[superlink.loop]\naddress = "{address}"\ninsecure = true\n'
+    )
+    environment = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(EXAMPLE.parents[1]),
+    }
+    link = f"flower-superlink --insecure --host 127.0.0.1 --port {ports[0]}"
+    commands = [[*link.split(), "--disable-runtime-dependency-installation"]]
+    for number in (0, 1):
+        node = f"flower-supernode --insecure --superlink {address} --port {ports[number + 1]}"
+        data = f"partition-id={number} num-partitions=2"
+        commands.append([*node.split(), "--node-config", data])
+    shared = {"env": environment, "cwd": tmp_path}
+    started = []
+    try:
+        for number, command in enumerate(commands):
+            log = (tmp_path / f"{number}.log").open("w")
+            started.append(
+                subprocess.Popen(command, **shared, stdout=log, stderr=log, start_new_session=True)
+            )
+            time.sleep(8 if number == 0 else 0)
+        changes = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        run = ["flwr", "run", str(EXAMPLE), "loop", "--stream", "-c", changes]
+        result = subprocess.run(run, **shared, capture_output=True, text=True, timeout=420)
+    finally:
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    # flwr's exit code is 0 also where the run failed
+    text = result.stdout + result.stderr
+    assert "Strategy execution finished" in text, text
+    assert text.count("aggregate_train: 2 replies count") == 2
+    check(tmp_path)

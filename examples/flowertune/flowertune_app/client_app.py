@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fedmomentum.flower import apply_base_residual
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+from fedmomentum.flower import apply_base_residual
 from flowertune_app.dataset import batches, load_rows
 from flowertune_app.models import get_model
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fedmomentum.flower import FedMomentumStrategy
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from peft import get_peft_model_state_dict
 
+from fedmomentum.flower import FedMomentumStrategy
 from flowertune_app.models import get_model, lora_config
 
 app = ServerApp()
