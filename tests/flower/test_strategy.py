@@ -144,7 +144,6 @@ def test_next_model_is_the_exact_weighted_mean(method):
     strategy = make_strategy(method=method)
     _, clients, grid = play(strategy, rounds=4)
     waiting = {module: np.zeros(shape) for module, shape in SHAPES.items()}
-    is_waiting_apart = getattr(strategy.method, "merge_every", 1) > 1
     sent = [message for message in grid.sent if message.metadata.dst_node_id == 11]
     for number in range(3):
         mean = weighted({node: client.trained[number] for node, client in clients.items()})
@@ -167,7 +166,6 @@ def test_next_model_is_the_exact_weighted_mean(method):
         np.testing.assert_allclose(held, wanted, atol=1e-10)
         if method == "fedmomentum":
             np.testing.assert_allclose(waiting[module], 0, atol=1e-10)
-    assert is_waiting_apart == (method == FedMomentum(merge_every=2))
 
 
 def test_stock_fedavg_makes_another_model():
@@ -196,6 +194,16 @@ def test_rslora_scales_by_the_root_of_the_rank():
         )
         np.testing.assert_allclose(held.numpy(), mean, atol=1e-10)
         assert strategy.state.adapter.scalings[module] == pytest.approx(scaling)
+
+
+def test_modules_that_are_trained_in_full_are_averaged_by_weight():
+    key = f"{PREFIX}score.weight"
+    start = ArrayRecord({**adapter_arrays(), key: Array(np.ones((2, 9)))})
+    strategy = make_strategy(config=CONFIG | {"modules_to_save": ["score"]})
+    result, clients, _ = play(strategy, rounds=2, arrays=start)
+    assert list(result.arrays) == list(start)
+    mean = sum(EXAMPLES[n] / 75 * c.trained[1][key].numpy() for n, c in clients.items())
+    np.testing.assert_allclose(result.arrays[key].numpy(), mean, atol=1e-12)
 
 
 def test_the_arrays_keep_names_order_and_dtypes():
