@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,12 +25,13 @@ def train(message: Message, context: Context) -> Message:
 
     model = get_model(run_config)
     receipt = apply_base_residual(model, message.content)  # 1: what earlier rounds left
-    set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
+    arrays = message.content.array_records["arrays"]
+    set_peft_model_state_dict(model, arrays.to_torch_state_dict())
 
     # plain training; a Trainer of transformers or TRL fits here
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=float(run_config["train.learning-rate"]))
-    server_round = int(message.content["config"]["server-round"])
+    server_round = cast(int, message.content.config_records["config"]["server-round"])
     num_steps = int(run_config["train.steps"])
     total_loss = 0.0
     model.train()
@@ -39,11 +42,12 @@ def train(message: Message, context: Context) -> Message:
         optimizer.zero_grad()
         total_loss += loss.item()
 
-    metrics = {"train_loss": total_loss / num_steps, "num-examples": len(texts)}
     content = RecordDict(
         {
             "arrays": ArrayRecord(get_peft_model_state_dict(model)),
-            "metrics": MetricRecord(metrics),
+            "metrics": MetricRecord(
+                {"train_loss": total_loss / num_steps, "num-examples": len(texts)}
+            ),
             "receipt": receipt,  # 2: the server does not count a reply without it
         }
     )
