@@ -7,12 +7,34 @@
     transport.py  FlowerTransport over a Grid     worker.py        a process with model and data
     superlink.py  Flower's fleet service  <-TLS-> fleet_client.py
 
+    Flower's own apps: strategy.py for a ServerApp, base_residual.py for its ClientApp
+
 No code travels: a node runs what is installed on it, and answers tasks. Flower's control service,
 which takes commands without a login, is not started at all.
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmomentum.flower.base_residual import apply_base_residual as apply_base_residual
+    from fedmomentum.flower.strategy import FedMomentumStrategy as FedMomentumStrategy
 
 # neither telemetry nor a check for updates; flwr reads these when it is imported
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
+
+_MODULES = {
+    "FedMomentumStrategy": "fedmomentum.flower.strategy",
+    "apply_base_residual": "fedmomentum.flower.base_residual",
+}
+"""Public name to the module that defines it; imported when it is first used."""
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fedmomentum.flower' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -29,6 +29,7 @@ from fedmomentum.utils.modules import cast_around, outermost_owners
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
+    from peft import LoraConfig as LoraConfig
     from peft import PeftModel as PeftModel
 
 

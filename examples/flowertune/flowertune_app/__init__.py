@@ -1,0 +1,1 @@
+"""FlowerTune's LLM template with exact LoRA aggregation."""
