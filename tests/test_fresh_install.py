@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_llama
 
@@ -89,7 +90,8 @@ def test_adapters_are_combined_and_ones_own_file_is_learned_from(fedmomentum, tm
     # two adapters of stock PEFT, of unequal ranks and scalings
     for name, rank, alpha in [("north", 2, 8), ("south", 3, 3)]:
         torch.manual_seed(rank)
-        model = get_peft_model(tiny_llama(), LoraConfig(r=rank, lora_alpha=alpha))
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "base"))
+        model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=alpha))
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter)

@@ -41,7 +41,11 @@ from fedmomentum.errors import AdapterError, DataError
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.linalg.matrix import Matrix
 from fedmomentum.lora.adapter import Adapter
-from fedmomentum.secure_sum.fixed_point import count_block, largest_integer
+from fedmomentum.secure_sum.fixed_point import (
+    count_block,
+    largest_integer,
+    rounding_variance,
+)
 from fedmomentum.secure_sum.messages import Block
 
 # Block to its elements, `(size,)`, float64.
@@ -198,6 +202,28 @@ class AdapterSums:
         for name, tensor in self.start.saved.items():
             blocks.append(Block(name=f"saved {name}", size=tensor.numel(), bound=bound))
         return blocks
+
+    def rounding(self, totals: Values, num_survivors: int) -> float:
+        """Return what integers took from the summed changes of the adapter, relative to their norm.
+
+        `sqrt(sum over elements of E[error^2]) / norm(sum_i N_i change_i)`: 1 where nothing of the
+        changes is left.
+
+        Args:
+            totals: The values of the first sum.
+            num_survivors: The number of clients whose changes are in it.
+        """
+        squared_error = 0.0
+        squared_norm = 0.0
+        for block in self.first_blocks():
+            if block.name.startswith((EXAMPLES, "sketch ")):
+                continue
+            variance = rounding_variance(block, self.num_parties, num_survivors)
+            squared_error += block.size * variance
+            squared_norm += float(totals[block.name].square().sum())
+        if squared_norm == 0:
+            return 1.0
+        return min(1.0, math.sqrt(squared_error / squared_norm))
 
     def second_blocks(self) -> list[Block]:
         """Return the blocks of the second sum."""

@@ -281,7 +281,8 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
         Amount | None,
         doc(
             "‖s(BA − B′A′)‖ / ‖sBA‖, the clients' weighted mean: what `federation.uplink-dtype` "
-            "took from their adapters; `exactness_error` includes it",
+            "took from their adapters; `exactness_error` includes it. With secure aggregation, "
+            "what the integers took from the summed changes of the factors",
             "relative",
         ),
     ] = None

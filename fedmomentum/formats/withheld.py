@@ -18,7 +18,6 @@ PHRASES = {
     "evaluation.by_category": "scores by category, whose names come from the data",
     "exactness_error": "exactness measured on single clients",
     "applied_share": "what of the merged part is applied on single clients",
-    "uplink_rounding": "rounding of single updates",
     "diagnostics": "how the model moved, which needs single updates",
 }
 """A field that secure aggregation withholds to what it is, in words."""

@@ -41,6 +41,21 @@ def sum_error(block: Block, num_parties: int, num_survivors: int) -> float:
     return 0.5 * num_survivors * block.bound / largest_integer(num_parties)
 
 
+def rounding_variance(block: Block, num_parties: int, num_survivors: int) -> float:
+    """Return the variance of an element of the decoded sum about the exact sum.
+
+    Each of m parties rounds its element to a multiple of the step `bound / largest`. What that
+    takes is uniform within half a step, either way: `m step^2 / 12`.
+
+    Args:
+        block: The block of the element.
+        num_parties: The number of parties that the sum was planned for.
+        num_survivors: The number of parties whose values are in it.
+    """
+    step = block.bound / largest_integer(num_parties)
+    return num_survivors * step**2 / 12
+
+
 def encode(
     values: Mapping[str, NDArray[np.float64]], blocks: Sequence[Block], num_parties: int
 ) -> NDArray[np.uint32]:

@@ -49,7 +49,7 @@ def round_record(
     is_float32 = model.adapter_dtype == torch.float32
     rounding = 0.0 if is_float32 else rounding_error(combined.result.adapter, model.adapter)
     train_loss = None if trained.summed is None else trained.summed.train_loss
-    uplink = None
+    uplink = None if trained.summed is None else trained.summed.rounding
     if weights:
         train_loss = mean_loss(trainings, weights)
         uplink = uplink_rounding(training.replies, weights)

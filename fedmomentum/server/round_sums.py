@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("fedmomentum")
+WORTH_A_WARNING = 1e-3
+"""The rounding of a round's changes, relative to their norm, from which on the log says so."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class SummedRound:
         num_examples: The number of examples of all of these clients.
         attempt: Which attempt at the round's sums it is.
         train_loss: Their mean training loss; None where one of them has none to speak of.
+        rounding: What integers took from the summed changes, relative to their norm.
         means: The outcome of the first sum, which they keep; None without a second sum.
         outcomes: Client to what it must learn with its next task; empty without a second sum.
         holders: The clients that have the means already.
@@ -62,6 +65,7 @@ class SummedRound:
     num_examples: int
     attempt: int
     train_loss: float | None
+    rounding: float
     means: StoredObject | None = None
     outcomes: Mapping[str, RoundOutcome] = field(default_factory=dict)
     holders: frozenset[str] = frozenset()
@@ -180,11 +184,13 @@ class RoundSums:
         first = exchange.run(first_plan, self._kept_sum(first_plan))
         means = layout.mean_moves(_tensors(first))
         train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
+        rounding = layout.rounding(_tensors(first), len(first.survivors))
+        _warn_of_rounding(server_round, rounding)
         if not layout.has_second_sum:
             updates, weights = _named(*layout.stand_ins(means, None))
             count = means.num_examples
             return SummedRound(
-                first.survivors, updates, weights, count, trained.attempt, train_loss
+                first.survivors, updates, weights, count, trained.attempt, train_loss, rounding
             )
 
         # The cross terms, on the range that the sketch has found.
@@ -210,6 +216,7 @@ class RoundSums:
             means.num_examples,
             trained.attempt,
             train_loss,
+            rounding,
             means=stored,
             outcomes=outcomes,
             holders=frozenset(exchange.holders),
@@ -278,6 +285,18 @@ class RoundSums:
 
     def _kept_sum(self, plan: SumPlan) -> KeptSum | None:
         return None if self.kept is None else self.kept.sum(*plan.position)
+
+
+def _warn_of_rounding(server_round: int, rounding: float) -> None:
+    """Say so where public bounds are so wide that the changes within them are only a few steps."""
+    if rounding > WORTH_A_WARNING:
+        LOG.warning(
+            "round %d: the integers of secure sums took %.1e of the clients' changes, since their "
+            "public bounds are wide. Lower privacy.max-examples to the number of the largest "
+            "client's examples, or set privacy.max-change",
+            server_round,
+            rounding,
+        )
 
 
 def _named(

@@ -11,7 +11,7 @@ from fedmomentum.errors import AdapterError, DataError, public_text
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import to_dense
 from fedmomentum.lora.adapter import Adapter
-from fedmomentum.secure_sum.fixed_point import encode
+from fedmomentum.secure_sum.fixed_point import decode, encode
 from tests.aggregation.test_product_from_sums import secure_sum
 from tests.helpers import random_matrix
 
@@ -194,6 +194,33 @@ def test_changes_within_the_two_public_bounds_are_within_all_bounds(sketch_ranks
     means = layout.mean_moves(plain_sum(values))
     for move in moves.values():
         encode(layout.second_values(move, means), layout.second_blocks(), 4)
+
+
+@pytest.mark.parametrize("max_change", [CHANGE, 1e3 * CHANGE, 1e6 * CHANGE])
+def test_what_is_said_of_rounding_is_what_integers_take(max_change):
+    """Of the summed changes of both factors and of tensors trained in full, weights included."""
+    start = start_adapter()
+    layout = make_layout(start, max_change=max_change)
+    blocks = layout.first_blocks()
+    own = {
+        name: layout.first_values(layout.moves(trained_adapter(start, name), count, {}))
+        for name, count in COUNTS.items()
+    }
+    exact = plain_sum(own)
+    total = sum(encode(shaped(values, blocks), blocks, 4) for values in own.values())
+    decoded = decode(total, blocks, 4)
+    changes = [b.name for b in blocks if b.name != "examples" and not b.name.startswith("sketch")]
+    error = sum(float((exact[n] - torch.from_numpy(decoded[n])).square().sum()) for n in changes)
+    norm = sum(float(exact[n].square().sum()) for n in changes)
+    said = layout.rounding({n: torch.from_numpy(v) for n, v in decoded.items()}, len(own))
+    assert said == pytest.approx((error / norm) ** 0.5, rel=0.15)
+
+
+def test_where_rounding_takes_everything_it_says_all():
+    start = start_adapter()
+    layout = make_layout(start)
+    zeros = {b.name: torch.zeros(b.size, dtype=torch.float64) for b in layout.first_blocks()}
+    assert layout.rounding(zeros, 4) == 1.0
 
 
 def test_what_is_beyond_the_bounds_is_refused():

@@ -63,6 +63,7 @@ def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
         assert not ours.evaluation.by_client and not ours.evaluation.by_category
         assert not ours.clients and not ours.num_examples and not ours.weights
         assert not ours.screening and ours.diagnostics is None and ours.exactness_error is None
+        assert ours.round == 0 or 0 < ours.uplink_rounding < 1e-4
 
 
 def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
