@@ -132,6 +132,10 @@ class StreamedTensor(Tensor):
         if func in _ALIASES:
             tensor = args[0]
             return cls(tensor.source, tensor.device, tensor.dtype)
+        if func is _ATEN.set_.source_Tensor and all(isinstance(arg, cls) for arg in args):
+            # PEFT replaces experts' weights by themselves while their adapter is active.
+            args[0].source = args[1].source
+            return args[0]
         if changes_any(cls, func, args):
             raise ModelError(
                 f"the model changes a weight in place when it computes ({func}); such a model "

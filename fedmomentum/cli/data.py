@@ -139,7 +139,8 @@ def init(
 
 def _with_options(settings: Config, given: Mapping[str, object], columns: list[str]) -> Config:
     """Return settings with those that were given on the command line."""
-    from fedmomentum.config.toml import apply_overrides, format_value
+    from fedmomentum.config.toml import apply_overrides
+    from fedmomentum.config.toml_values import format_value
 
     overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
     settings = apply_overrides(settings, overrides)

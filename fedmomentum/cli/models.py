@@ -63,8 +63,7 @@ def export(
         export_merged,
         require_empty_directory,
     )
-    from fedmomentum.run.inference import choose_device
-    from fedmomentum.run.saved_model import find_base, open_result
+    from fedmomentum.run.saved_model import choose_device, find_base, open_result
     from fedmomentum.run.tokenizers import own_tokenizer
     from fedmomentum.utils.process import quiet_libraries
 

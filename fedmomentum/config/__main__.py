@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fedmomentum.config.toml import INNER_SECTIONS, SECTIONS, format_value
+from fedmomentum.config.toml import INNER_SECTIONS, SECTIONS
+from fedmomentum.config.toml_values import format_value
 
 INTRODUCTION = (
     "# Configuration",

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from fedmomentum.config.fields import check_numbers, describe_value
 from fedmomentum.config.privacy import DPConfig
 from fedmomentum.config.schema import Config
+from fedmomentum.config.toml_values import format_value, quote
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.text import printable
 
@@ -329,34 +330,9 @@ def to_toml(config: Config) -> str:
         for key, table in inner_tables.items():
             if table:
                 lines.append(f"[{section}.{key}]")
-                lines += [f"{_quote(name)} = {format_value(item)}" for name, item in table.items()]
+                lines += [f"{quote(name)} = {format_value(item)}" for name, item in table.items()]
         lines.append("")
     return "\n".join(lines)
-
-
-def format_value(value: Any) -> str:
-    """Return a value as TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _quote(value)
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(format_value(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        pairs = [f"{_quote(name)} = {format_value(item)}" for name, item in value.items()]
-        return "{" + ", ".join(pairs) + "}"
-    return repr(value)
-
-
-def _quote(text: str) -> str:
-    """Return a text as a basic TOML string, control characters escaped."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(_escape_control(character) for character in escaped) + '"'
-
-
-def _escape_control(character: str) -> str:
-    is_control = ord(character) < 32 or ord(character) == 127
-    return f"\\u{ord(character):04x}" if is_control else character
 
 
 # ── comparing ─────────────────────────────────────────────────────────────────────────────────────

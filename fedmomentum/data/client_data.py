@@ -6,7 +6,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from itertools import compress, takewhile
@@ -18,7 +17,7 @@ from fedmomentum.config.data import BUILT_IN_SOURCE, DataConfig
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
 from fedmomentum.data.examples import ClientData, Example, TextPair
-from fedmomentum.data.label_columns import column_texts
+from fedmomentum.data.label_columns import column_texts, with_units
 from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
 from fedmomentum.data.readers import read_rows, to_examples
@@ -186,20 +185,6 @@ def read_source(
         rows, category_column=config.category_column, where=source, columns=config.columns
     )
     return rows, examples
-
-
-def with_units(
-    rows: Rows, examples: Sequence[Example], column: str | None, *, where: str
-) -> list[Example]:
-    """Return examples with the units that a column of their rows names; as they are without one.
-
-    Raises:
-        DataError: If there is no such column, or a row names no unit.
-    """
-    if column is None:
-        return list(examples)
-    units = column_texts(rows, column, where=where)
-    return [replace(example, unit=unit) for example, unit in zip(examples, units, strict=True)]
 
 
 def task_names(config: DataConfig) -> list[str]:

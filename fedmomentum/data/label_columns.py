@@ -1,11 +1,12 @@
-"""Columns of labels: clients, categories, and a classifier's labels."""
+"""Columns of labels: clients, categories, units of privacy, and a classifier's labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.data.examples import MAX_LABEL, label_problem
+from fedmomentum.data.examples import MAX_LABEL, Example, label_problem
 from fedmomentum.data.rows import Rows
 from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
@@ -114,3 +115,17 @@ def file_prefix(where: str) -> str:
 def _shown(value: Any) -> str:
     """Return a value of the data for a message: one line, and cut where it is long."""
     return printable(repr(value), 100)
+
+
+def with_units(
+    rows: Rows, examples: Sequence[Example], column: str | None, *, where: str
+) -> list[Example]:
+    """Return examples with the units that a column of their rows names; as they are without one.
+
+    Raises:
+        DataError: If there is no such column, or a row names no unit.
+    """
+    if column is None:
+        return list(examples)
+    units = column_texts(rows, column, where=where)
+    return [replace(example, unit=unit) for example, unit in zip(examples, units, strict=True)]

@@ -21,11 +21,10 @@ from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.devices import DeviceTransport
 from fedmomentum.run.environment import environment, warn_of_another_environment
-from fedmomentum.run.inference import choose_device
 from fedmomentum.run.local_clients import LocalClients, load_local_clients
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.prepared_run import PreparedRun, known_partition
-from fedmomentum.run.saved_model import find_base, open_result
+from fedmomentum.run.saved_model import choose_device, find_base, open_result
 from fedmomentum.run.secure_run import parties_of_this_process, secure_steps
 from fedmomentum.run.setup import (
     RunOutline,
@@ -179,19 +178,20 @@ class FederatedTrainer:
             if directory is not None:
                 directory.close()
             raise
+        clients = crew.clients if isinstance(crew, LocalClients) else []
         self.prepared = PreparedRun(
             config=config,
             outline=outline.model,
             method=outline.method,
             directory=directory,
             local=crew.local if isinstance(crew, LocalClients) else None,
-            clients=crew.clients if isinstance(crew, LocalClients) else [],
+            clients=clients,
             workers=crew if isinstance(crew, DeviceTransport) else None,
             environment=facts,
             model=model,
             state=state,
             plan=plan,
-            partition=known_partition(outline, crew),
+            partition=known_partition(outline, clients),
             data=outline.data,
         )
         return self.prepared

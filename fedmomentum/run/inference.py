@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.base_model.devices import pick_device, pick_dtype, set_up_device
+from fedmomentum.base_model.devices import pick_dtype, set_up_device
 from fedmomentum.base_model.holding import choose_holding
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.library_errors import translate_out_of_memory
@@ -21,15 +21,13 @@ from fedmomentum.evaluation.generation import generate as generate_texts
 from fedmomentum.formats.run_files import EnvironmentFile, read_facts
 from fedmomentum.global_model.base_of import is_classifier, load_base_of
 from fedmomentum.global_model.tuned import TunedModel
-from fedmomentum.run.saved_model import Result, find_base, open_result
+from fedmomentum.run.saved_model import Result, choose_device, find_base, open_result
 from fedmomentum.run.setup import set_up_process
 from fedmomentum.run.tokenizers import tokenizer_of
 from fedmomentum.utils.chat_date import DEFAULT_DATE, set_chat_date
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
-    import torch
-
     from fedmomentum.data.examples import Prompt
 
 
@@ -130,20 +128,6 @@ class ModelPair:
                 yield
             finally:
                 self.tokenizer = self._tokenizers[0]
-
-
-def choose_device(result: Result, device: str) -> torch.device:
-    """Return the device that was asked for, else that of the run, else the best one.
-
-    Raises:
-        ModelError: If it is not here.
-    """
-    if not device:
-        device = result.config.model.device if result.config is not None else "auto"
-    try:
-        return pick_device(device)
-    except ModelError as error:
-        raise ModelError(f"{error}. Give another by --device") from error
 
 
 def _choose_dtype(result: Result, dtype: str) -> str:

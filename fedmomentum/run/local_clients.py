@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.library_errors import translate_out_of_memory
-from fedmomentum.client.client import Client
 from fedmomentum.client.loaded_base import LoadedBase
 from fedmomentum.client.local_model import LocalModel
 from fedmomentum.client.private_party import PrivateParty
@@ -20,6 +19,7 @@ from fedmomentum.run.method import make_method
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
+    from fedmomentum.client.client import Client
     from fedmomentum.config.schema import Config, LoraConfig
     from fedmomentum.data.tokenized import TokenizedClient
     from fedmomentum.global_model.objects import StoredObject
@@ -88,6 +88,9 @@ def make_clients(
     on_step: Callable[[str, int, int, float], None] | None,
 ) -> list[Client]:
     """Return the clients with their examples, on one model and with one cache of objects."""
+    # Imported where there are clients: who only reads a result has none.
+    from fedmomentum.client.client import Client
+
     objective = make_objective(config.training, local.identity.labels)
     cache: dict[str, StoredObject] = {}
     clients = []

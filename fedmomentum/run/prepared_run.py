@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.data.client_data import partition_table
-from fedmomentum.run.local_clients import LocalClients
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -60,13 +60,12 @@ class PreparedRun:
 
 
 def known_partition(
-    outline: RunOutline, crew: LocalClients | DeviceTransport
+    outline: RunOutline, clients: Sequence[Client]
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Count each client's examples by category; with privacy only what the public knows."""
     if outline.config.privacy.dp is None:
         return partition_table(outline.parties)
-    assert isinstance(crew, LocalClients)  # private runs have no workers
     partition = {}
-    for client in crew.clients:
+    for client in clients:
         partition[client.client_id] = {"train": {"": client.num_examples}, "test": {"": 0}}
     return partition

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.client_adapters import client_start, with_fixed_residual
 from fedmomentum.aggregation.registry import build_method
+from fedmomentum.base_model.devices import pick_device
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
 from fedmomentum.formats.directories import (
@@ -35,6 +36,8 @@ from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
+    import torch
+
     from fedmomentum.config.schema import Config
     from fedmomentum.formats.manifest import RunState
 
@@ -331,3 +334,17 @@ def find_base(result: Result, base: str = "") -> Path:
         raise ModelError(
             f"{error}. If the base model is somewhere else now, give --base"
         ) from error
+
+
+def choose_device(result: Result, device: str) -> torch.device:
+    """Return the device that was asked for, else that of the run, else the best one.
+
+    Raises:
+        ModelError: If it is not here.
+    """
+    if not device:
+        device = result.config.model.device if result.config is not None else "auto"
+    try:
+        return pick_device(device)
+    except ModelError as error:
+        raise ModelError(f"{error}. Give another by --device") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.config.schema import CLASSIFICATION
-from fedmomentum.config.toml import format_value
+from fedmomentum.config.toml_values import format_value
 from fedmomentum.data.rows import file_ending
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.names import check_client_name

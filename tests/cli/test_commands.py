@@ -460,6 +460,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_equals_never_stopping(f
     assert timeless(out) == timeless(tmp_path / "whole") and chain(out) == chain(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_run_gives_the_same_metrics_whatever_the_hash_seed(folder, tmp_path):
     """Sets of names have another order in every process; no sum may follow it."""
     config = tiny_config(

@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from fedmomentum.cli.main import app
+from fedmomentum.cli.options import OUT
 from fedmomentum.config.toml import load_config
 from fedmomentum.data import load_clients
 from fedmomentum.errors import ConfigError
@@ -69,7 +70,7 @@ def test_turns_that_are_learned_are_marked(base, tmp_path, capsys):
 
 
 def test_narrow_terminals_cut_nothing_off(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(OUT, "_width", 30)
     text = "word " * 40
     file = write(tmp_path / "d.jsonl", {"prompt": text, "chosen": "yes", "rejected": "no"})
     _, out, _ = show(capsys, file, "--model", base)

@@ -9,6 +9,7 @@ pytest.importorskip("flwr")
 from tests.faults.harness import Asked, Federation, hard_limit, honest, until
 
 
+@pytest.mark.long
 def test_a_node_killed_in_a_round_joins_again_and_every_bit_is_that_of_an_undisturbed_run(tmp_path):
     """It is asked again within the round; hashes, weights and scores equal those of a run in one process."""
     (shared := tmp_path / "shared").mkdir()

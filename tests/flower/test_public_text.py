@@ -14,9 +14,11 @@ from fedmomentum.errors import (
     DataError,
     FedMomentumError,
     FormatError,
+    LostRoundError,
     MissingObject,
     ModelError,
     PayloadError,
+    PrivacyError,
     QuorumError,
     SecureSumError,
     public_text,
@@ -33,6 +35,7 @@ OURS = [
     PayloadError,
     QuorumError,
     SecureSumError,
+    PrivacyError,
 ]
 # what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken
 # to go on
@@ -113,5 +116,7 @@ def test_every_error_of_ours_is_looked_at_here():
     made = {
         e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FedMomentumError)
     }
-    assert made == {*OURS, DataError}
+    assert made == {*OURS, DataError, LostRoundError}
+    lost = LostRoundError("cannot read /srv/base: no such file", {"north": "gone"})
+    assert public_text(lost) == "LostRoundError: cannot read [path]: no such file"
     assert re.search(r"no path", public_text.__doc__)

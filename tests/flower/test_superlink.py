@@ -388,7 +388,13 @@ def test_a_redirect_is_not_followed(keys):
 
 # ── what of flwr we stand on ──
 
-PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.clientapp", "flwr.simulation"}
+PUBLIC = {
+    "flwr.app",
+    "flwr.serverapp",
+    "flwr.clientapp",
+    "flwr.simulation",
+    "flwr.serverapp.strategy",
+}
 PRIVATE = {
     "flwr.app.message",
     "flwr.common.constant",

@@ -274,6 +274,7 @@ def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
         worker.run_task(encode_task(replace(task, client_id="site1")), 60)
 
 
+@pytest.mark.long
 def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
     """Another seed trains on what was held out: told at the node, and nothing of it to the server."""
     worker, store, told = real

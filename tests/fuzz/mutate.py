@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-NUM_TRIALS = int(os.environ.get("FUZZ_TRIALS", "500"))
+NUM_TRIALS = int(os.environ.get("FUZZ_TRIALS", "250"))
 """Mutations per test; `make test-fuzz` asks for more."""
 MAX_SECONDS = 1.0
 MAX_BYTES = 100 * 10**6

@@ -425,7 +425,15 @@ class Party:
 
 
 @pytest.mark.parametrize(
-    ("rank", "newcomers"), [(1, False), (3, True), (3, False), (9, True), (40, True)]
+    ("rank", "newcomers"),
+    [
+        (1, False),
+        (3, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [(3, False), (9, True), (40, True)]
+        ),
+    ],
 )
 def test_nobody_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
     tmp_path, rank, newcomers

@@ -93,7 +93,7 @@ def distance(one, two):
 # ── tied weights and saved modules ──
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.long)])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "saved", [("head",), ("embeddings",), ("embeddings", "head"), ("norm",), ()], ids="+".join
@@ -355,7 +355,7 @@ def test_an_adapter_that_reads_back_as_another_is_refused(trained, tmp_path, mon
 def test_an_interrupted_export_leaves_nothing(trained, tmp_path, monkeypatch, interrupt):
     base, model = trained
 
-    def stop(*_):
+    def stop(*_, **__):
         raise interrupt
 
     monkeypatch.setattr("fedmomentum.global_model.export.write_card", stop)
@@ -389,7 +389,7 @@ def test_what_others_put_there_meanwhile_is_left_alone(trained, tmp_path, monkey
     monkeypatch.setattr(
         export,
         "write_card",
-        lambda *_: (tmp_path / "out").mkdir() or (tmp_path / "out" / "x").touch(),
+        lambda *_, **__: (tmp_path / "out").mkdir() or (tmp_path / "out" / "x").touch(),
     )
     with pytest.raises(ModelError, match="now holds x; nothing was exported"):
         export_adapter(model, tmp_path / "out", base_directory=base)

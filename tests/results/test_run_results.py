@@ -28,6 +28,8 @@ def test_read_run_gives_what_the_files_hold(folder):
     assert run.rounds == records([row(r, CLIENTS, CATEGORIES) for r in range(3)])
     assert msgspec.to_builtins(run.plan) == {
         "run_id": None,
+        "privacy": "",
+        "workers": [],
         "adapted": [],
         "not_adapted": [],
         "warnings": [],

@@ -49,7 +49,7 @@ def write_model(directory, shape, layers, dtype=torch.float32):
     [
         pytest.param("weights", marks=pytest.mark.long),
         pytest.param("activations", marks=pytest.mark.long),
-        "logits",
+        pytest.param("logits", marks=pytest.mark.long),
     ],
 )
 def test_a_run_takes_what_the_plan_says(kind, tmp_path):

@@ -80,7 +80,21 @@ def networked(config, stores):
     return InProcessTransport(handlers)
 
 
-@pytest.mark.parametrize(("state", "name", "settings"), CASES, ids=str)
+def cases():
+    """The cases, of which most are tried only by `make test-long`."""
+    every_time = [
+        ("shared", *OURS),
+        ("shared", "fedsvd", {}),
+        ("shared-full", "rolora", {}),
+        ("local", "hetlora", {}),
+    ]
+    return [
+        pytest.param(*case, marks=[] if case in every_time else [pytest.mark.long])
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(("state", "name", "settings"), cases(), ids=str)
 def test_one_process_separate_stores_and_a_resume_give_the_same_bits(
     folder, tmp_path, state, name, settings
 ):

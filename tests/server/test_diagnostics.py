@@ -327,6 +327,7 @@ def test_they_are_measured_where_the_tensors_are():
     assert got == wanted
 
 
+@pytest.mark.long
 def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
     """One checkpoint is kept, and every round is begun by another process."""
     settings = {"evaluation": {"every": 0}, "run": {"keep_checkpoints": 1}}

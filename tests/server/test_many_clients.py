@@ -82,7 +82,10 @@ def ran(config, out, monkeypatch, function):
 CASES = [
     ("fedmomentum", 30, 1, None),  # trained in earnest
     *((name, 30, rank, nudge) for name, rank in zip(NAMES, (2, 1, 2, 1), strict=True)),
-    *((name, 100, rank, nudge) for name, rank in zip(NAMES, (1, 2, 1, 2), strict=True)),
+    *(
+        pytest.param(name, 100, rank, nudge, marks=pytest.mark.long)
+        for name, rank in zip(NAMES, (1, 2, 1, 2), strict=True)
+    ),
 ]
 
 
