@@ -76,7 +76,7 @@ _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")
 
 
 def public_text(error: Exception) -> str:
-    """Return what another machine may be told of an error: no path, and no data.
+    """Return what another machine may learn of an error: no path, and no data.
 
     Messages about data quote it, and those of other libraries can contain anything, so only the
     kind of these is returned.

@@ -14,8 +14,8 @@ sum projects it on. What Q leaves out, each client keeps, and brings into the ne
     result    (B_0 + b)(A_0 + a) + Q sum/N
     client    f_i <- (I - Q Q^T) ((N_i/N) (b_i - b)(a_i - a) + f_i)
 
-So the result plus all `f_i` is the mean plus all `f_i` of before, whatever Q is, and whoever takes
-part. The `f_i` are in the units of the model: they do not change their meaning with N. The N' of
+So the result plus all `f_i` is the mean plus all `f_i` of before, for any Q and any set of clients.
+The `f_i` are in the units of the model: they do not change their meaning with N. The N' of
 the first sum, where N is not known yet, is a guess that only Q depends on, such as the N of the
 round before. A client that drops out between the sums keeps its cross term whole, as with a Q of no
 columns.

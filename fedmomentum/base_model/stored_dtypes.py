@@ -28,7 +28,7 @@ def stored_dtypes_kept(directory: Path, is_classifier: bool) -> Iterator[None]:
     Args:
         directory: The directory that is loaded.
         is_classifier: Whether it is loaded as a sequence classifier, whose head may be initialized
-            anew, in float32.
+            again, in float32.
     """
     # The plan is what transformers keeps some modules in float32 by; it takes none from callers.
     transformers_class: Any = PreTrainedModel

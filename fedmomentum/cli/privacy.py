@@ -51,7 +51,7 @@ def plan(
     dp = job.privacy.dp or DPConfig()
     OUT.print(_plan_table(job, dp, _units_by_client(job, dp, units)))
     OUT.print(
-        f"epsilon bounds what all rounds reveal of one {dp.unit_column or 'example'} to whoever "
+        f"epsilon bounds what all rounds reveal of one {dp.unit_column or 'example'} to anyone who "
         f"sees everything that a client sends, at delta {dp.delta:g}, if the number of units is "
         "public. It adds up over runs on the same data: see `fedmomentum privacy ledger`.",
         markup=False,

@@ -1,4 +1,4 @@
-"""`PrivateParty`: with what a client trains privately, and what it tells of itself then."""
+"""`PrivateParty`: with what a client trains privately, and what it reveals of itself then."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class PrivateParty:
 
     @property
     def public_units(self) -> int:
-        """Its number of units as the public knows it: what it tells, and is weighted by."""
+        """Its number of units as the public knows it: what it sends, and is weighted by."""
         return self.dp.public_units or self.begun.public_units
 
     @cached_property
@@ -126,7 +126,7 @@ class PrivateParty:
             PrivacyError: If the ledger refuses it.
         """
         _ = self.begun  # there must be a ledger
-        # The same task again is the same training, whoever asks.
+        # The same task again is the same training, whichever server asks.
         key = self.task_hash(task, request)
         run = (task.run_id, task.server_round)
         with self.ledger.training(key, *run, mechanism, self._data) as opened:

@@ -159,7 +159,7 @@ def _single_object(path: Path, text: str) -> JsonObject | None:
         return None
     try:
         value = _parse(text)
-    # Several objects, or a mistake that is told by its line.
+    # Several objects, or a mistake, which is reported by its line.
     except (json.JSONDecodeError, RecursionError):
         return None
     return value if isinstance(value, JsonObject) else None

@@ -2,7 +2,7 @@
 
 Nodes sign with the key that the server admitted them by. Whom a node accepts as others it knows
 from a roster that its site has from the other sites; the server's own roster, of the nodes that it
-has admitted, only tells it early whom the others would refuse.
+has admitted, only shows it early which clients the others would refuse.
 """
 
 from __future__ import annotations

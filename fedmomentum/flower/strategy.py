@@ -37,7 +37,7 @@ class FedMomentumStrategy(FedAvg):
     their base weights by `apply_base_residual`. A reply that does not confirm it does not count.
 
     Args:
-        lora_config: The configuration of the clients' adapter, which tells its scaling: a PEFT
+        lora_config: The configuration of the clients' adapter, which gives its scaling: a PEFT
             `LoraConfig`, or its fields.
         method: A method, or the name of one with its defaults. Without `apply_base_residual` in the
             clients, take one that leaves no residual: `FedMomentum(residual="carried")` adds it to

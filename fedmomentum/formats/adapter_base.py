@@ -1,6 +1,6 @@
 """The base model of an exported adapter, in a file beside it: PEFT knows it by name only.
 
-An adapter belongs to weights as they were in training. Without the file, nothing tells that they
+An adapter belongs to weights as they were in training. Without the file, nothing shows that they
 were quantized on loading, and the adapter would be used on others without a word.
 """
 

@@ -1,7 +1,7 @@
 """What a private run does not tell, and why: for its rows, its plan and its report.
 
 With secure aggregation the server has sums over the clients, and whatever speaks of a single one
-stays with that client. With differential privacy nothing is told that has no noise. The rows of
+stays with that client. With differential privacy nothing is revealed without noise. The rows of
 metrics.jsonl say so instead of looking as if something had gone wrong.
 """
 
@@ -34,14 +34,14 @@ SUMS_ONLY = Withheld(
 
 
 NOISED_ONLY = Withheld(
-    reason="differential privacy: nothing is told of the examples that has no noise",
+    reason="differential privacy: nothing is revealed of the examples without noise",
     fields=list(NOISELESS_PHRASES),
 )
 """What every row of a run with differential privacy withholds."""
 
 
 def withheld_by(*, secure: bool, private: bool) -> Withheld | None:
-    """Return what a run withholds; None where it tells all.
+    """Return what a run withholds; None where it withholds nothing.
 
     Args:
         secure: Whether the server has sums only.

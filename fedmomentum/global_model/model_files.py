@@ -226,7 +226,7 @@ def _write_weights(model: Any, out: Path) -> None:
     state = model.state_dict()
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    # Of tied weights, one is stored. Without data, transformers tells them by the live parameters.
+    # Of tied weights, one is stored. Without data, transformers finds them by the live parameters.
     shaped = {}
     for name, tensor in state.items():
         shaped[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -263,7 +263,7 @@ def write_down_ties(model: PreTrainedModel) -> None:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         copied = owner.get_parameter(leaf).detach()
-        # A streamed one is made anew whenever it is used.
+        # A streamed one is read again whenever it is used.
         if not isinstance(copied, StreamedTensor):
             copied = copied.clone()
         owner._parameters[leaf] = nn.Parameter(copied, requires_grad=False)

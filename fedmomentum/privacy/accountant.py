@@ -23,7 +23,7 @@ from fedmomentum.errors import ConfigError
 ORDERS = (*range(2, 65), 96, 128, 256, 512)
 """Orders of the Renyi divergence: whole numbers, which are quick, and lose little."""
 LARGEST_EPSILON = 1000.0
-"""Beyond this nothing is protected, and the exact number costs more than it tells."""
+"""Beyond this nothing is protected, and the exact number costs more than it is worth."""
 MAX_GRID = 2**20
 """Points of a discretized privacy loss: some hundred MB while it is composed."""
 SMALLEST_ERROR = 1e-3

@@ -160,7 +160,7 @@ class Ledger:
                 return self.read()
             except FileNotFoundError:
                 pass
-            # Replies outlive the file if somebody removes it to begin anew.
+            # Replies outlive the file if somebody removes it to start over.
             if self._replies.is_dir():
                 raise PrivacyError(
                     f"{self.file} is missing, and {self._replies} shows that there was a ledger: "
@@ -226,7 +226,7 @@ class Ledger:
         """Write a training down, and keep others from training on this ledger within the block.
 
         A task that died without a reply is not counted again when it is repeated: nothing of it
-        has left. One that failed is, for what the server was told of it may depend on the data.
+        has left. One that failed is, since what the server learned of it may depend on the data.
 
         Args:
             task: Hash of what is asked for.

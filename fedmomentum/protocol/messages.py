@@ -71,7 +71,7 @@ class DescribeRequest(Schema, tag_field="kind", tag="describe", frozen=True, kw_
 
     Attributes:
         adapter: Whether to send the initial adapter too.
-        is_secure: Whether the run sums up under masks, and no numbers of examples are told.
+        is_secure: Whether the run sums up under masks, and no numbers of examples are sent.
     """
 
     adapter: bool

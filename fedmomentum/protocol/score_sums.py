@@ -1,13 +1,13 @@
-"""What clients tell of training and evaluation where only sums of it are told: losses and scores.
+"""What clients report of training and evaluation where only sums are revealed: losses and scores.
 
 One client's loss or score says something of its data, and so does how many examples are behind it.
 So they are summed as updates are. Whole numbers are summed exactly. Any other is divided into a
 whole part, and a rest below 1 that is as exact as the sum's integers allow; then no bound of it
 need be known, except that the whole part fits.
 
-Scores by category are not told: the names of categories come from the clients' data. Those by label
-are, since a run's settings name the labels; of a label that only one client has, the sums are that
-client's.
+Scores by category are left out: the names of categories come from the clients' data. Those by
+label are not, since a run's settings name the labels; of a label that only one client has, the
+sums are that client's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Values = Mapping[str, NDArray[np.float64]]
 LOSS = "loss"
 UNTOLD = "untold losses"
 MAX_LOSS = 1e4
-"""A training loss beyond this many nats is not told: nothing is learned any more."""
+"""A training loss beyond this many nats is not reported: the training has diverged."""
 COUNTS = ("num_tokens", "num_examples", "num_exact")
 GROUPS = ("total", "compared")
 

@@ -24,7 +24,7 @@ SUM_MESSAGE = "message"
 WITHHELD_COUNT = 1
 """What a reply gives as its number of examples where the server may not know it."""
 WITHHELD_SPLIT = "0" * 64
-"""What a reply gives as the hash of its examples: whoever guessed them could check the guess."""
+"""What a reply gives as the hash of its examples: with it, a guess of them could be checked."""
 
 FIRST_SUM = 1
 SECOND_SUM = 2

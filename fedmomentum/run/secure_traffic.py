@@ -40,7 +40,7 @@ def secure_traffic(
         method: The method; of one that alternates, the round in which more is sent counts.
         num_clients: The number of all clients of the run.
     """
-    # A method may alternate: both kinds of rounds are counted, and the larger one is told.
+    # A method may alternate: both kinds of rounds are counted, and the larger one is reported.
     layouts = []
     for server_round in (1, 2):
         layouts.append(

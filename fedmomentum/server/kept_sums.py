@@ -83,7 +83,7 @@ class KeptSum:
     directory: Path
 
     def means(self, computed: StoredObject) -> StoredObject:
-        """Return what came of it as the clients were sent it first, whoever computes it again.
+        """Return what came of it as it was first sent to the clients, even if it is computed again.
 
         Another machine may choose other directions, and clients have used those of before.
 
@@ -123,7 +123,7 @@ class KeptSum:
             return None
 
     def end(self, step: int, parties: Sequence[str]) -> None:
-        """Record that a step has ended: whoever has not replied has dropped out."""
+        """Record that a step has ended: clients that have not replied have dropped out."""
         table = {"format_version": 1, "parties": list(parties)}
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self.directory / f"{step}.json", with_checksum(table))

@@ -1,4 +1,4 @@
-"""What a round's record tells of training and of the sum: losses, energies, rounding, times."""
+"""What a round's record says of training and of the sum: losses, energies, rounding, times."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class PhaseTimer:
 
 @dataclass(frozen=True)
 class Energies:
-    """What a method tells of the sum that it decomposed, over all modules; see docs/metrics.md.
+    """What a method reports of the sum that it decomposed, over all modules; see docs/metrics.md.
 
-    None where the method tells nothing, such as FedIT.
+    None where the method reports nothing, such as FedIT.
     """
 
     retained_energy: float | None = None

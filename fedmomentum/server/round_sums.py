@@ -154,7 +154,7 @@ class RoundSums:
             model: The model that they started from.
             run_id: The run on the wire.
             server_round: The round.
-            terms: What the clients were told of the sums.
+            terms: What the clients know of the sums.
             trained: The clients that have trained.
             collected: Gets failures, bytes and seconds.
 

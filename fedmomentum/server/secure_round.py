@@ -81,8 +81,8 @@ class SecureRounds:
     ) -> tuple[TrainedRound, ServerState]:
         """Have the clients train, and sum up what they trained.
 
-        A round whose sums had begun when the server was killed goes on with them: the clients have
-        trained, and open every sum once. If it cannot, it begins anew, unless somebody has opened
+        A round whose sums had begun when the server was killed continues with them: clients have
+        trained, and open every sum once. If it cannot, it starts over, unless somebody has opened
         the first sum.
 
         Args:
@@ -113,7 +113,7 @@ class SecureRounds:
                 assert self._kept is not None
                 if self._kept.is_opened(server_round):
                     raise LostRoundError(str(error), replies.failures) from error
-                LOG.warning("round %d begins anew: %s", server_round, error)
+                LOG.warning("round %d starts over: %s", server_round, error)
                 attempt = trained.attempt + 1
             else:
                 return self._trained(summed, replies, server_round, hyperparameters, state)
