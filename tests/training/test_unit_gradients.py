@@ -143,6 +143,29 @@ def test_rows_that_cannot_be_told_apart_are_refused(how):
         clipped(model, random_rows(), UNITS, 1.0, CAUSAL_LM)
 
 
+@pytest.mark.parametrize(
+    ("error", "is_refused"), [(2e-8, False), (1e-5, True)], ids=["rounding", "coupling"]
+)
+def test_what_rounding_leaves_of_a_gradient_that_cancels_is_no_coupling(
+    monkeypatch, error, is_refused
+):
+    """Far from the first layers, a query's gradient is ten million times smaller than others."""
+    exact = {"value": torch.tensor([[3.0, 4.0]]), "query": torch.tensor([[6e-8, 8e-8]])}
+
+    def row_gradients(self, batch, result):
+        rows = {name: gradient.repeat(len(batch), 1) for name, gradient in exact.items()}
+        if len(batch) > 1:
+            rows["query"] = rows["query"] + error
+        return rows
+
+    monkeypatch.setattr(UnitGradients, "_row_gradients", row_gradients)
+    gradients = UnitGradients(lora_model(), CAUSAL_LM, PAD, 2)
+    if not is_refused:
+        return gradients.check_rows_are_independent()
+    with pytest.raises(ModelError, match="query cannot be attributed to single examples"):
+        gradients.check_rows_are_independent()
+
+
 def test_refused_by_name():
     model = lora_model()
     check_layers(model)
