@@ -106,7 +106,7 @@ def test_adapters_are_combined_and_ones_own_file_is_learned_from(fedmomentum, tm
         text = "\n".join(json.dumps(row) for row in rows)
         (tmp_path / f"{client}.jsonl").write_text(text)
     (tmp_path / "office.toml").write_text(
-        '[model]\nname = "smollm2-135m-instruct"\n'
+        '[model]\nname = "base"\n'
         '[data.client-files]\nnorth = "north.jsonl"\nsouth = "south.jsonl"\n'
         "[training]\nlocal-steps = 1\nbatch-size = 2\n[federation]\nnum-rounds = 1\n"
     )
