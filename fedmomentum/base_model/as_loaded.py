@@ -19,7 +19,7 @@ from fedmomentum.base_model.branched_layers import (
 from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.side_branch import EMPTY, Int8Matrix, SideBranch, make_branch
-from fedmomentum.base_model.weight_slots import WeightSlot
+from fedmomentum.base_model.weight_slots import WeightSlot, checked_slots
 from fedmomentum.base_model.weights import Float32Weights, MergedPart, check_part
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
@@ -58,9 +58,7 @@ class AsLoadedWeights:
         model: nn.Module | None = None,
     ) -> None:
         self.layers: Mapping[str, Any] = dict(layers)
-        slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
-        for slot in slots.values():
-            slot.check()
+        slots = checked_slots(layers)
         in_place = adapted_in_place(model)
         self._slots: dict[str, WeightSlot] = {}
         others: dict[str, nn.Module] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedmomentum.base_model.pretrained import PretrainedWeights
 from fedmomentum.base_model.streamed import MatrixSum, StreamedTensor, WeightSource
-from fedmomentum.base_model.weight_slots import WeightSlot
+from fedmomentum.base_model.weight_slots import WeightSlot, checked_slots
 from fedmomentum.base_model.weights import MergedPart, check_part
 
 
@@ -39,9 +39,7 @@ class StreamedWeights:
         model: nn.Module | None = None,
     ) -> None:
         self.layers: Mapping[str, Any] = dict(layers)
-        self._slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
-        for slot in self._slots.values():
-            slot.check()
+        self._slots = checked_slots(layers)
         stored_weights = PretrainedWeights(self._slots, directory, tied, model)
         self._loaded: dict[str, Tensor] = {}
         for slot in self._slots.values():

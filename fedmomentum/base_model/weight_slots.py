@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,3 +185,15 @@ def find_owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
             owner = owner.base_layer
         owners[name] = owner
     return owners
+
+
+def checked_slots(layers: Mapping[str, nn.Module]) -> dict[str, WeightSlot]:
+    """Return where the weight of each layer is, by module.
+
+    Raises:
+        ModelError: If a layer is of a kind whose weight cannot be held.
+    """
+    slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
+    for slot in slots.values():
+        slot.check()
+    return slots

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedmomentum.base_model.forward_probes import layer_outputs, outputs_with
 from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.pretrained import PretrainedWeights
-from fedmomentum.base_model.weight_slots import WeightSlot
+from fedmomentum.base_model.weight_slots import checked_slots
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.matrix import Matrix, add_to_weight_
 from fedmomentum.linalg.probes import probe
@@ -128,9 +128,7 @@ class Float32Weights:
         model: nn.Module | None = None,
     ) -> None:
         self.layers: Mapping[str, Any] = dict(layers)
-        self._slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
-        for slot in self._slots.values():
-            slot.check()
+        self._slots = checked_slots(layers)
         # Making room for one parameter of a module casts its others, and the model's dtype is that
         # of its layers' inputs and outputs.
         self._dtypes = {module: slot.live.dtype for module, slot in self._slots.items()}
