@@ -101,7 +101,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
     for override in overrides:
         _apply_override(table, override)
-    return _resolve_paths(from_dict(table), path.parent)
+    return resolve_paths(from_dict(table), path.parent)
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
@@ -252,7 +252,7 @@ def _check_type(value: Any, hint: Any, key: str) -> Any:
     raise ConfigError(f"{printable(key)} must be of type {wanted}; got {describe_value(value)}")
 
 
-def _resolve_paths(config: Config, directory: Path) -> Config:
+def resolve_paths(config: Config, directory: Path) -> Config:
     """Return the configuration with the paths that exist relative to a directory made absolute."""
 
     def resolve(name: str) -> str:

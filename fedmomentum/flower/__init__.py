@@ -7,10 +7,13 @@
     transport.py  FlowerTransport over a Grid     worker.py        a process with model and data
     superlink.py  Flower's fleet service  <-TLS-> fleet_client.py
 
-    Flower's own apps: strategy.py for a ServerApp, base_residual.py for its ClientApp
+    on SuperLinks and SuperNodes that Flower runs:
+    app_server.py, node_roster.py                 app_client.py, warm_worker.py
 
-No code travels: a node runs what is installed on it, and answers tasks. Flower's control service,
-which takes commands without a login, is not started at all.
+    in Flower apps of others: strategy.py for a ServerApp, base_residual.py for its ClientApp
+
+Of `serve` and `join`: no code travels; a node runs what is installed on it, and answers tasks.
+Flower's control service, which takes commands without a login, is not started at all.
 """
 
 import importlib
@@ -18,6 +21,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedmomentum.flower.app_client import make_client_app as make_client_app
+    from fedmomentum.flower.app_server import make_server_app as make_server_app
     from fedmomentum.flower.base_residual import apply_base_residual as apply_base_residual
     from fedmomentum.flower.strategy import FedMomentumStrategy as FedMomentumStrategy
 
@@ -29,6 +34,8 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 _MODULES = {
     "FedMomentumStrategy": "fedmomentum.flower.strategy",
     "apply_base_residual": "fedmomentum.flower.base_residual",
+    "make_client_app": "fedmomentum.flower.app_client",
+    "make_server_app": "fedmomentum.flower.app_server",
 }
 """Public name to the module that defines it; imported when it is first used."""
 __all__ = list(_MODULES)

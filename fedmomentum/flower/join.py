@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
-from fedmomentum.errors import ConfigError, public_text
-from fedmomentum.flower.apps import client_app
+from fedmomentum.errors import ConfigError
+from fedmomentum.flower.apps import client_app, error_reply
 from fedmomentum.flower.certificates import HOST_NAME
 from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
 from fedmomentum.flower.keys import NODE_NAME, load_private_key
@@ -35,10 +35,6 @@ POLL_SECONDS = 1.0
 """How often the node asks the server for work."""
 MAX_RETRY_SECONDS = 30.0
 """The longest pause before connecting again; a server that returns is found within this time."""
-APP_RAISED_CODE = 2
-"""Flower's error code for an app that raised."""
-MAX_REASON = 1000
-"""Characters that the server is sent about a task that failed."""
 SMOKE_TEST_SECONDS = 600.0
 """How long the training step of `join --check` may take."""
 
@@ -203,10 +199,9 @@ def _reply(message: Message, app: Callable[..., Message]) -> Message:
         context = Context(metadata.run_id, metadata.dst_node_id, {}, RecordDict(), {})
         return app(message=message, context=context)
     except Exception as error:
-        # the details stay in the node's log
-        text = str(error) if isinstance(error, WorkerError) else public_text(error)
+        raised = error
     try:
-        return Message(Error(APP_RAISED_CODE, printable(text, MAX_REASON)), reply_to=message)
+        return error_reply(message, raised)
     except Exception as error:
         raise ConnectionLost(f"a message cannot be answered: {type(error).__name__}") from error
 

@@ -66,7 +66,7 @@ def serve(
     ):
         callback_list = CallbackList([status, *callbacks])
 
-        def run(grid: Grid) -> None:
+        def run(grid: Grid, context: Context) -> None:
             transport = FlowerTransport(
                 grid,
                 superlink,

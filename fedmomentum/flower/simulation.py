@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import Context
 from flwr.serverapp import Grid
 
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.apps import client_app, server_app
-from fedmomentum.flower.transport import FlowerTransport, Session, pack_payload, unpack_payload
-from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.flower.node_roster import NodeRoster
+from fedmomentum.flower.process_clients import answer_here
+from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.run.networked import run_federation
 from fedmomentum.run.origin import fingerprints, follow, refuse_missing
 from fedmomentum.run.setup import load_data
@@ -27,16 +28,7 @@ from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.utils.names import directory_name
 
 if TYPE_CHECKING:
-    from fedmomentum.client.client import Client
     from fedmomentum.config.schema import Config
-
-
-NAME_QUERY = b"who are you?"
-"""The payload that asks a node which client it simulates."""
-NAME_QUERY_SECONDS = 120.0
-"""How long Ray may take to start a process that answers the query."""
-_CLIENTS: dict[str, Client] = {}
-"""The clients that this process simulates; it lives as long as the run, with one base model."""
 
 
 def simulate(
@@ -81,14 +73,15 @@ def simulate(
     errors: list[BaseException] = []
     callback_list = CallbackList(callbacks)
 
-    def run(grid: Grid) -> None:
+    def run(grid: Grid, context: Context) -> None:
         try:
             transport = FlowerTransport(
                 grid,
-                _SimulatedRoster(grid, names),
+                NodeRoster(grid),
                 round_timeout=federation.round_timeout,
                 join_timeout=federation.join_timeout,
                 min_valid_fraction=federation.min_valid_fraction,
+                num_clients=len(names),
                 callback=callback_list,
             )
             run_federation(
@@ -110,7 +103,7 @@ def simulate(
     try:
         run_simulation(
             server_app(run),
-            client_app(simulated.answer),
+            client_app(simulated.answer, simulated.name),
             num_supernodes=len(names),
             backend_config={
                 "client_resources": resources,  # type: ignore[dict-item]
@@ -141,48 +134,9 @@ class _SimulatedClients:
     names: list[str]
     store: Path
 
+    def name(self, context: Context) -> str:
+        return self.names[int(context.node_config["partition-id"])]
+
     def answer(self, payload: bytes, timeout: float, context: Context) -> bytes:
-        name = self.names[int(context.node_config["partition-id"])]
-        if payload == NAME_QUERY:
-            return name.encode()
-        if name not in _CLIENTS:
-            # One base model, and one cache of objects, serve all clients of a process.
-            first = next(iter(_CLIENTS.values()), None)
-            shared = None if first is None else first.model
-            store = self.store / directory_name(name)
-            client = prepare_client(self.config, name, store, local=shared)
-            if first is not None:
-                client.store.cache = first.store.cache
-            _CLIENTS[name] = client
-        return _CLIENTS[name].handle(payload)
-
-
-class _SimulatedRoster:
-    """The roster; node ids are random, so each node is asked once which client it simulates."""
-
-    def __init__(self, grid: Grid, names: list[str]) -> None:
-        self._grid = grid
-        self._names = names
-        self._nodes: dict[str, Session] = {}
-
-    def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Do nothing: Ray's processes fetch their messages at once."""
-
-    def registered(self) -> list[str]:
-        """Return the names of all clients."""
-        return self._names
-
-    def online(self) -> dict[str, Session]:
-        """Return the clients whose nodes have answered, sorted."""
-        known_ids = {session.node_id for session in self._nodes.values()}
-        queries = [
-            Message(pack_payload(NAME_QUERY), node_id, MessageType.TRAIN)
-            for node_id in self._grid.get_node_ids()
-            if node_id not in known_ids
-        ]
-        if queries:
-            for reply in self._grid.send_and_receive(queries, timeout=NAME_QUERY_SECONDS):
-                if reply.has_content():
-                    name = unpack_payload(reply.content).payload.decode()
-                    self._nodes[name] = Session(reply.metadata.src_node_id, "")
-        return dict(sorted(self._nodes.items()))
+        name = self.name(context)
+        return answer_here(self.config, name, self.store / directory_name(name), payload)

@@ -181,6 +181,8 @@ class FlowerTransport:
         start_timeout: How many seconds of these the start waits for all nodes when enough are
             there; by default, `join_timeout`.
         min_valid_fraction: The fraction of the registered nodes without which no round begins.
+        num_clients: How many clients there are at least, if the roster knows one only after it has
+            connected.
         callback: Receives what is sent, what comes, and which nodes are connected.
     """
 
@@ -195,6 +197,7 @@ class FlowerTransport:
         join_timeout: float,
         min_valid_fraction: float,
         start_timeout: float | None = None,
+        num_clients: int = 0,
         callback: Callback | None = None,
     ) -> None:
         self._grid = grid
@@ -203,6 +206,7 @@ class FlowerTransport:
         self._round_timeout = round_timeout
         self._join_timeout = join_timeout
         self._min_valid_fraction = min_valid_fraction
+        self._num_clients = num_clients
         self._start_timeout = join_timeout
         if start_timeout is not None:
             self._start_timeout = min(start_timeout, join_timeout)
@@ -225,17 +229,20 @@ class FlowerTransport:
             online = sorted(self._roster.online())
             # how many are needed now: all while a start waits for all, then the minimum
             # 1e-9 undoes the rounding of a fraction such as 0.1 * 30
-            min_clients = max(1, math.ceil(self._min_valid_fraction * len(registered) - 1e-9))
+            num_clients = max(self._num_clients, len(registered))
+            min_clients = max(1, math.ceil(self._min_valid_fraction * num_clients - 1e-9))
             waits_for_all = not self._has_started and time.monotonic() < start_end
-            num_wanted = max(1, len(registered)) if waits_for_all else min_clients
+            num_wanted = max(1, num_clients) if waits_for_all else min_clients
             missing = sorted(set(registered) - set(online))
+            if num_clients > len(registered):
+                missing.append(f"{num_clients - len(registered)} that have never connected")
             self._callback.on_nodes(registered, online)
             # enough, or too late, or wait
             if len(online) >= num_wanted:
                 break
             if time.monotonic() >= end:
                 raise QuorumError(
-                    f"{len(online)} of {len(registered)} registered clients are connected after "
+                    f"{len(online)} of {num_clients} registered clients are connected after "
                     f"{self._join_timeout:g} s, and {min_clients} are needed "
                     "(federation.min-valid-fraction). Missing: "
                     f"{', '.join(missing) or 'none is registered'}. Start them and resume"

@@ -14,6 +14,7 @@ from fedmomentum.run.worker_process import Frame
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
+    from fedmomentum.flower.warm_worker import WarmProcess
 
 
 class WorkerError(Exception):
@@ -38,6 +39,7 @@ class Worker:
         store: Directory for the objects that the server sends.
         callback: Receives what the worker reports.
         key: The node's private key, which signs what it adds to secure sums.
+        process: The process; by default a new one, which ends with this one.
     """
 
     def __init__(
@@ -47,13 +49,14 @@ class Worker:
         store: Path,
         callback: NodeCallback | None = None,
         key: Path | None = None,
+        process: WorkerProcess | WarmProcess | None = None,
     ) -> None:
         self._config = config
         self._client_id = client_id
         self._store = store
         self._callback = callback or NodeCallback()
         self._key = key
-        self._process = WorkerProcess("fedmomentum.flower.worker_process")
+        self._process = process or WorkerProcess("fedmomentum.flower.worker_process")
         self._info: WorkerInfo | None = None
         self._run_id: str | None = None
         self._sent_run_id: str | None = None  # the one that the current process was sent

@@ -26,10 +26,10 @@ def main() -> None:
     # Names in a task and the text of an error may hold control characters.
     handler.setFormatter(LineFormatter("%(message)s"))
     LOG.addHandler(handler)
-    serve(lambda setup, send: _load(json.loads(setup), send))
+    serve(lambda setup, send: load(json.loads(setup), send))
 
 
-def _load(setup: Mapping[str, str], send: Send) -> Answer:
+def load(setup: Mapping[str, str], send: Send) -> Answer:
     """Load model and data.
 
     Args:

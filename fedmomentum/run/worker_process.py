@@ -54,59 +54,77 @@ def serve(load: Callable[[bytes, Send], Answer]) -> None:
     quiet_advice()
     pipe = Connection(int(sys.argv[1]))
     setup = pipe.recv_bytes()
-    inbox = _Inbox(pipe)
+    inbox = Inbox(pipe)
     try:
         answer = load(setup, inbox.send)
     except Exception as error:
-        inbox.send(Frame.ERROR, _logged(error))
+        inbox.send(Frame.ERROR, logged_error(error))
         sys.exit(LOAD_FAILED)
-    # Tasks, one after the other.
-    while True:
+    answer_frames(inbox, answer)
+
+
+def answer_frames(inbox: Inbox, answer: Answer) -> None:
+    """Answer tasks, one after the other, until the pipe has closed."""
+    while (frame := inbox.next_frame()) is not None:
         try:
-            reply = answer(inbox.next_frame())
+            reply = answer(frame)
         except Exception as error:
             # Whatever a task causes, the worker is there for the next one.
-            inbox.send(Frame.ERROR, _logged(error))
+            inbox.send(Frame.ERROR, logged_error(error))
         else:
             if reply is not None:
                 inbox.send(Frame.REPLY, reply)
 
 
-class _Inbox:
+def _exit_now() -> None:
+    os._exit(0)
+
+
+class Inbox:
     """Frames as they arrive, and the way back.
 
     They are read in a thread of their own, so that this process ends with its parent at once,
     whatever it is doing.
+
+    Args:
+        pipe: The connection.
+        on_close: Called when the other side has closed it; ends this process, or returns.
     """
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, on_close: Callable[[], None] = _exit_now) -> None:
         self._pipe = pipe
+        self._on_close = on_close
         self._send_lock = threading.Lock()
-        self._frames: list[bytes] = []
+        self._frames: list[bytes | None] = []
         self._has_frames = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         while True:
+            frame: bytes | None = None
             try:
                 frame = self._pipe.recv_bytes()
             except (EOFError, OSError):
-                os._exit(0)
+                self._on_close()
             with self._has_frames:
                 self._frames.append(frame)
                 self._has_frames.notify()
+            if frame is None:
+                return
 
-    def next_frame(self) -> bytes:
+    def next_frame(self) -> bytes | None:
+        """Wait for the next frame and return it; None once the pipe has closed."""
         with self._has_frames:
             self._has_frames.wait_for(lambda: bool(self._frames))
             return self._frames.pop(0)
 
     def send(self, letter: bytes, body: bytes) -> None:
+        """Send a frame."""
         with self._send_lock:
             try:
                 self._pipe.send_bytes(letter + body)
             except OSError:
-                os._exit(0)
+                self._on_close()
 
 
 class Reporter(Callback):
@@ -131,7 +149,7 @@ def describe_error(error: Exception) -> bytes:
     return json.dumps(versions).encode()
 
 
-def _logged(error: Exception) -> bytes:
+def logged_error(error: Exception) -> bytes:
     """Return an error's frame; one that nobody expected is logged here, with its traceback."""
     if not isinstance(error, FedMomentumError):
         LOG.exception("the worker failed")

@@ -55,7 +55,7 @@ def step(frame):
         raise RuntimeError("Mrs Miller, born 1951")
     return frame
 
-worker_process._load = load
+worker_process.load = load
 sys.argv = ["worker", sys.argv[3]]
 worker_process.main()
 """

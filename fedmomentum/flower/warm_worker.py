@@ -1,0 +1,158 @@
+"""A worker that outlives the process that uses it, for nodes that Flower runs.
+
+Flower starts a new process for each message, and a base model takes longer to load than a message
+to answer. So a ClientApp's first process starts a worker in a session of its own, and those that
+follow find it by a file in the node's store. It listens on a Unix socket in a directory that only
+this user can enter. It ends when the SuperNode does, when it has had no task for a while, or when
+a ClientApp comes with another configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fedmomentum.run.worker import EXIT_SECONDS, MAX_POLL_SECONDS, WorkerExit
+from fedmomentum.utils.io import write_atomically
+
+ADDRESS_FILE = "worker.address"
+"""The file in a node's store that names the worker's socket."""
+SOCKET = "socket"
+"""The socket's name in its directory."""
+
+
+class WarmProcess:
+    """The ClientApp's side of a warm worker; to `Worker`, a process like any other.
+
+    Args:
+        store: The node's store.
+        keep_warm: How many seconds the worker outlives its last task.
+    """
+
+    def __init__(self, store: Path, keep_warm: float) -> None:
+        self._store = store
+        self._keep_warm = keep_warm
+        self._setup = b""
+        self._pipe: Connection | None = None
+        self._process: subprocess.Popen[bytes] | None = None  # if this process has started it
+        self._was_heard = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a connection to a worker."""
+        return self._pipe is not None
+
+    def start(self, setup: bytes) -> None:
+        """Connect to the worker in the store, or start one; it loads in the background.
+
+        One that was started with another configuration ends now, and `receive` starts the next.
+        """
+        self._setup = setup
+        self._was_heard = False
+        self._process = None
+        self._greet(self._connect() or self._spawn())
+
+    def _greet(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        with contextlib.suppress(OSError):
+            pipe.send_bytes(self._setup)
+
+    def _connect(self) -> Connection | None:
+        """Return a connection to the worker that the store names, if it is there."""
+        try:
+            address = (self._store / ADDRESS_FILE).read_text()
+            return _connected(address)
+        except (OSError, ValueError):
+            return None
+
+    def _spawn(self) -> Connection:
+        """Start a worker, and return a connection to it."""
+        # The path of a Unix socket has about 100 characters, so the store is no place for it.
+        directory = Path(tempfile.mkdtemp(prefix="fedmomentum-"))
+        address = str(directory / SOCKET)
+        # What this process can import, such as the app's training function, the worker can too.
+        search_path = os.pathsep.join(entry for entry in sys.path if entry)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            command = [sys.executable, "-m", "fedmomentum.flower.warm_process"]
+            # It ends with the process that has started this one: Flower's, which lives on.
+            command += [str(listener.fileno()), address, str(os.getppid()), str(self._keep_warm)]
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": search_path},
+            )
+            pipe = _connected(address)
+        write_atomically(self._store / ADDRESS_FILE, address.encode())
+        return pipe
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            WorkerExit: If the worker has ended.
+        """
+        if self._pipe is None:
+            raise WorkerExit("before it was started")
+        try:
+            self._pipe.send_bytes(frame)
+        except OSError as error:
+            raise self._ended() from error
+
+    def receive(self, seconds: float) -> tuple[bytes, bytes] | None:
+        """Return the next frame, its letter and its body; None if none comes in time.
+
+        Raises:
+            WorkerExit: If the worker has ended.
+        """
+        if self._pipe is None:
+            raise WorkerExit("before it was started")
+        try:
+            if not self._pipe.poll(min(max(seconds, 0), MAX_POLL_SECONDS)):
+                return None
+            frame = self._pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            # One that ends without a word was about to end, or has another configuration.
+            if self._was_heard or self._process is not None:
+                raise self._ended() from error
+            self._pipe.close()
+            self._greet(self._spawn())
+            return None
+        self._was_heard = True
+        return frame[:1], frame[1:]
+
+    def _ended(self) -> WorkerExit:
+        """Return how the worker ended, as far as this process can know."""
+        code = None
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_SECONDS)
+            code = self._process.poll()
+        self.stop()
+        if code is None:
+            return WorkerExit("without a word; its own log may say more")
+        if code < 0:
+            return WorkerExit(f"by signal {signal.Signals(-code).name}")
+        return WorkerExit(f"with exit code {code}")
+
+    def stop(self) -> None:
+        """Close the connection: a worker with a task ends, and one without waits for the next."""
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pipe = None
+
+
+def _connected(address: str) -> Connection:
+    with socket.socket(socket.AF_UNIX) as own:
+        own.connect(address)
+        return Connection(own.detach())
