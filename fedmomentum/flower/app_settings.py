@@ -194,6 +194,8 @@ def _divide(flat: Flat, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
             if not isinstance(inner, dict):
                 raise ConfigError(f"{what}: {printable(key)} contradicts {printable(part)}")
             holder = inner
+        if isinstance(holder.get(parts[-1]), dict):
+            raise ConfigError(f"{what}: {printable(key)} contradicts the keys below it")
         holder[parts[-1]] = _as_list(value)
     return own, table
 

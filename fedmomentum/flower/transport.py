@@ -235,7 +235,7 @@ class FlowerTransport:
             num_wanted = max(1, num_clients) if waits_for_all else min_clients
             missing = sorted(set(registered) - set(online))
             if num_clients > len(registered):
-                missing.append(f"{num_clients - len(registered)} that have never connected")
+                missing.append(f"{num_clients - len(registered)} that have not joined")
             self._callback.on_nodes(registered, online)
             # enough, or too late, or wait
             if len(online) >= num_wanted:

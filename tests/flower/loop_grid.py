@@ -8,6 +8,7 @@ import fedmomentum.flower  # noqa: F401
 # after fedmomentum.flower, which sets what flwr reads when it is imported
 from flwr.app import Error, Message, RecordDict  # isort: skip
 from flwr.common.serde import message_from_proto, message_to_proto  # isort: skip
+from flwr.proto.node_pb2 import NodeInfo  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
 from flwr.supercore.task_identity import TaskIdentity  # isort: skip
 
@@ -24,7 +25,9 @@ class LoopGrid(Grid):
     def __init__(self, nodes: dict[int, Node]) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.nodes = nodes
+        self.activated: dict[int, str] = {}
         self.sent: list[Message] = []
+        self._waiting: dict[str, Message] = {}
 
     def set_run(self, run) -> None:
         pass
@@ -39,16 +42,18 @@ class LoopGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
-    def push_messages(self, messages):
-        raise NotImplementedError
+    def get_nodes(self) -> list[NodeInfo]:
+        return [
+            NodeInfo(node_id=number, last_activated_at=self.activated.get(number, ""))
+            for number in self.nodes
+        ]
 
-    def pull_messages(self, message_ids):
-        raise NotImplementedError
-
-    def send_and_receive(self, messages, *, timeout=None) -> list[Message]:
-        replies = []
+    def push_messages(self, messages) -> list[str]:
+        """A node answers when its message is pushed; the reply waits until it is pulled."""
+        names = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
+            names.append(message.metadata.message_id)
             self.sent.append(message)
             arrived = _copy(message)
             try:
@@ -56,8 +61,14 @@ class LoopGrid(Grid):
             except Exception as error:
                 reply = Message(Error(2, f"{type(error)}:<{error}>"), reply_to=arrived)
             if reply is not None:
-                replies.append(_copy(reply))
-        return replies
+                self._waiting[names[-1]] = _copy(reply)
+        return names
+
+    def pull_messages(self, message_ids) -> list[Message]:
+        return [self._waiting.pop(name) for name in message_ids if name in self._waiting]
+
+    def send_and_receive(self, messages, *, timeout=None) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
 
 
 def _copy(message: Message) -> Message:
