@@ -117,6 +117,7 @@ class WarmWorker:
                 self._send(Frame.ERROR, logged_error(error))
                 self.clean_up()
                 sys.exit(LOAD_FAILED)
+            LOG.info("the base model is loaded; it stays for later messages")
         else:
             self._send(Frame.READY, self._ready)
         answer_frames(self._inbox, self._do)

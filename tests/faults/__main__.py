@@ -23,10 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmomentum.utils.process import quiet_libraries
+from tests.faults import flower_app  # noqa: F401 (it registers its cases)
 from tests.faults.cases import CASES, Case, Skipped
 from tests.faults.harness import Federation, hard_limit
 
-CASE_SECONDS, END_SECONDS = 180.0, 60.0
+END_SECONDS = 60.0
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -47,7 +48,7 @@ def run_case(case: Case, folder: Path, shared: Path) -> Result:
     started = time.monotonic()
     seen, survived, federation = "", "", None
     try:
-        with hard_limit(CASE_SECONDS):
+        with hard_limit(case.seconds):
             federation = Federation(folder, shared, **case.sections)
             seen = case.act(federation)
             survived = f"yes: {federation.compared}"

@@ -44,24 +44,26 @@ class Case:
         fault: what is done.
         act: does it and checks what comes of it; returns who saw it and how.
         sections: of the configuration.
+        seconds: it may take.
     """
 
     name: str
     fault: str
     act: Callable[[Federation], str]
     sections: Mapping[str, Mapping[str, Any]]
+    seconds: float = 180.0
 
 
 CASES: list[Case] = []
 
 
 def case(
-    fault: str, **sections: Mapping[str, Any]
+    fault: str, *, seconds: float = 180.0, **sections: Mapping[str, Any]
 ) -> Callable[[Callable[[Federation], str]], Callable]:
     """Register a case under the name of its function."""
 
     def register(act: Callable[[Federation], str]) -> Callable:
-        CASES.append(Case(act.__name__.replace("_", "-"), fault, act, sections))
+        CASES.append(Case(act.__name__.replace("_", "-"), fault, act, sections, seconds))
         return act
 
     return register

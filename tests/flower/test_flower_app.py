@@ -4,37 +4,21 @@ import importlib
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr")
 
-from fedmomentum.config.schema import Config
-from fedmomentum.config.toml import to_dict
 from fedmomentum.errors import ConfigError, QuorumError
 from fedmomentum.flower import app_client, process_clients, transport
 from fedmomentum.flower.app_settings import read_node, read_run
 from fedmomentum.flower.status import read_status
+from tests.flower.app_config import EXAMPLE, flat
 from tests.flower.loop_grid import LoopGrid
 from tests.runs import chain, objects, start, timeless, tiny_config
 
 # after fedmomentum.flower, which sets what flwr reads when it is imported
 from flwr.app import Context, RecordDict  # isort: skip
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "flower-app"
-
-
-def flat(config: Config, out: Path, **more) -> dict:
-    """A configuration as a run config, its data apart, which is each node's own."""
-    values = {"out": str(out), "num-clients": 2, "resume": False}
-    for section, table in to_dict(config).items():
-        for key, value in table.items():
-            if f"{section}.{key}" == "data.client-files" or value in ({}, []):
-                continue
-            value = str(value).replace("'", '"') if isinstance(value, list) else value
-            values[f"{section}.{key}"] = value
-    return values | {key.replace("__", ".").replace("_", "-"): v for key, v in more.items()}
 
 
 @pytest.fixture
