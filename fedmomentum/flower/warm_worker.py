@@ -26,6 +26,8 @@ ADDRESS_FILE = "worker.address"
 """The file in a node's store that names the worker's socket."""
 SOCKET = "socket"
 """The socket's name in its directory."""
+PREFIX = "fedmomentum-worker-"
+"""How the directory's name begins."""
 
 
 class WarmProcess:
@@ -74,8 +76,9 @@ class WarmProcess:
 
     def _spawn(self) -> Connection:
         """Start a worker, and return a connection to it."""
+        self._remove_stale_socket()
         # The path of a Unix socket has about 100 characters, so the store is no place for it.
-        directory = Path(tempfile.mkdtemp(prefix="fedmomentum-"))
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX))
         address = str(directory / SOCKET)
         # What this process can import, such as the app's training function, the worker can too.
         search_path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -95,6 +98,14 @@ class WarmProcess:
             pipe = _connected(address)
         write_atomically(self._store / ADDRESS_FILE, address.encode())
         return pipe
+
+    def _remove_stale_socket(self) -> None:
+        """Remove what a worker left behind that was killed; any other removes it itself."""
+        with contextlib.suppress(OSError, ValueError):
+            address = Path((self._store / ADDRESS_FILE).read_text())
+            if address.name == SOCKET and address.parent.name.startswith(PREFIX):
+                address.unlink()
+                address.parent.rmdir()
 
     def send(self, frame: bytes) -> None:
         """Send a frame.

@@ -133,7 +133,7 @@ def is_gone(fed: Federation, program: str) -> Callable[[], bool]:
 def app_node_killed(fed: Federation) -> str:
     fed.steer("site1", 2, "hold")
     with running(fed) as stock:
-        fed.until_held("site1", 2)
+        fed.until_held("site1", 2, SECONDS)
         stock.nodes["site1"].kill()
         pattern = "no answer within 40 s|lost its connection"
         seen = fed.check(fails={("train", 2, "site1")}, says={(2, "site1"): pattern})
@@ -150,7 +150,7 @@ def app_superlink_killed(fed: Federation) -> str:
     for name in ("site0", "site1"):
         fed.steer(name, 2, "hold")
     with running(fed) as stock:
-        fed.until_held("site0", 2)
+        fed.until_held("site0", 2, SECONDS)
         stock.link.kill()
         until(is_gone(fed, "flwr-serverapp"), "the end of the ServerApp")
         fed.server.kill()

@@ -286,10 +286,10 @@ class Federation:
     def _seed(self, name: str, server_round: int) -> int:
         return derive_seed(self.config.run.seed, "batches", server_round, name)
 
-    def until_held(self, name: str, server_round: int) -> None:
+    def until_held(self, name: str, server_round: int, seconds: float = 120.0) -> None:
         """Wait until a node is where it was ordered to hold."""
         mark = self.folder / name / f"held-{self._seed(name, server_round)}"
-        until(mark.exists, f"{name} training in round {server_round}")
+        until(mark.exists, f"{name} training in round {server_round}", seconds)
 
     # ── watching ──
 

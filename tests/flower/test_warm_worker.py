@@ -1,6 +1,7 @@
 """A worker that outlives the process that uses it: found again, replaced where it does not fit, and never left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def store(tmp_path, monkeypatch):
     for number in loads(store):
         if not gone(number, 0):
             os.kill(number, signal.SIGKILL)
+    if (store / ADDRESS_FILE).exists():
+        shutil.rmtree(socket_directory(store), ignore_errors=True)
 
 
 def loads(store) -> list[int]:
@@ -145,9 +148,11 @@ def test_a_task_whose_time_is_up_ends_with_all_that_it_started(store):
 
 def test_a_worker_that_dies_in_a_task_is_replaced(store):
     first = int(ask(store))
+    directory = socket_directory(store)
     with pytest.raises(WorkerError, match="its worker ended without a word"):
         ask(store, b"kill")
     assert gone(first) and int(ask(store)) != first
+    assert not directory.exists()  # what the killed one could not remove
 
 
 def test_one_that_cannot_load_says_why_without_the_path(store):
