@@ -76,7 +76,8 @@ def gc_frozen() -> Iterator[None]:
 def _generators_restored(device: torch.device) -> AbstractContextManager[None]:
     """Restore torch's generators: the CPU's, and that of the device that the model is on."""
     indices = generator_devices(device)
-    return torch.random.fork_rng(indices, device_type=device.type if indices else None)
+    # Without indices the type makes no difference, but before torch 2.13 it has to be one.
+    return torch.random.fork_rng(indices, device_type=device.type if indices else "cuda")
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[None]:
