@@ -49,7 +49,7 @@ $(TEST_STAMP): $(STAMP)
 test-long: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -p no:xdist
 
-# coordinators and nodes over loopback, broken in every way we know; about a quarter of an hour
+# coordinators and nodes over loopback, broken in every way we know, and a stock Flower; some twenty minutes
 test-faults: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
