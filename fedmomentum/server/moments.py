@@ -33,6 +33,7 @@ from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, train_result
 from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
 from fedmomentum.training.arguments import TrainingFields
+from fedmomentum.training.step_rule import clipping_norm
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -62,10 +63,7 @@ class SharedOptimizer:
         arguments = config.training.arguments
         defaults = TrainingFields()
         self._has_second = arguments.get("optim") != "sgd"
-        # A function of the user's own may not clip its gradients.
-        max_norm = arguments.get("max_grad_norm", defaults.max_grad_norm)
-        is_clipped = config.training.function is None and max_norm > 0
-        self._max_norm: float | None = max_norm if is_clipped else None
+        self._max_norm = clipping_norm(config)
         # The sum of the second moments that this round started with, by hash.
         self._totals: dict[str | None, float] = {}
         self._settings = OptimizerSettings(

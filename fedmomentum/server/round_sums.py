@@ -128,8 +128,12 @@ class RoundSums:
         num_sampled = sample_size(len(self.roster.keys), federation.client_fraction)
         # A sum that too few clients are left for is not opened at all.
         quorum = math.ceil(federation.min_valid_fraction * num_sampled - ROUNDING)
-        least = [min_threshold(n) for n in (num_sampled, len(clients))]
-        threshold = max(privacy.threshold or max(least), quorum, MIN_PARTIES)
+        # An evaluation may ask more clients than a round trains: the given number is that of a
+        # round, and of a larger sum as large a part must agree as the clients accept.
+        of_a_round = privacy.threshold or min_threshold(num_sampled)
+        trusts_server = of_a_round < min_threshold(num_sampled)
+        least = min_threshold(len(clients), trusts_server=trusts_server)
+        threshold = max(of_a_round, least, quorum, MIN_PARTIES)
         if len(clients) < threshold:
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted(failures.items()))
             raise QuorumError(
@@ -251,7 +255,12 @@ class RoundSums:
             return None
 
     def scores(
-        self, run_id: str, summed: SummedRound | None, server_round: int, replies: Replies
+        self,
+        run_id: str,
+        summed: SummedRound | None,
+        server_round: int,
+        replies: Replies,
+        labels: Sequence[str],
     ) -> EvaluationRecord | None:
         """Sum up the scores of the clients that have evaluated; None where that cannot be.
 
@@ -260,9 +269,9 @@ class RoundSums:
             summed: The round's sums of updates; None in round 0.
             server_round: The round.
             replies: Whose scores there are; gets failures, bytes and seconds.
+            labels: Those of a classifier; empty for other models.
         """
         clients = sorted(replies.replies)
-        labels = self.config.model.labels
         of_pairs = self.config.training.objective == "dpo"
         sums = ScoreSums(len(clients), of_pairs=of_pairs, labels=labels)
         try:

@@ -9,7 +9,7 @@ them what it would do with the clients'. Scores come from a third sum.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,23 @@ class SecureRounds:
         self._kept = kept
         self._sums = RoundSums(transport, roster, method, config, kept)
 
+        self._newcomers: set[str] = set()
+
+    def known(self, clients: Sequence[str]) -> list[str]:
+        """Return those of some clients that were admitted before this server started.
+
+        The others' keys are in no sum: a plan with them would be refused by every client.
+        """
+        newcomers = set(clients) - self._roster.keys.keys() - self._newcomers
+        for client in sorted(newcomers):
+            LOG.warning(
+                "%s was admitted after this run began; it takes part once all sites have a roster "
+                "with its key and the server was stopped and resumed",
+                client,
+            )
+        self._newcomers |= newcomers
+        return [client for client in clients if client in self._roster.keys]
+
     # ── training ──
 
     def train(
@@ -100,8 +117,7 @@ class SecureRounds:
             QuorumError: If too few clients took part; a resumed server asks them again.
             LostRoundError: If it has done so, and the clients that are left cannot open the sum.
         """
-        known = [client for client in requests if client in self._roster.keys]
-        terms = self._terms(model, state, server_round, len(known))
+        terms = self._terms(model, state, server_round, len(requests))
         sums = partial(self._sums.updates, model, state.run_id, server_round, terms)
         attempt = 1
         before = None if self._kept is None else self._kept.round(server_round)
@@ -120,13 +136,10 @@ class SecureRounds:
 
         # Every client learns what became of its last values, and trains.
         asked = {}
-        for client in known:
-            request = requests[client]
+        for client, request in requests.items():
             own_terms = msgspec.structs.replace(terms, outcome=state.outcomes.get(client))
             asked[client] = msgspec.structs.replace(request, secure=own_terms)
         replies, state = exchange.ask(model, state, asked, server_round, check_ready)
-        for client in sorted(requests.keys() - set(known)):
-            replies.failures[client] = f"client {client} was admitted after this run began"
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
         trained = TrainedParties(attempt, sorted(replies.replies))
@@ -185,7 +198,13 @@ class SecureRounds:
     # ── evaluating ──
 
     def scores(
-        self, run_id: str, summed: SummedRound | None, server_round: int, replies: Replies
+        self,
+        run_id: str,
+        summed: SummedRound | None,
+        server_round: int,
+        replies: Replies,
+        labels: Sequence[str],
     ) -> RoundEvaluation:
         """Return what the clients scored together; see `RoundSums.scores`."""
-        return RoundEvaluation(replies, self._sums.scores(run_id, summed, server_round, replies))
+        scores = self._sums.scores(run_id, summed, server_round, replies, labels)
+        return RoundEvaluation(replies, scores)

@@ -136,7 +136,7 @@ class Server:
             combined = self._aggregate(server_round, trained)
         # The aggregate becomes the model that is evaluated and trained next.
         eval_clients = evaluating_clients(
-            self._config, server_round, trained.accepted, self._transport.clients
+            self._config, server_round, trained.accepted, self._available_clients
         )
         with timer.phase("merge"):
             self._advance(combined.result)
@@ -167,7 +167,7 @@ class Server:
     def evaluate_base_model(self) -> RoundRecord:
         """Run round 0: nothing is trained; the base model is evaluated."""
         self._callbacks.on_round_begin(0, [])
-        clients = self._transport.clients() if self._config.evaluation.every else []
+        clients = self._available_clients() if self._config.evaluation.every else []
         evaluated = self._evaluate(0, clients, None)
         record = base_record(self.model, evaluated)
         seconds = PhaseTimer().total(Replies(), evaluated.replies)
@@ -176,8 +176,13 @@ class Server:
 
     # ── sampling and sending ──
 
-    def _sample_clients(self, server_round: int) -> list[str]:
+    def _available_clients(self) -> Sequence[str]:
+        """Return the clients that can take part now: with sums, those that others know."""
         client_ids = self._transport.clients()
+        return client_ids if self._secure is None else self._secure.known(client_ids)
+
+    def _sample_clients(self, server_round: int) -> list[str]:
+        client_ids = self._available_clients()
         fraction = self._config.federation.client_fraction
         return sample_clients(self._config.run.seed, server_round, client_ids, fraction)
 
@@ -375,7 +380,7 @@ class Server:
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
         if self._secure is not None:
-            return self._secure.scores(self.state.run_id, summed, server_round, replies)
+            return self._secure.scores(self.state.run_id, summed, server_round, replies, labels)
         return pool_scores(replies, expected)
 
     # ── recording ──

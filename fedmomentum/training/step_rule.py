@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.training.arguments import optimizer_options
+from fedmomentum.training.arguments import TrainingFields, optimizer_options
 
 if TYPE_CHECKING:
+    from fedmomentum.config.schema import Config
     from fedmomentum.config.training import LocalTraining
 
 ROUNDING = 1.01
@@ -22,6 +23,8 @@ ROUNDING = 1.01
 BETAS = (0.9, 0.999)
 """Adam's, where a configuration gives none."""
 RMSPROP_ALPHA = 0.99
+MAX_GRAD_NORM = TrainingFields().max_grad_norm
+"""The norm to which gradients are clipped, where a configuration gives none."""
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 """AdamW whose moments are kept in full; with rounded moments no bound holds exactly."""
 NEGLIGIBLE = 1e-16
@@ -52,32 +55,44 @@ class StepRule:
         return self.per_number is not None or self.per_step is not None
 
     @classmethod
-    def of(
-        cls, learning_rate: float, arguments: Mapping[str, Any], *, own_function: bool
-    ) -> StepRule:
-        """Return the rule for a run's training arguments.
+    def of(cls, config: Config, learning_rate: float) -> StepRule:
+        """Return the rule for a run's training.
 
         Adam's steps are bounded number by number, whatever the gradient. Plain gradient descent is
-        bounded by the norm to which the gradient is clipped.
+        bounded by the norm to which the gradient is clipped. Of a training function of the user's
+        own nothing is known.
 
         Args:
+            config: The run's settings.
             learning_rate: The learning rate of the round.
-            arguments: The run's `[training.arguments]`.
-            own_function: Whether clients train by a function of the user's own, of which nothing is
-                known.
         """
+        arguments = config.training.arguments
         name = str(arguments.get("optim", "adamw_torch"))
         decay = float(arguments.get("weight_decay", 0.0))
-        if own_function:
+        if config.training.function is not None:
             return cls(learning_rate, None)
         if name == "sgd":
-            clip = float(arguments.get("max_grad_norm", 1.0))
-            return cls(learning_rate, None, clip if clip > 0 else None, decay)
+            return cls(learning_rate, None, clipping_norm(config), decay)
         if name.startswith("adamw_torch") or name in ("adafactor", "adagrad"):
             return cls(learning_rate, 1.0, None, decay)
         if name == "rmsprop":  # its first step divides by a tenth of the gradient
             return cls(learning_rate, 10.0, None, decay)
         return cls(learning_rate, None)
+
+
+def clipping_norm(config: Config) -> float | None:
+    """Return the norm that no gradient of an optimizer step exceeds; None where nothing bounds it.
+
+    A training function of the user's own may not clip. A private training clips each unit's
+    gradient, and adds noise of any size to the sum.
+
+    Args:
+        config: The run's settings.
+    """
+    if config.training.function is not None or config.privacy.dp is not None:
+        return None
+    norm = float(config.training.arguments.get("max_grad_norm", MAX_GRAD_NORM))
+    return norm if norm > 0 else None
 
 
 # ── the most that one number can change in a round ──
@@ -160,7 +175,7 @@ def _reach_of_sgd(
     arguments: Mapping[str, Any], options: Mapping[str, str], num_steps: int, steps_before: int
 ) -> _Reach | None:
     """Return how far gradient descent can get, where the gradient's norm is clipped."""
-    clip = float(arguments.get("max_grad_norm", 1.0))
+    clip = float(arguments.get("max_grad_norm", MAX_GRAD_NORM))
     if clip <= 0 or not options.keys() <= {"momentum", "nesterov"}:
         return None
     try:
