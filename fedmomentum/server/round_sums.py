@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.aggregation.moment_sums import (
+    MeanMovement,
+    MomentLimits,
+    MomentSums,
+    factor_changes,
+)
 from fedmomentum.errors import QuorumError, SecureSumError
 from fedmomentum.formats.manifest import RoundOutcome
 from fedmomentum.global_model.mean_moves import means_object, read_means
@@ -57,6 +63,8 @@ class SummedRound:
         means: The outcome of the first sum, which they keep; None without a second sum.
         outcomes: Client to what it must learn with its next task; empty without a second sum.
         holders: The clients that have the means already.
+        moments: `<module>.<factor>` to what their optimizers did; empty where moments are not
+            shared.
     """
 
     clients: list[str]
@@ -69,6 +77,7 @@ class SummedRound:
     means: StoredObject | None = None
     outcomes: Mapping[str, RoundOutcome] = field(default_factory=dict)
     holders: frozenset[str] = frozenset()
+    moments: Mapping[str, MeanMovement] = field(default_factory=dict)
 
     def kept_by(self, client: str) -> str | None:
         """Return the hash of the means if a client keeps them until its next task."""
@@ -185,16 +194,30 @@ class RoundSums:
             threshold=self.threshold(server_round, trained.parties, collected.failures),
             blocks=[*layout.first_blocks(), *loss_blocks(len(trained.parties))],
         )
+        moment_sums = self._moment_sums(layout, terms, server_round)
+        if moment_sums is not None:
+            blocks = [*first_plan.blocks, *moment_sums.blocks()]
+            first_plan = msgspec.structs.replace(first_plan, blocks=blocks)
         first = exchange.run(first_plan, self._kept_sum(first_plan))
         means = layout.mean_moves(_tensors(first))
         train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
+        moments = {}
+        if moment_sums is not None:
+            changes = factor_changes(means.modules)
+            moments = moment_sums.means(_tensors(first), means.num_examples, changes)
         rounding = layout.rounding(_tensors(first), len(first.survivors))
         _warn_of_rounding(server_round, rounding)
         if not layout.has_second_sum:
             updates, weights = _named(*layout.stand_ins(means, None))
-            count = means.num_examples
             return SummedRound(
-                first.survivors, updates, weights, count, trained.attempt, train_loss, rounding
+                first.survivors,
+                updates,
+                weights,
+                means.num_examples,
+                trained.attempt,
+                train_loss,
+                rounding,
+                moments=moments,
             )
 
         # The cross terms, on the range that the sketch has found.
@@ -224,6 +247,23 @@ class RoundSums:
             means=stored,
             outcomes=outcomes,
             holders=frozenset(exchange.holders),
+            moments=moments,
+        )
+
+    def _moment_sums(
+        self, layout: AdapterSums, terms: SecureTerms, server_round: int
+    ) -> MomentSums | None:
+        """Return what the first sum holds of the optimizers' moments; None if nothing."""
+        if terms.moments is None:
+            return None
+        num_rounds = self.config.federation.num_rounds
+        return MomentSums.of(
+            layout.start,
+            layout.factors,
+            self.config.training.hyperparameters(server_round, num_rounds),
+            num_parties=layout.num_parties,
+            max_examples=layout.max_examples,
+            limits=MomentLimits(**msgspec.structs.asdict(terms.moments)),
         )
 
     def _second_sum(

@@ -17,7 +17,7 @@ import msgspec
 
 from fedmomentum.errors import LostRoundError, QuorumError
 from fedmomentum.protocol.secure_messages import SecureTerms
-from fedmomentum.server.change_bound import change_bound
+from fedmomentum.server.change_bound import change_bound, moment_terms
 from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.reply_checks import check_ready
 from fedmomentum.server.round_parts import TrainedRound
@@ -27,13 +27,14 @@ from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
+    from fedmomentum.aggregation.moments import Moments
     from fedmomentum.config.schema import Config
-    from fedmomentum.config.training import LocalTraining
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.protocol.messages import TrainRequest
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.secure_sum.roster import Roster
     from fedmomentum.server.exchange import Exchange
+    from fedmomentum.server.moments import SharedOptimizer
     from fedmomentum.server.replies import Replies
     from fedmomentum.server.state import ServerState
 
@@ -94,7 +95,7 @@ class SecureRounds:
         state: ServerState,
         server_round: int,
         requests: Mapping[str, TrainRequest],
-        hyperparameters: LocalTraining,
+        optimizer: SharedOptimizer | None = None,
     ) -> tuple[TrainedRound, ServerState]:
         """Have the clients train, and sum up what they trained.
 
@@ -108,7 +109,7 @@ class SecureRounds:
             state: What the server remembers.
             server_round: The round.
             requests: Client to what it is asked to train.
-            hyperparameters: The round's.
+            optimizer: Keeps the moments that the clients share; None where they share none.
 
         Returns:
             What stands in for the clients' updates, and the state with the sums' outcome.
@@ -117,7 +118,7 @@ class SecureRounds:
             QuorumError: If too few clients took part; a resumed server asks them again.
             LostRoundError: If it has done so, and the clients that are left cannot open the sum.
         """
-        terms = self._terms(model, state, server_round, len(requests))
+        terms = self._terms(model, state, server_round, len(requests), optimizer)
         sums = partial(self._sums.updates, model, state.run_id, server_round, terms)
         attempt = 1
         before = None if self._kept is None else self._kept.round(server_round)
@@ -132,7 +133,7 @@ class SecureRounds:
                 LOG.warning("round %d starts over: %s", server_round, error)
                 attempt = trained.attempt + 1
             else:
-                return self._trained(summed, replies, server_round, hyperparameters, state)
+                return self._trained(summed, replies, server_round, state)
 
         # Every client learns what became of its last values, and trains.
         asked = {}
@@ -147,22 +148,22 @@ class SecureRounds:
         if self._kept is not None:
             self._kept.begin_round(server_round, trained, replies)
         summed = sums(trained, replies)
-        return self._trained(summed, replies, server_round, hyperparameters, state)
+        return self._trained(summed, replies, server_round, state)
 
     def _trained(
         self,
         summed: SummedRound,
         replies: Replies,
         server_round: int,
-        hyperparameters: LocalTraining,
         state: ServerState,
     ) -> tuple[TrainedRound, ServerState]:
         """Return the sums in the form of a round's updates, and the state with their outcome."""
+        num_rounds = self._config.federation.num_rounds
         trained = TrainedRound(
             replies=replies,
             updates=summed.updates,
             ranks={},
-            learning_rate=hyperparameters.learning_rate,
+            learning_rate=self._config.training.learning_rate_at(server_round, num_rounds),
             factors=self._method.trained_factors(server_round),
             screening={},
             moments={},
@@ -181,18 +182,28 @@ class SecureRounds:
         state: ServerState,
         server_round: int,
         num_clients: int,
+        optimizer: SharedOptimizer | None,
     ) -> SecureTerms:
         """Return what the clients of a round have in common so that their values can be summed."""
         privacy = self._config.privacy
+        # What the clients' optimizers start from is known, and decides how far they go.
+        start = model.adapter
+        started: list[Moments] = []
+        moments = None
+        if optimizer is not None:
+            started = list(optimizer.started(state.moments, start).moments.values())
+            total = optimizer.second_total(state.moments, start)
+            moments = moment_terms(self._config, server_round, start, started, total)
         # A guess is enough: only the choice of the sketches' range depends on it.
         expected = state.summed_examples or num_clients * privacy.max_examples
         return SecureTerms(
             num_parties=num_clients,
             max_examples=privacy.max_examples,
-            max_change=change_bound(self._config, server_round, model.adapter),
+            max_change=change_bound(self._config, server_round, start, started),
             sketch_ranks=privacy.sketch_ranks if self._method.depends_on == "product" else 0,
             expected_examples=expected,
             seed=derive_seed(self._config.run.seed, "sketch", server_round),
+            moments=moments,
         )
 
     # ── evaluating ──

@@ -37,7 +37,6 @@ from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected
 from fedmomentum.server.screening import Screening
 from fedmomentum.server.selection import (
     check_quorum,
-    client_weights,
     evaluating_clients,
     num_eval_examples,
     sample_clients,
@@ -213,7 +212,7 @@ class Server:
         if self._secure is None:
             return self._train_openly(server_round, requests, reader, hyperparameters)
         trained, self.state = self._secure.train(
-            self._exchange, self.model, self.state, server_round, requests, hyperparameters
+            self._exchange, self.model, self.state, server_round, requests, self._optimizer
         )
         if trained.summed is not None and trained.summed.means is not None:
             # Clients need it again with their next task.
@@ -268,11 +267,7 @@ class Server:
     def _aggregate(self, server_round: int, trained: TrainedRound) -> Combined:
         """Combine the updates by the run's method, module by module."""
         adapter = self.model.adapter
-        max_weight = self._config.federation.max_client_weight
-        if trained.summed is None:
-            weights = client_weights(trained.num_examples, max_weight)
-        else:
-            weights = trained.summed.weights
+        weights = trained.weights(self._config.federation.max_client_weight)
         result = aggregate_updates(
             [trained.updates[client] for client in weights],
             list(weights.values()),

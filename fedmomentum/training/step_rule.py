@@ -8,13 +8,14 @@ most: the public bound within which secure sums count.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.training.arguments import TrainingFields, optimizer_options
 
 if TYPE_CHECKING:
+    from fedmomentum.aggregation.moments import Moments
     from fedmomentum.config.schema import Config
     from fedmomentum.config.training import LocalTraining
 
@@ -27,6 +28,7 @@ MAX_GRAD_NORM = TrainingFields().max_grad_norm
 """The norm to which gradients are clipped, where a configuration gives none."""
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 """AdamW whose moments are kept in full; with rounded moments no bound holds exactly."""
+TINY = 1e-300
 NEGLIGIBLE = 1e-16
 """A power so small leaves a number of float64 as it is."""
 
@@ -118,6 +120,7 @@ def largest_change(
     largest_number: float,
     largest_tensor: int,
     steps_before: int = 0,
+    carried: float = 0.0,
 ) -> float | None:
     """Return a bound of how much one trained number changes in a round, whatever the data.
 
@@ -130,6 +133,8 @@ def largest_change(
         largest_number: The largest size of a number before the round.
         largest_tensor: The number of elements of the largest trained tensor.
         steps_before: The number of steps that the optimizer's moments can hold from earlier rounds.
+        carried: How far the moments that the round starts with can go by themselves, in learning
+            rates (`carried_reach`).
 
     Returns:
         The bound; None where nothing is known of the optimizer.
@@ -138,10 +143,81 @@ def largest_change(
     if reach is None or not math.isfinite(reach.gradients):
         return None
     # Decay pulls a number, which is at most so large, towards zero in every step.
-    moved = training.learning_rate * reach.gradients
+    moved = training.learning_rate * (reach.gradients + carried)
     weight_decay = float(training.arguments.get("weight_decay", 0.0))
     decayed = training.learning_rate * weight_decay * reach.decay * (largest_number + moved)
     return ROUNDING * (moved + decayed)
+
+
+def carried_reach(
+    arguments: Mapping[str, Any], num_steps: int, moments: Iterable[Moments]
+) -> float:
+    """Return how far moments take a number in a round by themselves, in learning rates.
+
+    Moments that were averaged and moved to other factors are those of no gradients, so that nothing
+    bounds them but what they are. Adam's step k after t earlier ones moves a number, of what was
+    there before, by at most `beta1^k |m| / (1 - beta1^(t + k))` over
+    `sqrt(beta2^k v / (1 - beta2^(t + k))) + epsilon`; new gradients only make v larger.
+
+    Args:
+        arguments: The run's training arguments; the optimizer is AdamW, or SGD with momentum.
+        num_steps: The largest number of steps of a client.
+        moments: Those that the round starts with.
+    """
+    options = optimizer_options(arguments)
+    beta1 = float(arguments.get("adam_beta1", BETAS[0]))
+    beta2 = float(arguments.get("adam_beta2", BETAS[1]))
+    epsilon = float(arguments.get("adam_epsilon", TrainingFields().adam_epsilon))
+    largest = 0.0
+    for moment in moments:
+        first = moment.first.double().abs()
+        reach = 0.0
+        if moment.second is None:
+            momentum = float(options.get("momentum", "0"))
+            for step in range(1, num_steps + 1):
+                reach += momentum**step * float(first.max())
+        else:
+            # Epsilon counts for the more the more steps there were; the least is taken.
+            root = moment.second.double().sqrt() + epsilon * math.sqrt(
+                1 - beta2 ** (moment.step + 1)
+            )
+            ratio = float((first / root.clamp(min=TINY)).max())
+            for step in range(1, num_steps + 1):
+                old = moment.step + step
+                decay = (beta1 / math.sqrt(beta2)) ** step
+                reach += decay * ratio * math.sqrt(1 - beta2**old) / (1 - beta1**old)
+        largest = max(largest, reach)
+    return largest
+
+
+def largest_pace(
+    training: LocalTraining,
+    num_steps: int,
+    *,
+    largest_number: float,
+    carried: float,
+    steps_before: int,
+) -> float | None:
+    """Return a bound of how far a number moves in a round over the sum of its learning rates.
+
+    It is the longest step, of the last one's gradients and of all that was carried.
+
+    Args:
+        training: The round's hyperparameters.
+        num_steps: The largest number of steps of a client.
+        largest_number: The largest size of a number in the round.
+        carried: See `largest_change`.
+        steps_before: See `largest_change`.
+    """
+    change = largest_change(
+        training,
+        1,
+        largest_number=largest_number,
+        largest_tensor=1,
+        steps_before=steps_before + num_steps - 1,
+        carried=carried,
+    )
+    return None if change is None else change / training.learning_rate
 
 
 def _reach(

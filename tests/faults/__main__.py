@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmomentum.utils.process import quiet_libraries
+from tests.faults import secure_cases  # noqa: F401 (registers its cases)
 from tests.faults.cases import CASES, Case, Skipped
 from tests.faults.harness import Federation, hard_limit
 

@@ -7,6 +7,9 @@ import pytest
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.errors import ConfigError
 from fedmomentum.lora.adapter import to_tensors
+from fedmomentum.run.method import make_method
+from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.moments import SharedOptimizer
 from tests.classifiers import LABELS, classifier_config
 from tests.run.test_objectives import chat_rows, pair_rows
 from tests.runs import start, tiny_config
@@ -17,7 +20,16 @@ from tests.server.test_secure_round import distance, rows
 SECURE = {"secure_aggregation": True, "max_examples": 100, "sketch_ranks": 2}
 NEED_UPDATES = {"hetlora", "fedrotlora"}
 SUPPORTED = sorted(METHODS.keys() - NEED_UPDATES)
-KINDS = ("completion", "chat", "dpo", "classification", "found-labels", "saved", "epochs")
+KINDS = (
+    "completion",
+    "chat",
+    "dpo",
+    "classification",
+    "found-labels",
+    "saved",
+    "epochs",
+    "moments",
+)
 
 
 def write_clients(folder, rows_of):
@@ -47,17 +59,27 @@ def config_of(folder, kind, method, **sections):
         return tiny_config(folder, training=training, data=data, **sections)
     if kind == "saved":
         return tiny_config(folder, lora={"modules-to-save": ["lm_head"]}, **sections)
-    if kind == "epochs":
-        config = {"local-epochs": 0.5, "local-steps": None}
-        return tiny_config(folder, training=config, **sections)
+    if kind in ("epochs", "moments"):
+        # Clients make 2, 3 and 4 steps, so that each has another sum of learning rates.
+        training = {"local-epochs": 0.5, "local-steps": None}
+        state = "shared" if kind == "moments" else "fresh"
+        training |= {"optimizer-state": state, "arguments": {"weight_decay": 0.1}}
+        return tiny_config(folder, training=training, **sections)
     lora = {"target-modules": ["q_proj", "v_proj", "down_proj"]}
     return tiny_config(folder, lora=lora, **sections)
 
 
+def shares(name):
+    """Whether clients can share moments with a method."""
+    method = METHODS[name]()
+    return not (method.fresh or method.personal_factors or method.prunes)
+
+
 def cases():
     """All pairs of kind and method; most are tried by `make test-long`."""
-    every_time = {("found-labels", "fedmomentum"), ("dpo", "flora")}
+    every_time = {("found-labels", "fedmomentum"), ("dpo", "flora"), ("moments", "fedmomentum")}
     pairs = [(kind, method) for kind in KINDS for method in SUPPORTED]
+    pairs = [(kind, name) for kind, name in pairs if kind != "moments" or shares(name)]
     return [
         pytest.param(*pair, marks=[] if pair in every_time else [pytest.mark.long])
         for pair in pairs
@@ -77,7 +99,8 @@ def test_a_secure_run_is_the_run_without(tmp_path, kind, method):
         ours = {name: t.double() for name, t in to_tensors(secure.model.adapter).items()}
         theirs = {name: t.double() for name, t in to_tensors(plain.model.adapter).items()}
         theirs = {name: tensor for name, tensor in theirs.items() if ".lora_B" not in name}
-    assert distance(ours, theirs) < 2e-5
+    # Moments travel in bfloat16: a sum's rounding can make another number of a last digit.
+    assert distance(ours, theirs) < (1e-3 if kind == "moments" else 2e-5)
     saved = plain.model.adapter.saved
     assert bool(saved) == (kind in ("classification", "found-labels", "saved"))
     for name, tensor in saved.items():
@@ -103,3 +126,30 @@ def test_what_needs_single_updates_is_refused_before_anything_is_loaded(tmp_path
     with pytest.raises(ConfigError, match="needs every client's update by itself"):
         start(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("training", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str)
+def test_moments_that_come_of_sums_are_those_that_clients_send(tmp_path, training):
+    """To the three digits that travel: where the last one differs, it is by one, in few numbers."""
+    sections = {"federation": {"num-rounds": 1}, "evaluation": {"every": 0}}
+    settings = {"optimizer-state": "shared", "arguments": training}
+    found = []
+    for privacy in ({}, SECURE):
+        config = tiny_config(tmp_path, training=settings, privacy=privacy, **sections)
+        start(config, tmp_path / f"out {len(privacy)}", function=None)
+        directory = RunDirectory(tmp_path / f"out {len(privacy)}")
+        model, state = directory.resume()
+        optimizer = SharedOptimizer.of(config, make_method(config), directory)
+        found.append(optimizer.started(state.moments, model.adapter).moments)
+        directory.close()
+    plain, secure = found
+    assert plain.keys() == secure.keys() and plain
+    for key, moment in plain.items():
+        other = secure[key]
+        assert moment.step == other.step and (moment.second is None) == (other.second is None)
+        error = (moment.first - other.first).norm() / moment.first.norm()
+        assert 0 < float(moment.first.norm()) and float(error) < 2**-8
+        if moment.second is not None:
+            assert float((moment.second - other.second).norm()) < 2**-8 * float(
+                moment.second.norm()
+            )
