@@ -2,10 +2,11 @@
 
 The means of the second moments' rows and columns differ by many orders of magnitude, and a sum's
 integers have steps of one size. So each number comes in two parts: a whole number of coarse steps,
-which is summed exactly, and the rest. Their public limits follow from clipped gradients and from
-how far an optimizer can go. The first moments follow from the movement, which is in the sum anyway:
-divided by the mean sum of the learning rates where all clients make the same steps, and otherwise
-summed by itself.
+which is summed exactly, and the rest. Their public limits follow from clipped gradients. The first
+moments follow from the mean movement, which is in the sum anyway, and the learning rates.
+
+All clients make the same number of steps. If they did not, movements would have to be summed twice,
+with other weights: who knows one of three clients could tell the other two apart by the two sums.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedmomentum.errors import DataError
+from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.secure_sum.fixed_point import count_block
 from fedmomentum.secure_sum.messages import Block
 
 if TYPE_CHECKING:
-    from fedmomentum.aggregation.product_from_sums import ClientMove, MeanMove
+    from fedmomentum.aggregation.product_from_sums import MeanMoves
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.lora.adapter import Adapter
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 Values = Mapping[str, Tensor]
 COARSE_STEPS = 2**24
 """A limit in coarse steps: with a hundred parties, their sum still fits."""
-STEPS = "steps"
 LEARNING_RATES = "learning rates"
 
 
@@ -41,14 +41,10 @@ class MomentLimits:
 
     Attributes:
         second_total: The largest sum of all second moments after the round.
-        pace: The farthest that a number moves in a round, divided by the sum of the learning rates.
-        num_steps: The largest number of steps.
-        learning_rate_sum: The largest sum of the learning rates of these steps.
+        learning_rate_sum: The largest sum of the learning rates of a round's steps.
     """
 
     second_total: float
-    pace: float
-    num_steps: int
     learning_rate_sum: float
 
 
@@ -91,8 +87,7 @@ class MomentSums:
     Attributes:
         shapes: `<module>.<factor>` to the shape of each trained factor.
         has_second: Whether the optimizer keeps second moments.
-        has_pace: Whether the clients' numbers of steps differ, so that movements are summed again,
-            each divided by its own learning rates.
+        num_steps: The number of steps of each client.
         num_parties: The number of parties of the sum.
         max_examples: The largest number of examples of a client.
         limits: Of what a client says.
@@ -100,7 +95,7 @@ class MomentSums:
 
     shapes: Mapping[str, tuple[int, int]]
     has_second: bool
-    has_pace: bool
+    num_steps: int
     num_parties: int
     max_examples: int
     limits: MomentLimits
@@ -125,11 +120,16 @@ class MomentSums:
             num_parties: The number of parties of the sum.
             max_examples: The largest number of examples of a client.
             limits: Of what a client says.
+
+        Raises:
+            ConfigError: If clients make different numbers of steps.
         """
+        if training.local_steps is None:
+            raise ConfigError("moments are summed where all clients make the same number of steps")
         return cls(
             shapes=factor_shapes(start, factors),
             has_second=training.arguments.get("optim") != "sgd",
-            has_pace=training.local_epochs is not None,
+            num_steps=training.local_steps,
             num_parties=num_parties,
             max_examples=max_examples,
             limits=limits,
@@ -143,32 +143,25 @@ class MomentSums:
             blocks.append(Block(name=_rest(name), size=size, bound=0.5))
         return blocks
 
-    def values(
-        self, num_examples: int, changes: Mapping[str, Tensor], moments: ClientMoments
-    ) -> Values:
+    def values(self, num_examples: int, moments: ClientMoments) -> Values:
         """Return a client's values, by block.
 
         Args:
             num_examples: Its number of examples.
-            changes: `<module>.<factor>` to how far it moved the factor.
             moments: What it has to say of its optimizer.
 
         Raises:
-            DataError: If a number is beyond its limit, or there was no step.
+            DataError: If a number is beyond its limit, or the steps are others.
         """
-        if not (moments.num_steps >= 1 and moments.learning_rate_sum > 0):
+        if not (moments.num_steps == self.num_steps and moments.learning_rate_sum > 0):
             raise DataError(
                 f"this client made {moments.num_steps} steps with learning rates of "
-                f"{moments.learning_rate_sum:g} in all; it has no moments to share"
+                f"{moments.learning_rate_sum:g} in all; wanted {self.num_steps} steps, to share "
+                "the optimizer's moments"
             )
-        numbers = {
-            STEPS: torch.tensor([moments.num_steps], dtype=CORE_DTYPE),
-            LEARNING_RATES: torch.tensor([moments.learning_rate_sum], dtype=CORE_DTYPE),
-        }
-        for key in self.shapes:
-            if self.has_pace:
-                numbers[f"pace {key}"] = changes[key] / moments.learning_rate_sum
-            if self.has_second:
+        numbers = {LEARNING_RATES: torch.tensor([moments.learning_rate_sum], dtype=CORE_DTYPE)}
+        if self.has_second:
+            for key in self.shapes:
                 numbers[f"rows {key}"] = moments.means[f"{key}.rows"]
                 numbers[f"columns {key}"] = moments.means[f"{key}.columns"]
         # A weight of at most `max_examples`, times a number within its limit.
@@ -184,46 +177,36 @@ class MomentSums:
         return values
 
     def means(
-        self, totals: Values, num_examples: int, mean_changes: Mapping[str, Tensor]
+        self, totals: Values, num_examples: int, changes: Mapping[str, Tensor]
     ) -> dict[str, MeanMovement]:
         """Return the means over the clients, by factor.
 
         Args:
             totals: The sum's values.
             num_examples: The number of examples of all clients in it.
-            mean_changes: `<module>.<factor>` to the mean movement.
+            changes: `<module>.<factor>` to the mean movement.
         """
         means = {}
         for name, (_, limit) in self._numbers().items():
             coarse = totals[_whole(name)].round() + totals[_rest(name)]
             means[name] = coarse * (limit * self.max_examples / COARSE_STEPS / num_examples)
-        # Examples times steps are whole numbers.
-        num_steps = max(1, round(round(float(means[STEPS]) * num_examples) / num_examples))
         movements = {}
-        for key, shape in self.shapes.items():
-            if self.has_pace:
-                displacement = means[f"pace {key}"].reshape(shape)
-            else:
-                displacement = mean_changes[key].to(CORE_DTYPE) / float(means[LEARNING_RATES])
+        for key in self.shapes:
+            displacement = changes[key].to(CORE_DTYPE) / float(means[LEARNING_RATES])
             rows = None
             columns = None
             if self.has_second:
                 # Nobody can see whether a client added less than nothing.
                 rows = means[f"rows {key}"].clamp(min=0)
                 columns = means[f"columns {key}"].clamp(min=0)
-            movements[key] = MeanMovement(displacement, rows, columns, num_steps)
+            movements[key] = MeanMovement(displacement, rows, columns, self.num_steps)
         return movements
 
     def _numbers(self) -> dict[str, tuple[int, float]]:
         """Return the names of all numbers, with how many there are and the limit of their size."""
         limits = self.limits
-        numbers = {
-            STEPS: (1, float(limits.num_steps)),
-            LEARNING_RATES: (1, limits.learning_rate_sum),
-        }
+        numbers = {LEARNING_RATES: (1, limits.learning_rate_sum)}
         for key, (num_rows, num_columns) in self.shapes.items():
-            if self.has_pace:
-                numbers[f"pace {key}"] = (num_rows * num_columns, limits.pace)
             if self.has_second:
                 # The mean of a row is its sum, which is a part of all, over its length.
                 numbers[f"rows {key}"] = (num_rows, limits.second_total / num_columns)
@@ -242,12 +225,10 @@ def factor_shapes(adapter: Adapter, kinds: str) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def factor_changes(
-    moves: Mapping[str, ClientMove] | Mapping[str, MeanMove],
-) -> dict[str, Tensor]:
-    """Return `<module>.<factor>` to how far a factor moved."""
+def mean_changes(means: MeanMoves) -> dict[str, Tensor]:
+    """Return `<module>.<factor>` to how far the factors moved in the mean."""
     changes = {}
-    for module, move in moves.items():
+    for module, move in means.modules.items():
         changes[f"{module}.B"] = move.b
         changes[f"{module}.A"] = move.a
     return changes

@@ -22,7 +22,6 @@ from fedmomentum.aggregation.moment_sums import (
     ClientMoments,
     MomentLimits,
     MomentSums,
-    factor_changes,
 )
 from fedmomentum.aggregation.product_from_sums import MeanMoves
 from fedmomentum.errors import DataError, ModelError, SecureSumError
@@ -238,7 +237,7 @@ def moment_values(
     own = ClientMoments(
         encode_means(trained.moments), report.num_steps, report.learning_rate_sum or 0.0
     )
-    return sums.values(moves.num_examples, factor_changes(moves.modules), own)
+    return sums.values(moves.num_examples, own)
 
 
 def settled_feedback(

@@ -36,14 +36,10 @@ class MomentTerms(Schema, frozen=True, kw_only=True):
 
     Attributes:
         second_total: The largest sum of all second moments after the round.
-        pace: The farthest that a number moves, divided by the sum of the learning rates.
-        num_steps: The largest number of steps.
-        learning_rate_sum: The largest sum of the learning rates of these steps.
+        learning_rate_sum: The largest sum of the learning rates of a round's steps.
     """
 
     second_total: Positive
-    pace: Positive
-    num_steps: PositiveCount
     learning_rate_sum: Positive
 
 

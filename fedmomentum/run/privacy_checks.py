@@ -63,6 +63,12 @@ def check_shared_moments(config: Config) -> None:
             f"{key} has clients send all of their optimizer's moments, and {SETTING} sums up means "
             "of them only; set it to shared, fresh or local"
         )
+    if config.training.local_epochs is not None:
+        raise ConfigError(
+            f"{key} cannot be used with {SETTING} and training.local-epochs: moments are of "
+            "movements by step, and where clients make different numbers of steps, sums with and "
+            f"without these would tell clients apart; set training.local-steps, or {advice}"
+        )
     if config.privacy.dp is not None:
         raise ConfigError(
             f"{key} cannot be used with {SETTING} and [privacy.dp]: the noise makes moments of any "

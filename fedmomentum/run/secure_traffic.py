@@ -84,7 +84,7 @@ def _moment_blocks(config: Config, layout: AdapterSums) -> list[Block]:
         config.training.hyperparameters(1, config.federation.num_rounds),
         num_parties=layout.num_parties,
         max_examples=1,
-        limits=MomentLimits(1.0, 1.0, 1, 1.0),
+        limits=MomentLimits(1.0, 1.0),
     )
     return sums.blocks()
 

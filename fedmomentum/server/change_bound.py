@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.secure_messages import MomentTerms
 from fedmomentum.server.screening import asked_steps
-from fedmomentum.training.step_rule import ROUNDING, carried_reach, largest_change, largest_pace
+from fedmomentum.training.step_rule import ROUNDING, carried_reach, largest_change
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fedmomentum.aggregation.moments import Moments
     from fedmomentum.config.schema import Config
     from fedmomentum.lora.adapter import Adapter
@@ -46,7 +44,9 @@ def change_bound(
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
     num_steps = asked_steps(privacy.max_examples, hyperparameters)
-    tensors = _trained(start)
+    # Everything that is trained, in the units in which it is trained.
+    factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
+    tensors = [*factors, *start.saved.values()]
     # A client's own moments may be as old as the run; of shared ones each is known.
     steps_before = max((moment.step for moment in moments), default=0)
     if training.optimizer_state == "local":
@@ -56,7 +56,7 @@ def change_bound(
         bound = largest_change(
             hyperparameters,
             num_steps,
-            largest_number=_largest_number(start),
+            largest_number=max(float(tensor.abs().max()) for tensor in tensors),
             largest_tensor=max(tensor.numel() for tensor in tensors),
             steps_before=steps_before,
             carried=carried_reach(training.arguments, num_steps, moments),
@@ -66,54 +66,19 @@ def change_bound(
     return bound
 
 
-def moment_terms(
-    config: Config,
-    server_round: int,
-    start: Adapter,
-    moments: Sequence[Moments],
-    second_total: float,
-) -> MomentTerms:
+def moment_terms(config: Config, server_round: int, second_total: float) -> MomentTerms:
     """Return the limits of what a client has of its optimizer after a round.
 
     Args:
         config: The run's settings.
         server_round: The round.
-        start: What all clients start from.
-        moments: What their optimizers start from.
         second_total: The largest sum of all second moments.
-
-    Raises:
-        ConfigError: If nothing is known of the optimizer.
     """
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
     num_steps = asked_steps(config.privacy.max_examples, hyperparameters)
-    change = change_bound(config, server_round, start, moments)
-    pace = largest_pace(
-        hyperparameters,
-        num_steps,
-        largest_number=_largest_number(start) + change,
-        carried=carried_reach(training.arguments, num_steps, moments),
-        steps_before=max((moment.step for moment in moments), default=0),
-    )
-    if pace is None:
-        raise ConfigError(unknown_change(config))
-    return MomentTerms(
-        second_total=second_total,
-        pace=pace,
-        num_steps=num_steps,
-        learning_rate_sum=ROUNDING * num_steps * hyperparameters.learning_rate,
-    )
-
-
-def _trained(start: Adapter) -> list[Tensor]:
-    """Return everything that is trained, in the units in which it is trained."""
-    factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
-    return [*factors, *start.saved.values()]
-
-
-def _largest_number(start: Adapter) -> float:
-    return max(float(tensor.abs().max()) for tensor in _trained(start))
+    rate_sum = ROUNDING * num_steps * hyperparameters.learning_rate
+    return MomentTerms(second_total=second_total, learning_rate_sum=rate_sum)
 
 
 def unknown_change(config: Config) -> str:

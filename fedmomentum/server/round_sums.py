@@ -17,7 +17,7 @@ from fedmomentum.aggregation.moment_sums import (
     MeanMovement,
     MomentLimits,
     MomentSums,
-    factor_changes,
+    mean_changes,
 )
 from fedmomentum.errors import QuorumError, SecureSumError
 from fedmomentum.formats.manifest import RoundOutcome
@@ -203,7 +203,7 @@ class RoundSums:
         train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
         moments = {}
         if moment_sums is not None:
-            changes = factor_changes(means.modules)
+            changes = mean_changes(means)
             moments = moment_sums.means(_tensors(first), means.num_examples, changes)
         rounding = layout.rounding(_tensors(first), len(first.survivors))
         _warn_of_rounding(server_round, rounding)

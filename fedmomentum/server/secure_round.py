@@ -193,7 +193,7 @@ class SecureRounds:
         if optimizer is not None:
             started = list(optimizer.started(state.moments, start).moments.values())
             total = optimizer.second_total(state.moments, start)
-            moments = moment_terms(self._config, server_round, start, started, total)
+            moments = moment_terms(self._config, server_round, total)
         # A guess is enough: only the choice of the sketches' range depends on it.
         expected = state.summed_examples or num_clients * privacy.max_examples
         return SecureTerms(

@@ -190,36 +190,6 @@ def carried_reach(
     return largest
 
 
-def largest_pace(
-    training: LocalTraining,
-    num_steps: int,
-    *,
-    largest_number: float,
-    carried: float,
-    steps_before: int,
-) -> float | None:
-    """Return a bound of how far a number moves in a round over the sum of its learning rates.
-
-    It is the longest step, of the last one's gradients and of all that was carried.
-
-    Args:
-        training: The round's hyperparameters.
-        num_steps: The largest number of steps of a client.
-        largest_number: The largest size of a number in the round.
-        carried: See `largest_change`.
-        steps_before: See `largest_change`.
-    """
-    change = largest_change(
-        training,
-        1,
-        largest_number=largest_number,
-        largest_tensor=1,
-        steps_before=steps_before + num_steps - 1,
-        carried=carried,
-    )
-    return None if change is None else change / training.learning_rate
-
-
 def _reach(
     arguments: Mapping[str, Any], num_steps: int, steps_before: int, largest_tensor: int
 ) -> _Reach | None:

@@ -82,7 +82,6 @@ def server_killed_at(fed: Federation, place: str) -> str:
     """Kill the coordinator by -9 before a step of a sum; the one that resumes it asks nobody to train again."""
     there = start(fed, place, "site0")
     until(there.exists, f"the coordinator at {place}")
-    trained = fed.nodes["site0"].text().count("training")
     fed.server.kill()
     there.unlink()
     fed.serve(resume=True)

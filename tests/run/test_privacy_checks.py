@@ -32,6 +32,10 @@ def secure(privacy=None, **sections):
             "optimizer-state = shared cannot be used .* where gradients are not clipped",
         ),
         (
+            {"training": {"optimizer-state": "shared", "local-epochs": 1}},
+            "and training.local-epochs: .* would tell clients apart",
+        ),
+        (
             {"training": {"optimizer-state": "shared-full"}},
             "optimizer-state = shared-full has clients send all",
         ),
@@ -78,6 +82,8 @@ def test_auto_shares_moments_where_their_size_is_known():
         return choose_optimizer_state(config, method).training.optimizer_state
 
     assert chosen(secure()) == chosen(from_dict({})) == "shared"
+    epochs = {"local-epochs": 1}
+    assert chosen(secure(training=epochs)) == "fresh"
     unclipped = {"arguments": {"max_grad_norm": 0}}
     assert chosen(secure(training=unclipped)) == "fresh"
     assert chosen(from_dict({"training": unclipped})) == "shared"

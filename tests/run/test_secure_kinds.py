@@ -59,11 +59,11 @@ def config_of(folder, kind, method, **sections):
         return tiny_config(folder, training=training, data=data, **sections)
     if kind == "saved":
         return tiny_config(folder, lora={"modules-to-save": ["lm_head"]}, **sections)
-    if kind in ("epochs", "moments"):
-        # Clients make 2, 3 and 4 steps, so that each has another sum of learning rates.
+    if kind == "epochs":
         training = {"local-epochs": 0.5, "local-steps": None}
-        state = "shared" if kind == "moments" else "fresh"
-        training |= {"optimizer-state": state, "arguments": {"weight_decay": 0.1}}
+        return tiny_config(folder, training=training, **sections)
+    if kind == "moments":
+        training = {"optimizer-state": "shared", "arguments": {"weight_decay": 0.1}}
         return tiny_config(folder, training=training, **sections)
     lora = {"target-modules": ["q_proj", "v_proj", "down_proj"]}
     return tiny_config(folder, lora=lora, **sections)
@@ -118,6 +118,38 @@ def test_a_secure_run_is_the_run_without(tmp_path, kind, method):
         assert total.by_label.keys() == wanted.by_label.keys()
         if one.round:
             assert one.train_loss == pytest.approx(other.train_loss, rel=1e-5)
+
+
+class Stop(BaseException):
+    """The process ended."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("moments", "fedmomentum"),
+        *(
+            pytest.param(kind, method, marks=pytest.mark.long)
+            for kind in ("classification", "dpo", "chat", "saved", "epochs")
+            for method in ("fedmomentum", "fedsalora")
+        ),
+    ],
+)
+def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_path, kind, method):
+    # A sketch that leaves something to the clients, which keep it over the kill.
+    config = config_of(tmp_path, kind, method, privacy={**SECURE, "sketch_ranks": 1})
+    whole = start(config, tmp_path / "whole", function=None)
+
+    def stop(event, facts):
+        if event == "aggregate" and (tmp_path / "parts" / "rounds" / "0001.json").exists():
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(config, tmp_path / "parts", function=None, observer=stop)
+    again = start(config, tmp_path / "parts", function=None, resume=True)
+    assert again.model.manifest() == whole.model.manifest()
+    for one, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
+        assert one.evaluation == other.evaluation
 
 
 @pytest.mark.parametrize("method", sorted(NEED_UPDATES))
