@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedmomentum.errors import ConfigError, DataError
-from fedmomentum.run.privacy_checks import check_shared_moments
 from fedmomentum.training.arguments import check_optimizer
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
     try:
         _check_optimizer_state(chosen, method)
         if chosen.privacy.secure_aggregation and chosen.training.shares_moments:
+            # Imported by runs that have sums, and by no others.
+            from fedmomentum.run.privacy_checks import check_shared_moments
+
             check_shared_moments(chosen)
     except ConfigError:
         return fresh
