@@ -90,6 +90,7 @@ def measure() -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from fedmomentum.config.toml import from_dict
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.data import TokenizedExamples
     from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, load_adapter
@@ -116,7 +117,7 @@ def measure() -> dict[str, Any]:
         for adapter_name, training_name in SETTINGS:
             rank, modules = ADAPTERS[adapter_name]
             learning_rate, arguments = TRAININGS[training_name]
-            rule = StepRule.of(learning_rate, arguments, own_function=False)
+            rule = StepRule.of(from_dict({"training": {"arguments": arguments}}), learning_rate)
             model = attach_adapter(
                 AutoModelForCausalLM.from_pretrained(folder),
                 rank=rank,

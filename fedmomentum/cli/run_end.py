@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmomentum.cli.options import ERR, OUT, shell_command
 from fedmomentum.errors import FedMomentumError
+
+if TYPE_CHECKING:
+    from fedmomentum.results.run_results import RunResults
 
 
 def print_how_to_continue(
@@ -94,19 +98,36 @@ def print_served_result(out: Path) -> None:
 def _print_summary(out: Path) -> Path:
     """Write a run's report and print its summary table; return the report's file."""
     from fedmomentum.cli.tables import absence_lines, summary_table
+    from fedmomentum.formats.withheld import describe_withheld
     from fedmomentum.report import write_report
     from fedmomentum.results.run_results import RunResults
 
     page = write_report(out)
     results = RunResults.load(out)
-    OUT.print(summary_table(results))
+    # A table without a single score would look as if something had gone wrong.
+    if any(record.evaluation is not None for record in results.rounds):
+        OUT.print(summary_table(results))
+    else:
+        OUT.print(f"No scores: {_why_no_scores(results, out)}", markup=False, soft_wrap=True)
     withheld = results.rounds[-1].withheld
     if withheld is not None:
         reason = withheld.reason[:1].upper() + withheld.reason[1:]
-        OUT.print(f"{reason}; the report says what is left out for that", markup=False)
+        OUT.print(f"{reason}. {describe_withheld(withheld)}", markup=False, soft_wrap=True)
     for line in absence_lines(results):
         OUT.print(line, soft_wrap=True)
     return page
+
+
+def _why_no_scores(results: RunResults, out: Path) -> str:
+    """Return why no round of a run has an evaluation."""
+    withheld = results.rounds[-1].withheld
+    if withheld is not None and "evaluation" in withheld.fields:
+        command = shell_command("fedmomentum", "evaluate", out)
+        return (
+            "differential privacy withholds those on held-out examples. Score the model on data "
+            f"that needs no protection: {command} --data FILE"
+        )
+    return "no round has an evaluation; evaluation.every says which should have one"
 
 
 def _next_commands(out: Path) -> list[tuple[str, str]]:

@@ -13,24 +13,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, Values
+from fedmomentum.aggregation.moment_sums import (
+    ClientMoments,
+    MomentLimits,
+    MomentSums,
+)
 from fedmomentum.aggregation.product_from_sums import MeanMoves
 from fedmomentum.errors import DataError, ModelError, SecureSumError
 from fedmomentum.global_model.cross_terms import CrossTerms
 from fedmomentum.global_model.mean_moves import read_means
+from fedmomentum.global_model.shared_moments import encode_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_values
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SecureTerms
 from fedmomentum.secure_sum.messages import SumPlan, decode_message
 
 if TYPE_CHECKING:
     from fedmomentum.client.store import ClientStore
+    from fedmomentum.client.work import TrainedAdapter
     from fedmomentum.formats.manifest import RoundOutcome
     from fedmomentum.linalg.matrix import Matrix
     from fedmomentum.lora.adapter import Adapter
-    from fedmomentum.protocol.messages import EvaluateResult, TrainResult
+    from fedmomentum.protocol.messages import EvaluateResult, TrainRequest, TrainResult
     from fedmomentum.protocol.secure_messages import SumRequest
     from fedmomentum.secure_sum.journal import PartyJournal
     from fedmomentum.secure_sum.party import Identity, SumParty
@@ -62,6 +70,7 @@ class SecureWork:
         server_round: The round.
         layout: The form of the sums of updates; None where the client did not train.
         moves: How it moved from the round's start.
+        moments: What it adds of its optimizer's moments; empty where they are not shared.
         training: How its training went.
         evaluation: Its scores.
         scores: The form of the sum of scores.
@@ -72,6 +81,7 @@ class SecureWork:
     server_round: int
     layout: AdapterSums | None = None
     moves: ClientMoves | None = None
+    moments: Values = field(default_factory=dict)
     training: TrainResult | None = None
     evaluation: EvaluateResult | None = None
     scores: ScoreSums | None = None
@@ -144,7 +154,8 @@ class SecureWork:
         if number == FIRST_SUM:
             values = _arrays(layout.first_values(moves))
             loss = self.training.loss
-            return {**values, **loss_values(loss, moves.num_examples, layout.max_examples)}
+            losses = loss_values(loss, moves.num_examples, layout.max_examples)
+            return {**values, **_arrays(self.moments), **losses}
         if means is None:
             raise SecureSumError(f"round {self.server_round}: sum {number} came without the means")
         self._check_means(means)
@@ -193,6 +204,40 @@ def layout_of(terms: SecureTerms, start: Adapter, factors: str) -> AdapterSums:
         expected_examples=terms.expected_examples,
         seed=terms.seed,
     )
+
+
+def moment_values(
+    request: TrainRequest, layout: AdapterSums, moves: ClientMoves, trained: TrainedAdapter
+) -> Values:
+    """Return what a client adds to the first sum of its optimizer's moments, if they are shared.
+
+    Args:
+        request: What it was asked to train.
+        layout: The form of the sums.
+        moves: How it moved.
+        trained: What it trained.
+
+    Raises:
+        DataError: If there are none, or they are beyond the public limits.
+    """
+    assert request.secure is not None
+    terms = request.secure.moments
+    if terms is None:
+        return {}
+    sums = MomentSums.of(
+        layout.start,
+        layout.factors,
+        request.hyperparameters,
+        num_parties=layout.num_parties,
+        max_examples=layout.max_examples,
+        limits=MomentLimits(**msgspec.structs.asdict(terms)),
+    )
+    # Rounded as in a run whose clients send them, so that both give the same.
+    report = trained.report
+    own = ClientMoments(
+        encode_means(trained.moments), report.num_steps, report.learning_rate_sum or 0.0
+    )
+    return sums.values(moves.num_examples, own)
 
 
 def settled_feedback(

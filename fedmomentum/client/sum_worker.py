@@ -11,6 +11,7 @@ from fedmomentum.client.secure_work import (
     SecureWork,
     keeping_reasons,
     layout_of,
+    moment_values,
     save_cross_terms,
     settled_feedback,
 )
@@ -102,6 +103,7 @@ class SumWorker(Worker):
         with keeping_reasons(self.client_id):
             trained = self.train_adapter(request, task.server_round, moments)
             work.moves = work.layout.moves(trained.adapter, self.num_examples, feedback)
+            work.moments = moment_values(request, work.layout, work.moves, trained)
         work.training = train_result_of(trained.report, is_private=self.private is not None)
         save_cross_terms(store, self.client_id, work)
         return WorkResult(Ready(), WITHHELD_COUNT, {}, trained.moments)

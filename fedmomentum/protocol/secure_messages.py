@@ -31,6 +31,18 @@ SECOND_SUM = 2
 SCORE_SUM = 3
 
 
+class MomentTerms(Schema, frozen=True, kw_only=True):
+    """Public limits of what a client has of its optimizer, where moments are summed.
+
+    Attributes:
+        second_total: The largest sum of all second moments after the round.
+        learning_rate_sum: The largest sum of the learning rates of a round's steps.
+    """
+
+    second_total: Positive
+    learning_rate_sum: Positive
+
+
 class SecureTerms(Schema, frozen=True, kw_only=True):
     """What the clients of a round must have in common so that their values can be summed.
 
@@ -41,6 +53,7 @@ class SecureTerms(Schema, frozen=True, kw_only=True):
         sketch_ranks: The width of the sketches of the cross terms, in ranks; 0 for none.
         expected_examples: About the number of examples of all clients of the round.
         seed: The seed of the sketches.
+        moments: Limits of the optimizer's moments; None where they are not shared.
         outcome: Of the client's last round that had cross terms; None before it had one.
     """
 
@@ -50,6 +63,7 @@ class SecureTerms(Schema, frozen=True, kw_only=True):
     sketch_ranks: Count
     expected_examples: PositiveCount
     seed: Seed
+    moments: MomentTerms | None = None
     outcome: RoundOutcome | None = None
 
 

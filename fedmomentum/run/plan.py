@@ -245,7 +245,8 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
     sent, received = _moment_bytes(config, adapter)
     sent += up.itemsize * numbers
     if is_secure:
-        sent, received = secure_traffic(config, adapter, method, num_clients)
+        sent, received_in_sums = secure_traffic(config, adapter, method, num_clients)
+        received += received_in_sums
         spool = num_clients * sent
     return _Traffic(
         uplink=sent,

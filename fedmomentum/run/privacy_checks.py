@@ -10,7 +10,7 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.secure_sum.messages import min_threshold
 from fedmomentum.server.change_bound import unknown_change
 from fedmomentum.server.selection import sample_size
-from fedmomentum.training.step_rule import largest_change
+from fedmomentum.training.step_rule import clipping_norm, largest_change
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -40,10 +40,7 @@ def check_privacy(config: Config, method: Method) -> None:
             "one form; leave lora.clients out"
         )
     if config.training.shares_moments:
-        raise ConfigError(
-            f"training.optimizer-state = {config.training.optimizer_state} has clients send their "
-            f"optimizer's moments, which {SETTING} does not sum up; set it to fresh or local"
-        )
+        check_shared_moments(config)
     if config.run.devices:
         raise ConfigError(
             f"run.devices divides the clients among processes, and with {SETTING} the clients of "
@@ -51,6 +48,38 @@ def check_privacy(config: Config, method: Method) -> None:
         )
     _check_federation(config.federation)
     _check_change(config)
+
+
+def check_shared_moments(config: Config) -> None:
+    """Refuse to sum up optimizers' moments of which nothing says how large they can be.
+
+    Raises:
+        ConfigError: If that is so, or they would travel in full.
+    """
+    key = f"training.optimizer-state = {config.training.optimizer_state}"
+    advice = "set it to fresh or local"
+    if config.training.optimizer_state == "shared-full":
+        raise ConfigError(
+            f"{key} has clients send all of their optimizer's moments, and {SETTING} sums up means "
+            "of them only; set it to shared, fresh or local"
+        )
+    if config.training.local_epochs is not None:
+        raise ConfigError(
+            f"{key} cannot be used with {SETTING} and training.local-epochs: moments are of "
+            "movements by step, and where clients make different numbers of steps, sums with and "
+            f"without these would tell clients apart; set training.local-steps, or {advice}"
+        )
+    if config.privacy.dp is not None:
+        raise ConfigError(
+            f"{key} cannot be used with {SETTING} and [privacy.dp]: the noise makes moments of any "
+            f"size, and secure sums count within a public bound; {advice}"
+        )
+    if clipping_norm(config) is None:
+        raise ConfigError(
+            f"{key} cannot be used with {SETTING} where gradients are not clipped: moments may be "
+            "of any size, and secure sums count within a public bound. Give a max_grad_norm, leave "
+            f"training.function out, or {advice}"
+        )
 
 
 def _check_federation(federation: FederationConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.aggregation.moment_sums import MomentLimits, MomentSums
 from fedmomentum.secure_sum.server import STEPS
 from fedmomentum.server.selection import sample_size
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config
     from fedmomentum.lora.adapter import Adapter
+    from fedmomentum.secure_sum.messages import Block
 
 VALUE_BYTES = 4
 PARTY_BYTES = 900
@@ -63,9 +65,28 @@ def secure_traffic(
     downlink = 0
     for layout in layouts:
         values, means = _num_values(layout)
+        plan = 0
+        for block in _moment_blocks(config, layout):
+            values += block.size
+            plan += len(block.name) + BLOCK_BYTES
         uplink = max(uplink, VALUE_BYTES * values)
-        downlink = max(downlink, VALUE_BYTES * means)
+        downlink = max(downlink, VALUE_BYTES * means + plan)
     return uplink + agreement, downlink + agreement + 2 * NUM_SUMS * names
+
+
+def _moment_blocks(config: Config, layout: AdapterSums) -> list[Block]:
+    """Return what the first sum holds of the optimizers' moments; nothing where none are shared."""
+    if not config.training.shares_moments:
+        return []
+    sums = MomentSums.of(
+        layout.start,
+        layout.factors,
+        config.training.hyperparameters(1, config.federation.num_rounds),
+        num_parties=layout.num_parties,
+        max_examples=1,
+        limits=MomentLimits(1.0, 1.0),
+    )
+    return sums.blocks()
 
 
 def _num_values(layout: AdapterSums) -> tuple[int, int]:

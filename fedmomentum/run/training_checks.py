@@ -19,7 +19,7 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
     """Return the configuration with an optimizer state that the method can carry.
 
     `auto` becomes `shared` if the method is made for it, our trainer trains, and nothing in the
-    configuration excludes it, as secure aggregation does; otherwise `fresh`. A reference of a
+    configuration excludes it; otherwise `fresh`. A reference of a
     comparison is one client, whose optimizer continues: `local`.
 
     Raises:
@@ -31,13 +31,17 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
         return config
     fresh = replace(config, training=replace(training, optimizer_state="fresh"))
     # A function of the user's own would have to return moments, which most do not.
-    can_share = method.shares_moments and not config.privacy.secure_aggregation
-    if training.function is not None or not (is_reference or can_share):
+    if training.function is not None or not (is_reference or method.shares_moments):
         return fresh
     state = "local" if is_reference else "shared"
     chosen = replace(config, training=replace(training, optimizer_state=state))
     try:
         _check_optimizer_state(chosen, method)
+        if chosen.privacy.secure_aggregation and chosen.training.shares_moments:
+            # Imported by runs that have sums, and by no others.
+            from fedmomentum.run.privacy_checks import check_shared_moments
+
+            check_shared_moments(chosen)
     except ConfigError:
         return fresh
     return chosen

@@ -6,18 +6,23 @@ clients can compute it, and says nothing of any client.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedmomentum.errors import ConfigError
+from fedmomentum.protocol.secure_messages import MomentTerms
 from fedmomentum.server.screening import asked_steps
-from fedmomentum.training.step_rule import largest_change
+from fedmomentum.training.step_rule import ROUNDING, carried_reach, largest_change
 
 if TYPE_CHECKING:
+    from fedmomentum.aggregation.moments import Moments
     from fedmomentum.config.schema import Config
     from fedmomentum.lora.adapter import Adapter
 
 
-def change_bound(config: Config, server_round: int, start: Adapter) -> float:
+def change_bound(
+    config: Config, server_round: int, start: Adapter, moments: Sequence[Moments] = ()
+) -> float:
     """Return a bound of how much one number of a client's adapter changes in a round.
 
     It is `privacy.max-change` where that is given, else what the optimizer can do in as many steps
@@ -27,6 +32,7 @@ def change_bound(config: Config, server_round: int, start: Adapter) -> float:
         config: The run's settings.
         server_round: The round.
         start: What all clients start from.
+        moments: What their optimizers start from, where they share it.
 
     Raises:
         ConfigError: If neither is known.
@@ -41,6 +47,10 @@ def change_bound(config: Config, server_round: int, start: Adapter) -> float:
     # Everything that is trained, in the units in which it is trained.
     factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
     tensors = [*factors, *start.saved.values()]
+    # A client's own moments may be as old as the run; of shared ones each is known.
+    steps_before = max((moment.step for moment in moments), default=0)
+    if training.optimizer_state == "local":
+        steps_before = (server_round - 1) * num_steps
     bound = None
     if training.function is None:
         bound = largest_change(
@@ -48,14 +58,27 @@ def change_bound(config: Config, server_round: int, start: Adapter) -> float:
             num_steps,
             largest_number=max(float(tensor.abs().max()) for tensor in tensors),
             largest_tensor=max(tensor.numel() for tensor in tensors),
-            # A client's own moments may be as old as the run.
-            steps_before=(server_round - 1) * num_steps
-            if training.optimizer_state == "local"
-            else 0,
+            steps_before=steps_before,
+            carried=carried_reach(training.arguments, num_steps, moments),
         )
     if bound is None:
         raise ConfigError(unknown_change(config))
     return bound
+
+
+def moment_terms(config: Config, server_round: int, second_total: float) -> MomentTerms:
+    """Return the limits of what a client has of its optimizer after a round.
+
+    Args:
+        config: The run's settings.
+        server_round: The round.
+        second_total: The largest sum of all second moments.
+    """
+    training = config.training
+    hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
+    num_steps = asked_steps(config.privacy.max_examples, hyperparameters)
+    rate_sum = ROUNDING * num_steps * hyperparameters.learning_rate
+    return MomentTerms(second_total=second_total, learning_rate_sum=rate_sum)
 
 
 def unknown_change(config: Config) -> str:

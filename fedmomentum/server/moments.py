@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.client_updates import ClientUpdates
+from fedmomentum.aggregation.moment_sums import MeanMovement, factor_shapes
 from fedmomentum.aggregation.moments import (
     Moments,
     OptimizerSettings,
@@ -33,6 +34,7 @@ from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, train_result
 from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
 from fedmomentum.training.arguments import TrainingFields
+from fedmomentum.training.step_rule import clipping_norm
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -62,10 +64,7 @@ class SharedOptimizer:
         arguments = config.training.arguments
         defaults = TrainingFields()
         self._has_second = arguments.get("optim") != "sgd"
-        # A function of the user's own may not clip its gradients.
-        max_norm = arguments.get("max_grad_norm", defaults.max_grad_norm)
-        is_clipped = config.training.function is None and max_norm > 0
-        self._max_norm: float | None = max_norm if is_clipped else None
+        self._max_norm = clipping_norm(config)
         # The sum of the second moments that this round started with, by hash.
         self._totals: dict[str | None, float] = {}
         self._settings = OptimizerSettings(
@@ -124,14 +123,14 @@ class SharedOptimizer:
         else:
             for means in decode_means(tensors, shapes, name).values():
                 total += float(means.rows.double().mean() * len(means.rows) * len(means.columns))
-        if total > self._max_total(previous, start):
+        if total > self.second_total(previous, start):
             raise PayloadError(
                 f"{name}: its second moments add up to {total:.3g}; gradients that are clipped "
-                f"(max_grad_norm) leave at most {self._max_total(previous, start):.3g}"
+                f"(max_grad_norm) leave at most {self.second_total(previous, start):.3g}"
             )
         return UploadedMoments(tensors, result.num_steps, result.learning_rate_sum)
 
-    def _max_total(self, previous: str | None, start: Adapter) -> float:
+    def second_total(self, previous: str | None, start: Adapter) -> float:
         """Return the largest sum of all second moments after a round.
 
         Every step replaces a part of it by the squared norm of a gradient, which is clipped.
@@ -140,10 +139,8 @@ class SharedOptimizer:
             return math.inf
         if previous not in self._totals:
             total = 0.0
-            if previous is not None:
-                shared = self._decode(StoredObject(self._directory.read(previous)), start)
-                for moment in shared.moments.values():
-                    total += 0.0 if moment.second is None else float(moment.second.double().sum())
+            for moment in self.started(previous, start).moments.values():
+                total += 0.0 if moment.second is None else float(moment.second.double().sum())
             self._totals = {previous: total}
         return max(self._totals[previous], self._max_norm**2) * (1 + ROUNDING)
 
@@ -169,9 +166,7 @@ class SharedOptimizer:
         Raises:
             PayloadError: If they are not finite.
         """
-        started = SharedMoments({}, self._is_full)
-        if previous is not None:
-            started = self._decode(StoredObject(self._directory.read(previous)), start)
+        started = self.started(previous, start)
         moments: dict[str, Moments] = {}
         for module, after in adapter.modules.items():
             moments |= self._advance_module(module, started, start, trained, weights, after)
@@ -179,6 +174,17 @@ class SharedOptimizer:
         # Refuse here what no client could read.
         self._decode(stored, adapter)
         return stored
+
+    def started(self, previous: str | None, start: Adapter) -> SharedMoments:
+        """Return the moments that a round starts with.
+
+        Args:
+            previous: Their hash; None for zeros.
+            start: The adapter that the clients start from.
+        """
+        if previous is None:
+            return SharedMoments({}, self._is_full)
+        return self._decode(StoredObject(self._directory.read(previous)), start)
 
     def _decode(self, stored: StoredObject, adapter: Adapter) -> SharedMoments:
         return SharedMoments.read(stored, factor_shapes(adapter, "BA"), is_full=self._is_full)
@@ -199,7 +205,8 @@ class SharedOptimizer:
             [trained.updates[client].modules[module] for client in clients],
             torch.tensor(list(weights.values()), dtype=CORE_DTYPE),
         )
-        uploads = [trained.moments[client] for client in clients]
+        summed = trained.summed
+        uploads = [] if summed is not None else [trained.moments[client] for client in clients]
         # A factor that was not trained in this round keeps its moments.
         current = started.of_module(module)
         for kind in trained.factors:
@@ -209,9 +216,11 @@ class SharedOptimizer:
             else:
                 x_start = getattr(start.modules[module], kind).to(CORE_DTYPE)
                 first_step = current[kind].step if kind in current else 0
-                current[kind] = self._reconstruct(
-                    module, kind, x_start, updates, uploads, first_step
-                )
+                if summed is not None:
+                    movement = summed.moments[f"{module}.{kind}"]
+                else:
+                    movement = self._mean_movement(module, kind, x_start, updates, uploads)
+                current[kind] = self._reconstruct(x_start, movement, first_step)
         # They belong to the mean factors; the next round starts from others.
         carried = carry_moments(current, updates.mean_factors(), after)
         return {f"{module}.{kind}": moment for kind, moment in carried.items()}
@@ -221,16 +230,23 @@ class SharedOptimizer:
         second = upload.tensors[f"{key}.second"] if self._has_second else None
         return Moments(upload.tensors[f"{key}.first"], second, int(upload.tensors[f"{key}.step"]))
 
-    def _reconstruct(
+    def _reconstruct(self, x_start: Tensor, movement: MeanMovement, first_step: int) -> Moments:
+        """Return the moments of one factor from means of the second moments and the movement."""
+        second = None
+        if movement.rows is not None and movement.columns is not None:
+            second = SecondMomentMeans(movement.rows, movement.columns).expand()
+        step = first_step + movement.num_steps
+        return reconstruct_moments(movement.displacement, x_start, second, step, self._settings)
+
+    def _mean_movement(
         self,
         module: str,
         kind: str,
         x_start: Tensor,
         updates: ClientUpdates,
         uploads: list[UploadedMoments],
-        first_step: int,
-    ) -> Moments:
-        """Return the moments of one factor from means of the second moments and the movement."""
+    ) -> MeanMovement:
+        """Return the weighted means of what the clients say of one factor."""
         key = f"{module}.{kind}"
         displacement = torch.zeros_like(x_start)
         rows = torch.zeros(len(x_start), dtype=CORE_DTYPE)
@@ -242,9 +258,10 @@ class SharedOptimizer:
             if self._has_second:
                 rows.add_(upload.tensors[f"{key}.rows"], alpha=weight)
                 columns.add_(upload.tensors[f"{key}.columns"], alpha=weight)
-        second = SecondMomentMeans(rows, columns).expand() if self._has_second else None
-        step = first_step + mean_step([upload.num_steps for upload in uploads], weights)
-        return reconstruct_moments(displacement, x_start, second, step, self._settings)
+        num_steps = mean_step([upload.num_steps for upload in uploads], weights)
+        if not self._has_second:
+            return MeanMovement(displacement, None, None, num_steps)
+        return MeanMovement(displacement, rows, columns, num_steps)
 
 
 def optimizer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -254,17 +271,3 @@ def optimizer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(OPTIMIZER):
             found[name.removeprefix(OPTIMIZER)] = tensor
     return found
-
-
-def factor_shapes(adapter: Adapter, kinds: str) -> dict[str, tuple[int, int]]:
-    """Return `<module>.<factor>` to the factor's shape."""
-    shapes = {}
-    for module, matrix in adapter.modules.items():
-        for kind in kinds:
-            shapes[f"{module}.{kind}"] = _shape(matrix, kind)
-    return shapes
-
-
-def _shape(matrix: LowRank, kind: str) -> tuple[int, int]:
-    out_size, in_size = matrix.shape
-    return (out_size, matrix.rank) if kind == "B" else (matrix.rank, in_size)

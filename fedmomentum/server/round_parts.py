@@ -10,6 +10,7 @@ from fedmomentum.objectives.choice import make_objective
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
 from fedmomentum.protocol.private_messages import PrivateTerms
+from fedmomentum.server.selection import client_weights
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ class TrainedRound:
         if self.summed is not None:
             return {}
         return {client: self.replies.replies[client].num_examples for client in self.updates}
+
+    def weights(self, max_weight: float) -> dict[str, float]:
+        """Return the weights of the updates, of which none is larger than `max_weight`."""
+        if self.summed is not None:
+            return self.summed.weights
+        return client_weights(self.num_examples, max_weight)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.aggregation.moment_sums import (
+    MeanMovement,
+    MomentLimits,
+    MomentSums,
+    mean_changes,
+)
 from fedmomentum.errors import QuorumError, SecureSumError
 from fedmomentum.formats.manifest import RoundOutcome
 from fedmomentum.global_model.mean_moves import means_object, read_means
@@ -57,6 +63,8 @@ class SummedRound:
         means: The outcome of the first sum, which they keep; None without a second sum.
         outcomes: Client to what it must learn with its next task; empty without a second sum.
         holders: The clients that have the means already.
+        moments: `<module>.<factor>` to what their optimizers did; empty where moments are not
+            shared.
     """
 
     clients: list[str]
@@ -69,6 +77,7 @@ class SummedRound:
     means: StoredObject | None = None
     outcomes: Mapping[str, RoundOutcome] = field(default_factory=dict)
     holders: frozenset[str] = frozenset()
+    moments: Mapping[str, MeanMovement] = field(default_factory=dict)
 
     def kept_by(self, client: str) -> str | None:
         """Return the hash of the means if a client keeps them until its next task."""
@@ -128,8 +137,12 @@ class RoundSums:
         num_sampled = sample_size(len(self.roster.keys), federation.client_fraction)
         # A sum that too few clients are left for is not opened at all.
         quorum = math.ceil(federation.min_valid_fraction * num_sampled - ROUNDING)
-        least = [min_threshold(n) for n in (num_sampled, len(clients))]
-        threshold = max(privacy.threshold or max(least), quorum, MIN_PARTIES)
+        # An evaluation may ask more clients than a round trains: the given number is that of a
+        # round, and of a larger sum as large a part must agree as the clients accept.
+        of_a_round = privacy.threshold or min_threshold(num_sampled)
+        trusts_server = of_a_round < min_threshold(num_sampled)
+        least = min_threshold(len(clients), trusts_server=trusts_server)
+        threshold = max(of_a_round, least, quorum, MIN_PARTIES)
         if len(clients) < threshold:
             reasons = "; ".join(f"{name}: {why}" for name, why in sorted(failures.items()))
             raise QuorumError(
@@ -181,16 +194,30 @@ class RoundSums:
             threshold=self.threshold(server_round, trained.parties, collected.failures),
             blocks=[*layout.first_blocks(), *loss_blocks(len(trained.parties))],
         )
+        moment_sums = self._moment_sums(layout, terms, server_round)
+        if moment_sums is not None:
+            blocks = [*first_plan.blocks, *moment_sums.blocks()]
+            first_plan = msgspec.structs.replace(first_plan, blocks=blocks)
         first = exchange.run(first_plan, self._kept_sum(first_plan))
         means = layout.mean_moves(_tensors(first))
         train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
+        moments = {}
+        if moment_sums is not None:
+            changes = mean_changes(means)
+            moments = moment_sums.means(_tensors(first), means.num_examples, changes)
         rounding = layout.rounding(_tensors(first), len(first.survivors))
         _warn_of_rounding(server_round, rounding)
         if not layout.has_second_sum:
             updates, weights = _named(*layout.stand_ins(means, None))
-            count = means.num_examples
             return SummedRound(
-                first.survivors, updates, weights, count, trained.attempt, train_loss, rounding
+                first.survivors,
+                updates,
+                weights,
+                means.num_examples,
+                trained.attempt,
+                train_loss,
+                rounding,
+                moments=moments,
             )
 
         # The cross terms, on the range that the sketch has found.
@@ -220,6 +247,23 @@ class RoundSums:
             means=stored,
             outcomes=outcomes,
             holders=frozenset(exchange.holders),
+            moments=moments,
+        )
+
+    def _moment_sums(
+        self, layout: AdapterSums, terms: SecureTerms, server_round: int
+    ) -> MomentSums | None:
+        """Return what the first sum holds of the optimizers' moments; None if nothing."""
+        if terms.moments is None:
+            return None
+        num_rounds = self.config.federation.num_rounds
+        return MomentSums.of(
+            layout.start,
+            layout.factors,
+            self.config.training.hyperparameters(server_round, num_rounds),
+            num_parties=layout.num_parties,
+            max_examples=layout.max_examples,
+            limits=MomentLimits(**msgspec.structs.asdict(terms.moments)),
         )
 
     def _second_sum(
@@ -251,7 +295,12 @@ class RoundSums:
             return None
 
     def scores(
-        self, run_id: str, summed: SummedRound | None, server_round: int, replies: Replies
+        self,
+        run_id: str,
+        summed: SummedRound | None,
+        server_round: int,
+        replies: Replies,
+        labels: Sequence[str],
     ) -> EvaluationRecord | None:
         """Sum up the scores of the clients that have evaluated; None where that cannot be.
 
@@ -260,9 +309,9 @@ class RoundSums:
             summed: The round's sums of updates; None in round 0.
             server_round: The round.
             replies: Whose scores there are; gets failures, bytes and seconds.
+            labels: Those of a classifier; empty for other models.
         """
         clients = sorted(replies.replies)
-        labels = self.config.model.labels
         of_pairs = self.config.training.objective == "dpo"
         sums = ScoreSums(len(clients), of_pairs=of_pairs, labels=labels)
         try:

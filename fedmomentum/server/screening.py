@@ -106,10 +106,7 @@ class Screening:
         self._hyperparameters = config.training.hyperparameters(
             server_round, config.federation.num_rounds
         )
-        own_function = config.training.function is not None
-        self._rule = StepRule.of(
-            learning_rate, config.training.arguments, own_function=own_function
-        )
+        self._rule = StepRule.of(config, learning_rate)
         self._trains, self._shares = method.trained_factors(server_round), method.shared_factors
         self._starts: dict[str, tuple[Adapter, dict[str, float]]] = {}
         self._moves: dict[str, dict[str, Move]] = {}

@@ -9,7 +9,7 @@ them what it would do with the clients'. Scores come from a third sum.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import msgspec
 
 from fedmomentum.errors import LostRoundError, QuorumError
 from fedmomentum.protocol.secure_messages import SecureTerms
-from fedmomentum.server.change_bound import change_bound
+from fedmomentum.server.change_bound import change_bound, moment_terms
 from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.reply_checks import check_ready
 from fedmomentum.server.round_parts import TrainedRound
@@ -27,13 +27,14 @@ from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
+    from fedmomentum.aggregation.moments import Moments
     from fedmomentum.config.schema import Config
-    from fedmomentum.config.training import LocalTraining
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.protocol.messages import TrainRequest
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.secure_sum.roster import Roster
     from fedmomentum.server.exchange import Exchange
+    from fedmomentum.server.moments import SharedOptimizer
     from fedmomentum.server.replies import Replies
     from fedmomentum.server.state import ServerState
 
@@ -68,6 +69,23 @@ class SecureRounds:
         self._kept = kept
         self._sums = RoundSums(transport, roster, method, config, kept)
 
+        self._newcomers: set[str] = set()
+
+    def known(self, clients: Sequence[str]) -> list[str]:
+        """Return those of some clients that were admitted before this server started.
+
+        The others' keys are in no sum: a plan with them would be refused by every client.
+        """
+        newcomers = set(clients) - self._roster.keys.keys() - self._newcomers
+        for client in sorted(newcomers):
+            LOG.warning(
+                "%s was admitted after this run began; it takes part once all sites have a roster "
+                "with its key and the server was stopped and resumed",
+                client,
+            )
+        self._newcomers |= newcomers
+        return [client for client in clients if client in self._roster.keys]
+
     # ── training ──
 
     def train(
@@ -77,7 +95,7 @@ class SecureRounds:
         state: ServerState,
         server_round: int,
         requests: Mapping[str, TrainRequest],
-        hyperparameters: LocalTraining,
+        optimizer: SharedOptimizer | None = None,
     ) -> tuple[TrainedRound, ServerState]:
         """Have the clients train, and sum up what they trained.
 
@@ -91,7 +109,7 @@ class SecureRounds:
             state: What the server remembers.
             server_round: The round.
             requests: Client to what it is asked to train.
-            hyperparameters: The round's.
+            optimizer: Keeps the moments that the clients share; None where they share none.
 
         Returns:
             What stands in for the clients' updates, and the state with the sums' outcome.
@@ -100,8 +118,7 @@ class SecureRounds:
             QuorumError: If too few clients took part; a resumed server asks them again.
             LostRoundError: If it has done so, and the clients that are left cannot open the sum.
         """
-        known = [client for client in requests if client in self._roster.keys]
-        terms = self._terms(model, state, server_round, len(known))
+        terms = self._terms(model, state, server_round, len(requests), optimizer)
         sums = partial(self._sums.updates, model, state.run_id, server_round, terms)
         attempt = 1
         before = None if self._kept is None else self._kept.round(server_round)
@@ -116,17 +133,14 @@ class SecureRounds:
                 LOG.warning("round %d starts over: %s", server_round, error)
                 attempt = trained.attempt + 1
             else:
-                return self._trained(summed, replies, server_round, hyperparameters, state)
+                return self._trained(summed, replies, server_round, state)
 
         # Every client learns what became of its last values, and trains.
         asked = {}
-        for client in known:
-            request = requests[client]
+        for client, request in requests.items():
             own_terms = msgspec.structs.replace(terms, outcome=state.outcomes.get(client))
             asked[client] = msgspec.structs.replace(request, secure=own_terms)
         replies, state = exchange.ask(model, state, asked, server_round, check_ready)
-        for client in sorted(requests.keys() - set(known)):
-            replies.failures[client] = f"client {client} was admitted after this run began"
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
         trained = TrainedParties(attempt, sorted(replies.replies))
@@ -134,22 +148,22 @@ class SecureRounds:
         if self._kept is not None:
             self._kept.begin_round(server_round, trained, replies)
         summed = sums(trained, replies)
-        return self._trained(summed, replies, server_round, hyperparameters, state)
+        return self._trained(summed, replies, server_round, state)
 
     def _trained(
         self,
         summed: SummedRound,
         replies: Replies,
         server_round: int,
-        hyperparameters: LocalTraining,
         state: ServerState,
     ) -> tuple[TrainedRound, ServerState]:
         """Return the sums in the form of a round's updates, and the state with their outcome."""
+        num_rounds = self._config.federation.num_rounds
         trained = TrainedRound(
             replies=replies,
             updates=summed.updates,
             ranks={},
-            learning_rate=hyperparameters.learning_rate,
+            learning_rate=self._config.training.learning_rate_at(server_round, num_rounds),
             factors=self._method.trained_factors(server_round),
             screening={},
             moments={},
@@ -168,24 +182,40 @@ class SecureRounds:
         state: ServerState,
         server_round: int,
         num_clients: int,
+        optimizer: SharedOptimizer | None,
     ) -> SecureTerms:
         """Return what the clients of a round have in common so that their values can be summed."""
         privacy = self._config.privacy
+        # What the clients' optimizers start from is known, and decides how far they go.
+        start = model.adapter
+        started: list[Moments] = []
+        moments = None
+        if optimizer is not None:
+            started = list(optimizer.started(state.moments, start).moments.values())
+            total = optimizer.second_total(state.moments, start)
+            moments = moment_terms(self._config, server_round, total)
         # A guess is enough: only the choice of the sketches' range depends on it.
         expected = state.summed_examples or num_clients * privacy.max_examples
         return SecureTerms(
             num_parties=num_clients,
             max_examples=privacy.max_examples,
-            max_change=change_bound(self._config, server_round, model.adapter),
+            max_change=change_bound(self._config, server_round, start, started),
             sketch_ranks=privacy.sketch_ranks if self._method.depends_on == "product" else 0,
             expected_examples=expected,
             seed=derive_seed(self._config.run.seed, "sketch", server_round),
+            moments=moments,
         )
 
     # ── evaluating ──
 
     def scores(
-        self, run_id: str, summed: SummedRound | None, server_round: int, replies: Replies
+        self,
+        run_id: str,
+        summed: SummedRound | None,
+        server_round: int,
+        replies: Replies,
+        labels: Sequence[str],
     ) -> RoundEvaluation:
         """Return what the clients scored together; see `RoundSums.scores`."""
-        return RoundEvaluation(replies, self._sums.scores(run_id, summed, server_round, replies))
+        scores = self._sums.scores(run_id, summed, server_round, replies, labels)
+        return RoundEvaluation(replies, scores)

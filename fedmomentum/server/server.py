@@ -37,7 +37,6 @@ from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected
 from fedmomentum.server.screening import Screening
 from fedmomentum.server.selection import (
     check_quorum,
-    client_weights,
     evaluating_clients,
     num_eval_examples,
     sample_clients,
@@ -136,7 +135,7 @@ class Server:
             combined = self._aggregate(server_round, trained)
         # The aggregate becomes the model that is evaluated and trained next.
         eval_clients = evaluating_clients(
-            self._config, server_round, trained.accepted, self._transport.clients
+            self._config, server_round, trained.accepted, self._available_clients
         )
         with timer.phase("merge"):
             self._advance(combined.result)
@@ -167,7 +166,7 @@ class Server:
     def evaluate_base_model(self) -> RoundRecord:
         """Run round 0: nothing is trained; the base model is evaluated."""
         self._callbacks.on_round_begin(0, [])
-        clients = self._transport.clients() if self._config.evaluation.every else []
+        clients = self._available_clients() if self._config.evaluation.every else []
         evaluated = self._evaluate(0, clients, None)
         record = base_record(self.model, evaluated)
         seconds = PhaseTimer().total(Replies(), evaluated.replies)
@@ -176,8 +175,13 @@ class Server:
 
     # ── sampling and sending ──
 
-    def _sample_clients(self, server_round: int) -> list[str]:
+    def _available_clients(self) -> Sequence[str]:
+        """Return the clients that can take part now: with sums, those that others know."""
         client_ids = self._transport.clients()
+        return client_ids if self._secure is None else self._secure.known(client_ids)
+
+    def _sample_clients(self, server_round: int) -> list[str]:
+        client_ids = self._available_clients()
         fraction = self._config.federation.client_fraction
         return sample_clients(self._config.run.seed, server_round, client_ids, fraction)
 
@@ -208,7 +212,7 @@ class Server:
         if self._secure is None:
             return self._train_openly(server_round, requests, reader, hyperparameters)
         trained, self.state = self._secure.train(
-            self._exchange, self.model, self.state, server_round, requests, hyperparameters
+            self._exchange, self.model, self.state, server_round, requests, self._optimizer
         )
         if trained.summed is not None and trained.summed.means is not None:
             # Clients need it again with their next task.
@@ -263,11 +267,7 @@ class Server:
     def _aggregate(self, server_round: int, trained: TrainedRound) -> Combined:
         """Combine the updates by the run's method, module by module."""
         adapter = self.model.adapter
-        max_weight = self._config.federation.max_client_weight
-        if trained.summed is None:
-            weights = client_weights(trained.num_examples, max_weight)
-        else:
-            weights = trained.summed.weights
+        weights = trained.weights(self._config.federation.max_client_weight)
         result = aggregate_updates(
             [trained.updates[client] for client in weights],
             list(weights.values()),
@@ -375,7 +375,7 @@ class Server:
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
         if self._secure is not None:
-            return self._secure.scores(self.state.run_id, summed, server_round, replies)
+            return self._secure.scores(self.state.run_id, summed, server_round, replies, labels)
         return pool_scores(replies, expected)
 
     # ── recording ──

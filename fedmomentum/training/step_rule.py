@@ -8,13 +8,15 @@ most: the public bound within which secure sums count.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.training.arguments import optimizer_options
+from fedmomentum.training.arguments import TrainingFields, optimizer_options
 
 if TYPE_CHECKING:
+    from fedmomentum.aggregation.moments import Moments
+    from fedmomentum.config.schema import Config
     from fedmomentum.config.training import LocalTraining
 
 ROUNDING = 1.01
@@ -22,8 +24,11 @@ ROUNDING = 1.01
 BETAS = (0.9, 0.999)
 """Adam's, where a configuration gives none."""
 RMSPROP_ALPHA = 0.99
+MAX_GRAD_NORM = TrainingFields().max_grad_norm
+"""The norm to which gradients are clipped, where a configuration gives none."""
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 """AdamW whose moments are kept in full; with rounded moments no bound holds exactly."""
+TINY = 1e-300
 NEGLIGIBLE = 1e-16
 """A power so small leaves a number of float64 as it is."""
 
@@ -52,32 +57,44 @@ class StepRule:
         return self.per_number is not None or self.per_step is not None
 
     @classmethod
-    def of(
-        cls, learning_rate: float, arguments: Mapping[str, Any], *, own_function: bool
-    ) -> StepRule:
-        """Return the rule for a run's training arguments.
+    def of(cls, config: Config, learning_rate: float) -> StepRule:
+        """Return the rule for a run's training.
 
         Adam's steps are bounded number by number, whatever the gradient. Plain gradient descent is
-        bounded by the norm to which the gradient is clipped.
+        bounded by the norm to which the gradient is clipped. Of a training function of the user's
+        own nothing is known.
 
         Args:
+            config: The run's settings.
             learning_rate: The learning rate of the round.
-            arguments: The run's `[training.arguments]`.
-            own_function: Whether clients train by a function of the user's own, of which nothing is
-                known.
         """
+        arguments = config.training.arguments
         name = str(arguments.get("optim", "adamw_torch"))
         decay = float(arguments.get("weight_decay", 0.0))
-        if own_function:
+        if config.training.function is not None:
             return cls(learning_rate, None)
         if name == "sgd":
-            clip = float(arguments.get("max_grad_norm", 1.0))
-            return cls(learning_rate, None, clip if clip > 0 else None, decay)
+            return cls(learning_rate, None, clipping_norm(config), decay)
         if name.startswith("adamw_torch") or name in ("adafactor", "adagrad"):
             return cls(learning_rate, 1.0, None, decay)
         if name == "rmsprop":  # its first step divides by a tenth of the gradient
             return cls(learning_rate, 10.0, None, decay)
         return cls(learning_rate, None)
+
+
+def clipping_norm(config: Config) -> float | None:
+    """Return the norm that no gradient of an optimizer step exceeds; None where nothing bounds it.
+
+    A training function of the user's own may not clip. A private training clips each unit's
+    gradient, and adds noise of any size to the sum.
+
+    Args:
+        config: The run's settings.
+    """
+    if config.training.function is not None or config.privacy.dp is not None:
+        return None
+    norm = float(config.training.arguments.get("max_grad_norm", MAX_GRAD_NORM))
+    return norm if norm > 0 else None
 
 
 # ── the most that one number can change in a round ──
@@ -103,6 +120,7 @@ def largest_change(
     largest_number: float,
     largest_tensor: int,
     steps_before: int = 0,
+    carried: float = 0.0,
 ) -> float | None:
     """Return a bound of how much one trained number changes in a round, whatever the data.
 
@@ -115,6 +133,8 @@ def largest_change(
         largest_number: The largest size of a number before the round.
         largest_tensor: The number of elements of the largest trained tensor.
         steps_before: The number of steps that the optimizer's moments can hold from earlier rounds.
+        carried: How far the moments that the round starts with can go by themselves, in learning
+            rates (`carried_reach`).
 
     Returns:
         The bound; None where nothing is known of the optimizer.
@@ -123,10 +143,51 @@ def largest_change(
     if reach is None or not math.isfinite(reach.gradients):
         return None
     # Decay pulls a number, which is at most so large, towards zero in every step.
-    moved = training.learning_rate * reach.gradients
+    moved = training.learning_rate * (reach.gradients + carried)
     weight_decay = float(training.arguments.get("weight_decay", 0.0))
     decayed = training.learning_rate * weight_decay * reach.decay * (largest_number + moved)
     return ROUNDING * (moved + decayed)
+
+
+def carried_reach(
+    arguments: Mapping[str, Any], num_steps: int, moments: Iterable[Moments]
+) -> float:
+    """Return how far moments take a number in a round by themselves, in learning rates.
+
+    Moments that were averaged and moved to other factors are those of no gradients, so that nothing
+    bounds them but what they are. Adam's step k after t earlier ones moves a number, of what was
+    there before, by at most `beta1^k |m| / (1 - beta1^(t + k))` over
+    `sqrt(beta2^k v / (1 - beta2^(t + k))) + epsilon`; new gradients only make v larger.
+
+    Args:
+        arguments: The run's training arguments; the optimizer is AdamW, or SGD with momentum.
+        num_steps: The largest number of steps of a client.
+        moments: Those that the round starts with.
+    """
+    options = optimizer_options(arguments)
+    beta1 = float(arguments.get("adam_beta1", BETAS[0]))
+    beta2 = float(arguments.get("adam_beta2", BETAS[1]))
+    epsilon = float(arguments.get("adam_epsilon", TrainingFields().adam_epsilon))
+    largest = 0.0
+    for moment in moments:
+        first = moment.first.double().abs()
+        reach = 0.0
+        if moment.second is None:
+            momentum = float(options.get("momentum", "0"))
+            for step in range(1, num_steps + 1):
+                reach += momentum**step * float(first.max())
+        else:
+            # Epsilon counts for the more the more steps there were; the least is taken.
+            root = moment.second.double().sqrt() + epsilon * math.sqrt(
+                1 - beta2 ** (moment.step + 1)
+            )
+            ratio = float((first / root.clamp(min=TINY)).max())
+            for step in range(1, num_steps + 1):
+                old = moment.step + step
+                decay = (beta1 / math.sqrt(beta2)) ** step
+                reach += decay * ratio * math.sqrt(1 - beta2**old) / (1 - beta1**old)
+        largest = max(largest, reach)
+    return largest
 
 
 def _reach(
@@ -160,7 +221,7 @@ def _reach_of_sgd(
     arguments: Mapping[str, Any], options: Mapping[str, str], num_steps: int, steps_before: int
 ) -> _Reach | None:
     """Return how far gradient descent can get, where the gradient's norm is clipped."""
-    clip = float(arguments.get("max_grad_norm", 1.0))
+    clip = float(arguments.get("max_grad_norm", MAX_GRAD_NORM))
     if clip <= 0 or not options.keys() <= {"momentum", "nesterov"}:
         return None
     try:

@@ -23,7 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmomentum.utils.process import quiet_libraries
-from tests.faults import flower_app  # noqa: F401 (it registers its cases)
+from tests.faults import (
+    flower_app,  # noqa: F401 (it registers its cases)
+    secure_cases,  # noqa: F401 (it registers its cases)
+)
 from tests.faults.cases import CASES, Case, Skipped
 from tests.faults.harness import Federation, hard_limit
 

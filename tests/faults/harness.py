@@ -26,11 +26,13 @@ from typing import Any
 import psutil
 from flwr.app import Message
 
+from fedmomentum.client.secure_work import SecureParty
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import to_toml
 from fedmomentum.flower.certificates import make_server_keys
 from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
 from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
+from fedmomentum.flower.parties import node_party
 from fedmomentum.flower.status import read_status
 from fedmomentum.flower.transport import pack_payload, unpack_payload
 from fedmomentum.formats.run_files import StatusFile
@@ -39,9 +41,13 @@ from fedmomentum.protocol.messages import Task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.networked import run_federation
+from fedmomentum.secure_sum.journal import PartyJournal
+from fedmomentum.secure_sum.party import Identity
+from fedmomentum.secure_sum.roster import make_parties
 from fedmomentum.utils.io import write_json
 from fedmomentum.utils.seeding import derive_seed
 from tests.runs import chain, nudge, objects, timeless, tiny_config
+from tests.secure_runs import position
 
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "FAULTS_CASE"
@@ -50,7 +56,8 @@ NODE_SECONDS = 15.0
 """A node that is told to leave is gone within this."""
 
 Fail = tuple[str, int, str]
-"""`("train" or "evaluate", round, client)`: gave no usable answer; `("gone", round, client)`: was not connected."""
+"""`("train" or "evaluate", round, client)`: gave no usable answer; `("gone", round, client)`: was not connected;
+`("sum-NUMBER-STEP", round, client)`: nor in that step of a sum under masks, from 0."""
 
 
 class TimeLimit(Exception):
@@ -162,7 +169,7 @@ class Federation:
         }
         for name, table in sections.items():
             tables[name] = {**tables.get(name, {}), **table}
-        self.config = tiny_config(shared, **tables)
+        self.config = tiny_config(shared, num_clients=4, **tables)
         make_server_keys(self.keys, ["127.0.0.1", "localhost"])
         self.token = uuid.uuid4().hex
         self.server: Program = None  # type: ignore[assignment]
@@ -196,6 +203,22 @@ class Federation:
             admit_node(private.with_suffix(".pub"), self.keys)
             self.names.append(name)
         return private
+
+    def node_config(self, **keys: Path) -> Config:
+        """The configuration of a node: in a run with secure aggregation it has a roster of all nodes so far.
+
+        Args:
+            keys: Node to the public key that the roster has for it, where that is another one.
+        """
+        if not self.config.privacy.secure_aggregation:
+            return self.config
+        file = self.folder / f"roster{'-'.join(['', *sorted(keys)])}.pub"
+        lines = [
+            keys.get(name, self.key(name).with_suffix(".pub")).read_bytes() for name in self.names
+        ]
+        file.write_bytes(b"".join(lines))
+        privacy = replace(self.config.privacy, roster=str(file))
+        return replace(self.config, privacy=privacy)
 
     def serve(self, *, resume: bool = False, stall: str = "") -> Program:
         """Start the coordinator; nodes that count must have a key by now."""
@@ -233,7 +256,7 @@ class Federation:
     ) -> Program:
         """Start a node, or start it anew."""
         file = self.folder / f"{name}.toml"
-        file.write_text(to_toml(config or self.config))
+        file.write_text(to_toml(config or self.node_config()))
         self.nodes[name] = Program(
             [
                 "-m",
@@ -362,6 +385,8 @@ class Federation:
             )
         # a client that gave neither an update nor an evaluation has two reasons, told one by one
         reasons = [part for text in found.values() for part in re.split("; (?=evaluation: )", text)]
+        # The log names sum, client and step before the reason.
+        reasons = [re.sub(r"^sum \d+ of round \d+, attempt \d+: ", "", text) for text in reasons]
         for pattern in [*log, *map(re.escape, reasons)]:
             assert re.search(pattern, self.log()), (
                 f"server.log does not tell of {pattern!r}:\n{self.log()}"
@@ -474,6 +499,10 @@ class Reference(InProcessTransport):
     def run(self, out: Path) -> None:
         """The run, in a folder beside which the clients' stores are."""
         steps = {}
+        # Sums of integers do not depend on keys and masks.
+        keys, roster = make_parties(self._names)
+        if not self._config.privacy.secure_aggregation:
+            roster = None
         for name in self._names:
             client = prepare_client(
                 self._configs.get(name, self._config), name, out.with_name(f"{name}-there")
@@ -482,8 +511,11 @@ class Reference(InProcessTransport):
             steps[name] = client.handle
             if name in self._lies:
                 steps[name] = partial(self._lies[name], honest=steps[name])
+            if roster is not None:
+                journal = PartyJournal(out.with_name(f"{name}-there") / "opened-sums.json")
+                client.party = SecureParty(Identity(name, keys[name], roster), journal)
         super().__init__(steps)
-        run_federation(self, self._config, out)
+        run_federation(self, self._config, out, roster=roster)
 
     def clients(self) -> list[str]:
         """Who is connected in the round that begins."""
@@ -498,12 +530,20 @@ class Reference(InProcessTransport):
         failed = {
             name
             for name, task in asked.items()
-            if (task.kind, task.server_round, name) in self._fails
+            if (place_of(task), task.server_round, name) in self._fails
         }
         yield from ((name, Failure("as ordered")) for name in failed)
         yield from super().send_and_receive(
             {name: p for name, p in tasks.items() if name not in failed}
         )
+
+
+def place_of(task: Task) -> str:
+    """What a task asks for, as `Fail` names it."""
+    if task.kind != "sum":
+        return task.kind
+    _, number, step = position(task)
+    return f"sum-{number}-{step}"
 
 
 # ── clients of our own, for what no node of ours does ──
@@ -565,11 +605,13 @@ class Raw(threading.Thread):
         self.stop = threading.Event()
         self.lost: list[str] = []
         self.error: BaseException | None = None
-        config = replace(
-            federation.config, training=replace(federation.config.training, function=None)
-        )
+        config = federation.node_config()
+        party = node_party(config, name, federation.key(name), federation.store(name))
+        if not config.privacy.secure_aggregation:  # whose bounds of a function are given
+            config = replace(config, training=replace(config.training, function=None))
         client = prepare_client(config, name, federation.store(name))
         client.training_function = nudge
+        client.party = party
         self.step: Callable[[bytes], bytes] = client.handle
 
     def connection(self) -> FleetClient:

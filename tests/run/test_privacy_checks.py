@@ -23,8 +23,22 @@ def secure(privacy=None, **sections):
         ({"method": {"name": "hetlora"}}, "HetLoRA needs every client's update by itself"),
         ({"method": {"name": "fedrotlora"}}, "FedRot-LoRA needs every client's update by itself"),
         ({"lora": {"clients": {"a": {"rank": 2}}}}, "lora.clients gives clients adapters"),
-        ({"training": {"optimizer-state": "shared"}}, "optimizer-state = shared has clients send"),
-        ({"training": {"optimizer-state": "shared-full"}}, "optimizer-state = shared-full"),
+        (
+            {"training": {"optimizer-state": "shared", "arguments": {"max_grad_norm": 0}}},
+            "optimizer-state = shared cannot be used .* where gradients are not clipped",
+        ),
+        (
+            {"training": {"optimizer-state": "shared", "function": "own:train"}},
+            "optimizer-state = shared cannot be used .* where gradients are not clipped",
+        ),
+        (
+            {"training": {"optimizer-state": "shared", "local-epochs": 1}},
+            "and training.local-epochs: .* would tell clients apart",
+        ),
+        (
+            {"training": {"optimizer-state": "shared-full"}},
+            "optimizer-state = shared-full has clients send all",
+        ),
         ({"federation": {"max-client-weight": 0.5}}, "federation.max-client-weight = 0.5 cannot"),
         ({"federation": {"outlier-norm-ratio": 3.0}}, "federation.outlier-norm-ratio = 3.0"),
         ({"federation": {"uplink-dtype": "float16"}}, "federation.uplink-dtype = float16"),
@@ -60,11 +74,25 @@ def test_a_method_of_the_users_own_is_refused_until_it_says_what_it_depends_on()
         check_privacy(secure(), Own())
 
 
-def test_auto_shares_no_moments():
+def test_auto_shares_moments_where_their_size_is_known():
     method = METHODS["fedmomentum"]()
     assert method.shares_moments
-    assert choose_optimizer_state(secure(), method).training.optimizer_state == "fresh"
-    assert choose_optimizer_state(from_dict({}), method).training.optimizer_state == "shared"
+
+    def chosen(config):
+        return choose_optimizer_state(config, method).training.optimizer_state
+
+    assert chosen(secure()) == chosen(from_dict({})) == "shared"
+    epochs = {"local-epochs": 1}
+    assert chosen(secure(training=epochs)) == "fresh"
+    unclipped = {"arguments": {"max_grad_norm": 0}}
+    assert chosen(secure(training=unclipped)) == "fresh"
+    assert chosen(from_dict({"training": unclipped})) == "shared"
+    # Noise of any size, which no gradient clipping bounds.
+    private = {"dp": {"epsilon": 1.0}}
+    assert chosen(secure(private)) == "fresh"
+    with pytest.raises(ConfigError, match=r"and \[privacy.dp\]: the noise makes moments of any"):
+        config = secure(private, training={"optimizer-state": "shared"})
+        check_privacy(config, method)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fedmomentum.cli.run_end import print_result
 from fedmomentum.data.split import split_fingerprint
 from fedmomentum.errors import ConfigError, ModelError, PrivacyError
 from fedmomentum.formats.directories import round_file
@@ -19,7 +20,7 @@ from fedmomentum.run.private_checks import (
 )
 from fedmomentum.run.saved_model import open_result
 from fedmomentum.run.setup import make_method
-from tests.runs import describe_task, prepare, tiny_config
+from tests.runs import describe_task, prepare, start, tiny_config
 
 DP = {"noise-multiplier": 0.8, "max-grad-norm": 0.7, "delta": 1e-3}
 
@@ -118,6 +119,22 @@ def test_records_say_nothing_of_the_data(finished):
     assert any("no round is the best" in warning for warning in plan["warnings"])
     with pytest.raises(ModelError, match="best"):
         open_result(out, server_round="best")
+
+
+def test_end_of_a_run_says_what_is_withheld_instead_of_an_empty_table(finished, tmp_path, capsys):
+    config, out, _, _ = finished
+    print_result(out)
+    printed = capsys.readouterr().out
+    assert "No scores: differential privacy withholds those on held-out examples" in printed
+    assert f"fedmomentum evaluate {out} --data FILE" in printed
+    assert "Left out on purpose: losses and numbers of targets in training; all held-out" in printed
+    assert "Exact match" not in printed
+    # Without privacy it is a setting.
+    public = tiny_config(tmp_path, evaluation={"every": 0}, federation={"num-rounds": 1})
+    start(public, tmp_path / "public")
+    print_result(tmp_path / "public")
+    printed = capsys.readouterr().out
+    assert "No scores: no round has an evaluation" in printed and "Exact match" not in printed
 
 
 def test_repeated_task_gets_the_stored_reply_and_is_not_counted_again(finished):

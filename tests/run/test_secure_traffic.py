@@ -4,6 +4,12 @@ import pytest
 import torch
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums
+from fedmomentum.aggregation.moment_sums import (
+    ClientMoments,
+    MomentLimits,
+    MomentSums,
+    factor_shapes,
+)
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.toml import from_dict
 from fedmomentum.global_model.mean_moves import means_object
@@ -52,10 +58,18 @@ def numpy_of(values):
 USABLE = [name for name, method in METHODS.items() if method.depends_on != "updates"]
 
 
-@pytest.mark.parametrize("name", USABLE)
-def test_counted_bytes_are_those_of_the_messages(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        *((name, {}) for name in USABLE),
+        ("fedmomentum", {"optimizer-state": "shared", "local-steps": 3}),
+        ("fedit", {"optimizer-state": "shared", "local-steps": 3}),
+    ],
+    ids=str,
+)
+def test_counted_bytes_are_those_of_the_messages(name, training, tmp_path):
     method = METHODS[name]()
-    config = from_dict({"privacy": {"secure-aggregation": True}})
+    config = from_dict({"privacy": {"secure-aggregation": True}, "training": training})
     start = adapter()
     up = down = 0
     server_round = 1  # of RoLoRA the one that sends B, which is the larger factor here
@@ -70,9 +84,24 @@ def test_counted_bytes_are_those_of_the_messages(name, tmp_path):
         seed=0,
     )
     moves = layout.moves(start, 10, {})
-    sent, got, totals = messages_of(
-        layout.first_blocks(), numpy_of(layout.first_values(moves)), 1, tmp_path
-    )
+    blocks, values = layout.first_blocks(), layout.first_values(moves)
+    if training:
+        sums = MomentSums.of(
+            start,
+            layout.factors,
+            config.training.hyperparameters(1, 1),
+            num_parties=N,
+            max_examples=100,
+            limits=MomentLimits(1.0, 1.0),
+        )
+        means = {}
+        for key, (num_rows, num_columns) in factor_shapes(start, "BA").items():
+            means |= {f"{key}.rows": torch.zeros(num_rows)}
+            means |= {f"{key}.columns": torch.zeros(num_columns)}
+        own = ClientMoments(means, 3, 0.5)
+        blocks = [*blocks, *sums.blocks()]
+        values = {**values, **sums.values(10, own)}
+    sent, got, totals = messages_of(blocks, numpy_of(values), 1, tmp_path)
     up, down = up + sent, down + got
     if layout.has_second_sum:
         means = layout.mean_moves(totals)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmomentum.aggregation.registry import METHODS
+from fedmomentum.config.toml import from_dict
 from fedmomentum.lora.peft_model import copy_adapter
 from fedmomentum.server.screening import (
     MAX_WORK,
@@ -202,7 +203,7 @@ def test_a_step_of_adam_has_the_length_that_is_computed(base, learning_rate, is_
                 if "lora_B" in name:
                     parameter.zero_()
     before = copy_adapter(model, "before")
-    rule = StepRule.of(learning_rate, {}, own_function=False)
+    rule = rule_of(learning_rate, {})
     train(model, tokens_of(base), **DEFAULTS | {"local_steps": 1, "learning_rate": learning_rate})
     steps = step_norms(before, rule, trains="BA", shares="BA")
     move = moves_of(copy_adapter(model, "after"), before, steps, num_steps=1, shares="BA")[
@@ -216,7 +217,7 @@ def test_a_step_of_gradient_descent_is_no_longer_than_the_clipped_gradient_allow
     model = new_model(base)
     before = copy_adapter(model, "before")
     arguments = {"optim": "sgd", "max_grad_norm": clip}
-    rule = StepRule.of(0.1, arguments, own_function=False)
+    rule = rule_of(0.1, arguments)
     steps = step_norms(before, rule, trains="BA", shares="BA")
     train(
         model,
@@ -230,20 +231,29 @@ def test_a_step_of_gradient_descent_is_no_longer_than_the_clipped_gradient_allow
     assert 0.05 < move.in_steps < 1
 
 
+def rule_of(learning_rate, arguments, function=None):
+    """The rule of a run with these training arguments."""
+    training = {"arguments": arguments}
+    if function is not None:
+        training["function"] = function
+    return StepRule.of(from_dict({"training": training}), learning_rate)
+
+
 def test_of_some_optimizers_nothing_is_known():
-    assert not StepRule.of(1.0, {"optim": "sgd", "max_grad_norm": 0}, own_function=False).is_known
-    assert not StepRule.of(1.0, {"optim": "lion_32bit"}, own_function=False).is_known
-    assert not StepRule.of(1.0, {}, own_function=True).is_known
-    assert all(
-        StepRule.of(1.0, {"optim": o}, own_function=False).is_known
-        for o in ("adafactor", "rmsprop", "sgd")
-    )
+    assert not rule_of(1.0, {"optim": "sgd", "max_grad_norm": 0}).is_known
+    assert not rule_of(1.0, {"optim": "lion_32bit"}).is_known
+    # Noise is added after clipping, so a step of gradient descent can be of any length.
+    descent = {"training": {"arguments": {"optim": "sgd"}}}
+    private = from_dict({"privacy": {"dp": {"epsilon": 1.0}}, **descent})
+    assert rule_of(1.0, {"optim": "sgd"}).is_known and not StepRule.of(private, 1.0).is_known
+    assert not rule_of(1.0, {}, function="own:train").is_known
+    assert all(rule_of(1.0, {"optim": o}).is_known for o in ("adafactor", "rmsprop", "sgd"))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_length_of_step_that_is_not_zero_once_it_moves(name, base):
     adapter, method = copy_adapter(new_model(base), "start"), METHODS[name]()
-    rule = StepRule.of(1e-3, {}, own_function=False)
+    rule = rule_of(1e-3, {})
     for server_round in (1, 2):
         steps = step_norms(
             adapter, rule, trains=method.trained_factors(server_round), shares=method.shared_factors

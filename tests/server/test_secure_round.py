@@ -8,7 +8,9 @@ import torch
 from fedmomentum.errors import ConfigError, ModelError, QuorumError
 from fedmomentum.formats.metrics_file import parse_record_line
 from fedmomentum.run.networked import run_federation
+from fedmomentum.secure_sum.roster import Roster, make_parties
 from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.round_sums import RoundSums
 from tests.runs import start, tiny_config
 from tests.secure_runs import PRIVACY, Federation, ServerKilled, dense_model, position
 
@@ -231,6 +233,45 @@ def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path
         _, state = resumed(out)
         assert {outcome.server_round for outcome in state.outcomes.values()} == {2}
         assert model.server_round == 2
+
+
+def test_a_client_that_was_admitted_later_spoils_no_sum(tmp_path, caplog):
+    """Its key is in nobody's roster yet: it is neither sampled nor asked for its scores."""
+    federation = Federation(tmp_path, evaluation={"every": 1}, federation={"num_rounds": 2})
+    roster = Roster({name: federation.roster.keys[name] for name in federation.names[:3]})
+    federation.roster = roster
+    for name in federation.names[:3]:
+        federation.start_client(name)
+    with caplog.at_level(logging.WARNING, logger="fedmomentum"):
+        federation.run(tmp_path / "out")
+    asked = {task.client_id for task, _, _ in federation.seen if task.kind != "describe"}
+    assert asked == set(federation.names[:3])
+    for row in rows(tmp_path / "out"):
+        assert row.failures == {} and row.evaluation.total.num_examples
+    told = [line for line in caplog.messages if "site3 was admitted after this run began" in line]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "num_clients", "wanted"),
+    [
+        (None, 5, 4),  # a round's clients
+        (None, 10, 7),  # all clients evaluate before the first round and after the last
+        (5, 5, 5),
+        (5, 10, 7),
+        (3, 5, 3),  # for clients that trust the server
+        (3, 10, 6),
+    ],
+)
+def test_threshold_suffices_for_sums_of_more_clients_than_a_round_has(
+    tmp_path, given, num_clients, wanted
+):
+    names = [f"site{number}" for number in range(10)]
+    privacy = {**PRIVACY, **({} if given is None else {"threshold": given})}
+    config = tiny_config(tmp_path, privacy=privacy, federation={"client_fraction": 0.5})
+    _, roster = make_parties(names)
+    sums = RoundSums(None, roster, None, config, None)
+    assert sums.threshold(0, names[:num_clients], {}) == wanted
 
 
 # ── what a client accepts, and what it tells ──

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from fedmomentum.aggregation.moments import Moments
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.training.step_rule import adam_reach, largest_change
+from fedmomentum.training.step_rule import adam_reach, carried_reach, largest_change
 
 
 def training(learning_rate=0.1, **arguments):
@@ -129,3 +130,54 @@ def test_the_reach_of_many_steps_is_that_of_adding_them_up():
 def test_of_some_optimizers_no_bound_is_known(arguments):
     assert largest_change(training(**arguments), 5, largest_number=1, largest_tensor=1) is None
     assert math.isinf(adam_reach(0.9, 0.0, 5))
+
+
+@pytest.mark.parametrize("step", [1, 20, 3000])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.9)])
+def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step, betas):
+    """Whatever they are: those of no gradients, too, as means over clients in other coordinates are."""
+    draw = torch.Generator().manual_seed(step)
+    first = torch.randn(4, 3, generator=draw).exp() * torch.randn(4, 3, generator=draw)
+    second = 1e-4 * torch.randn(4, 3, generator=draw).exp() ** 4
+    second[0] = 0.0
+    given = Moments(1e-3 * first, second, step)
+    hyperparameters = training(adam_beta1=betas[0], adam_beta2=betas[1], weight_decay=0.1)
+    arguments = hyperparameters.arguments
+    for num_steps in (1, 7, 30):
+        carried = carried_reach(arguments, num_steps, [given])
+        bound = largest_change(
+            hyperparameters,
+            num_steps,
+            largest_number=0.7,
+            largest_tensor=12,
+            steps_before=step,
+            carried=carried,
+        )
+        farthest = 0.0
+        for sign in (0.0, 1.0, -1.0):
+            for gradients in (
+                [1e-9] * num_steps,
+                [1.0] * num_steps,
+                [1e3**-k for k in range(num_steps)],
+            ):
+                parameter = torch.nn.Parameter(torch.full((4, 3), 0.7))
+                optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=betas, weight_decay=0.1)
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": given.first.clone(),
+                    "exp_avg_sq": given.second.clone(),
+                }
+                for gradient in gradients:
+                    parameter.grad = sign * gradient * given.first.sign()
+                    optimizer.step()
+                farthest = max(farthest, float((parameter.detach() - 0.7).abs().max()))
+        assert farthest <= bound
+        # It is a bound of what they do, not of anything.
+        assert bound < 6 * farthest or step == 1
+
+
+def test_a_buffer_of_gradient_descent_counts_once_and_ever_less():
+    given = Moments(torch.tensor([[0.5, -2.0]]), None, 3)
+    arguments = {"optim": "sgd", "optim_args": "momentum=0.5"}
+    assert carried_reach(arguments, 3, [given]) == pytest.approx(2.0 * (0.5 + 0.25 + 0.125))
+    assert carried_reach(arguments, 3, []) == 0.0

@@ -1,0 +1,242 @@
+"""What a sum under masks holds of the optimizers' moments, so that all clients go on from one mean.
+
+The means of the second moments' rows and columns differ by many orders of magnitude, and a sum's
+integers have steps of one size. So each number comes in two parts: a whole number of coarse steps,
+which is summed exactly, and the rest. Their public limits follow from clipped gradients. The first
+moments follow from the mean movement, which is in the sum anyway, and the learning rates.
+
+All clients make the same number of steps. If they did not, movements would have to be summed twice,
+with other weights: who knows one of three clients could tell the other two apart by the two sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.linalg.low_rank import CORE_DTYPE
+from fedmomentum.secure_sum.fixed_point import count_block
+from fedmomentum.secure_sum.messages import Block
+
+if TYPE_CHECKING:
+    from fedmomentum.aggregation.product_from_sums import MeanMoves
+    from fedmomentum.config.training import LocalTraining
+    from fedmomentum.lora.adapter import Adapter
+
+# Block to its elements, `(size,)`, float64.
+Values = Mapping[str, Tensor]
+COARSE_STEPS = 2**24
+"""A limit in coarse steps: with a hundred parties, their sum still fits."""
+LEARNING_RATES = "learning rates"
+
+
+@dataclass(frozen=True)
+class MomentLimits:
+    """Public limits of what one client has of its optimizer.
+
+    Attributes:
+        second_total: The largest sum of all second moments after the round.
+        learning_rate_sum: The largest sum of the learning rates of a round's steps.
+    """
+
+    second_total: float
+    learning_rate_sum: float
+
+
+@dataclass(frozen=True, eq=False)
+class MeanMovement:
+    """How the clients moved one factor: weighted means over the clients, in float64.
+
+    Attributes:
+        displacement: `(m, n)`, of the movements, each divided by its sum of learning rates.
+        rows: `(m,)`, of the means of the second moment's rows; None for optimizers without one.
+        columns: `(n,)`, of the means of its columns.
+        num_steps: Of the numbers of steps, rounded.
+    """
+
+    displacement: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class ClientMoments:
+    """What one client has to say of its optimizer after a round.
+
+    Attributes:
+        means: `<module>.<factor>.rows` and `.columns` to the means of the second moments.
+        num_steps: The number of steps.
+        learning_rate_sum: The sum of their learning rates.
+    """
+
+    means: Mapping[str, Tensor]
+    num_steps: int
+    learning_rate_sum: float
+
+
+@dataclass(frozen=True)
+class MomentSums:
+    """The form of what a round's first sum holds of moments; the same for clients and server.
+
+    Attributes:
+        shapes: `<module>.<factor>` to the shape of each trained factor.
+        has_second: Whether the optimizer keeps second moments.
+        num_steps: The number of steps of each client.
+        num_parties: The number of parties of the sum.
+        max_examples: The largest number of examples of a client.
+        limits: Of what a client says.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    has_second: bool
+    num_steps: int
+    num_parties: int
+    max_examples: int
+    limits: MomentLimits
+
+    @classmethod
+    def of(
+        cls,
+        start: Adapter,
+        factors: str,
+        training: LocalTraining,
+        *,
+        num_parties: int,
+        max_examples: int,
+        limits: MomentLimits,
+    ) -> MomentSums:
+        """Return the form for a round.
+
+        Args:
+            start: The adapter that all clients start from.
+            factors: The factors that are trained, `BA`, `B` or `A`.
+            training: The round's hyperparameters.
+            num_parties: The number of parties of the sum.
+            max_examples: The largest number of examples of a client.
+            limits: Of what a client says.
+
+        Raises:
+            ConfigError: If clients make different numbers of steps.
+        """
+        if training.local_steps is None:
+            raise ConfigError("moments are summed where all clients make the same number of steps")
+        return cls(
+            shapes=factor_shapes(start, factors),
+            has_second=training.arguments.get("optim") != "sgd",
+            num_steps=training.local_steps,
+            num_parties=num_parties,
+            max_examples=max_examples,
+            limits=limits,
+        )
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks of the sum."""
+        blocks = []
+        for name, (size, _) in self._numbers().items():
+            blocks.append(count_block(_whole(name), size, self.num_parties))
+            blocks.append(Block(name=_rest(name), size=size, bound=0.5))
+        return blocks
+
+    def values(self, num_examples: int, moments: ClientMoments) -> Values:
+        """Return a client's values, by block.
+
+        Args:
+            num_examples: Its number of examples.
+            moments: What it has to say of its optimizer.
+
+        Raises:
+            DataError: If a number is beyond its limit, or the steps are others.
+        """
+        if not (moments.num_steps == self.num_steps and moments.learning_rate_sum > 0):
+            raise DataError(
+                f"this client made {moments.num_steps} steps with learning rates of "
+                f"{moments.learning_rate_sum:g} in all; wanted {self.num_steps} steps, to share "
+                "the optimizer's moments"
+            )
+        numbers = {LEARNING_RATES: torch.tensor([moments.learning_rate_sum], dtype=CORE_DTYPE)}
+        if self.has_second:
+            for key in self.shapes:
+                numbers[f"rows {key}"] = moments.means[f"{key}.rows"]
+                numbers[f"columns {key}"] = moments.means[f"{key}.columns"]
+        # A weight of at most `max_examples`, times a number within its limit.
+        share = num_examples / self.max_examples
+        values = {}
+        for name, (_, limit) in self._numbers().items():
+            scaled = numbers[name].to(CORE_DTYPE).reshape(-1) / limit
+            if not float(scaled.abs().max()) <= 1:
+                raise DataError(f"{name} of this client's optimizer are beyond {limit:.6g}")
+            coarse = scaled * share * COARSE_STEPS
+            values[_whole(name)] = coarse.round()
+            values[_rest(name)] = coarse - coarse.round()
+        return values
+
+    def means(
+        self, totals: Values, num_examples: int, changes: Mapping[str, Tensor]
+    ) -> dict[str, MeanMovement]:
+        """Return the means over the clients, by factor.
+
+        Args:
+            totals: The sum's values.
+            num_examples: The number of examples of all clients in it.
+            changes: `<module>.<factor>` to the mean movement.
+        """
+        means = {}
+        for name, (_, limit) in self._numbers().items():
+            coarse = totals[_whole(name)].round() + totals[_rest(name)]
+            means[name] = coarse * (limit * self.max_examples / COARSE_STEPS / num_examples)
+        movements = {}
+        for key in self.shapes:
+            displacement = changes[key].to(CORE_DTYPE) / float(means[LEARNING_RATES])
+            rows = None
+            columns = None
+            if self.has_second:
+                # Nobody can see whether a client added less than nothing.
+                rows = means[f"rows {key}"].clamp(min=0)
+                columns = means[f"columns {key}"].clamp(min=0)
+            movements[key] = MeanMovement(displacement, rows, columns, self.num_steps)
+        return movements
+
+    def _numbers(self) -> dict[str, tuple[int, float]]:
+        """Return the names of all numbers, with how many there are and the limit of their size."""
+        limits = self.limits
+        numbers = {LEARNING_RATES: (1, limits.learning_rate_sum)}
+        for key, (num_rows, num_columns) in self.shapes.items():
+            if self.has_second:
+                # The mean of a row is its sum, which is a part of all, over its length.
+                numbers[f"rows {key}"] = (num_rows, limits.second_total / num_columns)
+                numbers[f"columns {key}"] = (num_columns, limits.second_total / num_rows)
+        return numbers
+
+
+def factor_shapes(adapter: Adapter, kinds: str) -> dict[str, tuple[int, int]]:
+    """Return `<module>.<factor>` to the factor's shape."""
+    shapes = {}
+    for module, matrix in adapter.modules.items():
+        out_size, in_size = matrix.shape
+        for kind in kinds:
+            is_B = kind == "B"
+            shapes[f"{module}.{kind}"] = (out_size, matrix.rank) if is_B else (matrix.rank, in_size)
+    return shapes
+
+
+def mean_changes(means: MeanMoves) -> dict[str, Tensor]:
+    """Return `<module>.<factor>` to how far the factors moved in the mean."""
+    changes = {}
+    for module, move in means.modules.items():
+        changes[f"{module}.B"] = move.b
+        changes[f"{module}.A"] = move.a
+    return changes
+
+
+def _whole(name: str) -> str:
+    return f"{name}, coarse steps"
+
+
+def _rest(name: str) -> str:
+    return f"{name}, rest"
