@@ -208,6 +208,9 @@ class StatusWriter(Callback):
 
     def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
         """Note that a client has a task."""
+        # Nobody is waited for any more.
+        self._status.waiting_for = []
+        self._status.waits_until = None
         status = self._client(client)
         status.rest()
         status.state = "asked"

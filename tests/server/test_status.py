@@ -44,3 +44,11 @@ def test_the_next_round_forgets_the_last_ones_tasks(tmp_path):
         ("idle", None, None)
     ]
     assert read.participants == ["north", "south"] and read.clients["north"].down_bytes == 10
+
+
+def test_once_a_task_is_sent_nobody_is_waited_for(tmp_path):
+    status = StatusWriter(tmp_path, 3)
+    status.on_waiting(["south"], 60.0)
+    assert read_status(tmp_path).waiting_for == ["south"]
+    status.on_task_sent("north", 10, 60.0)
+    assert read_status(tmp_path).waiting_for == [] and read_status(tmp_path).waits_until is None
