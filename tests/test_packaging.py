@@ -27,6 +27,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 OWNERS = {
     "flower/simulation.py": ("flower", "simulation"),
     "flower/": ("flower",),
+    "dashboard/": ("dashboard",),
+    "web/": ("dashboard",),
     "benchmark/": ("benchmark",),
     "data/builtin_tasks.py": ("demo",),
     "base_model/quantization.py": ("quantization",),

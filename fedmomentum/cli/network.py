@@ -14,6 +14,8 @@ from rich.text import Text
 from fedmomentum.cli.options import (
     ERR,
     OUT,
+    DashboardAddressOption,
+    DashboardOption,
     Overrides,
     ResumeOption,
     ResumeRoundOption,
@@ -22,7 +24,11 @@ from fedmomentum.cli.options import (
     check_resume_round,
     require_flower,
 )
-from fedmomentum.cli.run_end import print_how_to_continue, print_served_result
+from fedmomentum.cli.run_end import (
+    print_how_to_continue,
+    print_served_result,
+    write_partial_report,
+)
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.process import INTERRUPTION
 
@@ -136,8 +142,11 @@ def serve(
     port: Annotated[int, typer.Option(help="port to listen on")] = 9443,
     resume: ResumeOption = False,
     server_round: ResumeRoundOption = None,
+    dashboard: DashboardOption = False,
+    dashboard_at: DashboardAddressOption = "",
 ) -> None:
     """Run the server of a federation: wait for the admitted nodes, then run the rounds."""
+    from fedmomentum.cli.dashboard import dashboard_address, page
     from fedmomentum.cli.progress import RunView
     from fedmomentum.config.toml import load_config
 
@@ -147,15 +156,20 @@ def serve(
         raise ConfigError(f"--port must be from 0 (any free port) to {MAX_PORT}; got {port}")
     check_resume_round(server_round, resume)
     check_output_directory(out)
+    address = dashboard_address(dashboard, dashboard_at)
     require_flower()
     # imported after the check, as these import Flower
     from fedmomentum.cli.network_views import ServerView
     from fedmomentum.flower.serve import serve as serve_run
     from fedmomentum.formats.directories import retained_rounds
+    from fedmomentum.formats.run_files import SERVER_LOG
 
     # also when started in the background of a script, where SIGINT is ignored
     INTERRUPTION.listen(although_ignored=True)
-    with RunView(OUT, settings.federation.num_rounds) as run_view:
+    with (
+        page(address, out, SERVER_LOG),
+        RunView(OUT, settings.federation.num_rounds) as run_view,
+    ):
         try:
             serve_run(
                 settings,
@@ -168,6 +182,8 @@ def serve(
                 callbacks=[ServerView(OUT, run_view, out)],
             )
         except BaseException as error:
+            if retained_rounds(out):
+                write_partial_report(out)
             run_view.stop()
             last_round = max(retained_rounds(out), default=None)
             options = ("--keys", keys, "--host", host, "--port", port)
@@ -258,7 +274,7 @@ def status(
     from rich.live import Live
 
     from fedmomentum.cli.network_views import status_table
-    from fedmomentum.flower.status import read_status
+    from fedmomentum.formats.status_file import read_status
 
     if not watch:
         OUT.print(status_table(read_status(run_directory), time.time()))

@@ -16,7 +16,7 @@ from rich.text import Text
 from fedmomentum.cli.progress import RunView, progress_bar
 from fedmomentum.cli.tables import plan_table
 from fedmomentum.flower.node_callback import NodeCallback, TaskInfo, WorkerInfo
-from fedmomentum.flower.status import STALE_SECONDS
+from fedmomentum.formats.status_file import STALE_SECONDS
 from fedmomentum.results.formatting import human_bytes
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.utils.terminal import log_handler
@@ -25,7 +25,7 @@ from fedmomentum.utils.text import printable
 if TYPE_CHECKING:
     from fedmomentum.formats.plan import Plan
     from fedmomentum.formats.round_record import RoundRecord
-    from fedmomentum.formats.run_files import ClientStatus, StatusFile
+    from fedmomentum.formats.status_file import ClientStatus, StatusFile
 
 
 LOGGERS = (logging.getLogger("fedmomentum"), logging.getLogger("flwr"))
@@ -293,6 +293,8 @@ def _status_title(status: StatusFile, now: float) -> str:
     if status.waiting_for and status.waits_until and not has_ended:
         names = ", ".join(printable(name, 80) for name in status.waiting_for)
         title += f"; waiting {max(0, status.waits_until - now):.0f} s more for {names}"
+    if has_ended and status.reason:
+        title += f": {status.reason}"
     if status.version:
         title += f"; base version {status.version[:16]}"
     if age > STALE_SECONDS and not has_ended:

@@ -15,6 +15,8 @@ from fedmomentum.utils.terminal import SafeConsole
 OUT = SafeConsole(highlight=False, soft_wrap=False)
 ERR = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
+DASHBOARD_ADDRESS = "127.0.0.1:9444"
+
 # ── arguments ──
 
 ConfigFile = Annotated[
@@ -59,6 +61,19 @@ DataOption = Annotated[
         "--data",
         metavar="[NAME=]FILE",
         help="where a client's file, or the source, is now; repeatable",
+    ),
+]
+
+DashboardOption = Annotated[
+    bool, typer.Option("--dashboard", help="serve a read-only page to watch the run on")
+]
+DashboardAddressOption = Annotated[
+    str,
+    typer.Option(
+        "--dashboard-address",
+        help="HOST:PORT of that page; port 0 for any free one. On another address than this "
+        f"machine's own it asks for a token [default: {DASHBOARD_ADDRESS}]",
+        show_default=False,
     ),
 ]
 

@@ -14,6 +14,8 @@ from fedmomentum.cli.options import (
     OUT,
     BaseOption,
     ConfigFile,
+    DashboardAddressOption,
+    DashboardOption,
     DataOption,
     Overrides,
     ResumeOption,
@@ -43,8 +45,11 @@ def run(
     ] = False,
     base: BaseOption = "",
     data: DataOption = None,
+    dashboard: DashboardOption = False,
+    dashboard_at: DashboardAddressOption = "",
 ) -> None:
     """Run a federation on this machine: clients train in turn, the server aggregates exactly."""
+    from fedmomentum.cli.dashboard import dashboard_address, local_page
     from fedmomentum.cli.progress import RunView
     from fedmomentum.config.toml import load_config
     from fedmomentum.run.federated_trainer import FederatedTrainer
@@ -54,16 +59,23 @@ def run(
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
     check_resume_round(server_round, resume)
-    with quiet_libraries(), RunView(OUT, settings.federation.num_rounds) as view:
-        trainer = FederatedTrainer(
-            settings, out, resume=resume, server_round=server_round, callbacks=[view]
-        )
-        # print what the run would cost, and write nothing
-        if plan_only:
+    address = dashboard_address(dashboard, dashboard_at)
+    # print what the run would cost, and write nothing
+    if plan_only:
+        with quiet_libraries(), RunView(OUT, settings.federation.num_rounds) as view:
+            trainer = FederatedTrainer(settings, out, resume=resume, server_round=server_round)
             plan, clients = trainer.plan()
             view.show_plan(plan, clients, out)
-            return
-        check_output_directory(out)
+        return
+    check_output_directory(out)
+    with (
+        local_page(address, out, settings) as watchers,
+        quiet_libraries(),
+        RunView(OUT, settings.federation.num_rounds) as view,
+    ):
+        trainer = FederatedTrainer(
+            settings, out, resume=resume, server_round=server_round, callbacks=[view, *watchers]
+        )
         # print what the run will cost, load everything, then train
         prepared = trainer.prepare(lambda plan, examples: view.show_plan(plan, examples, out))
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -167,3 +168,23 @@ def _general_name(host: str) -> x509.GeneralName:
 def _to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     pkcs8 = serialization.PrivateFormat.PKCS8
     return key.private_bytes(serialization.Encoding.PEM, pkcs8, serialization.NoEncryption())
+
+
+def server_context(keys: Path) -> ssl.SSLContext:
+    """Return what TLS needs of the server: its certificate and key.
+
+    Raises:
+        ConfigError: If they are not a certificate and its key.
+    """
+    certificate = keys / "server.pem"
+    key = keys / "server.key"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"{certificate} and {key} are not a certificate and its key: {error}; make them with: "
+            "fedmomentum keys server"
+        ) from error
+    return context

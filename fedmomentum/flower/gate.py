@@ -16,9 +16,9 @@ import math
 import time
 from base64 import b64decode
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -30,14 +30,9 @@ from flwr.supercore.error import ApiErrorCode
 from starlette.responses import JSONResponse
 
 from fedmomentum.utils.text import printable
+from fedmomentum.web.asgi import App, Event, Receive, Scope, Send
 
 LOG = logging.getLogger("fedmomentum")
-
-Scope = MutableMapping[str, Any]
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 KIB = 2**10
 MAX_REQUEST_BYTES = 16 * KIB**2

@@ -13,12 +13,13 @@ from flwr.serverapp import Grid
 
 from fedmomentum.flower.apps import server_app
 from fedmomentum.flower.parties import server_roster
-from fedmomentum.flower.status import StatusWriter
 from fedmomentum.flower.superlink import SuperLink
 from fedmomentum.flower.transport import FlowerTransport
+from fedmomentum.formats.run_files import SERVER_LOG
 from fedmomentum.run.networked import run_federation
 from fedmomentum.server.callbacks import Callback, CallbackList
-from fedmomentum.utils.terminal import LineFormatter, Throttle
+from fedmomentum.server.status import StatusWriter
+from fedmomentum.utils.terminal import Throttle, log_file
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
@@ -62,7 +63,7 @@ def serve(
     with (
         _server_log(out),
         SuperLink(keys, host, port) as superlink,
-        contextlib.closing(StatusWriter(out, federation.num_rounds)) as status,
+        StatusWriter(out, federation.num_rounds) as status,
     ):
         callback_list = CallbackList([status, *callbacks])
 
@@ -102,37 +103,27 @@ def _server_log(out: Path) -> Iterator[None]:
     Lines are cut and have no control characters, no matter who caused them.
     """
     out.mkdir(parents=True, exist_ok=True)
-    # everything that is logged goes to the file
-    file_handler = logging.FileHandler(out / "server.log", encoding="utf-8")
-    file_handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # libraries: without the lines that ours replace, and not without end
-    library_handler = _ForwardingHandler(file_handler)
-    library_handler.addFilter(_is_not_refusal)
-    library_handler.addFilter(Throttle(burst=100, rate=0.2))
-
-    package_logger = logging.getLogger("fedmomentum")
-    package_level = package_logger.level
-    package_logger.addHandler(file_handler)
-    package_logger.setLevel(logging.INFO)
-    # their usual handlers, such as the terminal, are put aside meanwhile
-    loggers = [logging.getLogger(name) for name in LIBRARIES]
-    previous = [
-        (logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers
-    ]
-    for logger in loggers:
-        logger.handlers = [library_handler]
-        logger.propagate = False
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package_logger.removeHandler(file_handler)
-        package_logger.setLevel(package_level)
-        for logger, handlers, propagate, level in previous:
-            logger.handlers = handlers
-            logger.propagate = propagate
-            logger.setLevel(level)
-        file_handler.close()
+    with log_file(out / SERVER_LOG) as file_handler:
+        # libraries: without the lines that ours replace, and not without end
+        library_handler = _ForwardingHandler(file_handler)
+        library_handler.addFilter(_is_not_refusal)
+        library_handler.addFilter(Throttle(burst=100, rate=0.2))
+        # their usual handlers, such as the terminal, are put aside meanwhile
+        loggers = [logging.getLogger(name) for name in LIBRARIES]
+        previous = [
+            (logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers
+        ]
+        for logger in loggers:
+            logger.handlers = [library_handler]
+            logger.propagate = False
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, handlers, propagate, level in previous:
+                logger.handlers = handlers
+                logger.propagate = propagate
+                logger.setLevel(level)
 
 
 class _ForwardingHandler(logging.Handler):

@@ -29,14 +29,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from fedmomentum.errors import ConfigError
+from fedmomentum.flower.certificates import server_context
 from fedmomentum.flower.gate import Gate, ThrottledLog
 from fedmomentum.flower.grid import SuperLinkGrid
 from fedmomentum.flower.guard import Guard, TaskLedger
 from fedmomentum.flower.keys import check_private_file, read_admitted_nodes
-from fedmomentum.flower.listener import ConnectionLimits, Listener
 from fedmomentum.flower.records import HEARTBEAT_SECONDS
 from fedmomentum.flower.transport import Session
 from fedmomentum.utils.text import printable
+from fedmomentum.web.limits import ConnectionLimits
+from fedmomentum.web.listener import Listener
 
 LOG = logging.getLogger("fedmomentum")
 
@@ -95,14 +97,7 @@ class SuperLink:
         self.grid = SuperLinkGrid(self._state, self.ledger)
         # the service itself: gate, guard and Flower's handlers behind a TLS port
         gate = Gate(self._app(), self._names_by_key.get, self._refuse_answer, self._notices)
-        self._listener = Listener(
-            gate,
-            host,
-            port,
-            certificate=keys / "server.pem",
-            key=keys / "server.key",
-            limits=limits,
-        )
+        self._listener = Listener(gate, host, port, tls=server_context(keys), limits=limits)
         self._stop = threading.Event()
         self._heartbeat = threading.Thread(
             target=self._send_heartbeats, name="superlink heartbeat", daemon=True

@@ -23,6 +23,10 @@ from fedmomentum.utils.records import parse_record, read_file
 from fedmomentum.utils.schema import Count, Fraction, Hash, Seed, check_free_form
 
 DATA = "data.json"
+SERVER_LOG = "server.log"
+"""What the server of a federation over a network logs."""
+RUN_LOG = "run.log"
+"""What a run on one machine logs, if there is a page to watch it."""
 
 
 class _Open(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +39,7 @@ class _Open(msgspec.Struct, frozen=True, kw_only=True):
 # ── records ───────────────────────────────────────────────────────────────────────────────────────
 
 
-class _RunRecord(_Open, frozen=True, kw_only=True):
+class RunRecord(_Open, frozen=True, kw_only=True):
     """A file of a run; `run_id` ties it to the run's checkpoints."""
 
     sha256: Hash
@@ -59,7 +63,7 @@ class WorkerFile(_Open, frozen=True, kw_only=True):
     clients: list[str]
 
 
-class PlanFile(_RunRecord, frozen=True, kw_only=True):
+class PlanFile(RunRecord, frozen=True, kw_only=True):
     """plan.json: what a run was estimated to cost; the fields are those of `run.Plan`."""
 
     model: str
@@ -85,20 +89,20 @@ class PlanFile(_RunRecord, frozen=True, kw_only=True):
     privacy: str = ""
 
 
-class PartitionFile(_RunRecord, frozen=True, kw_only=True):
+class PartitionFile(RunRecord, frozen=True, kw_only=True):
     """partition.json: client to `train` and `test`, to category, to number of examples."""
 
     clients: dict[str, dict[Literal["train", "test"], dict[str, Count]]]
 
 
-class OriginFile(_RunRecord, frozen=True, kw_only=True):
+class OriginFile(RunRecord, frozen=True, kw_only=True):
     """data.json: where a run was made, and the fingerprint of each client's data."""
 
     directory: str
     clients: dict[str, Fingerprint]
 
 
-class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
+class EnvironmentFile(RunRecord, frozen=True, kw_only=True):
     """environment.json: what the last bits of a result depend on."""
 
     versions: dict[str, str]
@@ -115,35 +119,10 @@ class EnvironmentFile(_RunRecord, frozen=True, kw_only=True):
     clients: dict[str, str] = {}
 
 
-class ReportedFile(_RunRecord, frozen=True, kw_only=True):
+class ReportedFile(RunRecord, frozen=True, kw_only=True):
     """trackers/reported.json: tracker to its last reported round."""
 
     rounds: dict[str, Annotated[int, Meta(ge=-1, le=2**31)]]
-
-
-class ClientStatus(_Open, frozen=True, kw_only=True):
-    """What a served run knows of one client."""
-
-    connected: bool
-    state: Literal["idle", "asked", "answered", "failed"]
-    until: float | None
-    reason: str | None
-    rounds: Count
-    up_bytes: Count
-    down_bytes: Count
-
-
-class StatusFile(_RunRecord, frozen=True, kw_only=True):
-    """status.json of a served run."""
-
-    phase: Literal["waiting", "training", "evaluating", "aggregating", "ended"]
-    round: Count | None
-    num_rounds: Count
-    version: str | None
-    waiting_for: list[str]
-    waits_until: float | None
-    clients: dict[str, ClientStatus]
-    written: float
 
 
 class ComparedCell(_Open, frozen=True, kw_only=True):
@@ -168,7 +147,7 @@ class ComparisonHead(_Open, frozen=True, kw_only=True):
     format_version: Any = None
 
 
-class ComparisonFile(_RunRecord, frozen=True, kw_only=True):
+class ComparisonFile(RunRecord, frozen=True, kw_only=True):
     """comparison.json."""
 
     format: str
@@ -181,7 +160,7 @@ class ComparisonFile(_RunRecord, frozen=True, kw_only=True):
 
 
 def read_facts(
-    path: Path, kind: type[_RunRecord], error: type[FedMomentumError] = ModelError
+    path: Path, kind: type[RunRecord], error: type[FedMomentumError] = ModelError
 ) -> tuple[dict[str, Any], str | None]:
     """Read a record, and return its content as plain JSON values and the run that it belongs to.
 

@@ -1,5 +1,6 @@
 """What the pages share: rendering a template, and writing the file."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -20,6 +21,12 @@ def render(template: str, content: Mapping[str, Any], csv_link: Callable[[Plot],
         content: What the template shows.
         csv_link: Returns the address of a plot's CSV.
     """
+    return _environment(csv_link).get_template(template).render(content)
+
+
+@functools.cache
+def _environment(csv_link: Callable[[Plot], str]) -> jinja2.Environment:
+    """Return the environment of all templates, which compiles each of them once."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -37,9 +44,16 @@ def render(template: str, content: Mapping[str, Any], csv_link: Callable[[Plot],
         "seconds": formatting.human_seconds,
         "spread": formatting.mean_and_spread,
         "interval": formatting.mean_and_interval,
+        "clock": formatting.clock,
+        "left": formatting.time_left,
         "csv_link": csv_link,
     }
-    return environment.get_template(template).render(content)
+    return environment
+
+
+def asset(name: str) -> str:
+    """Return a file of this package, such as a style sheet."""
+    return _load_template(name)
 
 
 def _load_template(name: str) -> str:

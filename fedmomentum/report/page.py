@@ -80,8 +80,13 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     content = _content(RunResults.load(run_dir))
-    page = render("page.html.j2", content, _embedded_csv)
+    page = render("page.html.j2", {**content, "title_tag": "h1"}, _embedded_csv)
     return write_page(run_dir / "report.html", page)
+
+
+def report_section(run: RunResults) -> str:
+    """Return what `report.html` shows of a run, as a section of another page."""
+    return render("run.html.j2", {**_content(run), "title_tag": "h2"}, _embedded_csv)
 
 
 def _embedded_csv(plot: Plot) -> str:
@@ -132,6 +137,16 @@ def _content(run: RunResults) -> dict[str, Any]:
     }
 
 
+def score_plots(rounds: Sequence[RoundRecord]) -> list[Plot]:
+    """Return the curves of scores and losses over the rounds."""
+    return present(
+        scores.exact_match_plot(rounds),
+        scores.macro_f1_plot(rounds),
+        scores.evaluation_loss_plot(rounds),
+        scores.train_loss_plot(rounds),
+    )
+
+
 def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plot]]:
     """Return the figures by section."""
     # A run without categories has a single one without a name.
@@ -142,12 +157,7 @@ def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plo
     return {
         "interval_plots": present(by_category, by_client),
         "benchmark_plots": benchmark_plots(run.benchmarks) if run.benchmarks else [],
-        "score_plots": present(
-            scores.exact_match_plot(run.rounds),
-            scores.macro_f1_plot(run.rounds),
-            scores.evaluation_loss_plot(run.rounds),
-            scores.train_loss_plot(run.rounds),
-        ),
+        "score_plots": score_plots(run.rounds),
         "method_plots": aggregation.aggregation_plots(run.rounds),
         "movement_plots": aggregation.movement_plots(run.rounds),
         "cost_plots": [*cost.traffic_plots(run.rounds), *present(cost.seconds_plot(run.rounds))],

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 
 from fedmomentum.results.statistics import MeanEstimate
 
@@ -98,6 +99,18 @@ def human_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}\u00a0min {remainder:02d}\u00a0s"
     return f"{minutes // 60}\u00a0h {minutes % 60:02d}\u00a0min"
+
+
+def clock(timestamp: float) -> str:
+    """Format seconds since 1970 as the time of day, 14:03:59."""
+    return time.strftime("%H:%M:%S", time.localtime(timestamp))
+
+
+def time_left(until: float, now: float) -> str:
+    """Format the time until a deadline as 42.0 s left, or late by 5.0 s; both since 1970."""
+    if until >= now:
+        return f"{human_seconds(until - now)} left"
+    return f"late by {human_seconds(now - until)}"
 
 
 def second_unit(seconds: float) -> tuple[float, str]:

@@ -24,9 +24,10 @@ from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.run_files import EnvironmentFile, PartitionFile, PlanFile, read_facts
 from fedmomentum.results.benchmarks import BenchmarkResults, current_benchmarks
 from fedmomentum.utils.records import read_file, read_record
+from fedmomentum.utils.text import CONTROL_CHARACTERS
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Characters that are legal in neither XML nor UTF-8, or move a terminal's cursor.
+_UNPRINTABLE = re.compile(f"(?![\t\n])[{CONTROL_CHARACTERS}]")
+"""Characters that are legal in neither XML nor UTF-8, move a cursor, or turn text around.
 
 Names of clients and reasons of failures come over the wire.
 """
@@ -61,7 +62,7 @@ class RunResults:
     benchmarks: BenchmarkResults | None = None
 
     @classmethod
-    def load(cls, directory: str | Path) -> RunResults:
+    def load(cls, directory: str | Path, *, may_be_empty: bool = False) -> RunResults:
         """Read a run directory, also of a run that is in progress or was killed.
 
         Where there are checkpoints, the last one says which rounds and settings were committed. A
@@ -69,6 +70,7 @@ class RunResults:
 
         Args:
             directory: What `fedmomentum run --out` wrote.
+            may_be_empty: Accept a run of which no round is finished.
 
         Raises:
             ModelError: If the directory, or a file that every run has, is missing, or the last
@@ -83,7 +85,7 @@ class RunResults:
                 "--out` wrote."
             )
         try:
-            return _read(directory)
+            return _read(directory, may_be_empty)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise ModelError(
@@ -92,7 +94,7 @@ class RunResults:
             ) from None
 
 
-def _read(directory: Path) -> RunResults:
+def _read(directory: Path, may_be_empty: bool) -> RunResults:
     # Each file, checked by its own type.
     try:
         config_text = _read_text(directory / "config.toml")
@@ -104,7 +106,9 @@ def _read(directory: Path) -> RunResults:
         )
         checkpoint = _read_last_checkpoint(directory)
         committed = checkpoint.run if checkpoint else None
-        rounds = _read_rounds(directory / METRICS, committed)
+        rounds: list[RoundRecord] = []
+        if committed is not None or not may_be_empty or (directory / METRICS).is_file():
+            rounds = _read_rounds(directory / METRICS, committed)
         scores = _read_benchmarks(directory / BENCHMARKS)
     except (DataError, ConfigError) as error:
         raise DataError(f"{str(error).rstrip('.')}. {_RESTORE}") from None

@@ -17,6 +17,8 @@ from fedmomentum.data.client_data import load_clients
 from fedmomentum.data.tokenized import TokenizedClient
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
+from fedmomentum.formats.run_files import RUN_LOG, SERVER_LOG
+from fedmomentum.formats.status_file import STATUS_FILE
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
@@ -245,7 +247,7 @@ def check_run_directory(
                 f"{out} holds a run already; continue it with --resume, or choose another --out"
             )
         if out.is_dir() and any(
-            file.name not in (".lock", "rounds", "server.log", "status.json")
+            file.name not in (".lock", "rounds", SERVER_LOG, RUN_LOG, STATUS_FILE)
             for file in out.iterdir()
         ):
             raise ModelError(f"{out} is not empty and holds no run; choose another --out")

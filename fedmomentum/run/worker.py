@@ -113,6 +113,19 @@ class WorkerProcess:
             return WorkerExit(f"by signal {signal.Signals(-code).name}")
         return WorkerExit(f"with exit code {code}")
 
+    def finish(self, seconds: float) -> None:
+        """Close the socket and give the process some time to end by itself; then end it."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        try:
+            if self._process is not None:
+                self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.stop()
+
     def stop(self) -> None:
         """End the process and all that it has started."""
         if self._pipe is not None:

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file that at every moment holds either its old or its complete new content.
 
     That is so after a crash, too: a temporary file in the same directory is written and synced to
     disk, renamed, and the directory synced.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        durable: Whether it must be there after a crash of the machine. Without that nothing is
+            waited for, and every reader still finds a complete file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -22,10 +28,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         while remaining:
             num_written = os.write(handle, remaining)
             remaining = remaining[num_written:]
-        os.fsync(handle)
+        if durable:
+            os.fsync(handle)
     finally:
         os.close(handle)
     os.replace(temporary, path)
+    if not durable:
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

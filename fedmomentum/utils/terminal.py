@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.highlighter import NullHighlighter
@@ -60,6 +62,31 @@ class LineFormatter(logging.Formatter):
         """Return the traceback's last lines, each cut and without control characters."""
         lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
         return "\n".join(printable(line, MAX_LINE) for line in lines[-MAX_TRACEBACK_LINES:])
+
+
+@contextmanager
+def log_file(file: Path, *, delay: bool = False) -> Iterator[logging.Handler]:
+    """Write what this package logs to a file as well, meanwhile; one safe line a record.
+
+    Args:
+        file: The file, which is continued if it exists.
+        delay: Create it with its first line, not before.
+
+    Yields:
+        What writes to the file.
+    """
+    handler = logging.FileHandler(file, encoding="utf-8", delay=delay)
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedmomentum")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
 
 
 def log_handler(console: Console) -> logging.Handler:

@@ -33,9 +33,8 @@ from fedmomentum.flower.certificates import make_server_keys
 from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
 from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
 from fedmomentum.flower.parties import node_party
-from fedmomentum.flower.status import read_status
 from fedmomentum.flower.transport import pack_payload, unpack_payload
-from fedmomentum.formats.run_files import StatusFile
+from fedmomentum.formats.status_file import StatusFile, read_status
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.messages import Task
 from fedmomentum.protocol.transport import Failure, InProcessTransport

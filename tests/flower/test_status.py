@@ -12,7 +12,8 @@ from fedmomentum.cli.network_views import NodeView, status_table
 from fedmomentum.errors import ModelError
 from fedmomentum.flower.node_callback import TaskInfo
 from fedmomentum.flower.serve import _server_log
-from fedmomentum.flower.status import STALE_SECONDS, STATUS_FILE, StatusWriter, read_status
+from fedmomentum.formats.status_file import STALE_SECONDS, STATUS_FILE, read_status
+from fedmomentum.server.status import StatusWriter
 from fedmomentum.utils.terminal import SafeConsole
 from tests.flower.network import Stranger, connect, make_keys, running
 

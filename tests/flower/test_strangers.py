@@ -16,8 +16,8 @@ import pytest
 
 from fedmomentum.flower.gate import NOTICE_INTERVAL_SECONDS, ThrottledLog
 from fedmomentum.flower.keys import admit_node, make_node_key
-from fedmomentum.flower.listener import ConnectionLimits, default_limits
 from fedmomentum.flower.superlink import SuperLink
+from fedmomentum.web.limits import ConnectionLimits, default_limits
 from tests.flower.network import Stranger, connect, fetch, make_keys, there_and_back
 
 ROOT = Path(__file__).parents[2]
@@ -177,7 +177,7 @@ def test_files_are_left_for_the_run_under_any_limit():
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), "
         "int(sys.argv[2])));"
-        "from fedmomentum.flower.listener import default_limits; limits = default_limits();"
+        "from fedmomentum.web.limits import default_limits; limits = default_limits();"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], limits.max_connections, limits.max_strangers, "
         "limits.max_per_address)"
     )

@@ -23,7 +23,7 @@ from rich.console import Console
 from fedmomentum.aggregation.aggregate import aggregate_adapters
 from fedmomentum.cli.inspection import summarize
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError
-from fedmomentum.flower.status import StatusWriter, read_status
+from fedmomentum.formats.status_file import read_status
 from fedmomentum.global_model import model as global_model
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
@@ -37,6 +37,7 @@ from fedmomentum.run.origin import check_data, read_origin
 from fedmomentum.run.setup import check_run_directory
 from fedmomentum.run.tracking import _last_reported
 from fedmomentum.server.checkpoint import RunDirectory
+from fedmomentum.server.status import StatusWriter
 from fedmomentum.utils.tensors import safetensors_bytes
 from tests.fuzz.mutate import NUM_TRIALS, Budget, copy_by_links, mutate_directory, replace_file
 from tests.runs import start, tiny_config

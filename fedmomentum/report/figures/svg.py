@@ -134,10 +134,12 @@ def _inline_svg(document: str, key: str, label: str) -> Markup:
     # Plain names, and attributes with the page's ids, font and colors.
     for element in root.iter():
         element.tag = _local_name(element.tag)
-        attributes = {}
+        attributes: dict[str, str] = {}
         for qualified_name, value in element.items():
             name = _local_name(qualified_name)
-            attributes[name] = _page_attribute(name, value, key)
+            value = _page_attribute(name, value, key)
+            # Pages may refuse inline styles; each property is an attribute of SVG as well.
+            attributes |= _properties(value) if name == "style" else {name: value}
         element.attrib = attributes
 
     # The page decides the size.
@@ -164,6 +166,16 @@ def _page_attribute(name: str, value: str, key: str) -> str:
     # The family is the page's; the size stays.
     value = re.sub(r"font: ([\d.]+)px [^;]*", r"font-size: \1px", value)
     return re.sub(r"#0[0-9a-f]{5}", lambda color: _CSS.get(color[0], color[0]), value)
+
+
+def _properties(style: str) -> dict[str, str]:
+    """Return the properties of an inline style."""
+    properties = {}
+    for declaration in style.split(";"):
+        name, _, value = declaration.partition(":")
+        if name.strip():
+            properties[name.strip()] = value.strip()
+    return properties
 
 
 def _to_csv(rows: Iterable[Sequence[Any]]) -> str:

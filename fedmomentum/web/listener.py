@@ -1,14 +1,14 @@
-"""The server's port: hundreds of connections cost the run nothing, no matter who opens them.
+"""A port for HTTP: hundreds of connections cost its process little, no matter who opens them.
 
 uvicorn speaks HTTP on each connection. It does not limit the number of connections or the duration
 of a TLS handshake, nor does it hang up on clients that never finish a request; therefore
 connections are accepted here and handed to uvicorn one by one.
 
-A connection is a stranger's until a request signed by an admitted node has come over it. Strangers'
-connections are limited in number, in total and from one address, and in duration. A new one
-displaces the oldest, so that a node gets in however many are open. Together with the nodes' they
-stay far below the process's limit of open files: the run always has the files it needs for its
-checkpoints.
+A connection is a stranger's until a request that the application accepts has come over it (of the
+federation's server: one that is signed by an admitted node). Strangers' connections are limited in
+number, in total and from one address, and in duration. A new one displaces the oldest, so that
+others get in however many are open. Together with theirs they stay far below the process's limit of
+open files: a run always has the files it needs for its checkpoints.
 """
 
 from __future__ import annotations
@@ -16,84 +16,29 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import resource
 import socket
 import ssl
 import threading
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from uvicorn.server import ServerState
 
 from fedmomentum.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fedmomentum.flower.gate import App
-
+from fedmomentum.web.asgi import App
+from fedmomentum.web.limits import ConnectionLimits, default_limits
 
 LOG = logging.getLogger("fedmomentum")
-MAX_OPEN_FILES = 65536
-"""The limit of open files that is asked for; more connections than this are never needed."""
-MAX_CONNECTIONS = 4096
-"""Connections in total, where the limit of open files allows it."""
 ACCEPT_PAUSE_SECONDS = 0.5
 """How long accepting pauses when the process has no more files or memory for sockets."""
 SWEEP_SECONDS = 1.0
 """How often connections are checked for their time limits."""
 LISTEN_BACKLOG = 512
 """Connections that the kernel queues; a burst of strangers must not keep a node out."""
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """How many connections there may be, and for how long.
-
-    Attributes:
-        max_connections: Connections in total, nodes' and strangers'.
-        max_strangers: Connections over which no signed request has come.
-        max_per_address: Strangers' connections from one address.
-        max_per_node: Connections over which the last request was one node's.
-        stranger_seconds: How long a stranger's connection lives.
-        handshake_seconds: How long a TLS handshake may take; at most as long as a stranger's
-            connection lives.
-        idle_seconds: How long a node's connection may go without a complete request.
-    """
-
-    max_connections: int
-    max_strangers: int = 128
-    max_per_address: int = 32
-    max_per_node: int = 32
-    stranger_seconds: float = 15.0
-    handshake_seconds: float = 10.0
-    idle_seconds: float = 60.0
-
-
-def raise_file_limit() -> int:
-    """Raise the process's limit of open files as far as the process may; return the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    # a process may raise its soft limit up to the hard one
-    if soft != resource.RLIM_INFINITY and soft < target:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-        except (OSError, ValueError):
-            return soft
-        return target
-    return MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
-
-
-def default_limits() -> ConnectionLimits:
-    """Return limits that leave half of the files that may be open to the run."""
-    max_connections = min(MAX_CONNECTIONS, raise_file_limit() // 2)
-    return ConnectionLimits(
-        max_connections=max_connections,
-        max_strangers=min(128, max_connections // 2),
-        max_per_address=min(32, max_connections // 4),
-    )
 
 
 @dataclass(eq=False)
@@ -123,6 +68,9 @@ class _Peer:
     def signed_by(self, name: str) -> None:
         self.listener.assign_to_node(self, name)
 
+    def hang_up(self) -> None:
+        self.listener.drop(self)
+
     def busy(self) -> None:
         self.num_busy += 1
 
@@ -138,12 +86,11 @@ class Listener:
         app: Answers the requests (ASGI); finds the connection as `scope["state"]["peer"]`.
         host: Address to listen on; a host name may stand for several.
         port: Port to listen on; 0 for any free one.
-        certificate: The server's certificate, PEM.
-        key: The server's private key, PEM.
+        tls: For TLS, the server's certificate and key; without it, plain HTTP is spoken.
         limits: How many connections there may be; by default, see `default_limits`.
 
     Raises:
-        ConfigError: If the port cannot be opened, or certificate and key are invalid.
+        ConfigError: If the port cannot be opened.
     """
 
     def __init__(
@@ -152,14 +99,13 @@ class Listener:
         host: str,
         port: int,
         *,
-        certificate: Path,
-        key: Path,
+        tls: ssl.SSLContext | None = None,
         limits: ConnectionLimits | None = None,
     ) -> None:
         self.limits = limits or default_limits()
         self.host = host
         self._port = port
-        self._tls = _tls_context(certificate, key)
+        self._tls = tls
         self._config = uvicorn.Config(
             app,
             ws="none",
@@ -202,6 +148,18 @@ class Listener:
         """Return the event loop's time."""
         return self._loop.time()
 
+    def addresses(self) -> list[str]:
+        """Return the addresses it listens on."""
+        return [str(sock.getsockname()[0]) for sock in self._sockets]
+
+    def call(self, work: Coroutine[Any, Any, None], timeout: float) -> None:
+        """Run a coroutine in the listener's thread, and wait for it.
+
+        Raises:
+            TimeoutError: If it takes longer than `timeout` seconds.
+        """
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+
     def num_connections(self) -> int:
         """Return how many connections are open."""
         return len(self._peers)
@@ -238,7 +196,7 @@ class Listener:
         for sock in self._sockets:
             sock.close()
         for peer in list(self._peers):
-            self._drop(peer)
+            self.drop(peer)
         await asyncio.sleep(0)
 
     async def _accept(self, listening: socket.socket) -> None:
@@ -272,13 +230,13 @@ class Listener:
         strangers = [peer for peer in self._peers if not peer.node]
         from_address = [peer for peer in strangers if peer.address == address]
         if len(from_address) >= limits.max_per_address:
-            self._drop(from_address[0])
+            self.drop(from_address[0])
         elif len(strangers) >= limits.max_strangers:
             # the address with most connections gives up its oldest, so that one address cannot
             # displace all others
             counts = Counter(peer.address for peer in strangers)
             busiest = counts.most_common(1)[0][0]
-            self._drop(next(peer for peer in strangers if peer.address == busiest))
+            self.drop(next(peer for peer in strangers if peer.address == busiest))
         elif len(self._peers) >= limits.max_connections:
             self._drop_oldest_stranger()
             return len(self._peers) < limits.max_connections
@@ -292,8 +250,8 @@ class Listener:
                 lambda: _HttpProtocol(peer, self._config, self._state),
                 peer.socket,
                 ssl=self._tls,
-                ssl_handshake_timeout=self.limits.handshake_seconds,
-                ssl_shutdown_timeout=5.0,
+                ssl_handshake_timeout=self.limits.handshake_seconds if self._tls else None,
+                ssl_shutdown_timeout=5.0 if self._tls else None,
             )
         except (OSError, ssl.SSLError, asyncio.CancelledError, RuntimeError):
             self.forget(peer)
@@ -310,13 +268,13 @@ class Listener:
             # one that no request is using, if there is one
             idle = [other for other in others if not other.num_busy]
             idle.sort(key=lambda other: other.active_at)
-            self._drop((idle or others)[0])
+            self.drop((idle or others)[0])
 
     def _drop_oldest_stranger(self) -> None:
         """Drop the oldest connection of a stranger, if there is one."""
         for peer in self._peers:
             if not peer.node:
-                self._drop(peer)
+                self.drop(peer)
                 return
 
     async def _sweep(self) -> None:
@@ -328,9 +286,9 @@ class Listener:
                 is_node = bool(peer.node)
                 timeout = self.limits.idle_seconds if is_node else self.limits.stranger_seconds
                 if not peer.num_busy and now > peer.active_at + timeout:
-                    self._drop(peer)
+                    self.drop(peer)
 
-    def _drop(self, peer: _Peer) -> None:
+    def drop(self, peer: _Peer) -> None:
         """Close a connection at once, in whatever state it is."""
         self.forget(peer)
         if peer.transport is not None:
@@ -353,19 +311,6 @@ class _HttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._peer.listener.forget(self._peer)
-
-
-def _tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"{certificate} and {key} are not a certificate and its key: {error}; make them with: "
-            "fedmomentum keys server"
-        ) from error
-    return context
 
 
 def _listening_sockets(host: str, port: int) -> list[socket.socket]:

@@ -1,0 +1,69 @@
+"""`Dashboard`: the run's side of the page; starts the process that serves it, and ends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from fedmomentum.errors import ConfigError
+from fedmomentum.run.worker import WorkerExit, WorkerProcess
+from fedmomentum.run.worker_process import Frame
+
+START_SECONDS = 60.0
+"""How long the process may take to open its port."""
+END_SECONDS = 45.0
+"""How long viewers may take to be told of the end."""
+
+
+class Dashboard:
+    """Serves a page to watch a run on; a context manager.
+
+    Args:
+        directory: The run's; it may not exist yet.
+        log: The log's file in it.
+        host: The name or address to listen on.
+        port: The port; 0 for any free one.
+
+    Attributes:
+        url: The address to open in a browser.
+    """
+
+    def __init__(self, directory: Path, log: str, host: str, port: int) -> None:
+        self._setup = {"directory": str(directory), "log": log, "host": host, "port": port}
+        self._process = WorkerProcess("fedmomentum.dashboard.process")
+        self.url = ""
+
+    def __enter__(self) -> Dashboard:
+        """Start the process, and wait until it serves the page.
+
+        Raises:
+            ConfigError: If it cannot; the message says why.
+        """
+        # Its first frame says that the page is there, or why not.
+        self._process.start(json.dumps(self._setup).encode())
+        try:
+            frame = self._process.receive(START_SECONDS)
+        except WorkerExit as error:
+            raise ConfigError(f"the dashboard did not start: its process ended {error}") from error
+        if frame is None:
+            self._process.stop()
+            raise ConfigError(f"the dashboard did not start within {START_SECONDS:.0f} s")
+        letter, body = frame
+        facts = json.loads(body)
+        if letter == Frame.ERROR:
+            self._process.stop()
+            raise ConfigError(
+                f"no dashboard: {facts['detail'].partition(': ')[2]}. Choose another "
+                "--dashboard-address"
+            )
+        self.url = facts["url"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.finish(END_SECONDS)

@@ -1,0 +1,92 @@
+"""What all viewers see: made once, however many they are, and only while somebody looks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedmomentum.report.live_page import LivePage, LiveUpdate
+
+POLL_SECONDS = 1.0
+"""How often the files are looked at while somebody watches."""
+LEAVE_SECONDS = 10.0
+"""How long the last update may take to reach everybody."""
+
+
+class Feed:
+    """The updates of a page, for its viewers; used in one event loop.
+
+    Args:
+        page: Makes them.
+    """
+
+    def __init__(self, page: LivePage) -> None:
+        self._page = page
+        self._update: LiveUpdate | None = None
+        self._made_at = float("-inf")
+        self._lock = asyncio.Lock()
+        self._polling: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self.num_viewers = 0
+        self.has_ended = False
+
+    async def current(self) -> LiveUpdate:
+        """Return what there is to see now, made again if it is older than `POLL_SECONDS`."""
+        async with self._lock:
+            is_due = time.monotonic() >= self._made_at + POLL_SECONDS
+            if self._update is None or (is_due and not self.has_ended):
+                # Drawing takes a moment, in which others are still answered.
+                self._update = await asyncio.to_thread(self._page.update)
+                self._made_at = time.monotonic()
+            return self._update
+
+    def page(self, update: LiveUpdate) -> str:
+        """Return the whole page."""
+        return self._page.page(update)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count a viewer, for whom the files are looked at."""
+        self.num_viewers += 1
+        if self._polling is None:
+            self._polling = asyncio.ensure_future(self._poll())
+        try:
+            yield
+        finally:
+            self.num_viewers -= 1
+
+    async def changed(self) -> None:
+        """Wait until there may be something new."""
+        await self._changed.wait()
+
+    async def _poll(self) -> None:
+        """Look at the files while there are viewers."""
+        while self.num_viewers and not self.has_ended:
+            await asyncio.sleep(POLL_SECONDS)
+            with contextlib.suppress(Exception):
+                await self.current()  # whoever waits asks for it again, and hears what is wrong
+            self._wake()
+        self._polling = None
+
+    def _wake(self) -> None:
+        """Wake everybody who waits now."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def end(self) -> None:
+        """Tell all viewers that the run has ended, and wait until they have heard it."""
+        if not self.num_viewers:
+            return
+        # One last look at the files, with the report.
+        async with self._lock:
+            self._update = await asyncio.to_thread(self._page.update, is_ended=True)
+            self.has_ended = True
+        self._wake()
+        # Streams end when their viewers have all of it.
+        end = time.monotonic() + LEAVE_SECONDS
+        while self.num_viewers and time.monotonic() < end:
+            await asyncio.sleep(0.05)
