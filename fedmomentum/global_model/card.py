@@ -195,7 +195,9 @@ def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
     """Return the code that loads an adapter on its base with stock libraries."""
     kind = "AutoModelForSequenceClassification" if base.labels else "AutoModelForCausalLM"
     imports = ["from peft import PeftModel"]
-    lines = [f"    {base.name!r},"]
+    lines = [f"    {base.name or 'PATH-OF-THE-BASE-MODEL'!r},"]
+    if base.revision:
+        lines.append(f"    revision={base.revision!r},")
     if base.labels:
         lines.append(f"    num_labels={len(base.labels)},")
         lines.append(f"    id2label={dict(enumerate(base.labels))},")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +92,12 @@ def test_an_adapter_goes_to_the_hub_and_is_the_same_by_name(hub, folder, finishe
     for command in (("inspect",), ("generate", "--prompt", "0 ab 0", "--max-new-tokens", "2")):
         code, told, err = call(command[0], "alice/office@main", *command[1:])
         assert code == 0, err
+
+    # What a benchmark needs is here before it goes offline.
+    directory, named = fetch("alice/office@main", "")
+    assert (directory, named) == (by_name.path, "")
+    _, named = fetch("alice/office@main", "org/base@main")
+    assert content(Path(named)) == content(folder / "base")
 
     # Two names are combined as two directories are.
     made = []
