@@ -80,10 +80,14 @@ def _shape(
 
 
 SIZES = {
-    "1B": Size("1B", _shape(2048, 8192, 16, 32, 8, tie_word_embeddings=True), 8, 512, 4, 4, 10, 40),
-    "3B": Size("3B", _shape(3072, 8192, 28, 24, 8, tie_word_embeddings=True), 8, 512, 3, 3, 10, 80),
+    "1B": Size(
+        "1B", _shape(2048, 8192, 16, 32, 8, tie_word_embeddings=True), 8, 512, 10, 3, 10, 45
+    ),
+    "3B": Size(
+        "3B", _shape(3072, 8192, 28, 24, 8, tie_word_embeddings=True), 8, 512, 10, 3, 10, 85
+    ),
     "8B": Size(
-        "8B", _shape(4096, 14336, 32, 32, 8, tie_word_embeddings=False), 4, 512, 2, 3, 10, 150
+        "8B", _shape(4096, 14336, 32, 32, 8, tie_word_embeddings=False), 4, 512, 10, 2, 10, 150
     ),
 }
 """The shapes of Llama-3.2-1B and 3B and of Llama-3.1-8B."""

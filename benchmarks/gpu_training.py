@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from common import Target, alternate
+from gpu_merged import measure_merged, merged_targets
 from gpu_models import (
     LINEAR,
     Budget,
@@ -155,6 +156,14 @@ def measure_size(
     )
 
     numbers["speed"] = compare_speed(plain, ours, examples, size, device)
+    numbers["merged"] = measure_merged(
+        partial(plain_training, plain, examples, size.steps, device),
+        partial(_train, ours.peft, examples, size),
+        ours,
+        numbers["client"],
+        size.repeats,
+        device,
+    )
     del plain
     free_memory(device)
     numbers["round"] = measure_round(ours, config, examples, folder / "store", device, budget)
@@ -376,6 +385,7 @@ def targets_of(numbers: dict[str, Any]) -> list[Target]:
         ),
     ]
     targets += plan_targets(name, numbers["planned"], numbers["client"])
+    targets += merged_targets(name, numbers["merged"], numbers["plain"])
     for when in ("rest", "loading", "training"):
         times = numbers["client"][when] / numbers["plain"][when]
         if math.isfinite(times):

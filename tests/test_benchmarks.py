@@ -47,6 +47,7 @@ def test_every_benchmark_is_run_and_writes_what_is_asked(runner):
         "common",
         "plots",
         "gpu_aggregation",
+        "gpu_merged",
         "gpu_models",
         "gpu_plan",
         "gpu_rounds",

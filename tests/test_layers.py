@@ -222,7 +222,7 @@ def test_importing_is_light_and_changes_nothing():
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules);"
         "assert not heavy, heavy;"
         "from fedmomentum import LowRank, FedMomentum, aggregate_adapters, read_adapter;"
-        "import fedmomentum.cli.inspection;"
+        "import fedmomentum.cli.inspection, fedmomentum.run.saved_model;"
         "heavy = {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules); assert "
         "not heavy, heavy"
     )

@@ -176,7 +176,7 @@ def _hash_tensors(files: Sequence[Path], *, is_tied: bool) -> str:
     tied_contents = set()
     for file in files:
         for name, tensor in _tensors(file):
-            content = sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            content = sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if is_tied and name.endswith(TIED_NAMES):
                 if content in tied_contents:
                     continue

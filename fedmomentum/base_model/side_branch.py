@@ -222,7 +222,7 @@ def multiply(x: Tensor, weight: Tensor, branch: SideBranch) -> Tensor:
             torch.mm(x_wide, _sum_of_rows(weight, branch, start, end, wide).mT, out=y[:, start:end])
     if branch.factors is not None:
         inner = _product(x, branch.factors.A.to(x.dtype).mT)
-        y += _product(inner.to(x.dtype), branch.factors.B.to(x.dtype).mT)
+        _add_product_(y, inner.to(x.dtype), branch.factors.B.to(x.dtype).mT)
     return y
 
 
@@ -251,7 +251,7 @@ def multiply_transposed(gradient: Tensor, weight: Tensor, branch: SideBranch) ->
             result.addmm_(g_wide[:, start:end], rows)
     if branch.factors is not None:
         inner = _product(gradient, branch.factors.B.to(gradient.dtype))
-        result += _product(inner.to(gradient.dtype), branch.factors.A.to(gradient.dtype))
+        _add_product_(result, inner.to(gradient.dtype), branch.factors.A.to(gradient.dtype))
     return result
 
 
@@ -273,6 +273,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if _multiplies_narrow(left):
         return torch.mm(left, right, out_dtype=wide)
     return left.to(wide) @ right.to(wide)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the product of two matrices of one dtype to a float32 matrix at least, in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _multiplies_narrow(left):
+        # One pass over the sum; a product of its own would be written, read and added.
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.base_model.classifier import set_pad_token
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.loading import load_base, load_tokenizer
-from fedmomentum.base_model.streamed import load_parameters
 from fedmomentum.errors import AdapterError
 from fedmomentum.formats.adapter_base import read_adapter_base
 
@@ -82,6 +79,11 @@ def load_base_of(
         AdapterError: If the adapter is of a classifier and saves no head.
         ModelError: If the base model cannot be loaded.
     """
+    # Importing transformers takes seconds, and `fedmomentum inspect` loads no model.
+    from fedmomentum.base_model.classifier import set_pad_token
+    from fedmomentum.base_model.loading import load_base, load_tokenizer
+    from fedmomentum.base_model.streamed import load_parameters
+
     adapter = model.adapter
     # What is trained in full is not quantized: the modules of the adapter's own tensors.
     trained = {name.rpartition(".")[0] for name in adapter.saved}

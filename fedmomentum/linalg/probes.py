@@ -41,9 +41,10 @@ def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tenso
     """
     digest = hashlib.sha256(f"{seed}/probe/{module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    U = torch.randn(shape[0], NUM_PROBES, generator=generator, dtype=torch.float64)
-    X = torch.randn(shape[1], NUM_PROBES, generator=generator, dtype=torch.float64)
-    return U, X
+    # Sampled in float32, which takes a third of the time: 21 million numbers for 8 billion weights.
+    U = torch.randn(shape[0], NUM_PROBES, generator=generator)
+    X = torch.randn(shape[1], NUM_PROBES, generator=generator)
+    return U.double(), X.double()
 
 
 def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:

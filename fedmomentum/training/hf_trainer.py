@@ -295,6 +295,16 @@ class CompletionTrainer(Trainer):
         self.recorder = recorder
         self.penalty = penalty
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, which is not asked to free memory when training begins.
+
+        Nothing of an earlier training is left. It would look for garbage among all objects of the
+        process, which takes up to half a second, and give the GPU's cached memory back.
+        """
+        super().create_accelerator_and_postprocess()
+        accelerator: Any = self.accelerator
+        accelerator.free_memory = lambda *objects: list(objects)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)

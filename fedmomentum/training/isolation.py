@@ -1,8 +1,7 @@
-"""Local training leaves the process as it was: generators, garbage collector, attention kernels."""
+"""Local training leaves the process as it was: random generators, attention kernels, dropout."""
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -56,27 +55,11 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
             layer.p = rate
 
 
-@contextmanager
-def gc_frozen() -> Iterator[None]:
-    """Keep all existing objects out of garbage collection for a while.
-
-    transformers' Trainer collects garbage when it starts. That would visit every object of every
-    library: a fifth of a second and more, for each client in each round.
-    """
-    if gc.get_freeze_count():  # Another part of the program has frozen objects, and needs them so.
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _generators_restored(device: torch.device) -> AbstractContextManager[None]:
     """Restore torch's generators: the CPU's, and that of the device that the model is on."""
     indices = generator_devices(device)
-    return torch.random.fork_rng(indices, device_type=device.type if indices else None)
+    # Without indices the type makes no difference, but before torch 2.13 it has to be one.
+    return torch.random.fork_rng(indices, device_type=device.type if indices else "cuda")
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[None]:

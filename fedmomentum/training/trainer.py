@@ -39,7 +39,6 @@ from fedmomentum.training.hf_trainer import (
 )
 from fedmomentum.training.isolation import (
     dropout_off,
-    gc_frozen,
     global_state_restored,
     sdpa_backend_for,
 )
@@ -177,7 +176,7 @@ def train(
         model, undo_checkpointing=bool(arguments.get("gradient_checkpointing"))
     )
     steady = dropout_off(model) if objective.compares_pairs else nullcontext()
-    with gc_frozen(), attention, restored, steady, tempfile.TemporaryDirectory() as directory:
+    with attention, restored, steady, tempfile.TemporaryDirectory() as directory:
         view = TrainableView(model)
         trainer_arguments = _training_arguments(
             arguments,
@@ -288,6 +287,8 @@ def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTr
         ConfigError: If transformers refuses a value, such as the name of an optimizer.
     """
     silent = {
+        # `LossRecorder` refuses such a loss; the filter would read it twice more in every step.
+        "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "save_strategy": "no",
         "logging_strategy": "no",

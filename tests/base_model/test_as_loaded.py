@@ -156,6 +156,12 @@ def wide_product(left, right, *, out_dtype=None):
     return left.to(out_dtype or left.dtype) @ right.to(out_dtype or left.dtype)
 
 
+def wide_sum(total, left, right, *, out_dtype, out):
+    """What `torch.addmm` gives on a GPU."""
+    assert total.dtype == out_dtype == torch.float32 and out is total
+    return total.add_(wide_product(left, right, out_dtype=out_dtype))
+
+
 @pytest.mark.parametrize("kind", ["linear", "bias", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 12])
@@ -167,6 +173,7 @@ def test_output_and_gradient_are_those_of_one_dense_weight(
         # Products in 16 bits that are added in float32, which a CPU has no kernel for.
         monkeypatch.setattr(side_branch, "_multiplies_narrow", lambda x: True)
         monkeypatch.setattr(torch, "mm", wide_product)
+        monkeypatch.setattr(torch, "addmm", wide_sum)
     weights, layer, name = held(tmp_path, kind, dtype)
     # Larger than a residual, so that a gradient without the branch would be wrong.
     parts = [

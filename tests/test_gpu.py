@@ -1,0 +1,99 @@
+"""What the CPU's tests prove, on a GPU: same bits, the same from worker processes, nothing merged that is lost.
+
+Skipped where torch sees no GPU.
+"""
+
+import pytest
+import torch
+
+from fedmomentum.base_model.loading import load_base
+from fedmomentum.config.toml import apply_overrides
+from fedmomentum.errors import ModelError
+from fedmomentum.global_model.export import export_adapter, export_merged
+from tests.runs import objects, prepare, timeless, tiny_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+HELD = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float32": {"dtype": "float32"},
+    "nf4": {"dtype": "bfloat16", "quantization": "nf4"},
+}
+
+
+@pytest.fixture(autouse=True)
+def restore_switches():
+    """`run.deterministic` is a switch of the process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def gpu_config(folder, held, **run):
+    if "quantization" in HELD[held]:
+        pytest.importorskip("bitsandbytes")
+    return tiny_config(
+        folder,
+        model={"device": "cuda", **HELD[held]},
+        lora={"target_modules": "all-linear"},
+        run={"deterministic": True, **run},
+    )
+
+
+def train(config, out, **settings):
+    run = prepare(config, out, **settings)
+    try:
+        return run.start()
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_run_gives_its_bits_again_and_a_resumed_one_the_same(tmp_path, held):
+    config = gpu_config(tmp_path, held)
+    first, again, halved = (tmp_path / name for name in ("first", "again", "halved"))
+    train(config, first)
+    train(config, again)
+    train(apply_overrides(config, ["federation.num-rounds=2"]), halved)
+    train(config, halved, resume=True)
+    assert objects(first) == objects(again) == objects(halved)
+    assert timeless(first) == timeless(again)
+    rows = [row for row in timeless(first) if row["round"]]
+    assert all(row["applied_share"] >= 0.99 for row in rows)
+    assert all(row["exactness_error"] < (1e-5 if held == "float32" else 0.05) for row in rows)
+
+
+def test_two_worker_processes_on_a_gpu_give_the_bits_of_one(tmp_path):
+    alone = gpu_config(tmp_path, "bfloat16")
+    shared = apply_overrides(alone, ['run.devices=["cuda:0", "cuda:0"]', "model.device=auto"])
+    train(alone, tmp_path / "alone")
+    train(shared, tmp_path / "shared")
+    assert objects(tmp_path / "alone") == objects(tmp_path / "shared")
+    assert timeless(tmp_path / "alone") == timeless(tmp_path / "shared")
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_exports_are_the_same_bytes_as_those_made_beside_a_cpu(tmp_path, held):
+    config = gpu_config(tmp_path, held)
+    model, base = train(config, tmp_path / "run"), tmp_path / "base"
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        export_adapter(model, out / "adapter", base_directory=base, device=torch.device(device))
+        export_merged(model, out / "merged", base_directory=base, device=torch.device(device))
+    for kind in ("adapter", "merged"):
+        on_cpu, on_gpu = (tmp_path / device / kind for device in ("cpu", "cuda"))
+        names = [file.name for file in sorted(on_cpu.iterdir())]
+        assert names == [file.name for file in sorted(on_gpu.iterdir())]
+        for name in names:
+            assert (on_cpu / name).read_bytes() == (on_gpu / name).read_bytes(), name
+
+
+def test_a_gpu_that_is_full_is_named(tmp_path):
+    tiny_config(tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-7)
+    try:
+        with pytest.raises(ModelError, match="memory"):
+            load_base(tmp_path / "base", None, torch.device("cuda"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
