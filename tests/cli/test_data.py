@@ -185,7 +185,9 @@ def test_a_model_of_the_hub_is_named_with_its_revision(hub, base, tmp_path, caps
     repository = hub.add("org/model", files)
     repository.refs["v1"] = repository.refs["main"]
     repository.commit({"README.md": b"emptied"})
-    file = write(tmp_path / "rows.jsonl", *({"q": f"{i}?", "a": "4"} for i in range(12)))
+    file = write(
+        tmp_path / "rows.jsonl", *({"question": f"{i}?", "answer": "4"} for i in range(12))
+    )
     out = tmp_path / "job.toml"
     app(
         ["init", str(file), "--model", "org/model@v1", "--out", str(out)],
