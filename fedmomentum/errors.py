@@ -27,6 +27,10 @@ class ModelError(FedMomentumError):
     """A base model or a global model directory that is missing, different or unreadable."""
 
 
+class HubError(ModelError):
+    """A model hub that does not give, or does not take, what it was asked."""
+
+
 class FormatError(ModelError):
     """A file of another format or version: it may be intact, but this release does not read it."""
 

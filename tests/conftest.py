@@ -13,6 +13,7 @@ import torch
 
 from fedmomentum.cli import main as cli
 from fedmomentum.cli.options import OUT
+from tests.hub_double import point_to, serve_hub
 
 torch.set_num_threads(1)
 
@@ -39,3 +40,11 @@ def call(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on 127.0.0.1 that this process is logged in to; see `tests.hub_double`."""
+    with serve_hub() as double:
+        point_to(double, tmp_path, monkeypatch)
+        yield double

@@ -351,25 +351,52 @@ def test_the_readmes_preferences_run(tmp_path, monkeypatch):
     assert rounds[0].evaluation.total.margin == 0 != rounds[1].evaluation.total.margin
 
 
-def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
-    """Its code cells, in order and in one namespace, on a tiny model."""
-    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+def run_notebook(name: str, base: Path, monkeypatch) -> dict:
+    """Run a notebook's code cells, in order and in one namespace, on a tiny model and one thread."""
+    monkeypatch.setattr("fedmomentum.run.setup.available_cpus", lambda: 1)
+    notebook = json.loads((ROOT / "examples" / name).read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    base = str(tiny_llama(tmp_path / "base"))
-    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for cell in notebook["cells"]:
         assert cell["cell_type"] in ("code", "markdown")
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
-            source = "".join(cell["source"]).replace("smollm2-135m-instruct", base)
+            source = "".join(cell["source"]).replace("smollm2-135m-instruct", str(base))
             exec(compile(source, cell["id"], "exec"), names)
+    return names
+
+
+def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
+    base = tiny_llama(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    names = run_notebook("quickstart.ipynb", base, monkeypatch)
     told = capsys.readouterr().out
     assert "Rounds: 3" in told and "tuned:" in told and "Exact match:" in told
     assert (tmp_path / "runs" / "office" / "report.html").is_file()
     assert (tmp_path / "office-merged" / "config.json").is_file()
     for module, residual in names["result"].residual.items():
         assert residual.rank >= 0 and names["result"].adapter.modules[module].rank == 4
+
+
+def test_the_notebook_on_combining_runs(tmp_path, monkeypatch, capsys):
+    base = tiny_llama(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    names = run_notebook("combining.ipynb", base, monkeypatch)
+    told = capsys.readouterr().out
+    assert told.count(": kept ") == 3 and "both:" in told and "north: loss" in told
+    # Ranks 8 and 4, and an adapter of both that leaves nothing out.
+    north, south = names["adapters"]
+    tolerance = TOLERANCE[torch.float32]
+    for module, matrix in names["whole"].adapter.modules.items():
+        assert (north.modules[module].rank, south.modules[module].rank) == (8, 4)
+        assert matrix.rank == 12
+        wanted = north.effective(module).dense() + south.effective(module).dense()
+        found = 2 * names["whole"].adapter.effective(module).dense()
+        assert float((found - wanted).norm() / wanted.norm()) < tolerance
+        # What of rank 8 is left out is in the residual.
+        rest = names["result"]
+        both = rest.adapter.effective(module).dense() + rest.residual[module].dense()
+        assert float((2 * both - wanted).norm() / wanted.norm()) < tolerance
 
 
 def test_aggregate_by_hand_runs(capsys):

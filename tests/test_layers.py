@@ -58,6 +58,7 @@ FLOORS: list[
             "transformers",
             "datasets",
             "bitsandbytes",
+            "huggingface_hub",
         },
     },
     {
@@ -69,7 +70,7 @@ FLOORS: list[
     },
     {
         "aggregation": set(),
-        "base_model": {"transformers", "safetensors", "huggingface_hub", "gguf", "torchao"},
+        "base_model": {"transformers", "safetensors", "gguf", "torchao"},
         "data": {
             "msgspec",
             "numpy",

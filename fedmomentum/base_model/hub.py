@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedmomentum.base_model.bundled import bundled_model_directory
-from fedmomentum.errors import ModelError
+from fedmomentum.errors import HubError, ModelError
+from fedmomentum.utils.hub import HubName, download, split_revision
 
 BUNDLED_NAME = "smollm2-135m-instruct"
 # What is downloaded: weights, configurations, tokenizer and chat template, but no code.
@@ -37,21 +38,32 @@ def resolve_base(name: str, revision: str | None = None, *, with_weights: bool =
             f"no directory {name}; give a directory with config.json and model.safetensors, or a "
             "hub name"
         )
-    from huggingface_hub import snapshot_download
-
+    ignored = OTHER_FILES if with_weights else [*OTHER_FILES, "*.safetensors"]
     try:
-        directory = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=MODEL_FILES,
-            ignore_patterns=OTHER_FILES if with_weights else [*OTHER_FILES, "*.safetensors"],
+        return download(
+            HubName(name, revision), allow_patterns=MODEL_FILES, ignore_patterns=ignored
         )
-        return Path(directory)
-    except Exception as error:  # the hub's client raises many kinds, all of which mean: no model
-        text = str(error).strip()
-        reason = text.splitlines()[0] if text else type(error).__name__
+    except HubError as error:
+        if split_revision(name)[1]:
+            raise ModelError(
+                f"{name!r}: the revision of the base model is a key of its own in a configuration, "
+                f"model.revision"
+            ) from error
         raise ModelError(
-            f"base model {name!r} is neither a directory nor the bundled {BUNDLED_NAME!r}, and the "
-            f"hub replied: {reason}. Without a network, give the path of a downloaded model "
-            "directory"
+            f"base model {name!r} is neither a directory nor the bundled {BUNDLED_NAME!r}, and "
+            f"{error}. Without a network, give the path of a downloaded model directory"
         ) from error
+
+
+def resolve_given_base(text: str, revision: str | None = None) -> Path:
+    """Return the local directory of a base model that the user names on the command line.
+
+    Args:
+        text: As for `resolve_base`; of the hub also `NAME@REVISION`.
+        revision: The revision where the text has none.
+
+    Raises:
+        ModelError: If there is no such directory, and the hub does not provide it.
+    """
+    name, own_revision = split_revision(text)
+    return resolve_base(name, own_revision or revision)

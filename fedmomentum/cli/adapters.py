@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 def aggregate(
     adapters: Annotated[
         list[Path],
-        typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="PEFT adapter directories, or hub names: OWNER/NAME[@REVISION]",
+            show_default=False,
+        ),
     ],
     out: OutOption,
     weights: Annotated[
@@ -51,10 +55,11 @@ def aggregate(
     ] = "global",
     base: Annotated[
         str,
-        typer.Option("--base", help="the one base model of all, whatever the adapters call it"),
-    ] = "",
-    revision: Annotated[
-        str, typer.Option("--revision", help="its revision, whatever the adapters name")
+        typer.Option(
+            "--base",
+            help="the one base model of all, whatever the adapters call it: a directory or a hub "
+            "name, NAME[@REVISION]",
+        ),
     ] = "",
 ) -> None:
     """Aggregate adapters you already have, exactly, without loading their base model."""
@@ -78,7 +83,6 @@ def aggregate(
             rank=rank,
             lora_alpha=lora_alpha,
             base=base,
-            revision=revision,
         )
         if to == "adapter":
             export_adapter(result.model, out)

@@ -25,7 +25,8 @@ def benchmark(
         Path,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="run, global model, PEFT adapter, or plain model",
+            help="run, global model, PEFT adapter, or plain model; of the latter two also a hub "
+            "name, OWNER/NAME[@REVISION]",
             show_default=False,
         ),
     ],
@@ -69,8 +70,15 @@ def benchmark(
 ) -> None:
     """Score standard benchmarks with lm-evaluation-harness, for federated and base model."""
     require_extra("lm_eval", "benchmark", "benchmarks need lm-evaluation-harness")
-    # Read when these libraries are imported: nothing is looked up on the hub.
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    from fedmomentum.utils.hub import go_offline, parse_hub_name
+
+    # What is named on the hub is downloaded now; from then on nothing is looked up there.
+    named = model
+    if parse_hub_name(model) is not None or base:
+        from fedmomentum.run.hub_model import fetch
+
+        model, base = fetch(model, base)
+    go_offline()
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")
     from fedmomentum.benchmark.language_model import Asking
@@ -84,7 +92,7 @@ def benchmark(
     asked = Benchmarks(
         _names(tasks), data, Asking(limit, chat, batch_size), num_fewshot, run_code, truncate
     )
-    file = ResultFile.of(model, out)
+    file = ResultFile.of(named, out)
     # Each result is written as it comes, so that an interruption loses one task at most.
     with quiet_libraries(), OUT.status("Reading the tasks") as status:
 

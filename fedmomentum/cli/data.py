@@ -53,7 +53,12 @@ def data(
         typer.Option("--config", help="take model, columns and lengths from a configuration"),
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", help="whose tokenizer [default: the configuration's]")
+        str,
+        typer.Option(
+            "--model",
+            help="whose tokenizer: a directory or a hub name, NAME[@REVISION] [default: the "
+            "configuration's]",
+        ),
     ] = "",
     column: ColumnOption = None,
     encoding: EncodingOption = "",
@@ -69,7 +74,7 @@ def data(
     from fedmomentum.utils.process import quiet_libraries
 
     given = {
-        "model.name": model,
+        **_model_keys(model),
         "model.task": task,
         "data.encoding": encoding,
         "data.max-length": max_length,
@@ -102,7 +107,10 @@ def init(
         typer.Argument(metavar="FILE...", help="one for all clients, or one a client"),
     ],
     out: Annotated[Path, typer.Option("--out", help="file to write")] = Path("federation.toml"),
-    model: Annotated[str, typer.Option("--model", help="the base model")] = "",
+    model: Annotated[
+        str,
+        typer.Option("--model", help="base model: a directory or a hub name, NAME[@REVISION]"),
+    ] = "",
     column: ColumnOption = None,
     encoding: EncodingOption = "",
     loss_on: LossOnOption = "",
@@ -118,7 +126,7 @@ def init(
         raise ConfigError(f"{out} is there already; remove it, or choose another --out")
     check_output_directory(out.parent)
     given = {
-        "model.name": model,
+        **_model_keys(model),
         "model.task": task,
         "data.encoding": encoding,
         "training.loss-on": loss_on,
@@ -137,12 +145,23 @@ def init(
         OUT.print(f"  {shell_command('fedmomentum', *words)}", markup=False, soft_wrap=True)
 
 
+def _model_keys(model: str) -> dict[str, object]:
+    """Return what `--model` sets."""
+    from fedmomentum.utils.hub import split_revision
+
+    name, revision = split_revision(model)
+    return {"model.name": name, "model.revision": revision}
+
+
 def _with_options(settings: Config, given: Mapping[str, object], columns: list[str]) -> Config:
     """Return settings with those that were given on the command line."""
     from fedmomentum.config.toml import apply_overrides
     from fedmomentum.config.toml_values import format_value
 
     overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
+    # Another model than the configuration's does not have its revision.
+    if given["model.name"] and not given["model.revision"]:
+        overrides.append("model.revision=")
     settings = apply_overrides(settings, overrides)
     names = {**settings.data.columns, **_parse_columns(columns)}
     return replace(settings, data=replace(settings.data, columns=names))

@@ -18,6 +18,7 @@ from fedmomentum.formats.directories import (
 )
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.hub_adapter import find_adapter
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.results.formatting import human_bytes
 from fedmomentum.utils.text import printable
@@ -38,9 +39,11 @@ def summarize(directory: Path) -> Iterator[Table]:
         ModelError: If the directory contains none of the three.
         AdapterError: If a PEFT adapter cannot be read.
     """
-    # an adapter directory may lie anywhere; look for it first
+    # an adapter directory may lie anywhere, or on the hub; look for it first
+    name = str(directory)
+    directory = find_adapter(directory)
     if is_adapter_directory(directory):
-        adapter = read_adapter(directory)
+        adapter = read_adapter(directory, name)
         yield _facts_table(_adapter_facts(adapter))
         yield _modules_table(adapter, None)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,8 @@ from fedmomentum.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedmomentum.base_model.families import ClassifierFamily, Family
+    from fedmomentum.run.saved_model import Result
+    from fedmomentum.utils.hub_upload import Destination
 
 
 def export(
@@ -53,6 +56,23 @@ def export(
             show_default=False,
         ),
     ] = "",
+    push_to: Annotated[
+        str,
+        typer.Option(
+            "--push-to-hub",
+            metavar="NAME",
+            help="upload it to the Hugging Face hub too, as a private repository",
+        ),
+    ] = "",
+    public: Annotated[
+        bool, typer.Option("--public", help="with --push-to-hub: everybody may read it")
+    ] = False,
+    data_description: Annotated[
+        str,
+        typer.Option(
+            "--data-description", help="what the clients' data is, in Markdown, for the model card"
+        ),
+    ] = "",
 ) -> None:
     """Write the result for stock transformers or PEFT, which load it without fedmomentum."""
     from fedmomentum.base_model.devices import set_up_device
@@ -63,6 +83,7 @@ def export(
         export_merged,
         require_empty_directory,
     )
+    from fedmomentum.run.publish import card_facts
     from fedmomentum.run.saved_model import choose_device, find_base, open_result
     from fedmomentum.run.tokenizers import own_tokenizer
     from fedmomentum.utils.process import quiet_libraries
@@ -73,13 +94,20 @@ def export(
     torch_dtype = pick_merged_dtype(dtype)
     check_output_directory(out)
     require_empty_directory(out)
+    destination = _choose_destination(push_to, public)
     result = open_result(model, server_round=server_round, client=client, store=store)
     base_directory = find_base(result, base)
+    facts = card_facts(result, data_description)
+    if destination is not None:
+        facts = replace(facts, location=destination.repository)
+        result = _with_public_base(result, base)
     chosen = choose_device(result, device)
     set_up_device(chosen, tf32=False)  # the comparison is of float32 products
     with quiet_libraries(), OUT.status("Exporting"):
         if to == "adapter":
-            export_adapter(result.model, out, base_directory=base_directory, device=chosen)
+            export_adapter(
+                result.model, out, base_directory=base_directory, device=chosen, facts=facts
+            )
             written = "one PEFT adapter, scaling 1, for the base model"
         else:
             # An adapter's directory may hold a tokenizer or template that it was trained with.
@@ -90,6 +118,7 @@ def export(
                 dtype=torch_dtype,
                 tokenizer=own_tokenizer(result, base_directory),
                 device=chosen,
+                facts=facts,
             )
             written = (
                 f"the merged model in {dtype}; {fraction:.2%} of the change arrived in its weights"
@@ -98,9 +127,68 @@ def export(
             if quantization is not None:
                 written += f"; the {quantization} base is dequantized in it"
     OUT.print(f"{result.title} -> {out}: {written}", markup=False, soft_wrap=True)
+    if destination is not None:
+        _push(out, destination, f"{result.model.method}, round {result.model.server_round}")
 
 
-def inspect(directory: Annotated[Path, typer.Argument(show_default=False)]) -> None:
+def _choose_destination(name: str, is_public: bool) -> Destination | None:
+    """Return where an export is uploaded to, which is found out before any work; None: nowhere.
+
+    Raises:
+        ConfigError: If `--public` comes without `--push-to-hub`.
+        HubError: If the upload could not succeed.
+    """
+    from fedmomentum.utils.hub_upload import choose_destination
+
+    if name:
+        return choose_destination(name, is_public=is_public)
+    if is_public:
+        raise ConfigError("--public is for --push-to-hub NAME; a local export is not published")
+    return None
+
+
+def _with_public_base(result: Result, base: str) -> Result:
+    """Return a result that names its base as others know it; say so where they do not."""
+    from fedmomentum.run.publish import with_public_base
+
+    model = with_public_base(result.model, base)
+    if not model.base.name:
+        note = (
+            f"note: the base model is a directory here, {result.model.base.name}, which is not "
+            "published: the export does not name it, and is loaded with --base DIRECTORY. If the "
+            "hub has the same model, name it: --base OWNER/NAME"
+        )
+        OUT.print(Text(note, style="yellow"), soft_wrap=True)
+    return replace(result, model=model)
+
+
+def _push(out: Path, destination: Destination, message: str) -> None:
+    """Upload an export, and print where it is."""
+    from fedmomentum.results.formatting import human_bytes
+    from fedmomentum.utils.hub_upload import upload
+
+    num_bytes = sum(file.stat().st_size for file in out.iterdir())
+    with OUT.status(f"Uploading {human_bytes(num_bytes)} to {destination.repository}"):
+        address = upload(out, destination, message)
+    access = "public" if destination.is_public else "private"
+    OUT.print(
+        f"{out} -> {destination.repository} on the hub, {access}: {address}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def inspect(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|ADAPTER",
+            help="run, global model or PEFT adapter; or an adapter's hub name, "
+            "OWNER/NAME[@REVISION]",
+            show_default=False,
+        ),
+    ],
+) -> None:
     """Print what a run, global model or PEFT adapter contains: ranks, scalings, norms, hashes."""
     import atexit
     import gc

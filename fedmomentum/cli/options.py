@@ -33,7 +33,9 @@ Overrides = Annotated[
 ModelPath = Annotated[
     Path,
     typer.Argument(
-        metavar="RUN|ADAPTER", help="run, global model or PEFT adapter", show_default=False
+        metavar="RUN|ADAPTER",
+        help="run, global model or PEFT adapter; or an adapter's hub name, OWNER/NAME[@REVISION]",
+        show_default=False,
     ),
 ]
 
@@ -82,7 +84,11 @@ DashboardAddressOption = Annotated[
 OutOption = Annotated[Path, typer.Option("--out", help="directory to write", show_default=False)]
 BaseOption = Annotated[
     str,
-    typer.Option("--base", help="base model directory, if it is not where the run found it"),
+    typer.Option(
+        "--base",
+        help="base model, if it is not where the run found it: a directory or a hub name, "
+        "NAME[@REVISION]",
+    ),
 ]
 RoundOption = Annotated[str, typer.Option("--round", help="a number, last or best")]
 ClientOption = Annotated[

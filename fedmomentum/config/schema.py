@@ -145,8 +145,8 @@ class LoraConfig:
     )
     start_from: str | None = option(
         None,
-        "directory of a PEFT adapter to begin with, on the server or the machine of the run; its "
-        "rank and scaling may be others",
+        "PEFT adapter to begin with: a directory on the server or the machine of the run, or a hub "
+        "name, OWNER/NAME[@REVISION]; its rank and scaling may be others",
     )
     clients: dict[str, Any] = option(
         {},

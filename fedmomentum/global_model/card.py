@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmomentum.base_model.hub import BUNDLED_NAME
+from fedmomentum.lora.base_names import public_base
+from fedmomentum.results.formatting import number, points, with_interval
 from fedmomentum.utils.io import write_atomically
 
 if TYPE_CHECKING:
     from fedmomentum.base_model.identity import BaseIdentity
+    from fedmomentum.formats.scores import Score
     from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.results.benchmarks import BenchmarkLine
 
 # How stock transformers quantizes a base on loading, by the kind of quantization: the class that
 # says so, its arguments, and the one that names modules to leave alone.
@@ -26,12 +33,33 @@ _CONFIGS = {
 }
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says beside what the model itself knows.
+
+    Attributes:
+        data: The user's description of the clients' data.
+        scores: Held-out scores of the base model and of this one; None where there are none.
+        benchmarks: This model's scores on standard benchmarks.
+        location: Where the export can be loaded from; empty: its directory.
+    """
+
+    data: str = ""
+    scores: tuple[Score | None, Score | None] = (None, None)
+    benchmarks: Sequence[BenchmarkLine] = ()
+    location: str = ""
+
+
+NO_FACTS = CardFacts()
+
+
 def write_card(
     model: GlobalModel,
     out: Path,
     library: str,
     load: str,
     *,
+    facts: CardFacts = NO_FACTS,
     is_dequantized: bool = False,
     unquantized: Sequence[str] = (),
 ) -> None:
@@ -42,6 +70,7 @@ def write_card(
         out: The export's directory.
         library: `peft` or `transformers`.
         load: The line of code that loads the export.
+        facts: What the model does not know of itself.
         is_dequantized: Whether the base was quantized, and merged into what it dequantizes to.
         unquantized: Of a base that is quantized on loading, the linear layers that are not.
     """
@@ -74,13 +103,12 @@ def write_card(
         )
     if is_adapter_directory:
         head += _loading(base, load, unquantized)
+    title = base.name or "a base model that is not published"
     card = f"""---
-library_name: {library}
-base_model: {base.name}
-tags: [fedmomentum, federated-learning, lora]
+{_metadata(base, library)}
 ---
 
-# Federated {kind} of {base.name}
+# Federated {kind} of {title}
 
 Made with fedmomentum: several clients fine-tuned one model with LoRA on data that stayed with them.
 
@@ -88,22 +116,88 @@ Made with fedmomentum: several clients fine-tuned one model with LoRA on data th
 |---|---|
 | method | `{model.method}` |
 | rounds | {model.server_round} |
-| base model | {base.name}{revision} |
+| base model | {base.name or "not published"}{revision} |
 | base SHA-256 | `{base.sha256 or "unknown: combined without the base at hand"}` |
 | tokenizer SHA-256 | `{base.tokenizer_sha256 or "unknown"}` |
 | base version after all merges | `{model.version}` |
 | adapted modules | {len(model.adapter.modules)} |
 {labels}
 This directory is the complete result{addition}: `{load}`.
-{head}"""
+{head}{_data(facts)}{_scores(facts)}{_benchmarks(facts)}"""
     write_atomically(out / "README.md", card.encode())
+
+
+def _metadata(base: BaseIdentity, library: str) -> str:
+    """Return the card's front matter; strings of JSON are strings of YAML."""
+    lines = [f"library_name: {library}"]
+    # The hub takes names of the hub only.
+    name, _ = public_base(base.name, base.revision)
+    if name and name not in (BUNDLED_NAME, "unknown"):
+        relation = "adapter" if library == "peft" else "finetune"
+        lines += [f"base_model: {json.dumps(name)}", f"base_model_relation: {relation}"]
+    task = "text-classification" if base.labels else "text-generation"
+    lines += [f"pipeline_tag: {task}", "tags: [fedmomentum, federated-learning, lora]"]
+    return "\n".join(lines)
+
+
+def _data(facts: CardFacts) -> str:
+    return f"\n## Data\n\n{facts.data.strip()}\n" if facts.data.strip() else ""
+
+
+def _scores(facts: CardFacts) -> str:
+    """Return the table of held-out scores, base model and this one."""
+    base, tuned = facts.scores
+    if tuned is None:
+        return ""
+    lines = [
+        "",
+        "## Held-out examples of the clients",
+        "",
+        f"| | {tuned.measure}, % [95 % interval] | loss, {tuned.loss_unit} | examples |",
+        "|---|---|---|---|",
+    ]
+    for name, score in (("base model", base), ("this model", tuned)):
+        if score is not None:
+            cells = (with_interval(score.exact_match, score.interval), number(score.loss))
+            lines.append(f"| {name} | {cells[0]} | {cells[1]} | {score.num_examples:,} |")
+    return "\n".join(lines) + "\n\nThe intervals are Wilson's.\n"
+
+
+def _benchmarks(facts: CardFacts) -> str:
+    """Return the table of scores on standard benchmarks."""
+    if not facts.benchmarks:
+        return ""
+    lines = [
+        "",
+        "## Benchmarks",
+        "",
+        "| task, metric | base model, % [95 % interval] | this model | difference in points | "
+        "examples |",
+        "|---|---|---|---|---|",
+    ]
+    for line in facts.benchmarks:
+        score = line.score
+        base = "–" if line.base is None else with_interval(line.base.fraction, line.base.interval)
+        cells = [f"{line.task}, {score.name}", base, with_interval(score.fraction, score.interval)]
+        cells += [_difference(line), f"{score.num_examples:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(line: BenchmarkLine) -> str:
+    if line.difference is None:
+        return "–"
+    change, low, high = line.difference
+    return f"{points(change)} [{points(low)}, {points(high)}]"
 
 
 def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
     """Return the code that loads an adapter on its base with stock libraries."""
     kind = "AutoModelForSequenceClassification" if base.labels else "AutoModelForCausalLM"
     imports = ["from peft import PeftModel"]
-    lines = [f"    {base.name!r},"]
+    lines = [f"    {base.name or 'PATH-OF-THE-BASE-MODEL'!r},"]
+    if base.revision:
+        lines.append(f"    revision={base.revision!r},")
     if base.labels:
         lines.append(f"    num_labels={len(base.labels)},")
         lines.append(f"    id2label={dict(enumerate(base.labels))},")

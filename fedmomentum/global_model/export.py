@@ -20,7 +20,7 @@ from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.adapter_base import write_adapter_base
-from fedmomentum.global_model.card import write_card
+from fedmomentum.global_model.card import NO_FACTS, CardFacts, write_card
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import AppliedShare
@@ -82,6 +82,7 @@ def export_adapter(
     *,
     base_directory: Path | None = None,
     device: torch.device = CPU,
+    facts: CardFacts = NO_FACTS,
 ) -> float | None:
     """Write one plain PEFT adapter that makes the base model the global model; read it back.
 
@@ -91,6 +92,7 @@ def export_adapter(
         base_directory: The base model's directory, for its tokenizer, and to load the adapter on
             it. Without it, only the written tensors are checked.
         device: Where both models compute the logits that are compared.
+        facts: What the model card says beside what the model knows.
 
     Returns:
         The difference of the logits of the adapter, as PEFT loads it, from the run's, as a
@@ -116,9 +118,9 @@ def export_adapter(
             _copy_tokenizer(base_directory, temporary)
         if model.base.sha256:
             write_adapter_base(model.base.record(), temporary)
-        load = f"PeftModel.from_pretrained(base, {out.name!r})"
+        load = f"PeftModel.from_pretrained(base, {_quoted(facts, out)})"
         unquantized = reference.unquantized if reference is not None else ()
-        write_card(model, temporary, "peft", load, unquantized=unquantized)
+        write_card(model, temporary, "peft", load, facts=facts, unquantized=unquantized)
         if base_directory is None or reference is None:
             return None
         return _read_back_adapter(
@@ -236,6 +238,7 @@ def export_merged(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     tokenizer: Any = None,
+    facts: CardFacts = NO_FACTS,
 ) -> float:
     """Write the global model as an ordinary transformers directory, and read it back.
 
@@ -250,6 +253,7 @@ def export_merged(
             A quantized base is dequantized.
         device: Where the models compute the logits that are compared.
         tokenizer: The tokenizer to write; by default the base model's.
+        facts: What the model card says beside what the model knows.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
@@ -270,7 +274,7 @@ def export_merged(
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
     if base_quantization(model, base_directory) is not None:
-        return _export_dequantized(model, out, base_directory, dtype, device, tokenizer)
+        return _export_dequantized(model, out, base_directory, dtype, device, tokenizer, facts)
 
     # Merge in float32, and compare with the model as it was trained.
     base = load_base_of(model, base_directory, None, device)
@@ -301,7 +305,8 @@ def export_merged(
         what = f"the merged model, read back from {dtype}, is another model"
         check_logits(logits, reference.logits, dtype, what)
         _copy_tokenizer(base_directory, temporary, tokenizer)
-        write_card(model, temporary, "transformers", f"{class_name}.from_pretrained({out.name!r})")
+        load = f"{class_name}.from_pretrained({_quoted(facts, out)})"
+        write_card(model, temporary, "transformers", load, facts=facts)
     return applied_fraction
 
 
@@ -312,6 +317,7 @@ def _export_dequantized(
     dtype: torch.dtype,
     device: torch.device,
     tokenizer: Any,
+    facts: CardFacts,
 ) -> float:
     """Write a global model on a quantized base as one on the dequantized base.
 
@@ -330,8 +336,8 @@ def _export_dequantized(
         )
     # The card names the base that the run had.
     class_name = read_config(out)["architectures"][0]
-    load = f"{class_name}.from_pretrained({out.name!r})"
-    write_card(model, out, "transformers", load, is_dequantized=True)
+    load = f"{class_name}.from_pretrained({_quoted(facts, out)})"
+    write_card(model, out, "transformers", load, facts=facts, is_dequantized=True)
     return fraction
 
 
@@ -364,6 +370,11 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
 def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
     """Return some rows of a matrix as a dense one."""
     return matrix.B[rows] @ matrix.A if isinstance(matrix, LowRank) else matrix[rows]
+
+
+def _quoted(facts: CardFacts, out: Path) -> str:
+    """Return where an export is loaded from, as it stands in a line of Python."""
+    return repr(facts.location or out.name)
 
 
 def _copy_tokenizer(base_directory: Path, out: Path, tokenizer: Any = None) -> None:

@@ -24,7 +24,8 @@ def to_single_adapter(model: GlobalModel) -> Adapter:
     modules = {}
     for module in model.adapter.modules:
         modules[module] = _factorize(model.effective(module)).to(torch.float32)
-    config = {**model.adapter.config, "base_model_name_or_path": model.base.name}
+    named = {"base_model_name_or_path": model.base.name, "revision": model.base.revision}
+    config = {**model.adapter.config, **named}
     scalings = dict.fromkeys(modules, 1.0)
     return with_equal_experts(
         replace(model.adapter, modules=modules, scalings=scalings, config=config)

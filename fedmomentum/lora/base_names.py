@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.errors import AdapterError
+from fedmomentum.utils.hub import is_repository_name
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ def base_and_revision(adapter: Adapter) -> tuple[str, str]:
     return name.rstrip("/"), revision or (DEFAULT_REVISION if name else "")
 
 
+def public_base(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Return by which name and revision others know a base model; no name for a directory."""
+    cached = _CACHED.search(name)
+    if cached is not None:
+        return cached[1].replace("--", "/"), revision or cached[2]
+    return (name, revision) if is_repository_name(name) else ("", None)
+
+
 def check_same_base(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that name different base models, or different revisions of one.
 
@@ -59,7 +68,8 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
         )
         raise AdapterError(
             f"the adapters were trained on different revisions of {printable(named[0][0])} "
-            f"({listed}). If their weights are the same, give the one to use: --revision REV"
+            f"({listed}). If their weights are the same, give the one to use: --base "
+            f"{printable(named[0][0])}@REVISION"
         )
 
 

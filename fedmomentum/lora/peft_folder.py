@@ -21,6 +21,7 @@ from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import PREFIX, Adapter
 from fedmomentum.lora.adapter_config import AdapterConfig, json_value
+from fedmomentum.lora.hub_adapter import PICKLE_TEXT, PICKLED_FILE, find_adapter
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_config import check_config, plain_config, shown
 from fedmomentum.lora.peft_layout import (
@@ -55,16 +56,17 @@ def read_adapter(directory: Path | str, name: str | None = None) -> Adapter:
     """Read a PEFT adapter directory (`adapter_config.json`, `adapter_model.safetensors`).
 
     Args:
-        directory: The directory.
+        directory: The directory; or a name on the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
         name: What messages call the adapter; by default the directory.
 
     Raises:
+        HubError: If the hub does not provide it.
         AdapterError: If a file is missing, weights are pickled, a field is not supported, or
             tensors are not the LoRA factors that the configuration describes; the message names
             directory, field and tensor.
     """
-    directory = Path(directory)
     name = name or str(directory)
+    directory = find_adapter(directory, name)
     config = _read_config(directory, name)
     declared = check_config(config, name)
     tensors = _read_tensors(directory, name)
@@ -98,12 +100,8 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
 def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
-        if (directory / "adapter_model.bin").exists():
-            raise AdapterError(
-                f"{name}: the weights are in adapter_model.bin, a pickle, which can run code when "
-                "it is read. Load it with PEFT if you trust it, and save_pretrained(..., "
-                "safe_serialization=True)"
-            )
+        if (directory / PICKLED_FILE).exists():
+            raise AdapterError(f"{name}: {PICKLE_TEXT}")
         raise AdapterError(f"{name}: no adapter_model.safetensors in {directory}")
     try:
         _check_header_length(file, name)

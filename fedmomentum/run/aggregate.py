@@ -19,9 +19,11 @@ from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import rank_bound
 from fedmomentum.lora.base_names import with_base
+from fedmomentum.lora.hub_adapter import find_adapter
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_config import plain_config
 from fedmomentum.lora.peft_folder import read_adapter
+from fedmomentum.utils.hub import split_revision
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.method import Method
@@ -46,26 +48,25 @@ class AggregatedDirectories:
 
 
 def aggregate_directories(
-    directories: Sequence[Path],
+    paths: Sequence[Path | str],
     method: Method,
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     lora_alpha: float | None = None,
     base: str = "",
-    revision: str = "",
 ) -> AggregatedDirectories:
     """Aggregate adapters of one base model: `sum_i w_i s_i B_i A_i`, with the weights' sum 1.
 
     Args:
-        directories: PEFT adapter directories.
+        paths: PEFT adapter directories, or names of adapters on the hub.
         method: How to aggregate.
         weights: A positive number for each adapter; by default equal.
         rank: The rank of the result; by default the largest rank of the adapters.
         lora_alpha: The numerator of the result's scaling; by default the scaling is the adapters'
             own if they share one, else 1.
-        base: The one base model of all adapters, whatever they call it.
-        revision: Its revision, whatever the adapters name.
+        base: The one base model of all adapters, whatever they call it; of the hub also
+            `NAME@REVISION`.
 
     Raises:
         ConfigError: If the rank, `lora_alpha` or the weights are out of range.
@@ -76,14 +77,17 @@ def aggregate_directories(
         raise ConfigError(f"--rank must be at least 1; got {rank}")
     if lora_alpha is not None and not 0 < lora_alpha < math.inf:
         raise ConfigError(f"--lora-alpha must be a number above 0; got {lora_alpha:g}")
+    base, revision = split_revision(base)
+    # An adapter is called as the user named it, wherever its directory is.
+    directories = [find_adapter(path) for path in paths]
     adapters = []
-    for directory in directories:
-        adapters.append(with_base(read_adapter(directory), base, revision))
+    for path, directory in zip(paths, directories, strict=True):
+        adapters.append(with_base(read_adapter(directory, str(path)), base, revision or ""))
     if base and Path(base).is_dir():
         check_shapes(adapters, Path(base))
     identity = _common_base(directories, adapters)
     if base:
-        identity = replace(identity, name=base, revision=revision or None)
+        identity = replace(identity, name=base, revision=revision)
     if rank is None:
         rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
     scaling = None if lora_alpha is None else lora_alpha / rank
@@ -155,6 +159,6 @@ def _common_base(directories: Sequence[Path], adapters: Sequence[Adapter]) -> Ba
             bases[first].check(bases[number])
         except ModelError as error:
             raise AdapterError(
-                f"{directories[first]} and {directories[number]} do not fit together: {error}"
+                f"{adapters[first].name} and {adapters[number].name} do not fit together: {error}"
             ) from error
     return bases[first]

@@ -24,6 +24,7 @@ from fedmomentum.run.environment import environment, warn_of_another_environment
 from fedmomentum.run.local_clients import LocalClients, load_local_clients
 from fedmomentum.run.plan import make_plan
 from fedmomentum.run.prepared_run import PreparedRun, known_partition
+from fedmomentum.run.publish import card_facts
 from fedmomentum.run.saved_model import choose_device, find_base, open_result
 from fedmomentum.run.secure_run import parties_of_this_process, secure_steps
 from fedmomentum.run.setup import (
@@ -259,6 +260,7 @@ class FederatedTrainer:
             base_directory=find_base(result, ""),
             dtype=chosen,
             device=choose_device(result, ""),
+            facts=card_facts(result),
         )
 
     def export_adapter(self, out: Path | str) -> None:
@@ -276,6 +278,7 @@ class FederatedTrainer:
             Path(out),
             base_directory=find_base(result, ""),
             device=choose_device(result, ""),
+            facts=card_facts(result),
         )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.formats.manifest import Fingerprint
 from fedmomentum.formats.run_files import DATA, OriginFile
+from fedmomentum.utils.hub import split_revision
 from fedmomentum.utils.records import read_record
 from fedmomentum.utils.text import printable
 
@@ -258,8 +259,8 @@ def placed(config: Config, base: str, data: Sequence[str]) -> Config:
 
     Args:
         config: A configuration.
-        base: A directory, the embedded model's name or a name on the hub; empty for the
-            configuration's.
+        base: A directory, the embedded model's name, or a name on the hub, also with its revision
+            (`NAME@REVISION`); empty for the configuration's.
         data: `NAME=FILE` for a client's file; or one `FILE`, where all clients share one source.
 
     Raises:
@@ -267,7 +268,12 @@ def placed(config: Config, base: str, data: Sequence[str]) -> Config:
             given twice.
     """
     if base:
-        config = replace(config, model=replace(config.model, name=_absolute(base)))
+        name, revision = split_revision(base)
+        model = replace(config.model, name=_absolute(name))
+        # Another name has another revision, or none.
+        if revision is not None or model.name != config.model.name:
+            model = replace(model, revision=revision)
+        config = replace(config, model=model)
     if not data:
         return config
     if not config.data.client_files:

@@ -16,7 +16,7 @@ from fedmomentum.aggregation import Method
 from fedmomentum.aggregation.client_adapters import client_start, with_fixed_residual
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.base_model.devices import pick_device
-from fedmomentum.base_model.hub import resolve_base
+from fedmomentum.base_model.hub import resolve_base, resolve_given_base
 from fedmomentum.errors import ConfigError, FedMomentumError, ModelError
 from fedmomentum.formats.directories import (
     ADAPTER_CONFIG,
@@ -29,6 +29,7 @@ from fedmomentum.global_model.base_of import base_of_adapter
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.personal import PersonalFactors, check_factor, personal_states
 from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.hub_adapter import find_adapter
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.origin import moved_path, read_origin
 from fedmomentum.server.saved_run import committed_records, saved_settings
@@ -105,22 +106,24 @@ class Result:
     """A model that can be exported and used.
 
     Attributes:
-        path: What the user named.
+        path: Its directory.
         model: The model; with a client, the client's own.
         config: The run's settings; None for what is no run.
         client: Whose model it is; empty where there is one for all.
+        name: What the user named, where that is not the directory: a name on the hub.
     """
 
     path: Path
     model: GlobalModel
     config: Config | None = None
     client: str = ""
+    name: str = ""
 
     @property
     def title(self) -> str:
         """What to call it: `round 3 of runs/office, client north`."""
         if (self.path / ADAPTER_CONFIG).is_file():
-            return str(self.path)
+            return self.name or str(self.path)
         whose = f", client {self.client}" if self.client else ""
         return f"round {self.model.server_round} of {self.path}{whose}"
 
@@ -131,7 +134,8 @@ def open_result(
     """Read what a user points at.
 
     Args:
-        path: The directory of a run, a global model or a PEFT adapter.
+        path: The directory of a run, a global model or a PEFT adapter; or the adapter's name on the
+            hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
         server_round: Of a run: a number, `last` or `best`.
         client: Of a run whose method leaves factors with each client: whose model.
         store: Where that client's own factors are, if not in the run's directory: the store of its
@@ -141,6 +145,7 @@ def open_result(
         ModelError: If there is no such thing, or the client's own factors are missing, damaged or
             too old.
         AdapterError: If the adapter cannot be read.
+        HubError: If the hub does not provide it.
         ConfigError: If a client is named where there is one model for all, or none where there is
             one for each.
     """
@@ -149,10 +154,12 @@ def open_result(
             "--store is where a client's own factors are; name the client by --client"
         )
     # An adapter directory, of this package or any other.
+    name = str(path)
+    path = find_adapter(path)
     if is_adapter_directory(path):
-        _refuse_choices(path, "a PEFT adapter", server_round, client)
-        adapter = read_adapter(path)
-        return Result(path, GlobalModel(base_of_adapter(path, adapter), adapter))
+        _refuse_choices(name, "a PEFT adapter", server_round, client)
+        adapter = read_adapter(path, name)
+        return Result(path, GlobalModel(base_of_adapter(path, adapter), adapter), name=name)
     # A global model, or a round of a run.
     file = find_manifest(path, server_round)
     model = GlobalModel.load(path, server_round)
@@ -206,7 +213,7 @@ def checkpoint_state(file: Path) -> RunState:
     return run
 
 
-def _refuse_choices(path: Path, kind: str, server_round: str, client: str) -> None:
+def _refuse_choices(path: Path | str, kind: str, server_round: str, client: str) -> None:
     if client:
         raise ConfigError(f"{path} is {kind}, the same for all clients; leave out --client")
     if server_round != "last":
@@ -316,7 +323,7 @@ def find_base(result: Result, base: str = "") -> Path:
     """
     identity = result.model.base
     if base:
-        return resolve_base(base, identity.revision if base == identity.name else None)
+        return resolve_given_base(base, identity.revision if base == identity.name else None)
     names = [identity.name]
     if result.config is not None:
         names.append(result.config.model.name)

@@ -64,6 +64,8 @@ def _model_lines(settings: Config) -> list[str]:
     lines = ["[model]"]
     name = format_value(settings.model.name)
     lines.append(f"name = {name}  # or a model directory, or a name on the Hugging Face hub")
+    if settings.model.revision is not None:
+        lines.append(f"revision = {format_value(settings.model.revision)}")
     if settings.model.task == CLASSIFICATION:
         lines.append(f"task = {format_value(CLASSIFICATION)}  # docs/classification.md")
     return [*lines, ""]

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from fedmomentum.base_model.hub import resolve_base
+from fedmomentum.base_model.hub import resolve_base, resolve_given_base
+from fedmomentum.errors import ModelError
 
 REPOSITORY = [
     ".gitattributes",
@@ -58,3 +60,25 @@ def test_weights_are_downloaded_once(monkeypatch, tmp_path):
         "tokenizer.model",
         "tokenizer_config.json",
     ]
+
+
+def test_a_revision_is_a_part_of_the_name_on_the_command_line_and_a_key_in_a_configuration(hub):
+    repository = hub.add("lab/model", {"config.json": b"1", "model.safetensors": b"1"})
+    repository.refs["v1"] = repository.refs["main"]
+    repository.commit({"config.json": b"2", "model.safetensors": b"2"})
+    for text, revision, expected in (
+        ("lab/model", None, b"2"),
+        ("lab/model", "v1", b"1"),
+        ("lab/model@v1", None, b"1"),
+        ("lab/model@v1", "main", b"1"),
+    ):
+        directory = resolve_given_base(text, revision)
+        assert (directory / "model.safetensors").read_bytes() == expected, (text, revision)
+    with pytest.raises(ModelError, match=r"'lab/model@v1': the revision .*model\.revision"):
+        resolve_base("lab/model@v1")
+    with pytest.raises(ModelError, match=r"base model 'lab/model' .*has no revision 'v9'; give a"):
+        resolve_given_base("lab/model@v9")
+    with pytest.raises(
+        ModelError, match=r"neither a directory nor .* no repository lab/none.*path"
+    ):
+        resolve_base("lab/none")

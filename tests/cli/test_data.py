@@ -9,7 +9,7 @@ from fedmomentum.cli.main import app
 from fedmomentum.cli.options import OUT
 from fedmomentum.config.toml import load_config
 from fedmomentum.data import load_clients
-from fedmomentum.errors import ConfigError
+from fedmomentum.errors import ConfigError, ModelError
 from tests.tiny import tiny_llama
 
 
@@ -178,3 +178,27 @@ def test_files_that_do_not_tell_their_clients_are_refused(base, tmp_path, capsys
     with pytest.raises(ConfigError, match="different formats"):
         begin(capsys, files[0], other, "--model", base, "--out", tmp_path / "e.toml")
     assert not (tmp_path / "e.toml").exists()
+
+
+def test_a_model_of_the_hub_is_named_with_its_revision(hub, base, tmp_path, capsys):
+    files = {file.name: file.read_bytes() for file in base.iterdir()}
+    repository = hub.add("org/model", files)
+    repository.refs["v1"] = repository.refs["main"]
+    repository.commit({"README.md": b"emptied"})
+    file = write(
+        tmp_path / "rows.jsonl", *({"question": f"{i}?", "answer": "4"} for i in range(12))
+    )
+    out = tmp_path / "job.toml"
+    app(
+        ["init", str(file), "--model", "org/model@v1", "--out", str(out)],
+        standalone_mode=False,
+    )
+    assert load_config(out).model.name == "org/model"
+    assert load_config(out).model.revision == "v1"
+    # Weights are no part of it; another model does not have the revision of the configuration's.
+    assert not hub.asked("GET", "safetensors") and not hub.asked("GET", "/objects/")
+    capsys.readouterr()
+    assert show(capsys, file, "--config", out)[0] == 0
+    assert show(capsys, file, "--config", out, "--model", str(base))[0] == 0
+    with pytest.raises(ModelError, match="org/model"):
+        show(capsys, file, "--config", out, "--model", "org/model@v9")

@@ -35,14 +35,12 @@ class Case:
         config: How its adapter_config.json differs.
         outcome: `combined`, or what the refusal says.
         base: `--base` that helps, where one is needed.
-        revision: `--revision` that helps.
     """
 
     title: str
     config: Mapping[str, Any]
     outcome: str
     base: str = ""
-    revision: str = ""
 
 
 CASES = [
@@ -53,7 +51,7 @@ CASES = [
             "base_model_name_or_path": f"/home/a/.cache/huggingface/hub/models--org--model/snapshots/{COMMIT}"
         },
         "different revisions",
-        revision="main",
+        base=f"{HUB_NAME}@main",
     ),
     Case(
         "Unsloth",
@@ -83,7 +81,12 @@ CASES = [
         "different base models",
         base=HUB_NAME,
     ),
-    Case("another revision", {"revision": COMMIT}, "different revisions", revision=COMMIT),
+    Case(
+        "another revision",
+        {"revision": COMMIT},
+        "different revisions",
+        base=f"{HUB_NAME}@{COMMIT}",
+    ),
     Case(
         "fields of other initializations, unused",
         {"loftq_config": {"loftq_bits": 4}, "init_lora_weights": "gaussian"},
@@ -109,12 +112,10 @@ def write_adapter(base: Path, out: Path, changes: Mapping[str, Any], seed: int =
     return out
 
 
-def outcome(case: Case, first: Path, second: Path, *, base: str = "", revision: str = "") -> str:
+def outcome(case: Case, first: Path, second: Path, *, base: str = "") -> str:
     """Return what combining says: `combined`, or the refusal."""
     try:
-        made = aggregate_directories(
-            [first, second], build_method("fedmomentum", {}), base=base, revision=revision
-        )
+        made = aggregate_directories([first, second], build_method("fedmomentum", {}), base=base)
     except FedMomentumError as error:
         return str(error)
     assert made.num_adapters == 2
@@ -131,8 +132,8 @@ def results() -> list[tuple[Case, str, str]]:
             second = write_adapter(base, Path(folder) / str(number), case.config)
             alone = outcome(case, first, second)
             helped = ""
-            if case.base or case.revision:
-                helped = outcome(case, first, second, base=case.base, revision=case.revision)
+            if case.base:
+                helped = outcome(case, first, second, base=case.base)
             found.append((case, alone, helped))
     return found
 
@@ -143,8 +144,8 @@ def table(found: list[tuple[Case, str, str]]) -> str:
     for case, alone, helped in found:
         told = alone
         if helped == "combined":
-            option = f"--base {case.base}" if case.base else f"--revision {case.revision[:8]}"
-            told = f"asks which it is; combined with `{option}`"
+            option = case.base.replace(COMMIT, COMMIT[:8])
+            told = f"asks which it is; combined with `--base {option}`"
         elif alone != "combined":
             told = f"refused: `{case.outcome.replace(' is ', ' = ').removeprefix('has ')}`"
         rows.append(f"| {case.title} | {told} |")

@@ -19,9 +19,9 @@ def test_adapters_of_other_tools_are_combined_asked_about_or_refused():
     found = adapter_cases.results()
     for case, alone, helped in found:
         assert case.outcome in alone, (case.title, alone)
-        if case.base or case.revision:
-            option = "--base" if case.base else "--revision"
-            assert option in alone and helped == "combined", (case.title, helped)
+        if case.base:
+            asked = f"--base {HUB_NAME}@REVISION" if "@" in case.base else "--base NAME"
+            assert asked in alone and helped == "combined", (case.title, alone, helped)
     text = adapter_cases.PAGE.read_text()
     assert adapter_cases.MARKS[0] in text
     assert adapter_cases.page(text, found) == text, "run: python -m tests.lora.adapter_cases"
@@ -54,7 +54,7 @@ def test_the_named_base_stands_in_the_result_and_must_fit(base, tmp_path):
     model = aggregate_directories(directories, method, base=str(base)).model
     assert model.base.name == str(base) and model.base.revision is None
     assert model.adapter.config["base_model_name_or_path"] == str(base)
-    model = aggregate_directories(directories, method, base=HUB_NAME, revision=COMMIT).model
+    model = aggregate_directories(directories, method, base=f"{HUB_NAME}@{COMMIT}").model
     assert (model.base.name, model.base.revision) == (HUB_NAME, COMMIT)
     other = tiny_gpt2(tmp_path / "gpt2")
     with pytest.raises(

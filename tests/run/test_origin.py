@@ -267,6 +267,17 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
         placed(shared, "", ["a", "b"])
     assert placed(config, str(made / "base"), []).model.name == str(made / "base")
     assert placed(config, "owner/name", []).model.name == "owner/name"
+    # A revision belongs to its model: it comes with the name, and goes with it.
+    hub = placed(config, "owner/name@v2", []).model
+    assert (hub.name, hub.revision) == ("owner/name", "v2")
+    pinned = replace(config, model=hub)
+    for base, expected in (
+        ("owner/name", "v2"),
+        ("owner/name@main", "main"),
+        ("owner/other", None),
+        (str(made / "base"), None),
+    ):
+        assert placed(pinned, base, []).model.revision == expected, base
 
 
 # ── comparisons ──

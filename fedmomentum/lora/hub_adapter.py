@@ -1,0 +1,64 @@
+"""Adapters by their names on the hub: the same directories, downloaded into the hub's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedmomentum.errors import AdapterError, HubError
+from fedmomentum.utils.hub import HubName, download, list_files, parse_hub_name
+from fedmomentum.utils.text import printable
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+PICKLE_TEXT = (
+    f"the weights are in {PICKLED_FILE}, a pickle, which can run code when it is read. Load it "
+    "with PEFT if you trust it, and save_pretrained(..., safe_serialization=True)"
+)
+# What is downloaded: weights, configurations, tokenizer and chat template; no pickle and no code.
+ADAPTER_FILES = ["*.json", WEIGHTS_FILE, "*.model", "*.jinja", "vocab.txt", "merges.txt"]
+# Checkpoints of the training, in directories of their own.
+OTHER_FILES = ["*/*"]
+# Files that a message names.
+MOST_SHOWN = 8
+
+
+def find_adapter(path: Path | str, name: str | None = None) -> Path:
+    """Return the directory of an adapter that is named by a path or by its name on the hub.
+
+    Args:
+        path: A path, which is returned as it is; or `OWNER/NAME`, `OWNER/NAME@REVISION`.
+        name: What messages call the adapter; by default the path.
+
+    Raises:
+        HubError: If there is no such path, and the hub does not provide the adapter.
+        AdapterError: If the repository holds something else.
+    """
+    hub_name = parse_hub_name(path)
+    if hub_name is None:
+        return Path(path)
+    what = f"{name}: " if name is not None and name != str(path) else ""
+    try:
+        directory = download(hub_name, allow_patterns=ADAPTER_FILES, ignore_patterns=OTHER_FILES)
+    except HubError as error:
+        raise HubError(f"{what}there is no directory {path}, and {error}") from error
+    if not (directory / CONFIG_FILE).is_file() or not (directory / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"{what}{_describe_lack(hub_name, directory)}")
+    return directory
+
+
+def _describe_lack(hub_name: HubName, directory: Path) -> str:
+    """Return what is in a repository that holds no adapter which can be read."""
+    # The revision may move; the directory is called by the commit that was read.
+    files = list_files(HubName(hub_name.repository, directory.name))
+    files = files or sorted(file.name for file in directory.iterdir())
+    if CONFIG_FILE in files and PICKLED_FILE in files and WEIGHTS_FILE not in files:
+        return f"{hub_name} on the hub: {PICKLE_TEXT}"
+    lacking = WEIGHTS_FILE if CONFIG_FILE in files else CONFIG_FILE
+    listed = ", ".join(printable(file, 80) for file in files[:MOST_SHOWN]) or "no files"
+    more = f" and {len(files) - MOST_SHOWN} more" if len(files) > MOST_SHOWN else ""
+    kind = "; it is a model, not an adapter" if "config.json" in files else ""
+    return (
+        f"{hub_name} on the hub has no {lacking}, but {listed}{more}{kind}. Give the repository of "
+        "an adapter that PEFT wrote"
+    )

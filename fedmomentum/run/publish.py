@@ -1,0 +1,74 @@
+"""What an export says of itself, and what of it may leave this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmomentum.errors import DataError, ModelError
+from fedmomentum.global_model.card import CardFacts
+from fedmomentum.lora.base_names import public_base
+from fedmomentum.results.run_results import RunResults
+from fedmomentum.results.summary import scored
+from fedmomentum.utils.hub import split_revision
+
+if TYPE_CHECKING:
+    from fedmomentum.formats.scores import Score
+    from fedmomentum.global_model.model import GlobalModel
+    from fedmomentum.run.saved_model import Result
+
+
+def card_facts(result: Result, data: str = "", location: str = "") -> CardFacts:
+    """Return what the model card of a result says beside what the model knows.
+
+    Scores are those of the very round, of all clients together: their names are nobody else's
+    business. An export does not fail for its card: without readable records it has no scores.
+
+    Args:
+        result: What is exported.
+        data: The user's description of the clients' data.
+        location: Where the export can be loaded from; empty: its directory.
+    """
+    facts = CardFacts(data=data, location=location)
+    if result.config is None:
+        return facts
+    try:
+        records = RunResults.load(result.path)
+    except (DataError, ModelError):
+        return facts
+    server_round = result.model.server_round
+    evaluations = {record.round: record.evaluation for record in records.rounds}
+    scores: list[Score | None] = []
+    for number in (0, server_round):
+        evaluation = evaluations.get(number)
+        score = None
+        if evaluation is not None and result.client:
+            score = evaluation.by_client.get(result.client)
+        elif evaluation is not None:
+            score = evaluation.total
+        scores.append(scored(score))
+    lines = []
+    for line in records.benchmarks.lines if records.benchmarks is not None else []:
+        if (line.model.round, line.model.client) == (server_round, result.client):
+            lines.append(line)
+    return replace(facts, scores=(scores[0], scores[1]), benchmarks=lines)
+
+
+def with_public_base(model: GlobalModel, base: str) -> GlobalModel:
+    """Return a model that names its base so that others find it, or not at all.
+
+    The path of a directory is nobody else's business, and leads nowhere on another machine.
+
+    Args:
+        model: The model.
+        base: The base as the user names it; of a hub name the content is checked before it is
+            written. Empty, or a directory: as the model names it.
+    """
+    name, revision = split_revision(base)
+    if not base or Path(base).is_dir():
+        name = model.base.name
+    if name == model.base.name and revision is None:
+        revision = model.base.revision
+    name, revision = public_base(name, revision)
+    return replace(model, base=replace(model.base, name=name, revision=revision))
