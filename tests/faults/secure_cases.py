@@ -85,7 +85,7 @@ def server_killed_at(fed: Federation, place: str) -> str:
     fed.server.kill()
     there.unlink()
     fed.serve(resume=True)
-    fed.check()
+    fed.check(forgets_held=True)
     text = fed.nodes["site0"].text()
     assert "Not connected: " in text and len(re.findall("Connected to ", text)) >= 2, text
     assert not (fed.out / "secure").exists()
