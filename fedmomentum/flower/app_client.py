@@ -19,6 +19,7 @@ from fedmomentum.flower.apps import client_app
 from fedmomentum.flower.node_callback import NodeCallback
 from fedmomentum.flower.warm_worker import WarmProcess
 from fedmomentum.flower.worker import Worker
+from fedmomentum.utils.process import wait_briefly
 
 LOG = logging.getLogger("fedmomentum")
 STATE = "fedmomentum"
@@ -32,6 +33,8 @@ def make_client_app() -> ClientApp:
 
         app = make_client_app()
     """
+    # before torch is loaded, here or in a process that this one starts
+    wait_briefly()
     return client_app(_answer, _name)
 
 

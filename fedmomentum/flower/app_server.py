@@ -17,6 +17,7 @@ from fedmomentum.flower.node_roster import NodeRoster
 from fedmomentum.flower.status import StatusWriter
 from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.server.callbacks import Callback, CallbackList
+from fedmomentum.utils.process import wait_briefly
 from fedmomentum.utils.terminal import LineFormatter
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def make_server_app() -> ServerApp:
 
         app = make_server_app()
     """
+    # before torch is loaded, here or in a process that this one starts
+    wait_briefly()
     return server_app(_run)
 
 

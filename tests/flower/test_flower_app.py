@@ -118,9 +118,13 @@ def test_the_examples_own_settings_are_ours():
     assert node.config.lora == config.lora and node.keep_warm == 600
 
 
-def test_a_clientapp_starts_without_torch():
+def test_a_clientapp_starts_without_torch_and_its_threads_wait_briefly():
     """Flower starts a process for every message, and torch takes seconds to load."""
-    code = "import sys, flower_app.client_app; print(sorted({'torch', 'transformers', 'peft'} & {*sys.modules}))"
+    code = """
+import os, sys, flower_app.client_app
+from fedmomentum.utils.process import WAIT_SETTINGS
+print(sorted({"torch", "transformers", "peft"} & {*sys.modules}), any(name in os.environ for name in WAIT_SETTINGS))
+"""
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLE, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.strip() == "[] True"
