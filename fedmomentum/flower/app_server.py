@@ -14,9 +14,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedmomentum.flower.app_settings import read_run
 from fedmomentum.flower.apps import server_app
 from fedmomentum.flower.node_roster import NodeRoster
-from fedmomentum.flower.status import StatusWriter
 from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.server.callbacks import Callback, CallbackList
+from fedmomentum.server.status import StatusWriter
 from fedmomentum.utils.process import wait_briefly
 from fedmomentum.utils.terminal import LineFormatter
 
@@ -53,7 +53,7 @@ def _run(grid: Grid, context: Context) -> None:
     federation = config.federation
     with (
         _run_log(out),
-        contextlib.closing(StatusWriter(out, federation.num_rounds)) as status,
+        StatusWriter(out, federation.num_rounds) as status,
     ):
         # Imported when the settings are known to be right: torch takes its time.
         from fedmomentum.report import write_report

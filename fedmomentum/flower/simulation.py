@@ -19,7 +19,6 @@ from flwr.serverapp import Grid
 from fedmomentum.errors import ConfigError
 from fedmomentum.flower.apps import client_app, server_app
 from fedmomentum.flower.node_roster import NodeRoster
-from fedmomentum.flower.process_clients import answer_here
 from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.run.networked import run_federation
 from fedmomentum.run.origin import fingerprints, follow, refuse_missing
@@ -139,4 +138,7 @@ class _SimulatedClients:
 
     def answer(self, payload: bytes, timeout: float, context: Context) -> bytes:
         name = self.name(context)
+        # Imported where tasks are answered: the process of the server has no model.
+        from fedmomentum.flower.process_clients import answer_here
+
         return answer_here(self.config, name, self.store / directory_name(name), payload)

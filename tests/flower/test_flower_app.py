@@ -9,11 +9,10 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedmomentum.flower.status import read_status
-
 from fedmomentum.errors import ConfigError, QuorumError
 from fedmomentum.flower import app_client, process_clients, transport
 from fedmomentum.flower.app_settings import read_node, read_run
+from fedmomentum.formats.status_file import read_status
 from tests.flower.app_config import EXAMPLE, flat
 from tests.flower.loop_grid import LoopGrid
 from tests.runs import chain, objects, start, timeless, tiny_config
