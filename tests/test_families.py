@@ -30,7 +30,6 @@ EVERY_TIME = (
     "phi3",
     "qwen3_5",
     "rwkv",
-    "zamba",
 )
 CLASSIFIERS_EVERY_TIME = (
     "bert",
