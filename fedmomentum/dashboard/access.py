@@ -80,7 +80,7 @@ class Access:
         given = QueryParams(scope["query_string"]).get(TOKEN, "")
         if scope["path"] != "/" or not _equal(given, self.token):
             return HTMLResponse(NO_TOKEN, 401)
-        # The browser goes on at an address without it, which is what its history holds.
+        # The browser is redirected to an address without it, which is what its history holds.
         response = RedirectResponse("/", 303)
         response.set_cookie(self._cookie, self._session, httponly=True, samesite="strict", path="/")
         return response

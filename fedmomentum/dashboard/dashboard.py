@@ -13,7 +13,7 @@ from fedmomentum.run.worker_process import Frame
 START_SECONDS = 60.0
 """How long the process may take to open its port."""
 END_SECONDS = 45.0
-"""How long viewers may take to be told of the end."""
+"""How long it may take to send the end to all viewers."""
 
 
 class Dashboard:

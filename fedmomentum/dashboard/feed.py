@@ -1,4 +1,4 @@
-"""What all viewers see: made once, however many they are, and only while somebody looks."""
+"""What all viewers see: made once for all of them, and only while there are any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedmomentum.report.live_page import LivePage, LiveUpdate
 
 POLL_SECONDS = 1.0
-"""How often the files are looked at while somebody watches."""
+"""How often the files are read while there are viewers."""
 LEAVE_SECONDS = 10.0
 """How long the last update may take to reach everybody."""
 
@@ -68,7 +68,7 @@ class Feed:
         while self.num_viewers and not self.has_ended:
             await asyncio.sleep(POLL_SECONDS)
             with contextlib.suppress(Exception):
-                await self.current()  # whoever waits asks for it again, and hears what is wrong
+                await self.current()  # a waiting viewer asks again, and gets the error
             self._wake()
         self._polling = None
 

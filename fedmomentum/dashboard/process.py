@@ -25,7 +25,7 @@ from fedmomentum.web.listener import Listener
 NICENESS = 10
 """How far below the run's is this process's priority."""
 REPORT_SECONDS = 30.0
-"""How long the report may take to be made when the run ends, if somebody watches."""
+"""How long the report may take to be made when the run ends, if there are viewers."""
 
 
 class Setup(Schema, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The site: the page, its style and script, and the stream of updates; everything read-only.
 
-It holds no more than `MAX_VIEWERS` streams. Whoever does not take what is sent for `SEND_SECONDS`
-is hung up on, whatever it was asked for.
+It holds no more than `MAX_VIEWERS` streams. A viewer that does not take what is sent for
+`SEND_SECONDS` is hung up on, whatever it was asked for.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Site:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or answer it; hang up on whoever does not take the answer."""
+        """Refuse a request, or answer it; hang up on a client that does not take the answer."""
         if scope["type"] != "http":
             return
         # The connection, as the listener knows it.

@@ -1,4 +1,4 @@
-"""A ClientApp for SuperNodes that somebody else operates: it answers the tasks of `app_server`.
+"""A ClientApp for existing SuperNodes: it answers the tasks of `app_server`.
 
 Flower starts a process for each message, so this module and what it imports load in a second:
 torch and the base model are in a worker that outlives the message (`warm_worker`).

@@ -1,4 +1,4 @@
-"""A ServerApp for a SuperLink that somebody else operates: the rounds of `serve`, over its grid."""
+"""A ServerApp for an existing SuperLink: the rounds of `serve`, over its grid."""
 
 from __future__ import annotations
 

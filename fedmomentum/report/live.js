@@ -1,4 +1,4 @@
-// Keeps the page current while the run goes on; without it the page is complete as it came.
+// Keeps the page current during the run; without it the page is complete as it came.
 "use strict";
 
 const SILENCE_SECONDS = 45; // the server sends something at least every 15 seconds
@@ -26,14 +26,14 @@ function show(update) {
   for (const [name, html] of Object.entries(update.parts)) {
     const part = document.getElementById(name);
     if (part === null || !("part" in part.dataset)) continue;
-    // Whoever reads the log's end goes on reading its end.
+    // A log that was scrolled to its end stays there.
     const isAtEnd = part.scrollTop + part.clientHeight >= part.scrollHeight - 4;
     part.innerHTML = html; // escaped by the server; the page's policy lets no script in it run
     const section = part.closest("section");
     if (section !== null) section.hidden = html === "";
     if (name === "log" && isAtEnd) part.scrollTop = part.scrollHeight;
   }
-  // Screen readers are told of rounds and of the end, not of every second.
+  // Screen readers announce rounds and the end, not every second.
   if (update.spoken && spoken.textContent !== update.spoken) spoken.textContent = update.spoken;
   document.title = update.title;
   countDown();

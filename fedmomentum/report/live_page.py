@@ -1,4 +1,4 @@
-"""The page to watch a run on, made of the files of its directory while the run goes on."""
+"""The page to watch a run on, made of the files of its directory while the run is in progress."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LiveUpdate:
     Attributes:
         parts: Part of the page to its HTML; all text in it is escaped.
         title: The window's.
-        spoken: What screen readers are told, if it is not what it was.
+        spoken: What screen readers announce, if it has changed.
         now: When, in seconds since 1970.
     """
 
@@ -72,7 +72,7 @@ class LiveUpdate:
 
 
 class LivePage:
-    """Reads the files of a run that goes on, and makes the parts of its page of them.
+    """Reads the files of a run in progress, and makes the parts of its page of them.
 
     What cannot be read at a moment, because the run is just writing or pruning it, stays as it was.
 
@@ -246,7 +246,7 @@ def _no_csv(plot: Plot) -> str:
 
 
 def _spoken(view: LiveView) -> str:
-    """Return what screen readers are told: rounds, failures and the end, not every step."""
+    """Return what screen readers announce: rounds, failures and the end, not every step."""
     if view.num_finished and not view.is_ended:
         text = f"Round {view.num_finished} of {view.num_rounds} finished"
     else:

@@ -79,7 +79,7 @@ class _RunStatus:
 class StatusWriter(Callback):
     """Writes what `fedmomentum status` and the page to watch show; a context manager.
 
-    A file that cannot be written is reported once, and the run goes on without it.
+    A file that cannot be written is reported once, and the run continues without it.
 
     Args:
         out: The run's directory.

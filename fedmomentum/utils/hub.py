@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: told from paths, downloaded, and the hub's errors in words."""
+"""Names on the Hugging Face hub: distinguished from paths, downloaded, errors in words."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _upload(directory: Path, destination: Destination, message: str) -> str:
         operations.append(CommitOperationAdd(name, str(directory / name)))
     for name in _outdated(_files_of(info), files):
         operations.append(CommitOperationDelete(name))
-    # Based on what was looked at: a commit of somebody else in between is not undone.
+    # Based on what was looked at: a commit made in between is not undone.
     commit = api.create_commit(
         repository, operations, commit_message=message, parent_commit=info.sha
     )
