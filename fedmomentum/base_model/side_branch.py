@@ -21,8 +21,6 @@ from fedmomentum.linalg.probes import probe
 # Elements of a weight that are cast to float32 at a time: 16 MB.
 BLOCK_ELEMENTS = 2**22
 INT8_MAX = 127
-# Whether torch multiplies 16-bit matrices into a float32 one on a GPU (since 2.8).
-HAS_WIDE_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,4 +294,4 @@ def _multiplies_narrow(x: Tensor) -> bool:
 
     A CPU does not: there the weight is cast to float32, some rows at a time, and D is added to it.
     """
-    return x.device.type == "cuda" and (x.dtype == torch.float32 or HAS_WIDE_PRODUCT)
+    return x.device.type == "cuda"
