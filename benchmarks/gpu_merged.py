@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def measure_merged(
             client()
         at_rest = rest["rest"] + merging.after
         synchronize(device)
-        seconds = alternate({"plain": plain, "client": partial(client)}, repeats)
+        seconds = alternate({"plain": plain, "client": client}, repeats)
         ratios = [
             one / other for one, other in zip(seconds["plain"], seconds["client"], strict=True)
         ]

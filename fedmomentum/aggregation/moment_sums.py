@@ -1,4 +1,4 @@
-"""What a sum under masks holds of the optimizers' moments, so that all clients go on from one mean.
+"""What a masked sum holds of the optimizers' moments, so that all clients continue from one mean.
 
 The means of the second moments' rows and columns differ by many orders of magnitude, and a sum's
 integers have steps of one size. So each number comes in two parts: a whole number of coarse steps,

@@ -52,7 +52,7 @@ def dashboard_address(wanted: bool, address: str) -> Address | None:
 
 @contextmanager
 def page(address: Address | None, out: Path, log: str) -> Iterator[None]:
-    """Serve the page meanwhile, and print where it is; nothing without an address.
+    """Serve the page while the block runs, and print its address; do nothing without one.
 
     Args:
         address: Where to serve it.
@@ -74,10 +74,10 @@ def page(address: Address | None, out: Path, log: str) -> Iterator[None]:
 
 @contextmanager
 def local_page(address: Address | None, out: Path, settings: Config) -> Iterator[list[Callback]]:
-    """Serve the page of a run on this machine meanwhile; see `page`.
+    """Serve the page of a run on this machine while the block runs; see `page`.
 
     Yields:
-        What the run has to tell for it.
+        The callbacks that write what the page shows.
     """
     if address is None:
         yield []

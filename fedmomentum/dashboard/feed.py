@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 """How often the files are read while there are viewers."""
 LEAVE_SECONDS = 10.0
-"""How long the last update may take to reach everybody."""
+"""How long the last update may take to reach all viewers."""
 
 
 class Feed:
@@ -50,7 +50,7 @@ class Feed:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Count a viewer, for whom the files are looked at."""
+        """Count a viewer; the files are read while there is one."""
         self.num_viewers += 1
         if self._polling is None:
             self._polling = asyncio.ensure_future(self._poll())
@@ -64,7 +64,7 @@ class Feed:
         await self._changed.wait()
 
     async def _poll(self) -> None:
-        """Look at the files while there are viewers."""
+        """Read the files while there are viewers."""
         while self.num_viewers and not self.has_ended:
             await asyncio.sleep(POLL_SECONDS)
             with contextlib.suppress(Exception):
@@ -73,12 +73,12 @@ class Feed:
         self._polling = None
 
     def _wake(self) -> None:
-        """Wake everybody who waits now."""
+        """Wake all viewers that wait now."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def end(self) -> None:
-        """Tell all viewers that the run has ended, and wait until they have heard it."""
+        """Send all viewers the end of the run, and wait until they have received it."""
         if not self.num_viewers:
             return
         # One last look at the files, with the report.

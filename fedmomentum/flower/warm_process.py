@@ -130,7 +130,7 @@ class WarmWorker:
         self._inbox.send(letter, body)
 
     def _on_close(self) -> None:
-        """End in the middle of a task, with all that this process has started; else go on."""
+        """End this process and its children if the ClientApp left in the middle of a task."""
         if self._is_busy:
             self.clean_up()
             os.killpg(0, signal.SIGKILL)
@@ -160,7 +160,7 @@ class WarmWorker:
 
 
 class _Parent:
-    """Whether a process that is not this one's child has ended; also one that nobody reaps."""
+    """Whether a process that is not this one's child has ended; a zombie counts as ended."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

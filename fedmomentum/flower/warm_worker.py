@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fedmomentum.run.worker import EXIT_SECONDS, MAX_POLL_SECONDS, WorkerExit
+from fedmomentum.run.worker import WorkerExit, describe_exit, receive_frame, wait_for_exit
 from fedmomentum.utils.io import write_atomically
 
 ADDRESS_FILE = "worker.address"
@@ -129,9 +128,7 @@ class WarmProcess:
         if self._pipe is None:
             raise WorkerExit("before it was started")
         try:
-            if not self._pipe.poll(min(max(seconds, 0), MAX_POLL_SECONDS)):
-                return None
-            frame = self._pipe.recv_bytes()
+            frame = receive_frame(self._pipe, seconds)
         except (EOFError, OSError) as error:
             # One that ends without a word was about to end, or has another configuration.
             if self._was_heard or self._process is not None:
@@ -139,22 +136,14 @@ class WarmProcess:
             self._pipe.close()
             self._greet(self._spawn())
             return None
-        self._was_heard = True
-        return frame[:1], frame[1:]
+        self._was_heard = self._was_heard or frame is not None
+        return frame
 
     def _ended(self) -> WorkerExit:
         """Return how the worker ended, as far as this process can know."""
-        code = None
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(EXIT_SECONDS)
-            code = self._process.poll()
+        code = wait_for_exit(self._process)
         self.stop()
-        if code is None:
-            return WorkerExit("without a word; its own log may say more")
-        if code < 0:
-            return WorkerExit(f"by signal {signal.Signals(-code).name}")
-        return WorkerExit(f"with exit code {code}")
+        return describe_exit(code)
 
     def stop(self) -> None:
         """Close the connection: a worker with a task ends, and one without waits for the next."""

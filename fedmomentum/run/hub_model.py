@@ -26,7 +26,7 @@ def fetch(path: Path, base: str) -> tuple[Path, str]:
     """
     name = parse_hub_name(path)
     if name is not None:
-        # A look at the small files tells what it is.
+        # The small files show what it is.
         small = download(name, allow_patterns=["*.json"], ignore_patterns=OTHER_FILES)
         is_model = (small / "config.json").is_file() and not (small / ADAPTER_CONFIG).is_file()
         path = resolve_base(name.repository, name.revision) if is_model else find_adapter(path)

@@ -88,7 +88,7 @@ def make_clients(
     on_step: Callable[[str, int, int, float], None] | None,
 ) -> list[Client]:
     """Return the clients with their examples, on one model and with one cache of objects."""
-    # Imported where there are clients: who only reads a result has none.
+    # Imported where there are clients: a command that only reads a result has none.
     from fedmomentum.client.client import Client
 
     objective = make_objective(config.training, local.identity.labels)

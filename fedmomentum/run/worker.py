@@ -25,6 +25,37 @@ class WorkerExit(Exception):
     """The worker has ended, or was never started; the text says how: `by signal SIGKILL`."""
 
 
+def receive_frame(pipe: Connection, seconds: float) -> tuple[bytes, bytes] | None:
+    """Return the next frame, its letter and its body; None if none comes in time.
+
+    Raises:
+        OSError: If the connection is broken.
+        EOFError: If the other side has closed it.
+    """
+    if not pipe.poll(min(max(seconds, 0), MAX_POLL_SECONDS)):
+        return None
+    frame = pipe.recv_bytes()
+    return frame[:1], frame[1:]
+
+
+def wait_for_exit(process: subprocess.Popen[bytes] | None) -> int | None:
+    """Return the exit code of a process that is about to exit; None if it is not known."""
+    if process is None:
+        return None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(EXIT_SECONDS)
+    return process.poll()
+
+
+def describe_exit(code: int | None) -> WorkerExit:
+    """Return how a worker ended, by its exit code."""
+    if code is None:
+        return WorkerExit("without a word; its own log may say more")
+    if code < 0:
+        return WorkerExit(f"by signal {signal.Signals(-code).name}")
+    return WorkerExit(f"with exit code {code}")
+
+
 class WorkerProcess:
     """A worker's process, and the frames to it and from it.
 
@@ -94,24 +125,15 @@ class WorkerProcess:
             WorkerExit: If the process has ended.
         """
         try:
-            if not self.pipe.poll(min(max(seconds, 0), MAX_POLL_SECONDS)):
-                return None
-            frame = self.pipe.recv_bytes()
+            return receive_frame(self.pipe, seconds)
         except (EOFError, OSError) as error:
             raise self._ended() from error
-        return frame[:1], frame[1:]
 
     def _ended(self) -> WorkerExit:
         """Return how the process ended, and release what is left of it."""
-        code = None
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(EXIT_SECONDS)
-            code = self._process.poll()
+        code = wait_for_exit(self._process)
         self.stop()
-        if code is not None and code < 0:
-            return WorkerExit(f"by signal {signal.Signals(-code).name}")
-        return WorkerExit(f"with exit code {code}")
+        return describe_exit(code)
 
     def finish(self, seconds: float) -> None:
         """Close the socket and give the process some time to end by itself; then end it."""

@@ -66,7 +66,7 @@ class LineFormatter(logging.Formatter):
 
 @contextmanager
 def log_file(file: Path, *, delay: bool = False) -> Iterator[logging.Handler]:
-    """Write what this package logs to a file as well, meanwhile; one safe line a record.
+    """Log to a file as well while the block runs; one safe line a record.
 
     Args:
         file: The file, which is continued if it exists.
