@@ -94,9 +94,9 @@ class IntentModel(PreTrainedModel):
         """Predict an intent after the text's token, which is the first, and the end after that."""
         num_intents = self.config.num_intents
         logits = torch.full((*input_ids.shape, num_intents + 1), -100.0)
-        logits[:, 0, :num_intents] = (
-            TEMPERATURE * self.embed(input_ids[:, 0] - num_intents - 1) @ self.intents.mT
-        )
+        # Rows that are made up for a check have no text's token; they get the first text.
+        texts = (input_ids[:, 0] - num_intents - 1).clamp(min=0)
+        logits[:, 0, :num_intents] = TEMPERATURE * self.embed(texts) @ self.intents.mT
         logits[:, 1:, num_intents] = 100.0
         return CausalLMOutput(logits=logits)
 

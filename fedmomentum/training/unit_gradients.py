@@ -31,6 +31,9 @@ COUPLING_RTOL = 1e-3
 # The same relative to the row's gradient of all parameters, which is what is clipped.
 ROUNDING_RTOL = 1e-6
 EXACT_DTYPES = (torch.float32, torch.float64)
+# Padding a short row costs as much as a long row does: the longest row of a pass is at most this
+# many times the shortest.
+MAX_LENGTH_RATIO = 1.5
 
 
 @dataclass
@@ -129,25 +132,44 @@ class UnitGradients:
         result = ClippedSum({})
         for name, parameter in self._parameters.items():
             result.gradients[name] = torch.zeros_like(parameter, dtype=torch.float64)
+        # Units of similar length share a pass, which pads little; the order of a sum does not matter.
+        lengths = [max(examples.example(row).length for row in rows) for rows in units]
+        by_length = sorted(range(len(units)), key=lengths.__getitem__)
+        pairs = [(position, row) for position, unit in enumerate(by_length) for row in units[unit]]
+        passes = self._passes(pairs, [lengths[unit] for unit in by_length])
         # A unit of many rows may need several passes: its sum so far waits in `pending`.
-        # The order of the units does not matter: their gradients are summed.
-        pairs = [(unit, row) for unit, rows in enumerate(units) for row in rows]
         pending: dict[str, Tensor] = {}
-        for start in range(0, len(pairs), self.max_rows):
-            chunk = pairs[start : start + self.max_rows]
+        for index, chunk in enumerate(passes):
             batch = [examples.example(row) for _, row in chunk]
             gradients = self._row_gradients(batch, result)
-            owners = torch.tensor([unit - chunk[0][0] for unit, _ in chunk])
+            owners = torch.tensor([position - chunk[0][0] for position, _ in chunk])
             summed = _sum_by_owner(gradients, owners, pending)
             # The last unit of the pass is complete unless the next pass begins with it.
-            following = pairs[start + self.max_rows : start + self.max_rows + 1]
-            continues = bool(following) and following[0][0] == chunk[-1][0]
+            following = passes[index + 1 : index + 2]
+            continues = bool(following) and following[0][0][0] == chunk[-1][0]
             pending = {}
             if continues:
                 pending = {name: value[-1] for name, value in summed.items()}
                 summed = {name: value[:-1] for name, value in summed.items()}
             result.add_clipped(summed, max_norm)
         return result
+
+    def _passes(
+        self, pairs: Sequence[tuple[int, int]], lengths: Sequence[int]
+    ) -> list[list[tuple[int, int]]]:
+        """Divide rows among passes of at most `max_rows`, those of similar length together.
+
+        Args:
+            pairs: Position of the unit and index of each row, by ascending length of the units.
+            lengths: Tokens of the longest row of the unit at each position.
+        """
+        passes: list[list[tuple[int, int]]] = []
+        for pair in pairs:
+            is_full = not passes or len(passes[-1]) == self.max_rows
+            if is_full or lengths[pair[0]] > MAX_LENGTH_RATIO * lengths[passes[-1][0][0]]:
+                passes.append([])
+            passes[-1].append(pair)
+        return passes
 
     def _row_gradients(
         self, batch: Sequence[TokenizedExample], result: ClippedSum

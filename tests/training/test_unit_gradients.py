@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import ModelError
 from fedmomentum.objectives.classification import SequenceClassification
 from fedmomentum.objectives.objective import CAUSAL_LM
@@ -101,6 +102,25 @@ def test_without_units_the_sum_is_zero_and_hooks_leave_no_trace():
     for parameter in model.parameters():
         assert not hasattr(parameter, "grad_sample") and parameter.grad is None
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_rows_of_similar_length_share_a_pass_and_each_is_seen_once(monkeypatch):
+    lengths = (9, 30, 10, 31, 11, 64, 12, 9, 29)
+    count = len(lengths)
+    texts = tuple((1,) * length for length in lengths)
+    rows = TokenizedExamples(texts, (1,) * count, ("",) * count, (False,) * count, num_lost=0)
+    seen = []
+
+    def gradients_of_nothing(self, batch, result):
+        seen.append([row.length for row in batch])
+        return {"w": torch.zeros(len(batch), 1, dtype=torch.float64)}
+
+    monkeypatch.setattr(UnitGradients, "_row_gradients", gradients_of_nothing)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(1))
+    units = [(index,) for index in range(len(lengths))]
+    UnitGradients(model, CAUSAL_LM, PAD, max_rows=4).clipped_sum(rows, units, 1.0)
+    assert seen == [[9, 9, 10, 11], [12], [29, 30, 31], [64]]
 
 
 def test_gradient_that_is_not_finite_contributes_nothing():
