@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,25 +70,38 @@ def choose_rates(
 
 def choose_rate(config: Config, method: str, grid: Grid, out: Path) -> dict[str, Any]:
     """Return the method's learning rate by the rule, and every score it was chosen from."""
+
+    def score_of(rate: float) -> float:
+        label = labeled(method, rate)
+        score = _tuning_score(config, label, grid, out)
+        print(f"{out.name} {label}: {score:.4f}", flush=True)
+        return score
+
+    best, scores = search_rates(grid, score_of)
+    return {
+        "chosen": best,
+        grid.score: {f"{rate:g}": scores[rate] for rate in sorted(scores)},
+    }
+
+
+def search_rates(
+    grid: Grid, score_of: Callable[[float], float]
+) -> tuple[float, dict[float, float]]:
+    """Return the best rate of a grid by the rule, and the scores of those that were tried."""
     first, end = grid.start
     scores: dict[float, float] = {}
     sign = -1 if grid.score == "loss" else 1
     while True:
         for rate in grid.rates[first:end]:
             if rate not in scores:
-                label = labeled(method, rate)
-                scores[rate] = _tuning_score(config, label, grid, out)
-                print(f"{out.name} {label}: {scores[rate]:.4f}", flush=True)
+                scores[rate] = score_of(rate)
         best = max(scores, key=lambda rate: (sign * scores[rate], -rate))
         if best == grid.rates[first] and first > 0:
             first -= 1
         elif best == grid.rates[end - 1] and end < len(grid.rates):
             end += 1
         else:
-            return {
-                "chosen": best,
-                grid.score: {f"{rate:g}": scores[rate] for rate in sorted(scores)},
-            }
+            return best, scores
 
 
 def _tuning_score(config: Config, label: str, grid: Grid, out: Path) -> float:

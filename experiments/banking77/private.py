@@ -11,10 +11,10 @@ is 1e-5, the unit one text, and epsilon counts all rounds. `inf` is the same tra
 privacy. Every method is as it is configured by default. The public numbers of texts are theirs,
 rounded down to two digits.
 
-Learning rates are chosen once a method, for private training at epsilon 4 and for the plain one, by
-the accuracy on every other text of the test set with a seed of its own; the scores are those of the
-other texts. Nothing else is tuned, and what choosing them would spend is not counted: they come
-from public data in practice.
+Learning rates are chosen by the rule of tuned_comparison.py, once a method, for private training at
+epsilon 4 and for the plain one, by the accuracy on every other text of the test set with a seed of
+its own; the scores are those of the other texts. Nothing else is tuned, and what choosing them
+would spend is not counted: they come from public data in practice.
 
 One thread. Stopped and started again, it continues with the run that it was in. `--publish` writes
 the scores to results/private.csv; without `--data` only the table of those is printed.
@@ -33,9 +33,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import experiment
 import intents  # makes the model and registers its kind
+from tuned_comparison import Grid, search_rates
 
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
+from fedmomentum.errors import QuorumError
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.run.evaluate import evaluate
 from fedmomentum.run.federated_trainer import FederatedTrainer
@@ -44,7 +46,8 @@ from fedmomentum.utils.process import quiet_libraries
 METHODS = ("fedmomentum", "fedit", "ffalora", "fedsvd", "rolora")
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 SEEDS = (0, 1, 2)
-RATES = (3e-3, 1e-2, 3e-2)
+GRID = Grid(rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), start=(2, 5))
+"""3e-3, 1e-2 and 3e-2 are always tried."""
 TUNING_SEED = 100
 TUNING_EPSILON = 4.0
 PUBLISHED = HERE / "results" / "private.csv"
@@ -69,7 +72,6 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them only")
     parser.add_argument("--epsilons", default=",".join(f"{e:g}" for e in EPSILONS))
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    parser.add_argument("--rates", default=",".join(f"{r:g}" for r in RATES))
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a setting"
     )
@@ -80,9 +82,8 @@ def main() -> int:
         return 0
     data = chosen.data.resolve()
     out = chosen.out.resolve()
-    rates = [float(rate) for rate in chosen.rates.split(",")]
     with quiet_libraries():
-        trials = Trials(data, out, chosen.set, rates)
+        trials = Trials(data, out, chosen.set)
         for method in chosen.methods.split(","):
             for epsilon in map(float, chosen.epsilons.split(",")):
                 for seed in map(int, chosen.seeds.split(",")):
@@ -100,17 +101,13 @@ class Trials:
         data: Banking77's directory.
         out: Where everything goes.
         overrides: Settings that replace those of the experiment.
-        rates: The learning rates to choose from.
     """
 
-    def __init__(
-        self, data: Path, out: Path, overrides: Sequence[str], rates: Sequence[float]
-    ) -> None:
+    def __init__(self, data: Path, out: Path, overrides: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         intents.make(data, out)
         self._halves = divide_test(out)
         self._out = out
-        self._rates = rates
         self._config = apply_overrides(experiment.settings("few", out), [*SETTINGS, *overrides])
         self._file = out / "private.csv"
         self.rows = read_rows(self._file) if self._file.is_file() else []
@@ -123,11 +120,12 @@ class Trials:
     def _best_rate(self, method: str, epsilon: float) -> float:
         """Return the learning rate with the best accuracy on the texts that are set apart."""
         kind = math.inf if math.isinf(epsilon) else TUNING_EPSILON
-        accuracies = {}
-        for rate in self._rates:
-            row = self._measure("tune", method, kind, TUNING_SEED, rate)
-            accuracies[rate] = float(row["accuracy"])
-        return max(accuracies, key=accuracies.__getitem__)
+
+        def accuracy_at(rate: float) -> float:
+            return float(self._measure("tune", method, kind, TUNING_SEED, rate)["accuracy"])
+
+        best, _ = search_rates(GRID, accuracy_at)
+        return best
 
     def _measure(self, kind: str, method: str, epsilon: float, seed: int, rate: float) -> Row:
         """Return the row of a run, which is made if it is not there."""
@@ -142,10 +140,17 @@ class Trials:
             if key.items() <= row.items():
                 return row
         directory = self._out / "runs" / "-".join(key.values())
-        train(settings_of(self._config, method, epsilon, seed, rate), directory)
-        total = evaluate(directory, str(self._halves[kind])).tuned.all.total
-        accuracy = f"{total.exact_match:.4f}"
-        row = {**key, "accuracy": accuracy, "loss": f"{total.loss:.4f}"}
+        try:
+            train(settings_of(self._config, method, epsilon, seed, rate), directory)
+            total = evaluate(directory, str(self._halves[kind])).tuned.all.total
+            scores = {"accuracy": f"{total.exact_match:.4f}", "loss": f"{total.loss:.4f}"}
+        except QuorumError as error:
+            # No client had a usable update: weights or losses that are not finite.
+            if kind != "tune":
+                raise
+            print(error, flush=True)
+            scores = {"accuracy": "0", "loss": "inf"}
+        row = {**key, **scores}
         self.rows.append(row)
         write_rows(self.rows, self._file)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
