@@ -207,43 +207,34 @@ class RoundSums:
             moments = moment_sums.means(_tensors(first), means.num_examples, changes)
         rounding = layout.rounding(_tensors(first), len(first.survivors))
         _warn_of_rounding(server_round, rounding)
-        if not layout.has_second_sum:
-            updates, weights = _named(*layout.stand_ins(means, None))
-            return SummedRound(
-                first.survivors,
-                updates,
-                weights,
-                means.num_examples,
-                trained.attempt,
-                train_loss,
-                rounding,
-                moments=moments,
-            )
-
-        # The cross terms, on the range that the sketch has found.
-        stored = means_object(means)
-        kept = self._kept_sum(first_plan)
-        if kept is not None:
-            stored = kept.means(stored)
-            sent = read_means(stored, f"the outcome of sum {FIRST_SUM} of round {server_round}")
-            means = replace(means, modules=sent.modules)
-        second = self._second_sum(exchange, first_plan, first.survivors, layout, stored)
-        totals = None if second is None else _tensors(second)
-        updates, weights = _named(*layout.stand_ins(means, totals))
-        in_second = [] if second is None else second.survivors
+        totals = None
+        stored = None
         outcomes = {}
-        for client in first.survivors:
-            outcomes[client] = RoundOutcome(
-                server_round=server_round, means=stored.name, in_second_sum=client in in_second
-            )
+        if layout.has_second_sum:
+            # The cross terms, on the range that the sketch has found.
+            stored = means_object(means)
+            kept = self._kept_sum(first_plan)
+            if kept is not None:
+                stored = kept.means(stored)
+                sent = read_means(stored, f"the outcome of sum {FIRST_SUM} of round {server_round}")
+                means = replace(means, modules=sent.modules)
+            second = self._second_sum(exchange, first_plan, first.survivors, layout, stored)
+            totals = None if second is None else _tensors(second)
+            in_second = [] if second is None else second.survivors
+            for client in first.survivors:
+                outcomes[client] = RoundOutcome(
+                    server_round=server_round, means=stored.name, in_second_sum=client in in_second
+                )
+
+        updates, weights = _named(*layout.stand_ins(means, totals))
         return SummedRound(
-            first.survivors,
-            updates,
-            weights,
-            means.num_examples,
-            trained.attempt,
-            train_loss,
-            rounding,
+            clients=first.survivors,
+            updates=updates,
+            weights=weights,
+            num_examples=means.num_examples,
+            attempt=trained.attempt,
+            train_loss=train_loss,
+            rounding=rounding,
             means=stored,
             outcomes=outcomes,
             holders=frozenset(exchange.holders),

@@ -132,7 +132,7 @@ class UnitGradients:
         result = ClippedSum({})
         for name, parameter in self._parameters.items():
             result.gradients[name] = torch.zeros_like(parameter, dtype=torch.float64)
-        # Units of similar length share a pass, which pads little; the order of a sum does not matter.
+        # Units of similar length share a pass, which pads little. The order of a sum is free.
         lengths = [max(examples.example(row).length for row in rows) for rows in units]
         by_length = sorted(range(len(units)), key=lengths.__getitem__)
         pairs = [(position, row) for position, unit in enumerate(by_length) for row in units[unit]]
