@@ -46,7 +46,7 @@ from fedmomentum.utils.process import quiet_libraries
 METHODS = ("fedmomentum", "fedit", "ffalora", "fedsvd", "rolora")
 EPSILONS = (1.0, 2.0, 4.0, 8.0, math.inf)
 SEEDS = (0, 1, 2)
-GRID = Grid(rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), start=(2, 5))
+GRID = Grid(rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), start=(2, 5))
 """3e-3, 1e-2 and 3e-2 are always tried."""
 TUNING_SEED = 100
 TUNING_EPSILON = 4.0
