@@ -16,12 +16,12 @@ epsilon 4 and for the plain one, by the accuracy on every other text of the test
 its own; the scores are those of the other texts. Nothing else is tuned, and what choosing them
 would spend is not counted: they come from public data in practice.
 
-One thread. Stopped and started again, it continues with the run that it was in. `--publish` writes
-the scores to results/private.csv; without `--data` only the table of those is printed.
+One thread, some two minutes a run. Stopped and started again, it continues with the run that it was
+in. The result is one line a run in `--table`, by default results/private.csv: a run that is there is
+not made again, so name a new file to make all. Without `--data` only its scores are printed.
 """
 
 import argparse
-import csv
 import math
 import statistics
 import sys
@@ -33,6 +33,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import experiment
 import intents  # makes the model and registers its kind
+from run_table import Row, RunTable, read_rows
 from tuned_comparison import Grid, search_rates
 
 from fedmomentum.config.schema import Config
@@ -50,7 +51,7 @@ GRID = Grid(rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), start=(2, 5))
 """3e-3, 1e-2 and 3e-2 are always tried."""
 TUNING_SEED = 100
 TUNING_EPSILON = 4.0
-PUBLISHED = HERE / "results" / "private.csv"
+RESULTS = HERE / "results" / "private.csv"
 COLUMNS = ("kind", "method", "epsilon", "seed", "rate", "accuracy", "loss")
 SETTINGS = (
     "training.function=",  # the package's own training, which is private
@@ -60,8 +61,6 @@ SETTINGS = (
     "evaluation.every=0",
     "evaluation.probes=false",
 )
-
-Row = dict[str, str]
 
 
 def main() -> int:
@@ -75,42 +74,41 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a setting"
     )
-    parser.add_argument("--publish", action="store_true", help="write results/private.csv")
+    parser.add_argument("--table", type=Path, default=RESULTS, help="the file of the results")
     chosen = parser.parse_args()
     if chosen.data is None:
-        print(table(read_rows(PUBLISHED)))
+        print(table(read_rows(chosen.table)))
         return 0
     data = chosen.data.resolve()
     out = chosen.out.resolve()
+    runs = RunTable(chosen.table.resolve(), COLUMNS)
     with quiet_libraries():
-        trials = Trials(data, out, chosen.set)
+        trials = Trials(data, out, runs, chosen.set)
         for method in chosen.methods.split(","):
             for epsilon in map(float, chosen.epsilons.split(",")):
                 for seed in map(int, chosen.seeds.split(",")):
                     trials.score(method, epsilon, seed)
-    print(table(trials.rows))
-    if chosen.publish:
-        write_rows(trials.rows, PUBLISHED)
+    print(table(runs.rows))
     return 0
 
 
 class Trials:
-    """The runs under one directory, and a line for each in its `private.csv`.
+    """The runs of the experiment, and a line for each in its table.
 
     Args:
         data: Banking77's directory.
-        out: Where everything goes.
+        out: The directory of the model, the data and the runs.
+        runs: Gets the lines.
         overrides: Settings that replace those of the experiment.
     """
 
-    def __init__(self, data: Path, out: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, data: Path, out: Path, runs: RunTable, overrides: Sequence[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         intents.make(data, out)
         self._halves = divide_test(out)
         self._out = out
+        self._runs = runs
         self._config = apply_overrides(experiment.settings("few", out), [*SETTINGS, *overrides])
-        self._file = out / "private.csv"
-        self.rows = read_rows(self._file) if self._file.is_file() else []
 
     def score(self, method: str, epsilon: float, seed: int) -> None:
         """Make one run of the table, at the learning rate of its method, unless it is there."""
@@ -136,9 +134,9 @@ class Trials:
             "seed": str(seed),
             "rate": f"{rate:g}",
         }
-        for row in self.rows:
-            if key.items() <= row.items():
-                return row
+        row = self._runs.find(key)
+        if row is not None:
+            return row
         directory = self._out / "runs" / "-".join(key.values())
         try:
             train(settings_of(self._config, method, epsilon, seed, rate), directory)
@@ -151,8 +149,7 @@ class Trials:
             print(error, flush=True)
             scores = {"accuracy": "0", "loss": "inf"}
         row = {**key, **scores}
-        self.rows.append(row)
-        write_rows(self.rows, self._file)
+        self._runs.add(row)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         return row
 
@@ -185,20 +182,6 @@ def divide_test(out: Path) -> dict[str, Path]:
 def lines_of(file: Path) -> list[str]:
     """Return the lines of a file that are not empty."""
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line]
-
-
-def write_rows(rows: Sequence[Mapping[str, str]], file: Path) -> None:
-    """Write one line for each run."""
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        lines = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(rows)
-
-
-def read_rows(file: Path) -> list[Row]:
-    """Return what `write_rows` wrote."""
-    with file.open(newline="", encoding="utf-8") as opened:
-        return [dict(row) for row in csv.DictReader(opened)]
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
