@@ -3,9 +3,7 @@
 python experiments/banking77/cells_figures.py     prints it
 """
 
-from figures import RESULTS, chosen_rates, difference, interval, scores
-
-from fedmomentum.results.statistics import estimate_mean
+from figures import RESULTS, chosen_rates, difference, interval, mean_of, scores
 
 OURS = "fedmomentum:split=procrustes;training.optimizer-state=shared"
 THEIRS = "fedexlora:training.optimizer-state=shared"
@@ -32,10 +30,8 @@ def tables() -> str:
         losses = scores(f"cell-{cell}", "loss")
         cells = [title]
         for method in (OURS, THEIRS):
-            exact = estimate_mean(list(table[method].values()))
-            loss = estimate_mean(list(losses[method].values()))
-            assert exact is not None
-            assert loss is not None
+            exact = mean_of(table[method].values())
+            loss = mean_of(losses[method].values())
             cells.append(f"{100 * exact.mean:.1f} ± {100 * (exact.spread or 0):.1f}")
             cells.append(f"{loss.mean:.3f}")
         cells.append(interval(difference(table, OURS, THEIRS)))

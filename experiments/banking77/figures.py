@@ -5,6 +5,7 @@ python experiments/banking77/figures.py            prints the tables, draws resu
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -76,9 +77,12 @@ def curve(name: str, file: str, column: str) -> dict[str, dict[int, float]]:
 
 def difference(table: dict[str, dict[int, float]], method: str, baseline: str) -> MeanEstimate:
     """Estimate the mean difference between two methods, paired by seed."""
-    mean = estimate_mean(
-        [table[method][seed] - table[baseline][seed] for seed in sorted(table[method])]
-    )
+    return mean_of(table[method][seed] - table[baseline][seed] for seed in sorted(table[method]))
+
+
+def mean_of(values: Iterable[float]) -> MeanEstimate:
+    """Estimate the mean of values of which there is at least one."""
+    mean = estimate_mean(list(values))
     assert mean is not None
     return mean
 
@@ -99,9 +103,8 @@ def tables() -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for method in sorted(table, key=lambda m: -sum(table[m].values())):
-            mean = estimate_mean(list(table[method].values()))
-            loss = estimate_mean(list(losses[method].values()))
-            assert mean is not None and loss is not None
+            mean = mean_of(table[method].values())
+            loss = mean_of(losses[method].values())
             pairs = [
                 "" if method == base else interval(difference(table, method, base))
                 for base in BASELINES

@@ -6,14 +6,10 @@ They join the committed lines of methods.py and the five variants of moments.py,
 seeds and the same rule for learning rates. A variant is listed when all of its seeds are there.
 """
 
-from collections.abc import Mapping
-
 import moments
-from figures import RESULTS, TITLES, chosen_rates, curve, difference, interval, scores
+from figures import RESULTS, TITLES, chosen_rates, curve, difference, interval, mean_of, scores
 from moments_figures import SHARED
 from run_table import Row, read_rows
-
-from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
 NAMES = {
     "fedmomentum": "FedMomentum, balanced",
@@ -51,16 +47,16 @@ def tables() -> str:
             "points | cosine | sent, MB |",
             "|---|---|---|---|---|---|---|",
         ]
-        for method in sorted(exact, key=lambda name: -_mean(exact[name]).mean):
-            mean = _mean(exact[method])
+        for method in sorted(exact, key=lambda name: -mean_of(exact[name].values()).mean):
+            mean = mean_of(exact[method].values())
             baseline = "" if method == SHARED else interval(difference(exact, method, SHARED))
             cosines = values["update_cosine"].get(method)
             lines.append(
-                f"| {name_of(method)} | {_mean(values['rate'][method]).mean:g} | "
+                f"| {name_of(method)} | {mean_of(values['rate'][method].values()).mean:g} | "
                 f"{100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f} | "
-                f"{_mean(values['loss'][method]).mean:.3f} | {baseline} | "
-                f"{'–' if cosines is None else f'{_mean(cosines).mean:.2f}'} | "
-                f"{_mean(values['bytes'][method]).mean / 1e6:.0f} |"
+                f"{mean_of(values['loss'][method].values()).mean:.3f} | {baseline} | "
+                f"{'–' if cosines is None else f'{mean_of(cosines.values()).mean:.2f}'} | "
+                f"{mean_of(values['bytes'][method].values()).mean / 1e6:.0f} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -101,12 +97,6 @@ def complete(rows: list[Row]) -> dict[str, dict[int, Row]]:
         if row["kind"] == "score":
             found.setdefault(row["method"], {})[int(row["seed"])] = row
     return {method: by_seed for method, by_seed in found.items() if by_seed.keys() >= SEEDS}
-
-
-def _mean(values: Mapping[int, float]) -> MeanEstimate:
-    estimate = estimate_mean(list(values.values()))
-    assert estimate is not None
-    return estimate
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from figures import RESULTS, chosen_rates, curve, difference, interval, save, scores
+from figures import RESULTS, chosen_rates, curve, difference, interval, mean_of, save, scores
 from matplotlib.ticker import MaxNLocator
-
-from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
 FRESH = "fedmomentum"
 SHARED = "fedmomentum:split=procrustes;training.optimizer-state=shared"
@@ -46,14 +44,14 @@ def tables() -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for method in sorted(table, key=lambda m: -sum(table[m].values())):
-            mean = _mean(list(table[method].values()))
-            loss = _mean(list(losses[method].values()))
-            cosine = _mean(list(cosines[method].values()))
+            mean = mean_of(table[method].values())
+            loss = mean_of(losses[method].values())
+            cosine = mean_of(cosines[method].values())
             pairs = []
             for baseline in (FRESH, SHARED):
                 is_baseline = method == baseline
                 pairs.append("" if is_baseline else interval(difference(table, method, baseline)))
-            megabytes = _mean(list(sent[method].values())).mean / 1e6
+            megabytes = mean_of(sent[method].values()).mean / 1e6
             lines.append(
                 f"| {NAMES[method]} | {chosen[method]:g} | {100 * mean.mean:.1f} ± "
                 f"{100 * (mean.spread or 0):.1f} | {loss.mean:.3f} | {pairs[0]} | {pairs[1]} | "
@@ -61,12 +59,6 @@ def tables() -> str:
             )
         lines.append("")
     return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> MeanEstimate:
-    estimate = estimate_mean(values)
-    assert estimate is not None
-    return estimate
 
 
 def draw() -> None:
