@@ -102,7 +102,8 @@ class PrivateParty:
             ConfigError: See `round_mechanism`.
         """
         mechanism = round_mechanism(terms, hyperparameters, self.public_units)
-        return PrivateSettings(mechanism, self._units)
+        max_rows = self.dp.max_rows or hyperparameters.batch_size
+        return PrivateSettings(mechanism, self._units, max_rows)
 
     def task_hash(self, task: Task, request: TrainRequest) -> str:
         """Return a hash of what a task asks for, whatever objects come with it."""

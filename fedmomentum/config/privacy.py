@@ -41,6 +41,11 @@ class DPConfig:
         "at a client: its number of units as the public knows it, which sets the sample rate and "
         "its weight (default: when its ledger is begun, their number rounded down to two digits)",
     )
+    max_rows: int | None = option(
+        None,
+        "at a client: the most examples in one pass through the model, so that a large batch fits "
+        "into memory; nothing else depends on it (default: training.batch-size)",
+    )
     budget: float | None = option(
         None,
         "at a client: the epsilon that all runs on its data may spend together, at its delta; "
@@ -63,8 +68,10 @@ class DPConfig:
         has_both = self.epsilon is not None and self.noise_multiplier is not None
         wanted = "left out where noise-multiplier is given"
         require(not has_both, f"{key}.epsilon", self.epsilon, wanted)
-        if self.public_units is not None:
-            require_at_least(f"{key}.public-units", self.public_units, 1)
+        for name in ("public_units", "max_rows"):
+            value = getattr(self, name)
+            if value is not None:
+                require_at_least(f"{key}.{name.replace('_', '-')}", value, 1)
         for name in ("unit_column", "ledger"):
             require(getattr(self, name) != "", f"{key}.{name}", "", "a name, or left out")
 

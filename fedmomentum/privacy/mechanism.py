@@ -56,10 +56,12 @@ class PrivateSettings:
     Attributes:
         mechanism: The steps.
         units: The rows of each unit, by index.
+        max_rows: The most rows that go through the model together, however many are drawn.
     """
 
     mechanism: Mechanism
     units: tuple[tuple[int, ...], ...]
+    max_rows: int
 
 
 def group_units(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:

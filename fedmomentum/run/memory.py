@@ -181,6 +181,25 @@ def moment_bytes(config: Config, trained: int) -> int:
     return 8 * trained
 
 
+def rows_of_pass(config: Config) -> int:
+    """Return how many examples of a training step go through the model together."""
+    dp = config.privacy.dp
+    if dp is None or dp.max_rows is None:
+        return config.training.batch_size
+    return min(dp.max_rows, config.training.batch_size)
+
+
+def private_bytes(config: Config, trained: int) -> int:
+    """Return what the gradients of single examples take, and their sum in float64."""
+    dp = config.privacy.dp
+    if dp is None:
+        return 0
+    # Those of several rows are summed in float64.
+    is_summed = dp.unit_column is not None or config.training.objective == "dpo"
+    itemsize = 12 if is_summed else 4
+    return trained * (itemsize * rows_of_pass(config) + 8)
+
+
 def estimate(
     config: Config,
     sizes: BaseSizes,
@@ -207,6 +226,7 @@ def estimate(
     branch = branch_bytes(sizes, place, server.update)
     live = weights + 4 * trained
     training = max(steps[0], 12 * trained) + moment_bytes(config, trained)
+    training += private_bytes(config, trained)
     # A layer is made in its new form beside its old one.
     one_layer = sizes.largest * (place.stored_dtype.itemsize + 4)
     model = MemoryUse(
@@ -273,7 +293,7 @@ def simulate_steps(
         place: How the model is held.
         longest: Tokens of the longest example, and of the longest answer.
     """
-    rows = config.training.batch_size
+    rows = rows_of_pass(config)
     if config.training.objective == "dpo":
         rows *= 2  # both answers of a pair
     length, positions = longest

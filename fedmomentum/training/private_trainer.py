@@ -25,7 +25,8 @@ LOG = logging.getLogger("fedmomentum")
 
 ARGUMENTS_WITHOUT_PRIVACY = {
     "dataloader_drop_last": "the examples of a step are drawn at random",
-    "gradient_accumulation_steps": "set training.batch-size to the examples of a step",
+    "gradient_accumulation_steps": "set training.batch-size to the examples of a step, and "
+    "privacy.dp.max-rows to those of a pass",
     "gradient_checkpointing": "the gradient of each example needs a plain forward pass",
     "gradient_checkpointing_kwargs": "the gradient of each example needs a plain forward pass",
     "max_grad_norm": "the gradient of each unit is clipped to privacy.dp.max-grad-norm instead",

@@ -234,8 +234,7 @@ def _new_trainer(
         options["model"].wrapped_model,
         objective,
         pad_token_id,
-        # Rows that go through the model together, however many are drawn.
-        max_rows=max(1, round(private.mechanism.expected_batch)),
+        max_rows=private.max_rows,
         label_smoothing=arguments.label_smoothing_factor,
     )
     with gradients.hooked():

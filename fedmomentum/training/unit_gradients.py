@@ -56,12 +56,13 @@ class ClippedSum:
         """Add gradients of units, each clipped to a norm over all of its parameters.
 
         Args:
-            units: Gradients of shape `(units, ...)` by parameter, in float64.
+            units: Gradients of shape `(units, ...)` by parameter.
             max_norm: The norm.
         """
+        # In float64, but one parameter at a time: they are the most that a pass takes of memory.
         squares: Any = 0
         for gradient in units.values():
-            squares = squares + gradient.flatten(1).square().sum(dim=1)
+            squares = squares + gradient.flatten(1).double().square().sum(dim=1)
         norms = squares.sqrt()
         factors = (max_norm / norms).clamp(max=1.0)
         # A gradient that is not finite has no direction to clip: nothing of it may be added.
@@ -69,7 +70,7 @@ class ClippedSum:
         self.num_unusable += int((~usable).sum())
         factors = factors[usable]
         for name, gradient in units.items():
-            self.gradients[name] += torch.tensordot(factors, gradient[usable], dims=1)
+            self.gradients[name] += torch.tensordot(factors, gradient[usable].double(), dims=1)
 
 
 @dataclass
@@ -202,8 +203,9 @@ class UnitGradients:
                 of_rows = parameter.new_zeros(num_rows, *parameter.shape)
             if not isinstance(of_rows, Tensor) or len(of_rows) != num_rows:
                 raise _coupled(name)
-            by_pass = of_rows.double().unflatten(0, (num_rows // len(batch), len(batch)))
-            gradients[name] = by_pass.sum(dim=0)
+            if num_rows > len(batch):
+                of_rows = of_rows.double().unflatten(0, (-1, len(batch))).sum(dim=0)
+            gradients[name] = of_rows
         return gradients
 
     def check_rows_are_independent(self) -> None:
@@ -233,11 +235,11 @@ class UnitGradients:
         together = self._row_gradients(rows, unused)
         for index, row in enumerate(rows):
             alone = self._row_gradients([row], unused)
-            norms = {name: gradient[0].norm() for name, gradient in alone.items()}
+            norms = {name: gradient[0].double().norm() for name, gradient in alone.items()}
             # Where a layer's gradient nearly cancels, what is left of it is rounding.
             rounding = ROUNDING_RTOL * torch.stack(list(norms.values())).norm()
             for name, gradient in alone.items():
-                difference = (gradient[0] - together[name][index]).norm()
+                difference = (gradient[0].double() - together[name][index].double()).norm()
                 if not difference <= COUPLING_RTOL * norms[name] + rounding:
                     raise _coupled(name)
 
@@ -287,12 +289,14 @@ def check_layers(model: nn.Module) -> None:
 def _sum_by_owner(
     gradients: Mapping[str, Tensor], owners: Tensor, pending: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Sum the gradients of rows by unit; what is pending belongs to the first."""
+    """Sum the gradients of rows by unit, in float64; what is pending belongs to the first."""
     num_units = int(owners[-1]) + 1
+    if num_units == len(owners) and not pending:
+        return dict(gradients)  # each row is a unit
     result = {}
     for name, gradient in gradients.items():
-        summed = gradient.new_zeros(num_units, *gradient.shape[1:])
-        summed.index_add_(0, owners.to(gradient.device), gradient)
+        summed = gradient.new_zeros(num_units, *gradient.shape[1:], dtype=torch.float64)
+        summed.index_add_(0, owners.to(gradient.device), gradient.double())
         if pending:
             summed[0] += pending[name]
         result[name] = summed

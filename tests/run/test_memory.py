@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmomentum import FederatedTrainer
 from fedmomentum.base_model.loading import load_base
+from fedmomentum.config.privacy import DPConfig, PrivacyConfig
 from fedmomentum.config.toml import from_dict, to_toml
 from fedmomentum.run import memory
 from fedmomentum.run.outline import outline_model
@@ -115,6 +116,17 @@ def test_a_plan_needs_no_weights_and_no_gpu(base, tmp_path, monkeypatch):
     without, _ = FederatedTrainer(bare, tmp_path / "run").plan()
     assert replace(without, model="") == replace(with_weights, model="")
     assert with_weights.device_memory is None and with_weights.memory_bytes > memory.LIBRARIES
+
+    dp = DPConfig(noise_multiplier=1.0, public_units=100)
+    private = [replace(dp, max_rows=rows) for rows in (None, 2)]
+    private_plans = []
+    for settings in private:
+        config = replace(bare, privacy=PrivacyConfig(dp=settings))
+        private_plans.append(FederatedTrainer(config, tmp_path / "run").plan()[0].host_memory)
+    # The gradient of each row of a pass is kept.
+    assert private_plans[0].training > without.host_memory.training
+    assert private_plans[0].training > private_plans[1].training
+    assert private_plans[0].evaluating == without.host_memory.evaluating
 
     on_gpu = replace(bare, model=replace(bare.model, device="cuda:7"))
     plan, _ = FederatedTrainer(on_gpu, tmp_path / "run").plan()

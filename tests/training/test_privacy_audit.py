@@ -72,7 +72,9 @@ def audit(tmp_path, num_canaries, mechanism, guessed=0.2):
         0,
     )
     model = OneTokenModel(num_canaries)
-    settings = PrivateSettings(mechanism, group_units(rows.units))
+    settings = PrivateSettings(
+        mechanism, group_units(rows.units), max_rows=max(1, round(mechanism.expected_batch))
+    )
     ledger = Ledger(tmp_path / "site.json", "site", "example", Budget(None, DELTA))
     ledger.begin(num_canaries)
     with ledger.training("0" * 64, "run", 1, mechanism, "0" * 64) as training:

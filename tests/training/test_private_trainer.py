@@ -17,8 +17,8 @@ from tests.training.test_unit_gradients import UNITS, formula
 NO_NOISE = 1e-12
 
 
-def settings_of(*, noise=NO_NOISE, rate=1.0, steps=1, norm=0.5, batch=4.0):
-    return PrivateSettings(Mechanism(noise, rate, steps, norm, batch), UNITS)
+def settings_of(*, noise=NO_NOISE, rate=1.0, steps=1, norm=0.5, batch=4.0, max_rows=4):
+    return PrivateSettings(Mechanism(noise, rate, steps, norm, batch), UNITS, max_rows)
 
 
 def changes(model, settings, *, lr=1.0, optim="sgd", seed=3, **options):
@@ -45,6 +45,22 @@ def test_a_step_divides_the_clipped_sum_by_the_expected_batch():
     assert report.learning_rate_sum == 1.0
     for name, change in moved.items():
         torch.testing.assert_close(change, -wanted[name] / 3.0, atol=2e-6, rtol=1e-3)
+
+
+def test_no_more_rows_than_wanted_go_through_the_model_together():
+    model, sizes = lora_model(), []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: sizes.append(len(kwargs["input_ids"])),
+        with_kwargs=True,
+    )
+    moved, _ = changes(model, settings_of(max_rows=2))
+    num_rows = sum(len(unit) for unit in UNITS)
+    # Before the step, two made-up rows are compared with each of them alone.
+    assert sizes[:3] == [2, 1, 1]
+    assert max(sizes[3:]) == 2 and sum(sizes[3:]) == num_rows
+    wanted, _ = changes(lora_model(), settings_of(max_rows=num_rows))
+    for name, change in moved.items():
+        torch.testing.assert_close(change, wanted[name], atol=2e-6, rtol=1e-3)
 
 
 def test_empty_batch_still_gets_noise_of_the_right_size():
