@@ -136,7 +136,9 @@ class UnitGradients:
         # Units of similar length share a pass, which pads little. The order of a sum is free.
         lengths = [max(examples.example(row).length for row in rows) for rows in units]
         by_length = sorted(range(len(units)), key=lengths.__getitem__)
-        pairs = [(position, row) for position, unit in enumerate(by_length) for row in units[unit]]
+        pairs: list[tuple[int, int]] = []
+        for position, unit in enumerate(by_length):
+            pairs.extend((position, row) for row in units[unit])
         passes = self._passes(pairs, [lengths[unit] for unit in by_length])
         # A unit of many rows may need several passes: its sum so far waits in `pending`.
         pending: dict[str, Tensor] = {}
