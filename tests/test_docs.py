@@ -507,6 +507,9 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     published = classifier.read_scores(classifier.PUBLISHED)
     assert len(published) == len(METHODS)
     assert classifier.table(published) in text
+    private = importlib.import_module("private_figures")
+    for table in private.tables(private.read_rows(private.TABLE)).split("\n\n"):
+        assert table in (ROOT / "docs" / "privacy.md").read_text()
     cells = importlib.import_module("cells_figures").tables().strip()
     assert cells.count("\n") > 1 and cells in text
     monkeypatch.syspath_prepend(ROOT / "experiments" / "smollm2")

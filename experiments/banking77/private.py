@@ -18,14 +18,13 @@ would spend is not counted: they come from public data in practice.
 
 One thread, some two minutes a run. Stopped and started again, it continues with the run that it was
 in. The result is one line a run in `--table`, by default results/private.csv: a run that is there is
-not made again, so name a new file to make all. Without `--data` only its scores are printed.
+not made again, so name a new file to make all. private_figures.py makes tables and figure.
 """
 
 import argparse
 import math
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import experiment
 import intents  # makes the model and registers its kind
-from run_table import Row, RunTable, read_rows
+from run_table import Row, RunTable
 from tuned_comparison import Grid, search_rates
 
 from fedmomentum.config.schema import Config
@@ -66,7 +65,9 @@ SETTINGS = (
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", type=Path, help="Banking77's directory: train.csv and test.csv")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Banking77's directory: train.csv and test.csv"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/banking77-private"))
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them only")
     parser.add_argument("--epsilons", default=",".join(f"{e:g}" for e in EPSILONS))
@@ -76,9 +77,6 @@ def main() -> int:
     )
     parser.add_argument("--table", type=Path, default=RESULTS, help="the file of the results")
     chosen = parser.parse_args()
-    if chosen.data is None:
-        print(table(read_rows(chosen.table)))
-        return 0
     data = chosen.data.resolve()
     out = chosen.out.resolve()
     runs = RunTable(chosen.table.resolve(), COLUMNS)
@@ -88,7 +86,6 @@ def main() -> int:
             for epsilon in map(float, chosen.epsilons.split(",")):
                 for seed in map(int, chosen.seeds.split(",")):
                     trials.score(method, epsilon, seed)
-    print(table(runs.rows))
     return 0
 
 
@@ -182,29 +179,6 @@ def divide_test(out: Path) -> dict[str, Path]:
 def lines_of(file: Path) -> list[str]:
     """Return the lines of a file that are not empty."""
     return [line for line in file.read_text(encoding="utf-8").splitlines() if line]
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return the accuracies as Markdown: a line for each method, a column for each epsilon."""
-    scores = [row for row in rows if row["kind"] == "score"]
-    epsilons = sorted({row["epsilon"] for row in scores}, key=float)
-    lines = [f"| method | {' | '.join(f'epsilon {epsilon}' for epsilon in epsilons)} |"]
-    lines.append("|---|" + "---|" * len(epsilons))
-    for method in dict.fromkeys(row["method"] for row in scores):
-        cells = list(_cells([row for row in scores if row["method"] == method], epsilons))
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cells(rows: Sequence[Mapping[str, str]], epsilons: Sequence[str]) -> Iterator[str]:
-    """Yield a method's mean accuracy and its standard deviation over the seeds, in %."""
-    for epsilon in epsilons:
-        values = [100 * float(row["accuracy"]) for row in rows if row["epsilon"] == epsilon]
-        if not values:
-            yield ""
-            continue
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        yield f"{statistics.mean(values):.1f}{spread} ({len(values)})"
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def private_warnings(config: Config, method: Method) -> list[str]:
     if "BA" in factors:
         warnings.append(
             f"{SETTING}: {method.title or type(method).__name__} trains both factors, and the "
-            "noise of both multiplies; FedSVD (method.name = fedsvd) trains B against an "
-            "orthonormal A"
+            "noise of both multiplies; at a small epsilon FedSVD (method.name = fedsvd), which "
+            "trains B against an orthonormal A, was more accurate (docs/privacy.md)"
         )
     return warnings

@@ -88,18 +88,28 @@ def test_a_run_that_diverges_counts_as_the_worst(script, tmp_path):
 
 
 def test_accuracies_against_epsilon_are_those_of_the_scores(script):
-    private = script("private")
+    figures = script("private_figures")
     rows = []
-    for kind, epsilon, seed, accuracy in (
-        ("tune", "4", 100, 0.9),
-        ("score", "inf", 0, 0.7),
-        ("score", "2", 0, 0.5),
-        ("score", "2", 1, 0.6),
+    for kind, method, epsilon, seed, accuracy in (
+        ("tune", "fedsvd", "4", 100, 0.9),
+        ("score", "fedsvd", "inf", 0, 0.7),
+        ("score", "fedsvd", "inf", 1, 0.7),
+        ("score", "fedsvd", "2", 0, 0.5),
+        ("score", "fedsvd", "2", 1, 0.6),
+        ("score", "fedmomentum", "2", 0, 0.4),
+        ("score", "fedmomentum", "2", 1, 0.5),
+        ("score", "fedmomentum", "inf", 0, 0.8),
+        ("score", "fedmomentum", "inf", 1, 0.8),
     ):
-        row = dict(kind=kind, method="fedsvd", epsilon=epsilon, seed=str(seed))
+        row = dict(kind=kind, method=method, epsilon=epsilon, seed=str(seed))
         rows.append(row | {"rate": "0.01", "accuracy": str(accuracy), "loss": "1.0"})
-    assert private.table(rows).splitlines() == [
-        "| method | epsilon 2 | epsilon inf |",
+    assert figures.tables(rows).splitlines() == [
+        "| accuracy, % | ε = 2 | no privacy |",
         "|---|---|---|",
-        "| fedsvd | 55.0 ± 7.1 (2) | 70.0 (1) |",
+        "| FedSVD | 55.0 ± 7.1 | 70.0 ± 0.0 |",
+        "| FedMomentum | 45.0 ± 7.1 | 80.0 ± 0.0 |",
+        "",
+        "| to FedMomentum, points | ε = 2 | no privacy |",
+        "|---|---|---|",
+        "| FedSVD | +10.0 [+10.0, +10.0] | -10.0 [-10.0, -10.0] |",
     ]
