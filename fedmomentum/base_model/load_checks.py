@@ -157,6 +157,13 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
     with translate_library_errors(what, {}), torch.no_grad():
         logits = compute_logits(model, torch.stack([row, other_row]))[:, :-1].float()
     if not bool(logits.isfinite().all()):
+        # Weights that are too large for the dtype have become Inf; NaN was in the files.
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and bool(parameter.float().isnan().any()):
+                raise ModelError(
+                    f"the weight of {name.removesuffix('.weight')} in {directory} holds NaN or "
+                    "Inf; download the model again"
+                )
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
             f"the model in {directory} computes NaN or Inf in {dtype}; its weights are damaged, or "
