@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Row = dict[str, str]
@@ -23,13 +23,10 @@ class RunTable:
 
     def find(self, key: Mapping[str, str]) -> Row | None:
         """Return the line with these values; None if there is none."""
-        return next(self.matching(key), None)
-
-    def matching(self, key: Mapping[str, str]) -> Iterator[Row]:
-        """Yield the lines with these values."""
         for row in self.rows:
             if key.items() <= row.items():
-                yield row
+                return row
+        return None
 
     def add(self, row: Row) -> None:
         """Add a line, and write the file."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from fedmomentum.config.schema import Config
 from fedmomentum.errors import QuorumError
+from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.report import write_comparison_page
 from fedmomentum.results.comparison import Comparison
 from fedmomentum.run import compare
@@ -145,6 +146,26 @@ def last_scores(folder: Path) -> dict[str, float]:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     scores: dict[str, float] = last["evaluation"]["total"]
     return scores
+
+
+def mean_measures(rounds: Sequence[RoundRecord], names: Sequence[str]) -> dict[str, float]:
+    """Return the mean over the rounds of each measure; one that no round has is left out.
+
+    Args:
+        rounds: The records of a run.
+        names: `retained_energy`, or fields of the diagnostics.
+    """
+    means = {}
+    for name in names:
+        values = []
+        for record in rounds:
+            source = record if name == "retained_energy" else record.diagnostics
+            value = getattr(source, name, None)
+            if value is not None:
+                values.append(value)
+        if values:
+            means[name] = statistics.mean(values)
+    return means
 
 
 def compare_at(

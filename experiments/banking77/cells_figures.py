@@ -3,7 +3,7 @@
 python experiments/banking77/cells_figures.py     prints it
 """
 
-from figures import RESULTS, chosen_rates, difference, interval, mean_of, scores
+from figures import RESULTS, chosen_rates, difference, interval, mean_of, percent, scores
 
 OURS = "fedmomentum:split=procrustes;training.optimizer-state=shared"
 THEIRS = "fedexlora:training.optimizer-state=shared"
@@ -32,7 +32,7 @@ def tables() -> str:
         for method in (OURS, THEIRS):
             exact = mean_of(table[method].values())
             loss = mean_of(losses[method].values())
-            cells.append(f"{100 * exact.mean:.1f} ± {100 * (exact.spread or 0):.1f}")
+            cells.append(percent(exact))
             cells.append(f"{loss.mean:.3f}")
         cells.append(interval(difference(table, OURS, THEIRS)))
         rates = chosen_rates(f"cell-{cell}")

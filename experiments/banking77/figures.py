@@ -111,12 +111,16 @@ def tables() -> str:
             ]
             megabytes = sum(sent[method].values()) / len(sent[method]) / 1e6
             lines.append(
-                f"| {NAMES[method]} | {chosen[method]:g} | {100 * mean.mean:.1f} ± "
-                f"{100 * (mean.spread or 0):.1f} | "
+                f"| {NAMES[method]} | {chosen[method]:g} | {percent(mean)} | "
                 f"{loss.mean:.3f} | {pairs[0]} | {pairs[1]} | {megabytes:.0f} |"
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def percent(mean: MeanEstimate) -> str:
+    """Format a mean and its standard deviation, in %."""
+    return f"{100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f}"
 
 
 def interval(mean: MeanEstimate) -> str:

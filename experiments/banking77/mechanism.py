@@ -11,8 +11,11 @@ import argparse
 import csv
 import math
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 
@@ -20,6 +23,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from figures import RESULTS, curve, method_of, scores, use_style
 from moments_figures import FRESH, NAMES
+from tuned_comparison import mean_measures  # in the directory above
 
 from fedmomentum.results.comparison import read_comparison
 from fedmomentum.results.method_run import MethodRun
@@ -96,14 +100,6 @@ def collect(directory: Path) -> list[Run]:
 def _measure(setting: str, method_run: MethodRun) -> Run:
     """Return the scores of a run, and the means of its measures."""
     (run,) = method_run.runs
-    values: dict[str, list[float]] = {measure: [] for measure in MEASURES}
-    for record in run.rounds:
-        table = {"retained_energy": record.retained_energy}
-        if record.diagnostics is not None:
-            table |= {key: getattr(record.diagnostics, key) for key in MEASURES if key not in table}
-        for measure, value in table.items():
-            if value is not None:
-                values[measure].append(value)
     assert method_run.exact_match is not None and method_run.loss is not None
     return Run(
         setting,
@@ -111,7 +107,7 @@ def _measure(setting: str, method_run: MethodRun) -> Run:
         method_run.seed,
         method_run.exact_match,
         method_run.loss,
-        **{measure: statistics.mean(numbers) for measure, numbers in values.items()},
+        **mean_measures(run.rounds, list(MEASURES)),
     )
 
 

@@ -28,7 +28,7 @@ import experiment
 import intents  # makes the model and registers its kind
 import moments
 from run_table import Row, RunTable
-from tuned_comparison import TUNING_SEEDS, labeled, run_all, search_rates
+from tuned_comparison import TUNING_SEEDS, labeled, mean_measures, run_all, search_rates
 
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
@@ -45,7 +45,7 @@ VARIANTS = (
     *FRESH_ONLY,
     *SHARING,
 )
-MEASURES = ("update_cosine", "client_drift", "update_norm")
+MEASURES = ("retained_energy", "update_cosine", "client_drift", "update_norm")
 COLUMNS = (
     "kind",
     "method",
@@ -54,7 +54,6 @@ COLUMNS = (
     "exact_match",
     "loss",
     "bytes",
-    "retained_energy",
     *MEASURES,
 )
 RESULTS = HERE / "results"
@@ -142,14 +141,9 @@ def measures(run: RunResults) -> Row:
         "loss": repr(combined.loss),
         "bytes": repr(combined.points[-1].num_bytes),
     }
-    energies = [point.retained_energy for point in combined.points]
-    columns: dict[str, list[float | None]] = {"retained_energy": list(energies)}
+    means = mean_measures(run.rounds, MEASURES)
     for name in MEASURES:
-        diagnostics = [record.diagnostics for record in run.rounds]
-        columns[name] = [getattr(one, name) for one in diagnostics if one is not None]
-    for name, column in columns.items():
-        values = [value for value in column if value is not None]
-        row[name] = repr(statistics.mean(values)) if values else ""
+        row[name] = repr(means[name]) if name in means else ""
     return row
 
 

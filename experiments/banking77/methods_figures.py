@@ -7,7 +7,17 @@ seeds and the same rule for learning rates. A variant is listed when all of its 
 """
 
 import moments
-from figures import RESULTS, TITLES, chosen_rates, curve, difference, interval, mean_of, scores
+from figures import (
+    RESULTS,
+    TITLES,
+    chosen_rates,
+    curve,
+    difference,
+    interval,
+    mean_of,
+    percent,
+    scores,
+)
 from moments_figures import SHARED
 from run_table import Row, read_rows
 
@@ -53,7 +63,7 @@ def tables() -> str:
             cosines = values["update_cosine"].get(method)
             lines.append(
                 f"| {name_of(method)} | {mean_of(values['rate'][method].values()).mean:g} | "
-                f"{100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f} | "
+                f"{percent(mean)} | "
                 f"{mean_of(values['loss'][method].values()).mean:.3f} | {baseline} | "
                 f"{'–' if cosines is None else f'{mean_of(cosines.values()).mean:.2f}'} | "
                 f"{mean_of(values['bytes'][method].values()).mean / 1e6:.0f} |"

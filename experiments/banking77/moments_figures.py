@@ -7,7 +7,17 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from figures import RESULTS, chosen_rates, curve, difference, interval, mean_of, save, scores
+from figures import (
+    RESULTS,
+    chosen_rates,
+    curve,
+    difference,
+    interval,
+    mean_of,
+    percent,
+    save,
+    scores,
+)
 from matplotlib.ticker import MaxNLocator
 
 FRESH = "fedmomentum"
@@ -53,8 +63,8 @@ def tables() -> str:
                 pairs.append("" if is_baseline else interval(difference(table, method, baseline)))
             megabytes = mean_of(sent[method].values()).mean / 1e6
             lines.append(
-                f"| {NAMES[method]} | {chosen[method]:g} | {100 * mean.mean:.1f} ± "
-                f"{100 * (mean.spread or 0):.1f} | {loss.mean:.3f} | {pairs[0]} | {pairs[1]} | "
+                f"| {NAMES[method]} | {chosen[method]:g} | {percent(mean)} | "
+                f"{loss.mean:.3f} | {pairs[0]} | {pairs[1]} | "
                 f"{cosine.mean:.2f} | {megabytes:.0f} |"
             )
         lines.append("")

@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from figures import RESULTS, difference, interval, mean_of, use_style
+from figures import RESULTS, difference, interval, mean_of, percent, use_style
 from methods_figures import NAMES
 from run_table import Row, read_rows
 
@@ -45,7 +45,7 @@ def _table(by_epsilon: Accuracies, methods: Sequence[str]) -> str:
         cells = [_name(method)]
         for by_method in by_epsilon.values():
             mean = mean_of(by_method[method].values())
-            cells.append(f"{100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f}")
+            cells.append(percent(mean))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

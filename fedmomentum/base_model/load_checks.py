@@ -157,17 +157,9 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
     with translate_library_errors(what, {}), torch.no_grad():
         logits = compute_logits(model, torch.stack([row, other_row]))[:, :-1].float()
     if not bool(logits.isfinite().all()):
-        # Weights that are too large for the dtype have become Inf; NaN was in the files.
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and bool(parameter.float().isnan().any()):
-                raise ModelError(
-                    f"the weight of {name.removesuffix('.weight')} in {directory} holds NaN or "
-                    "Inf; download the model again"
-                )
         dtype = str(model.dtype).removeprefix("torch.")
         raise ModelError(
-            f"the model in {directory} computes NaN or Inf in {dtype}; its weights are damaged, or "
-            "too large for this dtype (try bfloat16 or float32)"
+            f"the model in {directory} computes NaN or Inf in {dtype}; {_why_not_finite(model)}"
         )
     difference = float((logits[0] - logits[1]).abs().max())
     tolerance = CAUSALITY_TOL * torch.finfo(model.dtype).eps * float(logits.abs().max())
@@ -177,6 +169,16 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
             f"logits for earlier ones (by {difference:.2g}). Encoders and embedding models cannot "
             'be trained here, except as classifiers: model.task = "sequence-classification"'
         )
+
+
+def _why_not_finite(model: PreTrainedModel) -> str:
+    """Name the first weight that holds NaN, or say what else may be the reason."""
+    for name, parameter in model.named_parameters():
+        # Weights that are too large for the dtype have become Inf; NaN was in the files.
+        if parameter.is_floating_point() and bool(parameter.float().isnan().any()):
+            module = name.removesuffix(".weight")
+            return f"the weight of {module} in it holds NaN or Inf; download the model again"
+    return "its weights are damaged, or too large for this dtype (try bfloat16 or float32)"
 
 
 # ── sizes ─────────────────────────────────────────────────────────────────────────────────────────

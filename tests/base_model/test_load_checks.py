@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_refused(base):
     with pytest.raises(ModelError, match=f"weight of {MODULE} .*holds NaN or Inf"):
         held_weight(base)
     change_tensors(base, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
-    with pytest.raises(ModelError, match="weight of (lm_head|model.*q_proj) .*holds NaN or Inf"):
+    with pytest.raises(ModelError, match="computes NaN or Inf"):
         load(base)
 
 
