@@ -7,8 +7,9 @@ all architectures run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,15 @@ class Skeleton:
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # Even random weights that need no memory are drawn from the global generator.
-        with torch.random.fork_rng(devices=[]), mode:
+        with torch.random.fork_rng(devices=[]), _without_memory(mode):
             model = make(dtype).eval()
         return cls(model, lambda other: cls.of(make, other), mode)
 
-    def active(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def active(self) -> Iterator[None]:
         """Have new tensors, within the block, be without memory too."""
-        mode: AbstractContextManager[Any] = self._mode
-        return mode
+        with _without_memory(self._mode):
+            yield
 
 
 def load_skeleton(directory: Path, labels: Sequence[str] = (), attention: str = "auto") -> Skeleton:
@@ -85,3 +87,16 @@ def load_skeleton(directory: Path, labels: Sequence[str] = (), attention: str = 
 
     # In 16 bits, in which the kernels of experts are traced.
     return Skeleton.of(make, torch.bfloat16)
+
+
+@contextmanager
+def _without_memory(mode: Any) -> Iterator[None]:
+    """Enter torch's mode; what fails in it is raised, and not logged with its traceback as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with mode:
+            yield
+    finally:
+        logger.disabled = was_disabled
