@@ -32,7 +32,10 @@ METHODS = (
     "flora",
 )
 SEEDS = tuple(range(8, 16))
-GRID = Grid(rates=(1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1), start=(3, 6))
+GRID = Grid(
+    rates=(1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1, 1.7e-1, 3e-1),
+    start=(3, 6),
+)
 """5.2e-3, 1e-2 and 1.7e-2 are always tried."""
 
 
