@@ -25,6 +25,7 @@ import intents  # makes the model and registers its kind
 import moments
 import trials
 
+from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
 from fedmomentum.utils.process import quiet_libraries
 
@@ -60,11 +61,20 @@ def main() -> int:
     os.chdir(HERE)  # `intents:train` is imported from the working directory
     with quiet_libraries():
         intents.make(data, out)
+        if options.reproduce:
+            name, method, seed = experiment.parse_run(options.reproduce)
+            table = tables / f"cell-{name}.csv"
+            return trials.reproduce(settings(name, out), method, seed, out / "reproduced", table)
         for name in [options.only] if options.only else list(CELLS):
-            base_setting, changes = CELLS[name]
-            config = apply_overrides(experiment.settings(base_setting, out), list(changes))
+            config = settings(name, out)
             trials.tune_and_score(config, methods, SEEDS, out / name, tables / f"cell-{name}.csv")
     return 0
+
+
+def settings(name: str, out: Path) -> Config:
+    """Return the settings of a cell, with the model and the data in `out`."""
+    base_setting, changes = CELLS[name]
+    return apply_overrides(experiment.settings(base_setting, out), list(changes))
 
 
 if __name__ == "__main__":

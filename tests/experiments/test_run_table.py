@@ -174,3 +174,36 @@ def test_accuracies_against_epsilon_are_those_of_the_scores(script):
         "|---|---|---|",
         "| FedSVD | +10.0 [+10.0, +10.0] | -10.0 [-10.0, -10.0] |",
     ]
+
+
+def test_a_committed_run_is_repeated_and_compared(script, monkeypatch, tmp_path, capsys):
+    trials, run_table = script("trials"), script("run_table")
+    config = tiny_config(tmp_path)
+    file = tmp_path / "methods-few.csv"
+    table = run_table.RunTable(file, trials.COLUMNS)
+    row = trials.Trials(config, table, tmp_path / "runs").run("score", "fedit", 1, 0.01)
+
+    def repeat(out):
+        capsys.readouterr()
+        return trials.reproduce(config, "fedit", 1, tmp_path / out, file)
+
+    assert repeat("same") == 0
+    assert f"loss: committed {row['loss']}, here {row['loss']}" in capsys.readouterr().out
+    table.rows[0]["loss"] = "9.5"
+    table.add({**row, "seed": "2"})
+    assert repeat("other") == 1
+    assert "loss: committed 9.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no committed run of fedit with seed 3"):
+        trials.reproduce(config, "fedit", 3, tmp_path / "none", file)
+
+
+@pytest.mark.parametrize("text", ["few", "few:8", "few:fedit", "few:fedit:x"])
+def test_a_run_is_named_by_setting_method_and_seed(script, text):
+    experiment = script("experiment")
+    assert experiment.parse_run("2:fedmomentum:split=balanced:7") == (
+        "2",
+        "fedmomentum:split=balanced",
+        7,
+    )
+    with pytest.raises(SystemExit, match="SETTING:METHOD:SEED"):
+        experiment.parse_run(text)
