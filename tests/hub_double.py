@@ -127,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(Request(self.command, path, host, login, body))
         status = self.hub.next_failure(self.command, path)
         if status is not None:
-            said = f"not now, {login}" if self.hub.echoes else "not now"
-            return self.refuse(status, said)
+            message = f"not now, {login}" if self.hub.echoes else "not now"
+            return self.refuse(status, message)
         for pattern, method, answer in ROUTES:
             matched = re.fullmatch(pattern, path)
             if matched and method in (self.command, "GET" if self.command == "HEAD" else ""):

@@ -57,9 +57,9 @@ def test_every_task_is_made_read_and_asked(tmp_path):
             (data / name / f"{split}.json").write_text(json.dumps([row] * 3))
     with gzip.open(data / "humaneval" / "HumanEval.jsonl.gz", "wt") as file:
         file.write(json.dumps({**PROGRAM, "task_id": "a/0", "canonical_solution": ""}) + "\n")
-    made = make_tasks(data, tmp_path / "out")
-    assert [line.partition(":")[0] for line in made] == list(TASKS)
-    assert made[0] == "gsm8k: 6 train, 6 test"
+    lines = make_tasks(data, tmp_path / "out")
+    assert [line.partition(":")[0] for line in lines] == list(TASKS)
+    assert lines[0] == "gsm8k: 6 train, 6 test"
     for name in TASKS:
         task = make_task(read_task(tmp_path / "out", name))
         task.build_all_requests()

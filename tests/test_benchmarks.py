@@ -74,8 +74,10 @@ def test_one_that_fails_is_named_and_the_others_run(runner, tmp_path, monkeypatc
     scripts["good"].write_text(WRITES.format(folder=str(BENCHMARKS)))
     console = Console(record=True, width=150)
     assert runner.run_all(scripts, tmp_path / "bench", console) == ["broken", "silent"]
-    told = console.export_text()
-    assert "broken failed" in told and "silent failed" in told and "1 of 2 targets met" in told
+    output = console.export_text()
+    assert (
+        "broken failed" in output and "silent failed" in output and "1 of 2 targets met" in output
+    )
     written = json.loads((tmp_path / "bench" / "all.json").read_text())
     assert [(t["benchmark"], t["name"], t["met"]) for t in written["targets"]] == [
         ("good", "speed", True),
@@ -202,14 +204,16 @@ def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_
     }
     assert all(row["error"] < 1e-6 for row in measured["modules"])
     for row in measured["rounds"]:
-        mine = [
+        own_shapes = [
             one
             for one in measured["modules"]
             if (one["rank"], one["input"]) == (row["rank"], row["input"])
         ]
-        assert sum(one["count"] for one in mine) == 7
+        assert sum(one["count"] for one in own_shapes) == 7
         for side in ("device", "cpu", "published"):
-            assert row[side] == pytest.approx(32 * sum(one["count"] * one[side] for one in mine))
+            assert row[side] == pytest.approx(
+                32 * sum(one["count"] * one[side] for one in own_shapes)
+            )
         assert row["whole"] > 0
 
 
@@ -261,9 +265,9 @@ def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monke
     # are reserved
     left = re.fullmatch(r"it would take about 4000 s, and (\d+) s were left for it", reason)
     assert left and 800 < int(left[1]) <= 940
-    told = importing("gpu_tables").tables(written | {"training": []})
-    assert f"Not measured: training, large: {reason}." in told
-    assert "Failed: training, broken: RuntimeError: out of memory." in told
+    text = importing("gpu_tables").tables(written | {"training": []})
+    assert f"Not measured: training, large: {reason}." in text
+    assert "Failed: training, broken: RuntimeError: out of memory." in text
 
 
 def test_what_the_gpu_benchmark_shares(importing):

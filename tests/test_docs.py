@@ -98,12 +98,12 @@ def test_commands_and_their_options_exist(page):
 
 
 def test_the_readme_tells_of_every_command():
-    told = set(
+    documented_commands = set(
         re.findall(
             r"^\| `fedmomentum (\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE
         )
     )
-    assert told == set(typer.main.get_command(app).commands)
+    assert documented_commands == set(typer.main.get_command(app).commands)
 
 
 def test_the_generated_parts_of_the_architecture_are_new(monkeypatch):
@@ -140,8 +140,8 @@ def test_toml_is_accepted(page):
         table = tomllib.loads(text)
         if not table.get("data"):
             table["data"] = {"source": "data.jsonl"}
-        made = from_dict(table)
-        check_arguments(made.training.arguments)
+        config = from_dict(table)
+        check_arguments(config.training.arguments)
 
 
 def toy_adapter(seed: int, rank: int, alpha: float, base: str = "toy") -> Adapter:
@@ -231,13 +231,13 @@ def test_the_added_method_is_new_and_obeys_the_contract(median):
 
 
 def test_the_added_method_withstands_a_client_gone_astray(median):
-    near = [toy_adapter(0, 4, 4.0)] * 4
-    astray = toy_adapter(10, 4, 4e6)
+    honest = [toy_adapter(0, 4, 4.0)] * 4
+    outlier = toy_adapter(10, 4, 4e6)
     for method, moved in ((median, False), (METHODS["fedit"](), True)):
-        result = aggregate_adapters([*near, astray], method=method, scaling=1.0)
+        result = aggregate_adapters([*honest, outlier], method=method, scaling=1.0)
         for module in result.adapter.modules:
             assert (
-                relative_error(result.adapter.effective(module), near[0].effective(module)) > 1
+                relative_error(result.adapter.effective(module), honest[0].effective(module)) > 1
             ) is moved
 
 
@@ -252,9 +252,9 @@ def test_the_added_method_runs(median, tmp_path, monkeypatch):
 
 
 def test_declarations_in_the_docs_are_those_of_a_method():
-    told = documented(ROOT / "docs" / "adding-a-method.md")
+    names = documented(ROOT / "docs" / "adding-a-method.md")
     declared = {name for name in vars(Method) if not name.startswith("_")}
-    assert declared <= {name.partition("(")[0] for name in told}
+    assert declared <= {name.partition("(")[0] for name in names}
 
 
 def test_the_table_of_methods_is_what_they_declare():
@@ -370,8 +370,8 @@ def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
     base = tiny_llama(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     names = run_notebook("quickstart.ipynb", base, monkeypatch)
-    told = capsys.readouterr().out
-    assert "Rounds: 3" in told and "tuned:" in told and "Exact match:" in told
+    output = capsys.readouterr().out
+    assert "Rounds: 3" in output and "tuned:" in output and "Exact match:" in output
     assert (tmp_path / "runs" / "office" / "report.html").is_file()
     assert (tmp_path / "office-merged" / "config.json").is_file()
     for module, residual in names["result"].residual.items():
@@ -382,8 +382,8 @@ def test_the_notebook_on_combining_runs(tmp_path, monkeypatch, capsys):
     base = tiny_llama(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     names = run_notebook("combining.ipynb", base, monkeypatch)
-    told = capsys.readouterr().out
-    assert told.count(": kept ") == 3 and "both:" in told and "north: loss" in told
+    output = capsys.readouterr().out
+    assert output.count(": kept ") == 3 and "both:" in output and "north: loss" in output
     # Ranks 8 and 4, and an adapter of both that leaves nothing out.
     north, south = names["adapters"]
     tolerance = TOLERANCE[torch.float32]
@@ -394,8 +394,8 @@ def test_the_notebook_on_combining_runs(tmp_path, monkeypatch, capsys):
         found = 2 * names["whole"].adapter.effective(module).dense()
         assert float((found - wanted).norm() / wanted.norm()) < tolerance
         # What of rank 8 is left out is in the residual.
-        rest = names["result"]
-        both = rest.adapter.effective(module).dense() + rest.residual[module].dense()
+        result = names["result"]
+        both = result.adapter.effective(module).dense() + result.residual[module].dense()
         assert float((2 * both - wanted).norm() / wanted.norm()) < tolerance
 
 
@@ -449,7 +449,7 @@ def keys_of(value, named_by_user: set[str]) -> set[str]:
 
 
 def test_every_metric_is_documented(run_folder):
-    told = documented(ROOT / "docs" / "metrics.md")
+    documented_keys = documented(ROOT / "docs" / "metrics.md")
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
     assert rows[2]["carried_norm"] > 0
@@ -460,7 +460,7 @@ def test_every_metric_is_documented(run_folder):
     written |= keys_of(Score(0.5, 2, 2, 1, by_label=counts).to_json(), set(counts))
     # What a run without secure aggregation does not withhold.
     written |= msgspec.to_builtins(SUMS_ONLY).keys()
-    assert written == told
+    assert written == documented_keys
 
 
 def test_the_tables_of_metrics_are_those_of_the_record(monkeypatch):
@@ -471,10 +471,10 @@ def test_the_tables_of_metrics_are_those_of_the_record(monkeypatch):
 
 def test_every_manifest_key_and_file_is_documented(run_folder):
     page = ROOT / "docs" / "file-formats.md"
-    told = documented(page)
+    documented_keys = documented(page)
     manifest = json.loads((run_folder / "rounds" / "0002.json").read_text())
     for table in (manifest, manifest["base"], manifest["run"]):
-        assert table.keys() <= told
+        assert table.keys() <= documented_keys
     assert (
         manifest.keys() - {"run", "sizes", "sha256"}
         == GlobalModel.load(run_folder).manifest().keys()
@@ -490,10 +490,10 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
 def test_every_field_of_the_wire_is_documented():
     from fedmomentum.protocol import messages
 
-    told = documented(ROOT / "docs" / "file-formats.md")
+    documented_fields = documented(ROOT / "docs" / "file-formats.md")
     for kind in vars(messages).values():
         if isinstance(kind, type) and issubclass(kind, Schema):
-            assert set(kind.__struct_fields__) <= told, kind
+            assert set(kind.__struct_fields__) <= documented_fields, kind
 
 
 def test_the_results_are_those_of_the_committed_runs(monkeypatch):

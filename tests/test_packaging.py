@@ -154,9 +154,9 @@ def test_what_is_shipped_is_there_and_is_listed():
 
 
 def test_copies_are_whole_and_replace_nothing(tmp_path):
-    made = copy_package_files(tmp_path / "here", [])
-    assert [file.name for file in made] == [Path(name).name for name in SHIPPED]
-    for file, name in zip(made, SHIPPED, strict=True):
+    copies = copy_package_files(tmp_path / "here", [])
+    assert [file.name for file in copies] == [Path(name).name for name in SHIPPED]
+    for file, name in zip(copies, SHIPPED, strict=True):
         assert file.read_bytes() == (PACKAGE / name).read_bytes()
     with pytest.raises(ConfigError, match="default.toml is there already"):
         copy_package_files(tmp_path / "here", [])

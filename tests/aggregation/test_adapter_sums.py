@@ -212,8 +212,8 @@ def test_what_is_said_of_rounding_is_what_integers_take(max_change):
     changes = [b.name for b in blocks if b.name != "examples" and not b.name.startswith("sketch")]
     error = sum(float((exact[n] - torch.from_numpy(decoded[n])).square().sum()) for n in changes)
     norm = sum(float(exact[n].square().sum()) for n in changes)
-    said = layout.rounding({n: torch.from_numpy(v) for n, v in decoded.items()}, len(own))
-    assert said == pytest.approx((error / norm) ** 0.5, rel=0.15)
+    reported = layout.rounding({n: torch.from_numpy(v) for n, v in decoded.items()}, len(own))
+    assert reported == pytest.approx((error / norm) ** 0.5, rel=0.15)
 
 
 def test_where_rounding_takes_everything_it_says_all():
@@ -226,9 +226,9 @@ def test_where_rounding_takes_everything_it_says_all():
 def test_what_is_beyond_the_bounds_is_refused():
     start = start_adapter()
     layout = make_layout(start)
-    far = layout.moves(trained_adapter(start, "north", size=30 * CHANGE), 400, {})
+    too_large = layout.moves(trained_adapter(start, "north", size=30 * CHANGE), 400, {})
     with pytest.raises(DataError, match="block '.*' of this party's update has an element of size"):
-        encode(layout.first_values(far), layout.first_blocks(), 4)
+        encode(layout.first_values(too_large), layout.first_blocks(), 4)
     for count in (0, 501):
         with pytest.raises(DataError, match=f"has {count} examples, and .* count 1 to 500") as e:
             layout.moves(trained_adapter(start, "north"), count, {})

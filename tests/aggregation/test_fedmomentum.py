@@ -112,10 +112,10 @@ def test_procrustes_leaves_clients_that_agree_where_they_are():
 @pytest.mark.parametrize("with_start", [True, False])
 def test_spare_directions_of_procrustes_can_train(with_start):
     """Two directions at rank 5: three combinations of rows are zero in B, and none is in A."""
-    thin = random_matrix(40, 30, 2)
+    rank_two = random_matrix(40, 30, 2)
     start = random_matrix(40, 30, 5, seed=9)
-    updates = [LowRank(torch.cat([thin.B, 0 * start.B[:, :3]], 1), start.A.clone())]
-    updates[0].A[:2] = thin.A
+    updates = [LowRank(torch.cat([rank_two.B, 0 * start.B[:, :3]], 1), start.A.clone())]
+    updates[0].A[:2] = rank_two.A
     result = aggregate(
         FedMomentum(split="procrustes"),
         updates,
@@ -124,7 +124,7 @@ def test_spare_directions_of_procrustes_can_train(with_start):
         reference=start if with_start else None,
     )
     B, A = result.adapter.B, result.adapter.A
-    assert error(B @ A, thin.dense()) < 1e-10
+    assert error(B @ A, rank_two.dense()) < 1e-10
     assert float(torch.linalg.svdvals(A)[-1]) > 1e-3
     # The gradient of B is G A^T: of full rank for any G of full rank.
     assert int(torch.linalg.matrix_rank(B)) == 2
@@ -168,9 +168,9 @@ def test_energy_bounds_what_is_applied_and_carries_the_rest():
 def test_the_carried_tail_enters_the_next_sum():
     updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
     first = aggregate(FedMomentum(energy=0.5), updates, weights, rank=4)
-    later = clients((60, 50), (4,) * 5, seed=7)
-    second = aggregate(FedMomentum(), later, weights, rank=4, carried=first.carried)
-    wanted = dense_sum(later, weights) + first.carried.dense()
+    next_updates = clients((60, 50), (4,) * 5, seed=7)
+    second = aggregate(FedMomentum(), next_updates, weights, rank=4, carried=first.carried)
+    wanted = dense_sum(next_updates, weights) + first.carried.dense()
     assert error(parts(second.adapter, second.residual), wanted) < 1e-10 and second.carried is None
 
 
@@ -208,11 +208,11 @@ def parts(*matrices):
     ],
 )
 def test_nothing_is_lost_over_rounds(method):
-    due, got = 0, 0
+    expected, got = 0, 0
     for _, updates, weights, carried, result in rounds_of(method):
-        due = dense_sum(updates, weights) + parts(carried)
+        expected = dense_sum(updates, weights) + parts(carried)
         got = parts(result.adapter, result.residual, result.carried)
-        assert error(got, due) < 1e-10
+        assert error(got, expected) < 1e-10
 
 
 def test_merging_every_third_round_waits_outside_the_sums():

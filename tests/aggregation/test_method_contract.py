@@ -68,7 +68,7 @@ momentum = pytest.mark.parametrize("method", MOMENTUM, ids=repr)
 REFERENCE = random_matrix(40, 30, 4, seed=77)
 
 
-def whole(result) -> torch.Tensor:
+def reconstructed(result) -> torch.Tensor:
     """What an aggregate says the sum is."""
     parts = [result.adapter, result.residual, result.carried]
     return sum(to_dense(part.to(torch.float64)) for part in parts if part is not None)
@@ -76,10 +76,10 @@ def whole(result) -> torch.Tensor:
 
 def lost(result, wanted: torch.Tensor) -> tuple[float, float]:
     """The norm of what an aggregate left out, and what it tells of it, both relative to the sum."""
-    told = math.sqrt(result.findings.get("dropped_energy", 0.0)) / float(
+    reported = math.sqrt(result.findings.get("dropped_energy", 0.0)) / float(
         torch.linalg.matrix_norm(wanted)
     )
-    return error(whole(result), wanted), told
+    return error(reconstructed(result), wanted), reported
 
 
 def float_tolerance(method, dtype) -> float:
@@ -142,7 +142,7 @@ def test_law_1_nothing_is_lost(method, out, in_, rank, num, seed, server_round):
     updates = legal(method, clients((out, in_), (rank,) * num, seed=seed), None, server_round)
     weights = some_weights(num, seed)
     result = aggregate(method, updates, weights, rank=rank, server_round=server_round)
-    assert error(whole(result), dense_sum(updates, weights)) < 10 * float_tolerance(
+    assert error(reconstructed(result), dense_sum(updates, weights)) < 10 * float_tolerance(
         method, torch.float64
     )
     assert result.findings.get("dropped_energy", 0.0) == pytest.approx(0, abs=1e-20)
@@ -155,19 +155,19 @@ def test_law_1_what_is_lost_is_told(method, server_round):
     result = aggregate(
         method, updates, weights, rank=4, reference=REFERENCE, server_round=server_round
     )
-    is_lost, told = lost(result, dense_sum(updates, weights))
-    assert is_lost > 0.05 and told == pytest.approx(is_lost, rel=1e-9)
+    is_lost, reported = lost(result, dense_sum(updates, weights))
+    assert is_lost > 0.05 and reported == pytest.approx(is_lost, rel=1e-9)
 
 
 @every
 def test_law_2_one_client_gives_itself_back(method):
     (update,) = legal(method, clients(ranks=(4,)), REFERENCE)
     result = aggregate(method, [update], torch.ones(1), rank=4, reference=REFERENCE)
-    is_lost, told = lost(result, update.dense())
+    is_lost, reported = lost(result, update.dense())
     if method.exact or not hasattr(method, "energy"):
         assert is_lost < float_tolerance(method, torch.float64)
     else:  # it cuts even one client's product, by no more than it says
-        assert is_lost == pytest.approx(told, abs=1e-9) and told**2 <= 1 - method.energy
+        assert is_lost == pytest.approx(reported, abs=1e-9) and reported**2 <= 1 - method.energy
     if method.sent_factors(1):  # others start afresh
         assert error(result.adapter.dense(), update.dense()) < float_tolerance(
             method, torch.float64
@@ -178,8 +178,8 @@ def test_law_2_one_client_gives_itself_back(method):
 def test_law_2_clients_that_agree_get_what_they_agree_on(method):
     updates = legal(method, clients(ranks=(4,)), REFERENCE) * 3
     result = aggregate(method, updates, some_weights(3), rank=4, reference=REFERENCE)
-    is_lost, told = lost(result, updates[0].dense())
-    assert is_lost == pytest.approx(told, abs=1e-9)
+    is_lost, reported = lost(result, updates[0].dense())
+    assert is_lost == pytest.approx(reported, abs=1e-9)
     if method.sent_factors(1):
         assert error(result.adapter.dense(), updates[0].dense()) < float_tolerance(
             method, torch.float64
@@ -209,7 +209,7 @@ def test_law_2_order_of_clients_does_not_matter(method, server_round):
             seed=1,
         )
         wanted = result if wanted is None else wanted
-        assert error(whole(result), whole(wanted)) < tolerance
+        assert error(reconstructed(result), reconstructed(wanted)) < tolerance
         if method.sent_factors(1):
             assert error(result.adapter.dense(), wanted.adapter.dense()) < tolerance
         else:
@@ -229,7 +229,9 @@ def test_law_3_rank_dtype_and_shape_are_as_asked(method, dtype):
             )
     assert result.adapter.rank == 4
     if method.exact:
-        assert error(whole(result), dense_sum(updates, weights)) < float_tolerance(method, wanted)
+        assert error(reconstructed(result), dense_sum(updates, weights)) < float_tolerance(
+            method, wanted
+        )
 
 
 @unequal
@@ -239,8 +241,8 @@ def test_unequal_ranks_and_sums_of_full_rank(method, ranks):
     for rank in (1, 4, 30):
         result = aggregate(method, updates, weights, rank=rank)
         assert result.adapter.rank == rank
-        is_lost, told = lost(result, dense_sum(updates, weights))
-        assert told == pytest.approx(is_lost, abs=1e-9) if not method.exact else told < 1e-9
+        is_lost, reported = lost(result, dense_sum(updates, weights))
+        assert reported == pytest.approx(is_lost, abs=1e-9) if not method.exact else reported < 1e-9
         if method.exact:
             assert is_lost < float_tolerance(method, torch.float64)
 
@@ -285,7 +287,7 @@ def test_the_adapter_is_the_best_of_its_rank(method, condition, dtype):
     found = torch.linalg.matrix_norm(wanted - result.adapter.B.double() @ result.adapter.A.double())
     assert found <= 1.0001 * least + 1e-6 * torch.linalg.matrix_norm(wanted)
     if method.exact:
-        assert error(whole(result), wanted) < float_tolerance(method, dtype)
+        assert error(reconstructed(result), wanted) < float_tolerance(method, dtype)
 
 
 @momentum
@@ -327,8 +329,8 @@ def test_law_3_no_dead_direction(method, filled):
     """Where the sum has a lower rank, the spare directions are alive in A, zero in B, and off the kept rows."""
     reference = random_matrix(40, 30, 4, seed=9)
     if method.trained_factors(1) == "B":
-        thin = random_matrix(40, 4, filled) if filled else zeros((40, 4), dtype=torch.float64)
-        update = LowRank(thin.dense(), reference.A)
+        factor = random_matrix(40, 4, filled) if filled else zeros((40, 4), dtype=torch.float64)
+        update = LowRank(factor.dense(), reference.A)
     else:
         update = random_matrix(40, 30, filled) if filled else zeros((40, 30), dtype=torch.float64)
     result = aggregate(
@@ -343,7 +345,7 @@ def test_law_3_no_dead_direction(method, filled):
     if filled == 0:
         assert float(off.norm()) < 1e-9 * float(A.norm())
     assert (
-        error(whole(result) + 1e-30, update.dense() + 1e-30)
+        error(reconstructed(result) + 1e-30, update.dense() + 1e-30)
         < float_tolerance(method, torch.float64)
         or filled == 0
     )
@@ -360,18 +362,18 @@ def test_law_3_spare_rows_without_a_reference_are_at_loras_scale(method):
 @best_of_both
 def test_singular_values_at_round_off_are_spare_and_their_energy_is_not_lost(method):
     update = random_matrix(40, 30, 1)
-    whisper = random_matrix(40, 30, 1, seed=4).scaled(1e-9)
-    noisy = LowRank(torch.cat([update.B, whisper.B], 1), torch.cat([update.A, whisper.A], 0))
+    tiny = random_matrix(40, 30, 1, seed=4).scaled(1e-9)
+    noisy = LowRank(torch.cat([update.B, tiny.B], 1), torch.cat([update.A, tiny.A], 0))
     result = aggregate(method, [noisy], torch.ones(1), rank=2)
     # One direction of two, whatever the rotation between the factors; both are alive in A.
     largest, smallest = torch.linalg.svdvals(result.adapter.B).tolist()
     assert smallest < 1e-14 * largest
     assert float(torch.linalg.svdvals(result.adapter.A)[-1]) > 1e-3
-    is_lost, told = lost(result, noisy.dense())
+    is_lost, reported = lost(result, noisy.dense())
     assert (
         is_lost < float_tolerance(method, torch.float64)
         if method.exact
-        else told == pytest.approx(is_lost, rel=1e-5)
+        else reported == pytest.approx(is_lost, rel=1e-5)
     )
 
 
@@ -402,12 +404,12 @@ def test_bad_input_is_refused_by_name(method):
 def test_a_factor_that_should_be_frozen_and_is_not_is_refused(method, server_round):
     updates = legal(method, clients(ranks=(4, 4)), REFERENCE, server_round)
     (frozen,) = set("BA") - set(method.trained_factors(server_round))
-    strayed = LowRank(updates[1].B.clone(), updates[1].A.clone())
-    getattr(strayed, frozen)[0, 0] += 1e-12
+    altered = LowRank(updates[1].B.clone(), updates[1].A.clone())
+    getattr(altered, frozen)[0, 0] += 1e-12
     with pytest.raises(
         ValueError, match=f"update 1 has another factor {frozen} than update 0; .* {method.title}"
     ):
-        aggregate(method, [updates[0], strayed], some_weights(2), rank=4, server_round=server_round)
+        aggregate(method, [updates[0], altered], some_weights(2), rank=4, server_round=server_round)
 
 
 @every

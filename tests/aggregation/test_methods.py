@@ -45,7 +45,7 @@ EYE = torch.eye(4, dtype=torch.float64)
 
 def adapters(*, sharing: str = "", scalings=SCALINGS, ranks=(4, 4, 4), seed=0) -> list[Adapter]:
     """Whole adapters of two modules in float64; `sharing` names the factor that is the same for all."""
-    made = []
+    created = []
     for i, (scaling, rank) in enumerate(zip(scalings, ranks, strict=True)):
         modules = {}
         for number, shape in enumerate([(40, 30), (20, 50)]):
@@ -54,8 +54,8 @@ def adapters(*, sharing: str = "", scalings=SCALINGS, ranks=(4, 4, 4), seed=0) -
             modules[f"m{number}"] = LowRank(
                 first.B if "B" in sharing else own.B, first.A if "A" in sharing else own.A
             )
-        made.append(Adapter(modules, dict.fromkeys(modules, scaling), name=f"client {i}"))
-    return made
+        created.append(Adapter(modules, dict.fromkeys(modules, scaling), name=f"client {i}"))
+    return created
 
 
 def effective(result, module: str) -> torch.Tensor:
@@ -124,9 +124,9 @@ def test_one_client_gets_itself_back_in_another_scaling(method):
     (given,) = adapters(scalings=(0.5,), ranks=(4,))
     result = aggregate_adapters([given], method=method, scaling=3.0)
     for module in given.modules:
-        told = 3.0**2 * result.findings[module].get("dropped_energy", 0.0)
+        reported = 3.0**2 * result.findings[module].get("dropped_energy", 0.0)
         lost = effective(result, module) - given.effective(module).dense()
-        assert float(lost.square().sum()) == pytest.approx(told, abs=1e-20)
+        assert float(lost.square().sum()) == pytest.approx(reported, abs=1e-20)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_fedrot_undoes_a_rotation_and_only_the_hard_one_undoes_a_reflection(
     assert error(hard.B, reference.B) < 1e-10 and error(hard.A, reference.A) < 1e-10
     assert (error(full.B, reference.B) < 1e-10) is proper
     # nothing among many rotations comes nearer, and a soft turn lies between
-    far = [
+    distances = [
         error(
             getattr(FedRotLoRA(strength=s).rotate(update, reference, server_round), factor),
             getattr(reference, factor),
@@ -501,11 +501,14 @@ def test_fedrot_undoes_a_rotation_and_only_the_hard_one_undoes_a_reflection(
         for s in (0, 0.25, 0.5, 0.75, 1)
     ]
     if proper:
-        assert far == sorted(far, reverse=True) and far[0] > far[2] > far[4]
+        assert (
+            distances == sorted(distances, reverse=True)
+            and distances[0] > distances[2] > distances[4]
+        )
     for seed in range(30):
         Q = rotation(4, seed)
         other = LowRank(update.B @ Q, Q.mT @ update.A)
-        assert far[4] <= error(getattr(other, factor), getattr(reference, factor)) + 1e-12
+        assert distances[4] <= error(getattr(other, factor), getattr(reference, factor)) + 1e-12
 
 
 def test_fedrot_of_strength_zero_or_without_a_reference_is_fedit():

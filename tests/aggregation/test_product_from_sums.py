@@ -173,9 +173,9 @@ def test_feedback_returns_and_stays_bounded_at_half_participation():
     for number in range(60):
         start = factors(federation.draw)
         counts = {c: 10 for c in clients[number % 2 :: 2]}
-        forgetful = Federation(number, RANK)
-        forgetful.round(start, counts, list(counts), number)
-        lost += forgetful.missing()
+        without_feedback = Federation(number, RANK)
+        without_feedback.round(start, counts, list(counts), number)
+        lost += without_feedback.missing()
         federation.round(start, counts, list(counts), number)
         kept.append(float(federation.missing().norm()))
     assert max(kept[30:]) < 1.5 * max(kept[:30])
@@ -259,9 +259,13 @@ def test_unequal_ranks_are_refused():
 
 
 def test_the_sketch_is_the_same_everywhere_and_another_for_each_module_and_seed():
-    made = [sketch_matrix("q", 5, 2, 1), sketch_matrix("k", 5, 2, 1), sketch_matrix("q", 5, 2, 2)]
-    assert torch.equal(made[0], sketch_matrix("q", 5, 2, 1))
-    assert len({float(omega.sum()) for omega in made}) == 3
+    sketches = [
+        sketch_matrix("q", 5, 2, 1),
+        sketch_matrix("k", 5, 2, 1),
+        sketch_matrix("q", 5, 2, 2),
+    ]
+    assert torch.equal(sketches[0], sketch_matrix("q", 5, 2, 1))
+    assert len({float(omega.sum()) for omega in sketches}) == 3
 
 
 # ── methods ──
@@ -295,10 +299,10 @@ def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
     second = None
     if method.trained_factors(round_number) == "BA":
         second = sum(second_terms(move, mean) for move in moves)
-    made, made_weights = stand_ins(*combine_sums(start, mean, second))
+    mean_updates, mean_weights = stand_ins(*combine_sums(start, mean, second))
     # a factor that is not trained is the one that all have, to the bit
     got = method.aggregate(
-        ClientUpdates(legal(method, made, start, round_number), made_weights), context
+        ClientUpdates(legal(method, mean_updates, start, round_number), mean_weights), context
     )
     differ = [
         float((to_dense(a) - to_dense(b)).norm()) if a is not None else 0.0
@@ -320,11 +324,11 @@ def test_stand_ins_have_the_mean_factors_and_the_mean_product(width):
     draw = torch.Generator().manual_seed(12)
     mean, cross = factors(draw), factors(draw, rank=width)
     updates, weights = stand_ins(mean, cross)
-    made = ClientUpdates(updates, weights)
+    client_updates = ClientUpdates(updates, weights)
     assert {u.rank for u in updates} == {RANK} and abs(float(weights.sum()) - 1) < 1e-12
-    assert torch.allclose(made.mean_factors().B, mean.B, atol=1e-10)
-    assert torch.allclose(made.mean_factors().A, mean.A, atol=1e-10)
-    assert close(effective(made.sum()), effective(mean) + effective(cross))
+    assert torch.allclose(client_updates.mean_factors().B, mean.B, atol=1e-10)
+    assert torch.allclose(client_updates.mean_factors().A, mean.A, atol=1e-10)
+    assert close(effective(client_updates.sum()), effective(mean) + effective(cross))
     with pytest.raises(ValueError, match="do not hold a cross term"):
         stand_ins(mean, factors(draw), 0)
     more = ClientUpdates(*stand_ins(mean, cross, 4))

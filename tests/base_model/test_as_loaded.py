@@ -192,8 +192,8 @@ def test_output_and_gradient_are_those_of_one_dense_weight(
     (wanted * probe).sum().backward()
     tolerance = 0.012 if dtype != torch.float32 or count > 1 else 1e-5
     assert output.dtype == x.grad.dtype == dtype
-    apart = output.detach().float() - wanted.detach()
-    assert float(apart.norm() / wanted.detach().norm()) < tolerance
+    deviation = output.detach().float() - wanted.detach()
+    assert float(deviation.norm() / wanted.detach().norm()) < tolerance
     assert float((x.grad.float() - reference.grad).norm() / reference.grad.norm()) < tolerance
 
 

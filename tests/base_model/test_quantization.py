@@ -94,14 +94,14 @@ def test_dequantized_weights_are_bitsandbytes_own(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_directory_that_is_quantized_already_loads_as_what_it_is(folder, tmp_path, kind):
     path = saved(folder, kind, tmp_path / kind)
-    made = dict(quantized_layers(load(folder, kind)))
+    quantized = dict(quantized_layers(load(folder, kind)))
     model = load_base(path, torch.bfloat16, CPU)
     stored = dict(quantized_layers(model))
     others = [p for p in model.parameters() if p.ndim == 1 or p.shape[0] == 100]
     assert len(others) == 7 and all(parameter.dtype == torch.bfloat16 for parameter in others)
-    assert made.keys() == stored.keys()
-    for module in made:
-        assert torch.equal(dequantize(made[module]), dequantize(stored[module]))
+    assert quantized.keys() == stored.keys()
+    for module in quantized:
+        assert torch.equal(dequantize(quantized[module]), dequantize(stored[module]))
     # Its hash is of the codes; what is stored needs no word of how it was made.
     assert identify("base", path).sha256 != identify("base", folder).sha256
     with pytest.raises(

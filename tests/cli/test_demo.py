@@ -32,9 +32,9 @@ def test_with_all_installed_it_is_the_default_job(call, calls, monkeypatch, tmp_
     monkeypatch.setattr(demo, "missing_downloads", list)
     code, out, err = call("demo", "--out", tmp_path / "first")
     assert (code, out, err) == (0, "", "")
-    (made,) = calls
-    assert made[0] == "run" and made[2] == tmp_path / "first"
-    assert made[1].name == "default.toml" and made[1].is_file()
+    (command,) = calls
+    assert command[0] == "run" and command[2] == tmp_path / "first"
+    assert command[1].name == "default.toml" and command[1].is_file()
 
 
 def test_nothing_is_downloaded_unasked(call, calls, bare, tmp_path):

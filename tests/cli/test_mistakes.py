@@ -41,7 +41,7 @@ def adapters(folder):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("training.learning-rate=nan", "training.learning-rate must be a finite number; got nan"),
         ("training.learning-rate=inf", "training.learning-rate must be a finite number; got inf"),
@@ -84,14 +84,14 @@ def adapters(folder):
         ("data.client-files=5", "data.client-files must be of type dict; got 5"),
     ],
 )
-def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, told):
+def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, message):
     code, _, err = call("run", job, setting, "--out", tmp_path / "out")
-    assert code == 2 and told in err.replace("\n", " ") and "Traceback" not in err, err
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
     assert len(err) < 600 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--rank", "0"], "--rank must be at least 1; got 0"),
         (["--rank", "-2"], "--rank must be at least 1; got -2"),
@@ -107,9 +107,9 @@ def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, told):
         (["--weights", ""], "--weights must be numbers separated by commas"),
     ],
 )
-def test_zero_is_a_number_and_no_default(adapters, tmp_path, call, words, told):
+def test_zero_is_a_number_and_no_default(adapters, tmp_path, call, words, message):
     code, _, err = call("aggregate", *adapters, *words, "--out", tmp_path / "out")
-    assert code == 2 and told in err.replace("\n", " ") and "Traceback" not in err, err
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, mo
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "message"),
     [
         (
             OSError(28, "No space left on device", "/x"),
@@ -244,13 +244,13 @@ def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, mo
         (ModelError("a sentence"), "a sentence"),
     ],
 )
-def test_lack_of_means_is_no_traceback(job, tmp_path, call, monkeypatch, raised, told):
+def test_lack_of_means_is_no_traceback(job, tmp_path, call, monkeypatch, raised, message):
     def fail(*_, **__):
         raise raised
 
     monkeypatch.setattr("fedmomentum.run.setup.load_data", fail)
     code, _, err = call("run", job, "--out", tmp_path / "out")
-    assert code == 2 and err.startswith(f"fedmomentum: {told}") and "Traceback" not in err
+    assert code == 2 and err.startswith(f"fedmomentum: {message}") and "Traceback" not in err
 
 
 def test_a_defect_is_not_hidden(job, tmp_path, call, monkeypatch):
@@ -270,9 +270,9 @@ ODD = "my runs; touch oops & $(x) 'quoted'"
 def commands_in(text):
     found = []
     for line in text.splitlines():
-        _, is_there, rest = line.partition("fedmomentum ")
+        _, is_there, arguments = line.partition("fedmomentum ")
         if is_there and not line.startswith("fedmomentum:"):
-            found.append(shlex.split(rest))
+            found.append(shlex.split(arguments))
     return found
 
 

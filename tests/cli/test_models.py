@@ -27,11 +27,11 @@ def test_every_family_is_listed_with_why_it_is_refused_or_was_not_tried(call):
     known = known_families()
     for family in [*known.families, *known.classifiers]:
         assert f"│ {family.family} " in shown
-    for kind, untried in (
+    for kind, not_tried in (
         ("language model", known.not_tried),
         ("sequence classifier", known.classifiers_not_tried),
     ):
-        for name, reason in untried.items():
+        for name, reason in not_tried.items():
             assert squeezed(f"{name}: not tried as a {kind} ({reason})") in squeezed(shown)
     assert "…" not in shown
 

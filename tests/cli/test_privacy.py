@@ -67,12 +67,12 @@ def test_ledger_tells_runs_and_their_sum(tmp_path, call):
 
 
 def test_mistakes_end_with_2(tmp_path, call):
-    for path, told in (
+    for path, message in (
         (tmp_path / "none.json", "there is no ledger"),
         (tmp_path, "holds no ledger"),
     ):
         code, _, err = call("privacy", "ledger", path)
-        assert code == 2 and told in err
+        assert code == 2 and message in err
     (tmp_path / "north.json").write_text("{}")
     code, _, err = call("privacy", "ledger", tmp_path / "north.json")
     assert code == 2 and "north.json" in err

@@ -259,14 +259,14 @@ def test_nothing_is_made_while_nobody_looks_and_once_for_all_who_do(monkeypatch)
         assert page.num_made == 0
         with Viewer(found.port) as first, Viewer(found.port) as second:
             first.read_until('"now"'), second.read_until('"now"')
-            started, made = time.monotonic(), page.num_made
+            started, num_before = time.monotonic(), page.num_made
             time.sleep(0.5)
-            assert 1 <= page.num_made - made <= (time.monotonic() - started) / 0.1 + 2
+            assert 1 <= page.num_made - num_before <= (time.monotonic() - started) / 0.1 + 2
         until(lambda: found.feed.num_viewers == 0)
         time.sleep(0.3)
-        made = page.num_made
+        num_before = page.num_made
         time.sleep(0.3)
-        assert page.num_made == made
+        assert page.num_made == num_before
 
 
 def test_there_are_so_many_viewers_and_no_more(monkeypatch):

@@ -431,11 +431,11 @@ def test_a_category_given_by_hand_is_held_to_the_same_rule(category):
 
 
 @pytest.mark.parametrize(
-    ("label", "told"), [(-1, "is -1, which is none of its 2 labels"), (5, "is 5, which is none")]
+    ("label", "message"), [(-1, "is -1, which is none of its 2 labels"), (5, "is 5, which is none")]
 )
-def test_a_label_without_a_name_is_refused(label, told):
+def test_a_label_without_a_name_is_refused(label, message):
     rows = Rows({"kind": lambda: [0, label]}, 2, {"kind": ["no", "yes"]})
-    with pytest.raises(DataError, match=f"f: row 2: column 'kind' {told}"):
+    with pytest.raises(DataError, match=f"f: row 2: column 'kind' {message}"):
         column_texts(rows, "kind", where="f")
 
 
@@ -493,15 +493,15 @@ def test_any_rows_are_read_or_refused_by_name(rows, category_column):
             assert len(str(error)) < 1000 and str(error).isprintable()
             return
     assert len(examples) == len(rows)
-    for row, made in zip(rows, examples, strict=True):
+    for row, example in zip(rows, examples, strict=True):
         if "question" in row:
             assert (
-                made.prompt == ({"role": "user", "content": row["question"]},)
-                and made.completion == row["answer"]
+                example.prompt == ({"role": "user", "content": row["question"]},)
+                and example.completion == row["answer"]
             )
         if isinstance(row.get("prompt"), str):
-            assert made.prompt == row["prompt"]
+            assert example.prompt == row["prompt"]
         if "messages" in row:
             contents = [message["content"] for message in row["messages"]]
-            assert [m["content"] for m in made.prompt] + [made.completion] == contents
-        assert made.category == (str(row["kind"]) if category_column else "")
+            assert [m["content"] for m in example.prompt] + [example.completion] == contents
+        assert example.category == (str(row["kind"]) if category_column else "")

@@ -122,11 +122,11 @@ def test_truncated_items_are_never_exact(trained):
     cut = TokenizedExamples(
         tokens.input_ids, tokens.num_prompt_tokens, tokens.categories, (True,) * len(tokens), 0
     )
-    whole_total, cut_total = (
+    full_total, cut_total = (
         evaluate(model, t, pad_token_id=PAD_TOKEN_ID).total for t in (tokens, cut)
     )
-    assert whole_total.num_exact > 0 == cut_total.num_exact
-    assert whole_total.nll == cut_total.nll
+    assert full_total.num_exact > 0 == cut_total.num_exact
+    assert full_total.nll == cut_total.nll
 
 
 def test_modes_and_settings_are_left_as_they_were(trained):

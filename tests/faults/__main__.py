@@ -136,8 +136,8 @@ def main() -> int:
     )
     failed = [result.name for result in results if result.survived.startswith("NO")]
     if failed:
-        told = f"{len(failed)} of {len(results)} failed: {', '.join(failed)}; their logs are in {arguments.out}"
-        OUT.print(told, markup=False, soft_wrap=True)
+        summary = f"{len(failed)} of {len(results)} failed: {', '.join(failed)}; their logs are in {arguments.out}"
+        OUT.print(summary, markup=False, soft_wrap=True)
     return 1 if failed else 0
 
 

@@ -82,8 +82,8 @@ def raises(fed: Federation) -> str:
     assert "patients.csv" in fed.nodes["site1"].text(), (
         "the node's own log does not say what happened"
     )
-    for told in (fed.log(), fed.server.text(), (fed.out / "metrics.jsonl").read_text()):
-        assert "patients" not in told, "a client's paths came to the coordinator"
+    for text in (fed.log(), fed.server.text(), (fed.out / "metrics.jsonl").read_text()):
+        assert "patients" not in text, "a client's paths came to the coordinator"
     return seen
 
 
@@ -277,10 +277,14 @@ lies(
 
 @case("an absurd example count, 2^50", federation={"num_rounds": 2, "max_client_weight": 0.6})
 def absurd_count(fed: Federation) -> str:
-    boast = altered(lambda fields: fields.update(num_examples=2**50))
+    inflate_count = altered(lambda fields: fields.update(num_examples=2**50))
 
     def lie(payload: bytes, honest: Callable[[bytes], bytes]) -> bytes:
-        return boast(payload, honest) if decode_task(payload).kind == "train" else honest(payload)
+        return (
+            inflate_count(payload, honest)
+            if decode_task(payload).kind == "train"
+            else honest(payload)
+        )
 
     fed.start(
         "site0",
@@ -472,7 +476,7 @@ def speaks_for_another(fed: Federation) -> str:
 def paths_from_server(fed: Federation) -> str:
     """A node of ours, and a coordinator of our own that asks it for what it must not do."""
     fed.key("site0")
-    evil = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"  # no tensors, and well-formed
+    payload = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"  # no tensors, and well-formed
     outside = fed.folder / "outside"
     names = [
         "../../x",
@@ -515,7 +519,7 @@ def paths_from_server(fed: Federation) -> str:
         for name in names:
             for update, adapter in (([], name), ([name], "0" * 64)):
                 manifest = {"base_update": update, "adapter": {"A": adapter, "B": "0" * 64}}
-                task = train_task(manifest={"base": base, **manifest}, objects={name: evil})
+                task = train_task(manifest={"base": base, **manifest}, objects={name: payload})
                 answer = ask(task)
                 assert isinstance(answer, Failure), f"{name!r} in {manifest} was answered"
                 assert "PayloadError: a task: request.manifest." in answer.reason, (
@@ -524,8 +528,10 @@ def paths_from_server(fed: Federation) -> str:
                 reasons.append(answer.reason)
         answer = ask(train_task("../../x"))
         assert isinstance(answer, Failure) and "a task for" in answer.reason
-        made = {path for path in fed.folder.rglob("*")} - before - {fed.store("site0") / "objects"}
-        assert not made, f"the node wrote {made}"
+        created = (
+            {path for path in fed.folder.rglob("*")} - before - {fed.store("site0") / "objects"}
+        )
+        assert not created, f"the node wrote {created}"
         assert decode_reply(ask(describe), describe, 2**20).answer == reply.answer, (
             "the node no longer answers"
         )
@@ -602,13 +608,13 @@ def _resumed_after_kill(fed: Federation, *joining: str) -> str:
 def small_disk(folder: Path) -> Iterator[Callable[[], Path]]:
     """A disk of 2 MB at `folder`; yields a function that fills it and returns the file to remove again."""
     folder.mkdir()
-    made = subprocess.run(
+    process = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
         capture_output=True,
         text=True,
     )
-    if made.returncode:
-        raise Skipped(f"no small disk can be made here: {made.stderr.strip()}")
+    if process.returncode:
+        raise Skipped(f"no small disk can be made here: {process.stderr.strip()}")
 
     def fill() -> Path:
         file = folder / "filler"
@@ -667,10 +673,12 @@ def server_disk_full(fed: Federation) -> str:
         fed.steer("site0", 2, "")
         code = fed.server.exit_code()
         assert code == 2, f"it ended with {code}"
-        told = fed.server.text()
+        output = fed.server.text()
         assert (
-            "No space left on device" in told and "--resume" in told and "Traceback" not in told
-        ), told
+            "No space left on device" in output
+            and "--resume" in output
+            and "Traceback" not in output
+        ), output
         filler.unlink()
         fed.serve(resume=True)
         fed.check()
@@ -692,10 +700,10 @@ def interrupted_server(fed: Federation) -> str:
     assert words, fed.server.text()
     assert json.loads((fed.out / "status.json").read_text())["phase"] == "ended"
     fed.steer("site0", 2, "")
-    told = words[1].split()
-    assert told[told.index("--out") + 1] == str(fed.out) and told[told.index("--port") + 1] == str(
-        fed.port
-    ), told
+    arguments = words[1].split()
+    assert arguments[arguments.index("--out") + 1] == str(fed.out) and arguments[
+        arguments.index("--port") + 1
+    ] == str(fed.port), arguments
     fed.serve(resume=True)
     fed.check()
     return "exit code 130, and how to go on"

@@ -81,8 +81,10 @@ class Stock:
         """Register a SuperNode with the key that `fedmomentum keys node` makes, and start it."""
         key = self.fed.key(name)
         public = str(key.with_suffix(".pub"))
-        made = self._program("flwr", "flwr.out", "supernode", "register", public, "loop")
-        assert made.exit_code() == 0 and "registered successfully" in made.text(), made.text()
+        process = self._program("flwr", "flwr.out", "supernode", "register", public, "loop")
+        assert process.exit_code() == 0 and "registered successfully" in process.text(), (
+            process.text()
+        )
         data = self.fed.config.data.client_files[name]
         options = ["--superlink", self.address, "--port", str(free_port())]
         options += ["--root-certificates", str(self.fed.keys / "ca.pem")]

@@ -16,7 +16,7 @@ class Service:
 
     def __init__(self):
         self.release = threading.Event()
-        self.begun = threading.Event()
+        self.started = threading.Event()
         self.num_under_way = 0
         self.num_at_close = None
 
@@ -28,7 +28,7 @@ class Service:
 
     def part(self, request):
         self.num_under_way += 1
-        self.begun.set()
+        self.started.set()
         self.release.wait(20)
         self.num_under_way -= 1
 
@@ -55,7 +55,7 @@ def start_part(connection, service) -> threading.Thread:
     """A thread that sends a part of a reply and is not waited for, as Flower's helpers leave them."""
     thread = threading.Thread(target=connection._call, args=(service.part, None), daemon=True)
     thread.start()
-    assert service.begun.wait(20)
+    assert service.started.wait(20)
     return thread
 
 

@@ -95,9 +95,9 @@ def test_a_run_without_its_clients_ends_with_what_is_wrong(apps, tmp_path, monke
     values = flat(config, tmp_path / "app")
     with pytest.raises(QuorumError, match="0 of 2 .* 2 that have not joined"):
         run(apps, values, {"data": "x"}, {"name": "site1"})
-    told = "\n".join(record.message for record in caplog.records)
-    assert "node 10 takes no part: ConfigError: the node config has" in told
-    assert "node 11 takes no part: ConfigError: the node config names no data of site1" in told
+    log = "\n".join(record.message for record in caplog.records)
+    assert "node 10 takes no part: ConfigError: the node config has" in log
+    assert "node 11 takes no part: ConfigError: the node config names no data of site1" in log
     assert not (tmp_path / "app" / "config.toml").exists()
     # nothing of the failed run is in the way of the next
     with pytest.raises(ConfigError, match="privacy.secure-aggregation needs a server and nodes"):

@@ -287,12 +287,12 @@ def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, 
                     b"task",
                     b"reply",
                 )
-        told = [
+        warnings = [
             record.getMessage()
             for record in caplog.records
             if "admits nobody" in record.getMessage()
         ]
-        assert len(told) == 10, told
+        assert len(warnings) == 10, warnings
         for name in (
             "half",
             "text",
@@ -305,12 +305,12 @@ def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, 
             "-x",
             "zwilling",
         ):
-            assert sum(f"{name}.pub admits nobody" in line for line in told) == 1
+            assert sum(f"{name}.pub admits nobody" in line for line in warnings) == 1
         assert any(
             "zwilling.pub admits nobody: its key is that of north; a node has one name" in line
-            for line in told
+            for line in warnings
         )
-        assert all(line.isprintable() or "\ufffd" in line for line in told)
+        assert all(line.isprintable() or "\ufffd" in line for line in warnings)
 
         (nodes / "south.pub").write_bytes(
             b""
@@ -360,9 +360,9 @@ def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys)
     names = new.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
     assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
-    for made, days in ((authority, 3650), (new, 730)):
-        lasts = made.not_valid_after_utc - made.not_valid_before_utc
-        assert days <= lasts.total_seconds() / 86400 < days + 1
+    for new_certificate, days in ((authority, 3650), (new, 730)):
+        lifetime = new_certificate.not_valid_after_utc - new_certificate.not_valid_before_utc
+        assert days <= lifetime.total_seconds() / 86400 < days + 1
     new.verify_directly_issued_by(authority)
     assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not new.extensions.get_extension_for_class(
@@ -371,16 +371,16 @@ def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys)
 
 
 def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
-    elsewhere = make_keys(tmp_path / "elsewhere")
+    other_keys = make_keys(tmp_path / "elsewhere")
     named = make_keys(tmp_path / "named", "north")
     make_server_keys(named, ["fed.example.org"])
     with running(keys) as link:
         connect(link.port, keys, "north").probe()
         connect(link.port, keys, "north", host="localhost").probe()
         with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
-            connect(link.port, keys, "north", ca=elsewhere / "ca.pem").probe()
+            connect(link.port, keys, "north", ca=other_keys / "ca.pem").probe()
         with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
-            connect(link.port, keys, "north", ca=elsewhere / "ca.pem").__enter__()
+            connect(link.port, keys, "north", ca=other_keys / "ca.pem").__enter__()
     with (
         running(named) as link,
         pytest.raises(ConnectionLost, match="vouches for, for this name.*mismatch"),

@@ -45,16 +45,16 @@ def secure(*, client_fraction=1.0, **settings):
 
 
 def test_all_sites_make_the_same_file_and_the_server_has_the_same_keys(folder, tmp_path):
-    made = make_roster(list(reversed(public(folder))), tmp_path / "other.pub")
+    new_roster = make_roster(list(reversed(public(folder))), tmp_path / "other.pub")
     assert (tmp_path / "other.pub").read_bytes() == (folder / "roster.pub").read_bytes()
     keys = make_keys(tmp_path)
     for file in public(folder):
         admit_node(file, keys)
-    assert server_roster(keys).fingerprint() == made.fingerprint()
+    assert server_roster(keys).fingerprint() == new_roster.fingerprint()
     # as `cat *.pub` makes it
     (tmp_path / "cat.pub").write_bytes(b"".join(f.read_bytes() for f in public(folder)))
-    assert Roster.read(tmp_path / "cat.pub").fingerprint() == made.fingerprint()
-    assert spoken_fingerprint(made).replace(" ", "") == made.fingerprint()
+    assert Roster.read(tmp_path / "cat.pub").fingerprint() == new_roster.fingerprint()
+    assert spoken_fingerprint(new_roster).replace(" ", "") == new_roster.fingerprint()
 
 
 def test_a_node_signs_with_the_key_that_the_roster_has(folder):

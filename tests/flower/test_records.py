@@ -747,12 +747,12 @@ def test_an_odd_message_from_the_server_is_a_lost_connection(
         ask(link, "north", b"task")
         honest = connection._client.PullMessages
 
-        def spoilt(request):
+        def corrupted(request):
             response = honest(request)
             spoil(response, path, value)
             return response
 
-        monkeypatch.setattr(connection._client, "PullMessages", spoilt)
+        monkeypatch.setattr(connection._client, "PullMessages", corrupted)
         with pytest.raises(ConnectionLost, match="a message could not be fetched: ") as raised:
             fetch(connection)
         assert (

@@ -444,13 +444,13 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
         evaluation={"every": 0},
         federation={"num_rounds": 10, "client-fraction": 0.6},
     )
-    steps, told = real_steps(config, tmp_path), []
+    steps, recipes = real_steps(config, tmp_path), []
     world.registered_names = list(steps)
     world.__post_init__()
 
     def does(name, message):
         payload = unpack_payload(message.content)[0]
-        told.extend(getattr(decode_task(payload).request, "recipes", []))
+        recipes.extend(getattr(decode_task(payload).request, "recipes", []))
         world.answers(steps[name](payload), message)
 
     world.script = {name: after(1, partial(does, name)) for name in steps}
@@ -458,7 +458,7 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
     run_federation(
         InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one"
     )
-    assert told
+    assert recipes
     assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
     assert objects(tmp_path / "over") == objects(tmp_path / "one")
@@ -541,12 +541,12 @@ def test_a_resumed_run_waits_a_while_for_all_and_then_for_the_quorum(world):
     gone = world.here.pop("south")
     assert world.transport(start_timeout=20).clients() == ["east", "north"] and 20 <= world.now < 30
     world.here["south"] = gone
-    begun = world.now
+    started = world.now
     assert (
         world.transport(start_timeout=20).clients() == ["east", "north", "south"]
-        and world.now == begun
+        and world.now == started
     )
     world.here = {"east": world.here["east"]}
     world.at(40, lambda: world.here.update(south=gone))
     assert world.transport(start_timeout=20, min_valid_fraction=0.6).clients() == ["east", "south"]
-    assert 40 <= world.now - begun < 50  # below the quorum it waits on
+    assert 40 <= world.now - started < 50  # below the quorum it waits on

@@ -114,9 +114,9 @@ def gone(number, seconds=10.0) -> bool:
 
 
 def test_one_process_answers_one_clientapp_after_the_other(store):
-    begun = clientapp(store)
-    begun.start()  # as the first message does, which has no task: it does not wait
-    begun.stop()
+    first_app = clientapp(store)
+    first_app.start()  # as the first message does, which has no task: it does not wait
+    first_app.stop()
     first = int(ask(store))
     assert first != os.getpid() and [int(ask(store)) for _ in range(3)] == [first] * 3
     assert loads(store) == [first]

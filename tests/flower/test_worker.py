@@ -89,18 +89,18 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture
-def told():
+def events():
     return []
 
 
 @pytest.fixture
-def light(config, tmp_path, monkeypatch, told):
+def light(config, tmp_path, monkeypatch, events):
     """A worker with the stand-in."""
     script = tmp_path / "stand_in"
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(script))
-    found = Worker(config, "site0", tmp_path / "store", Recorder(told))
+    found = Worker(config, "site0", tmp_path / "store", Recorder(events))
     yield found
     found.stop()
 
@@ -122,13 +122,13 @@ def gone(number, seconds=10.0) -> bool:
     return False
 
 
-def test_one_process_answers_task_after_task(light, told):
+def test_one_process_answers_task_after_task(light, events):
     assert light.wait_until_ready() == LIGHT
     first = pid(light)
     assert first not in (0, os.getpid()) and pid(light) == first
     payload = os.urandom(3 * 2**20)
     assert light.run_task(payload, 30) == b"T" + payload and light.run_smoke_test(30) == b"C"
-    assert told == [("message", "loading"), ("ready", LIGHT)]
+    assert events == [("message", "loading"), ("ready", LIGHT)]
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,15 @@ def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
 def test_what_a_task_raises_ends_nothing_and_tells_nothing(light, capfd):
     """The kind goes to the server, the whole to whoever runs the node."""
     first = pid(light)
-    for task, kind, whole in (
+    for task, kind, full_text in (
         (b"data", "DataError", "line 3: Mrs Miller"),
         (b"library", "RuntimeError", "Mrs Miller"),
     ):
         with pytest.raises(WorkerError) as raised:
             light.run_task(task, 30)
         assert (
-            str(raised.value) == f"{kind} (its own log says more)" and whole in raised.value.detail
+            str(raised.value) == f"{kind} (its own log says more)"
+            and full_text in raised.value.detail
         )
     assert pid(light) == first
     assert "RuntimeError: Mrs Miller" in capfd.readouterr().err  # with where it came from
@@ -245,53 +246,53 @@ threading.Event().wait()
 
 @pytest.fixture(scope="module")
 def real(config, tmp_path_factory):
-    """A worker with model and data, and what it told."""
+    """A worker with model and data, and the events that it reported."""
     own = {"site0": config.data.client_files["site0"]}
     config = replace(
         config, data=replace(config.data, client_files=own), lora=replace(config.lora, rank=3)
     )
-    told = []
+    events = []
     store = tmp_path_factory.mktemp("real") / "store"
-    worker = Worker(config, "site0", store, Recorder(told))
-    yield worker, store, told
+    worker = Worker(config, "site0", store, Recorder(events))
+    yield worker, store, events
     worker.stop()
 
 
 def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
-    worker, store, told = real
+    worker, store, events = real
     facts = worker.wait_until_ready()
     assert facts.num_train == 9 and facts.num_test == 3 and len(facts.base_sha256) == 64
     worker.run_smoke_test(60)
-    assert [step for event, step in told if event == "step"] == [1]
+    assert [step for event, step in events if event == "step"] == [1]
     task = describe_task(adapter=True)
     reply = decode_reply(worker.run_task(encode_task(task), 60), task, 2**30)
     assert reply.tensors[
         f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
     ].shape == torch.Size([3, 32])
-    said = canonical_json(msgspec.to_builtins(reply.answer))
-    assert "/" not in said.replace("://", "")  # what the party calls its base is a path
+    description = canonical_json(msgspec.to_builtins(reply.answer))
+    assert "/" not in description.replace("://", "")  # what the party calls its base is a path
     with pytest.raises(WorkerError, match="a task for site1 came to site0"):
         worker.run_task(encode_task(replace(task, client_id="site1")), 60)
 
 
 @pytest.mark.long
 def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
-    """Another seed trains on what was held out: told at the node, and nothing of it to the server."""
-    worker, store, told = real
+    """Another seed trains on what was held out: it is reported at the node, and nothing of it to the server."""
+    worker, store, events = real
     describe = describe_task(adapter=False)
     worker.set_run(describe.run_id)
     worker.run_task(encode_task(describe), 60)
-    assert not [text for event, text in told if event == "warning"]
-    later = []
+    assert not [text for event, text in events if event == "warning"]
+    later_events = []
     own = replace(config.data, client_files={"site0": config.data.client_files["site0"]})
     other = replace(config, data=own, run=replace(config.run, seed=config.run.seed + 1))
-    restarted = Worker(other, "site0", store, Recorder(later))
+    restarted = Worker(other, "site0", store, Recorder(later_events))
     try:
         restarted.set_run(describe.run_id)
         answer = restarted.run_task(encode_task(describe), 60)
     finally:
         restarted.stop()
-    (warning,) = [text for event, text in later if event == "warning"]
+    (warning,) = [text for event, text in later_events if event == "warning"]
     assert (
         "of 3 that were held out are trained on now" in warning
         and str(store / "split.json") in warning

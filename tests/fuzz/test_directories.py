@@ -219,7 +219,7 @@ def runs(tmp_path_factory):
     from fedmomentum.run import federated_trainer as run_module
 
     folder = tmp_path_factory.mktemp("runs")
-    made = []
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         for number, run_id in enumerate((RUN_ID, "e" * 32)):
             patch.setattr(run_module.secrets, "token_hex", lambda size, run_id=run_id: run_id)
@@ -233,10 +233,10 @@ def runs(tmp_path_factory):
             status = StatusWriter(out, 3)
             start(config, out, callbacks=[status])
             status.close()
-            made.append((config, out))
+            found.append((config, out))
             for log in (out / "trackers").rglob("events*"):
                 log.unlink()  # TensorBoard's own; nobody of us reads it
-    return made
+    return found
 
 
 def test_mutated_run_directories(runs, tmp_path):
@@ -248,10 +248,10 @@ def test_mutated_run_directories(runs, tmp_path):
         draw = random.Random(trial)
         folder = tmp_path / f"run{trial}"
         copy_by_links(whole, folder)
-        said = mutate_directory(folder, draw, others=other)
-        if said.startswith("status.json of another"):
+        change = mutate_directory(folder, draw, others=other)
+        if change.startswith("status.json of another"):
             continue  # nothing ties it to the run, and nothing depends on it
-        tried(folder, f"trial {trial}: {said}")
+        tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
         for target in tmp_path.glob("*-target*"):
             target.unlink()
@@ -306,8 +306,8 @@ def test_mutated_global_models(tmp_path):
         draw = random.Random(trial)
         folder = tmp_path / f"model{trial}"
         copy_by_links(whole, folder)
-        said = mutate_directory(folder, draw, others=other)
-        tried(folder, f"trial {trial}: {said}")
+        change = mutate_directory(folder, draw, others=other)
+        tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
     print(f"\n{NUM_TRIALS} global models, {tried.counts}")
     assert tried.counts["refused"] > 0.8 * NUM_TRIALS
@@ -357,8 +357,8 @@ def test_mutated_comparisons(runs, tmp_path):
         draw = random.Random(trial)
         folder = tmp_path / "comparison"
         copy_by_links(whole, folder)
-        said = "comparison.json: " + mutate_file(folder / "comparison.json", draw)
-        tried(folder, f"trial {trial}: {said}")
+        change = "comparison.json: " + mutate_file(folder / "comparison.json", draw)
+        tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
     print(f"\n{NUM_TRIALS // 5} comparisons, {tried.counts}")
 
@@ -454,10 +454,10 @@ def test_mutated_adapters(tmp_path):
         folder = tmp_path / f"adapter{trial}"
         copy_by_links(whole, folder)
         if draw.random() < 0.15:
-            said = odd_pattern(folder, draw)
+            change = odd_pattern(folder, draw)
         else:
-            said = mutate_directory(folder, draw, others=other)
-        what = f"trial {trial}: {said}"
+            change = mutate_directory(folder, draw, others=other)
+        what = f"trial {trial}: {change}"
         with awake(), Budget() as spent:
             try:
                 adapter = read_adapter(folder)

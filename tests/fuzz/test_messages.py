@@ -137,8 +137,8 @@ def test_mutated_replies_hurt_nobody_else(federation, tmp_path, monkeypatch):
         draw = random.Random(trial)
         key = draw.choice(sorted(answers))
         liar = key[0]
-        said, mutated = mutate_safetensors(answers[key], draw)
-        what = f"trial {trial}, {key}: {said}"
+        change, mutated = mutate_safetensors(answers[key], draw)
+        what = f"trial {trial}, {key}: {change}"
         with Budget() as spent:
             model = replayed(config, Recorded(answers, {key: mutated}), out, monkeypatch)
         spent.check(what)
@@ -183,8 +183,8 @@ def test_mutated_tasks_leave_a_client_as_it_was(federation):
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
         key = draw.choice(own)
-        said, mutated = mutate_safetensors(tasks[key], draw)
-        what = f"trial {trial}, {key}: {said}"
+        change, mutated = mutate_safetensors(tasks[key], draw)
+        what = f"trial {trial}, {key}: {change}"
         with Budget() as spent:
             try:
                 answer = client.handle(mutated)
@@ -230,8 +230,8 @@ def test_every_methods_replies(tmp_path, name, dtype):
             task = decode_task(payload)
             if client_id != "site2" or task.kind == "describe":
                 return honest
-            said, lie = mutate_safetensors(honest, draw)
-            lies[task.kind, task.server_round] = said
+            change, lie = mutate_safetensors(honest, draw)
+            lies[task.kind, task.server_round] = change
             return lie
 
         return answer

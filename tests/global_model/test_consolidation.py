@@ -102,11 +102,11 @@ def test_any_order_blocking_and_threads_give_the_servers_bytes(
     try:
         consolidation.BLOCK_ELEMENTS = block
         torch.set_num_threads(threads)
-        made = rebuild_snapshot(reordered(parts, draw), ties, shapes)
+        snapshot = rebuild_snapshot(reordered(parts, draw), ties, shapes)
     finally:
         consolidation.BLOCK_ELEMENTS = before
         torch.set_num_threads(threads_before)
-    assert made.name == wanted.name
+    assert snapshot.name == wanted.name
     for total in wanted.matrices.values():
         assert not torch.signbit(total[total == 0]).any()
 
@@ -159,9 +159,9 @@ def test_the_bound_holds_against_exact_arithmetic_and_the_list_is_short(ranks, s
                 torch.randn(4, rank, generator=draw) * scales, torch.randn(rank, 6, generator=draw)
             )
         )
-    made, ties = make_snapshot([StoredObject.of({"m": matrix}) for matrix in parts])
+    snapshot, ties = make_snapshot([StoredObject.of({"m": matrix}) for matrix in parts])
     listed = set(read_safetensors(ties.data, "ties")[0].get("m.index", torch.zeros(0)).tolist())
-    got = made.matrices["m"]
+    got = snapshot.matrices["m"]
     for i in range(4):
         for k in range(6):
             exact = sum(
@@ -169,11 +169,12 @@ def test_the_bound_holds_against_exact_arithmetic_and_the_list_is_short(ranks, s
                 for m in parts
                 for r in range(m.rank)
             )
-            near = got[i, k]
+            rounded = got[i, k]
             others = [
-                torch.nextafter(near, torch.tensor(side)) for side in (-float("inf"), float("inf"))
+                torch.nextafter(rounded, torch.tensor(side))
+                for side in (-float("inf"), float("inf"))
             ]
-            misses = [abs(Fraction(float(x)) - exact) for x in (near, *others)]
+            misses = [abs(Fraction(float(x)) - exact) for x in (rounded, *others)]
             assert i * 6 + k in listed or misses[0] <= min(misses[1:])
     assert len(listed) <= (24 if spread > 10 else 1)
 
@@ -183,10 +184,10 @@ def test_ties_are_few_at_the_size_of_a_layer():
         StoredObject.of({"m": random_matrix(384, 512, 24, seed=i, dtype=torch.float32)})
         for i in range(12)
     ]
-    made, ties = make_snapshot(
+    snapshot, ties = make_snapshot(
         [StoredObject.of({"m": torch.randn(384, 512, generator=generator(1)) * 1e-3}), *parts]
     )
-    assert 0 < len(ties.data) < 1e-3 * len(made.data)
+    assert 0 < len(ties.data) < 1e-3 * len(snapshot.data)
 
 
 REMAKE = """
@@ -206,7 +207,7 @@ def test_another_code_path_of_the_matrix_product_makes_the_same_snapshot(tmp_pat
     files = [tmp_path / str(i) for i in range(6)]
     for file, blob in zip(files, (*parts, ties), strict=True):
         file.write_bytes(blob.data)
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", REMAKE, *map(str, files)],
         capture_output=True,
         text=True,
@@ -214,7 +215,7 @@ def test_another_code_path_of_the_matrix_product_makes_the_same_snapshot(tmp_pat
         check=True,
         env={**os.environ, "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
     )
-    assert told.stdout.strip() == wanted.name
+    assert process.stdout.strip() == wanted.name
 
 
 def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
@@ -242,8 +243,8 @@ def test_a_sum_beyond_float32_is_refused_before_anybody_adopts_it():
     large = StoredObject.of(
         {"m": LowRank(torch.full((2, 1), 1e38), torch.tensor([[1.0, 3.4028234, -2.0]]))}
     )
-    made, ties = make_snapshot([large])
-    assert rebuild_snapshot([large], ties, {"m": (2, 3)}).name == made.name
+    snapshot, ties = make_snapshot([large])
+    assert rebuild_snapshot([large], ties, {"m": (2, 3)}).name == snapshot.name
     for parts in (
         [large, large],
         [StoredObject.of({"m": LowRank(torch.full((2, 1), 1e38), torch.full((1, 3), 10.0))})],
@@ -414,11 +415,11 @@ class Party:
     def takes(self, way, fetch, model, shapes):
         self.blobs |= {name: StoredObject(fetch(name)) for name in way.objects}
         for recipe in way.recipes:
-            made = rebuild_snapshot(
+            snapshot = rebuild_snapshot(
                 [self.blobs[name] for name in recipe.summed], self.blobs[recipe.ties], shapes
             )
-            assert made.name == recipe.makes
-            self.blobs[made.name] = made
+            assert snapshot.name == recipe.makes
+            self.blobs[snapshot.name] = snapshot
         needed = {blob.name for blob in model.base_update}
         self.blobs = {name: blob for name, blob in self.blobs.items() if name in needed}
         assert self.blobs.keys() == needed
@@ -609,7 +610,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
     folder, undisturbed, tmp_path
 ):
     """Killed after the snapshot was made and before its round was saved, and in the round after."""
-    tasks, _, whole = undisturbed
+    tasks, _, uninterrupted = undisturbed
     config, parties = config_of(folder), make_clients(config_of(folder), tmp_path)
     needed = sorted({task.server_round for task in tasks if getattr(task.request, "recipes", [])})
     for number, server_round in enumerate(
@@ -635,9 +636,9 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
         except KeyboardInterrupt:
             continue
     run_federation(Watched(parties), config, tmp_path / "run", resume=True)
-    assert chain(tmp_path / "run") == chain(whole / "run")
-    assert timeless(tmp_path / "run") == timeless(whole / "run")
-    assert objects(tmp_path / "run") == objects(whole / "run")
+    assert chain(tmp_path / "run") == chain(uninterrupted / "run")
+    assert timeless(tmp_path / "run") == timeless(uninterrupted / "run")
+    assert objects(tmp_path / "run") == objects(uninterrupted / "run")
 
 
 @pytest.mark.parametrize(
@@ -645,7 +646,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
 )
 def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp_path, what):
     """The client drops what comes out, says what it lacks, and is sent the snapshot; the run is the same."""
-    told = []
+    altered = []
 
     def alter(task):
         recipes = [
@@ -654,7 +655,7 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
         if not recipes:
             return task
         last, sent = recipes[-1], dict(task.objects)
-        told.append((task.client_id, task.server_round))
+        altered.append((task.client_id, task.server_round))
         if what == "ties":
             sent[last["ties"]] = sent[last["ties"]][:-1] + b"?"
         elif what == "other ties":  # whole, under their own name, and wrong
@@ -681,21 +682,22 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
             task, objects=sent, request=msgspec.structs.replace(task.request, recipes=changed)
         )
 
-    tasks, model, whole = undisturbed
+    tasks, model, uninterrupted = undisturbed
     config = config_of(folder)
     more, got = ran(config, tmp_path, alter=alter)
-    assert told and got.version == model.version and got.adapter_objects == model.adapter_objects
+    assert altered and got.version == model.version and got.adapter_objects == model.adapter_objects
     wanted = [
-        {**row, "downlink_bytes": None, "uplink_bytes": None} for row in timeless(whole / "run")
+        {**row, "downlink_bytes": None, "uplink_bytes": None}
+        for row in timeless(uninterrupted / "run")
     ]
     rows = [
         {**row, "downlink_bytes": None, "uplink_bytes": None} for row in timeless(tmp_path / "run")
     ]
     assert rows == wanted
-    again = [task for task in more if (task.client_id, task.server_round) in told]
-    assert len(again) == 2 * len(told)  # each was asked again, with the snapshot
+    again = [task for task in more if (task.client_id, task.server_round) in altered]
+    assert len(again) == 2 * len(altered)  # each was asked again, with the snapshot
     assert {file.name for file in (tmp_path / "site0").rglob("*.safetensors")} == {
-        file.name for file in (whole / "site0").rglob("*.safetensors")
+        file.name for file in (uninterrupted / "site0").rglob("*.safetensors")
     }
 
 
@@ -737,9 +739,11 @@ def test_a_snapshot_is_due_by_size_by_need_and_never_of_one_part():
     assert should_consolidate(replace(model, base_update=tuple(part)))
     dense = StoredObject.of({"m": torch.ones(10, 10)})
     assert should_consolidate(replace(model, base_update=(part[0], dense), newest=(dense,)))
-    later, recipe, ties = consolidate(replace(model, base_update=(dense, *part, part[0])))
+    next_model, recipe, ties = consolidate(replace(model, base_update=(dense, *part, part[0])))
     assert recipe.onto == dense.name and recipe.parts == tuple(
         blob.name for blob in (*part, part[0])
     )
-    assert recipe.ties == ties.name and [recipe.makes] == [blob.name for blob in later.base_update]
+    assert recipe.ties == ties.name and [recipe.makes] == [
+        blob.name for blob in next_model.base_update
+    ]
     assert consolidate(replace(model, base_update=tuple(part)))[1].onto is None

@@ -244,8 +244,8 @@ def make_state(feedback):
 def test_damaged_files_and_outcomes_of_other_adapters_are_refused(tmp_path):
     data = make_state(None).encode()
     file = tmp_path / "file"
-    for spoilt in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"", data.replace(b"9", b"8", 1)):
-        file.write_bytes(spoilt)
+    for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"", data.replace(b"9", b"8", 1)):
+        file.write_bytes(damaged)
         with pytest.raises(ModelError, match="cross terms are damaged"):
             CrossTerms.read(file)
     start = Adapter({"q": random_matrix(6, 5, 3, seed=2)}, {"q": 1.0})

@@ -196,13 +196,13 @@ def test_sixteen_bits_on_disk_are_the_float32_weights_rounded(tmp_path, dtype):
     share = export_merged(model, tmp_path / "half", base_directory=base, dtype=dtype)
     assert 0.9 < share < 1.1 and share != 1
     export_merged(model, tmp_path / "whole", base_directory=base)
-    half, whole = (
+    half, full = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
         for name in ("half", "whole")
     )
-    assert half.keys() == whole.keys()
+    assert half.keys() == full.keys()
     for name, tensor in half.items():
-        assert tensor.dtype == dtype and torch.equal(tensor, whole[name].to(dtype)), name
+        assert tensor.dtype == dtype and torch.equal(tensor, full[name].to(dtype)), name
     assert (
         distance(
             logits(AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)),
@@ -337,9 +337,9 @@ def test_an_adapter_that_reads_back_as_another_is_refused(trained, tmp_path, mon
     honest = export.to_single_adapter
 
     def without_its_head(model):
-        whole = honest(model)
-        return type(whole)(
-            whole.modules, whole.scalings, {}, {**whole.config, "modules_to_save": None}, "x"
+        adapter = honest(model)
+        return type(adapter)(
+            adapter.modules, adapter.scalings, {}, {**adapter.config, "modules_to_save": None}, "x"
         )
 
     monkeypatch.setattr(export, "to_single_adapter", without_its_head)

@@ -39,10 +39,10 @@ def fresh(seed=0, rank=2) -> Adapter:
     )
 
 
-def grown(model: GlobalModel, aggregate: AggregationResult, method: str) -> GlobalModel:
+def next_round(model: GlobalModel, aggregate: AggregationResult, method: str) -> GlobalModel:
     """The next round's model, as the server keeps it where nobody has anything to catch up with."""
-    later = model.advance(aggregate, method)
-    return consolidate(later)[0] if should_consolidate(later) else later
+    next_model = model.advance(aggregate, method)
+    return consolidate(next_model)[0] if should_consolidate(next_model) else next_model
 
 
 def after_rounds(
@@ -61,7 +61,7 @@ def after_rounds(
             method,
             RoundContext(ranks=dict.fromkeys(SHAPES, 2), scalings=dict.fromkeys(SHAPES, 1.5)),
         )
-        model = grown(model, result, repr(method))
+        model = next_round(model, result, repr(method))
         merged = {m: merged[m] + wanted[m] - result.adapter.effective(m).dense() for m in SHAPES}
     exact = {m: merged[m] + model.adapter.effective(m).dense() for m in SHAPES}
     return model, exact
@@ -86,10 +86,10 @@ def test_the_effective_model_is_exact_also_through_consolidation(num_rounds):
 def test_one_adapter_holds_the_whole_model():
     for num_rounds in (1, 40):
         model, exact = after_rounds(num_rounds)
-        whole = to_single_adapter(model)
-        assert set(whole.scalings.values()) == {1.0}
+        single = to_single_adapter(model)
+        assert set(single.scalings.values()) == {1.0}
         for module in SHAPES:
-            assert error(whole.effective(module).dense(), exact[module]) < 1e-5
+            assert error(single.effective(module).dense(), exact[module]) < 1e-5
 
 
 def test_save_and_load_keep_every_bit(tmp_path):
@@ -253,8 +253,8 @@ def test_objects_that_are_no_base_update_are_refused():
     for data in (b"", b"short", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}" * 40):
         with pytest.raises(PayloadError):
             _ = StoredObject(data).matrices
-    whole = {"q.B": torch.ones(4, 2), "q.A": torch.ones(2, 3)}
-    assert set(StoredObject(safetensors_bytes(whole)).matrices) == {"q"}
+    tensors = {"q.B": torch.ones(4, 2), "q.A": torch.ones(2, 3)}
+    assert set(StoredObject(safetensors_bytes(tensors)).matrices) == {"q"}
     for change, message in (
         ({"q.A": torch.ones(3, 3)}, "module q: B must be"),
         ({"q.A": torch.ones(2, 3, dtype=torch.float64)}, "tensor q.A is float64"),
@@ -264,7 +264,7 @@ def test_objects_that_are_no_base_update_are_refused():
         ({"p.dense": torch.full((1, 1), float("inf"))}, "p.dense holds NaN or Inf"),
     ):
         with pytest.raises(ModelError, match=message):
-            _ = StoredObject(safetensors_bytes(whole | change)).matrices
+            _ = StoredObject(safetensors_bytes(tensors | change)).matrices
 
 
 # ── the base ──
@@ -325,20 +325,20 @@ def test_merging_makes_no_second_matrix_and_leaves_shared_weights_alone(tmp_path
     held = Float32Weights({module: model.get_submodule(module)}, base)
     update = StoredObject.of({module: random_matrix(*held.weight(module).shape, 3, seed=1)})
     _ = update.matrices  # read beforehand: only the adding is watched
-    made = []
+    allocated = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor):
-                made.append((result.untyped_storage().data_ptr(), result.numel()))
+                allocated.append((result.untyped_storage().data_ptr(), result.numel()))
             return result
 
     with Watch():
         held.apply([update])
     own = held.weight(module).untyped_storage().data_ptr()
-    assert any(storage == own for storage, _ in made)
-    assert not [size for storage, size in made if storage != own and size >= before.numel()]
+    assert any(storage == own for storage, _ in allocated)
+    assert not [size for storage, size in allocated if storage != own and size >= before.numel()]
     assert torch.equal(shared, before) and not torch.equal(
         held.weight(module), held.pretrained(module)
     )
@@ -507,7 +507,7 @@ def test_the_list_is_bounded_over_two_hundred_rounds_whoever_is_asked(rank, most
         if rank == 9:
             residual = residual.dense()
         given = AggregationResult(start, {"m": residual}, {}, {}, torch.ones(1))
-        model = grown(model, given, "method")
+        model = next_round(model, given, "method")
         wanted += to_dense(residual).double()
         history.append(model.base_update)
         largest = max(largest, numbers(model.base_update))

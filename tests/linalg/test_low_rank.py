@@ -79,17 +79,17 @@ def test_half_and_single_precision_are_read_and_float32_comes_back(dtype):
 def test_norm_of_a_tiny_difference_survives():
     """sqrt(<D, D>) would return 1e-8 or NaN here."""
     one = random_matrix(30, 20, 4)
-    nudge = random_matrix(30, 20, 1, seed=1).scaled(1e-12)
-    other = LowRank(torch.cat([one.B, nudge.B], 1), torch.cat([one.A, nudge.A], 0))
-    assert math.isclose(difference(other, one).norm(), nudge.norm(), rel_tol=1e-3)
+    perturbation = random_matrix(30, 20, 1, seed=1).scaled(1e-12)
+    other = LowRank(torch.cat([one.B, perturbation.B], 1), torch.cat([one.A, perturbation.A], 0))
+    assert math.isclose(difference(other, one).norm(), perturbation.norm(), rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-7])
 @pytest.mark.parametrize("size", [1.0, 1e-18, 1e18])
 def test_a_norm_in_float32_keeps_five_digits_whatever_cancels_and_whatever_the_size(share, size):
-    one, nudge = random_matrix(30, 20, 4), random_matrix(30, 20, 2, seed=1).scaled(share)
+    one, perturbation = random_matrix(30, 20, 4), random_matrix(30, 20, 2, seed=1).scaled(share)
     close = difference(
-        LowRank(torch.cat([one.B, nudge.B], 1), torch.cat([one.A, nudge.A], 0)), one
+        LowRank(torch.cat([one.B, perturbation.B], 1), torch.cat([one.A, perturbation.A], 0)), one
     ).scaled(size)
     close = close.to(torch.float32)  # its parts cancel to the bit
     assert math.isclose(
@@ -139,8 +139,8 @@ def test_principal_angles_by_construction(side):
         torch.cat([basis, torch.randn(9, 3, generator=generator(6), dtype=torch.float64)], 1)
     ).Q
     turned = basis[:, :3] * wanted.cos() + extra[:, 4:7] * wanted.sin()
-    rest = torch.randn(3, 5, generator=generator(7), dtype=torch.float64)
-    left, right = LowRank(basis[:, :3], rest), LowRank(turned, rest)
+    right_factor = torch.randn(3, 5, generator=generator(7), dtype=torch.float64)
+    left, right = LowRank(basis[:, :3], right_factor), LowRank(turned, right_factor)
     if side == "in":
         left, right = LowRank(left.A.mT, left.B.mT), LowRank(right.A.mT, right.B.mT)
     assert torch.allclose(

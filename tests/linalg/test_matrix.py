@@ -116,16 +116,16 @@ def test_the_strongest_directions_of_a_large_dense_matrix_are_as_good_as_the_svd
     S = decay ** torch.arange(min(shape), dtype=torch.float64)
     S = S * (1 + 0.1 * torch.rand(len(S), generator=generator(1), dtype=torch.float64))
     matrix = (U[:, : len(S)] * S) @ V[: len(S)]
-    P, found, Qh, rest = dense_truncated_svd(
+    P, found, Qh, residual = dense_truncated_svd(
         matrix.clone(), 8, generator(2), near=random_matrix(*shape, 8)
     )
-    assert len(found) == 8 and error((P * found) @ Qh + rest, matrix) < 1e-12
+    assert len(found) == 8 and error((P * found) @ Qh + residual, matrix) < 1e-12
     assert error(P.mT @ P, torch.eye(8)) < 1e-12 and error(Qh @ Qh.mT, torch.eye(8)) < 1e-12
     best = S.sort(descending=True).values
-    assert float(rest.norm()) <= 1.0001 * float(best[8:].norm())
-    _, many, _, rest = dense_truncated_svd(matrix.clone(), 8, generator(2), energy=energy)
+    assert float(residual.norm()) <= 1.0001 * float(best[8:].norm())
+    _, many, _, residual = dense_truncated_svd(matrix.clone(), 8, generator(2), energy=energy)
     assert float(many.square().sum()) >= energy * float(S.square().sum()) and 8 < len(many) < 100
-    assert float(rest.norm()) ** 2 <= (1 - energy) * float(S.square().sum()) * (1 + 1e-12)
+    assert float(residual.norm()) ** 2 <= (1 - energy) * float(S.square().sum()) * (1 + 1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,14 +182,14 @@ def test_nothing_is_lost_where_the_sum_of_many_clients_is_dense(method):
             server_round=server_round,
             seed=server_round,
         )
-        due = dense_sum(updates, weights) + (to_dense(carried) if carried is not None else 0)
+        expected = dense_sum(updates, weights) + (to_dense(carried) if carried is not None else 0)
         parts = [
             to_dense(part)
             for part in (result.adapter, result.residual, result.carried)
             if part is not None
         ]
-        assert error(sum(parts), due) < 1e-10
-        entered = due if method.merge_every == 1 else dense_sum(updates, weights)
+        assert error(sum(parts), expected) < 1e-10
+        entered = expected if method.merge_every == 1 else dense_sum(updates, weights)
         best = torch.linalg.svdvals(entered)[4:].norm()
         assert float((entered - result.adapter.dense()).norm()) <= 1.0001 * float(best)
         assert result.findings["energy"] == pytest.approx(float(entered.norm()) ** 2, rel=1e-10)

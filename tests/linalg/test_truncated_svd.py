@@ -66,12 +66,12 @@ def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
         and float(S[held]) <= 1.01 * max(wanted.shape) * FLOAT32 * float(S[0])
     )
     best = S[held:].square().sum().sqrt()
-    lead = (found.U * found.S) @ found.Vh
+    leading = (found.U * found.S) @ found.Vh
     root = found.S.sqrt()
     adapter = (
         LowRank(found.U * root, root[:, None] * found.Vh).to(dtype).to(torch.float64)
     )  # as it will be sent
-    whole = adapter.dense() + to_dense(found.residual.to(torch.float64))
+    full = adapter.dense() + to_dense(found.residual.to(torch.float64))
     # a dense rest below float32's normal numbers has an absolute precision only
     floor = (
         1e-45 * wanted.numel() ** 0.5 / float(size)
@@ -79,8 +79,8 @@ def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
         else 0.0
     )
     assert found.residual.dtype == dtype and found.U.dtype == found.Vh.dtype == torch.float64
-    assert error(whole, wanted) <= EXACT[dtype] + floor
-    assert torch.linalg.matrix_norm(wanted - lead) <= 1.0001 * best + 2e-7 * size
+    assert error(full, wanted) <= EXACT[dtype] + floor
+    assert torch.linalg.matrix_norm(wanted - leading) <= 1.0001 * best + 2e-7 * size
     eye = torch.eye(len(found.S), dtype=torch.float64)
     assert torch.allclose(found.U.mT @ found.U, eye, atol=1e-10)
     assert torch.allclose(found.Vh @ found.Vh.mT, eye, atol=1e-10)
@@ -92,7 +92,7 @@ def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
         assert found.path == "dense"
     assert found.energy == pytest.approx(float(size**2), rel=1e-5)
     assert found.residual_energy == pytest.approx(
-        float(torch.linalg.matrix_norm(wanted - lead)) ** 2, abs=1e-5 * float(size**2)
+        float(torch.linalg.matrix_norm(wanted - leading)) ** 2, abs=1e-5 * float(size**2)
     )
     return found
 
@@ -271,11 +271,11 @@ def test_the_iteration_is_warm_from_the_reference(monkeypatch):
         clients((300, 200), (10,) * 30, dtype=torch.float32, condition=30),
         some_weights(30),
     )
-    near, sweeps, qr = weighted_sum(updates, weights).recompress(rank=10), [], torch.linalg.qr
+    previous, sweeps, qr = weighted_sum(updates, weights).recompress(rank=10), [], torch.linalg.qr
     monkeypatch.setattr(
         torch.linalg, "qr", lambda *args, **more: sweeps.append(1) or qr(*args, **more)
     )
-    check(updates, weights, 10, reference=near)
+    check(updates, weights, 10, reference=previous)
     warm = len(sweeps)
     check(updates, weights, 10)
     assert 2 * warm < len(sweeps) - warm
@@ -370,8 +370,10 @@ def test_every_path_stays_on_its_device(case, device):
         found = truncated_svd(moved, weights, 8, dtype=torch.float32, reference=moved[0])
     assert found.path == case
     assert {t.device.type for t in (found.U, found.S, found.Vh, found.residual)} == {device}
-    lead = ((found.U * found.S) @ found.Vh).cpu() + to_dense(found.residual.to(torch.float64)).cpu()
-    assert error(lead, dense_sum(updates, weights)) < 1e-6
+    restored = ((found.U * found.S) @ found.Vh).cpu() + to_dense(
+        found.residual.to(torch.float64)
+    ).cpu()
+    assert error(restored, dense_sum(updates, weights)) < 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -393,11 +393,11 @@ def test_what_would_overflow_is_refused_by_adapter_and_module(tmp_path, factors,
     code, _, err = call(
         "aggregate", tmp_path / "good", tmp_path / "diverged", "--out", out, "--method", method
     )
-    said = " ".join(err.split())
+    output = " ".join(err.split())
     assert (
         code == 2
         and "Traceback" not in err
-        and f"{tmp_path / 'diverged'}: module {MODULE} has factors of norm" in said
+        and f"{tmp_path / 'diverged'}: module {MODULE} has factors of norm" in output
     )
     assert not out.exists()
 
@@ -417,9 +417,11 @@ def test_large_and_small_factors_within_the_bound_are_combined_exactly():
         wanted = sum(part.effective("m").dense() for part in parts) / 2
         got = result.adapter.effective("m").dense()
         if "m" in result.residual:
-            rest = result.residual["m"]
+            residual = result.residual["m"]
             got = got + (
-                rest.to(torch.float64).dense() if isinstance(rest, LowRank) else rest.double()
+                residual.to(torch.float64).dense()
+                if isinstance(residual, LowRank)
+                else residual.double()
             )
         assert float((got - wanted).norm() / wanted.norm()) < 1e-6
 

@@ -92,19 +92,21 @@ def test_what_is_no_factor_in_the_wire_dtype_is_refused_by_name():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_rounding_takes_from_the_adapter_goes_into_the_residual(dtype):
     """Law 1 with a scaling: sent adapter + residual = adapter + residual before, in float64."""
-    whole = adapter(scaling=2.5)
+    unrounded = adapter(scaling=2.5)
     residual = {"q": random_matrix(24, 40, 3, seed=8).to(torch.float32)}
     start_model = GlobalModel(BaseIdentity("base"), adapter(), adapter_dtype=dtype)
-    later = start_model.advance(AggregationResult(whole, residual, {}, {}, {}), "m")
-    assert later.adapter_dtype == dtype and rounding_error(whole, later.adapter) > 1e-5
-    for module in whole.modules:
-        wanted = whole.effective(module).dense() + (
+    next_model = start_model.advance(AggregationResult(unrounded, residual, {}, {}, {}), "m")
+    assert (
+        next_model.adapter_dtype == dtype and rounding_error(unrounded, next_model.adapter) > 1e-5
+    )
+    for module in unrounded.modules:
+        wanted = unrounded.effective(module).dense() + (
             residual[module].dense().double() if module in residual else 0
         )
-        got = later.effective(module).dense()
+        got = next_model.effective(module).dense()
         assert float((got - wanted).norm() / wanted.norm()) < 1e-6
-    inexact = start_model.advance(AggregationResult(whole, {}, {}, {}, {}), "m", exact=False)
-    assert inexact.base_update == () and inexact.adapter_objects == later.adapter_objects
+    inexact = start_model.advance(AggregationResult(unrounded, {}, {}, {}, {}), "m", exact=False)
+    assert inexact.base_update == () and inexact.adapter_objects == next_model.adapter_objects
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -56,27 +56,27 @@ def score(draw, *, num_examples, pairs=False, labels=()):
 
 
 def results(draw, n, **kind):
-    made = {}
+    found = {}
     for index in range(n):
         compared = score(draw, num_examples=int(draw.integers(1, 9)), **kind)
-        rest = score(draw, num_examples=int(draw.integers(1, 99)), **kind)
-        made[f"party {index:02}"] = EvaluateResult(
-            compared=compared, total=compared + rest, by_category={"secret name": rest}
+        others = score(draw, num_examples=int(draw.integers(1, 99)), **kind)
+        found[f"party {index:02}"] = EvaluateResult(
+            compared=compared, total=compared + others, by_category={"secret name": others}
         )
-    return made
+    return found
 
 
 @pytest.mark.parametrize("n", [3, 10])
 @pytest.mark.parametrize("kind", [{}, {"pairs": True}, {"labels": LABELS}])
 def test_scores_under_masks_are_those_of_all_clients_together(tmp_path, n, kind):
-    made = results(np.random.default_rng(n), n, **kind)
+    client_results = results(np.random.default_rng(n), n, **kind)
     replies = Replies()
-    for client, result in made.items():
+    for client, result in client_results.items():
         replies.replies[client] = Reply("run", client, 1, "", frozenset(), 1, "", result)
     wanted = pool_scores(replies, None).scores
 
     sums = ScoreSums(n, of_pairs="pairs" in kind, labels=kind.get("labels", ()))
-    values = {client: sums.values(result) for client, result in made.items()}
+    values = {client: sums.values(result) for client, result in client_results.items()}
     record = sums.record(under_masks(tmp_path, sums.blocks(), values))
     for got, expected in ((record.total, wanted.total), (record.compared, wanted.compared)):
         assert (got.num_tokens, got.num_examples, got.num_exact) == (

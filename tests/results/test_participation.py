@@ -85,9 +85,9 @@ def test_terminal_and_page_say_it(tmp_path):
     console = Console(record=True, width=400)
     for line in absence_lines(RunResults.load(folder)):
         console.print(line)
-    told = console.export_text()
+    output = console.export_text()
     page = write_report(folder).read_text()
-    for text in (told, page):
+    for text in (output, page):
         assert "was left out of 2 of 2 rounds, 2 times for the size of its update" in text.replace(
             "&#39;", "'"
         )

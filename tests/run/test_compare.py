@@ -262,7 +262,7 @@ def test_references_where_clients_train_less(folder, tmp_path):
 def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
     done, folder, tmp_path, monkeypatch
 ):
-    config, whole, _, _ = done
+    config, finished, _, _ = done
     variants = parse_methods("fedmomentum,centralized", config)
     planned_runs = plan_runs(config, variants, [0], tmp_path)
     assert [planned_run.is_finished() for planned_run in planned_runs] == [False, False]
@@ -279,7 +279,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
         assert not planned_run.is_finished() and len(timeless(planned_run.directory)) == 2
         execute_run(planned_run)
         assert planned_run.is_finished()
-        other = whole / planned_run.directory.relative_to(tmp_path)
+        other = finished / planned_run.directory.relative_to(tmp_path)
         assert timeless(planned_run.directory) == timeless(other) and objects(
             planned_run.directory
         ) == objects(other)
@@ -299,8 +299,8 @@ def test_references_continue_their_optimizer_and_resume_with_it(folder, tmp_path
     assert states == ["shared", "fresh", "local", "local", "local", "local"]
     assert compare.optimizer_states(planned_runs) == {"fedmomentum": "shared", "fedit": "fresh"}
     killed_runs = plan_runs(config, variants, [0], tmp_path / "parts")
-    for whole, parts in list(zip(planned_runs, killed_runs, strict=True))[2:4]:
-        execute_run(whole)
+    for uninterrupted, parts in list(zip(planned_runs, killed_runs, strict=True))[2:4]:
+        execute_run(uninterrupted)
 
         def stop(event, facts):
             if event == "row" and facts["round"] == 1:
@@ -309,14 +309,14 @@ def test_references_continue_their_optimizer_and_resume_with_it(folder, tmp_path
         with pytest.raises(KeyboardInterrupt):
             execute_run(parts, callbacks=[Events(stop)])
         execute_run(parts)
-        assert timeless(parts.directory) == timeless(whole.directory)
-        assert objects(parts.directory) == objects(whole.directory)
+        assert timeless(parts.directory) == timeless(uninterrupted.directory)
+        assert objects(parts.directory) == objects(uninterrupted.directory)
         # Not what a fresh optimizer in every round gives.
         fresh = settings(folder, training={"optimizer_state": "fresh"})
-        label = whole.variant.label
+        label = uninterrupted.variant.label
         planned = plan_runs(fresh, parse_methods(label, fresh), [0], tmp_path / f"fresh-{label}")
         execute_run(planned[0])
-        assert objects(planned[0].directory) != objects(whole.directory)
+        assert objects(planned[0].directory) != objects(uninterrupted.directory)
 
 
 def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):

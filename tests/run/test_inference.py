@@ -115,10 +115,14 @@ def test_dtype_and_device_are_the_runs(finished, adapter, tmp_path):
         ModelError, match="environment.json is missing; it says in which dtype the run was"
     ):
         ModelPair(open_result(auto), LoadSettings())
-    elsewhere = made_with(finished, tmp_path / "elsewhere", 'device = "cpu"', 'device = "cuda:7"')
+    other_device = made_with(
+        finished, tmp_path / "elsewhere", 'device = "cpu"', 'device = "cuda:7"'
+    )
     with pytest.raises(ModelError, match="'cuda:7' cannot be used: .* Give another by --device"):
-        ModelPair(open_result(elsewhere), LoadSettings())
-    assert ModelPair(open_result(elsewhere), LoadSettings(device="cpu")).model.device.type == "cpu"
+        ModelPair(open_result(other_device), LoadSettings())
+    assert (
+        ModelPair(open_result(other_device), LoadSettings(device="cpu")).model.device.type == "cpu"
+    )
 
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|> ")
@@ -197,9 +201,9 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
     file = rows_of(tmp_path / "long.jsonl", [10, 20, 38, 39, 40, 41, 60])
     code, printed, err = call("evaluate", finished, "--data", file, "--max-length", "40")
     assert code == 0 and "4 examples" in printed, err
-    told = " ".join(printed.split())
-    assert "3 more are left out: the prompt alone is too long for 40 tokens" in told
-    assert "2 of the answers are cut at 40 tokens and never exact" in told
+    output = " ".join(printed.split())
+    assert "3 more are left out: the prompt alone is too long for 40 tokens" in output
+    assert "2 of the answers are cut at 40 tokens and never exact" in output
     code, printed, _ = call("evaluate", finished, "--data", file, "--max-length", "128")
     assert (
         code == 0
@@ -223,7 +227,7 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["evaluate", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["evaluate", "--limit", "-1"], "--limit must be at least 1; got -1"),
@@ -251,9 +255,9 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
         (["generate", "--prompt", " "], "a --prompt is empty"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(finished, call, words, told):
+def test_numbers_that_make_no_sense_are_refused(finished, call, words, message):
     code, _, err = call(words[0], finished, *words[1:])
-    assert code == 2 and told in err.replace("\n", " ") and "Traceback" not in err, err
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
 
 
 def test_the_limit_takes_the_first(folder, finished, tmp_path):
@@ -267,12 +271,12 @@ def test_the_limit_takes_the_first(folder, finished, tmp_path):
 
 
 def test_what_has_no_rounds_or_clients_takes_none(adapter, call):
-    for words, told in (
+    for words, message in (
         (["--round", "3"], "has no rounds; leave out --round"),
         (["--client", "x"], "leave out --client"),
     ):
         code, _, err = call("generate", adapter, "--prompt", "ab", *words)
-        assert code == 2 and told in err
+        assert code == 2 and message in err
     code, _, err = call("evaluate", adapter)
     assert code == 2 and "give the examples to evaluate" in err
 

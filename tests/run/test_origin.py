@@ -56,7 +56,7 @@ def stopped(config, out):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def original(tmp_path_factory):
     """A project: configuration, data, base model and an interrupted run, all in one directory."""
     place = tmp_path_factory.mktemp("made") / "project"
     place.mkdir()
@@ -67,41 +67,41 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def project(made, tmp_path):
+def project(original, tmp_path):
     """The project at a place of its own, moved from where the run was made: its old paths lead nowhere."""
-    hidden = made.with_name("hidden")
+    hidden = original.with_name("hidden")
     new = tmp_path / "elsewhere" / "moved project"
-    shutil.copytree(made, new)
-    made.rename(hidden)
+    shutil.copytree(original, new)
+    original.rename(hidden)
     yield new
-    hidden.rename(made)
+    hidden.rename(original)
 
 
 @pytest.fixture(scope="module")
-def whole(made):
+def uninterrupted(original):
     """The same run, not interrupted."""
-    start(load_config(made / "job.toml"), made.parent / "whole")
-    return made.parent / "whole"
+    start(load_config(original / "job.toml"), original.parent / "whole")
+    return original.parent / "whole"
 
 
-def test_the_projects_own_configuration_goes_on(project, whole):
+def test_the_projects_own_configuration_goes_on(project, uninterrupted):
     start(load_config(project / "job.toml"), project / "runs" / "job", resume=True)
-    assert timeless(project / "runs" / "job") == timeless(whole)
-    assert chain(project / "runs" / "job").keys() == chain(whole).keys()
-    assert objects(project / "runs" / "job") == objects(whole)
+    assert timeless(project / "runs" / "job") == timeless(uninterrupted)
+    assert chain(project / "runs" / "job").keys() == chain(uninterrupted).keys()
+    assert objects(project / "runs" / "job") == objects(uninterrupted)
     saved = load_config(project / "runs" / "job" / "config.toml")
     assert saved.model.name == str(project / "base")  # where things are now is what is saved
 
 
-def test_the_runs_own_configuration_goes_on(project, whole):
+def test_the_runs_own_configuration_goes_on(project, uninterrupted):
     """Its paths are those of the old place; what lay beside the run's directory then lies there now."""
     out = project / "runs" / "job"
     start(load_config(out / "config.toml"), out, resume=True)
-    assert timeless(out) == timeless(whole) and objects(out) == objects(whole)
+    assert timeless(out) == timeless(uninterrupted) and objects(out) == objects(uninterrupted)
 
 
 def test_a_runs_directory_alone_says_what_is_missing_and_takes_it_from_options(
-    project, whole, tmp_path, call
+    project, uninterrupted, tmp_path, call
 ):
     out = tmp_path / "alone"
     shutil.move(project / "runs" / "job", out)
@@ -250,8 +250,8 @@ def test_a_damaged_record_is_refused_by_name(project, damage):
 # ── where things are ──
 
 
-def test_data_is_named_by_client_or_once(made, tmp_path):
-    config = load_config(made / "job.toml")
+def test_data_is_named_by_client_or_once(original, tmp_path):
+    config = load_config(original / "job.toml")
     file = tmp_path / "x=y.jsonl"
     file.write_text("x")
     moved = placed(config, "", [f"a/b.c=d={file}", f"north={file}"])
@@ -265,7 +265,7 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
     assert placed(shared, "", [str(file)]).data.source == str(file)
     with pytest.raises(ConfigError, match="--data can be given once"):
         placed(shared, "", ["a", "b"])
-    assert placed(config, str(made / "base"), []).model.name == str(made / "base")
+    assert placed(config, str(original / "base"), []).model.name == str(original / "base")
     assert placed(config, "owner/name", []).model.name == "owner/name"
     # A revision belongs to its model: it comes with the name, and goes with it.
     hub = placed(config, "owner/name@v2", []).model
@@ -275,7 +275,7 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
         ("owner/name", "v2"),
         ("owner/name@main", "main"),
         ("owner/other", None),
-        (str(made / "base"), None),
+        (str(original / "base"), None),
     ):
         assert placed(pinned, base, []).model.revision == expected, base
 
@@ -331,9 +331,9 @@ def test_a_comparison_on_another_base_is_refused(tmp_path):
         compared(load_config(tmp_path / "job.toml"), tmp_path / "out")
 
 
-def test_the_record_names_every_client(made):
-    record = json.loads((made / "runs" / "job" / "data.json").read_text())
-    assert record["directory"] == str(made / "runs" / "job")
+def test_the_record_names_every_client(original):
+    record = json.loads((original / "runs" / "job" / "data.json").read_text())
+    assert record["directory"] == str(original / "runs" / "job")
     assert record["clients"].keys() == {"north", "a/b.c=d"}
     assert all(
         len(one[key]) == 64
@@ -342,9 +342,9 @@ def test_the_record_names_every_client(made):
     )
 
 
-def test_a_saved_configuration_is_read_back(made):
-    config = load_config(made / "job.toml")
-    file = made / "again.toml"
+def test_a_saved_configuration_is_read_back(original):
+    config = load_config(original / "job.toml")
+    file = original / "again.toml"
     file.write_text(to_toml(config))
     assert load_config(file) == config
     file.unlink()

@@ -258,12 +258,12 @@ def test_plan_warns_of_noise_in_both_factors(tmp_path, name, warns):
 def test_run_for_an_epsilon_cannot_be_made_longer(tmp_path, monkeypatch):
     """The noise of the rounds before would have been too little; a budget may change."""
     epsilon = {"noise-multiplier": None, "epsilon": 50.0}
-    began = private_config(tmp_path, dp=epsilon)
-    monkeypatch.setattr(setup, "saved_settings", lambda *_: began)
+    first_config = private_config(tmp_path, dp=epsilon)
+    monkeypatch.setattr(setup, "saved_settings", lambda *_: first_config)
     longer = private_config(tmp_path, dp=epsilon, federation={"num-rounds": 3})
     with pytest.raises(ConfigError, match="noise was chosen for privacy.dp.epsilon"):
         setup.check_run_directory(longer, tmp_path, resume=True)
-    setup.check_run_directory(began, tmp_path, resume=True)
+    setup.check_run_directory(first_config, tmp_path, resume=True)
     richer = private_config(tmp_path, dp={**epsilon, "budget": 60.0, "ledger": "elsewhere"})
     setup.check_run_directory(richer, tmp_path, resume=True)
     noisier = private_config(tmp_path, dp={**epsilon, "max-grad-norm": 2.0})

@@ -175,7 +175,7 @@ def test_the_round_is_respected(folder, finished, tmp_path, call):
 
 def test_wrong_choices_are_refused(folder, finished, tmp_path, call):
     start(tiny_config(folder, federation={"num_rounds": 1}), tmp_path / "plain")
-    for words, told in (
+    for words, message in (
         (
             ["evaluate", finished, "--client", "south"],
             "has no client 'south'; its clients are a/../b, north, north-2",
@@ -192,7 +192,7 @@ def test_wrong_choices_are_refused(folder, finished, tmp_path, call):
         ),
     ):
         code, _, err = call(*words)
-        assert code == 2 and told in err.replace("\n", " "), err
+        assert code == 2 and message in err.replace("\n", " "), err
 
 
 def test_inspect_says_whose_factors_are_here(finished, tmp_path, call):

@@ -138,7 +138,7 @@ class Stop(BaseException):
 def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_path, kind, method):
     # A sketch that leaves something to the clients, which keep it over the kill.
     config = config_of(tmp_path, kind, method, privacy={**SECURE, "sketch_ranks": 1})
-    whole = start(config, tmp_path / "whole", function=None)
+    uninterrupted = start(config, tmp_path / "whole", function=None)
 
     def stop(event, facts):
         if event == "aggregate" and (tmp_path / "parts" / "rounds" / "0001.json").exists():
@@ -147,7 +147,7 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_
     with pytest.raises(Stop):
         start(config, tmp_path / "parts", function=None, observer=stop)
     again = start(config, tmp_path / "parts", function=None, resume=True)
-    assert again.model.manifest() == whole.model.manifest()
+    assert again.model.manifest() == uninterrupted.model.manifest()
     for one, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
         assert one.evaluation == other.evaluation
 

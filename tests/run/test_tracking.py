@@ -117,7 +117,7 @@ class Failing(GeneralTracker):
 
     name = "failing"
     requires_logging_directory = False
-    told = 0
+    num_logged = 0
 
     def __init__(self, run_name):
         super().__init__()
@@ -125,7 +125,7 @@ class Failing(GeneralTracker):
     tracker = None
 
     def log(self, values, step=None, **_):
-        Failing.told += 1
+        Failing.num_logged += 1
         if step == 1:
             raise ConnectionError("no route to host")
 
@@ -139,9 +139,11 @@ def test_a_tracker_that_fails_is_left_with_one_warning(folder, tmp_path, monkeyp
     )
     with caplog.at_level(logging.WARNING, "fedmomentum"):
         start(config_of(folder, "failing", "tensorboard"), tmp_path / "run")
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["failing is not reported to from here on: ConnectionError: no route to host"]
-    assert Failing.told == 2 and read_back(tmp_path / "run") == wanted(tmp_path / "run")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "failing is not reported to from here on: ConnectionError: no route to host"
+    ]
+    assert Failing.num_logged == 2 and read_back(tmp_path / "run") == wanted(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

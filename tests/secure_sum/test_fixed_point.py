@@ -60,10 +60,10 @@ def test_nothing_overflows_where_all_are_at_the_bound(n, sign):
         np.testing.assert_allclose(decode(total, BLOCKS, n)[block.name], sign * n * block.bound)
 
 
-@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf, 0.2500001, -1e300])
-def test_values_that_cannot_be_summed_are_refused_and_stay_here(spoilt):
+@pytest.mark.parametrize("invalid", [np.nan, np.inf, -np.inf, 0.2500001, -1e300])
+def test_values_that_cannot_be_summed_are_refused_and_stay_here(invalid):
     values = good()
-    values["B"][2] = spoilt
+    values["B"][2] = invalid
     with pytest.raises(DataError, match=r"block 'B' of this party's update .* takes no part") as e:
         encode(values, BLOCKS, 5)
     assert public_text(e.value) == "DataError (its own log says more)"

@@ -45,8 +45,8 @@ def message_at(step, tmp_path, plan=None):
     return parties[ME], decode_message(server.messages()[ME], kind, "x"), server, parties
 
 
-def refuses(party, message, said):
-    with pytest.raises(SecureSumError, match=said):
+def refuses(party, message, pattern):
+    with pytest.raises(SecureSumError, match=pattern):
         party.answer(encode_message(message))
 
 
@@ -59,8 +59,8 @@ def changed(message, **changes):
 
 def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
     """A server that names other three of ten each time would learn single values by differences."""
-    everybody = names(10)
-    me = identity(everybody[0], everybody, least_threshold=7)
+    all_names = names(10)
+    me = identity(all_names[0], all_names, least_threshold=7)
     values = {"B": np.zeros(5), "A": np.zeros(3)}
 
     def plan(number, n, threshold):
@@ -75,7 +75,7 @@ def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "pattern"),
     [
         ({"parties": names(2)}, "2 parties; a secure sum needs at least 3"),
         ({"parties": [ME]}, "1 parties; a secure sum needs"),
@@ -88,9 +88,9 @@ def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
         ({"threshold": 9}, "threshold 9"),
     ],
 )
-def test_a_plan_that_would_show_single_values_is_refused(tmp_path, changes, said):
+def test_a_plan_that_would_show_single_values_is_refused(tmp_path, changes, pattern):
     party, plan, *_ = message_at(0, tmp_path)
-    refuses(party, changed(plan, **changes), said)
+    refuses(party, changed(plan, **changes), pattern)
     # nothing was begun: the honest plan is still taken
     party.answer(encode_message(plan))
 
@@ -158,7 +158,7 @@ def test_keys_that_the_roster_does_not_vouch_for_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("choose", "said"),
+    ("choose", "pattern"),
     [
         (lambda k: k[:2], "the parties with keys are 2; wanted 3"),
         (lambda k: [], "do not hold this party"),
@@ -168,9 +168,9 @@ def test_keys_that_the_roster_does_not_vouch_for_are_refused(tmp_path):
         (lambda k: [*k, changed(k[0], party="zoe")], "hold zoe, who was not in the step before"),
     ],
 )
-def test_lists_of_keys_that_are_too_short_or_strange_are_refused(tmp_path, choose, said):
+def test_lists_of_keys_that_are_too_short_or_strange_are_refused(tmp_path, choose, pattern):
     party, message, *_ = message_at(1, tmp_path)
-    refuses(party, Advertisements(keys=choose(message.keys)), said)
+    refuses(party, Advertisements(keys=choose(message.keys)), pattern)
 
 
 def test_one_key_for_two_parties_is_refused(tmp_path):
@@ -190,13 +190,13 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
     shares = message.shares
     flipped = shares[0].data[:-1] + bytes([shares[0].data[-1] ^ 1])
     theirs = decode_message(server.messages()["party 02"], Inbox, "x").shares
-    for data, said in (
+    for data, pattern in (
         (flipped, "what party 00 sealed for this party was altered"),
         (theirs[0].data, "what party 00 sealed"),  # of party 00, for party 02
         (shares[1].data, "what party 00 sealed"),  # of party 02
     ):
         wrong = SealedShares(party="party 00", data=data)
-        refuses(party, changed(message, shares=[wrong, *shares[1:]]), said)
+        refuses(party, changed(message, shares=[wrong, *shares[1:]]), pattern)
     refuses(party, changed(message, shares=shares[:1]), "the parties with shares are 2; wanted 3")
     stranger = SealedShares(party="zoe", data=bytes(80))
     refuses(party, changed(message, shares=[*shares, stranger]), "hold zoe")
@@ -218,7 +218,7 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parties", "said"),
+    ("parties", "pattern"),
     [
         (names(4)[:2], "the survivors are 2; wanted 3"),
         (["party 00", "party 02", "party 03"], "do not hold this party"),
@@ -226,9 +226,9 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
         (names(4)[::-1], "not sorted"),
     ],
 )
-def test_lists_of_survivors_that_break_a_rule_are_not_signed(tmp_path, parties, said):
+def test_lists_of_survivors_that_break_a_rule_are_not_signed(tmp_path, parties, pattern):
     party, _, _, _ = message_at(3, tmp_path)
-    refuses(party, Survivors(parties=parties), said)
+    refuses(party, Survivors(parties=parties), pattern)
 
 
 def test_a_second_list_of_survivors_is_not_signed(tmp_path):
@@ -260,8 +260,8 @@ def test_shares_are_opened_for_enough_signatures_under_one_list_only(tmp_path):
     others = [sign_list(p, names(4), make_plan(4, number=2), all_keys) for p in names(4)]
     refuses(party, Endorsements(signatures=others), "the list of survivors of party 00 was not")
     # the server's own signatures under parties' names
-    made = [changed(s, signature=signatures[0].signature) for s in signatures]
-    refuses(party, Endorsements(signatures=made), "the list of survivors of party 01 was not")
+    copied = [changed(s, signature=signatures[0].signature) for s in signatures]
+    refuses(party, Endorsements(signatures=copied), "the list of survivors of party 01 was not")
     zoe = Endorsement(party="zoe", signature=bytes(96))
     refuses(party, Endorsements(signatures=[*signatures, zoe]), "zoe signed .* is not on it")
     # nothing was opened by all this, and the honest list still is
@@ -290,14 +290,14 @@ def test_of_each_party_the_seed_or_the_key_is_opened_and_never_both(tmp_path):
 def test_every_attempt_has_new_secrets(tmp_path):
     plan = make_plan(4)
     values = make_values(plan)
-    made = set()
+    seen = set()
     for number, attempt in ((1, 1), (1, 2), (2, 1)):
         again = changed(plan, number=number, attempt=attempt)
         for party in make_parties(again, values, tmp_path).values():
             keys = party.answer(encode_message(again))
             secrets = party._secrets
-            made |= {secrets.mask_key, secrets.seed, secrets.channel_key, keys}
-    assert len(made) == 4 * 3 * 4
+            seen |= {secrets.mask_key, secrets.seed, secrets.channel_key, keys}
+    assert len(seen) == 4 * 3 * 4
 
 
 def test_a_restarted_party_opens_no_second_time(tmp_path):
@@ -363,22 +363,22 @@ def test_messages_out_of_order_are_refused(tmp_path, step):
 @pytest.mark.parametrize("step", range(5))
 def test_bytes_that_are_no_message_are_refused(tmp_path, step):
     party, message, *_ = message_at(step, tmp_path)
-    whole = encode_message(message)
-    table = msgspec.msgpack.decode(whole)
-    spoilt = [b"", b"\xc1", b"\x91" * 9999, whole[:-1], whole + b"\0", b'{"step": "plan"}']
-    spoilt += [
+    encoded = encode_message(message)
+    table = msgspec.msgpack.decode(encoded)
+    invalid = [b"", b"\xc1", b"\x91" * 9999, encoded[:-1], encoded + b"\0", b'{"step": "plan"}']
+    invalid += [
         msgspec.msgpack.encode(table | {"more": 1}),
         msgspec.msgpack.encode(table | {"step": "x"}),
     ]
     for field in table:
-        spoilt.append(msgspec.msgpack.encode({k: v for k, v in table.items() if k != field}))
-        spoilt.append(msgspec.msgpack.encode(table | {field: {"a": None}}))
-    for data in spoilt:
+        invalid.append(msgspec.msgpack.encode({k: v for k, v in table.items() if k != field}))
+        invalid.append(msgspec.msgpack.encode(table | {field: {"a": None}}))
+    for data in invalid:
         with pytest.raises(SecureSumError, match="the server: "):
             party.answer(data)
     with pytest.raises(SecureSumError, match="at most 134217728 were expected"):
         party.answer(bytes(2**27 + 1))
-    party.answer(whole)
+    party.answer(encoded)
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), 1e31])
@@ -400,10 +400,10 @@ def test_parties_with_different_rosters_find_out(tmp_path):
     """One of them was given another key for party 02 by the server."""
     plan = make_plan(4)
     own = {p: node_key(p).public_key() for p in plan.parties}
-    fooled = Roster({**own, "party 02": node_key("server").public_key()})
+    wrong_roster = Roster({**own, "party 02": node_key("server").public_key()})
     journal = PartyJournal(tmp_path / "fooled.json")
     parties = make_parties(plan, make_values(plan), tmp_path)
     values = make_values(plan)[ME]
-    parties[ME] = SumParty(Identity(ME, node_key(ME), fooled), journal, values)
+    parties[ME] = SumParty(Identity(ME, node_key(ME), wrong_roster), journal, values)
     with pytest.raises(SecureSumError, match="the keys of party 02 was not signed"):
         run_sum(SumServer(plan, roster(plan.parties)), parties)

@@ -49,7 +49,7 @@ def test_numbers_that_are_no_signature_are_refused(signature):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (line(node_key("a"), "a") * 2, "line 2: a has a key already"),
         (line(node_key("a"), "a") + line(node_key("a"), "b"), "line 2: b has the key of a"),
@@ -60,9 +60,9 @@ def test_numbers_that_are_no_signature_are_refused(signature):
         ("\x00\x01", "line 1: wanted a public key"),
     ],
 )
-def test_lines_that_are_no_keys_are_refused_by_number(tmp_path, text, said):
+def test_lines_that_are_no_keys_are_refused_by_number(tmp_path, text, message):
     (tmp_path / "roster").write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         Roster.read(tmp_path / "roster")
 
 

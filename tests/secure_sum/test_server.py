@@ -54,8 +54,8 @@ def assert_is_sum(result, plan, values):
 def test_drop_outs_at_any_step_leave_the_sum_of_whose_values_came(tmp_path_factory, data, n):
     threshold = data.draw(st.integers(2 * n // 3 + 1, n))
     plan = make_plan(n, threshold=threshold)
-    leavers = data.draw(st.lists(st.sampled_from(names(n)), unique=True, max_size=n - threshold))
-    leaves = {party: data.draw(st.integers(0, 4)) for party in leavers}
+    dropped = data.draw(st.lists(st.sampled_from(names(n)), unique=True, max_size=n - threshold))
+    leaves = {party: data.draw(st.integers(0, 4)) for party in dropped}
     values = make_values(plan, n)
     parties = make_parties(plan, values, tmp_path_factory.mktemp("sum"))
     result = run_sum(SumServer(plan, roster(plan.parties)), parties, leaves)
@@ -70,8 +70,8 @@ def test_one_drop_out_more_than_allowed_ends_the_sum_by_name(tmp_path, step):
     parties = make_parties(plan, make_values(plan), tmp_path)
     server = SumServer(plan, roster(plan.parties))
     leaves = dict.fromkeys(names(7)[:3], step)
-    said = "4 parties sent their .*, and 5 are needed; party 00, party 01, party 02 did not"
-    with pytest.raises(SecureSumError, match=said):
+    message = "4 parties sent their .*, and 5 are needed; party 00, party 01, party 02 did not"
+    with pytest.raises(SecureSumError, match=message):
         run_sum(server, parties, leaves)
     assert not server.finished
     with pytest.raises(SecureSumError, match="have not all come"):
@@ -340,8 +340,8 @@ def test_a_swapped_share_is_refused_by_the_kind_that_is_opened(tmp_path, kind):
         shares[index] = OpenedShare(party=about, share=other)
         return encode_message(Opening(shares=shares))
 
-    said = f"party 01 opened another share of the {kind} of {about} than it was given"
-    with pytest.raises(SecureSumError, match=said):
+    message = f"party 01 opened another share of the {kind} of {about} than it was given"
+    with pytest.raises(SecureSumError, match=message):
         run_sum(SumServer(plan, roster(plan.parties)), parties, {"party 04": 2}, swap)
 
 
@@ -360,14 +360,14 @@ def test_a_party_that_gives_out_shares_of_nothing_is_named(tmp_path, monkeypatch
 
     monkeypatch.setattr(party_module, "split_secret", split)
     kind = "key" if drops else "seed"
-    said = f"the shares that party 03 gave out do not open its {kind}; leave it out"
-    with pytest.raises(SecureSumError, match=said):
+    message = f"the shares that party 03 gave out do not open its {kind}; leave it out"
+    with pytest.raises(SecureSumError, match=message):
         leaves = {"party 03": 2} if drops else {}
         run_sum(SumServer(plan, roster(plan.parties)), parties, leaves)
 
 
 def test_a_server_plans_no_sum_that_parties_must_refuse():
-    for changes, said in (
+    for changes, message in (
         ({"parties": ["a", "b"]}, "2 parties; a secure sum needs at least 3"),
         ({"parties": names(101)}, "101 parties; each masks for every other, up to 100"),
         ({"parties": ["a", "c", "b"]}, "not sorted"),
@@ -378,5 +378,5 @@ def test_a_server_plans_no_sum_that_parties_must_refuse():
         ({"blocks": [Block(name=n, size=2**28, bound=1.0) for n in "ab"]}, "at most 268435456"),
     ):
         plan = make_plan(4, **changes)
-        with pytest.raises(SecureSumError, match=said):
+        with pytest.raises(SecureSumError, match=message):
             SumServer(plan, roster(plan.parties))

@@ -32,8 +32,8 @@ def test_shares_below_the_threshold_fit_every_secret():
             "little",
         )
         third = (int.from_bytes(other, "little") - base) * pow(unit, -1, PRIME) % PRIME
-        made = [*shares[:2], third.to_bytes(32, "little")]
-        assert join_shares(dict(enumerate(made, 1))) == other
+        altered = [*shares[:2], third.to_bytes(32, "little")]
+        assert join_shares(dict(enumerate(altered, 1))) == other
 
 
 def test_the_same_secret_is_divided_differently_every_time():

@@ -207,12 +207,14 @@ def test_a_bad_description_is_refused_by_name_and_another_starts_the_run(folder,
     change, words = BAD[name]
     config = tiny_config(folder, federation={"num_rounds": 1})
     honest = handlers(make_clients(config, tmp_path, ["site0", "site1"]))
-    spoilt = honest | {
+    corrupted = honest | {
         "site0": lambda payload: altered(change, "describe")(payload, honest["site0"])
     }
-    run_federation(InProcessTransport(spoilt), config, tmp_path / "over")  # site1 starts it
+    run_federation(InProcessTransport(corrupted), config, tmp_path / "over")  # site1 starts it
     with pytest.raises(QuorumError, match=words):
-        run_federation(InProcessTransport({"site0": spoilt["site0"]}), config, tmp_path / "alone")
+        run_federation(
+            InProcessTransport({"site0": corrupted["site0"]}), config, tmp_path / "alone"
+        )
 
 
 def test_the_commonest_base_is_the_runs_and_others_sit_out(folder, tmp_path, caplog):
@@ -257,13 +259,13 @@ def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
             }
         fields["tensors"] = {n.replace("q_proj", "x_proj"): t for n, t in fields["tensors"].items()}
 
-    spoilt = honest | {
+    corrupted = honest | {
         "site0": lambda payload: altered(another_module, "describe")(payload, honest["site0"])
     }
-    model = run_federation(InProcessTransport(spoilt), config, tmp_path / "over")
+    model = run_federation(InProcessTransport(corrupted), config, tmp_path / "over")
     assert not any("x_proj" in module for module in model.adapter.modules)
     assert "site0 adapts other modules than the run" in caplog.text
-    two = {name: spoilt[name] for name in ("site0", "site1")}
+    two = {name: corrupted[name] for name in ("site0", "site1")}
     with pytest.raises(
         QuorumError, match="disagree on the base model or on what is adapted.*site0: .*; site1: "
     ):

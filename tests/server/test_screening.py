@@ -356,12 +356,12 @@ def test_a_claim_of_many_examples_gains_so_much_and_no_more():
 
 
 def test_where_nothing_is_known_of_a_step_only_three_clients_or_more_can_be_compared():
-    near, far = Move(1.0, 1.0, 1), Move(21.0, 1.0, 1)
-    assert left_out(federation(far, near), is_step_known=False) == set()
-    assert left_out(federation(far, near, near), is_step_known=False) == {"site0"}
-    assert left_out(federation(far, near, near), max_ratio=22.0, is_step_known=False) == set()
+    small, large = Move(1.0, 1.0, 1), Move(21.0, 1.0, 1)
+    assert left_out(federation(large, small), is_step_known=False) == set()
+    assert left_out(federation(large, small, small), is_step_known=False) == {"site0"}
+    assert left_out(federation(large, small, small), max_ratio=22.0, is_step_known=False) == set()
     assert (
-        left_out(federation(far, Move(0.0, 1.0, 1), Move(0.0, 1.0, 1)), is_step_known=False)
+        left_out(federation(large, Move(0.0, 1.0, 1), Move(0.0, 1.0, 1)), is_step_known=False)
         == set()
     )
 

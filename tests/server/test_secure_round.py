@@ -55,7 +55,7 @@ def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
     secure = start(tiny_config(tmp_path, **settings, privacy=privacy), tmp_path / "secure")
     assert distance(dense_model(secure.model), dense_model(plain.model)) < 5e-6
 
-    # Losses and scores are those of all clients together, and nothing is told of one.
+    # Losses and scores are those of all clients together, and nothing is reported of a single one.
     for ours, theirs in zip(rows(tmp_path / "secure"), rows(tmp_path / "plain"), strict=True):
         assert ours.evaluation.total.num_exact == theirs.evaluation.total.num_exact
         assert ours.evaluation.total.num_tokens == theirs.evaluation.total.num_tokens
@@ -70,7 +70,7 @@ def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
 
 def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
     config = tiny_config(tmp_path, privacy=PRIVACY, federation={"num_rounds": 2})
-    whole = start(config, tmp_path / "whole")
+    uninterrupted = start(config, tmp_path / "whole")
 
     def kill(event, facts):
         if event == "aggregate" and not killed:
@@ -81,7 +81,7 @@ def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
     with pytest.raises(ServerKilled):
         start(config, tmp_path / "killed", observer=kill)
     again = start(config, tmp_path / "killed", resume=True)
-    assert again.model.manifest() == whole.model.manifest()
+    assert again.model.manifest() == uninterrupted.model.manifest()
 
 
 # ── kills ──
@@ -146,9 +146,9 @@ def test_clients_killed_at_any_step_leave_model_and_feedback_the_exact_mean(tmp_
     out = tmp_path / "out"
     model = federation.run(out)
     accepted = {row.round: row.accepted for row in rows(out) if row.round}
-    everybody = federation.names
-    assert accepted[1] == [name for name in everybody if name not in ("site1", "site4")]
-    assert all(accepted[server_round] == everybody for server_round in (2, 3, 4, 5, 6))
+    all_clients = federation.names
+    assert accepted[1] == [name for name in all_clients if name not in ("site1", "site4")]
+    assert all(accepted[server_round] == all_clients for server_round in (2, 3, 4, 5, 6))
 
     # What the exact means of all rounds would have given.
     exact = {}
@@ -248,8 +248,10 @@ def test_a_client_that_was_admitted_later_spoils_no_sum(tmp_path, caplog):
     assert asked == set(federation.names[:3])
     for row in rows(tmp_path / "out"):
         assert row.failures == {} and row.evaluation.total.num_examples
-    told = [line for line in caplog.messages if "site3 was admitted after this run began" in line]
-    assert len(told) == 1
+    warnings = [
+        line for line in caplog.messages if "site3 was admitted after this run began" in line
+    ]
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_a_client_takes_part_in_no_other_kind_of_run_than_configured(tmp_path):
 def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog):
     federation = Federation(tmp_path)
 
-    def far(model, examples, *, on_step, **rest):
+    def train_too_far(model, examples, *, on_step, **rest):
         from tests.runs import nudge
 
         report = nudge(model, examples, on_step=on_step, **rest)
@@ -301,7 +303,7 @@ def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog)
                     tensor += 7.5
         return report
 
-    federation.clients["site1"].training_function = far
+    federation.clients["site1"].training_function = train_too_far
     with caplog.at_level(logging.ERROR, logger="fedmomentum"):
         federation.run(tmp_path / "out")
     first = rows(tmp_path / "out")[1]
@@ -337,7 +339,7 @@ def test_the_servers_view_does_not_depend_on_which_client_has_which_update(
             replies.append(
                 (task.client_id, *position(task), len(payload), len(reply), plain(reply))
             )
-        views.append((model.manifest(), replies, list(caplog.messages), told(out)))
+        views.append((model.manifest(), replies, list(caplog.messages), rows_without_times(out)))
     assert views[0] == views[1]
 
 
@@ -370,7 +372,7 @@ def plain(reply):
     return metadata, shapes, others
 
 
-def told(out):
+def rows_without_times(out):
     found = []
     for row in rows(out):
         table = row.to_json()

@@ -509,8 +509,8 @@ def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder
         with_faults(config, out, bad, rounds={2})
     assert [row["round"] for row in timeless(out)] == [0, 1]
     resumed = start(config, out, resume=True)
-    whole = start(config, tmp_path / "whole")
-    assert resumed.model.version == whole.model.version
+    uninterrupted = start(config, tmp_path / "whole")
+    assert resumed.model.version == uninterrupted.model.version
     assert timeless(out) == timeless(tmp_path / "whole")
 
 
@@ -546,7 +546,7 @@ def test_a_failed_evaluation_is_told_and_the_round_counts(folder, tmp_path):
 
 def test_resume_equals_uninterrupted(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 4, "client-fraction": 0.7})
-    whole = start(config, tmp_path / "whole", function=None)
+    uninterrupted = start(config, tmp_path / "whole", function=None)
 
     class Stop(Exception):
         pass
@@ -568,13 +568,13 @@ def test_resume_equals_uninterrupted(folder, tmp_path):
             start(config, out, function=None, resume=number > 0, observer=stop_in_round(wanted))
     parts = start(config, out, function=None, resume=True)
     assert (
-        parts.model.version == whole.model.version
-        and parts.model.adapter_objects == whole.model.adapter_objects
+        parts.model.version == uninterrupted.model.version
+        and parts.model.adapter_objects == uninterrupted.model.adapter_objects
     )
     assert timeless(out) == timeless(tmp_path / "whole")
     assert chain(out) == chain(tmp_path / "whole")
     finished = start(config, out, function=None, resume=True)
-    assert finished.model.version == whole.model.version
+    assert finished.model.version == uninterrupted.model.version
 
 
 def test_a_run_folder_is_not_overwritten_nor_resumed_with_other_settings(folder, tmp_path):

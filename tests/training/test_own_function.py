@@ -54,12 +54,12 @@ def own_steps(model, examples, *, learning_rate, local_steps, moments=None, **_)
 
 
 def test_an_own_function_gets_the_moments_and_returns_them(llama):
-    whole, parts = new_model(llama), new_model(llama)
+    uninterrupted, parts = new_model(llama), new_model(llama)
     tokens = tokens_of(llama)
-    own_steps(whole, tokens, learning_rate=0.01, local_steps=6, moments={})
+    own_steps(uninterrupted, tokens, learning_rate=0.01, local_steps=6, moments={})
     first = run_own(own_steps, parts, tokens, {})
     second = run_own(own_steps, parts, tokens, first.moments)
-    assert same_bits(adapter_of(whole), adapter_of(parts))
+    assert same_bits(adapter_of(uninterrupted), adapter_of(parts))
     assert {m.step for m in first.moments.values()} == {3}
     assert {m.step for m in second.moments.values()} == {6}
     assert second.learning_rate_sum == pytest.approx(0.03)
@@ -74,11 +74,11 @@ def test_an_own_function_has_the_keyword_only_where_moments_are_wanted(llama):
         return TrainReport(1.0, 1.0, 1.0, 2, 7, moments=state, learning_rate_sum=0.5)
 
     model, tokens = new_model(llama), tokens_of(llama)
-    unwanted = run_own(function, model, tokens, None)
+    not_requested = run_own(function, model, tokens, None)
     wanted = run_own(function, model, tokens, {})
     assert seen == [False, True]
-    assert unwanted.moments is None and wanted.moments
-    assert unwanted.learning_rate_sum == wanted.learning_rate_sum == 0.5
+    assert not_requested.moments is None and wanted.moments
+    assert not_requested.learning_rate_sum == wanted.learning_rate_sum == 0.5
 
 
 def test_our_trainer_is_run_with_the_moments_too(llama):

@@ -58,8 +58,8 @@ def moved(hyperparameters, gradients, start=0.7, *, keep_last=None):
             parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
         positions.append(float(parameter.detach()))
-    begun = positions[-1 - keep_last] if keep_last else start
-    return abs(positions[-1] - begun)
+    origin = positions[-1 - keep_last] if keep_last else start
+    return abs(positions[-1] - origin)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 60])
@@ -153,7 +153,7 @@ def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step
             steps_before=step,
             carried=carried,
         )
-        farthest = 0.0
+        largest = 0.0
         for sign in (0.0, 1.0, -1.0):
             for gradients in (
                 [1e-9] * num_steps,
@@ -170,10 +170,10 @@ def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step
                 for gradient in gradients:
                     parameter.grad = sign * gradient * given.first.sign()
                     optimizer.step()
-                farthest = max(farthest, float((parameter.detach() - 0.7).abs().max()))
-        assert farthest <= bound
+                largest = max(largest, float((parameter.detach() - 0.7).abs().max()))
+        assert largest <= bound
         # It is a bound of what they do, not of anything.
-        assert bound < 6 * farthest or step == 1
+        assert bound < 6 * largest or step == 1
 
 
 def test_a_buffer_of_gradient_descent_counts_once_and_ever_less():

@@ -155,10 +155,10 @@ def test_accumulated_micro_batches_are_one_batch(folder):
     assert {
         len(ids) - n for ids, n in zip(tokens.input_ids, tokens.num_prompt_tokens, strict=True)
     } == {2, 4}
-    whole, parts = new_model(folder), new_model(folder)
+    full_batch, parts = new_model(folder), new_model(folder)
     settings = DEFAULTS | {"local_steps": 2}
     order = {"train_sampling_strategy": "sequential", "adam_epsilon": 1e-3}
-    first = train(whole, tokens, **settings | {"batch_size": 4}, arguments=order)
+    first = train(full_batch, tokens, **settings | {"batch_size": 4}, arguments=order)
     second = train(
         parts,
         tokens,
@@ -167,7 +167,7 @@ def test_accumulated_micro_batches_are_one_batch(folder):
     )
     assert second.num_steps == first.num_steps == 2 and second.num_tokens == first.num_tokens == 24
     assert second.first_loss == pytest.approx(first.first_loss, rel=1e-5)
-    for name, value in adapter_of(whole).items():
+    for name, value in adapter_of(full_batch).items():
         torch.testing.assert_close(adapter_of(parts)[name], value, atol=1e-6, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Names on the hub are told from paths, and whatever the hub refuses is said with what to do."""
+"""Names on the hub are distinguished from paths, and every error of the hub says what to do."""
 
 import logging
 import os
@@ -135,8 +135,8 @@ def test_a_login_is_in_no_message_and_no_log(hub, monkeypatch, caplog):
     hub.fail("GET", "org/model", 400)
     with pytest.raises(HubError, match=r"replied 400, 'not now, ") as caught:
         get(HubName("org/model"))
-    told = str(caught.value) + explain(RuntimeError(TOKEN), HubName("org/model"))
+    text = str(caught.value) + explain(RuntimeError(TOKEN), HubName("org/model"))
     for secret in (TOKEN, "of-another-kind"):
-        assert secret not in told
+        assert secret not in text
         assert secret not in caplog.text
     assert without_secrets(f"a {TOKEN} b") == "a [token] b"

@@ -43,8 +43,8 @@ def test_a_new_repository_is_private_and_holds_what_was_exported(hub, export, ca
     for request in hub.requests:
         assert (request.authorization == f"Bearer {TOKEN}") == (request.host == "127.0.0.1")
         assert TOKEN not in request.path and TOKEN.encode() not in request.body
-    told = capfd.readouterr()
-    assert hub.asked("PUT", "/objects/") and TOKEN not in caplog.text + told.out + told.err
+    captured = capfd.readouterr()
+    assert hub.asked("PUT", "/objects/") and TOKEN not in caplog.text + captured.out + captured.err
 
 
 def test_a_name_alone_is_of_ones_own_and_public_is_asked_for(hub, export):

@@ -22,8 +22,8 @@ TENSORS = {
 
 
 def pointers(data: bytes) -> range:
-    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    assert len(whole) == len(data)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    assert len(buffer) == len(data)
     import ctypes
 
     start = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
