@@ -135,7 +135,7 @@ def forget_scripts() -> None:
             del sys.modules[name]
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial):
+def test_the_gpu_benchmark_runs_on_a_cpu_and_reports_what_is_valid_there(gpu_trial):
     measured, _, _ = gpu_trial
     held = {(row["dtype"], row["holding"]) for row in measured["rounds"]["rows"]}
     assert held == {("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "as-loaded")}
@@ -287,7 +287,7 @@ def test_what_the_gpu_benchmark_shares(importing):
 # ── the others, as far as they run in seconds ──
 
 
-def test_what_a_job_is_watched_for_is_found_in_the_package_and_put_back(importing):
+def test_the_timed_functions_of_a_job_exist_in_the_package_and_are_restored(importing):
     client = importing("client")
     stopwatch = client.Stopwatch(iter(range(100)).__next__)
     for purpose, functions in client.WATCHED.items():

@@ -97,7 +97,7 @@ def test_commands_and_their_options_exist(page):
         assert {word for word in words if word.startswith("--")} <= options, line
 
 
-def test_the_readme_tells_of_every_command():
+def test_the_readme_names_every_command():
     documented_commands = set(
         re.findall(
             r"^\| `fedmomentum (\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE
@@ -106,7 +106,7 @@ def test_the_readme_tells_of_every_command():
     assert documented_commands == set(typer.main.get_command(app).commands)
 
 
-def test_the_generated_parts_of_the_architecture_are_new(monkeypatch):
+def test_the_generated_parts_of_the_architecture_are_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     architecture = importlib.import_module("architecture")
     assert (ROOT / "docs" / "architecture.md").read_text() == architecture.page(), "run: make docs"
@@ -214,15 +214,17 @@ def median():
 def test_the_added_method_is_new_and_obeys_the_contract(median):
     assert type(median).__name__.lower() not in METHODS
     contract.test_is_a_method(median)
-    contract.test_declarations_say_what_there_is(median)
-    contract.test_law_2_one_client_gives_itself_back(median)
+    contract.test_declarations_are_consistent(median)
+    contract.test_law_2_a_single_client_is_returned_unchanged(median)
     contract.test_law_2_clients_that_agree_get_what_they_agree_on(median)
     for server_round in (1, 2):
-        contract.test_what_is_not_sent_clients_have_or_can_draw(median, server_round)
-        contract.test_law_1_what_is_lost_is_told(median, server_round)
+        contract.test_factors_that_are_not_sent_are_known_to_clients_or_can_be_drawn(
+            median, server_round
+        )
+        contract.test_law_1_what_is_lost_is_reported(median, server_round)
         contract.test_law_2_order_of_clients_does_not_matter(median, server_round)
     for dtype in TOLERANCE:
-        contract.test_law_3_rank_dtype_and_shape_are_as_asked(median, dtype)
+        contract.test_law_3_rank_dtype_and_shape_are_as_requested(median, dtype)
     contract.test_unequal_ranks_are_refused_where_they_have_no_meaning(median)
     contract.test_a_clients_own_adapter_and_its_tail_are_the_global_one(median)
     contract.test_inputs_are_untouched_and_calls_are_pure(median)
@@ -230,7 +232,7 @@ def test_the_added_method_is_new_and_obeys_the_contract(median):
     contract.test_repr_equality_and_pickling(median)
 
 
-def test_the_added_method_withstands_a_client_gone_astray(median):
+def test_the_added_method_withstands_an_outlier_client(median):
     honest = [toy_adapter(0, 4, 4.0)] * 4
     outlier = toy_adapter(10, 4, 4e6)
     for method, moved in ((median, False), (METHODS["fedit"](), True)):
@@ -406,7 +408,7 @@ def test_aggregate_by_hand_runs(capsys):
     assert fedit > 0.01 and fedmomentum < 1e-12
 
 
-def test_own_training_is_shown_in_full_and_trains_a_run(tmp_path, monkeypatch):
+def test_custom_training_is_shown_in_full_and_trains_a_run(tmp_path, monkeypatch):
     assert (ROOT / "examples" / "own_training.py").read_text() in blocks(
         ROOT / "docs" / "training.md", "python"
     )
@@ -487,7 +489,7 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
         assert file.name == f"{sha256(file.read_bytes())}.safetensors"
 
 
-def test_every_field_of_the_wire_is_documented():
+def test_every_field_of_the_wire_format_is_documented():
     from fedmomentum.protocol import messages
 
     documented_fields = documented(ROOT / "docs" / "file-formats.md")
@@ -517,7 +519,7 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     assert language_model and language_model in text
 
 
-def test_what_is_said_of_a_gpu_is_what_was_measured_on_one(monkeypatch):
+def test_what_the_docs_report_of_a_gpu_was_measured_on_one(monkeypatch):
     """The section exists if its numbers do, and its tables are what the benchmark renders."""
     text, numbers = (
         (APPENDIX / "performance.md").read_text(),

@@ -88,7 +88,7 @@ def test_exports_are_the_same_bytes_as_those_made_beside_a_cpu(tmp_path, held):
             assert (on_cpu / name).read_bytes() == (on_gpu / name).read_bytes(), name
 
 
-def test_a_gpu_that_is_full_is_named(tmp_path):
+def test_a_gpu_without_free_memory_is_named(tmp_path):
     tiny_config(tmp_path)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-7)

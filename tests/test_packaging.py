@@ -153,7 +153,7 @@ def test_what_is_shipped_is_there_and_is_listed():
     assert lying == SHIPPED.keys()
 
 
-def test_copies_are_whole_and_replace_nothing(tmp_path):
+def test_copies_are_complete_and_replace_nothing(tmp_path):
     copies = copy_package_files(tmp_path / "here", [])
     assert [file.name for file in copies] == [Path(name).name for name in SHIPPED]
     for file, name in zip(copies, SHIPPED, strict=True):

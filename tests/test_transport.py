@@ -58,7 +58,7 @@ def test_any_task_round_trips(objects, arguments):
 
 @settings(max_examples=300)
 @given(st.binary(max_size=300))
-def test_random_bytes_are_refused_not_obeyed(data):
+def test_random_bytes_are_refused_and_not_executed(data):
     for decode in (decode_task, lambda d: decode_reply(d, TASK, 10**6)):
         with pytest.raises(PayloadError):
             decode(data)
@@ -86,7 +86,7 @@ def test_damaged_replies_are_refused_or_differ_only_in_numbers(data):
 
 
 @pytest.mark.parametrize("claimed", [2**63 - 1, 2**43, 2**31, 1000])
-def test_a_header_that_claims_more_than_came_is_refused_at_once(claimed):
+def test_a_header_that_claims_more_than_was_sent_is_refused_at_once(claimed):
     with pytest.raises(PayloadError, match="header claims"):
         decode_task(claimed.to_bytes(8, "little") + b"{}")
 
@@ -105,7 +105,7 @@ def test_deep_or_odd_heads_are_refused():
             decode_task(safetensors_bytes({}, ("task", text)))
 
 
-def test_what_a_client_raises_is_its_failure_and_ctrl_c_is_not():
+def test_an_exception_of_a_client_is_its_failure_and_ctrl_c_is_not():
     def broken(_):
         return {}["lost"]
 

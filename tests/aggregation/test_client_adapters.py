@@ -89,7 +89,7 @@ def test_own_adapter_and_tail_are_the_global_one_in_the_clients_scaling(split):
     assert error(back.effective("m0").dense(), current.effective("m0").dense()) < 1e-12
 
 
-def test_slices_are_slices_and_in_order_is_in_order():
+def test_split_rank_slices_the_factors_and_canonical_sorts_them():
     matrix = random_matrix(40, 30, 6, condition=10)
     own, tail = matrix.split_rank(2)
     assert torch.equal(own.B, matrix.B[:, :2]) and torch.equal(own.A, matrix.A[:2])

@@ -37,7 +37,7 @@ def test_mean_A_takes_clients_of_any_rank():
     assert error(ClientUpdates(matrices, weights).mean_A(4), expected) < 1e-14
 
 
-def test_shape_ranks_and_dtype_cost_one_look_at_each_update():
+def test_shape_ranks_and_dtype_read_each_update_once():
     looks = []
 
     def load(index: int) -> LowRank:

@@ -215,7 +215,7 @@ def test_nothing_is_lost_over_rounds(method):
         assert error(got, expected) < 1e-10
 
 
-def test_merging_every_third_round_waits_outside_the_sums():
+def test_merging_every_third_round_keeps_the_residual_outside_the_sums():
     waiting = torch.zeros(60, 50, dtype=torch.float64)
     for server_round, updates, weights, _, result in rounds_of(FedMomentum(merge_every=3)):
         now = aggregate(FedMomentum(), updates, weights, rank=4)
@@ -236,7 +236,7 @@ def test_a_carried_residual_is_never_merged_and_competes_again():
         assert error(result.adapter.dense(), (U[:, :4] * S[:4]) @ Vh[:4]) < 1e-10
 
 
-def test_a_dropped_residual_is_told_and_not_called_exact():
+def test_a_dropped_residual_is_reported_and_not_called_exact():
     updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
     method = FedMomentum(residual="dropped")
     result, kept = (
@@ -253,7 +253,7 @@ def test_a_dropped_residual_is_told_and_not_called_exact():
     assert result.findings["dropped_energy"] == pytest.approx(kept.residual.norm() ** 2, rel=1e-10)
 
 
-def test_what_waits_survives_a_change_of_settings():
+def test_the_carried_residual_survives_a_change_of_settings():
     updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
     waits = aggregate(FedMomentum(merge_every=9), updates, weights, rank=4).carried
     for method in (
@@ -287,6 +287,6 @@ def test_fedit_refuses_unequal_ranks_by_name():
         {"energy": 0.9, "merge_every": 2},
     ],
 )
-def test_settings_are_refused_when_they_are_made(field):
+def test_invalid_settings_are_refused_by_the_constructor(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         FedMomentum(**field)

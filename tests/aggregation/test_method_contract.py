@@ -95,7 +95,7 @@ def test_is_a_method(method):
 
 
 @every
-def test_declarations_say_what_there_is(method):
+def test_declarations_are_consistent(method):
     assert method.title and ("arXiv" in method.paper or "OpenReview" in method.paper)
     for server_round in range(1, 6):
         for factors in (
@@ -115,7 +115,7 @@ def test_declarations_say_what_there_is(method):
 
 @every
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_what_is_not_sent_clients_have_or_can_draw(method, server_round):
+def test_factors_that_are_not_sent_are_known_to_clients_or_can_be_drawn(method, server_round):
     updates, weights = clients(ranks=(4, 4)), some_weights(2)
     updates = legal(method, updates, REFERENCE, server_round)
     result = aggregate(
@@ -150,7 +150,7 @@ def test_law_1_nothing_is_lost(method, out, in_, rank, num, seed, server_round):
 
 @inexact
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_law_1_what_is_lost_is_told(method, server_round):
+def test_law_1_what_is_lost_is_reported(method, server_round):
     updates, weights = clients(ranks=(4,) * 3, condition=10), some_weights(3)
     result = aggregate(
         method, updates, weights, rank=4, reference=REFERENCE, server_round=server_round
@@ -160,7 +160,7 @@ def test_law_1_what_is_lost_is_told(method, server_round):
 
 
 @every
-def test_law_2_one_client_gives_itself_back(method):
+def test_law_2_a_single_client_is_returned_unchanged(method):
     (update,) = legal(method, clients(ranks=(4,)), REFERENCE)
     result = aggregate(method, [update], torch.ones(1), rank=4, reference=REFERENCE)
     is_lost, reported = lost(result, update.dense())
@@ -218,7 +218,7 @@ def test_law_2_order_of_clients_does_not_matter(method, server_round):
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_law_3_rank_dtype_and_shape_are_as_asked(method, dtype):
+def test_law_3_rank_dtype_and_shape_are_as_requested(method, dtype):
     updates, weights = legal(method, clients(ranks=(4, 4), dtype=dtype)), some_weights(2)
     result = aggregate(method, updates, weights, rank=4, reference=REFERENCE.to(dtype))
     wanted = torch.float64 if dtype == torch.float64 else torch.float32

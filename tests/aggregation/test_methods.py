@@ -120,7 +120,7 @@ def test_methods_of_one_factor_give_it_too_where_the_other_is_shared(method, sha
 @pytest.mark.parametrize(
     "method", [cls() for cls in METHODS.values() if cls is not FRLoRA], ids=repr
 )
-def test_one_client_gets_itself_back_in_another_scaling(method):
+def test_a_single_client_is_returned_unchanged_in_another_scaling(method):
     (given,) = adapters(scalings=(0.5,), ranks=(4,))
     result = aggregate_adapters([given], method=method, scaling=3.0)
     for module in given.modules:
@@ -145,7 +145,7 @@ def test_exactness_is_that_of_the_weights_that_clients_load(method, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_whole_adapters_need_not_be_sent_either(name, server_round):
+def test_factors_that_are_not_sent_are_known_through_scalings_and_float32(name, server_round):
     """Through scalings and float32: a factor that is not sent has the bits that everyone has, or can draw."""
     method, sent = METHODS[name](), adapters(scalings=(3.0,), ranks=(4,), seed=9)[0]
     sent = replace(
@@ -269,7 +269,7 @@ def test_frlora_starts_as_the_base_and_telescopes(scaling):
             assert error(deployed, expected[module]) < 1e-12
 
 
-def test_frlora_refuses_to_go_without_its_start():
+def test_frlora_refuses_to_run_without_its_initial_adapter():
     with pytest.raises(
         ValueError, match="the adapter they started from, of rank 4; got None for it"
     ):
@@ -528,7 +528,7 @@ def test_fedrot_of_strength_zero_or_without_a_reference_is_fedit():
             assert error(got.B, fedit.adapter.B) < 1e-12 and error(got.A, fedit.adapter.A) < 1e-12
 
 
-def test_fedrot_shrinks_the_error_of_clients_that_only_turned_apart():
+def test_fedrot_shrinks_the_error_of_clients_that_differ_by_a_rotation():
     start = random_matrix(40, 30, 4, seed=5)
     drift = [torch.randn(4, 4, generator=generator(s), dtype=torch.float64) for s in range(3)]
     turns = [torch.linalg.matrix_exp(0.4 * (d - d.mT)) for d in drift]
@@ -694,6 +694,6 @@ def test_payloads_are_those_of_the_papers(name, server_round):
         ("fedrotlora", {"strength": -0.1}, "strength"),
     ],
 )
-def test_settings_are_refused_when_they_are_made(name, settings, message):
+def test_invalid_settings_are_refused_by_the_constructor(name, settings, message):
     with pytest.raises(ValueError, match=message):
         METHODS[name](**settings)

@@ -141,7 +141,7 @@ def test_a_sketch_as_wide_as_the_matrix_is_high_is_exact():
     assert federation.missing().norm() < 1e-10
 
 
-def test_a_client_that_drops_between_the_sums_keeps_its_cross_term_whole():
+def test_a_client_that_drops_between_the_sums_keeps_its_full_cross_term():
     federation = Federation(3, RANK)
     start = factors(federation.draw)
     counts = {"a": 5, "b": 20, "c": 9}
@@ -153,7 +153,7 @@ def test_a_client_that_drops_between_the_sums_keeps_its_cross_term_whole():
     )
 
 
-def test_without_a_second_sum_the_mean_factors_stand_and_clients_keep_the_rest():
+def test_without_a_second_sum_the_mean_factors_are_used_and_clients_keep_the_difference():
     federation = Federation(4, RANK)
     start = factors(federation.draw)
     counts = {"a": 5, "b": 20, "c": 9}
@@ -423,7 +423,7 @@ def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("round_number", [1, 2])
-def test_a_method_depends_on_what_it_says(name, round_number):
+def test_a_method_depends_on_what_it_declares(name, round_number):
     """One of `factors` gives the same without the cross term; one of `product` does not."""
     method = METHODS[name]()
     draw = torch.Generator().manual_seed(21)

@@ -135,7 +135,7 @@ def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, holding):
     assert torch.equal(layer(x), other_layer(x))
 
 
-def test_a_part_of_ones_own_stays_in_factors_and_is_no_part_of_the_sum(tmp_path):
+def test_a_clients_own_part_stays_in_factors_and_outside_the_sum(tmp_path):
     weights, _, name = held(tmp_path)
     parts = residuals(weights, name, 12)
     own = residuals(weights, name, 13)[-1]
@@ -253,7 +253,7 @@ def test_only_the_branch_is_kept_for_the_backward_pass(tmp_path):
     assert not any(tensor.numel() >= OUT * IN for tensor in kept)
 
 
-def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
+def test_parts_that_do_not_fit_are_refused_before_anything_changes(tmp_path):
     weights, layer, name = held(tmp_path)
     parts = residuals(weights, name, 3)
     weights.apply(parts)

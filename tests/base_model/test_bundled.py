@@ -29,7 +29,7 @@ def conversions(monkeypatch):
     return calls
 
 
-def test_converted_once_and_instant_later(cache, conversions):
+def test_a_model_is_converted_once_and_then_cached(cache, conversions):
     lines = []
     first = embedded.bundled_model_directory(lines.append)
     assert (first / "config.json").is_file() and first.parent == cache

@@ -92,7 +92,7 @@ def test_dequantized_weights_are_bitsandbytes_own(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_directory_that_is_quantized_already_loads_as_what_it_is(folder, tmp_path, kind):
+def test_a_directory_that_is_quantized_already_loads_as_it_is(folder, tmp_path, kind):
     path = saved(folder, kind, tmp_path / kind)
     quantized = dict(quantized_layers(load(folder, kind)))
     model = load_base(path, torch.bfloat16, CPU)
@@ -351,7 +351,7 @@ def test_other_weights_of_torchao_are_refused(folder, tmp_path):
         load_base(path, torch.float32, CPU)
 
 
-def test_rows_that_are_no_whole_blocks_stay_as_they_are_or_are_refused(tmp_path):
+def test_rows_that_are_not_full_blocks_stay_as_they_are_or_are_refused(tmp_path):
     """On a CPU, bitsandbytes 0.50.2 dequantizes blocks that two rows share to weights that are 30 % off."""
     narrow = tiny_llama(tmp_path / "narrow")
     quantized = {path for path, _ in quantized_layers(load(narrow, "nf4"))}

@@ -36,7 +36,7 @@ def test_what_transformers_makes_of_several_tensors_has_no_stored_name(tmp_path)
     assert find_stored_names(model, stored, [parameter, query]) == {query: query}
 
 
-def test_a_checkpoint_whose_tensors_are_split_is_refused_with_an_advice_that_helps(tmp_path):
+def test_a_checkpoint_whose_tensors_are_split_is_refused_with_advice_that_works(tmp_path):
     """HRM's checkpoints hold the gate and up projections in one tensor, its model in two."""
     path = "model.H_module.layers.0.mlp.gate_proj"
     family = make_model("hrm_text")

@@ -157,7 +157,7 @@ def task_requests(task):
     return task.instances
 
 
-def test_nan_is_no_score(tmp_path, loaded):
+def test_nan_is_not_a_score(tmp_path, loaded):
     write_sums(write_choices(tmp_path))
     model = asked(loaded)
     weight = loaded[0].get_input_embeddings().weight

@@ -99,7 +99,7 @@ def test_programs_end_when_their_time_is_over_and_leave_nothing(tmp_path):
 
 
 @needs_namespaces
-def test_a_program_cannot_end_the_process_and_count_as_right():
+def test_a_program_cannot_end_the_process_and_count_as_correct():
     for early in ("os._exit(0)", "os.abort()"):
         assert not run_program(f"import os\n{early}")
     assert not run_program(
@@ -108,7 +108,7 @@ def test_a_program_cannot_end_the_process_and_count_as_right():
 
 
 @needs_namespaces
-def test_a_sandbox_that_does_not_hold_is_found_before_anything_runs(monkeypatch):
+def test_a_sandbox_that_does_not_isolate_is_detected_before_anything_runs(monkeypatch):
     for what in PROBES:
         monkeypatch.setattr(sandbox, "PROBES", {what: "pass"})
         with pytest.raises(ConfigError, match=f"a program can {what}"):

@@ -185,7 +185,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, mon
         run_benchmarks(Subject(tasks, ("all",)), choices)
 
 
-def test_programs_need_the_word_and_a_sandbox_that_holds(run, tasks, monkeypatch):
+def test_programs_need_run_code_and_a_working_sandbox(run, tasks, monkeypatch):
     from fedmomentum.benchmark import programs, sandbox, scoring
 
     programs_task = Benchmarks(("humaneval",), tasks, run_code=True)
@@ -205,7 +205,7 @@ def test_programs_need_the_word_and_a_sandbox_that_holds(run, tasks, monkeypatch
     assert seen[0].startswith("def double(x):\n") and seen[0].endswith("check(double)\n")
 
 
-def test_prompts_are_cut_only_where_it_is_asked_for_and_said(run, tasks):
+def test_prompts_are_truncated_only_on_request_and_it_is_reported(run, tasks):
     rows = [{**QUESTIONS[0], "question": "ab" * 150}, *QUESTIONS[1:]]
     write_rows(tasks / "choices_test.jsonl", rows)
     with pytest.raises(

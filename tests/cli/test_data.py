@@ -164,7 +164,7 @@ def test_a_first_configuration_fits_what_is_in_the_file(
         assert getattr(getattr(config, section), name) == value
 
 
-def test_files_that_do_not_tell_their_clients_are_refused(base, tmp_path, capsys):
+def test_files_that_do_not_identify_their_clients_are_refused(base, tmp_path, capsys):
     row = {"question": "a", "answer": "b"}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

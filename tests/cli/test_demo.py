@@ -81,7 +81,7 @@ def test_a_directory_that_cannot_be_made_is_refused_before_a_download(call, call
 # ── the installer ──
 
 
-def test_pip_is_used_where_it_is_and_uv_where_it_is_not(monkeypatch):
+def test_pip_is_used_if_available_and_uv_otherwise(monkeypatch):
     assert installer.install_command(["x==1"]) == [sys.executable, "-m", "pip", "install", "x==1"]
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(installer.shutil, "which", lambda name: "/usr/bin/uv")

@@ -44,7 +44,7 @@ def test_a_family_is_shown_as_language_model_and_as_classifier(call):
     assert "Olmo2ForSequenceClassification" in shown
 
 
-def test_a_family_that_was_not_tried_is_told_with_the_reason(call):
+def test_a_family_that_was_not_tried_is_reported_with_the_reason(call):
     reason = known_families().not_tried["musicgen"]
     sentence = f"musicgen: not tried as a language model ({reason})"
     code, shown, _ = call("models", "musicgen")

@@ -31,7 +31,7 @@ def test_it_is_off_by_default():
         ("secure-agregation", True, "did you mean secure-aggregation"),
     ],
 )
-def test_what_no_sum_could_obey_is_refused(key, value, message):
+def test_settings_that_no_sum_could_satisfy_are_refused(key, value, message):
     with pytest.raises(ConfigError, match=message):
         from_dict({"privacy": {key: value}})
 

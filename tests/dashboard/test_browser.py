@@ -112,7 +112,7 @@ def test_hostile_names_are_shown_and_do_nothing(hostile, open_page):
     )
 
 
-def test_the_policy_stops_a_script_that_would_be_there(hostile, open_page):
+def test_the_policy_blocks_an_injected_script(hostile, open_page):
     page = open_page(f"http://127.0.0.1:{hostile.port}/")
     page.evaluate(
         """document.getElementById('state').innerHTML = '<img src=x onerror="window.hit = 1">'"""
@@ -202,7 +202,7 @@ def test_a_run_from_its_start_to_its_report_and_the_page_stays(tmp_path, open_pa
     assert page.locator("#report h2").first.is_visible() and page.complaints == []
 
 
-def test_a_lost_connection_is_told_and_found_again(open_page, tmp_path):
+def test_a_lost_connection_is_reported_and_restored(open_page, tmp_path):
     """As when a run is stopped and resumed on the same port."""
     write_running(tmp_path)
     with serving(LivePage(tmp_path, "server.log")) as found:

@@ -234,7 +234,7 @@ def test_which_addresses_are_this_machines_own(address, wanted):
 # ── the stream ──
 
 
-def test_what_has_changed_is_sent_and_the_end_is_told(monkeypatch):
+def test_changes_and_the_end_are_sent(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(site, "TICK_SECONDS", 0.01)
     page = Still(state="one", clients="c\n\nevent: forged")
@@ -251,7 +251,7 @@ def test_what_has_changed_is_sent_and_the_end_is_told(monkeypatch):
     assert '"ended"' in text and text.rstrip().endswith("0") and "event: end\ndata: {}" in text
 
 
-def test_nothing_is_made_while_nobody_looks_and_once_for_all_who_do(monkeypatch):
+def test_pages_are_rendered_only_for_viewers_and_once_for_all_of_them(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.1)
     page = Still(state="one")
     with serving(page) as found:
@@ -269,7 +269,7 @@ def test_nothing_is_made_while_nobody_looks_and_once_for_all_who_do(monkeypatch)
         assert page.num_made == num_before
 
 
-def test_there_are_so_many_viewers_and_no_more(monkeypatch):
+def test_the_number_of_viewers_is_limited(monkeypatch):
     monkeypatch.setattr(site, "MAX_VIEWERS", 2)
     with serving(Still(state="x")) as found:
         with Viewer(found.port) as first, Viewer(found.port) as second:
@@ -280,7 +280,7 @@ def test_there_are_so_many_viewers_and_no_more(monkeypatch):
             assert "200 OK" in third.read_until('"now"')
 
 
-def test_who_does_not_read_is_hung_up_on_and_the_others_go_on(monkeypatch):
+def test_a_viewer_that_does_not_read_is_disconnected_and_the_others_continue(monkeypatch):
     monkeypatch.setattr(site, "SEND_SECONDS", 0.3)
     monkeypatch.setattr(site, "TICK_SECONDS", 0.1)
     page = Still(state="x" * 20_000_000)

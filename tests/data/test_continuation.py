@@ -168,7 +168,7 @@ def test_a_prompt_that_ends_in_a_space_is_learned_with_one(name):
 @given(prompt=TEXT.filter(str.strip), completion=TEXT.filter(str.strip))
 @example(prompt="play", completion="ing")
 @example(prompt="the cat", completion="the")
-def test_a_tokenizer_that_keeps_no_blanks_reads_as_it_would_read_the_whole(
+def test_a_tokenizer_that_strips_blanks_reads_as_it_would_read_the_full_text(
     name, prompt, completion
 ):
     tokenizer = ALL[name]
@@ -179,7 +179,7 @@ def test_a_tokenizer_that_keeps_no_blanks_reads_as_it_would_read_the_whole(
     assert read(tokenizer, ids) == read(tokenizer, whole)
 
 
-def test_a_word_goes_on_where_the_prompt_ends_in_it():
+def test_a_word_continues_where_the_prompt_ends_inside_it():
     tokenizer = word_piece()
     ids, num_prompt = ids_of(tokenizer, "play", "ing")
     assert tokenizer.convert_ids_to_tokens(ids) == ["play", "##ing", "</s>"] and num_prompt == 1

@@ -58,7 +58,7 @@ def with_column(*texts):
         ("null", "null", "null"),
     ],
 )
-def test_of_json(values, tmp_path):
+def test_json_rows_are_read(values, tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text(with_column(*values))
     assert examples_of(file) == WANTED
@@ -88,7 +88,7 @@ def odd_columns():
     }
 
 
-def test_of_parquet(tmp_path):
+def test_parquet_rows_are_read(tmp_path):
     table = pa.Table.from_pylist(PLAIN)
     for name, column in odd_columns().items():
         table = table.append_column(name, column)
@@ -103,7 +103,7 @@ def test_of_parquet(tmp_path):
         examples_of(tmp_path / "d.parquet", category_column="not UTF-8")
 
 
-def test_of_a_saved_data_set(tmp_path):
+def test_rows_of_a_saved_data_set_are_read(tmp_path):
     """A column of pictures, which are none, is not decoded."""
     features = datasets.Features(
         {
@@ -414,7 +414,7 @@ def test_a_column_of_names_of_rows_is_no_category(tmp_path):
     assert len(examples_of(tmp_path / "d.jsonl")) == MAX_CATEGORIES + 1
 
 
-def test_what_data_may_name_arrives():
+def test_names_in_data_and_in_messages_have_the_same_limits():
     """The limits of a data set are those of the messages in which its categories travel."""
     assert MAX_CATEGORIES == messages.MAX_CATEGORIES
     assert msgspec.convert("x" * MAX_LABEL, schema.Label) and msgspec.convert(

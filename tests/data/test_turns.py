@@ -209,7 +209,7 @@ def test_template_that_removes_earlier_reasoning_is_refused_by_row_and_turn():
         ),
     ],
 )
-def test_templates_that_do_not_tell_are_refused_by_name(template, chat, pattern):
+def test_templates_that_do_not_mark_turns_are_refused_by_name(template, chat, pattern):
     with pytest.raises(DataError, match=r"north, example 0: .*" + pattern):
         tokenized([chat], template)
 

@@ -177,7 +177,7 @@ def test_scores_add_up(a, b):
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_interval_is_wilsons(num_exact, num_examples, low, high):
+def test_the_interval_is_the_wilson_interval(num_exact, num_examples, low, high):
     assert Score(0.0, 0, num_examples, num_exact).interval == pytest.approx((low, high), abs=5e-5)
 
 

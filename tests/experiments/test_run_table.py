@@ -20,7 +20,7 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_a_line_is_on_disk_at_once_and_is_found_by_what_it_says(script, tmp_path):
+def test_a_line_is_on_disk_at_once_and_is_found_by_its_values(script, tmp_path):
     run_table = script("run_table")
     file = tmp_path / "results" / "runs.csv"
     table = run_table.RunTable(file, ("method", "seed", "score"))

@@ -142,7 +142,7 @@ def small(language, monkeypatch, tmp_path):
     return language
 
 
-def test_the_script_goes_from_end_to_end_and_continues(small, tmp_path, capsys):
+def test_the_script_runs_end_to_end_and_resumes(small, tmp_path, capsys):
     out = tmp_path / "out"
     small.prepare("builtin", out, None, tiny_llama(tmp_path / "source"))
     words = ["--out", str(out), "--seeds", "1", "--publish"]

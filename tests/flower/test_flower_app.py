@@ -89,7 +89,7 @@ def test_with_partition_ids_the_nodes_share_the_runs_data(apps, tmp_path, monkey
         app_client._client_name(node, Context(1, 1, {}, RecordDict(), {}))
 
 
-def test_a_run_without_its_clients_ends_with_what_is_wrong(apps, tmp_path, monkeypatch, caplog):
+def test_a_run_without_its_clients_ends_with_the_reason(apps, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     config = tiny_config(tmp_path, num_clients=2, federation={"join_timeout": 0.1})
     values = flat(config, tmp_path / "app")
@@ -104,7 +104,7 @@ def test_a_run_without_its_clients_ends_with_what_is_wrong(apps, tmp_path, monke
         run(apps, values | {"privacy.secure-aggregation": True})
 
 
-def test_the_examples_own_settings_are_ours():
+def test_the_settings_of_the_example_are_valid():
     table = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     values = {}
     for key, value in table["config"].items():

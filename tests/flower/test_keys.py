@@ -52,7 +52,7 @@ def pem(private) -> bytes:
 # ── files ──
 
 
-def test_what_is_made_is_what_is_read(tmp_path):
+def test_keys_are_read_as_they_were_written(tmp_path):
     keys = make_keys(tmp_path)
     private, public = make_node_key("site-1.b", tmp_path / "new")
     assert pem(load_private_key(private)) == load_public_key(public)
@@ -90,7 +90,7 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
         assert b"PRIVATE" not in file.read_bytes(), file
 
 
-def test_a_private_key_is_not_taken_when_others_may_touch_it(tmp_path):
+def test_a_private_key_that_others_can_access_is_refused(tmp_path):
     private, _ = make_node_key("north", tmp_path)
     for open_to in (0o640, 0o604, 0o620, 0o666):
         private.chmod(open_to)
@@ -134,7 +134,7 @@ def test_keys_are_not_overwritten_and_names_are_not_taken_over(tmp_path):
     assert admitted_keys(keys) == {"north": load_public_key(tmp_path / "north.pub")}
 
 
-def test_what_is_no_public_key_is_refused_by_name(tmp_path):
+def test_an_invalid_public_key_is_refused_by_name(tmp_path):
     keys = make_keys(tmp_path)
     private, _ = make_node_key("north", tmp_path)
     edwards = ed25519.Ed25519PrivateKey.generate().public_key()
@@ -187,7 +187,7 @@ def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
         ({"key": "south.key"}, "there is no key"),
     ],
 )
-def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, words):
+def test_mistakes_of_a_party_are_reported_before_anything_is_loaded(keys, change, words):
     folder = keys.parent
     given = {
         "server": "127.0.0.1:1",
@@ -213,7 +213,7 @@ def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, word
         ("https://[::1]:9443/", "[::1]:9443"),
     ],
 )
-def test_an_address_is_taken_in_the_forms_that_people_write(given, wanted):
+def test_common_forms_of_an_address_are_accepted(given, wanted):
     assert server_address(given) == wanted
 
 
@@ -237,7 +237,7 @@ def test_an_address_is_taken_in_the_forms_that_people_write(given, wanted):
         ("", "must be HOST:PORT"),
     ],
 )
-def test_what_is_no_address_is_refused_in_words(given, words):
+def test_an_invalid_address_is_refused_with_a_message(given, words):
     with pytest.raises(ConfigError, match=words) as raised:
         server_address(given)
     assert len(str(raised.value)) < 600 and "\x1b" not in str(raised.value)
@@ -258,7 +258,7 @@ def test_a_node_reaches_a_server_by_its_ipv6_address(tmp_path):
 # ── slips of the operator ──
 
 
-def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, caplog):
+def test_bad_files_among_the_nodes_are_reported_once_and_the_others_continue(tmp_path, caplog):
     """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a link to nowhere."""
     keys = make_keys(tmp_path, "north", "south")
     nodes = keys / "nodes"
@@ -370,7 +370,7 @@ def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys)
     ).value.ca  # it can vouch for nobody
 
 
-def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
+def test_a_client_trusts_no_other_name_and_no_other_authority(keys, tmp_path):
     other_keys = make_keys(tmp_path / "elsewhere")
     named = make_keys(tmp_path / "named", "north")
     make_server_keys(named, ["fed.example.org"])
@@ -391,7 +391,7 @@ def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
 @pytest.mark.parametrize(
     "host", ["fed.example.org:9443", "https://fed.example.org", "über.example", "", "a b", "-x.org"]
 )
-def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path, host):
+def test_an_invalid_host_is_refused_before_anything_is_written(tmp_path, host):
     with pytest.raises(ConfigError, match="neither a host name nor an address"):
         make_server_keys(tmp_path / "keys", ["good.example", host])
     assert not (tmp_path / "keys").exists()

@@ -76,7 +76,7 @@ def test_no_path_and_no_part_of_one_leaves(error, path, before, after, quote):
 
 
 @given(words, words, paths())
-def test_of_data_and_of_other_libraries_only_the_kind_is_told(before, secret, path):
+def test_errors_of_data_and_of_other_libraries_show_only_their_type(before, secret, path):
     message = f"{before} {path}: {secret}"
     assert public_text(DataError(message)) == "DataError (its own log says more)"
     others = (
@@ -89,7 +89,7 @@ def test_of_data_and_of_other_libraries_only_the_kind_is_told(before, secret, pa
         assert public_text(error) == f"{type(error).__name__} (its own log says more)"
 
 
-def test_a_kind_of_data_error_and_of_a_library_stay_untold():
+def test_subclasses_of_data_errors_and_errors_of_libraries_show_only_their_type():
     class OwnDataError(DataError):
         pass
 
@@ -112,11 +112,11 @@ def test_a_kind_of_data_error_and_of_a_library_stay_untold():
         ("base differs: 5f1a..., wanted 77ab... (3 of 4)", None),
     ],
 )
-def test_what_helps_to_mend_it_is_told(message, shown):
+def test_what_helps_to_fix_it_is_shown(message, shown):
     assert public_text(ModelError(message)) == f"ModelError: {shown or message}"
 
 
-def test_every_error_of_ours_is_looked_at_here():
+def test_every_error_class_of_the_package_is_covered_here():
     found = {
         e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FedMomentumError)
     }

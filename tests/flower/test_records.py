@@ -91,7 +91,7 @@ def ours(content=None):
 # ── the shape itself ──
 
 
-def test_messages_of_ours_have_the_shape_whatever_is_in_them():
+def test_our_own_messages_have_the_expected_shape_whatever_they_contain():
     for payload in (
         b"",
         b"short",
@@ -422,7 +422,7 @@ SPOILT = [
 
 
 @pytest.mark.parametrize(("path", "value", "words"), SPOILT, ids=lambda value: str(value)[:45])
-def test_an_answer_with_a_spoilt_envelope_ends_that_nodes_part(liar, link, path, value, words):
+def test_an_answer_with_a_corrupted_envelope_ends_that_nodes_part(liar, link, path, value, words):
     request = liar.request(pack_payload(b"reply"))
     spoil(request, path, value)
     assert liar.post("push-messages", request).status_code == 403
@@ -579,7 +579,7 @@ def test_a_megabyte_of_error_text_becomes_a_line(liar, link):
     assert events == [("failed", {"client": "north", "reason": failure.reason})]
 
 
-def test_only_flowers_own_word_makes_a_node_gone(liar, link):
+def test_only_flower_itself_can_report_a_node_as_gone(liar, link):
     """A node that says of itself that it is not available has failed; the round does not wait for it."""
     with as_node():
         liar.connection.push(Message(Error(5, "Node unavailable"), reply_to=liar.message))
@@ -606,7 +606,7 @@ def test_the_same_answer_twice_is_one_answer(liar, link):
     )
 
 
-def test_answers_without_end_leave_nothing_behind(liar, link):
+def test_endless_answers_leave_nothing_behind(liar, link):
     """Each would open a session in Flower's memory that nobody closes."""
     sessions = link._state._object_push_sessions
     codes = [
@@ -670,7 +670,7 @@ def test_other_requests_with_odd_fields_are_refused(liar, link):
     assert list(link.online()) == ["north"]
 
 
-def test_whatever_else_an_answer_raises_ends_that_answer_alone(link, keys, monkeypatch):
+def test_any_other_exception_ends_that_answer_only(link, keys, monkeypatch):
     """Both nodes have answered; north's cannot be put together, south's counts."""
     with connect(link.port, keys, "north") as north, connect(link.port, keys, "south") as south:
         questions = {name: ask(link, name, b"task") for name in ("north", "south")}
@@ -765,7 +765,7 @@ def test_an_odd_message_from_the_server_is_a_lost_connection(
 @pytest.mark.parametrize(
     "answer", [RecursionError("x"), KeyError("x"), AttributeError("x\x1b"), MemoryError()]
 )
-def test_whatever_an_answer_of_the_servers_raises_is_a_lost_connection(
+def test_any_exception_from_an_answer_of_the_server_is_a_lost_connection(
     link, keys, monkeypatch, answer
 ):
     with connect(link.port, keys, "north") as connection:

@@ -105,7 +105,7 @@ def test_silent_connections_are_few_and_short_and_nodes_get_in_beside_them(link,
     ],
     ids=["nothing", "half a head", "half a body"],
 )
-def test_whoever_does_not_finish_a_request_is_hung_up_on(link, keys, sent):
+def test_a_client_that_does_not_finish_a_request_is_disconnected(link, keys, sent):
     with tls(link.port, keys) as connection:
         connection.sendall(sent)
         started = time.monotonic()
@@ -121,7 +121,7 @@ def test_a_head_that_comes_letter_by_letter_is_cut_off(link, keys):
             time.sleep(0.1)
 
 
-def test_a_node_that_begins_a_request_and_stops_is_hung_up_on(link, keys, stranger):
+def test_a_node_that_stops_in_a_request_is_disconnected(link, keys, stranger):
     """Its signature bought it more patience, not for ever."""
     lines = "".join(f"{key}: {value}\r\n" for key, value in stranger.signature("north").items())
     head = f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n{lines}content-type: application/protobuf\r\n"
@@ -147,7 +147,7 @@ def test_one_node_with_many_connections_loses_its_oldest_and_no_other_node_any(l
         assert fetch(south) is None
 
 
-def test_a_process_without_files_left_goes_on_once_there_are_some(keys):
+def test_a_process_out_of_file_descriptors_continues_once_some_are_free(keys):
     """Accepting fails for want of files for a while: nothing ends, and a node joins as soon as there are some."""
     limits = ConnectionLimits(
         max_connections=4000,
@@ -172,7 +172,7 @@ def test_a_process_without_files_left_goes_on_once_there_are_some(keys):
             assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
 
 
-def test_files_are_left_for_the_run_under_any_limit():
+def test_file_descriptors_are_left_for_the_run_under_any_limit():
     """Half of what the process may open, at most, is for connections; it raises its own limit where it may."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), "
@@ -252,7 +252,7 @@ ASK = "POST /v1/fleet/pull-messages HTTP/1.1"
     ],
     ids=lambda value: None if isinstance(value, int) else str(value[-1])[:30],
 )
-def test_odd_requests_get_a_4xx_and_the_service_goes_on(link, keys, caplog, lines, status):
+def test_odd_requests_get_a_4xx_and_the_service_continues(link, keys, caplog, lines, status):
     with caplog.at_level(logging.ERROR):
         assert raw(link, keys, *lines).startswith(f"HTTP/1.1 {status} ")
         with connect(link.port, keys, "north") as node:
@@ -268,7 +268,7 @@ def test_odd_times_are_no_signature(stranger, timestamp):
     assert stranger.post("pull-messages", headers=headers).status_code == 401
 
 
-def test_nothing_of_an_unsigned_request_is_read_but_its_head(link, keys):
+def test_only_the_head_of_an_unsigned_request_is_read(link, keys):
     """Not even a byte of a body of 16 MiB: the refusal comes before it."""
     with tls(link.port, keys) as connection:
         connection.sendall(f"{ASK}\r\nHost: x\r\nContent-Length: {16 * 2**20}\r\n\r\n".encode())
@@ -340,7 +340,7 @@ def test_a_flood_of_one_node_is_slowed_down_and_the_others_are_served(link, keys
     assert sum(counts) <= 400 + 200 * (seconds + 1)
 
 
-def test_the_same_is_said_of_the_same_node_once_a_minute(caplog):
+def test_the_same_message_about_a_node_is_logged_once_a_minute(caplog):
     now = [0.0]
     notices = ThrottledLog(lambda: now[0])
     with caplog.at_level(logging.INFO, "fedmomentum"):

@@ -168,7 +168,7 @@ def test_next_model_is_the_exact_weighted_mean(method):
             np.testing.assert_allclose(waiting[module], 0, atol=1e-10)
 
 
-def test_stock_fedavg_makes_another_model():
+def test_stock_fedavg_gives_a_different_model():
     _, clients, _ = play(make_strategy())
     stock, stock_clients, _ = play(FedAvg(fraction_evaluate=0.0))
     mean = weighted({node: client.trained[0] for node, client in stock_clients.items()})

@@ -121,7 +121,7 @@ def test_a_body_that_is_too_large_or_of_no_stated_size_is_refused_unread(strange
     assert link.registered() == ["north", "south"]
 
 
-def test_plain_http_gets_nowhere(link):
+def test_plain_http_is_rejected(link):
     with pytest.raises(httpx.TransportError):
         httpx.post(f"http://127.0.0.1:{link.port}/v1/fleet/pull-messages", content=b"")
     with socket.create_connection(("127.0.0.1", link.port), timeout=5) as plain:
@@ -131,7 +131,7 @@ def test_plain_http_gets_nowhere(link):
         assert b"HTTP/" not in plain.recv(1000)
 
 
-def test_a_port_in_use_and_missing_or_open_keys_are_mistakes_told_in_words(link, keys, tmp_path):
+def test_a_port_in_use_and_missing_or_open_keys_are_reported_as_user_errors(link, keys, tmp_path):
     with (
         pytest.raises(
             ConfigError, match=f"cannot listen on 127.0.0.1:{link.port}; is the port in use"
@@ -170,7 +170,7 @@ def test_only_a_fresh_signature_by_the_nodes_own_key_counts(stranger, keys):
     assert stolen.status_code == 401
 
 
-def test_a_key_that_is_not_admitted_is_told_so_until_it_is(link, keys):
+def test_a_key_that_is_not_admitted_gets_the_reason_until_it_is(link, keys):
     _, public = make_node_key("east", keys.parent)
     with pytest.raises(
         ConnectionLost, match="does not admit this node: its public key is not admitted"
@@ -189,7 +189,7 @@ def test_a_key_that_is_not_admitted_is_told_so_until_it_is(link, keys):
     assert link.registered() == ["north", "south"]
 
 
-def test_whoever_is_turned_away_while_connected_can_do_nothing_more(link, keys):
+def test_a_node_removed_while_connected_can_do_nothing_more(link, keys):
     _, public = make_node_key("west", keys.parent)
     admit_node(public, keys)
     link.registered()
@@ -214,7 +214,9 @@ def test_a_name_is_its_key_and_one_process_at_a_time_has_it(link, keys):
         assert list(link.online()) == ["north"]
 
 
-def test_a_heartbeat_under_way_when_a_node_leaves_does_not_keep_it_there(link, keys, monkeypatch):
+def test_a_heartbeat_in_flight_when_a_node_leaves_does_not_keep_it_registered(
+    link, keys, monkeypatch
+):
     """If it came to count after the farewell, nobody could join under that name until it ran out."""
     under_way, count = threading.Event(), link._state.acknowledge_node_heartbeat
 
@@ -303,7 +305,7 @@ def test_an_admitted_node_can_fetch_what_it_can_name(link, keys, stranger):
 # ── what is carried ──
 
 
-def test_many_parts_arrive_whole_both_ways(link, keys):
+def test_many_parts_arrive_intact_both_ways(link, keys):
     down, up = os.urandom(11 * MIB), os.urandom(12 * MIB)
     with connect(link.port, keys, "north") as connection:
         assert there_and_back(link, connection, "north", down, up) == (down, up)
@@ -328,7 +330,7 @@ def test_a_reply_larger_than_any_reply_is_cut_off(link, keys, monkeypatch):
         assert there_and_back(link, connection, "south", b"task", b"reply") == (b"task", b"reply")
 
 
-def test_what_nobody_fetched_can_be_taken_back(link, keys):
+def test_a_message_that_nobody_fetched_can_be_withdrawn(link, keys):
     with connect(link.port, keys, "north") as connection:
         stale, fetched = ask(link, "north", b"stale"), None
         link.withdraw([stale, "no such message"])
@@ -340,7 +342,7 @@ def test_what_nobody_fetched_can_be_taken_back(link, keys):
         assert len(list(link.grid.pull_messages([fresh]))) == 1
 
 
-def test_asking_again_for_room_gives_none(link, keys, monkeypatch):
+def test_restarting_a_reply_does_not_raise_its_size_limit(link, keys, monkeypatch):
     """A node that starts its reply anew has no more bytes than before; the next question gives it new ones."""
     monkeypatch.setattr(guard_module, "MAX_PAYLOAD_BYTES", 20 * MIB)
     with connect(link.port, keys, "north") as connection:

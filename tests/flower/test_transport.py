@@ -255,7 +255,7 @@ def test_an_answer_of_another_form_is_a_failure(world, content):
     }
 
 
-def test_who_is_not_connected_or_not_reached_is_not_waited_for(world):
+def test_clients_that_are_not_connected_or_not_reached_are_not_waited_for(world):
     del world.here["south"]
     world.script = {name: after(1, partial(world.answers, b"fine")) for name in world.here}
     transport = world.transport()
@@ -267,7 +267,7 @@ def test_who_is_not_connected_or_not_reached_is_not_waited_for(world):
     }
 
 
-def test_an_answer_after_the_deadline_is_ignored_and_told(world, caplog):
+def test_an_answer_after_the_deadline_is_ignored_and_reported(world, caplog):
     """It does not stand in for the answer to the next question."""
     world.script["east"] = after(ROUND + 20, partial(world.answers, b"old"))
     transport = world.transport()
@@ -315,7 +315,7 @@ def test_a_client_that_stays_connected_is_asked_once(world):
     assert len(world.sent) == 1
 
 
-def test_the_answer_to_the_question_before_the_break_is_not_taken_for_the_one_after(world):
+def test_an_answer_to_a_task_from_before_the_disconnect_is_not_taken_for_a_later_one(world):
     """Only what answers the last question counts, and one client has one answer."""
 
     def breaks(message):
@@ -342,14 +342,14 @@ def test_a_start_waits_for_all_and_a_round_for_the_quorum(world):
     assert transport.clients() == ["east", "north"] and 30 <= world.now - before < 33
 
 
-def test_a_start_goes_on_without_whoever_did_not_come_in_time(world, caplog):
+def test_a_start_continues_without_clients_that_did_not_connect_in_time(world, caplog):
     del world.here["south"]
     with caplog.at_level(logging.WARNING, "fedmomentum"):
         assert world.transport().clients() == ["east", "north"]
     assert JOIN <= world.now < JOIN + 3 and "starting without south" in caplog.text
 
 
-def test_too_few_after_all_that_time_is_told_with_names_and_numbers(world):
+def test_too_few_clients_at_the_deadline_are_reported_with_names_and_numbers(world):
     del world.here["south"], world.here["north"]
     with pytest.raises(QuorumError) as raised:
         world.transport().clients()
@@ -506,7 +506,9 @@ def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(
         assert len(last) == 2 and all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 
-def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, world, tmp_path):
+def test_a_client_that_hangs_is_left_out_of_the_round_and_back_in_the_next(
+    parties, world, tmp_path
+):
     config, _ = parties
     does = world.script["site1"]
 

@@ -125,7 +125,7 @@ def test_one_process_answers_one_clientapp_after_the_other(store):
     assert ask(store, b"runs") == b"pid run" and ask(store, b"runs") == b"pid run"
 
 
-def test_nobody_else_can_enter_its_directory(store):
+def test_no_other_user_can_access_its_directory(store):
     ask(store)
     assert socket_directory(store).stat().st_mode & 0o777 == 0o700
     assert store.stat().st_mode & 0o777 == 0o700
@@ -155,7 +155,7 @@ def test_a_worker_that_dies_in_a_task_is_replaced(store):
     assert not directory.exists()  # what the killed one could not remove
 
 
-def test_one_that_cannot_load_says_why_without_the_path(store):
+def test_a_process_that_cannot_load_gives_the_reason_without_the_path(store):
     store.mkdir()
     (store / "refuse").touch()
     with pytest.raises(WorkerError) as raised:

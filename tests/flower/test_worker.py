@@ -153,7 +153,7 @@ def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
     assert pid(light) != first
 
 
-def test_what_a_task_raises_ends_nothing_and_tells_nothing(light, capfd):
+def test_an_exception_in_a_task_ends_nothing_and_reveals_nothing(light, capfd):
     """The kind goes to the server, the whole to whoever runs the node."""
     first = pid(light)
     for task, kind, full_text in (
@@ -170,7 +170,7 @@ def test_what_a_task_raises_ends_nothing_and_tells_nothing(light, capfd):
     assert "RuntimeError: Mrs Miller" in capfd.readouterr().err  # with where it came from
 
 
-def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
+def test_a_worker_that_cannot_load_gives_the_reason_without_the_path(light, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "refuse").touch()
     with pytest.raises(WorkerError) as raised:
@@ -189,7 +189,7 @@ def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
     pytest.fail("it was not started anew")
 
 
-def test_nobody_else_reaches_a_worker(light, config, tmp_path):
+def test_no_other_process_can_reach_a_worker(light, config, tmp_path):
     """It listens nowhere, and its only socket is in no other process but its node's."""
     other = Worker(config, "site1", tmp_path / "other")
     try:

@@ -119,7 +119,7 @@ def check_directory(out):
     return rows
 
 
-def test_mutated_replies_hurt_nobody_else(federation, tmp_path, monkeypatch):
+def test_mutated_replies_do_not_affect_other_clients(federation, tmp_path, monkeypatch):
     config, _, answers, _, whole, _ = federation
     monkeypatch.setattr("os.fsync", lambda handle: None)  # no crash is tried here
     out = tmp_path / "run"
@@ -174,7 +174,7 @@ def assert_same(one, other, what):
         assert torch.equal(tensor, other_tensors[name]), f"{what}: {name}"
 
 
-def test_mutated_tasks_leave_a_client_as_it_was(federation):
+def test_mutated_tasks_leave_a_client_unchanged(federation):
     """Refused by name or done; and the next honest task gets the same answer to the bit."""
     _, tasks, answers, parties, _, _ = federation
     client = parties["site1"]

@@ -218,7 +218,7 @@ def test_another_code_path_of_the_matrix_product_makes_the_same_snapshot(tmp_pat
     assert process.stdout.strip() == wanted.name
 
 
-def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
+def test_no_full_matrix_is_ever_in_float64(monkeypatch):
     monkeypatch.setattr(consolidation, "BLOCK_ELEMENTS", 2000)
     parts, largest = (
         [StoredObject.of({"m": random_matrix(90, 100, 3, seed=i)}) for i in range(3)],
@@ -239,7 +239,7 @@ def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
     assert largest and max(largest) <= 2000
 
 
-def test_a_sum_beyond_float32_is_refused_before_anybody_adopts_it():
+def test_a_sum_beyond_float32_is_refused_before_any_client_adopts_it():
     large = StoredObject.of(
         {"m": LowRank(torch.full((2, 1), 1e38), torch.tensor([[1.0, 3.4028234, -2.0]]))}
     )
@@ -275,7 +275,7 @@ def test_ties_that_are_none_of_these_matrices_are_refused(what):
         )
 
 
-def test_parts_of_other_modules_or_shapes_are_refused_before_anything_is_made():
+def test_parts_of_other_modules_or_shapes_are_refused_before_anything_is_built():
     huge = StoredObject.of(
         {"m": LowRank(torch.zeros(2**20, 0), torch.zeros(0, 2**20))}
     )  # 4 TB as a matrix
@@ -339,7 +339,7 @@ def test_a_part_that_comes_again_is_sent_once():
     assert way.objects == {A, T1, D} and way.recipes == tuple(recipe)
 
 
-def test_without_the_link_in_between_or_in_a_circle_the_snapshot_is_sent():
+def test_with_a_missing_link_or_a_cycle_the_snapshot_is_sent():
     for recipes in (
         (RECIPES[0], RECIPES[2]),
         (),
@@ -353,7 +353,7 @@ def test_without_the_link_in_between_or_in_a_circle_the_snapshot_is_sent():
     assert plan_delivery([], {A}, RECIPES, SIZES.__getitem__).objects == frozenset()
 
 
-def test_recipes_are_kept_while_they_can_be_worth_it():
+def test_recipes_are_kept_while_they_can_be_cheaper():
     size = SIZES.__getitem__
     assert prune_recipes(RECIPES, size, 1000) == RECIPES
     assert prune_recipes(RECIPES, size, 93) == RECIPES  # 92 bytes before the first
@@ -572,7 +572,7 @@ def dense_of(model):
     return 4 * sum(matrix.shape[0] * matrix.shape[1] for matrix in model.adapter.modules.values())
 
 
-def test_late_comers_of_a_run_download_one_snapshot_and_the_others_none(undisturbed):
+def test_clients_that_join_late_download_one_snapshot_and_the_others_none(undisturbed):
     tasks, model, out = undisturbed
     dense, trained = dense_of(model), [task for task in tasks if task.kind == "train"]
     assert any(task.request.recipes for task in trained)
@@ -593,7 +593,7 @@ def test_late_comers_of_a_run_download_one_snapshot_and_the_others_none(undistur
 
 
 @pytest.mark.parametrize("name", ["frlora", "fedexlora", "flora"])
-def test_late_comers_of_other_methods(folder, tmp_path, name):
+def test_clients_that_join_late_with_other_methods(folder, tmp_path, name):
     """FRLoRA's list names its start again and again; FLoRA's clients draw the adapter themselves."""
     config = config_of(folder, method={"name": name}, federation={"num_rounds": 12})
     tasks, model = ran(config, tmp_path)
@@ -606,7 +606,7 @@ def test_late_comers_of_other_methods(folder, tmp_path, name):
     )
 
 
-def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
+def test_a_run_that_consolidates_for_a_client_resumes_to_the_same_bits(
     folder, undisturbed, tmp_path
 ):
     """Killed after the snapshot was made and before its round was saved, and in the round after."""
@@ -644,7 +644,7 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
 @pytest.mark.parametrize(
     "what", ["ties", "other ties", "a part", "no part", "parts twice", "what it makes"]
 )
-def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp_path, what):
+def test_tampering_never_gives_another_base(folder, undisturbed, tmp_path, what):
     """The client drops what comes out, says what it lacks, and is sent the snapshot; the run is the same."""
     altered = []
 

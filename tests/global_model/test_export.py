@@ -98,7 +98,7 @@ def distance(one, two):
 @pytest.mark.parametrize(
     "saved", [("head",), ("embeddings",), ("embeddings", "head"), ("norm",), ()], ids="+".join
 )
-def test_every_way_out_gives_the_trained_models_logits(tmp_path, kind, tied, saved):
+def test_every_export_gives_the_trained_models_logits(tmp_path, kind, tied, saved):
     names = NAMES[kind]
     base = make_base(kind, tmp_path / "base", tied)
     modules = [names[part] for part in saved]
@@ -384,7 +384,7 @@ def test_an_empty_directory_is_filled_whether_or_not_it_can_be_renamed(
     assert read_adapter(out).digest() == export.to_single_adapter(model).digest()
 
 
-def test_what_others_put_there_meanwhile_is_left_alone(trained, tmp_path, monkeypatch):
+def test_files_that_appear_during_an_export_are_left_alone(trained, tmp_path, monkeypatch):
     base, model = trained
     monkeypatch.setattr(
         export,
@@ -422,7 +422,7 @@ def test_logits_that_are_not_finite_or_of_another_shape_are_refused():
     assert readback.check_logits(wanted, wanted, torch.float32, "x") == 0
 
 
-def test_what_lies_beside_the_weights_comes_along(tmp_path):
+def test_files_beside_the_weights_are_copied(tmp_path):
     """The tokenizer, and generation settings that transformers reads but refuses to write."""
     base = make_base("llama", tmp_path / "base", True)
     (base / "generation_config.json").write_text(

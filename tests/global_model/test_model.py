@@ -114,7 +114,7 @@ def test_version_is_over_base_and_bytes_in_order():
     )  # the live adapter is no part of the base
 
 
-def test_what_is_not_ours_or_newer_or_damaged_is_refused_by_name(tmp_path):
+def test_foreign_newer_or_damaged_files_are_refused_by_name(tmp_path):
     model, _ = after_rounds(2)
     model.save(tmp_path)
     file = tmp_path / "global_model.json"
@@ -367,7 +367,7 @@ def test_base_update_for_other_modules_or_shapes_is_refused(tmp_path):
         Float32Weights({"model.embed_tokens": model.get_submodule("model.embed_tokens")}, base)
 
 
-def test_a_base_update_is_applied_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_base_update_is_applied_completely_or_not_at_all(tmp_path, monkeypatch):
     """Whatever stops it midway, the next base that is applied has the bits of one applied to a fresh model."""
     base = tiny_llama(tmp_path / "base")
     first, second = SHAPES
@@ -489,7 +489,7 @@ def numbers(blobs) -> int:
 
 
 @pytest.mark.parametrize("rank, most", [(1, 2), (3, 2), (9, 1)])
-def test_the_list_is_bounded_over_two_hundred_rounds_whoever_is_asked(rank, most):
+def test_the_list_is_bounded_over_two_hundred_rounds_with_any_participation(rank, most):
     """At two dense sizes, and at one beside the last snapshot; and nothing is lost.
 
     Where a round's residual is as large as a dense matrix, the list is one snapshot, always.

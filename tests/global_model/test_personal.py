@@ -76,7 +76,7 @@ def personal_bytes(store):
     }
 
 
-def test_every_client_goes_on_with_its_own_factors_whatever_its_name(folder, tmp_path):
+def test_every_client_continues_with_its_own_factors_whatever_its_name(folder, tmp_path):
     watch = Watch()
     run = start(odd_config(folder), tmp_path / "run", function=watch)
     assert len(watch.at_start) == len(NAMES)
@@ -134,7 +134,7 @@ def networked(config, stores):
     return InProcessTransport(steps)
 
 
-def test_clients_with_stores_of_their_own_come_to_the_same(folder, tmp_path):
+def test_clients_with_separate_stores_give_the_same_result(folder, tmp_path):
     config = odd_config(folder, names=NAMES[:4])
     run_federation(networked(config, tmp_path / "nodes"), config, tmp_path / "served")
     start(config, tmp_path / "run")
@@ -199,7 +199,7 @@ def damage(file, how):
 @pytest.mark.parametrize(
     "how", ["flipped bit", "cut", "empty", "no metadata", "nonsense", "missing"]
 )
-def test_a_damaged_file_is_refused_by_name_before_a_run_goes_on(folder, tmp_path, how):
+def test_a_damaged_file_is_refused_by_name_before_a_run_resumes(folder, tmp_path, how):
     config = odd_config(folder, names=NAMES[:2], num_rounds=2)
     run = start(config, tmp_path / "run")
     damage(personal_states(tmp_path / "run", run.state.run_id).files("north-2")[2], how)
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_refused_by_name_before_a_run_goes_on(folder, tmp_path
         prepare(longer, tmp_path / "run", resume=True)
 
 
-def test_anothers_file_is_refused(folder, tmp_path):
+def test_a_file_of_another_client_is_refused(folder, tmp_path):
     config = odd_config(folder, names=NAMES[:2], num_rounds=2)
     run = start(config, tmp_path / "run")
     files = {
@@ -232,7 +232,7 @@ def some_factors(**changes):
     return replace(PersonalFactors("north", "r", 3, 2, 1.5, False, tensors), **changes)
 
 
-def test_factors_are_written_and_read_whole(tmp_path):
+def test_factors_are_written_and_read_completely(tmp_path):
     personal_states(tmp_path, "r").save(some_factors())
     for last_round in (3, 9):
         read = personal_states(tmp_path, "r").load("north", last_round)

@@ -117,7 +117,7 @@ def test_recompression_is_optimal_and_keeps_the_energy_asked_for():
         assert smaller.inner(smaller) / total.inner(total) < energy
 
 
-def test_energy_and_numerical_rank_of_nothing():
+def test_energy_and_numerical_rank_of_an_empty_matrix():
     assert energy_rank(torch.zeros(3), 0.9) == 0 and numerical_rank(torch.zeros(3), (5, 5)) == 0
     assert zeros((3, 4)).norm() == 0.0 and zeros((3, 4)).svd()[1].shape == (0,)
 
@@ -151,7 +151,7 @@ def test_principal_angles_by_construction(side):
     )
 
 
-def test_refusals_say_what_came():
+def test_errors_name_the_value_received():
     B, A = torch.zeros(3, 2), torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"B \(3, 2\) and A \(3, 4\)"):
         LowRank(B, torch.zeros(3, 4))
@@ -167,7 +167,7 @@ def test_refusals_say_what_came():
         zeros((2, 3)).inner(zeros((3, 2)))
 
 
-def test_repr_tells_the_form_and_pickles():
+def test_repr_shows_the_form_and_pickling_works():
     matrix = random_matrix(5, 4, 2, dtype=torch.float32)
     assert repr(matrix) == "LowRank(5x4, rank 2, float32)"
     again = pickle.loads(pickle.dumps(matrix))

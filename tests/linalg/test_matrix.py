@@ -271,7 +271,7 @@ def test_no_more_clients_factors_are_alive_however_many_there_are(name, monkeypa
     assert most[20] == most[80] <= 14
 
 
-def test_a_spooled_adapter_is_the_one_that_was_put(tmp_path):
+def test_a_spooled_adapter_is_read_as_it_was_stored(tmp_path):
     modules = {
         "a": random_matrix(7, 5, 2).to(torch.float32),
         "b": random_matrix(4, 9, 3, seed=1).to(torch.float32),
@@ -291,7 +291,7 @@ def test_a_spooled_adapter_is_the_one_that_was_put(tmp_path):
     assert not (tmp_path / "updates").exists()
 
 
-def test_what_a_killed_server_left_is_swept_when_the_folder_is_opened(tmp_path):
+def test_files_of_a_killed_server_are_deleted_when_the_folder_is_opened(tmp_path):
     (tmp_path / "updates").mkdir(parents=True)
     (tmp_path / "updates" / "000000.safetensors").write_bytes(b"half")
     opened = RunDirectory(tmp_path)
@@ -325,7 +325,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(folder, tmp_path, monkeypatc
     assert objects(tmp_path / "one") == objects(tmp_path / "other")
 
 
-def test_a_full_disk_ends_the_run_and_is_no_clients_fault(folder, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_and_is_not_blamed_on_a_client(folder, tmp_path, monkeypatch):
     config, write = tiny_config(folder, evaluation={"every": 0}), Path.write_bytes
 
     def full(self, data):

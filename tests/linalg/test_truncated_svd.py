@@ -186,7 +186,7 @@ def test_clients_of_one_start_are_iterated(share, condition, turned, shape, zero
     share=st.sampled_from([1e-1, 1e-3]),
     seed=st.integers(0, 99),
 )
-def test_what_the_clients_mean_does_not_see_is_found(strength, count, axis, share, seed):
+def test_directions_that_cancel_in_the_clients_mean_are_found(strength, count, axis, share, seed):
     """One client has directions of its own that outweigh the common ones, and their A is as good as invisible."""
     start = random_matrix(600, 500, 8, seed=seed)
     updates = moved_from(start, clients((600, 500), (8,) * 6, seed=seed + 1), share)

@@ -69,7 +69,7 @@ def test_numbers_at_the_edge_of_a_power_are_stable_too(largest):
     )
 
 
-def test_what_is_no_factor_in_the_wire_dtype_is_refused_by_name():
+def test_an_invalid_factor_in_the_wire_dtype_is_refused_by_name():
     sent = encode_factors({NAME: torch.rand(2, 2)}, torch.float16)
     exponent = NAME + ".exponent"
     for bad in (
@@ -136,7 +136,7 @@ def test_rounding_error_is_that_of_the_products():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_down_in_16_bits_a_round_is_as_exact_as_in_32(folder, tmp_path, dtype):
+def test_with_downloads_in_16_bits_a_round_is_as_exact_as_in_32(folder, tmp_path, dtype):
     config = tiny_config(folder, federation={"num_rounds": 2, "downlink_dtype": dtype})
     start(config, tmp_path / "run")
     for row in timeless(tmp_path / "run")[1:]:
@@ -146,7 +146,7 @@ def test_down_in_16_bits_a_round_is_as_exact_as_in_32(folder, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_up_in_16_bits_costs_half_and_says_what_it_took(folder, tmp_path, dtype):
+def test_uploads_in_16_bits_cost_half_and_report_the_rounding_error(folder, tmp_path, dtype):
     out = {}
     for name in ("float32", dtype):
         config = tiny_config(
@@ -165,7 +165,7 @@ def test_up_in_16_bits_costs_half_and_says_what_it_took(folder, tmp_path, dtype)
     assert all(row["downlink_rounding"] == 0 for row in rows[1:])
 
 
-def test_exactness_tells_of_the_rounding_on_the_way_up(folder, tmp_path):
+def test_exactness_includes_the_rounding_of_uploads(folder, tmp_path):
     """The probes are of the weights as trained: what 16 bits took of them shows."""
     config = tiny_config(folder, federation={"num_rounds": 1, "uplink_dtype": "bfloat16"})
     start(config, tmp_path / "run")

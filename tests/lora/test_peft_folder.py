@@ -215,7 +215,7 @@ def test_classification_heads_are_averaged_saved_and_exported(tmp_path):
         ("a_field_of_tomorrow", 3),
     ],
 )
-def test_fields_we_do_not_know_to_be_harmless_are_refused_by_name(stock, tmp_path, field, value):
+def test_fields_not_known_to_be_harmless_are_refused_by_name(stock, tmp_path, field, value):
     _, paths, _ = stock
     config = json.loads((paths[0] / "adapter_config.json").read_text())
     config[field] = value
@@ -316,7 +316,7 @@ def test_another_base_is_refused_at_export(stock, tmp_path):
     unknown.base.check(model.base)  # an unknown hash fits any
 
 
-def test_one_adapter_gives_itself_back(stock):
+def test_a_single_adapter_is_returned_unchanged(stock):
     _, paths, _ = stock
     for path in paths:
         adapter = read_adapter(path)

@@ -78,7 +78,7 @@ def attached(base, targets=("q_proj",), saved=(), dtype=torch.float32):
         (["q_proj"], ["self_attn"], "q_proj is in target-modules and in modules-to-save"),
     ],
 )
-def test_every_name_must_stand_for_something_of_its_own(tmp_path, targets, saved, message):
+def test_every_name_must_match_modules_of_its_own(tmp_path, targets, saved, message):
     base = tiny_llama(tmp_path / "base")
     with pytest.raises(AdapterError, match=message):
         attached(base, targets, saved)
@@ -184,7 +184,7 @@ def test_a_16_bit_model_with_modules_in_float32_answers_as_before(tmp_path, save
     assert float((answers - plain).detach().norm() / plain.detach().norm()) < 0.01
 
 
-def test_taking_an_adapter_off_gives_the_base_back(tmp_path):
+def test_removing_an_adapter_restores_the_base(tmp_path):
     """PEFT leaves trained modules in place of the base's."""
     base = tiny_gpt2(tmp_path / "base")
     model = attached(base, ["c_attn"], ["lm_head", "ln_f"])

@@ -69,7 +69,7 @@ def MECHANISM_STEPS(count):
     return Steps(1.0, 0.1, count)
 
 
-def test_failed_training_counts_and_a_repetition_counts_again(tmp_path):
+def test_failed_training_counts_and_repeating_it_counts_again(tmp_path):
     ledger = ledger_of(tmp_path)
     with pytest.raises(ZeroDivisionError), ledger.training(TASKS[0], "run", 1, MECHANISM, DATA):
         raise ZeroDivisionError
@@ -147,7 +147,7 @@ def test_only_one_process_trains_on_a_ledger(tmp_path):
             train(ledger_of(tmp_path), TASKS[1])
 
 
-def test_ledger_of_somebody_else_or_another_unit_or_damaged_is_refused(tmp_path):
+def test_ledger_of_another_client_or_unit_or_a_damaged_one_is_refused(tmp_path):
     ledger = ledger_of(tmp_path)
     train(ledger)
     other = Ledger(ledger.file, "south", "example", ledger.budget)

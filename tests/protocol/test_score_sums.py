@@ -93,7 +93,7 @@ def test_scores_under_masks_are_those_of_all_clients_together(tmp_path, n, kind)
     assert record.by_client == {} and record.by_category == {}
 
 
-def test_the_form_says_nothing_of_a_client(tmp_path):
+def test_the_layout_reveals_nothing_about_a_client(tmp_path):
     """No name of a category, no length: a client without held-out examples sends as much."""
     sums = ScoreSums(3, labels=LABELS)
     full = sums.values(results(np.random.default_rng(1), 1, labels=LABELS)["party 00"])
@@ -137,7 +137,7 @@ def test_the_mean_loss_is_weighted_by_examples_and_as_exact_as_the_sum(tmp_path)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 2 * MAX_LOSS])
-def test_a_mean_that_would_leave_a_client_out_is_not_told(loss):
+def test_a_mean_that_would_leave_a_client_out_is_not_reported(loss):
     values = {
         "a": loss_values(loss, 10, 100),
         "b": loss_values(1.0, 10, 100),

@@ -42,7 +42,7 @@ def cells(html):
 # ── a run in progress ──
 
 
-def test_who_needs_attention_comes_first_and_deadlines_are_told(tmp_path, undrawn):
+def test_clients_that_need_attention_come_first_and_deadlines_are_shown(tmp_path, undrawn):
     write_running(tmp_path)
     found = parts(tmp_path)
     table = cells(found["clients"])
@@ -94,7 +94,7 @@ def test_waiting_aggregating_and_before_the_first_round(tmp_path, undrawn):
     assert "Round 1 of 10: aggregating" in text and "3 of 60 modules aggregated" in text
 
 
-def test_a_run_on_this_machine_tells_its_steps(tmp_path, undrawn):
+def test_a_run_on_this_machine_shows_its_steps(tmp_path, undrawn):
     write_run(tmp_path, [row(0, CLIENTS, ["a"])], CLIENTS, num_rounds=2)
     status = StatusWriter(tmp_path, 2, networked=False)
     status.on_round_begin(1, CLIENTS[:3])
@@ -286,7 +286,7 @@ def test_curves_are_drawn_for_new_rounds_only_and_not_too_often(tmp_path, undraw
     assert undrawn == [1, 2, 4]
 
 
-def test_what_cannot_be_read_at_a_moment_stays_as_it_was(tmp_path, undrawn):
+def test_files_that_cannot_be_read_momentarily_keep_their_last_content(tmp_path, undrawn):
     write_running(tmp_path)
     page = LivePage(tmp_path, "server.log")
     before = page.update().parts
@@ -304,7 +304,7 @@ def test_what_cannot_be_read_at_a_moment_stays_as_it_was(tmp_path, undrawn):
     assert "5 of 10 rounds finished" in page.update().parts["state"]
 
 
-def test_times_are_told_as_people_do():
+def test_times_are_shown_in_readable_units():
     assert (
         time_left(100.0, 58.0) == "42.0\xa0s left"
         and time_left(100.0, 175.0) == "late by 1\xa0min 15\xa0s"

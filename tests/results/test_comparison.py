@@ -97,7 +97,7 @@ def test_summary_by_hand(tmp_path):
     assert two.bytes_to_target.mean == 200 and two.seconds_to_target.mean == 4
 
 
-def test_pairs_are_of_one_seed_and_none_is_no_number(tmp_path):
+def test_pairs_share_a_seed_and_missing_ones_are_not_numbers(tmp_path):
     all_cells = cells(tmp_path)
     comparison = Comparison("x", (all_cells[1], *all_cells[3:]), "one", 0.5)
     two = summarize_methods(comparison)[1]
@@ -125,7 +125,7 @@ def test_pairs_are_of_one_seed_and_none_is_no_number(tmp_path):
     }
 
 
-def test_a_cell_of_clients_alone_is_their_mean_and_sends_nothing(tmp_path):
+def test_a_cell_of_local_training_is_the_mean_over_clients_and_sends_nothing(tmp_path):
     runs = []
     for k, client in enumerate(CLIENTS):
         groups = {

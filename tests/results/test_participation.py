@@ -24,7 +24,7 @@ def rows(*failures):
     ]
 
 
-def test_who_is_missing_most_comes_first_with_the_last_reason():
+def test_the_most_absent_clients_come_first_with_the_last_reason():
     found = find_absences(
         records(
             rows(
@@ -78,7 +78,7 @@ def test_rounds_for_which_a_client_was_not_drawn_do_not_count():
     assert north.headline.startswith("north was left out of 1 of 1 round, 1 times for the size")
 
 
-def test_terminal_and_page_say_it(tmp_path):
+def test_terminal_and_page_report_absences(tmp_path):
     folder = write_run(
         tmp_path / "run", rows({"north": TOO_LARGE}, {"north": TOO_LARGE}), clients=CLIENTS
     )

@@ -122,13 +122,13 @@ def test_a_method_may_have_settings_of_the_run_for_itself(folder):
         ("fedmomentum:split=equal", "split must be"),
     ],
 )
-def test_methods_that_cannot_be(folder, text, message):
+def test_invalid_methods_are_refused(folder, text, message):
     with pytest.raises(ConfigError, match=message):
         parse_methods(text, settings(folder))
 
 
 @pytest.mark.parametrize("text", ["", "a", "0,1.5", "-1", "0,0", "0,,1"])
-def test_seeds_that_cannot_be(text):
+def test_invalid_seeds_are_refused(text):
     with pytest.raises(ConfigError, match="--seeds must be whole numbers"):
         parse_seeds(text)
 
@@ -259,7 +259,7 @@ def test_references_where_clients_train_less(folder, tmp_path):
         parse_methods("fedit", config)
 
 
-def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
+def test_finished_cells_are_not_run_again_and_killed_ones_resume(
     done, folder, tmp_path, monkeypatch
 ):
     config, finished, _, _ = done
@@ -339,7 +339,7 @@ def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
 # ── the result ──
 
 
-def test_what_is_written_and_read_back(done):
+def test_a_comparison_is_read_back_as_it_was_written(done):
     config, out, planned_runs, comparison = done
     assert comparison.methods == METHODS.split(",") and comparison.baseline == "fedit"
     assert len(comparison.method_runs) == 10

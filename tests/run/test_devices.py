@@ -168,7 +168,7 @@ def test_each_worker_gets_its_clients_examples_and_does_their_tasks_in_order(lig
     assert not callback.steps
 
 
-def test_steps_and_warnings_of_a_worker_are_told_here(light, caplog, monkeypatch):
+def test_steps_and_warnings_of_a_worker_are_reported_here(light, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fedmomentum"), "propagate", True)
     callback = Steps()
     transport = light(callback=callback, num_clients=2)
@@ -193,7 +193,7 @@ def test_what_a_client_raises_reads_as_in_one_process(light):
 # ── workers that die ──
 
 
-def test_a_worker_that_dies_fails_one_client_and_a_new_one_goes_on(light):
+def test_a_worker_that_dies_fails_one_client_and_a_new_one_continues(light):
     transport = light()
     transport.start()
     before = answers(transport, {"c0": b"x", "c1": b"x"})
@@ -262,7 +262,7 @@ def test_a_start_that_fails_names_the_device_and_leaves_no_process(light, tmp_pa
     assert child_pids() == before
 
 
-def test_an_exchange_that_is_left_ends_the_workers_at_work(light):
+def test_an_abandoned_exchange_ends_the_busy_workers(light):
     """Nobody can tell later whose reply it would have been."""
     before = child_pids()
     transport = light()
@@ -291,7 +291,7 @@ def test_settings_that_contradict_it_are_refused(tmp_path):
         run_federation(InProcessTransport({}), config, tmp_path)
 
 
-def test_a_device_that_is_not_here_is_refused_by_name_before_anything_is_started(tmp_path):
+def test_a_missing_device_is_refused_by_name_before_anything_is_started(tmp_path):
     config = tiny_config(tmp_path, model={"device": "auto"}, run={"devices": ["cuda:0", "cuda:63"]})
     with pytest.raises(ModelError, match="run.devices: this machine has no cuda"):
         FederatedTrainer(config, tmp_path / "run").prepare()

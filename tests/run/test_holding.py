@@ -182,7 +182,7 @@ class _TF32(torch.autograd.Function):
         return gradient @ ctx.saved_tensors[0].to(gradient.dtype), None, None
 
 
-def test_what_the_products_lose_shows_in_the_applied_share(folder, tmp_path, monkeypatch):
+def test_the_rounding_of_products_shows_in_the_applied_share(folder, tmp_path, monkeypatch):
     """Float32 weights under TF32 lose small residuals though they hold them; weights as loaded do not."""
 
     def forward(self, x):

@@ -176,7 +176,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(adapter, tmp_path, call
             assert wanted == 0 or "100" in err, err
 
 
-def test_another_tokenizer_than_the_runs_is_told(folder, finished, tmp_path, caplog):
+def test_another_tokenizer_than_the_runs_is_reported(folder, finished, tmp_path, caplog):
     other = tmp_path / "base"
     shutil.copytree(folder / "base", other)
     tokenizer = AutoTokenizer.from_pretrained(other)
@@ -255,7 +255,7 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
         (["generate", "--prompt", " "], "a --prompt is empty"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(finished, call, words, message):
+def test_invalid_numbers_are_refused(finished, call, words, message):
     code, _, err = call(words[0], finished, *words[1:])
     assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
 
@@ -270,7 +270,7 @@ def test_the_limit_takes_the_first(folder, finished, tmp_path):
     assert limited.tuned == two.tuned and limited.tuned.all.total.num_examples == 2
 
 
-def test_what_has_no_rounds_or_clients_takes_none(adapter, call):
+def test_round_and_client_are_refused_where_there_are_none(adapter, call):
     for words, message in (
         (["--round", "3"], "has no rounds; leave out --round"),
         (["--client", "x"], "leave out --client"),

@@ -174,7 +174,7 @@ def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
     assert "lora_A.weight was not asked for; this round takes B" in reason
 
 
-def test_a_party_with_another_method_is_told_so(folder, tmp_path):
+def test_a_party_with_another_method_is_left_out_with_the_reason(folder, tmp_path):
     config = config_of(folder, "fedmomentum")
     found = {}
     for name in config.data.client_files:
@@ -190,7 +190,7 @@ def test_a_party_with_another_method_is_told_so(folder, tmp_path):
     assert "the run's method is FedMomentum(" in timeless(tmp_path / "run")[1]["failures"]["site2"]
 
 
-def test_frlora_begins_as_the_untouched_model_and_adds_up(folder, tmp_path):
+def test_frlora_starts_as_the_unmodified_model_and_its_updates_add_up(folder, tmp_path):
     """W0 - s B0 A0 + s B0 A0 = W0 for alpha/r = 3; then W0 + sum of s (mean B mean A - B0 A0)."""
     config = config_of(folder, "frlora")
     run = start(config, tmp_path / "run")
@@ -254,7 +254,7 @@ def test_fedsa_keeps_every_clients_own_B_through_the_run(folder, tmp_path):
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses.values())
 
 
-def test_flora_draws_its_adapter_anew_each_round_and_sends_none(folder, tmp_path):
+def test_flora_draws_a_new_adapter_each_round_and_sends_none(folder, tmp_path):
     config = config_of(folder, "flora")
     model, seen = recorded(config, tmp_path)
     manifests = [

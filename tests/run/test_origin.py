@@ -84,7 +84,7 @@ def uninterrupted(original):
     return original.parent / "whole"
 
 
-def test_the_projects_own_configuration_goes_on(project, uninterrupted):
+def test_a_moved_run_resumes_from_the_projects_configuration(project, uninterrupted):
     start(load_config(project / "job.toml"), project / "runs" / "job", resume=True)
     assert timeless(project / "runs" / "job") == timeless(uninterrupted)
     assert chain(project / "runs" / "job").keys() == chain(uninterrupted).keys()
@@ -93,7 +93,7 @@ def test_the_projects_own_configuration_goes_on(project, uninterrupted):
     assert saved.model.name == str(project / "base")  # where things are now is what is saved
 
 
-def test_the_runs_own_configuration_goes_on(project, uninterrupted):
+def test_a_moved_run_resumes_from_its_own_configuration(project, uninterrupted):
     """Its paths are those of the old place; what lay beside the run's directory then lies there now."""
     out = project / "runs" / "job"
     start(load_config(out / "config.toml"), out, resume=True)
@@ -128,7 +128,7 @@ def test_a_runs_directory_alone_says_what_is_missing_and_takes_it_from_options(
     assert code == 0 and "7 examples" in printed, err
 
 
-def test_results_of_a_moved_run_are_used_without_more_words(project, tmp_path, call):
+def test_results_of_a_moved_run_are_used_without_further_options(project, tmp_path, call):
     out = project / "runs" / "job"
     for words in (
         ["export", out, "--to", "merged", "--out", tmp_path / "merged"],
@@ -214,7 +214,7 @@ def test_the_checkpoint_knows_the_data_too(project):
         prepare(load_config(project / "job.toml"), out, resume=True)
 
 
-def test_nothing_is_given_up_for_an_older_round_before_all_is_checked(project, call):
+def test_nothing_is_deleted_for_an_older_round_before_everything_is_checked(project, call):
     out = project / "runs" / "job"
     before = {
         file: file.read_bytes()
@@ -292,7 +292,7 @@ def compared(config, out, only=None):
     return len(left), cells
 
 
-def test_a_comparison_goes_on_where_it_was_moved(tmp_path):
+def test_a_moved_comparison_resumes(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     tiny_config(old, num_clients=2)

@@ -190,7 +190,7 @@ def read_all(folder):
     return {file.name: len(read_ledger(file).trainings) for file in files}
 
 
-def test_units_are_a_columns_values_and_the_public_number_sets_the_rate(tmp_path):
+def test_units_are_the_values_of_a_column_and_the_public_number_sets_the_rate(tmp_path):
     config = private_config(
         tmp_path,
         dp={"unit-column": "kind", "budget": 5.0, "public-units": 40, "noise-multiplier": None},

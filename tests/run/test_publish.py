@@ -196,7 +196,7 @@ def test_a_refusal_or_failure_is_one_message_and_loses_nothing(
     assert code == 2 and "the hub has no repository org/none" in err
 
 
-def test_a_base_is_named_as_others_know_it(finished):
+def test_a_base_is_named_by_its_public_name(finished):
     model = open_result(finished).model
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = f"/home/a/hub/models--org--base/snapshots/{commit}"

@@ -72,7 +72,7 @@ def loss_of(path, config, client, adapter=None):
     return evaluate(model, tokens[:4], pad_token_id=0).total.loss
 
 
-def test_nobodys_model_is_refused_with_the_clients(finished, tmp_path, call):
+def test_a_run_without_a_global_model_names_its_clients(finished, tmp_path, call):
     for command in (
         ["export", finished, "--to", "merged", "--out", tmp_path / "out"],
         ["export", finished, "--to", "adapter", "--out", tmp_path / "out"],
@@ -214,7 +214,7 @@ def test_inspect_says_whose_factors_are_here(finished, tmp_path, call):
     assert code == 2 and "client north: its own factors are not in" in err and "--store" in err
 
 
-def test_a_served_run_is_put_together_at_the_site(folder, finished, tmp_path, call):
+def test_a_model_of_a_served_run_is_assembled_at_the_site(folder, finished, tmp_path, call):
     """The coordinator has the shared part only; each client's own factors are in its store."""
     config = personal_config(folder)
     steps = {}
@@ -263,7 +263,7 @@ class PersonalA(FedSALoRA):
         return "B"
 
 
-def test_a_method_of_ones_own(folder, tmp_path, call, monkeypatch):
+def test_a_custom_personal_method(folder, tmp_path, call, monkeypatch):
     monkeypatch.setitem(METHODS, "personal-a", PersonalA)
     config = personal_config(folder, name="personal-a")
     start(config, tmp_path / "run", function=push)
@@ -280,7 +280,7 @@ def test_a_method_of_ones_own(folder, tmp_path, call, monkeypatch):
     ), err
 
 
-def test_a_client_with_a_scaling_and_modules_of_its_own(folder, tmp_path, call):
+def test_a_client_with_its_own_scaling_and_modules(folder, tmp_path, call):
     config = personal_config(folder)
     lora = replace(
         config.lora, clients={"north": {"lora-alpha": 3.0, "target-modules": ["q_proj"]}}

@@ -153,7 +153,7 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_
 
 
 @pytest.mark.parametrize("method", sorted(NEED_UPDATES))
-def test_what_needs_single_updates_is_refused_before_anything_is_loaded(tmp_path, method):
+def test_settings_that_need_single_updates_are_refused_before_anything_is_loaded(tmp_path, method):
     config = config_of(tmp_path, "completion", method, privacy=SECURE)
     with pytest.raises(ConfigError, match="needs every client's update by itself"):
         start(config, tmp_path / "out")
@@ -161,7 +161,7 @@ def test_what_needs_single_updates_is_refused_before_anything_is_loaded(tmp_path
 
 
 @pytest.mark.parametrize("training", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str)
-def test_moments_that_come_of_sums_are_those_that_clients_send(tmp_path, training):
+def test_moments_from_sums_are_those_that_clients_send(tmp_path, training):
     """To the three digits that travel: where the last one differs, it is by one, in few numbers."""
     sections = {"federation": {"num-rounds": 1}, "evaluation": {"every": 0}}
     settings = {"optimizer-state": "shared", "arguments": training}

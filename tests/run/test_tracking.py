@@ -130,7 +130,7 @@ class Failing(GeneralTracker):
             raise ConnectionError("no route to host")
 
 
-def test_a_tracker_that_fails_is_left_with_one_warning(folder, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_fails_is_dropped_with_one_warning(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "failing", Failing)
     monkeypatch.setattr(
         accelerate_tracking,
@@ -156,9 +156,7 @@ def test_a_tracker_that_fails_is_left_with_one_warning(folder, tmp_path, monkeyp
         ),
     ],
 )
-def test_what_cannot_be_reported_to_is_refused_before_anything_is_loaded(
-    folder, tmp_path, name, words
-):
+def test_an_unavailable_tracker_is_refused_before_anything_is_loaded(folder, tmp_path, name, words):
     config = config_of(folder, name)
     missing = replace(config, model=replace(config.model, name="/no/model"))
     with pytest.raises(ConfigError, match=words):
@@ -168,7 +166,7 @@ def test_what_cannot_be_reported_to_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_names_are_what_every_tracker_takes():
+def test_names_are_valid_for_every_tracker():
     row = {
         "round": 3,
         "is_best": True,

@@ -83,7 +83,7 @@ def test_the_mask_is_the_key_stream_of_aes_in_counter_mode():
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 8, 9, 23])
-def test_chunks_do_not_show(monkeypatch, size):
+def test_the_mask_does_not_depend_on_the_chunk_size(monkeypatch, size):
     mask = mask_of(b"k" * 32, size)
     monkeypatch.setattr(module, "CHUNK_VALUES", 4)
     assert (mask_of(b"k" * 32, size) == mask).all()

@@ -106,7 +106,7 @@ def test_two_thirds_is_the_rule_and_half_for_who_trusts_the_server(tmp_path):
     trusting.answer(encode_message(plan))
 
 
-def test_own_values_are_checked_before_anything_leaves(tmp_path):
+def test_own_values_are_checked_before_anything_is_sent(tmp_path):
     plan = make_plan(4)
     values = make_values(plan)[ME]
     values["B"][0] = np.nan
@@ -361,7 +361,7 @@ def test_messages_out_of_order_are_refused(tmp_path, step):
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_bytes_that_are_no_message_are_refused(tmp_path, step):
+def test_bytes_that_are_not_a_message_are_refused(tmp_path, step):
     party, message, *_ = message_at(step, tmp_path)
     encoded = encode_message(message)
     table = msgspec.msgpack.decode(encoded)
@@ -382,13 +382,13 @@ def test_bytes_that_are_no_message_are_refused(tmp_path, step):
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), 1e31])
-def test_bounds_that_are_none_are_refused(tmp_path, bound):
+def test_invalid_bounds_are_refused(tmp_path, bound):
     party, plan, *_ = message_at(0, tmp_path)
     block = changed(plan.blocks[0], bound=bound)
     refuses(party, changed(plan, blocks=[block, plan.blocks[1]]), r"blocks\[0\].bound")
 
 
-def test_every_message_of_the_server_is_of_the_union(tmp_path):
+def test_every_message_of_the_server_decodes_as_a_server_message(tmp_path):
     for step in range(5):
         folder = tmp_path / str(step)
         folder.mkdir()
@@ -396,7 +396,7 @@ def test_every_message_of_the_server_is_of_the_union(tmp_path):
         assert decode_message(server.messages()[ME], ServerMessage, "x") == message
 
 
-def test_parties_with_different_rosters_find_out(tmp_path):
+def test_parties_detect_that_their_rosters_differ(tmp_path):
     """One of them was given another key for party 02 by the server."""
     plan = make_plan(4)
     own = {p: node_key(p).public_key() for p in plan.parties}

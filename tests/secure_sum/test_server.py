@@ -51,7 +51,7 @@ def assert_is_sum(result, plan, values):
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), n=st.integers(3, 6))
-def test_drop_outs_at_any_step_leave_the_sum_of_whose_values_came(tmp_path_factory, data, n):
+def test_drop_outs_at_any_step_leave_the_sum_of_the_values_received(tmp_path_factory, data, n):
     threshold = data.draw(st.integers(2 * n // 3 + 1, n))
     plan = make_plan(n, threshold=threshold)
     dropped = data.draw(st.lists(st.sampled_from(names(n)), unique=True, max_size=n - threshold))
@@ -221,7 +221,7 @@ def altered(reply, kind, **changes):
 
 @pytest.mark.parametrize("step", range(5))
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x91" * 5000, b"{}", b"\xff" * 70])
-def test_bytes_that_are_no_reply_are_refused_by_party(tmp_path, step, data):
+def test_bytes_that_are_not_a_reply_are_refused_by_party(tmp_path, step, data):
     server, parties = until(step, make_plan(4), tmp_path)
     with pytest.raises(SecureSumError, match="sum 1 of round 3, attempt 1: party 02"):
         server.receive("party 02", data)
@@ -294,7 +294,7 @@ def test_shares_for_too_few_and_values_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("share", [bytes(32), b"\xff" * 32])
 @pytest.mark.parametrize("index", [0, 4])
-def test_who_opens_a_wrong_share_is_left_out_and_the_sum_is_made(tmp_path, share, index):
+def test_a_party_that_opens_a_wrong_share_is_left_out_and_the_sum_completes(tmp_path, share, index):
     """Of a survivor's seed, and of the key of a party that dropped out."""
     plan = make_plan(7)
     values = make_values(plan)
@@ -346,7 +346,7 @@ def test_a_swapped_share_is_refused_by_the_kind_that_is_opened(tmp_path, kind):
 
 
 @pytest.mark.parametrize("drops", [False, True])
-def test_a_party_that_gives_out_shares_of_nothing_is_named(tmp_path, monkeypatch, drops):
+def test_a_party_that_gives_out_invalid_shares_is_named(tmp_path, monkeypatch, drops):
     """Its shares lie on no polynomial of the threshold; all others open them as they got them."""
     plan = make_plan(5)
     parties = make_parties(plan, make_values(plan), tmp_path)

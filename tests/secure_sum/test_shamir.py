@@ -49,7 +49,7 @@ def test_a_secret_is_a_private_key():
     )
 
 
-def test_what_is_no_element_is_refused():
+def test_data_that_is_not_a_field_element_is_refused():
     for data in (PRIME.to_bytes(32, "little"), b"\xff" * 32, bytes(31), b""):
         with pytest.raises(ValueError, match="no element"):
             join_shares({1: data, 2: bytes(32)})

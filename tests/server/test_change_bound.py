@@ -21,7 +21,7 @@ def bound(server_round=1, *, privacy=None, federation=None, **training):
     return change_bound(from_dict(tables), server_round, adapter())
 
 
-def test_it_grows_with_learning_rate_and_steps_and_is_what_the_job_says_where_it_does():
+def test_it_grows_with_learning_rate_and_steps_unless_the_job_sets_it():
     one = bound(**{"learning-rate": 1e-3, "local-steps": 1})
     assert one == pytest.approx(1.01e-3)
     assert bound(**{"learning-rate": 2e-3, "local-steps": 1}) == pytest.approx(2 * one)

@@ -201,7 +201,7 @@ def refused(out, match):
         resumed(out)
 
 
-def test_a_damaged_last_round_is_refused_and_the_older_one_is_gone_on_from_when_asked(
+def test_a_damaged_last_round_is_refused_and_an_older_one_is_resumed_on_request(
     config, finished_run, tmp_path
 ):
     out = copied(finished_run, tmp_path / "run")
@@ -239,7 +239,7 @@ def test_a_damaged_last_round_is_refused_and_the_older_one_is_gone_on_from_when_
     )
 
 
-def test_a_checkpoint_that_vanished_is_missed(config, finished_run, tmp_path):
+def test_a_missing_checkpoint_is_detected(config, finished_run, tmp_path):
     out = copied(finished_run, tmp_path / "run")
     round_file(out, 2).unlink()
     message = (
@@ -334,7 +334,7 @@ def test_data_is_compared_with_the_checkpoint_also_without_its_record(
         prepare(other, out, resume=True)
 
 
-def test_another_environment_is_told_and_a_damaged_record_of_it_refused(
+def test_another_environment_is_reported_and_a_damaged_record_of_it_refused(
     config, finished_run, tmp_path, caplog
 ):
     out = copied(finished_run, tmp_path / "run")

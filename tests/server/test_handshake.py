@@ -76,7 +76,7 @@ def test_a_run_over_a_transport_resumes_where_it_was(folder, tmp_path):
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
 
 
-def test_a_party_without_data_is_told_so(folder, tmp_path):
+def test_a_party_without_data_is_refused_with_the_reason(folder, tmp_path):
     config = tiny_config(folder)
     with pytest.raises(ConfigError, match="names site0, site1, site2; this client is nobody"):
         prepare_client(config, "nobody", tmp_path)
@@ -217,7 +217,7 @@ def test_a_bad_description_is_refused_by_name_and_another_starts_the_run(folder,
         )
 
 
-def test_the_commonest_base_is_the_runs_and_others_sit_out(folder, tmp_path, caplog):
+def test_the_most_common_base_is_used_and_other_clients_are_left_out(folder, tmp_path, caplog):
     config = tiny_config(folder, federation={"num_rounds": 1})
     other = tiny_llama(tmp_path / "other", seed=5)
     clients = make_clients(config, tmp_path, ["site1", "site2"])
@@ -331,7 +331,7 @@ def test_a_client_that_divides_its_examples_otherwise_is_warned_of(folder, tmp_p
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_whoever_missed_rounds_ends_with_the_same_bytes(folder, tmp_path_factory, data):
+def test_clients_that_missed_rounds_end_with_the_same_bytes(folder, tmp_path_factory, data):
     """Joining late, missing any rounds, being wiped: the same base as a client that was always there.
 
     Six rounds of a rank that is consolidated within them.

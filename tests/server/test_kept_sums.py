@@ -10,7 +10,7 @@ from fedmomentum.server.replies import Replies
 RUN = "f" * 32
 
 
-def test_what_was_kept_is_found_again_and_only_in_its_own_run(tmp_path):
+def test_kept_sums_are_read_back_and_only_in_their_own_run(tmp_path):
     kept = KeptSums(tmp_path / "secure", RUN)
     assert kept.round(3) is None
     replies = Replies(failures={"west": "away"}, uplink_bytes={"east": 5}, downlink_bytes={})
@@ -35,7 +35,7 @@ def test_what_was_kept_is_found_again_and_only_in_its_own_run(tmp_path):
     assert not (tmp_path / "secure").exists()
 
 
-def test_clients_are_sent_the_means_of_before_whoever_computes_them_again(tmp_path):
+def test_clients_are_sent_the_first_means_even_if_they_are_computed_again(tmp_path):
     one = KeptSums(tmp_path, RUN).sum(1, 1, 1)
     one.end(0, [])
     assert one.means(StoredObject(b"first")).data == b"first"

@@ -187,7 +187,7 @@ def test_a_client_that_was_killed_takes_part_again_in_the_next_round(tmp_path):
     assert "site3 has nothing of round 1: it was started again" in first.failures["site3"]
 
 
-def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_round_anew(tmp_path):
+def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_restarts_the_round(tmp_path):
     expected = Federation(tmp_path, stores="a").run(tmp_path / "whole")
     federation = Federation(tmp_path, stores="b")
     out = tmp_path / "out"
@@ -235,7 +235,7 @@ def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path
         assert model.server_round == 2
 
 
-def test_a_client_that_was_admitted_later_spoils_no_sum(tmp_path, caplog):
+def test_a_client_that_was_admitted_later_breaks_no_sum(tmp_path, caplog):
     """Its key is in nobody's roster yet: it is neither sampled nor asked for its scores."""
     federation = Federation(tmp_path, evaluation={"every": 1}, federation={"num_rounds": 2})
     roster = Roster({name: federation.roster.keys[name] for name in federation.names[:3]})
@@ -279,7 +279,7 @@ def test_threshold_suffices_for_sums_of_more_clients_than_a_round_has(
 # ── what a client accepts, and what it tells ──
 
 
-def test_a_client_takes_part_in_no_other_kind_of_run_than_configured(tmp_path):
+def test_a_client_takes_part_only_in_the_kind_of_run_it_is_configured_for(tmp_path):
     federation = Federation(tmp_path)
     open_config = tiny_config(tmp_path, num_clients=4)
     with pytest.raises(QuorumError, match="takes part in runs with secure aggregation only"):
@@ -290,7 +290,7 @@ def test_a_client_takes_part_in_no_other_kind_of_run_than_configured(tmp_path):
         federation.run(tmp_path / "secure")
 
 
-def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog):
+def test_errors_about_a_clients_own_values_stay_with_it(tmp_path, caplog):
     federation = Federation(tmp_path)
 
     def train_too_far(model, examples, *, on_step, **rest):

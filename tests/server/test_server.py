@@ -151,7 +151,7 @@ def test_sixteen_bit_export_reports_what_arrives(trained, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_fedit_is_inexact_and_its_report_says_by_how_much(folder, tmp_path):
+def test_fedit_is_inexact_and_its_report_shows_by_how_much(folder, tmp_path):
     config = tiny_config(folder, method={"name": "fedit"}, federation={"num_rounds": 1})
     updates = {}
 
@@ -206,7 +206,7 @@ def test_a_round_that_learns_nothing_keeps_the_previous_A_alive(folder, tmp_path
         assert float(off.norm()) < 1e-5 * float(matrix.A.norm()) and not matrix.B.any()
 
 
-def test_a_carried_tail_keeps_the_books_exact(folder, tmp_path):
+def test_a_carried_tail_keeps_the_sum_exact(folder, tmp_path):
     config = tiny_config(folder, method={"settings": {"energy": 0.6, "split": "singular"}})
     run = start(config, tmp_path / "run")
     rows = timeless(tmp_path / "run")
@@ -243,7 +243,7 @@ def test_the_order_of_clients_does_not_change_a_bit(folder, tmp_path):
     assert chain(tmp_path / "one") == chain(tmp_path / "other")
 
 
-def test_participation_below_one_is_sampled_by_seed_and_late_comers_catch_up(folder, tmp_path):
+def test_participation_below_one_is_sampled_by_seed_and_absent_clients_catch_up(folder, tmp_path):
     config = tiny_config(
         folder, num_clients=5, federation={"client-fraction": 0.4, "num_rounds": 4}
     )
@@ -410,7 +410,7 @@ def test_one_bad_client_does_not_stop_the_round(folder, tmp_path, name):
     assert model.version == absent.version and model.adapter_objects == absent.adapter_objects
 
 
-def test_evaluations_that_cannot_be_are_refused_by_name(folder, tmp_path):
+def test_impossible_evaluations_are_refused_by_name(folder, tmp_path):
     """A client that claims more than its examples, or NaN, decides neither the score nor which round is best."""
     lies = {
         "nll": -1.0,
@@ -480,7 +480,7 @@ def test_what_a_client_lost_is_sent_again_in_the_same_round(folder, tmp_path, wh
     )
 
 
-def test_a_client_that_keeps_nothing_fails_by_name(folder, tmp_path):
+def test_a_client_that_stores_nothing_fails_by_name(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 3}, evaluation={"every": 0})
     other = tmp_path / "elsewhere"
 
@@ -498,7 +498,7 @@ def test_a_client_that_keeps_nothing_fails_by_name(folder, tmp_path):
     assert rows[3]["failures"] == {}
 
 
-def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder, tmp_path):
+def test_below_the_quorum_the_run_stops_with_everything_saved_and_resumes(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 3, "min-valid-fraction": 0.6})
     out = tmp_path / "run"
     bad = dict.fromkeys(("site0", "site1"), _raise)
@@ -514,7 +514,7 @@ def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder
     assert timeless(out) == timeless(tmp_path / "whole")
 
 
-def test_a_failed_evaluation_is_told_and_the_round_counts(folder, tmp_path):
+def test_a_failed_evaluation_is_reported_and_the_round_counts(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 1})
     run = prepare(config, tmp_path / "run")
     from functools import partial

@@ -6,7 +6,7 @@ from fedmomentum.formats.status_file import STATUS_FILE, read_status
 from fedmomentum.server.status import StatusWriter
 
 
-def test_a_file_that_cannot_be_written_is_told_once_and_the_run_goes_on(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_reported_once_and_the_run_continues(tmp_path, caplog):
     (tmp_path / STATUS_FILE).mkdir()
     status = StatusWriter(tmp_path, 3)
     status.on_round_begin(1, ["north"])
@@ -17,7 +17,7 @@ def test_a_file_that_cannot_be_written_is_told_once_and_the_run_goes_on(tmp_path
     assert read_status(tmp_path).round == 3
 
 
-def test_a_loss_that_is_no_number_is_none(tmp_path):
+def test_a_loss_that_is_not_a_number_becomes_none(tmp_path):
     status = StatusWriter(tmp_path, 3, networked=False)
     status.on_step("north", 1, 2, math.nan)
     read = read_status(tmp_path).clients["north"]

@@ -53,7 +53,7 @@ def own_steps(model, examples, *, learning_rate, local_steps, moments=None, **_)
     return TrainReport(1.0, 1.0, 1.0, local_steps, 7, moments=state)
 
 
-def test_an_own_function_gets_the_moments_and_returns_them(llama):
+def test_a_custom_function_gets_the_moments_and_returns_them(llama):
     uninterrupted, parts = new_model(llama), new_model(llama)
     tokens = tokens_of(llama)
     own_steps(uninterrupted, tokens, learning_rate=0.01, local_steps=6, moments={})
@@ -65,7 +65,7 @@ def test_an_own_function_gets_the_moments_and_returns_them(llama):
     assert second.learning_rate_sum == pytest.approx(0.03)
 
 
-def test_an_own_function_has_the_keyword_only_where_moments_are_wanted(llama):
+def test_a_custom_function_gets_the_keyword_only_where_moments_are_requested(llama):
     seen = []
 
     def function(model, examples, **keywords):
@@ -89,7 +89,7 @@ def test_our_trainer_is_run_with_the_moments_too(llama):
 
 
 @pytest.mark.parametrize("moments", [None, {}, "moments"])
-def test_an_own_function_that_reports_no_moments_is_refused(llama, moments):
+def test_a_custom_function_that_reports_no_moments_is_refused(llama, moments):
     def function(model, examples, **_):
         return TrainReport(1.0, 1.0, 1.0, 2, 7, moments=moments)
 
@@ -100,7 +100,7 @@ def test_an_own_function_that_reports_no_moments_is_refused(llama, moments):
 
 
 @pytest.mark.parametrize("number", range(len(bad_moments())))
-def test_an_own_functions_moments_are_checked(llama, number):
+def test_moments_of_a_custom_function_are_checked(llama, number):
     value, message = bad_moments()[number]
 
     def function(model, examples, **_):
@@ -111,7 +111,7 @@ def test_an_own_functions_moments_are_checked(llama, number):
         run_own(function, new_model(llama), tokens_of(llama), {})
 
 
-def test_an_own_function_is_not_called_with_moments_that_do_not_fit(llama):
+def test_a_custom_function_is_not_called_with_moments_that_do_not_fit(llama):
     def function(model, examples, **_):
         raise AssertionError("called")
 
@@ -129,7 +129,7 @@ def test_an_own_function_is_not_called_with_moments_that_do_not_fit(llama):
         ({"learning_rate_sum": "much"}, "learning_rate_sum = 'much'"),
     ],
 )
-def test_an_own_functions_numbers_are_checked(llama, change, message):
+def test_numbers_reported_by_a_custom_function_are_checked(llama, change, message):
     def function(model, examples, **_):
         return replace(TrainReport(1.0, 1.0, 1.0, 2, 7), **change)
 

@@ -176,7 +176,7 @@ def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step
         assert bound < 6 * largest or step == 1
 
 
-def test_a_buffer_of_gradient_descent_counts_once_and_ever_less():
+def test_a_momentum_buffer_of_sgd_counts_once_and_decays():
     given = Moments(torch.tensor([[0.5, -2.0]]), None, 3)
     arguments = {"optim": "sgd", "optim_args": "momentum=0.5"}
     assert carried_reach(arguments, 3, [given]) == pytest.approx(2.0 * (0.5 + 0.25 + 0.125))

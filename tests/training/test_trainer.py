@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_calls(folder):
     assert psutil.Process().memory_info().rss - memory < 16 * 2**20
 
 
-def test_a_training_collects_no_garbage_and_nothing_of_the_trainer_stays(folder, monkeypatch):
+def test_training_runs_no_garbage_collection_and_leaves_nothing_of_the_trainer(folder, monkeypatch):
     """A collection visits every object of the process; the optimizer is gone at once without one."""
     model, tokens = new_model(folder), tokens_of(folder)
     collect, calls = gc.collect, []

@@ -87,7 +87,7 @@ def test_a_private_repository_needs_the_login(hub, monkeypatch):
         get(HubName("org/secret2"))
 
 
-def test_what_the_hub_refuses_is_said_by_name(hub, monkeypatch):
+def test_errors_of_the_hub_are_reported_by_name(hub, monkeypatch):
     hub.add("org/model", FILES)
     hub.add("org/gated", FILES, gated=True)
     cases = {
@@ -124,7 +124,7 @@ def test_without_a_network_the_cache_serves_and_what_it_lacks_is_named(hub, monk
         get(HubName("org/other"))
 
 
-def test_a_login_is_in_no_message_and_no_log(hub, monkeypatch, caplog):
+def test_no_message_and_no_log_contains_a_token(hub, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     hub.echoes = True
     hub.add("org/model", FILES)

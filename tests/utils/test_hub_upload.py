@@ -47,14 +47,16 @@ def test_a_new_repository_is_private_and_holds_what_was_exported(hub, export, ca
     assert hub.asked("PUT", "/objects/") and TOKEN not in caplog.text + captured.out + captured.err
 
 
-def test_a_name_alone_is_of_ones_own_and_public_is_asked_for(hub, export):
+def test_a_bare_name_belongs_to_the_user_and_public_must_be_requested(hub, export):
     destination = choose_destination("model", is_public=True)
     assert destination == Destination("alice/model", True)
     upload(export, destination, "m")
     assert not hub.repositories["alice/model"].private
 
 
-def test_what_cannot_succeed_is_refused_before_anything_is_done(hub, monkeypatch, tmp_path):
+def test_uploads_that_cannot_succeed_are_refused_before_anything_is_sent(
+    hub, monkeypatch, tmp_path
+):
     from huggingface_hub import constants
 
     hub.add("alice/open", {"a": b""})
@@ -136,7 +138,7 @@ def test_the_client_tries_again_and_sends_all_of_it(hub, export):
         ("GET", "/api/models/alice/model", 500),
     ],
 )
-def test_a_failure_leaves_the_export_and_says_how_to_go_on(hub, export, method, pattern, status):
+def test_a_failure_keeps_the_export_and_says_how_to_retry(hub, export, method, pattern, status):
     hub.add("alice/model", {"config.json": b"{}"}, private=True)
     before = content(export)
     destination = choose_destination("alice/model", is_public=False)
@@ -163,7 +165,7 @@ def test_a_repository_that_is_public_by_now_gets_nothing(hub, export):
     assert hub.repositories["alice/model"].files == {"a": b""} and not hub.asked("PUT", ".")
 
 
-def test_a_commit_of_somebody_else_in_between_is_not_undone(hub, export, monkeypatch):
+def test_a_commit_of_another_user_in_between_is_not_undone(hub, export, monkeypatch):
     import huggingface_hub
 
     repository = hub.add("alice/model", {"a": b""}, private=True)

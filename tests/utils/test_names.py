@@ -146,7 +146,7 @@ def test_a_comparisons_folders_come_from_the_same_rule(tmp_path, monkeypatch):
     )
 
 
-def test_trackers_tell_names_apart_that_they_write_alike():
+def test_trackers_distinguish_names_that_they_write_alike():
     from fedmomentum.run.tracking import numbers_of
 
     row = {
@@ -171,7 +171,7 @@ def test_labels_of_a_comparison_are_readable_and_short():
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[x]", "[bold", "a[/]"])
-def test_a_name_is_no_markup(name):
+def test_a_name_is_not_read_as_markup(name):
     """A closing tag that opens nothing would end the run where its progress is drawn."""
     from io import StringIO
 
