@@ -1,4 +1,4 @@
-"""`python benchmarks` runs every script, and says of all of them what was met and what failed."""
+"""`python benchmarks` runs every script, and reports which targets were met and what failed."""
 
 import contextlib
 import gc
@@ -129,7 +129,7 @@ def gpu_trial(tmp_path_factory):
 
 
 def forget_scripts() -> None:
-    """Have scripts of the folder imported anew."""
+    """Make scripts of the folder be imported again."""
     for name, module in list(sys.modules.items()):
         if str(BENCHMARKS) in str(getattr(module, "__file__", "")):
             del sys.modules[name]

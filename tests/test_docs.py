@@ -59,7 +59,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def documented(page: Path) -> set[str]:
-    """What stands in backticks in the first column of a page's tables."""
+    """Names in backticks in the first column of a page's tables."""
     cells = re.findall(r"^\| (`[^|]*`) \|", page.read_text(), flags=re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
@@ -539,7 +539,7 @@ def test_the_figures_of_quantization_are_those_of_the_committed_numbers(monkeypa
     quantization = importlib.import_module("quantization")
     for table in quantization.tables().values():
         assert table in text
-    # What the text says of it is true of the numbers.
+    # The text's claims about it are true of the numbers.
     numbers = json.loads(quantization.NUMBERS.read_text())
     held = numbers["holding"]
     assert all(held[name]["share"] < 0.01 for name in held if "nf4" in name or "int8," in name)
@@ -578,7 +578,7 @@ def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatc
 
 
 def test_the_costs_of_secure_sums_are_those_of_the_committed_numbers(monkeypatch):
-    """The table of docs/privacy.md is what the benchmark renders; what is said of it holds."""
+    """The table of docs/privacy.md is what the benchmark renders; the claims about it are true."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module("secure_sum")
     measured = json.loads((APPENDIX / "performance" / "secure-sum.json").read_text())

@@ -1,4 +1,4 @@
-"""The package as its users have it: installed from its source distribution, away from the checkout.
+"""The package as users get it: installed from its source distribution, away from the checkout.
 
 Needs a package index and some five minutes; `make test-long` runs it.
 """

@@ -1,4 +1,4 @@
-"""What is installed is whole: declared dependencies, pins that mean something, a wheel with all that people copy."""
+"""What is installed is complete: declared dependencies, meaningful pins, a wheel with all files that users copy."""
 
 import ast
 import os

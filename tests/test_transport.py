@@ -1,4 +1,4 @@
-"""Bytes from the wire: what was put in comes out, and nothing else gets in."""
+"""Bytes from the wire: they decode to what was encoded, and nothing else is accepted."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Clients of unequal rank: what each holds of the global adapter, and what becomes of the rest."""
+"""Clients of unequal rank: what each holds of the global adapter, and what happens to the remainder."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def trained(own: Adapter, seed: int, step: float) -> Adapter:
 
 
 def one_round(method, current: Adapter, server_round: int, step: float):
-    """Everyone trains what it holds of the global adapter; the aggregate, and the sum that is due."""
+    """Every client trains what it holds of the global adapter; return the aggregate and the expected sum."""
     updates, expected = [], {m: current.effective(m).dense() for m in current.modules}
     for i, (rank, scaling) in enumerate(zip(RANKS, SCALINGS, strict=True)):
         own, tails = client_adapter(
@@ -130,7 +130,7 @@ def energies(current: Adapter) -> tuple[float, float]:
 
 
 def test_flexlora_collapses_into_the_smallest_rank_and_fedmomentum_does_not():
-    """Nobody trains: what changes from round to round is the aggregation's doing alone."""
+    """No client trains: only the aggregation changes anything from round to round."""
     start = global_adapter()
     first, beyond = energies(start)
     flexlora, fedmomentum = start, start

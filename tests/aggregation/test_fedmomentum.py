@@ -1,4 +1,4 @@
-"""What is FedMomentum's own: gauges, energy, the carried tail."""
+"""What is specific to FedMomentum: gauges, energy, the carried tail."""
 
 import pytest
 import torch
@@ -183,7 +183,7 @@ def test_energy_below_the_adapters_own_share_takes_nothing_from_the_adapter():
 
 
 def rounds_of(method, num=7):
-    """Rounds over the same clients, what is carried handed on: (round, updates, weights, carried in, result)."""
+    """Rounds over the same clients, passing on what is carried: (round, updates, weights, carried in, result)."""
     carried, weights = None, some_weights(5)
     for server_round in range(1, num + 1):
         updates = clients((60, 50), (4,) * 5, seed=server_round)

@@ -2,7 +2,7 @@
 
 Each law is asked of the methods that claim it by what they declare. `SETTINGS` lists further
 settings of a method that are worth the same tests. Methods that train one factor get updates that
-share the other (`legal`).
+share the other (`valid_updates`).
 """
 
 import itertools
@@ -26,9 +26,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 
 SETTINGS = [
@@ -52,30 +52,30 @@ ALL = [method() for method in METHODS.values()] + SETTINGS
 MOMENTUM = [m for m in ALL if isinstance(m, FedMomentum) and m.svd == "exact"]
 
 
-def asked_of(claim) -> pytest.MarkDecorator:
+def methods_where(claim) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("method", [method for method in ALL if claim(method)], ids=repr)
 
 
-every = asked_of(lambda method: True)
-exact = asked_of(lambda method: method.exact)
-inexact = asked_of(lambda method: not method.exact)
-unequal = asked_of(lambda method: method.unequal_ranks)
-equal = asked_of(lambda method: not method.unequal_ranks)
-best = asked_of(lambda method: method.best_rank)
-best_of_both = asked_of(lambda method: method.best_rank and method.trained_factors(1) == "BA")
+every = methods_where(lambda method: True)
+exact = methods_where(lambda method: method.exact)
+inexact = methods_where(lambda method: not method.exact)
+unequal = methods_where(lambda method: method.unequal_ranks)
+equal = methods_where(lambda method: not method.unequal_ranks)
+best = methods_where(lambda method: method.best_rank)
+best_of_both = methods_where(lambda method: method.best_rank and method.trained_factors(1) == "BA")
 momentum = pytest.mark.parametrize("method", MOMENTUM, ids=repr)
 
 REFERENCE = random_matrix(40, 30, 4, seed=77)
 
 
 def reconstructed(result) -> torch.Tensor:
-    """What an aggregate says the sum is."""
+    """The sum that an aggregate represents."""
     parts = [result.adapter, result.residual, result.carried]
     return sum(to_dense(part.to(torch.float64)) for part in parts if part is not None)
 
 
 def lost(result, wanted: torch.Tensor) -> tuple[float, float]:
-    """The norm of what an aggregate left out, and what it tells of it, both relative to the sum."""
+    """The norm of what an aggregate left out, and the norm that it reports, both relative to the sum."""
     reported = math.sqrt(result.findings.get("dropped_energy", 0.0)) / float(
         torch.linalg.matrix_norm(wanted)
     )
@@ -117,7 +117,7 @@ def test_declarations_are_consistent(method):
 @pytest.mark.parametrize("server_round", [1, 2])
 def test_factors_that_are_not_sent_are_known_to_clients_or_can_be_drawn(method, server_round):
     updates, weights = clients(ranks=(4, 4)), some_weights(2)
-    updates = legal(method, updates, REFERENCE, server_round)
+    updates = valid_updates(method, updates, REFERENCE, server_round)
     result = aggregate(
         method, updates, weights, rank=4, reference=REFERENCE, server_round=server_round, seed=5
     ).adapter
@@ -139,7 +139,9 @@ def test_factors_that_are_not_sent_are_known_to_clients_or_can_be_drawn(method, 
     server_round=st.integers(1, 3),
 )
 def test_law_1_nothing_is_lost(method, out, in_, rank, num, seed, server_round):
-    updates = legal(method, clients((out, in_), (rank,) * num, seed=seed), None, server_round)
+    updates = valid_updates(
+        method, clients((out, in_), (rank,) * num, seed=seed), None, server_round
+    )
     weights = some_weights(num, seed)
     result = aggregate(method, updates, weights, rank=rank, server_round=server_round)
     assert error(reconstructed(result), dense_sum(updates, weights)) < 10 * float_tolerance(
@@ -161,14 +163,14 @@ def test_law_1_what_is_lost_is_reported(method, server_round):
 
 @every
 def test_law_2_a_single_client_is_returned_unchanged(method):
-    (update,) = legal(method, clients(ranks=(4,)), REFERENCE)
+    (update,) = valid_updates(method, clients(ranks=(4,)), REFERENCE)
     result = aggregate(method, [update], torch.ones(1), rank=4, reference=REFERENCE)
     is_lost, reported = lost(result, update.dense())
     if method.exact or not hasattr(method, "energy"):
         assert is_lost < float_tolerance(method, torch.float64)
-    else:  # it cuts even one client's product, by no more than it says
+    else:  # it truncates even one client's product, by no more than it reports
         assert is_lost == pytest.approx(reported, abs=1e-9) and reported**2 <= 1 - method.energy
-    if method.sent_factors(1):  # others start afresh
+    if method.sent_factors(1):  # others start from a new adapter
         assert error(result.adapter.dense(), update.dense()) < float_tolerance(
             method, torch.float64
         )
@@ -176,7 +178,7 @@ def test_law_2_a_single_client_is_returned_unchanged(method):
 
 @every
 def test_law_2_clients_that_agree_get_what_they_agree_on(method):
-    updates = legal(method, clients(ranks=(4,)), REFERENCE) * 3
+    updates = valid_updates(method, clients(ranks=(4,)), REFERENCE) * 3
     result = aggregate(method, updates, some_weights(3), rank=4, reference=REFERENCE)
     is_lost, reported = lost(result, updates[0].dense())
     assert is_lost == pytest.approx(reported, abs=1e-9)
@@ -193,7 +195,7 @@ def test_law_2_clients_that_agree_get_what_they_agree_on(method):
 def test_law_2_order_of_clients_does_not_matter(method, server_round):
     reference = random_matrix(40, 30, 3, seed=77)
     updates, weights = (
-        legal(method, clients(ranks=(3,) * 4), reference, server_round),
+        valid_updates(method, clients(ranks=(3,) * 4), reference, server_round),
         some_weights(4),
     )
     tolerance = 1e-12 if getattr(method, "svd", "") != "randomised" else TOLERANCE[torch.float32]
@@ -219,7 +221,7 @@ def test_law_2_order_of_clients_does_not_matter(method, server_round):
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_law_3_rank_dtype_and_shape_are_as_requested(method, dtype):
-    updates, weights = legal(method, clients(ranks=(4, 4), dtype=dtype)), some_weights(2)
+    updates, weights = valid_updates(method, clients(ranks=(4, 4), dtype=dtype)), some_weights(2)
     result = aggregate(method, updates, weights, rank=4, reference=REFERENCE.to(dtype))
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     for part in (result.adapter, result.residual, result.carried):
@@ -260,7 +262,7 @@ def test_unequal_ranks_are_refused_where_they_have_no_meaning(method):
 
 @every
 def test_a_clients_own_adapter_and_its_tail_are_the_global_one(method):
-    updates = legal(method, clients(ranks=(4, 4)), REFERENCE)
+    updates = valid_updates(method, clients(ranks=(4, 4)), REFERENCE)
     adapter = aggregate(method, updates, some_weights(2), rank=4, reference=REFERENCE).adapter
     for rank in (1, 3, 4) if method.unequal_ranks else (4,):
         own, tail = method.client_adapter(adapter, rank)
@@ -279,7 +281,7 @@ def test_a_clients_own_adapter_and_its_tail_are_the_global_one(method):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_adapter_is_the_best_of_its_rank(method, condition, dtype):
     """|sum - adapter| <= 1.0001 x the Eckart-Young error, in particular for ill-conditioned factors."""
-    updates = legal(method, clients((60, 50), (6, 6, 6), dtype=dtype, condition=condition))
+    updates = valid_updates(method, clients((60, 50), (6, 6, 6), dtype=dtype, condition=condition))
     weights = some_weights(3)
     wanted = dense_sum(updates, weights)
     result = aggregate(method, updates, weights, rank=6)
@@ -312,7 +314,7 @@ def test_factors_have_the_form_of_their_split(method, condition):
 @every
 def test_inputs_are_untouched_and_calls_are_pure(method):
     reference = random_matrix(40, 30, 4, seed=50)
-    updates, weights = legal(method, clients(ranks=(4, 4)), reference), some_weights(2)
+    updates, weights = valid_updates(method, clients(ranks=(4, 4)), reference), some_weights(2)
     before = [(u.B.clone(), u.A.clone()) for u in [*updates, reference]]
     first = aggregate(method, updates, weights, rank=4, reference=reference, seed=3)
     second = aggregate(method, updates, weights, rank=4, reference=reference, seed=3)
@@ -379,7 +381,7 @@ def test_singular_values_at_round_off_are_spare_and_their_energy_is_not_lost(met
 
 @every
 def test_bad_input_is_refused_by_name(method):
-    updates, weights = legal(method, clients(ranks=(4, 4))), some_weights(2)
+    updates, weights = valid_updates(method, clients(ranks=(4, 4))), some_weights(2)
     broken = LowRank(updates[1].B.clone(), updates[1].A.clone())
     broken.A[2, 3] = math.nan
     with pytest.raises(ValueError, match="update 1 holds NaN or Inf in its factor A"):
@@ -399,10 +401,10 @@ def test_bad_input_is_refused_by_name(method):
         aggregate(method, [], torch.ones(0), rank=4)
 
 
-@asked_of(lambda method: method.trained_factors(1) != "BA")
+@methods_where(lambda method: method.trained_factors(1) != "BA")
 @pytest.mark.parametrize("server_round", [1, 2])
 def test_a_factor_that_should_be_frozen_and_is_not_is_refused(method, server_round):
-    updates = legal(method, clients(ranks=(4, 4)), REFERENCE, server_round)
+    updates = valid_updates(method, clients(ranks=(4, 4)), REFERENCE, server_round)
     (frozen,) = set("BA") - set(method.trained_factors(server_round))
     altered = LowRank(updates[1].B.clone(), updates[1].A.clone())
     getattr(altered, frozen)[0, 0] += 1e-12

@@ -1,4 +1,4 @@
-"""What is each method's own: its formula, computed the long way, and what it costs on the wire."""
+"""What is specific to each method: its formula, computed directly, and what it costs on the wire."""
 
 import math
 from dataclasses import replace
@@ -33,9 +33,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 from tests.runs import start, timeless, tiny_config
 
@@ -155,7 +155,9 @@ def test_factors_that_are_not_sent_are_known_through_scalings_and_float32(name, 
         replace(
             a,
             modules={
-                m: legal(method, [a.modules[m].to(torch.float32)], sent.modules[m], server_round)[0]
+                m: valid_updates(
+                    method, [a.modules[m].to(torch.float32)], sent.modules[m], server_round
+                )[0]
                 for m in a.modules
             },
         )
@@ -334,7 +336,7 @@ def test_ffa_and_rolora_leave_the_frozen_factor_as_it_is():
         (RoLoRA(), 1, "B"),
         (RoLoRA(), 2, "A"),
     ):
-        updates = legal(method, clients(), start, server_round)
+        updates = valid_updates(method, clients(), start, server_round)
         adapter = aggregate(
             method, updates, WEIGHTS, rank=4, reference=start, server_round=server_round
         ).adapter
@@ -357,7 +359,7 @@ def test_ffa_and_rolora_leave_the_frozen_factor_as_it_is():
 def test_fedsvd_makes_A_orthonormal_and_keeps_the_product():
     adapter = LowRank(torch.zeros(40, 4, dtype=torch.float64), random_matrix(40, 30, 4).A)
     for server_round in range(1, 4):
-        updates = legal(FedSVD(), clients(seed=server_round), adapter)
+        updates = valid_updates(FedSVD(), clients(seed=server_round), adapter)
         before = dense_sum(updates, WEIGHTS)
         adapter = aggregate(
             FedSVD(), updates, WEIGHTS, rank=4, reference=adapter, server_round=server_round
@@ -492,7 +494,7 @@ def test_fedrot_undoes_a_rotation_and_only_the_hard_one_undoes_a_reflection(
     full = FedRotLoRA(strength=1).rotate(update, reference, server_round)
     assert error(hard.B, reference.B) < 1e-10 and error(hard.A, reference.A) < 1e-10
     assert (error(full.B, reference.B) < 1e-10) is proper
-    # nothing among many rotations comes nearer, and a soft turn lies between
+    # none of many rotations comes closer, and a soft rotation lies between
     distances = [
         error(
             getattr(FedRotLoRA(strength=s).rotate(update, reference, server_round), factor),
@@ -587,7 +589,7 @@ def test_lorafair_cosine_is_at_the_minimum_of_the_dense_objective(strength):
         delta.norm() * result.adapter.dense().norm()
     )
     assert result.findings["cosine"] == pytest.approx(float(dense_cosine), abs=1e-12)
-    for seed in range(4):  # no descent from elsewhere ends lower
+    for seed in range(4):  # no descent from another start ends lower
         other = (
             B + 0.3 * torch.randn(B.shape, generator=generator(seed), dtype=torch.float64)
         ).requires_grad_()
@@ -657,7 +659,7 @@ PAYLOADS = {  # rank, residual rank, out, in, round -> numbers up, numbers down
 def test_payloads_are_those_of_the_papers(name, server_round):
     method = METHODS[name]()
     reference = random_matrix(40, 30, 4, seed=77)
-    updates = legal(method, clients(condition=10), reference, server_round)
+    updates = valid_updates(method, clients(condition=10), reference, server_round)
     result = aggregate(
         method, updates, some_weights(3), rank=4, reference=reference, server_round=server_round
     )

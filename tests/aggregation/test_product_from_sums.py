@@ -1,4 +1,4 @@
-"""The mean of products from two sums: exact in every round, whoever takes part, with masks too."""
+"""The mean of products from two sums: exact in every round, with any participants, with masks too."""
 
 import functools
 import operator
@@ -28,7 +28,7 @@ from fedmomentum.linalg.matrix import to_dense
 from fedmomentum.secure_sum.fixed_point import count_block, sum_error
 from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
 from fedmomentum.secure_sum.server import SumServer
-from tests.helpers import legal
+from tests.helpers import valid_updates
 from tests.secure_sum.sums import make_parties, roster, run_sum
 
 OUT, IN, RANK = 14, 11, 3
@@ -67,7 +67,7 @@ def mean_of_products(trained, counts):
 
 
 class Federation:
-    """Clients whose feedback stays with them; a round's sums are plain here."""
+    """Clients that keep their own feedback; a round's sums are unmasked here."""
 
     def __init__(self, seed, width):
         self.draw = torch.Generator().manual_seed(seed)
@@ -166,7 +166,7 @@ def test_without_a_second_sum_the_mean_factors_are_used_and_clients_keep_the_dif
 
 
 def test_feedback_returns_and_stays_bounded_at_half_participation():
-    """Without feedback the error only grows; with it the model lacks about as much all the time."""
+    """Without feedback the error only grows; with it the error stays about constant."""
     federation = Federation(5, RANK)
     clients = [f"client {i}" for i in range(6)]
     kept, lost = [], torch.zeros(OUT, IN, dtype=torch.float64)
@@ -287,7 +287,7 @@ def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
     method = METHODS[name]()
     draw = torch.Generator().manual_seed(11)
     start = factors(draw)
-    updates = legal(method, [train(draw, start) for _ in range(4)], start, round_number)
+    updates = valid_updates(method, [train(draw, start) for _ in range(4)], start, round_number)
     counts = [3, 50, 20, 27]
     weights = torch.tensor(counts, dtype=torch.float64) / 100
     context = AggregationContext(rank=RANK, reference=start, server_round=round_number, seed=4)
@@ -302,7 +302,8 @@ def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
     mean_updates, mean_weights = stand_ins(*combine_sums(start, mean, second))
     # a factor that is not trained is the one that all have, to the bit
     got = method.aggregate(
-        ClientUpdates(legal(method, mean_updates, start, round_number), mean_weights), context
+        ClientUpdates(valid_updates(method, mean_updates, start, round_number), mean_weights),
+        context,
     )
     differ = [
         float((to_dense(a) - to_dense(b)).norm()) if a is not None else 0.0
@@ -433,7 +434,7 @@ def test_a_method_depends_on_what_it_declares(name, round_number):
     results = []
     for cross in (factors(draw, rank=2), LowRank(mean.B[:, :0], mean.A[:0])):
         updates, weights = stand_ins(mean, cross)
-        updates = legal(method, updates, start, round_number)
+        updates = valid_updates(method, updates, start, round_number)
         results.append(method.aggregate(ClientUpdates(updates, weights), context))
     with_cross, without = results
     differ = sum(

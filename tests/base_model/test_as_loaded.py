@@ -104,7 +104,7 @@ def test_the_branch_is_factors_while_they_are_smaller_then_int8(tmp_path, dtype)
         error = (merged_of(weights, name) - wanted).norm() / wanted.norm()
         assert float(error) < 0.01, count
     assert branch.branch.dense.values.dtype == torch.int8
-    # As few bytes as they say, and a dense part is no factor however early.
+    # As few bytes as they report, and a dense part is never kept as factors.
     weights.apply(residuals(weights, name, 1, dense=(0,)))
     assert branch.branch.dense is not None and branch.branch.factors is None
 
@@ -117,7 +117,7 @@ def state(weights: AsLoadedWeights, name: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("holding", [AsLoadedWeights, Float32Weights])
 def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, holding):
-    """Also with parts of one's own in between, and after an error."""
+    """Also with a client's own parts in between, and after an error."""
     stepwise, layer, name = held(tmp_path, holding=holding)
     at_once, other_layer, _ = held(tmp_path, holding=holding)
     parts = residuals(at_once, name, 12, dense=(5,))

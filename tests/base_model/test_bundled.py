@@ -1,4 +1,4 @@
-"""The embedded model is converted once, whole or not at all, and says how to install what is missing."""
+"""The embedded model is converted once, completely or not at all; the error says how to install what is missing."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

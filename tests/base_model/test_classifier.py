@@ -1,4 +1,4 @@
-"""The head of a classifier: the same for every party, taken over only if it is for these labels."""
+"""The head of a classifier: the same for every party, reused only if it is for these labels."""
 
 import json
 

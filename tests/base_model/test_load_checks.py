@@ -121,7 +121,7 @@ def test_models_of_another_kind_are_refused(base, tmp_path):
     ):
         load(embedding)
     change_config(embedding, architectures=["LlamaForCausalLM"])
-    load(embedding)  # as far as anybody can tell a language model
+    load(embedding)  # by all appearances a language model
     (embedding / "modules.json").write_text(
         json.dumps(
             [
@@ -322,7 +322,7 @@ def test_an_identity_is_recomputed_where_the_cache_is_damaged_or_stale(base, tmp
 
 
 def with_code(folder, marker):
-    """A directory whose model and tokenizer need code of its own, which leaves a trace when it is run."""
+    """A directory whose model and tokenizer need custom code, which leaves a trace when it is run."""
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     change_config(
         folder,
@@ -352,7 +352,7 @@ def test_code_in_the_directory_is_never_run_nor_asked_about(base, tmp_path, monk
 
 
 def test_a_plan_on_a_terminal_asks_nothing_and_runs_nothing(tmp_path):
-    """The answer y lies ready on the terminal; nobody reads it."""
+    """The answer y is waiting on the terminal; nothing reads it."""
     config = tiny_config(tmp_path)
     marker = tmp_path / "it ran"
     with_code(tmp_path / "base", marker)
@@ -387,7 +387,7 @@ def test_a_plan_on_a_terminal_asks_nothing_and_runs_nothing(tmp_path):
 
 
 def test_transformers_own_class_is_used_where_there_is_one(base, tmp_path):
-    """Many published models keep their first release's code beside the weights; it is not needed, and not run."""
+    """Many published models keep the code of their first release beside the weights; it is neither needed nor run."""
     marker = tmp_path / "it ran"
     (base / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     change_config(base, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})

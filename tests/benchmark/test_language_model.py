@@ -1,4 +1,4 @@
-"""What lm-eval makes of our models is what transformers makes of them, and nothing is passed over."""
+"""lm-eval scores our models as transformers does, and nothing is skipped silently."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_numbers_with_commas_are_the_same_number(tmp_path, loaded, monkeypatch):
 def test_answers_are_greedy_and_counted_where_they_are_cut(tmp_path, loaded):
     data = read_task(write_sums(tmp_path, max_gen_toks=16), "gsm8k")
     model = asked(loaded, batch_size=3)
-    # the model's own settings would change what is generated
+    # the model's generation settings would change what is generated
     loaded[0].generation_config.repetition_penalty = 50.0
     try:
         task = make_task(data, 1)

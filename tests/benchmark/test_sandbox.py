@@ -12,7 +12,7 @@ from tests.benchmark.files import PROGRAM
 
 
 def namespaces():
-    """Whether this machine lets us have any; without, only the refusal can be tested."""
+    """Whether this machine allows namespaces; without them only the refusal can be tested."""
     command = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "true"]
     try:
         return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
@@ -76,7 +76,7 @@ def test_right_programs_pass_and_wrong_ones_do_not(tmp_path):
     ],
 )
 def test_attempts_fail_in_the_way_they_should(tmp_path, attempt, needed):
-    """The attempt fails alone, and passes where its error is caught: it ran, and the wall stopped it."""
+    """The attempt alone fails, and passes where its error is caught: it ran, and the sandbox stopped it."""
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     attempt = attempt.format(path=str(secret)) if "{path" in attempt else attempt

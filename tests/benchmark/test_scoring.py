@@ -55,7 +55,7 @@ def tasks(tmp_path):
     return write_programs(write_sums(write_choices(tmp_path / "tasks"), num_fewshot=1))
 
 
-def asked_of(task, model, tokenizer):
+def log_likelihoods(task, model, tokenizer):
     """Every log-likelihood of the task, by our model."""
     own = BenchmarkModel(model, tokenizer, Asking(), lambda number: None)
     own.count_truncated(task)
@@ -66,12 +66,12 @@ def test_the_federated_model_is_base_plus_update_plus_adapter_and_equals_its_exp
     result = open_result(run)
     data = read_task(tasks, "choices")
     pair = ModelPair(result, LoadSettings())
-    before = asked_of(make_task(data), pair.model, pair.tokenizer)
+    before = log_likelihoods(make_task(data), pair.model, pair.tokenizer)
     with pair.tuned():
-        tuned = asked_of(make_task(data), pair.model, pair.tokenizer)
-    after = asked_of(make_task(data), pair.model, pair.tokenizer)
+        tuned = log_likelihoods(make_task(data), pair.model, pair.tokenizer)
+    after = log_likelihoods(make_task(data), pair.model, pair.tokenizer)
     assert torch.equal(before, after)
-    # the change, added by hand: all of it, and the adapter alone
+    # the change, added by hand: all of it, and only the adapter
     base = run.parent / "base"
     model: GlobalModel = result.model
     assert model.base_update and set(model.adapter.scalings.values()) == {2.0}
@@ -89,12 +89,12 @@ def test_the_federated_model_is_base_plus_update_plus_adapter_and_equals_its_exp
             weight = plain.get_submodule(module).weight
             with torch.no_grad():
                 weight.copy_((weight.double() + change).float())
-        by_hand[what] = asked_of(make_task(data), plain, pair.tokenizer)
+        by_hand[what] = log_likelihoods(make_task(data), plain, pair.tokenizer)
     assert torch.allclose(before, by_hand["nothing"], atol=1e-5, rtol=0)
     assert torch.allclose(tuned, by_hand["all"], atol=1e-4, rtol=0)
     assert (tuned - before).abs().max() > 0.1
     assert (tuned - by_hand["adapter"]).abs().max() > 0.01
-    # lm-eval by itself, on the merged export
+    # lm-eval without our code, on the merged export
     out = tasks / "merged"
     export_merged(model, out, base_directory=base)
     stock = HFLM(
@@ -288,7 +288,7 @@ def test_scores_of_a_round_that_was_trained_again_are_not_shown(run, tasks, tmp_
     rewritten(copy / "benchmarks.json", age)
     shown = RunResults.load(copy).benchmarks
     assert shown.num_outdated == 1 and {line.model.round for line in shown.lines} == {2}
-    # the manifest is gone; the version in the metrics tells still
+    # the manifest is gone; the version in the metrics still tells
     shutil.rmtree(copy / "rounds")
     assert RunResults.load(copy).benchmarks.num_outdated == 0
 

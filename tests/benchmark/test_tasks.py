@@ -10,7 +10,7 @@ from tests.benchmark.files import write_choices, write_sums
 
 
 def stock_task(folder, name, num_fewshot):
-    """The task as lm-eval makes it of the same file, with its own templates and its own data."""
+    """The task as lm-eval builds it from the same file, with its own templates and data."""
     config = yaml.safe_load((folder / f"{name}.yaml").read_text())
     files = config["dataset_kwargs"]["data_files"]
     config["dataset_kwargs"]["data_files"] = {k: str(folder / file) for k, file in files.items()}

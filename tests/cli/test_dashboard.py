@@ -1,4 +1,4 @@
-"""`--dashboard`: what is refused before a run starts, and a whole run that is watched."""
+"""`--dashboard`: what is refused before a run starts, and a complete run that is watched."""
 
 import importlib.util
 import socket

@@ -1,4 +1,4 @@
-"""The demonstration says what it downloads, asks first, and then is the default job."""
+"""The demo says what it downloads, asks first, and then runs the default job."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
-    """An environment in which nothing of the demonstration is installed."""
+    """An environment in which nothing of the demo is installed."""
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     monkeypatch.setattr(bundled, "_PACKAGE", "no_such_package")
     monkeypatch.setenv("FEDMOMENTUM_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""What a user may get wrong on the command line: each ends with one sentence and exit code 2, and writes nothing."""
+"""Mistakes of a user on the command line: each ends with one sentence and exit code 2, and writes nothing."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""What is known of the families of models, on terminals of any width."""
+"""What is known about the model families, on terminals of any width."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from fedmomentum.base_model.families import known_families
 from fedmomentum.cli.options import OUT
 
 
-def squeezed(text: str) -> str:
-    """Without what a table adds and where it wraps."""
+def collapsed(text: str) -> str:
+    """Without a table's borders and line breaks."""
     return "".join(text.replace("│", "").split())
 
 
@@ -17,7 +17,7 @@ def test_all_that_is_known_of_a_family_is_shown_uncut(width, call, monkeypatch):
     _, shown, _ = call("models", "laguna")
     family = next(known for known in known_families().families if known.family == "laguna")
     for text in (family.kind, *family.adapted, *family.left_out):
-        assert squeezed(text) in squeezed(shown)
+        assert collapsed(text) in collapsed(shown)
     assert "…" not in shown
     assert "yes" in shown
 
@@ -32,7 +32,7 @@ def test_every_family_is_listed_with_why_it_is_refused_or_was_not_tried(call):
         ("sequence classifier", known.classifiers_not_tried),
     ):
         for name, reason in not_tried.items():
-            assert squeezed(f"{name}: not tried as a {kind} ({reason})") in squeezed(shown)
+            assert collapsed(f"{name}: not tried as a {kind} ({reason})") in collapsed(shown)
     assert "…" not in shown
 
 

@@ -1,4 +1,4 @@
-"""The section [privacy]: off by default, and values that no sum could obey are refused."""
+"""The section [privacy]: off by default, and values that no sum could satisfy are refused."""
 
 import pytest
 

@@ -53,7 +53,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens an address in a window of its own; what the browser complains of is collected."""
+    """Open an address in a new window; the browser's complaints are collected."""
     contexts = []
 
     def open_at(url, **look):
@@ -165,7 +165,7 @@ def test_keyboard_names_and_motion(hostile, open_page):
         "all => all.filter(one => one.offsetParent).map(one => Number(one.tagName[1]))"
     )
     assert headings[0] == 1 and headings.count(1) == 1 and set(headings) == {1, 2}
-    # one moves on while the page updates itself
+    # one continues while the page updates itself
     page.focus("#clients")
     page.evaluate(
         "show({parts: {clients: '<table></table>'}, title: 't', now: 0, spoken: 'Round 9'})"

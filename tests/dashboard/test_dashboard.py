@@ -1,4 +1,4 @@
-"""The process of the page: it is there before the run, tells of its end, and ends with it however it ends."""
+"""The process of the page: it is there before the run, shows its end, and ends with it however it ends."""
 
 import json
 import os

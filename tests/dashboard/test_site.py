@@ -1,4 +1,4 @@
-"""What anybody can get from the port by HTTP: the page by its own name, read-only, and never the run's time."""
+"""What anyone can get from the port by HTTP: the page by its own name, read-only, without slowing the run."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from fedmomentum.dashboard import access as access_module
 from fedmomentum.dashboard import feed, site
 from fedmomentum.report.live_page import LivePage
 from fedmomentum.web.limits import ConnectionLimits
-from tests.dashboard.serving import Still, Viewer, ask, serving
+from tests.dashboard.serving import StaticPage, Viewer, ask, serving
 from tests.report.live import EVIL, Elements, write_running
 
 POLICY = (
@@ -22,14 +22,14 @@ PATHS = ("/", "/style.css", "/live.js", "/favicon.ico")
 
 @pytest.fixture(scope="module")
 def local():
-    with serving(Still(state="<b>all is well</b>")) as found:
+    with serving(StaticPage(state="<b>all is well</b>")) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def remote():
     """On all addresses of the machine, and so with a token."""
-    with serving(Still(state="secret"), "0.0.0.0") as found:
+    with serving(StaticPage(state="secret"), "0.0.0.0") as found:
         yield found
 
 
@@ -237,7 +237,7 @@ def test_which_addresses_are_this_machines_own(address, wanted):
 def test_changes_and_the_end_are_sent(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(site, "TICK_SECONDS", 0.01)
-    page = Still(state="one", clients="c\n\nevent: forged")
+    page = StaticPage(state="one", clients="c\n\nevent: forged")
     with serving(page) as found, Viewer(found.port) as viewer:
         first = viewer.read_until('"now"')
         page.parts["state"] = "two"
@@ -253,7 +253,7 @@ def test_changes_and_the_end_are_sent(monkeypatch):
 
 def test_pages_are_rendered_only_for_viewers_and_once_for_all_of_them(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.1)
-    page = Still(state="one")
+    page = StaticPage(state="one")
     with serving(page) as found:
         time.sleep(0.3)
         assert page.num_made == 0
@@ -271,7 +271,7 @@ def test_pages_are_rendered_only_for_viewers_and_once_for_all_of_them(monkeypatc
 
 def test_the_number_of_viewers_is_limited(monkeypatch):
     monkeypatch.setattr(site, "MAX_VIEWERS", 2)
-    with serving(Still(state="x")) as found:
+    with serving(StaticPage(state="x")) as found:
         with Viewer(found.port) as first, Viewer(found.port) as second:
             first.read_until('"now"'), second.read_until('"now"')
             assert ask(found.port, "/events")[0] == 503 and ask(found.port)[0] == 200
@@ -283,10 +283,10 @@ def test_the_number_of_viewers_is_limited(monkeypatch):
 def test_a_viewer_that_does_not_read_is_disconnected_and_the_others_continue(monkeypatch):
     monkeypatch.setattr(site, "SEND_SECONDS", 0.3)
     monkeypatch.setattr(site, "TICK_SECONDS", 0.1)
-    page = Still(state="x" * 20_000_000)
+    page = StaticPage(state="x" * 20_000_000)
     with serving(page) as found, Viewer(found.port) as slow:
         until(lambda: found.feed.num_viewers == 1)
-        assert ask(found.port, "/style.css")[0] == 200  # nobody waits for it
+        assert ask(found.port, "/style.css")[0] == 200  # nothing waits for it
         until(lambda: found.feed.num_viewers == 0)
         until(lambda: found.listener.num_connections() == 0)
         with pytest.raises(OSError):
@@ -299,7 +299,7 @@ def test_silent_connections_are_few_and_short():
     limits = ConnectionLimits(
         max_connections=8, max_strangers=4, max_per_address=4, stranger_seconds=1.0
     )
-    with serving(Still(state="fine"), limits=limits) as found:
+    with serving(StaticPage(state="fine"), limits=limits) as found:
         silent = [
             access_module.socket.create_connection(("127.0.0.1", found.port)) for _ in range(20)
         ]
@@ -312,7 +312,7 @@ def test_silent_connections_are_few_and_short():
 
 def test_a_page_that_fails_ends_the_stream_and_works_again(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.05)
-    page = Still(state="fine")
+    page = StaticPage(state="fine")
     with serving(page) as found:
         with Viewer(found.port) as viewer:
             viewer.read_until('"now"')

@@ -1,4 +1,4 @@
-"""Messages reach the template in the form it knows, alike in training and generation."""
+"""Messages reach the template in the form it expects, the same in training and generation."""
 
 import pytest
 

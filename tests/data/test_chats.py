@@ -1,4 +1,4 @@
-"""Messages of other forms become ours, or are refused by position."""
+"""Messages of other formats are converted, or refused by position."""
 
 import pytest
 

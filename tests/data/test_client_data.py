@@ -98,7 +98,7 @@ def test_client_column_says_who_holds_what(source):
 def test_client_files_and_a_client_alone_finds_the_same_split(tmp_path):
     files = {
         "b": write(tmp_path / "b.jsonl", make_rows(30)),
-        # Half of what "b" holds too: no client can know.
+        # Half of what "b" holds too: no client can tell.
         "a": write(tmp_path / "a.jsonl", make_rows(30, start=15)),
     }
     clients = load_clients(client_files=files, test_fraction=0.2, seed=1)

@@ -150,7 +150,7 @@ def test_the_ids_read_as_prompt_and_completion_to_the_letter(name, prompt, compl
     assert text.lstrip(" ") == wanted.lstrip(
         " "
     )  # SentencePiece does not tell a first space from its own
-    # and as generation goes on from the prompt's ids: with each of the answer's
+    # and as generation continues from the prompt's ids: with each of the answer's
     assert text.endswith(completion) and read(tokenizer, ids[:num_prompt]).strip() == prompt.strip()
 
 

@@ -1,4 +1,4 @@
-"""A client that starts again with another division of its examples is found out, and no other."""
+"""A client that restarts with another split of its examples is detected, and no other."""
 
 import json
 import stat
@@ -69,7 +69,7 @@ def test_another_run_starts_from_scratch(tmp_path):
 
 
 def test_the_file_does_not_reveal_the_examples(tmp_path):
-    """Digests under a secret of the client's own, for its owner's eyes."""
+    """Digests under a secret of the client, which only its owner can read."""
     for folder in (tmp_path / "one", tmp_path / "other"):
         folder.mkdir()
         compare_split(folder, "run", TRAIN, TEST, seed=0)

@@ -124,7 +124,7 @@ def test_cut_where_an_answer_loses_a_part_and_lost_where_nothing_is_left():
     whole = tokenized(CHATS[1:2], CHAT_TEMPLATE).example(0)
     first_end = whole.gaps[0][0]
     last_start = whole.gaps[0][1]
-    # The newline at the end is no loss; a token of the last answer is.
+    # Losing the newline at the end does no harm; losing a token of the last answer does.
     assert not tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=200).is_truncated[0]
     not_cut = tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=len(whole.input_ids) - 1)
     assert not not_cut.is_truncated[0]

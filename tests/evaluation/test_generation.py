@@ -1,4 +1,4 @@
-"""The text of an answer is what the chat template was given, whatever it writes around it."""
+"""The text of an answer is what the chat template was given, whatever the template writes around it."""
 
 import pytest
 from tokenizers import AddedToken

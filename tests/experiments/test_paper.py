@@ -28,7 +28,7 @@ SMALL = (
 
 @pytest.fixture
 def paper(monkeypatch, tmp_path):
-    """The script as a module, working in a directory of its own."""
+    """The script as a module, working in a separate directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "paper"), str(EXPERIMENTS), *sys.path])
     return importlib.import_module("paper")

@@ -1,4 +1,4 @@
-"""Experiments that keep one line a run: rates are chosen by the rule, and no run is made twice."""
+"""Experiments that keep one line per run: rates are chosen by the rule, and no run is repeated."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""The language-model experiment: its model is the stock one, and its script goes from end to end."""
+"""The language-model experiment: its model is the stock one, and its script runs end to end."""
 
 import csv
 import importlib
@@ -20,7 +20,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 @pytest.fixture
 def language(monkeypatch, tmp_path):
-    """The script as a module, working in a directory of its own."""
+    """The script as a module, working in a separate directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "smollm2"), str(EXPERIMENTS), *sys.path])
     return importlib.import_module("language")

@@ -1,4 +1,4 @@
-"""The faults, one function each: start, break, and say what must have come of it."""
+"""The faults, one function each: start, break, and check the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tiny import tiny_llama
 
 
 class Skipped(Exception):
-    """The machine cannot stage this fault; the text says why."""
+    """The machine cannot produce this fault; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def raises(fed: Federation) -> str:
     fed.steer("site1", 2, "raise")
     fed.start("site0", "site1", raw="site2")
     seen = fed.check(
-        fails={("train", 2, "site1")}, says={(2, "site1"): r"OSError \(its own log says more\)"}
+        fails={("train", 2, "site1")}, messages={(2, "site1"): r"OSError \(its own log says more\)"}
     )
     assert "patients.csv" in fed.nodes["site1"].text(), (
         "the node's own log does not say what happened"
@@ -92,7 +92,7 @@ def worker_exits(fed: Federation) -> str:
     fed.steer("site1", 2, "exit")
     fed.start("site0", "site1", raw="site2")
     return fed.check(
-        fails={("train", 2, "site1")}, says={(2, "site1"): "worker ended with exit code 7"}
+        fails={("train", 2, "site1")}, messages={(2, "site1"): "worker ended with exit code 7"}
     )
 
 
@@ -106,7 +106,7 @@ def worker_killed(fed: Federation) -> str:
     fed.until_row(2)
     assert fed.nodes["site1"].child().pid != worker.pid
     return fed.check(
-        fails={("train", 2, "site1")}, says={(2, "site1"): "worker ended by signal SIGKILL"}
+        fails={("train", 2, "site1")}, messages={(2, "site1"): "worker ended by signal SIGKILL"}
     )
 
 
@@ -125,7 +125,7 @@ def node_killed(fed: Federation) -> str:
     fed.steer("site0", 3, "")
     return fed.check(
         fails={("train", 2, "site1"), ("gone", 3, "site1")},
-        says={(2, "site1"): "lost its connection and did not come back in time"},
+        messages={(2, "site1"): "lost its connection and did not come back in time"},
     )
 
 
@@ -155,7 +155,9 @@ def hangs(fed: Federation) -> str:
     fed.start("site0", "site1", raw="site2")
     fed.until_row(2)
     fed.steer("site1", 2, "")
-    seen = fed.check(fails={("train", 2, "site1")}, says={(2, "site1"): "no answer within 25 s"})
+    seen = fed.check(
+        fails={("train", 2, "site1")}, messages={(2, "site1"): "no answer within 25 s"}
+    )
     assert "took longer than the round allows; its worker was ended" in fed.nodes["site1"].text()
     return seen
 
@@ -171,7 +173,7 @@ def late(fed: Federation) -> str:
     fed.start("site0", "site1", raw="site2", act=act)
     fed.check(
         fails={("train", 2, "site2")},
-        says={(2, "site2"): "no answer within 12 s"},
+        messages={(2, "site2"): "no answer within 12 s"},
         log=[r"site2 answered \d+ s too late; ignored"],
     )
     assert "site2 answered too late; ignored" in fed.server.text()
@@ -216,7 +218,7 @@ def tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., byt
 
 
 def lies(name: str, fault: str, lie: Callable[..., bytes], pattern: str) -> None:
-    """Register a case in which site2 answers with a lie in round 1: refused by name, and the others' run goes on."""
+    """Register a case in which site2 answers with a lie in round 1: refused by name, and the others' run continues."""
 
     def act(fed: Federation) -> str:
         def answer(asked: Asked) -> None:
@@ -227,7 +229,7 @@ def lies(name: str, fault: str, lie: Callable[..., bytes], pattern: str) -> None
         fed.key("site1")
         fed.start("site0", raw="site2", act=answer)
         fed.raw("site1").start()
-        return fed.check(fails={("train", 1, "site2")}, says={(1, "site2"): pattern})
+        return fed.check(fails={("train", 1, "site2")}, messages={(1, "site2"): pattern})
 
     CASES.append(
         Case(name, fault, act, {"federation": {"num_rounds": 2}, "evaluation": {"every": 0}})
@@ -311,11 +313,11 @@ def another_base(fed: Federation) -> str:
     return fed.check(
         configs={"site2": other},
         log=["site2 has another base model"],
-        says={(0, "site2"): reason, (1, "site2"): reason, (2, "site2"): reason},
+        messages={(0, "site2"): reason, (1, "site2"): reason, (2, "site2"): reason},
     )
 
 
-# ── whoever is not admitted ──
+# ── clients that are not admitted ──
 
 
 @case("a node whose key is not admitted", federation={"num_rounds": 1})
@@ -324,7 +326,7 @@ def unregistered(fed: Federation) -> str:
     fed.steer("site0", 1, "hold")
     fed.start("site0")
     pattern = "the server does not admit this node: its public key is not admitted there"
-    stranger.says(pattern, times=2)  # it goes on trying
+    stranger.wait_for_output(pattern, times=2)  # it keeps trying
     fed.steer("site0", 1, "")
     fed.check()
     return f"the node: {pattern}"
@@ -337,7 +339,7 @@ def wrong_authority(fed: Federation) -> str:
     fed.start("site0")
     node = fed.join("site1", ca=fed.folder / "other-keys" / "ca.pem", admitted=False)
     pattern = "the server's certificate is not one that --ca vouches for"
-    node.says(pattern, times=2)  # it goes on trying
+    node.wait_for_output(pattern, times=2)  # it keeps trying
     assert "Connected to" not in node.text()
     fed.steer("site0", 1, "")
     fed.check()
@@ -474,7 +476,7 @@ def speaks_for_another(fed: Federation) -> str:
 
 @case("paths where a coordinator sends names of objects", federation={"round_timeout": 60.0})
 def paths_from_server(fed: Federation) -> str:
-    """A node of ours, and a coordinator of our own that asks it for what it must not do."""
+    """A regular node, and a coordinator of the test that asks it for what it must not do."""
     fed.key("site0")
     payload = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"  # no tensors, and well-formed
     outside = fed.folder / "outside"
@@ -655,7 +657,7 @@ def client_disk_full(fed: Federation) -> str:
         fed.steer("site0", 2, "")
         seen = fed.check(
             fails={("evaluate", 1, "site1"), ("train", 2, "site1")},
-            says={(1, "site1"): "evaluation: OSError", (2, "site1"): "OSError"},
+            messages={(1, "site1"): "evaluation: OSError", (2, "site1"): "OSError"},
         )
         assert "No space left on device" in fed.nodes["site1"].text()
         fed.nodes["site1"].kill(signal.SIGINT)

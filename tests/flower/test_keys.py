@@ -1,4 +1,4 @@
-"""Keys: private files are private from their first byte, names are kept to, and no other server or name is believed."""
+"""Keys: private files are private from their first byte, names cannot be changed, and no other server or name is trusted."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ from fedmomentum.flower.keys import (
     read_admitted_nodes,
 )
 from fedmomentum.flower.superlink import SuperLink
-from tests.flower.network import HOSTS, connect, make_keys, running, there_and_back
+from tests.flower.network import HOSTS, connect, make_keys, round_trip, running
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
     """Also while they are written, with no umask, and where a file that all may read stood before."""
     seen = {}
 
-    def looked_at(handle, kind):
+    def check_open(handle, kind):
         state = os.fstat(handle)
         seen[os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2]] = (
             stat.S_IMODE(state.st_mode),
@@ -73,7 +73,7 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
         return opened(handle, kind)
 
     opened = os.fdopen
-    monkeypatch.setattr(module.os, "fdopen", looked_at)
+    monkeypatch.setattr(module.os, "fdopen", check_open)
     before = os.umask(0)
     try:
         keys = tmp_path / "keys"
@@ -255,16 +255,16 @@ def test_a_node_reaches_a_server_by_its_ipv6_address(tmp_path):
         party.fleet_client().probe()
 
 
-# ── slips of the operator ──
+# ── mistakes of the operator ──
 
 
 def test_bad_files_among_the_nodes_are_reported_once_and_the_others_continue(tmp_path, caplog):
-    """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a link to nowhere."""
+    """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a dangling link."""
     keys = make_keys(tmp_path, "north", "south")
     nodes = keys / "nodes"
     whole = (nodes / "north.pub").read_bytes()
 
-    def slips():
+    def write_bad_files():
         (nodes / "half.pub").write_bytes(whole[: len(whole) // 2])
         (nodes / "text.pub").write_text("hello\x1b[2J")
         (nodes / "empty.pub").touch()
@@ -280,10 +280,10 @@ def test_bad_files_among_the_nodes_are_reported_once_and_the_others_continue(tmp
     with caplog.at_level(logging.WARNING, "fedmomentum"), running(keys) as link:
         assert link.registered() == ["north", "south"]
         with connect(link.port, keys, "north") as connection:
-            slips()
+            write_bad_files()
             for _ in range(3):
                 assert link.registered() == ["north", "south"]
-                assert there_and_back(link, connection, "north", b"task", b"reply") == (
+                assert round_trip(link, connection, "north", b"task", b"reply") == (
                     b"task",
                     b"reply",
                 )
@@ -314,7 +314,7 @@ def test_bad_files_among_the_nodes_are_reported_once_and_the_others_continue(tmp
 
         (nodes / "south.pub").write_bytes(
             b""
-        )  # half copied over the one that was there: south is out, north is not
+        )  # half copied over the existing one: south is out, north is not
         assert link.registered() == ["north"]
         (nodes / "north.pub").rename(nodes / "elsewhere")
         assert link.registered() == ["zwilling"]  # whose key it is now

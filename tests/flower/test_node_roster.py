@@ -1,4 +1,4 @@
-"""Nodes that say their own names: who is asked, who counts, and what becomes of those that cannot say."""
+"""Nodes that report their own names: who is asked, who counts, and what happens to those that cannot."""
 
 import re
 

@@ -120,6 +120,6 @@ def test_the_command_prints_what_people_compare(folder, tmp_path):
     assert "Parties: north, south, west" in result.output
     fingerprint = spoken_fingerprint(Roster.read(tmp_path / "r.pub"))
     assert f"Fingerprint: {fingerprint}" in result.output
-    # of a file that is there, to read it to somebody
+    # of an existing file, to read it to someone
     again = CliRunner().invoke(app, ["keys", "roster", str(tmp_path / "r.pub")])
     assert fingerprint in again.output and "The roster is in" not in again.output

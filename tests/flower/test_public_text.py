@@ -1,4 +1,4 @@
-"""What is said of an error on another machine: which kind, and no path, no file name and nothing of anybody's data."""
+"""What another machine learns of an error: its type, but no path, no file name and no data."""
 
 import re
 
@@ -40,7 +40,7 @@ OURS = [
     PrivacyError,
 ]
 # what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken
-# to go on
+# to continue
 parts = st.text(
     st.characters(
         codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="/\\'\"(),;:=[]"

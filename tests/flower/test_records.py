@@ -33,8 +33,8 @@ from tests.flower.network import (
     fetch,
     make_keys,
     payload_of,
+    round_trip,
     running,
-    there_and_back,
 )
 from tests.runs import Events
 
@@ -344,7 +344,7 @@ def test_random_changes_are_refused_or_harmless():
 
 
 class Liar:
-    """North, which was asked something, and what it sends."""
+    """The node north, which has a pending request, and what it sends."""
 
     def __init__(self, link, keys, stranger):
         self.link, self.stranger, self.keys = link, stranger, keys
@@ -365,7 +365,7 @@ class Liar:
         return self.stranger.post(path, request, headers=self.stranger.signature("north"))
 
     def request(self, content):
-        """A good answer's request, to be spoilt."""
+        """A valid answer's request, to be corrupted."""
         with as_node():
             reply = Message(content, reply_to=self.message)
         reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -377,7 +377,7 @@ class Liar:
         )
 
     def reason(self):
-        """What whoever waits for the answer is told."""
+        """The reason that is given to the code that waits for the answer."""
         (reply,) = self.link.grid.pull_messages([self.question])
         return reply.error.reason
 
@@ -429,7 +429,7 @@ def test_an_answer_with_a_corrupted_envelope_ends_that_nodes_part(liar, link, pa
     reason = liar.reason()
     assert reason.startswith("its answer was refused: ") and words in reason and len(reason) < 400
     assert reason.isprintable()
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -487,7 +487,7 @@ def test_an_answer_of_another_build_ends_that_nodes_part(liar, link, spoiler):
     spoiler(request)
     assert liar.post("push-messages", request).status_code == 403
     assert liar.reason().startswith("its answer was refused: ")
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -549,7 +549,7 @@ def test_an_answer_with_other_records_ends_that_nodes_part(liar, link, content):
             liar.connection._lost = None
     reason = liar.reason()
     assert reason.startswith(("its answer was refused: ", "its answer could not be read: ")), reason
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -595,12 +595,12 @@ def test_the_same_answer_twice_is_one_answer(liar, link):
     first, second = (liar.post("push-messages", request) for _ in range(2))
     assert first.status_code == second.status_code == 200
     other = liar.request(pack_payload(b"another reply"))
-    assert liar.post("push-messages", other).status_code == 200  # and comes to nothing
+    assert liar.post("push-messages", other).status_code == 200  # and has no effect
     with as_node():
         reply = Message(pack_payload(b"reply"), reply_to=liar.message)
         liar.connection.push(reply)
     assert len(list(link.grid.pull_messages([liar.question]))) <= 1
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -682,13 +682,13 @@ def test_any_other_exception_ends_that_answer_only(link, keys, monkeypatch):
 
         inflated, calls = grid_module._inflate, []
 
-        def raises_once(message, contents):
+        def fail_once(message, contents):
             calls.append(message)
             if len(calls) == 1:
                 raise RecursionError("\x1b[2Jdeep " + "x" * 10_000)
             return inflated(message, contents)
 
-        monkeypatch.setattr(grid_module, "_inflate", raises_once)
+        monkeypatch.setattr(grid_module, "_inflate", fail_once)
         transport = FlowerTransport(
             link.grid, link, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
         )
@@ -702,7 +702,7 @@ def test_any_other_exception_ends_that_answer_only(link, keys, monkeypatch):
             "its answer could not be read: RecursionError: \ufffd[2Jdeep xxx"
         )
         assert not pending and not set(questions.values()) & set(link.grid._arriving)
-        assert there_and_back(link, north, "north", b"next", b"answer") == (b"next", b"answer")
+        assert round_trip(link, north, "north", b"next", b"answer") == (b"next", b"answer")
 
 
 def test_a_grid_that_raises_ends_one_clients_part(monkeypatch):
@@ -811,10 +811,10 @@ def test_a_message_that_cannot_even_be_refused_is_a_lost_connection(monkeypatch)
         _reply(message, app)
     text = "words " * 1000
 
-    def says_much(message, context):
+    def fail_at_length(message, context):
         raise join_module.WorkerError(text)
 
-    reply = _reply(ours(), says_much)
+    reply = _reply(ours(), fail_at_length)
     assert reply.error.reason == text[:999] + "…"
 
 

@@ -1,4 +1,4 @@
-"""Strangers: however many connections they open and whatever they send, nodes get in and the process lives."""
+"""Strangers: however many connections they open and whatever they send, nodes can connect and the process survives."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from fedmomentum.flower.gate import NOTICE_INTERVAL_SECONDS, ThrottledLog
 from fedmomentum.flower.keys import admit_node, make_node_key
 from fedmomentum.flower.superlink import SuperLink
 from fedmomentum.web.limits import ConnectionLimits, default_limits
-from tests.flower.network import Stranger, connect, fetch, make_keys, there_and_back
+from tests.flower.network import Stranger, connect, fetch, make_keys, round_trip
 
 ROOT = Path(__file__).parents[2]
 SIGNATURE = ("flwr-public-key", "flwr-timestamp", "flwr-signature")
@@ -69,11 +69,11 @@ def tls(port, keys):
 
 
 def is_closed(connection):
-    """Whether the other end has hung up."""
+    """Whether the other end has closed the connection."""
     connection.settimeout(10)
     try:
         while connection.recv(1000):
-            continue  # what it still says, such as a refusal
+            continue  # what it still sends, such as a refusal
     except (ssl.SSLError, ConnectionError):
         return True
     except TimeoutError:
@@ -89,7 +89,7 @@ def test_silent_connections_are_few_and_short_and_nodes_get_in_beside_them(link,
         held = [open_ones.enter_context(tcp(link.port)) for _ in range(40)]
         until(lambda: link.num_connections() <= QUICK.max_per_address)
         with connect(link.port, keys, "north") as node:
-            assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
+            assert round_trip(link, node, "north", b"task", b"reply") == (b"task", b"reply")
         assert all(
             is_closed(connection) for connection in held
         )  # the handshake was due within a second
@@ -122,7 +122,7 @@ def test_a_head_that_comes_letter_by_letter_is_cut_off(link, keys):
 
 
 def test_a_node_that_stops_in_a_request_is_disconnected(link, keys, stranger):
-    """Its signature bought it more patience, not for ever."""
+    """Its signature gives it more time, but not forever."""
     lines = "".join(f"{key}: {value}\r\n" for key, value in stranger.signature("north").items())
     head = f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n{lines}content-type: application/protobuf\r\n"
     with tls(link.port, keys) as connection:
@@ -148,7 +148,7 @@ def test_one_node_with_many_connections_loses_its_oldest_and_no_other_node_any(l
 
 
 def test_a_process_out_of_file_descriptors_continues_once_some_are_free(keys):
-    """Accepting fails for want of files for a while: nothing ends, and a node joins as soon as there are some."""
+    """Accepting fails without free file descriptors for a while: nothing ends, and a node joins once there are some."""
     limits = ConnectionLimits(
         max_connections=4000,
         max_strangers=4000,
@@ -169,7 +169,7 @@ def test_a_process_out_of_file_descriptors_continues_once_some_are_free(keys):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         with connect(link.port, keys, "north") as node:
-            assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
+            assert round_trip(link, node, "north", b"task", b"reply") == (b"task", b"reply")
 
 
 def test_file_descriptors_are_left_for_the_run_under_any_limit():
@@ -256,7 +256,7 @@ def test_odd_requests_get_a_4xx_and_the_service_continues(link, keys, caplog, li
     with caplog.at_level(logging.ERROR):
         assert raw(link, keys, *lines).startswith(f"HTTP/1.1 {status} ")
         with connect(link.port, keys, "north") as node:
-            assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
+            assert round_trip(link, node, "north", b"task", b"reply") == (b"task", b"reply")
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -269,7 +269,7 @@ def test_odd_times_are_no_signature(stranger, timestamp):
 
 
 def test_only_the_head_of_an_unsigned_request_is_read(link, keys):
-    """Not even a byte of a body of 16 MiB: the refusal comes before it."""
+    """Not one byte of a body of 16 MiB is read: the refusal comes first."""
     with tls(link.port, keys) as connection:
         connection.sendall(f"{ASK}\r\nHost: x\r\nContent-Length: {16 * 2**20}\r\n\r\n".encode())
         connection.settimeout(10)
@@ -330,7 +330,7 @@ def test_a_flood_of_one_node_is_slowed_down_and_the_others_are_served(link, keys
         started = time.monotonic()
         with connect(link.port, keys, "south") as node:
             for _ in range(3):
-                assert there_and_back(link, node, "south", b"task", b"reply") == (b"task", b"reply")
+                assert round_trip(link, node, "south", b"task", b"reply") == (b"task", b"reply")
         assert time.monotonic() - started < 20
     finally:
         stop.set()
@@ -368,6 +368,6 @@ def test_a_node_that_was_removed_can_be_admitted_again(keys):
             admit_node(public, keys)
             assert link.registered() == ["east", "north", "south"]
             with connect(link.port, keys, "east") as node:
-                assert there_and_back(link, node, "east", b"task", b"reply") == (b"task", b"reply")
+                assert round_trip(link, node, "east", b"task", b"reply") == (b"task", b"reply")
             (keys / "nodes" / "east.pub").unlink()
             assert link.registered() == ["north", "south"]

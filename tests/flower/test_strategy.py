@@ -155,7 +155,7 @@ def test_next_model_is_the_exact_weighted_mean(method):
             if strategy.method.residual_rank and not isinstance(strategy.method, FedMomentum):
                 np.testing.assert_allclose(left, 0, atol=1e-10)
             waiting[module] = left
-    # what waits is what the strategy holds; with a plain method nothing does
+    # the strategy holds what is carried; with a plain method nothing is
     state = strategy.state
     last = weighted({node: client.trained[3] for node, client in clients.items()})
     for module in SHAPES:

@@ -1,6 +1,6 @@
-"""A node's worker: whatever becomes of it, the next task is answered; and it outlives its node by no means.
+"""A node's worker: whatever happens to it, the next task is answered; and it never outlives its node.
 
-Most tests run the real process and pipe with a stand-in for model and data, which loads in no time.
+Most tests run the real process and pipe with a stand-in for model and data, which loads instantly.
 """
 
 import contextlib
@@ -109,8 +109,8 @@ def pid(worker) -> int:
     return int(worker.run_task(b"pid", 30))
 
 
-def gone(number, seconds=10.0) -> bool:
-    """Whether a process ends within that time (a zombie has ended)."""
+def has_ended(number, seconds=10.0) -> bool:
+    """Whether a process ends within that time (a zombie counts as ended)."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -149,12 +149,12 @@ def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
     ):
         light.run_task(b"hang", 0.5)
     assert time.monotonic() - started < 5
-    assert gone(first) and gone(child)
+    assert has_ended(first) and has_ended(child)
     assert pid(light) != first
 
 
 def test_an_exception_in_a_task_ends_nothing_and_reveals_nothing(light, capfd):
-    """The kind goes to the server, the whole to whoever runs the node."""
+    """The type of the error goes to the server, its full text to the operator of the node."""
     first = pid(light)
     for task, kind, full_text in (
         (b"data", "DataError", "line 3: Mrs Miller"),
@@ -178,7 +178,7 @@ def test_a_worker_that_cannot_load_gives_the_reason_without_the_path(light, tmp_
     assert str(raised.value) == "ModelError: [path]"
     with pytest.raises(WorkerError):
         light.run_task(b"pid", 30)
-    (tmp_path / "store" / "refuse").unlink()  # mended: the next try works
+    (tmp_path / "store" / "refuse").unlink()  # fixed: the next try works
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -235,10 +235,10 @@ threading.Event().wait()
     process = subprocess.Popen([sys.executable, "-c", node], stdout=subprocess.PIPE)
     try:
         number = int(process.stdout.readline())
-        assert not gone(number, 0.3)
+        assert not has_ended(number, 0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert gone(number)
+        assert has_ended(number)
     finally:
         process.kill()
         process.stdout.close()
@@ -303,7 +303,7 @@ def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a" * 63, "A" * 64])
 def test_tasks_cannot_name_files(real, name):
-    """What is no hash is no object's name."""
+    """A name that is not a hash is no object's name."""
     worker, store, _ = real
     describe = describe_task()
     assert worker.run_task(encode_task(describe), 60)  # it is loaded, and all it writes is there

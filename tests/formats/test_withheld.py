@@ -1,4 +1,4 @@
-"""What is withheld are fields that rows have, and every one of them has words."""
+"""Withheld are fields that rows have, and every one of them has a description."""
 
 import msgspec
 

@@ -413,7 +413,7 @@ def _product(shape: list[int]) -> int:
 
 
 def copy_by_links(source: Path, target: Path) -> None:
-    """Copy a directory in no time: its files are hard links. Never write into one; use `replace_file`."""
+    """Copy a directory instantly: its files are hard links. Never write into one; use `replace_file`."""
     shutil.copytree(source, target, copy_function=os.link)
 
 

@@ -52,8 +52,8 @@ def no_syncing(monkeypatch):
 
 
 @contextmanager
-def awake():
-    """Fail where something waits for ever, on a pipe for one; no processor time tells of that."""
+def watchdog():
+    """Fail where something waits forever, for example on a pipe; processor time does not show that."""
 
     def late(signum, frame):
         raise AssertionError(f"still not done after {MAX_WAIT} s")
@@ -108,7 +108,7 @@ class Tried:
     def __call__(self, folder, what):
         refused = False
         for name, reader in self.readers.items():
-            with awake(), Budget() as spent:
+            with watchdog(), Budget() as spent:
                 try:
                     got = reader(folder)
                 except FedMomentumError as error:
@@ -133,7 +133,7 @@ class Tried:
 
 
 def state_of(folder):
-    """What a resumed run goes on from."""
+    """What a resumed run starts from."""
     opened = RunDirectory(folder, keep=9)
     try:
         resumed = opened.resume()
@@ -195,7 +195,7 @@ def run_readers(config, whole):
         "last": result_of("last"),
         "best": result_of("best"),
         "round 2": result_of(2),
-        # which older checkpoints are there is true whatever it is
+        # which older checkpoints exist may differ
         "inspect": lambda folder: re.sub("rounds kept.*", "", shown(summarize(folder))),
         "report": run_of,
         "status": read_status,
@@ -203,7 +203,7 @@ def run_readers(config, whole):
         "data": lambda folder: check_data(folder, data),
         "other data": other_data,
         "other settings": other_settings,
-        # without the file, trackers are told of all rounds again, and a warning says so
+        # without the file, all rounds are reported to trackers again, and a warning says so
         "reported": lambda folder: (
             _last_reported(folder / "trackers" / "reported.json", RUN_ID) or {"tensorboard": 3}
         ),
@@ -235,7 +235,7 @@ def runs(tmp_path_factory):
             status.close()
             found.append((config, out))
             for log in (out / "trackers").rglob("events*"):
-                log.unlink()  # TensorBoard's own; nobody of us reads it
+                log.unlink()  # TensorBoard's own; the package does not read it
     return found
 
 
@@ -440,7 +440,7 @@ ODD_PATTERNS = (
 def test_mutated_adapters(tmp_path):
     """An adapter has no checksum: what is taken must be an adapter that PEFT would read in the same sense.
 
-    So a mutation that is taken is held against an independent reading of what the mutated files
+    So a mutation that is accepted is compared to an independent reading of what the mutated files
     say.
     """
     whole, other = tmp_path / "whole", tmp_path / "other"
@@ -458,7 +458,7 @@ def test_mutated_adapters(tmp_path):
         else:
             change = mutate_directory(folder, draw, others=other)
         what = f"trial {trial}: {change}"
-        with awake(), Budget() as spent:
+        with watchdog(), Budget() as spent:
             try:
                 adapter = read_adapter(folder)
                 shown(summarize(folder))
@@ -520,7 +520,7 @@ def check_reading(adapter, folder, what) -> None:
 
 def check_aggregate(adapter, companion, what) -> None:
     """Combined with another, it is refused by name, or the result is finite."""
-    with awake(), Budget() as spent:
+    with watchdog(), Budget() as spent:
         try:
             result = aggregate_adapters([adapter, companion])
         except FedMomentumError as error:

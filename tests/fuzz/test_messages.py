@@ -1,4 +1,4 @@
-"""Mutated replies to the server and mutated tasks to a client: refused by name, or harmless; nothing else is hurt.
+"""Mutated replies to the server and mutated tasks to a client: refused by name, or harmless; no other client is affected.
 
 `FUZZ_TRIALS` says how many of each; `make test-fuzz` asks for 20,000.
 """
@@ -105,7 +105,7 @@ def replayed(config, transport, out, monkeypatch):
 
 
 def check_directory(out):
-    """What a run leaves can be read by everybody, and resumed: JSON without NaN, finite weights."""
+    """What a run leaves can be read by any reader, and resumed: JSON without NaN, finite weights."""
     rows = [msgspec.json.decode(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     for name in ("environment.json", "plan.json", "partition.json"):
         msgspec.json.decode((out / name).read_bytes())
@@ -124,7 +124,7 @@ def test_mutated_replies_do_not_affect_other_clients(federation, tmp_path, monke
     monkeypatch.setattr("os.fsync", lambda handle: None)  # no crash is tried here
     out = tmp_path / "run"
 
-    # What comes of the run without each of the clients, for comparison.
+    # The result of the run without each of the clients, for comparison.
     without = {}
     for absent in CLIENTS:
         missing = {key: answer for key, answer in answers.items() if key[:2] != (absent, "train")}

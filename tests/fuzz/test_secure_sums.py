@@ -14,7 +14,7 @@ ME = "party 01"
 
 
 class Trials:
-    """The state before a step, made anew only after something was accepted."""
+    """The state before a step, rebuilt only after something was accepted."""
 
     def __init__(self, step, tmp_path):
         self.step = step
@@ -64,7 +64,7 @@ def test_mutated_replies_to_the_server(tmp_path, step):
             assert ME in str(error) and len(str(error)) < 2000, change
             num_refused += 1
             continue
-        # What is in masks and in shares nobody can check here; its form is as it was.
+        # Nobody can check the content of masks and shares here; its form is unchanged.
         assert set(msgspec.msgpack.decode(mutated)) == set(msgspec.msgpack.decode(reply)), change
         trials.renew()
         reply = trials.parties[ME].answer(trials.server.messages()[ME])

@@ -1,4 +1,4 @@
-"""Whoever holds the parts makes the snapshot, to the same bytes; nobody downloads more than one; nothing is lost."""
+"""Any client that holds the parts builds the snapshot, to the same bytes; no client downloads more than one; nothing is lost."""
 
 import json
 import os
@@ -306,7 +306,7 @@ SIZES = (
     [
         ({S3, F}, set(), 0),
         ({S3}, {F}, 0),
-        (set(), {S3, F}, 0),  # a newcomer: the snapshot, and what came after
+        (set(), {S3, F}, 0),  # a new client: the snapshot, and what came after
         ({S2, E}, {T3, F}, 1),  # holds all: the ties alone
         ({S2}, {E, T3, F}, 1),  # missed the last round before the snapshot
         ({S1, C, D}, {E, T2, T3, F}, 2),  # across two snapshots
@@ -361,7 +361,7 @@ def test_recipes_are_kept_while_they_can_be_cheaper():
     assert prune_recipes(RECIPES, size, 31) == RECIPES[2:]
     assert (
         prune_recipes(RECIPES, size, 1) == RECIPES[2:]
-    )  # the last always: whoever holds all makes the snapshot
+    )  # the last always: a client that holds all of them builds the snapshot
 
 
 def test_recipes_from_elsewhere_are_checked():
@@ -439,7 +439,7 @@ class Party:
 def test_nobody_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
     tmp_path, rank, newcomers
 ):
-    """Who is new, or missed any number of rounds; who missed none downloads none. And the sum is exact.
+    """Clients that are new, or missed any number of rounds; those that missed none download none. And the sum is exact.
 
     Rank 40 stands for a residual that is dense, where a round's own part is a snapshot's size.
     """
@@ -500,7 +500,7 @@ def test_nobody_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
     if newcomers and not is_dense:
         assert (
             chains > 0
-        )  # whoever missed rounds across several snapshots made them one after the other
+        )  # clients that missed rounds across several snapshots built them one after the other
     folder.close()
 
 
@@ -525,7 +525,7 @@ def config_of(folder, **sections):
 
 
 class Watched(InProcessTransport):
-    """Clients of their own, some away at times; keeps what each task brought, and may alter it."""
+    """Separate clients, some absent at times; keeps what each task brought, and may alter it."""
 
     def __init__(self, parties, absent=ABSENT, alter=lambda task: task):
         super().__init__({name: client.handle for name, client in parties.items()})
@@ -550,7 +550,7 @@ def make_clients(config, stores):
     return clients
 
 
-def ran(config, out, **transport):
+def run_and_record(config, out, **transport):
     watched = Watched(make_clients(config, out), **transport)
     model = run_federation(watched, config, out / "run")
     return watched.tasks, model
@@ -559,7 +559,7 @@ def ran(config, out, **transport):
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    return (*ran(config_of(folder), out), out)
+    return (*run_and_record(config_of(folder), out), out)
 
 
 def update_bytes(task):
@@ -596,7 +596,7 @@ def test_clients_that_join_late_download_one_snapshot_and_the_others_none(undist
 def test_clients_that_join_late_with_other_methods(folder, tmp_path, name):
     """FRLoRA's list names its start again and again; FLoRA's clients draw the adapter themselves."""
     config = config_of(folder, method={"name": name}, federation={"num_rounds": 12})
-    tasks, model = ran(config, tmp_path)
+    tasks, model = run_and_record(config, tmp_path)
     trained = [task for task in tasks if task.kind == "train"]
     assert any(task.request.recipes for task in trained)
     assert max(map(update_bytes, trained)) < dense_of(model) + 1024
@@ -645,7 +645,7 @@ def test_a_run_that_consolidates_for_a_client_resumes_to_the_same_bits(
     "what", ["ties", "other ties", "a part", "no part", "parts twice", "what it makes"]
 )
 def test_tampering_never_gives_another_base(folder, undisturbed, tmp_path, what):
-    """The client drops what comes out, says what it lacks, and is sent the snapshot; the run is the same."""
+    """The client discards the result, says what it lacks, and is sent the snapshot; the run is the same."""
     altered = []
 
     def alter(task):
@@ -658,7 +658,7 @@ def test_tampering_never_gives_another_base(folder, undisturbed, tmp_path, what)
         altered.append((task.client_id, task.server_round))
         if what == "ties":
             sent[last["ties"]] = sent[last["ties"]][:-1] + b"?"
-        elif what == "other ties":  # whole, under their own name, and wrong
+        elif what == "other ties":  # complete, under their own name, and wrong
             module = next(iter(task.request.manifest.scalings))
             wrong = StoredObject(
                 safetensors_bytes(
@@ -684,7 +684,7 @@ def test_tampering_never_gives_another_base(folder, undisturbed, tmp_path, what)
 
     tasks, model, uninterrupted = undisturbed
     config = config_of(folder)
-    more, got = ran(config, tmp_path, alter=alter)
+    more, got = run_and_record(config, tmp_path, alter=alter)
     assert altered and got.version == model.version and got.adapter_objects == model.adapter_objects
     wanted = [
         {**row, "downlink_bytes": None, "uplink_bytes": None}
@@ -713,7 +713,7 @@ def test_recipes_of_another_form_are_refused_by_name(folder, tmp_path, bad):
         changed = msgspec.structs.replace(task.request, recipes=bad)
         return replace(task, request=changed) if task.client_id == "site1" else task
 
-    tasks, _ = ran(
+    tasks, _ = run_and_record(
         config,
         tmp_path,
         absent={},

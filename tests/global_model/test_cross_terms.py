@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 
 class Site:
-    """A client with a disk: only what is in its directory survives a restart."""
+    """A client with a disk: only what is in its directory survives a restart of it."""
 
     def __init__(self, name, folder):
         self.name = name
@@ -164,7 +164,7 @@ class Coordinator:
         try:
             second = self.sum(server_round, 2, layout.second_blocks(), values, second_leaves or {})
         except SecureSumError:
-            pass  # the mean factors alone: clients keep their cross terms whole
+            pass  # the mean factors alone: clients keep their full cross terms
         else:
             survivors = second.survivors
             totals = self.tensors(second)

@@ -134,7 +134,7 @@ def test_every_export_gives_the_trained_models_logits(tmp_path, kind, tied, save
 def test_an_adapted_head_that_is_tied_is_merged_into_the_head_alone(tmp_path):
     """Foreign adapters may adapt it; the checkpoint stores the embeddings for both."""
     base = make_base("llama", tmp_path / "base", True)
-    # PEFT saves a copy of the base's embeddings beside such an adapter unless it is told not to
+    # PEFT saves a copy of the base's embeddings beside such an adapter unless that is switched off
     wanted, untouched = trained_adapter(
         base, tmp_path / "stock", ["q_proj", "lm_head"], (), save_embedding_layers=False
     )

@@ -40,7 +40,7 @@ def fresh(seed=0, rank=2) -> Adapter:
 
 
 def next_round(model: GlobalModel, aggregate: AggregationResult, method: str) -> GlobalModel:
-    """The next round's model, as the server keeps it where nobody has anything to catch up with."""
+    """The next round's model, as the server keeps it if no client has to catch up."""
     next_model = model.advance(aggregate, method)
     return consolidate(next_model)[0] if should_consolidate(next_model) else next_model
 
@@ -304,7 +304,7 @@ def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
             else naive.double() - start.double()
         )
         assert error(lost, wanted) > 0.5
-    # step by step gives the bits of all at once, and taking off gives the pristine weight back
+    # step by step gives the bits of all at once, and removing it restores the original weight
     step_by_step = held.weight(module).clone()
     held.apply([])
     assert torch.equal(held.weight(module), held.pretrained(module))
@@ -314,7 +314,7 @@ def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_merging_makes_no_second_matrix_and_leaves_shared_weights_alone(tmp_path, make):
-    """Neither when a part is added nor before; whoever shares the layer's old weight keeps it as it was."""
+    """Neither when a part is added nor before; other users of the layer's old weight keep it unchanged."""
     base = make(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     module = (
@@ -402,7 +402,7 @@ def test_a_base_update_is_applied_completely_or_not_at_all(tmp_path, monkeypatch
         disturbed.apply([parts[0], parts[1], wrong])
     assert all(map(torch.equal, before, weights(disturbed)))
 
-    # Memory runs out, or somebody presses Ctrl-C, after the first module.
+    # Memory runs out, or someone presses Ctrl-C, after the first module.
     for error_type in (RuntimeError, KeyboardInterrupt):
         original, calls = Float32Weights.weight, []
 

@@ -1,4 +1,4 @@
-"""Methods that leave factors with each client: whose they are, that they come back to the bit, and what is refused."""
+"""Methods that leave factors with each client: whose they are, that they are restored to the bit, and what is refused."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def odd_config(folder, *, names=NAMES, num_rounds=4, **sections):
-    """A FedSA-LoRA run of clients with odd names, each with data of its own size."""
+    """A FedSA-LoRA run of clients with odd names, each with a different amount of data."""
     federation = {"num_rounds": num_rounds, **sections.pop("federation", {})}
     config = tiny_config(
         folder,
@@ -145,7 +145,7 @@ def test_clients_with_separate_stores_give_the_same_result(folder, tmp_path):
     assert not (tmp_path / "served" / "personal").exists()
     for name in NAMES[:4]:
         (kept,) = (tmp_path / "nodes" / directory_name(name) / "personal").iterdir()
-        # as many checkpoints as the run keeps, and the round before them, for a round that is made
+        # as many checkpoints as the run keeps, and the round before them, for a round that is run
         # again
         assert [file.name for file in sorted((kept / directory_name(name)).iterdir())] == [
             f"{r:04d}.safetensors" for r in (2, 3, 4)

@@ -31,9 +31,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 from tests.runs import chain, objects, start, timeless, tiny_config
 
@@ -108,7 +108,7 @@ def test_sums_that_have_no_meaning_are_refused():
 def test_the_strongest_directions_of_a_large_dense_matrix_are_as_good_as_the_svds(
     shape, decay, energy
 ):
-    """Law 4, also for a flat spectrum, with a start that has nothing to do with it."""
+    """Law 4, also for a flat spectrum, with an unrelated start."""
     U, V = (
         torch.linalg.qr(torch.randn(n, n, generator=generator(n), dtype=torch.float64)).Q
         for n in shape
@@ -215,8 +215,8 @@ class Counted(LowRank):
     __eq__ = object.__eq__
 
 
-class Lazily(dict):
-    """Modules whose factors are made anew at each look, as the spool reads them."""
+class LazyModules(dict):
+    """Modules whose factors are new tensors at each access, as the spool reads them."""
 
     def __getitem__(self, module):
         matrix = super().__getitem__(module)
@@ -243,12 +243,14 @@ def test_no_more_clients_factors_are_alive_however_many_there_are(name, monkeypa
     for count in (20, 80):
         method = METHODS[name]()
         sent = {
-            m: legal(method, clients(s, (2,) * count), reference.modules[m])
+            m: valid_updates(method, clients(s, (2,) * count), reference.modules[m])
             for m, s in shapes.items()
         }
         adapters = [
             Adapter(
-                Lazily({m: sent[m][i] for m in shapes}), dict.fromkeys(shapes, 2.0), name=f"{i}"
+                LazyModules({m: sent[m][i] for m in shapes}),
+                dict.fromkeys(shapes, 2.0),
+                name=f"{i}",
             )
             for i in range(count)
         ]

@@ -21,9 +21,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 
 DEVICES = [
@@ -187,7 +187,7 @@ def test_clients_of_one_start_are_iterated(share, condition, turned, shape, zero
     seed=st.integers(0, 99),
 )
 def test_directions_that_cancel_in_the_clients_mean_are_found(strength, count, axis, share, seed):
-    """One client has directions of its own that outweigh the common ones, and their A is as good as invisible."""
+    """One client has its own directions that outweigh the common ones, and their A is nearly invisible."""
     start = random_matrix(600, 500, 8, seed=seed)
     updates = moved_from(start, clients((600, 500), (8,) * 6, seed=seed + 1), share)
     other = random_matrix(600, 500, 8, seed=seed + 2000)
@@ -258,7 +258,7 @@ def test_parts_that_cancel_are_not_left_to_float32():
 def test_where_the_stack_is_larger_than_the_matrix_it_is_dense(
     shape, condition, small, monkeypatch
 ):
-    """By iteration, and by the whole SVD that small matrices get."""
+    """By iteration, and by the full SVD that small matrices get."""
     monkeypatch.setattr(dense, "MAX_FULL_SVD_SIDE", small)
     updates = clients(shape, (10,) * 12, dtype=torch.float32, condition=condition)
     found = check(updates, some_weights(12), 4)
@@ -338,7 +338,7 @@ def test_gram_is_the_product_in_any_dtype(n, size, seed):
 def test_what_comes_from_a_device_stays_there(method, device):
     """The default device is one that holds no numbers: a tensor made there would end the call or the comparison."""
     reference = random_matrix(60, 50, 4, seed=9, dtype=torch.float32)
-    updates = legal(method, clients((60, 50), (4,) * 3, dtype=torch.float32), reference)
+    updates = valid_updates(method, clients((60, 50), (4,) * 3, dtype=torch.float32), reference)
     weights = some_weights(3)
     wanted = aggregate(method, updates, weights, rank=4, reference=reference, seed=1)
     moved = [LowRank(u.B.to(device), u.A.to(device)) for u in [*updates, reference]]

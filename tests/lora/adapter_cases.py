@@ -1,4 +1,4 @@
-"""Adapters as training tools write them, and what is made of each; docs/adapters.md has the table.
+"""Adapters as training tools write them, and how each is read; docs/adapters.md has the table.
 
 `python -m tests.lora.adapter_cases` writes it.
 """

@@ -1,4 +1,4 @@
-"""Factors in 16 bits: what arrives is what was sent, what is lost is told, and nothing is lost on the way down."""
+"""Factors in 16 bits: what arrives is what was sent, what is lost is reported, and downloads lose nothing."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""An adapter by its name on the hub is the adapter that was put there, and nothing else is read."""
+"""An adapter by its name on the hub is the adapter that was uploaded, and nothing else is read."""
 
 import pytest
 import torch

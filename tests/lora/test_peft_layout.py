@@ -1,4 +1,4 @@
-"""Experts and embeddings are to the algebra what they are to stock PEFT, or refused by name."""
+"""The algebra treats experts and embeddings as stock PEFT does, or they are refused by name."""
 
 import json
 from dataclasses import replace

@@ -23,7 +23,7 @@ LABELS = ("ab", "cd", "ef")
 
 
 def under_masks(folder, blocks, values, leaves=None):
-    """The sum through the whole protocol, and who is in it."""
+    """The sum through the full protocol, and who is in it."""
     plan = make_plan(len(values), parties=sorted(values), blocks=blocks)
     server = SumServer(plan, roster(plan.parties))
     run_sum(server, make_parties(plan, values, folder), leaves)

@@ -1,4 +1,4 @@
-"""Cells and their summary on made-up rows, against numbers worked out by hand."""
+"""Cells and their summary on made-up rows, against numbers computed by hand."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run's end names every client that is missing: how often, with how much data, and why."""
+"""The end of a run names every absent client: how often, with how much data, and why."""
 
 from rich.console import Console
 

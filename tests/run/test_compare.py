@@ -1,4 +1,4 @@
-"""Paired runs: the same data for every method, cells that go on, references that take a client's steps."""
+"""Paired runs: the same data for every method, cells that resume, references that take a client's steps."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ def settings(folder, **sections):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """Five things, two seeds, really trained."""
+    """Five methods and references, two seeds, really trained."""
     config, out = settings(folder), folder / "compared"
     planned_runs = plan_runs(config, parse_methods(METHODS, config), [0, 1], out)
     start_comparison(config, out)

@@ -1,6 +1,6 @@
-"""`run.devices`: clients in worker processes give the bits of one process, whatever becomes of a worker.
+"""`run.devices`: clients in worker processes give the bits of one process, whatever happens to a worker.
 
-Most tests run the real pipe and a real process with a stand-in for model and data, which loads in no time.
+Most tests run the real pipe and a real process with a stand-in for model and data, which loads instantly.
 """
 
 import logging
@@ -263,7 +263,7 @@ def test_a_start_that_fails_names_the_device_and_leaves_no_process(light, tmp_pa
 
 
 def test_an_abandoned_exchange_ends_the_busy_workers(light):
-    """Nobody can tell later whose reply it would have been."""
+    """Later it would be unclear whose reply it was."""
     before = child_pids()
     transport = light()
     transport.start()

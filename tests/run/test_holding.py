@@ -137,7 +137,7 @@ def test_gradient_checkpointing_changes_no_bits(folder, tmp_path):
 
 
 def test_clients_may_hold_their_weights_in_different_ways(folder, tmp_path):
-    """It is a matter of each machine: the version that comes out is the same, and the run goes on."""
+    """It is up to each machine: the resulting version is the same, and the run continues."""
     config = config_of(folder)
     steps = {}
     for name, setting in zip(

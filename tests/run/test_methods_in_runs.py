@@ -39,7 +39,7 @@ def config_of(folder, name, **federation):
 
 
 def recorded(config, out, function=nudge):
-    """A run of parties on their own, and its payloads: (round, kind, client, task's tensors, reply's tensors)."""
+    """A run of separate parties, and its payloads: (round, kind, client, task's tensors, reply's tensors)."""
     seen = []
 
     def step(payload, client):
@@ -212,7 +212,7 @@ def test_frlora_starts_as_the_unmodified_model_and_its_updates_add_up(folder, tm
     assert timeless(tmp_path / "run")[0]["evaluation"]["total"]["loss"] == pytest.approx(
         timeless_loss(folder, tmp_path), rel=1e-4
     )
-    for kind in "BA":  # clients go on from B0, A0 in every round
+    for kind in "BA":  # clients continue from B0, A0 in every round
         assert run.model.adapter_objects[kind].data == start_model.adapter_objects[kind].data
     adapter, change = initialize_adapter(
         run.method, run.local.fresh, run.local.base_weights.pretrained

@@ -1,4 +1,4 @@
-"""A project that was moved goes on where it stopped; other data or another base under the same names does not."""
+"""A project that was moved resumes where it stopped; with other data or another base under the same names it does not."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def project(original, tmp_path):
-    """The project at a place of its own, moved from where the run was made: its old paths lead nowhere."""
+    """The project in another place, moved from where the run was started: its old paths lead nowhere."""
     hidden = original.with_name("hidden")
     new = tmp_path / "elsewhere" / "moved project"
     shutil.copytree(original, new)
@@ -204,7 +204,7 @@ def test_other_clients_are_refused(project):
 
 
 def test_the_checkpoint_knows_the_data_too(project):
-    """data.json says where things were; what they were stands in every checkpoint."""
+    """data.json records where the data were; every checkpoint records what they were."""
     out = project / "runs" / "job"
     (out / "data.json").unlink()
     prepare(load_config(project / "job.toml"), out, resume=True).close()

@@ -87,7 +87,7 @@ def test_nothing_without_noise_leaves_a_client(finished):
         reply = decode_reply(payload, task, 2**30)
         kinds.add(task.kind)
         client = run.clients[int(task.client_id[-1])]
-        # Whoever guesses the data cannot check the guess.
+        # Someone who guesses the data cannot check the guess.
         assert reply.split == "0" * 64
         assert split_fingerprint(client.train, client.test, task.run_id).encode() not in payload
         if task.kind == "train":

@@ -1,4 +1,4 @@
-"""A result goes to the hub and comes back by its name as it was; what is uploaded tells no more than it should."""
+"""A result is uploaded to the hub and read back unchanged by its name; the upload reveals no more than it should."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """A run of three clients, whose names and paths are nobody else's business."""
+    """A run of three clients, whose names and paths are private."""
     start(tiny_config(folder, federation={"num_rounds": 2}), folder / "run")
     return folder / "run"
 
@@ -119,7 +119,7 @@ def test_the_card_has_method_rounds_data_and_scores_with_intervals(
     words = ("--to", "merged", "--out", tmp_path / "out", "--data-description", "Forms of *two* k.")
     code, _, err = call("export", finished, *words)
     assert code == 0, err
-    assert not hub.requests  # a local export is nobody else's business
+    assert not hub.requests  # a local export stays private
     metadata, text = card_of(content(tmp_path / "out"))
     assert metadata["library_name"] == "transformers" and "base_model" not in metadata
     assert "\n## Data\n\nForms of *two* k.\n" in text

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """A run of each kind, made when it is asked for."""
+    """A run of each kind, started when it is first requested."""
     runs = {}
 
     def get(kind):

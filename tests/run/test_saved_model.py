@@ -1,4 +1,4 @@
-"""Runs without one global model: nobody's model is exported or used, and each client's own is."""
+"""Runs without one global model: there is no global model to export or use, but each client's own."""
 
 import json
 import shutil
@@ -255,7 +255,7 @@ def test_a_model_of_a_served_run_is_assembled_at_the_site(folder, finished, tmp_
 
 @dataclass(frozen=True)
 class PersonalA(FedSALoRA):
-    """A method of one's own: B is shared, A stays with each client."""
+    """A custom method: B is shared, A stays with each client."""
 
     shared_factors = "B"
 
@@ -270,7 +270,7 @@ def test_a_custom_personal_method(folder, tmp_path, call, monkeypatch):
     assert GlobalModel.load(tmp_path / "run").personal == "A"
     code, _, err = call("export", tmp_path / "run", "--to", "merged", "--out", tmp_path / "out")
     assert code == 2 and "PersonalA()" in err and "leaves the factors A with each client" in err
-    monkeypatch.delitem(METHODS, "personal-a")  # it need not be there to carry a model away
+    monkeypatch.delitem(METHODS, "personal-a")  # it need not be installed to export a model
     code, _, err = call(
         "export", tmp_path / "run", "--client", "north", "--to", "merged", "--out", tmp_path / "out"
     )

@@ -1,4 +1,4 @@
-"""Every kind of training and every method under masks: what comes out is what comes out without."""
+"""Every kind of training and every method under masks: the result is that of the run without."""
 
 import json
 

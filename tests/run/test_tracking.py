@@ -113,7 +113,7 @@ def test_served_runs_and_cells_of_a_comparison_report_too(folder, tmp_path):
 
 
 class Failing(GeneralTracker):
-    """Takes one row, then its network is gone."""
+    """Takes one row, then loses its network."""
 
     name = "failing"
     requires_logging_directory = False

@@ -66,7 +66,7 @@ def test_every_purpose_and_every_context_has_its_own_key():
 
 
 def test_the_context_counts_beyond_the_plans_hash():
-    """Derived by hand: HKDF-SHA256 with the hash as salt, and the context spelled out."""
+    """Derived by hand: HKDF-SHA256 with the hash as salt and an explicit context."""
     plan = make_plan()
     secret = random_secret()
     info = joined(b"fedmomentum secure sum 1", "own mask", "run", 3, 1, 1, "x")

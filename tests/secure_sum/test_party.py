@@ -91,7 +91,7 @@ def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
 def test_a_plan_that_would_show_single_values_is_refused(tmp_path, changes, pattern):
     party, plan, *_ = message_at(0, tmp_path)
     refuses(party, changed(plan, **changes), pattern)
-    # nothing was begun: the honest plan is still taken
+    # nothing was started: the honest plan is still accepted
     party.answer(encode_message(plan))
 
 
@@ -320,7 +320,7 @@ def test_an_attempt_that_was_given_up_is_opened_by_nobody(tmp_path):
     for party in second.values():
         party.answer(encode_message(again))
     refuses(first, message, "this party has begun a later attempt since; it opens nothing")
-    # and the second goes on
+    # and the second continues
     server = SumServer(again, roster(plan.parties))
     assert len(run_sum(server, second).survivors) == 4
 

@@ -119,7 +119,7 @@ def seen(folder, plan, values, monkeypatch):
 
 
 def test_two_updates_of_one_sum_differ_in_masked_values_only(tmp_path, monkeypatch):
-    """One party's update differs, another's makes up for it: no other byte tells."""
+    """One party's update differs, another's compensates for it: no other byte shows it."""
     plan = make_plan(7, blocks=[Block(name="x", size=400, bound=1.0)])
     values = make_values(plan)
     other = {party: dict(own) for party, own in values.items()}
@@ -191,7 +191,7 @@ def test_a_server_continues_from_the_replies_it_kept(tmp_path):
     kept = []
     server = SumServer(plan, roster(plan.parties))
     for step in range(5):
-        # killed here: a new server takes the kept replies, and asks what the old one did
+        # killed here: a new server takes the kept replies, and asks for the same as the old one
         resumed = SumServer(plan, roster(plan.parties))
         for replies in kept:
             for party, reply in replies.items():
@@ -200,7 +200,7 @@ def test_a_server_continues_from_the_replies_it_kept(tmp_path):
         assert resumed.messages() == server.messages(), step
         server = resumed
         replies = {party: parties[party].answer(m) for party, m in server.messages().items()}
-        # who was asked before answers the same
+        # a party that was asked before answers the same
         assert replies == {p: parties[p].answer(m) for p, m in server.messages().items()}
         if step == 2:
             del replies["party 04"]
@@ -225,7 +225,7 @@ def test_bytes_that_are_not_a_reply_are_refused_by_party(tmp_path, step, data):
     server, parties = until(step, make_plan(4), tmp_path)
     with pytest.raises(SecureSumError, match="sum 1 of round 3, attempt 1: party 02"):
         server.receive("party 02", data)
-    # the step goes on, and a valid reply counts
+    # the step continues, and a valid reply counts
     message = server.messages()["party 02"]
     server.receive("party 02", parties["party 02"].answer(message))
 

@@ -41,7 +41,7 @@ class CrashingOs:
             self.steps += 1
             if self.steps == self.at and not self.after:
                 raise Crash
-            if self.steps == self.at and name == "write":  # half of it reached the disk
+            if self.steps == self.at and name == "write":  # only half of it reached the disk
                 real(args[0], bytes(args[1])[: len(args[1]) // 2])
                 raise Crash
             result = real(*args, **kwargs)
@@ -165,7 +165,7 @@ def test_the_last_rounds_and_the_best_are_kept_and_nothing_else(finished_run):
         named |= json.loads(round_file(finished_run, server_round).read_text())["sizes"].keys()
     assert {f"{name}.safetensors" for name in named} == objects(finished_run)
     start = set(json.loads(round_file(finished_run, 1).read_text())["run"]["started_from"])
-    assert named - models == start - models  # so that the older round can be gone on from too
+    assert named - models == start - models  # so that the older round can be resumed from too
     with pytest.raises(ModelError, match=r"keeps the rounds .* round 1 is not|keeps the rounds"):
         GlobalModel.load(finished_run, 99)
 
@@ -188,7 +188,7 @@ def copied(finished_run, out):
 
 
 def resumed(out, server_round=None):
-    """What a run would go on from."""
+    """What a run would resume from."""
     folder = RunDirectory(out, keep=9)
     try:
         return folder.resume(server_round), list(folder.records)

@@ -329,7 +329,7 @@ def test_they_are_measured_where_the_tensors_are():
 
 @pytest.mark.long
 def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
-    """One checkpoint is kept, and every round is begun by another process."""
+    """One checkpoint is kept, and every round is started by another process."""
     settings = {"evaluation": {"every": 0}, "run": {"keep_checkpoints": 1}}
     full_config = tiny_config(folder, federation={"num_rounds": 12}, **settings)
     start(full_config, tmp_path / "whole")

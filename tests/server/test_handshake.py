@@ -1,4 +1,4 @@
-"""A run whose clients are elsewhere: the same bits as on one machine, and nothing of a client's taken on trust."""
+"""A run with remote clients: the same bits as on one machine, and nothing from a client is trusted."""
 
 from dataclasses import replace
 
@@ -248,7 +248,7 @@ def test_a_client_with_another_lora_is_refused_by_name(folder, tmp_path):
 
 
 def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
-    """One that names other modules, or another base, decides nothing, whatever its name sorts before."""
+    """A client that names other modules, or another base, decides nothing, even if its name sorts first."""
     config = tiny_config(folder, federation={"num_rounds": 1})
     honest = handlers(make_clients(config, tmp_path))
 

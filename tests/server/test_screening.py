@@ -54,7 +54,7 @@ def config_of_sizes(folder, sizes, **sections):
 
 
 def scaled(factor):
-    """A lie: the client's update times a factor (its B, as A is what all started from in the first round)."""
+    """A false update: the client's update times a factor (its B, as A is what all started from in the first round)."""
 
     def edit(fields):
         for name, tensor in fields["tensors"].items():
@@ -130,7 +130,7 @@ def test_a_client_may_move_where_the_others_do_not(folder, tmp_path):
     row = timeless(tmp_path / "run")[1]
     assert row["accepted"] == ["site0", "site1", "site2"] and row["failures"] == {}
     assert row["screening"]["site0"] == {"norm": 0.0, "ratio": 0.0, "is_left_out": False}
-    assert row["screening"]["site2"]["ratio"] is None  # nobody to compare with
+    assert row["screening"]["site2"]["ratio"] is None  # no client to compare with
 
 
 def test_modules_trained_in_full_are_screened_too(folder, tmp_path):
@@ -287,7 +287,7 @@ ANY_MOVE = st.builds(Move, st.one_of(st.just(0.0), POSITIVE), POSITIVE, st.integ
 def test_a_client_within_reach_of_its_steps_is_never_left_out_whatever_others_do(
     steps, step, share, others, ratio
 ):
-    """As long as the median of the others' work is a thousandth of its own: beyond that its claim is not believed."""
+    """As long as the median of the others' work is a thousandth of its own: beyond that its claim does not count."""
     believed = (
         min(steps, MAX_WORK * sorted(o.num_steps for o in others)[len(others) // 2 - 1])
         if others

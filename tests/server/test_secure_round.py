@@ -1,4 +1,4 @@
-"""Rounds whose updates are summed under masks: the same model, whoever is killed, and nothing of a single client."""
+"""Rounds whose updates are summed under masks: the same model, whichever process is killed, and nothing of a single client."""
 
 import logging
 
@@ -88,7 +88,7 @@ def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
 
 
 def test_a_server_killed_at_every_step_of_every_sum_ends_with_the_same_model(tmp_path):
-    """It goes on from the replies that it kept, since clients open every sum once."""
+    """It continues from the replies that it kept, since clients open every sum once."""
     settings = {"evaluation": {"every": 1}, "federation": {"num_rounds": 1}}
     expected = Federation(tmp_path, stores="a", **settings).run(tmp_path / "whole")
     federation = Federation(tmp_path, stores="b", **settings)
@@ -200,7 +200,7 @@ def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_restarts_the_ro
     federation.before = before
     with pytest.raises(QuorumError, match="2 clients gave their keys, and 3 are needed"):
         federation.run(out)
-    # The clients are started again as well: nobody has values of that round any more.
+    # The clients are restarted as well: none has values of that round any more.
     federation.before = lambda task: None
     for name in federation.names:
         federation.start_client(name)
@@ -209,7 +209,7 @@ def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_restarts_the_ro
 
 
 def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path):
-    """Asked again, those that are there still open it; if too few are left, the next round goes on."""
+    """Asked again, those that are there still open it; if too few are left, the run continues with the next round."""
     for stores, restarts, accepted in (("kept", False, 4), ("lost", True, 0)):
         federation = Federation(tmp_path, stores=stores)
 
@@ -236,7 +236,7 @@ def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path
 
 
 def test_a_client_that_was_admitted_later_breaks_no_sum(tmp_path, caplog):
-    """Its key is in nobody's roster yet: it is neither sampled nor asked for its scores."""
+    """Its key is in no roster yet: it is neither sampled nor asked for its scores."""
     federation = Federation(tmp_path, evaluation={"every": 1}, federation={"num_rounds": 2})
     roster = Roster({name: federation.roster.keys[name] for name in federation.names[:3]})
     federation.roster = roster
@@ -317,7 +317,7 @@ def test_errors_about_a_clients_own_values_stay_with_it(tmp_path, caplog):
 def test_the_servers_view_does_not_depend_on_which_client_has_which_update(
     tmp_path, caplog, monkeypatch
 ):
-    """Two clients change places: the sum is the same, and so is all but keys, masks and masked values."""
+    """Two clients swap places: the sum is the same, and so is everything but keys, masks and masked values."""
     monkeypatch.setattr("secrets.token_hex", lambda size: "ab" * size)
     views = []
     for swap in (False, True):

@@ -1,4 +1,4 @@
-"""The round: exact on the weights that clients load, deaf to bad clients, the same whoever comes first."""
+"""The round: exact on the weights that clients load, robust to bad clients, and independent of the order of replies."""
 
 import json
 import math
@@ -251,7 +251,7 @@ def test_participation_below_one_is_sampled_by_seed_and_absent_clients_catch_up(
     rows = timeless(tmp_path / "run")
     drawn = [tuple(row["participants"]) for row in rows[1:]]
     assert all(len(p) == 2 for p in drawn) and len(set(drawn)) > 1
-    # whoever missed rounds is sent all that it lacks: its first task is the largest
+    # a client that missed rounds is sent all that it lacks: its first task is the largest
     lacking = [c for c in rows[-1]["downlink_bytes"] if c not in {x for p in drawn for x in p}]
     assert all(row["exactness_error"] < 1e-4 for row in rows[1:])
     if lacking:
@@ -484,12 +484,12 @@ def test_a_client_that_stores_nothing_fails_by_name(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 3}, evaluation={"every": 0})
     other = tmp_path / "elsewhere"
 
-    def forgetful(payload, honest):
+    def forget(payload, honest):
         with_faults.run.clients[0].store.cache.clear()
         task = decode_task(payload)
         return honest(encode_task(replace(task, objects={})))
 
-    with_faults(config, tmp_path / "run", {"site1": forgetful}, rounds={2}, stores={"site1": other})
+    with_faults(config, tmp_path / "run", {"site1": forget}, rounds={2}, stores={"site1": other})
     rows = timeless(tmp_path / "run")
     assert rows[2]["failures"] == {
         "site1": "client site1 says that it does not have what it was just sent; is its disk full or "
@@ -621,7 +621,7 @@ def test_tensors_of_the_global_model_are_canonical(trained):
 
 
 class Halving:
-    """Halves what clients add, and doubles what comes of the sum."""
+    """Halves what clients add, and doubles the result of the sum."""
 
     def __init__(self):
         self.seen = []

@@ -1,4 +1,4 @@
-"""`StatusWriter`: never in the way of the run, whatever happens to its file."""
+"""`StatusWriter`: it never disturbs the run, whatever happens to its file."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""An optimizer's moments set before training and read after it: split training is whole training, bit for bit."""
+"""An optimizer's moments set before training and read after it: split training equals uninterrupted training, bit for bit."""
 
 import gc
 import random

@@ -1,4 +1,4 @@
-"""A training function of the user's own gets the optimizer's moments, and its report is checked."""
+"""A custom training function gets the optimizer's moments, and its report is checked."""
 
 import math
 from dataclasses import replace

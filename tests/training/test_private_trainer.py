@@ -75,7 +75,7 @@ def test_empty_batch_still_gets_noise_of_the_right_size():
 
 @pytest.mark.parametrize("what", ["noise", "dropout", "sample"])
 def test_no_seed_repeats_a_training(what):
-    """The same seeds everywhere: noise, dropout and the units drawn differ all the same."""
+    """The same seeds everywhere: noise, dropout and the units drawn still differ."""
     settings = {
         "noise": settings_of(noise=1.0, rate=1e-12),
         "dropout": settings_of(),

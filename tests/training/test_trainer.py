@@ -105,7 +105,7 @@ def test_same_seed_same_bits_with_dropout_whatever_the_global_generators_hold(fo
 
 
 def test_optimiser_starts_fresh_in_each_call(folder):
-    """Training, going back to the start and training again gives the same bits: no moments are carried over."""
+    """Training, returning to the start and training again gives the same bits: no moments are carried over."""
     model, tokens = new_model(folder), tokens_of(folder)
     start = adapter_of(model)
     train(model, tokens, **DEFAULTS)
@@ -119,7 +119,7 @@ def test_optimiser_starts_fresh_in_each_call(folder):
 
 
 def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
-    """Against a few lines of torch, one row at a time: padding, positions and prompts must not matter."""
+    """Compared to a few lines of torch, one row at a time: padding, positions and prompts must not matter."""
     tokens = tokens_of(folder, 6)
     model, reference = new_model(folder), new_model(folder)
     settings = DEFAULTS | {"local_steps": 1, "batch_size": 6}
@@ -150,7 +150,7 @@ def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
 
 
 def test_accumulated_micro_batches_are_one_batch(folder):
-    """Completions of unequal length: a mean of the micro-batches' means would differ."""
+    """Completions of unequal length: the mean of the micro-batches' means would differ."""
     tokens = rows(tokens_of(folder), [0, 3, 2, 5])
     assert {
         len(ids) - n for ids, n in zip(tokens.input_ids, tokens.num_prompt_tokens, strict=True)

@@ -72,7 +72,7 @@ def test_only_what_was_asked_for_is_downloaded_of_the_revision_named(hub):
         assert directory.name == first
         assert (directory / "config.json").read_bytes() == b"{}"
     assert not hub.asked("GET", r"run\.py|old\.bin") and not hub.asked("HEAD", r"run\.py|old\.bin")
-    # large files lie on another host, which learns no login
+    # large files are on another host, which gets no login
     for request in hub.requests:
         assert (request.authorization == f"Bearer {TOKEN}") == (request.host == "127.0.0.1")
     assert {request.host for request in hub.requests} == {"127.0.0.1", "localhost"}

@@ -1,4 +1,4 @@
-"""Client names and what becomes of them on disk."""
+"""Client names and their directories on disk."""
 
 import re
 from dataclasses import replace

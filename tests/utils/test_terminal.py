@@ -1,4 +1,4 @@
-"""What is shown and logged of text from outside: one line, cut, no control characters, in no time."""
+"""What is shown and logged of text from outside: one line, truncated, no control characters, fast."""
 
 import io
 import logging
@@ -80,7 +80,7 @@ def test_a_traceback_is_cut_line_by_line():
 
 
 def test_a_megabyte_takes_no_time_to_show(console):
-    """Rich's highlighter took minutes, in which no other thread ran."""
+    """Rich's highlighter would take minutes, in which no other thread runs."""
     handler = log_handler(console)
     started = time.perf_counter()
     for text in ("1 " * 500_000, "a=" * 500_000, "/" * 10**6, "[" * 10**6, "'" * 10**6):
