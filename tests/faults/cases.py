@@ -690,7 +690,7 @@ def server_disk_full(fed: Federation) -> str:
 # ── Ctrl-C ──
 
 
-@case("Ctrl-C of the coordinator, and it goes on")
+@case("Ctrl-C of the coordinator, and it resumes")
 def interrupted_server(fed: Federation) -> str:
     fed.steer("site0", 2, "hold")
     fed.start("site0", raw="site1")
@@ -708,7 +708,7 @@ def interrupted_server(fed: Federation) -> str:
     ] == str(fed.port), arguments
     fed.serve(resume=True)
     fed.check()
-    return "exit code 130, and how to go on"
+    return "exit code 130, and how to resume"
 
 
 @case("Ctrl-C of a node in training, and it joins again", federation={"num_rounds": 3})

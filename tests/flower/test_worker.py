@@ -186,7 +186,7 @@ def test_a_worker_that_cannot_load_gives_the_reason_without_the_path(light, tmp_
             return
         except WorkerError:
             continue
-    pytest.fail("it was not started anew")
+    pytest.fail("it was not restarted")
 
 
 def test_no_other_process_can_reach_a_worker(light, config, tmp_path):

@@ -43,7 +43,7 @@ from tests.fuzz.mutate import NUM_TRIALS, Budget, copy_by_links, mutate_director
 from tests.runs import start, tiny_config
 
 MAX_WAIT = 20
-"""Seconds after which a reader counts as waiting for ever, on a machine that is busy with other things."""
+"""Seconds after which a reader counts as waiting forever, on a machine that is busy with other things."""
 
 
 @pytest.fixture(autouse=True)

@@ -233,9 +233,9 @@ def test_another_layout_is_refused_by_its_version(mixtral, tmp_path, version):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_parameters": None}, "cannot be told"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "cannot be told"),
-        ({"target_parameters": [*PARAMETERS, "experts.up_proj"]}, "cannot be told"),
+        ({"target_parameters": None}, "cannot be determined"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "cannot be determined"),
+        ({"target_parameters": [*PARAMETERS, "experts.up_proj"]}, "cannot be determined"),
         ({"target_parameters": [*PARAMETERS, "other.down_proj"]}, "other.down_proj"),
         ({"rank_pattern": {"experts.gate_up_proj": 5}}, "does not divide it"),
         ({"target_parameters": [f"e.p{i}" for i in range(20)]}, "at most 16"),

@@ -363,7 +363,9 @@ def test_an_older_checkpoint_that_is_damaged_is_named_as_not_needed(finished_run
     refused(out, "0001.json .*is not a fedmomentum global model")
     manifest = json.loads(round_file(finished_run, 1).read_text())
     round_file(out, 1).write_text(json.dumps({**manifest, "method": "other"}))
-    refused(out, "0001.json was damaged.*not needed to go on: restore it from a copy, or delete it")
+    refused(
+        out, "0001.json was damaged.*not needed to continue: restore it from a copy, or delete it"
+    )
     round_file(out, 1).unlink()
     (model, _), _ = resumed(out)
     assert model.server_round == 2
