@@ -44,7 +44,7 @@ def test_questions_are_taken_apart():
         choice_row({**CHOICE, "instruction": short}, "row 3")
 
 
-def test_every_task_is_made_read_and_asked(tmp_path):
+def test_every_task_file_is_written_read_and_evaluated(tmp_path):
     data = tmp_path / "data"
     for name in TASKS:
         (data / name).mkdir(parents=True)

@@ -41,7 +41,7 @@ def runner(monkeypatch):
     sys.modules.pop("common", None)
 
 
-def test_every_benchmark_is_run_and_writes_what_is_asked(runner):
+def test_every_benchmark_is_run_and_writes_the_requested_files(runner):
     helpers = {
         "__main__",
         "common",

@@ -49,7 +49,7 @@ def train(config, out, **settings):
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_a_run_gives_its_bits_again_and_a_resumed_one_the_same(tmp_path, held):
+def test_a_run_is_reproducible_to_the_bit_also_when_resumed(tmp_path, held):
     config = gpu_config(tmp_path, held)
     first, again, halved = (tmp_path / name for name in ("first", "again", "halved"))
     train(config, first)

@@ -146,7 +146,7 @@ def test_flexlora_collapses_into_the_smallest_rank_and_fedmomentum_does_not():
         assert all(part.norm() < 1e-10 for part in result.residual.values())
 
 
-def test_with_training_flexlora_loses_energy_and_fedmomentum_none():
+def test_with_training_flexlora_loses_energy_and_fedmomentum_does_not():
     flexlora, fedmomentum, merged = (
         global_adapter(),
         global_adapter(),

@@ -12,7 +12,7 @@ from fedmomentum.linalg.matrix import LazySequence, to_dense
 from tests.helpers import clients, dense_sum, error, random_matrix, some_weights
 
 
-def test_sums_are_the_dense_ones():
+def test_sums_equal_the_dense_ones():
     matrices, weights = clients(ranks=(4, 4, 4)), some_weights(3)
     updates = ClientUpdates(matrices, weights)
     B = sum(w * u.B for w, u in zip(weights, matrices, strict=True))

@@ -101,7 +101,9 @@ def test_exact_methods_give_one_effective_model(method, sharing):
         (FedIT(), "A", 1),
     ],
 )
-def test_methods_of_one_factor_give_it_too_where_the_other_is_shared(method, sharing, server_round):
+def test_methods_of_one_factor_are_exact_too_where_the_other_is_shared(
+    method, sharing, server_round
+):
     given = adapters(sharing=sharing)
     scalings = {"m0": 3.0, "m1": 0.25}
     result = aggregate_updates(
@@ -291,7 +293,7 @@ def test_other_methods_start_as_lora_does():
 # ── FLoRA, FLoRIST ──
 
 
-def test_flora_sends_the_stack_and_starts_afresh():
+def test_flora_sends_the_stack_and_starts_from_a_new_adapter():
     updates, weights = clients(ranks=(2, 4, 8)), some_weights(3)
     result = aggregate(FLoRA(), updates, weights, rank=4, seed=3)
     assert result.residual.rank == 14
@@ -396,7 +398,7 @@ def test_hetlora_pads_averages_and_truncates():
     assert torch.equal(own.B, full.adapter.B[:, :2]) and torch.equal(tail.A, full.adapter.A[2:])
 
 
-def test_hetlora_weighs_clients_by_the_norm_of_their_whole_update():
+def test_hetlora_weights_clients_by_the_norm_of_their_full_update():
     given = adapters()
     norms = torch.tensor(
         [

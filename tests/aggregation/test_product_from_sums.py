@@ -182,7 +182,7 @@ def test_feedback_returns_and_stays_bounded_at_half_participation():
     assert max(kept) < float(lost.norm())
 
 
-def test_feedback_is_kept_in_the_smaller_form_and_either_form_counts():
+def test_feedback_is_kept_in_the_smaller_form_and_either_form_is_applied():
     federation = Federation(6, RANK)
     counts = {"a": 5, "b": 20, "c": 9}
     forms = []
@@ -258,7 +258,7 @@ def test_unequal_ranks_are_refused():
         ClientMove.of(factors(draw), factors(draw, rank=2), 5)
 
 
-def test_the_sketch_is_the_same_everywhere_and_another_for_each_module_and_seed():
+def test_the_sketch_is_the_same_everywhere_and_differs_by_module_and_seed():
     sketches = [
         sketch_matrix("q", 5, 2, 1),
         sketch_matrix("k", 5, 2, 1),

@@ -26,7 +26,7 @@ def test_an_image_text_checkpoint_names_its_language_model_otherwise(tmp_path):
     assert torch.equal(weights.pretrained(MODULE), weight)
 
 
-def test_what_transformers_makes_of_several_tensors_has_no_stored_name(tmp_path):
+def test_tensors_that_transformers_merges_have_no_stored_name(tmp_path):
     make_model("qwen3_moe").save_pretrained(tmp_path)
     model = load_base(tmp_path, torch.float32, torch.device("cpu"))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:

@@ -24,7 +24,7 @@ needs_namespaces = pytest.mark.skipif(not namespaces(), reason="no user namespac
 
 
 @needs_namespaces
-def test_right_programs_pass_and_wrong_ones_do_not(tmp_path):
+def test_correct_programs_pass_and_wrong_ones_do_not(tmp_path):
     check_sandbox()
     imports = "math, re, random, hashlib, collections, heapq, itertools, functools, decimal, json"
     assert run_program(f"import {imports}\nhashlib.md5(b'a')\nfrom typing import List, Optional")

@@ -47,7 +47,7 @@ def test_nothing_is_downloaded_unasked(call, calls, bare, tmp_path):
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_at_a_terminal_it_asks(call, calls, bare, monkeypatch, tmp_path, answer):
+def test_on_a_terminal_it_asks(call, calls, bare, monkeypatch, tmp_path, answer):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda text: answer)
     code, _, err = call("demo", "--out", tmp_path / "first")
@@ -101,6 +101,6 @@ def test_an_installer_that_fails_is_a_message(tmp_path, capfd):
     assert missing.name in "".join(capfd.readouterr())
 
 
-def test_what_pip_is_asked_for_is_what_the_project_declares():
+def test_pip_installs_what_the_project_declares():
     text = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
     assert bundled.MODEL_REQUIREMENT in text

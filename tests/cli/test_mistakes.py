@@ -380,7 +380,9 @@ def test_a_signal_that_python_ignores_in_a_finalizer_is_raised_again(name):
     assert done.stderr == "" and done.returncode == 0
 
 
-def test_ctrl_c_that_a_library_turns_into_another_error_is_ctrl_c(job, tmp_path, call, monkeypatch):
+def test_ctrl_c_that_a_library_turns_into_another_error_still_ends_with_130(
+    job, tmp_path, call, monkeypatch
+):
     def fail(*_, **__):
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -36,7 +36,7 @@ def test_settings_that_no_sum_could_satisfy_are_refused(key, value, message):
         from_dict({"privacy": {key: value}})
 
 
-def test_counts_of_examples_fit_whatever_the_number_of_clients():
+def test_counts_of_examples_fit_with_any_number_of_clients():
     assert MAX_CLIENTS == MAX_PARTIES
     assert largest_integer(MAX_CLIENTS) >= MAX_EXAMPLES
 

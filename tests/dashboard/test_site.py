@@ -46,7 +46,7 @@ def until(event, seconds=10.0):
 @pytest.mark.parametrize(
     "name", ["127.0.0.1", "127.0.0.1:{}", "localhost:8080", "LOCALHOST", "[::1]:9", "127.0.0.2:5"]
 )
-def test_the_page_goes_by_the_names_of_this_machine_on_any_port(local, name):
+def test_the_page_is_served_under_the_names_of_this_machine_on_any_port(local, name):
     """Any port: through a tunnel it is another."""
     status, _, text = ask(local.port, host=name.format(local.port))
     assert status == 200 and "all is well" in text
@@ -68,7 +68,7 @@ def test_the_page_goes_by_the_names_of_this_machine_on_any_port(local, name):
         ["127.0.0.1", "evil.example"],
     ],
 )
-def test_no_other_name_gets_anything(local, name):
+def test_nothing_is_served_under_another_name(local, name):
     """DNS rebinding: another site's name that leads here."""
     hosts = name if isinstance(name, list) else name.format(local.port)
     for path in (*PATHS, "/events"):
@@ -152,11 +152,11 @@ def test_hostile_names_are_text_on_the_wire_too(tmp_path):
 # ── the token ──
 
 
-def test_on_this_machines_own_address_no_token_is_asked_for(local):
+def test_on_the_local_address_no_token_is_required(local):
     assert local.access.token is None
 
 
-def test_without_the_token_there_is_nothing(remote):
+def test_nothing_is_served_without_the_token(remote):
     token = remote.access.token
     wrong = token[:-1] + ("A" if token[-1] != "A" else "B")
     for path in (

@@ -84,7 +84,7 @@ def test_client_ids_sort_as_numbers(source):
     ]
 
 
-def test_client_column_says_who_holds_what(source):
+def test_client_column_assigns_rows_to_clients(source):
     clients = load_clients(
         source=source, client_column="hospital", category_column="topic", test_fraction=0.0
     )
@@ -220,7 +220,7 @@ def test_contradictions_are_refused(arguments, message):
         load_clients(**arguments)
 
 
-def test_a_file_that_is_not_there_is_refused():
+def test_a_missing_file_is_refused():
     with pytest.raises(DataError, match="x.jsonl: no such file"):
         load_clients(source="x.jsonl")
 

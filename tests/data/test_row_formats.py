@@ -67,7 +67,7 @@ def test_an_instruction_without_input_is_the_instruction_alone(tmp_path):
         assert example.prompt == ({"role": "user", "content": "Q"},)
 
 
-def test_a_column_of_the_system_begins_the_chat(tmp_path):
+def test_a_system_column_starts_the_chat(tmp_path):
     system = {"role": "system", "content": "Be brief."}
     asked = {"role": "user", "content": "Q"}
     rows = [

@@ -313,7 +313,7 @@ def test_long_texts_and_line_ends_within_a_value_are_kept_to_the_letter(tmp_path
     ]
 
 
-def test_a_column_that_comes_twice_in_parquet_is_refused(tmp_path):
+def test_a_duplicate_column_in_parquet_is_refused(tmp_path):
     twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["answer", "answer"])
     pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
     with pytest.raises(DataError, match="the column 'answer' comes twice"):
@@ -425,7 +425,7 @@ def test_names_in_data_and_in_messages_have_the_same_limits():
 
 
 @pytest.mark.parametrize("category", ["a\nb", "\x1b]0;title\x07", "x" * 257])
-def test_a_category_given_by_hand_is_held_to_the_same_rule(category):
+def test_a_configured_category_must_follow_the_same_rule(category):
     with pytest.raises(DataError, match="the category (holds|is a text)"):
         Example("a", "b", category)
 

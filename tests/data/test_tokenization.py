@@ -105,7 +105,7 @@ def test_template_error_names_example_and_roles():
         tokenize_all([Example(CHAT, "4"), Example(critic, "4")], tiny_tokenizer(template))
 
 
-def test_chat_without_template_says_what_to_give():
+def test_chat_without_template_says_which_setting_to_give():
     tokenizer = tiny_tokenizer(None)
     with pytest.raises(
         DataError, match=r"client-3, example 0: .*no chat template: give plain `prompt`"

@@ -23,7 +23,7 @@ def read(path):
     return to_examples(read_rows(path), where=path.name)
 
 
-def test_cells_are_text_and_empty_rows_and_columns_are_none(tmp_path):
+def test_cells_are_text_and_empty_rows_and_columns_are_ignored(tmp_path):
     file = write(
         tmp_path / "D.XLSX",
         [],

@@ -59,7 +59,7 @@ PROMPT_MESSAGES = ({"role": "user", "content": "yes or no?"},)
 
 
 @pytest.mark.parametrize("completion", ["ab", "yes", "no yes no", "a\n\nb"])
-def test_a_perfect_answer_counts_as_exact(case, completion):
+def test_a_correct_answer_counts_as_exact(case, completion):
     """The tokens that training teaches are scored as the example's own completion."""
     _, tokenizer = case
     example = Example(PROMPT_MESSAGES, completion)

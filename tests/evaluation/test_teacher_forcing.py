@@ -182,7 +182,7 @@ def test_the_interval_is_the_wilson_interval(num_exact, num_examples, low, high)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_interval_solves_its_own_equation(counts):
+def test_the_interval_solves_its_defining_equation(counts):
     num_exact, n = counts
     score = Score(0.0, 0, n, num_exact)
     low, high = score.interval

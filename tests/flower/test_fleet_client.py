@@ -67,7 +67,7 @@ def test_sockets_are_closed_when_no_thread_writes_to_them_any_more(connection, s
     assert service.num_at_close == 0 and service.deactivated == 7
 
 
-def test_sockets_that_a_thread_does_not_let_go_of_are_left_to_it(connection, service, monkeypatch):
+def test_sockets_that_a_thread_still_uses_are_left_to_it(connection, service, monkeypatch):
     monkeypatch.setattr(module, "CLOSE_SECONDS", 0.1)
     with connection:
         start_part(connection, service)

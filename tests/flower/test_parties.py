@@ -99,7 +99,7 @@ def test_a_node_takes_part_in_sums_of_enough_of_its_roster(folder, tmp_path):
     assert least(trusts_server=True) == 6 and least(threshold=10) == 10
 
 
-def test_a_name_or_a_key_comes_once(folder, tmp_path):
+def test_names_and_keys_are_unique(folder, tmp_path):
     north, south, west = public(folder)
     with pytest.raises(ConfigError, match="north is in .*north.pub already"):
         make_roster([north, south, west, north], None)

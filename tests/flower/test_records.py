@@ -626,7 +626,7 @@ def test_endless_answers_leave_nothing_behind(liar, link):
     assert len(sessions) == before
 
 
-def test_a_node_cannot_take_away_anothers_message(liar, link, keys, stranger):
+def test_a_node_cannot_delete_a_message_of_another(liar, link, keys, stranger):
     """Confirming a message deletes it, and so would naming it as a part of an answer and ending that answer."""
     with connect(link.port, keys, "south") as south:
         question = ask(link, "south", b"for south")

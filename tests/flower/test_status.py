@@ -56,7 +56,7 @@ def test_who_is_connected_is_shown_while_it_is_known(status, tmp_path):
     )
 
 
-def test_after_the_end_nobody_is_online_or_at_work(status, tmp_path):
+def test_after_the_end_no_client_is_online_or_working(status, tmp_path):
     status.close()
     read = read_status(tmp_path)
     assert [client.connected for client in read.clients.values()] == [False, False]

@@ -113,7 +113,7 @@ def test_a_client_that_does_not_finish_a_request_is_disconnected(link, keys, sen
         assert time.monotonic() - started < 5
 
 
-def test_a_head_that_comes_letter_by_letter_is_cut_off(link, keys):
+def test_a_request_head_sent_byte_by_byte_is_cut_off(link, keys):
     with tls(link.port, keys) as connection, pytest.raises((OSError, ssl.SSLError)):
         connection.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nX-Slow: ")
         for _ in range(100):
@@ -134,7 +134,7 @@ def test_a_node_that_stops_in_a_request_is_disconnected(link, keys, stranger):
         assert is_closed(connection)
 
 
-def test_one_node_with_many_connections_loses_its_oldest_and_no_other_node_any(link, keys):
+def test_a_node_with_many_connections_loses_its_oldest_and_other_nodes_lose_none(link, keys):
     with connect(link.port, keys, "south") as south, contextlib.ExitStack() as open_ones:
         assert fetch(south) is None
         for _ in range(12):
@@ -299,7 +299,7 @@ def test_a_hundred_bad_requests_leave_one_line_in_the_log_at_most(link, keys, st
     (keys.parent / "nobody.key").unlink()
 
 
-def test_forwarded_headers_change_nobodys_address(link, keys):
+def test_forwarded_headers_do_not_change_an_address(link, keys):
     """A stranger cannot spread its connections over addresses of its own making."""
     with contextlib.ExitStack() as open_ones:
         for number in range(20):

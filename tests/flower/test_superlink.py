@@ -100,14 +100,14 @@ def test_other_paths_are_not_found(stranger, path):
     assert stranger.client.post(path, content=b"").status_code == 404
 
 
-def test_the_eight_paths_take_posts_only_and_want_a_signature(stranger):
+def test_the_eight_paths_accept_posts_only_and_require_a_signature(stranger):
     assert len(PATHS) == 8 and {route.path for route in router.routes} >= PATHS.keys()
     for path in PATHS:
         assert stranger.client.get(path).status_code == 404
         assert stranger.post(path.removeprefix("/v1/fleet/")).status_code == 401
 
 
-def test_a_body_that_is_too_large_or_of_no_stated_size_is_refused_unread(stranger, link):
+def test_a_body_that_is_too_large_or_has_no_content_length_is_refused_unread(stranger, link):
     assert stranger.post("pull-messages", b"x" * (MAX_REQUEST_BYTES + 1)).status_code == 413
     media = {"content-type": "application/protobuf"}
     parts = stranger.client.post("/v1/fleet/pull-messages", content=iter([b"x"] * 3), headers=media)
@@ -315,7 +315,7 @@ def test_many_parts_arrive_intact_both_ways(link, keys):
         )
 
 
-def test_a_reply_larger_than_any_reply_is_cut_off(link, keys, monkeypatch):
+def test_a_reply_above_the_size_limit_is_cut_off(link, keys, monkeypatch):
     monkeypatch.setattr(guard_module, "MAX_PAYLOAD_BYTES", 6 * MIB)
     with connect(link.port, keys, "north") as connection:
         message_id = ask(link, "north", b"task")

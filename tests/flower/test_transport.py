@@ -170,7 +170,7 @@ def test_every_payload_comes_back_under_its_name_in_whatever_order(world):
     assert 60 <= world.now < 61
 
 
-def test_nobody_is_waited_for_beyond_the_deadline_and_the_others_count(world):
+def test_no_client_is_waited_for_beyond_the_deadline_and_the_others_count(world):
     """Flower silently leaves hanging clients out of its answers; here every client asked has an answer or a reason."""
     world.script["east"] = after(1, partial(world.answers, b"fine"))
     answers = dict(world.transport().send_and_receive(dict.fromkeys(world.here, b"task")))
@@ -209,7 +209,7 @@ def test_an_error_by_the_server_itself_counts_for_the_node_it_is_about(world):
     }
 
 
-def test_a_client_whose_connection_is_lost_does_not_hold_up_the_round_for_long(world):
+def test_a_lost_connection_does_not_delay_the_round_for_long(world):
     """Flower's report that it is gone ends nothing yet; but once all others have answered, half a minute is enough."""
 
     def disconnects(message):
@@ -225,7 +225,7 @@ def test_a_client_whose_connection_is_lost_does_not_hold_up_the_round_for_long(w
     assert 20 <= world.now < ROUND / 2 and len(world.sent) == 2
 
 
-def test_a_client_that_flower_gave_up_and_that_comes_back_answers_after_all(world):
+def test_a_client_that_flower_reported_gone_and_that_reconnects_still_answers(world):
     def disconnects(message):
         del world.here["east"]
         failed(world, ErrorCode.NODE_UNAVAILABLE, "Node unavailable")(message)
@@ -251,7 +251,7 @@ def test_a_client_that_flower_gave_up_and_that_comes_back_answers_after_all(worl
         ),
     ],
 )
-def test_an_answer_of_another_form_is_a_failure(world, content):
+def test_a_malformed_answer_is_a_failure(world, content):
     world.script["east"] = after(1, lambda m: world.arrive(Message(content, reply_to=m), m))
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {
         "east": Failure("its answer could not be read: a message without a payload")
@@ -291,7 +291,7 @@ def test_an_answer_after_the_deadline_is_ignored_and_reported(world, caplog):
 # ── connecting and disconnecting ──
 
 
-def test_a_client_that_comes_back_is_asked_again_with_the_time_that_is_left(world):
+def test_a_client_that_reconnects_is_asked_again_with_the_remaining_time(world):
     def disconnects(message):
         del world.here["east"]
 

@@ -276,7 +276,7 @@ def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
 
 
 @pytest.mark.long
-def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
+def test_a_worker_with_another_split_than_at_the_start_of_the_run_warns(real, config):
     """Another seed trains on what was held out: it is reported at the node, and nothing of it to the server."""
     worker, store, events = real
     describe = describe_task(adapter=False)

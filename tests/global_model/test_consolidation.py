@@ -268,7 +268,7 @@ WRONG_TIES = {
 
 
 @pytest.mark.parametrize("what", WRONG_TIES)
-def test_ties_that_are_none_of_these_matrices_are_refused(what):
+def test_ties_of_other_matrices_are_refused(what):
     with pytest.raises(ModelError, match="ties"):
         rebuild_snapshot(
             near_a_tie(), StoredObject(safetensors_bytes(WRONG_TIES[what])), {"m": (5, 3)}
@@ -330,7 +330,7 @@ def test_at_equal_cost_the_snapshot_is_downloaded():
     assert plan_delivery([S2], {S1}, recipe, {**SIZES, S2: 32}.__getitem__).objects == {C, T2}
 
 
-def test_a_part_that_comes_again_is_sent_once():
+def test_a_repeated_part_is_sent_once():
     """As FRLoRA's start, in every round."""
     recipe = [Recipe(makes=S1, onto=None, parts=(A, B, A, C, A), ties=T1)]
     way = plan_delivery([S1, A, D], {A, B}, recipe, SIZES.__getitem__)
@@ -436,7 +436,7 @@ class Party:
         ),
     ],
 )
-def test_nobody_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
+def test_no_client_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
     tmp_path, rank, newcomers
 ):
     """Clients that are new, or missed any number of rounds; those that missed none download none. And the sum is exact.

@@ -83,7 +83,7 @@ def test_the_effective_model_is_exact_also_through_consolidation(num_rounds):
         assert any("dense" in key for key in read_safetensors(model.base_update[0].data, "")[0])
 
 
-def test_one_adapter_holds_the_whole_model():
+def test_one_adapter_holds_the_full_model():
     for num_rounds in (1, 40):
         model, exact = after_rounds(num_rounds)
         single = to_single_adapter(model)
@@ -454,7 +454,7 @@ def test_identity_counts_tied_tensors_once(tmp_path):
     assert identify("a", both).sha256 == one.sha256
 
 
-def test_bases_that_are_not_there_are_refused_by_name(tmp_path):
+def test_missing_bases_are_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="no directory ./nowhere"):
         resolve_base("./nowhere")
     with pytest.raises(ModelError, match="nobody/nothing.*give the path"):

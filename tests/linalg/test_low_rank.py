@@ -69,7 +69,7 @@ def test_svd_is_exact_for_ill_conditioned_factors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_and_single_precision_are_read_and_float32_comes_back(dtype):
+def test_half_and_single_precision_are_read_and_float32_is_returned(dtype):
     matrix = random_matrix(30, 20, 4, dtype=dtype)
     again = matrix.recompress()
     assert again.dtype == torch.float32 and again.rank == 4
@@ -97,7 +97,7 @@ def test_a_norm_in_float32_keeps_five_digits_whatever_cancels_and_whatever_the_s
     )
 
 
-def test_recompression_is_optimal_and_keeps_the_energy_asked_for():
+def test_recompression_is_optimal_and_keeps_the_requested_energy():
     total = weighted_sum(clients(), some_weights(3))
     S = torch.linalg.svdvals(total.dense())
     for rank in (1, 3, 7):

@@ -233,7 +233,7 @@ class LazyModules(dict):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_more_clients_factors_are_alive_however_many_there_are(name, monkeypatch):
+def test_memory_holds_few_clients_factors_however_many_clients_there_are(name, monkeypatch):
     monkeypatch.setattr(sums, "BLOCK_COLUMNS", 12)
     shapes = {"a": (14, 10), "b": (9, 16)}
     reference = Adapter(

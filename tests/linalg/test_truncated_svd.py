@@ -335,7 +335,7 @@ def test_gram_is_the_product_in_any_dtype(n, size, seed):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=repr)
-def test_what_comes_from_a_device_stays_there(method, device):
+def test_results_stay_on_the_device_of_the_input(method, device):
     """The default device is one that holds no numbers: a tensor made there would end the call or the comparison."""
     reference = random_matrix(60, 50, 4, seed=9, dtype=torch.float32)
     updates = valid_updates(method, clients((60, 50), (4,) * 3, dtype=torch.float32), reference)
@@ -377,7 +377,7 @@ def test_every_path_stays_on_its_device(case, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_whole_adapters_are_combined_where_they_are(device):
+def test_full_adapters_are_combined_on_their_device(device):
     """Scalings that differ, a module that one lacks, a tensor trained in full."""
     factors = clients((60, 50), (4,) * 6, dtype=torch.float32)
     moved = [LowRank(u.B.to(device), u.A.to(device)) for u in factors]

@@ -15,7 +15,7 @@ from tests.lora.adapter_cases import COMMIT, HUB_NAME, write_adapter
 from tests.tiny import tiny_gpt2, tiny_llama
 
 
-def test_adapters_of_other_tools_are_combined_asked_about_or_refused():
+def test_adapters_of_other_tools_are_combined_need_an_option_or_are_refused():
     found = adapter_cases.results()
     for case, alone, helped in found:
         assert case.outcome in alone, (case.title, alone)

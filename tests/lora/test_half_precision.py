@@ -90,7 +90,7 @@ def test_an_invalid_factor_in_the_wire_dtype_is_refused_by_name():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_rounding_takes_from_the_adapter_goes_into_the_residual(dtype):
+def test_rounding_errors_of_the_adapter_go_into_the_residual(dtype):
     """Law 1 with a scaling: sent adapter + residual = adapter + residual before, in float64."""
     unrounded = adapter(scaling=2.5)
     residual = {"q": random_matrix(24, 40, 3, seed=8).to(torch.float32)}
@@ -183,7 +183,7 @@ def test_a_run_in_16_bits_resumes_to_the_same_bits(folder, tmp_path):
     assert chain(tmp_path / "parts")["0003.json"] == chain(tmp_path / "whole")["0003.json"]
 
 
-def test_a_client_that_sends_other_bits_than_asked_is_refused_by_name(folder, tmp_path):
+def test_a_client_that_sends_another_dtype_than_requested_is_refused_by_name(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 1, "uplink_dtype": "float16"})
 
     def wide(tensors, key):

@@ -126,7 +126,7 @@ def test_what_is_written_is_what_stock_peft_reads(base, tmp_path):
     assert_equal_changes(changes, merged_changes(base, tmp_path / "written"))
 
 
-def test_the_exact_mean_of_two_folders_of_unequal_ranks_comes_out_of_aggregation(base, tmp_path):
+def test_aggregation_gives_the_exact_mean_of_two_folders_of_unequal_ranks(base, tmp_path):
     first = stock(base, tmp_path / "first", seed=1)
     second = stock(base, tmp_path / "second", seed=2, r=2, rank_pattern={}, use_rslora=True)
     adapters = [in_float64(read_adapter(folder)) for folder in (first, second)]

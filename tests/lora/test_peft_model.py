@@ -84,7 +84,7 @@ def test_every_name_must_match_modules_of_its_own(tmp_path, targets, saved, mess
         attached(base, targets, saved)
 
 
-def test_whole_paths_and_ends_of_paths_are_names(tmp_path):
+def test_full_paths_and_path_suffixes_are_names(tmp_path):
     base = tiny_llama(tmp_path / "base")
     model = attached(
         base, ["self_attn.q_proj", "model.layers.1.mlp.up_proj"], ["model.norm", "lm_head"]

@@ -103,7 +103,7 @@ with ledger.training(TASKS[0], "run", 1, MECHANISM, DATA) as training:
         ("end", "replied", b"first"),
     ],
 )
-def test_killed_at_any_moment_exactly_what_left_is_spent(tmp_path, where, state, reply):
+def test_killed_at_any_moment_exactly_what_was_revealed_is_spent(tmp_path, where, state, reply):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", KILLED, str(tmp_path), where]
     done = subprocess.run(command, env=environment, check=False, capture_output=True)
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_exactly_what_left_is_spent(tmp_path, where, state,
     assert len(ledger.read().trainings) == 2
 
 
-def test_killed_training_that_is_asked_for_otherwise_counts_apart(tmp_path):
+def test_killed_training_that_is_repeated_differently_counts_separately(tmp_path):
     ledger = ledger_of(tmp_path)
     ledger._enter(_started(ledger))
     more = Mechanism(1.0, 0.1, 11, 1.0, 8.0)

@@ -141,7 +141,7 @@ def test_sections_figures_and_numbers(whole):
     assert "To 30.0 %" in text or "To 30 %" in text
 
 
-def test_files_hold_what_is_drawn(whole):
+def test_files_hold_the_data_of_the_figures(whole):
     root, _ = whole
     comparison = read_comparison(root)
     with (root / "comparison-data" / "exact-match.csv").open() as file:
@@ -172,7 +172,7 @@ def test_same_folders_same_bytes(whole):
     assert Plain(write_comparison_page([root])).html == page.html
 
 
-def test_runs_without_a_comparison_say_where_they_differ(tmp_path, monkeypatch):
+def test_runs_without_a_comparison_show_where_they_differ(tmp_path, monkeypatch):
     write_folder(tmp_path / "a", ["one"], [0, 1])
     write_folder(
         tmp_path / "b",

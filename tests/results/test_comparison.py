@@ -155,7 +155,7 @@ def test_a_cell_of_local_training_is_the_mean_over_clients_and_sends_nothing(tmp
     )
 
 
-def test_points_hold_the_diagnostics(tmp_path):
+def test_points_include_the_diagnostics(tmp_path):
     cell = make_method_run("m", 0, [RunResults.load(write_method(tmp_path / "run", [0, 1, 2]))])
     assert [point.update_cosine for point in cell.points] == [None, None, 0.5]
     assert [(point.angle_a, point.angle_b) for point in cell.points] == [

@@ -64,7 +64,7 @@ def test_the_most_absent_clients_come_first_with_the_last_reason():
     )
 
 
-def test_nobody_is_named_where_all_took_part_or_only_an_evaluation_failed():
+def test_no_client_is_named_where_all_took_part_or_only_an_evaluation_failed():
     every = rows({}, {})
     every[2]["failures"] = {"north": "evaluation: no answer"}
     assert find_absences(records(every), PARTITION) == []

@@ -87,7 +87,7 @@ def test_partition_without_splits_names_the_client(folder):
 
 
 @pytest.mark.parametrize("name", ["environment.json", "plan.json", "partition.json"])
-def test_a_file_that_was_changed_since_it_was_written_is_refused_whatever_it_says(folder, name):
+def test_a_file_that_was_changed_since_it_was_written_is_refused_even_if_valid(folder, name):
     text = (folder / name).read_text()
     digit = next(c for c in text if c in "123456789")
     (folder / name).write_text(text.replace(digit, "4" if digit != "4" else "5", 1))

@@ -187,7 +187,7 @@ def test_a_seed_gives_every_method_the_same_start(done):
     assert one != two
 
 
-def test_references_are_scored_on_everybodys_items_and_take_a_clients_steps(done):
+def test_references_are_scored_on_all_clients_items_and_take_a_clients_steps(done):
     _, out, _, _ = done
     federated = timeless(out / "fedit" / "seed-0")
     runs = [

@@ -207,7 +207,7 @@ def test_the_rounding_of_products_shows_in_the_applied_share(folder, tmp_path, m
 
 
 @pytest.mark.parametrize("holding", ["float32", "as-loaded"])
-def test_no_weight_of_a_base_that_nobody_shares_is_in_memory_twice(folder, holding):
+def test_no_weight_of_an_unshared_base_is_in_memory_twice(folder, holding):
     config = config_of(folder, model={"dtype": "bfloat16", "adapted-weights": holding})
     for takes in (True, False):
         loaded = LoadedBase.from_config(config.model)

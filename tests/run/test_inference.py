@@ -71,7 +71,7 @@ def test_an_adapter_gives_the_same_numbers_on_the_same_examples(folder, finished
     assert plain.base.all.total.nll == run.base.all.total.nll
 
 
-def test_the_runs_own_examples_must_be_those_it_was_made_with(finished, tmp_path):
+def test_the_runs_own_examples_must_be_unchanged(finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     rewritten(

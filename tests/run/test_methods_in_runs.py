@@ -156,7 +156,7 @@ def test_frozen_factors_do_not_move_on_the_client(folder, tmp_path, name, frozen
     assert moved == [set(method.trained_factors(t)) for t in (1, 2, 3) for _ in range(3)] and frozen
 
 
-def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
+def test_an_unrequested_factor_is_refused_by_name(folder, tmp_path):
     config = config_of(folder, "ffalora")
     found = {}
     for name in config.data.client_files:

@@ -354,7 +354,7 @@ def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, chang
         assert "client site1: optimizer tensor" in row["failures"]["site1"]
 
 
-def test_moments_that_were_not_asked_for_are_refused(folder, tmp_path):
+def test_unrequested_moments_are_refused(folder, tmp_path):
     from functools import partial
 
     config = config_of(folder, "fresh", federation={"num-rounds": 1})
@@ -405,7 +405,7 @@ def test_auto_shares_moments_where_the_method_supports_it(folder, name, settings
     assert chosen.training.optimizer_state == wanted
 
 
-def test_a_run_records_the_state_that_auto_stands_for_and_resumes_with_either(folder, tmp_path):
+def test_a_run_records_the_state_that_auto_resolves_to_and_resumes_with_either(folder, tmp_path):
     config = config_of(folder, "auto", federation={"num_rounds": 2})
     plain = config_of(folder, "shared", federation={"num_rounds": 2})
     start(plain, tmp_path / "shared", function=None)

@@ -203,7 +203,7 @@ def test_other_clients_are_refused(project):
         )
 
 
-def test_the_checkpoint_knows_the_data_too(project):
+def test_the_checkpoint_records_the_data_too(project):
     """data.json records where the data were; every checkpoint records what they were."""
     out = project / "runs" / "job"
     (out / "data.json").unlink()

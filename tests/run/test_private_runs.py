@@ -104,7 +104,7 @@ def test_nothing_without_noise_leaves_a_client(finished):
     assert (described.answer.num_train, described.answer.num_test) == (18, 0)
 
 
-def test_records_say_nothing_of_the_data(finished):
+def test_records_reveal_nothing_about_the_data(finished):
     _, out, _, _ = finished
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -98,7 +98,7 @@ def test_reporting_changes_no_bit_and_can_begin_with_a_resume(folder, tmp_path):
     assert read_back(tmp_path / "later") == wanted(tmp_path / "later")
 
 
-def test_served_runs_and_cells_of_a_comparison_report_too(folder, tmp_path):
+def test_served_runs_and_cells_of_a_comparison_report_to_trackers_too(folder, tmp_path):
     config = config_of(folder, "tensorboard")
     parties = {
         name: prepare_client(config_of(folder), name, tmp_path / name)

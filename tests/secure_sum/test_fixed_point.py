@@ -79,7 +79,7 @@ def test_other_blocks_are_refused_by_name():
 
 
 @pytest.mark.parametrize("n", [3, 10, 100])
-def test_counts_are_summed_to_the_last_one(n):
+def test_counts_are_summed_exactly(n):
     block = count_block("examples", 3, n)
     counts = [np.array([i, 7 * i + 1, largest_integer(n) - i], dtype=np.float64) for i in range(n)]
     total = sum(encode({"examples": c}, [block], n) for c in counts)

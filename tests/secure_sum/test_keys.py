@@ -65,7 +65,7 @@ def test_every_purpose_and_every_context_has_its_own_key():
     assert len(seen) == 7 * len(plans)
 
 
-def test_the_context_counts_beyond_the_plans_hash():
+def test_the_context_affects_keys_beyond_the_plans_hash():
     """Derived by hand: HKDF-SHA256 with the hash as salt and an explicit context."""
     plan = make_plan()
     secret = random_secret()

@@ -57,7 +57,7 @@ def changed(message, **changes):
 # ── the plan ──
 
 
-def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
+def test_a_party_takes_no_part_in_sums_below_its_minimum(tmp_path):
     """A server that names other three of ten each time would learn single values by differences."""
     all_names = names(10)
     me = identity(all_names[0], all_names, least_threshold=7)
@@ -95,7 +95,7 @@ def test_a_plan_that_would_show_single_values_is_refused(tmp_path, changes, patt
     party.answer(encode_message(plan))
 
 
-def test_two_thirds_is_the_rule_and_half_for_who_trusts_the_server(tmp_path):
+def test_the_threshold_is_two_thirds_or_half_if_the_server_is_trusted(tmp_path):
     plan = make_plan(9, threshold=5)
     values = make_values(plan)[ME]
     journal = PartyJournal(tmp_path / "a.json")
@@ -311,7 +311,7 @@ def test_a_restarted_party_opens_no_second_time(tmp_path):
         refuses(party, again, "has opened sum 1 of round 3 already, and opens no sum twice")
 
 
-def test_an_attempt_that_was_given_up_is_opened_by_nobody(tmp_path):
+def test_an_abandoned_attempt_is_opened_by_no_party(tmp_path):
     """The server has all signatures of a first attempt, begins a second, and returns to the first."""
     plan = make_plan(4)
     first, message, *_ = message_at(4, tmp_path, plan)

@@ -50,6 +50,6 @@ def test_decay_counts_the_largest_number_of_all_that_is_trained():
     assert bound(**decayed) == pytest.approx(wanted)
 
 
-def test_where_nothing_is_known_it_must_be_given():
+def test_without_a_known_step_length_the_bound_must_be_given():
     with pytest.raises(ConfigError, match="own:train can change .* set privacy.max-change"):
         bound(function="own:train")

@@ -167,7 +167,7 @@ def test_a_change_is_the_dense_one(facts):
     )  # rank 10 would be more than 12 x 9 numbers, and so is rank 6
 
 
-def test_what_is_not_defined_is_none():
+def test_undefined_values_are_none():
     fresh = adapter(0)
     fresh = replace(
         fresh, modules={m: LowRank(torch.zeros_like(f.B), f.A) for m, f in fresh.modules.items()}

@@ -294,7 +294,7 @@ def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):
         run_federation(Silent(bad), config, tmp_path / "over")
 
 
-def test_a_client_that_divides_its_examples_otherwise_is_warned_of(folder, tmp_path, caplog):
+def test_a_client_with_another_split_gives_a_warning(folder, tmp_path, caplog):
     """It comes back with another seed, and would be scored on what it trained on before; resumed or not."""
     config = tiny_config(folder, federation={"num_rounds": 3})
     clients = make_clients(config, tmp_path)

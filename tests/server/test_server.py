@@ -441,7 +441,7 @@ def test_impossible_evaluations_are_refused_by_name(folder, tmp_path):
     assert row["exactness_error"] < 1e-4 and "probe.effective holds NaN" in row["failures"]["site1"]
 
 
-def test_clients_that_hold_nothing_out_take_part(folder, tmp_path):
+def test_clients_without_held_out_examples_take_part(folder, tmp_path):
     run = start(
         tiny_config(folder, data={"test_fraction": 0.0}, federation={"num_rounds": 1}),
         tmp_path / "run",

@@ -34,7 +34,7 @@ def test_frequent_events_are_written_once_a_second(tmp_path):
     assert read_status(tmp_path).clients["north"].step == 2000
 
 
-def test_the_next_round_forgets_the_last_ones_tasks(tmp_path):
+def test_a_new_round_clears_the_tasks_of_the_previous_one(tmp_path):
     status = StatusWriter(tmp_path, 3)
     status.on_task_sent("north", 10, 60.0)
     status.on_failure("south", "hung up")
@@ -46,7 +46,7 @@ def test_the_next_round_forgets_the_last_ones_tasks(tmp_path):
     assert read.participants == ["north", "south"] and read.clients["north"].down_bytes == 10
 
 
-def test_once_a_task_is_sent_nobody_is_waited_for(tmp_path):
+def test_once_a_task_is_sent_no_client_is_waited_for(tmp_path):
     status = StatusWriter(tmp_path, 3)
     status.on_waiting(["south"], 60.0)
     assert read_status(tmp_path).waiting_for == ["south"]

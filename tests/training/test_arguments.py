@@ -78,7 +78,7 @@ def test_epochs_are_rounded_up_to_whole_steps_in_exact_arithmetic(
         (64, 1e-9, {"train_sampling_strategy": "group_by_length"}),
     ],
 )
-def test_the_trainer_makes_as_many_steps_and_sees_as_many_tokens(
+def test_the_trainer_takes_the_planned_steps_and_tokens(
     folder, count, batch_size, epochs, arguments
 ):
     tokens = tokens_of(folder, count)

@@ -76,7 +76,7 @@ def moved(hyperparameters, gradients, start=0.7, *, keep_last=None):
         {"optim": "rmsprop"},
     ],
 )
-def test_no_gradients_take_a_number_beyond_the_bound(num_steps, arguments):
+def test_no_gradients_move_a_value_beyond_the_bound(num_steps, arguments):
     hyperparameters = training(**arguments)
     bound = largest_change(
         hyperparameters, num_steps, largest_number=0.7, largest_tensor=1, steps_before=0
@@ -89,7 +89,7 @@ def test_no_gradients_take_a_number_beyond_the_bound(num_steps, arguments):
     assert bound / 4 < max(reached) <= bound
 
 
-def test_moments_of_earlier_rounds_take_a_number_further():
+def test_moments_of_earlier_rounds_move_a_value_further():
     hyperparameters = training()
     bound = largest_change(
         hyperparameters, 5, largest_number=10.0, largest_tensor=1, steps_before=1000
@@ -100,7 +100,7 @@ def test_moments_of_earlier_rounds_take_a_number_further():
     assert 3 * fresh < reached <= bound
 
 
-def test_adafactor_can_put_its_whole_step_into_one_number():
+def test_adafactor_can_put_its_entire_step_into_one_value():
     one = largest_change(training(optim="adafactor"), 3, largest_number=1.0, largest_tensor=100)
     assert one == pytest.approx(1.01 * 0.1 * 3 * 10)
 
@@ -134,7 +134,7 @@ def test_of_some_optimizers_no_bound_is_known(arguments):
 
 @pytest.mark.parametrize("step", [1, 20, 3000])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.9)])
-def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step, betas):
+def test_no_initial_moments_move_a_value_beyond_the_bound(step, betas):
     """Whatever they are: those of no gradients, too, as means over clients in other coordinates are."""
     draw = torch.Generator().manual_seed(step)
     first = torch.randn(4, 3, generator=draw).exp() * torch.randn(4, 3, generator=draw)

@@ -224,7 +224,7 @@ def test_grouping_by_length_is_a_function_of_the_seed(folder):
     assert same_bits(results[0][0], results[1][0]) and not same_bits(results[0][0], results[2][0])
 
 
-def test_learning_rate_is_constant_unless_asked_otherwise(folder, monkeypatch):
+def test_learning_rate_is_constant_by_default(folder, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
 

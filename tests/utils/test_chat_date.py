@@ -111,7 +111,7 @@ def test_a_configured_date_is_shown(name, shown):
     assert shown in tokenizer.decode(ids_of(tokenizer))
 
 
-def test_a_template_is_given_only_what_it_asks_for():
+def test_a_template_gets_only_the_variables_it_uses():
     tokenizer = tiny_tokenizer()
     set_chat_date(tokenizer, "2030-02-01")
     assert date_arguments(tokenizer) == {}

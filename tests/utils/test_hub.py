@@ -46,7 +46,7 @@ def test_a_text_is_a_name_or_a_path(text, expected):
         assert str(expected) == text
 
 
-def test_what_is_on_this_machine_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
+def test_an_existing_directory_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("org/model", "org/model@v1"):
         assert parse_hub_name(name) is not None
@@ -58,7 +58,7 @@ def test_what_is_on_this_machine_is_a_path_whatever_it_looks_like(tmp_path, monk
     assert split_revision("/somewhere/model@v1") == ("/somewhere/model@v1", None)
 
 
-def test_only_what_was_asked_for_is_downloaded_of_the_revision_named(hub):
+def test_only_requested_files_of_the_named_revision_are_downloaded(hub):
     repository = hub.add("org/model", FILES)
     first = repository.refs["main"]
     repository.refs["v1"] = first
@@ -109,7 +109,7 @@ def test_errors_of_the_hub_are_reported_by_name(hub, monkeypatch):
         get(HubName("org/model"))
 
 
-def test_without_a_network_the_cache_serves_and_what_it_lacks_is_named(hub, monkeypatch):
+def test_without_a_network_the_cache_is_used_and_missing_files_are_named(hub, monkeypatch):
     from huggingface_hub import constants
 
     hub.add("org/model", FILES)

@@ -98,7 +98,7 @@ def test_a_login_in_the_clients_own_file_counts(hub, monkeypatch):
     assert choose_destination("model", is_public=False).repository == "alice/model"
 
 
-def test_a_model_that_was_there_is_replaced_and_other_files_stay(hub, export):
+def test_an_existing_model_is_replaced_and_other_files_stay(hub, export):
     others = {"LICENSE": b"MIT", "images/plot.png": b"png", "eval.json": b"{}"}
     model = {
         "config.json": b"{}",
@@ -156,7 +156,7 @@ def test_a_failure_keeps_the_export_and_says_how_to_retry(hub, export, method, p
     assert hub.repositories["alice/model"].files == {"config.json": b"{}"}
 
 
-def test_a_repository_that_is_public_by_now_gets_nothing(hub, export):
+def test_a_repository_that_became_public_gets_nothing(hub, export):
     destination = choose_destination("alice/model", is_public=False)
     hub.add("alice/model", {"a": b""})
     with pytest.raises(HubError, match=r"nothing was uploaded: .* is public.* is complete in") as e:

@@ -87,7 +87,7 @@ def test_a_plain_name_is_its_own_directory_and_no_other_name_is_plain():
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_any_name_that_can_be_shown_is_taken(name):
+def test_any_printable_name_is_accepted(name):
     check_client_name(name, "here")
     data = {"client-files": {name: "x.jsonl"}}
     assert list(
@@ -97,7 +97,7 @@ def test_any_name_that_can_be_shown_is_taken(name):
 
 
 @pytest.mark.parametrize("name", [*REFUSED, 5, None])
-def test_other_names_are_refused_by_the_place_they_stand_in(name):
+def test_invalid_names_are_refused_with_their_place(name):
     for table in (
         {"data": {"client-files": {name: "x.jsonl"}}},
         {"lora": {"clients": {name: {"rank": 2}}}},

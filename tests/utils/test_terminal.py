@@ -26,7 +26,7 @@ def console():
     )
 
 
-def test_the_command_lines_consoles_are_safe_ones():
+def test_the_consoles_of_the_command_line_are_safe():
     assert isinstance(OUT, SafeConsole) and isinstance(ERR, SafeConsole)
 
 
@@ -79,7 +79,7 @@ def test_a_traceback_is_cut_line_by_line():
     assert max(map(len, lines)) <= MAX_LINE and "\x1b" not in stream.getvalue()
 
 
-def test_a_megabyte_takes_no_time_to_show(console):
+def test_a_megabyte_is_shown_quickly(console):
     """Rich's highlighter would take minutes, in which no other thread runs."""
     handler = log_handler(console)
     started = time.perf_counter()
