@@ -34,8 +34,8 @@ REPLY = Reply(
 
 def test_round_trips_and_canonical_bytes():
     assert decode_task(encode_task(TASK)) == TASK
-    again = decode_reply(encode_reply(REPLY), TASK, 10**6)
-    assert again.answer == REPLY.answer and torch.equal(again.tensors["t"], REPLY.tensors["t"])
+    decoded = decode_reply(encode_reply(REPLY), TASK, 10**6)
+    assert decoded.answer == REPLY.answer and torch.equal(decoded.tensors["t"], REPLY.tensors["t"])
     assert (
         len({encode_task(TASK) for _ in range(20)})
         == len({encode_reply(REPLY) for _ in range(20)})

@@ -231,8 +231,8 @@ def test_merging_every_third_round_keeps_the_residual_outside_the_sums():
 def test_a_carried_residual_is_never_merged_and_competes_again():
     for _, updates, weights, carried, result in rounds_of(FedMomentum(residual="carried")):
         assert result.residual.rank == 0
-        whole = dense_sum(updates, weights) + parts(carried)
-        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        total = dense_sum(updates, weights) + parts(carried)
+        U, S, Vh = torch.linalg.svd(total, full_matrices=False)
         assert error(result.adapter.dense(), (U[:, :4] * S[:4]) @ Vh[:4]) < 1e-10
 
 

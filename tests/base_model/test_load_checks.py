@@ -306,16 +306,16 @@ def test_a_live_weight_that_is_not_the_stored_one_is_refused_by_name(base):
 
 def test_an_identity_is_recomputed_where_the_cache_is_damaged_or_stale(base, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDMOMENTUM_CACHE", str(tmp_path / "cache"))
-    whole = identify("x", base)
+    identity = identify("x", base)
     (cached,) = (tmp_path / "cache" / "identities").iterdir()
     for damage in (b"", b"{}", b"\xff", b'{"sha256": 3}', b'{"sha256": "abc"}'):
         cached.write_bytes(damage)
-        assert identify("x", base) == whole
+        assert identify("x", base) == identity
     file = base / "model.safetensors"
     status = file.stat()
     change_tensors(base, lambda tensors: tensors[WEIGHT].zero_())
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same size and time
-    assert file.stat().st_size == status.st_size and identify("x", base).sha256 != whole.sha256
+    assert file.stat().st_size == status.st_size and identify("x", base).sha256 != identity.sha256
 
 
 # ── remote code ──

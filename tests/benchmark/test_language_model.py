@@ -57,9 +57,9 @@ def test_choices_are_scored_as_transformers_does_directly(tmp_path, loaded):
 
 def test_the_limit_takes_the_first_examples_and_batches_change_nothing(tmp_path, loaded):
     data = read_task(write_choices(tmp_path), "choices")
-    whole = asked(loaded, batch_size=32).score(make_task(data)).scores
+    full = asked(loaded, batch_size=32).score(make_task(data)).scores
     part = asked(loaded, batch_size=1, limit=4).score(make_task(data)).scores
-    assert [score.correct[:4] for score in whole] == [score.correct for score in part]
+    assert [score.correct[:4] for score in full] == [score.correct for score in part]
 
 
 @pytest.mark.parametrize(

@@ -138,26 +138,26 @@ def test_scores_are_those_of_the_models_one_by_one_and_need_no_network(run, task
 
 
 def test_a_global_model_and_a_plain_model_are_benchmarked_too(run, tasks):
-    whole = run_benchmarks(Subject(run), Benchmarks(("choices",), tasks))[0]
+    result = run_benchmarks(Subject(run), Benchmarks(("choices",), tasks))[0]
     GlobalModel.load(run).save(tasks / "model")
     single = run_benchmarks(Subject(tasks / "model"), Benchmarks(("choices",), tasks))[0]
-    assert single.federated[0].round is None and whole.federated[0].round == 3
-    assert single.federated[0].scores == whole.federated[0].scores
-    assert single.base.scores == whole.base.scores
+    assert single.federated[0].round is None and result.federated[0].round == 3
+    assert single.federated[0].scores == result.federated[0].scores
+    assert single.base.scores == result.base.scores
     # a plain model alone: the base, and the merged export
     plain = run_benchmarks(
         Subject(run.parent / "base"),
         Benchmarks(("choices",), tasks),
         LoadSettings(dtype="float32"),
     )[0]
-    assert plain.base.scores == whole.base.scores and plain.federated == []
+    assert plain.base.scores == result.base.scores and plain.federated == []
     export_merged(open_result(run).model, tasks / "merged", base_directory=run.parent / "base")
     merged = run_benchmarks(
         Subject(tasks / "merged"),
         Benchmarks(("choices",), tasks),
         LoadSettings(dtype="float32"),
     )[0]
-    assert merged.base.scores == whole.federated[0].scores
+    assert merged.base.scores == result.federated[0].scores
 
 
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, monkeypatch):

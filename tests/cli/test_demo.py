@@ -14,10 +14,10 @@ from fedmomentum.utils import installer
 @pytest.fixture
 def calls(monkeypatch):
     """What is installed and run, instead of doing it."""
-    made = []
-    monkeypatch.setattr(demo, "install", lambda arguments: made.append(("install", *arguments)))
-    monkeypatch.setattr(demo, "run", lambda config, out: made.append(("run", config, out)))
-    return made
+    recorded = []
+    monkeypatch.setattr(demo, "install", lambda arguments: recorded.append(("install", *arguments)))
+    monkeypatch.setattr(demo, "run", lambda config, out: recorded.append(("run", config, out)))
+    return recorded
 
 
 @pytest.fixture

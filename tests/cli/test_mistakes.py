@@ -296,9 +296,9 @@ def test_printed_commands_can_be_pasted(job, tmp_path, call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedmomentum.server.server.Server._train", stop)
-    again = ["run", str(out / "config.toml"), "--out", str(out), "--resume"]
-    code, _, err = call(*again, "federation.num-rounds=2")
-    assert code == 130 and commands_in(err) == [again]
+    resume = ["run", str(out / "config.toml"), "--out", str(out), "--resume"]
+    code, _, err = call(*resume, "federation.num-rounds=2")
+    assert code == 130 and commands_in(err) == [resume]
 
 
 def test_the_next_steps_of_a_run_with_a_model_for_each_client_name_one(folder, tmp_path, call):

@@ -41,15 +41,15 @@ def test_toml_round_trips(tmp_path):
             "lora": {"target-modules": ["q_proj", "v_proj"]},
         }
     )
-    again = load_config(write(tmp_path, to_toml(config)))
-    assert again == config and changed_keys(again, config) == []
+    reloaded = load_config(write(tmp_path, to_toml(config)))
+    assert reloaded == config and changed_keys(reloaded, config) == []
 
 
 @given(st.text(max_size=30))
 def test_any_text_round_trips(tmp_path_factory, text):
     config = from_dict({"data": {"source": text or "x", "client-column": text}})
-    again = load_config(write(tmp_path_factory.mktemp("t"), to_toml(config)))
-    assert again.data.client_column == text
+    reloaded = load_config(write(tmp_path_factory.mktemp("t"), to_toml(config)))
+    assert reloaded.data.client_column == text
 
 
 def test_overrides(tmp_path):

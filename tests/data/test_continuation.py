@@ -175,8 +175,8 @@ def test_a_tokenizer_that_strips_blanks_reads_as_it_would_read_the_full_text(
     ids, num_prompt = ids_of(tokenizer, prompt, completion)
     assert ids[:num_prompt] == prompt_token_ids(prompt, tokenizer)
     assert tokenizer.unk_token_id not in ids and ids.count(tokenizer.eos_token_id) == 1
-    whole = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
-    assert read(tokenizer, ids) == read(tokenizer, whole)
+    full_ids = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    assert read(tokenizer, ids) == read(tokenizer, full_ids)
 
 
 def test_a_word_continues_where_the_prompt_ends_inside_it():

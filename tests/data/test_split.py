@@ -38,13 +38,13 @@ def test_examples_that_were_held_out_and_are_trained_on_are_counted(tmp_path):
     )
     assert text is not None and "3 of 5 that were held out are trained on now" in text
     assert "run.seed was 0 and is 1" in text and f"remove {tmp_path / FILE}" in text
-    again = compare_split(
+    text = compare_split(
         tmp_path, "run", examples(*range(20), 104), TEST, seed=0
     )  # what the run began with counts
     assert (
-        again is not None
-        and "1 of 5 that were held out are trained on now" in again
-        and "run.seed" not in again
+        text is not None
+        and "1 of 5 that were held out are trained on now" in text
+        and "run.seed" not in text
     )
 
 

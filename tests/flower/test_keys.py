@@ -262,19 +262,19 @@ def test_bad_files_among_the_nodes_are_reported_once_and_the_others_continue(tmp
     """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a dangling link."""
     keys = make_keys(tmp_path, "north", "south")
     nodes = keys / "nodes"
-    whole = (nodes / "north.pub").read_bytes()
+    key = (nodes / "north.pub").read_bytes()
 
     def write_bad_files():
-        (nodes / "half.pub").write_bytes(whole[: len(whole) // 2])
+        (nodes / "half.pub").write_bytes(key[: len(key) // 2])
         (nodes / "text.pub").write_text("hello\x1b[2J")
         (nodes / "empty.pub").touch()
         (nodes / "directory.pub").mkdir()
         os.mkfifo(nodes / "pipe.pub")
-        (nodes / "huge.pub").write_bytes(whole + b" " * 20_000_000)
+        (nodes / "huge.pub").write_bytes(key + b" " * 20_000_000)
         (nodes / "nowhere.pub").symlink_to(tmp_path / "nothing")
-        (nodes / "north copy.pub").write_bytes(whole)
-        (nodes / "-x.pub").write_bytes(whole)
-        (nodes / "zwilling.pub").write_bytes(whole)
+        (nodes / "north copy.pub").write_bytes(key)
+        (nodes / "-x.pub").write_bytes(key)
+        (nodes / "zwilling.pub").write_bytes(key)
         (nodes / "readme.txt").write_text("not looked at")
 
     with caplog.at_level(logging.WARNING, "fedmomentum"), running(keys) as link:

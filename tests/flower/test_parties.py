@@ -121,5 +121,5 @@ def test_the_command_prints_what_people_compare(folder, tmp_path):
     fingerprint = spoken_fingerprint(Roster.read(tmp_path / "r.pub"))
     assert f"Fingerprint: {fingerprint}" in result.output
     # of an existing file, to read it to someone
-    again = CliRunner().invoke(app, ["keys", "roster", str(tmp_path / "r.pub")])
-    assert fingerprint in again.output and "The roster is in" not in again.output
+    second_call = CliRunner().invoke(app, ["keys", "roster", str(tmp_path / "r.pub")])
+    assert fingerprint in second_call.output and "The roster is in" not in second_call.output

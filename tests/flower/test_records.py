@@ -314,9 +314,9 @@ def test_what_is_not_among_the_objects_is_refused():
 def test_random_changes_are_refused_or_harmless():
     """A thousand flipped, cut and doubled pieces: PayloadError or protobuf's own error, never anything else."""
     generator, message = random.Random(7), ours()
-    whole, refused = objects_of(message), 0
+    valid_objects, refused = objects_of(message), 0
     for _ in range(1000):
-        objects = dict(whole)
+        objects = dict(valid_objects)
         name = generator.choice(sorted(objects))
         content = bytearray(objects[name])
         at = generator.randrange(len(content))

@@ -295,17 +295,17 @@ def small_adapter(shapes, *, seed: int, rank: int = 2) -> Adapter:
 
 
 def test_mutated_global_models(tmp_path):
-    whole, other = tmp_path / "whole", tmp_path / "other"
-    global_model_of(0).save(whole)
+    model_folder, other = tmp_path / "whole", tmp_path / "other"
+    global_model_of(0).save(model_folder)
     global_model_of(1).save(other)
     tried = Tried(
         {"load": result_of("last"), "inspect": lambda folder: shown(summarize(folder))},
-        whole,
+        model_folder,
     )
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
         folder = tmp_path / f"model{trial}"
-        copy_by_links(whole, folder)
+        copy_by_links(model_folder, folder)
         change = mutate_directory(folder, draw, others=other)
         tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
@@ -321,11 +321,11 @@ def test_mutated_comparisons(runs, tmp_path):
     from fedmomentum.utils.io import write_json
     from fedmomentum.utils.records import with_checksum
 
-    whole = tmp_path / "whole"
-    whole.mkdir()
+    comparison_folder = tmp_path / "whole"
+    comparison_folder.mkdir()
     cells = []
     for seed, (_, out) in enumerate(runs):
-        copy_by_links(out, whole / f"seed-{seed}")
+        copy_by_links(out, comparison_folder / f"seed-{seed}")
         cells.append(
             {
                 "method": "fedmomentum",
@@ -343,7 +343,7 @@ def test_mutated_comparisons(runs, tmp_path):
         "cells": cells,
         "summary": [],
     }
-    write_json(whole / "comparison.json", with_checksum(table))
+    write_json(comparison_folder / "comparison.json", with_checksum(table))
 
     def reader(folder):
         comparison = read_comparison(folder)
@@ -352,11 +352,11 @@ def test_mutated_comparisons(runs, tmp_path):
             for cell in comparison.method_runs
         ]
 
-    tried = Tried({"report": reader}, whole)
+    tried = Tried({"report": reader}, comparison_folder)
     for trial in range(NUM_TRIALS // 5):
         draw = random.Random(trial)
         folder = tmp_path / "comparison"
-        copy_by_links(whole, folder)
+        copy_by_links(comparison_folder, folder)
         change = "comparison.json: " + mutate_file(folder / "comparison.json", draw)
         tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
@@ -443,16 +443,16 @@ def test_mutated_adapters(tmp_path):
     So a mutation that is accepted is compared to an independent reading of what the mutated files
     say.
     """
-    whole, other = tmp_path / "whole", tmp_path / "other"
-    write_peft(whole, 0)
+    adapter_folder, other = tmp_path / "whole", tmp_path / "other"
+    write_peft(adapter_folder, 0)
     write_peft(other, 1)
     companion = read_adapter(other)
     counts = {"refused": 0, "taken": 0, "the same": 0}
-    wanted = read_adapter(whole).digest()
+    wanted = read_adapter(adapter_folder).digest()
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
         folder = tmp_path / f"adapter{trial}"
-        copy_by_links(whole, folder)
+        copy_by_links(adapter_folder, folder)
         if draw.random() < 0.15:
             change = odd_pattern(folder, draw)
         else:

@@ -694,8 +694,8 @@ def test_tampering_never_gives_another_base(folder, undisturbed, tmp_path, what)
         {**row, "downlink_bytes": None, "uplink_bytes": None} for row in timeless(tmp_path / "run")
     ]
     assert rows == wanted
-    again = [task for task in more if (task.client_id, task.server_round) in altered]
-    assert len(again) == 2 * len(altered)  # each was asked again, with the snapshot
+    repeated = [task for task in more if (task.client_id, task.server_round) in altered]
+    assert len(repeated) == 2 * len(altered)  # each was asked again, with the snapshot
     assert {file.name for file in (tmp_path / "site0").rglob("*.safetensors")} == {
         file.name for file in (uninterrupted / "site0").rglob("*.safetensors")
     }

@@ -226,12 +226,12 @@ def test_a_file_is_what_was_saved_whatever_the_form_of_the_feedback(tmp_path):
     for feedback in (None, random_matrix(6, 5, 2, seed=1), torch.ones(6, 5).double()):
         state = make_state(feedback)
         (tmp_path / "file").write_bytes(state.encode())
-        again = CrossTerms.read(tmp_path / "file")
-        assert (again.client, again.run_id, again.server_round) == ("north", "run", 4)
-        assert (again.num_examples, again.feedback_limits) == (9, {"q": 2.5})
-        assert type(again.moves["q"].feedback) is type(feedback)
-        assert again.encode() == state.encode()
-        kept = again.settled(None, in_second_sum=False)
+        loaded = CrossTerms.read(tmp_path / "file")
+        assert (loaded.client, loaded.run_id, loaded.server_round) == ("north", "run", 4)
+        assert (loaded.num_examples, loaded.feedback_limits) == (9, {"q": 2.5})
+        assert type(loaded.moves["q"].feedback) is type(feedback)
+        assert loaded.encode() == state.encode()
+        kept = loaded.settled(None, in_second_sum=False)
         assert kept.keys() == ({"q"} if feedback is not None else set())
         assert CrossTerms.read_client(tmp_path / "file") == "north"
 

@@ -45,8 +45,10 @@ def make_base(kind, folder, tied):
             weight if tied else torch.nn.Parameter(weight.detach() * 0.5)
         )
         model.save_pretrained(folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert (
+        reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
+    ) == tied
     return folder
 
 
@@ -227,9 +229,9 @@ def test_on_a_16_bit_base_saved_modules_count_in_float32(tmp_path, saved):
             assert held.dtype == torch.float32 and torch.equal(held, tensor)
         answers = live(input_ids=IDS).logits
         assert answers.dtype == torch.bfloat16 and distance(answers.float(), wanted) < 0.05
-    again = logits(live)
+    merged_logits = logits(live)
     assert {p.dtype for n, p in live.named_parameters() if "q_proj" not in n} == {torch.bfloat16}
-    assert distance(again, before) < 0.01
+    assert distance(merged_logits, before) < 0.01
 
 
 # ── added tokens ──

@@ -95,10 +95,10 @@ def test_one_adapter_holds_the_full_model():
 def test_save_and_load_keep_every_bit(tmp_path):
     model, _ = after_rounds(3, method=FedMomentum(energy=0.8))
     model.save(tmp_path)
-    again = GlobalModel.load(tmp_path)
-    assert again.version == model.version and again.adapter_objects == model.adapter_objects
-    assert again.objects() == model.objects() and again.manifest() == model.manifest()
-    assert again.carried.keys() == model.carried.keys() != set()
+    loaded = GlobalModel.load(tmp_path)
+    assert loaded.version == model.version and loaded.adapter_objects == model.adapter_objects
+    assert loaded.objects() == model.objects() and loaded.manifest() == model.manifest()
+    assert loaded.carried.keys() == model.carried.keys() != set()
     assert not any(file.suffix in (".bin", ".pt", ".pkl") for file in tmp_path.rglob("*"))
     assert not (
         tmp_path / "adapter_config.json"

@@ -71,9 +71,12 @@ def test_svd_is_exact_for_ill_conditioned_factors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_and_single_precision_are_read_and_float32_is_returned(dtype):
     matrix = random_matrix(30, 20, 4, dtype=dtype)
-    again = matrix.recompress()
-    assert again.dtype == torch.float32 and again.rank == 4
-    assert error(again.dense(), matrix.B.double() @ matrix.A.double()) < TOLERANCE[torch.float32]
+    recompressed = matrix.recompress()
+    assert recompressed.dtype == torch.float32 and recompressed.rank == 4
+    assert (
+        error(recompressed.dense(), matrix.B.double() @ matrix.A.double())
+        < TOLERANCE[torch.float32]
+    )
 
 
 def test_norm_of_a_tiny_difference_survives():
@@ -126,8 +129,8 @@ def test_randomised_svd_with_the_published_width_finds_the_sum():
     total = weighted_sum(clients(), some_weights(3))
     U, S, Vh = randomized_svd(total, total.rank, generator(0))
     assert error((U * S) @ Vh, total.dense()) < 1e-5
-    again = randomized_svd(total, total.rank, generator(0))
-    assert torch.equal(again[1], S)
+    repeated = randomized_svd(total, total.rank, generator(0))
+    assert torch.equal(repeated[1], S)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -170,5 +173,5 @@ def test_errors_name_the_value_received():
 def test_repr_shows_the_form_and_pickling_works():
     matrix = random_matrix(5, 4, 2, dtype=torch.float32)
     assert repr(matrix) == "LowRank(5x4, rank 2, float32)"
-    again = pickle.loads(pickle.dumps(matrix))
-    assert torch.equal(again.B, matrix.B) and torch.equal(again.A, matrix.A)
+    unpickled = pickle.loads(pickle.dumps(matrix))
+    assert torch.equal(unpickled.B, matrix.B) and torch.equal(unpickled.A, matrix.A)

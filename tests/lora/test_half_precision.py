@@ -54,8 +54,10 @@ def test_narrowing_keeps_eleven_bits_whatever_the_size_and_is_stable(power, seed
     digits = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     error = (got[NAME] - tensor).abs()
     assert bool((error <= digits * tensor.abs() + 2.0**-25 * tensor.abs().max()).all())
-    again = encode_factors(got, dtype)
-    assert again.keys() == sent.keys() and all(torch.equal(again[key], sent[key]) for key in sent)
+    encoded_again = encode_factors(got, dtype)
+    assert encoded_again.keys() == sent.keys() and all(
+        torch.equal(encoded_again[key], sent[key]) for key in sent
+    )
 
 
 @pytest.mark.parametrize("largest", [65520.0, 32767.99, 32768.0, 1.9999999, 2.0**-140, 0.0])

@@ -134,10 +134,10 @@ def test_aggregation_gives_the_exact_mean_of_two_folders_of_unequal_ranks(base, 
     assert {matrix.rank for matrix in result.adapter.modules.values()} == {4}
     changes = [merged_changes(base, folder) for folder in (first, second)]
     expected = {path: 0.75 * changes[0][path] + 0.25 * changes[1][path] for path in changes[0]}
-    whole = dict(result.adapter.modules)
+    modules = dict(result.adapter.modules)
     for name, matrix in result.residual.items():
-        whole[name] = whole[name].concatenate(matrix.scaled(1 / result.adapter.scalings[name]))
-    total = replace(result.adapter, modules=whole)
+        modules[name] = modules[name].concatenate(matrix.scaled(1 / result.adapter.scalings[name]))
+    total = replace(result.adapter, modules=modules)
     found = as_changes(total, is_transposed="gpt-oss" in str(base))
     for path, change in found.items():
         assert float((change - expected[path]).norm()) <= 1e-10 * float(expected[path].norm()), path

@@ -191,12 +191,13 @@ def test_removing_an_adapter_restores_the_base(tmp_path):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 1
-    again = detach_adapter(model)
+    detached = detach_adapter(model)
     stock = AutoModelForCausalLM.from_pretrained(base)
-    assert not any(isinstance(module, ModulesToSaveWrapper) for module in again.modules())
-    assert again.lm_head.weight is again.transformer.wte.weight
+    assert not any(isinstance(module, ModulesToSaveWrapper) for module in detached.modules())
+    assert detached.lm_head.weight is detached.transformer.wte.weight
     assert all(
-        torch.equal(tensor, stock.state_dict()[name]) for name, tensor in again.state_dict().items()
+        torch.equal(tensor, stock.state_dict()[name])
+        for name, tensor in detached.state_dict().items()
     )
 
 

@@ -57,12 +57,12 @@ def test_clients_that_need_attention_come_first_and_deadlines_are_shown(tmp_path
     )
     assert answered[2] == "answered" and answered[5:7] == ["1\xa0MB", "2\xa0MB"]
     state = Elements(found["state"]).text
-    due = read_status(tmp_path).clients["south"].until
+    deadline = read_status(tmp_path).clients["south"].until
     assert (
         "Round 4 of 10: training" in state
         and "1 of 4 clients have answered, 1 failed" in re.sub(r"\s+", " ", state)
     )
-    assert f"answers are due by {clock(due)}" in state and "3 of 4 connected" in state
+    assert f"answers are due by {clock(deadline)}" in state and "3 of 4 connected" in state
     assert "1 failed, 1 late, 1 training, 1 done" in state
     assert (
         cells(found["recent"])[1][:2] == ["3", "4 of 4"]
@@ -292,8 +292,8 @@ def test_files_that_cannot_be_read_momentarily_keep_their_last_content(tmp_path,
     write_running(tmp_path)
     page = LivePage(tmp_path, "server.log")
     before = page.update().parts
-    whole = {name: (tmp_path / name).read_bytes() for name in (STATUS_FILE, "metrics.jsonl")}
-    for name, content in whole.items():
+    contents = {name: (tmp_path / name).read_bytes() for name in (STATUS_FILE, "metrics.jsonl")}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content[: len(content) // 2] + b"\n")
     after = page.update().parts
     assert (

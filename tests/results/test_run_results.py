@@ -127,12 +127,12 @@ def test_no_row_yet(folder, content):
 
 
 def test_round_written_again_counts_once(folder):
-    again = row(1, CLIENTS, CATEGORIES, seed=5)
+    rewritten = row(1, CLIENTS, CATEGORIES, seed=5)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(again) + "\n")
+        file.write(json.dumps(rewritten) + "\n")
     rounds = RunResults.load(folder).rounds
     assert [one.round for one in rounds] == [0, 1, 2]
-    assert [rounds[1]] == records([again]) != records([row(1, CLIENTS, CATEGORIES)])
+    assert [rounds[1]] == records([rewritten]) != records([row(1, CLIENTS, CATEGORIES)])
 
 
 def test_names_lose_what_cannot_be_printed(folder):

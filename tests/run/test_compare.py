@@ -377,8 +377,8 @@ def test_a_comparison_is_read_back_as_it_was_written(done):
     assert planned_run.by_client["site1"][1] == alone[1]["by_category"]["site1"]["loss"]
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert len(rows) == 10 and float(rows[0]["loss"]) == comparison.method_runs[0].loss
-    again = read_comparison(out)
-    assert again.method_runs == comparison.method_runs
+    reloaded = read_comparison(out)
+    assert reloaded.method_runs == comparison.method_runs
     assert load_config(out / "config.toml") == config
 
 

@@ -105,8 +105,8 @@ def test_a_runs_directory_alone_says_what_is_missing_and_takes_it_from_options(
 ):
     out = tmp_path / "alone"
     shutil.move(project / "runs" / "job", out)
-    again = ["run", out / "config.toml", "--out", out, "--resume"]
-    code, _, err = call(*again)
+    command = ["run", out / "config.toml", "--out", out, "--resume"]
+    code, _, err = call(*command)
     assert (
         code == 2
         and "client north: there is no" in err
@@ -119,9 +119,9 @@ def test_a_runs_directory_alone_says_what_is_missing_and_takes_it_from_options(
         "--data",
         f"a/b.c=d={project / 'site1.jsonl'}",
     ]
-    code, _, err = call(*again, *data)
+    code, _, err = call(*command, *data)
     assert code == 2 and "If the base model is somewhere else now, give --base DIR" in err
-    code, _, err = call(*again, *data, "--base", project / "base")
+    code, _, err = call(*command, *data, "--base", project / "base")
     assert code == 0, err
     assert len(timeless(out)) == 3
     code, printed, err = call("evaluate", out)
@@ -224,16 +224,16 @@ def test_nothing_is_deleted_for_an_older_round_before_everything_is_checked(proj
     file = project / "site0.jsonl"
     rows = file.read_text()
     file.write_text("\n".join(rows.splitlines()[1:]) + "\n")
-    again = ["run", project / "job.toml", "--out", out, "--resume", "--round", "0"]
-    code, _, err = call(*again)
+    command = ["run", project / "job.toml", "--out", out, "--resume", "--round", "0"]
+    code, _, err = call(*command)
     assert code == 2 and "made with other data" in err
     assert {file: file.read_bytes() for file in before} == before
     file.write_text(rows)
     code, _, err = call("run", project / "job.toml", "--out", out, "--round", "0")
     assert code == 2 and "--round needs --resume" in err
-    code, _, err = call(*again[:-1], "7")
+    code, _, err = call(*command[:-1], "7")
     assert code == 2 and "keeps the rounds [0, 1]" in err
-    code, _, err = call(*again)
+    code, _, err = call(*command)
     assert code == 0 and len(timeless(out)) == 3, err
 
 

@@ -93,14 +93,16 @@ def test_a_secure_run_is_the_run_without(tmp_path, kind, method):
     secure = start(config, tmp_path / "secure", function=None)
 
     # Adapter, what is merged, and tensors that are trained in full, to the sums' rounding.
-    ours, theirs = dense_model(secure.model), dense_model(plain.model)
-    if all(float(matrix.norm()) == 0 for matrix in theirs.values()):
+    ours, plain_tensors = dense_model(secure.model), dense_model(plain.model)
+    if all(float(matrix.norm()) == 0 for matrix in plain_tensors.values()):
         # B stays with the clients; what they share is A.
         ours = {name: t.double() for name, t in to_tensors(secure.model.adapter).items()}
-        theirs = {name: t.double() for name, t in to_tensors(plain.model.adapter).items()}
-        theirs = {name: tensor for name, tensor in theirs.items() if ".lora_B" not in name}
+        plain_tensors = {name: t.double() for name, t in to_tensors(plain.model.adapter).items()}
+        plain_tensors = {
+            name: tensor for name, tensor in plain_tensors.items() if ".lora_B" not in name
+        }
     # Moments travel in bfloat16: a sum's rounding can make another number of a last digit.
-    assert distance(ours, theirs) < (1e-3 if kind == "moments" else 2e-5)
+    assert distance(ours, plain_tensors) < (1e-3 if kind == "moments" else 2e-5)
     saved = plain.model.adapter.saved
     assert bool(saved) == (kind in ("classification", "found-labels", "saved"))
     for name, tensor in saved.items():
@@ -146,8 +148,8 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_
 
     with pytest.raises(Stop):
         start(config, tmp_path / "parts", function=None, observer=stop)
-    again = start(config, tmp_path / "parts", function=None, resume=True)
-    assert again.model.manifest() == uninterrupted.model.manifest()
+    resumed_run = start(config, tmp_path / "parts", function=None, resume=True)
+    assert resumed_run.model.manifest() == uninterrupted.model.manifest()
     for one, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
         assert one.evaluation == other.evaluation
 

@@ -189,10 +189,10 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
     party, message, server, _ = message_at(2, tmp_path)
     shares = message.shares
     flipped = shares[0].data[:-1] + bytes([shares[0].data[-1] ^ 1])
-    theirs = decode_message(server.messages()["party 02"], Inbox, "x").shares
+    other_shares = decode_message(server.messages()["party 02"], Inbox, "x").shares
     for data, pattern in (
         (flipped, "what party 00 sealed for this party was altered"),
-        (theirs[0].data, "what party 00 sealed"),  # of party 00, for party 02
+        (other_shares[0].data, "what party 00 sealed"),  # of party 00, for party 02
         (shares[1].data, "what party 00 sealed"),  # of party 02
     ):
         wrong = SealedShares(party="party 00", data=data)
@@ -292,9 +292,9 @@ def test_every_attempt_has_new_secrets(tmp_path):
     values = make_values(plan)
     seen = set()
     for number, attempt in ((1, 1), (1, 2), (2, 1)):
-        again = changed(plan, number=number, attempt=attempt)
-        for party in make_parties(again, values, tmp_path).values():
-            keys = party.answer(encode_message(again))
+        repeated_plan = changed(plan, number=number, attempt=attempt)
+        for party in make_parties(repeated_plan, values, tmp_path).values():
+            keys = party.answer(encode_message(repeated_plan))
             secrets = party._secrets
             seen |= {secrets.mask_key, secrets.seed, secrets.channel_key, keys}
     assert len(seen) == 4 * 3 * 4
@@ -305,23 +305,23 @@ def test_a_restarted_party_opens_no_second_time(tmp_path):
     plan = make_plan(4)
     values = make_values(plan)
     run_sum(SumServer(plan, roster(plan.parties)), make_parties(plan, values, tmp_path))
-    again = changed(plan, attempt=2, parties=names(3), threshold=3)
-    restarted = make_parties(again, {p: values[p] for p in names(3)}, tmp_path)
+    second_plan = changed(plan, attempt=2, parties=names(3), threshold=3)
+    restarted = make_parties(second_plan, {p: values[p] for p in names(3)}, tmp_path)
     for party in restarted.values():
-        refuses(party, again, "has opened sum 1 of round 3 already, and opens no sum twice")
+        refuses(party, second_plan, "has opened sum 1 of round 3 already, and opens no sum twice")
 
 
 def test_an_abandoned_attempt_is_opened_by_no_party(tmp_path):
     """The server has all signatures of a first attempt, begins a second, and returns to the first."""
     plan = make_plan(4)
     first, message, *_ = message_at(4, tmp_path, plan)
-    again = changed(plan, attempt=2)
-    second = make_parties(again, make_values(plan), tmp_path)
+    second_plan = changed(plan, attempt=2)
+    second = make_parties(second_plan, make_values(plan), tmp_path)
     for party in second.values():
-        party.answer(encode_message(again))
+        party.answer(encode_message(second_plan))
     refuses(first, message, "this party has begun a later attempt since; it opens nothing")
     # and the second continues
-    server = SumServer(again, roster(plan.parties))
+    server = SumServer(second_plan, roster(plan.parties))
     assert len(run_sum(server, second).survivors) == 4
 
 

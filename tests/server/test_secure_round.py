@@ -80,8 +80,8 @@ def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
     killed = []
     with pytest.raises(ServerKilled):
         start(config, tmp_path / "killed", observer=kill)
-    again = start(config, tmp_path / "killed", resume=True)
-    assert again.model.manifest() == uninterrupted.model.manifest()
+    resumed_run = start(config, tmp_path / "killed", resume=True)
+    assert resumed_run.model.manifest() == uninterrupted.model.manifest()
 
 
 # ── kills ──

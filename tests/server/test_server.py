@@ -96,21 +96,21 @@ def test_probes_are_of_the_weights_as_they_are_when_asked(trained):
     run.local.base_weights.apply([])
     none = run.local.applied_fraction(run.model, 5)
     run.local.load_global_model(run.model)
-    again = run.local.probes(5)
+    repeated = run.local.probes(5)
     assert none == pytest.approx(0, abs=1e-6) and none < lost < 0.99
     assert all(
-        torch.equal(again["base"][m], before["base"][m]) for m in run.local.base_weights.layers
+        torch.equal(repeated["base"][m], before["base"][m]) for m in run.local.base_weights.layers
     )
 
 
 def test_evaluation_before_saving_equals_after_loading(trained, folder):
     run, out = trained
     before = timeless(out)[-1]["evaluation"]["by_client"]
-    again = prepare(tiny_config(folder), folder / "again")
-    again.close()
-    again.local.load_global_model(GlobalModel.load(out))
-    for client in again.clients:
-        total = evaluate(again.local.peft, client.test, pad_token_id=0).total
+    second_run = prepare(tiny_config(folder), folder / "again")
+    second_run.close()
+    second_run.local.load_global_model(GlobalModel.load(out))
+    for client in second_run.clients:
+        total = evaluate(second_run.local.peft, client.test, pad_token_id=0).total
         if len(client.test) == before[client.client_id]["num_examples"]:
             assert total.nll == pytest.approx(before[client.client_id]["nll"], rel=1e-6)
             assert total.num_exact == before[client.client_id]["num_exact"]
