@@ -1,4 +1,4 @@
-"""Experiments that keep one line a run: rates are chosen by the rule, and no run is made twice."""
+"""Experiments that keep one line per run: rates are chosen by the rule, and no run is repeated."""
 
 import importlib
 import math
@@ -24,17 +24,17 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_a_line_is_on_disk_at_once_and_is_found_by_what_it_says(script, tmp_path):
+def test_a_line_is_on_disk_at_once_and_is_found_by_its_values(script, tmp_path):
     run_table = script("run_table")
     file = tmp_path / "results" / "runs.csv"
     table = run_table.RunTable(file, ("method", "seed", "score"))
     assert table.find({"method": "fedit"}) is None
     for seed in (0, 1):
         table.add({"method": "fedit", "seed": str(seed), "score": f"0.{seed}"})
-    again = run_table.RunTable(file, ("method", "seed", "score"))
-    assert again.rows == table.rows == run_table.read_rows(file)
-    assert again.find({"method": "fedit", "seed": "1"}) == table.rows[1]
-    assert again.find({"method": "fedit", "seed": "2"}) is None
+    reloaded = run_table.RunTable(file, ("method", "seed", "score"))
+    assert reloaded.rows == table.rows == run_table.read_rows(file)
+    assert reloaded.find({"method": "fedit", "seed": "1"}) == table.rows[1]
+    assert reloaded.find({"method": "fedit", "seed": "2"}) is None
 
 
 @pytest.mark.parametrize(
