@@ -6,6 +6,8 @@ They join the committed lines of methods.py and the five variants of moments.py,
 seeds and the same rule for learning rates. A variant is listed when all of its seeds are there.
 """
 
+from collections.abc import Sequence
+
 import matplotlib
 
 matplotlib.use("svg")
@@ -85,7 +87,7 @@ def draw() -> None:
     use_style()
     figure, axes = plt.subplots(1, 2, figsize=(10, 6), sharey=True, layout="constrained")
     exact = {setting: measures(setting)["exact_match"] for setting in TITLES}
-    places = place_of_each(exact["few"])
+    places = place_of_each([*exact.values()])
     for axis, (setting, title) in zip(axes, TITLES.items(), strict=True):
         for method in exact[setting]:
             if method != SHARED:
@@ -100,12 +102,13 @@ def draw() -> None:
     save(figure, "methods")
 
 
-def place_of_each(exact: dict[str, dict[int, float]]) -> dict[str, int]:
-    """Return the height of each method in the figure: the best one is at the top."""
+def place_of_each(settings: Sequence[dict[str, dict[int, float]]]) -> dict[str, int]:
+    """Return the height of each method in the figure: the best one of any setting is at the top."""
     best: dict[str, float] = {}
-    for method, by_seed in exact.items():
-        title = title_of(method)
-        best[title] = max(best.get(title, 0.0), mean_of(by_seed.values()).mean)
+    for exact in settings:
+        for method, by_seed in exact.items():
+            title = title_of(method)
+            best[title] = max(best.get(title, 0.0), mean_of(by_seed.values()).mean)
     return {title: place for place, title in enumerate(sorted(best, key=lambda name: best[name]))}
 
 
