@@ -155,11 +155,11 @@ def rounds_of(
         store |= {name: parts.get(name) or base_update[0] for name in delivery.objects}
         clock = time.perf_counter()
         for recipe in delivery.recipes:
-            made = rebuild_snapshot(
+            snapshot = rebuild_snapshot(
                 [store[name] for name in recipe.summed], store[recipe.ties], {"m": (SIZE, SIZE)}
             )
-            assert made.name == recipe.makes
-            store[made.name] = made
+            assert snapshot.name == recipe.makes
+            store[snapshot.name] = snapshot
         row["client"] = time.perf_counter() - clock
         store = {name: store[name] for name in lists[-1]}
         cached_parts = [store[name] for name in lists[-1]]
@@ -251,8 +251,8 @@ def large_layer(repeats: int = 3) -> dict[str, float]:
         A = torch.randn(rank, size, generator=generator)
         parts.append(StoredObject.of({"m": LowRank(B / 100, A / size**0.5)}))
     _ = [part.matrices for part in parts]
-    made, ties = make_snapshot(parts)
-    assert rebuild_snapshot(parts, ties, {"m": (size, size)}).name == made.name
+    snapshot, ties = make_snapshot(parts)
+    assert rebuild_snapshot(parts, ties, {"m": (size, size)}).name == snapshot.name
     seconds: dict[str, list[float]] = {"server": [], "client": [], "float32": []}
     for _ in range(repeats):
         clock = time.perf_counter()
@@ -262,7 +262,7 @@ def large_layer(repeats: int = 3) -> dict[str, float]:
         rebuild_snapshot(parts, ties, {"m": (size, size)})
         seconds["client"].append(time.perf_counter() - clock)
         seconds["float32"].append(in_float32(parts))
-    return {**medians(seconds), "ties": len(ties.data) / len(made.data)}
+    return {**medians(seconds), "ties": len(ties.data) / len(snapshot.data)}
 
 
 def relative_distance(got: Tensor, wanted: Tensor) -> float:
@@ -438,16 +438,16 @@ def report(
 
 def summary(rows: list[Row]) -> dict[str, float]:
     """Summarize a run: medians of seconds, bytes, errors."""
-    made = [row for row in rows if row["parts summed"]]
+    consolidations = [row for row in rows if row["parts summed"]]
     seconds: dict[str, float] = {}
     for name in ("server", "client", "float32"):
-        seconds[name] = statistics.median(row[name] for row in made)
+        seconds[name] = statistics.median(row[name] for row in consolidations)
     for name in ("next model", "apply the newest", "apply all"):
         seconds[name] = statistics.median(row[name] for row in rows)
     return {
         **seconds,
-        "consolidations": len(made),
-        "ties": statistics.mean(row["ties"] for row in made) / DENSE,
+        "consolidations": len(consolidations),
+        "ties": statistics.mean(row["ties"] for row in consolidations) / DENSE,
         "overhead": sum(row["download"] for row in rows) / sum(row["residual"] for row in rows),
         "error": max(row["error"] for row in rows),
         "live error": max(row["live error"] for row in rows),

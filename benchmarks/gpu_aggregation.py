@@ -89,19 +89,19 @@ def measure_aggregation(
     rounds: list[dict[str, Any]] = []
     dense: dict[str, dict[str, Any]] = {}
     for kind in INPUTS:
-        mine = []
+        own_rows = []
         for name, (shape, count) in _shapes(tiny).items():
             updates = draw(kind, shape, rank, device)
             if name not in dense:
                 dense[name] = _time_published(updates, device)
             facts = {"module": name, "shape": shape, "count": count, "rank": rank, "input": kind}
             row = _compare(updates, rank, device, 2 if tiny else repeats)
-            mine.append({**facts, **row, **dense[name]})
-        summary = _round_of(mine, rank, kind)
+            own_rows.append({**facts, **row, **dense[name]})
+        summary = _round_of(own_rows, rank, kind)
         # making the adapters takes some time as well
         if 2 * summary["device"] + 15 < budget.left():
             summary["whole"] = time_whole_round(kind, rank, device, tiny=tiny)
-        rows += mine
+        rows += own_rows
         rounds.append(summary)
         free_memory(device)
     return {"modules": rows, "rounds": rounds}, _targets_of(rows, rounds)

@@ -45,10 +45,10 @@ class CountingProxy:
 
     def _accept(self) -> None:
         while True:
-            near, _ = self._listening.accept()
-            far = socket.create_connection(("127.0.0.1", self._target))
-            threading.Thread(target=self._pass, args=(near, far, "up"), daemon=True).start()
-            threading.Thread(target=self._pass, args=(far, near, "down"), daemon=True).start()
+            client, _ = self._listening.accept()
+            server = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._pass, args=(client, server, "up"), daemon=True).start()
+            threading.Thread(target=self._pass, args=(server, client, "down"), daemon=True).start()
 
     def _pass(self, source: socket.socket, sink: socket.socket, way: str) -> None:
         try:

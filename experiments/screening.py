@@ -69,7 +69,7 @@ def examples(kind: str, count: int, tokenizer: Any) -> TokenizedExamples:
     from fedmomentum.data import Example, tokenize
 
     draw = random.Random(kind)
-    made = []
+    rows = []
     for _ in range(count):
         word = "".join(draw.choice("abcdefgh") for _ in range(4))
         a = draw.randrange(10)
@@ -80,8 +80,8 @@ def examples(kind: str, count: int, tokenizer: Any) -> TokenizedExamples:
             "yes": (f"y {word}:", "yes"),
             "noise": (f"n {word}:", "".join(draw.choice("abcdefgh") for _ in range(4))),
         }[kind]
-        made.append(Example(prompt, answer))
-    return tokenize(made, tokenizer, max_length=64, max_truncated_fraction=0.0, owner=kind)
+        rows.append(Example(prompt, answer))
+    return tokenize(rows, tokenizer, max_length=64, max_truncated_fraction=0.0, owner=kind)
 
 
 def measure() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +146,32 @@ def last_scores(folder: Path) -> dict[str, float]:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     scores: dict[str, float] = last["evaluation"]["total"]
     return scores
+
+
+def report_reproduction(
+    committed: Mapping[str, str],
+    found: Mapping[str, float],
+    names: Sequence[str] = ("exact_match", "loss"),
+) -> int:
+    """Print the scores of a committed run beside those of its repetition.
+
+    Args:
+        committed: The line of the committed run.
+        found: The scores of the repetition.
+        names: The scores to compare.
+
+    Returns:
+        0 if they are equal to the last digit, which takes a processor of the same kind.
+    """
+    for name in names:
+        print(f"{name}: committed {committed[name]}, here {found[name]!r}")
+    if all(float(committed[name]) == found[name] for name in names):
+        return 0
+    print(
+        "Another kind of processor computes other last bits, which training makes larger; to "
+        "judge a change of the code, compare both versions on one machine"
+    )
+    return 1
 
 
 def mean_measures(rounds: Sequence[RoundRecord], names: Sequence[str]) -> dict[str, float]:

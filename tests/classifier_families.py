@@ -113,7 +113,7 @@ def one_step(model, examples, *, on_step, **_):
 
 
 def run_classifier(family: str, folder: Path) -> ClassifierFamily:
-    """Train and export a family's tiny classifier, check the exports, and record what came of it.
+    """Train and export a family's tiny classifier, check the exports, and record the result.
 
     Raises:
         AssertionError: If an export is another model than the other, or than it should be.
@@ -131,7 +131,7 @@ def run_classifier(family: str, folder: Path) -> ClassifierFamily:
         adapted = summarize(result.adapter.modules)
         is_peft_default = _compare_exports(folder)
     except FedMomentumError as error:
-        # A training that fails is a defect, not a refusal.
+        # A training that fails is a bug, not a refusal.
         assert "usable update" not in str(error), error
         refused = reason(error, base)
     return ClassifierFamily(family, KINDS[family], adapted, is_peft_default, refused)

@@ -1,4 +1,4 @@
-"""No test reaches for a network, and tiny models are quickest on one thread; the command line in this process."""
+"""No test uses the network, and tiny models are fastest on one thread; the command line runs in this process."""
 
 import os
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure():
-    """Make Ctrl-C tests mean something where the tests run in a shell's background."""
+    """Make Ctrl-C work in tests that run in a shell's background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

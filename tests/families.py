@@ -297,7 +297,7 @@ def one_step(model, examples, *, learning_rate, on_step, **_) -> TrainReport:
 
 
 def gradient_step(model, objective, batch, *, size, on_step) -> TrainReport:
-    """Subtract `size` times the gradient from all that is trained; none may be without one."""
+    """Subtract `size` times the gradient from all trained parameters; each must have one."""
     loss = objective.loss(objective.predict(model, batch))
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(
@@ -313,7 +313,7 @@ def gradient_step(model, objective, batch, *, size, on_step) -> TrainReport:
 
 
 def run_family(family: str, folder: Path) -> Family:
-    """Train and export a family's tiny model, check the exports, and record what came of it.
+    """Train and export a family's tiny model, check the exports, and record the result.
 
     Raises:
         AssertionError: If an export is another model than the other, or than it should be.
@@ -332,7 +332,7 @@ def run_family(family: str, folder: Path) -> Family:
         left_out = summarize_left_out(choose_targets(modules, "all-linear", rank=RANK).left_out)
         _train_and_export(model, folder)
     except FedMomentumError as error:
-        # A training that fails is a defect, not a refusal.
+        # A training that fails is a bug, not a refusal.
         assert "usable update" not in str(error), error
         refused = reason(error, base)
     return Family(
@@ -352,7 +352,7 @@ def _is_peft_default(modules: LinearModules, names: tuple[str, ...]) -> bool:
 
 
 def reason(error: FedMomentumError, base: Path) -> str:
-    """A refusal without what differs from run to run."""
+    """A refusal message without what differs from run to run."""
     text = str(error).replace(f" in {base}", "").replace(str(base), "its directory")
     return re.sub(r" \((by|they differ by) [^)]*\)", "", text)
 

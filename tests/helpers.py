@@ -1,4 +1,4 @@
-"""Builders and tolerances that every test of the algebra shares."""
+"""Builders and tolerances shared by all tests of the algebra."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def some_weights(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def dense_sum(updates, weights) -> torch.Tensor:
-    """The exact sum, the long way, in float64."""
+    """The exact sum, computed directly in float64."""
     return sum(
         float(w) * u.B.double() @ u.A.double() for u, w in zip(updates, weights, strict=True)
     )
 
 
-def legal(method, updates, reference=None, server_round=1) -> list[LowRank]:
+def valid_updates(method, updates, reference=None, server_round=1) -> list[LowRank]:
     """The updates as that method's clients could send them: what is not trained is the reference's factor."""
     trained = method.trained_factors(server_round)
     start = reference or updates[0]

@@ -53,7 +53,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """What came in."""
+    """The requests received."""
 
     method: str
     path: str
@@ -127,8 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(Request(self.command, path, host, login, body))
         status = self.hub.next_failure(self.command, path)
         if status is not None:
-            said = f"not now, {login}" if self.hub.echoes else "not now"
-            return self.refuse(status, said)
+            message = f"not now, {login}" if self.hub.echoes else "not now"
+            return self.refuse(status, message)
         for pattern, method, answer in ROUTES:
             matched = re.fullmatch(pattern, path)
             if matched and method in (self.command, "GET" if self.command == "HEAD" else ""):
@@ -236,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(self.hub.objects[digest])
 
     def elsewhere(self, digest: str) -> str:
-        """Where a large file is: at another host, to which a login is nobody's business."""
+        """Where a large file is: at another host, which must not see a login."""
         return f"{self.hub.endpoint.replace('127.0.0.1', 'localhost')}/objects/{digest}"
 
     # ── writing ──
@@ -327,7 +327,7 @@ def blob_id(data: bytes) -> str:
 
 @contextmanager
 def serve_hub() -> Iterator[HubDouble]:
-    """Serve an empty hub."""
+    """Serve an empty hub on a free port."""
     hub = HubDouble()
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,4 +1,4 @@
-"""A whole run on a tiny model in a second: real rounds, payloads and checkpoints, a stand-in for training."""
+"""A full run on a tiny model in a second: real rounds, payloads and checkpoints, a stand-in for training."""
 
 from __future__ import annotations
 
@@ -228,12 +228,12 @@ def train_task(
 
 
 def describe_task(client_id: str = "site0", *, adapter: bool = False) -> Task:
-    """A task to describe oneself, of the run "run"."""
+    """A task for a client to describe itself, of the run "run"."""
     return Task("run", client_id, 0, DescribeRequest(adapter=adapter))
 
 
 def altered(change: Callable[[dict[str, Any]], None], kind: str = "") -> Callable[..., bytes]:
-    """A lie, `(payload, honest) -> bytes`: the honest answer with fields altered, to tasks of that kind or to all.
+    """A false answer, `(payload, honest) -> bytes`: the honest answer with fields altered, to tasks of that kind or to all.
 
     The fields are those of a reply, as JSON values; those of its answer are under `metrics`.
     """
@@ -264,7 +264,7 @@ def raw_reply(fields: dict[str, Any]) -> bytes:
 
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a record as whoever writes it would: with a checksum that fits."""
+    """Change a record as its writer would: with a matching checksum."""
     table = json.loads(file.read_text())
     change(table)
     file.write_text(json.dumps(with_checksum(table)))
@@ -277,7 +277,7 @@ def timeless(out: Path) -> list[dict]:
 
 
 def chain(out: Path) -> dict[str, dict]:
-    """The kept rounds' manifests without the run's random name, settings and data, and hashes of what tells time."""
+    """The kept rounds' manifests without the run's random name, settings and data, and hashes of what depends on time."""
     found = {}
     for file in sorted((out / "rounds").glob("*.json")):
         manifest = json.loads(file.read_text())

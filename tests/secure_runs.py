@@ -81,14 +81,14 @@ class Federation:
         self.clients[name] = client
 
     def run(self, out: Path, *, resume: bool = False, config: Config | None = None):
-        """A server's life; returns the global model."""
+        """Run one server to its end; return the global model."""
         transport = _Transport(self)
         return run_federation(
             transport, config or self.config, out, resume=resume, roster=self.roster
         )
 
     def run_through(self, out: Path):
-        """Servers, one after the other, until one ends by itself."""
+        """Run servers, one after the other, until one finishes."""
         num_kills = 0
         while True:
             try:

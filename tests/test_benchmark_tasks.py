@@ -1,4 +1,4 @@
-"""The script that makes task files of public data sets; each is read back by the benchmark."""
+"""The script that writes task files from public data sets; each is read back by the benchmark."""
 
 import gzip
 import json
@@ -44,7 +44,7 @@ def test_questions_are_taken_apart():
         choice_row({**CHOICE, "instruction": short}, "row 3")
 
 
-def test_every_task_is_made_read_and_asked(tmp_path):
+def test_every_task_file_is_written_read_and_evaluated(tmp_path):
     data = tmp_path / "data"
     for name in TASKS:
         (data / name).mkdir(parents=True)
@@ -57,9 +57,9 @@ def test_every_task_is_made_read_and_asked(tmp_path):
             (data / name / f"{split}.json").write_text(json.dumps([row] * 3))
     with gzip.open(data / "humaneval" / "HumanEval.jsonl.gz", "wt") as file:
         file.write(json.dumps({**PROGRAM, "task_id": "a/0", "canonical_solution": ""}) + "\n")
-    made = make_tasks(data, tmp_path / "out")
-    assert [line.partition(":")[0] for line in made] == list(TASKS)
-    assert made[0] == "gsm8k: 6 train, 6 test"
+    summary = make_tasks(data, tmp_path / "out")
+    assert [line.partition(":")[0] for line in summary] == list(TASKS)
+    assert summary[0] == "gsm8k: 6 train, 6 test"
     for name in TASKS:
         task = make_task(read_task(tmp_path / "out", name))
         task.build_all_requests()

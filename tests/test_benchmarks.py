@@ -1,4 +1,4 @@
-"""`python benchmarks` runs every script, and says of all of them what was met and what failed."""
+"""`python benchmarks` runs every script, and reports which targets were met and what failed."""
 
 import contextlib
 import gc
@@ -41,7 +41,7 @@ def runner(monkeypatch):
     sys.modules.pop("common", None)
 
 
-def test_every_benchmark_is_run_and_writes_what_is_asked(runner):
+def test_every_benchmark_is_run_and_writes_the_requested_files(runner):
     helpers = {
         "__main__",
         "common",
@@ -74,8 +74,10 @@ def test_one_that_fails_is_named_and_the_others_run(runner, tmp_path, monkeypatc
     scripts["good"].write_text(WRITES.format(folder=str(BENCHMARKS)))
     console = Console(record=True, width=150)
     assert runner.run_all(scripts, tmp_path / "bench", console) == ["broken", "silent"]
-    told = console.export_text()
-    assert "broken failed" in told and "silent failed" in told and "1 of 2 targets met" in told
+    output = console.export_text()
+    assert (
+        "broken failed" in output and "silent failed" in output and "1 of 2 targets met" in output
+    )
     written = json.loads((tmp_path / "bench" / "all.json").read_text())
     assert [(t["benchmark"], t["name"], t["met"]) for t in written["targets"]] == [
         ("good", "speed", True),
@@ -127,13 +129,13 @@ def gpu_trial(tmp_path_factory):
 
 
 def forget_scripts() -> None:
-    """Have scripts of the folder imported anew."""
+    """Make scripts of the folder be imported again."""
     for name, module in list(sys.modules.items()):
         if str(BENCHMARKS) in str(getattr(module, "__file__", "")):
             del sys.modules[name]
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu_and_says_what_is_right_there(gpu_trial):
+def test_the_gpu_benchmark_runs_on_a_cpu_and_reports_what_is_valid_there(gpu_trial):
     measured, _, _ = gpu_trial
     held = {(row["dtype"], row["holding"]) for row in measured["rounds"]["rows"]}
     assert held == {("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "as-loaded")}
@@ -202,14 +204,16 @@ def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_
     }
     assert all(row["error"] < 1e-6 for row in measured["modules"])
     for row in measured["rounds"]:
-        mine = [
+        own_shapes = [
             one
             for one in measured["modules"]
             if (one["rank"], one["input"]) == (row["rank"], row["input"])
         ]
-        assert sum(one["count"] for one in mine) == 7
+        assert sum(one["count"] for one in own_shapes) == 7
         for side in ("device", "cpu", "published"):
-            assert row[side] == pytest.approx(32 * sum(one["count"] * one[side] for one in mine))
+            assert row[side] == pytest.approx(
+                32 * sum(one["count"] * one[side] for one in own_shapes)
+            )
         assert row["whole"] > 0
 
 
@@ -261,9 +265,9 @@ def test_what_the_gpu_benchmark_leaves_out_or_fails_in_is_named(importing, monke
     # are reserved
     left = re.fullmatch(r"it would take about 4000 s, and (\d+) s were left for it", reason)
     assert left and 800 < int(left[1]) <= 940
-    told = importing("gpu_tables").tables(written | {"training": []})
-    assert f"Not measured: training, large: {reason}." in told
-    assert "Failed: training, broken: RuntimeError: out of memory." in told
+    text = importing("gpu_tables").tables(written | {"training": []})
+    assert f"Not measured: training, large: {reason}." in text
+    assert "Failed: training, broken: RuntimeError: out of memory." in text
 
 
 def test_what_the_gpu_benchmark_shares(importing):
@@ -283,7 +287,7 @@ def test_what_the_gpu_benchmark_shares(importing):
 # ── the others, as far as they run in seconds ──
 
 
-def test_what_a_job_is_watched_for_is_found_in_the_package_and_put_back(importing):
+def test_the_timed_functions_of_a_job_exist_in_the_package_and_are_restored(importing):
     client = importing("client")
     stopwatch = client.Stopwatch(iter(range(100)).__next__)
     for purpose, functions in client.WATCHED.items():

@@ -59,7 +59,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def documented(page: Path) -> set[str]:
-    """What stands in backticks in the first column of a page's tables."""
+    """Names in backticks in the first column of a page's tables."""
     cells = re.findall(r"^\| (`[^|]*`) \|", page.read_text(), flags=re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
@@ -97,16 +97,16 @@ def test_commands_and_their_options_exist(page):
         assert {word for word in words if word.startswith("--")} <= options, line
 
 
-def test_the_readme_tells_of_every_command():
-    told = set(
+def test_the_readme_names_every_command():
+    documented_commands = set(
         re.findall(
             r"^\| `fedmomentum (\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE
         )
     )
-    assert told == set(typer.main.get_command(app).commands)
+    assert documented_commands == set(typer.main.get_command(app).commands)
 
 
-def test_the_generated_parts_of_the_architecture_are_new(monkeypatch):
+def test_the_generated_parts_of_the_architecture_are_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     architecture = importlib.import_module("architecture")
     assert (ROOT / "docs" / "architecture.md").read_text() == architecture.page(), "run: make docs"
@@ -140,8 +140,8 @@ def test_toml_is_accepted(page):
         table = tomllib.loads(text)
         if not table.get("data"):
             table["data"] = {"source": "data.jsonl"}
-        made = from_dict(table)
-        check_arguments(made.training.arguments)
+        config = from_dict(table)
+        check_arguments(config.training.arguments)
 
 
 def toy_adapter(seed: int, rank: int, alpha: float, base: str = "toy") -> Adapter:
@@ -214,15 +214,17 @@ def median():
 def test_the_added_method_is_new_and_obeys_the_contract(median):
     assert type(median).__name__.lower() not in METHODS
     contract.test_is_a_method(median)
-    contract.test_declarations_say_what_there_is(median)
-    contract.test_law_2_one_client_gives_itself_back(median)
+    contract.test_declarations_are_consistent(median)
+    contract.test_law_2_a_single_client_is_returned_unchanged(median)
     contract.test_law_2_clients_that_agree_get_what_they_agree_on(median)
     for server_round in (1, 2):
-        contract.test_what_is_not_sent_clients_have_or_can_draw(median, server_round)
-        contract.test_law_1_what_is_lost_is_told(median, server_round)
+        contract.test_factors_that_are_not_sent_are_known_to_clients_or_can_be_drawn(
+            median, server_round
+        )
+        contract.test_law_1_what_is_lost_is_reported(median, server_round)
         contract.test_law_2_order_of_clients_does_not_matter(median, server_round)
     for dtype in TOLERANCE:
-        contract.test_law_3_rank_dtype_and_shape_are_as_asked(median, dtype)
+        contract.test_law_3_rank_dtype_and_shape_are_as_requested(median, dtype)
     contract.test_unequal_ranks_are_refused_where_they_have_no_meaning(median)
     contract.test_a_clients_own_adapter_and_its_tail_are_the_global_one(median)
     contract.test_inputs_are_untouched_and_calls_are_pure(median)
@@ -230,14 +232,14 @@ def test_the_added_method_is_new_and_obeys_the_contract(median):
     contract.test_repr_equality_and_pickling(median)
 
 
-def test_the_added_method_withstands_a_client_gone_astray(median):
-    near = [toy_adapter(0, 4, 4.0)] * 4
-    astray = toy_adapter(10, 4, 4e6)
+def test_the_added_method_withstands_an_outlier_client(median):
+    honest = [toy_adapter(0, 4, 4.0)] * 4
+    outlier = toy_adapter(10, 4, 4e6)
     for method, moved in ((median, False), (METHODS["fedit"](), True)):
-        result = aggregate_adapters([*near, astray], method=method, scaling=1.0)
+        result = aggregate_adapters([*honest, outlier], method=method, scaling=1.0)
         for module in result.adapter.modules:
             assert (
-                relative_error(result.adapter.effective(module), near[0].effective(module)) > 1
+                relative_error(result.adapter.effective(module), honest[0].effective(module)) > 1
             ) is moved
 
 
@@ -252,9 +254,9 @@ def test_the_added_method_runs(median, tmp_path, monkeypatch):
 
 
 def test_declarations_in_the_docs_are_those_of_a_method():
-    told = documented(ROOT / "docs" / "adding-a-method.md")
+    names = documented(ROOT / "docs" / "adding-a-method.md")
     declared = {name for name in vars(Method) if not name.startswith("_")}
-    assert declared <= {name.partition("(")[0] for name in told}
+    assert declared <= {name.partition("(")[0] for name in names}
 
 
 def test_the_table_of_methods_is_what_they_declare():
@@ -370,8 +372,8 @@ def test_the_quickstart_notebook_runs(tmp_path, monkeypatch, capsys):
     base = tiny_llama(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     names = run_notebook("quickstart.ipynb", base, monkeypatch)
-    told = capsys.readouterr().out
-    assert "Rounds: 3" in told and "tuned:" in told and "Exact match:" in told
+    output = capsys.readouterr().out
+    assert "Rounds: 3" in output and "tuned:" in output and "Exact match:" in output
     assert (tmp_path / "runs" / "office" / "report.html").is_file()
     assert (tmp_path / "office-merged" / "config.json").is_file()
     for module, residual in names["result"].residual.items():
@@ -382,8 +384,8 @@ def test_the_notebook_on_combining_runs(tmp_path, monkeypatch, capsys):
     base = tiny_llama(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     names = run_notebook("combining.ipynb", base, monkeypatch)
-    told = capsys.readouterr().out
-    assert told.count(": kept ") == 3 and "both:" in told and "north: loss" in told
+    output = capsys.readouterr().out
+    assert output.count(": kept ") == 3 and "both:" in output and "north: loss" in output
     # Ranks 8 and 4, and an adapter of both that leaves nothing out.
     north, south = names["adapters"]
     tolerance = TOLERANCE[torch.float32]
@@ -394,8 +396,8 @@ def test_the_notebook_on_combining_runs(tmp_path, monkeypatch, capsys):
         found = 2 * names["whole"].adapter.effective(module).dense()
         assert float((found - wanted).norm() / wanted.norm()) < tolerance
         # What of rank 8 is left out is in the residual.
-        rest = names["result"]
-        both = rest.adapter.effective(module).dense() + rest.residual[module].dense()
+        result = names["result"]
+        both = result.adapter.effective(module).dense() + result.residual[module].dense()
         assert float((2 * both - wanted).norm() / wanted.norm()) < tolerance
 
 
@@ -406,7 +408,7 @@ def test_aggregate_by_hand_runs(capsys):
     assert fedit > 0.01 and fedmomentum < 1e-12
 
 
-def test_own_training_is_shown_in_full_and_trains_a_run(tmp_path, monkeypatch):
+def test_custom_training_is_shown_in_full_and_trains_a_run(tmp_path, monkeypatch):
     assert (ROOT / "examples" / "own_training.py").read_text() in blocks(
         ROOT / "docs" / "training.md", "python"
     )
@@ -449,7 +451,7 @@ def keys_of(value, named_by_user: set[str]) -> set[str]:
 
 
 def test_every_metric_is_documented(run_folder):
-    told = documented(ROOT / "docs" / "metrics.md")
+    documented_keys = documented(ROOT / "docs" / "metrics.md")
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     names = set(rows[2]["participants"]) | set(rows[2]["evaluation"]["by_category"])
     assert rows[2]["carried_norm"] > 0
@@ -460,7 +462,7 @@ def test_every_metric_is_documented(run_folder):
     written |= keys_of(Score(0.5, 2, 2, 1, by_label=counts).to_json(), set(counts))
     # What a run without secure aggregation does not withhold.
     written |= msgspec.to_builtins(SUMS_ONLY).keys()
-    assert written == told
+    assert written == documented_keys
 
 
 def test_the_tables_of_metrics_are_those_of_the_record(monkeypatch):
@@ -471,10 +473,10 @@ def test_the_tables_of_metrics_are_those_of_the_record(monkeypatch):
 
 def test_every_manifest_key_and_file_is_documented(run_folder):
     page = ROOT / "docs" / "file-formats.md"
-    told = documented(page)
+    documented_keys = documented(page)
     manifest = json.loads((run_folder / "rounds" / "0002.json").read_text())
     for table in (manifest, manifest["base"], manifest["run"]):
-        assert table.keys() <= told
+        assert table.keys() <= documented_keys
     assert (
         manifest.keys() - {"run", "sizes", "sha256"}
         == GlobalModel.load(run_folder).manifest().keys()
@@ -487,13 +489,13 @@ def test_every_manifest_key_and_file_is_documented(run_folder):
         assert file.name == f"{sha256(file.read_bytes())}.safetensors"
 
 
-def test_every_field_of_the_wire_is_documented():
+def test_every_field_of_the_wire_format_is_documented():
     from fedmomentum.protocol import messages
 
-    told = documented(ROOT / "docs" / "file-formats.md")
+    documented_fields = documented(ROOT / "docs" / "file-formats.md")
     for kind in vars(messages).values():
         if isinstance(kind, type) and issubclass(kind, Schema):
-            assert set(kind.__struct_fields__) <= told, kind
+            assert set(kind.__struct_fields__) <= documented_fields, kind
 
 
 def test_the_results_are_those_of_the_committed_runs(monkeypatch):
@@ -517,7 +519,7 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     assert language_model and language_model in text
 
 
-def test_what_is_said_of_a_gpu_is_what_was_measured_on_one(monkeypatch):
+def test_what_the_docs_report_of_a_gpu_was_measured_on_one(monkeypatch):
     """The section exists if its numbers do, and its tables are what the benchmark renders."""
     text, numbers = (
         (APPENDIX / "performance.md").read_text(),
@@ -537,7 +539,7 @@ def test_the_figures_of_quantization_are_those_of_the_committed_numbers(monkeypa
     quantization = importlib.import_module("quantization")
     for table in quantization.tables().values():
         assert table in text
-    # What the text says of it is true of the numbers.
+    # The text's claims about it are true of the numbers.
     numbers = json.loads(quantization.NUMBERS.read_text())
     held = numbers["holding"]
     assert all(held[name]["share"] < 0.01 for name in held if "nf4" in name or "int8," in name)
@@ -576,7 +578,7 @@ def test_the_tables_of_performance_are_those_of_the_committed_numbers(monkeypatc
 
 
 def test_the_costs_of_secure_sums_are_those_of_the_committed_numbers(monkeypatch):
-    """The table of docs/privacy.md is what the benchmark renders; what is said of it holds."""
+    """The table of docs/privacy.md is what the benchmark renders; the claims about it are true."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module("secure_sum")
     measured = json.loads((APPENDIX / "performance" / "secure-sum.json").read_text())

@@ -39,7 +39,7 @@ def test_the_menu_leads_to_every_page(staged):
     assert named < pages
 
 
-def test_what_pages_show_and_link_to_is_there_too(staged):
+def test_files_that_pages_show_and_link_to_exist(staged):
     assert (staged / "docs" / "report.png").read_bytes() == (
         ROOT / "docs" / "report.png"
     ).read_bytes()

@@ -65,7 +65,7 @@ def test_the_page_and_the_record_name_every_family():
     assert known.not_tried == NOT_TRIED
     assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= {*FAMILIES, *NOT_TRIED}
     assert [record.family for record in known.classifiers] == CLASSIFIERS
-    untried = known.classifiers_not_tried
-    assert untried == classifier_families.NOT_TRIED
-    assert set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) <= {*CLASSIFIERS, *untried}
+    not_tried = known.classifiers_not_tried
+    assert not_tried == classifier_families.NOT_TRIED
+    assert set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) <= {*CLASSIFIERS, *not_tried}
     assert (ROOT / "docs" / "models.md").read_text() == families_page(), "run: make docs"

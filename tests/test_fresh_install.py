@@ -1,4 +1,4 @@
-"""The package as its users have it: installed from its source distribution, away from the checkout.
+"""The package as users get it: installed from its source distribution, away from the checkout.
 
 Needs a package index and some five minutes; `make test-long` runs it.
 """
@@ -86,7 +86,7 @@ def test_the_demonstration_installs_what_it_needs_and_runs(fedmomentum, tmp_path
     assert [json.loads(line)["round"] for line in rounds] == [0, 1, 2, 3, 4, 5]
 
 
-def test_adapters_are_combined_and_ones_own_file_is_learned_from(fedmomentum, tmp_path):
+def test_adapters_are_combined_and_a_custom_file_is_trained_on(fedmomentum, tmp_path):
     # two adapters of stock PEFT, of unequal ranks and scalings
     for name, rank, alpha in [("north", 2, 8), ("south", 3, 3)]:
         torch.manual_seed(rank)

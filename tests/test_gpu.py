@@ -49,7 +49,7 @@ def train(config, out, **settings):
 
 
 @pytest.mark.parametrize("held", HELD)
-def test_a_run_gives_its_bits_again_and_a_resumed_one_the_same(tmp_path, held):
+def test_a_run_is_reproducible_to_the_bit_also_when_resumed(tmp_path, held):
     config = gpu_config(tmp_path, held)
     first, again, halved = (tmp_path / name for name in ("first", "again", "halved"))
     train(config, first)
@@ -88,7 +88,7 @@ def test_exports_are_the_same_bytes_as_those_made_beside_a_cpu(tmp_path, held):
             assert (on_cpu / name).read_bytes() == (on_gpu / name).read_bytes(), name
 
 
-def test_a_gpu_that_is_full_is_named(tmp_path):
+def test_a_gpu_without_free_memory_is_named(tmp_path):
     tiny_config(tmp_path)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-7)

@@ -144,7 +144,7 @@ def test_a_package_imports_from_lower_floors_and_its_own_libraries_only(package)
         assert libraries <= FLOORS[number][package], path
 
 
-def test_no_circle_within_a_package():
+def test_no_import_cycle_within_a_package():
     """Modules import one another in one direction only, imports within functions included."""
     graph = {}
     for path in ROOT.rglob("*.py"):

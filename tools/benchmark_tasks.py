@@ -192,7 +192,7 @@ def make_tasks(data: Path, out: Path) -> list[str]:
         data: The copies.
         out: Where the task files go.
     """
-    made = []
+    lines = []
     out.mkdir(parents=True, exist_ok=True)
     for name, (yaml, splits, read) in TASKS.items():
         if not all((data / name / file).is_file() for file in splits.values()):
@@ -203,8 +203,8 @@ def make_tasks(data: Path, out: Path) -> list[str]:
             write_rows(out / f"{name}_{split}.jsonl", rows)
             counts.append(f"{len(rows)} {split}")
         (out / f"{name}.yaml").write_text(yaml.lstrip(), encoding="utf-8")
-        made.append(f"{name}: {', '.join(counts)}")
-    return made
+        lines.append(f"{name}: {', '.join(counts)}")
+    return lines
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
@@ -221,10 +221,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the copies")
     parser.add_argument("--out", type=Path, default=Path("benchmark-tasks"), help="where to write")
     arguments = parser.parse_args()
-    made = make_tasks(arguments.data, arguments.out)
-    if not made:
+    lines = make_tasks(arguments.data, arguments.out)
+    if not lines:
         raise SystemExit(f"{arguments.data} holds none of {', '.join(TASKS)}")
-    print("\n".join(made))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

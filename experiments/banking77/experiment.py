@@ -56,11 +56,6 @@ def main() -> int:
     parser.add_argument(
         "--publish", action="store_true", help="copy results to this folder when all is done"
     )
-    parser.add_argument(
-        "--reproduce",
-        metavar="few|many:METHOD:SEED",
-        help="repeat one committed run, and compare its scores",
-    )
     chosen = parser.parse_args()
     data, out = chosen.data.resolve(), chosen.out.resolve()
     os.chdir(HERE)  # `intents:train` is imported from the working folder
@@ -91,6 +86,11 @@ def command_line(document: str, name: str) -> argparse.ArgumentParser:
         "--data", type=Path, required=True, help="Banking77's directory: train.csv and test.csv"
     )
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help="where runs are made")
+    parser.add_argument(
+        "--reproduce",
+        metavar="SETTING:METHOD:SEED",
+        help="repeat one committed run, such as few:fedit:8, and compare its scores",
+    )
     return parser
 
 
@@ -155,34 +155,40 @@ def command_of(script: str, name: str) -> str:
     return f"python experiments/banking77/{script} --data BANKING77_DIRECTORY --only {name}"
 
 
-def reproduce(out: Path, what: str) -> int:
-    """Repeat one run of the committed comparison.
+def reproduce(out: Path, what: str, prefix: str = "") -> int:
+    """Repeat one run of a committed comparison.
+
+    Args:
+        out: The directory of the model, the data and the runs.
+        what: The run, as `few|many:METHOD:SEED`.
+        prefix: What the directories of the committed comparisons begin with.
 
     Returns:
         0 if its scores are equal to the last digit, which takes a processor of the same kind.
     """
-    name, _, rest = what.partition(":")
+    name, method, seed = parse_run(what)
+    file = HERE / "results" / f"{prefix}{name}" / "comparison.csv"
+    rows = list(csv.DictReader(file.open())) if file.is_file() else []
+    for row in rows:
+        label, _, _ = row["method"].partition("training.learning-rate=")
+        if label.rstrip(":;") == method and row["seed"] == str(seed):
+            runs = out / "reproduced" / name
+            (directory,) = tuned_comparison.run_all(
+                settings(name, out), [row["method"]], [seed], runs
+            )
+            return tuned_comparison.report_reproduction(
+                row, tuned_comparison.last_scores(directory)
+            )
+    raise SystemExit(f"no committed run {what}; the methods and seeds are in {file}")
+
+
+def parse_run(text: str) -> tuple[str, str, int]:
+    """Return setting, method and seed of `SETTING:METHOD:SEED`."""
+    setting, _, rest = text.partition(":")
     method, _, seed = rest.rpartition(":")
-    wanted = next(
-        row
-        for row in csv.DictReader((HERE / "results" / name / "comparison.csv").open())
-        if row["method"].partition("training.learning-rate=")[0].rstrip(":;") == method
-        and row["seed"] == seed
-    )
-    (folder,) = tuned_comparison.run_all(
-        settings(name, out), [wanted["method"]], [int(seed)], out / "reproduced" / name
-    )
-    last = tuned_comparison.last_scores(folder)
-    keys = ("exact_match", "loss")
-    for key in keys:
-        print(f"{key}: committed {wanted[key]}, here {last[key]!r}")
-    is_equal = all(float(wanted[key]) == last[key] for key in keys)
-    if not is_equal:
-        print(
-            "Another kind of processor computes other last bits, which training makes larger; to "
-            "judge a change of the code, compare both versions on one machine"
-        )
-    return int(not is_equal)
+    if not method or not seed.isdecimal():
+        raise SystemExit(f"a run is named SETTING:METHOD:SEED; got {text}")
+    return setting, method, int(seed)
 
 
 if __name__ == "__main__":

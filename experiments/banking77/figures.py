@@ -132,6 +132,40 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+def target_table(prefix: str, names: Mapping[str, str]) -> str:
+    """Return rounds and megabytes to the target of the experiments, mean of the seeds that reach it.
+
+    Args:
+        prefix: What the directories of the comparisons begin with.
+        names: Method to its name in the table.
+    """
+    lines = [
+        "| to 70 % | few steps: seeds | rounds | MB | many steps: seeds | rounds | MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, title in names.items():
+        cells = [title]
+        for setting in TITLES:
+            rounds = reached(f"{prefix}{setting}", "rounds_to_target")[method]
+            sent = reached(f"{prefix}{setting}", "bytes_to_target")[method]
+            cells += [
+                f"{len(rounds)}",
+                f"{mean_of(rounds).mean:.1f}",
+                f"{mean_of(sent).mean / 1e6:.0f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reached(name: str, column: str) -> dict[str, list[float]]:
+    """Return a column of comparison.csv by method, of the seeds that reach the target."""
+    table: dict[str, list[float]] = {}
+    for row in csv.DictReader((RESULTS / name / "comparison.csv").open()):
+        if row[column]:
+            table.setdefault(method_of(row["method"]), []).append(float(row[column]))
+    return table
+
+
 def percent(mean: MeanEstimate) -> str:
     """Format a mean and its standard deviation, in %."""
     return f"{100 * mean.mean:.1f} ± {100 * (mean.spread or 0):.1f}"
@@ -232,5 +266,6 @@ def save(figure: Figure, name: str) -> None:
 
 if __name__ == "__main__":
     print(tables())
+    print(target_table("", NAMES))
     print(json.dumps({name: chosen_rates(name) for name in TITLES}))
     draw()

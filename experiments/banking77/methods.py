@@ -11,7 +11,8 @@ adapters have a meaning from round to round and are the same for all clients.
 
 One thread, half a minute a run, some 280 runs a setting. The result is one line a run in
 methods-few.csv and methods-many.csv under `--table`, by default results/: a run that is there is
-not made again, so give an empty directory to make all. methods_figures.py makes the tables.
+not made again, so give an empty directory to make all. `--reproduce few:fedit:8` repeats one of
+them and compares its scores. methods_figures.py makes the tables.
 """
 
 import sys

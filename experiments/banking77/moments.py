@@ -52,6 +52,8 @@ def main() -> int:
     os.chdir(HERE)  # `intents:train` is imported from the working directory
     with quiet_libraries():
         intents.make(data, out)
+        if options.reproduce:
+            return experiment.reproduce(out, options.reproduce, "moments-")
         for name in [options.only] if options.only else ["few", "many"]:
             config = experiment.settings(name, out)
             results = HERE / "results" / f"moments-{name}" if options.publish else None

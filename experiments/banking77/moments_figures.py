@@ -17,6 +17,7 @@ from figures import (
     percent,
     save,
     scores,
+    target_table,
 )
 from matplotlib.ticker import MaxNLocator
 
@@ -97,4 +98,5 @@ def draw() -> None:
 if __name__ == "__main__":
     plt.rcParams.update({"font.size": 9, "svg.hashsalt": "fedmomentum", "svg.fonttype": "none"})
     print(tables())
+    print(target_table("moments-", NAMES))
     draw()

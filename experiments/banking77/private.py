@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import experiment
 import intents  # makes the model and registers its kind
 from run_table import Row, RunTable
-from tuned_comparison import Grid, search_rates
+from tuned_comparison import Grid, report_reproduction, search_rates
 
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
@@ -77,6 +77,8 @@ def main() -> int:
     runs = RunTable(chosen.table.resolve(), COLUMNS)
     with quiet_libraries():
         trials = Trials(data, out, runs, chosen.set)
+        if chosen.reproduce:
+            return trials.reproduce(*experiment.parse_run(chosen.reproduce))
         for method in chosen.methods.split(","):
             for epsilon in map(float, chosen.epsilons.split(",")):
                 for seed in map(int, chosen.seeds.split(",")):
@@ -106,6 +108,19 @@ class Trials:
         """Make one run of the table, at the learning rate of its method, unless it is there."""
         rate = self._best_rate(method, epsilon)
         self._measure("score", method, epsilon, seed, rate)
+
+    def reproduce(self, epsilon: str, method: str, seed: int) -> int:
+        """Repeat one run of the table, and print its scores beside those; 0 if they are equal."""
+        key = {"kind": "score", "method": method, "epsilon": epsilon, "seed": str(seed)}
+        row = self._runs.find(key)
+        if row is None:
+            raise SystemExit(f"no committed run {epsilon}:{method}:{seed}")
+        # In a directory of its own.
+        key.update(kind="reproduced", rate=row["rate"])
+        config = settings_of(self._config, method, float(epsilon), seed, float(row["rate"]))
+        scores = self._scores("score", key, config)
+        found = {name: float(score) for name, score in scores.items()}
+        return report_reproduction(row, found, ("accuracy", "loss"))
 
     def _best_rate(self, method: str, epsilon: float) -> float:
         """Return the learning rate with the best accuracy on the texts that are set apart."""

@@ -10,7 +10,15 @@ import experiment
 import intents  # makes the model and registers its kind
 import moments
 from run_table import Row, RunTable, read_rows
-from tuned_comparison import TUNING_SEEDS, labeled, mean_measures, run_all, search_rates
+from tuned_comparison import (
+    TUNING_SEEDS,
+    labeled,
+    last_scores,
+    mean_measures,
+    report_reproduction,
+    run_all,
+    search_rates,
+)
 
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
@@ -55,6 +63,11 @@ def main(document: str, name: str, variants: Iterable[str]) -> int:
     os.chdir(RESULTS.parent)  # `intents:train` is imported from the working directory
     with quiet_libraries():
         intents.make(data, out)
+        if options.reproduce:
+            setting, method, seed = experiment.parse_run(options.reproduce)
+            config = experiment.settings(setting, out)
+            table = tables / f"{name}-{setting}.csv"
+            return reproduce(config, method, seed, out / "reproduced", table)
         for setting in [options.only] if options.only else ["few", "many"]:
             config = experiment.settings(setting, out)
             table = tables / f"{name}-{setting}.csv"
@@ -74,13 +87,30 @@ def tune_and_score(
         out: Where runs are made.
         table: The file that gets a line for each.
     """
-    only_the_last = f"evaluation.every={config.federation.num_rounds}"
-    config = apply_overrides(config, [only_the_last])
-    trials = Trials(config, RunTable(table, COLUMNS), out)
+    trials = Trials(_scored_at_the_end(config), RunTable(table, COLUMNS), out)
     for method in methods:
         rate = trials.best_rate(method)
         for seed in seeds:
             trials.run("score", method, seed, rate)
+
+
+def reproduce(config: Config, method: str, seed: int, out: Path, table: Path) -> int:
+    """Repeat one run of a table at its learning rate, and print its scores beside those.
+
+    Returns:
+        0 if they are equal to the last digit, which takes a processor of the same kind.
+    """
+    row = committed_scores(table.stem, [seed], table.parent).get(method, {}).get(seed)
+    if row is None:
+        raise SystemExit(f"no committed run of {method} with seed {seed}; see {table}")
+    label = labeled(method, float(row["rate"]))
+    (directory,) = run_all(_scored_at_the_end(config), [label], [seed], out)
+    return report_reproduction(row, last_scores(directory))
+
+
+def _scored_at_the_end(config: Config) -> Config:
+    """Return the settings with an evaluation after the last round only."""
+    return apply_overrides(config, [f"evaluation.every={config.federation.num_rounds}"])
 
 
 class Trials:

@@ -40,7 +40,7 @@ class AsLoadedWeights:
 
     Args:
         layers: As for `Float32Weights`. The weights are not replaced, so modules that share them,
-            and other models of the process, may go on doing so.
+            and other models of the process, may continue to do so.
         directory: The model's directory.
         tied: See `Float32Weights`.
         model: See `Float32Weights`; needed too if PEFT adapts parameters.

@@ -85,7 +85,7 @@ def check_label_order(directory: Path, labels: Sequence[str]) -> None:
 
 
 def refuse_other_classifiers(directory: Path, model: Any) -> None:
-    """Refuse classifiers whose head cannot be told from the rest, or that have no token table.
+    """Refuse classifiers whose head is not distinguishable, or that have no token table.
 
     Raises:
         ModelError: If the model is one of them.
@@ -99,7 +99,7 @@ def refuse_other_classifiers(directory: Path, model: Any) -> None:
     if not isinstance(getattr(model, model.base_model_prefix, None), nn.Module):
         raise ModelError(
             f"{directory}: {kind} has no part {model.base_model_prefix!r}, so its head cannot be "
-            "told from what is pretrained; this classifier is not supported"
+            "distinguished from what is pretrained; this classifier is not supported"
         )
     try:
         model.get_input_embeddings()

@@ -165,7 +165,7 @@ def check_target(target: float) -> None:
 
 
 def require_flower() -> None:
-    """Refuse to go on without Flower.
+    """Refuse to continue without Flower.
 
     Raises:
         ConfigError: If it is not installed.
@@ -174,7 +174,7 @@ def require_flower() -> None:
 
 
 def require_extra(package: str, extra: str, need: str) -> None:
-    """Refuse to go on without a package that an extra installs.
+    """Refuse to continue without a package that an extra installs.
 
     Args:
         package: The package as it is imported.

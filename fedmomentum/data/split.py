@@ -162,5 +162,5 @@ def _describe_change(
         f"THE EXAMPLES ARE DIVIDED OTHERWISE THAN WHEN THIS RUN BEGAN: {num_leaked} of "
         f"{len(original.held_out)} that were held out are trained on now, and this client's scores "
         f"no longer measure what the model has learned.{reason} ({sizes}.) Stop this client and "
-        f"start it with the data and the seed that it had; or, to go on knowingly, remove {file}"
+        f"start it with the data and the seed that it had; or, to continue anyway, remove {file}"
     )

@@ -221,9 +221,9 @@ class FlowerTransport:
         Raises:
             QuorumError: If fewer than the minimum are connected after that time.
         """
-        begun = time.monotonic()
-        end = begun + self._join_timeout
-        start_end = begun + self._start_timeout
+        started = time.monotonic()
+        end = started + self._join_timeout
+        start_end = started + self._start_timeout
         while True:
             registered = self._roster.registered()
             online = sorted(self._roster.online())

@@ -47,8 +47,8 @@ def base_quantization(model: GlobalModel, base_directory: Path) -> str | None:
     Raises:
         ModelError: If it is stored in a way that is not supported.
     """
-    made = model.base.quantization
-    return made.kind if made is not None else stored_quantization(base_directory)
+    quantization = model.base.quantization
+    return quantization.kind if quantization is not None else stored_quantization(base_directory)
 
 
 @contextmanager

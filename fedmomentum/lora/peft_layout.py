@@ -220,7 +220,7 @@ class DeclaredTargets:
             name: What messages call the adapter.
 
         Raises:
-            AdapterError: If it cannot be told.
+            AdapterError: If it cannot be determined.
         """
         leaves = sorted({parameter.rpartition(".")[2] for parameter in self.parameters})
         if len(leaves) > MAX_PARAMETER_NAMES:
@@ -249,8 +249,8 @@ class DeclaredTargets:
                 raise AdapterError(
                     f"{name}: module {module} has LoRA factors for {len(wrappers)} parameters, "
                     f"and target_parameters names {', '.join(map(printable, found)) or 'none'} of "
-                    "it; which belongs to which cannot be told. Name exactly the adapted ones in "
-                    "adapter_config.json"
+                    "it; which belongs to which cannot be determined. Name exactly the adapted "
+                    "ones in adapter_config.json"
                 )
             for leaf, path in zip(reversed(order), wrappers, strict=True):
                 located[path] = f"{module}.{leaf}"

@@ -160,7 +160,7 @@ class Ledger:
                 return self.read()
             except FileNotFoundError:
                 pass
-            # Replies outlive the file if somebody removes it to start over.
+            # Replies outlive the file if someone removes it to start over.
             if self._replies.is_dir():
                 raise PrivacyError(
                     f"{self.file} is missing, and {self._replies} shows that there was a ledger: "

@@ -209,7 +209,7 @@ def _where(num_finished: int, num_rounds: int) -> str:
 
 
 def _progress(status: StatusFile | None) -> dict[str, Any]:
-    """Return what is going on now."""
+    """Return what is happening now."""
     if status is None:
         return {}
     # Who is waited for, and what the clients of the round do.

@@ -185,9 +185,9 @@ def _check_content(planned_runs: Sequence[PlannedRun]) -> None:
         DataError: If a run has other data.
         ModelError: If a run has another base model.
     """
-    begun = [run for run in planned_runs if retained_rounds(run.directory)]
+    started = [run for run in planned_runs if retained_rounds(run.directory)]
     data: dict[int, dict[str, Fingerprint]] = {}
-    for run in begun:
+    for run in started:
         model = run.config.model
         base = read_manifest(find_manifest(run.directory, "last")).base
         made_with = BaseIdentity.of(base)

@@ -267,7 +267,7 @@ class DeviceTransport:
     def _fail(
         self, worker: _Worker, error: WorkerExit, tasks: Mapping[str, bytes]
     ) -> Iterator[tuple[str, Failure]]:
-        """Yield the failures of clients whose worker has ended; go on with its others."""
+        """Yield the failures of clients whose worker has ended; continue with its others."""
         failure = Failure(worker.how_it_ended(error))
         failed = [worker.client] if worker.client else []
         worker.client = None

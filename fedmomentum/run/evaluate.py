@@ -263,7 +263,7 @@ def _teacher_forced(
         if id(tokenizer) not in tokens_by_tokenizer:
             own = tokens_by_tokenizer[id(tokenizer)] = []
             for part in parts:
-                made = make_rows(
+                rows = make_rows(
                     part.examples,
                     tokenizer,
                     pair.labels,
@@ -272,8 +272,8 @@ def _teacher_forced(
                     owner=part.owner,
                     loss_on=training.loss_on,
                 )
-                check_rows(pair.model, made, pair.labels, part.owner)
-                own.append((part.client, made[: part.most]))
+                check_rows(pair.model, rows, pair.labels, part.owner)
+                own.append((part.client, rows[: part.most]))
         return tokens_by_tokenizer[id(tokenizer)]
 
     def measured(references: Sequence[TokenizedExamples]) -> Scored:

@@ -100,11 +100,11 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     loaded = None
     base: Any
     try:
-        made = load_skeleton(directory, labels, settings.attention)
-        base = made.model
-        with made.active():
+        loaded_skeleton = load_skeleton(directory, labels, settings.attention)
+        base = loaded_skeleton.model
+        with loaded_skeleton.active():
             linear = find_linear_modules(base)
-        skeleton = made
+        skeleton = loaded_skeleton
     except FedMomentumError:
         raise
     except Exception:

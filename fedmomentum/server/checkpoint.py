@@ -339,7 +339,7 @@ class RunDirectory:
                 raise
             except ModelError as error:
                 raise ModelError(
-                    f"{error}. It is not needed to go on: restore it from a copy, or delete it"
+                    f"{error}. It is not needed to continue: restore it from a copy, or delete it"
                 ) from error
             own = manifest.needed | ({manifest.carried} if manifest.carried else set())
             self._named[server_round] = own, frozenset(manifest.sizes)

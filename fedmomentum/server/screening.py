@@ -135,10 +135,10 @@ class Screening:
             trained, fixed = start()
             steps = step_norms(trained, self._rule, trains=self._trains, shares=self._shares)
             self._starts[like] = with_fixed_residual(trained, fixed), steps
-        whole, steps = self._starts[like]
+        start_adapter, steps = self._starts[like]
         num_steps = asked_steps(num_examples, self._hyperparameters)
         self._moves[client] = moves_of(
-            update, whole, steps, num_steps=num_steps, shares=self._shares
+            update, start_adapter, steps, num_steps=num_steps, shares=self._shares
         )
 
     def leave_out(

@@ -100,7 +100,7 @@ class SecureRounds:
         """Have the clients train, and sum up what they trained.
 
         A round whose sums had begun when the server was killed continues with them: clients have
-        trained, and open every sum once. If it cannot, it starts over, unless somebody has opened
+        trained, and open every sum once. If it cannot, it starts over, unless someone has opened
         the first sum.
 
         Args:

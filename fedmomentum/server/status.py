@@ -277,7 +277,7 @@ class StatusWriter(Callback):
         self._written_at = now
         try:
             table = with_checksum({**msgspec.to_builtins(self._status), "written": now})
-            # after a crash of the machine there is nothing left to tell of
+            # after a crash of the machine there is nothing left to report
             write_atomically(self._file, canonical_json(table).encode(), durable=False)
             self._has_written = True
             seconds = time.time() - now

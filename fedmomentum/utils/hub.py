@@ -183,8 +183,8 @@ def explain(error: Exception, name: HubName) -> str:
 def _explain_status(error: Exception, name: HubName) -> str:
     """Return what an error's HTTP status means, with what the hub said."""
     status: int = error.response.status_code  # type: ignore[attr-defined]
-    said = without_secrets(getattr(error, "server_message", None) or "")
-    reply = f"the hub replied {status}" + (f", {printable(said, 300)!r}" if said else "")
+    message = without_secrets(getattr(error, "server_message", None) or "")
+    reply = f"the hub replied {status}" + (f", {printable(message, 300)!r}" if message else "")
     if status == 401:
         return f"{reply}: the login is not valid. Log in again ({LOGIN}), or correct HF_TOKEN"
     if status == 403:

@@ -1,6 +1,6 @@
 """Quantized linear layers of a live model: which they are, their shape, and what they stand for.
 
-bitsandbytes' layers and torchao's weights are told by their types' names, so that neither library
+bitsandbytes' layers and torchao's weights are recognized by type name, so that neither library
 is imported unless a model has them.
 """
 

@@ -197,7 +197,7 @@ def test_changes_within_the_two_public_bounds_are_within_all_bounds(sketch_ranks
 
 
 @pytest.mark.parametrize("max_change", [CHANGE, 1e3 * CHANGE, 1e6 * CHANGE])
-def test_what_is_said_of_rounding_is_what_integers_take(max_change):
+def test_the_reported_rounding_error_is_that_of_the_integers(max_change):
     """Of the summed changes of both factors and of tensors trained in full, weights included."""
     start = start_adapter()
     layout = make_layout(start, max_change=max_change)
@@ -212,23 +212,23 @@ def test_what_is_said_of_rounding_is_what_integers_take(max_change):
     changes = [b.name for b in blocks if b.name != "examples" and not b.name.startswith("sketch")]
     error = sum(float((exact[n] - torch.from_numpy(decoded[n])).square().sum()) for n in changes)
     norm = sum(float(exact[n].square().sum()) for n in changes)
-    said = layout.rounding({n: torch.from_numpy(v) for n, v in decoded.items()}, len(own))
-    assert said == pytest.approx((error / norm) ** 0.5, rel=0.15)
+    reported = layout.rounding({n: torch.from_numpy(v) for n, v in decoded.items()}, len(own))
+    assert reported == pytest.approx((error / norm) ** 0.5, rel=0.15)
 
 
-def test_where_rounding_takes_everything_it_says_all():
+def test_the_reported_rounding_error_is_one_where_everything_is_lost():
     start = start_adapter()
     layout = make_layout(start)
     zeros = {b.name: torch.zeros(b.size, dtype=torch.float64) for b in layout.first_blocks()}
     assert layout.rounding(zeros, 4) == 1.0
 
 
-def test_what_is_beyond_the_bounds_is_refused():
+def test_values_beyond_the_bounds_are_refused():
     start = start_adapter()
     layout = make_layout(start)
-    far = layout.moves(trained_adapter(start, "north", size=30 * CHANGE), 400, {})
+    too_large = layout.moves(trained_adapter(start, "north", size=30 * CHANGE), 400, {})
     with pytest.raises(DataError, match="block '.*' of this party's update has an element of size"):
-        encode(layout.first_values(far), layout.first_blocks(), 4)
+        encode(layout.first_values(too_large), layout.first_blocks(), 4)
     for count in (0, 501):
         with pytest.raises(DataError, match=f"has {count} examples, and .* count 1 to 500") as e:
             layout.moves(trained_adapter(start, "north"), count, {})
@@ -240,7 +240,7 @@ def test_what_is_beyond_the_bounds_is_refused():
         layout.moves(other, 5, {})
 
 
-def test_blocks_and_values_are_of_one_form_whatever_the_values():
+def test_blocks_and_values_have_the_same_layout_whatever_the_values():
     start = start_adapter()
     layout = make_layout(start)
     for size in (0.0, CHANGE):

@@ -1,4 +1,4 @@
-"""Clients of unequal rank: what each holds of the global adapter, and what becomes of the rest."""
+"""Clients of unequal rank: what each holds of the global adapter, and what happens to the remainder."""
 
 from dataclasses import replace
 
@@ -44,29 +44,29 @@ def trained(own: Adapter, seed: int, step: float) -> Adapter:
 
 
 def one_round(method, current: Adapter, server_round: int, step: float):
-    """Everyone trains what it holds of the global adapter; the aggregate, and the sum that is due."""
-    updates, due = [], {m: current.effective(m).dense() for m in current.modules}
+    """Every client trains what it holds of the global adapter; return the aggregate and the expected sum."""
+    updates, expected = [], {m: current.effective(m).dense() for m in current.modules}
     for i, (rank, scaling) in enumerate(zip(RANKS, SCALINGS, strict=True)):
         own, tails = client_adapter(
-            method, current, dict.fromkeys(due, rank), dict.fromkeys(due, scaling)
+            method, current, dict.fromkeys(expected, rank), dict.fromkeys(expected, scaling)
         )
         after = trained(own, 10 * server_round + i, step)
-        for module in due:
+        for module in expected:
             moved = after.effective(module).dense() - own.effective(module).dense()
-            due[module] = due[module] + WEIGHTS[i] * moved
+            expected[module] = expected[module] + WEIGHTS[i] * moved
         updates.append(with_fixed_residual(after, tails) if method.keeps_tail else after)
     result = aggregate_updates(
         updates,
         WEIGHTS,
         method,
         RoundContext(
-            ranks=dict.fromkeys(due, 8),
+            ranks=dict.fromkeys(expected, 8),
             scalings=current.scalings,
             reference=current,
             server_round=server_round,
         ),
     )
-    return result, due
+    return result, expected
 
 
 @pytest.mark.parametrize("split", ["balanced", "procrustes", "singular", "aligned"])
@@ -89,7 +89,7 @@ def test_own_adapter_and_tail_are_the_global_one_in_the_clients_scaling(split):
     assert error(back.effective("m0").dense(), current.effective("m0").dense()) < 1e-12
 
 
-def test_slices_are_slices_and_in_order_is_in_order():
+def test_split_rank_slices_the_factors_and_canonical_sorts_them():
     matrix = random_matrix(40, 30, 6, condition=10)
     own, tail = matrix.split_rank(2)
     assert torch.equal(own.B, matrix.B[:, :2]) and torch.equal(own.A, matrix.A[:2])
@@ -116,10 +116,10 @@ def test_slices_are_slices_and_in_order_is_in_order():
 def test_the_sum_is_the_global_adapter_plus_what_clients_moved(split):
     method, current = FedMomentum(split=split), global_adapter(split=split)
     for server_round in (1, 2, 3):
-        result, due = one_round(method, current, server_round, step=0.05)
-        for module in due:
+        result, expected = one_round(method, current, server_round, step=0.05)
+        for module in expected:
             got = result.adapter.effective(module).dense() + result.residual[module].dense()
-            assert error(got, due[module]) < 1e-10
+            assert error(got, expected[module]) < 1e-10
         current = result.adapter
 
 
@@ -130,7 +130,7 @@ def energies(current: Adapter) -> tuple[float, float]:
 
 
 def test_flexlora_collapses_into_the_smallest_rank_and_fedmomentum_does_not():
-    """Nobody trains: what changes from round to round is the aggregation's doing alone."""
+    """No client trains: only the aggregation changes anything from round to round."""
     start = global_adapter()
     first, beyond = energies(start)
     flexlora, fedmomentum = start, start
@@ -146,21 +146,21 @@ def test_flexlora_collapses_into_the_smallest_rank_and_fedmomentum_does_not():
         assert all(part.norm() < 1e-10 for part in result.residual.values())
 
 
-def test_with_training_flexlora_loses_energy_and_fedmomentum_none():
+def test_with_training_flexlora_loses_energy_and_fedmomentum_does_not():
     flexlora, fedmomentum, merged = (
         global_adapter(),
         global_adapter(),
         torch.zeros(40, 30, dtype=torch.float64),
     )
-    due = fedmomentum.effective("m0").dense()
+    expected = fedmomentum.effective("m0").dense()
     for server_round in range(1, 7):
         flexlora = one_round(FlexLoRA(), flexlora, server_round, step=0.02)[0].adapter
         result, summed = one_round(FedMomentum(), fedmomentum, server_round, step=0.02)
-        due = (
-            due + summed["m0"] - fedmomentum.effective("m0").dense()
+        expected = (
+            expected + summed["m0"] - fedmomentum.effective("m0").dense()
         )  # base and adapter, as clients moved them
         fedmomentum, merged = result.adapter, merged + result.residual["m0"].dense()
-        assert error(fedmomentum.effective("m0").dense() + merged, due) < 1e-10
+        assert error(fedmomentum.effective("m0").dense() + merged, expected) < 1e-10
     start = energies(global_adapter())[1]
     assert energies(flexlora)[1] < 0.1 * start and energies(fedmomentum)[1] > 0.9 * start
 

@@ -12,7 +12,7 @@ from fedmomentum.linalg.matrix import LazySequence, to_dense
 from tests.helpers import clients, dense_sum, error, random_matrix, some_weights
 
 
-def test_sums_are_the_dense_ones():
+def test_sums_equal_the_dense_ones():
     matrices, weights = clients(ranks=(4, 4, 4)), some_weights(3)
     updates = ClientUpdates(matrices, weights)
     B = sum(w * u.B for w, u in zip(weights, matrices, strict=True))
@@ -37,7 +37,7 @@ def test_mean_A_takes_clients_of_any_rank():
     assert error(ClientUpdates(matrices, weights).mean_A(4), expected) < 1e-14
 
 
-def test_shape_ranks_and_dtype_cost_one_look_at_each_update():
+def test_shape_ranks_and_dtype_read_each_update_once():
     looks = []
 
     def load(index: int) -> LowRank:

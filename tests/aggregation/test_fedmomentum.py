@@ -1,4 +1,4 @@
-"""What is FedMomentum's own: gauges, energy, the carried tail."""
+"""What is specific to FedMomentum: gauges, energy, the carried tail."""
 
 import pytest
 import torch
@@ -112,10 +112,10 @@ def test_procrustes_leaves_clients_that_agree_where_they_are():
 @pytest.mark.parametrize("with_start", [True, False])
 def test_spare_directions_of_procrustes_can_train(with_start):
     """Two directions at rank 5: three combinations of rows are zero in B, and none is in A."""
-    thin = random_matrix(40, 30, 2)
+    rank_two = random_matrix(40, 30, 2)
     start = random_matrix(40, 30, 5, seed=9)
-    updates = [LowRank(torch.cat([thin.B, 0 * start.B[:, :3]], 1), start.A.clone())]
-    updates[0].A[:2] = thin.A
+    updates = [LowRank(torch.cat([rank_two.B, 0 * start.B[:, :3]], 1), start.A.clone())]
+    updates[0].A[:2] = rank_two.A
     result = aggregate(
         FedMomentum(split="procrustes"),
         updates,
@@ -124,7 +124,7 @@ def test_spare_directions_of_procrustes_can_train(with_start):
         reference=start if with_start else None,
     )
     B, A = result.adapter.B, result.adapter.A
-    assert error(B @ A, thin.dense()) < 1e-10
+    assert error(B @ A, rank_two.dense()) < 1e-10
     assert float(torch.linalg.svdvals(A)[-1]) > 1e-3
     # The gradient of B is G A^T: of full rank for any G of full rank.
     assert int(torch.linalg.matrix_rank(B)) == 2
@@ -168,9 +168,9 @@ def test_energy_bounds_what_is_applied_and_carries_the_rest():
 def test_the_carried_tail_enters_the_next_sum():
     updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
     first = aggregate(FedMomentum(energy=0.5), updates, weights, rank=4)
-    later = clients((60, 50), (4,) * 5, seed=7)
-    second = aggregate(FedMomentum(), later, weights, rank=4, carried=first.carried)
-    wanted = dense_sum(later, weights) + first.carried.dense()
+    next_updates = clients((60, 50), (4,) * 5, seed=7)
+    second = aggregate(FedMomentum(), next_updates, weights, rank=4, carried=first.carried)
+    wanted = dense_sum(next_updates, weights) + first.carried.dense()
     assert error(parts(second.adapter, second.residual), wanted) < 1e-10 and second.carried is None
 
 
@@ -183,7 +183,7 @@ def test_energy_below_the_adapters_own_share_takes_nothing_from_the_adapter():
 
 
 def rounds_of(method, num=7):
-    """Rounds over the same clients, what is carried handed on: (round, updates, weights, carried in, result)."""
+    """Rounds over the same clients, passing on what is carried: (round, updates, weights, carried in, result)."""
     carried, weights = None, some_weights(5)
     for server_round in range(1, num + 1):
         updates = clients((60, 50), (4,) * 5, seed=server_round)
@@ -208,14 +208,14 @@ def parts(*matrices):
     ],
 )
 def test_nothing_is_lost_over_rounds(method):
-    due, got = 0, 0
+    expected, got = 0, 0
     for _, updates, weights, carried, result in rounds_of(method):
-        due = dense_sum(updates, weights) + parts(carried)
+        expected = dense_sum(updates, weights) + parts(carried)
         got = parts(result.adapter, result.residual, result.carried)
-        assert error(got, due) < 1e-10
+        assert error(got, expected) < 1e-10
 
 
-def test_merging_every_third_round_waits_outside_the_sums():
+def test_merging_every_third_round_keeps_the_residual_outside_the_sums():
     waiting = torch.zeros(60, 50, dtype=torch.float64)
     for server_round, updates, weights, _, result in rounds_of(FedMomentum(merge_every=3)):
         now = aggregate(FedMomentum(), updates, weights, rank=4)
@@ -231,12 +231,12 @@ def test_merging_every_third_round_waits_outside_the_sums():
 def test_a_carried_residual_is_never_merged_and_competes_again():
     for _, updates, weights, carried, result in rounds_of(FedMomentum(residual="carried")):
         assert result.residual.rank == 0
-        whole = dense_sum(updates, weights) + parts(carried)
-        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        total = dense_sum(updates, weights) + parts(carried)
+        U, S, Vh = torch.linalg.svd(total, full_matrices=False)
         assert error(result.adapter.dense(), (U[:, :4] * S[:4]) @ Vh[:4]) < 1e-10
 
 
-def test_a_dropped_residual_is_told_and_not_called_exact():
+def test_a_dropped_residual_is_reported_and_not_called_exact():
     updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
     method = FedMomentum(residual="dropped")
     result, kept = (
@@ -253,7 +253,7 @@ def test_a_dropped_residual_is_told_and_not_called_exact():
     assert result.findings["dropped_energy"] == pytest.approx(kept.residual.norm() ** 2, rel=1e-10)
 
 
-def test_what_waits_survives_a_change_of_settings():
+def test_the_carried_residual_survives_a_change_of_settings():
     updates, weights = clients((60, 50), (4,) * 5), some_weights(5)
     waits = aggregate(FedMomentum(merge_every=9), updates, weights, rank=4).carried
     for method in (
@@ -287,6 +287,6 @@ def test_fedit_refuses_unequal_ranks_by_name():
         {"energy": 0.9, "merge_every": 2},
     ],
 )
-def test_settings_are_refused_when_they_are_made(field):
+def test_invalid_settings_are_refused_by_the_constructor(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         FedMomentum(**field)

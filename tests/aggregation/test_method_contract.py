@@ -2,7 +2,7 @@
 
 Each law is asked of the methods that claim it by what they declare. `SETTINGS` lists further
 settings of a method that are worth the same tests. Methods that train one factor get updates that
-share the other (`legal`).
+share the other (`valid_updates`).
 """
 
 import itertools
@@ -26,9 +26,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 
 SETTINGS = [
@@ -52,34 +52,34 @@ ALL = [method() for method in METHODS.values()] + SETTINGS
 MOMENTUM = [m for m in ALL if isinstance(m, FedMomentum) and m.svd == "exact"]
 
 
-def asked_of(claim) -> pytest.MarkDecorator:
+def methods_where(claim) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("method", [method for method in ALL if claim(method)], ids=repr)
 
 
-every = asked_of(lambda method: True)
-exact = asked_of(lambda method: method.exact)
-inexact = asked_of(lambda method: not method.exact)
-unequal = asked_of(lambda method: method.unequal_ranks)
-equal = asked_of(lambda method: not method.unequal_ranks)
-best = asked_of(lambda method: method.best_rank)
-best_of_both = asked_of(lambda method: method.best_rank and method.trained_factors(1) == "BA")
+every = methods_where(lambda method: True)
+exact = methods_where(lambda method: method.exact)
+inexact = methods_where(lambda method: not method.exact)
+unequal = methods_where(lambda method: method.unequal_ranks)
+equal = methods_where(lambda method: not method.unequal_ranks)
+best = methods_where(lambda method: method.best_rank)
+best_of_both = methods_where(lambda method: method.best_rank and method.trained_factors(1) == "BA")
 momentum = pytest.mark.parametrize("method", MOMENTUM, ids=repr)
 
 REFERENCE = random_matrix(40, 30, 4, seed=77)
 
 
-def whole(result) -> torch.Tensor:
-    """What an aggregate says the sum is."""
+def reconstructed(result) -> torch.Tensor:
+    """The sum that an aggregate represents."""
     parts = [result.adapter, result.residual, result.carried]
     return sum(to_dense(part.to(torch.float64)) for part in parts if part is not None)
 
 
 def lost(result, wanted: torch.Tensor) -> tuple[float, float]:
-    """The norm of what an aggregate left out, and what it tells of it, both relative to the sum."""
-    told = math.sqrt(result.findings.get("dropped_energy", 0.0)) / float(
+    """The norm of what an aggregate left out, and the norm that it reports, both relative to the sum."""
+    reported = math.sqrt(result.findings.get("dropped_energy", 0.0)) / float(
         torch.linalg.matrix_norm(wanted)
     )
-    return error(whole(result), wanted), told
+    return error(reconstructed(result), wanted), reported
 
 
 def float_tolerance(method, dtype) -> float:
@@ -95,7 +95,7 @@ def test_is_a_method(method):
 
 
 @every
-def test_declarations_say_what_there_is(method):
+def test_declarations_are_consistent(method):
     assert method.title and ("arXiv" in method.paper or "OpenReview" in method.paper)
     for server_round in range(1, 6):
         for factors in (
@@ -115,9 +115,9 @@ def test_declarations_say_what_there_is(method):
 
 @every
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_what_is_not_sent_clients_have_or_can_draw(method, server_round):
+def test_factors_that_are_not_sent_are_known_to_clients_or_can_be_drawn(method, server_round):
     updates, weights = clients(ranks=(4, 4)), some_weights(2)
-    updates = legal(method, updates, REFERENCE, server_round)
+    updates = valid_updates(method, updates, REFERENCE, server_round)
     result = aggregate(
         method, updates, weights, rank=4, reference=REFERENCE, server_round=server_round, seed=5
     ).adapter
@@ -139,10 +139,12 @@ def test_what_is_not_sent_clients_have_or_can_draw(method, server_round):
     server_round=st.integers(1, 3),
 )
 def test_law_1_nothing_is_lost(method, out, in_, rank, num, seed, server_round):
-    updates = legal(method, clients((out, in_), (rank,) * num, seed=seed), None, server_round)
+    updates = valid_updates(
+        method, clients((out, in_), (rank,) * num, seed=seed), None, server_round
+    )
     weights = some_weights(num, seed)
     result = aggregate(method, updates, weights, rank=rank, server_round=server_round)
-    assert error(whole(result), dense_sum(updates, weights)) < 10 * float_tolerance(
+    assert error(reconstructed(result), dense_sum(updates, weights)) < 10 * float_tolerance(
         method, torch.float64
     )
     assert result.findings.get("dropped_energy", 0.0) == pytest.approx(0, abs=1e-20)
@@ -150,25 +152,25 @@ def test_law_1_nothing_is_lost(method, out, in_, rank, num, seed, server_round):
 
 @inexact
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_law_1_what_is_lost_is_told(method, server_round):
+def test_law_1_what_is_lost_is_reported(method, server_round):
     updates, weights = clients(ranks=(4,) * 3, condition=10), some_weights(3)
     result = aggregate(
         method, updates, weights, rank=4, reference=REFERENCE, server_round=server_round
     )
-    is_lost, told = lost(result, dense_sum(updates, weights))
-    assert is_lost > 0.05 and told == pytest.approx(is_lost, rel=1e-9)
+    is_lost, reported = lost(result, dense_sum(updates, weights))
+    assert is_lost > 0.05 and reported == pytest.approx(is_lost, rel=1e-9)
 
 
 @every
-def test_law_2_one_client_gives_itself_back(method):
-    (update,) = legal(method, clients(ranks=(4,)), REFERENCE)
+def test_law_2_a_single_client_is_returned_unchanged(method):
+    (update,) = valid_updates(method, clients(ranks=(4,)), REFERENCE)
     result = aggregate(method, [update], torch.ones(1), rank=4, reference=REFERENCE)
-    is_lost, told = lost(result, update.dense())
+    is_lost, reported = lost(result, update.dense())
     if method.exact or not hasattr(method, "energy"):
         assert is_lost < float_tolerance(method, torch.float64)
-    else:  # it cuts even one client's product, by no more than it says
-        assert is_lost == pytest.approx(told, abs=1e-9) and told**2 <= 1 - method.energy
-    if method.sent_factors(1):  # others start afresh
+    else:  # it truncates even one client's product, by no more than it reports
+        assert is_lost == pytest.approx(reported, abs=1e-9) and reported**2 <= 1 - method.energy
+    if method.sent_factors(1):  # others start from a new adapter
         assert error(result.adapter.dense(), update.dense()) < float_tolerance(
             method, torch.float64
         )
@@ -176,10 +178,10 @@ def test_law_2_one_client_gives_itself_back(method):
 
 @every
 def test_law_2_clients_that_agree_get_what_they_agree_on(method):
-    updates = legal(method, clients(ranks=(4,)), REFERENCE) * 3
+    updates = valid_updates(method, clients(ranks=(4,)), REFERENCE) * 3
     result = aggregate(method, updates, some_weights(3), rank=4, reference=REFERENCE)
-    is_lost, told = lost(result, updates[0].dense())
-    assert is_lost == pytest.approx(told, abs=1e-9)
+    is_lost, reported = lost(result, updates[0].dense())
+    assert is_lost == pytest.approx(reported, abs=1e-9)
     if method.sent_factors(1):
         assert error(result.adapter.dense(), updates[0].dense()) < float_tolerance(
             method, torch.float64
@@ -193,7 +195,7 @@ def test_law_2_clients_that_agree_get_what_they_agree_on(method):
 def test_law_2_order_of_clients_does_not_matter(method, server_round):
     reference = random_matrix(40, 30, 3, seed=77)
     updates, weights = (
-        legal(method, clients(ranks=(3,) * 4), reference, server_round),
+        valid_updates(method, clients(ranks=(3,) * 4), reference, server_round),
         some_weights(4),
     )
     tolerance = 1e-12 if getattr(method, "svd", "") != "randomised" else TOLERANCE[torch.float32]
@@ -209,7 +211,7 @@ def test_law_2_order_of_clients_does_not_matter(method, server_round):
             seed=1,
         )
         wanted = result if wanted is None else wanted
-        assert error(whole(result), whole(wanted)) < tolerance
+        assert error(reconstructed(result), reconstructed(wanted)) < tolerance
         if method.sent_factors(1):
             assert error(result.adapter.dense(), wanted.adapter.dense()) < tolerance
         else:
@@ -218,8 +220,8 @@ def test_law_2_order_of_clients_does_not_matter(method, server_round):
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_law_3_rank_dtype_and_shape_are_as_asked(method, dtype):
-    updates, weights = legal(method, clients(ranks=(4, 4), dtype=dtype)), some_weights(2)
+def test_law_3_rank_dtype_and_shape_are_as_requested(method, dtype):
+    updates, weights = valid_updates(method, clients(ranks=(4, 4), dtype=dtype)), some_weights(2)
     result = aggregate(method, updates, weights, rank=4, reference=REFERENCE.to(dtype))
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     for part in (result.adapter, result.residual, result.carried):
@@ -229,7 +231,9 @@ def test_law_3_rank_dtype_and_shape_are_as_asked(method, dtype):
             )
     assert result.adapter.rank == 4
     if method.exact:
-        assert error(whole(result), dense_sum(updates, weights)) < float_tolerance(method, wanted)
+        assert error(reconstructed(result), dense_sum(updates, weights)) < float_tolerance(
+            method, wanted
+        )
 
 
 @unequal
@@ -239,8 +243,8 @@ def test_unequal_ranks_and_sums_of_full_rank(method, ranks):
     for rank in (1, 4, 30):
         result = aggregate(method, updates, weights, rank=rank)
         assert result.adapter.rank == rank
-        is_lost, told = lost(result, dense_sum(updates, weights))
-        assert told == pytest.approx(is_lost, abs=1e-9) if not method.exact else told < 1e-9
+        is_lost, reported = lost(result, dense_sum(updates, weights))
+        assert reported == pytest.approx(is_lost, abs=1e-9) if not method.exact else reported < 1e-9
         if method.exact:
             assert is_lost < float_tolerance(method, torch.float64)
 
@@ -258,7 +262,7 @@ def test_unequal_ranks_are_refused_where_they_have_no_meaning(method):
 
 @every
 def test_a_clients_own_adapter_and_its_tail_are_the_global_one(method):
-    updates = legal(method, clients(ranks=(4, 4)), REFERENCE)
+    updates = valid_updates(method, clients(ranks=(4, 4)), REFERENCE)
     adapter = aggregate(method, updates, some_weights(2), rank=4, reference=REFERENCE).adapter
     for rank in (1, 3, 4) if method.unequal_ranks else (4,):
         own, tail = method.client_adapter(adapter, rank)
@@ -277,7 +281,7 @@ def test_a_clients_own_adapter_and_its_tail_are_the_global_one(method):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_adapter_is_the_best_of_its_rank(method, condition, dtype):
     """|sum - adapter| <= 1.0001 x the Eckart-Young error, in particular for ill-conditioned factors."""
-    updates = legal(method, clients((60, 50), (6, 6, 6), dtype=dtype, condition=condition))
+    updates = valid_updates(method, clients((60, 50), (6, 6, 6), dtype=dtype, condition=condition))
     weights = some_weights(3)
     wanted = dense_sum(updates, weights)
     result = aggregate(method, updates, weights, rank=6)
@@ -285,7 +289,7 @@ def test_the_adapter_is_the_best_of_its_rank(method, condition, dtype):
     found = torch.linalg.matrix_norm(wanted - result.adapter.B.double() @ result.adapter.A.double())
     assert found <= 1.0001 * least + 1e-6 * torch.linalg.matrix_norm(wanted)
     if method.exact:
-        assert error(whole(result), wanted) < float_tolerance(method, dtype)
+        assert error(reconstructed(result), wanted) < float_tolerance(method, dtype)
 
 
 @momentum
@@ -310,7 +314,7 @@ def test_factors_have_the_form_of_their_split(method, condition):
 @every
 def test_inputs_are_untouched_and_calls_are_pure(method):
     reference = random_matrix(40, 30, 4, seed=50)
-    updates, weights = legal(method, clients(ranks=(4, 4)), reference), some_weights(2)
+    updates, weights = valid_updates(method, clients(ranks=(4, 4)), reference), some_weights(2)
     before = [(u.B.clone(), u.A.clone()) for u in [*updates, reference]]
     first = aggregate(method, updates, weights, rank=4, reference=reference, seed=3)
     second = aggregate(method, updates, weights, rank=4, reference=reference, seed=3)
@@ -327,8 +331,8 @@ def test_law_3_no_dead_direction(method, filled):
     """Where the sum has a lower rank, the spare directions are alive in A, zero in B, and off the kept rows."""
     reference = random_matrix(40, 30, 4, seed=9)
     if method.trained_factors(1) == "B":
-        thin = random_matrix(40, 4, filled) if filled else zeros((40, 4), dtype=torch.float64)
-        update = LowRank(thin.dense(), reference.A)
+        factor = random_matrix(40, 4, filled) if filled else zeros((40, 4), dtype=torch.float64)
+        update = LowRank(factor.dense(), reference.A)
     else:
         update = random_matrix(40, 30, filled) if filled else zeros((40, 30), dtype=torch.float64)
     result = aggregate(
@@ -343,7 +347,7 @@ def test_law_3_no_dead_direction(method, filled):
     if filled == 0:
         assert float(off.norm()) < 1e-9 * float(A.norm())
     assert (
-        error(whole(result) + 1e-30, update.dense() + 1e-30)
+        error(reconstructed(result) + 1e-30, update.dense() + 1e-30)
         < float_tolerance(method, torch.float64)
         or filled == 0
     )
@@ -360,24 +364,24 @@ def test_law_3_spare_rows_without_a_reference_are_at_loras_scale(method):
 @best_of_both
 def test_singular_values_at_round_off_are_spare_and_their_energy_is_not_lost(method):
     update = random_matrix(40, 30, 1)
-    whisper = random_matrix(40, 30, 1, seed=4).scaled(1e-9)
-    noisy = LowRank(torch.cat([update.B, whisper.B], 1), torch.cat([update.A, whisper.A], 0))
+    tiny = random_matrix(40, 30, 1, seed=4).scaled(1e-9)
+    noisy = LowRank(torch.cat([update.B, tiny.B], 1), torch.cat([update.A, tiny.A], 0))
     result = aggregate(method, [noisy], torch.ones(1), rank=2)
     # One direction of two, whatever the rotation between the factors; both are alive in A.
     largest, smallest = torch.linalg.svdvals(result.adapter.B).tolist()
     assert smallest < 1e-14 * largest
     assert float(torch.linalg.svdvals(result.adapter.A)[-1]) > 1e-3
-    is_lost, told = lost(result, noisy.dense())
+    is_lost, reported = lost(result, noisy.dense())
     assert (
         is_lost < float_tolerance(method, torch.float64)
         if method.exact
-        else told == pytest.approx(is_lost, rel=1e-5)
+        else reported == pytest.approx(is_lost, rel=1e-5)
     )
 
 
 @every
 def test_bad_input_is_refused_by_name(method):
-    updates, weights = legal(method, clients(ranks=(4, 4))), some_weights(2)
+    updates, weights = valid_updates(method, clients(ranks=(4, 4))), some_weights(2)
     broken = LowRank(updates[1].B.clone(), updates[1].A.clone())
     broken.A[2, 3] = math.nan
     with pytest.raises(ValueError, match="update 1 holds NaN or Inf in its factor A"):
@@ -397,17 +401,17 @@ def test_bad_input_is_refused_by_name(method):
         aggregate(method, [], torch.ones(0), rank=4)
 
 
-@asked_of(lambda method: method.trained_factors(1) != "BA")
+@methods_where(lambda method: method.trained_factors(1) != "BA")
 @pytest.mark.parametrize("server_round", [1, 2])
 def test_a_factor_that_should_be_frozen_and_is_not_is_refused(method, server_round):
-    updates = legal(method, clients(ranks=(4, 4)), REFERENCE, server_round)
+    updates = valid_updates(method, clients(ranks=(4, 4)), REFERENCE, server_round)
     (frozen,) = set("BA") - set(method.trained_factors(server_round))
-    strayed = LowRank(updates[1].B.clone(), updates[1].A.clone())
-    getattr(strayed, frozen)[0, 0] += 1e-12
+    altered = LowRank(updates[1].B.clone(), updates[1].A.clone())
+    getattr(altered, frozen)[0, 0] += 1e-12
     with pytest.raises(
         ValueError, match=f"update 1 has another factor {frozen} than update 0; .* {method.title}"
     ):
-        aggregate(method, [updates[0], strayed], some_weights(2), rank=4, server_round=server_round)
+        aggregate(method, [updates[0], altered], some_weights(2), rank=4, server_round=server_round)
 
 
 @every

@@ -1,4 +1,4 @@
-"""What is each method's own: its formula, computed the long way, and what it costs on the wire."""
+"""What is specific to each method: its formula, computed directly, and what it costs on the wire."""
 
 import math
 from dataclasses import replace
@@ -33,9 +33,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 from tests.runs import start, timeless, tiny_config
 
@@ -45,7 +45,7 @@ EYE = torch.eye(4, dtype=torch.float64)
 
 def adapters(*, sharing: str = "", scalings=SCALINGS, ranks=(4, 4, 4), seed=0) -> list[Adapter]:
     """Whole adapters of two modules in float64; `sharing` names the factor that is the same for all."""
-    made = []
+    created = []
     for i, (scaling, rank) in enumerate(zip(scalings, ranks, strict=True)):
         modules = {}
         for number, shape in enumerate([(40, 30), (20, 50)]):
@@ -54,8 +54,8 @@ def adapters(*, sharing: str = "", scalings=SCALINGS, ranks=(4, 4, 4), seed=0) -
             modules[f"m{number}"] = LowRank(
                 first.B if "B" in sharing else own.B, first.A if "A" in sharing else own.A
             )
-        made.append(Adapter(modules, dict.fromkeys(modules, scaling), name=f"client {i}"))
-    return made
+        created.append(Adapter(modules, dict.fromkeys(modules, scaling), name=f"client {i}"))
+    return created
 
 
 def effective(result, module: str) -> torch.Tensor:
@@ -101,7 +101,9 @@ def test_exact_methods_give_one_effective_model(method, sharing):
         (FedIT(), "A", 1),
     ],
 )
-def test_methods_of_one_factor_give_it_too_where_the_other_is_shared(method, sharing, server_round):
+def test_methods_of_one_factor_are_exact_too_where_the_other_is_shared(
+    method, sharing, server_round
+):
     given = adapters(sharing=sharing)
     scalings = {"m0": 3.0, "m1": 0.25}
     result = aggregate_updates(
@@ -120,13 +122,13 @@ def test_methods_of_one_factor_give_it_too_where_the_other_is_shared(method, sha
 @pytest.mark.parametrize(
     "method", [cls() for cls in METHODS.values() if cls is not FRLoRA], ids=repr
 )
-def test_one_client_gets_itself_back_in_another_scaling(method):
+def test_a_single_client_is_returned_unchanged_in_another_scaling(method):
     (given,) = adapters(scalings=(0.5,), ranks=(4,))
     result = aggregate_adapters([given], method=method, scaling=3.0)
     for module in given.modules:
-        told = 3.0**2 * result.findings[module].get("dropped_energy", 0.0)
+        reported = 3.0**2 * result.findings[module].get("dropped_energy", 0.0)
         lost = effective(result, module) - given.effective(module).dense()
-        assert float(lost.square().sum()) == pytest.approx(told, abs=1e-20)
+        assert float(lost.square().sum()) == pytest.approx(reported, abs=1e-20)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_exactness_is_that_of_the_weights_that_clients_load(method, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("server_round", [1, 2])
-def test_whole_adapters_need_not_be_sent_either(name, server_round):
+def test_factors_that_are_not_sent_are_known_through_scalings_and_float32(name, server_round):
     """Through scalings and float32: a factor that is not sent has the bits that everyone has, or can draw."""
     method, sent = METHODS[name](), adapters(scalings=(3.0,), ranks=(4,), seed=9)[0]
     sent = replace(
@@ -155,7 +157,9 @@ def test_whole_adapters_need_not_be_sent_either(name, server_round):
         replace(
             a,
             modules={
-                m: legal(method, [a.modules[m].to(torch.float32)], sent.modules[m], server_round)[0]
+                m: valid_updates(
+                    method, [a.modules[m].to(torch.float32)], sent.modules[m], server_round
+                )[0]
                 for m in a.modules
             },
         )
@@ -269,7 +273,7 @@ def test_frlora_starts_as_the_base_and_telescopes(scaling):
             assert error(deployed, expected[module]) < 1e-12
 
 
-def test_frlora_refuses_to_go_without_its_start():
+def test_frlora_refuses_to_run_without_its_initial_adapter():
     with pytest.raises(
         ValueError, match="the adapter they started from, of rank 4; got None for it"
     ):
@@ -289,7 +293,7 @@ def test_other_methods_start_as_lora_does():
 # ── FLoRA, FLoRIST ──
 
 
-def test_flora_sends_the_stack_and_starts_afresh():
+def test_flora_sends_the_stack_and_starts_from_a_new_adapter():
     updates, weights = clients(ranks=(2, 4, 8)), some_weights(3)
     result = aggregate(FLoRA(), updates, weights, rank=4, seed=3)
     assert result.residual.rank == 14
@@ -334,7 +338,7 @@ def test_ffa_and_rolora_leave_the_frozen_factor_as_it_is():
         (RoLoRA(), 1, "B"),
         (RoLoRA(), 2, "A"),
     ):
-        updates = legal(method, clients(), start, server_round)
+        updates = valid_updates(method, clients(), start, server_round)
         adapter = aggregate(
             method, updates, WEIGHTS, rank=4, reference=start, server_round=server_round
         ).adapter
@@ -357,7 +361,7 @@ def test_ffa_and_rolora_leave_the_frozen_factor_as_it_is():
 def test_fedsvd_makes_A_orthonormal_and_keeps_the_product():
     adapter = LowRank(torch.zeros(40, 4, dtype=torch.float64), random_matrix(40, 30, 4).A)
     for server_round in range(1, 4):
-        updates = legal(FedSVD(), clients(seed=server_round), adapter)
+        updates = valid_updates(FedSVD(), clients(seed=server_round), adapter)
         before = dense_sum(updates, WEIGHTS)
         adapter = aggregate(
             FedSVD(), updates, WEIGHTS, rank=4, reference=adapter, server_round=server_round
@@ -394,7 +398,7 @@ def test_hetlora_pads_averages_and_truncates():
     assert torch.equal(own.B, full.adapter.B[:, :2]) and torch.equal(tail.A, full.adapter.A[2:])
 
 
-def test_hetlora_weighs_clients_by_the_norm_of_their_whole_update():
+def test_hetlora_weights_clients_by_the_norm_of_their_full_update():
     given = adapters()
     norms = torch.tensor(
         [
@@ -492,8 +496,8 @@ def test_fedrot_undoes_a_rotation_and_only_the_hard_one_undoes_a_reflection(
     full = FedRotLoRA(strength=1).rotate(update, reference, server_round)
     assert error(hard.B, reference.B) < 1e-10 and error(hard.A, reference.A) < 1e-10
     assert (error(full.B, reference.B) < 1e-10) is proper
-    # nothing among many rotations comes nearer, and a soft turn lies between
-    far = [
+    # none of many rotations comes closer, and a soft rotation lies between
+    distances = [
         error(
             getattr(FedRotLoRA(strength=s).rotate(update, reference, server_round), factor),
             getattr(reference, factor),
@@ -501,11 +505,14 @@ def test_fedrot_undoes_a_rotation_and_only_the_hard_one_undoes_a_reflection(
         for s in (0, 0.25, 0.5, 0.75, 1)
     ]
     if proper:
-        assert far == sorted(far, reverse=True) and far[0] > far[2] > far[4]
+        assert (
+            distances == sorted(distances, reverse=True)
+            and distances[0] > distances[2] > distances[4]
+        )
     for seed in range(30):
         Q = rotation(4, seed)
         other = LowRank(update.B @ Q, Q.mT @ update.A)
-        assert far[4] <= error(getattr(other, factor), getattr(reference, factor)) + 1e-12
+        assert distances[4] <= error(getattr(other, factor), getattr(reference, factor)) + 1e-12
 
 
 def test_fedrot_of_strength_zero_or_without_a_reference_is_fedit():
@@ -525,7 +532,7 @@ def test_fedrot_of_strength_zero_or_without_a_reference_is_fedit():
             assert error(got.B, fedit.adapter.B) < 1e-12 and error(got.A, fedit.adapter.A) < 1e-12
 
 
-def test_fedrot_shrinks_the_error_of_clients_that_only_turned_apart():
+def test_fedrot_shrinks_the_error_of_clients_that_differ_by_a_rotation():
     start = random_matrix(40, 30, 4, seed=5)
     drift = [torch.randn(4, 4, generator=generator(s), dtype=torch.float64) for s in range(3)]
     turns = [torch.linalg.matrix_exp(0.4 * (d - d.mT)) for d in drift]
@@ -584,7 +591,7 @@ def test_lorafair_cosine_is_at_the_minimum_of_the_dense_objective(strength):
         delta.norm() * result.adapter.dense().norm()
     )
     assert result.findings["cosine"] == pytest.approx(float(dense_cosine), abs=1e-12)
-    for seed in range(4):  # no descent from elsewhere ends lower
+    for seed in range(4):  # no descent from another start ends lower
         other = (
             B + 0.3 * torch.randn(B.shape, generator=generator(seed), dtype=torch.float64)
         ).requires_grad_()
@@ -654,7 +661,7 @@ PAYLOADS = {  # rank, residual rank, out, in, round -> numbers up, numbers down
 def test_payloads_are_those_of_the_papers(name, server_round):
     method = METHODS[name]()
     reference = random_matrix(40, 30, 4, seed=77)
-    updates = legal(method, clients(condition=10), reference, server_round)
+    updates = valid_updates(method, clients(condition=10), reference, server_round)
     result = aggregate(
         method, updates, some_weights(3), rank=4, reference=reference, server_round=server_round
     )
@@ -691,6 +698,6 @@ def test_payloads_are_those_of_the_papers(name, server_round):
         ("fedrotlora", {"strength": -0.1}, "strength"),
     ],
 )
-def test_settings_are_refused_when_they_are_made(name, settings, message):
+def test_invalid_settings_are_refused_by_the_constructor(name, settings, message):
     with pytest.raises(ValueError, match=message):
         METHODS[name](**settings)

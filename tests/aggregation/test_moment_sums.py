@@ -69,7 +69,7 @@ def test_means_are_the_weighted_means_over_many_orders_of_magnitude(num_parties,
             assert float(error.median()) < 1e-7
 
 
-def test_what_is_beyond_a_public_limit_is_refused_and_so_is_a_training_without_steps():
+def test_values_beyond_a_public_limit_and_trainings_without_steps_are_refused():
     layout = MomentSums(SHAPES, True, 9, 3, 100, LIMITS)
     _, moments = client(0)
     with pytest.raises(
@@ -84,7 +84,7 @@ def test_what_is_beyond_a_public_limit_is_refused_and_so_is_a_training_without_s
         layout.values(5, dataclasses.replace(moments, means=means))
 
 
-def test_form_says_nothing_of_a_client():
+def test_the_layout_reveals_nothing_about_a_client():
     layout = MomentSums(SHAPES, True, 9, 3, 100, LIMITS)
     names = [block.name for block in layout.blocks()]
     assert len(set(names)) == len(names)

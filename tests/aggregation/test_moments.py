@@ -77,7 +77,7 @@ def test_equal_factors_leave_moments_as_they_are():
     assert carried["A"] is moments["A"]
 
 
-def test_there_and_back_is_the_identity_for_first_moments():
+def test_a_round_trip_is_the_identity_for_first_moments():
     before = random_matrix(OUT, IN, RANK)
     turn = rotation(5)
     after = LowRank(before.B @ turn.mT * 0.5, 2 * turn @ before.A)

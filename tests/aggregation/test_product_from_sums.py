@@ -1,4 +1,4 @@
-"""The mean of products from two sums: exact in every round, whoever takes part, with masks too."""
+"""The mean of products from two sums: exact in every round, with any participants, with masks too."""
 
 import functools
 import operator
@@ -28,7 +28,7 @@ from fedmomentum.linalg.matrix import to_dense
 from fedmomentum.secure_sum.fixed_point import count_block, sum_error
 from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
 from fedmomentum.secure_sum.server import SumServer
-from tests.helpers import legal
+from tests.helpers import valid_updates
 from tests.secure_sum.sums import make_parties, roster, run_sum
 
 OUT, IN, RANK = 14, 11, 3
@@ -67,7 +67,7 @@ def mean_of_products(trained, counts):
 
 
 class Federation:
-    """Clients whose feedback stays with them; a round's sums are plain here."""
+    """Clients that keep their own feedback; a round's sums are unmasked here."""
 
     def __init__(self, seed, width):
         self.draw = torch.Generator().manual_seed(seed)
@@ -141,7 +141,7 @@ def test_a_sketch_as_wide_as_the_matrix_is_high_is_exact():
     assert federation.missing().norm() < 1e-10
 
 
-def test_a_client_that_drops_between_the_sums_keeps_its_cross_term_whole():
+def test_a_client_that_drops_between_the_sums_keeps_its_full_cross_term():
     federation = Federation(3, RANK)
     start = factors(federation.draw)
     counts = {"a": 5, "b": 20, "c": 9}
@@ -153,7 +153,7 @@ def test_a_client_that_drops_between_the_sums_keeps_its_cross_term_whole():
     )
 
 
-def test_without_a_second_sum_the_mean_factors_stand_and_clients_keep_the_rest():
+def test_without_a_second_sum_the_mean_factors_are_used_and_clients_keep_the_difference():
     federation = Federation(4, RANK)
     start = factors(federation.draw)
     counts = {"a": 5, "b": 20, "c": 9}
@@ -166,23 +166,23 @@ def test_without_a_second_sum_the_mean_factors_stand_and_clients_keep_the_rest()
 
 
 def test_feedback_returns_and_stays_bounded_at_half_participation():
-    """Without feedback the error only grows; with it the model lacks about as much all the time."""
+    """Without feedback the error only grows; with it the error stays about constant."""
     federation = Federation(5, RANK)
     clients = [f"client {i}" for i in range(6)]
     kept, lost = [], torch.zeros(OUT, IN, dtype=torch.float64)
     for number in range(60):
         start = factors(federation.draw)
         counts = {c: 10 for c in clients[number % 2 :: 2]}
-        forgetful = Federation(number, RANK)
-        forgetful.round(start, counts, list(counts), number)
-        lost += forgetful.missing()
+        without_feedback = Federation(number, RANK)
+        without_feedback.round(start, counts, list(counts), number)
+        lost += without_feedback.missing()
         federation.round(start, counts, list(counts), number)
         kept.append(float(federation.missing().norm()))
     assert max(kept[30:]) < 1.5 * max(kept[:30])
     assert max(kept) < float(lost.norm())
 
 
-def test_feedback_is_kept_in_the_smaller_form_and_either_form_counts():
+def test_feedback_is_kept_in_the_smaller_form_and_either_form_is_applied():
     federation = Federation(6, RANK)
     counts = {"a": 5, "b": 20, "c": 9}
     forms = []
@@ -258,10 +258,14 @@ def test_unequal_ranks_are_refused():
         ClientMove.of(factors(draw), factors(draw, rank=2), 5)
 
 
-def test_the_sketch_is_the_same_everywhere_and_another_for_each_module_and_seed():
-    made = [sketch_matrix("q", 5, 2, 1), sketch_matrix("k", 5, 2, 1), sketch_matrix("q", 5, 2, 2)]
-    assert torch.equal(made[0], sketch_matrix("q", 5, 2, 1))
-    assert len({float(omega.sum()) for omega in made}) == 3
+def test_the_sketch_is_the_same_everywhere_and_differs_by_module_and_seed():
+    sketches = [
+        sketch_matrix("q", 5, 2, 1),
+        sketch_matrix("k", 5, 2, 1),
+        sketch_matrix("q", 5, 2, 2),
+    ]
+    assert torch.equal(sketches[0], sketch_matrix("q", 5, 2, 1))
+    assert len({float(omega.sum()) for omega in sketches}) == 3
 
 
 # ── methods ──
@@ -283,7 +287,7 @@ def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
     method = METHODS[name]()
     draw = torch.Generator().manual_seed(11)
     start = factors(draw)
-    updates = legal(method, [train(draw, start) for _ in range(4)], start, round_number)
+    updates = valid_updates(method, [train(draw, start) for _ in range(4)], start, round_number)
     counts = [3, 50, 20, 27]
     weights = torch.tensor(counts, dtype=torch.float64) / 100
     context = AggregationContext(rank=RANK, reference=start, server_round=round_number, seed=4)
@@ -295,10 +299,11 @@ def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
     second = None
     if method.trained_factors(round_number) == "BA":
         second = sum(second_terms(move, mean) for move in moves)
-    made, made_weights = stand_ins(*combine_sums(start, mean, second))
+    mean_updates, mean_weights = stand_ins(*combine_sums(start, mean, second))
     # a factor that is not trained is the one that all have, to the bit
     got = method.aggregate(
-        ClientUpdates(legal(method, made, start, round_number), made_weights), context
+        ClientUpdates(valid_updates(method, mean_updates, start, round_number), mean_weights),
+        context,
     )
     differ = [
         float((to_dense(a) - to_dense(b)).norm()) if a is not None else 0.0
@@ -320,11 +325,11 @@ def test_stand_ins_have_the_mean_factors_and_the_mean_product(width):
     draw = torch.Generator().manual_seed(12)
     mean, cross = factors(draw), factors(draw, rank=width)
     updates, weights = stand_ins(mean, cross)
-    made = ClientUpdates(updates, weights)
+    client_updates = ClientUpdates(updates, weights)
     assert {u.rank for u in updates} == {RANK} and abs(float(weights.sum()) - 1) < 1e-12
-    assert torch.allclose(made.mean_factors().B, mean.B, atol=1e-10)
-    assert torch.allclose(made.mean_factors().A, mean.A, atol=1e-10)
-    assert close(effective(made.sum()), effective(mean) + effective(cross))
+    assert torch.allclose(client_updates.mean_factors().B, mean.B, atol=1e-10)
+    assert torch.allclose(client_updates.mean_factors().A, mean.A, atol=1e-10)
+    assert close(effective(client_updates.sum()), effective(mean) + effective(cross))
     with pytest.raises(ValueError, match="do not hold a cross term"):
         stand_ins(mean, factors(draw), 0)
     more = ClientUpdates(*stand_ins(mean, cross, 4))
@@ -419,7 +424,7 @@ def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("round_number", [1, 2])
-def test_a_method_depends_on_what_it_says(name, round_number):
+def test_a_method_depends_on_what_it_declares(name, round_number):
     """One of `factors` gives the same without the cross term; one of `product` does not."""
     method = METHODS[name]()
     draw = torch.Generator().manual_seed(21)
@@ -429,7 +434,7 @@ def test_a_method_depends_on_what_it_says(name, round_number):
     results = []
     for cross in (factors(draw, rank=2), LowRank(mean.B[:, :0], mean.A[:0])):
         updates, weights = stand_ins(mean, cross)
-        updates = legal(method, updates, start, round_number)
+        updates = valid_updates(method, updates, start, round_number)
         results.append(method.aggregate(ClientUpdates(updates, weights), context))
     with_cross, without = results
     differ = sum(

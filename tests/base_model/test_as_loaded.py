@@ -104,7 +104,7 @@ def test_the_branch_is_factors_while_they_are_smaller_then_int8(tmp_path, dtype)
         error = (merged_of(weights, name) - wanted).norm() / wanted.norm()
         assert float(error) < 0.01, count
     assert branch.branch.dense.values.dtype == torch.int8
-    # As few bytes as they say, and a dense part is no factor however early.
+    # As few bytes as they report, and a dense part is never kept as factors.
     weights.apply(residuals(weights, name, 1, dense=(0,)))
     assert branch.branch.dense is not None and branch.branch.factors is None
 
@@ -117,7 +117,7 @@ def state(weights: AsLoadedWeights, name: str) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("holding", [AsLoadedWeights, Float32Weights])
 def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, holding):
-    """Also with parts of one's own in between, and after an error."""
+    """Also with a client's own parts in between, and after an error."""
     stepwise, layer, name = held(tmp_path, holding=holding)
     at_once, other_layer, _ = held(tmp_path, holding=holding)
     parts = residuals(at_once, name, 12, dense=(5,))
@@ -135,7 +135,7 @@ def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, holding):
     assert torch.equal(layer(x), other_layer(x))
 
 
-def test_a_part_of_ones_own_stays_in_factors_and_is_no_part_of_the_sum(tmp_path):
+def test_a_clients_own_part_stays_in_factors_and_outside_the_sum(tmp_path):
     weights, _, name = held(tmp_path)
     parts = residuals(weights, name, 12)
     own = residuals(weights, name, 13)[-1]
@@ -192,8 +192,8 @@ def test_output_and_gradient_are_those_of_one_dense_weight(
     (wanted * probe).sum().backward()
     tolerance = 0.012 if dtype != torch.float32 or count > 1 else 1e-5
     assert output.dtype == x.grad.dtype == dtype
-    apart = output.detach().float() - wanted.detach()
-    assert float(apart.norm() / wanted.detach().norm()) < tolerance
+    deviation = output.detach().float() - wanted.detach()
+    assert float(deviation.norm() / wanted.detach().norm()) < tolerance
     assert float((x.grad.float() - reference.grad).norm() / reference.grad.norm()) < tolerance
 
 
@@ -253,7 +253,7 @@ def test_only_the_branch_is_kept_for_the_backward_pass(tmp_path):
     assert not any(tensor.numel() >= OUT * IN for tensor in kept)
 
 
-def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
+def test_parts_that_do_not_fit_are_refused_before_anything_changes(tmp_path):
     weights, layer, name = held(tmp_path)
     parts = residuals(weights, name, 3)
     weights.apply(parts)

@@ -9,7 +9,7 @@ from fedmomentum.errors import ModelError
 from tests.tiny import tiny_llama
 
 
-def test_attention_is_computed_as_asked(tmp_path):
+def test_attention_is_computed_as_configured(tmp_path):
     """Both ways give the same logits, so that one is really another way."""
     directory = tiny_llama(tmp_path)
     model = load_base(directory, torch.float32, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The embedded model is converted once, whole or not at all, and says how to install what is missing."""
+"""The embedded model is converted once, completely or not at all; the error says how to install what is missing."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ def conversions(monkeypatch):
     return calls
 
 
-def test_converted_once_and_instant_later(cache, conversions):
+def test_a_model_is_converted_once_and_then_cached(cache, conversions):
     lines = []
     first = embedded.bundled_model_directory(lines.append)
     assert (first / "config.json").is_file() and first.parent == cache

@@ -1,4 +1,4 @@
-"""The head of a classifier: the same for every party, taken over only if it is for these labels."""
+"""The head of a classifier: the same for every party, reused only if it is for these labels."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_a_fresh_head_does_not_depend_on_the_random_state(tmp_path, kind):
             assert torch.equal(tensor, first.state_dict()[name]), name
 
 
-def test_a_head_for_these_labels_is_taken_over_and_its_order_is_the_runs(tmp_path, caplog):
+def test_a_head_for_these_labels_is_reused_and_sets_their_order(tmp_path, caplog):
     base = tiny_base(tmp_path / "base", "bert")
     model = load(base)
     with torch.no_grad():

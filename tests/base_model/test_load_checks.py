@@ -121,7 +121,7 @@ def test_models_of_another_kind_are_refused(base, tmp_path):
     ):
         load(embedding)
     change_config(embedding, architectures=["LlamaForCausalLM"])
-    load(embedding)  # as far as anybody can tell a language model
+    load(embedding)  # by all appearances a language model
     (embedding / "modules.json").write_text(
         json.dumps(
             [
@@ -135,7 +135,9 @@ def test_models_of_another_kind_are_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", [BertForMaskedLM, BertLMHeadModel])
-def test_encoders_are_refused_by_what_they_say_or_by_what_they_do(tmp_path, architecture):
+def test_encoders_are_recognized_by_their_configuration_or_behavior_and_refused(
+    tmp_path, architecture
+):
     config = BertConfig(
         vocab_size=100,
         hidden_size=32,
@@ -182,7 +184,7 @@ def test_quantized_bases_are_refused_by_name(base, settings):
         (torch.int8, "in I8; wanted floating-point"),
     ],
 )
-def test_codes_without_a_word_about_it_are_refused_by_name(base, dtype, wanted):
+def test_quantized_weights_without_a_quantization_config_are_refused_by_name(base, dtype, wanted):
     """Without a quantization_config transformers casts the codes to weights and leaves the scales out."""
     change_tensors(base, lambda tensors: tensors.update({WEIGHT: (tensors[WEIGHT] * 10).to(dtype)}))
     with pytest.raises(ModelError, match=rf"{WEIGHT} {wanted}"):
@@ -228,7 +230,7 @@ def held_weight(folder):
         "adapter_model.safetensors",
     ],
 )
-def test_other_files_in_the_directory_are_nobodys_weights(base, tmp_path, name):
+def test_other_files_in_the_directory_are_not_taken_for_weights(base, tmp_path, name):
     other = tiny_llama(tmp_path / "other", seed=5)
     before = identify("x", base)
     wanted = load_file(base / "model.safetensors")[WEIGHT]
@@ -237,7 +239,7 @@ def test_other_files_in_the_directory_are_nobodys_weights(base, tmp_path, name):
     assert torch.equal(held_weight(base), wanted)
 
 
-def test_of_a_whole_and_a_sharded_copy_the_one_that_is_loaded_counts(base, tmp_path):
+def test_of_a_single_file_and_a_sharded_copy_the_one_that_is_loaded_counts(base, tmp_path):
     other = tiny_llama(tmp_path / "other", seed=5)
     both = sharded(other, tmp_path / "both")
     shutil.copy(base / "model.safetensors", both)
@@ -302,25 +304,25 @@ def test_a_live_weight_that_is_not_the_stored_one_is_refused_by_name(base):
             Float32Weights({MODULE: model.get_submodule(MODULE)}, base)
 
 
-def test_an_identity_is_made_anew_where_the_cache_is_damaged_or_stale(base, tmp_path, monkeypatch):
+def test_an_identity_is_recomputed_where_the_cache_is_damaged_or_stale(base, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDMOMENTUM_CACHE", str(tmp_path / "cache"))
-    whole = identify("x", base)
+    identity = identify("x", base)
     (cached,) = (tmp_path / "cache" / "identities").iterdir()
     for damage in (b"", b"{}", b"\xff", b'{"sha256": 3}', b'{"sha256": "abc"}'):
         cached.write_bytes(damage)
-        assert identify("x", base) == whole
+        assert identify("x", base) == identity
     file = base / "model.safetensors"
     status = file.stat()
     change_tensors(base, lambda tensors: tensors[WEIGHT].zero_())
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # the same size and time
-    assert file.stat().st_size == status.st_size and identify("x", base).sha256 != whole.sha256
+    assert file.stat().st_size == status.st_size and identify("x", base).sha256 != identity.sha256
 
 
 # ── remote code ──
 
 
 def with_code(folder, marker):
-    """A directory whose model and tokenizer need code of its own, which leaves a trace when it is run."""
+    """A directory whose model and tokenizer need custom code, which leaves a trace when it is run."""
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     change_config(
         folder,
@@ -350,7 +352,7 @@ def test_code_in_the_directory_is_never_run_nor_asked_about(base, tmp_path, monk
 
 
 def test_a_plan_on_a_terminal_asks_nothing_and_runs_nothing(tmp_path):
-    """The answer y lies ready on the terminal; nobody reads it."""
+    """The answer y is waiting on the terminal; nothing reads it."""
     config = tiny_config(tmp_path)
     marker = tmp_path / "it ran"
     with_code(tmp_path / "base", marker)
@@ -385,7 +387,7 @@ def test_a_plan_on_a_terminal_asks_nothing_and_runs_nothing(tmp_path):
 
 
 def test_transformers_own_class_is_used_where_there_is_one(base, tmp_path):
-    """Many published models keep their first release's code beside the weights; it is not needed, and not run."""
+    """Many published models keep the code of their first release beside the weights; it is neither needed nor run."""
     marker = tmp_path / "it ran"
     (base / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     change_config(base, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
@@ -416,7 +418,7 @@ def test_transformers_own_class_is_used_where_there_is_one(base, tmp_path):
         (AttributeError("'str' object has no attribute 'x'"), "no attribute 'x'"),
     ],
 )
-def test_no_memory_and_missing_libraries_are_messages(base, monkeypatch, error, wanted):
+def test_out_of_memory_and_missing_libraries_end_with_a_message(base, monkeypatch, error, wanted):
     def fail(*_, **__):
         raise error
 
@@ -437,7 +439,7 @@ def test_no_memory_and_missing_libraries_are_messages(base, monkeypatch, error, 
 @pytest.mark.parametrize(
     "content", [b"", b"\xff\xfe", b"[]", b"{}", b'{"hidden_size": "many"}', b"[" * 100_000]
 )
-def test_damaged_files_are_messages(base, name, content):
+def test_damaged_files_end_with_a_message(base, name, content):
     (base / name).write_bytes(content)
     try:
         load(base), load_tokenizer(base)
@@ -500,7 +502,7 @@ def test_rows_beyond_the_table_of_positions_are_refused_by_name(tmp_path):
     prepare(tiny_config(tmp_path, data={"max_length": 256}, lora=lora), tmp_path / "out").close()
 
 
-def test_rows_longer_than_rotary_positions_are_told_in_the_plan(tmp_path):
+def test_rows_longer_than_rotary_positions_are_reported_in_the_plan(tmp_path):
     config = tiny_config(tmp_path, data={"max_length": 512})
     assert max_positions(load(tmp_path / "base")) == (256, False)
     run = prepare(config, tmp_path / "out")
@@ -516,5 +518,5 @@ def test_rows_longer_than_rotary_positions_are_told_in_the_plan(tmp_path):
     )
 
 
-def test_everything_that_is_refused_is_a_users_mistake():
+def test_model_and_config_errors_are_user_errors():
     assert issubclass(ModelError, FedMomentumError) and issubclass(ConfigError, FedMomentumError)

@@ -92,17 +92,17 @@ def test_dequantized_weights_are_bitsandbytes_own(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_directory_that_is_quantized_already_loads_as_what_it_is(folder, tmp_path, kind):
+def test_a_directory_that_is_quantized_already_loads_as_it_is(folder, tmp_path, kind):
     path = saved(folder, kind, tmp_path / kind)
-    made = dict(quantized_layers(load(folder, kind)))
+    quantized = dict(quantized_layers(load(folder, kind)))
     model = load_base(path, torch.bfloat16, CPU)
     stored = dict(quantized_layers(model))
     others = [p for p in model.parameters() if p.ndim == 1 or p.shape[0] == 100]
     assert len(others) == 7 and all(parameter.dtype == torch.bfloat16 for parameter in others)
-    assert made.keys() == stored.keys()
-    for module in made:
-        assert torch.equal(dequantize(made[module]), dequantize(stored[module]))
-    # Its hash is of the codes; what is stored needs no word of how it was made.
+    assert quantized.keys() == stored.keys()
+    for module in quantized:
+        assert torch.equal(dequantize(quantized[module]), dequantize(stored[module]))
+    # Its hash is of the codes; how they were computed need not be stored.
     assert identify("base", path).sha256 != identify("base", folder).sha256
     with pytest.raises(
         ModelError, match=rf"quantized already \({kind}\).*leave model.quantization"
@@ -265,7 +265,7 @@ def test_fifty_small_residuals_arrive_in_the_forward(folder, kind, dtype):
         ).eps * exact.norm() + 1e-4 * exact.norm()
     got, wanted = torch.cat(got), torch.cat(wanted)
     assert float(got @ wanted / (wanted @ wanted)) == pytest.approx(1, abs=0.01)
-    # Applied one by one they are the same bits, and nothing is left of them when they are taken away.
+    # Applied one by one they are the same bits, and nothing is left of them when they are removed.
     outputs = weights.outputs(module, inputs)
     weights.reset()
     for count in (1, 20, 50):
@@ -351,7 +351,7 @@ def test_other_weights_of_torchao_are_refused(folder, tmp_path):
         load_base(path, torch.float32, CPU)
 
 
-def test_rows_that_are_no_whole_blocks_stay_as_they_are_or_are_refused(tmp_path):
+def test_rows_that_are_not_full_blocks_stay_as_they_are_or_are_refused(tmp_path):
     """On a CPU, bitsandbytes 0.50.2 dequantizes blocks that two rows share to weights that are 30 % off."""
     narrow = tiny_llama(tmp_path / "narrow")
     quantized = {path for path, _ in quantized_layers(load(narrow, "nf4"))}
@@ -395,7 +395,7 @@ def test_a_device_without_the_quantization_is_refused_by_name(folder):
 
 
 def test_importing_bitsandbytes_fetches_no_code(tmp_path):
-    """With `kernels` installed, its import asks the model hub for a compiled extension; and it writes advice."""
+    """With `kernels` installed, its import asks the model hub for a compiled extension, and prints advice."""
     (tmp_path / "kernels.py").write_text(
         "def get_kernel(*names, **_):\n    print('ASKED FOR', *names)\n    raise OSError\n"
     )

@@ -1,4 +1,4 @@
-"""Models without memory: what fails in one is raised, and nothing of torch's is logged beside it."""
+"""Models without memory: a failure in one is raised, and torch logs nothing beside it."""
 
 import logging
 from contextlib import AbstractContextManager

@@ -26,7 +26,7 @@ def test_an_image_text_checkpoint_names_its_language_model_otherwise(tmp_path):
     assert torch.equal(weights.pretrained(MODULE), weight)
 
 
-def test_what_transformers_makes_of_several_tensors_has_no_stored_name(tmp_path):
+def test_tensors_that_transformers_merges_have_no_stored_name(tmp_path):
     make_model("qwen3_moe").save_pretrained(tmp_path)
     model = load_base(tmp_path, torch.float32, torch.device("cpu"))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -36,7 +36,7 @@ def test_what_transformers_makes_of_several_tensors_has_no_stored_name(tmp_path)
     assert find_stored_names(model, stored, [parameter, query]) == {query: query}
 
 
-def test_a_checkpoint_whose_tensors_are_split_is_refused_with_an_advice_that_helps(tmp_path):
+def test_a_checkpoint_whose_tensors_are_split_is_refused_with_advice_that_works(tmp_path):
     """HRM's checkpoints hold the gate and up projections in one tensor, its model in two."""
     path = "model.H_module.layers.0.mlp.gate_proj"
     family = make_model("hrm_text")

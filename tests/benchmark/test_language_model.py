@@ -1,4 +1,4 @@
-"""What lm-eval makes of our models is what transformers makes of them, and nothing is passed over."""
+"""lm-eval scores our models as transformers does, and nothing is skipped silently."""
 
 import math
 
@@ -57,9 +57,9 @@ def test_choices_are_scored_as_transformers_does_directly(tmp_path, loaded):
 
 def test_the_limit_takes_the_first_examples_and_batches_change_nothing(tmp_path, loaded):
     data = read_task(write_choices(tmp_path), "choices")
-    whole = asked(loaded, batch_size=32).score(make_task(data)).scores
+    full = asked(loaded, batch_size=32).score(make_task(data)).scores
     part = asked(loaded, batch_size=1, limit=4).score(make_task(data)).scores
-    assert [score.correct[:4] for score in whole] == [score.correct for score in part]
+    assert [score.correct[:4] for score in full] == [score.correct for score in part]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_numbers_with_commas_are_the_same_number(tmp_path, loaded, monkeypatch):
 def test_answers_are_greedy_and_counted_where_they_are_cut(tmp_path, loaded):
     data = read_task(write_sums(tmp_path, max_gen_toks=16), "gsm8k")
     model = asked(loaded, batch_size=3)
-    # the model's own settings would change what is generated
+    # the model's generation settings would change what is generated
     loaded[0].generation_config.repetition_penalty = 50.0
     try:
         task = make_task(data, 1)
@@ -157,7 +157,7 @@ def task_requests(task):
     return task.instances
 
 
-def test_nan_is_no_score(tmp_path, loaded):
+def test_nan_is_not_a_score(tmp_path, loaded):
     write_sums(write_choices(tmp_path))
     model = asked(loaded)
     weight = loaded[0].get_input_embeddings().weight

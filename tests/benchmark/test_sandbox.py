@@ -12,7 +12,7 @@ from tests.benchmark.files import PROGRAM
 
 
 def namespaces():
-    """Whether this machine lets us have any; without, only the refusal can be tested."""
+    """Whether this machine allows namespaces; without them only the refusal can be tested."""
     command = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "true"]
     try:
         return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
@@ -24,7 +24,7 @@ needs_namespaces = pytest.mark.skipif(not namespaces(), reason="no user namespac
 
 
 @needs_namespaces
-def test_right_programs_pass_and_wrong_ones_do_not(tmp_path):
+def test_correct_programs_pass_and_wrong_ones_do_not(tmp_path):
     check_sandbox()
     imports = "math, re, random, hashlib, collections, heapq, itertools, functools, decimal, json"
     assert run_program(f"import {imports}\nhashlib.md5(b'a')\nfrom typing import List, Optional")
@@ -76,7 +76,7 @@ def test_right_programs_pass_and_wrong_ones_do_not(tmp_path):
     ],
 )
 def test_attempts_fail_in_the_way_they_should(tmp_path, attempt, needed):
-    """The attempt fails alone, and passes where its error is caught: it ran, and the wall stopped it."""
+    """The attempt alone fails, and passes where its error is caught: it ran, and the sandbox stopped it."""
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     attempt = attempt.format(path=str(secret)) if "{path" in attempt else attempt
@@ -99,7 +99,7 @@ def test_programs_end_when_their_time_is_over_and_leave_nothing(tmp_path):
 
 
 @needs_namespaces
-def test_a_program_cannot_end_the_process_and_count_as_right():
+def test_a_program_cannot_end_the_process_and_count_as_correct():
     for early in ("os._exit(0)", "os.abort()"):
         assert not run_program(f"import os\n{early}")
     assert not run_program(
@@ -108,7 +108,7 @@ def test_a_program_cannot_end_the_process_and_count_as_right():
 
 
 @needs_namespaces
-def test_a_sandbox_that_does_not_hold_is_found_before_anything_runs(monkeypatch):
+def test_a_sandbox_that_does_not_isolate_is_detected_before_anything_runs(monkeypatch):
     for what in PROBES:
         monkeypatch.setattr(sandbox, "PROBES", {what: "pass"})
         with pytest.raises(ConfigError, match=f"a program can {what}"):

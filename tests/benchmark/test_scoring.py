@@ -55,7 +55,7 @@ def tasks(tmp_path):
     return write_programs(write_sums(write_choices(tmp_path / "tasks"), num_fewshot=1))
 
 
-def asked_of(task, model, tokenizer):
+def log_likelihoods(task, model, tokenizer):
     """Every log-likelihood of the task, by our model."""
     own = BenchmarkModel(model, tokenizer, Asking(), lambda number: None)
     own.count_truncated(task)
@@ -66,12 +66,12 @@ def test_the_federated_model_is_base_plus_update_plus_adapter_and_equals_its_exp
     result = open_result(run)
     data = read_task(tasks, "choices")
     pair = ModelPair(result, LoadSettings())
-    before = asked_of(make_task(data), pair.model, pair.tokenizer)
+    before = log_likelihoods(make_task(data), pair.model, pair.tokenizer)
     with pair.tuned():
-        tuned = asked_of(make_task(data), pair.model, pair.tokenizer)
-    after = asked_of(make_task(data), pair.model, pair.tokenizer)
+        tuned = log_likelihoods(make_task(data), pair.model, pair.tokenizer)
+    after = log_likelihoods(make_task(data), pair.model, pair.tokenizer)
     assert torch.equal(before, after)
-    # the change, added by hand: all of it, and the adapter alone
+    # the change, added by hand: all of it, and only the adapter
     base = run.parent / "base"
     model: GlobalModel = result.model
     assert model.base_update and set(model.adapter.scalings.values()) == {2.0}
@@ -89,12 +89,12 @@ def test_the_federated_model_is_base_plus_update_plus_adapter_and_equals_its_exp
             weight = plain.get_submodule(module).weight
             with torch.no_grad():
                 weight.copy_((weight.double() + change).float())
-        by_hand[what] = asked_of(make_task(data), plain, pair.tokenizer)
+        by_hand[what] = log_likelihoods(make_task(data), plain, pair.tokenizer)
     assert torch.allclose(before, by_hand["nothing"], atol=1e-5, rtol=0)
     assert torch.allclose(tuned, by_hand["all"], atol=1e-4, rtol=0)
     assert (tuned - before).abs().max() > 0.1
     assert (tuned - by_hand["adapter"]).abs().max() > 0.01
-    # lm-eval by itself, on the merged export
+    # lm-eval without our code, on the merged export
     out = tasks / "merged"
     export_merged(model, out, base_directory=base)
     stock = HFLM(
@@ -138,26 +138,26 @@ def test_scores_are_those_of_the_models_one_by_one_and_need_no_network(run, task
 
 
 def test_a_global_model_and_a_plain_model_are_benchmarked_too(run, tasks):
-    whole = run_benchmarks(Subject(run), Benchmarks(("choices",), tasks))[0]
+    result = run_benchmarks(Subject(run), Benchmarks(("choices",), tasks))[0]
     GlobalModel.load(run).save(tasks / "model")
     single = run_benchmarks(Subject(tasks / "model"), Benchmarks(("choices",), tasks))[0]
-    assert single.federated[0].round is None and whole.federated[0].round == 3
-    assert single.federated[0].scores == whole.federated[0].scores
-    assert single.base.scores == whole.base.scores
+    assert single.federated[0].round is None and result.federated[0].round == 3
+    assert single.federated[0].scores == result.federated[0].scores
+    assert single.base.scores == result.base.scores
     # a plain model alone: the base, and the merged export
     plain = run_benchmarks(
         Subject(run.parent / "base"),
         Benchmarks(("choices",), tasks),
         LoadSettings(dtype="float32"),
     )[0]
-    assert plain.base.scores == whole.base.scores and plain.federated == []
+    assert plain.base.scores == result.base.scores and plain.federated == []
     export_merged(open_result(run).model, tasks / "merged", base_directory=run.parent / "base")
     merged = run_benchmarks(
         Subject(tasks / "merged"),
         Benchmarks(("choices",), tasks),
         LoadSettings(dtype="float32"),
     )[0]
-    assert merged.base.scores == whole.federated[0].scores
+    assert merged.base.scores == result.federated[0].scores
 
 
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, monkeypatch):
@@ -185,7 +185,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, mon
         run_benchmarks(Subject(tasks, ("all",)), choices)
 
 
-def test_programs_need_the_word_and_a_sandbox_that_holds(run, tasks, monkeypatch):
+def test_programs_need_run_code_and_a_working_sandbox(run, tasks, monkeypatch):
     from fedmomentum.benchmark import programs, sandbox, scoring
 
     programs_task = Benchmarks(("humaneval",), tasks, run_code=True)
@@ -205,7 +205,7 @@ def test_programs_need_the_word_and_a_sandbox_that_holds(run, tasks, monkeypatch
     assert seen[0].startswith("def double(x):\n") and seen[0].endswith("check(double)\n")
 
 
-def test_prompts_are_cut_only_where_it_is_asked_for_and_said(run, tasks):
+def test_prompts_are_truncated_only_on_request_and_it_is_reported(run, tasks):
     rows = [{**QUESTIONS[0], "question": "ab" * 150}, *QUESTIONS[1:]]
     write_rows(tasks / "choices_test.jsonl", rows)
     with pytest.raises(
@@ -288,7 +288,7 @@ def test_scores_of_a_round_that_was_trained_again_are_not_shown(run, tasks, tmp_
     rewritten(copy / "benchmarks.json", age)
     shown = RunResults.load(copy).benchmarks
     assert shown.num_outdated == 1 and {line.model.round for line in shown.lines} == {2}
-    # the manifest is gone; the version in the metrics tells still
+    # the manifest is gone; the version in the metrics still tells
     shutil.rmtree(copy / "rounds")
     assert RunResults.load(copy).benchmarks.num_outdated == 0
 

@@ -129,7 +129,7 @@ def test_the_hash_is_over_the_file_and_its_data(tmp_path):
         ({"question": "  "}, None),
     ],
 )
-def test_rows_that_could_only_be_wrong_are_refused(tmp_path, change, message):
+def test_rows_that_can_only_be_scored_wrong_are_refused(tmp_path, change, message):
     rows = [dict(QUESTIONS[0]), {**QUESTIONS[1], **change}, QUESTIONS[2]]
     write_choices(tmp_path, rows=rows)
     if message is None:

@@ -10,7 +10,7 @@ from tests.benchmark.files import write_choices, write_sums
 
 
 def stock_task(folder, name, num_fewshot):
-    """The task as lm-eval makes it of the same file, with its own templates and its own data."""
+    """The task as lm-eval builds it from the same file, with its own templates and data."""
     config = yaml.safe_load((folder / f"{name}.yaml").read_text())
     files = config["dataset_kwargs"]["data_files"]
     config["dataset_kwargs"]["data_files"] = {k: str(folder / file) for k, file in files.items()}
@@ -34,6 +34,6 @@ def test_prompts_answers_and_worked_examples_are_lm_evals_own(tmp_path, name, sh
     rows = list(ours.eval_docs)
     assert [ours.doc_to_target(row) for row in rows] == [stock.doc_to_target(row) for row in rows]
     # another task asks the same again
-    again = make_task(read_task(tmp_path, name), shots)
-    again.build_all_requests()
-    assert [request.args for request in again.instances] == [args for *_, args in asked[0]]
+    second_task = make_task(read_task(tmp_path, name), shots)
+    second_task.build_all_requests()
+    assert [request.args for request in second_task.instances] == [args for *_, args in asked[0]]

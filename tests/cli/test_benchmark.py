@@ -47,7 +47,7 @@ def test_scores_in_tables_in_the_runs_directory_and_on_its_page(run, tasks, call
     assert "answers were cut at the longest length" in out
 
 
-def test_a_file_of_the_users_own(run, tasks, tmp_path, call):
+def test_a_task_file_of_the_user(run, tasks, tmp_path, call):
     (run / "benchmarks.json").unlink(missing_ok=True)
     own = tmp_path / "mine.json"
     code, out, _ = call(

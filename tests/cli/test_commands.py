@@ -135,7 +135,7 @@ def test_export_inspect_report_generate_evaluate(folder, finished, tmp_path, cal
     assert code == 0 and "3 examples" in printed and "generated" in printed
 
 
-def test_compare_goes_on_and_says_what_came_out(folder, tmp_path, call):
+def test_compare_resumes_and_prints_the_results(folder, tmp_path, call):
     file, out = tmp_path / "mine.toml", tmp_path / "out"
     file.write_text(to_toml(tiny_config(folder, federation={"num_rounds": 1})))
     asked = [
@@ -183,7 +183,7 @@ def test_compare_goes_on_and_says_what_came_out(folder, tmp_path, call):
     assert code == 2 and "not both together" in err
 
 
-def test_ctrl_c_in_a_comparison_says_how_to_go_on(folder, tmp_path, call, monkeypatch):
+def test_ctrl_c_in_a_comparison_prints_how_to_resume(folder, tmp_path, call, monkeypatch):
     from fedmomentum.run import compare
 
     def stopped(planned_run, *, callbacks, **_):
@@ -434,7 +434,7 @@ def wait_for_rounds(process: subprocess.Popen, out: Path, count: int) -> None:
     raise AssertionError("the run made no progress")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on_and_going_on_equals_never_stopping(folder, tmp_path):
+def test_ctrl_c_saves_and_prints_how_to_resume_and_resuming_equals_never_stopping(folder, tmp_path):
     config = tiny_config(
         folder, federation={"num_rounds": 40}, evaluation={"every": 0}, run={"keep_checkpoints": 50}
     )

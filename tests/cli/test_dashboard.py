@@ -1,4 +1,4 @@
-"""`--dashboard`: what is refused before a run starts, and a whole run that is watched."""
+"""`--dashboard`: what is refused before a run starts, and a complete run that is watched."""
 
 import importlib.util
 import socket
@@ -24,7 +24,7 @@ from tests.runs import Events, start, timeless, tiny_config
         ("0.0.0.0:65535", ("0.0.0.0", 65535)),
     ],
 )
-def test_where_the_page_is(address, wanted):
+def test_the_address_of_the_page(address, wanted):
     assert dashboard_address(True, address) == wanted
 
 
@@ -43,12 +43,12 @@ def test_where_the_page_is(address, wanted):
         "a:1?token=x",
     ],
 )
-def test_what_is_no_address_is_refused(address):
+def test_an_invalid_address_is_refused(address):
     with pytest.raises(ConfigError, match="--dashboard-address must be HOST:PORT"):
         dashboard_address(True, address)
 
 
-def test_an_address_without_a_page_is_a_mistake():
+def test_an_address_without_a_page_is_a_user_error():
     assert dashboard_address(False, "") is None
     with pytest.raises(ConfigError, match="add --dashboard"):
         dashboard_address(False, "127.0.0.1:1")
@@ -65,7 +65,7 @@ def test_the_extra_that_is_missing_is_named(monkeypatch, missing):
 
 
 @pytest.mark.parametrize("command", ["run", "serve"])
-def test_a_port_in_use_is_told_before_anything_is_loaded(tmp_path, command):
+def test_a_port_in_use_is_reported_before_anything_is_loaded(tmp_path, command):
     job = tmp_path / "job.toml"
     job.write_text(to_toml(tiny_config(tmp_path)))
     with socket.create_server(("127.0.0.1", 0)) as taken:

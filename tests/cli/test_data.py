@@ -42,7 +42,7 @@ def test_what_is_recognized_learned_dropped_and_repeated_is_shown(base, tmp_path
     code, out, _ = show(capsys, file, *words)
     assert code == 0
     squeezed = " ".join(out.split())
-    for told in (
+    for line in (
         "file JSON Lines encoding UTF-8 format question+answer",
         "columns read q (as question), a (as answer) not read id rows 4",
         "<|im_start|>assistant ⟦4<|im_end|>⟧",
@@ -51,7 +51,7 @@ def test_what_is_recognized_learned_dropped_and_repeated_is_shown(base, tmp_path
         "rows that repeat an earlier one: 1",
         "share their prompt with another: 2",
     ):
-        assert told in squeezed, told
+        assert line in squeezed, line
     assert "row 3" in out and "row 4" not in out
 
 
@@ -119,8 +119,8 @@ def test_a_first_configuration_is_written_for_one_file_a_client(base, tmp_path, 
     out = tmp_path / "sub" / "first.toml"
     files = [tmp_path / "north.jsonl", tmp_path / "south.jsonl"]
     columns = ("--column", "question=Frage", "--column", "answer=a")
-    told = begin(capsys, *files, "--model", base, "--out", out, *columns)
-    assert f"fedmomentum data --config {out}" in told.replace("\n", "")
+    output = begin(capsys, *files, "--model", base, "--out", out, *columns)
+    assert f"fedmomentum data --config {out}" in output.replace("\n", "")
     text = out.read_text()
     assert "# columns that are not read: id" in text and "40 rows, question+answer" in text
     config = load_config(out)
@@ -164,7 +164,7 @@ def test_a_first_configuration_fits_what_is_in_the_file(
         assert getattr(getattr(config, section), name) == value
 
 
-def test_files_that_do_not_tell_their_clients_are_refused(base, tmp_path, capsys):
+def test_files_that_do_not_identify_their_clients_are_refused(base, tmp_path, capsys):
     row = {"question": "a", "answer": "b"}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The demonstration says what it downloads, asks first, and then is the default job."""
+"""The demo says what it downloads, asks first, and then runs the default job."""
 
 import sys
 from pathlib import Path
@@ -14,15 +14,15 @@ from fedmomentum.utils import installer
 @pytest.fixture
 def calls(monkeypatch):
     """What is installed and run, instead of doing it."""
-    made = []
-    monkeypatch.setattr(demo, "install", lambda arguments: made.append(("install", *arguments)))
-    monkeypatch.setattr(demo, "run", lambda config, out: made.append(("run", config, out)))
-    return made
+    recorded = []
+    monkeypatch.setattr(demo, "install", lambda arguments: recorded.append(("install", *arguments)))
+    monkeypatch.setattr(demo, "run", lambda config, out: recorded.append(("run", config, out)))
+    return recorded
 
 
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
-    """An environment in which nothing of the demonstration is installed."""
+    """An environment in which nothing of the demo is installed."""
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     monkeypatch.setattr(bundled, "_PACKAGE", "no_such_package")
     monkeypatch.setenv("FEDMOMENTUM_CACHE", str(tmp_path / "cache"))
@@ -32,9 +32,9 @@ def test_with_all_installed_it_is_the_default_job(call, calls, monkeypatch, tmp_
     monkeypatch.setattr(demo, "missing_downloads", list)
     code, out, err = call("demo", "--out", tmp_path / "first")
     assert (code, out, err) == (0, "", "")
-    (made,) = calls
-    assert made[0] == "run" and made[2] == tmp_path / "first"
-    assert made[1].name == "default.toml" and made[1].is_file()
+    (command,) = calls
+    assert command[0] == "run" and command[2] == tmp_path / "first"
+    assert command[1].name == "default.toml" and command[1].is_file()
 
 
 def test_nothing_is_downloaded_unasked(call, calls, bare, tmp_path):
@@ -47,7 +47,7 @@ def test_nothing_is_downloaded_unasked(call, calls, bare, tmp_path):
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_at_a_terminal_it_asks(call, calls, bare, monkeypatch, tmp_path, answer):
+def test_on_a_terminal_it_asks(call, calls, bare, monkeypatch, tmp_path, answer):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("typer.confirm", lambda text: answer)
     code, _, err = call("demo", "--out", tmp_path / "first")
@@ -81,7 +81,7 @@ def test_a_directory_that_cannot_be_made_is_refused_before_a_download(call, call
 # ── the installer ──
 
 
-def test_pip_is_used_where_it_is_and_uv_where_it_is_not(monkeypatch):
+def test_pip_is_used_if_available_and_uv_otherwise(monkeypatch):
     assert installer.install_command(["x==1"]) == [sys.executable, "-m", "pip", "install", "x==1"]
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(installer.shutil, "which", lambda name: "/usr/bin/uv")
@@ -101,6 +101,6 @@ def test_an_installer_that_fails_is_a_message(tmp_path, capfd):
     assert missing.name in "".join(capfd.readouterr())
 
 
-def test_what_pip_is_asked_for_is_what_the_project_declares():
+def test_pip_installs_what_the_project_declares():
     text = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
     assert bundled.MODEL_REQUIREMENT in text

@@ -1,4 +1,4 @@
-"""What a user may get wrong on the command line: each ends with one sentence and exit code 2, and writes nothing."""
+"""Mistakes of a user on the command line: each ends with one sentence and exit code 2, and writes nothing."""
 
 import os
 import shlex
@@ -41,7 +41,7 @@ def adapters(folder):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ("training.learning-rate=nan", "training.learning-rate must be a finite number; got nan"),
         ("training.learning-rate=inf", "training.learning-rate must be a finite number; got inf"),
@@ -84,14 +84,14 @@ def adapters(folder):
         ("data.client-files=5", "data.client-files must be of type dict; got 5"),
     ],
 )
-def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, told):
+def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, message):
     code, _, err = call("run", job, setting, "--out", tmp_path / "out")
-    assert code == 2 and told in err.replace("\n", " ") and "Traceback" not in err, err
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
     assert len(err) < 600 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--rank", "0"], "--rank must be at least 1; got 0"),
         (["--rank", "-2"], "--rank must be at least 1; got -2"),
@@ -107,9 +107,9 @@ def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, told):
         (["--weights", ""], "--weights must be numbers separated by commas"),
     ],
 )
-def test_zero_is_a_number_and_no_default(adapters, tmp_path, call, words, told):
+def test_zero_is_a_value_and_not_the_default(adapters, tmp_path, call, words, message):
     code, _, err = call("aggregate", *adapters, *words, "--out", tmp_path / "out")
-    assert code == 2 and told in err.replace("\n", " ") and "Traceback" not in err, err
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
     assert not (tmp_path / "out").exists()
 
 
@@ -134,7 +134,7 @@ def test_settings_of_a_compared_method_are_finite(job, tmp_path, call):
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "99999999"])
-def test_a_port_is_one(job, tmp_path, call, port):
+def test_ports_are_in_range(job, tmp_path, call, port):
     code, _, err = call("serve", job, "--port", port, "--out", tmp_path / "out")
     assert (
         code == 2
@@ -156,7 +156,7 @@ def test_a_file_with_a_byte_order_mark_is_read(job, tmp_path, call):
 # ── plans, versions, places ──
 
 
-def test_a_plan_writes_nothing_and_minds_no_run(job, tmp_path, call):
+def test_a_plan_writes_nothing_and_ignores_an_existing_run(job, tmp_path, call):
     out = tmp_path / "runs" / "job"
     code, printed, err = call("run", job, "--plan", "--out", out)
     assert code == 0 and "traffic" in printed and not out.parent.exists(), err
@@ -191,7 +191,7 @@ def test_the_version(call):
     assert call("--version") == (0, f"fedmomentum {version('fedmomentum')}\n", "")
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
+def test_an_unwritable_directory_is_refused_before_anything_is_loaded(
     job, adapters, tmp_path, call, monkeypatch
 ):
     file = tmp_path / "file"
@@ -221,7 +221,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "new").exists() and file.read_text() == ""
 
 
-def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, monkeypatch):
+def test_an_unwritable_home_directory_does_not_matter(job, tmp_path, call, monkeypatch):
     """The cache of hashes saves time; nothing depends on it."""
     (tmp_path / "home").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -230,7 +230,7 @@ def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, mo
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "message"),
     [
         (
             OSError(28, "No space left on device", "/x"),
@@ -244,16 +244,18 @@ def test_a_home_that_cannot_be_written_is_in_nobodys_way(job, tmp_path, call, mo
         (ModelError("a sentence"), "a sentence"),
     ],
 )
-def test_lack_of_means_is_no_traceback(job, tmp_path, call, monkeypatch, raised, told):
+def test_running_out_of_resources_gives_no_traceback(
+    job, tmp_path, call, monkeypatch, raised, message
+):
     def fail(*_, **__):
         raise raised
 
     monkeypatch.setattr("fedmomentum.run.setup.load_data", fail)
     code, _, err = call("run", job, "--out", tmp_path / "out")
-    assert code == 2 and err.startswith(f"fedmomentum: {told}") and "Traceback" not in err
+    assert code == 2 and err.startswith(f"fedmomentum: {message}") and "Traceback" not in err
 
 
-def test_a_defect_is_not_hidden(job, tmp_path, call, monkeypatch):
+def test_a_bug_is_not_hidden(job, tmp_path, call, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a defect")
 
@@ -270,9 +272,9 @@ ODD = "my runs; touch oops & $(x) 'quoted'"
 def commands_in(text):
     found = []
     for line in text.splitlines():
-        _, is_there, rest = line.partition("fedmomentum ")
+        _, is_there, arguments = line.partition("fedmomentum ")
         if is_there and not line.startswith("fedmomentum:"):
-            found.append(shlex.split(rest))
+            found.append(shlex.split(arguments))
     return found
 
 
@@ -294,9 +296,9 @@ def test_printed_commands_can_be_pasted(job, tmp_path, call, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedmomentum.server.server.Server._train", stop)
-    again = ["run", str(out / "config.toml"), "--out", str(out), "--resume"]
-    code, _, err = call(*again, "federation.num-rounds=2")
-    assert code == 130 and commands_in(err) == [again]
+    resume = ["run", str(out / "config.toml"), "--out", str(out), "--resume"]
+    code, _, err = call(*resume, "federation.num-rounds=2")
+    assert code == 130 and commands_in(err) == [resume]
 
 
 def test_the_next_steps_of_a_run_with_a_model_for_each_client_name_one(folder, tmp_path, call):
@@ -366,7 +368,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_that_python_ignores_in_a_finalizer_comes_again(name):
+def test_a_signal_that_python_ignores_in_a_finalizer_is_raised_again(name):
     done = subprocess.run(
         [sys.executable, "-c", LOST.format(name=name)],
         capture_output=True,
@@ -378,7 +380,9 @@ def test_a_signal_that_python_ignores_in_a_finalizer_comes_again(name):
     assert done.stderr == "" and done.returncode == 0
 
 
-def test_ctrl_c_that_a_library_turns_into_another_error_is_ctrl_c(job, tmp_path, call, monkeypatch):
+def test_ctrl_c_that_a_library_turns_into_another_error_still_ends_with_130(
+    job, tmp_path, call, monkeypatch
+):
     def fail(*_, **__):
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What is known of the families of models, on terminals of any width."""
+"""What is known about the model families, on terminals of any width."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from fedmomentum.base_model.families import known_families
 from fedmomentum.cli.options import OUT
 
 
-def squeezed(text: str) -> str:
-    """Without what a table adds and where it wraps."""
+def collapsed(text: str) -> str:
+    """Without a table's borders and line breaks."""
     return "".join(text.replace("│", "").split())
 
 
@@ -17,7 +17,7 @@ def test_all_that_is_known_of_a_family_is_shown_uncut(width, call, monkeypatch):
     _, shown, _ = call("models", "laguna")
     family = next(known for known in known_families().families if known.family == "laguna")
     for text in (family.kind, *family.adapted, *family.left_out):
-        assert squeezed(text) in squeezed(shown)
+        assert collapsed(text) in collapsed(shown)
     assert "…" not in shown
     assert "yes" in shown
 
@@ -27,12 +27,12 @@ def test_every_family_is_listed_with_why_it_is_refused_or_was_not_tried(call):
     known = known_families()
     for family in [*known.families, *known.classifiers]:
         assert f"│ {family.family} " in shown
-    for kind, untried in (
+    for kind, not_tried in (
         ("language model", known.not_tried),
         ("sequence classifier", known.classifiers_not_tried),
     ):
-        for name, reason in untried.items():
-            assert squeezed(f"{name}: not tried as a {kind} ({reason})") in squeezed(shown)
+        for name, reason in not_tried.items():
+            assert collapsed(f"{name}: not tried as a {kind} ({reason})") in collapsed(shown)
     assert "…" not in shown
 
 
@@ -44,7 +44,7 @@ def test_a_family_is_shown_as_language_model_and_as_classifier(call):
     assert "Olmo2ForSequenceClassification" in shown
 
 
-def test_a_family_that_was_not_tried_is_told_with_the_reason(call):
+def test_a_family_that_was_not_tried_is_reported_with_the_reason(call):
     reason = known_families().not_tried["musicgen"]
     sentence = f"musicgen: not tried as a language model ({reason})"
     code, shown, _ = call("models", "musicgen")

@@ -21,7 +21,7 @@ def job(tmp_path_factory):
     return file
 
 
-def test_plan_tells_the_noise_of_the_jobs_clients(job, call):
+def test_plan_shows_the_noise_of_the_jobs_clients(job, call):
     code, printed, err = call("privacy", "plan", job, "privacy.dp.epsilon=3")
     assert code == 0, err
     # 12 and 24 examples, of which a quarter is held out: 9 and 18; 2 steps of 4 in each of 3 rounds.
@@ -32,7 +32,7 @@ def test_plan_tells_the_noise_of_the_jobs_clients(job, call):
         assert number(epsilon_of([Steps(noise, 4 / units, 6)], DELTA)) in row
 
 
-def test_plan_tells_the_epsilon_of_noise_and_typical_ones_without_either(job, call):
+def test_plan_shows_the_epsilon_of_noise_and_typical_ones_without_either(job, call):
     words = ("privacy", "plan", job, "--units", "40")
     code, printed, _ = call(*words, "privacy.dp.noise-multiplier=1.5")
     assert code == 0
@@ -47,7 +47,7 @@ def test_plan_tells_the_epsilon_of_noise_and_typical_ones_without_either(job, ca
     assert code == 2 and "training.function cannot be used" in err
 
 
-def test_ledger_tells_runs_and_their_sum(tmp_path, call):
+def test_ledger_shows_runs_and_their_sum(tmp_path, call):
     ledger = Ledger(tmp_path / "north.json", "north", "patient", Budget(None, DELTA))
     ledger.begin(80)
     mechanism = Mechanism(1.0, 0.1, 10, 1.0, 8.0)
@@ -67,12 +67,12 @@ def test_ledger_tells_runs_and_their_sum(tmp_path, call):
 
 
 def test_mistakes_end_with_2(tmp_path, call):
-    for path, told in (
+    for path, message in (
         (tmp_path / "none.json", "there is no ledger"),
         (tmp_path, "holds no ledger"),
     ):
         code, _, err = call("privacy", "ledger", path)
-        assert code == 2 and told in err
+        assert code == 2 and message in err
     (tmp_path / "north.json").write_text("{}")
     code, _, err = call("privacy", "ledger", tmp_path / "north.json")
     assert code == 2 and "north.json" in err

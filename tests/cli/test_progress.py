@@ -28,8 +28,8 @@ def shown(gains):
 def test_of_many_categories_the_losers_and_the_winners_are_shown():
     names = [str(cell) for cell in shown([n % 10 for n in range(40)])]
     assert len(names) == 1 + 13 + 1
-    losers, told, winners = names[1:7], names[7], names[8:14]
-    assert {int(name[1:]) % 10 for name in losers} == {0, 1} and "28 more" in told
+    losers, omitted, winners = names[1:7], names[7], names[8:14]
+    assert {int(name[1:]) % 10 for name in losers} == {0, 1} and "28 more" in omitted
     assert {int(name[1:]) % 10 for name in winners} == {8, 9}
 
 

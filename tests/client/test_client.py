@@ -77,7 +77,7 @@ def test_without_a_probe_seed_nothing_is_measured(client, task):
     assert not {BASE_PROBES, EFFECTIVE_PROBES} & reply.tensors.keys()
 
 
-def test_a_private_store_keeps_what_the_last_task_needed_and_asks_for_what_is_missing(client, task):
+def test_a_private_store_keeps_the_objects_of_the_last_task_and_asks_for_missing_ones(client, task):
     needed = set(task.request.manifest.needed)
     stranger = "0" * 64
     reply = answer(client, replace(task, objects={**task.objects, stranger: b"not asked for"}))

@@ -31,7 +31,7 @@ def write_random_llama(folder: Path) -> int:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    # The same numbers again and again: drawing a billion takes longer than all that is tested.
+    # The same numbers repeated: drawing a billion takes longer than everything that is tested.
     noise = (0.02 * torch.randn(2**20 + 3, generator=torch.Generator().manual_seed(0))).bfloat16()
     tensors = {}
     for name, parameter in model.named_parameters():

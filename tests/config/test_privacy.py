@@ -1,4 +1,4 @@
-"""The section [privacy]: off by default, and values that no sum could obey are refused."""
+"""The section [privacy]: off by default, and values that no sum could satisfy are refused."""
 
 import pytest
 
@@ -31,12 +31,12 @@ def test_it_is_off_by_default():
         ("secure-agregation", True, "did you mean secure-aggregation"),
     ],
 )
-def test_what_no_sum_could_obey_is_refused(key, value, message):
+def test_settings_that_no_sum_could_satisfy_are_refused(key, value, message):
     with pytest.raises(ConfigError, match=message):
         from_dict({"privacy": {key: value}})
 
 
-def test_counts_of_examples_fit_whatever_the_number_of_clients():
+def test_counts_of_examples_fit_with_any_number_of_clients():
     assert MAX_CLIENTS == MAX_PARTIES
     assert largest_integer(MAX_CLIENTS) >= MAX_EXAMPLES
 

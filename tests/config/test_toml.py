@@ -41,15 +41,15 @@ def test_toml_round_trips(tmp_path):
             "lora": {"target-modules": ["q_proj", "v_proj"]},
         }
     )
-    again = load_config(write(tmp_path, to_toml(config)))
-    assert again == config and changed_keys(again, config) == []
+    reloaded = load_config(write(tmp_path, to_toml(config)))
+    assert reloaded == config and changed_keys(reloaded, config) == []
 
 
 @given(st.text(max_size=30))
 def test_any_text_round_trips(tmp_path_factory, text):
     config = from_dict({"data": {"source": text or "x", "client-column": text}})
-    again = load_config(write(tmp_path_factory.mktemp("t"), to_toml(config)))
-    assert again.data.client_column == text
+    reloaded = load_config(write(tmp_path_factory.mktemp("t"), to_toml(config)))
+    assert reloaded.data.client_column == text
 
 
 def test_overrides(tmp_path):
@@ -74,7 +74,7 @@ def test_overrides(tmp_path):
     assert config.model.name == "some/model"
 
 
-def test_files_are_meant_from_where_the_configuration_is(tmp_path):
+def test_paths_are_relative_to_the_configuration_file(tmp_path):
     (tmp_path / "a.jsonl").touch()
     config = load_config(
         write(tmp_path, '[data.client-files]\na = "a.jsonl"\nb = "/elsewhere/b.jsonl"\n')
@@ -204,7 +204,7 @@ def test_overrides_without_a_value_leave_a_key_out(tmp_path):
         ("local-steps=", "is no setting; write section.key=value"),
     ],
 )
-def test_only_what_there_is_can_be_left_out(override, message, tmp_path):
+def test_only_existing_keys_can_be_left_out(override, message, tmp_path):
     file = write(tmp_path, '[data]\nsource = "d.jsonl"\n[training]\nlocal-steps = 20\n')
     with pytest.raises(ConfigError, match=message):
         load_config(file, [override])

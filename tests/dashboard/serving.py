@@ -1,4 +1,4 @@
-"""A site on a free port of loopback, in this process, and requests to it as they are on the wire."""
+"""A site on a free loopback port, in this process, and raw requests to it."""
 
 import contextlib
 import http.client
@@ -10,7 +10,7 @@ from fedmomentum.report.live_page import LivePage, LiveUpdate
 from fedmomentum.web.listener import Listener
 
 
-class Still:
+class StaticPage:
     """A page whose parts a test sets."""
 
     style = staticmethod(LivePage.style)
@@ -56,7 +56,7 @@ def ask(port, path="/", method="GET", host=None, headers=()):
 
 
 class Viewer:
-    """A stream of updates, read as a test wants; a context manager."""
+    """A stream of updates that a test reads; a context manager."""
 
     def __init__(self, port, headers=""):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
@@ -72,7 +72,7 @@ class Viewer:
         self.socket.close()
 
     def read_until(self, words):
-        """What has come when these words have, or the stream has ended."""
+        """Return what has arrived once these words have, or once the stream has ended."""
         while words not in self.text:
             data = self.socket.recv(65536)
             if not data:

@@ -53,7 +53,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens an address in a window of its own; what the browser complains of is collected."""
+    """Open an address in a new window; the browser's complaints are collected."""
     contexts = []
 
     def open_at(url, **look):
@@ -112,7 +112,7 @@ def test_hostile_names_are_shown_and_do_nothing(hostile, open_page):
     )
 
 
-def test_the_policy_stops_a_script_that_would_be_there(hostile, open_page):
+def test_the_policy_blocks_an_injected_script(hostile, open_page):
     page = open_page(f"http://127.0.0.1:{hostile.port}/")
     page.evaluate(
         """document.getElementById('state').innerHTML = '<img src=x onerror="window.hit = 1">'"""
@@ -165,7 +165,7 @@ def test_keyboard_names_and_motion(hostile, open_page):
         "all => all.filter(one => one.offsetParent).map(one => Number(one.tagName[1]))"
     )
     assert headings[0] == 1 and headings.count(1) == 1 and set(headings) == {1, 2}
-    # one moves on while the page updates itself
+    # one continues while the page updates itself
     page.focus("#clients")
     page.evaluate(
         "show({parts: {clients: '<table></table>'}, title: 't', now: 0, spoken: 'Round 9'})"
@@ -202,7 +202,7 @@ def test_a_run_from_its_start_to_its_report_and_the_page_stays(tmp_path, open_pa
     assert page.locator("#report h2").first.is_visible() and page.complaints == []
 
 
-def test_a_lost_connection_is_told_and_found_again(open_page, tmp_path):
+def test_a_lost_connection_is_reported_and_restored(open_page, tmp_path):
     """As when a run is stopped and resumed on the same port."""
     write_running(tmp_path)
     with serving(LivePage(tmp_path, "server.log")) as found:

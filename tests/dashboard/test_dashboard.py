@@ -1,4 +1,4 @@
-"""The process of the page: it is there before the run, tells of its end, and ends with it however it ends."""
+"""The process of the page: it is there before the run, shows its end, and ends with it however it ends."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_the_page_ends_with_a_run_that_is_killed(tmp_path):
     run.stdout.close()
 
 
-def test_a_page_that_is_killed_is_no_matter_for_the_run(tmp_path):
+def test_killing_the_page_does_not_affect_the_run(tmp_path):
     with Dashboard(tmp_path, "run.log", "127.0.0.1", 0) as dashboard:
         os.kill(dashboard._process._process.pid, signal.SIGKILL)
         started = time.monotonic()
@@ -103,7 +103,7 @@ def test_a_page_that_is_killed_is_no_matter_for_the_run(tmp_path):
         ("fed.example.org", "x", "http://fed.example.org:9444/?token=x"),
     ],
 )
-def test_what_to_open(host, token, wanted):
+def test_the_url_to_open(host, token, wanted):
     assert page_url(host, 9444, token) == wanted
 
 

@@ -1,4 +1,4 @@
-"""What anybody can get from the port by HTTP: the page by its own name, read-only, and never the run's time."""
+"""What anyone can get from the port by HTTP: the page by its own name, read-only, without slowing the run."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from fedmomentum.dashboard import access as access_module
 from fedmomentum.dashboard import feed, site
 from fedmomentum.report.live_page import LivePage
 from fedmomentum.web.limits import ConnectionLimits
-from tests.dashboard.serving import Still, Viewer, ask, serving
+from tests.dashboard.serving import StaticPage, Viewer, ask, serving
 from tests.report.live import EVIL, Elements, write_running
 
 POLICY = (
@@ -22,14 +22,14 @@ PATHS = ("/", "/style.css", "/live.js", "/favicon.ico")
 
 @pytest.fixture(scope="module")
 def local():
-    with serving(Still(state="<b>all is well</b>")) as found:
+    with serving(StaticPage(state="<b>all is well</b>")) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def remote():
     """On all addresses of the machine, and so with a token."""
-    with serving(Still(state="secret"), "0.0.0.0") as found:
+    with serving(StaticPage(state="secret"), "0.0.0.0") as found:
         yield found
 
 
@@ -46,7 +46,7 @@ def until(event, seconds=10.0):
 @pytest.mark.parametrize(
     "name", ["127.0.0.1", "127.0.0.1:{}", "localhost:8080", "LOCALHOST", "[::1]:9", "127.0.0.2:5"]
 )
-def test_the_page_goes_by_the_names_of_this_machine_on_any_port(local, name):
+def test_the_page_is_served_under_the_names_of_this_machine_on_any_port(local, name):
     """Any port: through a tunnel it is another."""
     status, _, text = ask(local.port, host=name.format(local.port))
     assert status == 200 and "all is well" in text
@@ -68,7 +68,7 @@ def test_the_page_goes_by_the_names_of_this_machine_on_any_port(local, name):
         ["127.0.0.1", "evil.example"],
     ],
 )
-def test_no_other_name_gets_anything(local, name):
+def test_nothing_is_served_under_another_name(local, name):
     """DNS rebinding: another site's name that leads here."""
     hosts = name if isinstance(name, list) else name.format(local.port)
     for path in (*PATHS, "/events"):
@@ -152,11 +152,11 @@ def test_hostile_names_are_text_on_the_wire_too(tmp_path):
 # ── the token ──
 
 
-def test_on_this_machines_own_address_no_token_is_asked_for(local):
+def test_on_the_local_address_no_token_is_required(local):
     assert local.access.token is None
 
 
-def test_without_the_token_there_is_nothing(remote):
+def test_nothing_is_served_without_the_token(remote):
     token = remote.access.token
     wrong = token[:-1] + ("A" if token[-1] != "A" else "B")
     for path in (
@@ -234,10 +234,10 @@ def test_which_addresses_are_this_machines_own(address, wanted):
 # ── the stream ──
 
 
-def test_what_has_changed_is_sent_and_the_end_is_told(monkeypatch):
+def test_changes_and_the_end_are_sent(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(site, "TICK_SECONDS", 0.01)
-    page = Still(state="one", clients="c\n\nevent: forged")
+    page = StaticPage(state="one", clients="c\n\nevent: forged")
     with serving(page) as found, Viewer(found.port) as viewer:
         first = viewer.read_until('"now"')
         page.parts["state"] = "two"
@@ -251,27 +251,27 @@ def test_what_has_changed_is_sent_and_the_end_is_told(monkeypatch):
     assert '"ended"' in text and text.rstrip().endswith("0") and "event: end\ndata: {}" in text
 
 
-def test_nothing_is_made_while_nobody_looks_and_once_for_all_who_do(monkeypatch):
+def test_pages_are_rendered_only_for_viewers_and_once_for_all_of_them(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.1)
-    page = Still(state="one")
+    page = StaticPage(state="one")
     with serving(page) as found:
         time.sleep(0.3)
         assert page.num_made == 0
         with Viewer(found.port) as first, Viewer(found.port) as second:
             first.read_until('"now"'), second.read_until('"now"')
-            started, made = time.monotonic(), page.num_made
+            started, num_before = time.monotonic(), page.num_made
             time.sleep(0.5)
-            assert 1 <= page.num_made - made <= (time.monotonic() - started) / 0.1 + 2
+            assert 1 <= page.num_made - num_before <= (time.monotonic() - started) / 0.1 + 2
         until(lambda: found.feed.num_viewers == 0)
         time.sleep(0.3)
-        made = page.num_made
+        num_before = page.num_made
         time.sleep(0.3)
-        assert page.num_made == made
+        assert page.num_made == num_before
 
 
-def test_there_are_so_many_viewers_and_no_more(monkeypatch):
+def test_the_number_of_viewers_is_limited(monkeypatch):
     monkeypatch.setattr(site, "MAX_VIEWERS", 2)
-    with serving(Still(state="x")) as found:
+    with serving(StaticPage(state="x")) as found:
         with Viewer(found.port) as first, Viewer(found.port) as second:
             first.read_until('"now"'), second.read_until('"now"')
             assert ask(found.port, "/events")[0] == 503 and ask(found.port)[0] == 200
@@ -280,13 +280,13 @@ def test_there_are_so_many_viewers_and_no_more(monkeypatch):
             assert "200 OK" in third.read_until('"now"')
 
 
-def test_who_does_not_read_is_hung_up_on_and_the_others_go_on(monkeypatch):
+def test_a_viewer_that_does_not_read_is_disconnected_and_the_others_continue(monkeypatch):
     monkeypatch.setattr(site, "SEND_SECONDS", 0.3)
     monkeypatch.setattr(site, "TICK_SECONDS", 0.1)
-    page = Still(state="x" * 20_000_000)
+    page = StaticPage(state="x" * 20_000_000)
     with serving(page) as found, Viewer(found.port) as slow:
         until(lambda: found.feed.num_viewers == 1)
-        assert ask(found.port, "/style.css")[0] == 200  # nobody waits for it
+        assert ask(found.port, "/style.css")[0] == 200  # nothing waits for it
         until(lambda: found.feed.num_viewers == 0)
         until(lambda: found.listener.num_connections() == 0)
         with pytest.raises(OSError):
@@ -299,7 +299,7 @@ def test_silent_connections_are_few_and_short():
     limits = ConnectionLimits(
         max_connections=8, max_strangers=4, max_per_address=4, stranger_seconds=1.0
     )
-    with serving(Still(state="fine"), limits=limits) as found:
+    with serving(StaticPage(state="fine"), limits=limits) as found:
         silent = [
             access_module.socket.create_connection(("127.0.0.1", found.port)) for _ in range(20)
         ]
@@ -312,7 +312,7 @@ def test_silent_connections_are_few_and_short():
 
 def test_a_page_that_fails_ends_the_stream_and_works_again(monkeypatch):
     monkeypatch.setattr(feed, "POLL_SECONDS", 0.05)
-    page = Still(state="fine")
+    page = StaticPage(state="fine")
     with serving(page) as found:
         with Viewer(found.port) as viewer:
             viewer.read_until('"now"')

@@ -1,4 +1,4 @@
-"""Files as people have them, and what is made of each; the table in docs/data.md is made of these.
+"""Common file formats, and how each is read; the table in docs/data.md is generated from these.
 
 `python -m tests.data.format_cases` writes the table.
 """
@@ -25,7 +25,7 @@ MARKS = ("<!-- formats: made by `python -m tests.data.format_cases` -->", "<!-- 
 
 @dataclass(frozen=True)
 class Case:
-    """A file that somebody has.
+    """A file as users have it.
 
     Attributes:
         title: What it is.

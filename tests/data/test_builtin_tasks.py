@@ -80,7 +80,7 @@ def test_seeds_next_to_each_other_share_no_stream():
     assert len(first & second) < 5
 
 
-def test_excluded_prompts_do_not_come():
+def test_excluded_prompts_are_not_generated():
     first = task_examples(["gcd"], 300, seed=0)
     prompts = {example.prompt for example in first}
     assert prompts.isdisjoint(

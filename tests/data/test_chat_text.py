@@ -1,4 +1,4 @@
-"""Messages reach the template in the form it knows, alike in training and generation."""
+"""Messages reach the template in the form it expects, the same in training and generation."""
 
 import pytest
 
@@ -31,7 +31,9 @@ def tokens_of(example, tokenizer, loss_on="last"):
 
 @pytest.mark.parametrize("template", [REFUSING, SILENT])
 @pytest.mark.parametrize("loss_on", ["last", "all-assistant"])
-def test_a_system_message_begins_the_users_where_a_template_has_none(template, loss_on, caplog):
+def test_a_system_message_is_prepended_to_the_users_where_a_template_has_none(
+    template, loss_on, caplog
+):
     tokenizer = tiny_tokenizer(template)
     prompt = (SYSTEM, ASKED)
     one = tokens_of(Example(prompt, "4"), tokenizer, loss_on)
@@ -122,7 +124,7 @@ def test_marks_that_do_not_tell_turns_apart_are_refused():
 
 @pytest.mark.parametrize("loss_on", ["last", "all-assistant"])
 @pytest.mark.parametrize("text", ["A story.", "<|im_start|>A story.<|im_end|>", "A"])
-def test_all_of_a_text_is_learned_that_another_token_precedes(text, loss_on):
+def test_every_token_of_a_text_but_the_first_is_learned(text, loss_on):
     tokenizer = tiny_tokenizer()
     one = tokens_of(Example(None, text), tokenizer, loss_on)
     ids = tokenizer(text)["input_ids"]
@@ -131,7 +133,7 @@ def test_all_of_a_text_is_learned_that_another_token_precedes(text, loss_on):
     assert (one.num_prompt_tokens, one.gaps) == (1, ())
 
 
-def test_a_start_token_that_the_tokenizer_adds_comes_once():
+def test_a_start_token_that_the_tokenizer_adds_occurs_once():
     class Starting:
         """Adds its start token to every text, and knows it in a text."""
 

@@ -1,4 +1,4 @@
-"""Messages of other forms become ours, or are refused by position."""
+"""Messages of other formats are converted, or refused by position."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from fedmomentum.data.chats import SHAREGPT_ROLES, parse_chat
 from fedmomentum.errors import DataError
 
 
-def test_sharegpt_messages_become_ours():
+def test_sharegpt_messages_are_converted():
     for sender, role in SHAREGPT_ROLES.items():
         chat = parse_chat([{"from": sender, "value": "a", "text": None}], "conversations")
         assert chat.messages == [{"role": role, "content": "a"}]

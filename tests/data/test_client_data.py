@@ -84,7 +84,7 @@ def test_client_ids_sort_as_numbers(source):
     ]
 
 
-def test_client_column_says_who_holds_what(source):
+def test_client_column_assigns_rows_to_clients(source):
     clients = load_clients(
         source=source, client_column="hospital", category_column="topic", test_fraction=0.0
     )
@@ -98,7 +98,7 @@ def test_client_column_says_who_holds_what(source):
 def test_client_files_and_a_client_alone_finds_the_same_split(tmp_path):
     files = {
         "b": write(tmp_path / "b.jsonl", make_rows(30)),
-        # Half of what "b" holds too: no client can know.
+        # Half of what "b" holds too: no client can tell.
         "a": write(tmp_path / "a.jsonl", make_rows(30, start=15)),
     }
     clients = load_clients(client_files=files, test_fraction=0.2, seed=1)
@@ -220,7 +220,7 @@ def test_contradictions_are_refused(arguments, message):
         load_clients(**arguments)
 
 
-def test_a_file_that_is_not_there_is_refused():
+def test_a_missing_file_is_refused():
     with pytest.raises(DataError, match="x.jsonl: no such file"):
         load_clients(source="x.jsonl")
 

@@ -49,7 +49,7 @@ def test_one_format_is_found(columns, mapping, kind, names):
         (["q"], {"question": "Frage"}, "no column 'Frage', which .* gives for question.*found: q"),
     ],
 )
-def test_columns_that_do_not_tell_are_refused(columns, mapping, message):
+def test_ambiguous_columns_are_refused(columns, mapping, message):
     with pytest.raises(DataError, match=message):
         find_format(columns, mapping, "f")
 

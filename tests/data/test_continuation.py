@@ -150,7 +150,7 @@ def test_the_ids_read_as_prompt_and_completion_to_the_letter(name, prompt, compl
     assert text.lstrip(" ") == wanted.lstrip(
         " "
     )  # SentencePiece does not tell a first space from its own
-    # and as generation goes on from the prompt's ids: with each of the answer's
+    # and as generation continues from the prompt's ids: with each of the answer's
     assert text.endswith(completion) and read(tokenizer, ids[:num_prompt]).strip() == prompt.strip()
 
 
@@ -168,18 +168,18 @@ def test_a_prompt_that_ends_in_a_space_is_learned_with_one(name):
 @given(prompt=TEXT.filter(str.strip), completion=TEXT.filter(str.strip))
 @example(prompt="play", completion="ing")
 @example(prompt="the cat", completion="the")
-def test_a_tokenizer_that_keeps_no_blanks_reads_as_it_would_read_the_whole(
+def test_a_tokenizer_that_strips_blanks_reads_as_it_would_read_the_full_text(
     name, prompt, completion
 ):
     tokenizer = ALL[name]
     ids, num_prompt = ids_of(tokenizer, prompt, completion)
     assert ids[:num_prompt] == prompt_token_ids(prompt, tokenizer)
     assert tokenizer.unk_token_id not in ids and ids.count(tokenizer.eos_token_id) == 1
-    whole = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
-    assert read(tokenizer, ids) == read(tokenizer, whole)
+    full_ids = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+    assert read(tokenizer, ids) == read(tokenizer, full_ids)
 
 
-def test_a_word_goes_on_where_the_prompt_ends_in_it():
+def test_a_word_continues_where_the_prompt_ends_inside_it():
     tokenizer = word_piece()
     ids, num_prompt = ids_of(tokenizer, "play", "ing")
     assert tokenizer.convert_ids_to_tokens(ids) == ["play", "##ing", "</s>"] and num_prompt == 1

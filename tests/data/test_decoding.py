@@ -52,7 +52,7 @@ def test_other_encodings_are_refused_and_read_when_named(language, tmp_path):
     assert read_rows(file, encoding=encoding)["answer"] == [text]
 
 
-def test_a_language_of_one_is_needed():
+def test_windows_text_must_fit_a_single_language():
     assert fits_windows("Müller") and fits_windows("plain")
     assert not fits_windows("Müller, Señor Ñandú, Ångström")
 
@@ -76,7 +76,7 @@ def test_a_named_encoding_that_does_not_fit_is_refused_by_line(tmp_path):
         read_rows(file, encoding="ascii")
 
 
-def test_gzip_is_unpacked_whatever_the_name_and_damage_is_told(tmp_path):
+def test_gzip_is_unpacked_whatever_the_name_and_damage_is_reported(tmp_path):
     packed = gzip.compress(b'{"question": "a", "answer": "b"}\n' * 100)
     for name in ("d.jsonl.gz", "D.JSONL.GZ", "d.jsonl"):
         (tmp_path / name).write_bytes(packed)

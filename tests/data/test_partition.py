@@ -84,12 +84,12 @@ def test_each_client_holds_its_categories_and_each_category_as_many_clients(
 def label_skew(labels, clients):
     """Mean total variation distance between each client's labels and the labels of all."""
     names = sorted(set(labels))
-    whole = np.array([labels.count(name) for name in names]) / len(labels)
+    overall = np.array([labels.count(name) for name in names]) / len(labels)
     distances = []
     for client in clients:
         counts = Counter(labels[index] for index in client)
         distances.append(
-            np.abs(np.array([counts[name] for name in names]) / len(client) - whole).sum() / 2
+            np.abs(np.array([counts[name] for name in names]) / len(client) - overall).sum() / 2
         )
     return float(np.mean(distances))
 

@@ -265,7 +265,7 @@ def test_pairs_are_read_as_text_or_messages():
 
 
 @pytest.mark.parametrize("prompt", [None, "column", "messages", "text"])
-def test_whole_chats_are_read_as_pairs(prompt):
+def test_full_chats_are_read_as_pairs(prompt):
     """UltraFeedback's form, and that of conversations without a prompt."""
     system = {"role": "system", "content": "be brief"}
     context = [system, USER]

@@ -13,7 +13,7 @@ from tests.data.format_cases import CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_files_as_people_have_them_are_read(case, tmp_path):
+def test_files_of_every_common_format_are_read(case, tmp_path):
     _, prompt, answer = format_cases.read(case, tmp_path)
     assert (prompt, answer) == (case.prompt, case.answer)
 
@@ -67,7 +67,7 @@ def test_an_instruction_without_input_is_the_instruction_alone(tmp_path):
         assert example.prompt == ({"role": "user", "content": "Q"},)
 
 
-def test_a_column_of_the_system_begins_the_chat(tmp_path):
+def test_a_system_column_starts_the_chat(tmp_path):
     system = {"role": "system", "content": "Be brief."}
     asked = {"role": "user", "content": "Q"}
     rows = [
@@ -119,12 +119,12 @@ def test_a_column_of_the_system_begins_the_chat(tmp_path):
         ),
     ],
 )
-def test_what_says_nothing_to_learn_is_refused_by_row_and_column(row, message, tmp_path):
+def test_rows_without_anything_to_learn_are_refused_by_row_and_column(row, message, tmp_path):
     with pytest.raises(DataError, match=f"d.jsonl: row 1: {message}"):
         examples(tmp_path, row)
 
 
-def test_no_tools_may_be_written_out(tmp_path):
+def test_an_empty_list_of_tools_is_accepted(tmp_path):
     rows = [{"question": "a", "answer": "b", "tools": tools} for tools in ("[]", "", None, [])]
     assert len(examples(tmp_path, *rows)) == 4
     with pytest.raises(DataError, match="row 1: column 'tools' holds"):

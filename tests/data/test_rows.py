@@ -58,7 +58,7 @@ def with_column(*texts):
         ("null", "null", "null"),
     ],
 )
-def test_of_json(values, tmp_path):
+def test_json_rows_are_read(values, tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text(with_column(*values))
     assert examples_of(file) == WANTED
@@ -88,7 +88,7 @@ def odd_columns():
     }
 
 
-def test_of_parquet(tmp_path):
+def test_parquet_rows_are_read(tmp_path):
     table = pa.Table.from_pylist(PLAIN)
     for name, column in odd_columns().items():
         table = table.append_column(name, column)
@@ -103,7 +103,7 @@ def test_of_parquet(tmp_path):
         examples_of(tmp_path / "d.parquet", category_column="not UTF-8")
 
 
-def test_of_a_saved_data_set(tmp_path):
+def test_rows_of_a_saved_data_set_are_read(tmp_path):
     """A column of pictures, which are none, is not decoded."""
     features = datasets.Features(
         {
@@ -313,7 +313,7 @@ def test_long_texts_and_line_ends_within_a_value_are_kept_to_the_letter(tmp_path
     ]
 
 
-def test_a_column_that_comes_twice_in_parquet_is_refused(tmp_path):
+def test_a_duplicate_column_in_parquet_is_refused(tmp_path):
     twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["answer", "answer"])
     pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
     with pytest.raises(DataError, match="the column 'answer' comes twice"):
@@ -414,7 +414,7 @@ def test_a_column_of_names_of_rows_is_no_category(tmp_path):
     assert len(examples_of(tmp_path / "d.jsonl")) == MAX_CATEGORIES + 1
 
 
-def test_what_data_may_name_arrives():
+def test_names_in_data_and_in_messages_have_the_same_limits():
     """The limits of a data set are those of the messages in which its categories travel."""
     assert MAX_CATEGORIES == messages.MAX_CATEGORIES
     assert msgspec.convert("x" * MAX_LABEL, schema.Label) and msgspec.convert(
@@ -425,17 +425,17 @@ def test_what_data_may_name_arrives():
 
 
 @pytest.mark.parametrize("category", ["a\nb", "\x1b]0;title\x07", "x" * 257])
-def test_a_category_given_by_hand_is_held_to_the_same_rule(category):
+def test_a_configured_category_must_follow_the_same_rule(category):
     with pytest.raises(DataError, match="the category (holds|is a text)"):
         Example("a", "b", category)
 
 
 @pytest.mark.parametrize(
-    ("label", "told"), [(-1, "is -1, which is none of its 2 labels"), (5, "is 5, which is none")]
+    ("label", "message"), [(-1, "is -1, which is none of its 2 labels"), (5, "is 5, which is none")]
 )
-def test_a_label_without_a_name_is_refused(label, told):
+def test_a_label_without_a_name_is_refused(label, message):
     rows = Rows({"kind": lambda: [0, label]}, 2, {"kind": ["no", "yes"]})
-    with pytest.raises(DataError, match=f"f: row 2: column 'kind' {told}"):
+    with pytest.raises(DataError, match=f"f: row 2: column 'kind' {message}"):
         column_texts(rows, "kind", where="f")
 
 
@@ -493,15 +493,15 @@ def test_any_rows_are_read_or_refused_by_name(rows, category_column):
             assert len(str(error)) < 1000 and str(error).isprintable()
             return
     assert len(examples) == len(rows)
-    for row, made in zip(rows, examples, strict=True):
+    for row, example in zip(rows, examples, strict=True):
         if "question" in row:
             assert (
-                made.prompt == ({"role": "user", "content": row["question"]},)
-                and made.completion == row["answer"]
+                example.prompt == ({"role": "user", "content": row["question"]},)
+                and example.completion == row["answer"]
             )
         if isinstance(row.get("prompt"), str):
-            assert made.prompt == row["prompt"]
+            assert example.prompt == row["prompt"]
         if "messages" in row:
             contents = [message["content"] for message in row["messages"]]
-            assert [m["content"] for m in made.prompt] + [made.completion] == contents
-        assert made.category == (str(row["kind"]) if category_column else "")
+            assert [m["content"] for m in example.prompt] + [example.completion] == contents
+        assert example.category == (str(row["kind"]) if category_column else "")

@@ -1,4 +1,4 @@
-"""A client that starts again with another division of its examples is found out, and no other."""
+"""A client that restarts with another split of its examples is detected, and no other."""
 
 import json
 import stat
@@ -23,7 +23,7 @@ def examples(*numbers):
 TRAIN, TEST = examples(*range(20)), examples(*range(100, 105))
 
 
-def test_the_same_division_is_no_news_in_whatever_order(tmp_path):
+def test_the_same_split_gives_no_warning_in_any_order(tmp_path):
     assert compare_split(tmp_path, "run", TRAIN, TEST, seed=0) is None
     assert compare_split(tmp_path, "run", examples(*reversed(range(20))), TEST, seed=0) is None
     assert (
@@ -38,17 +38,17 @@ def test_examples_that_were_held_out_and_are_trained_on_are_counted(tmp_path):
     )
     assert text is not None and "3 of 5 that were held out are trained on now" in text
     assert "run.seed was 0 and is 1" in text and f"remove {tmp_path / FILE}" in text
-    again = compare_split(
+    text = compare_split(
         tmp_path, "run", examples(*range(20), 104), TEST, seed=0
     )  # what the run began with counts
     assert (
-        again is not None
-        and "1 of 5 that were held out are trained on now" in again
-        and "run.seed" not in again
+        text is not None
+        and "1 of 5 that were held out are trained on now" in text
+        and "run.seed" not in text
     )
 
 
-def test_other_data_of_which_none_was_held_out_is_told_more_quietly(tmp_path):
+def test_other_data_of_which_none_was_held_out_gives_a_milder_warning(tmp_path):
     compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
     text = compare_split(tmp_path, "run", examples(*range(25)), TEST, seed=0)
     assert text == (
@@ -62,14 +62,14 @@ def test_other_data_of_which_none_was_held_out_is_told_more_quietly(tmp_path):
     assert compare_split(tmp_path, "run", moved, TEST, seed=0) is not None
 
 
-def test_another_run_begins_anew(tmp_path):
+def test_another_run_starts_from_scratch(tmp_path):
     compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
     assert compare_split(tmp_path, "another", TEST, TRAIN, seed=0) is None
     assert compare_split(tmp_path, "another", TRAIN, TEST, seed=0) is not None
 
 
-def test_the_file_tells_nobody_the_examples(tmp_path):
-    """Digests under a secret of the client's own, for its owner's eyes."""
+def test_the_file_does_not_reveal_the_examples(tmp_path):
+    """Digests under a secret of the client, which only its owner can read."""
     for folder in (tmp_path / "one", tmp_path / "other"):
         folder.mkdir()
         compare_split(folder, "run", TRAIN, TEST, seed=0)
@@ -80,7 +80,7 @@ def test_the_file_tells_nobody_the_examples(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b"[" * 10**6, b'{"run_id": 1}'])
-def test_a_damaged_file_is_told_and_made_anew(tmp_path, content):
+def test_a_damaged_file_is_reported_and_rebuilt(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     text = compare_split(tmp_path, "run", TRAIN, TEST, seed=0)
     assert (

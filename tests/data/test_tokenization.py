@@ -95,17 +95,17 @@ def test_template_that_rewrites_the_conversation_is_refused():
 
 
 def test_template_error_names_example_and_roles():
-    picky = (
+    template = (
         "{{ raise_exception('no critic role') if messages[0]['role'] == 'critic' }}" + CHAT_TEMPLATE
     )
     critic = ({"role": "critic", "content": "Hi"}, *CHAT)
     with pytest.raises(
         DataError, match=r"client-3, example 1: .*roles critic, user.*: no critic role"
     ):
-        tokenize_all([Example(CHAT, "4"), Example(critic, "4")], tiny_tokenizer(picky))
+        tokenize_all([Example(CHAT, "4"), Example(critic, "4")], tiny_tokenizer(template))
 
 
-def test_chat_without_template_says_what_to_give():
+def test_chat_without_template_says_which_setting_to_give():
     tokenizer = tiny_tokenizer(None)
     with pytest.raises(
         DataError, match=r"client-3, example 0: .*no chat template: give plain `prompt`"

@@ -121,19 +121,19 @@ def test_plain_text_has_one_answer():
 
 
 def test_cut_where_an_answer_loses_a_part_and_lost_where_nothing_is_left():
-    whole = tokenized(CHATS[1:2], CHAT_TEMPLATE).example(0)
-    first_end = whole.gaps[0][0]
-    last_start = whole.gaps[0][1]
-    # The newline at the end is no loss; a token of the last answer is.
+    full = tokenized(CHATS[1:2], CHAT_TEMPLATE).example(0)
+    first_end = full.gaps[0][0]
+    last_start = full.gaps[0][1]
+    # Losing the newline at the end does no harm; losing a token of the last answer does.
     assert not tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=200).is_truncated[0]
-    not_cut = tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=len(whole.input_ids) - 1)
+    not_cut = tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=len(full.input_ids) - 1)
     assert not not_cut.is_truncated[0]
-    for length in (first_end - 1, first_end, last_start, len(whole.input_ids) - 2):
+    for length in (first_end - 1, first_end, last_start, len(full.input_ids) - 2):
         cut = tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=length).example(0)
         assert cut.is_truncated
-        assert labels_of(cut) == labels_of(whole)[:length]
+        assert labels_of(cut) == labels_of(full)[:length]
     with pytest.raises(DataError, match="1 of 1 examples lose their complete answer"):
-        tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=whole.num_prompt_tokens)
+        tokenized(CHATS[1:2], CHAT_TEMPLATE, max_length=full.num_prompt_tokens)
 
 
 def test_gaps_are_cut_with_the_row():
@@ -209,7 +209,7 @@ def test_template_that_removes_earlier_reasoning_is_refused_by_row_and_turn():
         ),
     ],
 )
-def test_templates_that_do_not_tell_are_refused_by_name(template, chat, pattern):
+def test_templates_that_do_not_mark_turns_are_refused_by_name(template, chat, pattern):
     with pytest.raises(DataError, match=r"north, example 0: .*" + pattern):
         tokenized([chat], template)
 
@@ -243,20 +243,20 @@ def test_ids_masks_and_losses_are_those_of_trl(template, max_length, folder, tmp
         train_dataset=Dataset.from_list([{"messages": messages_of(chat)} for chat in CHATS]),
         processing_class=tiny_tokenizer(MARKED),
     )
-    theirs = trainer.data_collator([trainer.train_dataset[row] for row in range(len(CHATS))])
+    trl_batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(CHATS))])
     ours = tokenized(CHATS, template, max_length=max_length)
-    for row, length in enumerate(theirs["attention_mask"].sum(dim=1).tolist()):
+    for row, length in enumerate(trl_batch["attention_mask"].sum(dim=1).tolist()):
         example = ours.example(row)
-        assert list(example.input_ids) == theirs["input_ids"][row, :length].tolist()
-        assert labels_of(example) == theirs["labels"][row, :length].tolist()
+        assert list(example.input_ids) == trl_batch["input_ids"][row, :length].tolist()
+        assert labels_of(example) == trl_batch["labels"][row, :length].tolist()
 
     model.eval()
     objective = CausalLM("all-assistant")
     batch = objective.collate([ours.example(row) for row in range(len(CHATS))], PAD_TOKEN_ID)
     with torch.no_grad():
         loss = objective.loss(objective.predict(model, batch))
-        reference = trainer.compute_loss(model, theirs)
-    assert loss.num_targets == int((theirs["labels"] != -100).sum())
+        reference = trainer.compute_loss(model, trl_batch)
+    assert loss.num_targets == int((trl_batch["labels"] != -100).sum())
     assert float(loss.nll) / loss.num_targets == pytest.approx(float(reference), rel=1e-6)
 
 

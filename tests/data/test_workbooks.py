@@ -23,7 +23,7 @@ def read(path):
     return to_examples(read_rows(path), where=path.name)
 
 
-def test_cells_are_text_and_empty_rows_and_columns_are_none(tmp_path):
+def test_cells_are_text_and_empty_rows_and_columns_are_ignored(tmp_path):
     file = write(
         tmp_path / "D.XLSX",
         [],
@@ -58,7 +58,7 @@ def test_what_excel_shows_otherwise_is_refused_by_row_and_column(tmp_path):
         read(file)
 
 
-def test_workbooks_that_do_not_tell_are_refused(tmp_path):
+def test_ambiguous_workbooks_are_refused(tmp_path):
     file = write(tmp_path / "d.xlsx", ["question", "answer"], ["a", "b"], sheets=("Two",))
     with pytest.raises(DataError, match="several sheets, 'Sheet', 'Two'; keep the one"):
         read(file)

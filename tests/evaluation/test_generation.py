@@ -1,4 +1,4 @@
-"""The text of an answer is what the chat template was given, whatever it writes around it."""
+"""The text of an answer is what the chat template was given, whatever the template writes around it."""
 
 import pytest
 from tokenizers import AddedToken
@@ -59,7 +59,7 @@ PROMPT_MESSAGES = ({"role": "user", "content": "yes or no?"},)
 
 
 @pytest.mark.parametrize("completion", ["ab", "yes", "no yes no", "a\n\nb"])
-def test_a_perfect_answer_counts_as_exact(case, completion):
+def test_a_correct_answer_counts_as_exact(case, completion):
     """The tokens that training teaches are scored as the example's own completion."""
     _, tokenizer = case
     example = Example(PROMPT_MESSAGES, completion)

@@ -1,4 +1,4 @@
-"""Both kinds of task keep one contract, and score an answer by their own rule."""
+"""Both kinds of task follow one contract, and score an answer by their own rule."""
 
 import pytest
 

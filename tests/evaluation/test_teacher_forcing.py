@@ -122,11 +122,11 @@ def test_truncated_items_are_never_exact(trained):
     cut = TokenizedExamples(
         tokens.input_ids, tokens.num_prompt_tokens, tokens.categories, (True,) * len(tokens), 0
     )
-    whole_total, cut_total = (
+    full_total, cut_total = (
         evaluate(model, t, pad_token_id=PAD_TOKEN_ID).total for t in (tokens, cut)
     )
-    assert whole_total.num_exact > 0 == cut_total.num_exact
-    assert whole_total.nll == cut_total.nll
+    assert full_total.num_exact > 0 == cut_total.num_exact
+    assert full_total.nll == cut_total.nll
 
 
 def test_modes_and_settings_are_left_as_they_were(trained):
@@ -177,12 +177,12 @@ def test_scores_add_up(a, b):
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_interval_is_wilsons(num_exact, num_examples, low, high):
+def test_the_interval_is_the_wilson_interval(num_exact, num_examples, low, high):
     assert Score(0.0, 0, num_examples, num_exact).interval == pytest.approx((low, high), abs=5e-5)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_interval_solves_its_own_equation(counts):
+def test_the_interval_solves_its_defining_equation(counts):
     num_exact, n = counts
     score = Score(0.0, 0, n, num_exact)
     low, high = score.interval

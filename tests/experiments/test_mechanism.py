@@ -1,4 +1,4 @@
-"""What goes with the gain of shared moments: the correlations mean what they say, and the document has them."""
+"""What correlates with the gain of shared moments: the correlations are right, and the document has them."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""The published setting goes from end to end on a tiny model; what is missing is said."""
+"""The published setting runs end to end on a tiny model; what is missing is reported."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ SMALL = (
 
 @pytest.fixture
 def paper(monkeypatch, tmp_path):
-    """The script as a module, working in a directory of its own."""
+    """The script as a module, working in a separate directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "paper"), str(EXPERIMENTS), *sys.path])
     return importlib.import_module("paper")
@@ -78,9 +78,9 @@ def test_all_methods_of_a_task_run_and_the_second_call_repeats_nothing(
     words = ["--data", str(data), "--model", str(model), "--out", str(tmp_path / "out")]
     words += ["--only", "maths", *SMALL]
     assert paper.main(words) == 0
-    said = capsys.readouterr().out
-    assert "one of 5 runs" in said and "memory" in said and "hours in all" in said
-    assert said.index("hours in all") < said.index("seed 0: exact match")  # planned before
+    output = capsys.readouterr().out
+    assert "one of 5 runs" in output and "memory" in output and "hours in all" in output
+    assert output.index("hours in all") < output.index("seed 0: exact match")  # planned before
     table = (tmp_path / "out" / "maths" / "comparison.csv").read_text().splitlines()[1:]
     assert [row.partition(":")[0] for row in table] == [
         "fedmomentum",
@@ -102,10 +102,10 @@ def test_a_plan_names_what_is_missing_and_runs_nothing(paper, data, tmp_path, ca
     out = tmp_path / "out"
     words = ["--data", str(data), "--model", str(model), "--out", str(out), "--plan", *SMALL]
     assert paper.main(words) == 0
-    said = capsys.readouterr().out
-    assert "code: code missing in" in said and "used: none" in said
-    assert "commonsense: piqa, siqa, hellaswag, winogrande, arc_challenge, openbookqa" in said
-    assert "10 runs, about" in said
+    output = capsys.readouterr().out
+    assert "code: code missing in" in output and "used: none" in output
+    assert "commonsense: piqa, siqa, hellaswag, winogrande, arc_challenge, openbookqa" in output
+    assert "10 runs, about" in output
     assert not any(out.rglob("metrics.jsonl"))
 
     assert paper.main(["--data", str(tmp_path / "none"), "--model", str(model), "--plan"]) == 2

@@ -1,4 +1,4 @@
-"""Experiments that keep one line a run: rates are chosen by the rule, and no run is made twice."""
+"""Experiments that keep one line per run: rates are chosen by the rule, and no run is repeated."""
 
 import importlib
 import math
@@ -24,17 +24,17 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_a_line_is_on_disk_at_once_and_is_found_by_what_it_says(script, tmp_path):
+def test_a_line_is_on_disk_at_once_and_is_found_by_its_values(script, tmp_path):
     run_table = script("run_table")
     file = tmp_path / "results" / "runs.csv"
     table = run_table.RunTable(file, ("method", "seed", "score"))
     assert table.find({"method": "fedit"}) is None
     for seed in (0, 1):
         table.add({"method": "fedit", "seed": str(seed), "score": f"0.{seed}"})
-    again = run_table.RunTable(file, ("method", "seed", "score"))
-    assert again.rows == table.rows == run_table.read_rows(file)
-    assert again.find({"method": "fedit", "seed": "1"}) == table.rows[1]
-    assert again.find({"method": "fedit", "seed": "2"}) is None
+    reloaded = run_table.RunTable(file, ("method", "seed", "score"))
+    assert reloaded.rows == table.rows == run_table.read_rows(file)
+    assert reloaded.find({"method": "fedit", "seed": "1"}) == table.rows[1]
+    assert reloaded.find({"method": "fedit", "seed": "2"}) is None
 
 
 @pytest.mark.parametrize(
@@ -174,3 +174,36 @@ def test_accuracies_against_epsilon_are_those_of_the_scores(script):
         "|---|---|---|",
         "| FedSVD | +10.0 [+10.0, +10.0] | -10.0 [-10.0, -10.0] |",
     ]
+
+
+def test_a_committed_run_is_repeated_and_compared(script, monkeypatch, tmp_path, capsys):
+    trials, run_table = script("trials"), script("run_table")
+    config = tiny_config(tmp_path)
+    file = tmp_path / "methods-few.csv"
+    table = run_table.RunTable(file, trials.COLUMNS)
+    row = trials.Trials(config, table, tmp_path / "runs").run("score", "fedit", 1, 0.01)
+
+    def repeat(out):
+        capsys.readouterr()
+        return trials.reproduce(config, "fedit", 1, tmp_path / out, file)
+
+    assert repeat("same") == 0
+    assert f"loss: committed {row['loss']}, here {row['loss']}" in capsys.readouterr().out
+    table.rows[0]["loss"] = "9.5"
+    table.add({**row, "seed": "2"})
+    assert repeat("other") == 1
+    assert "loss: committed 9.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no committed run of fedit with seed 3"):
+        trials.reproduce(config, "fedit", 3, tmp_path / "none", file)
+
+
+@pytest.mark.parametrize("text", ["few", "few:8", "few:fedit", "few:fedit:x"])
+def test_a_run_is_named_by_setting_method_and_seed(script, text):
+    experiment = script("experiment")
+    assert experiment.parse_run("2:fedmomentum:split=balanced:7") == (
+        "2",
+        "fedmomentum:split=balanced",
+        7,
+    )
+    with pytest.raises(SystemExit, match="SETTING:METHOD:SEED"):
+        experiment.parse_run(text)

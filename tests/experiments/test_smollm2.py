@@ -1,4 +1,4 @@
-"""The language-model experiment: its model is the stock one, and its script goes from end to end."""
+"""The language-model experiment: its model is the stock one, and its script runs end to end."""
 
 import csv
 import importlib
@@ -20,7 +20,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 @pytest.fixture
 def language(monkeypatch, tmp_path):
-    """The script as a module, working in a directory of its own."""
+    """The script as a module, working in a separate directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS / "smollm2"), str(EXPERIMENTS), *sys.path])
     return importlib.import_module("language")
@@ -142,7 +142,7 @@ def small(language, monkeypatch, tmp_path):
     return language
 
 
-def test_the_script_goes_from_end_to_end_and_continues(small, tmp_path, capsys):
+def test_the_script_runs_end_to_end_and_resumes(small, tmp_path, capsys):
     out = tmp_path / "out"
     small.prepare("builtin", out, None, tiny_llama(tmp_path / "source"))
     words = ["--out", str(out), "--seeds", "1", "--publish"]

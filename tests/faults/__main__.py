@@ -1,4 +1,4 @@
-"""Run the fault suite and print what came of each fault; exit code 0 only if all is well."""
+"""Run the fault suite and print the result of each fault; exit code 0 only if all passed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OUT = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 @dataclass
 class Result:
-    """What came of one fault; `survived` is "yes, ..." , "NO: ..." or "skipped: ..."."""
+    """The result of one fault; `survived` is "yes, ..." , "NO: ..." or "skipped: ..."."""
 
     name: str
     fault: str
@@ -47,7 +47,7 @@ class Result:
 
 
 def run_case(case: Case, folder: Path, shared: Path) -> Result:
-    """Run a case, end all that it started, and see that nothing is left of it."""
+    """Run a case, stop all that it started, and check that nothing is left of it."""
     started = time.monotonic()
     seen, survived, federation = "", "", None
     try:
@@ -136,8 +136,8 @@ def main() -> int:
     )
     failed = [result.name for result in results if result.survived.startswith("NO")]
     if failed:
-        told = f"{len(failed)} of {len(results)} failed: {', '.join(failed)}; their logs are in {arguments.out}"
-        OUT.print(told, markup=False, soft_wrap=True)
+        summary = f"{len(failed)} of {len(results)} failed: {', '.join(failed)}; their logs are in {arguments.out}"
+        OUT.print(summary, markup=False, soft_wrap=True)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""The faults, one function each: start, break, and say what must have come of it."""
+"""The faults, one function each: start, break, and check the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tiny import tiny_llama
 
 
 class Skipped(Exception):
-    """The machine cannot stage this fault; the text says why."""
+    """The machine cannot produce this fault; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def raises(fed: Federation) -> str:
     fed.steer("site1", 2, "raise")
     fed.start("site0", "site1", raw="site2")
     seen = fed.check(
-        fails={("train", 2, "site1")}, says={(2, "site1"): r"OSError \(its own log says more\)"}
+        fails={("train", 2, "site1")}, messages={(2, "site1"): r"OSError \(its own log says more\)"}
     )
     assert "patients.csv" in fed.nodes["site1"].text(), (
         "the node's own log does not say what happened"
     )
-    for told in (fed.log(), fed.server.text(), (fed.out / "metrics.jsonl").read_text()):
-        assert "patients" not in told, "a client's paths came to the coordinator"
+    for text in (fed.log(), fed.server.text(), (fed.out / "metrics.jsonl").read_text()):
+        assert "patients" not in text, "a client's paths came to the coordinator"
     return seen
 
 
@@ -92,7 +92,7 @@ def worker_exits(fed: Federation) -> str:
     fed.steer("site1", 2, "exit")
     fed.start("site0", "site1", raw="site2")
     return fed.check(
-        fails={("train", 2, "site1")}, says={(2, "site1"): "worker ended with exit code 7"}
+        fails={("train", 2, "site1")}, messages={(2, "site1"): "worker ended with exit code 7"}
     )
 
 
@@ -106,7 +106,7 @@ def worker_killed(fed: Federation) -> str:
     fed.until_row(2)
     assert fed.nodes["site1"].child().pid != worker.pid
     return fed.check(
-        fails={("train", 2, "site1")}, says={(2, "site1"): "worker ended by signal SIGKILL"}
+        fails={("train", 2, "site1")}, messages={(2, "site1"): "worker ended by signal SIGKILL"}
     )
 
 
@@ -125,7 +125,7 @@ def node_killed(fed: Federation) -> str:
     fed.steer("site0", 3, "")
     return fed.check(
         fails={("train", 2, "site1"), ("gone", 3, "site1")},
-        says={(2, "site1"): "lost its connection and did not come back in time"},
+        messages={(2, "site1"): "lost its connection and did not come back in time"},
     )
 
 
@@ -155,7 +155,9 @@ def hangs(fed: Federation) -> str:
     fed.start("site0", "site1", raw="site2")
     fed.until_row(2)
     fed.steer("site1", 2, "")
-    seen = fed.check(fails={("train", 2, "site1")}, says={(2, "site1"): "no answer within 25 s"})
+    seen = fed.check(
+        fails={("train", 2, "site1")}, messages={(2, "site1"): "no answer within 25 s"}
+    )
     assert "took longer than the round allows; its worker was ended" in fed.nodes["site1"].text()
     return seen
 
@@ -171,7 +173,7 @@ def late(fed: Federation) -> str:
     fed.start("site0", "site1", raw="site2", act=act)
     fed.check(
         fails={("train", 2, "site2")},
-        says={(2, "site2"): "no answer within 12 s"},
+        messages={(2, "site2"): "no answer within 12 s"},
         log=[r"site2 answered \d+ s too late; ignored"],
     )
     assert "site2 answered too late; ignored" in fed.server.text()
@@ -216,7 +218,7 @@ def tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., byt
 
 
 def lies(name: str, fault: str, lie: Callable[..., bytes], pattern: str) -> None:
-    """Register a case in which site2 answers with a lie in round 1: refused by name, and the others' run goes on."""
+    """Register a case in which site2 answers with a lie in round 1: refused by name, and the others' run continues."""
 
     def act(fed: Federation) -> str:
         def answer(asked: Asked) -> None:
@@ -227,7 +229,7 @@ def lies(name: str, fault: str, lie: Callable[..., bytes], pattern: str) -> None
         fed.key("site1")
         fed.start("site0", raw="site2", act=answer)
         fed.raw("site1").start()
-        return fed.check(fails={("train", 1, "site2")}, says={(1, "site2"): pattern})
+        return fed.check(fails={("train", 1, "site2")}, messages={(1, "site2"): pattern})
 
     CASES.append(
         Case(name, fault, act, {"federation": {"num_rounds": 2}, "evaluation": {"every": 0}})
@@ -277,10 +279,14 @@ lies(
 
 @case("an absurd example count, 2^50", federation={"num_rounds": 2, "max_client_weight": 0.6})
 def absurd_count(fed: Federation) -> str:
-    boast = altered(lambda fields: fields.update(num_examples=2**50))
+    inflate_count = altered(lambda fields: fields.update(num_examples=2**50))
 
     def lie(payload: bytes, honest: Callable[[bytes], bytes]) -> bytes:
-        return boast(payload, honest) if decode_task(payload).kind == "train" else honest(payload)
+        return (
+            inflate_count(payload, honest)
+            if decode_task(payload).kind == "train"
+            else honest(payload)
+        )
 
     fed.start(
         "site0",
@@ -307,11 +313,11 @@ def another_base(fed: Federation) -> str:
     return fed.check(
         configs={"site2": other},
         log=["site2 has another base model"],
-        says={(0, "site2"): reason, (1, "site2"): reason, (2, "site2"): reason},
+        messages={(0, "site2"): reason, (1, "site2"): reason, (2, "site2"): reason},
     )
 
 
-# ── whoever is not admitted ──
+# ── clients that are not admitted ──
 
 
 @case("a node whose key is not admitted", federation={"num_rounds": 1})
@@ -320,7 +326,7 @@ def unregistered(fed: Federation) -> str:
     fed.steer("site0", 1, "hold")
     fed.start("site0")
     pattern = "the server does not admit this node: its public key is not admitted there"
-    stranger.says(pattern, times=2)  # it goes on trying
+    stranger.wait_for_output(pattern, times=2)  # it keeps trying
     fed.steer("site0", 1, "")
     fed.check()
     return f"the node: {pattern}"
@@ -333,7 +339,7 @@ def wrong_authority(fed: Federation) -> str:
     fed.start("site0")
     node = fed.join("site1", ca=fed.folder / "other-keys" / "ca.pem", admitted=False)
     pattern = "the server's certificate is not one that --ca vouches for"
-    node.says(pattern, times=2)  # it goes on trying
+    node.wait_for_output(pattern, times=2)  # it keeps trying
     assert "Connected to" not in node.text()
     fed.steer("site0", 1, "")
     fed.check()
@@ -470,9 +476,9 @@ def speaks_for_another(fed: Federation) -> str:
 
 @case("paths where a coordinator sends names of objects", federation={"round_timeout": 60.0})
 def paths_from_server(fed: Federation) -> str:
-    """A node of ours, and a coordinator of our own that asks it for what it must not do."""
+    """A regular node, and a coordinator of the test that asks it for what it must not do."""
     fed.key("site0")
-    evil = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"  # no tensors, and well-formed
+    payload = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"  # no tensors, and well-formed
     outside = fed.folder / "outside"
     names = [
         "../../x",
@@ -515,7 +521,7 @@ def paths_from_server(fed: Federation) -> str:
         for name in names:
             for update, adapter in (([], name), ([name], "0" * 64)):
                 manifest = {"base_update": update, "adapter": {"A": adapter, "B": "0" * 64}}
-                task = train_task(manifest={"base": base, **manifest}, objects={name: evil})
+                task = train_task(manifest={"base": base, **manifest}, objects={name: payload})
                 answer = ask(task)
                 assert isinstance(answer, Failure), f"{name!r} in {manifest} was answered"
                 assert "PayloadError: a task: request.manifest." in answer.reason, (
@@ -524,8 +530,10 @@ def paths_from_server(fed: Federation) -> str:
                 reasons.append(answer.reason)
         answer = ask(train_task("../../x"))
         assert isinstance(answer, Failure) and "a task for" in answer.reason
-        made = {path for path in fed.folder.rglob("*")} - before - {fed.store("site0") / "objects"}
-        assert not made, f"the node wrote {made}"
+        created = (
+            {path for path in fed.folder.rglob("*")} - before - {fed.store("site0") / "objects"}
+        )
+        assert not created, f"the node wrote {created}"
         assert decode_reply(ask(describe), describe, 2**20).answer == reply.answer, (
             "the node no longer answers"
         )
@@ -602,13 +610,13 @@ def _resumed_after_kill(fed: Federation, *joining: str) -> str:
 def small_disk(folder: Path) -> Iterator[Callable[[], Path]]:
     """A disk of 2 MB at `folder`; yields a function that fills it and returns the file to remove again."""
     folder.mkdir()
-    made = subprocess.run(
+    process = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
         capture_output=True,
         text=True,
     )
-    if made.returncode:
-        raise Skipped(f"no small disk can be made here: {made.stderr.strip()}")
+    if process.returncode:
+        raise Skipped(f"no small disk can be made here: {process.stderr.strip()}")
 
     def fill() -> Path:
         file = folder / "filler"
@@ -649,7 +657,7 @@ def client_disk_full(fed: Federation) -> str:
         fed.steer("site0", 2, "")
         seen = fed.check(
             fails={("evaluate", 1, "site1"), ("train", 2, "site1")},
-            says={(1, "site1"): "evaluation: OSError", (2, "site1"): "OSError"},
+            messages={(1, "site1"): "evaluation: OSError", (2, "site1"): "OSError"},
         )
         assert "No space left on device" in fed.nodes["site1"].text()
         fed.nodes["site1"].kill(signal.SIGINT)
@@ -667,10 +675,12 @@ def server_disk_full(fed: Federation) -> str:
         fed.steer("site0", 2, "")
         code = fed.server.exit_code()
         assert code == 2, f"it ended with {code}"
-        told = fed.server.text()
+        output = fed.server.text()
         assert (
-            "No space left on device" in told and "--resume" in told and "Traceback" not in told
-        ), told
+            "No space left on device" in output
+            and "--resume" in output
+            and "Traceback" not in output
+        ), output
         filler.unlink()
         fed.serve(resume=True)
         fed.check()
@@ -680,7 +690,7 @@ def server_disk_full(fed: Federation) -> str:
 # ── Ctrl-C ──
 
 
-@case("Ctrl-C of the coordinator, and it goes on")
+@case("Ctrl-C of the coordinator, and it resumes")
 def interrupted_server(fed: Federation) -> str:
     fed.steer("site0", 2, "hold")
     fed.start("site0", raw="site1")
@@ -692,13 +702,13 @@ def interrupted_server(fed: Federation) -> str:
     assert words, fed.server.text()
     assert json.loads((fed.out / "status.json").read_text())["phase"] == "ended"
     fed.steer("site0", 2, "")
-    told = words[1].split()
-    assert told[told.index("--out") + 1] == str(fed.out) and told[told.index("--port") + 1] == str(
-        fed.port
-    ), told
+    arguments = words[1].split()
+    assert arguments[arguments.index("--out") + 1] == str(fed.out) and arguments[
+        arguments.index("--port") + 1
+    ] == str(fed.port), arguments
     fed.serve(resume=True)
     fed.check()
-    return "exit code 130, and how to go on"
+    return "exit code 130, and how to resume"
 
 
 @case("Ctrl-C of a node in training, and it joins again", federation={"num_rounds": 3})

@@ -65,7 +65,7 @@ class Stock:
         return Program(command, self.folder / folder, self.folder / log, self.environment)
 
     def start_link(self) -> None:
-        """Start the SuperLink, or start it anew on its database."""
+        """Start the SuperLink, or restart it on its database."""
         keys = self.fed.keys
         options = ["--host", "127.0.0.1", "--port", str(self.fed.port)]
         options += ["--ssl-ca-certfile", str(keys / "ca.pem")]
@@ -75,14 +75,16 @@ class Stock:
         options += ["--database", str(self.folder / "state.db")]
         times = self.link.text().count("Uvicorn running") if self.link else 0
         self.link = self._program("flower-superlink", "link.out", *options)
-        self.link.says("Uvicorn running", times + 1)
+        self.link.wait_for_output("Uvicorn running", times + 1)
 
     def join(self, name: str) -> None:
         """Register a SuperNode with the key that `fedmomentum keys node` makes, and start it."""
         key = self.fed.key(name)
         public = str(key.with_suffix(".pub"))
-        made = self._program("flwr", "flwr.out", "supernode", "register", public, "loop")
-        assert made.exit_code() == 0 and "registered successfully" in made.text(), made.text()
+        process = self._program("flwr", "flwr.out", "supernode", "register", public, "loop")
+        assert process.exit_code() == 0 and "registered successfully" in process.text(), (
+            process.text()
+        )
         data = self.fed.config.data.client_files[name]
         options = ["--superlink", self.address, "--port", str(free_port())]
         options += ["--root-certificates", str(self.fed.keys / "ca.pem")]
@@ -98,7 +100,7 @@ class Stock:
         self.fed.server = self._program("flwr", "run.out", *options)
 
     def end(self) -> None:
-        """End all; what they have started must follow, the workers with their models too."""
+        """Stop all processes; what they have started must end too, including workers with their models."""
         for program in [*self.nodes.values(), self.link]:
             if program is not None and program.popen.poll() is None:
                 program.kill(signal.SIGTERM)
@@ -136,7 +138,7 @@ def app_node_killed(fed: Federation) -> str:
         fed.until_held("site1", 2, SECONDS)
         stock.nodes["site1"].kill()
         pattern = "no answer within 40 s|lost its connection"
-        seen = fed.check(fails={("train", 2, "site1")}, says={(2, "site1"): pattern})
+        seen = fed.check(fails={("train", 2, "site1")}, messages={(2, "site1"): pattern})
         # one process held the base model of site0, whatever Flower has started for its messages
         text = stock.nodes["site0"].text()
         assert text.count("Start `flwr-clientapp` process") >= 4 and text.count("is loaded") == 1

@@ -1,6 +1,6 @@
-"""Start a coordinator and nodes over loopback, steer and kill them, and hold what came out against a run without.
+"""Start a coordinator and nodes over loopback, control and kill them, and compare the result to a run without faults.
 
-Nothing here sleeps for luck: every step waits for an event in a log, in `status.json` or in
+Nothing here sleeps and hopes: every step waits for an event in a log, in `status.json` or in
 `metrics.jsonl`, and the case's hard limit ends them all.
 """
 
@@ -60,12 +60,12 @@ Fail = tuple[str, int, str]
 
 
 class TimeLimit(Exception):
-    """A case took longer than it may."""
+    """A case exceeded its time limit."""
 
 
 @contextmanager
 def hard_limit(seconds: float) -> Iterator[None]:
-    """Interrupt whatever the main thread does after so long."""
+    """Interrupt the main thread after this many seconds."""
 
     def ring(number: int, frame: object) -> None:
         raise TimeLimit(f"not over after {seconds:g} s")
@@ -80,7 +80,7 @@ def hard_limit(seconds: float) -> Iterator[None]:
 
 
 def until(event: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
-    """Wait for an event; what it gave."""
+    """Wait for an event; return its value."""
     end = time.monotonic() + seconds
     while not (found := event()):
         if time.monotonic() > end:
@@ -110,11 +110,11 @@ class Program:
             )  # as a script's background commands have it: it must end them all the same
 
     def text(self) -> str:
-        """All it has said, over all its starts."""
+        """All its output, over all its starts."""
         return self.log.read_text(errors="replace")
 
-    def says(self, pattern: str, times: int = 1) -> None:
-        """Wait until it has said something so often."""
+    def wait_for_output(self, pattern: str, times: int = 1) -> None:
+        """Wait until its output contains a pattern that many times."""
         until(lambda: len(re.findall(pattern, self.text())) >= times, f"{pattern!r} in {self.log}")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -137,7 +137,7 @@ class Program:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody has."""
+    """A free loopback port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -253,7 +253,7 @@ class Federation:
         admitted: bool = True,
         ca: Path | None = None,
     ) -> Program:
-        """Start a node, or start it anew."""
+        """Start a node, or restart it."""
         file = self.folder / f"{name}.toml"
         file.write_text(to_toml(config or self.node_config()))
         self.nodes[name] = Program(
@@ -278,7 +278,7 @@ class Federation:
         return self.nodes[name]
 
     def start(self, *names: str, raw: str = "", act: Act | None = None) -> None:
-        """Start a coordinator, nodes, and a client of our own that answers as `act` does."""
+        """Start a coordinator, nodes, and a client of the test that answers as `act` does."""
         for name in (*names, *([raw] if raw else [])):
             self.key(name)
         self.serve()
@@ -288,7 +288,7 @@ class Federation:
             self.raw(raw, act).start()
 
     def raw(self, name: str, act: Act | None = None) -> Raw:
-        """A client of our own in this process, not started yet."""
+        """A client of the test in this process, not started yet."""
         self.raws[name] = Raw(self, name, act or honest)
         return self.raws[name]
 
@@ -299,7 +299,7 @@ class Federation:
     # ── steering ──
 
     def steer(self, name: str, server_round: int, order: str) -> None:
-        """Order what a node does in the training of a round: "raise", "exit", "hold", or "" for nothing."""
+        """Set what a node does in the training of a round: "raise", "exit", "hold", or "" for nothing."""
         orders = self.orders.setdefault(name, {})
         orders[str(self._seed(name, server_round))] = order
         (self.folder / name).mkdir(exist_ok=True)
@@ -309,7 +309,7 @@ class Federation:
         return derive_seed(self.config.run.seed, "batches", server_round, name)
 
     def until_held(self, name: str, server_round: int, seconds: float = 120.0) -> None:
-        """Wait until a node is where it was ordered to hold."""
+        """Wait until a node has stopped where it was told to hold."""
         mark = self.folder / name / f"held-{self._seed(name, server_round)}"
         until(mark.exists, f"{name} training in round {server_round}", seconds)
 
@@ -333,7 +333,7 @@ class Federation:
         return [] if status is None else status.waiting_for
 
     def state(self, name: str, key: str = "state") -> Any:
-        """What the server says of a client."""
+        """The server's status of a client."""
         status = self.status()
         return None if status is None else getattr(status.clients.get(name), key, None)
 
@@ -342,7 +342,7 @@ class Federation:
         return (self.out / "server.log").read_text()
 
     def finish(self) -> None:
-        """Wait for the end of the run; it must be a good one."""
+        """Wait for the end of the run; it must succeed."""
         code = self.server.exit_code(seconds=600)  # the case's hard limit is shorter
         assert code == 0, f"the coordinator ended with {code}:\n{self.server.text()[-3000:]}"
 
@@ -352,7 +352,7 @@ class Federation:
         self,
         *,
         fails: Iterable[Fail] = (),
-        says: Mapping[tuple[int, str], str] | None = None,
+        messages: Mapping[tuple[int, str], str] | None = None,
         log: Iterable[str] = (),
         lies: Mapping[str, Callable[..., bytes]] | None = None,
         configs: Mapping[str, Config] | None = None,
@@ -362,7 +362,7 @@ class Federation:
 
         Args:
             fails: who gave no usable answer, when, in both runs.
-            says: (round, client) to a pattern of what the round's row says of it; all failures
+            messages: (round, client) to a pattern of the message in the row of the round; all failures
                 there are.
             log: patterns that RUN/server.log holds.
             lies: clients whose answers are altered in both runs: `(payload, honest) -> bytes`.
@@ -374,24 +374,24 @@ class Federation:
             What the coordinator said of the first failure.
         """
         self.finish()
-        fails, says = set(fails), says or {}
+        fails, messages = set(fails), messages or {}
         rows = self.rows()
         assert [row["round"] for row in rows] == list(range(self.config.federation.num_rounds + 1))
         found = {
             (row["round"], client): text for row in rows for client, text in row["failures"].items()
         }
-        assert found.keys() == says.keys(), f"failures are {found}"
-        for where, pattern in says.items():
+        assert found.keys() == messages.keys(), f"failures are {found}"
+        for where, pattern in messages.items():
             assert re.search(pattern, found[where]), (
-                f"{where}: {found[where]!r} does not tell of {pattern!r}"
+                f"{where}: {found[where]!r} does not contain {pattern!r}"
             )
-        # a client that gave neither an update nor an evaluation has two reasons, told one by one
+        # a client that gave neither an update nor an evaluation has two reasons, which are reported separately
         reasons = [part for text in found.values() for part in re.split("; (?=evaluation: )", text)]
         # The log names sum, client and step before the reason.
         reasons = [re.sub(r"^sum \d+ of round \d+, attempt \d+: ", "", text) for text in reasons]
         for pattern in [*log, *map(re.escape, reasons)]:
             assert re.search(pattern, self.log()), (
-                f"server.log does not tell of {pattern!r}:\n{self.log()}"
+                f"server.log does not contain {pattern!r}:\n{self.log()}"
             )
         other = self.folder / "reference"
         Reference(self, fails, lies or {}, configs or {}).run(other)
@@ -410,7 +410,7 @@ class Federation:
     # ── ending ──
 
     def close(self) -> list[str]:
-        """End everything; what was wrong with how it ended. Nodes leave by Ctrl-C, as their people would end them."""
+        """Stop everything; return what was wrong with how it ended. Nodes leave by Ctrl-C, as their people would end them."""
         wrong = []
         for raw in self.raws.values():
             raw.stop.set()
@@ -443,7 +443,7 @@ class Federation:
 
 
 def leftovers(token: str) -> list[psutil.Process]:
-    """The living processes of a case, whoever started them."""
+    """The running processes of a case, whichever process started them."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -476,7 +476,7 @@ def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _manifests(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The chain; of what clients hold, that of the accepted: what one that failed holds is its own affair."""
+    """The chain; of what clients hold, that of the accepted: what a failed one holds does not matter."""
     found = chain(out)
     for row in rows[1:]:
         run = found[f"{row['round']:04d}.json"]["run"]
@@ -552,12 +552,12 @@ def place_of(task: Task) -> str:
     return f"sum-{number}-{step}"
 
 
-# ── clients of our own, for what no node of ours does ──
+# ── test clients, for what no real node does ──
 
 
 @dataclass
 class Asked:
-    """A message that came to a client of our own.
+    """A message that a client of the test received.
 
     Attributes:
         raw: the client.

@@ -41,7 +41,7 @@ def killed_at(fed: Federation, place: str) -> None:
     until(there.exists, f"the coordinator at {place}")
     fed.nodes["site1"].kill()
     fed.join("site1")
-    fed.nodes["site1"].says("Connected to", times=2)
+    fed.nodes["site1"].wait_for_output("Connected to", times=2)
     there.unlink()
 
 
@@ -51,14 +51,14 @@ NOTHING = "site1 has nothing of round 1: it was started again since"
 @case("a party is killed by -9 between the sums", **SECURE)
 def party_killed_between_sums(fed: Federation) -> str:
     killed_at(fed, "sum-2-0")
-    return fed.check(fails={("sum-2-0", 1, "site1")}, says={(1, "site1"): NOTHING})
+    return fed.check(fails={("sum-2-0", 1, "site1")}, messages={(1, "site1"): NOTHING})
 
 
 @case("a party is killed by -9 before it unmasks the first sum", **SECURE)
 def party_killed_unmasking(fed: Federation) -> str:
     killed_at(fed, "sum-1-4")
     fails = {("sum-1-4", 1, "site1"), ("sum-2-0", 1, "site1")}
-    seen = fed.check(fails=fails, says={(1, "site1"): NOTHING})
+    seen = fed.check(fails=fails, messages={(1, "site1"): NOTHING})
     # Its values are in the sum: it had sent them, and the others opened its mask.
     assert fed.rows()[1]["accepted"] == list(CLIENTS)
     return seen
@@ -67,13 +67,13 @@ def party_killed_unmasking(fed: Federation) -> str:
 @case("a party is killed by -9 before it unmasks the second sum", **SECURE)
 def party_killed_unmasking_again(fed: Federation) -> str:
     killed_at(fed, "sum-2-4")
-    return fed.check(fails={("sum-2-4", 1, "site1")}, says={(1, "site1"): NOTHING})
+    return fed.check(fails={("sum-2-4", 1, "site1")}, messages={(1, "site1"): NOTHING})
 
 
 @case("a party is killed by -9 before it sends masked values", **SECURE)
 def party_killed_masking(fed: Federation) -> str:
     killed_at(fed, "sum-1-2")
-    seen = fed.check(fails={("sum-1-2", 1, "site1")}, says={(1, "site1"): NOTHING})
+    seen = fed.check(fails={("sum-1-2", 1, "site1")}, messages={(1, "site1"): NOTHING})
     assert fed.rows()[1]["accepted"] == ["site0", "site2", "site3"]
     return seen
 
@@ -130,7 +130,7 @@ def slow_party(fed: Federation) -> str:
     fed.raw("site3", act).start()
     seen = fed.check(
         fails={("sum-1-2", 1, "site3")},
-        says={(1, "site3"): "no answer within 15 s"},
+        messages={(1, "site3"): "no answer within 15 s"},
         log=[r"site3 answered \d+ s too late; ignored"],
     )
     assert fed.rows()[2]["accepted"] == list(CLIENTS)
@@ -139,7 +139,7 @@ def slow_party(fed: Federation) -> str:
 
 @case("a party whose roster has another key for one of the others", **SECURE)
 def another_roster(fed: Federation) -> str:
-    """It vouches for nobody whom it does not know; the other three go on without it."""
+    """It vouches for no party that it does not know; the other three continue without it."""
     for name in CLIENTS:
         fed.key(name)
     make_node_key("site0", fed.folder / "forged")
@@ -151,5 +151,5 @@ def another_roster(fed: Federation) -> str:
     reason = "of site0 was not signed by the key that the roster has for it"
     return fed.check(
         fails={("sum-1-1", server_round, "site1") for server_round in (1, 2)},
-        says={(server_round, "site1"): reason for server_round in (1, 2)},
+        messages={(server_round, "site1"): reason for server_round in (1, 2)},
     )

@@ -1,10 +1,10 @@
-"""`fedmomentum`, but a server that stops dead where FAULTS_STALL says, so that a kill can hit that very moment.
+"""`fedmomentum`, but a server that stops where FAULTS_STALL says, so that a kill can hit exactly that moment.
 
 FAULTS_STALL is `aggregate`, `commit` or `sum-NUMBER-STEP`, a round and a file, with colons between.
-The file is made when the moment has come: `aggregate`, the clients have answered and nothing is
+The file is created when that point is reached: `aggregate`, the clients have answered and nothing is
 combined; `commit`, objects and metrics of the round are on disk and its manifest, which makes it
 count, is not; `sum-NUMBER-STEP`, the messages of that step of a sum under masks have not been sent.
-It goes on once the file is removed.
+It continues once the file is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedmomentum.server.sum_exchange import SumExchange
 
 
 def stalling(where: str, server_round: int, file: Path) -> None:
-    """Have this process stop there."""
+    """Make this process stop there."""
     aggregate_updates, write_json = rounds.aggregate_updates, checkpoint.write_json
     run_step = SumExchange._run_step
 

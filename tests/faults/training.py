@@ -1,4 +1,4 @@
-"""How nodes of the fault suite train: as `nudge` does, after what `steer.json` in their working folder orders."""
+"""How nodes of the fault suite train: as `nudge` does, after following `steer.json` in their working folder."""
 
 from __future__ import annotations
 

@@ -90,10 +90,10 @@ def payload_of(message: Message) -> bytes:
     return unpack_payload(message.content)[0]
 
 
-def there_and_back(
+def round_trip(
     link: SuperLink, connection: FleetClient, name: str, down: bytes, up: bytes
 ) -> tuple[bytes, bytes]:
-    """A question and its answer over the wire, as each end got them."""
+    """A request and its reply over the wire, as each end received them."""
     message_id = ask(link, name, down)
     message = fetch(connection)
     assert message is not None

@@ -85,7 +85,7 @@ def test_with_a_partition_the_runs_data_counts():
         ({"privacy.roster": "roster.pub"}, "privacy.roster needs a server and nodes of ours"),
     ],
 )
-def test_what_cannot_be_obeyed_is_refused_by_name(changes, words):
+def test_settings_that_cannot_be_applied_are_refused_by_name(changes, words):
     for read in (read_run, lambda run: read_node(run, NODE)):
         if read is not read_run and not any("." in key for key in changes):
             continue  # what has no section is the server's alone
@@ -106,6 +106,6 @@ def test_what_cannot_be_obeyed_is_refused_by_name(changes, words):
         (NODE | {"privacy.secure-aggregation": True}, "privacy.secure-aggregation needs"),
     ],
 )
-def test_a_node_config_that_cannot_be_obeyed_is_refused_by_name(node, words):
+def test_a_node_config_that_cannot_be_applied_is_refused_by_name(node, words):
     with pytest.raises(ConfigError, match=words):
         read_node(RUN, node)

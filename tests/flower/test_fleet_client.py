@@ -16,7 +16,7 @@ class Service:
 
     def __init__(self):
         self.release = threading.Event()
-        self.begun = threading.Event()
+        self.started = threading.Event()
         self.num_under_way = 0
         self.num_at_close = None
 
@@ -28,7 +28,7 @@ class Service:
 
     def part(self, request):
         self.num_under_way += 1
-        self.begun.set()
+        self.started.set()
         self.release.wait(20)
         self.num_under_way -= 1
 
@@ -55,7 +55,7 @@ def start_part(connection, service) -> threading.Thread:
     """A thread that sends a part of a reply and is not waited for, as Flower's helpers leave them."""
     thread = threading.Thread(target=connection._call, args=(service.part, None), daemon=True)
     thread.start()
-    assert service.begun.wait(20)
+    assert service.started.wait(20)
     return thread
 
 
@@ -67,7 +67,7 @@ def test_sockets_are_closed_when_no_thread_writes_to_them_any_more(connection, s
     assert service.num_at_close == 0 and service.deactivated == 7
 
 
-def test_sockets_that_a_thread_does_not_let_go_of_are_left_to_it(connection, service, monkeypatch):
+def test_sockets_that_a_thread_still_uses_are_left_to_it(connection, service, monkeypatch):
     monkeypatch.setattr(module, "CLOSE_SECONDS", 0.1)
     with connection:
         start_part(connection, service)

@@ -61,7 +61,7 @@ def test_every_bit_is_that_of_a_run_in_one_process_and_it_resumes(apps, tmp_path
     assert objects(tmp_path / "app") == objects(tmp_path / "one")
     accepted = [row["accepted"] for row in timeless(tmp_path / "app")]
     assert accepted == [[], *[["site0", "site1"]] * 3]
-    # what people look at: the status, the log, the report, and stores beside the nodes
+    # what users look at: the status, the log, the report, and stores beside the nodes
     assert read_status(tmp_path / "app").phase == "ended"
     assert "Round 3 is saved, 2 of 2 clients count" in (tmp_path / "app" / "server.log").read_text()
     assert (tmp_path / "app" / "report.html").is_file()
@@ -89,22 +89,22 @@ def test_with_partition_ids_the_nodes_share_the_runs_data(apps, tmp_path, monkey
         app_client._client_name(node, Context(1, 1, {}, RecordDict(), {}))
 
 
-def test_a_run_without_its_clients_ends_with_what_is_wrong(apps, tmp_path, monkeypatch, caplog):
+def test_a_run_without_its_clients_ends_with_the_reason(apps, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     config = tiny_config(tmp_path, num_clients=2, federation={"join_timeout": 0.1})
     values = flat(config, tmp_path / "app")
     with pytest.raises(QuorumError, match="0 of 2 .* 2 that have not joined"):
         run(apps, values, {"data": "x"}, {"name": "site1"})
-    told = "\n".join(record.message for record in caplog.records)
-    assert "node 10 takes no part: ConfigError: the node config has" in told
-    assert "node 11 takes no part: ConfigError: the node config names no data of site1" in told
+    log = "\n".join(record.message for record in caplog.records)
+    assert "node 10 takes no part: ConfigError: the node config has" in log
+    assert "node 11 takes no part: ConfigError: the node config names no data of site1" in log
     assert not (tmp_path / "app" / "config.toml").exists()
-    # nothing of the failed run is in the way of the next
+    # nothing of the failed run blocks the next
     with pytest.raises(ConfigError, match="privacy.secure-aggregation needs a server and nodes"):
         run(apps, values | {"privacy.secure-aggregation": True})
 
 
-def test_the_examples_own_settings_are_ours():
+def test_the_settings_of_the_example_are_valid():
     table = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     values = {}
     for key, value in table["config"].items():

@@ -1,4 +1,4 @@
-"""Keys: private files are private from their first byte, names are kept to, and no other server or name is believed."""
+"""Keys: private files are private from their first byte, names cannot be changed, and no other server or name is trusted."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ from fedmomentum.flower.keys import (
     read_admitted_nodes,
 )
 from fedmomentum.flower.superlink import SuperLink
-from tests.flower.network import HOSTS, connect, make_keys, running, there_and_back
+from tests.flower.network import HOSTS, connect, make_keys, round_trip, running
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def pem(private) -> bytes:
 # ── files ──
 
 
-def test_what_is_made_is_what_is_read(tmp_path):
+def test_keys_are_read_as_they_were_written(tmp_path):
     keys = make_keys(tmp_path)
     private, public = make_node_key("site-1.b", tmp_path / "new")
     assert pem(load_private_key(private)) == load_public_key(public)
@@ -64,7 +64,7 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
     """Also while they are written, with no umask, and where a file that all may read stood before."""
     seen = {}
 
-    def looked_at(handle, kind):
+    def check_open(handle, kind):
         state = os.fstat(handle)
         seen[os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2]] = (
             stat.S_IMODE(state.st_mode),
@@ -73,7 +73,7 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
         return opened(handle, kind)
 
     opened = os.fdopen
-    monkeypatch.setattr(module.os, "fdopen", looked_at)
+    monkeypatch.setattr(module.os, "fdopen", check_open)
     before = os.umask(0)
     try:
         keys = tmp_path / "keys"
@@ -90,7 +90,7 @@ def test_private_files_are_their_owners_at_every_moment(tmp_path, monkeypatch):
         assert b"PRIVATE" not in file.read_bytes(), file
 
 
-def test_a_private_key_is_not_taken_when_others_may_touch_it(tmp_path):
+def test_a_private_key_that_others_can_access_is_refused(tmp_path):
     private, _ = make_node_key("north", tmp_path)
     for open_to in (0o640, 0o604, 0o620, 0o666):
         private.chmod(open_to)
@@ -134,7 +134,7 @@ def test_keys_are_not_overwritten_and_names_are_not_taken_over(tmp_path):
     assert admitted_keys(keys) == {"north": load_public_key(tmp_path / "north.pub")}
 
 
-def test_what_is_no_public_key_is_refused_by_name(tmp_path):
+def test_an_invalid_public_key_is_refused_by_name(tmp_path):
     keys = make_keys(tmp_path)
     private, _ = make_node_key("north", tmp_path)
     edwards = ed25519.Ed25519PrivateKey.generate().public_key()
@@ -187,7 +187,7 @@ def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
         ({"key": "south.key"}, "there is no key"),
     ],
 )
-def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, words):
+def test_mistakes_of_a_party_are_reported_before_anything_is_loaded(keys, change, words):
     folder = keys.parent
     given = {
         "server": "127.0.0.1:1",
@@ -213,7 +213,7 @@ def test_a_partys_mistakes_are_told_before_anything_is_loaded(keys, change, word
         ("https://[::1]:9443/", "[::1]:9443"),
     ],
 )
-def test_an_address_is_taken_in_the_forms_that_people_write(given, wanted):
+def test_common_forms_of_an_address_are_accepted(given, wanted):
     assert server_address(given) == wanted
 
 
@@ -237,7 +237,7 @@ def test_an_address_is_taken_in_the_forms_that_people_write(given, wanted):
         ("", "must be HOST:PORT"),
     ],
 )
-def test_what_is_no_address_is_refused_in_words(given, words):
+def test_an_invalid_address_is_refused_with_a_message(given, words):
     with pytest.raises(ConfigError, match=words) as raised:
         server_address(given)
     assert len(str(raised.value)) < 600 and "\x1b" not in str(raised.value)
@@ -255,44 +255,44 @@ def test_a_node_reaches_a_server_by_its_ipv6_address(tmp_path):
         party.fleet_client().probe()
 
 
-# ── slips of the operator ──
+# ── mistakes of the operator ──
 
 
-def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, caplog):
-    """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a link to nowhere."""
+def test_bad_files_among_the_nodes_are_reported_once_and_the_others_continue(tmp_path, caplog):
+    """Half a key, no key, a directory, a pipe, a huge file, odd names, a key twice, a dangling link."""
     keys = make_keys(tmp_path, "north", "south")
     nodes = keys / "nodes"
-    whole = (nodes / "north.pub").read_bytes()
+    key = (nodes / "north.pub").read_bytes()
 
-    def slips():
-        (nodes / "half.pub").write_bytes(whole[: len(whole) // 2])
+    def write_bad_files():
+        (nodes / "half.pub").write_bytes(key[: len(key) // 2])
         (nodes / "text.pub").write_text("hello\x1b[2J")
         (nodes / "empty.pub").touch()
         (nodes / "directory.pub").mkdir()
         os.mkfifo(nodes / "pipe.pub")
-        (nodes / "huge.pub").write_bytes(whole + b" " * 20_000_000)
+        (nodes / "huge.pub").write_bytes(key + b" " * 20_000_000)
         (nodes / "nowhere.pub").symlink_to(tmp_path / "nothing")
-        (nodes / "north copy.pub").write_bytes(whole)
-        (nodes / "-x.pub").write_bytes(whole)
-        (nodes / "zwilling.pub").write_bytes(whole)
+        (nodes / "north copy.pub").write_bytes(key)
+        (nodes / "-x.pub").write_bytes(key)
+        (nodes / "zwilling.pub").write_bytes(key)
         (nodes / "readme.txt").write_text("not looked at")
 
     with caplog.at_level(logging.WARNING, "fedmomentum"), running(keys) as link:
         assert link.registered() == ["north", "south"]
         with connect(link.port, keys, "north") as connection:
-            slips()
+            write_bad_files()
             for _ in range(3):
                 assert link.registered() == ["north", "south"]
-                assert there_and_back(link, connection, "north", b"task", b"reply") == (
+                assert round_trip(link, connection, "north", b"task", b"reply") == (
                     b"task",
                     b"reply",
                 )
-        told = [
+        warnings = [
             record.getMessage()
             for record in caplog.records
             if "admits nobody" in record.getMessage()
         ]
-        assert len(told) == 10, told
+        assert len(warnings) == 10, warnings
         for name in (
             "half",
             "text",
@@ -305,16 +305,16 @@ def test_bad_files_among_the_nodes_are_told_once_and_the_others_go_on(tmp_path, 
             "-x",
             "zwilling",
         ):
-            assert sum(f"{name}.pub admits nobody" in line for line in told) == 1
+            assert sum(f"{name}.pub admits nobody" in line for line in warnings) == 1
         assert any(
             "zwilling.pub admits nobody: its key is that of north; a node has one name" in line
-            for line in told
+            for line in warnings
         )
-        assert all(line.isprintable() or "\ufffd" in line for line in told)
+        assert all(line.isprintable() or "\ufffd" in line for line in warnings)
 
         (nodes / "south.pub").write_bytes(
             b""
-        )  # half copied over the one that was there: south is out, north is not
+        )  # half copied over the existing one: south is out, north is not
         assert link.registered() == ["north"]
         (nodes / "north.pub").rename(nodes / "elsewhere")
         assert link.registered() == ["zwilling"]  # whose key it is now
@@ -360,9 +360,9 @@ def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys)
     names = new.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
     assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
-    for made, days in ((authority, 3650), (new, 730)):
-        lasts = made.not_valid_after_utc - made.not_valid_before_utc
-        assert days <= lasts.total_seconds() / 86400 < days + 1
+    for new_certificate, days in ((authority, 3650), (new, 730)):
+        lifetime = new_certificate.not_valid_after_utc - new_certificate.not_valid_before_utc
+        assert days <= lifetime.total_seconds() / 86400 < days + 1
     new.verify_directly_issued_by(authority)
     assert authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not new.extensions.get_extension_for_class(
@@ -370,17 +370,17 @@ def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys)
     ).value.ca  # it can vouch for nobody
 
 
-def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
-    elsewhere = make_keys(tmp_path / "elsewhere")
+def test_a_client_trusts_no_other_name_and_no_other_authority(keys, tmp_path):
+    other_keys = make_keys(tmp_path / "elsewhere")
     named = make_keys(tmp_path / "named", "north")
     make_server_keys(named, ["fed.example.org"])
     with running(keys) as link:
         connect(link.port, keys, "north").probe()
         connect(link.port, keys, "north", host="localhost").probe()
         with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
-            connect(link.port, keys, "north", ca=elsewhere / "ca.pem").probe()
+            connect(link.port, keys, "north", ca=other_keys / "ca.pem").probe()
         with pytest.raises(ConnectionLost, match="certificate is not one that --ca vouches for"):
-            connect(link.port, keys, "north", ca=elsewhere / "ca.pem").__enter__()
+            connect(link.port, keys, "north", ca=other_keys / "ca.pem").__enter__()
     with (
         running(named) as link,
         pytest.raises(ConnectionLost, match="vouches for, for this name.*mismatch"),
@@ -391,7 +391,7 @@ def test_a_client_believes_no_other_name_and_no_other_authority(keys, tmp_path):
 @pytest.mark.parametrize(
     "host", ["fed.example.org:9443", "https://fed.example.org", "über.example", "", "a b", "-x.org"]
 )
-def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path, host):
+def test_an_invalid_host_is_refused_before_anything_is_written(tmp_path, host):
     with pytest.raises(ConfigError, match="neither a host name nor an address"):
         make_server_keys(tmp_path / "keys", ["good.example", host])
     assert not (tmp_path / "keys").exists()

@@ -1,4 +1,4 @@
-"""fedmomentum/deploy/nginx.conf in a real nginx: nodes get through whole, and nothing else does."""
+"""fedmomentum/deploy/nginx.conf in a real nginx: nodes get through intact, and nothing else does."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 
 from fedmomentum.flower.fleet_client import ConnectionLost
 from fedmomentum.flower.gate import MAX_REQUEST_BYTES, PATHS
-from tests.flower.network import Stranger, connect, fetch, make_keys, running, there_and_back
+from tests.flower.network import Stranger, connect, fetch, make_keys, round_trip, running
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 CONFIGURATION = Path(__file__).parents[2] / "fedmomentum" / "deploy" / "nginx.conf"
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, link, keys: Path):
-    """nginx on a free port, in the foreground, as whoever runs the tests; the process and its port."""
+    """nginx on a free port, in the foreground, as the user who runs the tests; the process and its port."""
     folder.mkdir()
     port, text = free_port(), CONFIGURATION.read_text()
     for shipped, here in (
@@ -96,7 +96,7 @@ def stranger(port, keys):
 def test_a_node_exchanges_many_parts_through_it(link, port, keys):
     down, up = os.urandom(11 * MIB), os.urandom(12 * MIB)
     with connect(port, keys, "north") as connection:
-        assert there_and_back(link, connection, "north", down, up) == (down, up)
+        assert round_trip(link, connection, "north", down, up) == (down, up)
         for _ in range(150):  # more at once than any node makes
             assert fetch(connection) is None
         assert list(link.online()) == ["north"]
@@ -151,7 +151,7 @@ def test_a_server_that_the_authority_does_not_vouch_for_is_not_passed_on_to(link
     for name in (
         "server.pem",
         "server.key",
-    ):  # nodes believe the proxy; the proxy must not believe serve
+    ):  # nodes trust the proxy; the proxy must not trust serve
         (mixed / name).write_bytes((keys / name).read_bytes())
     process, port = start(tmp_path / "prefix", link, mixed)
     try:

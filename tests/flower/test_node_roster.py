@@ -1,4 +1,4 @@
-"""Nodes that say their own names: who is asked, who counts, and what becomes of those that cannot say."""
+"""Nodes that report their own names: who is asked, who counts, and what happens to those that cannot."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_each_node_is_asked_once():
     assert settled(roster) == {"north": 10, "south": 20} and len(nodes.sent) == 2
 
 
-def test_who_leaves_is_registered_and_not_online():
+def test_a_node_that_left_is_registered_and_not_online():
     nodes = grid(n10="north", n20="south")
     roster = NodeRoster(nodes)
     settled(roster)
@@ -57,7 +57,7 @@ def test_who_leaves_is_registered_and_not_online():
     assert settled(roster) == {"north": 11, "south": 20}
 
 
-def test_a_node_that_was_activated_anew_has_another_session_and_may_have_another_name():
+def test_a_reactivated_node_has_another_session_and_may_have_another_name():
     nodes = grid(n10="north")
     roster = NodeRoster(nodes)
     settled(roster)

@@ -45,16 +45,16 @@ def secure(*, client_fraction=1.0, **settings):
 
 
 def test_all_sites_make_the_same_file_and_the_server_has_the_same_keys(folder, tmp_path):
-    made = make_roster(list(reversed(public(folder))), tmp_path / "other.pub")
+    new_roster = make_roster(list(reversed(public(folder))), tmp_path / "other.pub")
     assert (tmp_path / "other.pub").read_bytes() == (folder / "roster.pub").read_bytes()
     keys = make_keys(tmp_path)
     for file in public(folder):
         admit_node(file, keys)
-    assert server_roster(keys).fingerprint() == made.fingerprint()
+    assert server_roster(keys).fingerprint() == new_roster.fingerprint()
     # as `cat *.pub` makes it
     (tmp_path / "cat.pub").write_bytes(b"".join(f.read_bytes() for f in public(folder)))
-    assert Roster.read(tmp_path / "cat.pub").fingerprint() == made.fingerprint()
-    assert spoken_fingerprint(made).replace(" ", "") == made.fingerprint()
+    assert Roster.read(tmp_path / "cat.pub").fingerprint() == new_roster.fingerprint()
+    assert spoken_fingerprint(new_roster).replace(" ", "") == new_roster.fingerprint()
 
 
 def test_a_node_signs_with_the_key_that_the_roster_has(folder):
@@ -99,7 +99,7 @@ def test_a_node_takes_part_in_sums_of_enough_of_its_roster(folder, tmp_path):
     assert least(trusts_server=True) == 6 and least(threshold=10) == 10
 
 
-def test_a_name_or_a_key_comes_once(folder, tmp_path):
+def test_names_and_keys_are_unique(folder, tmp_path):
     north, south, west = public(folder)
     with pytest.raises(ConfigError, match="north is in .*north.pub already"):
         make_roster([north, south, west, north], None)
@@ -120,6 +120,6 @@ def test_the_command_prints_what_people_compare(folder, tmp_path):
     assert "Parties: north, south, west" in result.output
     fingerprint = spoken_fingerprint(Roster.read(tmp_path / "r.pub"))
     assert f"Fingerprint: {fingerprint}" in result.output
-    # of a file that is there, to read it to somebody
-    again = CliRunner().invoke(app, ["keys", "roster", str(tmp_path / "r.pub")])
-    assert fingerprint in again.output and "The roster is in" not in again.output
+    # of an existing file, to read it to someone
+    second_call = CliRunner().invoke(app, ["keys", "roster", str(tmp_path / "r.pub")])
+    assert fingerprint in second_call.output and "The roster is in" not in second_call.output

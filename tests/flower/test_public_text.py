@@ -1,4 +1,4 @@
-"""What is said of an error on another machine: which kind, and no path, no file name and nothing of anybody's data."""
+"""What another machine learns of an error: its type, but no path, no file name and no data."""
 
 import re
 
@@ -40,7 +40,7 @@ OURS = [
     PrivacyError,
 ]
 # what a path can be made of, but for blanks, brackets and quotes, at which a message can be taken
-# to go on
+# to continue
 parts = st.text(
     st.characters(
         codec="utf-8", exclude_categories=["Z", "C"], exclude_characters="/\\'\"(),;:=[]"
@@ -67,14 +67,16 @@ def paths(draw):
     quote=st.sampled_from(["", "'", '"', " "]),
 )
 def test_no_path_and_no_part_of_one_leaves(error, path, before, after, quote):
-    """Wherever in a message it stands; what is before it, and after the next quote, bracket or colon, is told."""
-    told = public_text(error(f"{before} {quote}{path}{quote} {after}"))
-    rest = re.search(r"['\"()\[\]:].*", f"{quote.strip()} {after}")
-    assert told == f"{error.__name__}: {before} {quote}[path]{rest.group() if rest else ''}"
+    """Wherever in a message it stands; what is before it, and after the next quote, bracket or colon, is kept."""
+    text = public_text(error(f"{before} {quote}{path}{quote} {after}"))
+    remainder = re.search(r"['\"()\[\]:].*", f"{quote.strip()} {after}")
+    assert (
+        text == f"{error.__name__}: {before} {quote}[path]{remainder.group() if remainder else ''}"
+    )
 
 
 @given(words, words, paths())
-def test_of_data_and_of_other_libraries_only_the_kind_is_told(before, secret, path):
+def test_errors_of_data_and_of_other_libraries_show_only_their_type(before, secret, path):
     message = f"{before} {path}: {secret}"
     assert public_text(DataError(message)) == "DataError (its own log says more)"
     others = (
@@ -87,7 +89,7 @@ def test_of_data_and_of_other_libraries_only_the_kind_is_told(before, secret, pa
         assert public_text(error) == f"{type(error).__name__} (its own log says more)"
 
 
-def test_a_kind_of_data_error_and_of_a_library_stay_untold():
+def test_subclasses_of_data_errors_and_errors_of_libraries_show_only_their_type():
     class OwnDataError(DataError):
         pass
 
@@ -100,7 +102,7 @@ def test_a_kind_of_data_error_and_of_a_library_stay_untold():
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "shown"),
     [
         ("cannot read /srv/base: no such file", "cannot read [path]: no such file"),
         ("model.name='/srv/base' is no folder", "model.name='[path]' is no folder"),
@@ -110,15 +112,15 @@ def test_a_kind_of_data_error_and_of_a_library_stay_untold():
         ("base differs: 5f1a..., wanted 77ab... (3 of 4)", None),
     ],
 )
-def test_what_helps_to_mend_it_is_told(message, told):
-    assert public_text(ModelError(message)) == f"ModelError: {told or message}"
+def test_what_helps_to_fix_it_is_shown(message, shown):
+    assert public_text(ModelError(message)) == f"ModelError: {shown or message}"
 
 
-def test_every_error_of_ours_is_looked_at_here():
-    made = {
+def test_every_error_class_of_the_package_is_covered_here():
+    found = {
         e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FedMomentumError)
     }
-    assert made == {*OURS, DataError, LostRoundError}
+    assert found == {*OURS, DataError, LostRoundError}
     lost = LostRoundError("cannot read /srv/base: no such file", {"north": "gone"})
     assert public_text(lost) == "LostRoundError: cannot read [path]: no such file"
     assert re.search(r"no path", public_text.__doc__)

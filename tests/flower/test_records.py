@@ -33,8 +33,8 @@ from tests.flower.network import (
     fetch,
     make_keys,
     payload_of,
+    round_trip,
     running,
-    there_and_back,
 )
 from tests.runs import Events
 
@@ -91,7 +91,7 @@ def ours(content=None):
 # ── the shape itself ──
 
 
-def test_messages_of_ours_have_the_shape_whatever_is_in_them():
+def test_our_own_messages_have_the_expected_shape_whatever_they_contain():
     for payload in (
         b"",
         b"short",
@@ -314,9 +314,9 @@ def test_what_is_not_among_the_objects_is_refused():
 def test_random_changes_are_refused_or_harmless():
     """A thousand flipped, cut and doubled pieces: PayloadError or protobuf's own error, never anything else."""
     generator, message = random.Random(7), ours()
-    whole, refused = objects_of(message), 0
+    valid_objects, refused = objects_of(message), 0
     for _ in range(1000):
-        objects = dict(whole)
+        objects = dict(valid_objects)
         name = generator.choice(sorted(objects))
         content = bytearray(objects[name])
         at = generator.randrange(len(content))
@@ -344,7 +344,7 @@ def test_random_changes_are_refused_or_harmless():
 
 
 class Liar:
-    """North, which was asked something, and what it sends."""
+    """The node north, which has a pending request, and what it sends."""
 
     def __init__(self, link, keys, stranger):
         self.link, self.stranger, self.keys = link, stranger, keys
@@ -365,7 +365,7 @@ class Liar:
         return self.stranger.post(path, request, headers=self.stranger.signature("north"))
 
     def request(self, content):
-        """A good answer's request, to be spoilt."""
+        """A valid answer's request, to be corrupted."""
         with as_node():
             reply = Message(content, reply_to=self.message)
         reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -377,7 +377,7 @@ class Liar:
         )
 
     def reason(self):
-        """What whoever waits for the answer is told."""
+        """The reason that is given to the code that waits for the answer."""
         (reply,) = self.link.grid.pull_messages([self.question])
         return reply.error.reason
 
@@ -422,14 +422,14 @@ SPOILT = [
 
 
 @pytest.mark.parametrize(("path", "value", "words"), SPOILT, ids=lambda value: str(value)[:45])
-def test_an_answer_with_a_spoilt_envelope_ends_that_nodes_part(liar, link, path, value, words):
+def test_an_answer_with_a_corrupted_envelope_ends_that_nodes_part(liar, link, path, value, words):
     request = liar.request(pack_payload(b"reply"))
     spoil(request, path, value)
     assert liar.post("push-messages", request).status_code == 403
     reason = liar.reason()
     assert reason.startswith("its answer was refused: ") and words in reason and len(reason) < 400
     assert reason.isprintable()
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -487,7 +487,7 @@ def test_an_answer_of_another_build_ends_that_nodes_part(liar, link, spoiler):
     spoiler(request)
     assert liar.post("push-messages", request).status_code == 403
     assert liar.reason().startswith("its answer was refused: ")
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -549,7 +549,7 @@ def test_an_answer_with_other_records_ends_that_nodes_part(liar, link, content):
             liar.connection._lost = None
     reason = liar.reason()
     assert reason.startswith(("its answer was refused: ", "its answer could not be read: ")), reason
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
@@ -579,7 +579,7 @@ def test_a_megabyte_of_error_text_becomes_a_line(liar, link):
     assert events == [("failed", {"client": "north", "reason": failure.reason})]
 
 
-def test_only_flowers_own_word_makes_a_node_gone(liar, link):
+def test_only_flower_itself_can_report_a_node_as_gone(liar, link):
     """A node that says of itself that it is not available has failed; the round does not wait for it."""
     with as_node():
         liar.connection.push(Message(Error(5, "Node unavailable"), reply_to=liar.message))
@@ -595,18 +595,18 @@ def test_the_same_answer_twice_is_one_answer(liar, link):
     first, second = (liar.post("push-messages", request) for _ in range(2))
     assert first.status_code == second.status_code == 200
     other = liar.request(pack_payload(b"another reply"))
-    assert liar.post("push-messages", other).status_code == 200  # and comes to nothing
+    assert liar.post("push-messages", other).status_code == 200  # and has no effect
     with as_node():
         reply = Message(pack_payload(b"reply"), reply_to=liar.message)
         liar.connection.push(reply)
     assert len(list(link.grid.pull_messages([liar.question]))) <= 1
-    assert there_and_back(link, liar.connection, "north", b"next", b"answer") == (
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (
         b"next",
         b"answer",
     )
 
 
-def test_answers_without_end_leave_nothing_behind(liar, link):
+def test_endless_answers_leave_nothing_behind(liar, link):
     """Each would open a session in Flower's memory that nobody closes."""
     sessions = link._state._object_push_sessions
     codes = [
@@ -626,7 +626,7 @@ def test_answers_without_end_leave_nothing_behind(liar, link):
     assert len(sessions) == before
 
 
-def test_a_node_cannot_take_away_anothers_message(liar, link, keys, stranger):
+def test_a_node_cannot_delete_a_message_of_another(liar, link, keys, stranger):
     """Confirming a message deletes it, and so would naming it as a part of an answer and ending that answer."""
     with connect(link.port, keys, "south") as south:
         question = ask(link, "south", b"for south")
@@ -670,7 +670,7 @@ def test_other_requests_with_odd_fields_are_refused(liar, link):
     assert list(link.online()) == ["north"]
 
 
-def test_whatever_else_an_answer_raises_ends_that_answer_alone(link, keys, monkeypatch):
+def test_any_other_exception_ends_that_answer_only(link, keys, monkeypatch):
     """Both nodes have answered; north's cannot be put together, south's counts."""
     with connect(link.port, keys, "north") as north, connect(link.port, keys, "south") as south:
         questions = {name: ask(link, name, b"task") for name in ("north", "south")}
@@ -682,13 +682,13 @@ def test_whatever_else_an_answer_raises_ends_that_answer_alone(link, keys, monke
 
         inflated, calls = grid_module._inflate, []
 
-        def raises_once(message, contents):
+        def fail_once(message, contents):
             calls.append(message)
             if len(calls) == 1:
                 raise RecursionError("\x1b[2Jdeep " + "x" * 10_000)
             return inflated(message, contents)
 
-        monkeypatch.setattr(grid_module, "_inflate", raises_once)
+        monkeypatch.setattr(grid_module, "_inflate", fail_once)
         transport = FlowerTransport(
             link.grid, link, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
         )
@@ -702,7 +702,7 @@ def test_whatever_else_an_answer_raises_ends_that_answer_alone(link, keys, monke
             "its answer could not be read: RecursionError: \ufffd[2Jdeep xxx"
         )
         assert not pending and not set(questions.values()) & set(link.grid._arriving)
-        assert there_and_back(link, north, "north", b"next", b"answer") == (b"next", b"answer")
+        assert round_trip(link, north, "north", b"next", b"answer") == (b"next", b"answer")
 
 
 def test_a_grid_that_raises_ends_one_clients_part(monkeypatch):
@@ -747,12 +747,12 @@ def test_an_odd_message_from_the_server_is_a_lost_connection(
         ask(link, "north", b"task")
         honest = connection._client.PullMessages
 
-        def spoilt(request):
+        def corrupted(request):
             response = honest(request)
             spoil(response, path, value)
             return response
 
-        monkeypatch.setattr(connection._client, "PullMessages", spoilt)
+        monkeypatch.setattr(connection._client, "PullMessages", corrupted)
         with pytest.raises(ConnectionLost, match="a message could not be fetched: ") as raised:
             fetch(connection)
         assert (
@@ -765,7 +765,7 @@ def test_an_odd_message_from_the_server_is_a_lost_connection(
 @pytest.mark.parametrize(
     "answer", [RecursionError("x"), KeyError("x"), AttributeError("x\x1b"), MemoryError()]
 )
-def test_whatever_an_answer_of_the_servers_raises_is_a_lost_connection(
+def test_any_exception_from_an_answer_of_the_server_is_a_lost_connection(
     link, keys, monkeypatch, answer
 ):
     with connect(link.port, keys, "north") as connection:
@@ -811,10 +811,10 @@ def test_a_message_that_cannot_even_be_refused_is_a_lost_connection(monkeypatch)
         _reply(message, app)
     text = "words " * 1000
 
-    def says_much(message, context):
+    def fail_at_length(message, context):
         raise join_module.WorkerError(text)
 
-    reply = _reply(ours(), says_much)
+    reply = _reply(ours(), fail_at_length)
     assert reply.error.reason == text[:999] + "…"
 
 

@@ -39,7 +39,7 @@ def row(text, name):
     return line
 
 
-def test_who_is_connected_is_said_while_it_is_known(status, tmp_path):
+def test_who_is_connected_is_shown_while_it_is_known(status, tmp_path):
     read = read_status(tmp_path)
     text = shown(read, read.written + 1)
     assert (
@@ -56,7 +56,7 @@ def test_who_is_connected_is_said_while_it_is_known(status, tmp_path):
     )
 
 
-def test_after_the_end_nobody_is_online_or_at_work(status, tmp_path):
+def test_after_the_end_no_client_is_online_or_working(status, tmp_path):
     status.close()
     read = read_status(tmp_path)
     assert [client.connected for client in read.clients.values()] == [False, False]
@@ -76,7 +76,7 @@ def test_after_the_end_nobody_is_online_or_at_work(status, tmp_path):
         ({"more": 1}, "was damaged or altered since it was written"),
     ],
 )
-def test_a_damaged_status_is_a_mistake_told_by_field(status, tmp_path, change, words):
+def test_a_damaged_status_is_reported_by_field(status, tmp_path, change, words):
     (tmp_path / STATUS_FILE).write_text(
         json.dumps(json.loads((tmp_path / STATUS_FILE).read_text()) | change)
     )
@@ -85,7 +85,7 @@ def test_a_damaged_status_is_a_mistake_told_by_field(status, tmp_path, change, w
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 10**6, b"null"])
-def test_a_status_that_is_none_is_a_mistake(tmp_path, content):
+def test_an_invalid_status_file_is_a_user_error(tmp_path, content):
     (tmp_path / STATUS_FILE).write_bytes(content)
     with pytest.raises(ModelError):
         read_status(tmp_path)
@@ -95,7 +95,7 @@ def test_a_status_that_is_none_is_a_mistake(tmp_path, content):
         read_status(tmp_path)
 
 
-def test_a_look_leaves_one_clean_line_in_the_servers_log(tmp_path):
+def test_a_check_leaves_one_clean_line_in_the_servers_log(tmp_path):
     """docs/deployment.md says so; Flower's own line about it is left out."""
     keys = make_keys(tmp_path, "north")
     with _server_log(tmp_path / "run"), running(keys) as link:

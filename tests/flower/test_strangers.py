@@ -1,4 +1,4 @@
-"""Strangers: however many connections they open and whatever they send, nodes get in and the process lives."""
+"""Strangers: however many connections they open and whatever they send, nodes can connect and the process survives."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from fedmomentum.flower.gate import NOTICE_INTERVAL_SECONDS, ThrottledLog
 from fedmomentum.flower.keys import admit_node, make_node_key
 from fedmomentum.flower.superlink import SuperLink
 from fedmomentum.web.limits import ConnectionLimits, default_limits
-from tests.flower.network import Stranger, connect, fetch, make_keys, there_and_back
+from tests.flower.network import Stranger, connect, fetch, make_keys, round_trip
 
 ROOT = Path(__file__).parents[2]
 SIGNATURE = ("flwr-public-key", "flwr-timestamp", "flwr-signature")
@@ -69,11 +69,11 @@ def tls(port, keys):
 
 
 def is_closed(connection):
-    """Whether the other end has hung up."""
+    """Whether the other end has closed the connection."""
     connection.settimeout(10)
     try:
         while connection.recv(1000):
-            continue  # what it still says, such as a refusal
+            continue  # what it still sends, such as a refusal
     except (ssl.SSLError, ConnectionError):
         return True
     except TimeoutError:
@@ -89,7 +89,7 @@ def test_silent_connections_are_few_and_short_and_nodes_get_in_beside_them(link,
         held = [open_ones.enter_context(tcp(link.port)) for _ in range(40)]
         until(lambda: link.num_connections() <= QUICK.max_per_address)
         with connect(link.port, keys, "north") as node:
-            assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
+            assert round_trip(link, node, "north", b"task", b"reply") == (b"task", b"reply")
         assert all(
             is_closed(connection) for connection in held
         )  # the handshake was due within a second
@@ -105,7 +105,7 @@ def test_silent_connections_are_few_and_short_and_nodes_get_in_beside_them(link,
     ],
     ids=["nothing", "half a head", "half a body"],
 )
-def test_whoever_does_not_finish_a_request_is_hung_up_on(link, keys, sent):
+def test_a_client_that_does_not_finish_a_request_is_disconnected(link, keys, sent):
     with tls(link.port, keys) as connection:
         connection.sendall(sent)
         started = time.monotonic()
@@ -113,7 +113,7 @@ def test_whoever_does_not_finish_a_request_is_hung_up_on(link, keys, sent):
         assert time.monotonic() - started < 5
 
 
-def test_a_head_that_comes_letter_by_letter_is_cut_off(link, keys):
+def test_a_request_head_sent_byte_by_byte_is_cut_off(link, keys):
     with tls(link.port, keys) as connection, pytest.raises((OSError, ssl.SSLError)):
         connection.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nX-Slow: ")
         for _ in range(100):
@@ -121,8 +121,8 @@ def test_a_head_that_comes_letter_by_letter_is_cut_off(link, keys):
             time.sleep(0.1)
 
 
-def test_a_node_that_begins_a_request_and_stops_is_hung_up_on(link, keys, stranger):
-    """Its signature bought it more patience, not for ever."""
+def test_a_node_that_stops_in_a_request_is_disconnected(link, keys, stranger):
+    """Its signature gives it more time, but not forever."""
     lines = "".join(f"{key}: {value}\r\n" for key, value in stranger.signature("north").items())
     head = f"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n{lines}content-type: application/protobuf\r\n"
     with tls(link.port, keys) as connection:
@@ -134,7 +134,7 @@ def test_a_node_that_begins_a_request_and_stops_is_hung_up_on(link, keys, strang
         assert is_closed(connection)
 
 
-def test_one_node_with_many_connections_loses_its_oldest_and_no_other_node_any(link, keys):
+def test_a_node_with_many_connections_loses_its_oldest_and_other_nodes_lose_none(link, keys):
     with connect(link.port, keys, "south") as south, contextlib.ExitStack() as open_ones:
         assert fetch(south) is None
         for _ in range(12):
@@ -147,8 +147,8 @@ def test_one_node_with_many_connections_loses_its_oldest_and_no_other_node_any(l
         assert fetch(south) is None
 
 
-def test_a_process_without_files_left_goes_on_once_there_are_some(keys):
-    """Accepting fails for want of files for a while: nothing ends, and a node joins as soon as there are some."""
+def test_a_process_out_of_file_descriptors_continues_once_some_are_free(keys):
+    """Accepting fails without free file descriptors for a while: nothing ends, and a node joins once there are some."""
     limits = ConnectionLimits(
         max_connections=4000,
         max_strangers=4000,
@@ -169,10 +169,10 @@ def test_a_process_without_files_left_goes_on_once_there_are_some(keys):
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         with connect(link.port, keys, "north") as node:
-            assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
+            assert round_trip(link, node, "north", b"task", b"reply") == (b"task", b"reply")
 
 
-def test_files_are_left_for_the_run_under_any_limit():
+def test_file_descriptors_are_left_for_the_run_under_any_limit():
     """Half of what the process may open, at most, is for connections; it raises its own limit where it may."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), "
@@ -252,11 +252,11 @@ ASK = "POST /v1/fleet/pull-messages HTTP/1.1"
     ],
     ids=lambda value: None if isinstance(value, int) else str(value[-1])[:30],
 )
-def test_odd_requests_get_a_4xx_and_the_service_goes_on(link, keys, caplog, lines, status):
+def test_odd_requests_get_a_4xx_and_the_service_continues(link, keys, caplog, lines, status):
     with caplog.at_level(logging.ERROR):
         assert raw(link, keys, *lines).startswith(f"HTTP/1.1 {status} ")
         with connect(link.port, keys, "north") as node:
-            assert there_and_back(link, node, "north", b"task", b"reply") == (b"task", b"reply")
+            assert round_trip(link, node, "north", b"task", b"reply") == (b"task", b"reply")
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
@@ -268,8 +268,8 @@ def test_odd_times_are_no_signature(stranger, timestamp):
     assert stranger.post("pull-messages", headers=headers).status_code == 401
 
 
-def test_nothing_of_an_unsigned_request_is_read_but_its_head(link, keys):
-    """Not even a byte of a body of 16 MiB: the refusal comes before it."""
+def test_only_the_head_of_an_unsigned_request_is_read(link, keys):
+    """Not one byte of a body of 16 MiB is read: the refusal comes first."""
     with tls(link.port, keys) as connection:
         connection.sendall(f"{ASK}\r\nHost: x\r\nContent-Length: {16 * 2**20}\r\n\r\n".encode())
         connection.settimeout(10)
@@ -299,7 +299,7 @@ def test_a_hundred_bad_requests_leave_one_line_in_the_log_at_most(link, keys, st
     (keys.parent / "nobody.key").unlink()
 
 
-def test_forwarded_headers_change_nobodys_address(link, keys):
+def test_forwarded_headers_do_not_change_an_address(link, keys):
     """A stranger cannot spread its connections over addresses of its own making."""
     with contextlib.ExitStack() as open_ones:
         for number in range(20):
@@ -330,7 +330,7 @@ def test_a_flood_of_one_node_is_slowed_down_and_the_others_are_served(link, keys
         started = time.monotonic()
         with connect(link.port, keys, "south") as node:
             for _ in range(3):
-                assert there_and_back(link, node, "south", b"task", b"reply") == (b"task", b"reply")
+                assert round_trip(link, node, "south", b"task", b"reply") == (b"task", b"reply")
         assert time.monotonic() - started < 20
     finally:
         stop.set()
@@ -340,7 +340,7 @@ def test_a_flood_of_one_node_is_slowed_down_and_the_others_are_served(link, keys
     assert sum(counts) <= 400 + 200 * (seconds + 1)
 
 
-def test_the_same_is_said_of_the_same_node_once_a_minute(caplog):
+def test_the_same_message_about_a_node_is_logged_once_a_minute(caplog):
     now = [0.0]
     notices = ThrottledLog(lambda: now[0])
     with caplog.at_level(logging.INFO, "fedmomentum"):
@@ -368,6 +368,6 @@ def test_a_node_that_was_removed_can_be_admitted_again(keys):
             admit_node(public, keys)
             assert link.registered() == ["east", "north", "south"]
             with connect(link.port, keys, "east") as node:
-                assert there_and_back(link, node, "east", b"task", b"reply") == (b"task", b"reply")
+                assert round_trip(link, node, "east", b"task", b"reply") == (b"task", b"reply")
             (keys / "nodes" / "east.pub").unlink()
             assert link.registered() == ["north", "south"]

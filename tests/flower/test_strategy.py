@@ -155,7 +155,7 @@ def test_next_model_is_the_exact_weighted_mean(method):
             if strategy.method.residual_rank and not isinstance(strategy.method, FedMomentum):
                 np.testing.assert_allclose(left, 0, atol=1e-10)
             waiting[module] = left
-    # what waits is what the strategy holds; with a plain method nothing does
+    # the strategy holds what is carried; with a plain method nothing is
     state = strategy.state
     last = weighted({node: client.trained[3] for node, client in clients.items()})
     for module in SHAPES:
@@ -168,7 +168,7 @@ def test_next_model_is_the_exact_weighted_mean(method):
             np.testing.assert_allclose(waiting[module], 0, atol=1e-10)
 
 
-def test_stock_fedavg_makes_another_model():
+def test_stock_fedavg_gives_a_different_model():
     _, clients, _ = play(make_strategy())
     stock, stock_clients, _ = play(FedAvg(fraction_evaluate=0.0))
     mean = weighted({node: client.trained[0] for node, client in stock_clients.items()})
@@ -247,15 +247,15 @@ def test_the_order_of_replies_changes_no_bit():
 
 
 def test_resuming_from_a_directory_gives_the_same_bits(tmp_path):
-    whole = make_strategy()
-    result, clients, _ = play(whole, rounds=3, dtype=torch.float32)
+    uninterrupted = make_strategy()
+    result, clients, _ = play(uninterrupted, rounds=3, dtype=torch.float32)
     first = make_strategy(save_to=tmp_path)
     _, halves, _ = play(first, rounds=2, dtype=torch.float32)
     second = make_strategy()
     arrays = second.load(tmp_path, adapter_arrays(dtype=torch.float32))
     resumed, _, _ = play(second, clients=halves, arrays=arrays)
     assert digest(resumed.arrays) == digest(result.arrays)
-    assert digest(second.state.residual_arrays()) == digest(whole.state.residual_arrays())
+    assert digest(second.state.residual_arrays()) == digest(uninterrupted.state.residual_arrays())
     assert second.state.server_round == 3
     model = GlobalModel.load(tmp_path)
     assert (model.server_round, model.base.name) == (2, "a-base")
@@ -268,8 +268,8 @@ def test_resuming_from_a_directory_gives_the_same_bits(tmp_path):
 
 def test_carried_rounds_resume_too(tmp_path):
     method = FedMomentum(residual="carried")
-    whole = make_strategy(method=method)
-    result, _, _ = play(whole, rounds=3, dtype=torch.float32)
+    uninterrupted = make_strategy(method=method)
+    result, _, _ = play(uninterrupted, rounds=3, dtype=torch.float32)
     _, halves, _ = play(
         make_strategy(method=method, save_to=tmp_path), rounds=2, dtype=torch.float32
     )

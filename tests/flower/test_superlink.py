@@ -1,4 +1,4 @@
-"""The service lets in who is admitted, to eight paths, for themselves; and what of flwr's own it stands on is there."""
+"""The service accepts admitted nodes, on eight paths, for themselves only; and the private names of flwr that it uses exist."""
 
 import ast
 import importlib
@@ -34,8 +34,8 @@ from tests.flower.network import (
     fetch,
     make_keys,
     payload_of,
+    round_trip,
     running,
-    there_and_back,
 )
 
 from flwr.app.message import remove_content_from_message  # isort: skip
@@ -70,7 +70,7 @@ def stranger(link, keys):
 
 
 def activation(keys, name, seconds=1):
-    """A request that is told of its interval if name and signature are good, so that nobody is let in by it."""
+    """A request that is refused for its interval if name and signature are good, so that it admits nobody."""
     key = network.load_private_key(keys.parent / f"{name}.key")
     return ActivateNodeRequest(
         public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=seconds
@@ -100,14 +100,14 @@ def test_other_paths_are_not_found(stranger, path):
     assert stranger.client.post(path, content=b"").status_code == 404
 
 
-def test_the_eight_paths_take_posts_only_and_want_a_signature(stranger):
+def test_the_eight_paths_accept_posts_only_and_require_a_signature(stranger):
     assert len(PATHS) == 8 and {route.path for route in router.routes} >= PATHS.keys()
     for path in PATHS:
         assert stranger.client.get(path).status_code == 404
         assert stranger.post(path.removeprefix("/v1/fleet/")).status_code == 401
 
 
-def test_a_body_that_is_too_large_or_of_no_stated_size_is_refused_unread(stranger, link):
+def test_a_body_that_is_too_large_or_has_no_content_length_is_refused_unread(stranger, link):
     assert stranger.post("pull-messages", b"x" * (MAX_REQUEST_BYTES + 1)).status_code == 413
     media = {"content-type": "application/protobuf"}
     parts = stranger.client.post("/v1/fleet/pull-messages", content=iter([b"x"] * 3), headers=media)
@@ -121,7 +121,7 @@ def test_a_body_that_is_too_large_or_of_no_stated_size_is_refused_unread(strange
     assert link.registered() == ["north", "south"]
 
 
-def test_plain_http_gets_nowhere(link):
+def test_plain_http_is_rejected(link):
     with pytest.raises(httpx.TransportError):
         httpx.post(f"http://127.0.0.1:{link.port}/v1/fleet/pull-messages", content=b"")
     with socket.create_connection(("127.0.0.1", link.port), timeout=5) as plain:
@@ -131,7 +131,7 @@ def test_plain_http_gets_nowhere(link):
         assert b"HTTP/" not in plain.recv(1000)
 
 
-def test_a_port_in_use_and_missing_or_open_keys_are_mistakes_told_in_words(link, keys, tmp_path):
+def test_a_port_in_use_and_missing_or_open_keys_are_reported_as_user_errors(link, keys, tmp_path):
     with (
         pytest.raises(
             ConfigError, match=f"cannot listen on 127.0.0.1:{link.port}; is the port in use"
@@ -149,7 +149,7 @@ def test_a_port_in_use_and_missing_or_open_keys_are_mistakes_told_in_words(link,
         SuperLink(other, "127.0.0.1", 0)
 
 
-# ── who is let in ──
+# ── admission ──
 
 
 def test_only_a_fresh_signature_by_the_nodes_own_key_counts(stranger, keys):
@@ -170,7 +170,7 @@ def test_only_a_fresh_signature_by_the_nodes_own_key_counts(stranger, keys):
     assert stolen.status_code == 401
 
 
-def test_a_key_that_is_not_admitted_is_told_so_until_it_is(link, keys):
+def test_a_key_that_is_not_admitted_gets_the_reason_until_it_is(link, keys):
     _, public = make_node_key("east", keys.parent)
     with pytest.raises(
         ConnectionLost, match="does not admit this node: its public key is not admitted"
@@ -181,7 +181,7 @@ def test_a_key_that_is_not_admitted_is_told_so_until_it_is(link, keys):
     admit_node(public, keys)
     assert link.registered() == ["east", "north", "south"]  # also while it runs
     connect(link.port, keys, "east").probe()
-    assert "east" not in link.online()  # a look does not join
+    assert "east" not in link.online()  # a check does not join
     with connect(link.port, keys, "east") as connection:
         assert fetch(connection) is None and list(link.online()) == ["east"]
     assert list(link.online()) == []
@@ -189,7 +189,7 @@ def test_a_key_that_is_not_admitted_is_told_so_until_it_is(link, keys):
     assert link.registered() == ["north", "south"]
 
 
-def test_whoever_is_turned_away_while_connected_can_do_nothing_more(link, keys):
+def test_a_node_removed_while_connected_can_do_nothing_more(link, keys):
     _, public = make_node_key("west", keys.parent)
     admit_node(public, keys)
     link.registered()
@@ -214,8 +214,10 @@ def test_a_name_is_its_key_and_one_process_at_a_time_has_it(link, keys):
         assert list(link.online()) == ["north"]
 
 
-def test_a_heartbeat_under_way_when_a_node_leaves_does_not_keep_it_there(link, keys, monkeypatch):
-    """If it came to count after the farewell, nobody could join under that name until it ran out."""
+def test_a_heartbeat_in_flight_when_a_node_leaves_does_not_keep_it_registered(
+    link, keys, monkeypatch
+):
+    """If it counted after the node left, no node could join under that name until it expired."""
     under_way, count = threading.Event(), link._state.acknowledge_node_heartbeat
 
     def slowly(*args):
@@ -303,32 +305,34 @@ def test_an_admitted_node_can_fetch_what_it_can_name(link, keys, stranger):
 # ── what is carried ──
 
 
-def test_many_parts_arrive_whole_both_ways(link, keys):
+def test_many_parts_arrive_intact_both_ways(link, keys):
     down, up = os.urandom(11 * MIB), os.urandom(12 * MIB)
     with connect(link.port, keys, "north") as connection:
-        assert there_and_back(link, connection, "north", down, up) == (down, up)
-        assert there_and_back(link, connection, "north", b"", b"\0" * 6 * MIB) == (
+        assert round_trip(link, connection, "north", down, up) == (down, up)
+        assert round_trip(link, connection, "north", b"", b"\0" * 6 * MIB) == (
             b"",
             b"\0" * 6 * MIB,
         )
 
 
-def test_a_reply_larger_than_any_reply_is_cut_off(link, keys, monkeypatch):
+def test_a_reply_above_the_size_limit_is_cut_off(link, keys, monkeypatch):
     monkeypatch.setattr(guard_module, "MAX_PAYLOAD_BYTES", 6 * MIB)
     with connect(link.port, keys, "north") as connection:
         message_id = ask(link, "north", b"task")
         with pytest.raises(ConnectionLost):
             answer(connection, fetch(connection), os.urandom(12 * MIB))
-        (reply,) = link.grid.pull_messages([message_id])  # whoever waits for it is told at once
+        (reply,) = link.grid.pull_messages(
+            [message_id]
+        )  # whatever waits for it gets the error at once
         assert (
             reply.error.reason
             == f"its answer was refused: a reply has at most {6 * MIB} bytes; more came"
         )
-    with connect(link.port, keys, "south") as connection:  # the others go on
-        assert there_and_back(link, connection, "south", b"task", b"reply") == (b"task", b"reply")
+    with connect(link.port, keys, "south") as connection:  # the others continue
+        assert round_trip(link, connection, "south", b"task", b"reply") == (b"task", b"reply")
 
 
-def test_what_nobody_fetched_can_be_taken_back(link, keys):
+def test_a_message_that_nobody_fetched_can_be_withdrawn(link, keys):
     with connect(link.port, keys, "north") as connection:
         stale, fetched = ask(link, "north", b"stale"), None
         link.withdraw([stale, "no such message"])
@@ -340,8 +344,8 @@ def test_what_nobody_fetched_can_be_taken_back(link, keys):
         assert len(list(link.grid.pull_messages([fresh]))) == 1
 
 
-def test_asking_again_for_room_gives_none(link, keys, monkeypatch):
-    """A node that starts its reply anew has no more bytes than before; the next question gives it new ones."""
+def test_restarting_a_reply_does_not_raise_its_size_limit(link, keys, monkeypatch):
+    """A node that restarts its reply has no more bytes than before; the next request gives it new ones."""
     monkeypatch.setattr(guard_module, "MAX_PAYLOAD_BYTES", 20 * MIB)
     with connect(link.port, keys, "north") as connection:
         ask(link, "north", b"task")
@@ -386,7 +390,7 @@ def test_a_redirect_is_not_followed(keys):
     assert visits == ["/v1/fleet/activate-node"]
 
 
-# ── what of flwr we stand on ──
+# ── what we use of flwr ──
 
 PUBLIC = {
     "flwr.app",

@@ -1,4 +1,4 @@
-"""The transport over a stand-in for Flower's grid, in stood-still time: what was sent is held against what came."""
+"""The transport over a stand-in for Flower's grid, with a fake clock: what was sent is compared to what arrived."""
 
 import logging
 from collections.abc import Callable
@@ -30,7 +30,7 @@ ROUND, JOIN = 100.0, 50.0
 
 @dataclass
 class World:
-    """Clients, their connections, a grid and a clock that moves only while somebody sleeps.
+    """Clients, their connections, a grid and a clock that moves only while something sleeps.
 
     `script` holds for each client what to do when it is asked: a list of (seconds until then, act),
     where act is given the message.
@@ -102,7 +102,7 @@ class World:
     def arrive(self, reply, message):
         self._arrived[message.metadata.message_id] = reply
 
-    def of(self, event):
+    def events_of(self, event):
         return [facts for name, facts in self.events if name == event]
 
     def transport(self, *, min_valid_fraction=0.5, start_timeout=None):
@@ -164,14 +164,14 @@ def test_every_payload_comes_back_under_its_name_in_whatever_order(world):
         payload, seconds = unpack_payload(message.content)
         assert (
             when == 0 and payload == f"to {name}".encode() and seconds == ROUND
-        )  # told how long it has
+        )  # the time limit that it is given
         assert message.metadata.ttl > ROUND
-    assert [f["client"] for f in world.of("answered")] == ["north", "east", "south"]
+    assert [f["client"] for f in world.events_of("answered")] == ["north", "east", "south"]
     assert 60 <= world.now < 61
 
 
-def test_nobody_is_waited_for_beyond_the_deadline_and_the_others_count(world):
-    """Flower leaves who hangs out of its answers without a word; here every client asked has an answer or a reason."""
+def test_no_client_is_waited_for_beyond_the_deadline_and_the_others_count(world):
+    """Flower silently leaves hanging clients out of its answers; here every client asked has an answer or a reason."""
     world.script["east"] = after(1, partial(world.answers, b"fine"))
     answers = dict(world.transport().send_and_receive(dict.fromkeys(world.here, b"task")))
     assert answers == {
@@ -180,7 +180,7 @@ def test_nobody_is_waited_for_beyond_the_deadline_and_the_others_count(world):
         "south": Failure("no answer within 100 s"),
     }
     assert ROUND <= world.now < ROUND + 1
-    assert [f["client"] for f in world.of("failed")] == ["north", "south"]
+    assert [f["client"] for f in world.events_of("failed")] == ["north", "south"]
 
 
 def failed(world, code, reason):
@@ -195,7 +195,7 @@ def failed(world, code, reason):
 
 
 def test_an_error_by_the_server_itself_counts_for_the_node_it_is_about(world):
-    """What it answers says whose it is, not who it says it is from."""
+    """The request decides whose answer it is, not the sender that the answer names."""
     world.script = {
         "east": after(2, failed(world, 8, "ClientApp stopped responding.")),
         "south": after(3, failed(world, 8, "")),
@@ -209,29 +209,32 @@ def test_an_error_by_the_server_itself_counts_for_the_node_it_is_about(world):
     }
 
 
-def test_a_client_whose_connection_is_lost_does_not_hold_up_the_round_for_long(world):
-    """Flower's word that it is gone ends nothing yet; but once all others have answered, half a minute is enough."""
+def test_a_lost_connection_does_not_delay_the_round_for_long(world):
+    """Flower's report that it is gone ends nothing yet; but once all others have answered, half a minute is enough."""
 
-    def goes(message):
+    def disconnects(message):
         del world.here["east"]
         failed(world, ErrorCode.NODE_UNAVAILABLE, "Node unavailable")(message)
 
-    world.script = {"east": after(5, goes), "north": after(20, partial(world.answers, b"fine"))}
+    world.script = {
+        "east": after(5, disconnects),
+        "north": after(20, partial(world.answers, b"fine")),
+    }
     answers = dict(world.transport().send_and_receive(dict.fromkeys(["east", "north"], b"task")))
     assert answers["north"] == b"fine" and "lost its connection" in answers["east"].reason
     assert 20 <= world.now < ROUND / 2 and len(world.sent) == 2
 
 
-def test_a_client_that_flower_gave_up_and_that_comes_back_answers_after_all(world):
-    def goes(message):
+def test_a_client_that_flower_reported_gone_and_that_reconnects_still_answers(world):
+    def disconnects(message):
         del world.here["east"]
         failed(world, ErrorCode.NODE_UNAVAILABLE, "Node unavailable")(message)
 
-    def comes_back(message):
+    def reconnects(message):
         world.here["east"] = Session(100, "second")
         world.script["east"] = after(5, partial(world.answers, b"after all"))
 
-    world.script["east"] = lambda message: [(5, goes), (25, comes_back)]
+    world.script["east"] = lambda message: [(5, disconnects), (25, reconnects)]
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {"east": b"after all"}
 
 
@@ -248,14 +251,14 @@ def test_a_client_that_flower_gave_up_and_that_comes_back_answers_after_all(worl
         ),
     ],
 )
-def test_an_answer_of_another_form_is_a_failure(world, content):
+def test_a_malformed_answer_is_a_failure(world, content):
     world.script["east"] = after(1, lambda m: world.arrive(Message(content, reply_to=m), m))
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {
         "east": Failure("its answer could not be read: a message without a payload")
     }
 
 
-def test_who_is_not_connected_or_not_reached_is_not_waited_for(world):
+def test_clients_that_are_not_connected_or_not_reached_are_not_waited_for(world):
     del world.here["south"]
     world.script = {name: after(1, partial(world.answers, b"fine")) for name in world.here}
     transport = world.transport()
@@ -267,8 +270,8 @@ def test_who_is_not_connected_or_not_reached_is_not_waited_for(world):
     }
 
 
-def test_an_answer_after_the_deadline_is_ignored_and_told(world, caplog):
-    """It does not stand in for the answer to the next question."""
+def test_an_answer_after_the_deadline_is_ignored_and_reported(world, caplog):
+    """It does not stand in for the answer to the next request."""
     world.script["east"] = after(ROUND + 20, partial(world.answers, b"old"))
     transport = world.transport()
     assert dict(transport.send_and_receive({"east": b"first"})) == {
@@ -278,25 +281,25 @@ def test_an_answer_after_the_deadline_is_ignored_and_told(world, caplog):
     with caplog.at_level(logging.WARNING, "fedmomentum"):
         assert dict(transport.send_and_receive({"east": b"second"})) == {"east": b"new"}
     assert (
-        world.of("late") == [{"client": "east"}]
+        world.events_of("late") == [{"client": "east"}]
         and "east answered 20 s too late; ignored" in caplog.text
     )
     dict(transport.send_and_receive({}))
-    assert len(world.of("late")) == 1
+    assert len(world.events_of("late")) == 1
 
 
-# ── coming and going ──
+# ── connecting and disconnecting ──
 
 
-def test_a_client_that_comes_back_is_asked_again_with_the_time_that_is_left(world):
-    def goes(message):
+def test_a_client_that_reconnects_is_asked_again_with_the_remaining_time(world):
+    def disconnects(message):
         del world.here["east"]
 
-    def comes_back(message):
+    def reconnects(message):
         world.here["east"] = Session(100, "second")
         world.script["east"] = after(5, partial(world.answers, b"after all"))
 
-    world.script["east"] = lambda message: [(10, goes), (40, comes_back)]
+    world.script["east"] = lambda message: [(10, disconnects), (40, reconnects)]
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {"east": b"after all"}
     (first, _, _), (second, _, again) = world.sent
     payload, seconds = unpack_payload(again.content)
@@ -315,14 +318,17 @@ def test_a_client_that_stays_connected_is_asked_once(world):
     assert len(world.sent) == 1
 
 
-def test_the_answer_to_the_question_before_the_break_is_not_taken_for_the_one_after(world):
+def test_an_answer_to_a_task_from_before_the_disconnect_is_not_taken_for_a_later_one(world):
     """Only what answers the last question counts, and one client has one answer."""
 
-    def breaks(message):
+    def reconnects(message):
         world.here["east"] = Session(100, "second")
         world.script["east"] = after(20, partial(world.answers, b"second"))
 
-    world.script["east"] = lambda message: [(10, breaks), (15, partial(world.answers, b"first"))]
+    world.script["east"] = lambda message: [
+        (10, reconnects),
+        (15, partial(world.answers, b"first")),
+    ]
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {"east": b"second"}
 
 
@@ -331,7 +337,7 @@ def test_a_start_waits_for_all_and_a_round_for_the_quorum(world):
     world.at(20, lambda: world.here.update(south=Session(102, "first")))
     transport = world.transport()
     assert transport.clients() == ["east", "north", "south"] and 20 <= world.now < 23
-    assert world.of("waiting")[0] == {"for": ["south"], "seconds": JOIN}
+    assert world.events_of("waiting")[0] == {"for": ["south"], "seconds": JOIN}
     del world.here["south"]
     before = world.now
     assert (
@@ -342,14 +348,14 @@ def test_a_start_waits_for_all_and_a_round_for_the_quorum(world):
     assert transport.clients() == ["east", "north"] and 30 <= world.now - before < 33
 
 
-def test_a_start_goes_on_without_whoever_did_not_come_in_time(world, caplog):
+def test_a_start_continues_without_clients_that_did_not_connect_in_time(world, caplog):
     del world.here["south"]
     with caplog.at_level(logging.WARNING, "fedmomentum"):
         assert world.transport().clients() == ["east", "north"]
     assert JOIN <= world.now < JOIN + 3 and "starting without south" in caplog.text
 
 
-def test_too_few_after_all_that_time_is_told_with_names_and_numbers(world):
+def test_too_few_clients_at_the_deadline_are_reported_with_names_and_numbers(world):
     del world.here["south"], world.here["north"]
     with pytest.raises(QuorumError) as raised:
         world.transport().clients()
@@ -388,7 +394,7 @@ def folder(tmp_path_factory):
 
 
 def real_steps(config, stores):
-    """Three real clients, each with a store of its own."""
+    """Three real clients, each with its own store."""
     steps = {}
     for name in ("site0", "site1", "site2"):
         client = prepare_client(config, name, stores / name)
@@ -409,10 +415,10 @@ def parties(request, folder, tmp_path, world):
     world.registered_names = list(steps)
     world.__post_init__()
 
-    def does(name, message):
+    def run_step(name, message):
         world.answers(steps[name](unpack_payload(message.content)[0]), message)
 
-    world.script = {name: after(1, partial(does, name)) for name in steps}
+    world.script = {name: after(1, partial(run_step, name)) for name in steps}
     return config, steps
 
 
@@ -444,21 +450,21 @@ def test_snapshots_that_clients_make_are_the_same_over_the_grid(folder, tmp_path
         evaluation={"every": 0},
         federation={"num_rounds": 10, "client-fraction": 0.6},
     )
-    steps, told = real_steps(config, tmp_path), []
+    steps, recipes = real_steps(config, tmp_path), []
     world.registered_names = list(steps)
     world.__post_init__()
 
-    def does(name, message):
+    def run_step(name, message):
         payload = unpack_payload(message.content)[0]
-        told.extend(getattr(decode_task(payload).request, "recipes", []))
+        recipes.extend(getattr(decode_task(payload).request, "recipes", []))
         world.answers(steps[name](payload), message)
 
-    world.script = {name: after(1, partial(does, name)) for name in steps}
+    world.script = {name: after(1, partial(run_step, name)) for name in steps}
     run_federation(world.transport(), config, tmp_path / "over")
     run_federation(
         InProcessTransport(real_steps(config, tmp_path / "there")), config, tmp_path / "one"
     )
-    assert told
+    assert recipes
     assert timeless(tmp_path / "over") == timeless(tmp_path / "one")
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
     assert objects(tmp_path / "over") == objects(tmp_path / "one")
@@ -487,10 +493,10 @@ def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(
     world.registered_names = list(grid)
     world.__post_init__()
 
-    def does(name, message):
+    def run_step(name, message):
         world.answers(grid[name](unpack_payload(message.content)[0]), message)
 
-    world.script = {name: after(1, partial(does, name)) for name in grid}
+    world.script = {name: after(1, partial(run_step, name)) for name in grid}
     run_federation(world.transport(), config, tmp_path / "over")
     start(config, tmp_path / "one")
     assert [row["evaluation"]["by_client"] for row in timeless(tmp_path / "over")] == [
@@ -506,13 +512,15 @@ def test_every_client_keeps_its_own_factors_over_the_grid_whatever_its_name(
         assert len(last) == 2 and all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 
-def test_a_client_that_hangs_is_out_of_the_round_and_back_in_the_next(parties, world, tmp_path):
+def test_a_client_that_hangs_is_left_out_of_the_round_and_back_in_the_next(
+    parties, world, tmp_path
+):
     config, _ = parties
-    does = world.script["site1"]
+    run_step = world.script["site1"]
 
     def hangs_in_round_one(message):
         task = decode_task(unpack_payload(message.content)[0])
-        return [] if (task.kind, task.server_round) == ("train", 1) else does(message)
+        return [] if (task.kind, task.server_round) == ("train", 1) else run_step(message)
 
     world.script["site1"] = hangs_in_round_one
     run_federation(world.transport(), config, tmp_path / "over")
@@ -541,12 +549,12 @@ def test_a_resumed_run_waits_a_while_for_all_and_then_for_the_quorum(world):
     gone = world.here.pop("south")
     assert world.transport(start_timeout=20).clients() == ["east", "north"] and 20 <= world.now < 30
     world.here["south"] = gone
-    begun = world.now
+    started = world.now
     assert (
         world.transport(start_timeout=20).clients() == ["east", "north", "south"]
-        and world.now == begun
+        and world.now == started
     )
     world.here = {"east": world.here["east"]}
     world.at(40, lambda: world.here.update(south=gone))
     assert world.transport(start_timeout=20, min_valid_fraction=0.6).clients() == ["east", "south"]
-    assert 40 <= world.now - begun < 50  # below the quorum it waits on
+    assert 40 <= world.now - started < 50  # below the quorum it waits on

@@ -1,4 +1,4 @@
-"""A worker that outlives the process that uses it: found again, replaced where it does not fit, and never left behind."""
+"""A worker that outlives the process that uses it: found again, replaced if it does not fit, and never left running."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def store(tmp_path, monkeypatch):
     store = tmp_path / "store"
     yield store
     for number in loads(store):
-        if not gone(number, 0):
+        if not has_ended(number, 0):
             os.kill(number, signal.SIGKILL)
     if (store / ADDRESS_FILE).exists():
         shutil.rmtree(socket_directory(store), ignore_errors=True)
@@ -99,8 +99,8 @@ def socket_directory(store) -> Path:
     return Path((store / ADDRESS_FILE).read_text()).parent
 
 
-def gone(number, seconds=10.0) -> bool:
-    """Whether a process ends within that time (a zombie has ended)."""
+def has_ended(number, seconds=10.0) -> bool:
+    """Whether a process ends within that time (a zombie counts as ended)."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -114,18 +114,18 @@ def gone(number, seconds=10.0) -> bool:
 
 
 def test_one_process_answers_one_clientapp_after_the_other(store):
-    begun = clientapp(store)
-    begun.start()  # as the first message does, which has no task: it does not wait
-    begun.stop()
+    first_app = clientapp(store)
+    first_app.start()  # as the first message does, which has no task: it does not wait
+    first_app.stop()
     first = int(ask(store))
     assert first != os.getpid() and [int(ask(store)) for _ in range(3)] == [first] * 3
     assert loads(store) == [first]
     assert clientapp(store).wait_until_ready() == LIGHT
-    # each run is told once, however many messages it has
+    # each run is announced once, however many messages it has
     assert ask(store, b"runs") == b"pid run" and ask(store, b"runs") == b"pid run"
 
 
-def test_nobody_else_can_enter_its_directory(store):
+def test_no_other_user_can_access_its_directory(store):
     ask(store)
     assert socket_directory(store).stat().st_mode & 0o777 == 0o700
     assert store.stat().st_mode & 0o777 == 0o700
@@ -135,7 +135,7 @@ def test_another_configuration_has_another_process(store):
     first = int(ask(store))
     directory = socket_directory(store)
     second = int(ask(store, rank=4))
-    assert second != first and gone(first) and not directory.exists()
+    assert second != first and has_ended(first) and not directory.exists()
     assert int(ask(store, rank=4)) == second
 
 
@@ -143,7 +143,7 @@ def test_a_task_whose_time_is_up_ends_with_all_that_it_started(store):
     first, child = int(ask(store)), int(ask(store, b"child"))
     with pytest.raises(WorkerError, match="took longer than the round allows"):
         ask(store, b"hang", 0.5)
-    assert gone(first) and gone(child) and not gone(int(ask(store)), 0)
+    assert has_ended(first) and has_ended(child) and not has_ended(int(ask(store)), 0)
 
 
 def test_a_worker_that_dies_in_a_task_is_replaced(store):
@@ -151,16 +151,16 @@ def test_a_worker_that_dies_in_a_task_is_replaced(store):
     directory = socket_directory(store)
     with pytest.raises(WorkerError, match="its worker ended without a word"):
         ask(store, b"kill")
-    assert gone(first) and int(ask(store)) != first
+    assert has_ended(first) and int(ask(store)) != first
     assert not directory.exists()  # what the killed one could not remove
 
 
-def test_one_that_cannot_load_says_why_without_the_path(store):
+def test_a_process_that_cannot_load_gives_the_reason_without_the_path(store):
     store.mkdir()
     (store / "refuse").touch()
     with pytest.raises(WorkerError) as raised:
         ask(store)
-    assert str(raised.value) == "ModelError: [path]" and gone(loads(store)[0])
+    assert str(raised.value) == "ModelError: [path]" and has_ended(loads(store)[0])
     (store / "refuse").unlink()
     assert int(ask(store)) == loads(store)[1]
 
@@ -169,7 +169,7 @@ def test_one_that_cannot_load_says_why_without_the_path(store):
 def test_it_ends_when_it_has_no_task_for_long_enough(store, keep_warm):
     number = int(ask(store, keep_warm=keep_warm))
     directory = socket_directory(store)
-    assert gone(number, 5) and not directory.exists()
+    assert has_ended(number, 5) and not directory.exists()
     assert int(ask(store, keep_warm=keep_warm)) != number
 
 
@@ -192,13 +192,13 @@ worker.run_task({task.encode()!r}, 600)
     process = subprocess.Popen([PYTHON, "-c", node], stdout=subprocess.PIPE)
     try:
         number = int(process.stdout.readline())
-        assert not gone(number, 0.3)
+        assert not has_ended(number, 0.3)
         for child in psutil.Process(process.pid).children(recursive=True):
             if child.pid != number:
                 child.kill()  # Flower ends its own when the SuperNode is gone
         process.kill()
         process.wait()
-        assert gone(number)
+        assert has_ended(number)
     finally:
         process.kill()
         process.stdout.close()

@@ -1,6 +1,6 @@
-"""A node's worker: whatever becomes of it, the next task is answered; and it outlives its node by no means.
+"""A node's worker: whatever happens to it, the next task is answered; and it never outlives its node.
 
-Most tests run the real process and pipe with a stand-in for model and data, which loads in no time.
+Most tests run the real process and pipe with a stand-in for model and data, which loads instantly.
 """
 
 import contextlib
@@ -89,18 +89,18 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture
-def told():
+def events():
     return []
 
 
 @pytest.fixture
-def light(config, tmp_path, monkeypatch, told):
+def light(config, tmp_path, monkeypatch, events):
     """A worker with the stand-in."""
     script = tmp_path / "stand_in"
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(script))
-    found = Worker(config, "site0", tmp_path / "store", Recorder(told))
+    found = Worker(config, "site0", tmp_path / "store", Recorder(events))
     yield found
     found.stop()
 
@@ -109,8 +109,8 @@ def pid(worker) -> int:
     return int(worker.run_task(b"pid", 30))
 
 
-def gone(number, seconds=10.0) -> bool:
-    """Whether a process ends within that time (a zombie has ended)."""
+def has_ended(number, seconds=10.0) -> bool:
+    """Whether a process ends within that time (a zombie counts as ended)."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -122,13 +122,13 @@ def gone(number, seconds=10.0) -> bool:
     return False
 
 
-def test_one_process_answers_task_after_task(light, told):
+def test_one_process_answers_task_after_task(light, events):
     assert light.wait_until_ready() == LIGHT
     first = pid(light)
     assert first not in (0, os.getpid()) and pid(light) == first
     payload = os.urandom(3 * 2**20)
     assert light.run_task(payload, 30) == b"T" + payload and light.run_smoke_test(30) == b"C"
-    assert told == [("message", "loading"), ("ready", LIGHT)]
+    assert events == [("message", "loading"), ("ready", LIGHT)]
 
 
 @pytest.mark.parametrize(
@@ -149,27 +149,28 @@ def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
     ):
         light.run_task(b"hang", 0.5)
     assert time.monotonic() - started < 5
-    assert gone(first) and gone(child)
+    assert has_ended(first) and has_ended(child)
     assert pid(light) != first
 
 
-def test_what_a_task_raises_ends_nothing_and_tells_nothing(light, capfd):
-    """The kind goes to the server, the whole to whoever runs the node."""
+def test_an_exception_in_a_task_ends_nothing_and_reveals_nothing(light, capfd):
+    """The type of the error goes to the server, its full text to the operator of the node."""
     first = pid(light)
-    for task, kind, whole in (
+    for task, kind, full_text in (
         (b"data", "DataError", "line 3: Mrs Miller"),
         (b"library", "RuntimeError", "Mrs Miller"),
     ):
         with pytest.raises(WorkerError) as raised:
             light.run_task(task, 30)
         assert (
-            str(raised.value) == f"{kind} (its own log says more)" and whole in raised.value.detail
+            str(raised.value) == f"{kind} (its own log says more)"
+            and full_text in raised.value.detail
         )
     assert pid(light) == first
     assert "RuntimeError: Mrs Miller" in capfd.readouterr().err  # with where it came from
 
 
-def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
+def test_a_worker_that_cannot_load_gives_the_reason_without_the_path(light, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "refuse").touch()
     with pytest.raises(WorkerError) as raised:
@@ -177,7 +178,7 @@ def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
     assert str(raised.value) == "ModelError: [path]"
     with pytest.raises(WorkerError):
         light.run_task(b"pid", 30)
-    (tmp_path / "store" / "refuse").unlink()  # mended: the next try works
+    (tmp_path / "store" / "refuse").unlink()  # fixed: the next try works
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -185,10 +186,10 @@ def test_a_worker_that_cannot_load_says_why_without_the_path(light, tmp_path):
             return
         except WorkerError:
             continue
-    pytest.fail("it was not started anew")
+    pytest.fail("it was not restarted")
 
 
-def test_nobody_else_reaches_a_worker(light, config, tmp_path):
+def test_no_other_process_can_reach_a_worker(light, config, tmp_path):
     """It listens nowhere, and its only socket is in no other process but its node's."""
     other = Worker(config, "site1", tmp_path / "other")
     try:
@@ -234,10 +235,10 @@ threading.Event().wait()
     process = subprocess.Popen([sys.executable, "-c", node], stdout=subprocess.PIPE)
     try:
         number = int(process.stdout.readline())
-        assert not gone(number, 0.3)
+        assert not has_ended(number, 0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert gone(number)
+        assert has_ended(number)
     finally:
         process.kill()
         process.stdout.close()
@@ -245,53 +246,53 @@ threading.Event().wait()
 
 @pytest.fixture(scope="module")
 def real(config, tmp_path_factory):
-    """A worker with model and data, and what it told."""
+    """A worker with model and data, and the events that it reported."""
     own = {"site0": config.data.client_files["site0"]}
     config = replace(
         config, data=replace(config.data, client_files=own), lora=replace(config.lora, rank=3)
     )
-    told = []
+    events = []
     store = tmp_path_factory.mktemp("real") / "store"
-    worker = Worker(config, "site0", store, Recorder(told))
-    yield worker, store, told
+    worker = Worker(config, "site0", store, Recorder(events))
+    yield worker, store, events
     worker.stop()
 
 
 def test_a_real_worker_loads_trains_a_step_and_describes_itself(real):
-    worker, store, told = real
+    worker, store, events = real
     facts = worker.wait_until_ready()
     assert facts.num_train == 9 and facts.num_test == 3 and len(facts.base_sha256) == 64
     worker.run_smoke_test(60)
-    assert [step for event, step in told if event == "step"] == [1]
+    assert [step for event, step in events if event == "step"] == [1]
     task = describe_task(adapter=True)
     reply = decode_reply(worker.run_task(encode_task(task), 60), task, 2**30)
     assert reply.tensors[
         f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
     ].shape == torch.Size([3, 32])
-    said = canonical_json(msgspec.to_builtins(reply.answer))
-    assert "/" not in said.replace("://", "")  # what the party calls its base is a path
+    description = canonical_json(msgspec.to_builtins(reply.answer))
+    assert "/" not in description.replace("://", "")  # what the party calls its base is a path
     with pytest.raises(WorkerError, match="a task for site1 came to site0"):
         worker.run_task(encode_task(replace(task, client_id="site1")), 60)
 
 
 @pytest.mark.long
-def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so(real, config):
-    """Another seed trains on what was held out: told at the node, and nothing of it to the server."""
-    worker, store, told = real
+def test_a_worker_with_another_split_than_at_the_start_of_the_run_warns(real, config):
+    """Another seed trains on what was held out: it is reported at the node, and nothing of it to the server."""
+    worker, store, events = real
     describe = describe_task(adapter=False)
     worker.set_run(describe.run_id)
     worker.run_task(encode_task(describe), 60)
-    assert not [text for event, text in told if event == "warning"]
-    later = []
+    assert not [text for event, text in events if event == "warning"]
+    later_events = []
     own = replace(config.data, client_files={"site0": config.data.client_files["site0"]})
     other = replace(config, data=own, run=replace(config.run, seed=config.run.seed + 1))
-    restarted = Worker(other, "site0", store, Recorder(later))
+    restarted = Worker(other, "site0", store, Recorder(later_events))
     try:
         restarted.set_run(describe.run_id)
         answer = restarted.run_task(encode_task(describe), 60)
     finally:
         restarted.stop()
-    (warning,) = [text for event, text in later if event == "warning"]
+    (warning,) = [text for event, text in later_events if event == "warning"]
     assert (
         "of 3 that were held out are trained on now" in warning
         and str(store / "split.json") in warning
@@ -302,7 +303,7 @@ def test_a_worker_that_divides_its_examples_otherwise_than_the_run_began_says_so
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a" * 63, "A" * 64])
 def test_tasks_cannot_name_files(real, name):
-    """What is no hash is no object's name."""
+    """A name that is not a hash is no object's name."""
     worker, store, _ = real
     describe = describe_task()
     assert worker.run_task(encode_task(describe), 60)  # it is loaded, and all it writes is there

@@ -45,7 +45,7 @@ def test_the_paired_difference_is_agresti_and_mins():
     assert -0.059 < low < -0.058 and -0.022 < high < -0.021  # Wald's is [-.0587, -.0213]
 
 
-def test_the_interval_of_models_that_agree_is_not_nothing():
+def test_the_interval_of_models_that_agree_is_not_empty():
     for n in (1, 2, 10, 1000):
         value, low, high = paired_difference(score("1" * n), score("1" * n))
         assert value == 0 and -1 <= low < 0 < high <= 1 and low == -high

@@ -78,7 +78,7 @@ def test_a_category_has_no_counts_of_its_own_and_a_language_model_none():
         ({"a": [1, 0, 1]}, "1 right predictions of 0 for 1 examples"),
     ],
 )
-def test_counts_that_cannot_be_are_refused(by_label, message):
+def test_impossible_counts_are_refused(by_label, message):
     counts = {}
     for label, values in by_label.items():
         counts[label] = dict(zip(LabelCounts.__struct_fields__, values, strict=True))

@@ -1,4 +1,4 @@
-"""What is withheld are fields that rows have, and every one of them has words."""
+"""Withheld are fields that rows have, and every one of them has a description."""
 
 import msgspec
 
@@ -22,7 +22,7 @@ def test_every_withheld_field_is_a_field_of_a_row():
     assert NOISED_ONLY.fields == list(NOISELESS_PHRASES)
 
 
-def test_a_field_without_words_is_named():
+def test_a_field_without_a_description_is_named():
     changed = msgspec.structs.replace(SUMS_ONLY, fields=["weights", "new_field"])
     assert describe_withheld(changed) == "Left out on purpose: the clients' weights; new_field."
 

@@ -295,8 +295,8 @@ def mutate_safetensors(data: bytes, random: random.Random) -> tuple[str, bytes]:
         wrong = random.choice((0, 1, length - 1, length + 1, len(data), 2**31, 2**63, 2**64 - 1))
         return f"header of {wrong} bytes", wrong.to_bytes(8, "little") + header + body
     if kind == "header":
-        said, header = mutate_json(header, random)
-        return f"header: {said}", len(header).to_bytes(8, "little") + header + body
+        change, header = mutate_json(header, random)
+        return f"header: {change}", len(header).to_bytes(8, "little") + header + body
     if kind == "numbers" and body:
         at = random.randrange(len(body)) & ~3
         number = random.choice(
@@ -305,8 +305,8 @@ def mutate_safetensors(data: bytes, random: random.Random) -> tuple[str, bytes]:
         count = random.choice((1, 1, 4, len(body) // 4))
         body = (body[:at] + number * count)[: len(body)] + body[at + 4 * count :]
         return f"{count} odd numbers at {at}", data[: 8 + length] + body
-    said, table, parts = _mutate_tensor(*_parts(header, body), random)
-    return said, _joined(table, parts)
+    change, table, parts = _mutate_tensor(*_parts(header, body), random)
+    return change, _joined(table, parts)
 
 
 def _parts(header: bytes, body: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -413,7 +413,7 @@ def _product(shape: list[int]) -> int:
 
 
 def copy_by_links(source: Path, target: Path) -> None:
-    """Copy a directory in no time: its files are hard links. Never write into one; use `replace_file`."""
+    """Copy a directory instantly: its files are hard links. Never write into one; use `replace_file`."""
     shutil.copytree(source, target, copy_function=os.link)
 
 
@@ -428,17 +428,17 @@ def mutate_content(path: Path, random: random.Random) -> str:
     data = path.read_bytes()
     kind = random.choice(("format", "format", "bytes"))
     if kind == "bytes":
-        said, data = mutate_bytes(data, random)
+        change, data = mutate_bytes(data, random)
     elif path.suffix == ".safetensors":
-        said, data = mutate_safetensors(data, random)
+        change, data = mutate_safetensors(data, random)
     elif path.suffix == ".json" and data:
-        said, data = mutate_json(data, random)
+        change, data = mutate_json(data, random)
     elif path.suffix == ".jsonl" and data:
-        said, data = _mutate_lines(data, random)
+        change, data = _mutate_lines(data, random)
     else:
-        said, data = mutate_bytes(data, random)
+        change, data = mutate_bytes(data, random)
     replace_file(path, data)
-    return f"{path.name}: {said}"
+    return f"{path.name}: {change}"
 
 
 def _mutate_lines(data: bytes, random: random.Random) -> tuple[str, bytes]:
@@ -446,9 +446,9 @@ def _mutate_lines(data: bytes, random: random.Random) -> tuple[str, bytes]:
     at = random.randrange(len(lines))
     kind = random.choice(("json", "json", "json", "drop", "twice", "swap"))
     if kind == "json":
-        said, line = mutate_json(lines[at], random)
+        change, line = mutate_json(lines[at], random)
         lines[at] = line + b"\n"
-        return f"line {at}: {said}", b"".join(lines)
+        return f"line {at}: {change}", b"".join(lines)
     if kind == "drop":
         del lines[at]
     elif kind == "twice":

@@ -43,7 +43,7 @@ from tests.fuzz.mutate import NUM_TRIALS, Budget, copy_by_links, mutate_director
 from tests.runs import start, tiny_config
 
 MAX_WAIT = 20
-"""Seconds after which a reader counts as waiting for ever, on a machine that is busy with other things."""
+"""Seconds after which a reader counts as waiting forever, on a machine that is busy with other things."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,8 @@ def no_syncing(monkeypatch):
 
 
 @contextmanager
-def awake():
-    """Fail where something waits for ever, on a pipe for one; no processor time tells of that."""
+def watchdog():
+    """Fail where something waits forever, for example on a pipe; processor time does not show that."""
 
     def late(signum, frame):
         raise AssertionError(f"still not done after {MAX_WAIT} s")
@@ -108,7 +108,7 @@ class Tried:
     def __call__(self, folder, what):
         refused = False
         for name, reader in self.readers.items():
-            with awake(), Budget() as spent:
+            with watchdog(), Budget() as spent:
                 try:
                     got = reader(folder)
                 except FedMomentumError as error:
@@ -133,7 +133,7 @@ class Tried:
 
 
 def state_of(folder):
-    """What a resumed run goes on from."""
+    """What a resumed run starts from."""
     opened = RunDirectory(folder, keep=9)
     try:
         resumed = opened.resume()
@@ -195,7 +195,7 @@ def run_readers(config, whole):
         "last": result_of("last"),
         "best": result_of("best"),
         "round 2": result_of(2),
-        # which older checkpoints are there is true whatever it is
+        # which older checkpoints exist may differ
         "inspect": lambda folder: re.sub("rounds kept.*", "", shown(summarize(folder))),
         "report": run_of,
         "status": read_status,
@@ -203,7 +203,7 @@ def run_readers(config, whole):
         "data": lambda folder: check_data(folder, data),
         "other data": other_data,
         "other settings": other_settings,
-        # without the file, trackers are told of all rounds again, and a warning says so
+        # without the file, all rounds are reported to trackers again, and a warning says so
         "reported": lambda folder: (
             _last_reported(folder / "trackers" / "reported.json", RUN_ID) or {"tensorboard": 3}
         ),
@@ -219,7 +219,7 @@ def runs(tmp_path_factory):
     from fedmomentum.run import federated_trainer as run_module
 
     folder = tmp_path_factory.mktemp("runs")
-    made = []
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         for number, run_id in enumerate((RUN_ID, "e" * 32)):
             patch.setattr(run_module.secrets, "token_hex", lambda size, run_id=run_id: run_id)
@@ -233,10 +233,10 @@ def runs(tmp_path_factory):
             status = StatusWriter(out, 3)
             start(config, out, callbacks=[status])
             status.close()
-            made.append((config, out))
+            found.append((config, out))
             for log in (out / "trackers").rglob("events*"):
-                log.unlink()  # TensorBoard's own; nobody of us reads it
-    return made
+                log.unlink()  # TensorBoard's own; the package does not read it
+    return found
 
 
 def test_mutated_run_directories(runs, tmp_path):
@@ -248,10 +248,10 @@ def test_mutated_run_directories(runs, tmp_path):
         draw = random.Random(trial)
         folder = tmp_path / f"run{trial}"
         copy_by_links(whole, folder)
-        said = mutate_directory(folder, draw, others=other)
-        if said.startswith("status.json of another"):
+        change = mutate_directory(folder, draw, others=other)
+        if change.startswith("status.json of another"):
             continue  # nothing ties it to the run, and nothing depends on it
-        tried(folder, f"trial {trial}: {said}")
+        tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
         for target in tmp_path.glob("*-target*"):
             target.unlink()
@@ -295,19 +295,19 @@ def small_adapter(shapes, *, seed: int, rank: int = 2) -> Adapter:
 
 
 def test_mutated_global_models(tmp_path):
-    whole, other = tmp_path / "whole", tmp_path / "other"
-    global_model_of(0).save(whole)
+    model_folder, other = tmp_path / "whole", tmp_path / "other"
+    global_model_of(0).save(model_folder)
     global_model_of(1).save(other)
     tried = Tried(
         {"load": result_of("last"), "inspect": lambda folder: shown(summarize(folder))},
-        whole,
+        model_folder,
     )
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
         folder = tmp_path / f"model{trial}"
-        copy_by_links(whole, folder)
-        said = mutate_directory(folder, draw, others=other)
-        tried(folder, f"trial {trial}: {said}")
+        copy_by_links(model_folder, folder)
+        change = mutate_directory(folder, draw, others=other)
+        tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
     print(f"\n{NUM_TRIALS} global models, {tried.counts}")
     assert tried.counts["refused"] > 0.8 * NUM_TRIALS
@@ -321,11 +321,11 @@ def test_mutated_comparisons(runs, tmp_path):
     from fedmomentum.utils.io import write_json
     from fedmomentum.utils.records import with_checksum
 
-    whole = tmp_path / "whole"
-    whole.mkdir()
+    comparison_folder = tmp_path / "whole"
+    comparison_folder.mkdir()
     cells = []
     for seed, (_, out) in enumerate(runs):
-        copy_by_links(out, whole / f"seed-{seed}")
+        copy_by_links(out, comparison_folder / f"seed-{seed}")
         cells.append(
             {
                 "method": "fedmomentum",
@@ -343,7 +343,7 @@ def test_mutated_comparisons(runs, tmp_path):
         "cells": cells,
         "summary": [],
     }
-    write_json(whole / "comparison.json", with_checksum(table))
+    write_json(comparison_folder / "comparison.json", with_checksum(table))
 
     def reader(folder):
         comparison = read_comparison(folder)
@@ -352,13 +352,13 @@ def test_mutated_comparisons(runs, tmp_path):
             for cell in comparison.method_runs
         ]
 
-    tried = Tried({"report": reader}, whole)
+    tried = Tried({"report": reader}, comparison_folder)
     for trial in range(NUM_TRIALS // 5):
         draw = random.Random(trial)
         folder = tmp_path / "comparison"
-        copy_by_links(whole, folder)
-        said = "comparison.json: " + mutate_file(folder / "comparison.json", draw)
-        tried(folder, f"trial {trial}: {said}")
+        copy_by_links(comparison_folder, folder)
+        change = "comparison.json: " + mutate_file(folder / "comparison.json", draw)
+        tried(folder, f"trial {trial}: {change}")
         shutil.rmtree(folder)
     print(f"\n{NUM_TRIALS // 5} comparisons, {tried.counts}")
 
@@ -440,25 +440,25 @@ ODD_PATTERNS = (
 def test_mutated_adapters(tmp_path):
     """An adapter has no checksum: what is taken must be an adapter that PEFT would read in the same sense.
 
-    So a mutation that is taken is held against an independent reading of what the mutated files
+    So a mutation that is accepted is compared to an independent reading of what the mutated files
     say.
     """
-    whole, other = tmp_path / "whole", tmp_path / "other"
-    write_peft(whole, 0)
+    adapter_folder, other = tmp_path / "whole", tmp_path / "other"
+    write_peft(adapter_folder, 0)
     write_peft(other, 1)
     companion = read_adapter(other)
     counts = {"refused": 0, "taken": 0, "the same": 0}
-    wanted = read_adapter(whole).digest()
+    wanted = read_adapter(adapter_folder).digest()
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
         folder = tmp_path / f"adapter{trial}"
-        copy_by_links(whole, folder)
+        copy_by_links(adapter_folder, folder)
         if draw.random() < 0.15:
-            said = odd_pattern(folder, draw)
+            change = odd_pattern(folder, draw)
         else:
-            said = mutate_directory(folder, draw, others=other)
-        what = f"trial {trial}: {said}"
-        with awake(), Budget() as spent:
+            change = mutate_directory(folder, draw, others=other)
+        what = f"trial {trial}: {change}"
+        with watchdog(), Budget() as spent:
             try:
                 adapter = read_adapter(folder)
                 shown(summarize(folder))
@@ -520,7 +520,7 @@ def check_reading(adapter, folder, what) -> None:
 
 def check_aggregate(adapter, companion, what) -> None:
     """Combined with another, it is refused by name, or the result is finite."""
-    with awake(), Budget() as spent:
+    with watchdog(), Budget() as spent:
         try:
             result = aggregate_adapters([adapter, companion])
         except FedMomentumError as error:

@@ -1,4 +1,4 @@
-"""Mutated replies to the server and mutated tasks to a client: refused by name, or harmless; nothing else is hurt.
+"""Mutated replies to the server and mutated tasks to a client: refused by name, or harmless; no other client is affected.
 
 `FUZZ_TRIALS` says how many of each; `make test-fuzz` asks for 20,000.
 """
@@ -105,7 +105,7 @@ def replayed(config, transport, out, monkeypatch):
 
 
 def check_directory(out):
-    """What a run leaves can be read by everybody, and resumed: JSON without NaN, finite weights."""
+    """What a run leaves can be read by any reader, and resumed: JSON without NaN, finite weights."""
     rows = [msgspec.json.decode(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     for name in ("environment.json", "plan.json", "partition.json"):
         msgspec.json.decode((out / name).read_bytes())
@@ -119,12 +119,12 @@ def check_directory(out):
     return rows
 
 
-def test_mutated_replies_hurt_nobody_else(federation, tmp_path, monkeypatch):
+def test_mutated_replies_do_not_affect_other_clients(federation, tmp_path, monkeypatch):
     config, _, answers, _, whole, _ = federation
     monkeypatch.setattr("os.fsync", lambda handle: None)  # no crash is tried here
     out = tmp_path / "run"
 
-    # What comes of the run without each of the clients, for comparison.
+    # The result of the run without each of the clients, for comparison.
     without = {}
     for absent in CLIENTS:
         missing = {key: answer for key, answer in answers.items() if key[:2] != (absent, "train")}
@@ -137,8 +137,8 @@ def test_mutated_replies_hurt_nobody_else(federation, tmp_path, monkeypatch):
         draw = random.Random(trial)
         key = draw.choice(sorted(answers))
         liar = key[0]
-        said, mutated = mutate_safetensors(answers[key], draw)
-        what = f"trial {trial}, {key}: {said}"
+        change, mutated = mutate_safetensors(answers[key], draw)
+        what = f"trial {trial}, {key}: {change}"
         with Budget() as spent:
             model = replayed(config, Recorded(answers, {key: mutated}), out, monkeypatch)
         spent.check(what)
@@ -174,7 +174,7 @@ def assert_same(one, other, what):
         assert torch.equal(tensor, other_tensors[name]), f"{what}: {name}"
 
 
-def test_mutated_tasks_leave_a_client_as_it_was(federation):
+def test_mutated_tasks_leave_a_client_unchanged(federation):
     """Refused by name or done; and the next honest task gets the same answer to the bit."""
     _, tasks, answers, parties, _, _ = federation
     client = parties["site1"]
@@ -183,8 +183,8 @@ def test_mutated_tasks_leave_a_client_as_it_was(federation):
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
         key = draw.choice(own)
-        said, mutated = mutate_safetensors(tasks[key], draw)
-        what = f"trial {trial}, {key}: {said}"
+        change, mutated = mutate_safetensors(tasks[key], draw)
+        what = f"trial {trial}, {key}: {change}"
         with Budget() as spent:
             try:
                 answer = client.handle(mutated)
@@ -230,8 +230,8 @@ def test_every_methods_replies(tmp_path, name, dtype):
             task = decode_task(payload)
             if client_id != "site2" or task.kind == "describe":
                 return honest
-            said, lie = mutate_safetensors(honest, draw)
-            lies[task.kind, task.server_round] = said
+            change, lie = mutate_safetensors(honest, draw)
+            lies[task.kind, task.server_round] = change
             return lie
 
         return answer

@@ -53,10 +53,10 @@ def test_mutated_tasks_are_refused_by_the_client(tmp_path):
     num_refused = 0
     for trial in range(NUM_TRIALS):
         draw = random.Random(trial)
-        said, mutated = mutate_safetensors(draw.choice(payloads), draw)
+        change, mutated = mutate_safetensors(draw.choice(payloads), draw)
         try:
             client.handle(mutated)
         except FedMomentumError as error:
             num_refused += 1
-            assert str(error), (trial, said)
+            assert str(error), (trial, change)
     assert num_refused > NUM_TRIALS / 4

@@ -14,7 +14,7 @@ ME = "party 01"
 
 
 class Trials:
-    """The state before a step, made anew only after something was accepted."""
+    """The state before a step, rebuilt only after something was accepted."""
 
     def __init__(self, step, tmp_path):
         self.step = step
@@ -36,17 +36,17 @@ def test_mutated_messages_to_a_party(tmp_path, step):
     for seed in range(NUM_TRIALS // 10):
         party = trials.parties[ME]
         message = trials.server.messages()[ME]
-        said, mutated = mutate_bytes(message, random.Random(seed))
+        change, mutated = mutate_bytes(message, random.Random(seed))
         try:
             party.answer(mutated)
         except SecureSumError as error:
-            assert str(error) and len(str(error)) < 2000, said
+            assert str(error) and len(str(error)) < 2000, change
             num_refused += 1
             continue
         # Bytes of no meaning may differ, and a plan may be another valid one; nothing else may.
         accepted = decode_message(mutated, ServerMessage, "x")
         if step:
-            assert accepted == decode_message(message, ServerMessage, "x"), said
+            assert accepted == decode_message(message, ServerMessage, "x"), change
         trials.renew()
     assert num_refused > NUM_TRIALS // 20
 
@@ -57,15 +57,15 @@ def test_mutated_replies_to_the_server(tmp_path, step):
     reply = trials.parties[ME].answer(trials.server.messages()[ME])
     num_refused = 0
     for seed in range(NUM_TRIALS // 10):
-        said, mutated = mutate_bytes(reply, random.Random(seed))
+        change, mutated = mutate_bytes(reply, random.Random(seed))
         try:
             trials.server.receive(ME, mutated)
         except SecureSumError as error:
-            assert ME in str(error) and len(str(error)) < 2000, said
+            assert ME in str(error) and len(str(error)) < 2000, change
             num_refused += 1
             continue
-        # What is in masks and in shares nobody can check here; its form is as it was.
-        assert set(msgspec.msgpack.decode(mutated)) == set(msgspec.msgpack.decode(reply)), said
+        # Nobody can check the content of masks and shares here; its form is unchanged.
+        assert set(msgspec.msgpack.decode(mutated)) == set(msgspec.msgpack.decode(reply)), change
         trials.renew()
         reply = trials.parties[ME].answer(trials.server.messages()[ME])
     assert num_refused > NUM_TRIALS // 50

@@ -1,4 +1,4 @@
-"""Adapters of classifiers that others made: combined and exported, whatever their head is called."""
+"""Adapters of classifiers from elsewhere: combined and exported, whatever their head is called."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Whoever holds the parts makes the snapshot, to the same bytes; nobody downloads more than one; nothing is lost."""
+"""Any client that holds the parts builds the snapshot, to the same bytes; no client downloads more than one; nothing is lost."""
 
 import json
 import os
@@ -102,11 +102,11 @@ def test_any_order_blocking_and_threads_give_the_servers_bytes(
     try:
         consolidation.BLOCK_ELEMENTS = block
         torch.set_num_threads(threads)
-        made = rebuild_snapshot(reordered(parts, draw), ties, shapes)
+        snapshot = rebuild_snapshot(reordered(parts, draw), ties, shapes)
     finally:
         consolidation.BLOCK_ELEMENTS = before
         torch.set_num_threads(threads_before)
-    assert made.name == wanted.name
+    assert snapshot.name == wanted.name
     for total in wanted.matrices.values():
         assert not torch.signbit(total[total == 0]).any()
 
@@ -159,9 +159,9 @@ def test_the_bound_holds_against_exact_arithmetic_and_the_list_is_short(ranks, s
                 torch.randn(4, rank, generator=draw) * scales, torch.randn(rank, 6, generator=draw)
             )
         )
-    made, ties = make_snapshot([StoredObject.of({"m": matrix}) for matrix in parts])
+    snapshot, ties = make_snapshot([StoredObject.of({"m": matrix}) for matrix in parts])
     listed = set(read_safetensors(ties.data, "ties")[0].get("m.index", torch.zeros(0)).tolist())
-    got = made.matrices["m"]
+    got = snapshot.matrices["m"]
     for i in range(4):
         for k in range(6):
             exact = sum(
@@ -169,11 +169,12 @@ def test_the_bound_holds_against_exact_arithmetic_and_the_list_is_short(ranks, s
                 for m in parts
                 for r in range(m.rank)
             )
-            near = got[i, k]
+            rounded = got[i, k]
             others = [
-                torch.nextafter(near, torch.tensor(side)) for side in (-float("inf"), float("inf"))
+                torch.nextafter(rounded, torch.tensor(side))
+                for side in (-float("inf"), float("inf"))
             ]
-            misses = [abs(Fraction(float(x)) - exact) for x in (near, *others)]
+            misses = [abs(Fraction(float(x)) - exact) for x in (rounded, *others)]
             assert i * 6 + k in listed or misses[0] <= min(misses[1:])
     assert len(listed) <= (24 if spread > 10 else 1)
 
@@ -183,10 +184,10 @@ def test_ties_are_few_at_the_size_of_a_layer():
         StoredObject.of({"m": random_matrix(384, 512, 24, seed=i, dtype=torch.float32)})
         for i in range(12)
     ]
-    made, ties = make_snapshot(
+    snapshot, ties = make_snapshot(
         [StoredObject.of({"m": torch.randn(384, 512, generator=generator(1)) * 1e-3}), *parts]
     )
-    assert 0 < len(ties.data) < 1e-3 * len(made.data)
+    assert 0 < len(ties.data) < 1e-3 * len(snapshot.data)
 
 
 REMAKE = """
@@ -206,7 +207,7 @@ def test_another_code_path_of_the_matrix_product_makes_the_same_snapshot(tmp_pat
     files = [tmp_path / str(i) for i in range(6)]
     for file, blob in zip(files, (*parts, ties), strict=True):
         file.write_bytes(blob.data)
-    told = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", REMAKE, *map(str, files)],
         capture_output=True,
         text=True,
@@ -214,10 +215,10 @@ def test_another_code_path_of_the_matrix_product_makes_the_same_snapshot(tmp_pat
         check=True,
         env={**os.environ, "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
     )
-    assert told.stdout.strip() == wanted.name
+    assert process.stdout.strip() == wanted.name
 
 
-def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
+def test_no_full_matrix_is_ever_in_float64(monkeypatch):
     monkeypatch.setattr(consolidation, "BLOCK_ELEMENTS", 2000)
     parts, largest = (
         [StoredObject.of({"m": random_matrix(90, 100, 3, seed=i)}) for i in range(3)],
@@ -238,12 +239,12 @@ def test_no_matrix_is_ever_whole_in_float64(monkeypatch):
     assert largest and max(largest) <= 2000
 
 
-def test_a_sum_beyond_float32_is_refused_before_anybody_adopts_it():
+def test_a_sum_beyond_float32_is_refused_before_any_client_adopts_it():
     large = StoredObject.of(
         {"m": LowRank(torch.full((2, 1), 1e38), torch.tensor([[1.0, 3.4028234, -2.0]]))}
     )
-    made, ties = make_snapshot([large])
-    assert rebuild_snapshot([large], ties, {"m": (2, 3)}).name == made.name
+    snapshot, ties = make_snapshot([large])
+    assert rebuild_snapshot([large], ties, {"m": (2, 3)}).name == snapshot.name
     for parts in (
         [large, large],
         [StoredObject.of({"m": LowRank(torch.full((2, 1), 1e38), torch.full((1, 3), 10.0))})],
@@ -267,14 +268,14 @@ WRONG_TIES = {
 
 
 @pytest.mark.parametrize("what", WRONG_TIES)
-def test_ties_that_are_none_of_these_matrices_are_refused(what):
+def test_ties_of_other_matrices_are_refused(what):
     with pytest.raises(ModelError, match="ties"):
         rebuild_snapshot(
             near_a_tie(), StoredObject(safetensors_bytes(WRONG_TIES[what])), {"m": (5, 3)}
         )
 
 
-def test_parts_of_other_modules_or_shapes_are_refused_before_anything_is_made():
+def test_parts_of_other_modules_or_shapes_are_refused_before_anything_is_built():
     huge = StoredObject.of(
         {"m": LowRank(torch.zeros(2**20, 0), torch.zeros(0, 2**20))}
     )  # 4 TB as a matrix
@@ -305,7 +306,7 @@ SIZES = (
     [
         ({S3, F}, set(), 0),
         ({S3}, {F}, 0),
-        (set(), {S3, F}, 0),  # a newcomer: the snapshot, and what came after
+        (set(), {S3, F}, 0),  # a new client: the snapshot, and what came after
         ({S2, E}, {T3, F}, 1),  # holds all: the ties alone
         ({S2}, {E, T3, F}, 1),  # missed the last round before the snapshot
         ({S1, C, D}, {E, T2, T3, F}, 2),  # across two snapshots
@@ -329,7 +330,7 @@ def test_at_equal_cost_the_snapshot_is_downloaded():
     assert plan_delivery([S2], {S1}, recipe, {**SIZES, S2: 32}.__getitem__).objects == {C, T2}
 
 
-def test_a_part_that_comes_again_is_sent_once():
+def test_a_repeated_part_is_sent_once():
     """As FRLoRA's start, in every round."""
     recipe = [Recipe(makes=S1, onto=None, parts=(A, B, A, C, A), ties=T1)]
     way = plan_delivery([S1, A, D], {A, B}, recipe, SIZES.__getitem__)
@@ -338,7 +339,7 @@ def test_a_part_that_comes_again_is_sent_once():
     assert way.objects == {A, T1, D} and way.recipes == tuple(recipe)
 
 
-def test_without_the_link_in_between_or_in_a_circle_the_snapshot_is_sent():
+def test_with_a_missing_link_or_a_cycle_the_snapshot_is_sent():
     for recipes in (
         (RECIPES[0], RECIPES[2]),
         (),
@@ -352,7 +353,7 @@ def test_without_the_link_in_between_or_in_a_circle_the_snapshot_is_sent():
     assert plan_delivery([], {A}, RECIPES, SIZES.__getitem__).objects == frozenset()
 
 
-def test_recipes_are_kept_while_they_can_be_worth_it():
+def test_recipes_are_kept_while_they_can_be_cheaper():
     size = SIZES.__getitem__
     assert prune_recipes(RECIPES, size, 1000) == RECIPES
     assert prune_recipes(RECIPES, size, 93) == RECIPES  # 92 bytes before the first
@@ -360,7 +361,7 @@ def test_recipes_are_kept_while_they_can_be_worth_it():
     assert prune_recipes(RECIPES, size, 31) == RECIPES[2:]
     assert (
         prune_recipes(RECIPES, size, 1) == RECIPES[2:]
-    )  # the last always: whoever holds all makes the snapshot
+    )  # the last always: a client that holds all of them builds the snapshot
 
 
 def test_recipes_from_elsewhere_are_checked():
@@ -414,11 +415,11 @@ class Party:
     def takes(self, way, fetch, model, shapes):
         self.blobs |= {name: StoredObject(fetch(name)) for name in way.objects}
         for recipe in way.recipes:
-            made = rebuild_snapshot(
+            snapshot = rebuild_snapshot(
                 [self.blobs[name] for name in recipe.summed], self.blobs[recipe.ties], shapes
             )
-            assert made.name == recipe.makes
-            self.blobs[made.name] = made
+            assert snapshot.name == recipe.makes
+            self.blobs[snapshot.name] = snapshot
         needed = {blob.name for blob in model.base_update}
         self.blobs = {name: blob for name, blob in self.blobs.items() if name in needed}
         assert self.blobs.keys() == needed
@@ -435,10 +436,10 @@ class Party:
         ),
     ],
 )
-def test_nobody_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
+def test_no_client_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
     tmp_path, rank, newcomers
 ):
-    """Who is new, or missed any number of rounds; who missed none downloads none. And the sum is exact.
+    """Clients that are new, or missed any number of rounds; those that missed none download none. And the sum is exact.
 
     Rank 40 stands for a residual that is dense, where a round's own part is a snapshot's size.
     """
@@ -499,7 +500,7 @@ def test_nobody_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_rounds(
     if newcomers and not is_dense:
         assert (
             chains > 0
-        )  # whoever missed rounds across several snapshots made them one after the other
+        )  # clients that missed rounds across several snapshots built them one after the other
     folder.close()
 
 
@@ -524,7 +525,7 @@ def config_of(folder, **sections):
 
 
 class Watched(InProcessTransport):
-    """Clients of their own, some away at times; keeps what each task brought, and may alter it."""
+    """Separate clients, some absent at times; keeps what each task brought, and may alter it."""
 
     def __init__(self, parties, absent=ABSENT, alter=lambda task: task):
         super().__init__({name: client.handle for name, client in parties.items()})
@@ -549,7 +550,7 @@ def make_clients(config, stores):
     return clients
 
 
-def ran(config, out, **transport):
+def run_and_record(config, out, **transport):
     watched = Watched(make_clients(config, out), **transport)
     model = run_federation(watched, config, out / "run")
     return watched.tasks, model
@@ -558,7 +559,7 @@ def ran(config, out, **transport):
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    return (*ran(config_of(folder), out), out)
+    return (*run_and_record(config_of(folder), out), out)
 
 
 def update_bytes(task):
@@ -571,7 +572,7 @@ def dense_of(model):
     return 4 * sum(matrix.shape[0] * matrix.shape[1] for matrix in model.adapter.modules.values())
 
 
-def test_late_comers_of_a_run_download_one_snapshot_and_the_others_none(undisturbed):
+def test_clients_that_join_late_download_one_snapshot_and_the_others_none(undisturbed):
     tasks, model, out = undisturbed
     dense, trained = dense_of(model), [task for task in tasks if task.kind == "train"]
     assert any(task.request.recipes for task in trained)
@@ -592,10 +593,10 @@ def test_late_comers_of_a_run_download_one_snapshot_and_the_others_none(undistur
 
 
 @pytest.mark.parametrize("name", ["frlora", "fedexlora", "flora"])
-def test_late_comers_of_other_methods(folder, tmp_path, name):
+def test_clients_that_join_late_with_other_methods(folder, tmp_path, name):
     """FRLoRA's list names its start again and again; FLoRA's clients draw the adapter themselves."""
     config = config_of(folder, method={"name": name}, federation={"num_rounds": 12})
-    tasks, model = ran(config, tmp_path)
+    tasks, model = run_and_record(config, tmp_path)
     trained = [task for task in tasks if task.kind == "train"]
     assert any(task.request.recipes for task in trained)
     assert max(map(update_bytes, trained)) < dense_of(model) + 1024
@@ -605,11 +606,11 @@ def test_late_comers_of_other_methods(folder, tmp_path, name):
     )
 
 
-def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
+def test_a_run_that_consolidates_for_a_client_resumes_to_the_same_bits(
     folder, undisturbed, tmp_path
 ):
     """Killed after the snapshot was made and before its round was saved, and in the round after."""
-    tasks, _, whole = undisturbed
+    tasks, _, uninterrupted = undisturbed
     config, parties = config_of(folder), make_clients(config_of(folder), tmp_path)
     needed = sorted({task.server_round for task in tasks if getattr(task.request, "recipes", [])})
     for number, server_round in enumerate(
@@ -635,17 +636,17 @@ def test_a_run_that_consolidates_for_somebody_resumes_to_the_same_bits(
         except KeyboardInterrupt:
             continue
     run_federation(Watched(parties), config, tmp_path / "run", resume=True)
-    assert chain(tmp_path / "run") == chain(whole / "run")
-    assert timeless(tmp_path / "run") == timeless(whole / "run")
-    assert objects(tmp_path / "run") == objects(whole / "run")
+    assert chain(tmp_path / "run") == chain(uninterrupted / "run")
+    assert timeless(tmp_path / "run") == timeless(uninterrupted / "run")
+    assert objects(tmp_path / "run") == objects(uninterrupted / "run")
 
 
 @pytest.mark.parametrize(
     "what", ["ties", "other ties", "a part", "no part", "parts twice", "what it makes"]
 )
-def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp_path, what):
-    """The client drops what comes out, says what it lacks, and is sent the snapshot; the run is the same."""
-    told = []
+def test_tampering_never_gives_another_base(folder, undisturbed, tmp_path, what):
+    """The client discards the result, says what it lacks, and is sent the snapshot; the run is the same."""
+    altered = []
 
     def alter(task):
         recipes = [
@@ -654,10 +655,10 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
         if not recipes:
             return task
         last, sent = recipes[-1], dict(task.objects)
-        told.append((task.client_id, task.server_round))
+        altered.append((task.client_id, task.server_round))
         if what == "ties":
             sent[last["ties"]] = sent[last["ties"]][:-1] + b"?"
-        elif what == "other ties":  # whole, under their own name, and wrong
+        elif what == "other ties":  # complete, under their own name, and wrong
             module = next(iter(task.request.manifest.scalings))
             wrong = StoredObject(
                 safetensors_bytes(
@@ -681,21 +682,22 @@ def test_what_is_tampered_with_never_makes_another_base(folder, undisturbed, tmp
             task, objects=sent, request=msgspec.structs.replace(task.request, recipes=changed)
         )
 
-    tasks, model, whole = undisturbed
+    tasks, model, uninterrupted = undisturbed
     config = config_of(folder)
-    more, got = ran(config, tmp_path, alter=alter)
-    assert told and got.version == model.version and got.adapter_objects == model.adapter_objects
+    more, got = run_and_record(config, tmp_path, alter=alter)
+    assert altered and got.version == model.version and got.adapter_objects == model.adapter_objects
     wanted = [
-        {**row, "downlink_bytes": None, "uplink_bytes": None} for row in timeless(whole / "run")
+        {**row, "downlink_bytes": None, "uplink_bytes": None}
+        for row in timeless(uninterrupted / "run")
     ]
     rows = [
         {**row, "downlink_bytes": None, "uplink_bytes": None} for row in timeless(tmp_path / "run")
     ]
     assert rows == wanted
-    again = [task for task in more if (task.client_id, task.server_round) in told]
-    assert len(again) == 2 * len(told)  # each was asked again, with the snapshot
+    repeated = [task for task in more if (task.client_id, task.server_round) in altered]
+    assert len(repeated) == 2 * len(altered)  # each was asked again, with the snapshot
     assert {file.name for file in (tmp_path / "site0").rglob("*.safetensors")} == {
-        file.name for file in (whole / "site0").rglob("*.safetensors")
+        file.name for file in (uninterrupted / "site0").rglob("*.safetensors")
     }
 
 
@@ -711,7 +713,7 @@ def test_recipes_of_another_form_are_refused_by_name(folder, tmp_path, bad):
         changed = msgspec.structs.replace(task.request, recipes=bad)
         return replace(task, request=changed) if task.client_id == "site1" else task
 
-    tasks, _ = ran(
+    tasks, _ = run_and_record(
         config,
         tmp_path,
         absent={},
@@ -737,9 +739,11 @@ def test_a_snapshot_is_due_by_size_by_need_and_never_of_one_part():
     assert should_consolidate(replace(model, base_update=tuple(part)))
     dense = StoredObject.of({"m": torch.ones(10, 10)})
     assert should_consolidate(replace(model, base_update=(part[0], dense), newest=(dense,)))
-    later, recipe, ties = consolidate(replace(model, base_update=(dense, *part, part[0])))
+    next_model, recipe, ties = consolidate(replace(model, base_update=(dense, *part, part[0])))
     assert recipe.onto == dense.name and recipe.parts == tuple(
         blob.name for blob in (*part, part[0])
     )
-    assert recipe.ties == ties.name and [recipe.makes] == [blob.name for blob in later.base_update]
+    assert recipe.ties == ties.name and [recipe.makes] == [
+        blob.name for blob in next_model.base_update
+    ]
     assert consolidate(replace(model, base_update=tuple(part)))[1].onto is None

@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 
 class Site:
-    """A client with a disk: only what is in its directory survives a restart."""
+    """A client with a disk: only what is in its directory survives a restart of it."""
 
     def __init__(self, name, folder):
         self.name = name
@@ -164,7 +164,7 @@ class Coordinator:
         try:
             second = self.sum(server_round, 2, layout.second_blocks(), values, second_leaves or {})
         except SecureSumError:
-            pass  # the mean factors alone: clients keep their cross terms whole
+            pass  # the mean factors alone: clients keep their full cross terms
         else:
             survivors = second.survivors
             totals = self.tensors(second)
@@ -226,12 +226,12 @@ def test_a_file_is_what_was_saved_whatever_the_form_of_the_feedback(tmp_path):
     for feedback in (None, random_matrix(6, 5, 2, seed=1), torch.ones(6, 5).double()):
         state = make_state(feedback)
         (tmp_path / "file").write_bytes(state.encode())
-        again = CrossTerms.read(tmp_path / "file")
-        assert (again.client, again.run_id, again.server_round) == ("north", "run", 4)
-        assert (again.num_examples, again.feedback_limits) == (9, {"q": 2.5})
-        assert type(again.moves["q"].feedback) is type(feedback)
-        assert again.encode() == state.encode()
-        kept = again.settled(None, in_second_sum=False)
+        loaded = CrossTerms.read(tmp_path / "file")
+        assert (loaded.client, loaded.run_id, loaded.server_round) == ("north", "run", 4)
+        assert (loaded.num_examples, loaded.feedback_limits) == (9, {"q": 2.5})
+        assert type(loaded.moves["q"].feedback) is type(feedback)
+        assert loaded.encode() == state.encode()
+        kept = loaded.settled(None, in_second_sum=False)
         assert kept.keys() == ({"q"} if feedback is not None else set())
         assert CrossTerms.read_client(tmp_path / "file") == "north"
 
@@ -244,8 +244,8 @@ def make_state(feedback):
 def test_damaged_files_and_outcomes_of_other_adapters_are_refused(tmp_path):
     data = make_state(None).encode()
     file = tmp_path / "file"
-    for spoilt in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"", data.replace(b"9", b"8", 1)):
-        file.write_bytes(spoilt)
+    for damaged in (data[:-1], data[:-1] + bytes([data[-1] ^ 1]), b"", data.replace(b"9", b"8", 1)):
+        file.write_bytes(damaged)
         with pytest.raises(ModelError, match="cross terms are damaged"):
             CrossTerms.read(file)
     start = Adapter({"q": random_matrix(6, 5, 3, seed=2)}, {"q": 1.0})

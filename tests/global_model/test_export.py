@@ -45,8 +45,10 @@ def make_base(kind, folder, tied):
             weight if tied else torch.nn.Parameter(weight.detach() * 0.5)
         )
         model.save_pretrained(folder)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == tied
+    reloaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert (
+        reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
+    ) == tied
     return folder
 
 
@@ -98,7 +100,7 @@ def distance(one, two):
 @pytest.mark.parametrize(
     "saved", [("head",), ("embeddings",), ("embeddings", "head"), ("norm",), ()], ids="+".join
 )
-def test_every_way_out_gives_the_trained_models_logits(tmp_path, kind, tied, saved):
+def test_every_export_gives_the_trained_models_logits(tmp_path, kind, tied, saved):
     names = NAMES[kind]
     base = make_base(kind, tmp_path / "base", tied)
     modules = [names[part] for part in saved]
@@ -134,7 +136,7 @@ def test_every_way_out_gives_the_trained_models_logits(tmp_path, kind, tied, sav
 def test_an_adapted_head_that_is_tied_is_merged_into_the_head_alone(tmp_path):
     """Foreign adapters may adapt it; the checkpoint stores the embeddings for both."""
     base = make_base("llama", tmp_path / "base", True)
-    # PEFT saves a copy of the base's embeddings beside such an adapter unless it is told not to
+    # PEFT saves a copy of the base's embeddings beside such an adapter unless that is switched off
     wanted, untouched = trained_adapter(
         base, tmp_path / "stock", ["q_proj", "lm_head"], (), save_embedding_layers=False
     )
@@ -196,13 +198,13 @@ def test_sixteen_bits_on_disk_are_the_float32_weights_rounded(tmp_path, dtype):
     share = export_merged(model, tmp_path / "half", base_directory=base, dtype=dtype)
     assert 0.9 < share < 1.1 and share != 1
     export_merged(model, tmp_path / "whole", base_directory=base)
-    half, whole = (
+    half, full = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
         for name in ("half", "whole")
     )
-    assert half.keys() == whole.keys()
+    assert half.keys() == full.keys()
     for name, tensor in half.items():
-        assert tensor.dtype == dtype and torch.equal(tensor, whole[name].to(dtype)), name
+        assert tensor.dtype == dtype and torch.equal(tensor, full[name].to(dtype)), name
     assert (
         distance(
             logits(AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)),
@@ -227,9 +229,9 @@ def test_on_a_16_bit_base_saved_modules_count_in_float32(tmp_path, saved):
             assert held.dtype == torch.float32 and torch.equal(held, tensor)
         answers = live(input_ids=IDS).logits
         assert answers.dtype == torch.bfloat16 and distance(answers.float(), wanted) < 0.05
-    again = logits(live)
+    merged_logits = logits(live)
     assert {p.dtype for n, p in live.named_parameters() if "q_proj" not in n} == {torch.bfloat16}
-    assert distance(again, before) < 0.01
+    assert distance(merged_logits, before) < 0.01
 
 
 # ── added tokens ──
@@ -337,9 +339,9 @@ def test_an_adapter_that_reads_back_as_another_is_refused(trained, tmp_path, mon
     honest = export.to_single_adapter
 
     def without_its_head(model):
-        whole = honest(model)
-        return type(whole)(
-            whole.modules, whole.scalings, {}, {**whole.config, "modules_to_save": None}, "x"
+        adapter = honest(model)
+        return type(adapter)(
+            adapter.modules, adapter.scalings, {}, {**adapter.config, "modules_to_save": None}, "x"
         )
 
     monkeypatch.setattr(export, "to_single_adapter", without_its_head)
@@ -384,7 +386,7 @@ def test_an_empty_directory_is_filled_whether_or_not_it_can_be_renamed(
     assert read_adapter(out).digest() == export.to_single_adapter(model).digest()
 
 
-def test_what_others_put_there_meanwhile_is_left_alone(trained, tmp_path, monkeypatch):
+def test_files_that_appear_during_an_export_are_left_alone(trained, tmp_path, monkeypatch):
     base, model = trained
     monkeypatch.setattr(
         export,
@@ -422,7 +424,7 @@ def test_logits_that_are_not_finite_or_of_another_shape_are_refused():
     assert readback.check_logits(wanted, wanted, torch.float32, "x") == 0
 
 
-def test_what_lies_beside_the_weights_comes_along(tmp_path):
+def test_files_beside_the_weights_are_copied(tmp_path):
     """The tokenizer, and generation settings that transformers reads but refuses to write."""
     base = make_base("llama", tmp_path / "base", True)
     (base / "generation_config.json").write_text(

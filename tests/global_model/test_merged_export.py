@@ -225,7 +225,7 @@ def test_an_adapter_on_a_streamed_base(tmp_path):
 
 
 @pytest.mark.parametrize("stored_for", [("a", "b"), ("one", "two")])
-def test_a_classifier_whose_head_is_made_anew_on_16_bit_weights(tmp_path, stored_for):
+def test_a_classifier_whose_head_is_new_on_16_bit_weights(tmp_path, stored_for):
     """The head is in float32, whatever the checkpoint has: none, or one for other labels."""
     kind = AutoModelForSequenceClassification
     base = write_llama(tmp_path / "base", [torch.bfloat16])

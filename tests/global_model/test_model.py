@@ -39,10 +39,10 @@ def fresh(seed=0, rank=2) -> Adapter:
     )
 
 
-def grown(model: GlobalModel, aggregate: AggregationResult, method: str) -> GlobalModel:
-    """The next round's model, as the server keeps it where nobody has anything to catch up with."""
-    later = model.advance(aggregate, method)
-    return consolidate(later)[0] if should_consolidate(later) else later
+def next_round(model: GlobalModel, aggregate: AggregationResult, method: str) -> GlobalModel:
+    """The next round's model, as the server keeps it if no client has to catch up."""
+    next_model = model.advance(aggregate, method)
+    return consolidate(next_model)[0] if should_consolidate(next_model) else next_model
 
 
 def after_rounds(
@@ -61,7 +61,7 @@ def after_rounds(
             method,
             RoundContext(ranks=dict.fromkeys(SHAPES, 2), scalings=dict.fromkeys(SHAPES, 1.5)),
         )
-        model = grown(model, result, repr(method))
+        model = next_round(model, result, repr(method))
         merged = {m: merged[m] + wanted[m] - result.adapter.effective(m).dense() for m in SHAPES}
     exact = {m: merged[m] + model.adapter.effective(m).dense() for m in SHAPES}
     return model, exact
@@ -83,22 +83,22 @@ def test_the_effective_model_is_exact_also_through_consolidation(num_rounds):
         assert any("dense" in key for key in read_safetensors(model.base_update[0].data, "")[0])
 
 
-def test_one_adapter_holds_the_whole_model():
+def test_one_adapter_holds_the_full_model():
     for num_rounds in (1, 40):
         model, exact = after_rounds(num_rounds)
-        whole = to_single_adapter(model)
-        assert set(whole.scalings.values()) == {1.0}
+        single = to_single_adapter(model)
+        assert set(single.scalings.values()) == {1.0}
         for module in SHAPES:
-            assert error(whole.effective(module).dense(), exact[module]) < 1e-5
+            assert error(single.effective(module).dense(), exact[module]) < 1e-5
 
 
 def test_save_and_load_keep_every_bit(tmp_path):
     model, _ = after_rounds(3, method=FedMomentum(energy=0.8))
     model.save(tmp_path)
-    again = GlobalModel.load(tmp_path)
-    assert again.version == model.version and again.adapter_objects == model.adapter_objects
-    assert again.objects() == model.objects() and again.manifest() == model.manifest()
-    assert again.carried.keys() == model.carried.keys() != set()
+    loaded = GlobalModel.load(tmp_path)
+    assert loaded.version == model.version and loaded.adapter_objects == model.adapter_objects
+    assert loaded.objects() == model.objects() and loaded.manifest() == model.manifest()
+    assert loaded.carried.keys() == model.carried.keys() != set()
     assert not any(file.suffix in (".bin", ".pt", ".pkl") for file in tmp_path.rglob("*"))
     assert not (
         tmp_path / "adapter_config.json"
@@ -114,7 +114,7 @@ def test_version_is_over_base_and_bytes_in_order():
     )  # the live adapter is no part of the base
 
 
-def test_what_is_not_ours_or_newer_or_damaged_is_refused_by_name(tmp_path):
+def test_foreign_newer_or_damaged_files_are_refused_by_name(tmp_path):
     model, _ = after_rounds(2)
     model.save(tmp_path)
     file = tmp_path / "global_model.json"
@@ -253,8 +253,8 @@ def test_objects_that_are_no_base_update_are_refused():
     for data in (b"", b"short", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}" * 40):
         with pytest.raises(PayloadError):
             _ = StoredObject(data).matrices
-    whole = {"q.B": torch.ones(4, 2), "q.A": torch.ones(2, 3)}
-    assert set(StoredObject(safetensors_bytes(whole)).matrices) == {"q"}
+    tensors = {"q.B": torch.ones(4, 2), "q.A": torch.ones(2, 3)}
+    assert set(StoredObject(safetensors_bytes(tensors)).matrices) == {"q"}
     for change, message in (
         ({"q.A": torch.ones(3, 3)}, "module q: B must be"),
         ({"q.A": torch.ones(2, 3, dtype=torch.float64)}, "tensor q.A is float64"),
@@ -264,7 +264,7 @@ def test_objects_that_are_no_base_update_are_refused():
         ({"p.dense": torch.full((1, 1), float("inf"))}, "p.dense holds NaN or Inf"),
     ):
         with pytest.raises(ModelError, match=message):
-            _ = StoredObject(safetensors_bytes(whole | change)).matrices
+            _ = StoredObject(safetensors_bytes(tensors | change)).matrices
 
 
 # ── the base ──
@@ -304,7 +304,7 @@ def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
             else naive.double() - start.double()
         )
         assert error(lost, wanted) > 0.5
-    # step by step gives the bits of all at once, and taking off gives the pristine weight back
+    # step by step gives the bits of all at once, and removing it restores the original weight
     step_by_step = held.weight(module).clone()
     held.apply([])
     assert torch.equal(held.weight(module), held.pretrained(module))
@@ -314,7 +314,7 @@ def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_merging_makes_no_second_matrix_and_leaves_shared_weights_alone(tmp_path, make):
-    """Neither when a part is added nor before; whoever shares the layer's old weight keeps it as it was."""
+    """Neither when a part is added nor before; other users of the layer's old weight keep it unchanged."""
     base = make(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     module = (
@@ -325,20 +325,20 @@ def test_merging_makes_no_second_matrix_and_leaves_shared_weights_alone(tmp_path
     held = Float32Weights({module: model.get_submodule(module)}, base)
     update = StoredObject.of({module: random_matrix(*held.weight(module).shape, 3, seed=1)})
     _ = update.matrices  # read beforehand: only the adding is watched
-    made = []
+    allocated = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor):
-                made.append((result.untyped_storage().data_ptr(), result.numel()))
+                allocated.append((result.untyped_storage().data_ptr(), result.numel()))
             return result
 
     with Watch():
         held.apply([update])
     own = held.weight(module).untyped_storage().data_ptr()
-    assert any(storage == own for storage, _ in made)
-    assert not [size for storage, size in made if storage != own and size >= before.numel()]
+    assert any(storage == own for storage, _ in allocated)
+    assert not [size for storage, size in allocated if storage != own and size >= before.numel()]
     assert torch.equal(shared, before) and not torch.equal(
         held.weight(module), held.pretrained(module)
     )
@@ -367,7 +367,7 @@ def test_base_update_for_other_modules_or_shapes_is_refused(tmp_path):
         Float32Weights({"model.embed_tokens": model.get_submodule("model.embed_tokens")}, base)
 
 
-def test_a_base_update_is_applied_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_base_update_is_applied_completely_or_not_at_all(tmp_path, monkeypatch):
     """Whatever stops it midway, the next base that is applied has the bits of one applied to a fresh model."""
     base = tiny_llama(tmp_path / "base")
     first, second = SHAPES
@@ -402,7 +402,7 @@ def test_a_base_update_is_applied_whole_or_not_at_all(tmp_path, monkeypatch):
         disturbed.apply([parts[0], parts[1], wrong])
     assert all(map(torch.equal, before, weights(disturbed)))
 
-    # Memory runs out, or somebody presses Ctrl-C, after the first module.
+    # Memory runs out, or someone presses Ctrl-C, after the first module.
     for error_type in (RuntimeError, KeyboardInterrupt):
         original, calls = Float32Weights.weight, []
 
@@ -454,7 +454,7 @@ def test_identity_counts_tied_tensors_once(tmp_path):
     assert identify("a", both).sha256 == one.sha256
 
 
-def test_bases_that_are_not_there_are_refused_by_name(tmp_path):
+def test_missing_bases_are_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="no directory ./nowhere"):
         resolve_base("./nowhere")
     with pytest.raises(ModelError, match="nobody/nothing.*give the path"):
@@ -489,7 +489,7 @@ def numbers(blobs) -> int:
 
 
 @pytest.mark.parametrize("rank, most", [(1, 2), (3, 2), (9, 1)])
-def test_the_list_is_bounded_over_two_hundred_rounds_whoever_is_asked(rank, most):
+def test_the_list_is_bounded_over_two_hundred_rounds_with_any_participation(rank, most):
     """At two dense sizes, and at one beside the last snapshot; and nothing is lost.
 
     Where a round's residual is as large as a dense matrix, the list is one snapshot, always.
@@ -507,7 +507,7 @@ def test_the_list_is_bounded_over_two_hundred_rounds_whoever_is_asked(rank, most
         if rank == 9:
             residual = residual.dense()
         given = AggregationResult(start, {"m": residual}, {}, {}, torch.ones(1))
-        model = grown(model, given, "method")
+        model = next_round(model, given, "method")
         wanted += to_dense(residual).double()
         history.append(model.base_update)
         largest = max(largest, numbers(model.base_update))

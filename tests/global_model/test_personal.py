@@ -1,4 +1,4 @@
-"""Methods that leave factors with each client: whose they are, that they come back to the bit, and what is refused."""
+"""Methods that leave factors with each client: whose they are, that they are restored to the bit, and what is refused."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def odd_config(folder, *, names=NAMES, num_rounds=4, **sections):
-    """A FedSA-LoRA run of clients with odd names, each with data of its own size."""
+    """A FedSA-LoRA run of clients with odd names, each with a different amount of data."""
     federation = {"num_rounds": num_rounds, **sections.pop("federation", {})}
     config = tiny_config(
         folder,
@@ -56,12 +56,12 @@ class Watch:
     """A training function that notes the B with which each client begins and ends; data sizes tell them apart."""
 
     def __init__(self):
-        self.begun, self.ended = {}, {}
+        self.at_start, self.at_end = {}, {}
 
     def __call__(self, model, examples, **settings):
-        self.begun.setdefault(len(examples), []).append(factors_of(model))
+        self.at_start.setdefault(len(examples), []).append(factors_of(model))
         report = nudge(model, examples, **settings)
-        self.ended.setdefault(len(examples), []).append(factors_of(model))
+        self.at_end.setdefault(len(examples), []).append(factors_of(model))
         return report
 
 
@@ -76,14 +76,14 @@ def personal_bytes(store):
     }
 
 
-def test_every_client_goes_on_with_its_own_factors_whatever_its_name(folder, tmp_path):
+def test_every_client_continues_with_its_own_factors_whatever_its_name(folder, tmp_path):
     watch = Watch()
     run = start(odd_config(folder), tmp_path / "run", function=watch)
-    assert len(watch.begun) == len(NAMES)
-    for size, begun in watch.begun.items():
-        assert len(begun) == 4 and not any(bool(b.any()) for b in begun[0])
+    assert len(watch.at_start) == len(NAMES)
+    for size, starts in watch.at_start.items():
+        assert len(starts) == 4 and not any(bool(b.any()) for b in starts[0])
         for server_round in range(1, 4):
-            assert equal(begun[server_round], watch.ended[size][server_round - 1])
+            assert equal(starts[server_round], watch.at_end[size][server_round - 1])
     run_id = run.state.run_id
     assert personal_states(tmp_path / "run", run_id).clients().keys() == set(NAMES)
     everything = {path for path in tmp_path.rglob("*.safetensors") if "personal" in path.parts}
@@ -94,16 +94,16 @@ def test_every_client_goes_on_with_its_own_factors_whatever_its_name(folder, tmp
 
 
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(folder, tmp_path):
-    whole = odd_config(folder, names=NAMES[:4], federation={"client-fraction": 0.5})
-    start(whole, tmp_path / "whole")
+    config = odd_config(folder, names=NAMES[:4], federation={"client-fraction": 0.5})
+    start(config, tmp_path / "whole")
 
     def stop(event, facts):
         if event == "aggregate" and facts["done"] == 1 and len(timeless(tmp_path / "run")) == 3:
             raise KeyboardInterrupt  # in round 3, after its clients have trained
 
     with pytest.raises(KeyboardInterrupt):
-        start(whole, tmp_path / "run", observer=stop)
-    resumed = start(whole, tmp_path / "run", resume=True)
+        start(config, tmp_path / "run", observer=stop)
+    resumed = start(config, tmp_path / "run", resume=True)
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     assert chain(tmp_path / "run") == chain(tmp_path / "whole") and objects(
         tmp_path / "run"
@@ -112,14 +112,16 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(folder, tmp_path
         files = personal_states(tmp_path / "run", resumed.state.run_id).files(name)
         assert files
         for server_round in files:
-            mine = personal_states(tmp_path / "run", resumed.state.run_id).load(name, server_round)
+            resumed_state = personal_states(tmp_path / "run", resumed.state.run_id).load(
+                name, server_round
+            )
             (other,) = (tmp_path / "whole" / "personal").iterdir()
-            theirs, _ = read_safetensors(
+            expected, _ = read_safetensors(
                 (other / directory_name(name) / f"{server_round:04d}.safetensors").read_bytes(),
                 "other",
             )
-            assert mine.tensors.keys() == theirs.keys() and all(
-                torch.equal(mine.tensors[k], theirs[k]) for k in theirs
+            assert resumed_state.tensors.keys() == expected.keys() and all(
+                torch.equal(resumed_state.tensors[k], expected[k]) for k in expected
             )
 
 
@@ -132,7 +134,7 @@ def networked(config, stores):
     return InProcessTransport(steps)
 
 
-def test_clients_with_stores_of_their_own_come_to_the_same(folder, tmp_path):
+def test_clients_with_separate_stores_give_the_same_result(folder, tmp_path):
     config = odd_config(folder, names=NAMES[:4])
     run_federation(networked(config, tmp_path / "nodes"), config, tmp_path / "served")
     start(config, tmp_path / "run")
@@ -143,7 +145,7 @@ def test_clients_with_stores_of_their_own_come_to_the_same(folder, tmp_path):
     assert not (tmp_path / "served" / "personal").exists()
     for name in NAMES[:4]:
         (kept,) = (tmp_path / "nodes" / directory_name(name) / "personal").iterdir()
-        # as many checkpoints as the run keeps, and the round before them, for a round that is made
+        # as many checkpoints as the run keeps, and the round before them, for a round that is run
         # again
         assert [file.name for file in sorted((kept / directory_name(name)).iterdir())] == [
             f"{r:04d}.safetensors" for r in (2, 3, 4)
@@ -154,9 +156,9 @@ def test_a_store_that_serves_two_runs_keeps_their_factors_apart(folder, tmp_path
     """The second run draws its clients; one that first trains late must not find what the first run left."""
     config = odd_config(folder, names=NAMES[:3], num_rounds=3)
     run_federation(networked(config, tmp_path / "nodes"), config, tmp_path / "first")
-    later = replace(config, federation=replace(config.federation, client_fraction=0.3))
-    run_federation(networked(later, tmp_path / "nodes"), later, tmp_path / "second")
-    run_federation(networked(later, tmp_path / "fresh"), later, tmp_path / "alone")
+    second_config = replace(config, federation=replace(config.federation, client_fraction=0.3))
+    run_federation(networked(second_config, tmp_path / "nodes"), second_config, tmp_path / "second")
+    run_federation(networked(second_config, tmp_path / "fresh"), second_config, tmp_path / "alone")
     assert len({tuple(row["accepted"]) for row in timeless(tmp_path / "alone")[1:]}) > 1
     assert timeless(tmp_path / "second") == timeless(tmp_path / "alone")
     assert objects(tmp_path / "second") == objects(tmp_path / "alone")
@@ -197,21 +199,21 @@ def damage(file, how):
 @pytest.mark.parametrize(
     "how", ["flipped bit", "cut", "empty", "no metadata", "nonsense", "missing"]
 )
-def test_a_damaged_file_is_refused_by_name_before_a_run_goes_on(folder, tmp_path, how):
+def test_a_damaged_file_is_refused_by_name_before_a_run_resumes(folder, tmp_path, how):
     config = odd_config(folder, names=NAMES[:2], num_rounds=2)
     run = start(config, tmp_path / "run")
     damage(personal_states(tmp_path / "run", run.state.run_id).files("north-2")[2], how)
     longer = replace(config, federation=replace(config.federation, num_rounds=3))
-    told = (
+    message = (
         r"client north-2: .* after round 2 are missing"
         if how == "missing"
         else "own factors are damaged: .*north-2"
     )
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         prepare(longer, tmp_path / "run", resume=True)
 
 
-def test_anothers_file_is_refused(folder, tmp_path):
+def test_a_file_of_another_client_is_refused(folder, tmp_path):
     config = odd_config(folder, names=NAMES[:2], num_rounds=2)
     run = start(config, tmp_path / "run")
     files = {
@@ -230,7 +232,7 @@ def some_factors(**changes):
     return replace(PersonalFactors("north", "r", 3, 2, 1.5, False, tensors), **changes)
 
 
-def test_factors_are_written_and_read_whole(tmp_path):
+def test_factors_are_written_and_read_completely(tmp_path):
     personal_states(tmp_path, "r").save(some_factors())
     for last_round in (3, 9):
         read = personal_states(tmp_path, "r").load("north", last_round)
@@ -249,7 +251,7 @@ def test_factors_are_written_and_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("factors", "told"),
+    ("factors", "message"),
     [
         (some_factors(tensors={"a.B": torch.ones(3, 2)}), "b.B is in one of them only"),
         (
@@ -268,9 +270,9 @@ def test_factors_are_written_and_read_whole(tmp_path):
         (some_factors(scaling=2.0), "scaling 2; the adapter"),
     ],
 )
-def test_factors_that_do_not_fit_change_nothing(factors, told):
+def test_factors_that_do_not_fit_change_nothing(factors, message):
     live = {"a.B": torch.zeros(3, 2), "b.B": torch.zeros(4, 2)}
-    with pytest.raises(ModelError, match=f"client north: its own factors after round 3.*{told}"):
+    with pytest.raises(ModelError, match=f"client north: its own factors after round 3.*{message}"):
         factors.copy_into(live, rank=2, scaling=1.5)
     assert not any(bool(tensor.any()) for tensor in live.values())
     some_factors().copy_into(live, rank=2, scaling=1.5)

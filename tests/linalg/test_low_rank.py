@@ -69,27 +69,30 @@ def test_svd_is_exact_for_ill_conditioned_factors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_and_single_precision_are_read_and_float32_comes_back(dtype):
+def test_half_and_single_precision_are_read_and_float32_is_returned(dtype):
     matrix = random_matrix(30, 20, 4, dtype=dtype)
-    again = matrix.recompress()
-    assert again.dtype == torch.float32 and again.rank == 4
-    assert error(again.dense(), matrix.B.double() @ matrix.A.double()) < TOLERANCE[torch.float32]
+    recompressed = matrix.recompress()
+    assert recompressed.dtype == torch.float32 and recompressed.rank == 4
+    assert (
+        error(recompressed.dense(), matrix.B.double() @ matrix.A.double())
+        < TOLERANCE[torch.float32]
+    )
 
 
 def test_norm_of_a_tiny_difference_survives():
     """sqrt(<D, D>) would return 1e-8 or NaN here."""
     one = random_matrix(30, 20, 4)
-    nudge = random_matrix(30, 20, 1, seed=1).scaled(1e-12)
-    other = LowRank(torch.cat([one.B, nudge.B], 1), torch.cat([one.A, nudge.A], 0))
-    assert math.isclose(difference(other, one).norm(), nudge.norm(), rel_tol=1e-3)
+    perturbation = random_matrix(30, 20, 1, seed=1).scaled(1e-12)
+    other = LowRank(torch.cat([one.B, perturbation.B], 1), torch.cat([one.A, perturbation.A], 0))
+    assert math.isclose(difference(other, one).norm(), perturbation.norm(), rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-7])
 @pytest.mark.parametrize("size", [1.0, 1e-18, 1e18])
 def test_a_norm_in_float32_keeps_five_digits_whatever_cancels_and_whatever_the_size(share, size):
-    one, nudge = random_matrix(30, 20, 4), random_matrix(30, 20, 2, seed=1).scaled(share)
+    one, perturbation = random_matrix(30, 20, 4), random_matrix(30, 20, 2, seed=1).scaled(share)
     close = difference(
-        LowRank(torch.cat([one.B, nudge.B], 1), torch.cat([one.A, nudge.A], 0)), one
+        LowRank(torch.cat([one.B, perturbation.B], 1), torch.cat([one.A, perturbation.A], 0)), one
     ).scaled(size)
     close = close.to(torch.float32)  # its parts cancel to the bit
     assert math.isclose(
@@ -97,7 +100,7 @@ def test_a_norm_in_float32_keeps_five_digits_whatever_cancels_and_whatever_the_s
     )
 
 
-def test_recompression_is_optimal_and_keeps_the_energy_asked_for():
+def test_recompression_is_optimal_and_keeps_the_requested_energy():
     total = weighted_sum(clients(), some_weights(3))
     S = torch.linalg.svdvals(total.dense())
     for rank in (1, 3, 7):
@@ -117,7 +120,7 @@ def test_recompression_is_optimal_and_keeps_the_energy_asked_for():
         assert smaller.inner(smaller) / total.inner(total) < energy
 
 
-def test_energy_and_numerical_rank_of_nothing():
+def test_energy_and_numerical_rank_of_an_empty_matrix():
     assert energy_rank(torch.zeros(3), 0.9) == 0 and numerical_rank(torch.zeros(3), (5, 5)) == 0
     assert zeros((3, 4)).norm() == 0.0 and zeros((3, 4)).svd()[1].shape == (0,)
 
@@ -126,8 +129,8 @@ def test_randomised_svd_with_the_published_width_finds_the_sum():
     total = weighted_sum(clients(), some_weights(3))
     U, S, Vh = randomized_svd(total, total.rank, generator(0))
     assert error((U * S) @ Vh, total.dense()) < 1e-5
-    again = randomized_svd(total, total.rank, generator(0))
-    assert torch.equal(again[1], S)
+    repeated = randomized_svd(total, total.rank, generator(0))
+    assert torch.equal(repeated[1], S)
 
 
 @pytest.mark.parametrize("side", ["in", "out"])
@@ -139,8 +142,8 @@ def test_principal_angles_by_construction(side):
         torch.cat([basis, torch.randn(9, 3, generator=generator(6), dtype=torch.float64)], 1)
     ).Q
     turned = basis[:, :3] * wanted.cos() + extra[:, 4:7] * wanted.sin()
-    rest = torch.randn(3, 5, generator=generator(7), dtype=torch.float64)
-    left, right = LowRank(basis[:, :3], rest), LowRank(turned, rest)
+    right_factor = torch.randn(3, 5, generator=generator(7), dtype=torch.float64)
+    left, right = LowRank(basis[:, :3], right_factor), LowRank(turned, right_factor)
     if side == "in":
         left, right = LowRank(left.A.mT, left.B.mT), LowRank(right.A.mT, right.B.mT)
     assert torch.allclose(
@@ -151,7 +154,7 @@ def test_principal_angles_by_construction(side):
     )
 
 
-def test_refusals_say_what_came():
+def test_errors_name_the_value_received():
     B, A = torch.zeros(3, 2), torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"B \(3, 2\) and A \(3, 4\)"):
         LowRank(B, torch.zeros(3, 4))
@@ -167,8 +170,8 @@ def test_refusals_say_what_came():
         zeros((2, 3)).inner(zeros((3, 2)))
 
 
-def test_repr_tells_the_form_and_pickles():
+def test_repr_shows_the_form_and_pickling_works():
     matrix = random_matrix(5, 4, 2, dtype=torch.float32)
     assert repr(matrix) == "LowRank(5x4, rank 2, float32)"
-    again = pickle.loads(pickle.dumps(matrix))
-    assert torch.equal(again.B, matrix.B) and torch.equal(again.A, matrix.A)
+    unpickled = pickle.loads(pickle.dumps(matrix))
+    assert torch.equal(unpickled.B, matrix.B) and torch.equal(unpickled.A, matrix.A)

@@ -31,9 +31,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 from tests.runs import chain, objects, start, timeless, tiny_config
 
@@ -108,7 +108,7 @@ def test_sums_that_have_no_meaning_are_refused():
 def test_the_strongest_directions_of_a_large_dense_matrix_are_as_good_as_the_svds(
     shape, decay, energy
 ):
-    """Law 4, also for a flat spectrum, with a start that has nothing to do with it."""
+    """Law 4, also for a flat spectrum, with an unrelated start."""
     U, V = (
         torch.linalg.qr(torch.randn(n, n, generator=generator(n), dtype=torch.float64)).Q
         for n in shape
@@ -116,16 +116,16 @@ def test_the_strongest_directions_of_a_large_dense_matrix_are_as_good_as_the_svd
     S = decay ** torch.arange(min(shape), dtype=torch.float64)
     S = S * (1 + 0.1 * torch.rand(len(S), generator=generator(1), dtype=torch.float64))
     matrix = (U[:, : len(S)] * S) @ V[: len(S)]
-    P, found, Qh, rest = dense_truncated_svd(
+    P, found, Qh, residual = dense_truncated_svd(
         matrix.clone(), 8, generator(2), near=random_matrix(*shape, 8)
     )
-    assert len(found) == 8 and error((P * found) @ Qh + rest, matrix) < 1e-12
+    assert len(found) == 8 and error((P * found) @ Qh + residual, matrix) < 1e-12
     assert error(P.mT @ P, torch.eye(8)) < 1e-12 and error(Qh @ Qh.mT, torch.eye(8)) < 1e-12
     best = S.sort(descending=True).values
-    assert float(rest.norm()) <= 1.0001 * float(best[8:].norm())
-    _, many, _, rest = dense_truncated_svd(matrix.clone(), 8, generator(2), energy=energy)
+    assert float(residual.norm()) <= 1.0001 * float(best[8:].norm())
+    _, many, _, residual = dense_truncated_svd(matrix.clone(), 8, generator(2), energy=energy)
     assert float(many.square().sum()) >= energy * float(S.square().sum()) and 8 < len(many) < 100
-    assert float(rest.norm()) ** 2 <= (1 - energy) * float(S.square().sum()) * (1 + 1e-12)
+    assert float(residual.norm()) ** 2 <= (1 - energy) * float(S.square().sum()) * (1 + 1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,14 +182,14 @@ def test_nothing_is_lost_where_the_sum_of_many_clients_is_dense(method):
             server_round=server_round,
             seed=server_round,
         )
-        due = dense_sum(updates, weights) + (to_dense(carried) if carried is not None else 0)
+        expected = dense_sum(updates, weights) + (to_dense(carried) if carried is not None else 0)
         parts = [
             to_dense(part)
             for part in (result.adapter, result.residual, result.carried)
             if part is not None
         ]
-        assert error(sum(parts), due) < 1e-10
-        entered = due if method.merge_every == 1 else dense_sum(updates, weights)
+        assert error(sum(parts), expected) < 1e-10
+        entered = expected if method.merge_every == 1 else dense_sum(updates, weights)
         best = torch.linalg.svdvals(entered)[4:].norm()
         assert float((entered - result.adapter.dense()).norm()) <= 1.0001 * float(best)
         assert result.findings["energy"] == pytest.approx(float(entered.norm()) ** 2, rel=1e-10)
@@ -215,8 +215,8 @@ class Counted(LowRank):
     __eq__ = object.__eq__
 
 
-class Lazily(dict):
-    """Modules whose factors are made anew at each look, as the spool reads them."""
+class LazyModules(dict):
+    """Modules whose factors are new tensors at each access, as the spool reads them."""
 
     def __getitem__(self, module):
         matrix = super().__getitem__(module)
@@ -233,7 +233,7 @@ class Lazily(dict):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_more_clients_factors_are_alive_however_many_there_are(name, monkeypatch):
+def test_memory_holds_few_clients_factors_however_many_clients_there_are(name, monkeypatch):
     monkeypatch.setattr(sums, "BLOCK_COLUMNS", 12)
     shapes = {"a": (14, 10), "b": (9, 16)}
     reference = Adapter(
@@ -243,12 +243,14 @@ def test_no_more_clients_factors_are_alive_however_many_there_are(name, monkeypa
     for count in (20, 80):
         method = METHODS[name]()
         sent = {
-            m: legal(method, clients(s, (2,) * count), reference.modules[m])
+            m: valid_updates(method, clients(s, (2,) * count), reference.modules[m])
             for m, s in shapes.items()
         }
         adapters = [
             Adapter(
-                Lazily({m: sent[m][i] for m in shapes}), dict.fromkeys(shapes, 2.0), name=f"{i}"
+                LazyModules({m: sent[m][i] for m in shapes}),
+                dict.fromkeys(shapes, 2.0),
+                name=f"{i}",
             )
             for i in range(count)
         ]
@@ -271,7 +273,7 @@ def test_no_more_clients_factors_are_alive_however_many_there_are(name, monkeypa
     assert most[20] == most[80] <= 14
 
 
-def test_a_spooled_adapter_is_the_one_that_was_put(tmp_path):
+def test_a_spooled_adapter_is_read_as_it_was_stored(tmp_path):
     modules = {
         "a": random_matrix(7, 5, 2).to(torch.float32),
         "b": random_matrix(4, 9, 3, seed=1).to(torch.float32),
@@ -291,7 +293,7 @@ def test_a_spooled_adapter_is_the_one_that_was_put(tmp_path):
     assert not (tmp_path / "updates").exists()
 
 
-def test_what_a_killed_server_left_is_swept_when_the_folder_is_opened(tmp_path):
+def test_files_of_a_killed_server_are_deleted_when_the_folder_is_opened(tmp_path):
     (tmp_path / "updates").mkdir(parents=True)
     (tmp_path / "updates" / "000000.safetensors").write_bytes(b"half")
     opened = RunDirectory(tmp_path)
@@ -325,7 +327,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(folder, tmp_path, monkeypatc
     assert objects(tmp_path / "one") == objects(tmp_path / "other")
 
 
-def test_a_full_disk_ends_the_run_and_is_no_clients_fault(folder, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_and_is_not_blamed_on_a_client(folder, tmp_path, monkeypatch):
     config, write = tiny_config(folder, evaluation={"every": 0}), Path.write_bytes
 
     def full(self, data):

@@ -21,9 +21,9 @@ from tests.helpers import (
     dense_sum,
     error,
     generator,
-    legal,
     random_matrix,
     some_weights,
+    valid_updates,
 )
 
 DEVICES = [
@@ -66,12 +66,12 @@ def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
         and float(S[held]) <= 1.01 * max(wanted.shape) * FLOAT32 * float(S[0])
     )
     best = S[held:].square().sum().sqrt()
-    lead = (found.U * found.S) @ found.Vh
+    leading = (found.U * found.S) @ found.Vh
     root = found.S.sqrt()
     adapter = (
         LowRank(found.U * root, root[:, None] * found.Vh).to(dtype).to(torch.float64)
     )  # as it will be sent
-    whole = adapter.dense() + to_dense(found.residual.to(torch.float64))
+    full = adapter.dense() + to_dense(found.residual.to(torch.float64))
     # a dense rest below float32's normal numbers has an absolute precision only
     floor = (
         1e-45 * wanted.numel() ** 0.5 / float(size)
@@ -79,8 +79,8 @@ def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
         else 0.0
     )
     assert found.residual.dtype == dtype and found.U.dtype == found.Vh.dtype == torch.float64
-    assert error(whole, wanted) <= EXACT[dtype] + floor
-    assert torch.linalg.matrix_norm(wanted - lead) <= 1.0001 * best + 2e-7 * size
+    assert error(full, wanted) <= EXACT[dtype] + floor
+    assert torch.linalg.matrix_norm(wanted - leading) <= 1.0001 * best + 2e-7 * size
     eye = torch.eye(len(found.S), dtype=torch.float64)
     assert torch.allclose(found.U.mT @ found.U, eye, atol=1e-10)
     assert torch.allclose(found.Vh @ found.Vh.mT, eye, atol=1e-10)
@@ -92,7 +92,7 @@ def check(updates, weights, rank, *, dtype=torch.float32, reference=None):
         assert found.path == "dense"
     assert found.energy == pytest.approx(float(size**2), rel=1e-5)
     assert found.residual_energy == pytest.approx(
-        float(torch.linalg.matrix_norm(wanted - lead)) ** 2, abs=1e-5 * float(size**2)
+        float(torch.linalg.matrix_norm(wanted - leading)) ** 2, abs=1e-5 * float(size**2)
     )
     return found
 
@@ -186,8 +186,8 @@ def test_clients_of_one_start_are_iterated(share, condition, turned, shape, zero
     share=st.sampled_from([1e-1, 1e-3]),
     seed=st.integers(0, 99),
 )
-def test_what_the_clients_mean_does_not_see_is_found(strength, count, axis, share, seed):
-    """One client has directions of its own that outweigh the common ones, and their A is as good as invisible."""
+def test_directions_that_cancel_in_the_clients_mean_are_found(strength, count, axis, share, seed):
+    """One client has its own directions that outweigh the common ones, and their A is nearly invisible."""
     start = random_matrix(600, 500, 8, seed=seed)
     updates = moved_from(start, clients((600, 500), (8,) * 6, seed=seed + 1), share)
     other = random_matrix(600, 500, 8, seed=seed + 2000)
@@ -258,7 +258,7 @@ def test_parts_that_cancel_are_not_left_to_float32():
 def test_where_the_stack_is_larger_than_the_matrix_it_is_dense(
     shape, condition, small, monkeypatch
 ):
-    """By iteration, and by the whole SVD that small matrices get."""
+    """By iteration, and by the full SVD that small matrices get."""
     monkeypatch.setattr(dense, "MAX_FULL_SVD_SIDE", small)
     updates = clients(shape, (10,) * 12, dtype=torch.float32, condition=condition)
     found = check(updates, some_weights(12), 4)
@@ -271,11 +271,11 @@ def test_the_iteration_is_warm_from_the_reference(monkeypatch):
         clients((300, 200), (10,) * 30, dtype=torch.float32, condition=30),
         some_weights(30),
     )
-    near, sweeps, qr = weighted_sum(updates, weights).recompress(rank=10), [], torch.linalg.qr
+    previous, sweeps, qr = weighted_sum(updates, weights).recompress(rank=10), [], torch.linalg.qr
     monkeypatch.setattr(
         torch.linalg, "qr", lambda *args, **more: sweeps.append(1) or qr(*args, **more)
     )
-    check(updates, weights, 10, reference=near)
+    check(updates, weights, 10, reference=previous)
     warm = len(sweeps)
     check(updates, weights, 10)
     assert 2 * warm < len(sweeps) - warm
@@ -335,10 +335,10 @@ def test_gram_is_the_product_in_any_dtype(n, size, seed):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", [cls() for cls in METHODS.values()], ids=repr)
-def test_what_comes_from_a_device_stays_there(method, device):
+def test_results_stay_on_the_device_of_the_input(method, device):
     """The default device is one that holds no numbers: a tensor made there would end the call or the comparison."""
     reference = random_matrix(60, 50, 4, seed=9, dtype=torch.float32)
-    updates = legal(method, clients((60, 50), (4,) * 3, dtype=torch.float32), reference)
+    updates = valid_updates(method, clients((60, 50), (4,) * 3, dtype=torch.float32), reference)
     weights = some_weights(3)
     wanted = aggregate(method, updates, weights, rank=4, reference=reference, seed=1)
     moved = [LowRank(u.B.to(device), u.A.to(device)) for u in [*updates, reference]]
@@ -370,12 +370,14 @@ def test_every_path_stays_on_its_device(case, device):
         found = truncated_svd(moved, weights, 8, dtype=torch.float32, reference=moved[0])
     assert found.path == case
     assert {t.device.type for t in (found.U, found.S, found.Vh, found.residual)} == {device}
-    lead = ((found.U * found.S) @ found.Vh).cpu() + to_dense(found.residual.to(torch.float64)).cpu()
-    assert error(lead, dense_sum(updates, weights)) < 1e-6
+    restored = ((found.U * found.S) @ found.Vh).cpu() + to_dense(
+        found.residual.to(torch.float64)
+    ).cpu()
+    assert error(restored, dense_sum(updates, weights)) < 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_whole_adapters_are_combined_where_they_are(device):
+def test_full_adapters_are_combined_on_their_device(device):
     """Scalings that differ, a module that one lacks, a tensor trained in full."""
     factors = clients((60, 50), (4,) * 6, dtype=torch.float32)
     moved = [LowRank(u.B.to(device), u.A.to(device)) for u in factors]

@@ -1,4 +1,4 @@
-"""Adapters as training tools write them, and what is made of each; docs/adapters.md has the table.
+"""Adapters as training tools write them, and how each is read; docs/adapters.md has the table.
 
 `python -m tests.lora.adapter_cases` writes it.
 """
@@ -115,10 +115,10 @@ def write_adapter(base: Path, out: Path, changes: Mapping[str, Any], seed: int =
 def outcome(case: Case, first: Path, second: Path, *, base: str = "") -> str:
     """Return what combining says: `combined`, or the refusal."""
     try:
-        made = aggregate_directories([first, second], build_method("fedmomentum", {}), base=base)
+        result = aggregate_directories([first, second], build_method("fedmomentum", {}), base=base)
     except FedMomentumError as error:
         return str(error)
-    assert made.num_adapters == 2
+    assert result.num_adapters == 2
     return "combined"
 
 
@@ -142,13 +142,13 @@ def table(found: list[tuple[Case, str, str]]) -> str:
     """Return the table of docs/adapters.md."""
     rows = ["| adapter | beside one of `org/model` |", "|---|---|"]
     for case, alone, helped in found:
-        told = alone
+        result = alone
         if helped == "combined":
             option = case.base.replace(COMMIT, COMMIT[:8])
-            told = f"asks which it is; combined with `--base {option}`"
+            result = f"asks which it is; combined with `--base {option}`"
         elif alone != "combined":
-            told = f"refused: `{case.outcome.replace(' is ', ' = ').removeprefix('has ')}`"
-        rows.append(f"| {case.title} | {told} |")
+            result = f"refused: `{case.outcome.replace(' is ', ' = ').removeprefix('has ')}`"
+        rows.append(f"| {case.title} | {result} |")
     return "\n".join(rows)
 
 

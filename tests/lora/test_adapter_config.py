@@ -168,7 +168,7 @@ def test_ranks_and_scalings_are_those_of_the_model_that_peft_makes(tmp_path, pat
         ".*" * 300 + "x",
     ],
 )
-def test_patterns_that_backtrack_for_ever_are_matched_at_once(tmp_path, key):
+def test_patterns_that_backtrack_forever_are_matched_at_once(tmp_path, key):
     name = "base_model.model." + "a" * 200 + ".lora_{}.weight"
     more = {name.format("A"): torch.ones(2, 6), name.format("B"): torch.ones(8, 2)}
     folder = write(
@@ -274,7 +274,7 @@ def test_every_field_is_checked_and_named(tmp_path, config, match):
 @pytest.mark.parametrize(
     "text", ["[", "[]", "1", "", "{" * 100_000, "[" * 10**6, '{"r": ' + "[" * 10**5, "\ufeff{}"]
 )
-def test_tables_that_are_none(tmp_path, text):
+def test_configurations_that_are_not_json_objects_are_refused(tmp_path, text):
     folder = write(tmp_path / "adapter")
     (folder / "adapter_config.json").write_text(text)
     with pytest.raises(AdapterError, match="adapter_config.json"):
@@ -326,7 +326,7 @@ def test_every_tensor_is_checked_and_named(tmp_path, tensors, match):
         read_adapter(folder)
 
 
-def test_sizes_are_seen_in_the_header_before_a_number_is_read(tmp_path):
+def test_sizes_are_checked_in_the_header_before_any_values_are_read(tmp_path):
     folder = write(tmp_path / "adapter")
     header = {A: {"dtype": "F32", "shape": [2, 2**23], "data_offsets": [0, 2**26]}}
     text = json.dumps(header).encode()
@@ -361,7 +361,7 @@ def test_files_of_other_kinds_are_not_waited_for(tmp_path, name, kind):
         read_adapter(folder)
 
 
-def test_a_folder_that_is_two_things_is_refused(tmp_path):
+def test_a_folder_with_both_an_adapter_and_a_global_model_is_refused(tmp_path):
     folder = write(tmp_path / "both")
     (folder / "global_model.json").write_text("{}")
     with pytest.raises(
@@ -386,18 +386,18 @@ def test_a_folder_that_is_two_things_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "method", ["fedmomentum", "fedit", "flora", "fedexlora", "hetlora", "flexlora"]
 )
-def test_what_would_overflow_is_refused_by_adapter_and_module(tmp_path, factors, method, call):
+def test_overflow_is_refused_by_adapter_and_module(tmp_path, factors, method, call):
     write(tmp_path / "good")
     write(tmp_path / "diverged", tensors={B: factors[0], A: factors[1]})
     out = tmp_path / "out"
     code, _, err = call(
         "aggregate", tmp_path / "good", tmp_path / "diverged", "--out", out, "--method", method
     )
-    said = " ".join(err.split())
+    output = " ".join(err.split())
     assert (
         code == 2
         and "Traceback" not in err
-        and f"{tmp_path / 'diverged'}: module {MODULE} has factors of norm" in said
+        and f"{tmp_path / 'diverged'}: module {MODULE} has factors of norm" in output
     )
     assert not out.exists()
 
@@ -417,9 +417,11 @@ def test_large_and_small_factors_within_the_bound_are_combined_exactly():
         wanted = sum(part.effective("m").dense() for part in parts) / 2
         got = result.adapter.effective("m").dense()
         if "m" in result.residual:
-            rest = result.residual["m"]
+            residual = result.residual["m"]
             got = got + (
-                rest.to(torch.float64).dense() if isinstance(rest, LowRank) else rest.double()
+                residual.to(torch.float64).dense()
+                if isinstance(residual, LowRank)
+                else residual.double()
             )
         assert float((got - wanted).norm() / wanted.norm()) < 1e-6
 

@@ -15,7 +15,7 @@ from tests.lora.adapter_cases import COMMIT, HUB_NAME, write_adapter
 from tests.tiny import tiny_gpt2, tiny_llama
 
 
-def test_adapters_of_other_tools_are_combined_asked_about_or_refused():
+def test_adapters_of_other_tools_are_combined_need_an_option_or_are_refused():
     found = adapter_cases.results()
     for case, alone, helped in found:
         assert case.outcome in alone, (case.title, alone)
@@ -45,7 +45,7 @@ def test_names_of_one_base_are_the_same(base, tmp_path):
     assert base_and_revision(named) == ("org/other", "main")
 
 
-def test_the_named_base_stands_in_the_result_and_must_fit(base, tmp_path):
+def test_the_named_base_is_recorded_in_the_result_and_must_fit(base, tmp_path):
     directories = [
         write_adapter(base, tmp_path / "a", {}),
         write_adapter(base, tmp_path / "b", {"base_model_name_or_path": "/elsewhere"}),
@@ -66,7 +66,7 @@ def test_the_named_base_stands_in_the_result_and_must_fit(base, tmp_path):
         aggregate_directories(directories, method, base=str(narrow))
 
 
-def test_a_field_of_tomorrow_is_refused_unless_it_says_nothing(base, tmp_path):
+def test_an_unknown_field_is_refused_unless_it_is_empty(base, tmp_path):
     directory = write_adapter(base, tmp_path / "a", {"unsloth_tomorrow": None, "other": False})
     read_adapter(directory)
     file = directory / "adapter_config.json"

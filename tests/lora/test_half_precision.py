@@ -1,4 +1,4 @@
-"""Factors in 16 bits: what arrives is what was sent, what is lost is told, and nothing is lost on the way down."""
+"""Factors in 16 bits: what arrives is what was sent, what is lost is reported, and downloads lose nothing."""
 
 import json
 from dataclasses import replace
@@ -54,8 +54,10 @@ def test_narrowing_keeps_eleven_bits_whatever_the_size_and_is_stable(power, seed
     digits = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     error = (got[NAME] - tensor).abs()
     assert bool((error <= digits * tensor.abs() + 2.0**-25 * tensor.abs().max()).all())
-    again = encode_factors(got, dtype)
-    assert again.keys() == sent.keys() and all(torch.equal(again[key], sent[key]) for key in sent)
+    encoded_again = encode_factors(got, dtype)
+    assert encoded_again.keys() == sent.keys() and all(
+        torch.equal(encoded_again[key], sent[key]) for key in sent
+    )
 
 
 @pytest.mark.parametrize("largest", [65520.0, 32767.99, 32768.0, 1.9999999, 2.0**-140, 0.0])
@@ -69,7 +71,7 @@ def test_numbers_at_the_edge_of_a_power_are_stable_too(largest):
     )
 
 
-def test_what_is_no_factor_in_the_wire_dtype_is_refused_by_name():
+def test_an_invalid_factor_in_the_wire_dtype_is_refused_by_name():
     sent = encode_factors({NAME: torch.rand(2, 2)}, torch.float16)
     exponent = NAME + ".exponent"
     for bad in (
@@ -90,21 +92,23 @@ def test_what_is_no_factor_in_the_wire_dtype_is_refused_by_name():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_rounding_takes_from_the_adapter_goes_into_the_residual(dtype):
+def test_rounding_errors_of_the_adapter_go_into_the_residual(dtype):
     """Law 1 with a scaling: sent adapter + residual = adapter + residual before, in float64."""
-    whole = adapter(scaling=2.5)
+    unrounded = adapter(scaling=2.5)
     residual = {"q": random_matrix(24, 40, 3, seed=8).to(torch.float32)}
     start_model = GlobalModel(BaseIdentity("base"), adapter(), adapter_dtype=dtype)
-    later = start_model.advance(AggregationResult(whole, residual, {}, {}, {}), "m")
-    assert later.adapter_dtype == dtype and rounding_error(whole, later.adapter) > 1e-5
-    for module in whole.modules:
-        wanted = whole.effective(module).dense() + (
+    next_model = start_model.advance(AggregationResult(unrounded, residual, {}, {}, {}), "m")
+    assert (
+        next_model.adapter_dtype == dtype and rounding_error(unrounded, next_model.adapter) > 1e-5
+    )
+    for module in unrounded.modules:
+        wanted = unrounded.effective(module).dense() + (
             residual[module].dense().double() if module in residual else 0
         )
-        got = later.effective(module).dense()
+        got = next_model.effective(module).dense()
         assert float((got - wanted).norm() / wanted.norm()) < 1e-6
-    inexact = start_model.advance(AggregationResult(whole, {}, {}, {}, {}), "m", exact=False)
-    assert inexact.base_update == () and inexact.adapter_objects == later.adapter_objects
+    inexact = start_model.advance(AggregationResult(unrounded, {}, {}, {}, {}), "m", exact=False)
+    assert inexact.base_update == () and inexact.adapter_objects == next_model.adapter_objects
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -134,7 +138,7 @@ def test_rounding_error_is_that_of_the_products():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_down_in_16_bits_a_round_is_as_exact_as_in_32(folder, tmp_path, dtype):
+def test_with_downloads_in_16_bits_a_round_is_as_exact_as_in_32(folder, tmp_path, dtype):
     config = tiny_config(folder, federation={"num_rounds": 2, "downlink_dtype": dtype})
     start(config, tmp_path / "run")
     for row in timeless(tmp_path / "run")[1:]:
@@ -144,7 +148,7 @@ def test_down_in_16_bits_a_round_is_as_exact_as_in_32(folder, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_up_in_16_bits_costs_half_and_says_what_it_took(folder, tmp_path, dtype):
+def test_uploads_in_16_bits_cost_half_and_report_the_rounding_error(folder, tmp_path, dtype):
     out = {}
     for name in ("float32", dtype):
         config = tiny_config(
@@ -163,7 +167,7 @@ def test_up_in_16_bits_costs_half_and_says_what_it_took(folder, tmp_path, dtype)
     assert all(row["downlink_rounding"] == 0 for row in rows[1:])
 
 
-def test_exactness_tells_of_the_rounding_on_the_way_up(folder, tmp_path):
+def test_exactness_includes_the_rounding_of_uploads(folder, tmp_path):
     """The probes are of the weights as trained: what 16 bits took of them shows."""
     config = tiny_config(folder, federation={"num_rounds": 1, "uplink_dtype": "bfloat16"})
     start(config, tmp_path / "run")
@@ -181,7 +185,7 @@ def test_a_run_in_16_bits_resumes_to_the_same_bits(folder, tmp_path):
     assert chain(tmp_path / "parts")["0003.json"] == chain(tmp_path / "whole")["0003.json"]
 
 
-def test_a_client_that_sends_other_bits_than_asked_is_refused_by_name(folder, tmp_path):
+def test_a_client_that_sends_another_dtype_than_requested_is_refused_by_name(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 1, "uplink_dtype": "float16"})
 
     def wide(tensors, key):

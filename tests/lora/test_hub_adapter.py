@@ -1,4 +1,4 @@
-"""An adapter by its name on the hub is the adapter that was put there, and nothing else is read."""
+"""An adapter by its name on the hub is the adapter that was uploaded, and nothing else is read."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_no_pickle_no_code_and_no_other_weights_are_downloaded(hub, folder):
     assert not [request for request in hub.requests if request.path.rpartition("/")[2] in extra]
 
 
-def test_what_is_no_adapter_is_refused_with_what_it_is(hub, folder):
+def test_a_repository_without_an_adapter_is_refused_with_what_it_holds(hub, folder):
     files = files_of(folder)
     config = {"adapter_config.json": files["adapter_config.json"]}
     hub.add("org/pickled", {**config, "adapter_model.bin": b"x"})
@@ -87,7 +87,7 @@ def test_what_is_no_adapter_is_refused_with_what_it_is(hub, folder):
         read_adapter("org/none", name="the adapter of x")
 
 
-def test_weights_from_the_hub_are_checked_like_any(hub, folder):
+def test_weights_from_the_hub_are_checked_like_local_ones(hub, folder):
     files = files_of(folder)
     hub.add("org/cut", {**files, "adapter_model.safetensors": b"cut"})
     with pytest.raises(AdapterError, match=r"^org/cut: adapter_model.safetensors cannot be read"):

@@ -63,14 +63,14 @@ def stock(request, tmp_path_factory):
 
 def test_the_table_of_defaults_is_pefts():
     """Every field that a configuration may leave out: what we take it for is what PEFT takes it for."""
-    whole = LoraConfig()
+    full_config = LoraConfig()
     harmless = HARMLESS_FIELDS | {"init_lora_weights"}
-    theirs = {
-        name: getattr(whole, name)
+    peft_defaults = {
+        name: getattr(full_config, name)
         for name in LoraConfig.__dataclass_fields__
         if name not in harmless
     }
-    assert {name: value for name, value in theirs.items() if value} == DEFAULTS
+    assert {name: value for name, value in peft_defaults.items() if value} == DEFAULTS
 
 
 def global_model(base, aggregate, method=None):
@@ -126,13 +126,13 @@ def test_a_folder_round_trips(stock, tmp_path):
     for number, path in enumerate(paths):
         adapter = read_adapter(path)
         write_adapter(adapter, tmp_path / str(number))
-        again = read_adapter(tmp_path / str(number))
+        reloaded = read_adapter(tmp_path / str(number))
         assert (
-            again.scalings == pytest.approx(adapter.scalings)
-            and again.modules.keys() == adapter.modules.keys()
+            reloaded.scalings == pytest.approx(adapter.scalings)
+            and reloaded.modules.keys() == adapter.modules.keys()
         )
         for key, tensor in to_tensors(adapter).items():
-            assert torch.equal(tensor, to_tensors(again)[key])
+            assert torch.equal(tensor, to_tensors(reloaded)[key])
 
 
 @pytest.mark.parametrize("saved", [(), ("lm_head",)])
@@ -215,7 +215,7 @@ def test_classification_heads_are_averaged_saved_and_exported(tmp_path):
         ("a_field_of_tomorrow", 3),
     ],
 )
-def test_fields_we_do_not_know_to_be_harmless_are_refused_by_name(stock, tmp_path, field, value):
+def test_fields_not_known_to_be_harmless_are_refused_by_name(stock, tmp_path, field, value):
     _, paths, _ = stock
     config = json.loads((paths[0] / "adapter_config.json").read_text())
     config[field] = value
@@ -249,11 +249,11 @@ def test_broken_folders_are_refused_by_name(stock, tmp_path):
     (tmp_path / "adapter_model.bin").touch()
     with pytest.raises(AdapterError, match="pickle"):
         read_adapter(tmp_path)
-    whole = (paths[0] / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:100])
+    content = (paths[0] / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(content[:100])
     with pytest.raises(AdapterError, match="cannot be read"):
         read_adapter(tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(whole)
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
     config = json.loads((paths[0] / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 7}))
     with pytest.raises(AdapterError, match="has rank 4 and the configuration says 7"):
@@ -316,7 +316,7 @@ def test_another_base_is_refused_at_export(stock, tmp_path):
     unknown.base.check(model.base)  # an unknown hash fits any
 
 
-def test_one_adapter_gives_itself_back(stock):
+def test_a_single_adapter_is_returned_unchanged(stock):
     _, paths, _ = stock
     for path in paths:
         adapter = read_adapter(path)

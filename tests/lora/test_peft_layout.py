@@ -1,4 +1,4 @@
-"""Experts and embeddings are to the algebra what they are to stock PEFT, or refused by name."""
+"""The algebra treats experts and embeddings as stock PEFT does, or they are refused by name."""
 
 import json
 from dataclasses import replace
@@ -126,7 +126,7 @@ def test_what_is_written_is_what_stock_peft_reads(base, tmp_path):
     assert_equal_changes(changes, merged_changes(base, tmp_path / "written"))
 
 
-def test_the_exact_mean_of_two_folders_of_unequal_ranks_comes_out_of_aggregation(base, tmp_path):
+def test_aggregation_gives_the_exact_mean_of_two_folders_of_unequal_ranks(base, tmp_path):
     first = stock(base, tmp_path / "first", seed=1)
     second = stock(base, tmp_path / "second", seed=2, r=2, rank_pattern={}, use_rslora=True)
     adapters = [in_float64(read_adapter(folder)) for folder in (first, second)]
@@ -134,10 +134,10 @@ def test_the_exact_mean_of_two_folders_of_unequal_ranks_comes_out_of_aggregation
     assert {matrix.rank for matrix in result.adapter.modules.values()} == {4}
     changes = [merged_changes(base, folder) for folder in (first, second)]
     expected = {path: 0.75 * changes[0][path] + 0.25 * changes[1][path] for path in changes[0]}
-    whole = dict(result.adapter.modules)
+    modules = dict(result.adapter.modules)
     for name, matrix in result.residual.items():
-        whole[name] = whole[name].concatenate(matrix.scaled(1 / result.adapter.scalings[name]))
-    total = replace(result.adapter, modules=whole)
+        modules[name] = modules[name].concatenate(matrix.scaled(1 / result.adapter.scalings[name]))
+    total = replace(result.adapter, modules=modules)
     found = as_changes(total, is_transposed="gpt-oss" in str(base))
     for path, change in found.items():
         assert float((change - expected[path]).norm()) <= 1e-10 * float(expected[path].norm()), path
@@ -233,9 +233,9 @@ def test_another_layout_is_refused_by_its_version(mixtral, tmp_path, version):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_parameters": None}, "cannot be told"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "cannot be told"),
-        ({"target_parameters": [*PARAMETERS, "experts.up_proj"]}, "cannot be told"),
+        ({"target_parameters": None}, "cannot be determined"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "cannot be determined"),
+        ({"target_parameters": [*PARAMETERS, "experts.up_proj"]}, "cannot be determined"),
         ({"target_parameters": [*PARAMETERS, "other.down_proj"]}, "other.down_proj"),
         ({"rank_pattern": {"experts.gate_up_proj": 5}}, "does not divide it"),
         ({"target_parameters": [f"e.p{i}" for i in range(20)]}, "at most 16"),

@@ -78,13 +78,13 @@ def attached(base, targets=("q_proj",), saved=(), dtype=torch.float32):
         (["q_proj"], ["self_attn"], "q_proj is in target-modules and in modules-to-save"),
     ],
 )
-def test_every_name_must_stand_for_something_of_its_own(tmp_path, targets, saved, message):
+def test_every_name_must_match_modules_of_its_own(tmp_path, targets, saved, message):
     base = tiny_llama(tmp_path / "base")
     with pytest.raises(AdapterError, match=message):
         attached(base, targets, saved)
 
 
-def test_whole_paths_and_ends_of_paths_are_names(tmp_path):
+def test_full_paths_and_path_suffixes_are_names(tmp_path):
     base = tiny_llama(tmp_path / "base")
     model = attached(
         base, ["self_attn.q_proj", "model.layers.1.mlp.up_proj"], ["model.norm", "lm_head"]
@@ -184,19 +184,20 @@ def test_a_16_bit_model_with_modules_in_float32_answers_as_before(tmp_path, save
     assert float((answers - plain).detach().norm() / plain.detach().norm()) < 0.01
 
 
-def test_taking_an_adapter_off_gives_the_base_back(tmp_path):
+def test_removing_an_adapter_restores_the_base(tmp_path):
     """PEFT leaves trained modules in place of the base's."""
     base = tiny_gpt2(tmp_path / "base")
     model = attached(base, ["c_attn"], ["lm_head", "ln_f"])
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 1
-    again = detach_adapter(model)
+    detached = detach_adapter(model)
     stock = AutoModelForCausalLM.from_pretrained(base)
-    assert not any(isinstance(module, ModulesToSaveWrapper) for module in again.modules())
-    assert again.lm_head.weight is again.transformer.wte.weight
+    assert not any(isinstance(module, ModulesToSaveWrapper) for module in detached.modules())
+    assert detached.lm_head.weight is detached.transformer.wte.weight
     assert all(
-        torch.equal(tensor, stock.state_dict()[name]) for name, tensor in again.state_dict().items()
+        torch.equal(tensor, stock.state_dict()[name])
+        for name, tensor in detached.state_dict().items()
     )
 
 

@@ -117,7 +117,7 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
         (bart, "attention", {"q_proj", "k_proj", "v_proj", "out_proj"}),
     ],
 )
-def test_a_setting_adapts_what_it_says_and_peft_agrees(make, setting, expected):
+def test_a_setting_adapts_what_it_names_and_peft_agrees(make, setting, expected):
     model = make()
     targets = chosen(model, setting)
     assert leaves(targets) == expected
@@ -128,7 +128,7 @@ def test_a_setting_adapts_what_it_says_and_peft_agrees(make, setting, expected):
     assert not targets.left_out.keys() & layers.keys()
 
 
-def test_what_is_left_out_is_told_with_its_reason():
+def test_modules_that_are_left_out_are_reported_with_the_reason():
     targets = chosen(qwen2_moe(), "all-linear")
     assert targets.left_out["lm_head"] == HEAD
     assert targets.left_out["model.layers.1.mlp.shared_expert_gate"] == ROUTER
@@ -238,7 +238,7 @@ def test_the_parts_of_a_router_are_left_out():
         (qwen2_moe, ["shared_expert_gate"], "rank 2 exceeds the smaller side 1"),
     ],
 )
-def test_what_would_adapt_less_than_it_says_is_refused_by_name(make, setting, words):
+def test_a_setting_that_adapts_less_than_it_names_is_refused_by_name(make, setting, words):
     with pytest.raises(AdapterError, match=words):
         attach_adapter(make(), rank=2, lora_alpha=6, target_modules=setting)
 
@@ -272,5 +272,5 @@ def test_the_configuration_of_a_mixture_of_experts_is_json():
         ("(?!a|b)c", ["(?!a|b)c"]),
     ],
 )
-def test_every_branch_of_an_expression_is_looked_at(expression, expected):
+def test_every_branch_of_an_expression_is_checked(expression, expected):
     assert sorted(alternatives(expression)) == sorted(expected)

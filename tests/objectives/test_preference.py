@@ -99,12 +99,12 @@ def test_loss_margins_and_accuracies_are_those_of_trl(beta, max_length, folder, 
     trainer.model.delete_adapter("ref")  # a copy of the adapter; without it the base is compared
     trainer.model.eval()
     with torch.no_grad():
-        theirs = float(trainer.compute_loss(trainer.model, batch))
+        trl_loss = float(trainer.compute_loss(trainer.model, batch))
     metrics = {key: values[-1] for key, values in trainer._metrics["eval"].items()}
 
     examples = measured(model, tokenized(max_length=max_length))
     total = evaluate(model, examples, pad_token_id=PAD_TOKEN_ID, objective=DPO(beta)).total
-    assert total.loss == pytest.approx(theirs, rel=1e-6)
+    assert total.loss == pytest.approx(trl_loss, rel=1e-6)
     assert total.mean_margin == pytest.approx(metrics["rewards/margins"], rel=1e-5, abs=1e-6)
     assert total.exact_match == pytest.approx(metrics["rewards/accuracies"])
     assert abs(total.mean_margin) > 0.01  # the adapter makes a difference
@@ -118,7 +118,7 @@ def test_loss_margins_and_accuracies_are_those_of_trl(beta, max_length, folder, 
         seed=0,
         objective=DPO(beta),
     )
-    assert report.first_loss == pytest.approx(theirs, rel=1e-6)
+    assert report.first_loss == pytest.approx(trl_loss, rel=1e-6)
     assert report.num_tokens == len(PAIRS)
 
 

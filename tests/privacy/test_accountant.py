@@ -43,17 +43,17 @@ def test_without_protection_the_bound_is_large_and_quick(steps):
     assert not fits([Steps(*steps)], 50.0, 1e-5)
 
 
-def test_many_small_steps_need_no_larger_grid_than_there_is_memory_for():
+def test_many_small_steps_need_no_larger_grid_than_fits_into_memory():
     assert 1.9 < epsilon_of([Steps(20.0, 0.01, 10**6)], 1e-5) < 2.3
 
 
-def test_noise_for_an_epsilon_suffices_and_hardly_less_does():
+def test_noise_for_an_epsilon_is_sufficient_and_nearly_minimal():
     epsilon = 3.0
     noise = noise_for(epsilon, 1e-5, 0.05, 60)
     assert epsilon_of([Steps(noise, 0.05, 60)], 1e-5) <= epsilon
     assert not fits([Steps(noise * 0.995, 0.05, 60)], epsilon, 1e-5)
 
 
-def test_no_noise_suffices():
+def test_an_epsilon_that_no_noise_reaches_is_refused():
     with pytest.raises(ConfigError, match="no noise up to 10000 times"):
         noise_for(1e-9, 1e-12, 1.0, 10**6)

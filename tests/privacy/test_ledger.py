@@ -69,7 +69,7 @@ def MECHANISM_STEPS(count):
     return Steps(1.0, 0.1, count)
 
 
-def test_failed_training_counts_and_a_repetition_counts_again(tmp_path):
+def test_failed_training_counts_and_repeating_it_counts_again(tmp_path):
     ledger = ledger_of(tmp_path)
     with pytest.raises(ZeroDivisionError), ledger.training(TASKS[0], "run", 1, MECHANISM, DATA):
         raise ZeroDivisionError
@@ -103,7 +103,7 @@ with ledger.training(TASKS[0], "run", 1, MECHANISM, DATA) as training:
         ("end", "replied", b"first"),
     ],
 )
-def test_killed_at_any_moment_exactly_what_left_is_spent(tmp_path, where, state, reply):
+def test_killed_at_any_moment_exactly_what_was_revealed_is_spent(tmp_path, where, state, reply):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", KILLED, str(tmp_path), where]
     done = subprocess.run(command, env=environment, check=False, capture_output=True)
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_exactly_what_left_is_spent(tmp_path, where, state,
     assert len(ledger.read().trainings) == 2
 
 
-def test_killed_training_that_is_asked_for_otherwise_counts_apart(tmp_path):
+def test_killed_training_that_is_repeated_differently_counts_separately(tmp_path):
     ledger = ledger_of(tmp_path)
     ledger._enter(_started(ledger))
     more = Mechanism(1.0, 0.1, 11, 1.0, 8.0)
@@ -147,7 +147,7 @@ def test_only_one_process_trains_on_a_ledger(tmp_path):
             train(ledger_of(tmp_path), TASKS[1])
 
 
-def test_ledger_of_somebody_else_or_another_unit_or_damaged_is_refused(tmp_path):
+def test_ledger_of_another_client_or_unit_or_a_damaged_one_is_refused(tmp_path):
     ledger = ledger_of(tmp_path)
     train(ledger)
     other = Ledger(ledger.file, "south", "example", ledger.budget)

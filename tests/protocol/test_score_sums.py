@@ -23,7 +23,7 @@ LABELS = ("ab", "cd", "ef")
 
 
 def under_masks(folder, blocks, values, leaves=None):
-    """The sum through the whole protocol, and who is in it."""
+    """The sum through the full protocol, and who is in it."""
     plan = make_plan(len(values), parties=sorted(values), blocks=blocks)
     server = SumServer(plan, roster(plan.parties))
     run_sum(server, make_parties(plan, values, folder), leaves)
@@ -56,27 +56,27 @@ def score(draw, *, num_examples, pairs=False, labels=()):
 
 
 def results(draw, n, **kind):
-    made = {}
+    found = {}
     for index in range(n):
         compared = score(draw, num_examples=int(draw.integers(1, 9)), **kind)
-        rest = score(draw, num_examples=int(draw.integers(1, 99)), **kind)
-        made[f"party {index:02}"] = EvaluateResult(
-            compared=compared, total=compared + rest, by_category={"secret name": rest}
+        others = score(draw, num_examples=int(draw.integers(1, 99)), **kind)
+        found[f"party {index:02}"] = EvaluateResult(
+            compared=compared, total=compared + others, by_category={"secret name": others}
         )
-    return made
+    return found
 
 
 @pytest.mark.parametrize("n", [3, 10])
 @pytest.mark.parametrize("kind", [{}, {"pairs": True}, {"labels": LABELS}])
 def test_scores_under_masks_are_those_of_all_clients_together(tmp_path, n, kind):
-    made = results(np.random.default_rng(n), n, **kind)
+    client_results = results(np.random.default_rng(n), n, **kind)
     replies = Replies()
-    for client, result in made.items():
+    for client, result in client_results.items():
         replies.replies[client] = Reply("run", client, 1, "", frozenset(), 1, "", result)
     wanted = pool_scores(replies, None).scores
 
     sums = ScoreSums(n, of_pairs="pairs" in kind, labels=kind.get("labels", ()))
-    values = {client: sums.values(result) for client, result in made.items()}
+    values = {client: sums.values(result) for client, result in client_results.items()}
     record = sums.record(under_masks(tmp_path, sums.blocks(), values))
     for got, expected in ((record.total, wanted.total), (record.compared, wanted.compared)):
         assert (got.num_tokens, got.num_examples, got.num_exact) == (
@@ -93,7 +93,7 @@ def test_scores_under_masks_are_those_of_all_clients_together(tmp_path, n, kind)
     assert record.by_client == {} and record.by_category == {}
 
 
-def test_the_form_says_nothing_of_a_client(tmp_path):
+def test_the_layout_reveals_nothing_about_a_client(tmp_path):
     """No name of a category, no length: a client without held-out examples sends as much."""
     sums = ScoreSums(3, labels=LABELS)
     full = sums.values(results(np.random.default_rng(1), 1, labels=LABELS)["party 00"])
@@ -137,7 +137,7 @@ def test_the_mean_loss_is_weighted_by_examples_and_as_exact_as_the_sum(tmp_path)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 2 * MAX_LOSS])
-def test_a_mean_that_would_leave_a_client_out_is_not_told(loss):
+def test_a_mean_that_would_leave_a_client_out_is_not_reported(loss):
     values = {
         "a": loss_values(loss, 10, 100),
         "b": loss_values(1.0, 10, 100),

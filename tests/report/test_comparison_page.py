@@ -33,7 +33,7 @@ PLOTS = {
 }
 
 
-def made(
+def write_folder(
     root,
     methods=tuple(SHIFT),
     seeds=(0, 1, 2),
@@ -122,7 +122,7 @@ def check(path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    root = made(tmp_path_factory.mktemp("whole") / "cmp")
+    root = write_folder(tmp_path_factory.mktemp("whole") / "cmp")
     return root, check(write_comparison_page([root]))
 
 
@@ -141,7 +141,7 @@ def test_sections_figures_and_numbers(whole):
     assert "To 30.0 %" in text or "To 30 %" in text
 
 
-def test_files_hold_what_is_drawn(whole):
+def test_files_hold_the_data_of_the_figures(whole):
     root, _ = whole
     comparison = read_comparison(root)
     with (root / "comparison-data" / "exact-match.csv").open() as file:
@@ -172,9 +172,9 @@ def test_same_folders_same_bytes(whole):
     assert Plain(write_comparison_page([root])).html == page.html
 
 
-def test_runs_without_a_comparison_say_where_they_differ(tmp_path, monkeypatch):
-    made(tmp_path / "a", ["one"], [0, 1])
-    made(
+def test_runs_without_a_comparison_show_where_they_differ(tmp_path, monkeypatch):
+    write_folder(tmp_path / "a", ["one"], [0, 1])
+    write_folder(
         tmp_path / "b",
         ["one"],
         [2],
@@ -203,7 +203,7 @@ def test_runs_without_a_comparison_say_where_they_differ(tmp_path, monkeypatch):
 
 
 def test_names_are_escaped(tmp_path):
-    root = made(tmp_path / "cmp", [EVIL, "$x$ {{ 7 * 7 }}", "=1+1"], [0])
+    root = write_folder(tmp_path / "cmp", [EVIL, "$x$ {{ 7 * 7 }}", "=1+1"], [0])
     page = check(write_comparison_page([root]))
     assert EVIL not in page.html and EVIL in page.text and "{{ 7 * 7 }}" in page.text
     assert "'=1+1" in (root / "comparison-data" / "exact-match.csv").read_text()
@@ -220,24 +220,26 @@ def test_names_are_escaped(tmp_path):
 )
 def test_what_was_not_measured_is_left_out(tmp_path, extra):
     page = check(
-        write_comparison_page([made(tmp_path / "cmp", ["one", "two"], [0], rounds=2, **extra)])
+        write_comparison_page(
+            [write_folder(tmp_path / "cmp", ["one", "two"], [0], rounds=2, **extra)]
+        )
     )
     if "evaluation" in extra:
         assert "No evaluation was recorded" in page.text and "No client was evaluated" in page.text
 
 
 def test_one_seed_one_round_and_many_methods(tmp_path):
-    check(write_comparison_page([made(tmp_path / "one", ["only"], [0], rounds=1)]))
+    check(write_comparison_page([write_folder(tmp_path / "one", ["only"], [0], rounds=1)]))
     page = check(
         write_comparison_page(
-            [made(tmp_path / "many", [f"m{k}" for k in range(17)], [0, 1], rounds=2)]
+            [write_folder(tmp_path / "many", [f"m{k}" for k in range(17)], [0, 1], rounds=2)]
         )
     )
     assert "17 methods" in " ".join(page.text.split())
 
 
 def test_runs_that_are_not_finished_are_named(tmp_path):
-    root = made(tmp_path / "cmp", ["one"], [0])
+    root = write_folder(tmp_path / "cmp", ["one"], [0])
     plan = root / "0" / "seed-0" / "all" / "plan.json"
     write_record(plan, json.loads(plan.read_text()) | {"num_rounds": 9})
     assert "Not finished yet: one, seed 0" in " ".join(

@@ -1,4 +1,4 @@
-"""The page to watch: what it says of a run in every state, and that nothing in it is anybody else's HTML."""
+"""The live page: what it shows of a run in every state, and that foreign text in it is never HTML."""
 
 import re
 
@@ -17,8 +17,8 @@ from tests.report.live import CLIENTS, EVIL, Elements, whole_page, withholding, 
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Figures take a moment, and most tests are about the rest; how often they were asked for."""
+def plot_calls(monkeypatch):
+    """Skip drawing figures, which most tests do not need; counts how often they were requested."""
     calls = []
     monkeypatch.setattr(live_page, "score_plots", lambda rounds: calls.append(len(rounds)) or [])
     monkeypatch.setattr(live_page, "traffic_plots", lambda rounds: [])
@@ -42,7 +42,7 @@ def cells(html):
 # ── a run in progress ──
 
 
-def test_who_needs_attention_comes_first_and_deadlines_are_told(tmp_path, undrawn):
+def test_clients_that_need_attention_come_first_and_deadlines_are_shown(tmp_path, plot_calls):
     write_running(tmp_path)
     found = parts(tmp_path)
     table = cells(found["clients"])
@@ -57,12 +57,12 @@ def test_who_needs_attention_comes_first_and_deadlines_are_told(tmp_path, undraw
     )
     assert answered[2] == "answered" and answered[5:7] == ["1\xa0MB", "2\xa0MB"]
     state = Elements(found["state"]).text
-    due = read_status(tmp_path).clients["south"].until
+    deadline = read_status(tmp_path).clients["south"].until
     assert (
         "Round 4 of 10: training" in state
         and "1 of 4 clients have answered, 1 failed" in re.sub(r"\s+", " ", state)
     )
-    assert f"answers are due by {clock(due)}" in state and "3 of 4 connected" in state
+    assert f"answers are due by {clock(deadline)}" in state and "3 of 4 connected" in state
     assert "1 failed, 1 late, 1 training, 1 done" in state
     assert (
         cells(found["recent"])[1][:2] == ["3", "4 of 4"]
@@ -70,7 +70,7 @@ def test_who_needs_attention_comes_first_and_deadlines_are_told(tmp_path, undraw
     )
 
 
-def test_waiting_aggregating_and_before_the_first_round(tmp_path, undrawn):
+def test_waiting_aggregating_and_before_the_first_round(tmp_path, plot_calls):
     page = LivePage(tmp_path, "server.log")
     assert "Before the first round" in whole_page(page).text
     status = StatusWriter(tmp_path, 10)
@@ -94,7 +94,7 @@ def test_waiting_aggregating_and_before_the_first_round(tmp_path, undrawn):
     assert "Round 1 of 10: aggregating" in text and "3 of 60 modules aggregated" in text
 
 
-def test_a_run_on_this_machine_tells_its_steps(tmp_path, undrawn):
+def test_a_run_on_this_machine_shows_its_steps(tmp_path, plot_calls):
     write_run(tmp_path, [row(0, CLIENTS, ["a"])], CLIENTS, num_rounds=2)
     status = StatusWriter(tmp_path, 2, networked=False)
     status.on_round_begin(1, CLIENTS[:3])
@@ -110,7 +110,7 @@ def test_a_run_on_this_machine_tells_its_steps(tmp_path, undrawn):
     ]
 
 
-def test_of_ten_thousand_clients_the_first_hundred_that_matter_are_listed(tmp_path, undrawn):
+def test_of_ten_thousand_clients_the_first_hundred_that_matter_are_listed(tmp_path, plot_calls):
     names = [f"site{k}" for k in range(10_000)]
     status = StatusWriter(tmp_path, 3)
     status.on_nodes(names, names)
@@ -126,7 +126,7 @@ def test_of_ten_thousand_clients_the_first_hundred_that_matter_are_listed(tmp_pa
 # ── how a run ends ──
 
 
-def test_a_finished_run_has_its_report_in_the_page(tmp_path, undrawn):
+def test_a_finished_run_has_its_report_in_the_page(tmp_path, plot_calls):
     rows = [row(k, CLIENTS, ["a"]) for k in range(3)]
     write_run(tmp_path, rows, CLIENTS, num_rounds=2)
     with StatusWriter(tmp_path, 2) as status:
@@ -171,7 +171,7 @@ def test_a_real_report_has_one_heading_of_the_first_level_and_no_id_twice(tmp_pa
         (None, "The run's process is gone, and left no reason"),
     ],
 )
-def test_a_stopped_run_says_why(tmp_path, undrawn, error, words):
+def test_a_stopped_run_says_why(tmp_path, plot_calls, error, words):
     status = write_running(tmp_path)
     if error is not None:
         status.__exit__(type(error), error, None)
@@ -179,14 +179,14 @@ def test_a_stopped_run_says_why(tmp_path, undrawn, error, words):
     assert "Stopped after round 3 of 10" in state and words in re.sub(r"\s+", " ", state)
 
 
-def test_a_run_that_was_refused_leaves_no_status(tmp_path, undrawn):
+def test_a_run_that_was_refused_leaves_no_status(tmp_path, plot_calls):
     with pytest.raises(QuorumError), StatusWriter(tmp_path, 3):
         raise QuorumError("nobody came")
     assert not (tmp_path / STATUS_FILE).exists()
     assert "ended before the run had begun" in parts(tmp_path, is_ended=True)["state"]
 
 
-def test_the_status_of_an_earlier_start_is_not_shown(tmp_path, undrawn):
+def test_the_status_of_an_earlier_start_is_not_shown(tmp_path, plot_calls):
     write_running(tmp_path).close()
     written = read_status(tmp_path).written
     found = LivePage(tmp_path, "server.log", since=written + 1).update()
@@ -222,7 +222,9 @@ def test_hostile_names_reasons_and_lines_are_text(tmp_path):
 
 
 @pytest.mark.parametrize(("secure", "private"), [(True, False), (False, True), (True, True)])
-def test_what_the_metrics_withhold_is_named_and_nowhere_shown(tmp_path, undrawn, secure, private):
+def test_what_the_metrics_withhold_is_named_and_nowhere_shown(
+    tmp_path, plot_calls, secure, private
+):
     withheld = withheld_by(secure=secure, private=private)
     empty = {"train_loss": None, "evaluation": None, "clients": {}} if private else {}
     rows = [row(k, CLIENTS, ["a"]) | empty | {"withheld": withholding(withheld)} for k in range(2)]
@@ -245,7 +247,7 @@ def test_what_the_metrics_withhold_is_named_and_nowhere_shown(tmp_path, undrawn,
     assert ("no held-out score is revealed" in state) == private
 
 
-def test_the_end_of_the_log_is_shown(tmp_path, undrawn):
+def test_the_end_of_the_log_is_shown(tmp_path, plot_calls):
     file = tmp_path / "server.log"
     file.write_text(
         "".join(f"line {k} {'ä' * 2000}\n" for k in range(200)) + "unfinished", encoding="utf-8"
@@ -264,13 +266,13 @@ def test_the_end_of_the_log_is_shown(tmp_path, undrawn):
 # ── over time ──
 
 
-def test_curves_are_drawn_for_new_rounds_only_and_not_too_often(tmp_path, undrawn):
+def test_curves_are_drawn_for_new_rounds_only_and_not_too_often(tmp_path, plot_calls):
     rows = [row(k, CLIENTS, ["a"]) for k in range(4)]
     now = [1000.0]
     page = LivePage(tmp_path, "server.log", clock=lambda: now[0])
 
     def slow(rounds):
-        undrawn.append(len(rounds))
+        plot_calls.append(len(rounds))
         now[0] += 0.5
         return []
 
@@ -280,18 +282,18 @@ def test_curves_are_drawn_for_new_rounds_only_and_not_too_often(tmp_path, undraw
         write_run(tmp_path, rows[:num_rounds], CLIENTS, num_rounds=9)
         page.update()
     # half a second of drawing, then five without; a round that came meanwhile is in the next drawing
-    assert undrawn == [1, 2]
+    assert plot_calls == [1, 2]
     now[0] += 5.0
     page.update()
-    assert undrawn == [1, 2, 4]
+    assert plot_calls == [1, 2, 4]
 
 
-def test_what_cannot_be_read_at_a_moment_stays_as_it_was(tmp_path, undrawn):
+def test_files_that_cannot_be_read_momentarily_keep_their_last_content(tmp_path, plot_calls):
     write_running(tmp_path)
     page = LivePage(tmp_path, "server.log")
     before = page.update().parts
-    whole = {name: (tmp_path / name).read_bytes() for name in (STATUS_FILE, "metrics.jsonl")}
-    for name, content in whole.items():
+    contents = {name: (tmp_path / name).read_bytes() for name in (STATUS_FILE, "metrics.jsonl")}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content[: len(content) // 2] + b"\n")
     after = page.update().parts
     assert (
@@ -304,7 +306,7 @@ def test_what_cannot_be_read_at_a_moment_stays_as_it_was(tmp_path, undrawn):
     assert "5 of 10 rounds finished" in page.update().parts["state"]
 
 
-def test_times_are_told_as_people_do():
+def test_times_are_shown_in_readable_units():
     assert (
         time_left(100.0, 58.0) == "42.0\xa0s left"
         and time_left(100.0, 175.0) == "late by 1\xa0min 15\xa0s"
@@ -312,7 +314,7 @@ def test_times_are_told_as_people_do():
     assert re.fullmatch(r"\d\d:\d\d:\d\d", clock(1e9))
 
 
-def test_refused_replies_are_failures_of_the_round(tmp_path, undrawn):
+def test_refused_replies_are_failures_of_the_round(tmp_path, plot_calls):
     (record,) = records([row(1, CLIENTS, ["a"], failures={"east": "not an adapter"})])
     status = StatusWriter(tmp_path, 3)
     status.on_reply("east", 5)

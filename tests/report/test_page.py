@@ -408,7 +408,7 @@ READERS = {"config", "errors", "formats", "report", "results", "utils"}
 """What a page needs of the package: readers that check a run's files, and none that needs torch."""
 
 
-def test_imports_neither_torch_nor_pyplot_nor_the_rest_of_us():
+def test_imports_neither_torch_nor_pyplot_nor_the_rest_of_the_package():
     program = (  # a bare parent package, so that only what the report itself asks for is loaded
         "import sys, types; parent = types.ModuleType('fedmomentum'); parent.__path__ = "
         "['fedmomentum'];"

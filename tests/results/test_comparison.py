@@ -1,4 +1,4 @@
-"""Cells and their summary on made-up rows, against numbers worked out by hand."""
+"""Cells and their summary on made-up rows, against numbers computed by hand."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.report.folders import row, score, write_run
 CLIENTS = ["client-0", "client-1"]
 
 
-def made(
+def write_method(
     folder,
     levels,
     *,
@@ -60,9 +60,9 @@ def made(
 def cells(tmp_path):
     """Two methods, three seeds each; the last exact matches differ by 0.1, 0.2 and 0.6."""
     found = []
-    for method, lasts in (("one", (2, 3, 1)), ("two", (3, 5, 7))):
-        for seed, last in enumerate(lasts):
-            folder = made(
+    for method, last_matches in (("one", (2, 3, 1)), ("two", (3, 5, 7))):
+        for seed, last in enumerate(last_matches):
+            folder = write_method(
                 tmp_path / method / f"seed-{seed}", [0, 5 if method == "two" else 1, last]
             )
             found.append(make_method_run(method, seed, [RunResults.load(folder)]))
@@ -97,7 +97,7 @@ def test_summary_by_hand(tmp_path):
     assert two.bytes_to_target.mean == 200 and two.seconds_to_target.mean == 4
 
 
-def test_pairs_are_of_one_seed_and_none_is_no_number(tmp_path):
+def test_pairs_share_a_seed_and_missing_ones_are_not_numbers(tmp_path):
     all_cells = cells(tmp_path)
     comparison = Comparison("x", (all_cells[1], *all_cells[3:]), "one", 0.5)
     two = summarize_methods(comparison)[1]
@@ -125,14 +125,16 @@ def test_pairs_are_of_one_seed_and_none_is_no_number(tmp_path):
     }
 
 
-def test_a_cell_of_clients_alone_is_their_mean_and_sends_nothing(tmp_path):
+def test_a_cell_of_local_training_is_the_mean_over_clients_and_sends_nothing(tmp_path):
     runs = []
     for k, client in enumerate(CLIENTS):
         groups = {
             "by_category": {c: score(2 + 2 * k + j, 10, 1.0 + k) for j, c in enumerate(CLIENTS)}
         }
         runs.append(
-            RunResults.load(made(tmp_path / client, [0, 2 + 4 * k], clients=[client], own=groups))
+            RunResults.load(
+                write_method(tmp_path / client, [0, 2 + 4 * k], clients=[client], own=groups)
+            )
         )
     cell = make_method_run("local", 0, runs, kind="local")
     assert (
@@ -153,8 +155,8 @@ def test_a_cell_of_clients_alone_is_their_mean_and_sends_nothing(tmp_path):
     )
 
 
-def test_points_hold_the_diagnostics(tmp_path):
-    cell = make_method_run("m", 0, [RunResults.load(made(tmp_path / "run", [0, 1, 2]))])
+def test_points_include_the_diagnostics(tmp_path):
+    cell = make_method_run("m", 0, [RunResults.load(write_method(tmp_path / "run", [0, 1, 2]))])
     assert [point.update_cosine for point in cell.points] == [None, None, 0.5]
     assert [(point.angle_a, point.angle_b) for point in cell.points] == [
         (None, None),
@@ -165,7 +167,7 @@ def test_points_hold_the_diagnostics(tmp_path):
 
 
 def test_runs_without_an_evaluation_have_no_score(tmp_path):
-    folder = made(tmp_path / "run", [0, 1])
+    folder = write_method(tmp_path / "run", [0, 1])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) | {"evaluation": None} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -177,10 +179,10 @@ def test_runs_without_an_evaluation_have_no_score(tmp_path):
 
 def test_runs_are_named_by_method_where_seeds_tell_them_apart(tmp_path):
     folders = [
-        made(tmp_path / "a", [0, 1], seed=1),
-        made(tmp_path / "b", [0, 1], method="fedit"),
-        made(tmp_path / "c", [0, 2]),
-        made(tmp_path / "d", [0, 2], settings='split = "singular"'),
+        write_method(tmp_path / "a", [0, 1], seed=1),
+        write_method(tmp_path / "b", [0, 1], method="fedit"),
+        write_method(tmp_path / "c", [0, 2]),
+        write_method(tmp_path / "d", [0, 2], settings='split = "singular"'),
     ]
     comparison = compare_runs(folders, 0.5)
     assert [(cell.method, cell.seed) for cell in comparison.method_runs] == [
@@ -190,7 +192,7 @@ def test_runs_are_named_by_method_where_seeds_tell_them_apart(tmp_path):
         ("fedmomentum:split=singular", 0),
     ]
     assert comparison.baseline == "fedmomentum"
-    same = compare_runs([folders[0], made(tmp_path / "e", [0, 1], seed=1)], 0.5)
+    same = compare_runs([folders[0], write_method(tmp_path / "e", [0, 1], seed=1)], 0.5)
     assert [cell.method for cell in same.method_runs] == [str(tmp_path / "a"), str(tmp_path / "e")]
 
 

@@ -1,4 +1,4 @@
-"""A run's end names every client that is missing: how often, with how much data, and why."""
+"""The end of a run names every absent client: how often, with how much data, and why."""
 
 from rich.console import Console
 
@@ -24,7 +24,7 @@ def rows(*failures):
     ]
 
 
-def test_who_is_missing_most_comes_first_with_the_last_reason():
+def test_the_most_absent_clients_come_first_with_the_last_reason():
     found = find_absences(
         records(
             rows(
@@ -64,7 +64,7 @@ def test_who_is_missing_most_comes_first_with_the_last_reason():
     )
 
 
-def test_nobody_is_named_where_all_took_part_or_only_an_evaluation_failed():
+def test_no_client_is_named_where_all_took_part_or_only_an_evaluation_failed():
     every = rows({}, {})
     every[2]["failures"] = {"north": "evaluation: no answer"}
     assert find_absences(records(every), PARTITION) == []
@@ -78,16 +78,16 @@ def test_rounds_for_which_a_client_was_not_drawn_do_not_count():
     assert north.headline.startswith("north was left out of 1 of 1 round, 1 times for the size")
 
 
-def test_terminal_and_page_say_it(tmp_path):
+def test_terminal_and_page_report_absences(tmp_path):
     folder = write_run(
         tmp_path / "run", rows({"north": TOO_LARGE}, {"north": TOO_LARGE}), clients=CLIENTS
     )
     console = Console(record=True, width=400)
     for line in absence_lines(RunResults.load(folder)):
         console.print(line)
-    told = console.export_text()
+    output = console.export_text()
     page = write_report(folder).read_text()
-    for text in (told, page):
+    for text in (output, page):
         assert "was left out of 2 of 2 rounds, 2 times for the size of its update" in text.replace(
             "&#39;", "'"
         )

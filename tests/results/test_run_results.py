@@ -87,7 +87,7 @@ def test_partition_without_splits_names_the_client(folder):
 
 
 @pytest.mark.parametrize("name", ["environment.json", "plan.json", "partition.json"])
-def test_a_file_that_was_changed_since_it_was_written_is_refused_whatever_it_says(folder, name):
+def test_a_file_that_was_changed_since_it_was_written_is_refused_even_if_valid(folder, name):
     text = (folder / name).read_text()
     digit = next(c for c in text if c in "123456789")
     (folder / name).write_text(text.replace(digit, "4" if digit != "4" else "5", 1))
@@ -127,12 +127,12 @@ def test_no_row_yet(folder, content):
 
 
 def test_round_written_again_counts_once(folder):
-    again = row(1, CLIENTS, CATEGORIES, seed=5)
+    rewritten = row(1, CLIENTS, CATEGORIES, seed=5)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(again) + "\n")
+        file.write(json.dumps(rewritten) + "\n")
     rounds = RunResults.load(folder).rounds
     assert [one.round for one in rounds] == [0, 1, 2]
-    assert [rounds[1]] == records([again]) != records([row(1, CLIENTS, CATEGORIES)])
+    assert [rounds[1]] == records([rewritten]) != records([row(1, CLIENTS, CATEGORIES)])
 
 
 def test_names_lose_what_cannot_be_printed(folder):

@@ -1,4 +1,4 @@
-"""Plan and run a configuration in a process of its own, and print what it took: `python FILE OUT`.
+"""Plan and run a configuration in a separate process, and print what it took: `python FILE OUT`.
 
 glibc keeps what is freed; the caller sets MALLOC_MMAP_THRESHOLD_ so that it gives memory back.
 """

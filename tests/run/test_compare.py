@@ -1,4 +1,4 @@
-"""Paired runs: the same data for every method, cells that go on, references that take a client's steps."""
+"""Paired runs: the same data for every method, cells that resume, references that take a client's steps."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ def settings(folder, **sections):
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """Five things, two seeds, really trained."""
+    """Five methods and references, two seeds, really trained."""
     config, out = settings(folder), folder / "compared"
     planned_runs = plan_runs(config, parse_methods(METHODS, config), [0, 1], out)
     start_comparison(config, out)
@@ -122,13 +122,13 @@ def test_a_method_may_have_settings_of_the_run_for_itself(folder):
         ("fedmomentum:split=equal", "split must be"),
     ],
 )
-def test_methods_that_cannot_be(folder, text, message):
+def test_invalid_methods_are_refused(folder, text, message):
     with pytest.raises(ConfigError, match=message):
         parse_methods(text, settings(folder))
 
 
 @pytest.mark.parametrize("text", ["", "a", "0,1.5", "-1", "0,0", "0,,1"])
-def test_seeds_that_cannot_be(text):
+def test_invalid_seeds_are_refused(text):
     with pytest.raises(ConfigError, match="--seeds must be whole numbers"):
         parse_seeds(text)
 
@@ -187,7 +187,7 @@ def test_a_seed_gives_every_method_the_same_start(done):
     assert one != two
 
 
-def test_references_are_scored_on_everybodys_items_and_take_a_clients_steps(done):
+def test_references_are_scored_on_all_clients_items_and_take_a_clients_steps(done):
     _, out, _, _ = done
     federated = timeless(out / "fedit" / "seed-0")
     runs = [
@@ -259,10 +259,10 @@ def test_references_where_clients_train_less(folder, tmp_path):
         parse_methods("fedit", config)
 
 
-def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
+def test_finished_cells_are_not_run_again_and_killed_ones_resume(
     done, folder, tmp_path, monkeypatch
 ):
-    config, whole, _, _ = done
+    config, finished, _, _ = done
     variants = parse_methods("fedmomentum,centralized", config)
     planned_runs = plan_runs(config, variants, [0], tmp_path)
     assert [planned_run.is_finished() for planned_run in planned_runs] == [False, False]
@@ -279,7 +279,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_killed_goes_on(
         assert not planned_run.is_finished() and len(timeless(planned_run.directory)) == 2
         execute_run(planned_run)
         assert planned_run.is_finished()
-        other = whole / planned_run.directory.relative_to(tmp_path)
+        other = finished / planned_run.directory.relative_to(tmp_path)
         assert timeless(planned_run.directory) == timeless(other) and objects(
             planned_run.directory
         ) == objects(other)
@@ -299,8 +299,8 @@ def test_references_continue_their_optimizer_and_resume_with_it(folder, tmp_path
     assert states == ["shared", "fresh", "local", "local", "local", "local"]
     assert compare.optimizer_states(planned_runs) == {"fedmomentum": "shared", "fedit": "fresh"}
     killed_runs = plan_runs(config, variants, [0], tmp_path / "parts")
-    for whole, parts in list(zip(planned_runs, killed_runs, strict=True))[2:4]:
-        execute_run(whole)
+    for uninterrupted, parts in list(zip(planned_runs, killed_runs, strict=True))[2:4]:
+        execute_run(uninterrupted)
 
         def stop(event, facts):
             if event == "row" and facts["round"] == 1:
@@ -309,14 +309,14 @@ def test_references_continue_their_optimizer_and_resume_with_it(folder, tmp_path
         with pytest.raises(KeyboardInterrupt):
             execute_run(parts, callbacks=[Events(stop)])
         execute_run(parts)
-        assert timeless(parts.directory) == timeless(whole.directory)
-        assert objects(parts.directory) == objects(whole.directory)
+        assert timeless(parts.directory) == timeless(uninterrupted.directory)
+        assert objects(parts.directory) == objects(uninterrupted.directory)
         # Not what a fresh optimizer in every round gives.
         fresh = settings(folder, training={"optimizer_state": "fresh"})
-        label = whole.variant.label
+        label = uninterrupted.variant.label
         planned = plan_runs(fresh, parse_methods(label, fresh), [0], tmp_path / f"fresh-{label}")
         execute_run(planned[0])
-        assert objects(planned[0].directory) != objects(whole.directory)
+        assert objects(planned[0].directory) != objects(uninterrupted.directory)
 
 
 def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
@@ -339,7 +339,7 @@ def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
 # ── the result ──
 
 
-def test_what_is_written_and_read_back(done):
+def test_a_comparison_is_read_back_as_it_was_written(done):
     config, out, planned_runs, comparison = done
     assert comparison.methods == METHODS.split(",") and comparison.baseline == "fedit"
     assert len(comparison.method_runs) == 10
@@ -377,8 +377,8 @@ def test_what_is_written_and_read_back(done):
     assert planned_run.by_client["site1"][1] == alone[1]["by_category"]["site1"]["loss"]
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert len(rows) == 10 and float(rows[0]["loss"]) == comparison.method_runs[0].loss
-    again = read_comparison(out)
-    assert again.method_runs == comparison.method_runs
+    reloaded = read_comparison(out)
+    assert reloaded.method_runs == comparison.method_runs
     assert load_config(out / "config.toml") == config
 
 

@@ -1,6 +1,6 @@
-"""`run.devices`: clients in worker processes give the bits of one process, whatever becomes of a worker.
+"""`run.devices`: clients in worker processes give the bits of one process, whatever happens to a worker.
 
-Most tests run the real pipe and a real process with a stand-in for model and data, which loads in no time.
+Most tests run the real pipe and a real process with a stand-in for model and data, which loads instantly.
 """
 
 import logging
@@ -102,18 +102,18 @@ def light(tmp_path, monkeypatch):
     script.write_text(STAND_IN.format(python=sys.executable))
     script.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(script))
-    made = []
+    created = []
 
     def make(devices=("cpu", "cpu:0"), num_clients=5, callback=None, threads=1):
         config = from_dict({"run": {"devices": list(devices), "threads": threads}})
         clients = [
             TokenizedClient(f"c{k}", examples(k), EMPTY_EXAMPLES) for k in range(num_clients)
         ]
-        made.append(DeviceTransport(config, clients, (), tmp_path, callback or Callback()))
-        return made[-1]
+        created.append(DeviceTransport(config, clients, (), tmp_path, callback or Callback()))
+        return created[-1]
 
     yield make
-    for transport in made:
+    for transport in created:
         transport.close()
 
 
@@ -147,8 +147,8 @@ def test_threads_are_those_of_the_settings_or_a_share_of_the_cores(monkeypatch):
 
 
 def test_each_worker_gets_its_clients_examples_and_does_their_tasks_in_order(light):
-    told = Steps()
-    transport = light(callback=told)
+    callback = Steps()
+    transport = light(callback=callback)
     facts = transport.start()
     assert facts["device"] == "cpu, cpu:0" and facts["threads"] == 1
     assert transport.clients() == ["c0", "c1", "c2", "c3", "c4"]
@@ -165,16 +165,16 @@ def test_each_worker_gets_its_clients_examples_and_does_their_tasks_in_order(lig
     assert found["c2"]["ids"] == [[1, 2, 2], [3, 2]]
     assert found["c0"]["pid"] == found["c2"]["pid"] != found["c1"]["pid"]
     assert list(found).index("c3") < list(found).index("c0")  # as they arrive
-    assert not told.steps
+    assert not callback.steps
 
 
-def test_steps_and_warnings_of_a_worker_are_told_here(light, caplog, monkeypatch):
+def test_steps_and_warnings_of_a_worker_are_reported_here(light, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fedmomentum"), "propagate", True)
-    told = Steps()
-    transport = light(callback=told, num_clients=2)
+    callback = Steps()
+    transport = light(callback=callback, num_clients=2)
     transport.start()
     answers(transport, {"c0": b"step", "c1": b"step"})
-    assert sorted(told.steps) == [("c0", 1, 2, 0.5), ("c1", 1, 2, 0.5)]
+    assert sorted(callback.steps) == [("c0", 1, 2, 0.5), ("c1", 1, 2, 0.5)]
     assert {"a warning of c0", "a warning of c1"} <= set(caplog.messages)
 
 
@@ -193,7 +193,7 @@ def test_what_a_client_raises_reads_as_in_one_process(light):
 # ── workers that die ──
 
 
-def test_a_worker_that_dies_fails_one_client_and_a_new_one_goes_on(light):
+def test_a_worker_that_dies_fails_one_client_and_a_new_one_continues(light):
     transport = light()
     transport.start()
     before = answers(transport, {"c0": b"x", "c1": b"x"})
@@ -262,8 +262,8 @@ def test_a_start_that_fails_names_the_device_and_leaves_no_process(light, tmp_pa
     assert child_pids() == before
 
 
-def test_an_exchange_that_is_left_ends_the_workers_at_work(light):
-    """Nobody can tell later whose reply it would have been."""
+def test_an_abandoned_exchange_ends_the_busy_workers(light):
+    """Later it would be unclear whose reply it was."""
     before = child_pids()
     transport = light()
     transport.start()
@@ -291,7 +291,7 @@ def test_settings_that_contradict_it_are_refused(tmp_path):
         run_federation(InProcessTransport({}), config, tmp_path)
 
 
-def test_a_device_that_is_not_here_is_refused_by_name_before_anything_is_started(tmp_path):
+def test_a_missing_device_is_refused_by_name_before_anything_is_started(tmp_path):
     config = tiny_config(tmp_path, model={"device": "auto"}, run={"devices": ["cuda:0", "cuda:63"]})
     with pytest.raises(ModelError, match="run.devices: this machine has no cuda"):
         FederatedTrainer(config, tmp_path / "run").prepare()

@@ -202,7 +202,7 @@ def test_a_run_begins_with_the_adapter_whatever_its_rank(folder, given, tmp_path
         ("fedmomentum", "float16"),
     ],
 )
-def test_every_kind_of_method_keeps_the_whole_adapter(folder, given, tmp_path, method, dtype):
+def test_every_kind_of_method_keeps_the_full_adapter(folder, given, tmp_path, method, dtype):
     config = config_of(
         folder,
         lora={"rank": 4, "lora-alpha": 10.0, "start-from": str(given)},

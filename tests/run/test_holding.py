@@ -137,7 +137,7 @@ def test_gradient_checkpointing_changes_no_bits(folder, tmp_path):
 
 
 def test_clients_may_hold_their_weights_in_different_ways(folder, tmp_path):
-    """It is a matter of each machine: the version that comes out is the same, and the run goes on."""
+    """It is up to each machine: the resulting version is the same, and the run continues."""
     config = config_of(folder)
     steps = {}
     for name, setting in zip(
@@ -182,7 +182,7 @@ class _TF32(torch.autograd.Function):
         return gradient @ ctx.saved_tensors[0].to(gradient.dtype), None, None
 
 
-def test_what_the_products_lose_shows_in_the_applied_share(folder, tmp_path, monkeypatch):
+def test_the_rounding_of_products_shows_in_the_applied_share(folder, tmp_path, monkeypatch):
     """Float32 weights under TF32 lose small residuals though they hold them; weights as loaded do not."""
 
     def forward(self, x):
@@ -207,7 +207,7 @@ def test_what_the_products_lose_shows_in_the_applied_share(folder, tmp_path, mon
 
 
 @pytest.mark.parametrize("holding", ["float32", "as-loaded"])
-def test_no_weight_of_a_base_that_nobody_shares_is_in_memory_twice(folder, holding):
+def test_no_weight_of_an_unshared_base_is_in_memory_twice(folder, holding):
     config = config_of(folder, model={"dtype": "bfloat16", "adapted-weights": holding})
     for takes in (True, False):
         loaded = LoadedBase.from_config(config.model)

@@ -71,7 +71,7 @@ def test_an_adapter_gives_the_same_numbers_on_the_same_examples(folder, finished
     assert plain.base.all.total.nll == run.base.all.total.nll
 
 
-def test_the_runs_own_examples_must_be_those_it_was_made_with(finished, tmp_path):
+def test_the_runs_own_examples_must_be_unchanged(finished, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     rewritten(
@@ -115,10 +115,14 @@ def test_dtype_and_device_are_the_runs(finished, adapter, tmp_path):
         ModelError, match="environment.json is missing; it says in which dtype the run was"
     ):
         ModelPair(open_result(auto), LoadSettings())
-    elsewhere = made_with(finished, tmp_path / "elsewhere", 'device = "cpu"', 'device = "cuda:7"')
+    other_device = made_with(
+        finished, tmp_path / "elsewhere", 'device = "cpu"', 'device = "cuda:7"'
+    )
     with pytest.raises(ModelError, match="'cuda:7' cannot be used: .* Give another by --device"):
-        ModelPair(open_result(elsewhere), LoadSettings())
-    assert ModelPair(open_result(elsewhere), LoadSettings(device="cpu")).model.device.type == "cpu"
+        ModelPair(open_result(other_device), LoadSettings())
+    assert (
+        ModelPair(open_result(other_device), LoadSettings(device="cpu")).model.device.type == "cpu"
+    )
 
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|im_end|>\n", "<|im_end|> ")
@@ -172,7 +176,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(adapter, tmp_path, call
             assert wanted == 0 or "100" in err, err
 
 
-def test_another_tokenizer_than_the_runs_is_told(folder, finished, tmp_path, caplog):
+def test_another_tokenizer_than_the_runs_is_reported(folder, finished, tmp_path, caplog):
     other = tmp_path / "base"
     shutil.copytree(folder / "base", other)
     tokenizer = AutoTokenizer.from_pretrained(other)
@@ -197,9 +201,9 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
     file = rows_of(tmp_path / "long.jsonl", [10, 20, 38, 39, 40, 41, 60])
     code, printed, err = call("evaluate", finished, "--data", file, "--max-length", "40")
     assert code == 0 and "4 examples" in printed, err
-    told = " ".join(printed.split())
-    assert "3 more are left out: the prompt alone is too long for 40 tokens" in told
-    assert "2 of the answers are cut at 40 tokens and never exact" in told
+    output = " ".join(printed.split())
+    assert "3 more are left out: the prompt alone is too long for 40 tokens" in output
+    assert "2 of the answers are cut at 40 tokens and never exact" in output
     code, printed, _ = call("evaluate", finished, "--data", file, "--max-length", "128")
     assert (
         code == 0
@@ -223,7 +227,7 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["evaluate", "--limit", "0"], "--limit must be at least 1; got 0"),
         (["evaluate", "--limit", "-1"], "--limit must be at least 1; got -1"),
@@ -251,9 +255,9 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
         (["generate", "--prompt", " "], "a --prompt is empty"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(finished, call, words, told):
+def test_invalid_numbers_are_refused(finished, call, words, message):
     code, _, err = call(words[0], finished, *words[1:])
-    assert code == 2 and told in err.replace("\n", " ") and "Traceback" not in err, err
+    assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
 
 
 def test_the_limit_takes_the_first(folder, finished, tmp_path):
@@ -266,13 +270,13 @@ def test_the_limit_takes_the_first(folder, finished, tmp_path):
     assert limited.tuned == two.tuned and limited.tuned.all.total.num_examples == 2
 
 
-def test_what_has_no_rounds_or_clients_takes_none(adapter, call):
-    for words, told in (
+def test_round_and_client_are_refused_where_there_are_none(adapter, call):
+    for words, message in (
         (["--round", "3"], "has no rounds; leave out --round"),
         (["--client", "x"], "leave out --client"),
     ):
         code, _, err = call("generate", adapter, "--prompt", "ab", *words)
-        assert code == 2 and told in err
+        assert code == 2 and message in err
     code, _, err = call("evaluate", adapter)
     assert code == 2 and "give the examples to evaluate" in err
 

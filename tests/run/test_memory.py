@@ -53,7 +53,7 @@ def write_model(directory, shape, layers, dtype=torch.float32):
         pytest.param("logits", marks=pytest.mark.long),
     ],
 )
-def test_a_run_takes_what_the_plan_says(kind, tmp_path):
+def test_a_run_uses_the_memory_that_the_plan_predicts(kind, tmp_path):
     shape, batch, length = SHAPES[kind]
     write_model(tmp_path / "base", shape, LAYERS[kind])
     rows = [
@@ -173,7 +173,7 @@ def test_the_plan_names_what_a_run_adapts(base, tmp_path):
         ({"lora": {"target_modules": "all-linear"}}, True),
     ],
 )
-def test_settings_change_what_training_takes(base, tmp_path, change, is_more):
+def test_settings_change_the_memory_of_training(base, tmp_path, change, is_more):
     config = tiny_config(base)
     changed = config
     for section, values in change.items():
@@ -183,7 +183,7 @@ def test_settings_change_what_training_takes(base, tmp_path, change, is_more):
     assert (after.host_memory.training > before.host_memory.training) is is_more
 
 
-def test_holding_and_quantization_decide_what_weights_take():
+def test_holding_and_quantization_decide_the_memory_of_weights():
     """By element: float32 4 bytes, 16 bits 2, int8 1, nf4 a little more than half a byte."""
     sizes = memory.BaseSizes(adapted=64_000, linear=1000, other=10, trained=0, largest=100)
     place = memory.Placement(True, torch.bfloat16, torch.bfloat16, "as-loaded", "none")

@@ -39,7 +39,7 @@ def config_of(folder, name, **federation):
 
 
 def recorded(config, out, function=nudge):
-    """A run of parties on their own, and its payloads: (round, kind, client, task's tensors, reply's tensors)."""
+    """A run of separate parties, and its payloads: (round, kind, client, task's tensors, reply's tensors)."""
     seen = []
 
     def step(payload, client):
@@ -156,7 +156,7 @@ def test_frozen_factors_do_not_move_on_the_client(folder, tmp_path, name, frozen
     assert moved == [set(method.trained_factors(t)) for t in (1, 2, 3) for _ in range(3)] and frozen
 
 
-def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
+def test_an_unrequested_factor_is_refused_by_name(folder, tmp_path):
     config = config_of(folder, "ffalora")
     found = {}
     for name in config.data.client_files:
@@ -174,7 +174,7 @@ def test_a_factor_that_was_not_asked_for_is_refused_by_name(folder, tmp_path):
     assert "lora_A.weight was not asked for; this round takes B" in reason
 
 
-def test_a_party_with_another_method_is_told_so(folder, tmp_path):
+def test_a_party_with_another_method_is_left_out_with_the_reason(folder, tmp_path):
     config = config_of(folder, "fedmomentum")
     found = {}
     for name in config.data.client_files:
@@ -190,7 +190,7 @@ def test_a_party_with_another_method_is_told_so(folder, tmp_path):
     assert "the run's method is FedMomentum(" in timeless(tmp_path / "run")[1]["failures"]["site2"]
 
 
-def test_frlora_begins_as_the_untouched_model_and_adds_up(folder, tmp_path):
+def test_frlora_starts_as_the_unmodified_model_and_its_updates_add_up(folder, tmp_path):
     """W0 - s B0 A0 + s B0 A0 = W0 for alpha/r = 3; then W0 + sum of s (mean B mean A - B0 A0)."""
     config = config_of(folder, "frlora")
     run = start(config, tmp_path / "run")
@@ -212,7 +212,7 @@ def test_frlora_begins_as_the_untouched_model_and_adds_up(folder, tmp_path):
     assert timeless(tmp_path / "run")[0]["evaluation"]["total"]["loss"] == pytest.approx(
         timeless_loss(folder, tmp_path), rel=1e-4
     )
-    for kind in "BA":  # clients go on from B0, A0 in every round
+    for kind in "BA":  # clients continue from B0, A0 in every round
         assert run.model.adapter_objects[kind].data == start_model.adapter_objects[kind].data
     adapter, change = initialize_adapter(
         run.method, run.local.fresh, run.local.base_weights.pretrained
@@ -254,7 +254,7 @@ def test_fedsa_keeps_every_clients_own_B_through_the_run(folder, tmp_path):
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses.values())
 
 
-def test_flora_draws_its_adapter_anew_each_round_and_sends_none(folder, tmp_path):
+def test_flora_draws_a_new_adapter_each_round_and_sends_none(folder, tmp_path):
     config = config_of(folder, "flora")
     model, seen = recorded(config, tmp_path)
     manifests = [

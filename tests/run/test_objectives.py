@@ -170,7 +170,7 @@ def test_all_turns_have_the_same_bits_in_one_process_and_over_a_network(folder, 
     assert total["num_tokens"] > fewer["num_tokens"]
 
 
-def test_client_with_another_objective_is_told_so(folder, tmp_path):
+def test_client_with_another_objective_is_left_out_with_the_reason(folder, tmp_path):
     config = config_of(folder, chat_rows, loss_on="all-assistant")
     other = config_of(folder, chat_rows)
     handlers = {

@@ -124,7 +124,7 @@ def test_one_process_separate_stores_and_a_resume_give_the_same_bits(
     assert chain(tmp_path / "fresh") != chain(tmp_path / "whole")
 
 
-def test_local_moments_that_are_lost_are_missed(folder, tmp_path):
+def test_lost_local_moments_are_detected(folder, tmp_path):
     config = config_of(folder, "local")
 
     def stop(event, facts):
@@ -264,7 +264,9 @@ def test_bytes_are_those_of_the_plan(folder, tmp_path):
         ("other", "fedit", {}, "training.optimizer-state"),
     ],
 )
-def test_what_has_no_meaning_is_refused_by_name(folder, tmp_path, state, name, sections, message):
+def test_settings_without_meaning_are_refused_by_name(
+    folder, tmp_path, state, name, sections, message
+):
     with pytest.raises(ConfigError, match=message):
         prepare(config_of(folder, state, name, **sections), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -352,7 +354,7 @@ def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, chang
         assert "client site1: optimizer tensor" in row["failures"]["site1"]
 
 
-def test_moments_that_were_not_asked_for_are_refused(folder, tmp_path):
+def test_unrequested_moments_are_refused(folder, tmp_path):
     from functools import partial
 
     config = config_of(folder, "fresh", federation={"num-rounds": 1})
@@ -395,9 +397,7 @@ def test_moments_that_were_not_asked_for_are_refused(folder, tmp_path):
         ),
     ],
 )
-def test_auto_shares_moments_where_the_method_is_made_for_it(
-    folder, name, settings, sections, wanted
-):
+def test_auto_shares_moments_where_the_method_supports_it(folder, name, settings, sections, wanted):
     sections = {key: dict(table) for key, table in sections.items()}
     training = sections.pop("training", {})
     config = config_of(folder, "auto", name, settings, training=training, **sections)
@@ -405,7 +405,7 @@ def test_auto_shares_moments_where_the_method_is_made_for_it(
     assert chosen.training.optimizer_state == wanted
 
 
-def test_a_run_records_the_state_that_auto_stands_for_and_resumes_with_either(folder, tmp_path):
+def test_a_run_records_the_state_that_auto_resolves_to_and_resumes_with_either(folder, tmp_path):
     config = config_of(folder, "auto", federation={"num_rounds": 2})
     plain = config_of(folder, "shared", federation={"num_rounds": 2})
     start(plain, tmp_path / "shared", function=None)

@@ -1,4 +1,4 @@
-"""A project that was moved goes on where it stopped; other data or another base under the same names does not."""
+"""A project that was moved resumes where it stopped; with other data or another base under the same names it does not."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def stopped(config, out):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def original(tmp_path_factory):
     """A project: configuration, data, base model and an interrupted run, all in one directory."""
     place = tmp_path_factory.mktemp("made") / "project"
     place.mkdir()
@@ -67,46 +67,46 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def project(made, tmp_path):
-    """The project at a place of its own, moved from where the run was made: its old paths lead nowhere."""
-    hidden = made.with_name("hidden")
+def project(original, tmp_path):
+    """The project in another place, moved from where the run was started: its old paths lead nowhere."""
+    hidden = original.with_name("hidden")
     new = tmp_path / "elsewhere" / "moved project"
-    shutil.copytree(made, new)
-    made.rename(hidden)
+    shutil.copytree(original, new)
+    original.rename(hidden)
     yield new
-    hidden.rename(made)
+    hidden.rename(original)
 
 
 @pytest.fixture(scope="module")
-def whole(made):
+def uninterrupted(original):
     """The same run, not interrupted."""
-    start(load_config(made / "job.toml"), made.parent / "whole")
-    return made.parent / "whole"
+    start(load_config(original / "job.toml"), original.parent / "whole")
+    return original.parent / "whole"
 
 
-def test_the_projects_own_configuration_goes_on(project, whole):
+def test_a_moved_run_resumes_from_the_projects_configuration(project, uninterrupted):
     start(load_config(project / "job.toml"), project / "runs" / "job", resume=True)
-    assert timeless(project / "runs" / "job") == timeless(whole)
-    assert chain(project / "runs" / "job").keys() == chain(whole).keys()
-    assert objects(project / "runs" / "job") == objects(whole)
+    assert timeless(project / "runs" / "job") == timeless(uninterrupted)
+    assert chain(project / "runs" / "job").keys() == chain(uninterrupted).keys()
+    assert objects(project / "runs" / "job") == objects(uninterrupted)
     saved = load_config(project / "runs" / "job" / "config.toml")
     assert saved.model.name == str(project / "base")  # where things are now is what is saved
 
 
-def test_the_runs_own_configuration_goes_on(project, whole):
+def test_a_moved_run_resumes_from_its_own_configuration(project, uninterrupted):
     """Its paths are those of the old place; what lay beside the run's directory then lies there now."""
     out = project / "runs" / "job"
     start(load_config(out / "config.toml"), out, resume=True)
-    assert timeless(out) == timeless(whole) and objects(out) == objects(whole)
+    assert timeless(out) == timeless(uninterrupted) and objects(out) == objects(uninterrupted)
 
 
 def test_a_runs_directory_alone_says_what_is_missing_and_takes_it_from_options(
-    project, whole, tmp_path, call
+    project, uninterrupted, tmp_path, call
 ):
     out = tmp_path / "alone"
     shutil.move(project / "runs" / "job", out)
-    again = ["run", out / "config.toml", "--out", out, "--resume"]
-    code, _, err = call(*again)
+    command = ["run", out / "config.toml", "--out", out, "--resume"]
+    code, _, err = call(*command)
     assert (
         code == 2
         and "client north: there is no" in err
@@ -119,16 +119,16 @@ def test_a_runs_directory_alone_says_what_is_missing_and_takes_it_from_options(
         "--data",
         f"a/b.c=d={project / 'site1.jsonl'}",
     ]
-    code, _, err = call(*again, *data)
+    code, _, err = call(*command, *data)
     assert code == 2 and "If the base model is somewhere else now, give --base DIR" in err
-    code, _, err = call(*again, *data, "--base", project / "base")
+    code, _, err = call(*command, *data, "--base", project / "base")
     assert code == 0, err
     assert len(timeless(out)) == 3
     code, printed, err = call("evaluate", out)
     assert code == 0 and "7 examples" in printed, err
 
 
-def test_results_of_a_moved_run_are_used_without_more_words(project, tmp_path, call):
+def test_results_of_a_moved_run_are_used_without_further_options(project, tmp_path, call):
     out = project / "runs" / "job"
     for words in (
         ["export", out, "--to", "merged", "--out", tmp_path / "merged"],
@@ -203,8 +203,8 @@ def test_other_clients_are_refused(project):
         )
 
 
-def test_the_checkpoint_knows_the_data_too(project):
-    """data.json says where things were; what they were stands in every checkpoint."""
+def test_the_checkpoint_records_the_data_too(project):
+    """data.json records where the data were; every checkpoint records what they were."""
     out = project / "runs" / "job"
     (out / "data.json").unlink()
     prepare(load_config(project / "job.toml"), out, resume=True).close()
@@ -214,7 +214,7 @@ def test_the_checkpoint_knows_the_data_too(project):
         prepare(load_config(project / "job.toml"), out, resume=True)
 
 
-def test_nothing_is_given_up_for_an_older_round_before_all_is_checked(project, call):
+def test_nothing_is_deleted_for_an_older_round_before_everything_is_checked(project, call):
     out = project / "runs" / "job"
     before = {
         file: file.read_bytes()
@@ -224,16 +224,16 @@ def test_nothing_is_given_up_for_an_older_round_before_all_is_checked(project, c
     file = project / "site0.jsonl"
     rows = file.read_text()
     file.write_text("\n".join(rows.splitlines()[1:]) + "\n")
-    again = ["run", project / "job.toml", "--out", out, "--resume", "--round", "0"]
-    code, _, err = call(*again)
+    command = ["run", project / "job.toml", "--out", out, "--resume", "--round", "0"]
+    code, _, err = call(*command)
     assert code == 2 and "made with other data" in err
     assert {file: file.read_bytes() for file in before} == before
     file.write_text(rows)
     code, _, err = call("run", project / "job.toml", "--out", out, "--round", "0")
     assert code == 2 and "--round needs --resume" in err
-    code, _, err = call(*again[:-1], "7")
+    code, _, err = call(*command[:-1], "7")
     assert code == 2 and "keeps the rounds [0, 1]" in err
-    code, _, err = call(*again)
+    code, _, err = call(*command)
     assert code == 0 and len(timeless(out)) == 3, err
 
 
@@ -250,8 +250,8 @@ def test_a_damaged_record_is_refused_by_name(project, damage):
 # ── where things are ──
 
 
-def test_data_is_named_by_client_or_once(made, tmp_path):
-    config = load_config(made / "job.toml")
+def test_data_is_named_by_client_or_once(original, tmp_path):
+    config = load_config(original / "job.toml")
     file = tmp_path / "x=y.jsonl"
     file.write_text("x")
     moved = placed(config, "", [f"a/b.c=d={file}", f"north={file}"])
@@ -265,7 +265,7 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
     assert placed(shared, "", [str(file)]).data.source == str(file)
     with pytest.raises(ConfigError, match="--data can be given once"):
         placed(shared, "", ["a", "b"])
-    assert placed(config, str(made / "base"), []).model.name == str(made / "base")
+    assert placed(config, str(original / "base"), []).model.name == str(original / "base")
     assert placed(config, "owner/name", []).model.name == "owner/name"
     # A revision belongs to its model: it comes with the name, and goes with it.
     hub = placed(config, "owner/name@v2", []).model
@@ -275,7 +275,7 @@ def test_data_is_named_by_client_or_once(made, tmp_path):
         ("owner/name", "v2"),
         ("owner/name@main", "main"),
         ("owner/other", None),
-        (str(made / "base"), None),
+        (str(original / "base"), None),
     ):
         assert placed(pinned, base, []).model.revision == expected, base
 
@@ -292,7 +292,7 @@ def compared(config, out, only=None):
     return len(left), cells
 
 
-def test_a_comparison_goes_on_where_it_was_moved(tmp_path):
+def test_a_moved_comparison_resumes(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     tiny_config(old, num_clients=2)
@@ -331,9 +331,9 @@ def test_a_comparison_on_another_base_is_refused(tmp_path):
         compared(load_config(tmp_path / "job.toml"), tmp_path / "out")
 
 
-def test_the_record_names_every_client(made):
-    record = json.loads((made / "runs" / "job" / "data.json").read_text())
-    assert record["directory"] == str(made / "runs" / "job")
+def test_the_record_names_every_client(original):
+    record = json.loads((original / "runs" / "job" / "data.json").read_text())
+    assert record["directory"] == str(original / "runs" / "job")
     assert record["clients"].keys() == {"north", "a/b.c=d"}
     assert all(
         len(one[key]) == 64
@@ -342,9 +342,9 @@ def test_the_record_names_every_client(made):
     )
 
 
-def test_a_saved_configuration_is_read_back(made):
-    config = load_config(made / "job.toml")
-    file = made / "again.toml"
+def test_a_saved_configuration_is_read_back(original):
+    config = load_config(original / "job.toml")
+    file = original / "again.toml"
     file.write_text(to_toml(config))
     assert load_config(file) == config
     file.unlink()

@@ -50,20 +50,20 @@ def secure(privacy=None, **sections):
         ),
     ],
 )
-def test_what_sums_do_not_give_is_refused_by_name(sections, message):
+def test_settings_that_sums_do_not_support_are_refused_by_name(sections, message):
     config = secure(**sections)
     with pytest.raises(ConfigError, match=message):
         check_privacy(config, make_method(config))
     check_privacy(from_dict(sections), make_method(config))
 
 
-def test_with_a_bound_of_its_own_any_training_will_do():
+def test_with_an_explicit_bound_any_training_function_is_accepted():
     training = {"function": "own:train", "arguments": {"optim": "lion_32bit"}}
     config = secure({"max-change": 0.5}, training=training)
     check_privacy(config, make_method(config))
 
 
-def test_a_method_of_the_users_own_is_refused_until_it_says_what_it_depends_on():
+def test_a_custom_method_is_refused_until_it_declares_what_it_depends_on():
     class Own(Method):
         title = "Own"
 

@@ -44,7 +44,7 @@ def test_a_private_run_of_any_kind_and_method(tmp_path, kind, method, is_secure)
         ]
 
 
-def test_noise_of_any_size_is_no_reason_to_refuse_shared_moments(tmp_path):
+def test_shared_moments_are_not_refused_because_of_noise(tmp_path):
     """Clipping bounds plain gradients; here noise comes after it."""
     dp = {**DP, "noise-multiplier": 1e4}
     config = config_of(tmp_path, "completion", "fedmomentum", privacy={"dp": dp})

@@ -87,7 +87,7 @@ def test_nothing_without_noise_leaves_a_client(finished):
         reply = decode_reply(payload, task, 2**30)
         kinds.add(task.kind)
         client = run.clients[int(task.client_id[-1])]
-        # Whoever guesses the data cannot check the guess.
+        # Someone who guesses the data cannot check the guess.
         assert reply.split == "0" * 64
         assert split_fingerprint(client.train, client.test, task.run_id).encode() not in payload
         if task.kind == "train":
@@ -104,7 +104,7 @@ def test_nothing_without_noise_leaves_a_client(finished):
     assert (described.answer.num_train, described.answer.num_test) == (18, 0)
 
 
-def test_records_say_nothing_of_the_data(finished):
+def test_records_reveal_nothing_about_the_data(finished):
     _, out, _, _ = finished
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -190,7 +190,7 @@ def read_all(folder):
     return {file.name: len(read_ledger(file).trainings) for file in files}
 
 
-def test_units_are_a_columns_values_and_the_public_number_sets_the_rate(tmp_path):
+def test_units_are_the_values_of_a_column_and_the_public_number_sets_the_rate(tmp_path):
     config = private_config(
         tmp_path,
         dp={"unit-column": "kind", "budget": 5.0, "public-units": 40, "noise-multiplier": None},
@@ -258,12 +258,12 @@ def test_plan_warns_of_noise_in_both_factors(tmp_path, name, warns):
 def test_run_for_an_epsilon_cannot_be_made_longer(tmp_path, monkeypatch):
     """The noise of the rounds before would have been too little; a budget may change."""
     epsilon = {"noise-multiplier": None, "epsilon": 50.0}
-    began = private_config(tmp_path, dp=epsilon)
-    monkeypatch.setattr(setup, "saved_settings", lambda *_: began)
+    first_config = private_config(tmp_path, dp=epsilon)
+    monkeypatch.setattr(setup, "saved_settings", lambda *_: first_config)
     longer = private_config(tmp_path, dp=epsilon, federation={"num-rounds": 3})
     with pytest.raises(ConfigError, match="noise was chosen for privacy.dp.epsilon"):
         setup.check_run_directory(longer, tmp_path, resume=True)
-    setup.check_run_directory(began, tmp_path, resume=True)
+    setup.check_run_directory(first_config, tmp_path, resume=True)
     richer = private_config(tmp_path, dp={**epsilon, "budget": 60.0, "ledger": "elsewhere"})
     setup.check_run_directory(richer, tmp_path, resume=True)
     noisier = private_config(tmp_path, dp={**epsilon, "max-grad-norm": 2.0})

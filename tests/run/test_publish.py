@@ -1,4 +1,4 @@
-"""A result goes to the hub and comes back by its name as it was; what is uploaded tells no more than it should."""
+"""A result is uploaded to the hub and read back unchanged by its name; the upload reveals no more than it should."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """A run of three clients, whose names and paths are nobody else's business."""
+    """A run of three clients, whose names and paths are private."""
     start(tiny_config(folder, federation={"num_rounds": 2}), folder / "run")
     return folder / "run"
 
@@ -55,20 +55,22 @@ def test_an_adapter_goes_to_the_hub_and_is_the_same_by_name(hub, folder, finishe
     hub.add("org/base", content(folder / "base"))
     out = tmp_path / "out"
     words = ("--push-to-hub", "alice/office", "--data-description", "Questions on *forms*.")
-    code, told, err = call(
+    code, output, err = call(
         "export", finished, "--to", "adapter", "--out", out, "--base", "org/base@main", *words
     )
     assert code == 0, err
-    assert f"{out} -> alice/office on the hub, private: {hub.endpoint}/alice/office/commit/" in told
-    assert TOKEN not in told + err and "note:" not in told
+    assert (
+        f"{out} -> alice/office on the hub, private: {hub.endpoint}/alice/office/commit/" in output
+    )
+    assert TOKEN not in output + err and "note:" not in output
     repository = hub.repositories["alice/office"]
     files = uploaded(hub, "alice/office")
     assert repository.private and files == content(out)
 
     # Nothing of this machine, and nobody's name, is in what was uploaded.
-    told_too_much = re.compile(rb"/tmp|" + str(folder).encode() + rb"|site[012]")
+    private_text = re.compile(rb"/tmp|" + str(folder).encode() + rb"|site[012]")
     for name, data in files.items():
-        assert not told_too_much.search(data), name
+        assert not private_text.search(data), name
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     assert json.loads(files["adapter_config.json"])["revision"] == "main"
 
@@ -85,12 +87,12 @@ def test_an_adapter_goes_to_the_hub_and_is_the_same_by_name(hub, folder, finishe
     results = {}
     for name in ("alice/office", out, finished):
         words = ("--base", folder / "base", "--dtype", "float32")
-        code, told, err = call("evaluate", name, "--data", data, *words)
+        code, output, err = call("evaluate", name, "--data", data, *words)
         assert code == 0, err
-        results[name] = told.partition(": ")[2]
+        results[name] = output.partition(": ")[2]
     assert results["alice/office"] == results[out] == results[finished]
     for command in (("inspect",), ("generate", "--prompt", "0 ab 0", "--max-new-tokens", "2")):
-        code, told, err = call(command[0], "alice/office@main", *command[1:])
+        code, output, err = call(command[0], "alice/office@main", *command[1:])
         assert code == 0, err
 
     # What a benchmark needs is here before it goes offline.
@@ -100,15 +102,15 @@ def test_an_adapter_goes_to_the_hub_and_is_the_same_by_name(hub, folder, finishe
     assert content(Path(named)) == content(folder / "base")
 
     # Two names are combined as two directories are.
-    made = []
+    adapters = []
     for number, (first, second) in enumerate((("alice/office@main", out), (out, "alice/office"))):
         to = tmp_path / str(number)
         words = ("--weights", "3,1", "--to", "adapter", "--out", to)
-        code, told, err = call("aggregate", first, second, *words)
+        code, output, err = call("aggregate", first, second, *words)
         assert code == 0, err
-        made.append(load_file(to / "adapter_model.safetensors"))
-    assert made[0].keys() == made[1].keys()
-    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+        adapters.append(load_file(to / "adapter_model.safetensors"))
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
 
 
 def test_the_card_has_method_rounds_data_and_scores_with_intervals(
@@ -117,7 +119,7 @@ def test_the_card_has_method_rounds_data_and_scores_with_intervals(
     words = ("--to", "merged", "--out", tmp_path / "out", "--data-description", "Forms of *two* k.")
     code, _, err = call("export", finished, *words)
     assert code == 0, err
-    assert not hub.requests  # a local export is nobody else's business
+    assert not hub.requests  # a local export stays private
     metadata, text = card_of(content(tmp_path / "out"))
     assert metadata["library_name"] == "transformers" and "base_model" not in metadata
     assert "\n## Data\n\nForms of *two* k.\n" in text
@@ -145,12 +147,12 @@ def test_a_merged_model_goes_to_the_hub_and_is_a_base_by_name(
     hub, folder, finished, tmp_path, call
 ):
     out = tmp_path / "out"
-    code, told, err = call(
+    code, output, err = call(
         "export", finished, "--to", "merged", "--out", out, "--push-to-hub", "office", "--public"
     )
     assert code == 0, err
-    assert "-> alice/office on the hub, public:" in told
-    assert "note: the base model is a directory here" in told and "--base OWNER/NAME" in told
+    assert "-> alice/office on the hub, public:" in output
+    assert "note: the base model is a directory here" in output and "--base OWNER/NAME" in output
     assert not hub.repositories["alice/office"].private
     files = uploaded(hub, "alice/office")
     assert files == content(out)
@@ -178,9 +180,9 @@ def test_a_refusal_or_failure_is_one_message_and_loses_nothing(
     assert code == 2 and "needs a login to the hub" in err and not out.exists()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.fail("POST", "/commit/", 500)
-    code, told, err = call(*words, "--push-to-hub", "office")
+    code, output, err = call(*words, "--push-to-hub", "office")
     assert code == 2 and "the upload to alice/office failed: the hub replied 500" in err
-    assert "Traceback" not in err and TOKEN not in err + told
+    assert "Traceback" not in err and TOKEN not in err + output
     assert f"hf upload alice/office {out} . --private" in err
     adapter = open_result(out).model.adapter
     run = open_result(finished).model
@@ -194,7 +196,7 @@ def test_a_refusal_or_failure_is_one_message_and_loses_nothing(
     assert code == 2 and "the hub has no repository org/none" in err
 
 
-def test_a_base_is_named_as_others_know_it(finished):
+def test_a_base_is_named_by_its_public_name(finished):
     model = open_result(finished).model
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = f"/home/a/hub/models--org--base/snapshots/{commit}"

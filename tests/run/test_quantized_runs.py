@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """A run of each kind, made when it is asked for."""
+    """A run of each kind, started when it is first requested."""
     runs = {}
 
     def get(kind):
@@ -168,9 +168,7 @@ def test_a_run_trains_in_bfloat16(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_out_gives_the_global_models_logits(
-    folder, finished, tmp_path, kind, monkeypatch
-):
+def test_every_export_gives_the_global_models_logits(folder, finished, tmp_path, kind, monkeypatch):
     run = finished(kind)
     model = GlobalModel.load(run)
     wanted = dense_logits(folder, kind, run)

@@ -1,4 +1,4 @@
-"""Runs without one global model: nobody's model is exported or used, and each client's own is."""
+"""Runs without one global model: there is no global model to export or use, but each client's own."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def loss_of(path, config, client, adapter=None):
     return evaluate(model, tokens[:4], pad_token_id=0).total.loss
 
 
-def test_nobodys_model_is_refused_with_the_clients(finished, tmp_path, call):
+def test_a_run_without_a_global_model_names_its_clients(finished, tmp_path, call):
     for command in (
         ["export", finished, "--to", "merged", "--out", tmp_path / "out"],
         ["export", finished, "--to", "adapter", "--out", tmp_path / "out"],
@@ -175,7 +175,7 @@ def test_the_round_is_respected(folder, finished, tmp_path, call):
 
 def test_wrong_choices_are_refused(folder, finished, tmp_path, call):
     start(tiny_config(folder, federation={"num_rounds": 1}), tmp_path / "plain")
-    for words, told in (
+    for words, message in (
         (
             ["evaluate", finished, "--client", "south"],
             "has no client 'south'; its clients are a/../b, north, north-2",
@@ -192,7 +192,7 @@ def test_wrong_choices_are_refused(folder, finished, tmp_path, call):
         ),
     ):
         code, _, err = call(*words)
-        assert code == 2 and told in err.replace("\n", " "), err
+        assert code == 2 and message in err.replace("\n", " "), err
 
 
 def test_inspect_says_whose_factors_are_here(finished, tmp_path, call):
@@ -214,7 +214,7 @@ def test_inspect_says_whose_factors_are_here(finished, tmp_path, call):
     assert code == 2 and "client north: its own factors are not in" in err and "--store" in err
 
 
-def test_a_served_run_is_put_together_at_the_site(folder, finished, tmp_path, call):
+def test_a_model_of_a_served_run_is_assembled_at_the_site(folder, finished, tmp_path, call):
     """The coordinator has the shared part only; each client's own factors are in its store."""
     config = personal_config(folder)
     steps = {}
@@ -255,7 +255,7 @@ def test_a_served_run_is_put_together_at_the_site(folder, finished, tmp_path, ca
 
 @dataclass(frozen=True)
 class PersonalA(FedSALoRA):
-    """A method of one's own: B is shared, A stays with each client."""
+    """A custom method: B is shared, A stays with each client."""
 
     shared_factors = "B"
 
@@ -263,14 +263,14 @@ class PersonalA(FedSALoRA):
         return "B"
 
 
-def test_a_method_of_ones_own(folder, tmp_path, call, monkeypatch):
+def test_a_custom_personal_method(folder, tmp_path, call, monkeypatch):
     monkeypatch.setitem(METHODS, "personal-a", PersonalA)
     config = personal_config(folder, name="personal-a")
     start(config, tmp_path / "run", function=push)
     assert GlobalModel.load(tmp_path / "run").personal == "A"
     code, _, err = call("export", tmp_path / "run", "--to", "merged", "--out", tmp_path / "out")
     assert code == 2 and "PersonalA()" in err and "leaves the factors A with each client" in err
-    monkeypatch.delitem(METHODS, "personal-a")  # it need not be there to carry a model away
+    monkeypatch.delitem(METHODS, "personal-a")  # it need not be installed to export a model
     code, _, err = call(
         "export", tmp_path / "run", "--client", "north", "--to", "merged", "--out", tmp_path / "out"
     )
@@ -280,7 +280,7 @@ def test_a_method_of_ones_own(folder, tmp_path, call, monkeypatch):
     ), err
 
 
-def test_a_client_with_a_scaling_and_modules_of_its_own(folder, tmp_path, call):
+def test_a_client_with_its_own_scaling_and_modules(folder, tmp_path, call):
     config = personal_config(folder)
     lora = replace(
         config.lora, clients={"north": {"lora-alpha": 3.0, "target-modules": ["q_proj"]}}

@@ -1,4 +1,4 @@
-"""Every kind of training and every method under masks: what comes out is what comes out without."""
+"""Every kind of training and every method under masks: the result is that of the run without."""
 
 import json
 
@@ -93,14 +93,16 @@ def test_a_secure_run_is_the_run_without(tmp_path, kind, method):
     secure = start(config, tmp_path / "secure", function=None)
 
     # Adapter, what is merged, and tensors that are trained in full, to the sums' rounding.
-    ours, theirs = dense_model(secure.model), dense_model(plain.model)
-    if all(float(matrix.norm()) == 0 for matrix in theirs.values()):
+    ours, plain_tensors = dense_model(secure.model), dense_model(plain.model)
+    if all(float(matrix.norm()) == 0 for matrix in plain_tensors.values()):
         # B stays with the clients; what they share is A.
         ours = {name: t.double() for name, t in to_tensors(secure.model.adapter).items()}
-        theirs = {name: t.double() for name, t in to_tensors(plain.model.adapter).items()}
-        theirs = {name: tensor for name, tensor in theirs.items() if ".lora_B" not in name}
+        plain_tensors = {name: t.double() for name, t in to_tensors(plain.model.adapter).items()}
+        plain_tensors = {
+            name: tensor for name, tensor in plain_tensors.items() if ".lora_B" not in name
+        }
     # Moments travel in bfloat16: a sum's rounding can make another number of a last digit.
-    assert distance(ours, theirs) < (1e-3 if kind == "moments" else 2e-5)
+    assert distance(ours, plain_tensors) < (1e-3 if kind == "moments" else 2e-5)
     saved = plain.model.adapter.saved
     assert bool(saved) == (kind in ("classification", "found-labels", "saved"))
     for name, tensor in saved.items():
@@ -138,7 +140,7 @@ class Stop(BaseException):
 def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_path, kind, method):
     # A sketch that leaves something to the clients, which keep it over the kill.
     config = config_of(tmp_path, kind, method, privacy={**SECURE, "sketch_ranks": 1})
-    whole = start(config, tmp_path / "whole", function=None)
+    uninterrupted = start(config, tmp_path / "whole", function=None)
 
     def stop(event, facts):
         if event == "aggregate" and (tmp_path / "parts" / "rounds" / "0001.json").exists():
@@ -146,14 +148,14 @@ def test_a_run_that_was_killed_and_resumed_has_the_bits_of_one_that_was_not(tmp_
 
     with pytest.raises(Stop):
         start(config, tmp_path / "parts", function=None, observer=stop)
-    again = start(config, tmp_path / "parts", function=None, resume=True)
-    assert again.model.manifest() == whole.model.manifest()
+    resumed_run = start(config, tmp_path / "parts", function=None, resume=True)
+    assert resumed_run.model.manifest() == uninterrupted.model.manifest()
     for one, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
         assert one.evaluation == other.evaluation
 
 
 @pytest.mark.parametrize("method", sorted(NEED_UPDATES))
-def test_what_needs_single_updates_is_refused_before_anything_is_loaded(tmp_path, method):
+def test_settings_that_need_single_updates_are_refused_before_anything_is_loaded(tmp_path, method):
     config = config_of(tmp_path, "completion", method, privacy=SECURE)
     with pytest.raises(ConfigError, match="needs every client's update by itself"):
         start(config, tmp_path / "out")
@@ -161,7 +163,7 @@ def test_what_needs_single_updates_is_refused_before_anything_is_loaded(tmp_path
 
 
 @pytest.mark.parametrize("training", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str)
-def test_moments_that_come_of_sums_are_those_that_clients_send(tmp_path, training):
+def test_moments_from_sums_are_those_that_clients_send(tmp_path, training):
     """To the three digits that travel: where the last one differs, it is by one, in few numbers."""
     sections = {"federation": {"num-rounds": 1}, "evaluation": {"every": 0}}
     settings = {"optimizer-state": "shared", "arguments": training}

@@ -8,7 +8,7 @@ from fedmomentum.config.schema import RunConfig
 from fedmomentum.run.setup import set_up_process
 
 
-def test_deterministic_kernels_are_used_where_asked_and_only_there(monkeypatch):
+def test_deterministic_kernels_are_used_only_on_request(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     threads = torch.get_num_threads()
     try:

@@ -18,14 +18,25 @@ def test_what_the_adapters_directory_holds_is_exported(tmp_path):
 
     template = write_adapter(base, tmp_path / "template", {})
     (template / "chat_template.jinja").write_text(OTHER_TEMPLATE)
-    whole = write_adapter(base, tmp_path / "whole", {"base_model_name_or_path": "/elsewhere"})
-    tiny_tokenizer(OTHER_TEMPLATE).save_pretrained(whole)
-    for directory in (template, whole):
+    with_tokenizer = write_adapter(
+        base, tmp_path / "whole", {"base_model_name_or_path": "/elsewhere"}
+    )
+    tiny_tokenizer(OTHER_TEMPLATE).save_pretrained(with_tokenizer)
+    for directory in (template, with_tokenizer):
         own = own_tokenizer(open_result(directory), base)
         assert own.chat_template == OTHER_TEMPLATE
 
     out = tmp_path / "merged"
-    words = ["export", str(whole), "--base", str(base), "--to", "merged", "--out", str(out)]
+    words = [
+        "export",
+        str(with_tokenizer),
+        "--base",
+        str(base),
+        "--to",
+        "merged",
+        "--out",
+        str(out),
+    ]
     app(words, standalone_mode=False)
     assert AutoTokenizer.from_pretrained(out).chat_template == OTHER_TEMPLATE
     assert AutoTokenizer.from_pretrained(base).chat_template == CHAT_TEMPLATE

@@ -98,7 +98,7 @@ def test_reporting_changes_no_bit_and_can_begin_with_a_resume(folder, tmp_path):
     assert read_back(tmp_path / "later") == wanted(tmp_path / "later")
 
 
-def test_served_runs_and_cells_of_a_comparison_report_too(folder, tmp_path):
+def test_served_runs_and_cells_of_a_comparison_report_to_trackers_too(folder, tmp_path):
     config = config_of(folder, "tensorboard")
     parties = {
         name: prepare_client(config_of(folder), name, tmp_path / name)
@@ -113,11 +113,11 @@ def test_served_runs_and_cells_of_a_comparison_report_too(folder, tmp_path):
 
 
 class Failing(GeneralTracker):
-    """Takes one row, then its network is gone."""
+    """Takes one row, then loses its network."""
 
     name = "failing"
     requires_logging_directory = False
-    told = 0
+    num_logged = 0
 
     def __init__(self, run_name):
         super().__init__()
@@ -125,12 +125,12 @@ class Failing(GeneralTracker):
     tracker = None
 
     def log(self, values, step=None, **_):
-        Failing.told += 1
+        Failing.num_logged += 1
         if step == 1:
             raise ConnectionError("no route to host")
 
 
-def test_a_tracker_that_fails_is_left_with_one_warning(folder, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_fails_is_dropped_with_one_warning(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "failing", Failing)
     monkeypatch.setattr(
         accelerate_tracking,
@@ -139,9 +139,11 @@ def test_a_tracker_that_fails_is_left_with_one_warning(folder, tmp_path, monkeyp
     )
     with caplog.at_level(logging.WARNING, "fedmomentum"):
         start(config_of(folder, "failing", "tensorboard"), tmp_path / "run")
-    told = [record.getMessage() for record in caplog.records]
-    assert told == ["failing is not reported to from here on: ConnectionError: no route to host"]
-    assert Failing.told == 2 and read_back(tmp_path / "run") == wanted(tmp_path / "run")
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "failing is not reported to from here on: ConnectionError: no route to host"
+    ]
+    assert Failing.num_logged == 2 and read_back(tmp_path / "run") == wanted(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -154,9 +156,7 @@ def test_a_tracker_that_fails_is_left_with_one_warning(folder, tmp_path, monkeyp
         ),
     ],
 )
-def test_what_cannot_be_reported_to_is_refused_before_anything_is_loaded(
-    folder, tmp_path, name, words
-):
+def test_an_unavailable_tracker_is_refused_before_anything_is_loaded(folder, tmp_path, name, words):
     config = config_of(folder, name)
     missing = replace(config, model=replace(config.model, name="/no/model"))
     with pytest.raises(ConfigError, match=words):
@@ -166,7 +166,7 @@ def test_what_cannot_be_reported_to_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_names_are_what_every_tracker_takes():
+def test_names_are_valid_for_every_tracker():
     row = {
         "round": 3,
         "is_best": True,

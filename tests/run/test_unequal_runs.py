@@ -103,7 +103,7 @@ def test_a_client_adapts_a_part_of_all_linear_that_the_server_derives_too(folder
         assert all(row["exactness_error"] < 1e-5 for row in timeless(tmp_path / str(rank))[1:])
 
 
-def test_clients_send_their_own_rank_and_get_the_whole(folder, tmp_path):
+def test_clients_send_their_own_rank_and_receive_the_full_one(folder, tmp_path):
     start(config_of(folder, "ranks", every=0), tmp_path / "run")
     row = timeless(tmp_path / "run")[1]
     up = row["uplink_bytes"]
@@ -159,7 +159,9 @@ def test_methods_that_need_one_rank_say_so_before_anything_runs(folder, tmp_path
         start(config_of(folder, "ranks", "fedit"), tmp_path / "run")
 
 
-def test_a_party_that_trains_something_else_than_the_run_wants_is_told_so(folder, tmp_path):
+def test_a_party_that_trains_something_else_than_the_run_is_left_out_with_the_reason(
+    folder, tmp_path
+):
     config, found = config_of(folder, "ranks"), {}
     other = from_dict({**to_dict(config), "lora": {**to_dict(config)["lora"], "clients": {}}})
     for name in config.data.client_files:

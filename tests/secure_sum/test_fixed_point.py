@@ -22,7 +22,7 @@ def good():
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(3, 100), survivors=st.integers(3, 100), seed=st.integers(0, 999))
-def test_the_sum_is_as_near_as_is_said(n, survivors, seed):
+def test_the_sum_is_within_the_stated_error(n, survivors, seed):
     survivors = min(n, survivors)
     draw = np.random.default_rng(seed)
     total = np.zeros(6, dtype=np.uint32)
@@ -60,10 +60,10 @@ def test_nothing_overflows_where_all_are_at_the_bound(n, sign):
         np.testing.assert_allclose(decode(total, BLOCKS, n)[block.name], sign * n * block.bound)
 
 
-@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf, 0.2500001, -1e300])
-def test_values_that_cannot_be_summed_are_refused_and_stay_here(spoilt):
+@pytest.mark.parametrize("invalid", [np.nan, np.inf, -np.inf, 0.2500001, -1e300])
+def test_values_that_cannot_be_summed_are_refused_and_not_sent(invalid):
     values = good()
-    values["B"][2] = spoilt
+    values["B"][2] = invalid
     with pytest.raises(DataError, match=r"block 'B' of this party's update .* takes no part") as e:
         encode(values, BLOCKS, 5)
     assert public_text(e.value) == "DataError (its own log says more)"
@@ -79,7 +79,7 @@ def test_other_blocks_are_refused_by_name():
 
 
 @pytest.mark.parametrize("n", [3, 10, 100])
-def test_counts_are_summed_to_the_last_one(n):
+def test_counts_are_summed_exactly(n):
     block = count_block("examples", 3, n)
     counts = [np.array([i, 7 * i + 1, largest_integer(n) - i], dtype=np.float64) for i in range(n)]
     total = sum(encode({"examples": c}, [block], n) for c in counts)

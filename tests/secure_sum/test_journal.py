@@ -73,7 +73,7 @@ def test_another_process_sees_it(tmp_path):
         lambda text: json.dumps(json.loads(text) | {"format_version": 2}),
     ],
 )
-def test_a_damaged_file_is_refused_and_not_started_anew(tmp_path, spoil):
+def test_a_damaged_file_is_refused_and_not_replaced(tmp_path, spoil):
     journal = PartyJournal(tmp_path / "sums.json")
     journal.begin(at(1, 1, 1))
     journal.file.write_text(spoil(journal.file.read_text()))

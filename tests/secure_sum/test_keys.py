@@ -39,7 +39,7 @@ def test_both_parties_derive_the_same_key():
 def test_every_purpose_and_every_context_has_its_own_key():
     """Run, round, sum, attempt, parties, direction, and all else that the plan says."""
     a, b = random_secret(), random_secret()
-    made = set()
+    seen = set()
     plans = [
         make_plan(),
         make_plan(run_id="another"),
@@ -53,7 +53,7 @@ def test_every_purpose_and_every_context_has_its_own_key():
     for plan in plans:
         keys = SumKeys.of(plan)
         peer = public_key(b)
-        made |= {
+        seen |= {
             keys.mask_key(a, "x", "y", peer),
             keys.mask_key(a, "x", "z", peer),
             keys.channel_key(a, "x", "y", peer, "x"),
@@ -62,11 +62,11 @@ def test_every_purpose_and_every_context_has_its_own_key():
             keys.self_mask_key(a, "y"),
             keys.seed_commitment(a, "x"),
         }
-    assert len(made) == 7 * len(plans)
+    assert len(seen) == 7 * len(plans)
 
 
-def test_the_context_counts_beyond_the_plans_hash():
-    """Derived by hand: HKDF-SHA256 with the hash as salt, and the context spelled out."""
+def test_the_context_affects_keys_beyond_the_plans_hash():
+    """Derived by hand: HKDF-SHA256 with the hash as salt and an explicit context."""
     plan = make_plan()
     secret = random_secret()
     info = joined(b"fedmomentum secure sum 1", "own mask", "run", 3, 1, 1, "x")
@@ -83,12 +83,12 @@ def test_the_mask_is_the_key_stream_of_aes_in_counter_mode():
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 8, 9, 23])
-def test_chunks_do_not_show(monkeypatch, size):
-    whole = mask_of(b"k" * 32, size)
+def test_the_mask_does_not_depend_on_the_chunk_size(monkeypatch, size):
+    mask = mask_of(b"k" * 32, size)
     monkeypatch.setattr(module, "CHUNK_VALUES", 4)
-    assert (mask_of(b"k" * 32, size) == whole).all()
-    add_mask(whole, b"k" * 32, -1)
-    assert not whole.any()
+    assert (mask_of(b"k" * 32, size) == mask).all()
+    add_mask(mask, b"k" * 32, -1)
+    assert not mask.any()
 
 
 def test_keys_of_low_order_are_refused():

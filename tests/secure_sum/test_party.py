@@ -45,8 +45,8 @@ def message_at(step, tmp_path, plan=None):
     return parties[ME], decode_message(server.messages()[ME], kind, "x"), server, parties
 
 
-def refuses(party, message, said):
-    with pytest.raises(SecureSumError, match=said):
+def refuses(party, message, pattern):
+    with pytest.raises(SecureSumError, match=pattern):
         party.answer(encode_message(message))
 
 
@@ -57,10 +57,10 @@ def changed(message, **changes):
 # ── the plan ──
 
 
-def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
+def test_a_party_takes_no_part_in_sums_below_its_minimum(tmp_path):
     """A server that names other three of ten each time would learn single values by differences."""
-    everybody = names(10)
-    me = identity(everybody[0], everybody, least_threshold=7)
+    all_names = names(10)
+    me = identity(all_names[0], all_names, least_threshold=7)
     values = {"B": np.zeros(5), "A": np.zeros(3)}
 
     def plan(number, n, threshold):
@@ -75,7 +75,7 @@ def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "pattern"),
     [
         ({"parties": names(2)}, "2 parties; a secure sum needs at least 3"),
         ({"parties": [ME]}, "1 parties; a secure sum needs"),
@@ -88,14 +88,14 @@ def test_a_party_does_not_take_part_in_sums_of_fewer_than_it_wants(tmp_path):
         ({"threshold": 9}, "threshold 9"),
     ],
 )
-def test_a_plan_that_would_show_single_values_is_refused(tmp_path, changes, said):
+def test_a_plan_that_would_show_single_values_is_refused(tmp_path, changes, pattern):
     party, plan, *_ = message_at(0, tmp_path)
-    refuses(party, changed(plan, **changes), said)
-    # nothing was begun: the honest plan is still taken
+    refuses(party, changed(plan, **changes), pattern)
+    # nothing was started: the honest plan is still accepted
     party.answer(encode_message(plan))
 
 
-def test_two_thirds_is_the_rule_and_half_for_who_trusts_the_server(tmp_path):
+def test_the_threshold_is_two_thirds_or_half_if_the_server_is_trusted(tmp_path):
     plan = make_plan(9, threshold=5)
     values = make_values(plan)[ME]
     journal = PartyJournal(tmp_path / "a.json")
@@ -106,7 +106,7 @@ def test_two_thirds_is_the_rule_and_half_for_who_trusts_the_server(tmp_path):
     trusting.answer(encode_message(plan))
 
 
-def test_own_values_are_checked_before_anything_leaves(tmp_path):
+def test_own_values_are_checked_before_anything_is_sent(tmp_path):
     plan = make_plan(4)
     values = make_values(plan)[ME]
     values["B"][0] = np.nan
@@ -158,7 +158,7 @@ def test_keys_that_the_roster_does_not_vouch_for_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("choose", "said"),
+    ("choose", "pattern"),
     [
         (lambda k: k[:2], "the parties with keys are 2; wanted 3"),
         (lambda k: [], "do not hold this party"),
@@ -168,9 +168,9 @@ def test_keys_that_the_roster_does_not_vouch_for_are_refused(tmp_path):
         (lambda k: [*k, changed(k[0], party="zoe")], "hold zoe, who was not in the step before"),
     ],
 )
-def test_lists_of_keys_that_are_too_short_or_strange_are_refused(tmp_path, choose, said):
+def test_lists_of_keys_that_are_too_short_or_strange_are_refused(tmp_path, choose, pattern):
     party, message, *_ = message_at(1, tmp_path)
-    refuses(party, Advertisements(keys=choose(message.keys)), said)
+    refuses(party, Advertisements(keys=choose(message.keys)), pattern)
 
 
 def test_one_key_for_two_parties_is_refused(tmp_path):
@@ -189,14 +189,14 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
     party, message, server, _ = message_at(2, tmp_path)
     shares = message.shares
     flipped = shares[0].data[:-1] + bytes([shares[0].data[-1] ^ 1])
-    theirs = decode_message(server.messages()["party 02"], Inbox, "x").shares
-    for data, said in (
+    other_shares = decode_message(server.messages()["party 02"], Inbox, "x").shares
+    for data, pattern in (
         (flipped, "what party 00 sealed for this party was altered"),
-        (theirs[0].data, "what party 00 sealed"),  # of party 00, for party 02
+        (other_shares[0].data, "what party 00 sealed"),  # of party 00, for party 02
         (shares[1].data, "what party 00 sealed"),  # of party 02
     ):
         wrong = SealedShares(party="party 00", data=data)
-        refuses(party, changed(message, shares=[wrong, *shares[1:]]), said)
+        refuses(party, changed(message, shares=[wrong, *shares[1:]]), pattern)
     refuses(party, changed(message, shares=shares[:1]), "the parties with shares are 2; wanted 3")
     stranger = SealedShares(party="zoe", data=bytes(80))
     refuses(party, changed(message, shares=[*shares, stranger]), "hold zoe")
@@ -218,7 +218,7 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parties", "said"),
+    ("parties", "pattern"),
     [
         (names(4)[:2], "the survivors are 2; wanted 3"),
         (["party 00", "party 02", "party 03"], "do not hold this party"),
@@ -226,9 +226,9 @@ def test_shares_that_were_altered_or_are_for_others_are_refused(tmp_path):
         (names(4)[::-1], "not sorted"),
     ],
 )
-def test_lists_of_survivors_that_break_a_rule_are_not_signed(tmp_path, parties, said):
+def test_lists_of_survivors_that_break_a_rule_are_not_signed(tmp_path, parties, pattern):
     party, _, _, _ = message_at(3, tmp_path)
-    refuses(party, Survivors(parties=parties), said)
+    refuses(party, Survivors(parties=parties), pattern)
 
 
 def test_a_second_list_of_survivors_is_not_signed(tmp_path):
@@ -260,8 +260,8 @@ def test_shares_are_opened_for_enough_signatures_under_one_list_only(tmp_path):
     others = [sign_list(p, names(4), make_plan(4, number=2), all_keys) for p in names(4)]
     refuses(party, Endorsements(signatures=others), "the list of survivors of party 00 was not")
     # the server's own signatures under parties' names
-    made = [changed(s, signature=signatures[0].signature) for s in signatures]
-    refuses(party, Endorsements(signatures=made), "the list of survivors of party 01 was not")
+    copied = [changed(s, signature=signatures[0].signature) for s in signatures]
+    refuses(party, Endorsements(signatures=copied), "the list of survivors of party 01 was not")
     zoe = Endorsement(party="zoe", signature=bytes(96))
     refuses(party, Endorsements(signatures=[*signatures, zoe]), "zoe signed .* is not on it")
     # nothing was opened by all this, and the honest list still is
@@ -290,14 +290,14 @@ def test_of_each_party_the_seed_or_the_key_is_opened_and_never_both(tmp_path):
 def test_every_attempt_has_new_secrets(tmp_path):
     plan = make_plan(4)
     values = make_values(plan)
-    made = set()
+    seen = set()
     for number, attempt in ((1, 1), (1, 2), (2, 1)):
-        again = changed(plan, number=number, attempt=attempt)
-        for party in make_parties(again, values, tmp_path).values():
-            keys = party.answer(encode_message(again))
+        repeated_plan = changed(plan, number=number, attempt=attempt)
+        for party in make_parties(repeated_plan, values, tmp_path).values():
+            keys = party.answer(encode_message(repeated_plan))
             secrets = party._secrets
-            made |= {secrets.mask_key, secrets.seed, secrets.channel_key, keys}
-    assert len(made) == 4 * 3 * 4
+            seen |= {secrets.mask_key, secrets.seed, secrets.channel_key, keys}
+    assert len(seen) == 4 * 3 * 4
 
 
 def test_a_restarted_party_opens_no_second_time(tmp_path):
@@ -305,23 +305,23 @@ def test_a_restarted_party_opens_no_second_time(tmp_path):
     plan = make_plan(4)
     values = make_values(plan)
     run_sum(SumServer(plan, roster(plan.parties)), make_parties(plan, values, tmp_path))
-    again = changed(plan, attempt=2, parties=names(3), threshold=3)
-    restarted = make_parties(again, {p: values[p] for p in names(3)}, tmp_path)
+    second_plan = changed(plan, attempt=2, parties=names(3), threshold=3)
+    restarted = make_parties(second_plan, {p: values[p] for p in names(3)}, tmp_path)
     for party in restarted.values():
-        refuses(party, again, "has opened sum 1 of round 3 already, and opens no sum twice")
+        refuses(party, second_plan, "has opened sum 1 of round 3 already, and opens no sum twice")
 
 
-def test_an_attempt_that_was_given_up_is_opened_by_nobody(tmp_path):
+def test_an_abandoned_attempt_is_opened_by_no_party(tmp_path):
     """The server has all signatures of a first attempt, begins a second, and returns to the first."""
     plan = make_plan(4)
     first, message, *_ = message_at(4, tmp_path, plan)
-    again = changed(plan, attempt=2)
-    second = make_parties(again, make_values(plan), tmp_path)
+    second_plan = changed(plan, attempt=2)
+    second = make_parties(second_plan, make_values(plan), tmp_path)
     for party in second.values():
-        party.answer(encode_message(again))
+        party.answer(encode_message(second_plan))
     refuses(first, message, "this party has begun a later attempt since; it opens nothing")
-    # and the second goes on
-    server = SumServer(again, roster(plan.parties))
+    # and the second continues
+    server = SumServer(second_plan, roster(plan.parties))
     assert len(run_sum(server, second).survivors) == 4
 
 
@@ -361,34 +361,34 @@ def test_messages_out_of_order_are_refused(tmp_path, step):
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_bytes_that_are_no_message_are_refused(tmp_path, step):
+def test_bytes_that_are_not_a_message_are_refused(tmp_path, step):
     party, message, *_ = message_at(step, tmp_path)
-    whole = encode_message(message)
-    table = msgspec.msgpack.decode(whole)
-    spoilt = [b"", b"\xc1", b"\x91" * 9999, whole[:-1], whole + b"\0", b'{"step": "plan"}']
-    spoilt += [
+    encoded = encode_message(message)
+    table = msgspec.msgpack.decode(encoded)
+    invalid = [b"", b"\xc1", b"\x91" * 9999, encoded[:-1], encoded + b"\0", b'{"step": "plan"}']
+    invalid += [
         msgspec.msgpack.encode(table | {"more": 1}),
         msgspec.msgpack.encode(table | {"step": "x"}),
     ]
     for field in table:
-        spoilt.append(msgspec.msgpack.encode({k: v for k, v in table.items() if k != field}))
-        spoilt.append(msgspec.msgpack.encode(table | {field: {"a": None}}))
-    for data in spoilt:
+        invalid.append(msgspec.msgpack.encode({k: v for k, v in table.items() if k != field}))
+        invalid.append(msgspec.msgpack.encode(table | {field: {"a": None}}))
+    for data in invalid:
         with pytest.raises(SecureSumError, match="the server: "):
             party.answer(data)
     with pytest.raises(SecureSumError, match="at most 134217728 were expected"):
         party.answer(bytes(2**27 + 1))
-    party.answer(whole)
+    party.answer(encoded)
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), 1e31])
-def test_bounds_that_are_none_are_refused(tmp_path, bound):
+def test_invalid_bounds_are_refused(tmp_path, bound):
     party, plan, *_ = message_at(0, tmp_path)
     block = changed(plan.blocks[0], bound=bound)
     refuses(party, changed(plan, blocks=[block, plan.blocks[1]]), r"blocks\[0\].bound")
 
 
-def test_every_message_of_the_server_is_of_the_union(tmp_path):
+def test_every_message_of_the_server_decodes_as_a_server_message(tmp_path):
     for step in range(5):
         folder = tmp_path / str(step)
         folder.mkdir()
@@ -396,14 +396,14 @@ def test_every_message_of_the_server_is_of_the_union(tmp_path):
         assert decode_message(server.messages()[ME], ServerMessage, "x") == message
 
 
-def test_parties_with_different_rosters_find_out(tmp_path):
+def test_parties_detect_that_their_rosters_differ(tmp_path):
     """One of them was given another key for party 02 by the server."""
     plan = make_plan(4)
     own = {p: node_key(p).public_key() for p in plan.parties}
-    fooled = Roster({**own, "party 02": node_key("server").public_key()})
+    wrong_roster = Roster({**own, "party 02": node_key("server").public_key()})
     journal = PartyJournal(tmp_path / "fooled.json")
     parties = make_parties(plan, make_values(plan), tmp_path)
     values = make_values(plan)[ME]
-    parties[ME] = SumParty(Identity(ME, node_key(ME), fooled), journal, values)
+    parties[ME] = SumParty(Identity(ME, node_key(ME), wrong_roster), journal, values)
     with pytest.raises(SecureSumError, match="the keys of party 02 was not signed"):
         run_sum(SumServer(plan, roster(plan.parties)), parties)

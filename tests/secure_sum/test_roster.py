@@ -43,13 +43,13 @@ def test_signatures_have_one_length():
 
 
 @pytest.mark.parametrize("signature", [bytes(96), b"\xff" * 96, b"\0" * 48 + b"\1" * 48])
-def test_numbers_that_are_no_signature_are_refused(signature):
+def test_invalid_signatures_are_refused(signature):
     with pytest.raises(SecureSumError, match="was not signed"):
         roster(["a"]).verify("a", signature, "test")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (line(node_key("a"), "a") * 2, "line 2: a has a key already"),
         (line(node_key("a"), "a") + line(node_key("a"), "b"), "line 2: b has the key of a"),
@@ -60,13 +60,13 @@ def test_numbers_that_are_no_signature_are_refused(signature):
         ("\x00\x01", "line 1: wanted a public key"),
     ],
 )
-def test_lines_that_are_no_keys_are_refused_by_number(tmp_path, text, said):
+def test_lines_that_are_not_keys_are_refused_by_number(tmp_path, text, message):
     (tmp_path / "roster").write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         Roster.read(tmp_path / "roster")
 
 
-def test_files_that_are_no_rosters_are_refused(tmp_path):
+def test_files_that_are_not_rosters_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="there is no roster .*cat"):
         Roster.read(tmp_path / "none")
     with pytest.raises(ConfigError, match="no regular file"):

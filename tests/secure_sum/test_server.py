@@ -51,11 +51,11 @@ def assert_is_sum(result, plan, values):
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), n=st.integers(3, 6))
-def test_drop_outs_at_any_step_leave_the_sum_of_whose_values_came(tmp_path_factory, data, n):
+def test_drop_outs_at_any_step_leave_the_sum_of_the_values_received(tmp_path_factory, data, n):
     threshold = data.draw(st.integers(2 * n // 3 + 1, n))
     plan = make_plan(n, threshold=threshold)
-    leavers = data.draw(st.lists(st.sampled_from(names(n)), unique=True, max_size=n - threshold))
-    leaves = {party: data.draw(st.integers(0, 4)) for party in leavers}
+    dropped = data.draw(st.lists(st.sampled_from(names(n)), unique=True, max_size=n - threshold))
+    leaves = {party: data.draw(st.integers(0, 4)) for party in dropped}
     values = make_values(plan, n)
     parties = make_parties(plan, values, tmp_path_factory.mktemp("sum"))
     result = run_sum(SumServer(plan, roster(plan.parties)), parties, leaves)
@@ -70,8 +70,8 @@ def test_one_drop_out_more_than_allowed_ends_the_sum_by_name(tmp_path, step):
     parties = make_parties(plan, make_values(plan), tmp_path)
     server = SumServer(plan, roster(plan.parties))
     leaves = dict.fromkeys(names(7)[:3], step)
-    said = "4 parties sent their .*, and 5 are needed; party 00, party 01, party 02 did not"
-    with pytest.raises(SecureSumError, match=said):
+    message = "4 parties sent their .*, and 5 are needed; party 00, party 01, party 02 did not"
+    with pytest.raises(SecureSumError, match=message):
         run_sum(server, parties, leaves)
     assert not server.finished
     with pytest.raises(SecureSumError, match="have not all come"):
@@ -119,7 +119,7 @@ def seen(folder, plan, values, monkeypatch):
 
 
 def test_two_updates_of_one_sum_differ_in_masked_values_only(tmp_path, monkeypatch):
-    """One party's update differs, another's makes up for it: no other byte tells."""
+    """One party's update differs, another's compensates for it: no other byte shows it."""
     plan = make_plan(7, blocks=[Block(name="x", size=400, bound=1.0)])
     values = make_values(plan)
     other = {party: dict(own) for party, own in values.items()}
@@ -191,7 +191,7 @@ def test_a_server_continues_from_the_replies_it_kept(tmp_path):
     kept = []
     server = SumServer(plan, roster(plan.parties))
     for step in range(5):
-        # killed here: a new server takes the kept replies, and asks what the old one did
+        # killed here: a new server takes the kept replies, and asks for the same as the old one
         resumed = SumServer(plan, roster(plan.parties))
         for replies in kept:
             for party, reply in replies.items():
@@ -200,7 +200,7 @@ def test_a_server_continues_from_the_replies_it_kept(tmp_path):
         assert resumed.messages() == server.messages(), step
         server = resumed
         replies = {party: parties[party].answer(m) for party, m in server.messages().items()}
-        # who was asked before answers the same
+        # a party that was asked before answers the same
         assert replies == {p: parties[p].answer(m) for p, m in server.messages().items()}
         if step == 2:
             del replies["party 04"]
@@ -221,11 +221,11 @@ def altered(reply, kind, **changes):
 
 @pytest.mark.parametrize("step", range(5))
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", b"\x91" * 5000, b"{}", b"\xff" * 70])
-def test_bytes_that_are_no_reply_are_refused_by_party(tmp_path, step, data):
+def test_bytes_that_are_not_a_reply_are_refused_by_party(tmp_path, step, data):
     server, parties = until(step, make_plan(4), tmp_path)
     with pytest.raises(SecureSumError, match="sum 1 of round 3, attempt 1: party 02"):
         server.receive("party 02", data)
-    # the step goes on, and a valid reply counts
+    # the step continues, and a valid reply counts
     message = server.messages()["party 02"]
     server.receive("party 02", parties["party 02"].answer(message))
 
@@ -294,7 +294,7 @@ def test_shares_for_too_few_and_values_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("share", [bytes(32), b"\xff" * 32])
 @pytest.mark.parametrize("index", [0, 4])
-def test_who_opens_a_wrong_share_is_left_out_and_the_sum_is_made(tmp_path, share, index):
+def test_a_party_that_opens_a_wrong_share_is_left_out_and_the_sum_completes(tmp_path, share, index):
     """Of a survivor's seed, and of the key of a party that dropped out."""
     plan = make_plan(7)
     values = make_values(plan)
@@ -340,13 +340,13 @@ def test_a_swapped_share_is_refused_by_the_kind_that_is_opened(tmp_path, kind):
         shares[index] = OpenedShare(party=about, share=other)
         return encode_message(Opening(shares=shares))
 
-    said = f"party 01 opened another share of the {kind} of {about} than it was given"
-    with pytest.raises(SecureSumError, match=said):
+    message = f"party 01 opened another share of the {kind} of {about} than it was given"
+    with pytest.raises(SecureSumError, match=message):
         run_sum(SumServer(plan, roster(plan.parties)), parties, {"party 04": 2}, swap)
 
 
 @pytest.mark.parametrize("drops", [False, True])
-def test_a_party_that_gives_out_shares_of_nothing_is_named(tmp_path, monkeypatch, drops):
+def test_a_party_that_gives_out_invalid_shares_is_named(tmp_path, monkeypatch, drops):
     """Its shares lie on no polynomial of the threshold; all others open them as they got them."""
     plan = make_plan(5)
     parties = make_parties(plan, make_values(plan), tmp_path)
@@ -360,14 +360,14 @@ def test_a_party_that_gives_out_shares_of_nothing_is_named(tmp_path, monkeypatch
 
     monkeypatch.setattr(party_module, "split_secret", split)
     kind = "key" if drops else "seed"
-    said = f"the shares that party 03 gave out do not open its {kind}; leave it out"
-    with pytest.raises(SecureSumError, match=said):
+    message = f"the shares that party 03 gave out do not open its {kind}; leave it out"
+    with pytest.raises(SecureSumError, match=message):
         leaves = {"party 03": 2} if drops else {}
         run_sum(SumServer(plan, roster(plan.parties)), parties, leaves)
 
 
 def test_a_server_plans_no_sum_that_parties_must_refuse():
-    for changes, said in (
+    for changes, message in (
         ({"parties": ["a", "b"]}, "2 parties; a secure sum needs at least 3"),
         ({"parties": names(101)}, "101 parties; each masks for every other, up to 100"),
         ({"parties": ["a", "c", "b"]}, "not sorted"),
@@ -378,5 +378,5 @@ def test_a_server_plans_no_sum_that_parties_must_refuse():
         ({"blocks": [Block(name=n, size=2**28, bound=1.0) for n in "ab"]}, "at most 268435456"),
     ):
         plan = make_plan(4, **changes)
-        with pytest.raises(SecureSumError, match=said):
+        with pytest.raises(SecureSumError, match=message):
             SumServer(plan, roster(plan.parties))

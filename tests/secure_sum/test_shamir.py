@@ -32,8 +32,8 @@ def test_shares_below_the_threshold_fit_every_secret():
             "little",
         )
         third = (int.from_bytes(other, "little") - base) * pow(unit, -1, PRIME) % PRIME
-        made = [*shares[:2], third.to_bytes(32, "little")]
-        assert join_shares(dict(enumerate(made, 1))) == other
+        altered = [*shares[:2], third.to_bytes(32, "little")]
+        assert join_shares(dict(enumerate(altered, 1))) == other
 
 
 def test_the_same_secret_is_divided_differently_every_time():
@@ -49,7 +49,7 @@ def test_a_secret_is_a_private_key():
     )
 
 
-def test_what_is_no_element_is_refused():
+def test_data_that_is_not_a_field_element_is_refused():
     for data in (PRIME.to_bytes(32, "little"), b"\xff" * 32, bytes(31), b""):
         with pytest.raises(ValueError, match="no element"):
             join_shares({1: data, 2: bytes(32)})

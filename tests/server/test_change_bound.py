@@ -21,7 +21,7 @@ def bound(server_round=1, *, privacy=None, federation=None, **training):
     return change_bound(from_dict(tables), server_round, adapter())
 
 
-def test_it_grows_with_learning_rate_and_steps_and_is_what_the_job_says_where_it_does():
+def test_it_grows_with_learning_rate_and_steps_unless_the_job_sets_it():
     one = bound(**{"learning-rate": 1e-3, "local-steps": 1})
     assert one == pytest.approx(1.01e-3)
     assert bound(**{"learning-rate": 2e-3, "local-steps": 1}) == pytest.approx(2 * one)
@@ -50,6 +50,6 @@ def test_decay_counts_the_largest_number_of_all_that_is_trained():
     assert bound(**decayed) == pytest.approx(wanted)
 
 
-def test_where_nothing_is_known_it_must_be_given():
+def test_without_a_known_step_length_the_bound_must_be_given():
     with pytest.raises(ConfigError, match="own:train can change .* set privacy.max-change"):
         bound(function="own:train")

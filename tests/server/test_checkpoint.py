@@ -41,7 +41,7 @@ class CrashingOs:
             self.steps += 1
             if self.steps == self.at and not self.after:
                 raise Crash
-            if self.steps == self.at and name == "write":  # half of it reached the disk
+            if self.steps == self.at and name == "write":  # only half of it reached the disk
                 real(args[0], bytes(args[1])[: len(args[1]) // 2])
                 raise Crash
             result = real(*args, **kwargs)
@@ -62,7 +62,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
+def finished_run(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     start(config, out)
     return out
@@ -76,7 +76,7 @@ def whole(config, tmp_path_factory):
         pytest.param("all", marks=pytest.mark.long),
     ],
 )
-def test_every_crash_point_of_the_writer(config, whole, tmp_path, monkeypatch, moments):
+def test_every_crash_point_of_the_writer(config, finished_run, tmp_path, monkeypatch, moments):
     """One prepared run serves all: its clients and model keep nothing that the folder does not say."""
     run = prepare(config, tmp_path / "prepared")
     run.close()
@@ -103,7 +103,7 @@ def test_every_crash_point_of_the_writer(config, whole, tmp_path, monkeypatch, m
     attempt(tmp_path / "count")
     assert total.steps > 50
     monkeypatch.setattr(files, "os", os)
-    wanted = chain(whole), timeless(whole), objects(whole)
+    wanted = chain(finished_run), timeless(finished_run), objects(finished_run)
     assert (
         chain(tmp_path / "count"),
         timeless(tmp_path / "count"),
@@ -124,7 +124,7 @@ def test_every_crash_point_of_the_writer(config, whole, tmp_path, monkeypatch, m
             assert not list(out.rglob("*.tmp"))
 
 
-def test_crashes_while_old_rounds_are_deleted(config, whole, tmp_path, monkeypatch):
+def test_crashes_while_old_rounds_are_deleted(config, finished_run, tmp_path, monkeypatch):
     from pathlib import Path
 
     real = Path.unlink
@@ -147,27 +147,27 @@ def test_crashes_while_old_rounds_are_deleted(config, whole, tmp_path, monkeypat
             count["left"] = -1
             start(config, out, resume=True)
         assert (chain(out), timeless(out), objects(out)) == (
-            chain(whole),
-            timeless(whole),
-            objects(whole),
+            chain(finished_run),
+            timeless(finished_run),
+            objects(finished_run),
         )
 
 
-def test_the_last_rounds_and_the_best_are_kept_and_nothing_else(whole):
+def test_the_last_rounds_and_the_best_are_kept_and_nothing_else(finished_run):
 
-    best = json.loads((whole / "rounds" / "0002.json").read_text())["run"]["best_round"]
-    assert retained_rounds(whole) == sorted({1, 2, best})
-    assert GlobalModel.load(whole, "best").server_round == best
-    assert GlobalModel.load(whole).server_round == 2
+    best = json.loads((finished_run / "rounds" / "0002.json").read_text())["run"]["best_round"]
+    assert retained_rounds(finished_run) == sorted({1, 2, best})
+    assert GlobalModel.load(finished_run, "best").server_round == best
+    assert GlobalModel.load(finished_run).server_round == 2
     named, models = set(), set()
-    for server_round in retained_rounds(whole):
-        models |= set(GlobalModel.load(whole, server_round).objects())
-        named |= json.loads(round_file(whole, server_round).read_text())["sizes"].keys()
-    assert {f"{name}.safetensors" for name in named} == objects(whole)
-    start = set(json.loads(round_file(whole, 1).read_text())["run"]["started_from"])
-    assert named - models == start - models  # so that the older round can be gone on from too
+    for server_round in retained_rounds(finished_run):
+        models |= set(GlobalModel.load(finished_run, server_round).objects())
+        named |= json.loads(round_file(finished_run, server_round).read_text())["sizes"].keys()
+    assert {f"{name}.safetensors" for name in named} == objects(finished_run)
+    start = set(json.loads(round_file(finished_run, 1).read_text())["run"]["started_from"])
+    assert named - models == start - models  # so that the older round can be resumed from too
     with pytest.raises(ModelError, match=r"keeps the rounds .* round 1 is not|keeps the rounds"):
-        GlobalModel.load(whole, 99)
+        GlobalModel.load(finished_run, 99)
 
 
 def test_a_damaged_metrics_file_is_refused_rather_than_continued(config, tmp_path):
@@ -182,13 +182,13 @@ def test_a_damaged_metrics_file_is_refused_rather_than_continued(config, tmp_pat
 # ── damage ──
 
 
-def copied(whole, out):
-    shutil.copytree(whole, out)
+def copied(finished_run, out):
+    shutil.copytree(finished_run, out)
     return out
 
 
 def resumed(out, server_round=None):
-    """What a run would go on from."""
+    """What a run would resume from."""
     folder = RunDirectory(out, keep=9)
     try:
         return folder.resume(server_round), list(folder.records)
@@ -201,10 +201,10 @@ def refused(out, match):
         resumed(out)
 
 
-def test_a_damaged_last_round_is_refused_and_the_older_one_is_gone_on_from_when_asked(
-    config, whole, tmp_path
+def test_a_damaged_last_round_is_refused_and_an_older_one_is_resumed_on_request(
+    config, finished_run, tmp_path
 ):
-    out = copied(whole, tmp_path / "run")
+    out = copied(finished_run, tmp_path / "run")
     file = round_file(out, 2)
     manifest = json.loads(file.read_text())
     scalings = {module: 2 * scaling for module, scaling in manifest["scalings"].items()}
@@ -223,24 +223,24 @@ def test_a_damaged_last_round_is_refused_and_the_older_one_is_gone_on_from_when_
             load()
     with pytest.raises(ModelError, match="or use round 1, which is undamaged: --round 1"):
         GlobalModel.load(out)
-    assert GlobalModel.load(out, 1).version == GlobalModel.load(whole, 1).version
+    assert GlobalModel.load(out, 1).version == GlobalModel.load(finished_run, 1).version
     with pytest.raises(ModelError, match="keeps the rounds .*; round 7 is not among them"):
         resumed(out, 7)
     # another run's settings, or data, delete nothing
     other = replace(config, training=replace(config.training, learning_rate=0.5))
     with pytest.raises(ConfigError, match="these differ: training.learning-rate"):
         prepare(other, out, resume=True, server_round=1)
-    assert retained_rounds(out) == retained_rounds(whole)
+    assert retained_rounds(out) == retained_rounds(finished_run)
     start(config, out, resume=True, server_round=1)
     assert (chain(out), timeless(out), objects(out)) == (
-        chain(whole),
-        timeless(whole),
-        objects(whole),
+        chain(finished_run),
+        timeless(finished_run),
+        objects(finished_run),
     )
 
 
-def test_a_checkpoint_that_vanished_is_missed(config, whole, tmp_path):
-    out = copied(whole, tmp_path / "run")
+def test_a_missing_checkpoint_is_detected(config, finished_run, tmp_path):
+    out = copied(finished_run, tmp_path / "run")
     round_file(out, 2).unlink()
     message = (
         "finished round 2, but .*0002.json is missing. Restore it from a copy, or give --round 1"
@@ -262,8 +262,8 @@ def test_a_checkpoint_that_vanished_is_missed(config, whole, tmp_path):
     refused(out, "metrics.jsonl has 3 rows, and there is no checkpoint")
 
 
-def test_a_renamed_or_copied_checkpoint_is_not_another_rounds(whole, tmp_path):
-    out = copied(whole, tmp_path / "run")
+def test_a_renamed_or_copied_checkpoint_is_not_another_rounds(finished_run, tmp_path):
+    out = copied(finished_run, tmp_path / "run")
     shutil.copy(round_file(out, 2), round_file(out, 3))
     refused(out, "0003.json holds round 2, not the checkpoint of round 3")
     round_file(out, 3).unlink()
@@ -273,8 +273,8 @@ def test_a_renamed_or_copied_checkpoint_is_not_another_rounds(whole, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["started_from", "merged"])
-def test_an_object_that_only_diagnostics_read_is_checked_too(whole, tmp_path, kind):
-    out = copied(whole, tmp_path / "run")
+def test_an_object_that_only_diagnostics_read_is_checked_too(finished_run, tmp_path, kind):
+    out = copied(finished_run, tmp_path / "run")
     name = json.loads(round_file(out, 2).read_text())["run"][kind][0]
     file = object_file(out, name)
     data = bytearray(file.read_bytes())
@@ -286,8 +286,8 @@ def test_an_object_that_only_diagnostics_read_is_checked_too(whole, tmp_path, ki
 
 
 @pytest.mark.parametrize("server_round", [0, 1, 2])
-def test_an_altered_row_is_refused(whole, tmp_path, server_round):
-    out = copied(whole, tmp_path / "run")
+def test_an_altered_row_is_refused(finished_run, tmp_path, server_round):
+    out = copied(finished_run, tmp_path / "run")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows[server_round]["seconds"]["train"] += 1e-9
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -299,8 +299,8 @@ def test_an_altered_row_is_refused(whole, tmp_path, server_round):
         RunResults.load(out)
 
 
-def test_settings_are_the_checkpoints_whatever_config_toml_says(config, whole, tmp_path):
-    out = copied(whole, tmp_path / "run")
+def test_settings_are_the_checkpoints_whatever_config_toml_says(config, finished_run, tmp_path):
+    out = copied(finished_run, tmp_path / "run")
     other = replace(config, training=replace(config.training, learning_rate=0.5))
     more = replace(config, federation=replace(config.federation, num_rounds=9))
     (out / "config.toml").unlink()
@@ -319,8 +319,10 @@ def test_settings_are_the_checkpoints_whatever_config_toml_says(config, whole, t
     assert (out / "config.toml").read_text() == to_toml(config)
 
 
-def test_data_is_compared_with_the_checkpoint_also_without_its_record(config, whole, tmp_path):
-    out = copied(whole, tmp_path / "run")
+def test_data_is_compared_with_the_checkpoint_also_without_its_record(
+    config, finished_run, tmp_path
+):
+    out = copied(finished_run, tmp_path / "run")
     (out / "data.json").unlink()
     file = tmp_path / "other.jsonl"
     file.write_text(Path(config.data.client_files["site1"]).read_text().replace("ab", "cd"))
@@ -332,10 +334,10 @@ def test_data_is_compared_with_the_checkpoint_also_without_its_record(config, wh
         prepare(other, out, resume=True)
 
 
-def test_another_environment_is_told_and_a_damaged_record_of_it_refused(
-    config, whole, tmp_path, caplog
+def test_another_environment_is_reported_and_a_damaged_record_of_it_refused(
+    config, finished_run, tmp_path, caplog
 ):
-    out = copied(whole, tmp_path / "run")
+    out = copied(finished_run, tmp_path / "run")
     rewritten(out / "environment.json", lambda table: table.update(threads=77))
     start(config, out, resume=True)
     assert "resumed in another environment (threads differ)" in caplog.text
@@ -347,29 +349,31 @@ def test_another_environment_is_told_and_a_damaged_record_of_it_refused(
         start(config, out, resume=True)
 
 
-def test_records_of_another_run_are_refused(config, whole, tmp_path):
+def test_records_of_another_run_are_refused(config, finished_run, tmp_path):
     start(config, tmp_path / "other")
-    out = copied(whole, tmp_path / "run")
+    out = copied(finished_run, tmp_path / "run")
     shutil.copy(tmp_path / "other" / "plan.json", out / "plan.json")
     with pytest.raises(DataError, match="files of several runs"):
         RunResults.load(out)
 
 
-def test_an_older_checkpoint_that_is_damaged_is_named_as_not_needed(whole, tmp_path):
-    out = copied(whole, tmp_path / "run")
+def test_an_older_checkpoint_that_is_damaged_is_named_as_not_needed(finished_run, tmp_path):
+    out = copied(finished_run, tmp_path / "run")
     round_file(out, 1).write_text("{}")
     refused(out, "0001.json .*is not a fedmomentum global model")
-    manifest = json.loads(round_file(whole, 1).read_text())
+    manifest = json.loads(round_file(finished_run, 1).read_text())
     round_file(out, 1).write_text(json.dumps({**manifest, "method": "other"}))
-    refused(out, "0001.json was damaged.*not needed to go on: restore it from a copy, or delete it")
+    refused(
+        out, "0001.json was damaged.*not needed to continue: restore it from a copy, or delete it"
+    )
     round_file(out, 1).unlink()
     (model, _), _ = resumed(out)
     assert model.server_round == 2
 
 
 @pytest.mark.parametrize("part", ["rounds", "objects", "updates", ".lock"])
-def test_a_file_where_a_folder_should_be_and_the_other_way_round(whole, tmp_path, part):
-    out = copied(whole, tmp_path / "run")
+def test_a_file_where_a_folder_should_be_and_the_other_way_round(finished_run, tmp_path, part):
+    out = copied(finished_run, tmp_path / "run")
     if (out / part).is_dir():
         shutil.rmtree(out / part)
         (out / part).write_text("")
@@ -382,8 +386,8 @@ def test_a_file_where_a_folder_should_be_and_the_other_way_round(whole, tmp_path
         RunDirectory(out)
 
 
-def test_nothing_that_is_not_finite_is_committed(whole, tmp_path):
-    out = copied(whole, tmp_path / "run")
+def test_nothing_that_is_not_finite_is_committed(finished_run, tmp_path):
+    out = copied(finished_run, tmp_path / "run")
     folder = RunDirectory(out, keep=2)
     model, state = folder.resume()
     record = msgspec.structs.replace(folder.records[-1], round=3)

@@ -51,7 +51,7 @@ def test_small_moves_keep_their_digits_in_float32(share):
     assert error(got.mean(some_weights(3)).dense(), (some_weights(3) @ own).view(60, 50)) < 1e-5
 
 
-def test_who_lacks_the_module_has_moved_by_all_of_it():
+def test_a_client_without_the_module_has_moved_by_all_of_it():
     start = random_matrix(12, 9, 3, seed=1)
     got = ClientDeltas.of(start, [zeros((12, 9), dtype=torch.float64)], 3, torch.float64)
     assert float(got.inner_products()) == pytest.approx(start.inner(start), rel=1e-12)

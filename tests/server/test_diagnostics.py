@@ -74,11 +74,11 @@ def test_a_distance_is_the_dense_one_however_many_modules_are_taken_at_once(
         )
         for rank, seed, scaling in zip(ranks, (0, 50), (2.0, 0.5), strict=True)
     )
-    apart = [
+    differences = [
         one.scalings[m] * one.modules[m].dense() - other.scalings[m] * other.modules[m].dense()
         for m in one.modules
     ]
-    wanted = math.sqrt(sum(float(matrix.square().sum()) for matrix in apart))
+    wanted = math.sqrt(sum(float(matrix.square().sum()) for matrix in differences))
     assert distance(one, other) == pytest.approx(wanted, rel=1e-12)
     assert distance(one, one) <= 1e-7 * distance(
         one, replace(one, scalings=dict.fromkeys(one.scalings, 0.0))
@@ -167,7 +167,7 @@ def test_a_change_is_the_dense_one(facts):
     )  # rank 10 would be more than 12 x 9 numbers, and so is rank 6
 
 
-def test_what_is_not_defined_is_none():
+def test_undefined_values_are_none():
     fresh = adapter(0)
     fresh = replace(
         fresh, modules={m: LowRank(torch.zeros_like(f.B), f.A) for m, f in fresh.modules.items()}
@@ -329,10 +329,10 @@ def test_they_are_measured_where_the_tensors_are():
 
 @pytest.mark.long
 def test_they_survive_kill_resume_and_pruning(folder, tmp_path):
-    """One checkpoint is kept, and every round is begun by another process."""
+    """One checkpoint is kept, and every round is started by another process."""
     settings = {"evaluation": {"every": 0}, "run": {"keep_checkpoints": 1}}
-    whole = tiny_config(folder, federation={"num_rounds": 12}, **settings)
-    start(whole, tmp_path / "whole")
+    full_config = tiny_config(folder, federation={"num_rounds": 12}, **settings)
+    start(full_config, tmp_path / "whole")
 
     def killed(model, examples, *, seed, **rest):
         raise KeyboardInterrupt

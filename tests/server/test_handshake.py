@@ -1,4 +1,4 @@
-"""A run whose clients are elsewhere: the same bits as on one machine, and nothing of a client's taken on trust."""
+"""A run with remote clients: the same bits as on one machine, and nothing from a client is trusted."""
 
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ def test_a_run_over_a_transport_resumes_where_it_was(folder, tmp_path):
     assert chain(tmp_path / "over") == chain(tmp_path / "one")
 
 
-def test_a_party_without_data_is_told_so(folder, tmp_path):
+def test_a_party_without_data_is_refused_with_the_reason(folder, tmp_path):
     config = tiny_config(folder)
     with pytest.raises(ConfigError, match="names site0, site1, site2; this client is nobody"):
         prepare_client(config, "nobody", tmp_path)
@@ -207,15 +207,17 @@ def test_a_bad_description_is_refused_by_name_and_another_starts_the_run(folder,
     change, words = BAD[name]
     config = tiny_config(folder, federation={"num_rounds": 1})
     honest = handlers(make_clients(config, tmp_path, ["site0", "site1"]))
-    spoilt = honest | {
+    corrupted = honest | {
         "site0": lambda payload: altered(change, "describe")(payload, honest["site0"])
     }
-    run_federation(InProcessTransport(spoilt), config, tmp_path / "over")  # site1 starts it
+    run_federation(InProcessTransport(corrupted), config, tmp_path / "over")  # site1 starts it
     with pytest.raises(QuorumError, match=words):
-        run_federation(InProcessTransport({"site0": spoilt["site0"]}), config, tmp_path / "alone")
+        run_federation(
+            InProcessTransport({"site0": corrupted["site0"]}), config, tmp_path / "alone"
+        )
 
 
-def test_the_commonest_base_is_the_runs_and_others_sit_out(folder, tmp_path, caplog):
+def test_the_most_common_base_is_used_and_other_clients_are_left_out(folder, tmp_path, caplog):
     config = tiny_config(folder, federation={"num_rounds": 1})
     other = tiny_llama(tmp_path / "other", seed=5)
     clients = make_clients(config, tmp_path, ["site1", "site2"])
@@ -246,7 +248,7 @@ def test_a_client_with_another_lora_is_refused_by_name(folder, tmp_path):
 
 
 def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
-    """One that names other modules, or another base, decides nothing, whatever its name sorts before."""
+    """A client that names other modules, or another base, decides nothing, even if its name sorts first."""
     config = tiny_config(folder, federation={"num_rounds": 1})
     honest = handlers(make_clients(config, tmp_path))
 
@@ -257,13 +259,13 @@ def test_a_run_starts_from_what_most_clients_adapt(folder, tmp_path, caplog):
             }
         fields["tensors"] = {n.replace("q_proj", "x_proj"): t for n, t in fields["tensors"].items()}
 
-    spoilt = honest | {
+    corrupted = honest | {
         "site0": lambda payload: altered(another_module, "describe")(payload, honest["site0"])
     }
-    model = run_federation(InProcessTransport(spoilt), config, tmp_path / "over")
+    model = run_federation(InProcessTransport(corrupted), config, tmp_path / "over")
     assert not any("x_proj" in module for module in model.adapter.modules)
     assert "site0 adapts other modules than the run" in caplog.text
-    two = {name: spoilt[name] for name in ("site0", "site1")}
+    two = {name: corrupted[name] for name in ("site0", "site1")}
     with pytest.raises(
         QuorumError, match="disagree on the base model or on what is adapted.*site0: .*; site1: "
     ):
@@ -292,7 +294,7 @@ def test_garbage_and_silence_do_not_start_a_run(folder, tmp_path):
         run_federation(Silent(bad), config, tmp_path / "over")
 
 
-def test_a_client_that_divides_its_examples_otherwise_is_warned_of(folder, tmp_path, caplog):
+def test_a_client_with_another_split_gives_a_warning(folder, tmp_path, caplog):
     """It comes back with another seed, and would be scored on what it trained on before; resumed or not."""
     config = tiny_config(folder, federation={"num_rounds": 3})
     clients = make_clients(config, tmp_path)
@@ -329,7 +331,7 @@ def test_a_client_that_divides_its_examples_otherwise_is_warned_of(folder, tmp_p
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_whoever_missed_rounds_ends_with_the_same_bytes(folder, tmp_path_factory, data):
+def test_clients_that_missed_rounds_end_with_the_same_bytes(folder, tmp_path_factory, data):
     """Joining late, missing any rounds, being wiped: the same base as a client that was always there.
 
     Six rounds of a rank that is consolidated within them.

@@ -10,17 +10,17 @@ from fedmomentum.server.replies import Replies
 RUN = "f" * 32
 
 
-def test_what_was_kept_is_found_again_and_only_in_its_own_run(tmp_path):
+def test_kept_sums_are_read_back_and_only_in_their_own_run(tmp_path):
     kept = KeptSums(tmp_path / "secure", RUN)
     assert kept.round(3) is None
     replies = Replies(failures={"west": "away"}, uplink_bytes={"east": 5}, downlink_bytes={})
     kept.begin_round(3, TrainedParties(2, ["east", "north"]), replies)
-    again = KeptSums(tmp_path / "secure", RUN)
-    trained, noted = again.round(3)
+    reloaded = KeptSums(tmp_path / "secure", RUN)
+    trained, noted = reloaded.round(3)
     assert (trained, noted) == (TrainedParties(2, ["east", "north"]), replies)
     assert KeptSums(tmp_path / "secure", "e" * 32).round(3) is None
 
-    one = again.sum(3, 1, 2)
+    one = reloaded.sum(3, 1, 2)
     assert one.ended_with(0) is None and not one.replies(0, ["east"], 10)
     one.keep(0, "east", b"reply")
     one.end(0, ["east"])
@@ -28,14 +28,14 @@ def test_what_was_kept_is_found_again_and_only_in_its_own_run(tmp_path):
         "east": b"reply"
     }
     # A sum may have been opened from the end of its signatures on, in whatever attempt.
-    assert not again.is_opened(3)
-    again.sum(3, 1, 1).end(SIGNATURES, ["east"])
-    assert again.is_opened(3) and not again.is_opened(2)
-    again.clear()
+    assert not reloaded.is_opened(3)
+    reloaded.sum(3, 1, 1).end(SIGNATURES, ["east"])
+    assert reloaded.is_opened(3) and not reloaded.is_opened(2)
+    reloaded.clear()
     assert not (tmp_path / "secure").exists()
 
 
-def test_clients_are_sent_the_means_of_before_whoever_computes_them_again(tmp_path):
+def test_clients_are_sent_the_first_means_even_if_they_are_computed_again(tmp_path):
     one = KeptSums(tmp_path, RUN).sum(1, 1, 1)
     one.end(0, [])
     assert one.means(StoredObject(b"first")).data == b"first"

@@ -1,6 +1,6 @@
-"""Many clients, few of them at a time, hardly any rank, and data as skewed as it gets: the laws hold all the same.
+"""Many clients, few of them at a time, very low ranks and extremely skewed data: the laws still hold.
 
-Every client keeps its own store, so that whoever missed rounds has to catch up.
+Every client keeps its own store, so that clients that missed rounds have to catch up.
 """
 
 import json
@@ -54,7 +54,7 @@ def config_of(folder, name, num_clients, rank, **data):
     )
 
 
-def ran(config, out, monkeypatch, function):
+def run_and_record(config, out, monkeypatch, function):
     """The run, its rows, and with which version each client ended the last evaluation."""
     versions = {}
 
@@ -80,7 +80,7 @@ def ran(config, out, monkeypatch, function):
 
 
 CASES = [
-    ("fedmomentum", 30, 1, None),  # trained in earnest
+    ("fedmomentum", 30, 1, None),  # really trained
     *((name, 30, rank, nudge) for name, rank in zip(NAMES, (2, 1, 2, 1), strict=True)),
     *(
         pytest.param(name, 100, rank, nudge, marks=pytest.mark.long)
@@ -94,7 +94,7 @@ def test_a_tenth_of_many_clients_with_skewed_labels(
     folder, tmp_path, monkeypatch, name, num_clients, rank, function
 ):
     config = config_of(folder, name, num_clients, rank)
-    run, rows, versions = ran(config, tmp_path / "run", monkeypatch, function)
+    run, rows, versions = run_and_record(config, tmp_path / "run", monkeypatch, function)
     sizes = [sum(parts["train"].values()) for parts in run.partition.values()]
     assert (
         len(sizes) == num_clients

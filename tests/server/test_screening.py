@@ -54,7 +54,7 @@ def config_of_sizes(folder, sizes, **sections):
 
 
 def scaled(factor):
-    """A lie: the client's update times a factor (its B, as A is what all started from in the first round)."""
+    """A false update: the client's update times a factor (its B, as A is what all started from in the first round)."""
 
     def edit(fields):
         for name, tensor in fields["tensors"].items():
@@ -109,7 +109,7 @@ def test_of_two_clients_the_one_beyond_what_its_steps_can_do_is_left_out(folder,
     )
 
 
-def test_a_client_may_move_where_the_others_stand_still(folder, tmp_path):
+def test_a_client_may_move_where_the_others_do_not(folder, tmp_path):
     """Two send back what they were sent: their median is zero."""
 
     def nothing(fields):
@@ -130,7 +130,7 @@ def test_a_client_may_move_where_the_others_stand_still(folder, tmp_path):
     row = timeless(tmp_path / "run")[1]
     assert row["accepted"] == ["site0", "site1", "site2"] and row["failures"] == {}
     assert row["screening"]["site0"] == {"norm": 0.0, "ratio": 0.0, "is_left_out": False}
-    assert row["screening"]["site2"]["ratio"] is None  # nobody to compare with
+    assert row["screening"]["site2"]["ratio"] is None  # no client to compare with
 
 
 def test_modules_trained_in_full_are_screened_too(folder, tmp_path):
@@ -239,7 +239,7 @@ def rule_of(learning_rate, arguments, function=None):
     return StepRule.of(from_dict({"training": training}), learning_rate)
 
 
-def test_of_some_optimizers_nothing_is_known():
+def test_for_some_optimizers_no_step_length_is_known():
     assert not rule_of(1.0, {"optim": "sgd", "max_grad_norm": 0}).is_known
     assert not rule_of(1.0, {"optim": "lion_32bit"}).is_known
     # Noise is added after clipping, so a step of gradient descent can be of any length.
@@ -287,7 +287,7 @@ ANY_MOVE = st.builds(Move, st.one_of(st.just(0.0), POSITIVE), POSITIVE, st.integ
 def test_a_client_within_reach_of_its_steps_is_never_left_out_whatever_others_do(
     steps, step, share, others, ratio
 ):
-    """As long as the median of the others' work is a thousandth of its own: beyond that its claim is not believed."""
+    """As long as the median of the others' work is a thousandth of its own: beyond that its claim does not count."""
     believed = (
         min(steps, MAX_WORK * sorted(o.num_steps for o in others)[len(others) // 2 - 1])
         if others
@@ -325,7 +325,7 @@ def test_units_and_order_do_not_matter(moves, factor, order):
     st.lists(st.floats(0.3, 1.5), min_size=30, max_size=30),
     st.floats(1e2, 1e9),
 )
-def test_a_minority_of_scaled_updates_is_left_out_and_nobody_else(
+def test_a_minority_of_scaled_updates_is_left_out_and_no_other_client(
     count, bad, steps, shares, factor
 ):
     bad = min(bad, (count - 1) // 2)
@@ -336,7 +336,7 @@ def test_a_minority_of_scaled_updates_is_left_out_and_nobody_else(
     assert left_out(federation(*moves)) == {f"site{i}" for i in range(bad)}
 
 
-def test_more_work_may_go_further_in_proportion_and_less_work_as_far():
+def test_more_work_raises_the_limit_in_proportion_and_less_work_keeps_it():
     one, ten = Move(1.0, 1.0, 1), Move(5.0, 1.0, 10)
     assert typical_move(ten, [one]) == 10.0 and typical_move(one, [ten]) == 5.0
     assert typical_move(one, [Move(0.0, 1.0, 5)]) is None and typical_move(one, []) is None
@@ -345,7 +345,7 @@ def test_more_work_may_go_further_in_proportion_and_less_work_as_far():
     )  # in steps of the one that is judged
 
 
-def test_a_claim_of_many_examples_gains_so_much_and_no_more():
+def test_a_false_claim_of_many_examples_has_a_bounded_effect():
     """Norms are in steps; the others make ten."""
     honest = [Move(8.0, 1.0, 10)] * 9
     for claim in (10**6, 10**15):
@@ -355,25 +355,25 @@ def test_a_claim_of_many_examples_gains_so_much_and_no_more():
     assert left_out(federation(Move(20 * 8.0 * 1.01, 1.0, 10), *honest)) == {"site0"}
 
 
-def test_where_nothing_is_known_of_a_step_only_three_clients_or_more_can_be_compared():
-    near, far = Move(1.0, 1.0, 1), Move(21.0, 1.0, 1)
-    assert left_out(federation(far, near), is_step_known=False) == set()
-    assert left_out(federation(far, near, near), is_step_known=False) == {"site0"}
-    assert left_out(federation(far, near, near), max_ratio=22.0, is_step_known=False) == set()
+def test_without_a_known_step_length_only_three_clients_or_more_can_be_compared():
+    small, large = Move(1.0, 1.0, 1), Move(21.0, 1.0, 1)
+    assert left_out(federation(large, small), is_step_known=False) == set()
+    assert left_out(federation(large, small, small), is_step_known=False) == {"site0"}
+    assert left_out(federation(large, small, small), max_ratio=22.0, is_step_known=False) == set()
     assert (
-        left_out(federation(far, Move(0.0, 1.0, 1), Move(0.0, 1.0, 1)), is_step_known=False)
+        left_out(federation(large, Move(0.0, 1.0, 1), Move(0.0, 1.0, 1)), is_step_known=False)
         == set()
     )
 
 
-def test_a_client_alone_and_no_client_are_no_trouble():
+def test_a_single_client_and_no_client_are_handled():
     assert screen({}, 20.0, is_step_known=True) == {}
     assert screen(federation(Move(1e30, 1.0, 1)), 20.0, is_step_known=True)["site0"].ratio is None
     nothing = screen(federation(Move(0.0, 0.0, 1), Move(0.0, 0.0, 1)), 20.0, is_step_known=True)
     assert all(finding.reason is None for finding in nothing.values())
 
 
-def test_a_norm_that_is_not_zero_where_no_step_can_be_is_infinitely_far():
+def test_a_nonzero_norm_without_possible_steps_is_infinitely_far():
     assert Move(1.0, 0.0, 1).in_steps == math.inf
     clients = federation(Move(1.0, 0.0, 5), Move(1.0, 1.0, 5), Move(1.0, 1.0, 5))
     assert left_out(clients) == {"site0"}

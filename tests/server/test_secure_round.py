@@ -1,4 +1,4 @@
-"""Rounds whose updates are summed under masks: the same model, whoever is killed, and nothing of a single client."""
+"""Rounds whose updates are summed under masks: the same model, whichever process is killed, and nothing of a single client."""
 
 import logging
 
@@ -55,7 +55,7 @@ def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
     secure = start(tiny_config(tmp_path, **settings, privacy=privacy), tmp_path / "secure")
     assert distance(dense_model(secure.model), dense_model(plain.model)) < 5e-6
 
-    # Losses and scores are those of all clients together, and nothing is told of one.
+    # Losses and scores are those of all clients together, and nothing is reported of a single one.
     for ours, theirs in zip(rows(tmp_path / "secure"), rows(tmp_path / "plain"), strict=True):
         assert ours.evaluation.total.num_exact == theirs.evaluation.total.num_exact
         assert ours.evaluation.total.num_tokens == theirs.evaluation.total.num_tokens
@@ -70,7 +70,7 @@ def test_a_run_in_one_process_ends_with_the_model_of_the_same_run_without(
 
 def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
     config = tiny_config(tmp_path, privacy=PRIVACY, federation={"num_rounds": 2})
-    whole = start(config, tmp_path / "whole")
+    uninterrupted = start(config, tmp_path / "whole")
 
     def kill(event, facts):
         if event == "aggregate" and not killed:
@@ -80,15 +80,15 @@ def test_a_run_in_one_process_resumes_to_the_same_bits(tmp_path):
     killed = []
     with pytest.raises(ServerKilled):
         start(config, tmp_path / "killed", observer=kill)
-    again = start(config, tmp_path / "killed", resume=True)
-    assert again.model.manifest() == whole.model.manifest()
+    resumed_run = start(config, tmp_path / "killed", resume=True)
+    assert resumed_run.model.manifest() == uninterrupted.model.manifest()
 
 
 # ── kills ──
 
 
 def test_a_server_killed_at_every_step_of_every_sum_ends_with_the_same_model(tmp_path):
-    """It goes on from the replies that it kept, since clients open every sum once."""
+    """It continues from the replies that it kept, since clients open every sum once."""
     settings = {"evaluation": {"every": 1}, "federation": {"num_rounds": 1}}
     expected = Federation(tmp_path, stores="a", **settings).run(tmp_path / "whole")
     federation = Federation(tmp_path, stores="b", **settings)
@@ -146,9 +146,9 @@ def test_clients_killed_at_any_step_leave_model_and_feedback_the_exact_mean(tmp_
     out = tmp_path / "out"
     model = federation.run(out)
     accepted = {row.round: row.accepted for row in rows(out) if row.round}
-    everybody = federation.names
-    assert accepted[1] == [name for name in everybody if name not in ("site1", "site4")]
-    assert all(accepted[server_round] == everybody for server_round in (2, 3, 4, 5, 6))
+    all_clients = federation.names
+    assert accepted[1] == [name for name in all_clients if name not in ("site1", "site4")]
+    assert all(accepted[server_round] == all_clients for server_round in (2, 3, 4, 5, 6))
 
     # What the exact means of all rounds would have given.
     exact = {}
@@ -187,7 +187,7 @@ def test_a_client_that_was_killed_takes_part_again_in_the_next_round(tmp_path):
     assert "site3 has nothing of round 1: it was started again" in first.failures["site3"]
 
 
-def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_round_anew(tmp_path):
+def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_restarts_the_round(tmp_path):
     expected = Federation(tmp_path, stores="a").run(tmp_path / "whole")
     federation = Federation(tmp_path, stores="b")
     out = tmp_path / "out"
@@ -200,7 +200,7 @@ def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_roun
     federation.before = before
     with pytest.raises(QuorumError, match="2 clients gave their keys, and 3 are needed"):
         federation.run(out)
-    # The clients are started again as well: nobody has values of that round any more.
+    # The clients are restarted as well: none has values of that round any more.
     federation.before = lambda task: None
     for name in federation.names:
         federation.start_client(name)
@@ -209,7 +209,7 @@ def test_too_few_clients_for_a_sum_end_the_run_and_a_resumed_one_begins_the_roun
 
 
 def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path):
-    """Asked again, those that are there still open it; if too few are left, the next round goes on."""
+    """Asked again, those that are there still open it; if too few are left, the run continues with the next round."""
     for stores, restarts, accepted in (("kept", False, 4), ("lost", True, 0)):
         federation = Federation(tmp_path, stores=stores)
 
@@ -235,8 +235,8 @@ def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path
         assert model.server_round == 2
 
 
-def test_a_client_that_was_admitted_later_spoils_no_sum(tmp_path, caplog):
-    """Its key is in nobody's roster yet: it is neither sampled nor asked for its scores."""
+def test_a_client_that_was_admitted_later_breaks_no_sum(tmp_path, caplog):
+    """Its key is in no roster yet: it is neither sampled nor asked for its scores."""
     federation = Federation(tmp_path, evaluation={"every": 1}, federation={"num_rounds": 2})
     roster = Roster({name: federation.roster.keys[name] for name in federation.names[:3]})
     federation.roster = roster
@@ -248,8 +248,10 @@ def test_a_client_that_was_admitted_later_spoils_no_sum(tmp_path, caplog):
     assert asked == set(federation.names[:3])
     for row in rows(tmp_path / "out"):
         assert row.failures == {} and row.evaluation.total.num_examples
-    told = [line for line in caplog.messages if "site3 was admitted after this run began" in line]
-    assert len(told) == 1
+    warnings = [
+        line for line in caplog.messages if "site3 was admitted after this run began" in line
+    ]
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_threshold_suffices_for_sums_of_more_clients_than_a_round_has(
 # ── what a client accepts, and what it tells ──
 
 
-def test_a_client_takes_part_in_no_other_kind_of_run_than_configured(tmp_path):
+def test_a_client_takes_part_only_in_the_kind_of_run_it_is_configured_for(tmp_path):
     federation = Federation(tmp_path)
     open_config = tiny_config(tmp_path, num_clients=4)
     with pytest.raises(QuorumError, match="takes part in runs with secure aggregation only"):
@@ -288,10 +290,10 @@ def test_a_client_takes_part_in_no_other_kind_of_run_than_configured(tmp_path):
         federation.run(tmp_path / "secure")
 
 
-def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog):
+def test_errors_about_a_clients_own_values_stay_with_it(tmp_path, caplog):
     federation = Federation(tmp_path)
 
-    def far(model, examples, *, on_step, **rest):
+    def train_too_far(model, examples, *, on_step, **rest):
         from tests.runs import nudge
 
         report = nudge(model, examples, on_step=on_step, **rest)
@@ -301,7 +303,7 @@ def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog)
                     tensor += 7.5
         return report
 
-    federation.clients["site1"].training_function = far
+    federation.clients["site1"].training_function = train_too_far
     with caplog.at_level(logging.ERROR, logger="fedmomentum"):
         federation.run(tmp_path / "out")
     first = rows(tmp_path / "out")[1]
@@ -315,7 +317,7 @@ def test_what_is_wrong_with_a_clients_own_values_stays_with_it(tmp_path, caplog)
 def test_the_servers_view_does_not_depend_on_which_client_has_which_update(
     tmp_path, caplog, monkeypatch
 ):
-    """Two clients change places: the sum is the same, and so is all but keys, masks and masked values."""
+    """Two clients swap places: the sum is the same, and so is everything but keys, masks and masked values."""
     monkeypatch.setattr("secrets.token_hex", lambda size: "ab" * size)
     views = []
     for swap in (False, True):
@@ -337,7 +339,7 @@ def test_the_servers_view_does_not_depend_on_which_client_has_which_update(
             replies.append(
                 (task.client_id, *position(task), len(payload), len(reply), plain(reply))
             )
-        views.append((model.manifest(), replies, list(caplog.messages), told(out)))
+        views.append((model.manifest(), replies, list(caplog.messages), rows_without_times(out)))
     assert views[0] == views[1]
 
 
@@ -370,7 +372,7 @@ def plain(reply):
     return metadata, shapes, others
 
 
-def told(out):
+def rows_without_times(out):
     found = []
     for row in rows(out):
         table = row.to_json()

@@ -1,4 +1,4 @@
-"""The round: exact on the weights that clients load, deaf to bad clients, the same whoever comes first."""
+"""The round: exact on the weights that clients load, robust to bad clients, and independent of the order of replies."""
 
 import json
 import math
@@ -96,21 +96,21 @@ def test_probes_are_of_the_weights_as_they_are_when_asked(trained):
     run.local.base_weights.apply([])
     none = run.local.applied_fraction(run.model, 5)
     run.local.load_global_model(run.model)
-    again = run.local.probes(5)
+    repeated = run.local.probes(5)
     assert none == pytest.approx(0, abs=1e-6) and none < lost < 0.99
     assert all(
-        torch.equal(again["base"][m], before["base"][m]) for m in run.local.base_weights.layers
+        torch.equal(repeated["base"][m], before["base"][m]) for m in run.local.base_weights.layers
     )
 
 
 def test_evaluation_before_saving_equals_after_loading(trained, folder):
     run, out = trained
     before = timeless(out)[-1]["evaluation"]["by_client"]
-    again = prepare(tiny_config(folder), folder / "again")
-    again.close()
-    again.local.load_global_model(GlobalModel.load(out))
-    for client in again.clients:
-        total = evaluate(again.local.peft, client.test, pad_token_id=0).total
+    second_run = prepare(tiny_config(folder), folder / "again")
+    second_run.close()
+    second_run.local.load_global_model(GlobalModel.load(out))
+    for client in second_run.clients:
+        total = evaluate(second_run.local.peft, client.test, pad_token_id=0).total
         if len(client.test) == before[client.client_id]["num_examples"]:
             assert total.nll == pytest.approx(before[client.client_id]["nll"], rel=1e-6)
             assert total.num_exact == before[client.client_id]["num_exact"]
@@ -151,7 +151,7 @@ def test_sixteen_bit_export_reports_what_arrives(trained, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_fedit_is_inexact_and_its_report_says_by_how_much(folder, tmp_path):
+def test_fedit_is_inexact_and_its_report_shows_by_how_much(folder, tmp_path):
     config = tiny_config(folder, method={"name": "fedit"}, federation={"num_rounds": 1})
     updates = {}
 
@@ -206,7 +206,7 @@ def test_a_round_that_learns_nothing_keeps_the_previous_A_alive(folder, tmp_path
         assert float(off.norm()) < 1e-5 * float(matrix.A.norm()) and not matrix.B.any()
 
 
-def test_a_carried_tail_keeps_the_books_exact(folder, tmp_path):
+def test_a_carried_tail_keeps_the_sum_exact(folder, tmp_path):
     config = tiny_config(folder, method={"settings": {"energy": 0.6, "split": "singular"}})
     run = start(config, tmp_path / "run")
     rows = timeless(tmp_path / "run")
@@ -243,7 +243,7 @@ def test_the_order_of_clients_does_not_change_a_bit(folder, tmp_path):
     assert chain(tmp_path / "one") == chain(tmp_path / "other")
 
 
-def test_participation_below_one_is_sampled_by_seed_and_late_comers_catch_up(folder, tmp_path):
+def test_participation_below_one_is_sampled_by_seed_and_absent_clients_catch_up(folder, tmp_path):
     config = tiny_config(
         folder, num_clients=5, federation={"client-fraction": 0.4, "num_rounds": 4}
     )
@@ -251,7 +251,7 @@ def test_participation_below_one_is_sampled_by_seed_and_late_comers_catch_up(fol
     rows = timeless(tmp_path / "run")
     drawn = [tuple(row["participants"]) for row in rows[1:]]
     assert all(len(p) == 2 for p in drawn) and len(set(drawn)) > 1
-    # whoever missed rounds is sent all that it lacks: its first task is the largest
+    # a client that missed rounds is sent all that it lacks: its first task is the largest
     lacking = [c for c in rows[-1]["downlink_bytes"] if c not in {x for p in drawn for x in p}]
     assert all(row["exactness_error"] < 1e-4 for row in rows[1:])
     if lacking:
@@ -410,7 +410,7 @@ def test_one_bad_client_does_not_stop_the_round(folder, tmp_path, name):
     assert model.version == absent.version and model.adapter_objects == absent.adapter_objects
 
 
-def test_evaluations_that_cannot_be_are_refused_by_name(folder, tmp_path):
+def test_impossible_evaluations_are_refused_by_name(folder, tmp_path):
     """A client that claims more than its examples, or NaN, decides neither the score nor which round is best."""
     lies = {
         "nll": -1.0,
@@ -441,7 +441,7 @@ def test_evaluations_that_cannot_be_are_refused_by_name(folder, tmp_path):
     assert row["exactness_error"] < 1e-4 and "probe.effective holds NaN" in row["failures"]["site1"]
 
 
-def test_clients_that_hold_nothing_out_take_part(folder, tmp_path):
+def test_clients_without_held_out_examples_take_part(folder, tmp_path):
     run = start(
         tiny_config(folder, data={"test_fraction": 0.0}, federation={"num_rounds": 1}),
         tmp_path / "run",
@@ -480,16 +480,16 @@ def test_what_a_client_lost_is_sent_again_in_the_same_round(folder, tmp_path, wh
     )
 
 
-def test_a_client_that_keeps_nothing_fails_by_name(folder, tmp_path):
+def test_a_client_that_stores_nothing_fails_by_name(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 3}, evaluation={"every": 0})
     other = tmp_path / "elsewhere"
 
-    def forgetful(payload, honest):
+    def forget(payload, honest):
         with_faults.run.clients[0].store.cache.clear()
         task = decode_task(payload)
         return honest(encode_task(replace(task, objects={})))
 
-    with_faults(config, tmp_path / "run", {"site1": forgetful}, rounds={2}, stores={"site1": other})
+    with_faults(config, tmp_path / "run", {"site1": forget}, rounds={2}, stores={"site1": other})
     rows = timeless(tmp_path / "run")
     assert rows[2]["failures"] == {
         "site1": "client site1 says that it does not have what it was just sent; is its disk full or "
@@ -498,7 +498,7 @@ def test_a_client_that_keeps_nothing_fails_by_name(folder, tmp_path):
     assert rows[3]["failures"] == {}
 
 
-def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder, tmp_path):
+def test_below_the_quorum_the_run_stops_with_everything_saved_and_resumes(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 3, "min-valid-fraction": 0.6})
     out = tmp_path / "run"
     bad = dict.fromkeys(("site0", "site1"), _raise)
@@ -509,12 +509,12 @@ def test_below_the_quorum_the_run_stops_with_everything_saved_and_goes_on(folder
         with_faults(config, out, bad, rounds={2})
     assert [row["round"] for row in timeless(out)] == [0, 1]
     resumed = start(config, out, resume=True)
-    whole = start(config, tmp_path / "whole")
-    assert resumed.model.version == whole.model.version
+    uninterrupted = start(config, tmp_path / "whole")
+    assert resumed.model.version == uninterrupted.model.version
     assert timeless(out) == timeless(tmp_path / "whole")
 
 
-def test_a_failed_evaluation_is_told_and_the_round_counts(folder, tmp_path):
+def test_a_failed_evaluation_is_reported_and_the_round_counts(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 1})
     run = prepare(config, tmp_path / "run")
     from functools import partial
@@ -546,7 +546,7 @@ def test_a_failed_evaluation_is_told_and_the_round_counts(folder, tmp_path):
 
 def test_resume_equals_uninterrupted(folder, tmp_path):
     config = tiny_config(folder, federation={"num_rounds": 4, "client-fraction": 0.7})
-    whole = start(config, tmp_path / "whole", function=None)
+    uninterrupted = start(config, tmp_path / "whole", function=None)
 
     class Stop(Exception):
         pass
@@ -568,13 +568,13 @@ def test_resume_equals_uninterrupted(folder, tmp_path):
             start(config, out, function=None, resume=number > 0, observer=stop_in_round(wanted))
     parts = start(config, out, function=None, resume=True)
     assert (
-        parts.model.version == whole.model.version
-        and parts.model.adapter_objects == whole.model.adapter_objects
+        parts.model.version == uninterrupted.model.version
+        and parts.model.adapter_objects == uninterrupted.model.adapter_objects
     )
     assert timeless(out) == timeless(tmp_path / "whole")
     assert chain(out) == chain(tmp_path / "whole")
     finished = start(config, out, function=None, resume=True)
-    assert finished.model.version == whole.model.version
+    assert finished.model.version == uninterrupted.model.version
 
 
 def test_a_run_folder_is_not_overwritten_nor_resumed_with_other_settings(folder, tmp_path):
@@ -621,7 +621,7 @@ def test_tensors_of_the_global_model_are_canonical(trained):
 
 
 class Halving:
-    """Halves what clients add, and doubles what comes of the sum."""
+    """Halves what clients add, and doubles the result of the sum."""
 
     def __init__(self):
         self.seen = []

@@ -1,4 +1,4 @@
-"""`StatusWriter`: never in the way of the run, whatever happens to its file."""
+"""`StatusWriter`: it never disturbs the run, whatever happens to its file."""
 
 import math
 
@@ -6,7 +6,7 @@ from fedmomentum.formats.status_file import STATUS_FILE, read_status
 from fedmomentum.server.status import StatusWriter
 
 
-def test_a_file_that_cannot_be_written_is_told_once_and_the_run_goes_on(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_reported_once_and_the_run_continues(tmp_path, caplog):
     (tmp_path / STATUS_FILE).mkdir()
     status = StatusWriter(tmp_path, 3)
     status.on_round_begin(1, ["north"])
@@ -17,7 +17,7 @@ def test_a_file_that_cannot_be_written_is_told_once_and_the_run_goes_on(tmp_path
     assert read_status(tmp_path).round == 3
 
 
-def test_a_loss_that_is_no_number_is_none(tmp_path):
+def test_a_loss_that_is_not_a_number_becomes_none(tmp_path):
     status = StatusWriter(tmp_path, 3, networked=False)
     status.on_step("north", 1, 2, math.nan)
     read = read_status(tmp_path).clients["north"]
@@ -34,7 +34,7 @@ def test_frequent_events_are_written_once_a_second(tmp_path):
     assert read_status(tmp_path).clients["north"].step == 2000
 
 
-def test_the_next_round_forgets_the_last_ones_tasks(tmp_path):
+def test_a_new_round_clears_the_tasks_of_the_previous_one(tmp_path):
     status = StatusWriter(tmp_path, 3)
     status.on_task_sent("north", 10, 60.0)
     status.on_failure("south", "hung up")
@@ -46,7 +46,7 @@ def test_the_next_round_forgets_the_last_ones_tasks(tmp_path):
     assert read.participants == ["north", "south"] and read.clients["north"].down_bytes == 10
 
 
-def test_once_a_task_is_sent_nobody_is_waited_for(tmp_path):
+def test_once_a_task_is_sent_no_client_is_waited_for(tmp_path):
     status = StatusWriter(tmp_path, 3)
     status.on_waiting(["south"], 60.0)
     assert read_status(tmp_path).waiting_for == ["south"]

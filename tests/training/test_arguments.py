@@ -78,7 +78,7 @@ def test_epochs_are_rounded_up_to_whole_steps_in_exact_arithmetic(
         (64, 1e-9, {"train_sampling_strategy": "group_by_length"}),
     ],
 )
-def test_the_trainer_makes_as_many_steps_and_sees_as_many_tokens(
+def test_the_trainer_takes_the_planned_steps_and_tokens(
     folder, count, batch_size, epochs, arguments
 ):
     tokens = tokens_of(folder, count)
@@ -192,7 +192,7 @@ def test_warming_up_longer_than_the_round_is_refused(folder, tmp_path, warmup):
         ),
     ],
 )
-def test_values_that_make_no_sense_are_refused_by_name(arguments, message):
+def test_invalid_values_are_refused_by_name(arguments, message):
     with pytest.raises(ConfigError, match=message):
         check_arguments(arguments)
 
@@ -218,7 +218,7 @@ def test_values_that_make_no_sense_are_refused_by_name(arguments, message):
         ),
     ],
 )
-def test_what_transformers_cannot_make_is_refused_by_name(folder, arguments, message):
+def test_optimizers_that_transformers_cannot_build_are_refused_by_name(folder, arguments, message):
     with pytest.raises(ConfigError, match=message):
         train(new_model(folder), tokens_of(folder, 4), **DEFAULTS, arguments=arguments)
 
@@ -280,7 +280,7 @@ def test_the_sum_of_a_linear_schedule_by_hand(folder):
 # ── what a step is made of ──
 
 
-def test_the_loss_that_is_told_is_that_of_an_evaluation_also_where_labels_are_smoothed(folder):
+def test_the_reported_loss_is_that_of_an_evaluation_also_where_labels_are_smoothed(folder):
     tokens = tokens_of(folder, 6)
     settings = DEFAULTS | {"local_steps": 1, "batch_size": 6}
     plain, smoothed = new_model(folder), new_model(folder)

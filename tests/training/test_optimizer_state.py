@@ -1,4 +1,4 @@
-"""An optimizer's moments set before training and read after it: split training is whole training, bit for bit."""
+"""An optimizer's moments set before training and read after it: split training equals uninterrupted training, bit for bit."""
 
 import gc
 import random
@@ -55,12 +55,12 @@ def llama(tmp_path_factory):
 def test_two_trainings_with_the_moments_between_are_one_training(folder, optimizer):
     tokens = tokens_of(folder)
     arguments = IN_ORDER | optimizer
-    whole, parts, fresh = new_model(folder), new_model(folder), new_model(folder)
-    wanted = train(whole, tokens, **TWO_PASSES, arguments=arguments, moments={})
+    uninterrupted, parts, fresh = new_model(folder), new_model(folder), new_model(folder)
+    wanted = train(uninterrupted, tokens, **TWO_PASSES, arguments=arguments, moments={})
 
     first = train(parts, tokens, **ONE_PASS, arguments=arguments, moments={})
     second = train(parts, tokens, **ONE_PASS, arguments=arguments, moments=first.moments)
-    assert same_bits(adapter_of(whole), adapter_of(parts))
+    assert same_bits(adapter_of(uninterrupted), adapter_of(parts))
     assert same_moments(wanted.moments, second.moments)
     assert second.last_loss == wanted.last_loss
 
@@ -72,19 +72,19 @@ def test_two_trainings_with_the_moments_between_are_one_training(folder, optimiz
     # Without the moments it is another training, so that the equality above says something.
     train(fresh, tokens, **ONE_PASS, arguments=arguments, moments={})
     train(fresh, tokens, **ONE_PASS, arguments=arguments, moments={})
-    assert not same_bits(adapter_of(whole), adapter_of(fresh))
+    assert not same_bits(adapter_of(uninterrupted), adapter_of(fresh))
 
 
 def test_accumulated_batches_count_as_one_step(llama):
     tokens = tokens_of(llama)
     arguments = IN_ORDER | {"gradient_accumulation_steps": 3}
-    whole, parts = new_model(llama), new_model(llama)
-    train(whole, tokens, **DEFAULTS | {"local_steps": 2}, arguments=arguments)
+    uninterrupted, parts = new_model(llama), new_model(llama)
+    train(uninterrupted, tokens, **DEFAULTS | {"local_steps": 2}, arguments=arguments)
     one = DEFAULTS | {"local_steps": 1}
     first = train(parts, tokens, **one, arguments=arguments, moments={})
     second = train(parts, tokens, **one, arguments=arguments, moments=first.moments)
     assert {m.step for m in second.moments.values()} == {2}
-    assert same_bits(adapter_of(whole), adapter_of(parts))
+    assert same_bits(adapter_of(uninterrupted), adapter_of(parts))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[:1] + OPTIMIZERS[3:4])

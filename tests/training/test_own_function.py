@@ -1,4 +1,4 @@
-"""A training function of the user's own gets the optimizer's moments, and its report is checked."""
+"""A custom training function gets the optimizer's moments, and its report is checked."""
 
 import math
 from dataclasses import replace
@@ -53,19 +53,19 @@ def own_steps(model, examples, *, learning_rate, local_steps, moments=None, **_)
     return TrainReport(1.0, 1.0, 1.0, local_steps, 7, moments=state)
 
 
-def test_an_own_function_gets_the_moments_and_returns_them(llama):
-    whole, parts = new_model(llama), new_model(llama)
+def test_a_custom_function_gets_the_moments_and_returns_them(llama):
+    uninterrupted, parts = new_model(llama), new_model(llama)
     tokens = tokens_of(llama)
-    own_steps(whole, tokens, learning_rate=0.01, local_steps=6, moments={})
+    own_steps(uninterrupted, tokens, learning_rate=0.01, local_steps=6, moments={})
     first = run_own(own_steps, parts, tokens, {})
     second = run_own(own_steps, parts, tokens, first.moments)
-    assert same_bits(adapter_of(whole), adapter_of(parts))
+    assert same_bits(adapter_of(uninterrupted), adapter_of(parts))
     assert {m.step for m in first.moments.values()} == {3}
     assert {m.step for m in second.moments.values()} == {6}
     assert second.learning_rate_sum == pytest.approx(0.03)
 
 
-def test_an_own_function_has_the_keyword_only_where_moments_are_wanted(llama):
+def test_a_custom_function_gets_the_keyword_only_where_moments_are_requested(llama):
     seen = []
 
     def function(model, examples, **keywords):
@@ -74,11 +74,11 @@ def test_an_own_function_has_the_keyword_only_where_moments_are_wanted(llama):
         return TrainReport(1.0, 1.0, 1.0, 2, 7, moments=state, learning_rate_sum=0.5)
 
     model, tokens = new_model(llama), tokens_of(llama)
-    unwanted = run_own(function, model, tokens, None)
+    not_requested = run_own(function, model, tokens, None)
     wanted = run_own(function, model, tokens, {})
     assert seen == [False, True]
-    assert unwanted.moments is None and wanted.moments
-    assert unwanted.learning_rate_sum == wanted.learning_rate_sum == 0.5
+    assert not_requested.moments is None and wanted.moments
+    assert not_requested.learning_rate_sum == wanted.learning_rate_sum == 0.5
 
 
 def test_our_trainer_is_run_with_the_moments_too(llama):
@@ -89,7 +89,7 @@ def test_our_trainer_is_run_with_the_moments_too(llama):
 
 
 @pytest.mark.parametrize("moments", [None, {}, "moments"])
-def test_an_own_function_that_reports_no_moments_is_refused(llama, moments):
+def test_a_custom_function_that_reports_no_moments_is_refused(llama, moments):
     def function(model, examples, **_):
         return TrainReport(1.0, 1.0, 1.0, 2, 7, moments=moments)
 
@@ -100,7 +100,7 @@ def test_an_own_function_that_reports_no_moments_is_refused(llama, moments):
 
 
 @pytest.mark.parametrize("number", range(len(bad_moments())))
-def test_an_own_functions_moments_are_checked(llama, number):
+def test_moments_of_a_custom_function_are_checked(llama, number):
     value, message = bad_moments()[number]
 
     def function(model, examples, **_):
@@ -111,7 +111,7 @@ def test_an_own_functions_moments_are_checked(llama, number):
         run_own(function, new_model(llama), tokens_of(llama), {})
 
 
-def test_an_own_function_is_not_called_with_moments_that_do_not_fit(llama):
+def test_a_custom_function_is_not_called_with_moments_that_do_not_fit(llama):
     def function(model, examples, **_):
         raise AssertionError("called")
 
@@ -129,7 +129,7 @@ def test_an_own_function_is_not_called_with_moments_that_do_not_fit(llama):
         ({"learning_rate_sum": "much"}, "learning_rate_sum = 'much'"),
     ],
 )
-def test_an_own_functions_numbers_are_checked(llama, change, message):
+def test_numbers_reported_by_a_custom_function_are_checked(llama, change, message):
     def function(model, examples, **_):
         return replace(TrainReport(1.0, 1.0, 1.0, 2, 7), **change)
 

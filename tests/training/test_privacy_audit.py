@@ -1,7 +1,7 @@
 """An audit in one run: how well canaries are told apart from what was left out bounds epsilon from below.
 
 Steinke, Nasr and Jagielski, Privacy Auditing with One (1) Training Run, NeurIPS 2023. Each canary is trained on
-with probability one half; whoever sees the model guesses which were. With (epsilon, delta) the number of right
+with probability one half; an observer of the model guesses which were. With (epsilon, delta) the number of right
 guesses is bounded, so that many of them disprove an epsilon.
 """
 

@@ -47,7 +47,7 @@ def test_a_step_divides_the_clipped_sum_by_the_expected_batch():
         torch.testing.assert_close(change, -wanted[name] / 3.0, atol=2e-6, rtol=1e-3)
 
 
-def test_no_more_rows_than_wanted_go_through_the_model_together():
+def test_no_more_rows_than_allowed_go_through_the_model_together():
     model, sizes = lora_model(), []
     model.register_forward_hook(
         lambda module, args, kwargs, output: sizes.append(len(kwargs["input_ids"])),
@@ -75,7 +75,7 @@ def test_empty_batch_still_gets_noise_of_the_right_size():
 
 @pytest.mark.parametrize("what", ["noise", "dropout", "sample"])
 def test_no_seed_repeats_a_training(what):
-    """The same seeds everywhere: noise, dropout and the units drawn differ all the same."""
+    """The same seeds everywhere: noise, dropout and the units drawn still differ."""
     settings = {
         "noise": settings_of(noise=1.0, rate=1e-12),
         "dropout": settings_of(),
@@ -124,7 +124,7 @@ def test_arguments_that_contradict_privacy_are_refused(name, value):
     check_private_arguments({"weight_decay": 0.1, "optim": "sgd"})
 
 
-def test_own_training_function_is_refused():
+def test_custom_training_function_is_refused():
     with pytest.raises(ConfigError, match="cannot be differentially private"):
         run_training(
             lambda *_, **__: None,

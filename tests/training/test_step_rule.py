@@ -58,8 +58,8 @@ def moved(hyperparameters, gradients, start=0.7, *, keep_last=None):
             parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
         positions.append(float(parameter.detach()))
-    begun = positions[-1 - keep_last] if keep_last else start
-    return abs(positions[-1] - begun)
+    origin = positions[-1 - keep_last] if keep_last else start
+    return abs(positions[-1] - origin)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 60])
@@ -76,7 +76,7 @@ def moved(hyperparameters, gradients, start=0.7, *, keep_last=None):
         {"optim": "rmsprop"},
     ],
 )
-def test_no_gradients_take_a_number_beyond_the_bound(num_steps, arguments):
+def test_no_gradients_move_a_value_beyond_the_bound(num_steps, arguments):
     hyperparameters = training(**arguments)
     bound = largest_change(
         hyperparameters, num_steps, largest_number=0.7, largest_tensor=1, steps_before=0
@@ -89,7 +89,7 @@ def test_no_gradients_take_a_number_beyond_the_bound(num_steps, arguments):
     assert bound / 4 < max(reached) <= bound
 
 
-def test_moments_of_earlier_rounds_take_a_number_further():
+def test_moments_of_earlier_rounds_move_a_value_further():
     hyperparameters = training()
     bound = largest_change(
         hyperparameters, 5, largest_number=10.0, largest_tensor=1, steps_before=1000
@@ -100,7 +100,7 @@ def test_moments_of_earlier_rounds_take_a_number_further():
     assert 3 * fresh < reached <= bound
 
 
-def test_adafactor_can_put_its_whole_step_into_one_number():
+def test_adafactor_can_put_its_entire_step_into_one_value():
     one = largest_change(training(optim="adafactor"), 3, largest_number=1.0, largest_tensor=100)
     assert one == pytest.approx(1.01 * 0.1 * 3 * 10)
 
@@ -134,7 +134,7 @@ def test_of_some_optimizers_no_bound_is_known(arguments):
 
 @pytest.mark.parametrize("step", [1, 20, 3000])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.9)])
-def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step, betas):
+def test_no_initial_moments_move_a_value_beyond_the_bound(step, betas):
     """Whatever they are: those of no gradients, too, as means over clients in other coordinates are."""
     draw = torch.Generator().manual_seed(step)
     first = torch.randn(4, 3, generator=draw).exp() * torch.randn(4, 3, generator=draw)
@@ -153,7 +153,7 @@ def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step
             steps_before=step,
             carried=carried,
         )
-        farthest = 0.0
+        largest = 0.0
         for sign in (0.0, 1.0, -1.0):
             for gradients in (
                 [1e-9] * num_steps,
@@ -170,13 +170,13 @@ def test_no_moments_that_a_round_starts_with_take_a_number_beyond_the_bound(step
                 for gradient in gradients:
                     parameter.grad = sign * gradient * given.first.sign()
                     optimizer.step()
-                farthest = max(farthest, float((parameter.detach() - 0.7).abs().max()))
-        assert farthest <= bound
+                largest = max(largest, float((parameter.detach() - 0.7).abs().max()))
+        assert largest <= bound
         # It is a bound of what they do, not of anything.
-        assert bound < 6 * farthest or step == 1
+        assert bound < 6 * largest or step == 1
 
 
-def test_a_buffer_of_gradient_descent_counts_once_and_ever_less():
+def test_a_momentum_buffer_of_sgd_counts_once_and_decays():
     given = Moments(torch.tensor([[0.5, -2.0]]), None, 3)
     arguments = {"optim": "sgd", "optim_args": "momentum=0.5"}
     assert carried_reach(arguments, 3, [given]) == pytest.approx(2.0 * (0.5 + 0.25 + 0.125))

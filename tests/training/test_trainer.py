@@ -105,7 +105,7 @@ def test_same_seed_same_bits_with_dropout_whatever_the_global_generators_hold(fo
 
 
 def test_optimiser_starts_fresh_in_each_call(folder):
-    """Training, going back to the start and training again gives the same bits: no moments are carried over."""
+    """Training, returning to the start and training again gives the same bits: no moments are carried over."""
     model, tokens = new_model(folder), tokens_of(folder)
     start = adapter_of(model)
     train(model, tokens, **DEFAULTS)
@@ -119,7 +119,7 @@ def test_optimiser_starts_fresh_in_each_call(folder):
 
 
 def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
-    """Against a few lines of torch, one row at a time: padding, positions and prompts must not matter."""
+    """Compared to a few lines of torch, one row at a time: padding, positions and prompts must not matter."""
     tokens = tokens_of(folder, 6)
     model, reference = new_model(folder), new_model(folder)
     settings = DEFAULTS | {"local_steps": 1, "batch_size": 6}
@@ -150,15 +150,15 @@ def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
 
 
 def test_accumulated_micro_batches_are_one_batch(folder):
-    """Completions of unequal length: a mean of the micro-batches' means would differ."""
+    """Completions of unequal length: the mean of the micro-batches' means would differ."""
     tokens = rows(tokens_of(folder), [0, 3, 2, 5])
     assert {
         len(ids) - n for ids, n in zip(tokens.input_ids, tokens.num_prompt_tokens, strict=True)
     } == {2, 4}
-    whole, parts = new_model(folder), new_model(folder)
+    full_batch, parts = new_model(folder), new_model(folder)
     settings = DEFAULTS | {"local_steps": 2}
     order = {"train_sampling_strategy": "sequential", "adam_epsilon": 1e-3}
-    first = train(whole, tokens, **settings | {"batch_size": 4}, arguments=order)
+    first = train(full_batch, tokens, **settings | {"batch_size": 4}, arguments=order)
     second = train(
         parts,
         tokens,
@@ -167,7 +167,7 @@ def test_accumulated_micro_batches_are_one_batch(folder):
     )
     assert second.num_steps == first.num_steps == 2 and second.num_tokens == first.num_tokens == 24
     assert second.first_loss == pytest.approx(first.first_loss, rel=1e-5)
-    for name, value in adapter_of(whole).items():
+    for name, value in adapter_of(full_batch).items():
         torch.testing.assert_close(adapter_of(parts)[name], value, atol=1e-6, rtol=1e-4)
 
 
@@ -224,7 +224,7 @@ def test_grouping_by_length_is_a_function_of_the_seed(folder):
     assert same_bits(results[0][0], results[1][0]) and not same_bits(results[0][0], results[2][0])
 
 
-def test_learning_rate_is_constant_unless_asked_otherwise(folder, monkeypatch):
+def test_learning_rate_is_constant_by_default(folder, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
 
@@ -312,7 +312,7 @@ def test_memory_does_not_grow_with_calls(folder):
     assert psutil.Process().memory_info().rss - memory < 16 * 2**20
 
 
-def test_a_training_collects_no_garbage_and_nothing_of_the_trainer_stays(folder, monkeypatch):
+def test_training_runs_no_garbage_collection_and_leaves_nothing_of_the_trainer(folder, monkeypatch):
     """A collection visits every object of the process; the optimizer is gone at once without one."""
     model, tokens = new_model(folder), tokens_of(folder)
     collect, calls = gc.collect, []

@@ -166,7 +166,7 @@ def test_rows_that_cannot_be_told_apart_are_refused(how):
 @pytest.mark.parametrize(
     ("error", "is_refused"), [(2e-8, False), (1e-5, True)], ids=["rounding", "coupling"]
 )
-def test_what_rounding_leaves_of_a_gradient_that_cancels_is_no_coupling(
+def test_rounding_errors_of_a_canceling_gradient_are_not_taken_for_coupling(
     monkeypatch, error, is_refused
 ):
     """Far from the first layers, a query's gradient is ten million times smaller than others."""

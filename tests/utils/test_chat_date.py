@@ -105,13 +105,13 @@ def test_tokens_of_training_and_generation_do_not_change_overnight(name, clock):
         ("SmolLM3", "01 February 2030"),
     ],
 )
-def test_a_date_of_ones_own_is_shown(name, shown):
+def test_a_configured_date_is_shown(name, shown):
     tokenizer = tiny_tokenizer(TEMPLATES[name])
     set_chat_date(tokenizer, "2030-02-01")
     assert shown in tokenizer.decode(ids_of(tokenizer))
 
 
-def test_a_template_is_given_only_what_it_asks_for():
+def test_a_template_gets_only_the_variables_it_uses():
     tokenizer = tiny_tokenizer()
     set_chat_date(tokenizer, "2030-02-01")
     assert date_arguments(tokenizer) == {}
@@ -179,12 +179,12 @@ def test_nothing_else_of_a_template_changes(head, inner, clock):
 @pytest.mark.parametrize(
     "date", ["", "today", "2024-13-01", "26 Jul 2024", "2024-7-26T10:00", "2024-07-26 "]
 )
-def test_what_is_no_date_is_refused(date, tmp_path):
+def test_an_invalid_date_is_refused(date, tmp_path):
     with pytest.raises(ConfigError, match="model.chat-date must be a date, YYYY-MM-DD; got"):
         tiny_config(tmp_path, model={"chat_date": date})
 
 
-def test_a_run_that_goes_on_the_next_day_gives_the_same_bits(tmp_path, clock):
+def test_a_run_resumed_the_next_day_gives_the_same_bits(tmp_path, clock):
     base = tiny_llama(tmp_path / "base", chat_template=TEMPLATES["SmolLM3"])
     config = tiny_config(
         tmp_path, model={"name": str(base)}, federation={"num_rounds": 2}, data={"max_length": 200}
@@ -230,7 +230,7 @@ def test_a_run_keeps_its_date_and_refuses_another(tmp_path):
 @pytest.mark.parametrize(
     ("name", "is_refused"), [("Granite", True), ("Llama 3.1", True), ("plain", False)]
 )
-def test_a_party_with_another_date_sits_out_where_its_template_would_show_it(
+def test_a_party_with_another_date_is_left_out_where_its_template_would_show_it(
     name, is_refused, tmp_path
 ):
     base = tiny_llama(tmp_path / "base", chat_template=TEMPLATES.get(name, CHAT_TEMPLATE))

@@ -1,4 +1,4 @@
-"""Names on the hub are told from paths, and whatever the hub refuses is said with what to do."""
+"""Names on the hub are distinguished from paths, and every error of the hub says what to do."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ def test_a_text_is_a_name_or_a_path(text, expected):
         assert str(expected) == text
 
 
-def test_what_is_on_this_machine_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
+def test_an_existing_directory_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("org/model", "org/model@v1"):
         assert parse_hub_name(name) is not None
@@ -58,7 +58,7 @@ def test_what_is_on_this_machine_is_a_path_whatever_it_looks_like(tmp_path, monk
     assert split_revision("/somewhere/model@v1") == ("/somewhere/model@v1", None)
 
 
-def test_only_what_was_asked_for_is_downloaded_of_the_revision_named(hub):
+def test_only_requested_files_of_the_named_revision_are_downloaded(hub):
     repository = hub.add("org/model", FILES)
     first = repository.refs["main"]
     repository.refs["v1"] = first
@@ -72,7 +72,7 @@ def test_only_what_was_asked_for_is_downloaded_of_the_revision_named(hub):
         assert directory.name == first
         assert (directory / "config.json").read_bytes() == b"{}"
     assert not hub.asked("GET", r"run\.py|old\.bin") and not hub.asked("HEAD", r"run\.py|old\.bin")
-    # large files lie on another host, which learns no login
+    # large files are on another host, which gets no login
     for request in hub.requests:
         assert (request.authorization == f"Bearer {TOKEN}") == (request.host == "127.0.0.1")
     assert {request.host for request in hub.requests} == {"127.0.0.1", "localhost"}
@@ -87,7 +87,7 @@ def test_a_private_repository_needs_the_login(hub, monkeypatch):
         get(HubName("org/secret2"))
 
 
-def test_what_the_hub_refuses_is_said_by_name(hub, monkeypatch):
+def test_errors_of_the_hub_are_reported_by_name(hub, monkeypatch):
     hub.add("org/model", FILES)
     hub.add("org/gated", FILES, gated=True)
     cases = {
@@ -109,7 +109,7 @@ def test_what_the_hub_refuses_is_said_by_name(hub, monkeypatch):
         get(HubName("org/model"))
 
 
-def test_without_a_network_the_cache_serves_and_what_it_lacks_is_named(hub, monkeypatch):
+def test_without_a_network_the_cache_is_used_and_missing_files_are_named(hub, monkeypatch):
     from huggingface_hub import constants
 
     hub.add("org/model", FILES)
@@ -124,7 +124,7 @@ def test_without_a_network_the_cache_serves_and_what_it_lacks_is_named(hub, monk
         get(HubName("org/other"))
 
 
-def test_a_login_is_in_no_message_and_no_log(hub, monkeypatch, caplog):
+def test_no_message_and_no_log_contains_a_token(hub, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     hub.echoes = True
     hub.add("org/model", FILES)
@@ -135,8 +135,8 @@ def test_a_login_is_in_no_message_and_no_log(hub, monkeypatch, caplog):
     hub.fail("GET", "org/model", 400)
     with pytest.raises(HubError, match=r"replied 400, 'not now, ") as caught:
         get(HubName("org/model"))
-    told = str(caught.value) + explain(RuntimeError(TOKEN), HubName("org/model"))
+    text = str(caught.value) + explain(RuntimeError(TOKEN), HubName("org/model"))
     for secret in (TOKEN, "of-another-kind"):
-        assert secret not in told
+        assert secret not in text
         assert secret not in caplog.text
     assert without_secrets(f"a {TOKEN} b") == "a [token] b"

@@ -43,18 +43,20 @@ def test_a_new_repository_is_private_and_holds_what_was_exported(hub, export, ca
     for request in hub.requests:
         assert (request.authorization == f"Bearer {TOKEN}") == (request.host == "127.0.0.1")
         assert TOKEN not in request.path and TOKEN.encode() not in request.body
-    told = capfd.readouterr()
-    assert hub.asked("PUT", "/objects/") and TOKEN not in caplog.text + told.out + told.err
+    captured = capfd.readouterr()
+    assert hub.asked("PUT", "/objects/") and TOKEN not in caplog.text + captured.out + captured.err
 
 
-def test_a_name_alone_is_of_ones_own_and_public_is_asked_for(hub, export):
+def test_a_bare_name_belongs_to_the_user_and_public_must_be_requested(hub, export):
     destination = choose_destination("model", is_public=True)
     assert destination == Destination("alice/model", True)
     upload(export, destination, "m")
     assert not hub.repositories["alice/model"].private
 
 
-def test_what_cannot_succeed_is_refused_before_anything_is_done(hub, monkeypatch, tmp_path):
+def test_uploads_that_cannot_succeed_are_refused_before_anything_is_sent(
+    hub, monkeypatch, tmp_path
+):
     from huggingface_hub import constants
 
     hub.add("alice/open", {"a": b""})
@@ -96,7 +98,7 @@ def test_a_login_in_the_clients_own_file_counts(hub, monkeypatch):
     assert choose_destination("model", is_public=False).repository == "alice/model"
 
 
-def test_a_model_that_was_there_is_replaced_and_other_files_stay(hub, export):
+def test_an_existing_model_is_replaced_and_other_files_stay(hub, export):
     others = {"LICENSE": b"MIT", "images/plot.png": b"png", "eval.json": b"{}"}
     model = {
         "config.json": b"{}",
@@ -136,7 +138,7 @@ def test_the_client_tries_again_and_sends_all_of_it(hub, export):
         ("GET", "/api/models/alice/model", 500),
     ],
 )
-def test_a_failure_leaves_the_export_and_says_how_to_go_on(hub, export, method, pattern, status):
+def test_a_failure_keeps_the_export_and_says_how_to_retry(hub, export, method, pattern, status):
     hub.add("alice/model", {"config.json": b"{}"}, private=True)
     before = content(export)
     destination = choose_destination("alice/model", is_public=False)
@@ -154,7 +156,7 @@ def test_a_failure_leaves_the_export_and_says_how_to_go_on(hub, export, method, 
     assert hub.repositories["alice/model"].files == {"config.json": b"{}"}
 
 
-def test_a_repository_that_is_public_by_now_gets_nothing(hub, export):
+def test_a_repository_that_became_public_gets_nothing(hub, export):
     destination = choose_destination("alice/model", is_public=False)
     hub.add("alice/model", {"a": b""})
     with pytest.raises(HubError, match=r"nothing was uploaded: .* is public.* is complete in") as e:
@@ -163,7 +165,7 @@ def test_a_repository_that_is_public_by_now_gets_nothing(hub, export):
     assert hub.repositories["alice/model"].files == {"a": b""} and not hub.asked("PUT", ".")
 
 
-def test_a_commit_of_somebody_else_in_between_is_not_undone(hub, export, monkeypatch):
+def test_a_commit_of_another_user_in_between_is_not_undone(hub, export, monkeypatch):
     import huggingface_hub
 
     repository = hub.add("alice/model", {"a": b""}, private=True)

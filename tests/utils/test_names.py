@@ -1,4 +1,4 @@
-"""Client names and what becomes of them on disk."""
+"""Client names and their directories on disk."""
 
 import re
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_a_plain_name_is_its_own_directory_and_no_other_name_is_plain():
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_any_name_that_can_be_shown_is_taken(name):
+def test_any_printable_name_is_accepted(name):
     check_client_name(name, "here")
     data = {"client-files": {name: "x.jsonl"}}
     assert list(
@@ -97,7 +97,7 @@ def test_any_name_that_can_be_shown_is_taken(name):
 
 
 @pytest.mark.parametrize("name", [*REFUSED, 5, None])
-def test_other_names_are_refused_by_the_place_they_stand_in(name):
+def test_invalid_names_are_refused_with_their_place(name):
     for table in (
         {"data": {"client-files": {name: "x.jsonl"}}},
         {"lora": {"clients": {name: {"rank": 2}}}},
@@ -146,7 +146,7 @@ def test_a_comparisons_folders_come_from_the_same_rule(tmp_path, monkeypatch):
     )
 
 
-def test_trackers_tell_names_apart_that_they_write_alike():
+def test_trackers_distinguish_names_that_they_write_alike():
     from fedmomentum.run.tracking import numbers_of
 
     row = {
@@ -171,7 +171,7 @@ def test_labels_of_a_comparison_are_readable_and_short():
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[x]", "[bold", "a[/]"])
-def test_a_name_is_no_markup(name):
+def test_a_name_is_not_read_as_markup(name):
     """A closing tag that opens nothing would end the run where its progress is drawn."""
     from io import StringIO
 

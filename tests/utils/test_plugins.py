@@ -51,7 +51,7 @@ def test_a_method_from_outside_runs_a_federation(outside):
         ("fedmomentun", "known: fedmomentum, .*module:Class"),
     ],
 )
-def test_what_is_no_method_is_refused_by_name(outside, name, words):
+def test_an_object_that_is_not_a_method_is_refused_by_name(outside, name, words):
     with pytest.raises(ConfigError, match=words):
         build_method(name, {})
     with pytest.raises(ConfigError, match="no setting 'x'; it has factor"):

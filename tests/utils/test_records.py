@@ -1,4 +1,4 @@
-"""Records: a checksum over all fields, and every damage refused by name."""
+"""Records: a checksum over all fields, and any damage is refused by name."""
 
 import json
 

@@ -22,8 +22,8 @@ TENSORS = {
 
 
 def pointers(data: bytes) -> range:
-    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    assert len(whole) == len(data)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    assert len(buffer) == len(data)
     import ctypes
 
     start = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
@@ -46,7 +46,7 @@ def test_float32_tensors_are_views_of_the_bytes():
 
 @pytest.mark.parametrize("metadata", [None, ("key", "value")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
-def test_whatever_else_there_is_is_copied(dtype, metadata):
+def test_tensors_of_other_dtypes_are_copied(dtype, metadata):
     tensors = {**TENSORS, "c": torch.ones(3, 3, dtype=dtype)}
     data = safetensors_bytes(tensors, metadata)
     viewed = view_safetensors(data, "x")
@@ -78,7 +78,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         3,
     ],
 )
-def test_a_header_that_lies_is_refused_as_ever(header):
+def test_a_false_header_is_still_refused(header):
     data = with_header(header, torch.ones(2).numpy().tobytes())
     assert torch.equal(
         view_safetensors(with_header({"a": F32}, torch.ones(2).numpy().tobytes()), "x")["a"],
