@@ -22,34 +22,34 @@ class DataConfig:
         "one source for all clients: a JSONL, JSON, CSV, Excel or Parquet file, a directory saved "
         "by datasets, a hub name, or reasoning-gym (the built-in tasks)",
     )
-    client_files: dict[str, str] = option({}, "one file a client instead: client name = file")
+    client_files: dict[str, str] = option({}, "instead, one file per client: client name = file")
     client_column: str | None = option(None, "column of the source that names each row's client")
     columns: dict[str, str] = option(
         {},
-        'your names of the columns that are read, such as question = "Frage"; an empty one leaves '
-        "that column out. See docs/data.md",
+        'your names for the columns that are read, such as question = "Frage"; an empty name means '
+        "that the column is not read. See docs/data.md",
     )
     encoding: str = option(
         "auto",
-        "encoding of text files, such as cp1252; auto: UTF-8, or in CSV files what is recognized",
+        "encoding of text files, such as cp1252; auto: UTF-8, or for CSV files what is detected",
     )
-    split: str = option("train", "split of a source that has several")
+    split: str = option("train", "split to use if a source has several")
     tasks: list[str] = option([], "built-in tasks to mix; empty: all")
     num_examples: int = option(2000, "training examples over all clients (built-in tasks)")
     num_test_examples: int = option(400, "held-out examples over all clients (built-in tasks)")
-    num_clients: int = option(4, "clients to divide a source among")
+    num_clients: int = option(4, "number of clients to divide a source among")
     partition: str = option("iid", "how to divide: iid, dirichlet, categories, sizes")
-    category_column: str | None = option(None, "column to divide and report by")
-    concentration: float = option(0.5, "of the Dirichlet partition: small is skewed, large is even")
-    min_examples: int = option(8, "fewest examples of a client")
-    categories_per_client: int = option(2, "for the partition categories")
-    sizes: list[float] = option([], "for the partition sizes: one number a client, in proportion")
+    category_column: str | None = option(None, "column to partition and report by")
+    concentration: float = option(0.5, "for partition dirichlet: small is skewed, large is even")
+    min_examples: int = option(8, "smallest number of examples per client")
+    categories_per_client: int = option(2, "for partition categories")
+    sizes: list[float] = option([], "for partition sizes: one number per client, in proportion")
     test_source: str | None = option(None, "a held-out source, divided among the clients")
     test_split: str = option("test", "split of the held-out source")
     test_fraction: float = option(0.1, "fraction of its own examples that each client holds out")
-    max_length: int = option(512, "longest example in tokens; longer ones are truncated")
+    max_length: int = option(512, "most tokens in an example; longer ones are truncated")
     max_truncated_fraction: float = option(
-        0.02, "refused where a larger fraction of the examples loses its complete answer to that"
+        0.02, "refuse to run if a larger fraction of examples loses its whole answer to truncation"
     )
 
     def __post_init__(self) -> None:

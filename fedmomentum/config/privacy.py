@@ -19,32 +19,33 @@ class DPConfig:
 
     epsilon: float | None = option(
         None,
-        "what all rounds of the run may reveal of one unit; each client adds the noise that this "
-        "takes with its data. This or noise-multiplier; `fedmomentum privacy plan` shows both",
+        "bound on what all rounds of the run reveal about one unit; each client adds the noise "
+        "that this requires for its data. Give this or noise-multiplier; `fedmomentum privacy "
+        "plan` shows both",
     )
     noise_multiplier: float | None = option(
         None, "standard deviation of the noise in units of max-grad-norm, for all clients"
     )
     delta: float = option(
-        1e-5, "the probability with which epsilon may not hold: well below 1 / units of a client"
+        1e-5, "the probability with which epsilon may not hold: well below 1 / a client's units"
     )
     max_grad_norm: float = option(
         1.0, "the gradient of each unit is clipped to this norm, over all trained parameters"
     )
     unit_column: str | None = option(
         None,
-        "column of the data that names what is protected, such as a patient: all its rows are one "
-        "unit. Left out, each row is one",
+        "column of the data that names what is protected, such as a patient, whose rows are then "
+        "one unit. If left out, each row is a unit",
     )
     public_units: int | None = option(
         None,
-        "at a client: its number of units as the public knows it, which sets the sample rate and "
-        "its weight (default: when its ledger is begun, their number rounded down to two digits)",
+        "at a client: the publicly known number of its units, which sets the sample rate and its "
+        "weight (default: the number when its ledger is created, rounded down to two digits)",
     )
     max_rows: int | None = option(
         None,
         "at a client: the most examples in one pass through the model, so that a large batch fits "
-        "into memory; nothing else depends on it (default: training.batch-size)",
+        "in memory; nothing else depends on it (default: training.batch-size)",
     )
     budget: float | None = option(
         None,
@@ -53,9 +54,9 @@ class DPConfig:
     )
     ledger: str | None = option(
         None,
-        "at a client: the directory of its ledger, `CLIENT.json`, which counts all runs; the same "
-        "for all runs on the same data (default: `privacy` in the client's store, or in the run's "
-        "directory)",
+        "at a client: the directory of its ledger, `CLIENT.json`, which counts all runs; use the "
+        "same for all runs on the same data (default: `privacy` in the client's store, or in the "
+        "run's directory)",
     )
 
     def __post_init__(self) -> None:
@@ -78,47 +79,47 @@ class DPConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """What the clients keep from the server and from one another; see docs/privacy.md."""
+    """What clients hide from the server and from one another; see docs/privacy.md."""
 
     secure_aggregation: bool = option(
         False,
-        "the server sees sums over the clients, and nothing of a single one. At a client: it takes "
-        "part in no run without",
+        "the server sees only sums over the clients, never a single client's values. Set at a "
+        "client: it takes part only in runs that have it",
     )
     threshold: int | None = option(
         None,
-        "how many clients must agree to open a sum, and suffice for it (default: more than two "
-        "thirds of the round's)",
+        "how many clients are necessary and sufficient to open a sum (default: more than two "
+        "thirds of the round's clients)",
     )
     max_examples: int = option(
         10_000,
-        "a public bound of every client's number of training examples; one with more takes no part",
+        "a public bound on every client's number of training examples; one with more takes no part",
     )
     max_change: float | None = option(
         None,
-        "a public bound of how much one number of the adapter changes in a round; a client beyond "
-        "it takes no part (default: what the optimizer's steps can do)",
+        "a public bound on how much any one number of the adapter changes in a round; a client "
+        "beyond it takes no part (default: the most that the optimizer's steps can do)",
     )
     sketch_ranks: int = option(
         1,
-        "of methods that need the sum of products: how many times the rank the sums hold of it in "
-        "a round. The rest comes with the next rounds; clients - 1 leaves none",
+        "for methods that need the sum of products: how much of it a round's sums include, in "
+        "multiples of the rank. The rest follows in later rounds; with clients - 1 there is none",
     )
     roster: str | None = option(
         None,
         "at a client over a network: the file of all clients' public keys, which the sites "
-        "exchanged themselves: cat *.pub > roster.pub",
+        "exchanged among themselves: cat *.pub > roster.pub",
     )
     trusts_server: bool = option(
         False,
         "at a client: accept a threshold of more than half of the clients, which is safe only if "
-        "the server keeps the rules",
+        "the server follows the protocol",
     )
 
     dp: DPConfig | None = option(
         None,
-        "differential privacy, [privacy.dp] below: what clients send reveals little of any one of "
-        "their examples. At a client: it takes part in no run without",
+        "differential privacy, [privacy.dp] below: what clients send reveals little about any one "
+        "of their examples. Set at a client: it takes part only in runs that have it",
     )
 
     def __post_init__(self) -> None:

@@ -61,41 +61,42 @@ class ModelConfig:
     )
     labels: list[str] = option(
         [],
-        "of a classifier: its labels in the order of the head's outputs; empty: those of the data, "
-        "sorted. A federation over a network needs them, the same for server and clients",
+        "for a classifier: its labels in the order of the head's outputs; empty: those of the "
+        "data, sorted. Over a network they must be given, the same at server and clients",
     )
     revision: str | None = option(None, "hub revision (commit, tag or branch)")
     dtype: str = option(
         "auto",
-        "auto (bfloat16 where the processor has it, else float32), float32, bfloat16, float16",
+        "auto (bfloat16 if the processor supports it, else float32), float32, bfloat16, float16",
     )
     quantization: str = option(
         "none",
-        "on loading, the same for all: none, nf4, int8, torchao-int8; see docs/quantization.md",
+        "applied on loading, the same for all parties: none, nf4, int8, torchao-int8; see "
+        "docs/quantization.md",
     )
     attention: str = option(
         "auto",
-        "how attention is computed: auto (the model's own choice, mostly sdpa), eager, sdpa, "
-        "flash_attention_2 or flash_attention_3 (on a GPU, in 16 bits, if its package is "
+        "how attention is computed: auto (the model's own choice, usually sdpa), eager, sdpa, "
+        "flash_attention_2 or flash_attention_3 (on a GPU, in 16 bits, with its package "
         "installed), flex_attention",
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     tf32: bool = option(
         False,
-        "on a GPU, multiply float32 matrices in TF32: several times faster, and factors are "
-        "rounded to 10 bits, in training and evaluation alike; see docs/training.md",
+        "on a GPU, multiply float32 matrices in TF32: several times faster, but inputs of products "
+        "are rounded to 10 bits, in training and evaluation alike; see docs/training.md",
     )
     adapted_weights: str = option(
         "auto",
         "how this process holds the adapted modules: float32 (what is merged is added to a float32 "
-        "copy), as-loaded (16 bits, or quantized, and what is merged beside them, as factors or "
+        "copy), as-loaded (16-bit or quantized, with what is merged beside them, as factors or "
         "int8), auto (as-loaded for quantized weights, and for 16-bit ones on a GPU; else float32)",
     )
     chat_date: str = option(
         DEFAULT_DATE,
-        "the date (YYYY-MM-DD) that chat templates take for today's, in training, evaluation and "
-        "generation alike; the same for all clients. The default is what Llama's templates show "
-        "without a clock",
+        "the date (YYYY-MM-DD) that chat templates use as today's, in training, evaluation and "
+        "generation alike; the same for all clients. The default is the date that Llama's "
+        "templates show if they are given none",
     )
 
     def __post_init__(self) -> None:
@@ -134,24 +135,25 @@ class LoraConfig:
     )
     target_parameters: list[str] = option(
         [],
-        "endings of the paths of parameters to adapt: of 3-D ones that hold the experts of a "
-        'layer, such as "experts.down_proj", each expert for itself; without target-modules '
-        "nothing else is adapted",
+        "endings of the paths of parameters to adapt: 3-D ones that hold the experts of a layer, "
+        'such as "experts.down_proj". Each expert gets an adapter of its own; without '
+        "target-modules nothing else is adapted",
     )
     dropout: float = option(0.0, "LoRA dropout in local training")
     use_rslora: bool = option(False, "scale by lora-alpha / sqrt(rank)")
     modules_to_save: list[str] = option(
-        [], "modules trained in full, in float32, and averaged by weight; names as above"
+        [],
+        "modules trained in full, in float32, and averaged by the clients' weights; names as above",
     )
     start_from: str | None = option(
         None,
-        "PEFT adapter to begin with: a directory on the server or the machine of the run, or a hub "
-        "name, OWNER/NAME[@REVISION]; its rank and scaling may be others",
+        "PEFT adapter to start from: a directory on the server (or the machine of the run), or a "
+        "hub name, OWNER/NAME[@REVISION]; its rank and scaling may differ",
     )
     clients: dict[str, Any] = option(
         {},
-        "clients that train less: `[lora.clients.NAME]` with a rank up to lora.rank, a lora-alpha, "
-        "target-modules, target-parameters",
+        "clients that train less: `[lora.clients.NAME]` with their own rank (up to lora.rank), "
+        "lora-alpha, target-modules or target-parameters",
     )
 
     def __post_init__(self) -> None:
@@ -227,9 +229,9 @@ class LoraConfig:
 class MethodConfig:
     """How the server aggregates the adapters."""
 
-    name: str = option("fedmomentum", "see `fedmomentum methods`; or module:Class of your own")
+    name: str = option("fedmomentum", "see `fedmomentum methods`; or your own, as module:Class")
     settings: dict[str, Any] = option(
-        {}, 'the method\'s own, e.g. split = "aligned", energy = 0.999 (fedmomentum)'
+        {}, 'the method\'s settings, e.g. split = "aligned", energy = 0.999 (fedmomentum)'
     )
 
     def __post_init__(self) -> None:
@@ -240,17 +242,17 @@ class MethodConfig:
 class FederationConfig:
     """The rounds."""
 
-    num_rounds: int = option(5, "rounds")
+    num_rounds: int = option(5, "number of rounds")
     client_fraction: float = option(1.0, "fraction of the clients sampled each round, in (0, 1]")
     min_valid_fraction: float = option(
         0.5,
         "fraction of the sampled clients that must reply with a valid update, else the run stops",
     )
-    max_client_weight: float = option(0.9, "largest weight of one client where there are several")
+    max_client_weight: float = option(0.9, "largest weight of one client if there are several")
     outlier_norm_ratio: float = option(
         20.0,
-        "how many times further than the others, for the same work, a client may move the model; "
-        "one that goes further, and further than its own steps can take it, is left out of the "
+        "how many times farther than the others, for the same work, a client may move the model; "
+        "one that goes farther, and farther than its own steps can take it, is left out of the "
         "round",
     )
     uplink_dtype: str = option(
@@ -258,14 +260,14 @@ class FederationConfig:
     )
     downlink_dtype: str = option(
         "float32",
-        "dtype of the adapter's factors that clients are sent; what rounding takes goes into the "
+        "dtype of the adapter's factors sent to clients; what rounding removes goes into the "
         "residual",
     )
-    round_timeout: float = option(3600.0, "over a network: seconds that a client has for one reply")
+    round_timeout: float = option(3600.0, "over a network: seconds that a client has to reply")
     join_timeout: float = option(
         600.0,
-        "over a network: seconds that a start waits for all registered clients (a resumed one: a "
-        "minute), and a round for min-valid-fraction of them",
+        "over a network: seconds to wait for all registered clients at the start (at most a minute "
+        "when resuming), and in each round for min-valid-fraction of them",
     )
 
     def __post_init__(self) -> None:
@@ -292,10 +294,11 @@ class EvaluationConfig:
     """Held-out evaluation: loss, perplexity and greedy exact match, global and per client."""
 
     every: int = option(
-        1, "evaluate every so many rounds (and before the first and after the last); 0: never"
+        1, "evaluate every N rounds (and before the first and after the last); 0: never"
     )
     num_examples: int = option(
-        16, "held-out examples of each of the round's clients, between the ends"
+        16,
+        "held-out examples of each of the round's clients, between the first and last evaluation",
     )
     final_num_examples: int = option(
         100, "held-out examples of every client, before the first and after the last round"
@@ -303,8 +306,8 @@ class EvaluationConfig:
     batch_size: int = option(32, "examples in a forward pass")
     probes: bool = option(
         True,
-        "measure on the clients' live weights whether a round was exact and all that was merged "
-        "is computed with; without, exactness_error and applied_share are left empty",
+        "measure on the clients' live weights whether a round was exact and whether everything "
+        "merged takes effect; if false, exactness_error and applied_share are left empty",
     )
 
     def __post_init__(self) -> None:
@@ -316,28 +319,28 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The process."""
+    """Seed, threads and devices of the run, and what it keeps and reports."""
 
     seed: int = option(
-        0, "of everything that is random: data, sampled clients, initialization, batches"
+        0, "seed of everything that is random: data, sampled clients, initialization, batches"
     )
     threads: int = option(
         0,
         "CPU threads of a process; 0: one for each core that the process may use, with run.devices "
-        "divided among the workers. Part of the result: other numbers give other last bits",
+        "divided among the workers. The number affects the last bits of the result",
     )
     deterministic: bool = option(
         False,
-        "on a GPU, use only kernels that give the same bits every time, and stop where there is "
-        "none; see docs/training.md",
+        "on a GPU, use only kernels that give the same bits every time, and stop if there is none; "
+        "see docs/training.md",
     )
     devices: list[str] = option(
         [],
-        'one process for each of these, e.g. ["cuda:0", "cuda:1"], among which the clients are '
-        "divided; devices of one kind. Empty: all clients in this process, on model.device; see "
+        'devices of one kind, e.g. ["cuda:0", "cuda:1"]: one process for each, with the clients '
+        "divided among them. Empty: all clients in this process, on model.device; see "
         "docs/big-models.md",
     )
-    keep_checkpoints: int = option(3, "checkpoints kept, besides the best")
+    keep_checkpoints: int = option(3, "number of checkpoints to keep, besides the best")
     report_to: list[str] = option(
         [],
         'trackers that every round is reported to, e.g. ["tensorboard"]; see docs/metrics.md. '

@@ -52,32 +52,32 @@ class TrainingConfig:
     )
     loss_on: str = option(
         "last",
-        "sft: the turns of a chat that are learned: last, or all-assistant (every one of the "
-        "assistant's)",
+        "sft: which turns of a chat are learned: last, or all-assistant (every turn of the "
+        "assistant)",
     )
     dpo_beta: float = option(
-        0.1, "dpo: weight of log-probabilities in rewards; large stays close to the base model"
+        0.1, "dpo: weight of log-probabilities in rewards; if large, stays close to the base model"
     )
     local_steps: int | None = option(
-        None, "optimizer steps a round; this or local-epochs (default: 10 steps)"
+        None, "optimizer steps per round; give this or local-epochs (default: 10 steps)"
     )
-    local_epochs: float | None = option(None, "passes over the client's data a round")
-    batch_size: int = option(8, "examples in a step")
+    local_epochs: float | None = option(None, "passes over the client's data per round")
+    batch_size: int = option(8, "examples per step")
     learning_rate: float = option(1e-3, "learning rate of the first round")
     learning_rate_schedule: str = option(
-        "constant", "over the rounds: constant, linear or cosine (to a tenth)"
+        "constant", "over the rounds: constant, or linear or cosine (down to a tenth)"
     )
     optimizer_state: str = option(
         "auto",
         "what the optimizer starts a round with: fresh (nothing), shared (the mean of the clients' "
-        "moments, of which means are sent), shared-full (the same, sent in full), local (each "
-        "client's own moments), auto (shared where the method is made for it, else fresh)",
+        "moments, sent as means over rows and columns), shared-full (the same, sent in full), "
+        "local (each client's own moments), auto (shared if the method is made for it, else fresh)",
     )
     function: str | None = option(
         None, "your own training function, module:function; see docs/training.md"
     )
     arguments: dict[str, Any] = option(
-        {}, "further fields of transformers.TrainingArguments, e.g. weight_decay = 0.01"
+        {}, "additional fields of transformers.TrainingArguments, e.g. weight_decay = 0.01"
     )
 
     def __post_init__(self) -> None:
