@@ -41,7 +41,7 @@ def aggregate(
         str | None, typer.Option(help="fedmomentum: balanced, singular or aligned")
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="fedmomentum: fraction of the squared singular values")
+        float | None, typer.Option(help="fedmomentum: fraction of squared singular values kept")
     ] = None,
     lora_alpha: Annotated[
         float | None,
@@ -57,8 +57,8 @@ def aggregate(
         str,
         typer.Option(
             "--base",
-            help="the one base model of all, whatever the adapters call it: a directory or a hub "
-            "name, NAME[@REVISION]",
+            help="base model of all adapters, whatever they call it: a directory or a hub name, "
+            "NAME[@REVISION]",
         ),
     ] = "",
 ) -> None:

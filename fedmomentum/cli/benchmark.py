@@ -25,7 +25,7 @@ def benchmark(
         Path,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="run, global model, PEFT adapter, or plain model; of the latter two also a hub "
+            help="run, global model, PEFT adapter, or plain model; the last two can also be a hub "
             "name, OWNER/NAME[@REVISION]",
             show_default=False,
         ),
@@ -40,11 +40,11 @@ def benchmark(
         Path, typer.Option("--data", help="directory of task files and their data")
     ] = Path("benchmark-tasks"),
     rounds: Annotated[
-        str, typer.Option(help="of a run: numbers, last, best or all, separated by commas")
+        str, typer.Option(help="rounds of a run: numbers, last, best or all, separated by commas")
     ] = "last",
-    limit: Annotated[int | None, typer.Option(help="only the first so many examples")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first N examples")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="worked examples in a prompt [default: each task's own]")
+        int | None, typer.Option(help="worked examples per prompt [default: each task's own]")
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="wrap prompts in the tokenizer's chat template")
@@ -68,7 +68,7 @@ def benchmark(
     dtype: DtypeOption = "",
     device: DeviceOption = "",
 ) -> None:
-    """Score standard benchmarks with lm-evaluation-harness, for federated and base model."""
+    """Score the federated and the base model on standard benchmarks, by lm-evaluation-harness."""
     require_extra("lm_eval", "benchmark", "benchmarks need lm-evaluation-harness")
     from fedmomentum.utils.hub import go_offline, parse_hub_name
 

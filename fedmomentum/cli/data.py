@@ -26,9 +26,11 @@ ColumnOption = Annotated[
         "--column", metavar="OURS=YOURS", help="e.g. question=Frage; repeatable, see data.columns"
     ),
 ]
-EncodingOption = Annotated[str, typer.Option("--encoding", help="of text files, e.g. cp1252")]
+EncodingOption = Annotated[
+    str, typer.Option("--encoding", help="encoding of text files, e.g. cp1252")
+]
 LossOnOption = Annotated[
-    str, typer.Option("--loss-on", help="turns of a chat: last or all-assistant")
+    str, typer.Option("--loss-on", help="turns of a chat to learn: last or all-assistant")
 ]
 TaskOption = Annotated[str, typer.Option("--task", help="causal-lm or sequence-classification")]
 
@@ -50,25 +52,25 @@ def data(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="take model, columns and lengths from a configuration"),
+        typer.Option("--config", help="use model, columns and lengths of this configuration"),
     ] = None,
     model: Annotated[
         str,
         typer.Option(
             "--model",
-            help="whose tokenizer: a directory or a hub name, NAME[@REVISION] [default: the "
-            "configuration's]",
+            help="model whose tokenizer is used: a directory or a hub name, NAME[@REVISION] "
+            "[default: the configuration's]",
         ),
     ] = "",
     column: ColumnOption = None,
     encoding: EncodingOption = "",
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="longest example in tokens")
+        int | None, typer.Option("--max-length", help="most tokens in an example")
     ] = None,
     loss_on: LossOnOption = "",
     task: TaskOption = "",
 ) -> None:
-    """Show what files of examples are taken for, and what the model will see of them."""
+    """Show how files of examples are interpreted, and what the model will see of them."""
     from fedmomentum.config.toml import from_dict, load_config
     from fedmomentum.run.data_report import load_tokenizer_of, report_data
     from fedmomentum.utils.process import quiet_libraries
@@ -104,7 +106,7 @@ def data(
 def init(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="one for all clients, or one a client"),
+        typer.Argument(metavar="FILE...", help="one file for all clients, or one per client"),
     ],
     out: Annotated[Path, typer.Option("--out", help="file to write")] = Path("federation.toml"),
     model: Annotated[
@@ -116,7 +118,7 @@ def init(
     loss_on: LossOnOption = "",
     task: TaskOption = "",
 ) -> None:
-    """Write a first configuration, with comments, from what is in the files."""
+    """Write a first configuration, with comments, based on files of examples."""
     from fedmomentum.config.toml import from_dict, load_config
     from fedmomentum.run.data_report import load_tokenizer_of, report_data
     from fedmomentum.run.starter_config import starter_config

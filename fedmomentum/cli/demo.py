@@ -52,9 +52,9 @@ def demo(
         bool, typer.Option("--yes", help="download what is missing without asking")
     ] = False,
 ) -> None:
-    """Fine-tune a small model with four clients here: a first run, some three minutes.
+    """Fine-tune a small model with four clients on this machine, in about three minutes.
 
-    What it needs beside the package is downloaded once; afterwards it works without a network.
+    What it needs besides the package is downloaded once; after that it works without a network.
     """
     check_output_directory(out)
     missing = missing_downloads()

@@ -42,7 +42,7 @@ def export(
     ],
     server_round: RoundOption = "last",
     dtype: Annotated[
-        str, typer.Option(help="of merged weights: float32, bfloat16, float16")
+        str, typer.Option(help="dtype of merged weights: float32, bfloat16, float16")
     ] = "float32",
     base: BaseOption = "",
     client: ClientOption = "",
@@ -51,8 +51,8 @@ def export(
         str,
         typer.Option(
             "--device",
-            help="where what was written is compared with the run's model: auto, cpu, cuda, ... "
-            "[default: the run's]",
+            help="device on which the export is compared with the run's model: auto, cpu, cuda, "
+            "... [default: the run's]",
             show_default=False,
         ),
     ] = "",
@@ -61,11 +61,11 @@ def export(
         typer.Option(
             "--push-to-hub",
             metavar="NAME",
-            help="upload it to the Hugging Face hub too, as a private repository",
+            help="also upload it to the Hugging Face hub, as a private repository",
         ),
     ] = "",
     public: Annotated[
-        bool, typer.Option("--public", help="with --push-to-hub: everybody may read it")
+        bool, typer.Option("--public", help="with --push-to-hub: make the repository public")
     ] = False,
     data_description: Annotated[
         str,
@@ -74,7 +74,7 @@ def export(
         ),
     ] = "",
 ) -> None:
-    """Write the result for stock transformers or PEFT, which load it without fedmomentum."""
+    """Write the result in a form that stock transformers or PEFT load without fedmomentum."""
     from fedmomentum.base_model.devices import set_up_device
     from fedmomentum.base_model.loading import pick_merged_dtype
     from fedmomentum.global_model.dequantized_base import base_quantization
@@ -219,10 +219,10 @@ def evaluate(
     category_column: Annotated[
         str | None, typer.Option(help="column whose values are scored separately")
     ] = None,
-    split: Annotated[str, typer.Option(help="split, if the data has several")] = "test",
-    limit: Annotated[int | None, typer.Option(help="only the first so many examples")] = None,
+    split: Annotated[str, typer.Option(help="split to use, if the data has several")] = "test",
+    limit: Annotated[int | None, typer.Option(help="only the first N examples")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="longest example in tokens [default: the run's, or 512]")
+        int | None, typer.Option(help="most tokens in an example [default: the run's, or 512]")
     ] = None,
     by_generation: Annotated[
         bool, typer.Option("--generate", help="generate answers and score the text")
@@ -233,7 +233,7 @@ def evaluate(
     dtype: DtypeOption = "",
     device: DeviceOption = "",
 ) -> None:
-    """Compute loss, perplexity and exact match on held-out examples, for tuned and base model."""
+    """Score the tuned and the base model on held-out examples: loss, perplexity, exact match."""
     from fedmomentum.cli.evaluation_tables import (
         evaluation_notes,
         evaluation_table,
@@ -269,7 +269,7 @@ def generate(
         list[str], typer.Option("--prompt", help="may be given several times", show_default=False)
     ],
     server_round: RoundOption = "last",
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer in tokens")] = 64,
     plain: Annotated[
         bool, typer.Option("--plain", help="use the prompt as it is, without the chat template")
     ] = False,
@@ -311,7 +311,7 @@ def models(
         typer.Argument(help="only families whose name or class contains this", metavar="[NAME]"),
     ] = "",
 ) -> None:
-    """List the families of models: what is adapted by default, what is not, what is refused.
+    """List model families: what is adapted by default, what is not, what is refused.
 
     Language models come first, then sequence classifiers.
     """

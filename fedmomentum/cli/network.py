@@ -58,11 +58,11 @@ def _keys() -> None:
 def keys_server(
     host: Annotated[
         list[str],
-        typer.Option(help="name or address nodes will use; may be repeated", show_default=False),
+        typer.Option(help="name or address that nodes will use; repeatable", show_default=False),
     ],
     keys: KeysOption = Path("keys"),
 ) -> None:
-    """Create a private authority and the server's certificate; run it again to renew the latter."""
+    """Create a private authority and the server's certificate; rerun to renew the certificate."""
     from fedmomentum.flower.certificates import make_server_keys
 
     make_server_keys(keys, host)
@@ -95,7 +95,7 @@ def keys_admit(
     public_files: Annotated[list[Path], typer.Argument(metavar="NAME.pub...", show_default=False)],
     keys: KeysOption = Path("keys"),
 ) -> None:
-    """Admit nodes by their public keys, also while a server runs; delete its file to revoke one."""
+    """Admit nodes by public key, even while a server runs; delete a node's file to revoke it."""
     from fedmomentum.flower.keys import admit_node
 
     for file in public_files:
@@ -106,13 +106,13 @@ def keys_admit(
 def keys_roster(
     public_files: Annotated[list[Path], typer.Argument(metavar="NAME.pub...", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option("--out", help="file to write; else nothing is written")
+        Path | None, typer.Option("--out", help="file to write [default: none is written]")
     ] = None,
 ) -> None:
     """Join the sites' public keys into a roster for secure aggregation, and print its fingerprint.
 
-    Every site makes its own, from files that it has from the other sites and not by way of the
-    server; then all compare the fingerprint, which is the same where the keys are.
+    Every site makes its own, from files that it got from the other sites and not through the
+    server; then all compare fingerprints, which are equal if the keys are.
     """
     from fedmomentum.flower.parties import make_roster, spoken_fingerprint
 
@@ -203,7 +203,7 @@ def join(
     key: Annotated[Path, typer.Option("--key", help="this node's private key", show_default=False)],
     overrides: Overrides = None,
     ca: Annotated[
-        Path, typer.Option("--ca", help="the server's authority, its keys/ca.pem")
+        Path, typer.Option("--ca", help="the server's certificate authority, its keys/ca.pem")
     ] = Path("ca.pem"),
     name: Annotated[
         str, typer.Option("--name", help="[default: the key file's name]", show_default=False)
@@ -213,10 +213,10 @@ def join(
         typer.Option("--store", help="directory for what the server sends [default: nodes/<name>]"),
     ] = None,
     check_only: Annotated[
-        bool, typer.Option("--check", help="check that everything is in order, and exit")
+        bool, typer.Option("--check", help="check that everything is in order and exit")
     ] = False,
 ) -> None:
-    """Take part with this machine's data until Ctrl-C; only adapters, counts, scores leave it."""
+    """Take part with this machine's data until Ctrl-C; only adapters, counts and scores leave."""
     import threading
 
     from fedmomentum.config.toml import load_config

@@ -26,7 +26,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[SECTION.KEY=VALUE]...",
-        help="override keys; without a value: as if the file did not have it",
+        help="override keys; an empty VALUE removes a key from the configuration",
         show_default=False,
     ),
 ]
@@ -73,8 +73,8 @@ DashboardAddressOption = Annotated[
     str,
     typer.Option(
         "--dashboard-address",
-        help="HOST:PORT of that page; port 0 for any free one. On another address than this "
-        f"machine's own it asks for a token [default: {DASHBOARD_ADDRESS}]",
+        help="HOST:PORT of that page; port 0 takes any free one. On an address other than this "
+        f"machine's own, the page asks for a token [default: {DASHBOARD_ADDRESS}]",
         show_default=False,
     ),
 ]
@@ -86,14 +86,14 @@ BaseOption = Annotated[
     str,
     typer.Option(
         "--base",
-        help="base model, if it is not where the run found it: a directory or a hub name, "
+        help="base model, if it is no longer where the run found it: a directory or a hub name, "
         "NAME[@REVISION]",
     ),
 ]
 RoundOption = Annotated[str, typer.Option("--round", help="a number, last or best")]
 ClientOption = Annotated[
     str,
-    typer.Option("--client", help="whose model, if the method keeps factors at each client"),
+    typer.Option("--client", help="whose model to use, if the method leaves factors at clients"),
 ]
 StoreOption = Annotated[
     Path | None,

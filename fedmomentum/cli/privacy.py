@@ -41,7 +41,7 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """Show the noise that a job's epsilon takes at each client, or the epsilon of its noise."""
+    """Show the noise that a job's epsilon requires at each client, or the epsilon of its noise."""
     from fedmomentum.config.privacy import DPConfig
     from fedmomentum.config.toml import load_config
     from fedmomentum.run.private_checks import check_private_training
@@ -116,13 +116,14 @@ def _plan_table(job: Config, dp: DPConfig, units: Mapping[str, int]) -> Table:
 @privacy_app.command()
 def ledger(
     file: Annotated[
-        Path, typer.Argument(help="a client's ledger, or a directory of some", show_default=False)
+        Path,
+        typer.Argument(help="a client's ledger, or a directory of ledgers", show_default=False),
     ],
     delta: Annotated[
         float, typer.Option("--delta", help="the probability with which epsilon may not hold")
     ] = 1e-5,
 ) -> None:
-    """Show what the trainings on a client's data have spent, on what, and by which runs."""
+    """Show how much privacy the trainings on a client's data have spent, and in which runs."""
     from fedmomentum.privacy.ledger import read_ledger
 
     if not 0 < delta < 1:

@@ -100,7 +100,7 @@ def simulate(
     base: BaseOption = "",
     data: DataOption = None,
 ) -> None:
-    """Run a federation under Flower's simulation engine (Ray); on one machine, `run` is lighter."""
+    """Run a federation in Flower's simulation engine (Ray); on one machine, `run` is lighter."""
     from fedmomentum.cli.progress import RunView
     from fedmomentum.config.toml import load_config
     from fedmomentum.run.origin import placed
@@ -136,28 +136,26 @@ def compare(
         str,
         typer.Option(
             "--methods",
-            help="separated by commas; settings as name:key=value;key=value",
+            help="separated by commas, with settings as name:key=value;key=value",
             show_default=False,
         ),
     ],
     overrides: Overrides = None,
-    seeds: Annotated[
-        str, typer.Option("--seeds", help="whole numbers separated by commas")
-    ] = "0,1,2",
+    seeds: Annotated[str, typer.Option("--seeds", help="integers separated by commas")] = "0,1,2",
     baseline: Annotated[
-        str, typer.Option("--baseline", help="one of the methods [default: the first]")
+        str, typer.Option("--baseline", help="method to compare with [default: the first]")
     ] = "",
     out: Annotated[
         Path | None,
         typer.Option("--out", help="directory [default: runs/compare-<name of the file>]"),
     ] = None,
     target: Annotated[
-        float, typer.Option("--target", help="exact match to count rounds, bytes and time to")
+        float, typer.Option("--target", help="count rounds, bytes and time up to this exact match")
     ] = 0.5,
     base: BaseOption = "",
     data: DataOption = None,
 ) -> None:
-    """Run methods on the same data over several seeds and tabulate them; run again to continue."""
+    """Compare methods on the same data over several seeds; run again to continue."""
     from fedmomentum.cli.tables import comparison_tables
     from fedmomentum.config.toml import load_config
     from fedmomentum.report import write_comparison_page
@@ -250,10 +248,10 @@ def report(
         ),
     ] = None,
     target: Annotated[
-        float, typer.Option("--target", help="several runs: exact match to count rounds to")
+        float, typer.Option("--target", help="several runs: count rounds up to this exact match")
     ] = 0.5,
 ) -> None:
-    """Write report.html of a run again, or comparison.html of a comparison or of several runs."""
+    """Rewrite report.html of a run, or comparison.html of a comparison or of several runs."""
     from fedmomentum.report import write_comparison_page, write_report
     from fedmomentum.results.comparison import COMPARISON
 
