@@ -1,4 +1,4 @@
-"""Tiny, deterministic, randomly initialised models in real transformers folders: no test needs a network."""
+"""Tiny, deterministic, randomly initialized models in real transformers folders: no test needs a network."""
 
 from pathlib import Path
 

@@ -20,24 +20,26 @@ def tables() -> str:
         if not by_method:
             continue
         default = ablations.DEFAULT
-        exact = {default: scores(f"moments-{setting}")[default]}
-        losses = {default: scores(f"moments-{setting}", "loss")[default]}
-        exact.update(column_of(by_method, "exact_match"))
-        losses.update(column_of(by_method, "loss"))
+        values = {}
+        for name in ("exact_match", "loss", "bytes"):
+            values[name] = {default: scores(f"moments-{setting}", name)[default]}
+            values[name].update(column_of(by_method, name))
+        exact = values["exact_match"]
         lines += [
             f"**{title}**",
             "",
-            "| FedMomentum with | exact match, % | loss | to the default, points |",
-            "|---|---|---|---|",
+            "| FedMomentum with | exact match, % | loss | to the default, points | sent, MB |",
+            "|---|---|---|---|---|",
         ]
         for method, name in {default: "nothing changed", **ablations.ABLATIONS}.items():
             if method in exact:
-                to_default = interval(difference(exact, method, default))
+                is_default = method == default
                 row = [
                     name,
                     percent(mean_of(exact[method].values())),
-                    f"{mean_of(losses[method].values()).mean:.3f}",
-                    "" if method == default else to_default,
+                    f"{mean_of(values['loss'][method].values()).mean:.3f}",
+                    "" if is_default else interval(difference(exact, method, default)),
+                    f"{mean_of(values['bytes'][method].values()).mean / 1e6:.0f}",
                 ]
                 lines.append(f"| {' | '.join(row)} |")
         lines.append("")

@@ -75,5 +75,5 @@ def test_a_dense_carried_matrix_is_refused_by_the_sketch_not_dropped():
     updates = ClientUpdates(clients(), some_weights(3))
     carried = torch.ones(40, 30, dtype=torch.float64)
     context = AggregationContext(rank=4, carried=carried)
-    with pytest.raises(ValueError, match="'randomised' takes what was carried as factors"):
-        FedMomentum(svd="randomised", residual="carried").aggregate(updates, context)
+    with pytest.raises(ValueError, match="'randomized' takes what was carried as factors"):
+        FedMomentum(svd="randomized", residual="carried").aggregate(updates, context)

@@ -33,15 +33,15 @@ from tests.helpers import (
 
 SETTINGS = [
     FedMomentum(split="procrustes"),
-    FedMomentum(split="procrustes", svd="randomised"),
+    FedMomentum(split="procrustes", svd="randomized"),
     FedMomentum(split="procrustes", energy=0.8),
     FedMomentum(split="singular"),
     FedMomentum(split="aligned"),
     FedMomentum(energy=0.9),
     FedMomentum(split="aligned", energy=0.5),
-    FedMomentum(svd="randomised"),
+    FedMomentum(svd="randomized"),
     FedMomentum(residual="carried"),
-    FedMomentum(residual="carried", split="aligned", svd="randomised"),
+    FedMomentum(residual="carried", split="aligned", svd="randomized"),
     FedMomentum(merge_every=2),
     FedMomentum(residual="dropped"),
     FLoRIST(energy=1.0),
@@ -85,7 +85,7 @@ def lost(result, wanted: torch.Tensor) -> tuple[float, float]:
 def float_tolerance(method, dtype) -> float:
     """The sketch works in float32 by definition, whatever its input."""
     return (
-        TOLERANCE[torch.float32] if getattr(method, "svd", "") == "randomised" else TOLERANCE[dtype]
+        TOLERANCE[torch.float32] if getattr(method, "svd", "") == "randomized" else TOLERANCE[dtype]
     )
 
 
@@ -198,7 +198,7 @@ def test_law_2_order_of_clients_does_not_matter(method, server_round):
         valid_updates(method, clients(ranks=(3,) * 4), reference, server_round),
         some_weights(4),
     )
-    tolerance = 1e-12 if getattr(method, "svd", "") != "randomised" else TOLERANCE[torch.float32]
+    tolerance = 1e-12 if getattr(method, "svd", "") != "randomized" else TOLERANCE[torch.float32]
     wanted = None
     for order in itertools.permutations(range(4)):
         result = aggregate(

@@ -125,7 +125,7 @@ def test_energy_and_numerical_rank_of_an_empty_matrix():
     assert zeros((3, 4)).norm() == 0.0 and zeros((3, 4)).svd()[1].shape == (0,)
 
 
-def test_randomised_svd_with_the_published_width_finds_the_sum():
+def test_randomized_svd_with_the_published_width_finds_the_sum():
     total = weighted_sum(clients(), some_weights(3))
     U, S, Vh = randomized_svd(total, total.rank, generator(0))
     assert error((U * S) @ Vh, total.dense()) < 1e-5

@@ -107,7 +107,7 @@ def check(page):
     assert not re.findall(r"https?:|//[a-z]", page.html)
     assert (
         "#0101" not in page.html and "#0102" not in page.html
-    )  # every stand-in colour became one of the page's
+    )  # every stand-in color became one of the page's
     images = [
         attributes
         for tag, attributes in page.elements

@@ -104,7 +104,7 @@ def test_same_seed_same_bits_with_dropout_whatever_the_global_generators_hold(fo
     assert not same_bits(results[0][0], results[2][0])
 
 
-def test_optimiser_starts_fresh_in_each_call(folder):
+def test_optimizer_starts_fresh_in_each_call(folder):
     """Training, returning to the start and training again gives the same bits: no moments are carried over."""
     model, tokens = new_model(folder), tokens_of(folder)
     start = adapter_of(model)
@@ -125,7 +125,7 @@ def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
     settings = DEFAULTS | {"local_steps": 1, "batch_size": 6}
     report = train(model, tokens, **settings, arguments={"max_grad_norm": 0.0})
 
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [p for p in reference.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
     )
     nll, num_tokens = torch.tensor(0.0), 0
@@ -136,7 +136,7 @@ def test_one_step_is_plain_adamw_on_the_completion_loss(folder):
         )
         num_tokens += len(ids) - num_prompt
     (nll / num_tokens).backward()
-    optimiser.step()
+    optimizer.step()
 
     assert report == TrainReport(
         *[pytest.approx(nll.item() / num_tokens, rel=1e-5)] * 3,
@@ -296,7 +296,7 @@ def test_nothing_is_left_behind(folder, tmp_path, monkeypatch, capfd):
 
 
 def test_memory_does_not_grow_with_calls(folder):
-    """A kept optimiser state would add its tensors at each call; a kept trainer, thousands of objects."""
+    """A kept optimizer state would add its tensors at each call; a kept trainer, thousands of objects."""
     model, tokens = new_model(folder), tokens_of(folder)
 
     def num_tensors():

@@ -72,7 +72,7 @@ class FedMomentum(Method):
         energy: Fraction of the squared singular values applied in this round, in (0, 1]. The
             leading `rank` directions are always applied; what is beyond the fraction is carried
             into the next sum.
-        svd: `exact` works on the factors; `randomised` is the published sketch of the dense sum, of
+        svd: `exact` works on the factors; `randomized` is the published sketch of the dense sum, of
             width `sum_i rank_i`, for comparison. With either, the residual is the sum minus the
             adapter.
         residual: `merged` into the base; `carried` into the next round's sum instead; `dropped`, an
@@ -111,8 +111,8 @@ class FedMomentum(Method):
             raise ValueError(f"split must be {', '.join(SPLITS)}; got {self.split!r}")
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy is a fraction and must be in (0, 1]; got {self.energy!r}")
-        if self.svd not in ("exact", "randomised"):
-            raise ValueError(f"svd must be exact or randomised; got {self.svd!r}")
+        if self.svd not in ("exact", "randomized"):
+            raise ValueError(f"svd must be exact or randomized; got {self.svd!r}")
         if self.residual not in ("merged", "carried", "dropped"):
             raise ValueError(f"residual must be merged, carried or dropped; got {self.residual!r}")
         if not isinstance(self.merge_every, int) or self.merge_every < 1:
@@ -214,7 +214,7 @@ class FedMomentum(Method):
         weights = updates.weights.tolist()
         for matrix in self._carried_into_sum(context):
             if not isinstance(matrix, LowRank):
-                raise ValueError("svd 'randomised' takes what was carried as factors; got a matrix")
+                raise ValueError("svd 'randomized' takes what was carried as factors; got a matrix")
             parts.append(matrix)
             weights.append(1.0)
         total = weighted_sum(parts, weights)
