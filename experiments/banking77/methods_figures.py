@@ -42,11 +42,13 @@ NAMES = {
     "hetlora": "HetLoRA",
     "rolora": "RoLoRA",
     "fedsvd": "FedSVD",
-    "fedsalora": "FedSA-LoRA",
+    "fedsalora": "FedSA-LoRA (personal)",
     "lorafair": "LoRA-FAIR",
     "fedrotlora": "FedRot-LoRA",
     "florist": "FLoRIST",
 }
+PERSONAL = ("fedsalora",)
+"""Methods whose clients are each scored with a model of their own; not drawn beside the others."""
 MEASURES = ("exact_match", "loss", "bytes", "update_cosine", "rate")
 STYLES = {True: ("tab:blue", "o"), False: ("tab:orange", "^")}
 """Color and marker of shared moments, and of a new optimizer."""
@@ -85,12 +87,14 @@ def tables() -> str:
 def draw() -> None:
     """Write results/methods.svg: each method's difference to FedMomentum with shared moments."""
     use_style()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 6), sharex=True, sharey=True, layout="constrained"
+    )
     exact = {setting: measures(setting)["exact_match"] for setting in TITLES}
     places = place_of_each([*exact.values()])
     for axis, (setting, title) in zip(axes, TITLES.items(), strict=True):
         for method in exact[setting]:
-            if method != SHARED:
+            if method != SHARED and method not in PERSONAL:
                 plot_difference(axis, exact[setting], method, places[title_of(method)])
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=title, xlabel="exact match against FedMomentum, shared moments, points")
@@ -107,6 +111,8 @@ def place_of_each(settings: Sequence[dict[str, dict[int, float]]]) -> dict[str, 
     best: dict[str, float] = {}
     for exact in settings:
         for method, by_seed in exact.items():
+            if method in PERSONAL:
+                continue
             title = title_of(method)
             best[title] = max(best.get(title, 0.0), mean_of(by_seed.values()).mean)
     return {title: place for place, title in enumerate(sorted(best, key=lambda name: best[name]))}
