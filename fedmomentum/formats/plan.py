@@ -75,7 +75,7 @@ class Plan:
         warnings: What the user should know before it starts.
         optimizer_state: What the clients' optimizers start a round with.
         objective: What is learned, as [training] says it.
-        labels: Of a classifier, label to its number of training examples, in the order of the
+        labels: A classifier's labels, label to its number of training examples, in the order of the
             head; None where only the clients know it.
         device: Where the model is, in which dtype and how held; empty where it is with the clients.
         host_memory: Of the host, in each phase; None where only the server's is known.
