@@ -66,7 +66,7 @@ def secure_steps(
         config: The run's settings.
         method: Combines the stand-ins for the clients' updates.
         roster: The public keys that the server has for the clients.
-        kept: Stores the replies of sums, for clients that outlive this process.
+        kept: Stores the replies of sums; needed if clients outlive this process.
     """
     # Imported only by runs with secure sums.
     from fedmomentum.server.secure_round import SecureRounds

@@ -58,7 +58,7 @@ class SummedRound:
         weights: The weights of the stand-ins, summing to 1.
         num_examples: The total number of examples of these clients.
         attempt: Which attempt at the round's sums this is.
-        train_loss: Their mean training loss; None if unknown.
+        train_loss: Their mean training loss; None if one of them does not report its own.
         rounding: Error from rounding the changes to integers, relative to the norm of their sum.
         means: The outcome of the first sum, which they keep; None without a second sum.
         outcomes: Client to what it must learn with its next task; empty without a second sum.
