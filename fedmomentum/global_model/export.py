@@ -1,7 +1,7 @@
 """Exports: a merged model directory, or one plain PEFT adapter for the unchanged base model.
 
 Both are read back before they count as written: stock transformers and PEFT load them from their
-directory, and their logits for a few tokens are compared with those of the run's model.
+directory in float32, and their logits for a few tokens are compared with those of the run's model.
 """
 
 from __future__ import annotations
