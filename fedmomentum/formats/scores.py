@@ -32,7 +32,7 @@ class LabelCounts(Schema, frozen=True, kw_only=False):
     num_exact: Count
 
     def __post_init__(self) -> None:
-        """Check that the numbers fit each other."""
+        """Check that the numbers are consistent."""
         if self.num_exact > min(self.num_examples, self.num_predicted):
             raise ValueError(
                 f"{self.num_exact} right predictions of {self.num_predicted} for "
@@ -160,7 +160,7 @@ class Score(Schema, frozen=True, kw_only=False):
     def macro_f1(self) -> float | None:
         """Mean F1 of all labels that occur or are predicted; None if not a classifier.
 
-        This is scikit-learn's `f1_score(average="macro")`, with 0 for labels never predicted right.
+        This is scikit-learn's `f1_score(average="macro")`; labels that were never right count as 0.
         """
         scores = (counts.f1 for counts in self.by_label.values())
         occurring = [score for score in scores if score is not None]

@@ -1,4 +1,4 @@
-"""What a private run withholds, and why: for its metrics, its plan and its report.
+"""What a private run withholds, and why: for its metrics, its report and its live page.
 
 With secure aggregation, the server only has sums over the clients, and anything about a single one
 stays with that client. With differential privacy, nothing is revealed without noise. The rows of
