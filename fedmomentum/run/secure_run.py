@@ -28,7 +28,7 @@ def parties_of_this_process(config: Config, clients: Sequence[Client]) -> Iterat
     """Have the clients of this process take part in secure sums, with keys made for this run only.
 
     They end with this process, so an interrupted round is simply repeated by parties with new keys.
-    The sums are bit-identical.
+    Its sums are bit-identical.
 
     Args:
         config: The run's settings.

@@ -53,7 +53,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return all numbers in a row of `metrics.jsonl` except its round, named `a/b/c` by their keys.
+    """Return all numbers in a row of `metrics.jsonl` but its round, as in `evaluation/total/loss`.
 
     Characters that some trackers refuse become `_`, which leaves letters, digits, `_ . - /` and
     spaces. If two names (clients `a*` and `a?`) would become the same, a hash of the original name

@@ -27,25 +27,25 @@ class Callback:
         """Receive a round's sampled clients; round 0 samples none."""
 
     def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
-        """Handle that a task was sent over a network; the client has `timeout` seconds."""
+        """React to a task sent over a network; the client has `timeout` seconds to reply."""
 
     def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
         """Receive the loss of a local training step; only for clients in this process."""
 
     def on_reply(self, client: str, num_bytes: int) -> None:
-        """Handle that a client's reply arrived over a network."""
+        """React to a client's reply that arrived over a network."""
 
     def on_failure(self, client: str, reason: str) -> None:
-        """Handle that a client will give no usable reply in this exchange, and why."""
+        """React to a client that will give no usable reply in this exchange, and why."""
 
     def on_late_reply(self, client: str) -> None:
-        """Handle that a reply arrived after its deadline and was ignored."""
+        """React to a reply that arrived after its deadline and was ignored."""
 
     def on_nodes(self, registered: Sequence[str], online: Sequence[str]) -> None:
         """Receive which clients are admitted, and which of them are connected."""
 
     def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
-        """Handle that a round waits up to `seconds` for clients that are not connected."""
+        """React to a round that waits up to `seconds` for clients that are not connected."""
 
     def on_aggregate(self, num_done: int, num_modules: int) -> None:
         """Receive how many of the round's modules have been aggregated."""

@@ -8,7 +8,7 @@
     rounds/0003.json                the global model's manifest and the server's state
     objects/<sha256>.safetensors    what the manifests name, shared by all rounds
 
-They are written in the order objects, metrics, manifest. The manifest is the commit: anything
+A round is written in the order objects, metrics, manifest. The manifest is the commit: anything
 without one (objects, an extra row, a temporary file, a round's updates) is deleted when the
 directory is opened or the next round is committed.
 
