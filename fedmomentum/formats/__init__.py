@@ -1,4 +1,4 @@
 """The files of a run, typed: manifests, metrics rows, plan, environment.
 
-Each is checked in full when it is read; no tensors and no torch.
+Each file is fully checked when it is read. This package has no tensors and does not use torch.
 """

@@ -1,7 +1,7 @@
-"""The base model of an exported adapter, in a file beside it: PEFT knows it by name only.
+"""The base model of an exported adapter, in a file beside it, since PEFT only records its name.
 
-An adapter belongs to weights as they were in training. Without the file, nothing shows that they
-were quantized on loading, and the adapter would be used on others without a word.
+An adapter belongs to weights as they were in training. Without this file, nothing would show that
+they were quantized on loading, and the adapter would silently be used on other weights.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fedmomentum.utils.schema import Schema, parse_json
 BASE_FILE = "fedmomentum_base.json"
 FORMAT = "fedmomentum adapter base"
 MAX_BYTES = 2**20
-"""Of such a file: a few hashes, and a classifier's labels."""
+"""The largest size of such a file, which holds a few hashes and a classifier's labels."""
 
 
 class AdapterBase(Schema, frozen=True, kw_only=True):
-    """What the file holds.
+    """The content of the file.
 
     Attributes:
         format: Always the same.
-        format_version: Of this layout.
+        format_version: The version of this layout.
         base: The base model.
     """
 
@@ -37,7 +37,7 @@ class AdapterBase(Schema, frozen=True, kw_only=True):
 
 
 def write_adapter_base(base: Mapping[str, Any], directory: Path) -> None:
-    """Write which base model the adapter in a directory is for.
+    """Record which base model the adapter in a directory is for.
 
     Args:
         base: The fields of `Base`.

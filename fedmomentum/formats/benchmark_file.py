@@ -1,4 +1,4 @@
-"""benchmarks.json of a run: a model's answers to standard benchmarks, right or wrong one by one."""
+"""A run's benchmarks.json: which examples of standard benchmarks its models answered correctly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENCHMARK_FORMAT = "fedmomentum benchmarks"
 BENCHMARK_VERSION = 1
 
 Outcomes = Annotated[str, Meta(min_length=1, max_length=10**7, pattern=r"^[01]+\Z")]
-"""A character an example, in the order of the data: 1 for a right answer, 0 for a wrong one."""
+"""One character per example, in the order of the data: 1 if answered correctly, else 0."""
 
 MetricName = Literal["acc", "acc_norm", "acc_bytes", "exact_match", "pass_at_1"]
 TaskName = Annotated[str, Meta(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*\Z")]
@@ -34,8 +34,8 @@ class MetricScore(_Open, frozen=True, kw_only=True):
 
     Attributes:
         metric: `acc`, `acc_norm`, `acc_bytes`, `exact_match` or `pass_at_1`.
-        extraction: How the answer was taken out of the text; empty where there is one way only.
-        correct: Which examples were answered right.
+        extraction: How the answer was extracted from the text; empty if there is only one way.
+        correct: Which examples were answered correctly.
     """
 
     metric: MetricName
@@ -54,7 +54,7 @@ class MetricScore(_Open, frozen=True, kw_only=True):
 
     @property
     def fraction(self) -> float:
-        """The fraction answered right."""
+        """The fraction answered correctly."""
         return self.correct.count("1") / len(self.correct)
 
     @property
@@ -71,15 +71,16 @@ class MetricScore(_Open, frozen=True, kw_only=True):
 
 
 class ModelScores(_Open, frozen=True, kw_only=True):
-    """What one model scored on a task.
+    """One model's scores on a task.
 
     Attributes:
         model: The base model, or a federated one.
-        round: The federated model's round; None where it is no run's.
-        client: Whose model it is; empty where there is one for all.
-        version: Its version, and the hash of its adapter; None for the base model.
-        num_truncated: Prompts that were cut from the left, to what the model can see.
-        num_unfinished: Answers that were cut at their longest length.
+        round: The federated model's round; None if it is not from a run.
+        client: Whose model it is; empty if there is one for all.
+        version: The model's version; None for the base model.
+        adapter: The hash of its adapter; None for the base model.
+        num_truncated: Number of prompts that were cut from the left to fit the model's context.
+        num_unfinished: Number of answers that were cut at the maximum length.
         seconds: How long it took.
     """
 
@@ -95,26 +96,26 @@ class ModelScores(_Open, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[str, int | None, str]:
-        """What tells it apart from other models of the task."""
+        """What distinguishes it from the task's other models."""
         return self.model, self.round, self.client
 
 
 class TaskSettings(_Open, frozen=True, kw_only=True):
-    """What must be equal where two models' answers are compared.
+    """The settings that must be equal for two models' answers to be comparable.
 
     Attributes:
         sha256: Hash of the task file and its data.
-        base: Hash of the base model; None where it is not known.
-        tokenizer: Hash of its tokenizer; None where it is not known.
-        quantization: How the base was quantized on loading; None: it was not.
-        limit: The first so many examples; None: all.
-        num_fewshot: Worked examples in a prompt.
-        chat: Whether prompts are in the chat template.
+        base: Hash of the base model; None if unknown.
+        tokenizer: Hash of its tokenizer; None if unknown.
+        quantization: How the base was quantized on loading; None if it was not.
+        limit: Only the first `limit` examples were used; None for all.
+        num_fewshot: Number of worked examples in a prompt.
+        chat: Whether prompts use the chat template.
         truncate: Whether prompts may be cut.
-        batch_size: Prompts in a forward pass.
+        batch_size: Number of prompts in a forward pass.
         dtype: The model's dtype.
         device: The kind of device.
-        lm_eval: lm-evaluation-harness' version.
+        lm_eval: The version of lm-evaluation-harness.
     """
 
     sha256: Hash
@@ -182,16 +183,16 @@ class BenchmarkFile(_Open, frozen=True, kw_only=True):
 
 
 def adapter_hash(manifest: Manifest) -> str:
-    """Return the hash of what a model adds to its base beside `base_update`."""
+    """Return the hash of what a model adds to its base, apart from `base_update`."""
     parts = {"adapter": msgspec.to_builtins(manifest.adapter), "scalings": manifest.scalings}
     return sha256(canonical_json(parts).encode())
 
 
 def paired_difference(base: MetricScore, other: MetricScore) -> tuple[float, float, float]:
-    """Return a difference of two fractions on the same examples, and its 95 % interval.
+    """Return the difference of two fractions on the same examples, with its 95 % interval.
 
-    Agresti and Min's: half an example is added to each of the four pairs of outcomes, so that the
-    interval does not shrink to nothing where the models never disagree.
+    The interval is Agresti and Min's: half an example is added to each of the four pairs of
+    outcomes, so that it does not collapse if the models never disagree.
 
     Source:
         Agresti, Min (2005): Simple improved confidence intervals for comparing matched proportions.
@@ -200,7 +201,7 @@ def paired_difference(base: MetricScore, other: MetricScore) -> tuple[float, flo
     pairs = list(zip(base.correct, other.correct, strict=True))
     gained = pairs.count(("0", "1"))
     lost = pairs.count(("1", "0"))
-    # One example is added to the pairs that differ, and two in all.
+    # This adds one example to the pairs that differ, and two in total.
     center = (gained - lost) / (n + 2)
     variance = ((gained + lost + 1) / (n + 2) - center**2) / (n + 2)
     half_width = NORMAL_95 * math.sqrt(variance)
@@ -208,10 +209,10 @@ def paired_difference(base: MetricScore, other: MetricScore) -> tuple[float, flo
 
 
 def merge_results(old: list[TaskResult], new: TaskResult) -> list[TaskResult]:
-    """Return results with a new one.
+    """Return results with a new one added.
 
-    It joins one of equal settings, and replaces one that was asked in the same way of other data or
-    another base model. What was asked in another way stays beside it.
+    The new result is merged into one with equal settings. It replaces one of the same variant with
+    other data or another base model. Other variants are kept alongside.
     """
     name = (new.task, new.variant)
     kept = [result for result in old if (result.task, result.variant) != name]

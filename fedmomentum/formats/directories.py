@@ -1,4 +1,4 @@
-"""Finding and reading the manifests in the directory of a global model or a run; without torch."""
+"""Find and read the manifests in the directory of a global model or a run, without torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fedmomentum.utils.schema import parse_json
 MANIFEST = "global_model.json"
 ADAPTER_CONFIG = "adapter_config.json"
 COMMITTED = ".committed"
-"""File of a run: the number of the round that was committed last, written after its manifest."""
+"""A run's file with the number of the last committed round, written after that round's manifest."""
 
-# A round's number as `round_file` writes it: padded to four digits, and at most nine.
+# A round's number as `round_file` writes it: padded to four digits, and at most nine long.
 _ROUND_NAME = re.compile("[0-9]{4}|[1-9][0-9]{4,8}")
 _ROUND_NUMBER = re.compile("[0-9]{1,9}")
 
 
 class _Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides whether the fields of a manifest are decoded at all."""
+    """The fields that decide whether the rest of a manifest is decoded at all."""
 
     format: Any = None
     format_version: Any = None
@@ -35,15 +35,14 @@ def read_manifest(file: Path) -> ModelFile:
     """Read the manifest of a global model or of a run's round.
 
     Raises:
-        ModelError: If it is missing, is not JSON, is of another format or version, has a field that
-            does not fit, was changed since it was written, or is that of another round than its
-            name says.
+        ModelError: If it is missing, is not JSON, has another format or version or an invalid
+            field, was changed since it was written, or is for another round than its name says.
     """
     try:
         data = read_file(file)
     except FileNotFoundError:
         raise ModelError(f"{file} is missing") from None
-    # Format and version first, for another version may have other fields.
+    # Check format and version first, since another version may have other fields.
     head = parse_json(data, _Head, str(file), ModelError)
     check_format(head.format, head.format_version, str(file))
     manifest = parse_record(data, ModelFile, str(file))
@@ -56,7 +55,7 @@ def read_manifest(file: Path) -> ModelFile:
 
 
 def round_file(directory: Path, server_round: int) -> Path:
-    """Return where a run keeps the manifest of a round."""
+    """Return the path of a run's manifest for a round."""
     return directory / "rounds" / f"{server_round:04d}.json"
 
 
@@ -70,7 +69,7 @@ def is_adapter_directory(directory: Path) -> bool:
     """Return whether a directory holds a PEFT adapter, rather than a run or a global model.
 
     Raises:
-        ModelError: If it holds several of these, so that it is not clear which one is meant.
+        ModelError: If it holds several of these, so that it is unclear which one is meant.
     """
     if not os.path.lexists(directory / ADAPTER_CONFIG):
         return False
@@ -92,7 +91,7 @@ def find_manifest(directory: Path, server_round: int | str) -> Path:
 
     Args:
         directory: The directory of the global model or run.
-        server_round: Of a run, a round's number, `last` or `best`.
+        server_round: For a run: a round's number, `last` or `best`.
 
     Returns:
         The manifest's path.
@@ -100,7 +99,7 @@ def find_manifest(directory: Path, server_round: int | str) -> Path:
     Raises:
         ModelError: If there is none; the message says what there is.
     """
-    # A global model has one manifest, and its directory no rounds.
+    # A global model has a single manifest, and its directory has no rounds.
     rounds = retained_rounds(directory)
     if os.path.lexists(directory / MANIFEST):
         if rounds:
@@ -109,7 +108,7 @@ def find_manifest(directory: Path, server_round: int | str) -> Path:
                 "them away"
             )
         return directory / MANIFEST
-    # A run has one a round.
+    # A run has one per round.
     wanted = _parse_round(server_round)
     if not rounds:
         raise ModelError(
@@ -139,7 +138,7 @@ def _parse_round(text: int | str) -> int | str:
 
 
 def _best_round(directory: Path, last_round: int) -> int:
-    """Return the evaluated round with the lowest loss, as the last round's checkpoint has it.
+    """Return the evaluated round with the lowest loss, according to the last round's checkpoint.
 
     Raises:
         ModelError: If no round was evaluated.
@@ -155,11 +154,11 @@ def _best_round(directory: Path, last_round: int) -> int:
 
 
 def check_last_round(directory: Path, server_round: int) -> None:
-    """Refuse a run whose last checkpoint is missing: an older one would be taken for the result.
+    """Refuse a run whose last checkpoint is missing: an older one would be mistaken for the result.
 
     Args:
         directory: The run's directory.
-        server_round: The last round whose manifest is there; -1 for none.
+        server_round: The last round that has a manifest; -1 for none.
 
     Raises:
         ModelError: If a later round was committed.
@@ -177,9 +176,9 @@ def check_last_round(directory: Path, server_round: int) -> None:
 
 
 def last_committed_round(directory: Path) -> int | None:
-    """Return the round that was committed last, by `.committed`.
+    """Return the last committed round according to `.committed`.
 
-    None where the file is missing or unreadable, for it is not synced to disk.
+    None if the file is missing or unreadable, which can happen as it is not synced to disk.
     """
     try:
         text = read_file(directory / COMMITTED, max_bytes=100).decode(errors="replace").strip()
@@ -191,7 +190,7 @@ def last_committed_round(directory: Path) -> int | None:
 def record_committed_round(directory: Path, server_round: int) -> None:
     """Record which round was committed last; see `check_last_round`.
 
-    The file is replaced and not synced: losing it in a crash costs a check, not a round.
+    The file is replaced without syncing: losing it in a crash costs a check, not a round.
     """
     file = directory / COMMITTED
     temporary = file.with_name(f"{COMMITTED}.{os.getpid()}.tmp")

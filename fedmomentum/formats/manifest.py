@@ -1,8 +1,8 @@
 """The manifest of a global model as a declared type: on the wire in a task, and on disk.
 
-`Manifest` is what server and client exchange. On disk it is a `ModelFile`: the same fields, the
-sizes of the objects that it names, a checksum over all of it and, in a run's checkpoint, the
-server's state (`RunState`).
+Server and clients exchange a `Manifest`. On disk it is a `ModelFile`: the same fields, the sizes of
+the objects that it names, a checksum over everything and, in a run's checkpoint, the server's state
+(`RunState`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ FORMAT = "fedmomentum global model"
 FORMAT_VERSION = 3
 
 MAX_RECIPES = 64
-"""The most recipes that a client is sent."""
+"""The maximum number of recipes that a client is sent."""
 MAX_PARTS = 4096
-"""The most parts that recipes name in all. A client that is further behind downloads the snapshot:
-searching an endless list would cost it more."""
+"""The maximum total number of parts in recipes. A client that is further behind downloads the
+snapshot: searching an endless list would cost it more."""
 
 Scaling = Annotated[float, Meta(gt=0)]
 """`lora_alpha / rank` of a module."""
@@ -43,12 +43,12 @@ Round = Annotated[int, Meta(ge=-1, le=2**31)]
 
 
 class Quantization(Schema, frozen=True, kw_only=True):
-    """What was done with the stored weights of a base model's linear layers when it was loaded.
+    """How the stored weights of a base model's linear layers were quantized on loading.
 
     Attributes:
-        kind: How a weight is stored: `nf4` and `int8` by bitsandbytes, `torchao-int8` by torchao.
+        kind: The form of a weight: `nf4` and `int8` by bitsandbytes, `torchao-int8` by torchao.
         double: Whether the scales are quantized, too.
-        block_size: The number of weights that share a scale; 0: a row.
+        block_size: The number of weights that share a scale; 0 for a whole row.
     """
 
     kind: Literal["nf4", "int8", "torchao-int8"]
@@ -76,7 +76,7 @@ class Base(Schema, frozen=True, kw_only=True):
 
 
 class AdapterObjects(Schema, frozen=True, kw_only=True):
-    """Hashes of an adapter's objects: its factors A, its factors B, its modules trained in full."""
+    """Hashes of an adapter's objects: factors A, factors B, and modules trained in full."""
 
     A: Hash
     B: Hash
@@ -89,7 +89,7 @@ class AdapterObjects(Schema, frozen=True, kw_only=True):
 
 
 class Manifest(Schema, frozen=True, kw_only=True):
-    """A global model by the hashes of its parts; docs/file-formats.md describes each field."""
+    """A global model as the hashes of its parts; docs/file-formats.md describes each field."""
 
     format: Literal["fedmomentum global model"]
     format_version: Literal[3]
@@ -118,13 +118,13 @@ class Manifest(Schema, frozen=True, kw_only=True):
 
 
 class Recipe(Schema, frozen=True, kw_only=True):
-    """How a client rebuilds a snapshot from an earlier one and the parts since.
+    """How a client rebuilds a snapshot from an earlier one and the parts merged since.
 
     Attributes:
         makes: Hash of the snapshot.
-        onto: Hash of the dense part that is summed first; None where all parts are factors.
+        onto: Hash of the dense part that is summed first; None if all parts are factors.
         parts: Hashes of the other parts, in order; FRLoRA's start occurs several times.
-        ties: Hash of the entries that are nearly tied between two roundings.
+        ties: Hash of the object with the near ties, elements that may round either way.
     """
 
     makes: Hash
@@ -134,7 +134,7 @@ class Recipe(Schema, frozen=True, kw_only=True):
 
     @property
     def summed(self) -> tuple[str, ...]:
-        """Hashes of all that is summed, in order."""
+        """Hashes of everything that is summed, in order."""
         return (self.onto, *self.parts) if self.onto else self.parts
 
     @property
@@ -159,12 +159,12 @@ class Fingerprint(Schema, frozen=True, kw_only=True):
 
 
 class RoundOutcome(Schema, frozen=True, kw_only=True):
-    """What became of a client's values in a round that was committed, and whose first sum has them.
+    """The outcome of a committed round for a client whose values are in its first sum.
 
     Attributes:
         server_round: The round.
         means: Hash of the first sum's outcome (`global_model.mean_moves`).
-        in_second_sum: Whether the second sum has the client's values too.
+        in_second_sum: Whether the second sum also includes the client's values.
     """
 
     server_round: PositiveCount
@@ -176,22 +176,22 @@ class RunState(Schema, frozen=True, kw_only=True):
     """The server's state in a run's checkpoint.
 
     Attributes:
-        run_id: Random name of the run on the wire.
-        held: Client to the hashes of the objects that it has cached, by its own account.
-        best_round: The evaluated round with the lowest loss; -1 where there is none.
+        run_id: Random identifier of the run on the wire.
+        held: Client to the hashes of the objects that it reports having cached.
+        best_round: The evaluated round with the lowest loss; -1 if there is none.
         best_loss: The loss of that round.
         started_from: Hashes of the objects of the adapter that the round started from.
         merged: Hashes of the objects that the round merged into the base.
         ranks: With a method that prunes, client to the rank at which it continues.
         recipes: How the last snapshots were made, oldest first.
         splits: Client to the hash of how its examples are divided into training and held-out ones.
-        moments: Hash of the optimizer's moments that the next round starts with; None where there
-            are none.
-        outcomes: With secure aggregation, client to what became of its last cross terms.
-        summed_examples: The number of examples of the last round that was summed under masks.
+        moments: Hash of the optimizer moments that the next round starts with; None if there are
+            none.
+        outcomes: With secure aggregation, client to the outcome of its last sums.
+        summed_examples: The number of examples in the last masked sum of updates.
         settings: The run's configuration as TOML; config.toml is a copy of it for people.
         metrics: The rows of metrics.jsonl up to this round.
-        data: Fingerprints of the clients' data, where the process that wrote the run knew them.
+        data: Fingerprints of the clients' data, if the process that wrote the run knew them.
     """
 
     run_id: Label
@@ -223,8 +223,8 @@ class ModelFile(Manifest, frozen=True, kw_only=True):
     """A manifest on disk: global_model.json, or a round of a run.
 
     Attributes:
-        sizes: Hash to number of bytes of every object that the file names, so that a truncated
-            object is found without reading it.
+        sizes: Hash to size in bytes of every object that the file names, so that a truncated object
+            is detected without reading it.
         sha256: Checksum over all other fields; see `fedmomentum.utils.records.checksum`.
         run: The server's state, in a run's checkpoint.
     """
@@ -236,7 +236,7 @@ class ModelFile(Manifest, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check that every named object has a size."""
         super().__post_init__()
-        # What the model needs, and what only the server does.
+        # The objects that the model needs, and those that only the server needs.
         named = set(self.needed)
         if self.run:
             named |= self.run.needed
@@ -256,9 +256,9 @@ def as_manifest(value: Manifest | Mapping[str, Any], name: str) -> Manifest:
         name: What to call it in messages.
 
     Raises:
-        ModelError: If it is of another format or version, or a field does not fit.
+        ModelError: If it has another format or version, or a field is invalid.
     """
-    # What was received over the wire has been decoded already.
+    # A manifest received over the wire has already been decoded.
     if isinstance(value, Manifest):
         return value
     check_format(value.get("format"), value.get("format_version"), name)
@@ -269,7 +269,7 @@ def as_manifest(value: Manifest | Mapping[str, Any], name: str) -> Manifest:
 
 
 def check_format(kind: Any, version: Any, name: str) -> None:
-    """Refuse another format than ours, or another version of it, before its fields are decoded.
+    """Refuse any other format or version before its fields are decoded.
 
     Args:
         kind: The file's field `format`.
@@ -277,7 +277,7 @@ def check_format(kind: Any, version: Any, name: str) -> None:
         name: What to call the file in messages.
 
     Raises:
-        FormatError: If the format or its version is another.
+        FormatError: If the format or its version differs.
     """
     if kind != FORMAT:
         raise FormatError(f"{name} is not a {FORMAT} (its format is {str(kind)[:80]!r})")

@@ -24,8 +24,7 @@ def encode_record(record: RoundRecord) -> bytes:
     """Return a record as a line of metrics.jsonl.
 
     Raises:
-        ModelError: If it holds a number that is not finite, or a field of another type than
-            declared.
+        ModelError: If it holds a non-finite number, or a field of another type than declared.
     """
     name = f"the metrics of round {record.round}"
     row = record.to_json()
@@ -33,7 +32,7 @@ def encode_record(record: RoundRecord) -> bytes:
         text = json.dumps(row, allow_nan=False)
         if (
             "\\ud" in text
-        ):  # half a surrogate pair, from a user's data, is no text to strict readers
+        ):  # a lone surrogate, from a user's data, is invalid text to strict readers
             text = json.dumps(_without_surrogates(row), allow_nan=False)
         line = text.encode() + b"\n"
     except ValueError as problem:
@@ -77,7 +76,7 @@ def parse_record_line(
 
 
 def _keep_sums(evaluation: dict[str, Any]) -> None:
-    """Drop from each score of a row what follows from its sums: it is computed, not believed."""
+    """Drop figures derived from sums from each score of a row: they are recomputed, not trusted."""
     places = [(evaluation, "total"), (evaluation, "compared")]
     for key in ("by_client", "by_category"):
         group = evaluation.get(key)
@@ -94,9 +93,9 @@ def _keep_sums(evaluation: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path, error: type[FedMomentumError] = DataError) -> list[bytes]:
-    """Return the complete lines of metrics.jsonl, newlines included.
+    """Return the complete lines of metrics.jsonl, including newlines.
 
-    What follows the last newline is being written.
+    Anything after the last newline is still being written.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -117,12 +116,12 @@ def check_metrics(
     path: Path,
     error: type[FedMomentumError] = ModelError,
 ) -> None:
-    """Refuse lines that are not those which a checkpoint was committed with.
+    """Refuse lines other than those with which a checkpoint was committed.
 
-    Rows after them are not looked at.
+    Rows after them are not checked.
 
     Raises:
-        FedMomentumError: If a row is missing, or one was altered.
+        FedMomentumError: If a row is missing or was altered.
     """
     if len(lines) < wanted.rows:
         raise error(

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of memory in each phase of a run, estimated.
+    """Estimated bytes of memory in each phase of a run.
 
     Attributes:
         at_rest: The model with its adapter, between tasks.
         loading: While the model is loaded.
         training: At the peak of a training step.
-        evaluating: At the peak of a batch that is evaluated.
+        evaluating: At the peak of an evaluation batch.
         aggregating: While the server aggregates, in the same process.
     """
 
@@ -26,7 +26,7 @@ class MemoryUse:
 
     @property
     def peak(self) -> int:
-        """The most of all phases."""
+        """The maximum over all phases."""
         return max(self.at_rest, self.loading, self.training, self.evaluating, self.aggregating)
 
 
@@ -36,7 +36,7 @@ class WorkerPlan:
 
     Attributes:
         device: Where its model is.
-        clients: The clients that it plays.
+        clients: The clients that it runs.
     """
 
     device: str
@@ -44,9 +44,9 @@ class WorkerPlan:
 
 
 def divide_clients(clients: Sequence[str], devices: Sequence[str]) -> tuple[WorkerPlan, ...]:
-    """Divide clients among workers, in the order of their names: one after the other.
+    """Divide clients, sorted by name, among workers in turn.
 
-    A device that no client is left for gets no worker.
+    A device for which no client is left gets no worker.
     """
     names = sorted(clients)
     num_workers = min(len(devices), len(names))
@@ -57,29 +57,29 @@ def divide_clients(clients: Sequence[str], devices: Sequence[str]) -> tuple[Work
 class Plan:
     """What a run will cost, estimated before it starts.
 
-    Bytes are upper estimates; `metrics.jsonl` has the real ones.
+    Bytes are upper estimates; `metrics.jsonl` has the actual numbers.
 
     Attributes:
-        model: The base's name.
-        num_parameters: Of the base.
-        num_trained: Of the adapter.
-        num_clients: Parties.
-        num_rounds: Rounds.
-        method: Its `repr`.
-        uplink_bytes: Per client and round.
-        downlink_bytes: Per client and round: the adapter and the most the residual can be.
-        memory_bytes: Of the run's processes on the host, at the peak, about.
-        disk_bytes: Of the run directory, at most.
-        adapted: The adapted modules, layers together.
-        not_adapted: The other linear modules with the reason, if the base model is at hand.
-        warnings: What the user should know before it starts.
+        model: The base model's name.
+        num_parameters: The number of parameters of the base model.
+        num_trained: The number of parameters of the adapter.
+        num_clients: The number of clients.
+        num_rounds: The number of rounds.
+        method: The method's `repr`.
+        uplink_bytes: Bytes sent per client and round.
+        downlink_bytes: Bytes received per client and round: the adapter and the largest residual.
+        memory_bytes: Approximate peak memory of the run's processes on the host.
+        disk_bytes: The maximum size of the run directory.
+        adapted: The adapted modules, with layers grouped.
+        not_adapted: The other linear modules with the reason, if the base model is available.
+        warnings: What the user should know before the run starts.
         optimizer_state: What the clients' optimizers start a round with.
-        objective: What is learned, as [training] says it.
-        labels: Of a classifier, label to its number of training examples, in the order of the
-            head; None where only the clients know it.
-        device: Where the model is, in which dtype and how held; empty where it is with the clients.
-        host_memory: Of the host, in each phase; None where only the server's is known.
-        device_memory: Of the GPU, for one worker where there are several; None without one.
+        objective: The training objective, with the terms of [training].
+        labels: A classifier's labels, in the order of the head, to the number of training examples;
+            None if only the clients know it.
+        device: The model's device, dtype and holding; empty if only the clients have the model.
+        host_memory: The host's memory in each phase; None if only the server's is known.
+        device_memory: The GPU's memory, for a single worker if there are several; None without GPU.
         workers: The processes of `run.devices`.
         privacy: What the clients keep from the server; empty for nothing.
     """

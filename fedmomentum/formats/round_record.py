@@ -1,7 +1,7 @@
-"""`RoundRecord`: one row of metrics.jsonl, one field a metric, documented where it is defined.
+"""`RoundRecord`: a row of metrics.jsonl, one field per metric, documented where it is defined.
 
-docs/metrics.md's tables are generated from the fields (`python tools/metrics_tables.py`). A reader
-ignores fields that it does not know, so that an older release reads a newer one's rows.
+The tables in docs/metrics.md are generated from the fields (`python tools/metrics_tables.py`).
+Readers ignore unknown fields, so that an older release can read a newer one's rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Amount = Annotated[float, Meta(ge=0, le=LARGEST)]
 
 
 def doc(meaning: str, unit: str = "") -> Meta:
-    """Return the documentation of a field: what it means, and its unit."""
+    """Return the documentation of a field: its meaning and unit."""
     return Meta(description=meaning, extra={"unit": unit})
 
 
@@ -57,7 +57,7 @@ class ClientTraining(_Table, frozen=True, kw_only=True):
 
 
 class ScreeningRecord(_Table, frozen=True, kw_only=True):
-    """How far a client went, also one that was left out for it."""
+    """How far a client moved, including clients that were left out because of it."""
 
     norm: Annotated[
         Amount,
@@ -183,7 +183,7 @@ class PhaseSeconds(_Table, frozen=True, kw_only=True):
 
 
 class Withheld(_Table, frozen=True, kw_only=True):
-    """What a row leaves empty on purpose."""
+    """What a row intentionally leaves empty."""
 
     reason: Annotated[str, doc("why, in words")]
     fields: Annotated[list[str], doc("the fields, as `field` or `field.part`", "names")] = []
@@ -342,7 +342,7 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     ] = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as JSON values; scores with what follows from their sums."""
+        """Return the row as JSON values; scores include figures derived from their sums."""
         row: dict[str, Any] = msgspec.to_builtins(self)
         if self.evaluation is not None:
             row["evaluation"] = _evaluation_to_json(self.evaluation)

@@ -1,8 +1,8 @@
 """The files of a run for people and reports, each as a declared type: plan, partition, ...
 
-All but metrics.jsonl are records with a checksum of their own (`records`); the rows of metrics are
-covered by a hash in every checkpoint. A reader takes fields that it does not know, so that an older
-release reads a newer one's.
+All but metrics.jsonl are records with their own checksum (`records`); the rows of metrics are
+covered by a hash in every checkpoint. Readers accept unknown fields, so that an older release can
+read a newer one's files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fedmomentum.utils.schema import Count, Fraction, Hash, Seed, check_free_for
 
 DATA = "data.json"
 SERVER_LOG = "server.log"
-"""What the server of a federation over a network logs."""
+"""The log of the server in a federation over a network."""
 RUN_LOG = "run.log"
-"""What a run on one machine logs, if there is a page to watch it."""
+"""The log of a run on one machine, if it has a live page."""
 
 
 class _Open(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +47,7 @@ class RunRecord(_Open, frozen=True, kw_only=True):
 
 
 class MemoryFile(_Open, frozen=True, kw_only=True):
-    """Bytes in each phase of a run; the fields are those of `plan.MemoryUse`."""
+    """Bytes of memory in each phase of a run; the fields are those of `plan.MemoryUse`."""
 
     at_rest: Count
     loading: Count
@@ -64,7 +64,7 @@ class WorkerFile(_Open, frozen=True, kw_only=True):
 
 
 class PlanFile(RunRecord, frozen=True, kw_only=True):
-    """plan.json: what a run was estimated to cost; the fields are those of `run.Plan`."""
+    """plan.json: the estimated cost of a run; the fields are those of `plan.Plan`."""
 
     model: str
     num_parameters: Count
@@ -126,7 +126,7 @@ class ReportedFile(RunRecord, frozen=True, kw_only=True):
 
 
 class ComparedCell(_Open, frozen=True, kw_only=True):
-    """One method with one seed, and the folders of its runs within the comparison's."""
+    """One method with one seed, and the folders of its runs inside the comparison's."""
 
     method: str
     kind: Literal["federated", "centralized", "local"]
@@ -134,14 +134,14 @@ class ComparedCell(_Open, frozen=True, kw_only=True):
     folders: Annotated[list[str], Meta(min_length=1)]
 
     def __post_init__(self) -> None:
-        """Check that no folder leads out of the comparison's."""
+        """Check that all folders are inside the comparison's."""
         for folder in self.folders:
             if Path(folder).is_absolute() or ".." in Path(folder).parts:
                 raise ValueError(f"folder {folder[:200]!r} is not inside the comparison's")
 
 
 class ComparisonHead(_Open, frozen=True, kw_only=True):
-    """What decides whether the rest of comparison.json is looked at."""
+    """The fields that decide whether the rest of comparison.json is decoded."""
 
     format: Any = None
     format_version: Any = None
@@ -162,16 +162,16 @@ class ComparisonFile(RunRecord, frozen=True, kw_only=True):
 def read_facts(
     path: Path, kind: type[RunRecord], error: type[FedMomentumError] = ModelError
 ) -> tuple[dict[str, Any], str | None]:
-    """Read a record, and return its content as plain JSON values and the run that it belongs to.
+    """Read a record; return its content as plain JSON values, and the run that it belongs to.
 
     Args:
         path: The file.
-        kind: What it must be.
+        kind: The expected type.
         error: The error to raise.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FedMomentumError: If it cannot be read, a field does not fit, or it was changed since it was
+        FedMomentumError: If it cannot be read, a field is invalid, or it was changed since it was
             written.
     """
     data = read_file(path, error=error)

@@ -1,4 +1,4 @@
-"""`Score`: sums over a group of examples; in memory, on the wire and on disk alike."""
+"""`Score`: sums over a group of examples, the same in memory, on the wire and on disk."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from msgspec import Meta
 from fedmomentum.utils.schema import MAX_LABELS, Count, Label, Schema
 
 LARGEST = 1e300
-"""Larger numbers overflow as soon as something is done with them, be it drawing a curve."""
+"""Larger numbers overflow in almost any further computation, even in drawing a curve."""
 MAX_EXPONENT = 700.0
-"""`exp` of more nats a token leaves the range of float64; perplexity is given up to here."""
+"""`exp` of more nats per token would overflow float64; perplexity is capped here."""
 NORMAL_95 = 1.959963984540054
-"""The 97.5 % quantile of the standard normal distribution: two-sided 95 %."""
+"""The 97.5 % quantile of the standard normal distribution, for two-sided 95 % intervals."""
 
 
 class LabelCounts(Schema, frozen=True, kw_only=False):
@@ -23,8 +23,8 @@ class LabelCounts(Schema, frozen=True, kw_only=False):
 
     Attributes:
         num_examples: Number of examples with the label.
-        num_predicted: Number of examples for which it was the most likely one.
-        num_exact: Number of examples of both kinds.
+        num_predicted: Number of examples for which the label was predicted.
+        num_exact: Number of examples for which both hold.
     """
 
     num_examples: Count
@@ -32,7 +32,7 @@ class LabelCounts(Schema, frozen=True, kw_only=False):
     num_exact: Count
 
     def __post_init__(self) -> None:
-        """Check that the numbers fit each other."""
+        """Check that the numbers are consistent."""
         if self.num_exact > min(self.num_examples, self.num_predicted):
             raise ValueError(
                 f"{self.num_exact} right predictions of {self.num_predicted} for "
@@ -40,7 +40,7 @@ class LabelCounts(Schema, frozen=True, kw_only=False):
             )
 
     def __add__(self, other: LabelCounts) -> LabelCounts:
-        """Return the counts of both groups together."""
+        """Return the combined counts of both groups."""
         return LabelCounts(
             self.num_examples + other.num_examples,
             self.num_predicted + other.num_predicted,
@@ -58,15 +58,15 @@ class Score(Schema, frozen=True, kw_only=False):
     """Sums over a group of held-out examples, so that groups and clients can be added.
 
     Attributes:
-        nll: Summed negative log-likelihood of the completion tokens, or of the labels, in nats; of
-            pairs of answers, that of the preference.
-        num_tokens: Number of completion tokens, end tokens included; of a classifier, of labels;
-            of pairs, their number.
+        nll: Summed negative log-likelihood in nats: of completion tokens, of a classifier's labels,
+            or of the preferences in pairs of answers.
+        num_tokens: Number of completion tokens, including end tokens; for classifiers, the number
+            of labels; for pairs, the number of pairs.
         num_examples: Number of examples.
         num_exact: Number of examples that greedy generation answers word for word, or whose label
-            is the most likely one; of pairs, those whose chosen answer has the larger reward.
+            is predicted; for pairs, those whose chosen answer has the larger reward.
         margin: Sum of the margins between the rewards of pairs; None for other examples.
-        by_label: Of a classifier, label to its counts.
+        by_label: For a classifier, label to its counts.
     """
 
     nll: Annotated[float, Meta(ge=0, le=LARGEST)]
@@ -77,12 +77,12 @@ class Score(Schema, frozen=True, kw_only=False):
     by_label: Annotated[dict[Label, LabelCounts], Meta(max_length=MAX_LABELS)] = {}
 
     def __post_init__(self) -> None:
-        """Check that the numbers fit each other; msgspec reports a ValueError with the field."""
+        """Check that the numbers are consistent; msgspec reports a ValueError with the field."""
         if self.num_exact > self.num_examples:
             raise ValueError(f"{self.num_exact} exact answers of {self.num_examples} examples")
         if not self.by_label:
             return
-        # Every example has one label, and one prediction.
+        # Every example has exactly one label and one prediction.
         counts = self.by_label.values()
         sums = [
             sum(count.num_examples for count in counts),
@@ -93,7 +93,7 @@ class Score(Schema, frozen=True, kw_only=False):
             raise ValueError("the counts of its labels do not add up to the score")
 
     def __add__(self, other: Score) -> Score:
-        """Return the score of both groups together."""
+        """Return the combined score of both groups."""
         by_label = dict(self.by_label)
         for label, counts in other.by_label.items():
             by_label[label] = by_label[label] + counts if label in by_label else counts
@@ -107,7 +107,7 @@ class Score(Schema, frozen=True, kw_only=False):
         )
 
     def without_labels(self) -> Score:
-        """Return the score without its counts by label."""
+        """Return the score without counts by label."""
         return msgspec.structs.replace(self, by_label={}) if self.by_label else self
 
     @property
@@ -124,19 +124,19 @@ class Score(Schema, frozen=True, kw_only=False):
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of a completion token, in nats; NaN without tokens."""
+        """Mean negative log-likelihood per completion token, in nats; NaN without tokens."""
         return self.nll / self.num_tokens if self.num_tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`, of at most `MAX_EXPONENT`; NaN without tokens, and for pairs."""
+        """`exp(loss)`, with the loss capped at `MAX_EXPONENT`; NaN without tokens and for pairs."""
         if self.is_of_pairs or not self.num_tokens:
             return math.nan
         return math.exp(min(self.loss, MAX_EXPONENT))
 
     @property
     def exact_match(self) -> float:
-        """Fraction of the examples answered word for word, or of pairs ranked right.
+        """Fraction of examples answered word for word, or of labels or pairs predicted correctly.
 
         NaN without examples.
         """
@@ -144,7 +144,7 @@ class Score(Schema, frozen=True, kw_only=False):
 
     @property
     def measure(self) -> str:
-        """What people call `exact_match`: an accuracy, of labels or of the rewards of pairs."""
+        """The usual name of `exact_match`: for labels or pairs, it is an accuracy."""
         if self.by_label:
             return "accuracy"
         return "reward accuracy" if self.is_of_pairs else "exact match"
@@ -158,9 +158,9 @@ class Score(Schema, frozen=True, kw_only=False):
 
     @property
     def macro_f1(self) -> float | None:
-        """Mean F1 of the labels that occur as a label or as a prediction; None for no classifier.
+        """Mean F1 of all labels that occur or are predicted; None if not a classifier.
 
-        It is scikit-learn's `f1_score(average="macro")`, with 0 for a label that was never right.
+        This is scikit-learn's `f1_score(average="macro")`; labels that were never right count as 0.
         """
         scores = (counts.f1 for counts in self.by_label.values())
         occurring = [score for score in scores if score is not None]
@@ -170,8 +170,7 @@ class Score(Schema, frozen=True, kw_only=False):
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `exact_match`; (0, 1) without examples.
 
-        Unlike the normal interval it stays inside [0, 1] and does not shrink to nothing at 0 % or
-        100 %.
+        Unlike the normal interval, it stays inside [0, 1] and does not collapse at 0 % or 100 %.
         """
         n = self.num_examples
         if n == 0:
@@ -181,13 +180,13 @@ class Score(Schema, frozen=True, kw_only=False):
         center = (fraction + z_squared / (2 * n)) / (1 + z_squared / n)
         variance = fraction * (1 - fraction) / n + z_squared / (4 * n * n)
         half_width = NORMAL_95 / (1 + z_squared / n) * math.sqrt(variance)
-        # With no hit or only hits a bound is 0 or 1 exactly; rounding would miss it by a hair.
+        # With no or only correct answers, one bound is exactly 0 or 1, which rounding would miss.
         low = 0.0 if self.num_exact == 0 else center - half_width
         high = 1.0 if self.num_exact == n else center + half_width
         return low, high
 
     def to_json(self) -> dict[str, Any]:
-        """Return the sums and what follows from them, as a row of metrics.jsonl holds them."""
+        """Return the sums and derived figures, in the form of a row of metrics.jsonl."""
         row: dict[str, Any] = {
             "nll": self.nll,
             "num_tokens": self.num_tokens,
@@ -201,7 +200,7 @@ class Score(Schema, frozen=True, kw_only=False):
             row["margin"] = self.margin
             row["mean_margin"] = self.mean_margin if self.num_examples else None
         if self.by_label:
-            # Of a classifier, with what follows from the counts of its labels.
+            # For a classifier, add the figures derived from its counts by label.
             row["macro_f1"] = self.macro_f1
             row["by_label"] = {}
             for label, counts in self.by_label.items():
@@ -210,7 +209,7 @@ class Score(Schema, frozen=True, kw_only=False):
 
 
 def _sum(first: float | None, second: float | None) -> float | None:
-    """Return the sum of what is there; None where neither is."""
+    """Return the sum of the values that are not None; None if both are."""
     there = [value for value in (first, second) if value is not None]
     return sum(there) if there else None
 

@@ -1,6 +1,6 @@
 """status.json in a run's directory: who is connected, and what each client is doing.
 
-A served run writes it, and a run with a page to watch; `fedmomentum status` and that page read it.
+Served runs and runs with a live page write it; `fedmomentum status` and that page read it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ STALE_SECONDS = 30.0
 
 
 class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run knows of one client.
+    """What a run knows about one client.
 
     Attributes:
         connected: Whether it is connected.
-        state: What it is doing; `asked` until its reply is there.
-        until: When its current task has to be answered, in seconds since 1970.
+        state: What it is doing; `asked` until its reply has arrived.
+        until: The deadline of its current task, in seconds since 1970.
         reason: Why its last task failed.
-        rounds: Rounds in which its update was accepted, since the server started.
+        rounds: Number of rounds in which its update was accepted, since the server started.
         up_bytes: Bytes that it has sent since then.
-        down_bytes: Bytes that it was sent since then.
-        late_replies: Replies that came after their deadline and were ignored.
-        step: Steps that it has trained in this round; None where the server does not see them.
-        num_steps: Steps that it trains in this round.
-        loss: Of the last of these steps; None where it is withheld, too.
+        down_bytes: Bytes that it has received since then.
+        late_replies: Number of replies that arrived after their deadline and were ignored.
+        step: Number of steps trained in this round; None if the server does not see them.
+        num_steps: Total number of steps in this round.
+        loss: The loss of the last of these steps; also None if it is withheld.
     """
 
     connected: bool
@@ -56,18 +56,18 @@ class StatusFile(RunRecord, frozen=True, kw_only=True):
     Attributes:
         phase: What the run is doing.
         round: The current round; None before the first.
-        num_rounds: Rounds of the run.
+        num_rounds: The run's number of rounds.
         version: The global model's version.
         waiting_for: Clients that the server is waiting for.
-        waits_until: Until when, in seconds since 1970.
-        clients: What is known of each client.
+        waits_until: Until when it waits, in seconds since 1970.
+        clients: What is known about each client.
         written: When the file was written, in seconds since 1970.
-        networked: Whether the clients are elsewhere; if not, `connected` means nothing.
+        networked: Whether the clients are on other machines; if not, `connected` is meaningless.
         participants: Clients that were sampled for the round.
-        message: The last line about what is done before the rounds.
-        num_aggregated: Modules of the round that are aggregated.
-        num_modules: Modules to aggregate; 0 before the first.
-        reason: Why the run ended before its last round, where that is known.
+        message: The last message about what the run does before its rounds.
+        num_aggregated: Number of modules that have been aggregated in this round.
+        num_modules: Number of modules to aggregate; 0 before the first.
+        reason: Why the run ended before its last round, if known.
     """
 
     phase: Literal["waiting", "training", "evaluating", "aggregating", "ended"]
@@ -87,7 +87,7 @@ class StatusFile(RunRecord, frozen=True, kw_only=True):
 
 
 def read_status(out: Path) -> StatusFile:
-    """Return the status of a run, as its server wrote it last.
+    """Return the status that a run's server wrote last.
 
     Args:
         out: The run's directory.

@@ -1,8 +1,8 @@
-"""What a private run does not tell, and why: for its rows, its plan and its report.
+"""What a private run withholds, and why: for its metrics, its report and its live page.
 
-With secure aggregation the server has sums over the clients, and whatever speaks of a single one
-stays with that client. With differential privacy nothing is revealed without noise. The rows of
-metrics.jsonl say so instead of looking as if something had gone wrong.
+With secure aggregation, the server only has sums over the clients, and anything about a single one
+stays with that client. With differential privacy, nothing is revealed without noise. The rows of
+metrics.jsonl say so, instead of looking as if something had gone wrong.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PHRASES = {
     "applied_share": "what of the merged part is applied on single clients",
     "diagnostics": "how the model moved, which needs single updates",
 }
-"""A field that secure aggregation withholds to what it is, in words."""
+"""Each field that secure aggregation withholds, with a description in words."""
 NOISELESS_PHRASES = {
     "train_loss": "losses and numbers of targets in training",
     "evaluation": "all held-out scores, so that no round is the best",
 }
-"""The same of differential privacy."""
+"""The same for differential privacy."""
 SUMS_ONLY = Withheld(
     reason="secure aggregation: the server has sums over the clients, and nothing of a single one",
     fields=list(PHRASES),
 )
-"""What every row of such a run withholds."""
+"""What every row of a run with secure aggregation withholds."""
 
 
 NOISED_ONLY = Withheld(
@@ -41,10 +41,10 @@ NOISED_ONLY = Withheld(
 
 
 def withheld_by(*, secure: bool, private: bool) -> Withheld | None:
-    """Return what a run withholds; None where it withholds nothing.
+    """Return what a run withholds; None if nothing.
 
     Args:
-        secure: Whether the server has sums only.
+        secure: Whether the server only has sums.
         private: Whether training is differentially private.
     """
     kinds = [kind for kind, counts in ((SUMS_ONLY, secure), (NOISED_ONLY, private)) if counts]

@@ -1,4 +1,4 @@
 """The federated model of a round.
 
-Its adapter, what is merged into the base weights, its files and its exports.
+This covers its adapter, the parts merged into the base weights, its files and its exports.
 """

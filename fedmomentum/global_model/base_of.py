@@ -1,4 +1,4 @@
-"""Load the base model of a global model as what it is: a language model or a classifier."""
+"""Load the base model of a global model: a language model or a classifier."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 
-# What transformers calls the last layer of its sequence classifiers.
+# The names that transformers gives to the last layer of its sequence classifiers.
 OUTPUT_NAMES = ("score", "classifier", "out_proj", "summary", "logits_proj")
 
 
 def is_classifier(adapter: Adapter) -> bool:
-    """Return whether an adapter is of a sequence classifier."""
+    """Return whether an adapter is for a sequence classifier."""
     return adapter.config.get("task_type") == "SEQ_CLS"
 
 
@@ -30,8 +30,8 @@ def num_labels(model: GlobalModel) -> int | None:
     """Return the number of labels of a classifier; None for a language model.
 
     Raises:
-        AdapterError: If it has no named labels, and its adapter saves no head that shows their
-            number.
+        AdapterError: If its labels are not named, and its adapter saves no head that shows how many
+            there are.
     """
     adapter = model.adapter
     if not is_classifier(adapter):
@@ -39,7 +39,7 @@ def num_labels(model: GlobalModel) -> int | None:
     if model.base.labels:
         return len(model.base.labels)
     for name, tensor in sorted(adapter.saved.items()):
-        # The whole name counts: DistilBERT's pre_classifier is no output layer.
+        # Compare the whole name: DistilBERT's pre_classifier is not an output layer.
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module.rpartition(".")[2] in OUTPUT_NAMES:
             return int(tensor.shape[0])
@@ -49,10 +49,10 @@ def num_labels(model: GlobalModel) -> int | None:
 def base_of_adapter(directory: Path, adapter: Adapter) -> BaseIdentity:
     """Return the base model of an adapter's directory.
 
-    An export of this package says which one it is; of any other adapter only the name is known.
+    An export of this package identifies it; for any other adapter only its name is known.
 
     Raises:
-        AdapterError: If the file that says so is damaged.
+        AdapterError: If the file that identifies it is damaged.
     """
     base = read_adapter_base(directory)
     if base is not None:
@@ -66,8 +66,8 @@ def load_base_of(
 ) -> PreTrainedModel:
     """Load the base model of a global model.
 
-    A classifier of a run has the head that training started from. That of adapters which were
-    combined without their base has no head of its own: the adapter's takes its place.
+    A run's classifier has the head that training started from. If adapters were combined without
+    their base, its head is unknown, and the adapter's takes its place.
 
     Args:
         model: The global model.
@@ -76,7 +76,7 @@ def load_base_of(
         device: The device of the weights.
 
     Raises:
-        AdapterError: If the adapter is of a classifier and saves no head.
+        AdapterError: If the adapter is for a classifier but saves no head.
         ModelError: If the base model cannot be loaded.
     """
     # Importing transformers takes seconds, and `fedmomentum inspect` loads no model.
@@ -85,7 +85,7 @@ def load_base_of(
     from fedmomentum.base_model.streamed import load_parameters
 
     adapter = model.adapter
-    # What is trained in full is not quantized: the modules of the adapter's own tensors.
+    # Modules trained in full, whose tensors the adapter holds, are not quantized.
     trained = {name.rpartition(".")[0] for name in adapter.saved}
     how: dict[str, Any] = {"quantization": model.base.quantization, "trained": trained}
     # Only a run knows the names of its labels.
@@ -100,7 +100,7 @@ def load_base_of(
             supplied=adapter.saved.keys(),
             **how,
         )
-    # Tables that have more rows in the adapter, for added tokens, are resized in place.
+    # Tables with more rows in the adapter, for added tokens, are resized in place.
     load_parameters(base, _resized(base, adapter))
     if is_classifier(adapter):
         set_pad_token(base, load_tokenizer(directory, generates=False))
@@ -108,7 +108,7 @@ def load_base_of(
 
 
 def _resized(base: PreTrainedModel, adapter: Adapter) -> list[str]:
-    """Return the base's parameters of which the adapter saves a tensor of another shape."""
+    """Return the base's parameters for which the adapter saves a tensor of another shape."""
     names = []
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if name in adapter.saved and adapter.saved[name].shape != parameter.shape:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.results.benchmarks import BenchmarkLine
 
-# How stock transformers quantizes a base on loading, by the kind of quantization: the class that
-# says so, its arguments, and the one that names modules to leave alone.
+# How stock transformers quantizes a base on loading, by kind of quantization: the configuration
+# class, its arguments, and the argument that names modules to skip.
 _CONFIGS = {
     "nf4": (
         "BitsAndBytesConfig",
@@ -35,13 +35,13 @@ _CONFIGS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says beside what the model itself knows.
+    """Facts for a card that the model itself does not hold.
 
     Attributes:
         data: The user's description of the clients' data.
-        scores: Held-out scores of the base model and of this one; None where there are none.
+        scores: Held-out scores of the base model and of this one; None if there are none.
         benchmarks: This model's scores on standard benchmarks.
-        location: Where the export can be loaded from; empty: its directory.
+        location: Where the export can be loaded from; empty for its directory.
     """
 
     data: str = ""
@@ -70,9 +70,10 @@ def write_card(
         out: The export's directory.
         library: `peft` or `transformers`.
         load: The line of code that loads the export.
-        facts: What the model does not know of itself.
-        is_dequantized: Whether the base was quantized, and merged into what it dequantizes to.
-        unquantized: Of a base that is quantized on loading, the linear layers that are not.
+        facts: Facts that the model itself does not hold.
+        is_dequantized: Whether the base was quantized, and the export is based on its dequantized
+            weights.
+        unquantized: The linear layers that are not quantized, if the base is quantized on loading.
     """
     base = model.base
     is_adapter_directory = library == "peft"
@@ -128,9 +129,9 @@ This directory is the complete result{addition}: `{load}`.
 
 
 def _metadata(base: BaseIdentity, library: str) -> str:
-    """Return the card's front matter; strings of JSON are strings of YAML."""
+    """Return the card's front matter; JSON strings are valid YAML."""
     lines = [f"library_name: {library}"]
-    # The hub takes names of the hub only.
+    # The hub only accepts names on the hub.
     name, _ = public_base(base.name, base.revision)
     if name and name not in (BUNDLED_NAME, "unknown"):
         relation = "adapter" if library == "peft" else "finetune"
@@ -145,7 +146,7 @@ def _data(facts: CardFacts) -> str:
 
 
 def _scores(facts: CardFacts) -> str:
-    """Return the table of held-out scores, base model and this one."""
+    """Return the table of held-out scores of the base model and this one."""
     base, tuned = facts.scores
     if tuned is None:
         return ""
@@ -209,7 +210,7 @@ def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
         lines.append(f"    quantization_config={config}(")
         lines.append(f"        {arguments},")
         if unquantized:
-            # The libraries take names for patterns.
+            # The libraries treat names as patterns.
             patterns = [re.escape(path) for path in unquantized]
             lines.append(f"        {skip}={patterns!r},")
         lines.append("    ),")
@@ -220,5 +221,5 @@ def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text as it may stand in a table of Markdown."""
+    """Return text that is safe in a Markdown table."""
     return re.sub(r"[`|<>]", "_", text)

@@ -1,13 +1,13 @@
-"""State that a client carries from round to round: its interface, and its files.
+"""State that a client carries from round to round: its interface and its files.
 
 A kind of state, such as a client's own factors, implements `ClientState`. It is written after each
-of the client's trainings, in the run's directory or in the client's private store::
+time the client trains, in the run's directory or in the client's private store::
 
     <kind>/<run>/<client>/0003.safetensors
 
-Both directory names are made by `names.directory_name`, and every file names its client, run and
-round, so that no client is ever given another's state. Earlier rounds are kept along with the
-run's checkpoints: a repeated round starts from the state that it started from before.
+`names.directory_name` makes both directory names, and every file names its client, run and round,
+so that no client is ever given another's state. Earlier rounds are kept as long as the run's
+checkpoints, so that a repeated round starts from the same state as before.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _FILE = re.compile(r"(\d{4,})\.safetensors")
 
 
 class ClientState(Protocol):
-    """What one client carries from round to round."""
+    """State that one client carries from round to round."""
 
     KIND: ClassVar[str]
-    """The name of the directory of its files."""
+    """The name of the directory for its files."""
     TITLE: ClassVar[str]
     """What messages call it, such as `own factors`."""
 
@@ -38,11 +38,11 @@ class ClientState(Protocol):
 
     @property
     def run_id(self) -> str:
-        """The run on the wire."""
+        """The run's identifier on the wire."""
 
     @property
     def server_round(self) -> int:
-        """The round of the training after which it was saved."""
+        """The round of training after which it was saved."""
 
     def encode(self) -> bytes:
         """Return the bytes of its file."""
@@ -99,7 +99,7 @@ class ClientStateFiles(Generic[S]):
 
         Args:
             client: The client.
-            last_round: The round; of this and earlier ones the newest state is returned.
+            last_round: The round; the newest state from this or an earlier round is returned.
 
         Returns:
             The state; None if none was saved up to that round.
@@ -129,7 +129,7 @@ class ClientStateFiles(Generic[S]):
     # ── all clients ──
 
     def clients(self) -> dict[str, list[int]]:
-        """Return the clients that have saved state, sorted, each with the rounds that are kept.
+        """Return the clients with saved state, sorted, each with the rounds that are kept.
 
         A damaged file does not hide the others; a client whose files are all damaged is left out.
         """
@@ -148,7 +148,7 @@ class ClientStateFiles(Generic[S]):
         """Refuse to resume a run if a client's state is missing or damaged.
 
         Args:
-            last_trained: Client to the last round in which its training counted.
+            last_trained: Client to the last round in which its update was accepted.
 
         Raises:
             ModelError: If a client's state after that round is missing or damaged.
@@ -164,9 +164,9 @@ class ClientStateFiles(Generic[S]):
             self.load(client, server_round)
 
     def discard_after(self, last_round: int) -> None:
-        """Delete the state of later rounds, which are repeated.
+        """Delete the state of later rounds, which will be repeated.
 
-        A client that does not take part in the repeated round must not find it.
+        A client that does not take part in the repeated round must not find the old state.
         """
         for directory in self._client_directories():
             for server_round, file in _files_by_round(directory).items():
@@ -174,7 +174,7 @@ class ClientStateFiles(Generic[S]):
                     file.unlink(missing_ok=True)
 
     def prune(self, retained_rounds: Collection[int]) -> None:
-        """Delete what no retained round needs: each needs every client's newest state up to it.
+        """Delete what no retained round needs: each needs every client's newest state by then.
 
         Args:
             retained_rounds: The rounds whose checkpoints are kept.

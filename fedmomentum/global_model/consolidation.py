@@ -1,21 +1,21 @@
 """Consolidation: `base_update` as one dense part, the snapshot, and how a client obtains it.
 
 The snapshot of a module is `round(sum_j P_j)`: its parts summed in float64, the sum rounded to
-float32. A client that has the parts can compute it to the same bytes, although sums in float64
-differ in their last bits from machine to machine:
+float32. A client that has the parts can compute exactly the same bytes, although the last bits of
+sums in float64 differ from machine to machine:
 
 A part is `P_j = B_j A_j` of rank r_j, or dense (r_j = 0). Products of float32 numbers are exact in
-float64, so only additions round. In whatever order n parts are summed, and each part's products
-before, the computed element (i, k) is within `u M_ik` of the exact one (Higham, Accuracy and
-Stability, section 4.2), to first order in u = 2^-53, with
+float64, so only additions round. Whatever the order in which each part's products and then the n
+parts are summed, the computed element (i, k) is within `u M_ik` of the exact one (Higham, Accuracy
+and Stability, section 4.2), to first order in u = 2^-53, with
 
     M_ik = sum_j (r_j + n) |row i of B_j| |column k of A_j|  +  sum over dense parts of n |P_j,ik|.
 
-Two machines are within `2 u M`. Rounding is monotone: if the ends of an interval round to one
-float32 number, all of it does. So only elements for which `x - 4 u M` and `x + 4 u M` round to
-different numbers can differ (the factor of two covers the rounding of the bound and of the ends).
-These near ties, a few in ten thousand, are listed with the value that the server's sum has, and
-every other machine takes them from the list.
+Two machines differ by at most `2 u M`. Rounding is monotone: if both ends of an interval round to
+the same float32 number, so does everything in between. So only elements for which `x - 4 u M` and
+`x + 4 u M` round to different numbers can differ (the factor of two covers the rounding of the
+bound and of the ends). These near ties, a few in ten thousand, are listed with the server's values,
+and every other machine takes them from the list.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fedmomentum.linalg.matrix import Matrix
 
 
-# The number of elements of a sum that are computed at a time: 8 MB, which stays in cache.
+# The number of elements of a sum that are computed at a time: 8 MB, which fits in cache.
 BLOCK_ELEMENTS = 2**20
 FLOAT32_BYTES = 4
 
@@ -49,10 +49,10 @@ def make_snapshot(parts: Sequence[StoredObject]) -> tuple[StoredObject, StoredOb
     """Return the sum of the parts as one dense part, and its near ties, computed on the CPU.
 
     Args:
-        parts: What to sum, `(out, in)` a module; a part that occurs twice counts twice.
+        parts: What to sum, `(out, in)` per module; a part that occurs twice counts twice.
 
     Returns:
-        The snapshot, and the ties: for each module that has some `<module>.index`, `(n,)` int64,
+        The snapshot, and the ties: for each module that has any, `<module>.index`, `(n,)` int64,
         into the flattened `(out, in)` matrix, and `<module>.value`, `(n,)` float32.
     """
     totals = {}
@@ -79,7 +79,7 @@ def make_snapshot(parts: Sequence[StoredObject]) -> tuple[StoredObject, StoredOb
 def rebuild_snapshot(
     parts: Sequence[StoredObject], ties: StoredObject, shapes: Mapping[str, tuple[int, int]]
 ) -> StoredObject:
-    """Return the snapshot that `make_snapshot` made elsewhere of the same parts and ties.
+    """Return the snapshot that `make_snapshot` made elsewhere from the same parts and ties.
 
     Args:
         parts: What to sum, in the same order.
@@ -88,7 +88,7 @@ def rebuild_snapshot(
 
     Raises:
         ModelError: If the parts have other modules or shapes, or the ties do not fit them.
-        PayloadError: If the bytes are no safetensors file.
+        PayloadError: If the bytes are not a safetensors file.
     """
     name = f"ties {ties.name[:16]}"
     tie_tensors, _ = read_safetensors(ties.data, name)
@@ -136,10 +136,10 @@ def _take_ties(module: str, total: Tensor, tie_tensors: dict[str, Tensor], name:
 
 
 def _row_blocks(terms: Sequence[Matrix]) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the sum in float64, some rows at a time, each time in the same memory.
+    """Yield the sum in float64, a block of rows at a time, reusing the same memory.
 
-    Each part is formed before it is added: if it were added column by column, the error bound
-    would grow with the sum of all ranks.
+    Each part is formed before it is added: adding it rank by rank would make the error bound grow
+    with the sum of all ranks.
     """
     out_size, in_size = terms[0].shape
     block_size = max(1, BLOCK_ELEMENTS // max(in_size, 1))
@@ -161,9 +161,9 @@ def _row_blocks(terms: Sequence[Matrix]) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _error_bound(terms: Sequence[Matrix]) -> Callable[[slice], Tensor]:
-    """Return a function from rows to their `4 u M`; see the module's docstring.
+    """Return a function from rows to their bound `4 u M`; see the module's docstring.
 
-    The sum over factored parts is a product of rank n: norms of rows times norms of columns.
+    The sum over factored parts is a product of rank n: row norms times column norms.
     """
     num_terms = len(terms)
     unit = 2 * torch.finfo(CORE_DTYPE).eps  # eps is 2 u
@@ -202,7 +202,7 @@ def _refuse_overflow(module: str, total: Tensor) -> None:
 
 
 def _round(exact: Tensor) -> Tensor:
-    """Round to float32, with zeros unsigned: the order of a sum decides between 0.0 and -0.0."""
+    """Round to float32, making zeros positive: their sign depends on the order of summation."""
     return exact.to(torch.float32).add_(0.0)
 
 
@@ -224,14 +224,14 @@ def dense_bytes(model: GlobalModel) -> int:
 def should_consolidate(model: GlobalModel, download_bytes: Collection[int] = ()) -> bool:
     """Return whether `base_update` has several parts and has grown beyond a bound.
 
-    Three bounds, any of which decides:
-    a client that is sent a task next would download more than one dense size, which is the size of
-    the snapshot; the list has two dense sizes, no matter who needs it; the last round merged one
-    dense size, which every client has to download anyway, and the snapshot replaces it.
+    Any of three conditions suffices, measured in the dense size, which is that of the snapshot: a
+    client that is sent a task next would download more than that; the list has grown beyond twice
+    that, whoever needs it; or the last round merged at least that, which every client must download
+    anyway, so that the snapshot can replace it.
 
     Args:
         model: The model with its list.
-        download_bytes: Of the clients that are sent a task next (`Delivery.size`).
+        download_bytes: `Delivery.size` of the clients that are sent a task next.
     """
     if len(model.base_update) < 2:
         return False
@@ -259,9 +259,9 @@ def consolidate(model: GlobalModel) -> tuple[GlobalModel, Recipe, StoredObject]:
 def prune_recipes(
     recipes: Sequence[Recipe], size_of: Callable[[str], int], dense: int
 ) -> tuple[Recipe, ...]:
-    """Return the newest recipes, as far back as their parts are smaller than a snapshot.
+    """Return the newest recipes whose parts together are smaller than a snapshot.
 
-    A client that is further behind downloads less with the snapshot.
+    A client that is further behind downloads less by fetching the snapshot.
 
     Args:
         recipes: All recipes, oldest first.
@@ -286,11 +286,11 @@ def prune_recipes(
 
 @dataclass(frozen=True)
 class Delivery:
-    """What brings a client to a list of parts.
+    """What a client needs to obtain a list of parts.
 
     Attributes:
         objects: Hashes of the objects to send.
-        recipes: How to make snapshots of these and of the client's objects, oldest first.
+        recipes: How to make snapshots from these and the client's own objects, oldest first.
         size: The bytes of the objects.
     """
 
@@ -307,11 +307,11 @@ def plan_delivery(
 ) -> Delivery:
     """Return the smaller of two deliveries.
 
-    One sends all parts that the client is missing. The other sends, instead of the snapshot, what
-    the client needs to make it.
+    One sends all parts that the client is missing. The other replaces the snapshot by what the
+    client needs to make it.
 
     Args:
-        base_update: Hashes of the list that the client shall have.
+        base_update: Hashes of the list that the client must obtain.
         cached_objects: Hashes of the client's objects.
         recipes: All recipes, oldest first.
         size_of: From hash to bytes.
@@ -324,7 +324,7 @@ def plan_delivery(
     chain = _recipe_chain(base_update[0], cached_objects, recipes)
     if not chain:
         return full
-    # What is missing to make the snapshot, which is always the first part.
+    # The objects missing for making the snapshot, which is always the first part.
     objects = missing - {base_update[0]}
     for recipe in chain:
         objects |= {name for name in recipe.fetched if name not in cached_objects}
@@ -335,7 +335,7 @@ def plan_delivery(
 def _recipe_chain(
     snapshot: str, cached_objects: Collection[str], recipes: Sequence[Recipe]
 ) -> tuple[Recipe, ...]:
-    """Return the recipes that lead to a snapshot from one that the client has, or from none.
+    """Return the recipes that lead to a snapshot from one that the client has, or from scratch.
 
     Returns:
         The recipes, oldest first; empty if the client has the snapshot, or if one is unknown.

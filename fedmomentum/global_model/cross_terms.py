@@ -1,10 +1,10 @@
-"""What a client keeps of its cross terms, where products are summed under masks.
+"""What a client keeps of its cross terms, if products are summed under masks.
 
-A client's terms are in the model, and out of what it keeps, once the server has committed the
-round. It learns that later, with its next task. So after its part in a round it saves what it kept
-before, and beside it the round's moves, pending; with the outcome, `settled` makes one of the two.
-The file of a round is never changed afterwards: a round that is repeated starts from the file of
-the round before, so nothing is lost, and nothing counts twice.
+Once the server has committed a round, the client's terms are in the model and must leave what the
+client keeps. But the client only learns this with its next task. So after its part in a round it
+saves both what it kept before and the round's pending moves; given the outcome, `settled` combines
+them. A round's file never changes afterwards: a repeated round starts from the file of the previous
+round, so that nothing is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Header(StateHeader, frozen=True, kw_only=True):
 
     Attributes:
         num_examples: The client's weight in the round.
-        feedback_limits: Module to the limit within which feedback was returned in the round.
+        feedback_limits: Module to the limit on the feedback that was returned in the round.
     """
 
     num_examples: PositiveCount
@@ -41,15 +41,15 @@ class _Header(StateHeader, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class CrossTerms(StateFile):
-    """What a client kept of its cross terms before a round, and what it did in it.
+    """What a client kept of its cross terms before a round, and its moves in that round.
 
     Attributes:
         client: The client's name.
-        run_id: The run on the wire.
+        run_id: The run's identifier on the wire.
         server_round: The round.
         num_examples: The client's weight in the round.
         moves: Module to its move in the round, with what it kept before as the feedback.
-        feedback_limits: Module to the limit within which feedback was returned in the round.
+        feedback_limits: Module to the limit on the feedback that was returned in the round.
     """
 
     KIND: ClassVar[str] = "cross-terms"
@@ -68,17 +68,17 @@ class CrossTerms(StateFile):
         """Return what the client keeps, now that the round's outcome is known.
 
         Args:
-            means: The outcome of the round's first sum; None if the round was not committed, or
-                the sum does not hold this client.
-            in_second_sum: Whether the second sum holds it too.
+            means: The outcome of the round's first sum; None if the round was not committed, or the
+                sum does not include this client.
+            in_second_sum: Whether the second sum also includes it.
 
         Raises:
-            ModelError: If the outcome is of other modules or shapes than the round.
+            ModelError: If the outcome has other modules or shapes than the round.
         """
         name = f"client {self.client}: round {self.server_round}"
         kept: dict[str, Matrix] = {}
         for module, move in self.moves.items():
-            # The model has nothing of this round: what was kept before stays.
+            # The model got nothing from this client: keep what was kept before.
             if means is None:
                 if move.feedback is not None:
                     kept[module] = move.feedback
@@ -97,8 +97,8 @@ class CrossTerms(StateFile):
     # ── files ──
 
     def encode(self) -> bytes:
-        """Return the bytes of their file, which holds a checksum of all that it says."""
-        # The moves, and beside them what was kept before, in either form.
+        """Return the bytes of their file, which includes a checksum of its content."""
+        # The moves, and what was kept before in factored or dense form.
         header = _Header(
             client=self.client,
             run_id=self.run_id,
@@ -119,7 +119,7 @@ class CrossTerms(StateFile):
 
     @classmethod
     def read(cls, file: Path) -> CrossTerms:
-        """Read the cross terms of a file.
+        """Read the cross terms in a file.
 
         Raises:
             ModelError: If it is missing or damaged.
@@ -145,7 +145,7 @@ class CrossTerms(StateFile):
 
 
 def _kept(tensors: Mapping[str, Tensor], module: str) -> Matrix | None:
-    """Return what a module's file holds of earlier rounds; None for nothing."""
+    """Return what a file holds of a module's earlier rounds; None for nothing."""
     if f"{module}.kept_B" in tensors:
         return LowRank(tensors[f"{module}.kept_B"], tensors[f"{module}.kept_A"])
     return tensors.get(f"{module}.kept")

@@ -1,7 +1,7 @@
-"""A quantized base model, written dequantized: what a merged export begins with.
+"""A quantized base model, written dequantized: the basis of a merged export.
 
-Merged weights are not quantized again: what is merged is a fraction of the step between two codes,
-and would be rounded away.
+Merged weights are not quantized again: the merged change is a fraction of the step between two
+codes, and would be rounded away.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 SHARD_BYTES = 2**30
-"""Of float32 weights that are in memory at a time, unless one is larger."""
+"""Bytes of float32 weights in memory at a time, unless a single one is larger."""
 # Files beside the weights: the tokenizer's, and settings of generation.
 _COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-# How far a layer's outputs may be from those of its dequantized weight, relative to their norm.
+# The largest difference between outputs of a layer and its dequantized weight, relative to norm.
 TOLERANCE = 1e-4
 NUM_INPUTS = 8
 
 
 def base_quantization(model: GlobalModel, base_directory: Path) -> str | None:
-    """Return the kind of quantization of a global model's base, stored or made on loading.
+    """Return the kind of quantization of a global model's base, on disk or on loading.
 
     Raises:
         ModelError: If it is stored in a way that is not supported.
@@ -65,12 +65,12 @@ def dequantized_base(
         out: Where the export will be.
 
     Raises:
-        ModelError: If the base cannot be loaded, or a layer computes with other weights than it
-            dequantizes to.
+        ModelError: If the base cannot be loaded, or a layer computes with weights other than its
+            dequantized ones.
     """
     target = out.resolve()
     directory = target.with_name(f".{target.name}.dequantized")
-    shutil.rmtree(directory, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(directory, ignore_errors=True)  # left by an export that was killed
     directory.mkdir(parents=True)
     try:
         base = load_base_of(model, base_directory, torch.float32, CPU)
@@ -89,7 +89,7 @@ def dequantized_base(
 
 
 def _write_dequantized(base: Any, directory: Path) -> None:
-    """Write a quantized model as an ordinary one in float32, a shard at a time."""
+    """Write a quantized model as an ordinary float32 one, one shard at a time."""
     layers = dict(quantized_layers(base))
     persistent = base.state_dict().keys()
     names = [name for name, _ in base.named_parameters()]
@@ -110,7 +110,7 @@ def _write_dequantized(base: Any, directory: Path) -> None:
     _write_shard(directory, shard, weight_map)
     write_json(directory / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
 
-    # What it is now: the same model, not quantized, in float32.
+    # Describe what it is now: the same model, not quantized, in float32.
     config = copy.deepcopy(base.config)
     del config.quantization_config
     config.architectures = [type(base).__name__]
@@ -119,7 +119,7 @@ def _write_dequantized(base: Any, directory: Path) -> None:
 
 
 def _write_shard(directory: Path, shard: dict[str, Tensor], weight_map: dict[str, str]) -> None:
-    """Write a file of tensors, and note in which file each of them is."""
+    """Write a file of tensors, and record in which file each of them is."""
     if not shard:
         return
     file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
@@ -128,10 +128,10 @@ def _write_shard(directory: Path, shard: dict[str, Tensor], weight_map: dict[str
 
 
 def _plain_weight(path: str, layer: Any) -> Tensor:
-    """Return a layer's dequantized weight as an ordinary checkpoint stores it.
+    """Return a layer's dequantized weight in the form of an ordinary checkpoint.
 
     Raises:
-        ModelError: If the layer computes something else with it.
+        ModelError: If the layer's outputs are not those of this weight.
     """
     weight = dequantize(layer)
     generator = torch.Generator().manual_seed(0)

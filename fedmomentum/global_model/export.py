@@ -1,8 +1,7 @@
 """Exports: a merged model directory, or one plain PEFT adapter for the unchanged base model.
 
 Both are read back before they count as written: stock transformers and PEFT load them from their
-directory, on the CPU in float32, and their logits for a few tokens are compared with those of the
-run's model.
+directory in float32, and their logits for a few tokens are compared with those of the run's model.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ if TYPE_CHECKING:
     from fedmomentum.linalg.matrix import Matrix
 
 CPU = torch.device("cpu")
-# Alphas are rounded to whole numbers within 1e-9; a scaling read back differs by round-off only.
+# Alphas within 1e-9 of a whole number are rounded; scalings read back differ by round-off only.
 SCALING_TOL = 1e-12
-# Rows of a matrix that are compared at a time.
+# Number of rows of a matrix that are compared at a time.
 ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
-    """What the run's model computes.
+    """The outputs of the run's model.
 
     Attributes:
         tokens: One row of tokens.
-        logits: Its logits for them.
-        is_rounded: Whether a quantized base held in 8 bits what was merged.
+        logits: The model's logits for them.
+        is_rounded: Whether merged parts were held in 8 bits, beside weights held as loaded.
         unquantized: The base's linear layers that are not quantized.
     """
 
@@ -68,7 +67,7 @@ def require_empty_directory(out: Path) -> None:
 
 
 def _identity_of(model: GlobalModel, base_directory: Path) -> BaseIdentity:
-    """Return the identity of a base model that is loaded as the global model's was."""
+    """Return the identity of a base model, loaded like the global model's base."""
     name = str(base_directory)
     return identify(name, base_directory, quantization=model.base.quantization)
 
@@ -84,7 +83,7 @@ def export_adapter(
     device: torch.device = CPU,
     facts: CardFacts = NO_FACTS,
 ) -> float | None:
-    """Write one plain PEFT adapter that makes the base model the global model; read it back.
+    """Write one plain PEFT adapter that turns the base into the global model, and read it back.
 
     Args:
         model: The global model.
@@ -92,15 +91,15 @@ def export_adapter(
         base_directory: The base model's directory, for its tokenizer, and to load the adapter on
             it. Without it, only the written tensors are checked.
         device: Where both models compute the logits that are compared.
-        facts: What the model card says beside what the model knows.
+        facts: Facts for the model card that the model does not hold.
 
     Returns:
-        The difference of the logits of the adapter, as PEFT loads it, from the run's, as a
-        fraction of their norm; None without a base model.
+        The difference between the logits of the adapter, as loaded by PEFT, and those of the run,
+        as a fraction of their norm; None without a base model.
 
     Raises:
-        ModelError: If `out` is not empty, the base is another one, or what was written is another
-            model.
+        ModelError: If `out` is not empty, the base is not the right one, or the written adapter
+            does not reproduce the model.
         AdapterError: If the adapter does not fit the base.
     """
     from fedmomentum.global_model.readback import written_aside
@@ -150,7 +149,7 @@ def _compute_as_trained(
     The model is assembled as for training, and shares no code with the exports.
 
     Returns:
-        The tokens and logits, and the base model as it was before.
+        The tokens and logits, and the base model in its original state.
     """
     from fedmomentum.base_model.holding import choose_holding, hold_for_use
     from fedmomentum.base_model.holding_choice import AS_LOADED
@@ -163,7 +162,7 @@ def _compute_as_trained(
     holding = choose_holding("auto", live)
     owners = find_owners(live, model.adapter.modules)
     base_weights = hold_for_use(owners, base_directory, holding=holding, model=live, tied=tied)
-    # Beside a quantized base, what was merged is exact in factors, and not in 8 bits.
+    # Beside weights held as loaded, merged parts are exact as factors, but not in 8 bits.
     factors = _merged_factors(model) if holding == AS_LOADED else None
     if factors is None:
         base_weights.apply(model.base_update)
@@ -177,7 +176,7 @@ def _compute_as_trained(
 
 
 def _merged_factors(model: GlobalModel) -> StoredObject | None:
-    """Return the sum of all that was merged in factors; None if a part of it is dense."""
+    """Return the sum of all merged parts as factors; None if a module's sum is dense."""
     from fedmomentum.global_model.objects import StoredObject
 
     changed = {module for part in model.base_update for module in part.matrices}
@@ -213,7 +212,7 @@ def _read_back_adapter(
     reference: _Reference,
     device: torch.device,
 ) -> float:
-    """Load the written adapter by PEFT, and return the difference of its logits."""
+    """Load the written adapter with PEFT, and return the difference of its logits."""
     from fedmomentum.global_model.base_of import load_base_of
     from fedmomentum.global_model.readback import check_logits, logits_of
     from fedmomentum.lora.peft_model import load_with_peft, resize_for
@@ -242,26 +241,26 @@ def export_merged(
 ) -> float:
     """Write the global model as an ordinary transformers directory, and read it back.
 
-    No more than the largest weight and one shard are in memory beside the mapped files; weights are
+    At most the largest weight and one shard are in memory, besides the mapped files. Weights are
     merged on the CPU, so that their bits do not depend on the device.
 
     Args:
         model: The global model.
         out: A new or empty directory.
         base_directory: The base model's directory; its identity is checked.
-        dtype: The dtype of the weights on disk. In 16 bits a part of the change is rounded away.
-            A quantized base is dequantized.
+        dtype: The dtype of the weights on disk. In 16 bits, part of the change is rounded away. A
+            quantized base is dequantized.
         device: Where the models compute the logits that are compared.
         tokenizer: The tokenizer to write; by default the base model's.
-        facts: What the model card says beside what the model knows.
+        facts: Facts for the model card that the model does not hold.
 
     Returns:
         The fraction of the change that is on disk: `<W - base, change> / <change, change>` over
-        adapted modules and fully trained ones, in `dtype`; 1 in float32.
+        adapted and fully trained modules, in `dtype`; 1 in float32.
 
     Raises:
-        ModelError: If the base is another one, `out` is not empty, or what was written is another
-            model.
+        ModelError: If the base is not the right one, `out` is not empty, or what was written does
+            not reproduce the model.
         AdapterError: If a tensor of `modules_to_save` has no place in the model.
     """
     from fedmomentum.base_model.loading import load_base, tied_names
@@ -319,9 +318,9 @@ def _export_dequantized(
     tokenizer: Any,
     facts: CardFacts,
 ) -> float:
-    """Write a global model on a quantized base as one on the dequantized base.
+    """Export a global model with a quantized base as one with the dequantized base.
 
-    What is merged would not survive being quantized.
+    The merged change would not survive quantization.
     """
     from fedmomentum.global_model.dequantized_base import dequantized_base
 
@@ -334,7 +333,7 @@ def _export_dequantized(
             device=device,
             tokenizer=tokenizer,
         )
-    # The card names the base that the run had.
+    # The card names the run's own, quantized base.
     class_name = read_config(out)["architectures"][0]
     load = f"{class_name}.from_pretrained({_quoted(facts, out)})"
     write_card(model, out, "transformers", load, facts=facts, is_dequantized=True)
@@ -342,7 +341,7 @@ def _export_dequantized(
 
 
 def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype) -> float:
-    """Return the fraction of the change that is left if the weights are rounded to `dtype`."""
+    """Return the fraction of the change that survives rounding the weights to `dtype`."""
     from fedmomentum.base_model.streamed_weights import StreamedWeights
 
     share = AppliedShare()
@@ -351,7 +350,7 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
         pretrained = tuned.base_weights.pretrained(module)
         merged = tuned.base_weights.weight(module)
         effective = model.effective(module)
-        # Some rows at a time: in float64 a large matrix takes gigabytes.
+        # A block of rows at a time: in float64, a large matrix takes gigabytes.
         for first in range(0, len(merged), ROWS):
             rows = slice(first, first + ROWS)
             change = merged[rows].to(dtype).double() - pretrained[rows].to(dtype).double()
@@ -359,7 +358,7 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
     for before, after in tuned.saved:
         if not after.is_floating_point():
             continue
-        # Added tokens have no rows before.
+        # Added tokens have no rows in the base.
         start = torch.zeros_like(after)
         start[tuple(slice(0, size) for size in before.shape)] = before
         change = after.to(dtype).double() - start.to(dtype).double()
@@ -368,17 +367,17 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
 
 
 def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
-    """Return some rows of a matrix as a dense one."""
+    """Return some rows of a matrix in dense form."""
     return matrix.B[rows] @ matrix.A if isinstance(matrix, LowRank) else matrix[rows]
 
 
 def _quoted(facts: CardFacts, out: Path) -> str:
-    """Return where an export is loaded from, as it stands in a line of Python."""
+    """Return the location of an export, quoted for a line of Python."""
     return repr(facts.location or out.name)
 
 
 def _copy_tokenizer(base_directory: Path, out: Path, tokenizer: Any = None) -> None:
-    """Write a tokenizer; where none is given, the base model's."""
+    """Write a tokenizer; by default the base model's."""
     from fedmomentum.base_model.loading import load_tokenizer
 
     if tokenizer is None:

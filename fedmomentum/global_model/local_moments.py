@@ -1,6 +1,6 @@
-"""The optimizer's moments that a client keeps for itself from round to round.
+"""The optimizer moments that a client keeps for itself from round to round.
 
-They belong to the factors that the client trained. In its next round the client starts from other
+They belong to the factors that the client trained. In its next round, it starts from different
 factors, those of the global adapter; `start_moments` carries the moments over to them.
 """
 
@@ -26,10 +26,10 @@ class LocalMoments(StateFile):
 
     Attributes:
         client: The client's name.
-        run_id: The run on the wire.
-        server_round: The round of the training that left them.
-        factors: Module to the factors as the training left them, float32.
-        moments: `<module>.B` or `<module>.A` to the moments, of those that have been trained.
+        run_id: The run's identifier on the wire.
+        server_round: The round of training that produced them.
+        factors: Module to the trained factors, float32.
+        moments: `<module>.B` or `<module>.A` to the moments, for the factors that were trained.
     """
 
     KIND: ClassVar[str] = "optimizer"
@@ -46,7 +46,7 @@ class LocalMoments(StateFile):
         """Return the moments in the coordinates of the factors that the client starts from.
 
         Args:
-            live: Module to these factors, of the same rank or, after pruning, of a smaller one.
+            live: Module to these factors, with the same rank or, after pruning, a smaller one.
 
         Raises:
             ModelError: If they have other modules or shapes than those that were trained.
@@ -74,7 +74,7 @@ class LocalMoments(StateFile):
         return started
 
     def _of_module(self, module: str, rank: int) -> dict[str, Moments]:
-        """Return one module's moments, of its first components."""
+        """Return the moments of a module's first `rank` components."""
         result = {}
         if (moment := self.moments.get(f"{module}.B")) is not None:
             second = None if moment.second is None else moment.second[:, :rank]
@@ -87,7 +87,7 @@ class LocalMoments(StateFile):
     # ── files ──
 
     def encode(self) -> bytes:
-        """Return the bytes of their file, which holds a checksum of all that it says."""
+        """Return the bytes of their file, which includes a checksum of its content."""
         header = StateHeader(client=self.client, run_id=self.run_id, round=self.server_round)
         tensors = encode_moments(self.moments)
         for module, matrix in self.factors.items():
@@ -97,7 +97,7 @@ class LocalMoments(StateFile):
 
     @classmethod
     def read(cls, file: Path) -> LocalMoments:
-        """Read the moments of a file.
+        """Read the moments in a file.
 
         Raises:
             ModelError: If it is missing or damaged.
@@ -124,7 +124,7 @@ class LocalMoments(StateFile):
 def _without_factors(
     tensors: Mapping[str, Tensor], factors: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
-    """Return the tensors of the moments, and the shapes of the factors that have some."""
+    """Return the tensors of the moments, and the shapes of the factors that have moments."""
     remaining = dict(tensors)
     shapes = {}
     for module in factors:

@@ -1,4 +1,4 @@
-"""The outcome of a round's first sum, as the object that its clients are sent."""
+"""The outcome of a round's first sum, as an object that its clients are sent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Header(Schema, frozen=True, kw_only=True):
 def means_object(means: MeanMoves) -> StoredObject:
     """Return the means of the factors and the ranges of the cross terms, in float32.
 
-    `AdapterSums.mean_moves` has rounded them to it, so both sides compute with the same numbers.
+    `AdapterSums.mean_moves` has already rounded them to float32, so both sides use equal numbers.
     """
     tensors = {}
     for module, mean in means.modules.items():
@@ -40,7 +40,7 @@ def means_object(means: MeanMoves) -> StoredObject:
 
 
 def read_means(stored: StoredObject, name: str) -> MeanMoves:
-    """Read the means of an object; tensors that are trained in full are not in it.
+    """Read the means in an object, which does not include tensors trained in full.
 
     Args:
         stored: The object.
@@ -64,10 +64,10 @@ def read_means(stored: StoredObject, name: str) -> MeanMoves:
 def _mean_move(
     tensors: Mapping[str, Tensor], module: str, num_examples: int, name: str
 ) -> MeanMove:
-    """Return one module's means, checked against each other.
+    """Return one module's means, with shapes checked against each other.
 
     Raises:
-        PayloadError: If one is missing, or they do not fit.
+        PayloadError: If one is missing, or they do not fit together.
     """
     parts = {}
     for part in ("b", "a", "Q"):

@@ -1,17 +1,17 @@
 """`GlobalModel`: the versioned model that a federation trains, and its directory.
 
 The model's weight is, per module, `W = base + sum(base_update) + scaling * B A` in float32. Saving,
-loading, evaluating, exporting, resuming and sending all use this object; the adapter alone is not
-the result.
+loading, evaluating, exporting, resuming and sending all use this object, since the adapter alone is
+not the whole result.
 
 The directory (format version 3)::
 
     global_model.json       the manifest: all parts of the model, by content hash
     objects/<sha256>.safetensors
 
-A run's directory holds a manifest for every round that it keeps, `rounds/0003.json` that of round
-3, and one `objects/` for all. The fields are those of `formats.manifest`: `Manifest` on the wire,
-`ModelFile` on disk.
+A run's directory holds a manifest for every round that it keeps, such as `rounds/0003.json` for
+round 3, and one `objects/` for all. Their fields are those of `formats.manifest`: `Manifest` on the
+wire, `ModelFile` on disk.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ class GlobalModel:
 
     Attributes:
         base: The base model.
-        adapter: The live adapter, which counts with its own scaling.
-        base_update: What was merged, oldest first; order and bytes are part of the version.
-        carried: Module to the residual that the method adds to its next sum; it is no part of the
+        adapter: The live adapter, applied with its own scaling.
+        base_update: The merged parts, oldest first; order and bytes are part of the version.
+        carried: Module to the residual that the method adds to its next sum; not part of the
             effective model.
-        server_round: The number of rounds behind it; 0 is the base model with a fresh adapter.
+        server_round: The number of completed rounds; 0 is the base model with a fresh adapter.
         method: The method and its settings, as its `repr`.
         personal: The factors that the method leaves with each client, such as `B`. If there are
             any, the server's copy of them is what all clients started from (see `personal`).
         adapter_dtype: The dtype in which the adapter's factors are sent and stored; `adapter` holds
-            them as they arrive.
+            them as they arrive, in float32.
         newest: What the last round merged, even if it has been consolidated since; empty in a model
-            that was read.
+            that was read from disk.
     """
 
     base: BaseIdentity
@@ -94,7 +94,7 @@ class GlobalModel:
     def version(self) -> str:
         """The SHA-256 over the base's identity and the hashes of `base_update` in order.
 
-        Computed weights are no part of it: their last bits differ between machines.
+        Computed weights are not part of it, since their last bits differ between machines.
         """
         return version_of(self.base, [stored.name for stored in self.base_update])
 
@@ -106,7 +106,7 @@ class GlobalModel:
     # ── the round ──
 
     def with_wire_dtype(self, dtype: torch.dtype) -> GlobalModel:
-        """Return the model with factors that travel in `dtype`; for a fresh adapter, with B = 0."""
+        """Return the model with factors sent in `dtype`; for a fresh adapter, with B = 0."""
         return replace(self, adapter=roundtrip(self.adapter, dtype), adapter_dtype=dtype)
 
     def advance(
@@ -114,17 +114,18 @@ class GlobalModel:
     ) -> GlobalModel:
         """Return the next round's model: the aggregate's adapter, its residual in `base_update`.
 
-        The adapter is what arrives at the clients. If its factors travel in 16 bits, the residual
-        takes what rounding removes, `s (B A - B' A')`, of at most twice the adapter's rank.
+        The adapter is what arrives at the clients. If its factors are sent in 16 bits, what
+        rounding removes, `s (B A - B' A')` with at most twice the adapter's rank, is added to the
+        residual.
 
         Args:
-            aggregate: What the method made of the round.
+            aggregate: The method's result for the round.
             method: The method's `repr`.
             exact: Whether the method is exact; otherwise rounding is not compensated.
         """
         adapter = roundtrip(aggregate.adapter, self.adapter_dtype)
         residual = dict(aggregate.residual)
-        # What rounding takes from the adapter goes into the base.
+        # What rounding removes from the adapter goes into the base.
         if exact and adapter is not aggregate.adapter:
             for module, lost in rounding_losses(aggregate.adapter, adapter).items():
                 total: Matrix = lost
@@ -145,13 +146,13 @@ class GlobalModel:
         )
 
     def unchanged(self) -> GlobalModel:
-        """Return the next round's model after a round that gives nothing."""
+        """Return the next round's model after a round without a result."""
         return replace(self, server_round=self.server_round + 1, newest=())
 
     def _as_objects(self, residual: Mapping[str, Matrix]) -> tuple[StoredObject, ...]:
-        """Return the residual as objects: two if it ends in the first object of `base_update`.
+        """Return the residual as objects: two if it ends with the first object of `base_update`.
 
-        FRLoRA subtracts its start in every round; so the start is stored and sent once.
+        FRLoRA subtracts its start in every round, so it is stored and sent only once.
         """
         if not residual:
             return ()
@@ -186,7 +187,7 @@ class GlobalModel:
         return merged + live.dense()
 
     def merged_last(self) -> dict[str, Matrix]:
-        """Return what the last round merged, by module; nothing in a model that was read."""
+        """Return what the last round merged, by module; empty in a model read from disk."""
         return sum_objects(self.newest)
 
     # ── manifest and objects ──
@@ -210,7 +211,7 @@ class GlobalModel:
         }
 
     def objects(self) -> dict[str, bytes]:
-        """Return every object of the manifest: its bytes by its hash."""
+        """Return the bytes of every object in the manifest, keyed by hash."""
         stored_objects = [*self.base_update, *self.adapter_objects.values()]
         carried = self._carried_object()
         if carried:
@@ -232,12 +233,12 @@ class GlobalModel:
             where: What messages call the model.
 
         Raises:
-            ModelError: If it has another format or version, a field does not fit, an object does
-                not match its hash or holds other tensors than it should, or the model has another
-                version than stated.
-            PayloadError: If an object is no safetensors file.
+            ModelError: If it has another format or version, a field is invalid, an object does not
+                match its hash or holds unexpected tensors, or the model's version is not the stated
+                one.
+            PayloadError: If an object is not a safetensors file.
         """
-        # Parse: every part by its hash, checked.
+        # Parse, checking every part against its hash.
         manifest = as_manifest(manifest, where)
         fetch = checked(fetch, where)
         adapter, adapter_dtype = read_adapter_objects(manifest, fetch, where)
@@ -246,7 +247,7 @@ class GlobalModel:
         changes = (*base_update, carried) if carried else base_update
         check_changes(changes, adapter, where)
 
-        # Assemble, and compare the version with the one that is stated.
+        # Assemble, and compare the version with the stated one.
         model = cls(
             base=BaseIdentity.of(manifest.base),
             adapter=adapter,
@@ -270,7 +271,7 @@ class GlobalModel:
         """Write the model to a directory: objects first, the manifest last, each atomically.
 
         Raises:
-            ModelError: If a number is not finite; nothing is written then.
+            ModelError: If a number is not finite; nothing is written.
         """
         self.check_finite()
         directory = Path(directory)
@@ -280,7 +281,7 @@ class GlobalModel:
         write_json(directory / MANIFEST, with_checksum({**self.manifest(), "sizes": sizes}))
 
     def check_finite(self, known: Collection[str] = ()) -> None:
-        """Refuse a model that holds NaN or Inf, which could not be read again.
+        """Refuse a model that holds NaN or Inf, since it could not be read again.
 
         Args:
             known: Hashes of merged objects that were checked before.
@@ -302,8 +303,8 @@ class GlobalModel:
         """Read a saved global model, or a round of a run.
 
         Args:
-            directory: It holds `global_model.json`, or is a run's directory with `rounds/`.
-            server_round: Of a run: a number, `last` or `best`.
+            directory: A directory with `global_model.json`, or a run's directory with `rounds/`.
+            server_round: For a run: a number, `last` or `best`.
 
         Raises:
             ModelError: If there is no model, the round is not kept, or a file is damaged; if
@@ -338,7 +339,7 @@ class GlobalModel:
 
 
 def object_names(manifest: Manifest | Mapping[str, Any]) -> set[str]:
-    """Return the hashes of the objects that a client needs of a manifest.
+    """Return the hashes of the objects in a manifest that a client needs.
 
     Raises:
         ModelError: If the manifest is not valid.
@@ -347,9 +348,9 @@ def object_names(manifest: Manifest | Mapping[str, Any]) -> set[str]:
 
 
 def version_of(base: BaseIdentity, names: Sequence[str]) -> str:
-    """Return the version of a base model with a `base_update` of these hashes."""
+    """Return the version of a base model with a `base_update` that has these hashes."""
     base_name = base.sha256 or f"{base.name}@{base.revision}"
-    # The labels decide what the outputs of a classifier mean; they cannot be taken for a hash.
+    # Labels define what a classifier's outputs mean; the prefix keeps them distinct from hashes.
     labels = [f"label {label!r}" for label in base.labels]
     quantization = [f"quantization {base.quantization}"] if base.quantization else []
     return sha256("\n".join([base_name, *labels, *quantization, *names]).encode())

@@ -1,8 +1,8 @@
-"""Write a model of streamed parameters as transformers does, one shard in memory at a time.
+"""Write a model of streamed parameters as transformers does, with one shard in memory at a time.
 
-`save_pretrained` would read all parameters before it writes the first: what transformers changes on
-loading (joined experts, renamed tensors) it changes back for the whole model at once. Here the same
-functions of transformers get tensors without data, which only record what is done with them.
+`save_pretrained` would read all parameters before writing the first: whatever transformers changes
+on loading (fused experts, renamed tensors), it changes back for the whole model at once. Here, the
+same transformers functions receive tensors without data, which only record the operations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedmomentum.utils.io import write_json
 
 CPU = torch.device("cpu")
 SHARD_BYTES = 2**29
-"""Of weights in one file, unless a single one is larger."""
+"""Bytes of weights in one file, unless a single one is larger."""
 
 
 # ── in the dtype of the files ─────────────────────────────────────────────────────────────────────
@@ -35,7 +35,7 @@ SHARD_BYTES = 2**29
 def _stored_tensors(model: Any) -> list[tuple[str, Tensor]]:
     """Return the floating-point tensors that are written to disk, each once.
 
-    Buffers that the model computes when it is loaded are not among them.
+    This excludes buffers that the model computes on loading.
     """
     persistent = model.state_dict().keys()
     tensors = []
@@ -70,7 +70,7 @@ def round_weights(model: Any, dtype: torch.dtype) -> None:
 def save_model(model: Any, base_directory: Path, out: Path, dtype: torch.dtype) -> None:
     """Write the rounded model in `dtype`, with the base model's generation settings.
 
-    It is of no use afterwards.
+    The model in memory is unusable afterwards.
     """
     if getattr(model.config, "auto_map", None) is not None:
         del model.config.auto_map  # it names code in the base's directory, which is not copied
@@ -78,9 +78,9 @@ def save_model(model: Any, base_directory: Path, out: Path, dtype: torch.dtype) 
     settings = base_directory / "generation_config.json"
     has_settings = model.can_generate() and settings.is_file()
     if has_settings:
-        # transformers refuses to write the settings of some base models; so they are copied.
+        # transformers refuses to write the settings of some base models, so they are copied.
         model.generation_config = type(model.generation_config)()
-    # The configuration alone; then the weights.
+    # First only the configuration, then the weights.
     model.save_pretrained(out, state_dict={})
     _write_weights(model, out)
     if has_settings:
@@ -88,7 +88,7 @@ def save_model(model: Any, base_directory: Path, out: Path, dtype: torch.dtype) 
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Let every tensor that `dtype` holds exactly be in it; others are kept in float32 on disk."""
+    """Cast every tensor that `dtype` can represent exactly; others stay in float32 on disk."""
     streamed: dict[int, nn.Parameter] = {}
     for _, tensor in _stored_tensors(model):
         if isinstance(tensor, StreamedTensor):
@@ -113,8 +113,8 @@ def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
 class RecordedTensor(Tensor):
     """A tensor without data: its shape, and how to compute it.
 
-    Operations on it give recorded tensors too. An operation that would change another tensor by it
-    is computed at once.
+    Operations on it return recorded tensors, too. An operation that uses it to change another
+    tensor is computed at once.
 
     Args:
         shaped: A tensor on the meta device, of the same shape and dtype.
@@ -130,7 +130,7 @@ class RecordedTensor(Tensor):
     def __new__(
         cls, shaped: Tensor, compute: Callable[[], Tensor], sources: tuple[str, ...]
     ) -> RecordedTensor:
-        """Make a tensor that has a shape and a dtype, and no data."""
+        """Create a tensor with a shape and a dtype but no data."""
         tensor: RecordedTensor = Tensor._make_wrapper_subclass(
             cls, shaped.shape, strides=shaped.stride(), dtype=shaped.dtype, device=CPU
         )
@@ -171,7 +171,7 @@ class RecordedTensor(Tensor):
         shaped = func(*shaped_args, **shaped_kwargs)
         if isinstance(shaped, Tensor):
             return cls(shaped, run, sources)
-        # Of several results, each is computed by itself.
+        # If there are several results, each is computed separately.
         return type(shaped)(
             cls(part, lambda index=index: run()[index], sources)  # type: ignore[misc]
             for index, part in enumerate(shaped)
@@ -179,12 +179,12 @@ class RecordedTensor(Tensor):
 
 
 def _shaped(tensor: Tensor) -> Tensor:
-    """Return a tensor's shape and dtype, as a tensor on the meta device."""
+    """Return a meta tensor with a tensor's shape and dtype."""
     return tensor.shaped if isinstance(tensor, RecordedTensor) else tensor.to("meta")
 
 
 class _Reader:
-    """Reads parameters; the last one is kept, since a stack of experts is written expert by expert.
+    """Reads parameters and keeps the last one, as a stack of experts is written one by one.
 
     Args:
         parameters: The tensors of a model, by name.
@@ -195,7 +195,7 @@ class _Reader:
         self._last: tuple[str, Tensor] | None = None
 
     def recorded(self, name: str) -> Tensor:
-        """Return a tensor as one that is not read yet."""
+        """Return a recorded tensor for a parameter, which is not read yet."""
         tensor = self._parameters[name]
         shaped = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return RecordedTensor(shaped, lambda: self._read(name), (name,))
@@ -214,7 +214,7 @@ class _Reader:
 
 
 def _write_weights(model: Any, out: Path) -> None:
-    """Write the weights of a model into a directory, under the names that checkpoints have.
+    """Write the weights of a model into a directory, under the names used in checkpoints.
 
     Args:
         model: A transformers model, whose parameters may be streamed.
@@ -226,7 +226,8 @@ def _write_weights(model: Any, out: Path) -> None:
     state = model.state_dict()
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    # Of tied weights, one is stored. Without data, transformers finds them by the live parameters.
+    # Store one of each group of tied weights. For tensors without data, transformers finds ties in
+    # the live parameters.
     shaped = {}
     for name, tensor in state.items():
         shaped[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -235,7 +236,7 @@ def _write_weights(model: Any, out: Path) -> None:
     reader = _Reader(state)
     recorded = {name: reader.recorded(name) for name in names}
     stored: dict[str, Any] = revert_weight_conversion(model, recorded)
-    # What is made of the same parameter is written together.
+    # Write tensors that come from the same parameter together.
     positions = {name: position for position, name in enumerate(names)}
     stored = dict(sorted(stored.items(), key=lambda item: _position(item[1], positions)))
     num_bytes = sum(tensor.nbytes for tensor in stored.values())
@@ -254,7 +255,7 @@ def _write_weights(model: Any, out: Path) -> None:
 
 
 def _split(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names of tensors file by file, in their order."""
+    """Return the names of tensors grouped by file, in their order."""
     shards: list[list[str]] = [[]]
     num_bytes = 0
     for name, tensor in tensors.items():
@@ -267,7 +268,7 @@ def _split(tensors: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _computed(tensor: Tensor) -> Tensor:
-    """Return the data of a tensor, contiguous and shared with no other one."""
+    """Return the data of a tensor, contiguous and not shared with any other."""
     data = tensor.compute() if isinstance(tensor, RecordedTensor) else tensor
     if data._is_view():
         return data.clone(memory_format=torch.contiguous_format)
@@ -275,6 +276,6 @@ def _computed(tensor: Tensor) -> Tensor:
 
 
 def _position(tensor: Tensor, positions: Mapping[str, int]) -> int:
-    """Return the place of the first parameter that a stored tensor is made of."""
+    """Return the position of the first parameter that a stored tensor is computed from."""
     sources = tensor.sources if isinstance(tensor, RecordedTensor) else ()
     return min((positions[name] for name in sources), default=len(positions))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedmomentum.linalg.matrix import Matrix
 
 
-# The largest object that is read if its size is not known; no model has so large a matrix.
+# The largest object that is read if its size is unknown; no model has such large matrices.
 MAX_OBJECT_BYTES = 2**40
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
@@ -32,7 +32,7 @@ def object_file(directory: Path, name: str) -> Path:
     """Return the file of an object.
 
     Raises:
-        ModelError: If `name` is no SHA-256; it could otherwise hold a path.
+        ModelError: If `name` is not a SHA-256; otherwise, it could contain a path.
     """
     check_name(name)
     return directory / "objects" / f"{name}.safetensors"
@@ -49,7 +49,7 @@ def check_name(name: Any) -> None:
 
 
 def save_objects(objects: Mapping[str, bytes], directory: Path) -> None:
-    """Write the objects that are missing or damaged; their bytes by their hash."""
+    """Write the given objects, bytes keyed by hash, that are missing or damaged on disk."""
     (directory / "objects").mkdir(parents=True, exist_ok=True)
     for name, data in objects.items():
         file = object_file(directory, name)
@@ -61,9 +61,9 @@ def read_object(directory: Path, name: str, size: int | None = None) -> bytes:
     """Return the bytes of an object, checked against its hash.
 
     Args:
-        directory: It holds `objects/`.
+        directory: The directory that holds `objects/`.
         name: The SHA-256 of the bytes.
-        size: The number of bytes if known; a file of another size is refused without reading it.
+        size: The number of bytes, if known; a file of another size is refused without reading it.
 
     Raises:
         MissingObject: If there is no such file.
@@ -138,14 +138,14 @@ class StoredObject:
             MissingObject: If it is missing or damaged.
         """
         stored = cls(read_object(directory, name, size))
-        stored.__dict__["name"] = name  # read_object has compared the hash with it
+        stored.__dict__["name"] = name  # read_object has already verified the hash
         return stored
 
     @classmethod
     def of(cls, matrices: Mapping[str, Matrix]) -> StoredObject:
         """Return the object of these matrices, cast to float32."""
         tensors = {}
-        # On the CPU and in float32, so that the bytes depend on the values alone.
+        # On the CPU and in float32, so that the bytes depend only on the values.
         for module, matrix in matrices.items():
             if isinstance(matrix, LowRank):
                 tensors[f"{module}.B"] = matrix.B.to(torch.float32).cpu()
@@ -156,17 +156,17 @@ class StoredObject:
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """Module to its matrix, `(out, in)`: views of the bytes, which must not be written to.
+        """Module to its matrix, `(out, in)`: views of the bytes, which must not be modified.
 
         Raises:
-            PayloadError: If the bytes are no safetensors file.
-            ModelError: If tensors are not of the form above, or not finite.
+            PayloadError: If the bytes are not a safetensors file.
+            ModelError: If tensors do not have the form above, or are not finite.
         """
         name = f"object {self.name[:16]}"
         tensors = view_safetensors(self.data, name)
         for key, tensor in tensors.items():
             check_matrix(tensor, f"{name}: tensor {key}")
-        # Sorted, A comes before B: a pair is read at its A, and its B is only checked.
+        # In sorted order, A comes before B: pairs are read at their A; a B is only checked.
         matrices: dict[str, Matrix] = {}
         for key in sorted(tensors):
             module, _, kind = key.rpartition(".")
@@ -194,7 +194,7 @@ class StoredObject:
 
 
 def check_matrix(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor that is no finite float32 matrix.
+    """Refuse a tensor that is not a finite float32 matrix.
 
     Raises:
         ModelError: If it is not; the message begins with `name`.

@@ -1,4 +1,4 @@
-"""The parts of a global model: its adapter as objects, and the checks of parts that were read."""
+"""The parts of a global model: its adapter as objects, and checks of parts that were read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER_TITLE = "global adapter"
-# From the hash of an object to the object.
+# Maps the hash of an object to the object.
 Fetch = Callable[[str], StoredObject]
 
 
@@ -31,11 +31,11 @@ Fetch = Callable[[str], StoredObject]
 def adapter_objects(adapter: Adapter, dtype: torch.dtype) -> dict[str, StoredObject]:
     """Return an adapter as the objects that are sent and stored.
 
-    They are apart, so that a factor that did not change is not sent again.
+    Factors are separate objects, so that one that did not change is not sent again.
 
     Args:
         adapter: The adapter.
-        dtype: The dtype in which factors travel.
+        dtype: The dtype in which factors are sent.
 
     Returns:
         `A` for all factors A, `B` for all factors B, and `saved` for fully trained tensors.
@@ -60,8 +60,8 @@ def split_adapter(
     """Return an adapter's modules and its saved tensors, from float32 tensors under PEFT's names.
 
     Raises:
-        ModelError: If a factor comes without the other, they do not fit each other, or a number is
-            not finite.
+        ModelError: If a factor is missing, two factors do not fit together, or a number is not
+            finite.
     """
     for key, tensor in tensors.items():
         _check_adapter_tensor(key, tensor, tensors, where)
@@ -75,7 +75,7 @@ def read_adapter_objects(
     manifest: Manifest, fetch: Fetch, where: str
 ) -> tuple[Adapter, torch.dtype]:
     """Return the adapter in float32, and the dtype in which its factors are stored."""
-    # Its factors are in up to three objects, and in 16 bits if the run sends them so.
+    # Its tensors are in up to three objects, with factors in 16 bits if the run sends them so.
     tensors: dict[str, Tensor] = {}
     for name in manifest.adapter.names:
         part = read_safetensors(fetch(name).data, where)[0]
@@ -125,7 +125,7 @@ def _check_adapter_tensor(
 
 
 def checked(fetch: Fetch, where: str) -> Fetch:
-    """Return `fetch` with a check that an object has the requested hash."""
+    """Wrap `fetch` with a check that an object has the requested hash."""
 
     def fetch_checked(name: str) -> StoredObject:
         stored = fetch(name)
@@ -139,7 +139,7 @@ def checked(fetch: Fetch, where: str) -> Fetch:
 
 
 def check_changes(objects: Sequence[StoredObject], adapter: Adapter, where: str) -> None:
-    """Refuse objects that change anything but the adapter's modules, in their shapes."""
+    """Refuse objects that change anything but the adapter's modules, or with other shapes."""
     for stored in objects:
         for module, matrix in stored.matrices.items():
             wanted = adapter.modules[module].shape if module in adapter.modules else None

@@ -1,7 +1,7 @@
-"""The factors that a client keeps for itself, and the model that they make with the global part.
+"""The factors that a client keeps for itself.
 
 Some methods share one factor and leave the other with each client (`Method.personal_factors`). Such
-a run has no one global model, but one model per client. A client's own factors are state that it
+a run has no single global model, but one model per client. A client's own factors are state that it
 carries from round to round; see `client_state` for their files.
 """
 
@@ -23,7 +23,7 @@ from fedmomentum.utils.schema import PositiveCount
 
 
 class _Header(StateHeader, frozen=True, kw_only=True):
-    """What a file says of itself."""
+    """The header of a file."""
 
     rank: PositiveCount
     scaling: Annotated[float, Meta(gt=0)]
@@ -36,11 +36,12 @@ class PersonalFactors(StateFile):
 
     Attributes:
         client: The client's name.
-        run_id: The run on the wire.
-        server_round: The round of the training that left them.
+        run_id: The run's identifier on the wire.
+        server_round: The round of training that produced them.
         rank: The client's rank in that round.
         scaling: The client's `lora_alpha / rank`.
-        mixed: Whether the clients' ranks differ, so that all start in one gauge (`client_start`).
+        mixed: Whether the clients' ranks differ, so that all start in the same gauge
+            (`client_start`).
         tensors: `<module>.B` or `<module>.A` to the factor, float32, for each module that the
             client adapts.
     """
@@ -64,8 +65,8 @@ class PersonalFactors(StateFile):
         Args:
             live: `<module>.B` or `<module>.A` to the live tensor, for each factor that stays with
                 the client.
-            rank: The client's rank now.
-            scaling: Its scaling now.
+            rank: The client's current rank.
+            scaling: The client's current scaling.
 
         Raises:
             ModelError: If they have other modules, shapes, rank or scaling than the live adapter,
@@ -91,7 +92,7 @@ class PersonalFactors(StateFile):
     # ── files ──
 
     def encode(self) -> bytes:
-        """Return the bytes of their file, which holds a checksum of all that it says."""
+        """Return the bytes of their file, which includes a checksum of its content."""
         header = _Header(
             client=self.client,
             run_id=self.run_id,
@@ -104,7 +105,7 @@ class PersonalFactors(StateFile):
 
     @classmethod
     def read(cls, file: Path) -> PersonalFactors:
-        """Read the factors of a file.
+        """Read the factors in a file.
 
         Raises:
             ModelError: If it is missing or damaged.
@@ -126,16 +127,16 @@ def personal_states(store: Path, run_id: str) -> ClientStateFiles[PersonalFactor
 
     Args:
         store: The run's directory, or a client's private store.
-        run_id: The run on the wire.
+        run_id: The run's identifier on the wire.
     """
     return ClientStateFiles(store, run_id, PersonalFactors)
 
 
 def check_factor(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
-    """Refuse a factor of another shape or dtype, or one that is not finite.
+    """Refuse a factor that has another shape or dtype, or is not finite.
 
     Raises:
-        ModelError: If it is one of these; the message begins with `name`.
+        ModelError: If it is refused; the message begins with `name`.
     """
     if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Check that an export is the run's model: stock libraries load it, its logits are compared."""
+"""Check that an export reproduces the run's model: load it with stock libraries, compare logits."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fedmomentum.base_model.load_checks import max_positions, vocabulary_size
 from fedmomentum.errors import ModelError
 from fedmomentum.utils.modules import compute_logits
 
-# Enough for attention to matter, and few enough for any model's positions.
+# Enough for attention to matter, and few enough for any model's context.
 NUM_TOKENS = 16
-# The largest difference of an export's logits in that dtype from the run's, relative to their norm.
+# The largest difference of an export's logits in each dtype from the run's, relative to their norm.
 #
-# In float32 only the order of sums differs. In 16 bits the weights themselves are rounded, and this
-# bounds what that may do to the model; that nothing but rounding happened is checked to float32's
-# tolerance.
+# In float32, only the order of sums differs. In 16 bits the weights themselves are rounded, and
+# this bounds the effect of that; a separate check with float32's tolerance ensures that nothing but
+# rounding happened.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-# Logits of a smaller norm are zero; the difference is then not divided by it.
+# Lower bound on the norm that differences are divided by, in case all logits are zero.
 SMALLEST_NORM = 1e-12
 
 
 def probe_tokens(model: Any) -> Tensor:
-    """Return one row of tokens that the model can embed; always the same."""
+    """Return one fixed row of tokens that the model can embed."""
     positions, _ = max_positions(model)
     num_tokens = min(NUM_TOKENS, positions or NUM_TOKENS)
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def probe_tokens(model: Any) -> Tensor:
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
     """Return the model's logits in float64 on the CPU, minus their mean over the vocabulary.
 
-    A constant added to all logits of a position changes no probability.
+    Adding a constant to all logits of a position does not change any probability.
     """
     with translate_library_errors("the model cannot compute", {}), torch.no_grad():
         logits = compute_logits(model, tokens).double().cpu()
@@ -55,7 +55,7 @@ def check_logits(logits: Tensor, expected: Tensor, dtype: torch.dtype, what: str
     Args:
         logits: The logits of the exported model.
         expected: The logits of the run's model.
-        dtype: It decides the tolerance.
+        dtype: The dtype that determines the tolerance.
         what: The beginning of the message.
 
     Returns:
@@ -86,14 +86,14 @@ def check_logits(logits: Tensor, expected: Tensor, dtype: torch.dtype, what: str
 def written_aside(out: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `out` if the block succeeds.
 
-    It is removed otherwise, so an interrupted export leaves nothing under the requested name.
+    Otherwise it is removed, so an interrupted export leaves nothing under the requested name.
     """
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.incomplete")
     if target.is_dir() and not os.access(target.parent, os.W_OK):
         temporary = target / temporary.name
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
     temporary.mkdir()
     try:
         yield temporary
@@ -104,7 +104,7 @@ def written_aside(out: Path) -> Iterator[Path]:
 
 
 def _move(temporary: Path, target: Path) -> None:
-    """Rename a directory, also over an empty one; entry by entry if that is a mount point."""
+    """Rename a directory, replacing an empty one; if that fails, move its entries one by one."""
     try:
         temporary.replace(target)
     except OSError:
@@ -116,7 +116,7 @@ def _move(temporary: Path, target: Path) -> None:
                 f"{target} was empty when the export began and now holds {others[0]}; nothing was "
                 "exported"
             ) from None
-        # A directory without its configuration is no model and no adapter: that is moved last.
+        # Move the configuration last: without it, a directory is not a model or adapter.
         files = sorted(temporary.iterdir(), key=lambda file: file.name.endswith("config.json"))
         for file in files:
             shutil.move(file, target / file.name)
@@ -124,7 +124,7 @@ def _move(temporary: Path, target: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush a directory, all its files and its parent's entry to the disk."""
+    """Flush a directory, all its files and its parent's entry to disk."""
     for path in [*directory.rglob("*"), directory, directory.parent]:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,9 +1,9 @@
-"""The optimizer's moments that all clients of a round start from, as an object and in replies.
+"""The optimizer moments that all clients of a round start from, as an object and in replies.
 
 Tensors are named `<module>.<factor>.<part>`, where the factor is `B` or `A` and the parts are
-`first`, `step`, and of the second moment either its means, `rows` and `columns`, or all of it,
-`second`. With means, everything but the step travels in bfloat16, which has float32's exponents and
-three digits; moments in full travel in float32.
+`first`, `step`, and for the second moment either its means, `rows` and `columns`, or all of it,
+`second`. With means, everything but the step is sent in bfloat16, which has float32's exponent
+range and three digits; full moments are sent in float32.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class SharedMoments:
 
     Attributes:
         moments: `<module>.<factor>` to its moments, for the factors that have been trained.
-        is_full: Whether the second moments travel in full, or as means of rows and columns.
+        is_full: Whether second moments are sent in full, or as means of rows and columns.
     """
 
     moments: Mapping[str, Moments]
     is_full: bool
 
     def of_module(self, module: str) -> dict[str, Moments]:
-        """Return `B` and `A` of one module to their moments, of those that there are."""
+        """Return the moments of one module, keyed by `B` and `A`, as far as there are any."""
         keys = {kind: f"{module}.{kind}" for kind in "BA"}
         return {kind: self.moments[key] for kind, key in keys.items() if key in self.moments}
 
@@ -49,12 +49,12 @@ class SharedMoments:
 
     @classmethod
     def read(cls, stored: StoredObject, shapes: Shapes, *, is_full: bool) -> SharedMoments:
-        """Read the moments of an object.
+        """Read the moments in an object.
 
         Args:
             stored: The object.
             shapes: The factors that may have moments.
-            is_full: Whether the second moments are there in full.
+            is_full: Whether it holds second moments in full.
 
         Raises:
             PayloadError: If it holds anything else; the message names the tensor.
@@ -71,7 +71,7 @@ class SharedMoments:
 
 
 def encode_moments(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return the tensors of moments in full, in float32."""
+    """Return the tensors of full moments, in float32."""
     tensors = {}
     for key, moment in moments.items():
         tensors[f"{key}.first"] = moment.first.to(torch.float32).cpu()
@@ -90,7 +90,7 @@ def decode_moments(tensors: Mapping[str, Tensor], shapes: Shapes, name: str) -> 
         name: What messages call the sender.
 
     Raises:
-        PayloadError: If a tensor is missing, unexpected, of another form, or out of range.
+        PayloadError: If a tensor is missing, unexpected, malformed, or out of range.
     """
     parts = _Parts(tensors, name)
     moments = {}
@@ -108,7 +108,7 @@ def decode_moments(tensors: Mapping[str, Tensor], shapes: Shapes, name: str) -> 
 
 
 def encode_means(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return the means of the second moments' rows and columns, in 16 bits; nothing for SGD."""
+    """Return the row and column means of second moments, in 16 bits; nothing for SGD."""
     tensors = {}
     for key, moment in moments.items():
         if moment.second is not None:
@@ -129,7 +129,7 @@ def decode_means(
         name: What messages call the sender.
 
     Raises:
-        PayloadError: If a tensor is missing, unexpected, of another form, or out of range.
+        PayloadError: If a tensor is missing, unexpected, malformed, or out of range.
     """
     parts = _Parts(tensors, name)
     means = {}
@@ -166,7 +166,7 @@ def _decode_factored(
 
 
 class _Parts:
-    """Takes tensors by name, each once, and checks its form."""
+    """Takes tensors by name, checks their form, and tracks which were taken."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         self._tensors = tensors
@@ -176,10 +176,10 @@ class _Parts:
     def take(
         self, key: str, shape: tuple[int, ...], dtype: torch.dtype, least: float | None = None
     ) -> Tensor:
-        """Return a finite tensor of this form.
+        """Return a tensor with this shape and dtype, checked to be finite.
 
         Raises:
-            PayloadError: If it is missing or of another form, or an element is below `least`.
+            PayloadError: If it is missing or malformed, or an element is below `least`.
         """
         tensor = self._tensors.get(key)
         wanted = f"{tuple(shape)} in {dtype}"
@@ -197,7 +197,7 @@ class _Parts:
         return tensor
 
     def take_means(self, key: str, shape: tuple[int, int]) -> SecondMomentMeans:
-        """Return the means of rows and columns of a second moment, in float32."""
+        """Return the row and column means of a second moment, in float32."""
         rows = self.take(f"{key}.rows", shape[:1], WIRE_DTYPE, least=0.0)
         columns = self.take(f"{key}.columns", shape[1:], WIRE_DTYPE, least=0.0)
         return SecondMomentMeans(rows.to(torch.float32), columns.to(torch.float32))

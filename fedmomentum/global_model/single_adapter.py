@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def to_single_adapter(model: GlobalModel) -> Adapter:
-    """Return the whole model as one LoRA adapter of scaling 1.
+    """Return the whole model as one LoRA adapter with scaling 1.
 
-    Per module it has the smallest rank that represents `base_update + s B A`.
+    Each module has the smallest rank that represents `base_update + s B A`.
     """
     modules = {}
     for module in model.adapter.modules:
@@ -33,7 +33,7 @@ def to_single_adapter(model: GlobalModel) -> Adapter:
 
 
 def _factorize(matrix: Matrix) -> LowRank:
-    """Return factors of the smallest rank, but at least 1: PEFT does not allow rank 0."""
+    """Return factors of the smallest rank, but at least 1, since PEFT does not allow rank 0."""
     if isinstance(matrix, LowRank):
         factors = matrix.recompress()
     else:

@@ -1,4 +1,4 @@
-"""A run that begins with an adapter: `lora.start-from`."""
+"""Starting a run from an existing adapter: `lora.start-from`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> GlobalModel:
     """Return the model of round 0 with the whole product of an adapter added to it.
 
-    An adapter of the run's rank is continued as it is. One of lower rank gets the last rows of the
-    fresh adapter's A, with zeros in B; of one of higher rank the leading directions are continued
-    and the base takes the others.
+    An adapter of the run's rank is continued as it is. One of lower rank is padded with the last
+    rows of the fresh adapter's A, and zeros in B. One of higher rank is continued in its leading
+    directions, and the others are merged into the base.
 
     Args:
         model: The base model with the adapter that the method starts from.
         given: The adapter to begin with.
-        is_merged: Whether the base takes all of it, because the method starts from an adapter of
-            its own.
+        is_merged: Whether all of it is merged into the base, because the method starts from its own
+            adapter.
 
     Raises:
-        AdapterError: If the adapter changes what the run does not adapt, or has another shape.
+        AdapterError: If the adapter changes modules that the run does not adapt, or shapes differ.
     """
     check_fits(model.adapter, given)
     check_size(given)
@@ -54,7 +54,7 @@ def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> Global
     }
     adapter = replace(model.adapter, modules=modules, saved=saved, name=ADAPTER_TITLE)
 
-    # Where factors travel in 16 bits, the base takes what rounding removes.
+    # If factors are sent in 16 bits, merge what rounding removes into the base.
     rounded = roundtrip(adapter, model.adapter_dtype)
     if rounded is not adapter:
         for module, lost in rounding_losses(adapter, rounded).items():
@@ -65,7 +65,7 @@ def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> Global
 
 
 def _divide(matrix: LowRank, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
-    """Return factors of the rank of `fresh`, and the rest of a matrix of higher rank."""
+    """Return factors with the rank of `fresh`, and the rest of a matrix of higher rank."""
     missing = fresh.rank - matrix.rank
     if missing < 0:
         return matrix.to(torch.float64).canonical().split_rank(fresh.rank)
@@ -76,10 +76,10 @@ def _divide(matrix: LowRank, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
 
 
 def check_fits(own_adapter: Adapter, given: Adapter) -> None:
-    """Refuse an adapter that does not belong to the modules of the run.
+    """Refuse an adapter that does not fit the run's modules.
 
     Args:
-        own_adapter: The run's adapter; its tensors need no values.
+        own_adapter: The run's adapter; its tensors need not have values.
         given: The adapter to begin with.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The files of client state: tensors, and a header with a checksum of all that the file says."""
+"""The files of client state: tensors, and a header with a checksum of the file's content."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedmomentum.utils.tensors import read_metadata, read_safetensors, safetenso
 
 
 class StateHeader(Schema, frozen=True, kw_only=True):
-    """What every file of client state says of itself.
+    """The header of every file of client state.
 
     Attributes:
         client: The client's name.
-        run_id: The run on the wire.
-        round: The round of the training after which it was saved.
+        run_id: The run's identifier on the wire.
+        round: The round of training after which it was saved.
         sha256: The checksum; None while it is computed.
     """
 
@@ -39,7 +39,7 @@ class StateFile:
     """What every kind of client state has in common: how its files name the client.
 
     Attributes:
-        KEY: The key of the one pair of metadata in a file.
+        KEY: The key of the only metadata entry in a file.
         HEADER: The type of the header.
     """
 
@@ -60,7 +60,7 @@ def encode_state(key: str, header: StateHeader, tensors: Mapping[str, Tensor]) -
     """Return the bytes of a file.
 
     Args:
-        key: The key of the one pair of metadata.
+        key: The key of the only metadata entry.
         header: The header, without a checksum.
         tensors: The state.
     """
@@ -75,7 +75,7 @@ def read_state(
 
     Args:
         file: The file.
-        key: The key of the one pair of metadata.
+        key: The key of the only metadata entry.
         header_type: The type of the header.
         title: What messages call the state, such as `own factors`.
 
@@ -102,7 +102,7 @@ def read_header(file: Path, key: str, header_type: type[H]) -> H:
 
     Raises:
         ModelError: If the file is missing or its header is damaged.
-        FedMomentumError: If it is no safetensors file.
+        FedMomentumError: If it is not a safetensors file.
     """
     try:
         if not file.is_file():
@@ -118,6 +118,6 @@ def _json(header: StateHeader) -> str:
 
 
 def _digest(header: StateHeader, tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash over everything that a file says, except the hash."""
+    """Return a hash over everything in a file except the hash itself."""
     unsigned = msgspec.structs.replace(header, sha256=None)
     return sha256(_json(unsigned).encode() + safetensors_bytes(tensors))

@@ -22,6 +22,6 @@ def client_states(store: Path, run_id: str) -> list[ClientStateFiles[Any]]:
 
     Args:
         store: The run's directory, or a client's private store.
-        run_id: The run on the wire.
+        run_id: The run's identifier on the wire.
     """
     return [ClientStateFiles(store, run_id, state_type) for state_type in STATE_TYPES]

@@ -1,7 +1,7 @@
-"""`TunedModel`: a plain transformers model that can be set to a global model and back.
+"""`TunedModel`: a plain transformers model that can be switched to a global model and back.
 
-The one place where merged parts, adapter and fully trained modules come together on a plain model:
-exports, `evaluate` and `generate` all use it.
+Exports, `evaluate` and `generate` all use it to combine merged parts, adapter and fully trained
+modules on a plain model.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class _Slot:
     tuned: Tensor
 
     def put(self, tensor: Tensor) -> None:
-        """Place a tensor here; other modules that share the present one keep it."""
+        """Put a tensor in this place; other modules that share the present one keep it."""
         if self.name in self.owner._parameters:
             table: dict[str, Any] = self.owner._parameters
         else:
             table = self.owner._buffers
         table[self.name] = tensor
         if self.name == "weight":
-            # What such modules say about their own size.
+            # Keep the module's own record of its size up to date.
             if isinstance(self.owner, nn.Embedding):
                 self.owner.num_embeddings = tensor.shape[0]
             elif isinstance(self.owner, nn.Linear):
@@ -64,26 +64,25 @@ class _Slot:
 
 
 class TunedModel:
-    """A base model that can be the global model: merged parts, adapter, fully trained modules.
+    """A base model that can become the global model: merged parts, adapter, fully trained modules.
 
-    A fully trained module has a tensor of its own. So a head that is tied to the embeddings is
-    untied while the model is tuned, and the embeddings keep theirs, as in training. Embeddings that
-    were trained after tokens were added have more rows than the base's; the model then has as many
-    tokens as they have.
+    A fully trained module has its own tensor. So a head that is tied to the embeddings is untied
+    while the model is tuned, and the embeddings keep theirs, as in training. If tokens were added
+    before training, trained embeddings have more rows than the base's; the tuned model's vocabulary
+    grows accordingly.
 
     Args:
-        base: The base model as `load_base` returns it. Its adapted modules are held by this from
-            now on.
+        base: The base model as `load_base` returns it. From now on, this object holds the weights
+            of its adapted modules.
         directory: The base model's directory.
         model: The global model.
-        tied: The base's `tied_names` at loading, if its modules were untied since.
-        holding: How its adapted modules are held, see `hold_weights`.
+        tied: The base's `tied_names` at loading, if its modules have been untied since.
+        holding: How its adapted modules are held; see `hold_weights`.
 
     Raises:
-        ModelError: If an adapted module is missing in the base, or has another weight than its
-            directory.
-        AdapterError: If a fully trained tensor has no place in the model, another shape, or is not
-            finite; or if the adapter's products are beyond float32.
+        ModelError: If the base lacks an adapted module, or its weight is not that in the directory.
+        AdapterError: If a fully trained tensor has no place in the model, a different shape, or is
+            not finite; or if the adapter's products overflow float32.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class TunedModel:
         self._neighbor_slots = self._make_neighbor_slots(adapter.saved)
         tied = tied_names(base) if tied is None else tied
         self.base_weights = hold_for_use(layers, directory, holding=holding, model=base, tied=tied)
-        # The adapter is added like any other part, as the last one.
+        # The adapter is added like any other part, and last.
         self._base_update = model.base_update
         self._live = StoredObject.of({m: adapter.effective(m) for m in adapter.modules})
 
@@ -120,10 +119,10 @@ class TunedModel:
     # ── slots ──
 
     def _slot(self, name: str, tensor: Tensor, adapted: Collection[str]) -> _Slot:
-        """Find the place of a fully trained tensor.
+        """Find the place for a fully trained tensor.
 
         Raises:
-            AdapterError: If it has none, or does not fit.
+            AdapterError: If there is none, or the tensor does not fit.
         """
         path, _, leaf = name.rpartition(".")
         if name in adapted:
@@ -153,7 +152,7 @@ class TunedModel:
         return _Slot(owner, leaf, live, tuned)
 
     def _find(self, path: str, leaf: str) -> tuple[nn.Module | None, Tensor | None]:
-        """Return the module at a path and its parameter or buffer of a name; None if missing."""
+        """Return the module at a path and its named parameter or buffer; None if missing."""
         try:
             owner = self.base.get_submodule(path)
         except AttributeError:
@@ -177,14 +176,14 @@ class TunedModel:
 
     @property
     def saved(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The fully trained tensors, by sorted name: of the base model and of the global model."""
+        """The fully trained tensors, sorted by name: pairs of the base's and the global model's."""
         return ((slot.base, slot.tuned) for slot in self._slots)
 
     # ── base or global model ──
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Be the global model within the block."""
+        """Become the global model within the block."""
         try:
             self.apply()
             yield
@@ -233,7 +232,7 @@ class TunedModel:
                 f"embeddings and, without a head of its own, {sizes[1]} outputs. Train with both "
                 "in modules_to_save, embeddings and head"
             )
-        # A multimodal model's text part has a configuration of its own.
+        # The text part of a multimodal model has its own configuration.
         configs = {id(c): c for c in (self.base.config, self.base.config.get_text_config())}
         for config in configs.values():
             size = getattr(config, "vocab_size", None)
@@ -245,8 +244,8 @@ class TunedModel:
 def write_down_ties(model: PreTrainedModel) -> None:
     """Record in the model's configuration that its head does not share the embeddings' weight.
 
-    A model whose head was trained separately must not be tied when it is loaded, and the
-    configuration decides that. All other tied weights then need a copy of their own.
+    A model whose head was trained separately must not be tied on loading, which the configuration
+    decides. All other tied weights then need their own copies.
     """
     embeddings, *head = _token_tables(model)
     if not head or head[0].weight is embeddings.weight:
@@ -263,7 +262,7 @@ def write_down_ties(model: PreTrainedModel) -> None:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         copied = owner.get_parameter(leaf).detach()
-        # A streamed one is read again whenever it is used.
+        # A streamed tensor is read again whenever it is used, so it needs no copy.
         if not isinstance(copied, StreamedTensor):
             copied = copied.clone()
         owner._parameters[leaf] = nn.Parameter(copied, requires_grad=False)

@@ -1,4 +1,4 @@
 """What travels between server and clients.
 
-Typed tasks and replies, their encoding, and the transport's interface.
+This includes typed tasks and replies, their encoding, and the transport interface.
 """

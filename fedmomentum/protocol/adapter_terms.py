@@ -1,4 +1,4 @@
-"""What a task says of the adapter that a client trains."""
+"""What a task says about the adapter that a client trains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ClientLora(Schema, frozen=True, kw_only=True):
     Attributes:
         rank: The rank of its adapter.
         lora_alpha: The numerator of its scaling.
-        target_modules: Its `lora.target-modules`; only compared, never matched.
+        target_modules: Its `lora.target-modules`; only compared, never matched to modules.
         target_parameters: Its `lora.target-parameters`, likewise.
         mixed: Whether the clients of the run have different ranks.
     """
@@ -52,7 +52,7 @@ class FreshAdapter(Schema, frozen=True, kw_only=True):
 
     Attributes:
         seed: The run's seed.
-        server_round: The round after which the adapter starts.
+        server_round: The round after which the adapter is drawn.
         dtype: The dtype that its factors are rounded to.
     """
 

@@ -1,4 +1,4 @@
-"""Encode and decode tasks and replies; every field is checked before anything is used."""
+"""Encode and decode tasks and replies; every field is checked before any is used."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ H = TypeVar("H")
 
 
 def encode_task(task: Task) -> bytes:
-    """Encode a task; objects travel as tensors of uint8 under their hashes."""
+    """Encode a task; objects are uint8 tensors named by their hashes."""
     head = _TaskHead(
         protocol=PROTOCOL,
         run_id=task.run_id,
@@ -79,7 +79,7 @@ def decode_task(data: bytes) -> Task:
     """Decode a task.
 
     Raises:
-        PayloadError: If the bytes are no task of this protocol.
+        PayloadError: If the bytes are not a task of this protocol.
     """
     tensors, head = _open(data, "task", _TaskHead, "a task")
     objects = {}
@@ -96,7 +96,7 @@ def decode_task(data: bytes) -> Task:
 
 
 def _check_train_request(request: TrainRequest) -> None:
-    """Check what the types do not express."""
+    """Check what the types cannot express."""
     check_free_form(request.arguments, "a task: its training arguments")
     if (request.local_steps is None) == (request.local_epochs is None):
         raise PayloadError("a task: exactly one of local_steps and local_epochs must be given")
@@ -115,13 +115,13 @@ def decode_reply(data: bytes, task: Task, max_bytes: int) -> Reply:
     """Decode the reply to a task.
 
     Args:
-        data: The bytes that came.
+        data: The bytes received.
         task: The task that was sent.
         max_bytes: The largest size of a valid reply.
 
     Raises:
-        PayloadError: If there are more than `max_bytes`, or if the bytes are no reply, the reply to
-            another task, or do not fit the types; the message says what came and what was wanted.
+        PayloadError: If there are more than `max_bytes`, or the bytes are not a reply, answer
+            another task, or do not fit the types; the message says what was received and expected.
     """
     name = f"client {task.client_id}"
     if len(data) > max_bytes:
@@ -147,7 +147,7 @@ def decode_reply(data: bytes, task: Task, max_bytes: int) -> Reply:
 
 
 class _ProtocolOnly(msgspec.Struct):
-    """The number of the protocol, from a message of any version."""
+    """The protocol version, from a message of any version."""
 
     protocol: int
 
@@ -156,13 +156,13 @@ def _open(data: bytes, key: str, head_type: type[H], name: str) -> tuple[dict[st
     """Return the tensors of a payload, and the JSON in its metadata as `head_type`.
 
     Raises:
-        PayloadError: If the bytes are no payload of this protocol.
+        PayloadError: If the bytes are not a payload of this protocol.
     """
     tensors, metadata = read_safetensors(data, name)
     text = metadata.get(key)
     if not isinstance(text, str) or len(metadata) != 1:
         raise PayloadError(f"{name}: the bytes hold no {key}")
-    # A message of another version may have other fields: its number is checked first.
+    # Check the version first: a message of another version may have other fields.
     version = parse_json(text, _ProtocolOnly, name)
     if version.protocol != PROTOCOL:
         raise PayloadError(

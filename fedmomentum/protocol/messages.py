@@ -1,8 +1,8 @@
-"""The messages between server and clients, as types.
+"""The types of the messages between server and clients.
 
 A payload is a safetensors file: the tensors, and one JSON text in its metadata. Every transport
 carries the same bytes. Nothing in a payload is trusted: the JSON is decoded directly into the types
-below, and what does not fit them is refused by client and field.
+below, and anything that does not fit is refused with an error that names client and field.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ MAX_OBJECTS = 100_000
 # The largest number of categories in a client's scores.
 MAX_CATEGORIES = 10_000
 
-# Tensors of a reply, `(num_modules, NUM_PROBES)` float64: probes of the client's live weights,
+# Tensors in a reply, `(num_modules, NUM_PROBES)` float64: probes of the client's live weights,
 # without and with the adapter's product.
 BASE_PROBES = "probe.base"
 EFFECTIVE_PROBES = "probe.effective"
-# Tensor of a reply, `(2,)` float64: seconds for loading the global model and for the work itself.
-# It is a tensor so that the size of a reply does not depend on times.
+# Tensor in a reply, `(2,)` float64: seconds for loading the global model and for the work itself.
+# It is a tensor so that a reply's size does not depend on the times.
 SECONDS = "seconds"
 MEASUREMENTS = (BASE_PROBES, EFFECTIVE_PROBES, SECONDS)
-"""The small tensors of a reply, besides its factors."""
-# The prefix of a reply's tensors that describe the optimizer's moments.
+"""The small tensors in a reply, besides its factors."""
+# The name prefix of a reply's tensors that describe optimizer moments.
 OPTIMIZER = "optimizer."
 
 # The version of a base, a SHA-256; empty if none was loaded.
@@ -70,8 +70,8 @@ class DescribeRequest(Schema, tag_field="kind", tag="describe", frozen=True, kw_
     """Describe the client's base model, data and libraries.
 
     Attributes:
-        adapter: Whether to send the initial adapter too.
-        is_secure: Whether the run sums up under masks, and no numbers of examples are sent.
+        adapter: Whether to send the initial adapter, too.
+        is_secure: Whether the run uses masked sums, so that numbers of examples are withheld.
     """
 
     adapter: bool
@@ -79,15 +79,15 @@ class DescribeRequest(Schema, tag_field="kind", tag="describe", frozen=True, kw_
 
 
 class ModelRequest(Schema, frozen=True, kw_only=True):
-    """What requests on a global model have in common.
+    """The common part of all requests that use a global model.
 
     Attributes:
         manifest: The global model to load (`GlobalModel.manifest`), by content hash.
-        lora: What this client trains of it.
+        lora: The adapter that this client trains.
         chat_date: The date that chat templates use as today's; the client must use the same.
         objective: What is learned (`Objective.settings`); the client must have the same.
-        fresh: How to initialize the adapter, if it is not sent.
-        recipes: How to make the snapshots that are not sent, oldest first.
+        fresh: How to initialize the adapter if it is not sent.
+        recipes: How to make snapshots that are not sent, oldest first.
     """
 
     manifest: Manifest
@@ -112,13 +112,13 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
         local_epochs: The number of passes over the data.
         batch_size: The number of examples in a batch.
         arguments: Further fields of `transformers.TrainingArguments`.
-        seed: The seed of the order of examples and of dropout.
-        probe_seed: The seed of the probes of the trained weights; None for no probes.
-        uplink_dtype: The dtype in which the factors travel.
-        optimizer_state: What the optimizer starts with, and what is sent of what it ends with.
+        seed: The seed for the order of examples and for dropout.
+        probe_seed: The seed for probing the trained weights; None for no probes.
+        uplink_dtype: The dtype in which the factors are sent.
+        optimizer_state: What the optimizer starts with, and which part of its final state is sent.
         moments: The moments to start with (`SharedMoments`), by content hash; None for zeros.
-        secure: How the update is summed up under masks; None where the reply holds it.
-        private: How the training is differentially private; None where it is not.
+        secure: How the update is summed under masks; None if the reply contains it.
+        private: The terms of differentially private training; None if it is not private.
     """
 
     learning_rate: Positive
@@ -146,7 +146,7 @@ class TrainRequest(ModelRequest, tag_field="kind", tag="train", frozen=True, kw_
 
     @property
     def is_secure(self) -> bool:
-        """Whether the outcome stays with the client, for the round's sums."""
+        """Whether the result stays with the client, for the round's sums."""
         return self.secure is not None
 
     @property
@@ -165,10 +165,10 @@ class EvaluateRequest(ModelRequest, tag_field="kind", tag="evaluate", frozen=Tru
     """Score the model on the client's held-out examples.
 
     Attributes:
-        num_examples: The largest number of examples.
-        num_compared: The number of the first of them, which all evaluations of the run share.
+        num_examples: The maximum number of examples.
+        num_compared: How many of the first of them are shared by all evaluations of the run.
         batch_size: The number of examples in a batch.
-        probe_seed: The seed of the probes of the loaded weights; None for no probes.
+        probe_seed: The seed for probing the loaded weights; None for no probes.
         is_secure: Whether the scores stay with the client, for the round's sums.
         means: Hash of the outcome of the round's first sum, which the client keeps; None if the
             client will not need it.
@@ -192,10 +192,10 @@ Request = DescribeRequest | TrainRequest | EvaluateRequest | SumRequest
 
 @dataclass(frozen=True)
 class Task:
-    """What the server requests of one client in one round.
+    """What the server asks one client to do in one round.
 
     Attributes:
-        run_id: The run; a reply names it, and counts for no other.
+        run_id: The run; a reply names it, and is valid for no other.
         client_id: The client.
         server_round: The round, from 1; 0 before the first.
         request: What to do.
@@ -215,7 +215,7 @@ class Task:
 
     @property
     def answer_kind(self) -> str:
-        """The kind of the answer, where the task can be done."""
+        """The kind of the answer if the task can be done."""
         request = self.request
         if isinstance(request, TrainRequest | EvaluateRequest) and request.is_secure:
             return kind_of(Ready())
@@ -232,10 +232,10 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
         sha256: The content hash of its base model.
         tokenizer_sha256: The content hash of its tokenizer and chat template.
         labels: The labels of its classifier, in the order of its head; empty without one.
-        quantization: What it did with the base model's stored weights on loading; None: nothing.
+        quantization: How it quantized the base model's weights on loading; None if it did not.
         num_parameters: The number of parameters of the base model.
-        num_train: The number of training examples; 0 where sums are masked, and of units, as the
-            public knows it, where training is differentially private.
+        num_train: The number of training examples; 0 if sums are masked; the public number of units
+            if training is differentially private.
         num_test: The number of held-out examples, likewise.
         threads: The number of CPU threads.
         dtype: The dtype of its base model in memory.
@@ -268,19 +268,18 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
 
 
 class TrainResult(Schema, tag_field="kind", tag="train", frozen=True, kw_only=True):
-    """The outcome of a training.
+    """The outcome of local training.
 
     Attributes:
-        loss: The mean loss of a target, in nats: of a completion token, or a pair of answers. None
-            where training is differentially private, like the other losses: they have no noise.
+        loss: The mean loss per target (a completion token, or a pair of answers), in nats. None if
+            training is differentially private, like the other losses, since they carry no noise.
         first_loss: The loss of the first step.
         last_loss: The loss of the last step.
         num_steps: The number of optimizer steps.
-        num_tokens: The number of targets in the loss; None with the losses.
-        rounding: The error of the update in the wire's dtype, relative to its norm.
+        num_tokens: The number of targets in the loss; None if the losses are.
+        rounding: The rounding error of the update in the wire dtype, relative to its norm.
         next_rank: The rank at which the client continues, for methods that prune.
-        learning_rate_sum: The sum of the learning rates of all steps; 0 where moments are not
-            shared.
+        learning_rate_sum: The sum of the learning rates of all steps; 0 if moments are not shared.
     """
 
     loss: float | None
@@ -299,10 +298,10 @@ class EvaluateResult(Schema, tag_field="kind", tag="evaluate", frozen=True, kw_o
     Attributes:
         applied_share: The fraction of the merged update that the live weights contain; None if it
             was not measured.
-        compared: The score of the examples that all evaluations share; None if the client has no
+        compared: The score on the examples that all evaluations share; None if the client has no
             held-out examples.
-        total: The score of all examples.
-        by_category: The score of each category.
+        total: The score on all examples.
+        by_category: The score on each category.
     """
 
     applied_share: float | None = None
@@ -312,10 +311,10 @@ class EvaluateResult(Schema, tag_field="kind", tag="evaluate", frozen=True, kw_o
 
 
 class MissingObjects(Schema, tag_field="kind", tag="missing", frozen=True, kw_only=True):
-    """The task cannot be done: objects are missing that the server believed the client to have.
+    """The task cannot be done because the client lacks objects that the server believed it had.
 
     Attributes:
-        missing: Their hashes; the server sends them with the same task again.
+        missing: Their hashes; the server sends the task again, together with them.
     """
 
     missing: Annotated[list[Hash], Meta(min_length=1, max_length=MAX_OBJECTS)]
@@ -326,7 +325,7 @@ Answer = Description | TrainResult | EvaluateResult | MissingObjects | Ready | S
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client replies to a task.
+    """A client's reply to a task.
 
     Attributes:
         run_id: The run of the task.
@@ -334,13 +333,12 @@ class Reply:
         server_round: The round of the task.
         version: The version of the base that the client ended with; empty if it loaded none.
         holds: Hashes of the manifest's objects that the client now has.
-        num_examples: The number of examples behind the answer; its weight. Of one party alone it is
-            withheld where sums are masked (`WITHHELD_COUNT`), and so is `split`.
+        num_examples: The number of examples behind the answer, which is its weight. With masked
+            sums it is withheld (`WITHHELD_COUNT`), and so is `split`.
         split: A hash of how the client's examples are split into training and held-out ones. It
-            must not change during a run: the model would be scored on examples it was trained on.
+            must not change during a run, or the model would be scored on training examples.
         answer: The outcome of the task.
-        tensors: The trained or initial adapter, the probes, the seconds, and what is shared of the
-            optimizer's moments.
+        tensors: The trained or initial adapter, probes, seconds, and any shared optimizer moments.
     """
 
     run_id: str
@@ -363,7 +361,7 @@ class Reply:
         "split",
         "answer",
     )
-    """The fields that travel as JSON."""
+    """The fields that are sent as JSON."""
 
     @property
     def kind(self) -> str:

@@ -1,4 +1,4 @@
-"""What a task says of the differential privacy of a training."""
+"""What a task says about differentially private training."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from fedmomentum.config.privacy import DPConfig
 
 EXAMPLE = "example"
-"""The unit of privacy where no column names one."""
+"""The unit of privacy if no column names one."""
 
 
 class PrivateTerms(Schema, frozen=True, kw_only=True):
     """How a client trains privately; the same for all clients and rounds of a run.
 
     Attributes:
-        noise_multiplier: Standard deviation of the noise in clipping norms; None where it follows
-            from `epsilon`.
-        epsilon: What all rounds may reveal of one unit; None with a noise multiplier.
+        noise_multiplier: Standard deviation of the noise in units of the clipping norm; None if it
+            follows from `epsilon`.
+        epsilon: The privacy loss per unit over all rounds; None with a noise multiplier.
         delta: The probability with which epsilon may not hold.
         max_grad_norm: The norm that a unit's gradient is clipped to.
-        unit: What is protected: `example`, or a column's name.
-        num_rounds: The rounds of the run, in each of which a client may have to train.
+        unit: What is protected: `example`, or the name of a column.
+        num_rounds: The number of rounds in the run, in each of which a client may have to train.
     """
 
     noise_multiplier: Positive | None

@@ -1,13 +1,13 @@
-"""What clients report of training and evaluation where only sums are revealed: losses and scores.
+"""The losses and scores that clients report if only sums are revealed.
 
-One client's loss or score says something of its data, and so does how many examples are behind it.
-So they are summed as updates are. Whole numbers are summed exactly. Any other is divided into a
-whole part, and a rest below 1 that is as exact as the sum's integers allow; then no bound of it
-need be known, except that the whole part fits.
+A client's loss or score reveals something about its data, and so does the number of examples behind
+it. So they are summed like updates. Integers are summed exactly. Any other number is split into an
+integer part and a fractional part, which is as precise as the sum's integers allow. Then no bound
+is needed, except that the integer part must fit.
 
-Scores by category are left out: the names of categories come from the clients' data. Those by
-label are not, since a run's settings name the labels; of a label that only one client has, the
-sums are that client's.
+Scores by category are left out, since the names of categories come from the clients' data. Scores
+by label are not, since the run's settings name the labels; for a label that only one client has,
+the sums are that client's own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GROUPS = ("total", "compared")
 
 
 def loss_blocks(num_parties: int) -> list[Block]:
-    """Return the blocks of the clients' training losses, which travel with the first sum."""
+    """Return the blocks of the clients' training losses, which are part of the first sum."""
     return [*_real_blocks(LOSS, 1, num_parties), count_block(UNTOLD, 1, num_parties)]
 
 
@@ -52,8 +52,8 @@ def loss_values(loss: float | None, num_examples: int, max_examples: int) -> Val
     """Return a client's values in these blocks.
 
     Args:
-        loss: The mean loss of its training; None where differential privacy withholds it.
-        num_examples: Its number of examples, by which the mean over the clients is weighted.
+        loss: The mean loss of its training; None if differential privacy withholds it.
+        num_examples: Its number of examples, which is its weight in the mean over clients.
         max_examples: The largest number of examples of a client.
     """
     if loss is None or not abs(loss) <= MAX_LOSS:
@@ -71,7 +71,7 @@ def mean_loss(totals: Values, num_examples: int, max_examples: int) -> float | N
         max_examples: The largest number of examples of a client.
 
     Returns:
-        The mean; None if a client's loss is beyond `MAX_LOSS`, so that the mean would leave it out.
+        The mean; None if a client's loss is withheld or beyond `MAX_LOSS`, and so not in the sum.
     """
     if round(float(totals[UNTOLD][0])):
         return None
@@ -84,7 +84,7 @@ def mean_loss(totals: Values, num_examples: int, max_examples: int) -> float | N
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """The form of the sum of the clients' scores.
+    """The layout of the sum of the clients' scores.
 
     Attributes:
         num_parties: The number of clients that the sum is planned for.
@@ -98,7 +98,7 @@ class ScoreSums:
 
     def blocks(self) -> list[Block]:
         """Return the sum's blocks."""
-        # Of both groups the same, and the counts of labels where there are any.
+        # The same blocks for both groups, with counts by label if there are labels.
         blocks = []
         for group in GROUPS:
             blocks += _real_blocks(f"{group} nll", 1, self.num_parties)
@@ -111,8 +111,8 @@ class ScoreSums:
         return blocks
 
     def values(self, result: EvaluateResult) -> Values:
-        """Return a client's values in the sum; zeros where it has no held-out examples."""
-        # Without held-out examples a client adds zeros: the sum's form is that of all.
+        """Return a client's values in the sum; zeros if it has no held-out examples."""
+        # A client without held-out examples adds zeros, since all must use the same layout.
         values: dict[str, NDArray[np.float64]] = {}
         for group in GROUPS:
             score = getattr(result, group) or NO_EXAMPLES
@@ -126,7 +126,7 @@ class ScoreSums:
         return values
 
     def _label_values(self, score: Score) -> NDArray[np.float64]:
-        """Return the counts by label, label after label."""
+        """Return the counts of each label, one label after the other."""
         rows = []
         for label in self.labels:
             counts = score.by_label.get(label, LabelCounts(0, 0, 0))
@@ -134,11 +134,11 @@ class ScoreSums:
         return np.array(rows, dtype=np.float64).reshape(-1)
 
     def record(self, totals: Values) -> EvaluationRecord | None:
-        """Return the scores of all clients together; None where nobody has held-out examples.
+        """Return the pooled scores of all clients; None if nobody has held-out examples.
 
         Raises:
-            SecureSumError: If they contradict each other: a client's values are not what it
-                measured. Which client's, nobody can tell.
+            SecureSumError: If they are contradictory, because some client added other values than
+                it measured; nobody can tell which one.
         """
         try:
             total = self._score("total", totals)
@@ -151,11 +151,11 @@ class ScoreSums:
         return EvaluationRecord(total=total, compared=compared) if total.num_examples else None
 
     def _score(self, group: str, totals: Values) -> Score:
-        """Return the score of a group; `ValueError` if it cannot be one."""
-        # What no score can be is found here or by the score itself.
+        """Return the score of a group; `ValueError` if the sums cannot be those of a score."""
+        # Impossible sums are found here or by `Score` itself.
         num_tokens, num_examples, num_exact = _counts(totals[f"{group} counts"])
         (nll,) = _reals(f"{group} nll", totals)
-        # Rounding may leave a sum of zeros a hair below zero.
+        # Rounding may leave a sum of zeros slightly below zero.
         if nll < -1e-5:
             raise ValueError(f"a negative log-likelihood of {nll:.6g}")
         margin = None
@@ -166,7 +166,7 @@ class ScoreSums:
             rows = np.reshape(totals[f"{group} labels"], (-1, 3))
             for label, row in zip(self.labels, rows, strict=True):
                 by_label[label] = LabelCounts(*_counts(row))
-            # As where clients send theirs: without labels that are neither there nor predicted.
+            # As in the scores that clients send, omit labels that neither occur nor are predicted.
             by_label = {k: c for k, c in by_label.items() if c.num_examples or c.num_predicted}
         return Score(
             max(nll, 0.0),
@@ -182,14 +182,14 @@ class ScoreSums:
 
 
 def _real_blocks(name: str, size: int, num_parties: int) -> list[Block]:
-    """Return the blocks of numbers whose size is not bounded: whole parts, and the rest."""
+    """Return the blocks of unbounded numbers: their integer and fractional parts."""
     whole = count_block(f"{name}, whole", size, num_parties)
     return [whole, Block(name=f"{name}, rest", size=size, bound=1.0)]
 
 
 def _real_values(name: str, numbers: Sequence[float]) -> dict[str, NDArray[np.float64]]:
     """Return a client's values in these blocks."""
-    # Rounded down, so that the rest is from 0 to 1 for negative numbers, too.
+    # Round down, so that fractional parts are in [0, 1) for negative numbers, too.
     whole = [float(math.floor(number)) for number in numbers]
     rest = [number - part for number, part in zip(numbers, whole, strict=True)]
     return {f"{name}, whole": np.array(whole), f"{name}, rest": np.array(rest)}
@@ -197,7 +197,7 @@ def _real_values(name: str, numbers: Sequence[float]) -> dict[str, NDArray[np.fl
 
 def _reals(name: str, totals: Values) -> list[float]:
     """Return the sums of the numbers."""
-    # Whole parts come back exactly, but for the last bits of the decoding.
+    # Integer parts come back exactly, except for the last bits of the decoding.
     sums = np.rint(totals[f"{name}, whole"]) + totals[f"{name}, rest"]
     return [float(number) for number in sums]
 

@@ -1,8 +1,8 @@
 """The messages of rounds whose updates are summed under masks.
 
-A reply of such a round says nothing of its client: what it computed stays there, and the server
-asks for sums of it. The parties' messages of a sum, `fedmomentum.secure_sum.messages`, travel as
-bytes.
+A reply in such a round reveals nothing about its client: the results stay there, and the server
+asks for sums of them. The parties' messages in a sum, `fedmomentum.secure_sum.messages`, are sent
+as bytes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fedmomentum.utils.schema import Count, Hash, PositiveCount, Schema, Seed
 from fedmomentum.utils.tensors import bytes_to_tensor
 
 SUM_MESSAGE = "message"
-"""The object of a task, and the tensor of a reply, that holds a message of a sum."""
+"""The object in a task, and the tensor in a reply, that holds a message of a sum."""
 WITHHELD_COUNT = 1
-"""What a reply gives as its number of examples where the server may not know it."""
+"""The number of examples in a reply if the server may not know the real one."""
 WITHHELD_SPLIT = "0" * 64
-"""What a reply gives as the hash of its examples: with it, a guess of them could be checked."""
+"""The hash of the examples in such a reply; with the real one, guesses could be verified."""
 
 FIRST_SUM = 1
 SECOND_SUM = 2
@@ -32,7 +32,7 @@ SCORE_SUM = 3
 
 
 class MomentTerms(Schema, frozen=True, kw_only=True):
-    """Public limits of what a client has of its optimizer, where moments are summed.
+    """Public limits on a client's optimizer figures, if moments are summed.
 
     Attributes:
         second_total: The largest sum of all second moments after the round.
@@ -44,17 +44,17 @@ class MomentTerms(Schema, frozen=True, kw_only=True):
 
 
 class SecureTerms(Schema, frozen=True, kw_only=True):
-    """What the clients of a round must have in common so that their values can be summed.
+    """The terms that a round's clients must share for their values to be summable.
 
     Attributes:
         num_parties: The number of clients that are asked to train.
         max_examples: The largest number of examples of a client.
-        max_change: The largest change of a number of its adapter.
+        max_change: The largest change of any number in its adapter.
         sketch_ranks: The width of the sketches of the cross terms, in ranks; 0 for none.
-        expected_examples: About the number of examples of all clients of the round.
+        expected_examples: The approximate number of examples of all clients in the round.
         seed: The seed of the sketches.
-        moments: Limits of the optimizer's moments; None where they are not shared.
-        outcome: Of the client's last round that had cross terms; None before it had one.
+        moments: Limits on the optimizer moments; None if they are not shared.
+        outcome: The outcome of the client's last round with cross terms; None before the first.
     """
 
     num_parties: PositiveCount
@@ -73,7 +73,7 @@ class SumRequest(Schema, tag_field="kind", tag="sum", frozen=True, kw_only=True)
     Attributes:
         number: Which of the round's sums it is: `FIRST_SUM`, `SECOND_SUM` or `SCORE_SUM`.
         attempt: Which attempt at this sum it is, from 1.
-        means: Hash of the first sum's outcome, with the first message of the second sum.
+        means: Hash of the first sum's outcome; only with the first message of the second sum.
     """
 
     number: Annotated[int, Meta(ge=FIRST_SUM, le=SCORE_SUM)]
@@ -82,11 +82,11 @@ class SumRequest(Schema, tag_field="kind", tag="sum", frozen=True, kw_only=True)
 
 
 class Ready(Schema, tag_field="kind", tag="ready", frozen=True, kw_only=True):
-    """The client did what was asked, and keeps the outcome for the round's sums."""
+    """The client did what was asked, and keeps the result for the round's sums."""
 
 
 class SumAnswer(Schema, tag_field="kind", tag="sum", frozen=True, kw_only=True):
-    """The client's message of a sum is in the tensor `SUM_MESSAGE`."""
+    """The client's message in a sum, which is in the tensor `SUM_MESSAGE`."""
 
 
 def message_tensors(message: bytes) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def message_of(tensors: dict[str, Tensor], name: str) -> bytes:
 
     Args:
         tensors: The tensors.
-        name: Whose they are, for the message.
+        name: What messages call the sender.
 
     Raises:
         PayloadError: If they are anything else.

@@ -1,4 +1,4 @@
-"""Transports carry encoded tasks to clients and encoded replies back; one is within a process."""
+"""Transports, which carry encoded tasks to clients and replies back; one works in-process."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class Transport(Protocol):
         """Return the connected clients, sorted.
 
         Raises:
-            QuorumError: If there are too few, and the time to wait for more is over.
+            QuorumError: If there are still too few after waiting.
         """
         ...
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Send all tasks, and yield a reply or a failure for each client, in order of arrival.
 
-        It scales to many clients: `tasks` may encode a payload when it is looked up, and the caller
-        finishes with a reply before the next is yielded. So neither side needs memory for more than
-        one payload.
+        This scales to many clients: `tasks` may encode payloads on access, and the caller finishes
+        with a reply before the next is yielded, so neither side needs memory for more than one
+        payload.
         """
         ...
 
 
 class InProcessTransport:
-    """Clients in this process, which work one after the other; each is a function of bytes."""
+    """Runs clients in this process, one after the other; each is a function from bytes to bytes."""
 
     max_payload_bytes = 2**63
 
@@ -57,7 +57,7 @@ class InProcessTransport:
         return list(self._clients)
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Run the clients in the order of their names; an exception is the client's failure."""
+        """Run the clients, sorted by name; an exception counts as the client's failure."""
         for client_id in sorted(tasks):
             yield client_id, self._reply(client_id, tasks)
 

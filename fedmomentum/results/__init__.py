@@ -1,4 +1,4 @@
 """Run directories as typed results: rounds, summaries, comparisons.
 
-Reads files only; imports neither torch nor matplotlib.
+This package only reads files; it imports neither torch nor matplotlib.
 """

@@ -1,4 +1,4 @@
-"""A run's scores on standard benchmarks, as far as they are of the rounds that the run has now."""
+"""A run's scores on standard benchmarks, for the rounds that the run currently has."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fedmomentum.formats.round_record import RoundRecord
 
 @dataclass(frozen=True)
 class BenchmarkLine:
-    """One metric of one federated model, beside the base model's.
+    """One metric of one federated model, next to the base model's.
 
     Attributes:
-        task: The task's name; with how it was asked, where it was asked in several ways.
+        task: The task's name, with its variant if there are several.
         result: All models on the task.
         model: The federated model.
         score: Its metric.
-        base: The base model's; None where it was not scored.
+        base: The base model's metric; None if it was not scored.
     """
 
     task: str
@@ -40,12 +40,12 @@ class BenchmarkLine:
 
     @property
     def difference(self) -> tuple[float, float, float] | None:
-        """The difference to the base model on the same examples, and its 95 % interval."""
+        """The difference from the base model on the same examples, with its 95 % interval."""
         return None if self.base is None else paired_difference(self.base, self.score)
 
     @property
     def name(self) -> str:
-        """What figures call it: the task, the metric, and the client where there is one."""
+        """What figures call it: the task, the metric, and the client if there is one."""
         whose = f", {self.model.client}" if self.model.client else ""
         return f"{self.task}, {self.score.name}{whose}"
 
@@ -56,7 +56,7 @@ class BenchmarkResults:
 
     Attributes:
         tasks: The tasks, with the models that the run still has.
-        num_outdated: Scores of rounds that have been trained again since; they are left out.
+        num_outdated: Number of scores left out because the run no longer has these models.
     """
 
     tasks: list[TaskResult]
@@ -64,12 +64,12 @@ class BenchmarkResults:
 
     @property
     def lines(self) -> list[BenchmarkLine]:
-        """One line a task, federated model and metric."""
+        """One line per task, federated model and metric."""
         return benchmark_lines(self.tasks)
 
     @property
     def truncated(self) -> list[str]:
-        """The tasks with prompts that were cut."""
+        """The tasks with prompts that had to be cut."""
         return [
             result.task
             for result in self.tasks
@@ -86,7 +86,7 @@ class BenchmarkResults:
 
 
 def benchmark_lines(tasks: Sequence[TaskResult]) -> list[BenchmarkLine]:
-    """Return one line a task, federated model and metric."""
+    """Return one line per task, federated model and metric."""
     lines = []
     names = [result.task for result in tasks]
     for result in tasks:
@@ -103,11 +103,11 @@ def benchmark_lines(tasks: Sequence[TaskResult]) -> list[BenchmarkLine]:
 def current_benchmarks(
     file: BenchmarkFile, directory: Path, rounds: Sequence[RoundRecord]
 ) -> BenchmarkResults:
-    """Leave out the scores of rounds that the run has trained again since, or does not have.
+    """Leave out the scores of rounds that the run has since retrained, or does not have.
 
     Args:
         file: All scores.
-        directory: The run's directory; the manifests that it retains tell exactly.
+        directory: The run's directory, whose manifests identify the models of retained rounds.
         rounds: The run's rounds.
 
     Raises:

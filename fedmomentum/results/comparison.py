@@ -27,9 +27,9 @@ class Comparison:
 
     Attributes:
         name: The comparison's name.
-        method_runs: One a method and seed.
-        baseline: The method that differences are taken to.
-        target: The exact match up to which rounds, bytes and seconds are counted.
+        method_runs: One per method and seed.
+        baseline: The method relative to which differences are computed.
+        target: The exact match until which rounds, bytes and seconds are counted.
         command: The command that makes the comparison; None for single runs.
     """
 
@@ -41,12 +41,12 @@ class Comparison:
 
     @property
     def methods(self) -> list[str]:
-        """The methods in the order given."""
+        """The methods, in the order given."""
         return list(dict.fromkeys(one.method for one in self.method_runs))
 
     @property
     def measure(self) -> str:
-        """What the exact match of the runs is called."""
+        """What the runs' exact match is called."""
         measures = (one.measure for one in self.method_runs if one.measure is not None)
         return next(measures, NO_EXAMPLES.measure)
 
@@ -56,7 +56,7 @@ class Comparison:
         return self.method_runs[0].loss_unit
 
     def runs_of(self, method: str) -> list[MethodRun]:
-        """Return the runs of one method, one a seed."""
+        """Return the runs of one method, one per seed."""
         return [one for one in self.method_runs if one.method == method]
 
 
@@ -64,8 +64,8 @@ def read_comparison(directory: Path) -> Comparison:
     """Read what `fedmomentum compare` wrote.
 
     Raises:
-        ModelError: If there is no comparison, or a run of it is missing.
-        DataError: If a file is damaged or of another format version.
+        ModelError: If there is no comparison, or one of its runs is missing.
+        DataError: If a file is damaged or has another format version.
     """
     directory = Path(directory)
     file = directory / COMPARISON
@@ -99,7 +99,7 @@ def _parse_comparison(data: bytes, name: str) -> ComparisonFile:
 def compare_runs(directories: Sequence[Path], target: float) -> Comparison:
     """Compare single runs; the first one's method is the baseline.
 
-    Runs are labeled by method and settings where seeds tell the others apart, else by directory.
+    Runs are labeled by method and settings if labels and seeds are unique, else by directory.
 
     Raises:
         ModelError: If a run is missing; see `RunResults.load`.
@@ -112,7 +112,7 @@ def compare_runs(directories: Sequence[Path], target: float) -> Comparison:
     seeds = [int(table.get("run", {}).get("seed", 0)) for table in settings]
     labels = [_label(table) for table in settings]
 
-    # Two runs of one method and seed can only be told apart by their directories.
+    # Only directories distinguish two runs with the same method and seed.
     if len(set(zip(labels, seeds, strict=True))) < len(runs):
         labels = [str(directory) for directory in directories]
     method_runs = []
@@ -147,7 +147,7 @@ def read_settings(run: RunResults) -> dict[str, Any]:
 
 
 def _label(settings: dict[str, Any]) -> str:
-    """Return a method with its settings, as `fedmomentum compare --methods` takes it."""
+    """Return a method with its settings, in the form that `compare --methods` accepts."""
     method = settings.get("method", {})
     name = str(method.get("name", "fedmomentum"))
     pairs = []

@@ -85,7 +85,7 @@ def human_bytes(num_bytes: float | None) -> str:
 def byte_unit(num_bytes: float) -> tuple[float, str]:
     """Return the decimal unit in which a size has at most three digits before the point."""
     for factor, unit in BYTE_UNITS:
-        # What would round to 1000 of one unit is written as 1 of the next.
+        # A size that would round to 1000 of one unit is written as 1 of the next.
         if num_bytes >= 0.9995 * factor:
             return factor, unit
     return 1.0, "B"

@@ -17,9 +17,9 @@ Kind = Literal["federated", "centralized", "local"]
 
 @dataclass(frozen=True)
 class RoundPoint:
-    """A method after one round; None where something was not measured.
+    """A method after one round; None for anything not measured.
 
-    Scores are over the examples that every evaluation of a run has; bytes and seconds are sums
+    Scores are over the examples that all evaluations of a run share; bytes and seconds are totals
     since the start.
     """
 
@@ -42,13 +42,13 @@ class MethodRun:
     Attributes:
         method: Its label in the comparison.
         seed: The run's seed.
-        points: Round by round; for `local` the mean over the clients.
-        exact_match: On all held-out examples, after the last evaluated round; None without an
-            evaluation.
-        loss: Likewise, in nats per token.
+        points: One per round; for `local`, the mean over the clients.
+        exact_match: The score on all held-out examples after the last evaluated round; None without
+            an evaluation.
+        loss: The loss, likewise, in `loss_unit`.
         num_examples: The number of these examples.
         by_client: Client to its (exact match, loss) on its own examples.
-        runs: The runs it was read from.
+        runs: The runs that it was read from.
         kind: `federated`, `centralized` or `local`; the last two are references and send nothing.
         measure: What `exact_match` is called (`Score.measure`); None without an evaluation.
         loss_unit: The unit of the loss.
@@ -67,7 +67,7 @@ class MethodRun:
     loss_unit: str = "nats per token"
 
     def best(self, metric: str, choose: Callable[[list[float]], float]) -> float | None:
-        """Return the best score of any round after the base model's.
+        """Return the best score of any round after round 0, that of the base model.
 
         Args:
             metric: A field of `RoundPoint`.
@@ -96,9 +96,9 @@ def make_method_run(
     Args:
         method: Its label in the comparison.
         seed: The runs' seed.
-        runs: One run, or one a client where the clients train alone.
-        kind: See `MethodRun`. A reference's examples have the client that holds them out as their
-            category.
+        runs: One run, or one per client if the clients train alone.
+        kind: See `MethodRun`. The category of a reference's examples is the client that holds them
+            out.
     """
     # After the last round: the mean over the runs, if all were evaluated.
     final_scores = [_final_score(run) for run in runs]
@@ -130,7 +130,7 @@ def _scores_by_client(runs: Sequence[RunResults], kind: Kind) -> dict[str, tuple
     by_client = {}
     for run in runs:
         for client, score in _client_scores(run, kind).items():
-            # A client that trains alone is scored by its own model on its own examples.
+            # A client that trains alone is scored with its own model on its own examples.
             is_its_model = kind != "local" or client in run.partition
             if scored(score) is not None and is_its_model:
                 by_client[client] = (score.exact_match, score.loss)
@@ -138,7 +138,7 @@ def _scores_by_client(runs: Sequence[RunResults], kind: Kind) -> dict[str, tuple
 
 
 def _client_scores(run: RunResults, kind: Kind) -> dict[str, Score]:
-    """Return the last scores by the client that holds the examples out."""
+    """Return the last scores, keyed by the client that holds out the examples."""
     final_round = find_federated_round(run.rounds)
     if final_round is None or final_round.evaluation is None:
         return {}
@@ -149,7 +149,7 @@ def _client_scores(run: RunResults, kind: Kind) -> dict[str, Score]:
 
 def _points(runs: Sequence[RunResults], *, sends: bool) -> tuple[RoundPoint, ...]:
     """Return the points of the rounds that all runs have, averaged over the runs."""
-    # Runs of clients alone may have stopped after different rounds.
+    # Runs of single clients may have stopped after different rounds.
     points_by_round: dict[int, list[RoundPoint]] = {}
     for run in runs:
         for point in _run_points(run):
@@ -169,7 +169,7 @@ def _run_points(run: RunResults) -> list[RoundPoint]:
         # Costs accumulate.
         num_bytes += sum(record.uplink_bytes.values()) + sum(record.downlink_bytes.values())
         seconds += total_seconds(record)
-        # Scores and diagnostics are those of the round.
+        # Scores and diagnostics are the round's own.
         score = _comparable_score(record.evaluation)
         diagnostics = record.diagnostics
         angles = diagnostics.subspace_angle if diagnostics else None
@@ -190,15 +190,15 @@ def _run_points(run: RunResults) -> list[RoundPoint]:
 
 
 def _comparable_score(evaluation: EvaluationRecord | None) -> Score | None:
-    """Return the score on the examples that every evaluation has, else on all."""
+    """Return the score on the examples that all evaluations share, else on all examples."""
     if evaluation is None:
         return None
     return scored(evaluation.compared) or scored(evaluation.total)
 
 
 def _average_point(points: Sequence[RoundPoint], *, sends: bool) -> RoundPoint:
-    """Average several clients' runs after one round; they train in turn, so times add up."""
-    # Scores and diagnostics: the mean of the runs, if all have them.
+    """Average several clients' runs after one round; they train in turn, so times are added."""
+    # Scores and diagnostics are averaged if all runs have them.
     averages = {}
     for name in RoundPoint.__dataclass_fields__:
         if name not in ("round", "seconds", "num_bytes"):

@@ -1,4 +1,4 @@
-"""MethodSummary: a method over its seeds, with differences to the baseline paired by seed."""
+"""MethodSummary: a method over its seeds, with differences from the baseline paired by seed."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class MethodSummary:
         seeds: Its seeds.
         exact_match: After the last round, on all held-out examples.
         loss: Likewise.
-        best_exact_match: The best of all rounds, on the examples that every evaluation has.
+        best_exact_match: The best of all rounds, on the examples that all evaluations share.
         best_loss: Likewise.
-        exact_match_difference: To the baseline, paired by seed, over the seeds that both have.
+        exact_match_difference: From the baseline, paired by seed, over the seeds that both have.
         loss_difference: Likewise.
         reached: The number of seeds whose exact match reached the target.
-        rounds_to_target: Rounds until then, over the seeds that reached it.
+        rounds_to_target: Rounds until the target was reached, over the seeds that reached it.
         bytes_to_target: Bytes of all clients, both ways, until then.
         seconds_to_target: Seconds until then.
     """
@@ -78,7 +78,7 @@ def _summarize(
 ) -> MethodSummary:
     runs = comparison.runs_of(method)
 
-    # Differences, by seed.
+    # Differences from the baseline, paired by seed.
     exact_match_differences = []
     loss_differences = []
     for run in runs:
@@ -87,7 +87,7 @@ def _summarize(
             exact_match_differences.append(_subtract(run.exact_match, baseline.exact_match))
             loss_differences.append(_subtract(run.loss, baseline.loss))
 
-    # What the target cost, over the seeds that reached it.
+    # The cost of reaching the target, over the seeds that reached it.
     candidates = [run.first_reaching(comparison.target) for run in runs]
     reached = [point for point in candidates if point is not None]
     return MethodSummary(
@@ -113,7 +113,7 @@ def _subtract(value: float | None, baseline: float | None) -> float | None:
 
 
 def _estimate(values: Iterable[float | None]) -> MeanEstimate | None:
-    """Estimate the mean of what was measured and is finite."""
+    """Estimate the mean of the values that were measured and are finite."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return estimate_mean(known)
 
@@ -124,7 +124,7 @@ def summary_tables(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def csv_rows(comparison: Comparison) -> list[list[Any]]:
-    """Return the rows of comparison.csv: its header, then one a method and seed."""
+    """Return the rows of comparison.csv: the header, then one row per method and seed."""
     rows: list[list[Any]] = [list(CSV_HEADER)]
     for run in comparison.method_runs:
         last = run.points[-1]

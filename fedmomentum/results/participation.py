@@ -9,9 +9,9 @@ from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.results.formatting import percent, shorten
 from fedmomentum.results.summary import natural_order
 
-# Characters of a failure's reason that are shown; reasons come from clients.
+# The maximum number of characters shown of a failure's reason, which may come from a client.
 REASON_LENGTH = 600
-# Characters of a client's name in a headline.
+# The maximum number of characters of a client's name in a headline.
 CLIENT_LENGTH = 100
 
 
@@ -21,12 +21,12 @@ class Absence:
 
     Attributes:
         client: Its name.
-        num_sampled: Rounds for which it was sampled.
-        num_missing: Rounds among them in which its update was not used.
-        num_too_large: Rounds in which its update was rejected for its norm.
+        num_sampled: Number of rounds for which it was sampled.
+        num_missing: Number of these in which its update was not used.
+        num_too_large: Number of rounds in which its update was rejected for its norm.
         data_fraction: Its fraction of all training examples; None if unknown.
         last_round: The last round in which its update was not used.
-        reason: Why, in that round.
+        reason: Why it was not used in that round.
     """
 
     client: str
@@ -39,12 +39,12 @@ class Absence:
 
     @property
     def is_total(self) -> bool:
-        """Whether no update of this client is in the model."""
+        """Whether none of this client's updates are in the model."""
         return self.num_missing == self.num_sampled
 
     @property
     def headline(self) -> str:
-        """One line: how often it was missing, and with how much of the data."""
+        """One line on how often it was missing, and with how much of the data."""
         text = shorten(self.client, CLIENT_LENGTH)
         if self.data_fraction is not None:
             text += f" ({percent(self.data_fraction)} of all training examples)"
@@ -60,13 +60,13 @@ class Absence:
 def find_absences(
     rounds: Sequence[RoundRecord], partition: Mapping[str, Mapping[str, Mapping[str, int]]]
 ) -> list[Absence]:
-    """Return the clients whose updates are missing, the most frequently missing first.
+    """Return the clients with missing updates, most frequently missing first.
 
     Args:
         rounds: The rounds of a run, in order.
         partition: Client to split to category to number of examples.
     """
-    # Count the rounds of each client, and collect those without its update.
+    # Count each client's rounds, and collect those without its update.
     num_sampled: dict[str, int] = {}
     missed_rounds: dict[str, list[RoundRecord]] = {}
     for record in rounds:
@@ -75,7 +75,7 @@ def find_absences(
             if client not in record.accepted:
                 missed_rounds.setdefault(client, []).append(record)
 
-    # Describe each client by its last missed round.
+    # Describe each client with its last missed round.
     data_fractions = _data_fractions(partition)
     absences = []
     for client, missed in missed_rounds.items():
@@ -97,7 +97,7 @@ def find_absences(
 def _data_fractions(
     partition: Mapping[str, Mapping[str, Mapping[str, int]]],
 ) -> dict[str, float]:
-    """Return each client's fraction of all training examples; nothing without examples."""
+    """Return each client's fraction of all training examples; empty without examples."""
     # Count examples, then divide by the total.
     num_examples = {}
     for client, splits in partition.items():

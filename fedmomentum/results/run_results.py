@@ -1,4 +1,4 @@
-"""RunResults: a run directory's settings, plan and rounds, each file checked when it is read."""
+"""RunResults: a run directory's settings, plan and rounds; each file is checked when read."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fedmomentum.utils.records import read_file, read_record
 from fedmomentum.utils.text import CONTROL_CHARACTERS
 
 _UNPRINTABLE = re.compile(f"(?![\t\n])[{CONTROL_CHARACTERS}]")
-"""Characters that are legal in neither XML nor UTF-8, move a cursor, or turn text around.
+"""Characters that are illegal in XML or UTF-8, move the cursor, or change text direction.
 
-Names of clients and reasons of failures come over the wire.
+Client names and failure reasons come over the wire.
 """
 
 _RESTORE = "Restore the file from a copy."
@@ -44,12 +44,12 @@ class RunResults:
     Attributes:
         name: The directory's name.
         config_text: The run's config.toml.
-        environment: Versions, device and the like, as environment.json has them.
-        plan: What the run was estimated to cost.
+        environment: Versions, device and the like, from environment.json.
+        plan: The estimated cost of the run.
         partition: Client to `train` and `test` to category to number of examples.
-        rounds: One record a round in order; the first is usually the base model's evaluation.
+        rounds: One record per round, in order; the first is usually the base model's evaluation.
         checkpoint: The last checkpoint's manifest; None in a copy without checkpoints.
-        benchmarks: Scores on standard benchmarks; None where there are none.
+        benchmarks: Scores on standard benchmarks; None if there are none.
     """
 
     name: str
@@ -63,14 +63,14 @@ class RunResults:
 
     @classmethod
     def load(cls, directory: str | Path, *, may_be_empty: bool = False) -> RunResults:
-        """Read a run directory, also of a run that is in progress or was killed.
+        """Read a run directory, even of a run that is in progress or was killed.
 
-        Where there are checkpoints, the last one says which rounds and settings were committed. A
-        copy without checkpoints is read too; then only the form of its rounds is checked.
+        If there are checkpoints, the last one says which rounds and settings were committed. A copy
+        without checkpoints can be read, too, but then only the form of its rounds is checked.
 
         Args:
             directory: What `fedmomentum run --out` wrote.
-            may_be_empty: Accept a run of which no round is finished.
+            may_be_empty: Accept a run without any finished round.
 
         Raises:
             ModelError: If the directory, or a file that every run has, is missing, or the last
@@ -95,12 +95,12 @@ class RunResults:
 
 
 def _read(directory: Path, may_be_empty: bool) -> RunResults:
-    # Each file, checked by its own type.
+    # Read each file, checked by its own type.
     try:
         config_text = _read_text(directory / "config.toml")
         plan = _printable(read_record(directory / "plan.json", PlanFile, DataError))
         partition = _printable(read_record(directory / "partition.json", PartitionFile, DataError))
-        # The environment's table is shown as it is, fields of newer releases included.
+        # The environment's table is shown as it is, including fields from newer releases.
         table, environment_run_id = read_facts(
             directory / "environment.json", EnvironmentFile, DataError
         )
@@ -113,7 +113,7 @@ def _read(directory: Path, may_be_empty: bool) -> RunResults:
     except (DataError, ConfigError) as error:
         raise DataError(f"{str(error).rstrip('.')}. {_RESTORE}") from None
 
-    # All files must belong to one run, and the settings to its last checkpoint.
+    # All files must belong to the same run, and the settings to its last checkpoint.
     run_ids = {plan.run_id, partition.run_id, environment_run_id}
     if scores is not None:
         run_ids.add(scores.run_id)
@@ -139,7 +139,7 @@ def _read(directory: Path, may_be_empty: bool) -> RunResults:
 
 
 def _read_benchmarks(path: Path) -> BenchmarkFile | None:
-    """Return the scores on standard benchmarks; None in a run that has none."""
+    """Return the scores on standard benchmarks; None if the run has none."""
     try:
         return _printable(read_record(path, BenchmarkFile, DataError))
     except FileNotFoundError:
@@ -154,7 +154,7 @@ def _as_plain_partition(partition: PartitionFile) -> dict[str, dict[str, dict[st
 
 
 def _read_last_checkpoint(directory: Path) -> ModelFile | None:
-    """Return the last checkpoint; None in a directory that has none."""
+    """Return the last checkpoint; None if the directory has none."""
     rounds = retained_rounds(directory)
     if not rounds:
         return None
@@ -191,7 +191,7 @@ def _read_rounds(path: Path, committed: RunState | None) -> list[RoundRecord]:
     lines = read_metrics(path, DataError)
     if committed is not None:
         check_metrics(lines, committed.metrics, path, DataError)
-    # A round that was trained again after a crash has a second line, which counts.
+    # A round that was retrained after a crash has a second line, which takes precedence.
     by_round: dict[int, RoundRecord] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():

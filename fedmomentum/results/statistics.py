@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Halvings of an interval of floats, after which nothing lies between its ends.
+# Number of halvings after which no float lies between the ends of an interval.
 BISECTIONS = 200
 # Far more than the continued fraction of the incomplete beta function needs to converge.
 CONTINUED_FRACTION_TERMS = 200
@@ -33,7 +33,7 @@ def estimate_mean(values: Sequence[float]) -> MeanEstimate | None:
     """Estimate a mean: `x̄ ± t s / √n` with `s = √(Σ (x - x̄)² / (n - 1))`.
 
     Args:
-        values: One value a seed.
+        values: One value per seed.
 
     Returns:
         The estimate, with t the 97.5 % quantile of Student's t at n - 1 degrees of freedom; None
@@ -45,7 +45,7 @@ def estimate_mean(values: Sequence[float]) -> MeanEstimate | None:
     mean = math.fsum(values) / count
     if count == 1:
         return MeanEstimate(mean, None, None, None, 1)
-    # The interval from the sample standard deviation.
+    # The interval follows from the sample standard deviation.
     squared_deviations = math.fsum((value - mean) ** 2 for value in values)
     spread = math.sqrt(squared_deviations / (count - 1))
     half_width = t_quantile(0.975, count - 1) * spread / math.sqrt(count)
@@ -56,7 +56,7 @@ def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     """Return the quantile of Student's t distribution at a probability in (0, 1)."""
     if probability < 0.5:
         return -t_quantile(1 - probability, degrees_of_freedom)
-    # Double the upper end until it is beyond the quantile, then bisect.
+    # Double the upper end until it exceeds the quantile, then bisect.
     low = 0.0
     high = 1.0
     while _t_cdf(high, degrees_of_freedom) < probability:
@@ -93,7 +93,7 @@ def incomplete_beta(x: float, a: float, b: float) -> float:
         odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         fraction = 1 + odd / (1 + even / fraction)
-    # Its factor, in logarithms: the beta function overflows for large a and b.
+    # Compute its factor in logarithms, as the beta function overflows for large a and b.
     log_power = a * math.log(x) + b * math.log1p(-x)
     log_factor = log_power + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) - math.log(a)
     return math.exp(log_factor) / fraction

@@ -1,4 +1,4 @@
-"""Base model against federated model: the scores behind the page and the command line's table."""
+"""Base model versus federated model: the scores shown on the page and by the command line."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class SummaryRow:
     Attributes:
         group: What the group is.
         name: The category, the client, or `all`.
-        base: The base model's score; None where it was not evaluated on the group.
+        base: The base model's score; None if it was not evaluated on the group.
         federated: The score after the last evaluated round; None likewise.
     """
 
@@ -29,7 +29,7 @@ class SummaryRow:
 
     @property
     def change(self) -> float | None:
-        """Exact match gained, as a fraction of the examples."""
+        """The gain in exact match, as a fraction of the examples."""
         if self.base is None or self.federated is None:
             return None
         return self.federated.exact_match - self.base.exact_match
@@ -73,7 +73,7 @@ def find_federated_round(rounds: Sequence[RoundRecord]) -> RoundRecord | None:
 
 
 def scored(score: Score | None) -> Score | None:
-    """Return a score, or None where it has no examples."""
+    """Return a score, or None if it has no examples."""
     if score is None or score.num_examples == 0:
         return None
     return score
@@ -120,7 +120,7 @@ def _evaluation(record: RoundRecord | None) -> EvaluationRecord | None:
 
 
 def _by_category(evaluation: EvaluationRecord | None) -> Mapping[str, Score]:
-    """Return the score of each category; nothing where the data names none."""
+    """Return the score of each category; empty if the data names none."""
     if evaluation is None or evaluation.by_category.keys() == {""}:
         return {}
     return evaluation.by_category

@@ -1,5 +1,5 @@
 """From a configuration to a run.
 
-In one process or over a network, with its plan; comparisons; and the use of the model that comes
-out.
+It covers runs in one process or over a network, their plans, comparisons, and the use of the
+resulting models.
 """

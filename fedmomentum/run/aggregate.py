@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AggregatedDirectories:
-    """The global model made of adapter directories.
+    """The global model made from adapter directories.
 
     Attributes:
         model: The global model; its base model is known by name only.
         num_adapters: How many adapters were aggregated.
         rank: The rank of the global adapter.
-        residual_rank: The largest rank of what the base model absorbs in a module.
+        residual_rank: The largest rank that the base model absorbs in any module.
     """
 
     model: GlobalModel
@@ -56,7 +56,7 @@ def aggregate_directories(
     lora_alpha: float | None = None,
     base: str = "",
 ) -> AggregatedDirectories:
-    """Aggregate adapters of one base model: `sum_i w_i s_i B_i A_i`, with the weights' sum 1.
+    """Aggregate adapters of one base model: `sum_i w_i s_i B_i A_i`, with weights summing to 1.
 
     Args:
         paths: PEFT adapter directories, or names of adapters on the hub.
@@ -65,20 +65,20 @@ def aggregate_directories(
         rank: The rank of the result; by default the largest rank of the adapters.
         lora_alpha: The numerator of the result's scaling; by default the scaling is the adapters'
             own if they share one, else 1.
-        base: The one base model of all adapters, whatever they call it; of the hub also
+        base: The base model of all adapters, whatever name they give it; from the hub also as
             `NAME@REVISION`.
 
     Raises:
         ConfigError: If the rank, `lora_alpha` or the weights are out of range.
-        AdapterError: If an adapter cannot be read, the adapters do not fit together, or they do
-            not fit `base`, where that is a directory.
+        AdapterError: If an adapter cannot be read, the adapters do not fit together, or `base` is a
+            directory and they do not fit it.
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank must be at least 1; got {rank}")
     if lora_alpha is not None and not 0 < lora_alpha < math.inf:
         raise ConfigError(f"--lora-alpha must be a number above 0; got {lora_alpha:g}")
     base, revision = split_revision(base)
-    # An adapter is called as the user named it, wherever its directory is.
+    # Messages call an adapter what the user called it, wherever its directory is.
     directories = [find_adapter(path) for path in paths]
     adapters = []
     for path, directory in zip(paths, directories, strict=True):
@@ -93,7 +93,7 @@ def aggregate_directories(
     scaling = None if lora_alpha is None else lora_alpha / rank
     aggregate = aggregate_adapters(adapters, weights, method, rank=rank, scaling=scaling)
 
-    # adapters on disk are in float32, whatever the aggregation computed in
+    # Adapters on disk are in float32, whatever dtype the aggregation used.
     modules = {name: matrix.to(torch.float32) for name, matrix in aggregate.adapter.modules.items()}
     model = GlobalModel(
         base=identity,
@@ -113,7 +113,7 @@ def aggregate_directories(
 
 
 def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
-    """Refuse adapters of modules that a base model does not have, or has in another size.
+    """Refuse adapters of modules that a base model does not have, or has with another shape.
 
     Args:
         adapters: The adapters.
@@ -128,7 +128,7 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
             sizes[name.removesuffix(".weight")] = sorted(parameter.shape)
     for adapter in adapters:
         for module, matrix in adapter.modules.items():
-            # Experts share one parameter with others, and embeddings have names of their own.
+            # Experts share a parameter, and embeddings are named differently.
             _, index = split_expert(module)
             if index is not None or module.endswith(EMBEDDING):
                 continue
@@ -141,11 +141,11 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
 
 
 def _common_base(directories: Sequence[Path], adapters: Sequence[Adapter]) -> BaseIdentity:
-    """Return the base model of all adapters: the first that is known by more than its name.
+    """Return the base model of all adapters: the first one identified by more than its name.
 
     Raises:
-        AdapterError: If two adapters are for different base models, or for one base model that was
-            quantized differently.
+        AdapterError: If two adapters are for different base models, or for different quantizations
+            of one base model.
     """
     bases = []
     for directory, adapter in zip(directories, adapters, strict=True):

@@ -33,14 +33,14 @@ def tokenize_parties(
     tokenizer: Any,
     labels: Sequence[str],
 ) -> list[TokenizedClient]:
-    """Tokenize each client's examples, once for the whole run; held-out ones shuffled.
+    """Tokenize each client's examples once for the whole run; held-out ones are shuffled.
 
     Args:
         config: The configuration.
         parties: The clients' data.
-        base: The base model, with or without memory.
+        base: The base model, with or without allocated weights.
         tokenizer: Its tokenizer.
-        labels: Of a classifier.
+        labels: A classifier's labels.
 
     Raises:
         DataError: If examples cannot be used.
@@ -60,7 +60,7 @@ def tokenize_parties(
         rows = {}
         held_out = f"{party.client_id} (held out)"
         parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
-        # Each part is what the objective learns from, in tokens that the model embeds.
+        # Check that each part suits the objective, and that the model embeds all of its tokens.
         for owner, examples in parts.items():
             rows[owner] = make_rows(examples, tokenizer, labels, owner=owner, **limits)
             check_pairs(rows[owner], objective, owner)

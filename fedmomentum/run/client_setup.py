@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def client_names(config: Config) -> list[str]:
-    """Return the clients that the configuration's data is divided among, sorted."""
+    """Return the names of the clients among which the configuration divides the data, sorted."""
     return sorted(config.data.client_files) or [party.client_id for party in load_data(config)]
 
 
@@ -54,15 +54,16 @@ def prepare_client(
     """Read one client's own data and load its model, for a run over a network.
 
     Args:
-        config: `[model]`, `[lora]`, `[data]`, `[training]` and `[run]` count here.
-        client_id: The client. Of several `data.client-files` only its own is read; a source
-            that is divided among clients is read whole, and its share taken.
+        config: The client's own configuration; `[model]`, `[lora]`, `[data]`, `[training]` and
+            `[run]` matter here.
+        client_id: The client. With several `data.client-files`, only its own is read; a source that
+            is divided among clients is read in full to take this client's share.
         store: Directory for the objects that it is sent; created if it does not exist.
-        local: The model, if this process has loaded it already.
-        callbacks: Receive training steps, and in a line what is being done.
+        local: The model, if this process has already loaded it.
+        callbacks: Receive training steps, and short messages on progress.
 
     Raises:
-        ConfigError: If settings contradict each other, or have no data for this client.
+        ConfigError: If settings contradict each other, or name no data for this client.
         DataError: If data cannot be used.
         ModelError: If the base model cannot be loaded.
     """
@@ -109,7 +110,7 @@ def prepare_client(
 
 
 def rehearsal(config: Config, client: Client) -> bytes:
-    """Return a task that trains the base model for one step, as a first round would ask."""
+    """Return a task that trains the base model for one step, like a task of the first round."""
     config = choose_optimizer_state(config, client.method)
     local = client.model
     model = local.initial_global_model(client.method)
@@ -120,7 +121,7 @@ def rehearsal(config: Config, client: Client) -> bytes:
     one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)
     terms = request.private
     if terms is not None and terms.epsilon is None and terms.noise_multiplier is None:
-        # The server decides how much noise there is; of a rehearsal nothing leaves.
+        # The server will choose the noise; nothing leaves a rehearsal, so any value will do.
         terms = msgspec.structs.replace(terms, noise_multiplier=1.0)
         one_step = msgspec.structs.replace(one_step, private=terms)
     return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))

@@ -1,4 +1,4 @@
-"""The process of a worker of `run.devices`: it plays some of a run's clients, on one device."""
+"""The process of a `run.devices` worker, which runs some of the clients on one device."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ClientsSetup:
 
     Attributes:
         config: The run's settings as TOML, with the worker's device and number of threads.
-        labels: Of a classifier.
+        labels: A classifier's labels.
         directory: The run's directory.
-        clients: The clients to play, with their examples.
+        clients: The clients to run, with their examples.
     """
 
     config: str
@@ -36,17 +36,17 @@ class ClientsSetup:
 
 
 def main() -> None:
-    """Load the model, report it, and do tasks until the run's process ends."""
+    """Load the model, report that it is ready, and do tasks until the run's process ends."""
     serve(_load)
 
 
 def encode_client_task(client: str, payload: bytes) -> bytes:
-    """Return the frame of a client's task; no name of a client holds a NUL."""
+    """Return the frame of a client's task; a NUL, which no name contains, ends the name."""
     return Frame.TASK + client.encode() + b"\0" + payload
 
 
 class _WarningFrames(logging.Handler):
-    """Sends what is logged here to the run's process, which shows it."""
+    """Forwards warnings that are logged here to the run's process, which shows them."""
 
     def __init__(self, send: Send) -> None:
         super().__init__(logging.WARNING)
@@ -61,7 +61,7 @@ def _load(body: bytes, send: Send) -> Answer:
     """Load the model of the clients; see `worker_process.serve`."""
     LOG.addHandler(_WarningFrames(send))
     LOG.propagate = False
-    # Heavy imports, in the worker only.
+    # Heavy imports that only the worker needs.
     from fedmomentum.run.environment import environment
     from fedmomentum.run.local_clients import load_local_clients
     from fedmomentum.run.setup import set_up_process, training_function
@@ -87,7 +87,7 @@ def _load(body: bytes, send: Send) -> Answer:
         try:
             with quiet_libraries():
                 return clients_by_name[name.decode()].handle(payload)
-        except Exception as error:  # the client's failure, as in one process
+        except Exception as error:  # counts as the client's failure, as in a single process
             send(Frame.ERROR, describe_error(error))
             return None
 

@@ -1,10 +1,10 @@
 """Compare methods on the same data: paired runs, one per method and seed, and two references.
 
-A seed gives every method the same partition, participants, batches and initial adapter. The
-references take as many optimizer steps as a client that participates in every round, with an
-optimizer that continues: `centralized` is one client with the data of all, `local` is each client
-alone with its own. Both are scored on the held-out examples of all clients, the same
-examples that a federated run is scored on.
+For a given seed, every method has the same partition, participants, batches and initial adapter.
+The references take as many optimizer steps as a client that participates in every round, and keep
+their optimizer state: `centralized` is one client with all data, `local` is each client alone with
+its own data. Both are scored on the same examples as a federated run: those that all clients hold
+out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class PlannedRun:
     """One run of the comparison.
 
     Attributes:
-        variant: What is run.
+        variant: The method or reference to run.
         seed: The seed of the run.
         directory: The directory of the run.
         config: The settings of the run.
@@ -91,7 +91,7 @@ class PlannedRun:
         return f"{self.variant.label}{f' ({self.only})' if self.only else ''}, seed {self.seed}"
 
     def is_finished(self) -> bool:
-        """Whether its last round is committed.
+        """Return whether its last round is committed.
 
         Raises:
             ConfigError: If the directory holds a run with other settings, or with more rounds
@@ -118,7 +118,7 @@ class PlannedRun:
 def plan_runs(
     config: Config, variants: Sequence[MethodVariant], seeds: Sequence[int], out: Path
 ) -> list[PlannedRun]:
-    """Return the runs of a comparison, seed by seed, so that methods can be compared early.
+    """Return the runs of a comparison, ordered by seed so that methods can be compared early.
 
     Raises:
         ConfigError: If the run has no evaluations, or `out` holds a comparison with other settings.
@@ -131,7 +131,7 @@ def plan_runs(
     if (out / "config.toml").is_file():
         _check_same(out, config, _PER_RUN)
     planned_runs: list[PlannedRun] = []
-    # Seed by seed: after the first seed every method has a result.
+    # Ordered by seed: after the first one, every method has a result.
     for seed in seeds:
         for variant in variants:
             run_config = replace(apply_overrides(config, variant.overrides), method=variant.method)
@@ -143,7 +143,7 @@ def plan_runs(
 
 
 def optimizer_states(planned_runs: Sequence[PlannedRun]) -> dict[str, str]:
-    """Return what each federated variant's optimizers start a round with, by label."""
+    """Return each federated variant's `training.optimizer-state`, by label."""
     states = {}
     for planned_run in planned_runs:
         if planned_run.variant.kind == "federated":
@@ -154,9 +154,9 @@ def optimizer_states(planned_runs: Sequence[PlannedRun]) -> dict[str, str]:
 def _runs_of_variant(
     variant: MethodVariant, seed: int, directory: Path, config: Config
 ) -> list[PlannedRun]:
-    """Return one run, or for the reference `local` one per client."""
+    """Return one run, or for the reference `local`, one run per client."""
     is_reference = variant.kind != "federated"
-    if is_reference:  # one client, which has nobody to keep anything from
+    if is_reference:  # a single client has no one to keep anything from
         config = replace(config, privacy=PrivacyConfig())
     if variant.kind == "centralized":
         config = replace(config, lora=replace(config.lora, clients={}))
@@ -177,7 +177,7 @@ def _runs_of_variant(
 
 
 def _check_content(planned_runs: Sequence[PlannedRun]) -> None:
-    """Refuse to continue a comparison with other data or another base model than its runs had.
+    """Refuse to continue a comparison with data or a base model that its runs did not have.
 
     Paths may change between calls, so the content is compared.
 
@@ -205,19 +205,19 @@ def _check_content(planned_runs: Sequence[PlannedRun]) -> None:
 
 
 def _has_begun(directory: Path) -> bool:
-    """Whether a directory holds a run."""
+    """Return whether a directory holds a run."""
     return (directory / "config.toml").is_file() or bool(retained_rounds(directory))
 
 
 def _saved(directory: Path) -> Config:
-    """Return the settings of the run, or of the comparison, in a directory."""
+    """Return the settings of the run or comparison in a directory."""
     return saved_settings(directory) or load_config(directory / "config.toml")
 
 
 def _check_same(directory: Path, config: Config, may_differ: set[str]) -> None:
-    """Refuse a directory with other settings; trackers and paths may change, rounds be added.
+    """Refuse a directory with other settings, apart from trackers, paths and added rounds.
 
-    The content at the paths is compared by `_check_content` and `FederatedTrainer.prepare`.
+    `_check_content` and `FederatedTrainer.prepare` compare the content at the paths.
 
     Raises:
         ConfigError: If a setting outside `may_differ` differs.
@@ -241,13 +241,13 @@ def execute_run(planned_run: PlannedRun, *, callbacks: Iterable[Callback] = ()) 
         FedMomentumError: See `FederatedTrainer`.
     """
     resume = _has_begun(planned_run.directory)
-    # Check that the settings are the comparison's; a reference changes some when it is prepared.
+    # Check that the settings are the comparison's, before preparing a reference changes some.
     planned_run.is_finished()
     is_reference = planned_run.variant.kind != "federated"
     planned = _on_one_device(planned_run.config) if is_reference else planned_run.config
     config = planned
     if resume:
-        # A reference saved its own settings; paths are where they are now, and so are devices.
+        # A reference saved its own settings, but paths and devices are the current ones.
         saved = _saved(planned_run.directory)
         run = replace(saved.run, devices=planned.run.devices)
         config = replace(saved, model=planned.model, data=planned.data, run=run)
@@ -265,7 +265,7 @@ def execute_run(planned_run: PlannedRun, *, callbacks: Iterable[Callback] = ()) 
 
 
 def _on_one_device(config: Config) -> Config:
-    """Return the settings of a reference, which is one client and needs one device."""
+    """Return the settings of a reference, which is a single client on a single device."""
     devices = config.run.devices
     if not devices:
         return config
@@ -277,7 +277,7 @@ def _on_one_device(config: Config) -> Config:
 
 
 def start_comparison(config: Config, out: Path) -> None:
-    """Save the settings that all runs share, so that a later call with others is refused."""
+    """Save the settings that all runs share, so that later calls with others are refused."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.toml", to_toml(config).encode())
 
@@ -305,7 +305,7 @@ def write_comparison(
 
 
 def _table_cells(out: Path, planned_runs: Sequence[PlannedRun]) -> list[dict[str, Any]]:
-    """Return one entry per method and seed, methods in the order in which they were named."""
+    """Return one entry per method and seed, with the methods in the order given."""
     labels = list(dict.fromkeys(run.variant.label for run in planned_runs))
     groups: dict[tuple[str, int], list[PlannedRun]] = {}
     for run in sorted(planned_runs, key=lambda run: labels.index(run.variant.label)):

@@ -1,4 +1,4 @@
-"""What a file of examples is taken for, and what the model would see of it."""
+"""How a file of examples is interpreted, and what the model would see of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedmomentum.data.tokenized import TokenizedExample, TokenizedExamples
 
 NO_LIMIT = 10**9
-"""More tokens than any example has."""
+"""More tokens than any example has, so that nothing is cut."""
 NUM_SHOWN = 3
 PERCENTILES = (50, 90, 99, 100)
 
@@ -35,8 +35,8 @@ class Segment:
     """A part of an example, as text.
 
     Attributes:
-        text: What its tokens read as.
-        is_learned: Whether there is a loss on them.
+        text: Its tokens, decoded.
+        is_learned: Whether they count in the loss.
     """
 
     text: str
@@ -49,7 +49,7 @@ class ShownExample:
 
     Attributes:
         segments: Its tokens as text, cut at `data.max-length`.
-        note: What else belongs to it: a label, or a rejected answer.
+        note: The example's label or rejected answer, if any.
     """
 
     segments: Sequence[Segment]
@@ -58,24 +58,24 @@ class ShownExample:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a source of examples holds.
+    """What a source of examples contains.
 
     Attributes:
         source: The source.
-        origin: What its file was found to be.
+        origin: The detected format of its file.
         kind: The format of its rows.
         columns: Our name of each column that is read, to the file's own.
         ignored: The file's columns that are not read.
         num_rows: Number of rows.
-        clients: Rows of each client, where the file names clients.
+        clients: Number of rows of each client, if the file names clients.
         shown: The first examples.
-        percentiles: Percentage of the rows to the number of tokens that as many have at most.
+        percentiles: Percentile to the length of the examples in tokens.
         max_length: `data.max-length`.
-        num_cut: Examples that lose a part of what is learned.
-        lost_rows: Numbers of the rows that are dropped, since their prompt fills the length.
-        num_copies: Rows that repeat an earlier one.
-        num_repeated: Rows whose prompt occurs more than once, so that they are never held out.
-        is_refused: Whether a run would refuse to drop so many.
+        num_cut: Number of examples that lose part of what is learned.
+        lost_rows: Numbers of the rows that are dropped because their prompt fills the length.
+        num_copies: Number of rows that repeat an earlier one.
+        num_repeated: Number of rows whose prompt occurs more than once; they are never held out.
+        is_refused: Whether a run would refuse to drop so many rows.
     """
 
     source: str
@@ -96,7 +96,7 @@ class DataReport:
 
 
 def load_tokenizer_of(model: ModelConfig) -> Any:
-    """Return the tokenizer of a base model, of which no weights are loaded.
+    """Return the tokenizer of a base model without loading any weights.
 
     Raises:
         ModelError: If the model cannot be found, or has no tokenizer.
@@ -108,7 +108,7 @@ def load_tokenizer_of(model: ModelConfig) -> Any:
 
 
 def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
-    """Read a source as a run would, and say what is made of it.
+    """Read a source as a run would, and report what is found.
 
     Args:
         source: A file, directory or hub name.
@@ -134,7 +134,7 @@ def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
     )
     max_length = config.data.max_length
     lengths = [tokens.example(index).length - bool(labels) for index in range(len(tokens))]
-    # What a run would cut at its length, and which rows would have nothing left to learn.
+    # Which rows a run would cut at `max_length`, and which would have nothing left to learn.
     lost_rows = []
     num_cut = 0
     for index in range(len(tokens)):
@@ -144,7 +144,7 @@ def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
             lost_rows.append(index + 1)
         else:
             num_cut += _learned_end(tokens.example(index)) > max_length
-    # What is read, and what occurs twice.
+    # Which columns are read, and which rows are duplicates.
     columns, kind = _columns(rows, config)
     own_names = set(columns.values())
     prompts = Counter(prompt_key(example, config.training.loss_on) for example in examples)
@@ -168,7 +168,7 @@ def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
 
 
 def _columns(rows: Rows, config: Config) -> tuple[dict[str, str], str]:
-    """Return the columns that are read, by our names, and the format."""
+    """Return the columns that are read, keyed by our names, and the format."""
     mapping = config.data.columns
     if config.model.task == CLASSIFICATION:
         names = resolve_names(rows.column_names, mapping, "")
@@ -179,12 +179,12 @@ def _columns(rows: Rows, config: Config) -> tuple[dict[str, str], str]:
 
 
 def _content(example: Example) -> str:
-    """Return a text that two examples share if and only if they are the same."""
+    """Return a key that two examples share if and only if they are the same."""
     return json.dumps([example.prompt, example.completion, example.rejected], sort_keys=True)
 
 
 def _learned_end(example: TokenizedExample) -> int:
-    """Return the position after the last token that is learned, or compared."""
+    """Return the position after the last token that is learned or compared."""
     end = len(example.input_ids)
     if example.gaps and example.gaps[-1][1] == end:
         end = example.gaps[-1][0]
@@ -192,7 +192,7 @@ def _learned_end(example: TokenizedExample) -> int:
 
 
 def _percentiles(lengths: Sequence[int]) -> dict[int, int]:
-    """Return how many tokens so many percent of the examples have at most."""
+    """Return the percentiles of the examples' lengths in tokens."""
     ordered = sorted(lengths)
     return {
         percent: ordered[max(0, -(-percent * len(ordered) // 100) - 1)] for percent in PERCENTILES
@@ -213,7 +213,7 @@ def _shown_examples(
     shown = []
     for index in range(min(NUM_SHOWN, len(tokens))):
         one = tokens.example(index)
-        # A classifier learns its label, and no token.
+        # A classifier learns a label, not tokens.
         if labels:
             text = tokenizer.decode(list(one.input_ids[:-1][:max_length]))
             note = f"label: {examples[index].completion}"
@@ -228,8 +228,8 @@ def _shown_examples(
 
 
 def _segments(example: TokenizedExample, tokenizer: Any, max_length: int) -> list[Segment]:
-    """Return an example's tokens as text, learned ones apart from the others."""
-    # One flag a token, then neighbors with the same flag together.
+    """Return an example's tokens as text, split into learned and other segments."""
+    # One flag per token; then group neighbors with the same flag.
     is_learned = [index >= example.num_prompt_tokens for index in range(len(example.input_ids))]
     for start, end in example.gaps:
         is_learned[start:end] = [False] * (end - start)

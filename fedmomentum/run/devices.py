@@ -1,8 +1,8 @@
-"""`run.devices`: the clients of one machine, divided among a process for each listed device.
+"""`run.devices`: the clients of one machine, divided among one process per listed device.
 
-Every worker loads the base model once and plays its clients one after the other; what it is sent
-and replies are the bytes that would travel over a network. So the results are those of one process,
-bit for bit, as long as a device computes what another does.
+Every worker loads the base model once and runs its clients one after the other. It exchanges the
+same bytes that would travel over a network, so the results are bit-identical to those of a single
+process, as long as all devices compute the same.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def worker_threads(threads: int, num_workers: int) -> int:
 
 @dataclass
 class _Worker:
-    """One worker, and what it has to do in an exchange.
+    """One worker, and its work in an exchange.
 
     Attributes:
         device: Its device, for messages.
         setup: Its first frame.
         process: Its process.
         is_loaded: Whether the process has loaded the model.
-        waiting: Clients whose tasks it has not been sent yet.
-        client: The client whose task it has.
+        waiting: Clients whose tasks have not been sent to it yet.
+        client: The client whose task it is working on.
     """
 
     device: str
@@ -66,14 +66,14 @@ class _Worker:
     client: str | None = None
 
     def start(self) -> None:
-        """Start the process unless it is running; it loads in the background."""
+        """Start the process unless it is running; it loads the model in the background."""
         if not self.process.is_running:
             self.process.stop()
             self.is_loaded = False
             self.process.start(self.setup)
 
     def how_it_ended(self, error: WorkerExit) -> str:
-        """Return how the process ended, as a message says it."""
+        """Describe how the process ended, for a message."""
         when = "" if self.is_loaded else " while it was loading"
         hint = ""
         if "SIGKILL" in str(error):
@@ -82,15 +82,16 @@ class _Worker:
 
 
 class DeviceTransport:
-    """Workers on this machine, one for each device, which play the clients of a run.
+    """Workers on this machine, one for each device, which run the clients.
 
-    A worker that dies fails the client that it was at work for. It is started again for its other
-    clients, unless it died in loading: then these fail as well, and the next exchange tries again.
+    If a worker dies, the client that it was working on fails. The worker is restarted for its other
+    clients, unless it died while loading: then these fail as well, and the next exchange tries
+    again.
 
     Args:
         config: The run's settings.
         clients: The clients with their examples.
-        labels: Of a classifier.
+        labels: A classifier's labels.
         directory: The run's directory.
         callback: Receives training steps.
     """
@@ -137,7 +138,7 @@ class DeviceTransport:
             What their results depend on: versions, threads, devices, dtype, hashes.
 
         Raises:
-            ModelError: If one cannot load it, or they would compute in different ways.
+            ModelError: If one cannot load it, or the workers would compute differently.
         """
         facts: list[dict[str, Any]] = []
         try:
@@ -154,7 +155,7 @@ class DeviceTransport:
         return {**facts[0], "device": ", ".join(devices)}
 
     def _wait_until_loaded(self, worker: _Worker) -> dict[str, Any]:
-        """Return what a worker says of its model."""
+        """Return a worker's facts about its model."""
         while True:
             try:
                 frame = worker.process.receive(float("inf"))
@@ -172,7 +173,7 @@ class DeviceTransport:
                 return facts
 
     def _check_alike(self, facts: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse workers whose clients would not compute alike."""
+        """Refuse workers whose clients would compute differently."""
         for key in SAME_FOR_ALL:
             found = [str(fact[key]) for fact in facts]
             if len(set(found)) > 1:
@@ -198,7 +199,7 @@ class DeviceTransport:
         return sorted(self._worker_of)
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Have every worker do its clients' tasks in the order of their names."""
+        """Have every worker do its clients' tasks, sorted by client name."""
         for client in sorted(tasks):
             if client in self._worker_of:
                 self._worker_of[client].waiting.append(client)
@@ -208,7 +209,7 @@ class DeviceTransport:
             for worker in self._workers:
                 yield from self._hand_over(worker, tasks)
             while busy := self._busy():
-                # Whichever reports first; all of them are looked at, in their order.
+                # Wait for any worker to report; then handle all that did, in order.
                 ready = wait(busy)
                 for pipe, worker in busy.items():
                     if pipe in ready:
@@ -217,13 +218,13 @@ class DeviceTransport:
             self._abandon()
 
     def _busy(self) -> dict[Connection, _Worker]:
-        """Return the workers that have a task, by their connections."""
+        """Return the workers that have a task, keyed by their connections."""
         return {worker.process.pipe: worker for worker in self._workers if worker.client}
 
     def _hand_over(
         self, worker: _Worker, tasks: Mapping[str, bytes]
     ) -> Iterator[tuple[str, Failure]]:
-        """Send a worker its next task; yield the failures of those that it cannot be sent."""
+        """Send a worker its next task; yield the failures of tasks that cannot be sent."""
         if not worker.waiting:
             return
         worker.start()
@@ -236,9 +237,9 @@ class DeviceTransport:
     def _take(
         self, worker: _Worker, tasks: Mapping[str, bytes]
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Take a worker's next frame; yield the reply or the failure of its client, if it is one.
+        """Take a worker's next frame; yield its client's reply or failure, if that is what it is.
 
-        The worker has its next task before that, and so works while the reply is handled.
+        The worker is sent its next task first, so that it works while a reply is handled.
         """
         client = worker.client
         assert client is not None  # it is busy
@@ -267,7 +268,7 @@ class DeviceTransport:
     def _fail(
         self, worker: _Worker, error: WorkerExit, tasks: Mapping[str, bytes]
     ) -> Iterator[tuple[str, Failure]]:
-        """Yield the failures of clients whose worker has ended; continue with its others."""
+        """Yield the failures of clients whose worker has ended; continue with its other clients."""
         failure = Failure(worker.how_it_ended(error))
         failed = [worker.client] if worker.client else []
         worker.client = None
@@ -279,7 +280,7 @@ class DeviceTransport:
         yield from self._hand_over(worker, tasks)
 
     def _report(self, worker: _Worker, letter: bytes, body: bytes) -> None:
-        """Pass on what a worker reports besides its replies."""
+        """Pass on a worker's reports other than replies."""
         if letter == Frame.READY:
             worker.is_loaded = True
         elif letter == Frame.STEP:
@@ -288,7 +289,7 @@ class DeviceTransport:
             LOG.warning("%s", body.decode())
 
     def _abandon(self) -> None:
-        """End the workers that are still at work: nobody waits for their replies any more."""
+        """End workers that are still busy: nobody is waiting for their replies anymore."""
         for worker in self._workers:
             worker.waiting.clear()
             if worker.client is not None:

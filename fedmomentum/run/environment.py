@@ -1,4 +1,4 @@
-"""What a run ran on: versions, threads, device; and a warning where that changes."""
+"""The environment of a run (versions, threads, device), and a warning if it changes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ PACKAGES = (
     "safetensors",
     "numpy",
 )
-# What quantized weights are made and multiplied by.
+# Libraries that quantize weights and multiply by them.
 QUANTIZING_PACKAGES = ("bitsandbytes", "torchao")
 
 
 def process_environment() -> dict[str, Any]:
-    """Versions and threads of this process."""
+    """Return the versions and threads of this process."""
     return {
         "versions": {
             "python": platform.python_version(),
@@ -69,7 +69,7 @@ def environment(local: LocalModel) -> dict[str, Any]:
 
 
 def warn_of_another_environment(now: Mapping[str, Any], out: Path) -> None:
-    """Warn where a run is resumed with other versions, threads or the like than it was made with.
+    """Warn if a run is resumed with other versions, threads or the like than it began with.
 
     Raises:
         ModelError: If environment.json was damaged.

@@ -50,8 +50,8 @@ class _Part:
     Attributes:
         owner: What to call them in messages.
         examples: The examples.
-        most: The first so many that are not too long count.
-        client: Whose they are; empty for the user's own.
+        most: How many to use: the first ones that are not too long; None for all.
+        client: The client that they belong to; empty for the user's own.
     """
 
     owner: str
@@ -66,7 +66,7 @@ class Scored:
 
     Attributes:
         all: In total and by category.
-        by_client: For a run's own held-out examples, by the client that holds them.
+        by_client: For a run's own held-out examples, by client.
     """
 
     all: Evaluation
@@ -79,10 +79,10 @@ class ModelComparison:
 
     Attributes:
         base: The base model's scores.
-        tuned: The tuned model's.
-        num_cut: How many examples lost a part of their answer, so that they cannot be exact.
-        num_lost: How many further examples were left out, because their prompt alone is too long.
-        max_length: The longest example in tokens.
+        tuned: The tuned model's scores.
+        num_cut: How many examples lost part of their answer, so that they cannot be exact.
+        num_lost: How many further examples were left out because their prompt alone is too long.
+        max_length: The maximum length of an example in tokens.
         by_generation: Whether answers were generated.
     """
 
@@ -109,13 +109,13 @@ def evaluate_on(
 
     Args:
         result: The model.
-        data: A file, directory or hub name, in any format that `to_examples` reads. None: what the
-            run itself held out, as many of each client's examples as its last evaluation had.
+        data: A file, directory or hub name, in any format that `to_examples` reads. None: the run's
+            own held-out examples, as many of each client's as its last evaluation used.
         settings: How to load the model.
-        category_column: Column of `data` to report by.
-        split: Split of data that has several.
-        limit: The first so many examples; of the run's own, of each client's.
-        max_length: Longest example in tokens; by default the run's, or 512.
+        category_column: Column of `data` to group scores by.
+        split: Which split to use, if the data has several.
+        limit: Use at most this many examples; with the run's own, of each client.
+        max_length: Maximum length of an example in tokens; by default the run's, or 512.
         by_generation: Generate answers and score their text, instead of one teacher-forced pass.
 
     Raises:
@@ -127,7 +127,7 @@ def evaluate_on(
         raise ConfigError(f"--limit must be at least 1; got {limit}")
     if max_length is not None and max_length < 2:
         raise ConfigError(f"--max-length must be at least 2; got {max_length}")
-    # The examples: the user's, or those that the run itself held out.
+    # The examples: the user's, or the run's own held-out ones.
     if by_generation:
         refuse_generation(result)
     is_labeled = is_classifier(result.model.adapter)
@@ -148,7 +148,7 @@ def evaluate_on(
             )
         parts = _held_out(result, limit)
     pair = ModelPair(result, settings)
-    # No row may be longer than what the model can see.
+    # No row may be longer than the model's context.
     if max_length is None:
         max_length = config.data.max_length if config is not None else DEFAULT_MAX_LENGTH
         if pair.longest is not None and data is not None:
@@ -179,12 +179,12 @@ def evaluate(
 
     Args:
         path: The run's directory, or that of a global model or adapter.
-        data: A file, directory or hub name; None: what the run itself held out.
+        data: A file, directory or hub name; None: the run's own held-out examples.
         server_round: A round of the run, `last` or `best`.
-        client: Whose model, where the method gives each client its own.
+        client: Whose model, if the method gives each client its own.
         settings: How to load the model.
-        category_column: Column of `data` to report by.
-        limit: Evaluate the first so many examples only.
+        category_column: Column of `data` to group scores by.
+        limit: Evaluate only this many examples.
 
     Raises:
         FedMomentumError: See `evaluate_on`.
@@ -194,13 +194,13 @@ def evaluate(
 
 
 def _reading(config: Config | None, category_column: str | None) -> DataConfig:
-    """Return how to read data of the user's: with the encoding and the column names of the run."""
+    """Return how to read the user's data: with the encoding and column names of the run."""
     own = config.data if config is not None else DataConfig()
     return DataConfig(category_column=category_column, columns=own.columns, encoding=own.encoding)
 
 
 def _held_out(result: Result, limit: int | None) -> list[_Part]:
-    """Return each client's held-out examples, in the order and number of the last evaluation."""
+    """Return each client's held-out examples, as many and in the order of the last evaluation."""
     if result.config is None:
         raise ConfigError(f"give the examples to evaluate {result.path} on: --data FILE")
     try:
@@ -211,11 +211,11 @@ def _held_out(result: Result, limit: int | None) -> list[_Part]:
         raise DataError(
             f"the run's own held-out examples are not here: {error}. Or give others by --data"
         ) from error
-    # Scores on other data than the run's would be compared with its metrics.
+    # Scores on other data would be wrongly compared with the run's metrics.
     check_data(result.path, fingerprints(parties))
     _refuse_reference(result.path, {party.client_id for party in parties})
     evaluation = config.evaluation
-    # As many as the last evaluation had, unless the user limits them.
+    # As many as in the last evaluation, unless the user limits them.
     most = max(evaluation.num_examples, evaluation.final_num_examples) if limit is None else limit
     parts = []
     for party in parties:
@@ -228,11 +228,11 @@ def _held_out(result: Result, limit: int | None) -> list[_Part]:
 
 
 def _refuse_reference(path: Path, clients: set[str]) -> None:
-    """Refuse a comparison's reference: it was scored on the examples of all clients as one.
+    """Refuse a comparison's reference: it was scored on all clients' examples as a single client.
 
     Raises:
         DataError: If it is one.
-        ModelError: If partition.json, which tells, is missing or damaged.
+        ModelError: If partition.json, which tells them apart, is missing or damaged.
     """
     file = path / "partition.json"
     try:
@@ -254,8 +254,8 @@ def _teacher_forced(
     batch_size: int,
     training: TrainingConfig,
 ) -> ModelComparison:
-    """One pass over the examples with their answers."""
-    # The two models may have tokenizers of their own, where tokens were added.
+    """Score both models in one pass over the examples with their answers."""
+    # The two models may have different tokenizers, if tokens were added.
     tokens_by_tokenizer: dict[int, list[tuple[str, TokenizedExamples]]] = {}
 
     def tokens() -> list[tuple[str, TokenizedExamples]]:
@@ -294,8 +294,8 @@ def _teacher_forced(
                 by_client[client] = one.total
         return Scored(total, by_client)
 
-    # The base model first; its weights are restored bit for bit after the tuned one. It is the
-    # reference of pairs, too.
+    # The base model comes first; its weights are restored bit for bit after the tuned one. It is
+    # also the reference for pairs.
     references = []
     for _, examples in tokens():
         if examples.are_pairs:
@@ -313,10 +313,10 @@ def _teacher_forced(
 
 
 def _prompt_of(example: Example, owner: str) -> Prompt:
-    """Return what an answer is generated to.
+    """Return the prompt to answer.
 
     Raises:
-        ConfigError: If it is a text without a prompt.
+        ConfigError: If the example is a text without a prompt.
     """
     if example.prompt is None:
         raise ConfigError(
@@ -329,7 +329,7 @@ def _prompt_of(example: Example, owner: str) -> Prompt:
 def _objective(
     examples: TokenizedExamples, training: TrainingConfig, labels: Sequence[str]
 ) -> Objective:
-    """Return what the examples are scored on: pairs by their rewards, whatever was trained."""
+    """Return the objective for scoring: pairs by their rewards, whatever was trained."""
     objective = "dpo" if examples.are_pairs else "sft"
     return make_objective(replace(training, objective=objective), labels)
 
@@ -338,7 +338,7 @@ def _with_reference(examples: TokenizedExamples, measured: TokenizedExamples) ->
     """Return pairs with the reference that the base model measured.
 
     Raises:
-        DataError: If the tuned model's tokenizer makes other tokens of them.
+        DataError: If the tuned model's tokenizer tokenizes them differently.
     """
     is_same = examples.rows == measured.rows
     if not is_same:
@@ -352,7 +352,7 @@ def _with_reference(examples: TokenizedExamples, measured: TokenizedExamples) ->
 def _generating(
     pair: ModelPair, parts: Sequence[_Part], max_length: int, batch_size: int
 ) -> ModelComparison:
-    """Real greedy answers, right where the task's own scorer gives full marks."""
+    """Score greedily generated answers; one is right if the task's own scorer gives full marks."""
     answer_lengths = [
         len(pair.tokenizer(e.completion).input_ids) for part in parts for e in part.examples
     ]

@@ -1,4 +1,4 @@
-"""`FederatedTrainer`: a whole federation in this process, from configuration to global model."""
+"""`FederatedTrainer`: a whole federation on this machine, from configuration to global model."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ OnPlan = Callable[["Plan", Sequence["TokenizedClient"]], None]
 class FederatedTrainer:
     """Fine-tunes a base model on the data of all clients, which train on this machine.
 
-    They train in turn in this process; or, with `run.devices`, in a process for each device.
+    They train in turn in this process or, with `run.devices`, in one process per device.
 
     Args:
         config: The run: base model, LoRA, data, training, federation, method. See `load_config`.
         directory: Where checkpoints and metrics go [default: `runs/run-<date>-<time>`].
-        resume: Continue what is in `directory`; without it, `directory` must be new or empty.
-        server_round: With `resume`: continue from this round instead of the last one; the rounds
-            after it are done again.
-        callbacks: Receive progress, in this order.
+        resume: Continue the run in `directory`; without it, `directory` must be new or empty.
+        server_round: With `resume`: continue from this round instead of the last one; later rounds
+            are redone.
+        callbacks: Receive progress, called in this order.
         update_filter: Changes updates before they leave a client, and their aggregate.
 
     Attributes:
@@ -105,7 +105,7 @@ class FederatedTrainer:
     def plan(self) -> tuple[Plan, list[TokenizedClient]]:
         """Estimate what the run will cost, without loading weights or touching its directory.
 
-        The base model's directory needs no weights for it, and this machine not the device.
+        This needs neither the base model's weights nor the device on this machine.
 
         Returns:
             The plan, and the clients' tokenized data.
@@ -133,14 +133,14 @@ class FederatedTrainer:
         return plan, outline.examples
 
     def prepare(self, on_plan: OnPlan | None = None) -> PreparedRun:
-        """Read the data, load the model and open the directory; `train` does it where it was not.
+        """Read the data, load the model and open the directory; `train` does so if needed.
 
         Args:
             on_plan: Receives the plan and the clients' examples before any weight is loaded.
 
         Raises:
             ConfigError: If settings contradict each other, or the directory has other settings.
-            DataError: If data cannot be used, or is other data than the run began with.
+            DataError: If data cannot be used, or is not the data that the run began with.
             ModelError: If the base model cannot be loaded, or the directory is in use or holds
                 something else.
         """
@@ -198,10 +198,10 @@ class FederatedTrainer:
         return self.prepared
 
     def train(self) -> GlobalModel:
-        """Run the rounds that are left, and return the global model after the last.
+        """Run the remaining rounds, and return the final global model.
 
-        Every round is saved before the next begins; a run that was stopped is continued with
-        `resume=True`, to the bits of one that was not.
+        Every round is saved before the next begins; continue a stopped run with `resume=True`. The
+        result is bit-identical to that of an uninterrupted run.
 
         Raises:
             QuorumError: If too few clients gave a usable update.
@@ -244,10 +244,10 @@ class FederatedTrainer:
 
         Args:
             out: A new or empty directory.
-            dtype: Of the weights on disk: float32, bfloat16 or float16.
+            dtype: The dtype of the weights on disk: float32, bfloat16 or float16.
 
         Returns:
-            The fraction of the change that arrived in the weights: 1 in float32.
+            The fraction of the change that survives rounding to `dtype`: 1 in float32.
 
         Raises:
             ModelError: If there is no finished round, or what was written is not the run's model.
@@ -300,7 +300,7 @@ class FederatedTrainer:
         )
 
     def _load_clients(self, outline: RunOutline) -> LocalClients:
-        """Load the model of a run in this process, and make its clients."""
+        """Load the run's model in this process, and create its clients."""
         self._callbacks.on_message(f"Loading {outline.config.model.name}")
         return load_local_clients(
             outline.config,
@@ -335,7 +335,7 @@ class FederatedTrainer:
             shapes = outline.model
             identity = identify_base(outline.config.model, shapes.directory, shapes.labels)
         if self._resume and self._server_round is not None:
-            # What comes after that round is about to be deleted: check before.
+            # Later rounds are about to be deleted: check first.
             check_made_from(self.directory, self._server_round, outline, identity)
         resumed = directory.resume(self._server_round) if self._resume else None
         if resumed is None:
@@ -348,7 +348,7 @@ class FederatedTrainer:
         return model, state
 
     def _describe(self, run: PreparedRun) -> None:
-        """Write what the run is into its directory."""
+        """Write the run's description into its directory."""
         if run.directory.records:
             warn_of_another_environment(run.environment, self.directory)
         run.directory.describe(
@@ -364,12 +364,12 @@ class FederatedTrainer:
 def _initial_model(
     outline: RunOutline, run_id: str, crew: LocalClients | DeviceTransport
 ) -> GlobalModel:
-    """Return the model of round 0, as this process or a worker makes it."""
+    """Return the model of round 0, created by this process or by a worker."""
     config = outline.config
     if isinstance(crew, LocalClients):
         model = crew.local.initial_global_model(outline.method)
     else:
-        # The labels of a classifier may have been found in the data.
+        # A classifier's labels may have been found in the data.
         labeled = replace(config.model, labels=list(outline.model.labels))
         asked = handshake(crew, replace(config, model=labeled), run_id, outline.method)
         model = asked.model

@@ -1,4 +1,4 @@
-"""Everything that a model named on the hub needs, downloaded at once."""
+"""Download everything that a model on the hub needs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fedmomentum.utils.hub import download, parse_hub_name
 
 
 def fetch(path: Path, base: str) -> tuple[Path, str]:
-    """Return the directories of a model and of the base that was named for it.
+    """Return the directories of a model and of its base, downloading them if needed.
 
     Args:
-        path: The directory of a run or a model; or an adapter's or a plain model's hub name.
+        path: The directory of a run or model; or the hub name of an adapter or a plain model.
         base: The base model, a directory or a hub name; empty: the model's own.
 
     Returns:
-        The directory of the model, and that of the base; empty where the model's own was found.
+        The directories of the model and of the base; the latter is empty if `base` is.
 
     Raises:
         FedMomentumError: If the hub does not provide them.
     """
     name = parse_hub_name(path)
     if name is not None:
-        # The small files show what it is.
+        # The small files show whether it is an adapter or a model.
         small = download(name, allow_patterns=["*.json"], ignore_patterns=OTHER_FILES)
         is_model = (small / "config.json").is_file() and not (small / ADAPTER_CONFIG).is_file()
         path = resolve_base(name.repository, name.revision) if is_model else find_adapter(path)

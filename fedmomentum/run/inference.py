@@ -37,10 +37,10 @@ DEFAULT_MAX_LENGTH = 512
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How a model is loaded to be used; what is left empty is as the run had it.
+    """How to load a model for use; empty settings default to the run's.
 
     Attributes:
-        base: The base model's directory, where it is not where the run found it.
+        base: The base model's directory, if it is not where the run found it.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu`, `cuda`, ...
     """
@@ -51,15 +51,15 @@ class LoadSettings:
 
 
 class ModelPair:
-    """The base and the tuned model in one: the tuned weights are added to the base and removed.
+    """The base and the tuned model in one: the change is added to the base weights and removed.
 
     Args:
         result: The model.
         settings: How to load it.
 
     Raises:
-        ModelError: If the base cannot be found or loaded, or is another one.
-        ConfigError: If the model is a classifier whose labels are not known.
+        ModelError: If the base cannot be found or loaded, or is not the right one.
+        ConfigError: If the model is a classifier with unknown labels.
     """
 
     def __init__(self, result: Result, settings: LoadSettings) -> None:
@@ -86,7 +86,7 @@ class ModelPair:
                 directory,
                 result.path,
             )
-        # As in the run, unless another dtype or device is asked for.
+        # Use the run's device and precision, unless others are asked for.
         chosen = choose_device(result, settings.device)
         set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
         setting = result.config.model.adapted_weights if result.config is not None else "auto"
@@ -100,7 +100,7 @@ class ModelPair:
 
     def _set_tokenizers(self, result: Result, directory: Path, date: str) -> None:
         """Choose the tokenizers of both models: the same one, unless tokens were added."""
-        # Where tokens were added, the base model knows fewer than the tuned one.
+        # If tokens were added, the base model knows fewer than the tuned one.
         size = vocabulary_size(self.model)
         tuned = tokenizer_of(result, directory, size)
         base_tokenizer = tuned
@@ -116,12 +116,12 @@ class ModelPair:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that the model can see; None where it does not say."""
+        """The model's maximum context in tokens; None if it does not say."""
         return max_positions(self.model)[0]
 
     @contextmanager
     def tuned(self) -> Iterator[None]:
-        """Be the tuned model for a while, with its own tokenizer."""
+        """Apply the tuned weights and their tokenizer for the duration of the context."""
         with self._tuned.applied():
             self.tokenizer = self._tokenizers[1]
             try:
@@ -131,7 +131,7 @@ class ModelPair:
 
 
 def _choose_dtype(result: Result, dtype: str) -> str:
-    """Return the dtype that was asked for, else that of the run, else `auto`."""
+    """Return the requested dtype, else that of the run, else `auto`."""
     if dtype or result.config is None:
         return dtype or "auto"
     of_run = result.config.model.dtype
@@ -141,7 +141,7 @@ def _choose_dtype(result: Result, dtype: str) -> str:
 
 
 def _dtype_of_the_run(path: Path) -> str | None:
-    """Return the dtype that `auto` meant on the run's machine; None where that is not known.
+    """Return the dtype that `auto` meant on the run's machine; None if unknown.
 
     Raises:
         ModelError: If environment.json is missing or damaged.
@@ -174,13 +174,13 @@ def answers(
 
     Args:
         result: The model.
-        prompts: Questions; wrapped as a user's message where the tokenizer has a chat template.
+        prompts: Questions; wrapped as a user's message if the tokenizer has a chat template.
         settings: How to load the model.
-        max_new_tokens: Where to stop.
-        plain: Give the prompts as they are.
+        max_new_tokens: The maximum number of tokens in an answer.
+        plain: Use the prompts as they are.
 
     Raises:
-        ConfigError: If nothing is to be generated, or the model is a classifier.
+        ConfigError: If `max_new_tokens` is below 1, or the model is a classifier.
         DataError: If a prompt is empty, or leaves no room for an answer.
         FedMomentumError: See `ModelPair`.
     """
@@ -205,7 +205,7 @@ def answers(
 
 
 def refuse_generation(result: Result) -> None:
-    """Refuse to have a classifier write text.
+    """Refuse to generate text with a classifier.
 
     Raises:
         ConfigError: If the model is one.
@@ -220,7 +220,7 @@ def refuse_generation(result: Result) -> None:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the base and the tuned model answer to one prompt."""
+    """The base and the tuned model's answers to one prompt."""
 
     prompt: str
     base: str
@@ -241,12 +241,12 @@ def generate(
 
     Args:
         path: The run's directory, or that of a global model or adapter.
-        prompts: Questions; wrapped as a user's message where the tokenizer has a chat template.
+        prompts: Questions; wrapped as a user's message if the tokenizer has a chat template.
         server_round: A round of the run, `last` or `best`.
-        client: Whose model, where the method gives each client its own.
+        client: Whose model, if the method gives each client its own.
         settings: How to load the model.
-        max_new_tokens: Where to stop.
-        plain: Give the prompts as they are.
+        max_new_tokens: The maximum number of tokens in an answer.
+        plain: Use the prompts as they are.
 
     Raises:
         FedMomentumError: See `answers`.
@@ -258,10 +258,10 @@ def generate(
 def _generated(
     pair: ModelPair, prompts: Sequence[Prompt], *, max_new_tokens: int, batch_size: int = 32
 ) -> list[str]:
-    """Answer prompts with the model as it is now.
+    """Answer prompts with the model in its current state, base or tuned.
 
     Raises:
-        DataError: If a prompt and its answer are longer than what the model can see.
+        DataError: If a prompt and its answer exceed the model's context.
         FedMomentumError: If a prompt has a token that the model does not know.
     """
     for prompt in prompts:

@@ -33,7 +33,7 @@ class LocalClients:
 
     Attributes:
         local: The model of clients that train the whole adapter.
-        clients: The clients; those that train less have models of their own, on the same base.
+        clients: The clients; those that train less have their own models on the same base.
     """
 
     local: LocalModel
@@ -50,21 +50,21 @@ def load_local_clients(
     callbacks: Callback,
     base: LoadedBase | None = None,
 ) -> LocalClients:
-    """Load a run's model, and make clients that share it.
+    """Load a run's model, and create clients that share it.
 
     Args:
         config: The run's settings.
-        examples: The clients to make, with their examples.
-        labels: Of a classifier.
+        examples: The clients to create, with their examples.
+        labels: A classifier's labels.
         out: The run's directory.
-        function: Trains a client's model, where the user gives one.
+        function: The user's own training function, if any.
         callbacks: Receive training steps.
-        base: The base model, where it is loaded already.
+        base: The base model, if it is already loaded.
     """
     if base is None:
         base = LoadedBase.from_config(config.model, labels, config.lora.modules_to_save)
     with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
-        # Clients that train less have models of their own, which share the base model's weights.
+        # Clients that train less have their own models, which share the base model's weights.
         local = LocalModel(
             config.model,
             config.lora,
@@ -87,8 +87,8 @@ def make_clients(
     function: TrainingFunction | None,
     on_step: Callable[[str, int, int, float], None] | None,
 ) -> list[Client]:
-    """Return the clients with their examples, on one model and with one cache of objects."""
-    # Imported where there are clients: a command that only reads a result has none.
+    """Create the clients with their examples, sharing one model and one cache of objects."""
+    # Imported only here: commands that merely read a result have no clients.
     from fedmomentum.client.client import Client
 
     objective = make_objective(config.training, local.identity.labels)
@@ -104,7 +104,7 @@ def make_clients(
             Client(
                 client_id=one.client_id,
                 train=one.train,
-                # Scores have no noise: with privacy nothing is scored.
+                # Scores carry no noise, so with differential privacy nothing is scored.
                 test=one.test if private is None else EMPTY_EXAMPLES,
                 method=make_method(config),
                 model=local,
@@ -121,7 +121,7 @@ def make_clients(
 def _own_models(
     config: Config, local: LocalModel, loaded: LoadedBase, names: Sequence[str]
 ) -> dict[str, LocalModel]:
-    """Return each client's model: one for all, unless some train less; all on one base model."""
+    """Return each client's model: shared unless some train less, and all on one base model."""
     lora = config.lora
     # Clients with equal settings share a model.
     models: list[tuple[LoraConfig, LocalModel]] = [(lora.for_client(""), local)]

@@ -1,7 +1,7 @@
-"""What a run takes of memory, host's and device's, in each of its phases; computed, not measured.
+"""A run's use of host and device memory in each of its phases; computed, not measured.
 
-Weights and optimizer states are counted by their shapes, activations by a step that is run without
-memory (`training.step_memory`).
+Weights and optimizer states are counted from their shapes, activations by simulating a step without
+allocating memory (`training.step_memory`).
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 
-# Bytes of an element in each form: codes and their scales, for nf4 by blocks of 64 whose scales are
-# quantized in blocks of 256.
+# Bytes per element in each form, including scales: nf4 has a scale per block of 64, and scales are
+# themselves quantized in blocks of 256.
 QUANTIZED_BYTES = {
     "nf4": 0.5 + (1 + 4 / 256) / 64,
     "fp4": 0.5 + 4 / 64,
     "int8": 1.0,
     "torchao-int8": 1.0,
 }
-# torch, transformers, PEFT and what they load, in memory of this process alone.
+# Private memory of a process for torch, transformers, PEFT and what they load.
 LIBRARIES = 400 * 2**20
-# The live factors, the fresh adapter, the global one and its bytes, and a reply beside its bytes.
+# The live factors, the fresh adapter, the global one and its bytes, a reply and its bytes.
 ADAPTER_COPIES = 6
-# Vectors a layer and token that a step keeps, where it cannot be run without memory.
+# Vectors per layer and token that a step keeps; a guess for models that cannot be simulated.
 VECTORS_A_LAYER = 34
 
 
 @dataclass(frozen=True)
 class BaseSizes:
-    """Numbers of a base model, by how they are held.
+    """Numbers of elements in a base model, grouped by how they are held.
 
     Attributes:
         adapted: Elements of the adapted matrices.
-        linear: Elements of the other linear layers that a quantization would take.
+        linear: Elements of the other linear layers, which quantization would include.
         other: Elements of everything else.
-        trained: Elements of modules that are trained in full; they are held a second time.
-        largest: Elements of the largest linear layer, which may be made in another form.
+        trained: Elements of modules that are trained in full, of which there is a second copy.
+        largest: Elements of the largest linear layer, which may be converted to another form.
     """
 
     adapted: int
@@ -63,7 +63,7 @@ class BaseSizes:
 
     @classmethod
     def of(cls, model: Any, adapter: Adapter, saved: Collection[str]) -> BaseSizes:
-        """Count the parameters of a model, with or without memory."""
+        """Count the parameters of a model, with or without allocated weights."""
         adapted_paths = {weight_path(module) for module in adapter.modules}
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         counts = {"adapted": 0, "linear": 0, "other": 0}
@@ -80,7 +80,7 @@ class BaseSizes:
             elif name in linear:
                 kind = "linear"
             counts[kind] += parameter.numel()
-            # Everything else stays in the form in which it is read.
+            # Everything else keeps the form in which it is read.
             if kind != "other":
                 largest = max(largest, parameter.numel())
         trained = sum(tensor.numel() for tensor in adapter.saved.values())
@@ -92,8 +92,8 @@ class Placement:
     """Where and how a model is held.
 
     Attributes:
-        on_gpu: Whether it is on a device with memory of its own.
-        dtype: The dtype of its weights, and what quantized ones compute in.
+        on_gpu: Whether it is on a device with its own memory.
+        dtype: The dtype of its weights; the compute dtype of quantized ones.
         stored_dtype: The dtype on disk.
         holding: How the adapted modules are held: `float32` or `as-loaded`.
         quantization: `none`, or how linear layers are quantized.
@@ -107,11 +107,11 @@ class Placement:
 
     @property
     def quantized_bytes(self) -> float | None:
-        """Bytes of a quantized element; None where nothing is quantized."""
+        """Bytes of a quantized element; None if nothing is quantized."""
         return QUANTIZED_BYTES.get(self.quantization)
 
     def describe(self, device: str) -> str:
-        """Return it as a plan shows it: `cuda:0, bfloat16, adapted modules as-loaded`."""
+        """Return the text for a plan: `cuda:0, bfloat16, adapted modules as-loaded`."""
         parts = [device, str(self.dtype).removeprefix("torch.")]
         if self.quantization != NONE:
             parts.append(self.quantization)
@@ -122,7 +122,7 @@ def choose_placement(config: Config, outline: ModelOutline) -> Placement:
     """Return how a configuration holds its model.
 
     Raises:
-        ModelError: If float32 is asked for and weights are quantized.
+        ModelError: If float32 is asked for, but the weights are quantized.
     """
     quantization = outline.quantization or config.model.quantization
     on_gpu = outline.device.type != "cpu"
@@ -137,12 +137,12 @@ def choose_placement(config: Config, outline: ModelOutline) -> Placement:
 
 @dataclass(frozen=True)
 class ServerBytes:
-    """What the server's part takes.
+    """The server's memory use in bytes.
 
     Attributes:
         adapter: An adapter in float32.
-        update: What is merged over all rounds, at most, as it is kept.
-        aggregating: The work of an aggregation.
+        update: The parts merged over all rounds, at most, in the form in which they are kept.
+        aggregating: The working memory of an aggregation.
     """
 
     adapter: int
@@ -163,15 +163,15 @@ def weight_bytes(sizes: BaseSizes, place: Placement) -> int:
 
 
 def branch_bytes(sizes: BaseSizes, place: Placement, update: int) -> int:
-    """Return the most that merged parts take beside weights that are held as loaded."""
+    """Return the most bytes of merged parts that are kept beside weights held as loaded."""
     if place.holding == FLOAT32:
         return 0
-    # As factors, in the model's dtype, while they are smaller than int8.
+    # Kept as factors in the model's dtype, as long as they are smaller than int8.
     return min(update // 4 * place.dtype.itemsize, sizes.adapted)
 
 
 def moment_bytes(config: Config, trained: int) -> int:
-    """Return the bytes of the optimizer's state over so many trained elements."""
+    """Return the bytes of the optimizer's state for a number of trained elements."""
     name = str(config.training.arguments.get("optim", "adamw_torch"))
     options = str(config.training.arguments.get("optim_args", ""))
     if name == "sgd":
@@ -190,11 +190,11 @@ def rows_of_pass(config: Config) -> int:
 
 
 def private_bytes(config: Config, trained: int) -> int:
-    """Return what the gradients of single examples take, and their sum in float64."""
+    """Return the bytes of per-example gradients and their float64 sum."""
     dp = config.privacy.dp
     if dp is None:
         return 0
-    # Those of several rows are summed in float64.
+    # Gradients over several rows are summed in float64.
     is_summed = dp.unit_column is not None or config.training.objective == "dpo"
     itemsize = 12 if is_summed else 4
     return trained * (itemsize * rows_of_pass(config) + 8)
@@ -209,25 +209,25 @@ def estimate(
     trained: int,
     num_workers: int = 0,
 ) -> tuple[MemoryUse, MemoryUse | None]:
-    """Return what host and device take in each phase; the device's is None on a CPU.
+    """Return the memory use of host and device in each phase; the device's is None on a CPU.
 
-    With workers, the host's is that of all processes, and the device's that of one worker.
+    With workers, the host's covers all processes, and the device's a single worker.
 
     Args:
         config: The configuration.
-        sizes: The base model's.
+        sizes: The base model's sizes.
         place: Where and how it is held.
-        steps: The activations of a training step, gradients included, and of an evaluation.
-        server: What the server takes.
-        trained: Elements that are trained.
-        num_workers: Of `run.devices`; 0 where this process has the model.
+        steps: The activations of a training step, including gradients, and of an evaluation.
+        server: The server's memory use.
+        trained: Number of trained elements.
+        num_workers: Number of `run.devices` workers; 0 if this process holds the model.
     """
     weights = weight_bytes(sizes, place)
     branch = branch_bytes(sizes, place, server.update)
     live = weights + 4 * trained
     training = max(steps[0], 12 * trained) + moment_bytes(config, trained)
     training += private_bytes(config, trained)
-    # A layer is made in its new form beside its old one.
+    # While a layer is converted, its old and new forms coexist.
     one_layer = sizes.largest * (place.stored_dtype.itemsize + 4)
     model = MemoryUse(
         at_rest=live,
@@ -242,14 +242,14 @@ def estimate(
     if place.on_gpu:
         clients = MemoryUse(
             at_rest=rest,
-            # Pages of the checkpoint's files are the system's, unless they are converted.
+            # Unconverted weights stay in pages of the checkpoint's files, which the system owns.
             loading=rest + (everything * place.dtype.itemsize if converted else one_layer),
             training=rest + server.update,
             evaluating=rest + server.update,
             aggregating=rest + server.update,
         )
         return _with_server(clients, rest, server, num_workers), model
-    # Until everything is loaded, converted weights are held beside their float32 copies.
+    # Until everything is loaded, converted weights and their float32 copies coexist.
     copies = sizes.adapted * place.dtype.itemsize if place.holding == FLOAT32 and converted else 0
     clients = MemoryUse(
         at_rest=rest + model.at_rest,
@@ -262,13 +262,13 @@ def estimate(
 
 
 def _with_server(clients: MemoryUse, rest: int, server: ServerBytes, num_workers: int) -> MemoryUse:
-    """Return what the host needs for clients and server.
+    """Return the host's memory use for clients and server.
 
     Args:
-        clients: Of a process that plays clients.
-        rest: What a process takes that does nothing yet.
-        server: What the server takes.
-        num_workers: How many such processes there are beside the server's; 0: they are one.
+        clients: The memory use of a process that runs clients.
+        rest: The bytes of an idle process.
+        server: The server's memory use.
+        num_workers: How many processes run clients, besides the server's; 0: the server's does.
     """
     if num_workers == 0:
         return replace(clients, aggregating=clients.aggregating + server.aggregating)
@@ -291,11 +291,11 @@ def simulate_steps(
         config: The configuration.
         outline: The base model and its adapter.
         place: How the model is held.
-        longest: Tokens of the longest example, and of the longest answer.
+        longest: Number of tokens of the longest example and of the longest answer.
     """
     rows = rows_of_pass(config)
     if config.training.objective == "dpo":
-        rows *= 2  # both answers of a pair
+        rows *= 2  # the two answers of a pair
     length, positions = longest
     shape = StepShape(
         rows=rows,
@@ -314,13 +314,13 @@ def simulate_steps(
     try:
         if skeleton is not None:
             return step_bytes(skeleton, modules, shape), step_bytes(skeleton, modules, evaluated)
-    except Exception as error:  # a model that decides by the values of its tensors
+    except Exception as error:  # the model's control flow depends on tensor values
         LOG.debug("the step cannot be run without memory", exc_info=error)
     return _guess_steps(outline.base.config.get_text_config(), shape)
 
 
 def _guess_steps(text: Any, shape: StepShape) -> tuple[int, int]:
-    """Return about what a training step and an evaluation take, by the model's configuration."""
+    """Estimate the bytes of a training step and an evaluation from the model's configuration."""
     width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
     kept = VECTORS_A_LAYER * shape.rows * shape.length * width * shape.dtype.itemsize
     logits = 4 * shape.rows * shape.positions * getattr(text, "vocab_size", 32000)

@@ -1,4 +1,4 @@
-"""What `fedmomentum compare` takes: methods with settings of their own, and seeds."""
+"""What `fedmomentum compare` accepts: methods with their own settings, and seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmomentum.run.references import REFERENCES
 from fedmomentum.utils.names import readable_name
 
 _METHOD_SECTIONS = ("training.", "lora.", "federation.")
-"""Sections that may differ between methods; data and evaluation are the same for all."""
+"""Sections that may differ between methods; data and evaluation must be the same for all."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class MethodVariant:
     """A method with its settings, or a reference.
 
     Attributes:
-        label: As the user wrote it: `fedit`, `fedmomentum:split=singular`, `local`.
+        label: The label as the user wrote it: `fedit`, `fedmomentum:split=singular`, `local`.
         method: The method, with its settings. References run FedIT: the average of one client is
             that client.
         overrides: Settings of the run that apply to this variant only, as `section.key=value`.
@@ -47,13 +47,13 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
 
     `[method.settings]` applies to the method that `[method]` names.
 
-    A name is that of a built-in method, `module:Class` of the user's own, or a reference. A key
-    with a dot, such as `training.learning-rate`, is a setting of the run, for this variant only;
-    any other key is a setting of the method.
+    A name is that of a built-in method, of a reference, or `module:Class` for the user's own
+    method. A key with a dot, such as `training.learning-rate`, is a setting of the run for this
+    variant only; any other key is a setting of the method.
 
     Raises:
         ConfigError: If there are no methods, one is named twice, a method or setting is unknown, a
-            reference is given a setting of a method, or a setting must be the same for all.
+            reference is given a method's setting, or a setting must be the same for all.
     """
     variants: list[MethodVariant] = []
     for label in filter(None, (part.strip() for part in text.split(","))):
@@ -92,7 +92,7 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
                 f"--methods {label}: {error}; and the references {', '.join(REFERENCES)}"
             ) from error
         variants.append(MethodVariant(label, method, tuple(overrides)))
-    # Two labels must not share a directory, on file systems that ignore case either.
+    # Two labels must not share a directory, not even on file systems that ignore case.
     directories = [variant.directory.lower() for variant in variants]
     if not variants or len(set(directories)) < len(directories):
         raise ConfigError(
@@ -104,7 +104,7 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
 def _split_label(label: str) -> tuple[str, str]:
     """Return the name and the settings of a label.
 
-    The name of a user's method has a colon itself: settings follow a colon and contain "=".
+    The name of a user's method contains a colon itself, so settings are recognized by their "=".
     """
     name, _, settings = label.rpartition(":")
     return (name, settings) if "=" in settings else (label, "")

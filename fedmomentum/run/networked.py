@@ -1,4 +1,4 @@
-"""A run whose clients are elsewhere: the same rounds over any transport."""
+"""A run with remote clients: the same rounds over any transport."""
 
 from __future__ import annotations
 
@@ -59,21 +59,20 @@ def run_federation(
     data: Mapping[str, Fingerprint] | None = None,
     roster: Roster | None = None,
 ) -> GlobalModel:
-    """Run a federation whose clients are elsewhere; needs neither data nor base model.
+    """Run a federation with remote clients; this process needs neither data nor base model.
 
     Args:
         transport: Reaches the clients.
-        config: The run; `[data]` does not count here, unless `data` is given.
+        config: The run's settings; `[data]` is ignored unless `data` is given.
         out: The run's directory.
-        resume: Continue what is in `out`; without it, `out` must be new or empty.
-        server_round: Resume from this round instead of the last one; the rounds after it are done
-            again.
-        callbacks: Receive the plan and progress, in this order.
-        data: Fingerprints of the clients' data, where this process knows it.
-        roster: The public keys of the clients, where their updates are summed under masks.
+        resume: Continue the run in `out`; without it, `out` must be new or empty.
+        server_round: Resume from this round instead of the last one; later rounds are redone.
+        callbacks: Receive the plan and progress, called in this order.
+        data: Fingerprints of the clients' data, if this process knows it.
+        roster: The clients' public keys, if their updates are summed under masks.
 
     Raises:
-        ConfigError: If settings contradict each other, or `out` is of a run with other settings.
+        ConfigError: If settings contradict each other, or `out` holds a run with other settings.
         DataError: If the data is not what the run began with.
         ModelError: If `out` is in use or holds something else.
         QuorumError: See `Server.run` and `handshake`.
@@ -84,7 +83,7 @@ def run_federation(
     check_run_directory(config, out, resume, server_round, data_counts=data is not None)
     start_adapter = None if resume else read_start_adapter(config)
     set_up_process(config.run)
-    # Checked before any client is asked for anything.
+    # Check everything before any client is asked for anything.
     callback_list = CallbackList(callbacks)
     directory = RunDirectory(out, keep=config.run.keep_checkpoints)
     try:
@@ -125,10 +124,10 @@ def run_federation(
 
 
 def _checked_settings(config: Config, method: Method) -> Config:
-    """Return the settings with what is chosen for the user filled in.
+    """Return the settings with automatic choices filled in.
 
     Raises:
-        ConfigError: If settings contradict each other, or cannot be obeyed over a network.
+        ConfigError: If settings contradict each other, or cannot be used over a network.
     """
     refuse_devices(config)
     check_arguments(config.training.arguments)
@@ -142,10 +141,10 @@ def _checked_settings(config: Config, method: Method) -> Config:
 
 
 def _check_roster(config: Config, roster: Roster | None, server_round: int | None) -> None:
-    """Refuse secure aggregation without keys to check, and rounds that clients do not repeat.
+    """Refuse secure aggregation without a roster of keys, or with rounds to be redone.
 
     Raises:
-        ConfigError: If one of them is asked for.
+        ConfigError: If either is asked for.
     """
     is_secure = config.privacy.secure_aggregation
     if is_secure and roster is None:
@@ -170,11 +169,11 @@ def _describe(
     clients: Mapping[str, Description],
     data: Mapping[str, Fingerprint] | None,
 ) -> None:
-    """Write what the run is into its directory; what clients say of themselves takes part."""
+    """Write the run's description into its directory, including the clients' own facts."""
     partition = {}
     environments = {}
     for name, client in clients.items():
-        # Where the server has sums, clients do not tell how many examples they have.
+        # With secure sums, clients do not reveal how many examples they have.
         if not config.privacy.secure_aggregation:
             partition[name] = {"train": {"": client.num_train}, "test": {"": client.num_test}}
         environments[name] = f"{client.threads} threads, {client.dtype}, {client.versions}"

@@ -1,7 +1,7 @@
 """What a run was made from: fingerprints of the clients' data, and where its directory was.
 
-A run continues with the data that it began with and no other. Names of files do not tell that: a
-project may move, and a file may change. So the content is compared, and paths may differ.
+A run may only continue with the data that it began with. File names cannot ensure that: a project
+may move, and a file may change. So the content is compared, and paths may differ.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 def fingerprints(
     parties: Sequence[ClientData], tokens: Mapping[str, Sequence[TokenizedExamples]] | None = None
 ) -> dict[str, Fingerprint]:
-    """Return the fingerprint of each client's data, order of examples included.
+    """Return the fingerprint of each client's data, including the order of its examples.
 
     Args:
         parties: The clients' examples.
-        tokens: Client to its examples as tokens, where they are at hand.
+        tokens: Client to its examples as tokens, if available.
     """
     found = {}
     for party in parties:
@@ -62,7 +62,7 @@ def _tokens(parts: Sequence[TokenizedExamples]) -> Iterator[str]:
         for index in range(len(part)):
             example = part.example(index)
             text = f"{number} {example.num_prompt_tokens} {example.input_ids}"
-            # Only where they are: most examples have neither.
+            # Only if present: most examples have neither.
             yield text + "".join(
                 f" {more}" for more in (example.gaps, example.rejected_ids) if more
             )
@@ -76,7 +76,7 @@ def _hash(items: Iterator[str]) -> str:
 
 
 def read_origin(directory: Path) -> OriginFile | None:
-    """Return what a run's directory says of its data; None where it says nothing.
+    """Return what a run's directory says about its data; None if it says nothing.
 
     Raises:
         ModelError: If the file is damaged.
@@ -93,7 +93,7 @@ def read_origin(directory: Path) -> OriginFile | None:
 
 
 def _began_with(directory: Path, server_round: int | None) -> Mapping[str, Fingerprint] | None:
-    """Return the data that a run was made with, from a checkpoint or else from data.json."""
+    """Return the fingerprints of the data that a run began with, from a checkpoint or data.json."""
     rounds = retained_rounds(directory)
     if rounds:
         run = read_manifest(
@@ -107,15 +107,15 @@ def _began_with(directory: Path, server_round: int | None) -> Mapping[str, Finge
 def check_data(
     directory: Path, now: Mapping[str, Fingerprint], server_round: int | None = None
 ) -> None:
-    """Refuse to continue a run on other data than it began with.
+    """Refuse to continue a run on data other than what it began with.
 
     Args:
-        directory: The run's directory; one that says nothing of its data fits any.
-        now: The fingerprints of the data as it is now.
-        server_round: The checkpoint to believe; by default the last.
+        directory: The run's directory; if it says nothing about its data, any data is accepted.
+        now: The fingerprints of the current data.
+        server_round: The checkpoint to compare with; by default the last.
 
     Raises:
-        DataError: If a client's data differs, naming clients and parts.
+        DataError: If a client's data differs; the message names clients and parts.
         ModelError: If the record in the directory is damaged.
     """
     began = _began_with(directory, server_round)
@@ -123,7 +123,7 @@ def check_data(
         return
     different = []
     other_tokens = []
-    # Compare text first: other tokens of the same text point to the tokenizer.
+    # Compare text first: if only the tokens differ, the cause is the tokenizer.
     for client in sorted(began.keys() | now.keys()):
         name = printable(client, 80)
         if client not in now or client not in began:
@@ -165,21 +165,20 @@ def _few(items: Sequence[str]) -> str:
 
 
 def moved_path(path: str, origin: OriginFile, directory: Path) -> str:
-    """Return where a path of a run's configuration is now, if it moved with the run's directory.
+    """Return the current location of a path that may have moved with the run's directory.
 
     Args:
-        path: As the configuration has it.
+        path: The path in the run's configuration.
         origin: Where the run's directory was.
-        directory: Where it is.
+        directory: Where it is now.
 
     Returns:
-        The path as it is, where it leads somewhere or does not lie anywhere near; else the one that
-        lies to the directory of now as this one lay to the directory of then, if there is
-        something.
+        The same relative path from the new directory, if `path` is absolute and no longer exists,
+        and that one does; else `path` unchanged.
     """
     if not path or not os.path.isabs(path) or os.path.exists(path):
         return path
-    # The path lies to the new directory as it lay to the old one.
+    # Apply the old relative path to the new directory.
     candidate = os.path.normpath(directory.resolve() / os.path.relpath(path, origin.directory))
     return candidate if os.path.exists(candidate) else path
 
@@ -187,8 +186,8 @@ def moved_path(path: str, origin: OriginFile, directory: Path) -> str:
 def follow(config: Config, directory: Path) -> Config:
     """Return a run's configuration with its current paths, for a project that moved as a whole.
 
-    Paths that still lead somewhere stay as they are. What is found is not trusted for being there:
-    base model and data are compared by content with what the run was made from.
+    Paths that still exist are kept. Files that are found are not trusted: the content of base model
+    and data is compared with what the run was made from.
 
     Raises:
         ModelError: If the record in the run's directory is damaged.
@@ -211,7 +210,7 @@ def follow(config: Config, directory: Path) -> Config:
 
 
 def refuse_missing(config: Config) -> None:
-    """Refuse paths that do not exist, and say how to give others; hub names are not checked.
+    """Refuse paths that do not exist, and say how to replace them; hub names are not checked.
 
     Raises:
         DataError: See `refuse_missing_data`.
@@ -226,7 +225,7 @@ def refuse_missing(config: Config) -> None:
 
 
 def refuse_missing_data(config: Config) -> None:
-    """Refuse paths of data that lead nowhere, and say how to give others.
+    """Refuse data paths that do not exist, and say how to replace them.
 
     Raises:
         DataError: If a client's file, the source or the test source is not where the configuration
@@ -255,22 +254,21 @@ def _is_gone(path: str) -> bool:
 
 
 def placed(config: Config, base: str, data: Sequence[str]) -> Config:
-    """Return the configuration with base model and data where the user says they are.
+    """Return the configuration with base model and data at the locations that the user gives.
 
     Args:
         config: A configuration.
-        base: A directory, the embedded model's name, or a name on the hub, also with its revision
-            (`NAME@REVISION`); empty for the configuration's.
-        data: `NAME=FILE` for a client's file; or one `FILE`, where all clients share one source.
+        base: A directory, the embedded model's name, or a name on the hub, optionally with a
+            revision (`NAME@REVISION`); empty for the configuration's own.
+        data: `NAME=FILE` for a client's file; or one `FILE` if all clients share one source.
 
     Raises:
-        ConfigError: If a client is unknown, or named where all share one source, or a source is
-            given twice.
+        ConfigError: If a client is unknown or missing, or more than one shared source is given.
     """
     if base:
         name, revision = split_revision(base)
         model = replace(config.model, name=_absolute(name))
-        # Another name has another revision, or none.
+        # A different name has its own revision, or none.
         if revision is not None or model.name != config.model.name:
             model = replace(model, revision=revision)
         config = replace(config, model=model)
@@ -284,7 +282,7 @@ def placed(config: Config, base: str, data: Sequence[str]) -> Config:
         return replace(config, data=replace(config.data, source=_absolute(data[0])))
     files = dict(config.data.client_files)
     for item in data:
-        # a name may hold "=" too
+        # A name may contain "=", too.
         ends = [
             end for end, character in enumerate(item) if character == "=" and item[:end] in files
         ]

@@ -1,4 +1,4 @@
-"""What a run is made of, before the weights of its model are loaded: settings, data, shapes."""
+"""The shapes of a run's model and adapter, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class ModelOutline:
 
     Attributes:
         directory: The base model's directory.
-        base: The base model; its tensors need not have memory.
-        skeleton: The base model without memory; None if it runs with its weights only.
-        loaded: The base model, where it had to be loaded.
+        base: The base model; its tensors may be unallocated.
+        skeleton: The base model without allocated weights; None if it only runs with its weights.
+        loaded: The base model, if it had to be loaded.
         tokenizer: Its tokenizer.
-        labels: Of a classifier.
-        targets: What is adapted.
+        labels: A classifier's labels.
+        targets: The adapted modules.
         adapter: The adapter's shapes.
         saved: Paths of the modules that are trained in full.
-        device: The device, as far as it is known: one that is not here may be planned for.
+        device: The device, as far as known; a plan may be for one that this machine does not have.
         dtype: The dtype of the weights in memory.
-        stored_dtype: The dtype of the weights on disk, as config.json says.
+        stored_dtype: The dtype of the weights on disk, according to config.json.
         is_here: Whether this machine has the device.
         quantization: How the weights on disk are quantized; None if they are not.
         num_parameters: Number of parameters of the base model.
@@ -70,14 +70,14 @@ class ModelOutline:
 
 
 def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> ModelOutline:
-    """Return the shapes of the base model and of the run's adapter.
+    """Return the shapes of the base model and the run's adapter.
 
-    The weights are loaded only where an architecture does not run without.
+    The weights are loaded only if an architecture does not run without them.
 
     Args:
         config: The configuration.
-        labels: Of a classifier; empty for a language model.
-        is_plan: Whether nothing is to be run: then weights may be missing, and so may the device.
+        labels: A classifier's labels; empty for a language model.
+        is_plan: Whether this is only for a plan: then weights and device may be missing.
 
     Raises:
         ModelError: If the base model cannot be found or is not supported.
@@ -89,7 +89,7 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     devices = config.run.devices
     if devices:
         device, is_here = _worker_device(devices, is_plan=is_plan)
-        # Where it has to be loaded for its shapes, the workers' devices hold no copy of it.
+        # If it must be loaded for its shapes, do not put a copy on a worker's device.
         settings = replace(settings, device="cpu")
     else:
         device, is_here = _planned_device(settings.device, is_plan=is_plan)
@@ -108,7 +108,8 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     except FedMomentumError:
         raise
     except Exception:
-        # What it computes depends on values, or transformers cannot make it: loading says why.
+        # Its code depends on tensor values, or transformers cannot build it. Loading either works,
+        # or raises an error that says why.
         loaded = LoadedBase.from_config(settings, labels, config.lora.modules_to_save)
         base = loaded.model
         linear = find_linear_modules(base)
@@ -116,7 +117,7 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
     tokenizer = load_tokenizer(directory, vocabulary_size(base), generates=not labels)
     set_chat_date(tokenizer, settings.chat_date)
 
-    # As the clients' models will have it.
+    # Choose modules in the same way as for the clients' models.
     lora = config.lora
     head = head_modules(base, directory) if labels else []
     saved = find_saved_modules(base, names_to_save(head, lora.modules_to_save))
@@ -148,7 +149,7 @@ def outline_model(config: Config, labels: Sequence[str], *, is_plan: bool) -> Mo
 
 
 def _planned_device(name: str, *, is_plan: bool) -> tuple[torch.device, bool]:
-    """Return the device of a name, and whether it is here; a GPU may be planned for elsewhere."""
+    """Return the named device, and whether this machine has it; a plan may name a missing GPU."""
     try:
         return pick_device(name), True
     except ModelError:
@@ -161,10 +162,10 @@ def _planned_device(name: str, *, is_plan: bool) -> tuple[torch.device, bool]:
 
 
 def _worker_device(names: Sequence[str], *, is_plan: bool) -> tuple[torch.device, bool]:
-    """Return the first of the workers' devices, and whether all are here; none is opened here.
+    """Return the workers' first device, and whether this machine has all; none is opened here.
 
     Raises:
-        ModelError: If one is no device, or is not here and is to be used.
+        ModelError: If one is not a device, or is needed but missing on this machine.
     """
     for name in names:
         if find_device(name) is None and not is_plan:
@@ -173,13 +174,13 @@ def _worker_device(names: Sequence[str], *, is_plan: bool) -> tuple[torch.device
 
 
 def _stored_quantization(directory: Path) -> str | None:
-    """Return how a checkpoint is quantized, by its configuration."""
+    """Return how a checkpoint is quantized, according to its configuration."""
     settings = read_config(directory).get("quantization_config")
     return stored_kind(settings) if isinstance(settings, dict) else None
 
 
 def _declared_dtype(directory: Path, otherwise: torch.dtype) -> torch.dtype:
-    """Return the dtype of a checkpoint by its configuration, which may not say it."""
+    """Return a checkpoint's dtype according to its configuration, or `otherwise` if it has none."""
     stored = read_config(directory)
     name = stored.get("dtype") or stored.get("torch_dtype")
     return DTYPES.get(str(name), otherwise)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fedmomentum.protocol.messages import Description
     from fedmomentum.run.outline import ModelOutline
 
-# torch and what else a server loads.
+# Memory of torch and everything else that a server loads.
 SERVER_LIBRARIES = 400 * 2**20
 
 
@@ -45,7 +45,7 @@ def make_plan(
     traffic = _traffic(config, adapter, method, len(clients))
     labels = outline.labels
     longest = max(client.train.longest for client in clients)
-    longest -= bool(labels)  # a row's label is no token
+    longest -= bool(labels)  # a row's label is not a token
     warnings = _warn(config, clients, longest, outline) + private_warnings(config, method)
     place = choose_placement(config, outline)
     host, device = plan_memory(
@@ -82,7 +82,7 @@ def plan_memory(
         outline: The base model and its adapter.
         method: The method.
         num_clients: How many clients there are.
-        longest: Tokens of the longest example, and of the longest answer.
+        longest: Number of tokens of the longest example and of the longest answer.
     """
     adapter = outline.adapter
     traffic = _traffic(config, adapter, method, num_clients)
@@ -106,7 +106,7 @@ def plan_memory(
 def _longest(
     clients: Sequence[TokenizedClient], longest: int, labels: Sequence[str]
 ) -> tuple[int, int]:
-    """Return the tokens of the longest example and of the longest answer; of a text, one label."""
+    """Return the lengths of the longest example and answer in tokens; a label counts as one."""
     if labels:
         return longest, 1
     answers = [1]
@@ -121,7 +121,7 @@ def _longest(
 def _warn(
     config: Config, clients: Sequence[TokenizedClient], longest: int, outline: ModelOutline
 ) -> list[str]:
-    """Return what the user should know before hours of training."""
+    """Return warnings that the user should see before hours of training."""
     warnings = []
     short = [c.client_id for c in clients if len(c.train) < config.training.batch_size]
     if short:
@@ -151,7 +151,7 @@ def _warn(
 def _label_counts(
     config: Config, labels: Sequence[str], clients: Sequence[TokenizedClient]
 ) -> dict[str, int | None]:
-    """Return the labels with their numbers of training examples; withheld with privacy."""
+    """Return each label's number of training examples; None with differential privacy."""
     if config.privacy.dp is not None:
         return dict.fromkeys(labels)
     return dict(count_labels(labels, [client.train for client in clients]))
@@ -160,9 +160,9 @@ def _label_counts(
 def served_plan(
     config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Description]
 ) -> Plan:
-    """Estimate what a run over a network will cost; its memory is the server's."""
+    """Estimate what a run over a network will cost; the memory is that of the server."""
     traffic = _traffic(config, model.adapter, method, len(facts))
-    # Where the server has sums, clients do not tell how many examples they have.
+    # With secure sums, clients do not reveal how many examples they have.
     warnings = [] if config.privacy.secure_aggregation else _warn_of_facts(config, facts)
     warnings += private_warnings(config, method)
     parameters = max(fact.num_parameters for fact in facts.values())
@@ -176,7 +176,7 @@ def served_plan(
 
 
 def _warn_of_facts(config: Config, facts: Mapping[str, Description]) -> list[str]:
-    """Return what follows from the numbers of examples that clients tell."""
+    """Return warnings about the numbers of examples that clients report."""
     warnings = []
     short = [
         client for client, fact in facts.items() if fact.num_train < config.training.batch_size
@@ -193,18 +193,18 @@ def _warn_of_facts(config: Config, facts: Mapping[str, Description]) -> list[str
 def _aggregation_bytes(traffic: _Traffic) -> int:
     """Return the memory of an aggregation.
 
-    Updates are on disk: in memory are a reply as bytes and tensors, what is sent in the message
-    store and as it is encoded, what a round makes of the base update as bytes and tensors, and one
-    module's sum at work.
+    Updates are on disk. In memory are a reply as bytes and tensors, outgoing messages both encoded
+    and in the message store, a round's base update as bytes and tensors, and the working memory of
+    one module's sum.
     """
     return 3 * traffic.uplink + 4 * traffic.adapter + 8 * traffic.residual + 4 * traffic.largest_sum
 
 
 @dataclass(frozen=True)
 class _Traffic:
-    """Bytes of an adapter each way, of the largest residual of a round, and of dense matrices.
+    """Bytes of an adapter each way, of a round's largest residual, and of dense matrices.
 
-    And of the largest module's sum in float64, and of all updates of a round.
+    Also of the largest module's sum in float64, and of all updates of a round.
     """
 
     uplink: int
@@ -222,11 +222,11 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
     )
     rank = config.lora.rank
     is_secure = config.privacy.secure_aggregation
-    # Where the server has sums, so many updates stand for those of the clients.
+    # The number of updates; with secure sums, that of the stand-ins for the clients' updates.
     asked = sample_size(num_clients, config.federation.client_fraction)
     if is_secure:
         asked = num_stand_ins(config, method)
-    # Upper bounds, module by module.
+    # Upper bounds, added up over modules.
     residual = dense = largest_sum = 0
     for matrix in adapter.modules.values():
         out_size, in_size = matrix.shape
@@ -239,9 +239,9 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
         largest_sum = max(
             largest_sum, 8 * min((out_size + in_size) * asked * rank, out_size * in_size)
         )
-    # Updates are stored in float32, whatever the wire's dtype.
+    # Updates are stored in float32, whatever their dtype on the wire.
     numbers = adapter.num_parameters()
-    spool = 4 * asked * numbers  # widened to float32
+    spool = 4 * asked * numbers  # converted to float32
     sent, received = _moment_bytes(config, adapter)
     sent += up.itemsize * numbers
     if is_secure:
@@ -259,7 +259,7 @@ def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int)
 
 
 def _moment_bytes(config: Config, adapter: Adapter) -> tuple[int, int]:
-    """Return the bytes of the optimizer's moments that a client sends, and that it is sent."""
+    """Return the bytes of optimizer moments that a client sends and receives."""
     state = config.training.optimizer_state
     # SGD has no second moments.
     num_seconds = 0 if config.training.arguments.get("optim") == "sgd" else 1
@@ -309,7 +309,7 @@ def _plan(
         downlink_bytes=downlink,
         memory_bytes=memory_bytes,
         disk_bytes=(config.run.keep_checkpoints + 1) * uplink
-        + 2 * _update_bytes(config, traffic)  # the list, and what the kept recipes name
+        + 2 * _update_bytes(config, traffic)  # the update's parts, and those in kept recipes
         + traffic.residual
         + traffic.spool,
         adapted=tuple(summarize(adapter.modules)),

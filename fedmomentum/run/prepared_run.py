@@ -32,10 +32,10 @@ class PreparedRun:
         outline: The shapes of the model, from which the plan was made.
         method: Combines the clients' adapters.
         directory: The run's directory, locked by this process.
-        local: The base model with a live adapter, shared by all clients that train alike; None
-            where `workers` have it.
-        clients: The clients with their tokenized data; none where `workers` play them.
-        workers: The processes of `run.devices`; None without.
+        local: The base model with a live adapter, shared by all clients with equal settings; None
+            if `workers` hold it.
+        clients: The clients with their tokenized data; empty if `workers` run them.
+        workers: The processes of `run.devices`, if set.
         environment: What the last bits of a result depend on.
         model: The global model to start from.
         state: What the server remembers.
@@ -62,7 +62,7 @@ class PreparedRun:
 def known_partition(
     outline: RunOutline, clients: Sequence[Client]
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Count each client's examples by category; with privacy only what the public knows."""
+    """Count each client's examples by category; with differential privacy, only public numbers."""
     if outline.config.privacy.dp is None:
         return partition_table(outline.parties)
     partition = {}

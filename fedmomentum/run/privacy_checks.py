@@ -1,4 +1,4 @@
-"""What `[privacy]` asks for, checked against the other settings, the method and the clients."""
+"""Check `[privacy]` against the other settings, the method and the clients."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SETTING = "privacy.secure-aggregation"
 
 
 def check_privacy(config: Config, method: Method) -> None:
-    """Refuse settings that a run whose server sees only sums cannot obey.
+    """Refuse settings that cannot be used when the server sees only sums.
 
     Raises:
         ConfigError: If there are any; the message names the setting and what to do.
     """
     if not config.privacy.secure_aggregation:
         return
-    # What the server would need of single clients, and does not have.
+    # Anything for which the server would need single clients' updates.
     if method.depends_on == "updates":
         raise ConfigError(
             f"{method.title or type(method).__name__} needs every client's update by itself, and "
@@ -51,10 +51,11 @@ def check_privacy(config: Config, method: Method) -> None:
 
 
 def check_shared_moments(config: Config) -> None:
-    """Refuse to sum up optimizers' moments of which nothing says how large they can be.
+    """Refuse to sum optimizer moments whose size nothing bounds.
 
     Raises:
-        ConfigError: If that is so, or they would travel in full.
+        ConfigError: If nothing bounds them, clients' step counts may differ, or they are sent in
+            full.
     """
     key = f"training.optimizer-state = {config.training.optimizer_state}"
     advice = "set it to fresh or local"
@@ -83,7 +84,7 @@ def check_shared_moments(config: Config) -> None:
 
 
 def _check_federation(federation: FederationConfig) -> None:
-    """Refuse rules that the server would need single updates or counts of examples for.
+    """Refuse rules for which the server would need single updates or example counts.
 
     Raises:
         ConfigError: If one of them is set.
@@ -102,14 +103,14 @@ def _check_federation(federation: FederationConfig) -> None:
 
 
 def _check_change(config: Config) -> None:
-    """Refuse training of which nothing bounds what it changes, before anything is loaded.
+    """Refuse training whose changes nothing bounds, before anything is loaded.
 
     Raises:
         ConfigError: If no bound is given or known.
     """
     if config.privacy.max_change is not None:
         return
-    # Whether a bound is known does not depend on round, steps or sizes.
+    # Whether a bound exists does not depend on round, steps or sizes.
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     bound = largest_change(hyperparameters, 1, largest_number=1.0, largest_tensor=1)
     if config.training.function is not None or bound is None:
@@ -117,7 +118,7 @@ def _check_change(config: Config) -> None:
 
 
 def describe_privacy(config: Config, num_clients: int) -> str:
-    """Return what a run's plan says of privacy; empty where nothing is kept from the server."""
+    """Return a plan's text on secure aggregation; empty without it."""
     privacy = config.privacy
     if not privacy.secure_aggregation:
         return ""
@@ -135,11 +136,11 @@ def check_num_clients(config: Config, num_clients: int) -> None:
 
     Args:
         config: The run's settings.
-        num_clients: The number of all clients of the run.
+        num_clients: The total number of clients in the run.
 
     Raises:
-        ConfigError: If a round would have fewer than `MIN_CLIENTS` or more than `MAX_CLIENTS`, or
-            fewer than the threshold.
+        ConfigError: If a round would have fewer than `MIN_CLIENTS` or more than `MAX_CLIENTS`
+            clients, or the threshold does not suit their number.
     """
     privacy = config.privacy
     if not privacy.secure_aggregation:

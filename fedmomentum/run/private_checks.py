@@ -1,4 +1,4 @@
-"""What `[privacy.dp]` asks for, checked against the other settings."""
+"""Check `[privacy.dp]` against the other settings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SETTING = "[privacy.dp]"
 
 
 def choose_private_dtype(config: Config) -> Config:
-    """Return the configuration with `model.dtype = "auto"` as float32, if training is private."""
+    """Return the configuration with `model.dtype = "auto"` set to float32 for private training."""
     if config.privacy.dp is None or config.model.dtype != "auto":
         return config
     return replace(config, model=replace(config.model, dtype="float32"))
 
 
 def check_private_training(config: Config) -> None:
-    """Refuse settings with which a training could not be differentially private.
+    """Refuse settings that would break differential privacy.
 
     Raises:
         ConfigError: If there are any; the message names the setting and what to do.
@@ -36,9 +36,9 @@ def check_private_training(config: Config) -> None:
             f"training.function cannot be used with {SETTING}: nothing shows what it does with the "
             "examples; leave one of them out"
         )
-    # Optimizers and steps that would see, or clip, something else.
+    # Optimizers and steps that would use or clip other gradients than the private ones.
     check_private_arguments(config.training.arguments)
-    # Rounding must not carry one example into the gradients of others.
+    # Rounding must not make one example affect the gradients of others.
     for key, value, wanted in (
         ("model.dtype", config.model.dtype, "float32"),
         ("model.quantization", config.model.quantization, "none"),
@@ -63,10 +63,10 @@ def check_private_training(config: Config) -> None:
 
 
 def _check_sums(config: Config) -> None:
-    """Refuse a secure aggregation whose public bound the noise could exceed.
+    """Refuse secure aggregation if the noise could exceed its public bound.
 
     Raises:
-        ConfigError: If plain gradient descent has no bound.
+        ConfigError: If SGD is used without `privacy.max-change`.
     """
     privacy = config.privacy
     is_bounded = privacy.max_change is not None or config.training.arguments.get("optim") != "sgd"
@@ -78,7 +78,7 @@ def _check_sums(config: Config) -> None:
 
 
 def check_private_run(config: Config) -> None:
-    """Refuse a run whose noise is not given; see `check_private_training` too.
+    """Refuse a private run without a noise setting; see also `check_private_training`.
 
     Raises:
         ConfigError: If neither epsilon nor a noise multiplier is given.
@@ -93,10 +93,10 @@ def check_private_run(config: Config) -> None:
 
 
 def check_private_client(config: Config) -> None:
-    """Refuse a client over a network without a budget; see `check_private_training` too.
+    """Refuse a networked client without a privacy budget; see also `check_private_training`.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If it has none.
     """
     check_private_training(config)
     dp = config.privacy.dp
@@ -108,14 +108,14 @@ def check_private_client(config: Config) -> None:
 
 
 def private_warnings(config: Config, method: Method) -> list[str]:
-    """Return what a plan says of a private run; nothing of another."""
+    """Return a plan's warnings about a private run; none for other runs."""
     if config.privacy.dp is None:
         return []
     warnings = [
         f"{SETTING} withholds losses, held-out scores, numbers of examples and categories: nothing "
         "is evaluated, and no round is the best"
     ]
-    # Methods that alternate train another factor in every other round.
+    # Alternating methods train a different factor in every other round.
     factors = {method.trained_factors(server_round) for server_round in (1, 2)}
     if "BA" in factors:
         warnings.append(

@@ -1,4 +1,4 @@
-"""What an export says of itself, and what of it may leave this machine."""
+"""What an export says about itself, without details that should not leave this machine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def card_facts(result: Result, data: str = "", location: str = "") -> CardFacts:
-    """Return what the model card of a result says beside what the model knows.
+    """Return the facts for a result's model card that the model itself does not hold.
 
-    Scores are those of the very round, of all clients together: their names are nobody else's
-    business. An export does not fail for its card: without readable records it has no scores.
+    Scores are those of the exported round, pooled over clients so that no client names are
+    published. An export never fails because of its card: without readable records it has no scores.
 
     Args:
         result: What is exported.
         data: The user's description of the clients' data.
-        location: Where the export can be loaded from; empty: its directory.
+        location: Where the export can be loaded from; empty for its directory.
     """
     facts = CardFacts(data=data, location=location)
     if result.config is None:
@@ -56,14 +56,14 @@ def card_facts(result: Result, data: str = "", location: str = "") -> CardFacts:
 
 
 def with_public_base(model: GlobalModel, base: str) -> GlobalModel:
-    """Return a model that names its base so that others find it, or not at all.
+    """Return a model that names its base so that others can find it, or not at all.
 
-    The path of a directory is nobody else's business, and leads nowhere on another machine.
+    The path of a directory is private, and useless on another machine.
 
     Args:
         model: The model.
-        base: The base as the user names it; of a hub name the content is checked before it is
-            written. Empty, or a directory: as the model names it.
+        base: The user's name for the base; the content of a hub name is checked before it is
+            written. If empty or a directory, the model's own name is used.
     """
     name, revision = split_revision(base)
     if not base or Path(base).is_dir():

@@ -1,4 +1,4 @@
-"""The baselines of a comparison: one model on the pooled data, and one a client."""
+"""The baselines of a comparison: one model on the pooled data, and one model per client."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 REFERENCES = ("centralized", "local")
 POOLED = "everyone"
-"""The one client of `centralized`."""
+"""The name of the only client of `centralized`."""
 
 
 def make_reference(run: PreparedRun, only: str | None) -> None:
-    """Turn a prepared run, in place, into that of one client, scored on everybody's examples.
+    """Turn a prepared run, in place, into that of a single client, scored on everyone's examples.
 
     Args:
-        run: With the federation's clients and settings.
+        run: A run prepared with the federation's clients and settings.
         only: The client that trains alone, on its own data; None: one client with all data.
 
-    The client holds out first what the others would be scored on between the ends, then what they
-    would be scored on at the ends; an item's category is the client it comes from. Passes over
-    pooled data are cut to the mean client's number of steps.
+    The client's held-out examples are first those that all clients use in intermediate evaluations,
+    then the additional ones of the first and last evaluation; an example's category is the client
+    it comes from. Passes over pooled data are shortened to the mean client's number of steps.
     """
     assert run.local is not None, "a reference trains in this process"
     config, federated = run.config, run.clients
@@ -38,7 +38,7 @@ def make_reference(run: PreparedRun, only: str | None) -> None:
         [_part(client.test, 0, between, client.client_id) for client in federated]
         + [_part(client.test, between, ends, client.client_id) for client in federated]
     )
-    # One client's data, or that of all.
+    # One client's data, or everyone's.
     trained = [client for client in federated if only in (None, client.client_id)]
     client = replace(
         trained[0],
@@ -53,11 +53,11 @@ def make_reference(run: PreparedRun, only: str | None) -> None:
         max(1, len(test)),
         settings.batch_size,
     )
-    # A pass over pooled data has as many steps as the mean client's pass.
+    # A pass over pooled data takes as many steps as the mean client's pass.
     training = config.training
     if training.local_epochs is not None:
         training = replace(training, local_epochs=training.local_epochs / len(trained))
-    # The prepared run becomes that of the one client.
+    # The prepared run becomes that of the single client.
     run.config = replace(config, evaluation=evaluation, training=training)
     run.clients = [client]
     run.partition = {

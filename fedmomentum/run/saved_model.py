@@ -1,7 +1,7 @@
 """Open what a user points at: a run, a global model, a PEFT adapter, or one client's model.
 
-`export`, `evaluate`, `generate` and `inspect` all come through here, so that none takes the shared
-part of a run for a whole model.
+`export`, `evaluate`, `generate` and `inspect` all use this module, so that none mistakes the shared
+part of a run for a complete model.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def personal_model(
     Args:
         model: The run's global model after a round.
         factors: The client's own factors after that round.
-        method: The run's method; needed only where the clients' ranks differ.
+        method: The run's method; only needed if the clients' ranks differ.
 
     Returns:
-        A global model that is the client's; it may be exported and used as any other.
+        The client's model as a global model, which can be exported and used like any other.
 
     Raises:
         ModelError: If the factors do not fit the global part.
@@ -64,24 +64,24 @@ def personal_model(
         raise ModelError(
             f"{name} were trained at a rank of its own, and the run's method cannot be loaded"
         )
-    # The factors must be of modules that the run adapts.
+    # All factors must belong to modules that the run adapts.
     modules = {key.rpartition(".")[0] for key in factors.tensors}
     unknown = sorted(modules - model.adapter.modules.keys())
     if unknown:
         raise ModelError(
             f"{name} are of module {unknown[0]}, which the run's adapter does not have"
         )
-    # What the client starts a round from: the global adapter at its rank and scaling, and the part
-    # that is fixed.
+    # What the client starts a round from: the global adapter at its rank and scaling, and the fixed
+    # part.
     start, fixed = client_start(
-        cast(Method, method),  # asked only where ranks differ
+        cast(Method, method),  # only used if ranks differ
         model.adapter,
         modules,
         rank=factors.rank,
         scaling=factors.scaling,
         is_mixed=factors.mixed,
     )
-    # Each product: the global factor with the client's own one.
+    # Each product combines the global factor and the client's own.
     parts = {}
     for module, matrix in start.modules.items():
         given = {"B": matrix.B, "A": matrix.A}
@@ -95,7 +95,7 @@ def personal_model(
     own = with_fixed_residual(
         replace(start, modules=parts, name=f"adapter of {factors.client}"), fixed
     )
-    whose = re.sub(r"[`|<>]", "_", factors.client)  # it stands in a table of an export's README.md
+    whose = re.sub(r"[`|<>]", "_", factors.client)  # it appears in a table of an export's README.md
     return replace(
         model, adapter=own, method=f"{model.method}, the model of client {whose}", personal=""
     )
@@ -108,9 +108,9 @@ class Result:
     Attributes:
         path: Its directory.
         model: The model; with a client, the client's own.
-        config: The run's settings; None for what is no run.
-        client: Whose model it is; empty where there is one for all.
-        name: What the user named, where that is not the directory: a name on the hub.
+        config: The run's settings; None if it is not a run.
+        client: Whose model it is; empty if there is one for all.
+        name: The hub name that the user gave, if it was not the directory.
     """
 
     path: Path
@@ -136,18 +136,18 @@ def open_result(
     Args:
         path: The directory of a run, a global model or a PEFT adapter; or the adapter's name on the
             hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
-        server_round: Of a run: a number, `last` or `best`.
-        client: Of a run whose method leaves factors with each client: whose model.
+        server_round: For a run: a number, `last` or `best`.
+        client: For a run whose method leaves factors with each client: whose model.
         store: Where that client's own factors are, if not in the run's directory: the store of its
             node.
 
     Raises:
-        ModelError: If there is no such thing, or the client's own factors are missing, damaged or
-            too old.
+        ModelError: If nothing is there, or the client's own factors are missing, damaged or too
+            old.
         AdapterError: If the adapter cannot be read.
         HubError: If the hub does not provide it.
-        ConfigError: If a client is named where there is one model for all, or none where there is
-            one for each.
+        ConfigError: If a client is named but there is one model for all, or none is named but each
+            client has its own.
     """
     if store is not None and not client:
         raise ConfigError(
@@ -190,7 +190,7 @@ def whose_factors(path: Path, run: RunState) -> dict[str, list[int]]:
 
 
 def example_client(path: Path) -> str | None:
-    """Return a client to name in a command; None where a run has one model for all."""
+    """Return a client to name in an example command; None if the run has one model for all."""
     file = find_manifest(path, "last")
     manifest = read_manifest(file)
     if not manifest.personal:
@@ -203,7 +203,7 @@ def checkpoint_state(file: Path) -> RunState:
     """Return the server's state in a run's checkpoint.
 
     Raises:
-        ModelError: If the file is damaged, or no run's.
+        ModelError: If the file is damaged, or does not belong to a run.
     """
     run = read_manifest(file).run
     if run is None:
@@ -260,7 +260,7 @@ def _factors(
         if factors is not None:
             _refuse_stale(path, factors, model.server_round)
             return factors
-    # Nothing fits: say what there is instead.
+    # Nothing fits: say what is there instead.
     kept = [
         trained for place in stores for trained in personal_states(place, run.run_id).files(client)
     ]
@@ -285,10 +285,10 @@ def _factors(
 
 
 def _refuse_stale(path: Path, factors: PersonalFactors, server_round: int) -> None:
-    """Refuse a store without a later training of the client that counted in the run.
+    """Refuse factors that are older than the client's last training in the run.
 
     Raises:
-        ModelError: If it does, or the rows of metrics are not those that were committed.
+        ModelError: If they are, or the rows of metrics are not those that were committed.
     """
     for record in committed_records(path, server_round):
         trained = record.round if factors.client in record.accepted else 0
@@ -311,12 +311,12 @@ def _listed(items: Sequence[Any], most: int = 20) -> str:
 def find_base(result: Result, base: str = "") -> Path:
     """Find the base model of a result.
 
-    A run that was moved together with its base is followed: the base is looked for where it lies as
-    seen from the run's directory. Whether it is the right one is for `BaseIdentity.check` to say.
+    If a run was moved together with its base, the base is looked for at the same path relative to
+    the run's directory. `BaseIdentity.check` decides whether it is the right one.
 
     Args:
-        result: What needs its base.
-        base: The user's own word on where it is.
+        result: The result.
+        base: The location that the user gives; empty for none.
 
     Raises:
         ModelError: If it cannot be found.
@@ -344,10 +344,10 @@ def find_base(result: Result, base: str = "") -> Path:
 
 
 def choose_device(result: Result, device: str) -> torch.device:
-    """Return the device that was asked for, else that of the run, else the best one.
+    """Return the requested device, else that of the run, else the best one.
 
     Raises:
-        ModelError: If it is not here.
+        ModelError: If this machine does not have it.
     """
     if not device:
         device = result.config.model.device if result.config is not None else "auto"

@@ -1,4 +1,4 @@
-"""What a run with secure aggregation has besides: its clients' keys, and the server's part."""
+"""The additional parts of a run with secure aggregation: clients' keys, and the server's steps."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def parties_of_this_process(config: Config, clients: Sequence[Client]) -> Iterator[Roster | None]:
-    """Have the clients of this process take part under masks, with keys made for this once.
+    """Have the clients of this process take part in secure sums, with keys made for this run only.
 
-    They end with this process, so what they have opened is of no further use: a round that was
-    interrupted is repeated, by parties with other keys. The sums are the same to the bit.
+    They end with this process, so an interrupted round is simply repeated by parties with new keys.
+    Its sums are bit-identical.
 
     Args:
         config: The run's settings.
@@ -64,11 +64,11 @@ def secure_steps(
     Args:
         transport: Reaches the clients.
         config: The run's settings.
-        method: Combines what stands in for the clients' updates.
+        method: Combines the stand-ins for the clients' updates.
         roster: The public keys that the server has for the clients.
-        kept: Where what came of a sum is kept, for clients that outlive this process.
+        kept: Stores the replies of sums; needed if clients outlive this process.
     """
-    # Imported by runs that have sums, and by no others.
+    # Imported only by runs with secure sums.
     from fedmomentum.server.secure_round import SecureRounds
 
     secure = SecureRounds(transport, roster, method=method, config=config, kept=kept)

@@ -1,4 +1,4 @@
-"""What a round of secure sums sends, counted as a plan counts: upper estimates, in bytes."""
+"""Upper estimates, for a plan, of the bytes that a round of secure sums sends."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ EXCHANGE_BYTES = 1200
 BLOCK_BYTES = 40
 """A block in a sum's plan, besides its name."""
 NUM_SUMS = 3
-"""Of updates, of cross terms, and of scores."""
+"""The sums of updates, of cross terms, and of scores."""
 
 
 def num_stand_ins(config: Config, method: Method) -> int:
-    """Return how many updates stand for those of all clients."""
+    """Return how many stand-ins replace the clients' updates."""
     return 2 * config.privacy.sketch_ranks if method.depends_on == "product" else 1
 
 
 def secure_traffic(
     config: Config, adapter: Adapter, method: Method, num_clients: int
 ) -> tuple[int, int]:
-    """Return what a client sends in a round's sums, and is sent besides the global model.
+    """Return the bytes that a client sends in a round's sums, and receives besides the model.
 
     Args:
         config: The run's settings.
-        adapter: The adapter, of which only the shapes count.
-        method: The method; of one that alternates, the round in which more is sent counts.
-        num_clients: The number of all clients of the run.
+        adapter: The adapter; only its shapes matter.
+        method: The method; if it alternates, the round with more traffic counts.
+        num_clients: The total number of clients in the run.
     """
-    # A method may alternate: both kinds of rounds are counted, and the larger one is reported.
+    # A method may alternate: count both kinds of rounds, and report the larger one.
     layouts = []
     for server_round in (1, 2):
         layouts.append(
@@ -57,7 +57,7 @@ def secure_traffic(
                 seed=0,
             )
         )
-    # Keys, shares and signatures grow with the number of clients, plans with that of the modules.
+    # Keys, shares and signatures grow with the number of clients, plans with that of modules.
     parties = sample_size(num_clients, config.federation.client_fraction)
     agreement = NUM_SUMS * (PARTY_BYTES * parties + EXCHANGE_BYTES * len(STEPS))
     names = sum(len(name) + BLOCK_BYTES for name in (*adapter.modules, *adapter.saved))
@@ -75,7 +75,7 @@ def secure_traffic(
 
 
 def _moment_blocks(config: Config, layout: AdapterSums) -> list[Block]:
-    """Return what the first sum holds of the optimizers' moments; nothing where none are shared."""
+    """Return the blocks of optimizer moments in the first sum; none if no moments are shared."""
     if not config.training.shares_moments:
         return []
     sums = MomentSums.of(
@@ -90,8 +90,8 @@ def _moment_blocks(config: Config, layout: AdapterSums) -> list[Block]:
 
 
 def _num_values(layout: AdapterSums) -> tuple[int, int]:
-    """Return how many numbers a client sends in the sums of updates, and is sent as their means."""
-    # What is trained in full is summed and averaged whole.
+    """Return how many numbers a client sends in the sums of updates, and receives as means."""
+    # Tensors trained in full are summed and averaged whole.
     saved = sum(tensor.numel() for tensor in layout.start.saved.values())
     values = saved
     means = saved

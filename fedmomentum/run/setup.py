@@ -56,17 +56,17 @@ LOG = logging.getLogger("fedmomentum")
 
 @dataclass(frozen=True)
 class RunOutline:
-    """What a run on this machine is made of, before the weights of its model are loaded.
+    """Everything about a run on this machine, before the weights of its model are loaded.
 
     Attributes:
         config: The run's settings.
         method: Combines the clients' adapters.
-        function: Trains a client's model, where the user gives one.
+        function: The user's own training function, if any.
         model: The shapes of the model.
         examples: The clients' examples as tokens.
-        parties: The same as texts.
+        parties: The same examples as text.
         data: The fingerprints of both.
-        start_adapter: What `lora.start-from` names.
+        start_adapter: The adapter that `lora.start-from` names, if any.
     """
 
     config: Config
@@ -85,12 +85,12 @@ def check_made_from(
     """Refuse to continue from a round with another base, other data, or missing personal factors.
 
     Raises:
-        DataError: If the data is other data.
-        ModelError: If the base is another, a client's own factors are missing or damaged, or the
-            checkpoint is.
+        DataError: If the data differs.
+        ModelError: If the base differs, a client's own factors or moments are missing or damaged,
+            or the checkpoint is damaged.
     """
     if server_round not in retained_rounds(out):
-        return  # for `RunDirectory.resume` to say
+        return  # `RunDirectory.resume` reports this
     manifest = read_manifest(round_file(out, server_round))
     BaseIdentity.of(manifest.base).check(identity)
     check_data(out, outline.data, server_round)
@@ -114,8 +114,8 @@ def outline_run(
     is_plan: bool = False,
     callbacks: Callback,
 ) -> RunOutline:
-    """Check the settings, read the data, and outline the model: all but its weights."""
-    # Cheap checks come first: nothing is loaded for a configuration that cannot run.
+    """Check the settings, read the data, and outline the model without loading its weights."""
+    # Cheap checks come first, so that nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
     config = choose_private_dtype(choose_optimizer_state(config, method))
@@ -132,7 +132,7 @@ def outline_run(
         check_run_directory(config, out, resume, server_round)
     start_adapter = None if resume else read_start_adapter(config)
     set_up_process(config.run)
-    # Data before the model: its mistakes are more frequent, and it is quicker to read.
+    # Data before the model: mistakes are more frequent there, and it is quicker to read.
     callbacks.on_message("Reading the data")
     parties = load_data(config)
     check_num_clients(config, len(parties))
@@ -145,9 +145,9 @@ def outline_run(
 
 
 def set_up_process(run: RunConfig) -> None:
-    """Have torch use so many threads, 0 one for each core it may use; and deterministic kernels.
+    """Set torch's number of threads (0: one per available core) and deterministic kernels.
 
-    Operations of a GPU that have none raise an error then, which names them.
+    GPU operations without a deterministic kernel then raise an error that names them.
     """
     torch.set_num_threads(run.threads if run.threads > 0 else available_cpus())
     if run.deterministic:
@@ -157,7 +157,7 @@ def set_up_process(run: RunConfig) -> None:
 
 
 def _last_trained(records: Sequence[RoundRecord]) -> dict[str, int]:
-    """Return each client whose training counted, with the last round in which it did."""
+    """Return the last round in which each client's update was accepted."""
     last_rounds = {}
     for record in records:
         for client in record.accepted:
@@ -166,7 +166,7 @@ def _last_trained(records: Sequence[RoundRecord]) -> dict[str, int]:
 
 
 def _refuse_unknown_clients(config: Config, names: Sequence[str]) -> None:
-    """Refuse settings of a client that there is not."""
+    """Refuse settings for clients that do not exist."""
     unknown_clients = sorted(set(config.lora.clients) - set(names))
     if unknown_clients:
         raise ConfigError(
@@ -176,7 +176,7 @@ def _refuse_unknown_clients(config: Config, names: Sequence[str]) -> None:
 
 
 def refuse_devices(config: Config) -> None:
-    """Refuse `run.devices` where clients are not processes of this run.
+    """Refuse `run.devices` if clients are not processes of this run.
 
     Raises:
         ConfigError: If it is set.
@@ -190,9 +190,9 @@ def refuse_devices(config: Config) -> None:
 
 
 def read_start_adapter(config: Config) -> Adapter | None:
-    """Read the adapter that `lora.start-from` names, if it names one.
+    """Read the adapter that `lora.start-from` names, if any.
 
-    Clients are sent it like any global model, so only the server reads the directory. The first
+    Clients receive it like any global model, so only the server reads the directory. The first
     checkpoint names its factors by their hash; a resumed run does not read it again.
 
     Raises:
@@ -225,7 +225,7 @@ def with_start_adapter(given: Adapter | None, method: Method, model: GlobalModel
 
 
 def training_function(config: Config) -> TrainingFunction | None:
-    """Return the user's `module:function`; None for our trainer."""
+    """Return the user's `module:function`; None for the built-in trainer."""
     if config.training.function is None:
         return None
     function: TrainingFunction = import_object(config.training.function, "training.function")
@@ -255,7 +255,7 @@ def check_run_directory(
     began = saved_settings(out, server_round)
     if began is None:
         return
-    # Paths may change, since the content they lead to is compared.
+    # Paths may change, since the content at them is compared.
     if data_counts:
         changed = changed_settings(began, config, MAY_CHANGE)
     else:
@@ -275,9 +275,9 @@ def check_run_directory(
 
 
 def changed_settings(saved: Config, config: Config, may_change: Collection[str]) -> list[str]:
-    """Return the keys of the settings that differ, except those that may change and paths.
+    """Return the keys of the settings that differ, except paths and those that may change.
 
-    The content that paths lead to is compared elsewhere; which clients have files is compared here.
+    The content at the paths is compared elsewhere; which clients have files is compared here.
     """
     allowed = {*may_change, *LOCATIONS}
     changed = [key for key in changed_keys(saved, config) if key not in allowed]
@@ -287,7 +287,7 @@ def changed_settings(saved: Config, config: Config, may_change: Collection[str])
 
 
 def load_data(config: Config) -> list[ClientData]:
-    """Load every client's examples, as `[data]` names them.
+    """Load every client's examples, as specified by `[data]`.
 
     Raises:
         ConfigError: If no data is named.

@@ -1,4 +1,4 @@
-"""A first configuration, with comments, from what is in a user's files."""
+"""A first configuration, with comments, generated from a user's files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fedmomentum.run.data_report import DataReport
 
 LENGTH_STEP = 64
-"""`data.max-length` is a multiple of it."""
+"""`data.max-length` is a multiple of this."""
 MAX_LENGTH = 2048
-"""Longer examples are for the user to ask for: their cost grows with the square."""
+"""Longer examples must be asked for, because their cost grows quadratically."""
 MAX_STEPS = 50
 BATCH_SIZE = 8
 HELD_OUT = 0.1
@@ -33,12 +33,13 @@ def starter_config(reports: Sequence[DataReport], settings: Config, out: Path) -
     """Return a configuration for files, as commented TOML.
 
     Args:
-        reports: What is in the files; one is a source for all clients, several are one a client.
+        reports: Reports on the files; a single one is a source for all clients, otherwise each
+            client has one.
         settings: Model, task, columns and encoding.
-        out: Where the configuration is going to be; paths are written as seen from there.
+        out: Where the configuration will be written; paths are relative to its directory.
 
     Raises:
-        ConfigError: If the files' names do not tell clients apart, or they are not alike.
+        ConfigError: If the files' names do not tell clients apart, or their formats differ.
     """
     kinds = {report.kind for report in reports}
     if len(kinds) > 1:
@@ -92,7 +93,7 @@ def _data_lines(reports: Sequence[DataReport], settings: Config, out: Path) -> l
         lines += _source_lines(first, out)
     else:
         files = _client_files(reports, out)
-    # Tables come last: a plain key behind one would belong to it.
+    # Tables come last: a plain key after one would belong to it.
     for title, table in (("client-files", files), ("columns", settings.data.columns)):
         if table:
             lines.append(f"[data.{title}]")
@@ -142,13 +143,13 @@ def _training_lines(reports: Sequence[DataReport], settings: Config) -> list[str
 
 
 def _max_length(reports: Sequence[DataReport]) -> int:
-    """Return the length that cuts no example, if it is not extreme."""
+    """Return a length that cuts no example, unless it is extreme."""
     longest = max(report.percentiles[100] for report in reports)
     return min(MAX_LENGTH, LENGTH_STEP * max(1, math.ceil(longest / LENGTH_STEP)))
 
 
 def _client_files(reports: Sequence[DataReport], out: Path) -> Mapping[str, str]:
-    """Return one file a client, named by the file, or by its directory where files are alike."""
+    """Return one file per client, named after the file, or after its directory if names repeat."""
     paths = [Path(report.source) for report in reports]
     stems = []
     for path in paths:
@@ -174,7 +175,7 @@ def _client_files(reports: Sequence[DataReport], out: Path) -> Mapping[str, str]
 
 
 def _as_seen_from(source: str, out: Path) -> str:
-    """Return a path relative to where the configuration is; a hub name as it is."""
+    """Return a path relative to the configuration's directory; hub names are unchanged."""
     if not Path(source).exists():
         return source
     return os.path.relpath(Path(source).resolve(), out.resolve().parent)

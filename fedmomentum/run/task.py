@@ -1,4 +1,4 @@
-"""What a model is trained for, `model.task`: its labels and its rows of tokens."""
+"""The task that a model is trained for (`model.task`): its labels and its rows of tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_task(config: Config) -> None:
-    """Refuse settings that a classifier has no use for.
+    """Refuse settings that a classifier cannot use.
 
     Raises:
         ConfigError: If there are any.
@@ -41,13 +41,13 @@ def check_task(config: Config) -> None:
             f"data.category-column is {config.data.category_column!r}; with {task} the category of "
             "a text is its label: leave it out"
         )
-    # An adapter of PEFT does not say which label each row of its head stands for.
+    # A PEFT adapter does not say which label each row of its head stands for.
     if config.lora.start_from is not None:
         raise ConfigError(
             f"lora.start-from cannot be used with {task}: the adapter's head does not name its "
             "labels, and could have them in another order. Leave it out"
         )
-    # What [training] says of answers: a label is none.
+    # Settings for answers of language models; a label is not an answer.
     for key, value, wanted in (
         ("objective", config.training.objective, "sft"),
         ("loss-on", config.training.loss_on, "last"),
@@ -60,12 +60,12 @@ def check_task(config: Config) -> None:
 
 
 def require_labels(model: ModelConfig) -> tuple[str, ...]:
-    """Return the labels that a party of a federation over a network was given.
+    """Return the labels configured for a party in a federation over a network.
 
-    Nobody sees all of the data, so nobody could find them.
+    Since nobody sees all of the data, labels cannot be found there.
 
     Raises:
-        ConfigError: If the model is a classifier, and they are missing.
+        ConfigError: If the model is a classifier and they are missing.
     """
     if model.task == CLASSIFICATION and not model.labels:
         raise ConfigError(
@@ -76,10 +76,10 @@ def require_labels(model: ModelConfig) -> tuple[str, ...]:
 
 
 def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str, ...]:
-    """Return the labels of a classifier on data that is at hand; none for a language model.
+    """Return a classifier's labels from its settings or data; none for a language model.
 
-    They are those of the settings; else those of the data, held-out examples included, in the order
-    of the checkpoint's own head if that is for just these, or sorted.
+    Labels found in the data include those of held-out examples. They are in the order of the
+    checkpoint's own head if that has exactly these labels, else sorted.
 
     Raises:
         DataError: If the data has a label that the settings do not name, or only one.
@@ -91,7 +91,7 @@ def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str,
         for party in parties:
             refuse_unknown_labels((*party.train, *party.test), model.labels, party.client_id)
         return tuple(model.labels)
-    # Those of all clients together, so that every client has the same.
+    # Use the labels of all clients, so that every client has the same.
     found: set[str] = set()
     for party in parties:
         found.update(example.completion for example in (*party.train, *party.test))
@@ -148,7 +148,7 @@ def make_rows(
 
 
 def check_rows(model: Any, rows: TokenizedExamples, labels: Sequence[str], owner: str) -> None:
-    """Refuse tokens that the model cannot embed; the label at a row's end is no token.
+    """Refuse tokens that the model cannot embed; the label at a row's end is not a token.
 
     Raises:
         ModelError: If there are any.

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a result: its base model's, or that of an adapter's directory."""
+"""The tokenizer of a result: the base model's, or that in an adapter's directory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer_of(result: Result, directory: Path, vocabulary: int | None = None)
 
 
 def own_tokenizer(result: Result, directory: Path, vocabulary: int | None = None) -> Any:
-    """Load the tokenizer that an adapter's directory holds, or the base's with its template.
+    """Load the tokenizer in an adapter's directory, or the base's with the adapter's template.
 
     Args:
         result: The result.
@@ -49,7 +49,7 @@ def own_tokenizer(result: Result, directory: Path, vocabulary: int | None = None
         vocabulary: The number of tokens that the base model embeds, if known.
 
     Returns:
-        The tokenizer; None where the result has none of its own.
+        The tokenizer; None if the result has none of its own.
 
     Raises:
         ModelError: If transformers cannot load it.
@@ -59,7 +59,7 @@ def own_tokenizer(result: Result, directory: Path, vocabulary: int | None = None
     if not (own / ADAPTER_CONFIG).is_file():
         return None
     if any((own / name).is_file() for name in TOKENIZER_FILES):
-        # Tokens may have been added, with rows of their own in tables that are trained in full.
+        # Tokens may have been added, with new rows in embedding tables that are trained in full.
         tables = [
             tensor.shape[0] for tensor in result.model.adapter.saved.values() if tensor.ndim == 2
         ]

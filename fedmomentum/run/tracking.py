@@ -1,7 +1,6 @@
 """`TrackerCallback`: a run's metrics in TensorBoard, Weights & Biases, MLflow and others.
 
-accelerate has the trackers; here is what goes into them and when. The server reports, and nobody
-else.
+accelerate has the trackers; this module decides what is reported and when. Only the server reports.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 FOLDER = "trackers"
-"""In the run's directory: the trackers' files, and `reported.json` with their last rounds."""
+"""Subdirectory of the run's for the trackers' files and `reported.json`, their last rounds."""
 PROJECT = "fedmomentum"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse what cannot be reported to, before anything is loaded.
+    """Refuse unusable trackers before anything is loaded.
 
     Raises:
-        ConfigError: a tracker that accelerate does not know, or whose package is not installed.
+        ConfigError: If accelerate does not know a tracker, or its package is not installed.
     """
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
@@ -54,11 +53,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of a row of `metrics.jsonl` but its round, as `evaluation/total/loss`.
+    """Return all numbers in a row of `metrics.jsonl` but its round, as in `evaluation/total/loss`.
 
-    Characters that some trackers refuse become `_`: what is left is letters, digits and `_ . - /`
-    and the blank. Where two names (clients `a*` and `a?`) would so come to one, the later has a
-    hash of the whole name behind it.
+    Characters that some trackers refuse become `_`, which leaves letters, digits, `_ . - /` and
+    spaces. If two names (clients `a*` and `a?`) would become the same, a hash of the original name
+    is appended to the later one.
     """
     found: dict[str, float] = {}
 
@@ -77,14 +76,14 @@ def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
 class TrackerCallback(Callback):
     """Reports every committed round to trackers, at step = round.
 
-    Rounds that the directory holds and a tracker has not received come first: those of a run that
-    was killed between a commit and its report, or that is reported only from its resume on. A
-    tracker that fails is left out with one warning, and the run continues.
+    First it reports earlier rounds that a tracker has not received, such as those of a run that was
+    killed between a commit and its report, or that reports only since it was resumed. A tracker
+    that fails is dropped with one warning, and the run continues.
 
     Args:
         names: `run.report-to`, checked by `check_trackers`.
         directory: The run's directory, after `resume`.
-        run_id: Names the run, so that a tracker can continue with it after a resume.
+        run_id: The run's identifier, so that a tracker can continue with it after a resume.
     """
 
     def __init__(self, names: Sequence[str], directory: RunDirectory, run_id: str) -> None:
@@ -96,10 +95,10 @@ class TrackerCallback(Callback):
         out = directory.path / FOLDER
         self._file = out / "reported.json"
         self._last_rounds = _last_reported(self._file, run_id)
-        # A name that is given twice is one tracker.
+        # A name given twice is a single tracker.
         for name in dict.fromkeys(names):
             self._attempt(name, partial(self._start, name, out, directory.path.name))
-        # Rounds that were committed and not yet reported.
+        # Report rounds that were committed but not yet reported.
         for record in directory.records:
             self.on_round_end(record)
 
@@ -134,10 +133,10 @@ class TrackerCallback(Callback):
     def _attempt(self, name: str, call: Callable[[], object]) -> bool:
         """Call a tracker; one that fails is dropped."""
         try:
-            # accelerate's own loggers want a state; local training may have taken it down.
+            # accelerate's own loggers need a state, which local training may have reset.
             PartialState()
             call()
-        except Exception as error:  # a network, a full disk, a login: no reason to end a run
+        except Exception as error:  # network, disk or login failures must not end a run
             self._trackers.pop(name, None)
             LOG.warning(
                 "%s is not reported to from here on: %s: %s", name, type(error).__name__, error
@@ -150,7 +149,7 @@ def _last_reported(file: Path, run_id: str) -> dict[str, int]:
     """Return each tracker's last reported round.
 
     Raises:
-        ModelError: If the file was damaged, or is another run's.
+        ModelError: If the file is damaged, or belongs to another run.
     """
     directory = file.parent
     if directory.exists() and not directory.is_dir():
@@ -176,7 +175,7 @@ def _last_reported(file: Path, run_id: str) -> dict[str, int]:
 
 
 def _tracker(name: str, out: Path, title: str, run_id: str) -> GeneralTracker:
-    """Return one of accelerate's trackers; its files go to `out` where it takes a directory."""
+    """Create one of accelerate's trackers; its files go to `out` if it accepts a directory."""
     more: dict[str, Any] = {
         "wandb": {"name": title, "id": run_id, "resume": "allow", "dir": str(out)},
         "mlflow": {"run_name": title},

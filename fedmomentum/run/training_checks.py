@@ -1,4 +1,4 @@
-"""What `[training]` asks for, checked against the method, the adapter and the data."""
+"""Check `[training]` against the method, the adapter and the data."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool = False) -> Config:
-    """Return the configuration with an optimizer state that the method can carry.
+    """Return the configuration with an optimizer state that the method supports.
 
-    `auto` becomes `shared` if the method is made for it, our trainer trains, and nothing in the
-    configuration excludes it; otherwise `fresh`. A reference of a
-    comparison is one client, whose optimizer continues: `local`.
+    `auto` becomes `shared` if the method is made for it, the built-in trainer is used, and nothing
+    in the configuration rules it out; otherwise `fresh`. A comparison's reference is a single
+    client, whose optimizer continues: `local`.
 
     Raises:
-        ConfigError: If another state than `auto` is given and cannot be carried.
+        ConfigError: If a state other than `auto` is given and cannot be carried.
     """
     training = config.training
     if training.optimizer_state != "auto":
         _check_optimizer_state(config, method)
         return config
     fresh = replace(config, training=replace(training, optimizer_state="fresh"))
-    # A function of the user's own would have to return moments, which most do not.
+    # A user's own training function would have to return moments, which most do not.
     if training.function is not None or not (is_reference or method.shares_moments):
         return fresh
     state = "local" if is_reference else "shared"
@@ -38,7 +38,7 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
     try:
         _check_optimizer_state(chosen, method)
         if chosen.privacy.secure_aggregation and chosen.training.shares_moments:
-            # Imported by runs that have sums, and by no others.
+            # Imported only by runs with secure sums.
             from fedmomentum.run.privacy_checks import check_shared_moments
 
             check_shared_moments(chosen)
@@ -48,7 +48,7 @@ def choose_optimizer_state(config: Config, method: Method, *, is_reference: bool
 
 
 def _check_optimizer_state(config: Config, method: Method) -> None:
-    """Refuse to carry the optimizer's moments where they have no meaning in the next round.
+    """Refuse to carry the optimizer's moments if they have no meaning in the next round.
 
     Raises:
         ConfigError: If the method starts every round from a fresh adapter, if moments are shared
@@ -80,10 +80,10 @@ def _check_optimizer_state(config: Config, method: Method) -> None:
 
 
 def check_dropout(config: Config) -> None:
-    """Refuse dropout where a model is compared with a reference that has none.
+    """Refuse dropout if the model is compared with a reference that has none.
 
     Raises:
-        ConfigError: If there is any.
+        ConfigError: If dropout is used.
     """
     if config.training.objective == "dpo" and config.lora.dropout:
         raise ConfigError(
@@ -94,10 +94,10 @@ def check_dropout(config: Config) -> None:
 
 
 def check_pairs(examples: TokenizedExamples, objective: Objective, owner: str) -> None:
-    """Refuse examples that are not what the objective learns from.
+    """Refuse examples that do not suit the objective.
 
     Raises:
-        DataError: If pairs are needed and there are none, or the reverse.
+        DataError: If pairs are needed but missing, or the reverse.
     """
     if not len(examples) or examples.are_pairs == objective.compares_pairs:
         return

@@ -1,8 +1,8 @@
 """The parent's side of a worker: a process that keeps a base model and data loaded between tasks.
 
-Parent and worker are connected by a socket pair that no other process can open, and exchange frames
-(see `worker_process.Frame`). The worker ends when its parent does, even if the parent is killed:
-the socket closes.
+Parent and worker exchange frames (see `worker_process.Frame`) over a socket pair that no other
+process can open. The worker ends when its parent does, even if that is killed, because the socket
+closes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import sys
 from multiprocessing.connection import Connection
 
 EXIT_SECONDS = 5.0
-"""How long a worker whose socket has closed may take to exit."""
+"""How long a worker may take to exit after its socket has closed."""
 MAX_POLL_SECONDS = 3600.0
-"""The longest single wait for a frame; `poll` does not accept an infinite one."""
+"""The longest single wait for a frame; `poll` does not accept infinity."""
 
 
 class WorkerExit(Exception):
-    """The worker has ended, or was never started; the text says how: `by signal SIGKILL`."""
+    """The worker has ended or was never started; the text says how, as in `by signal SIGKILL`."""
 
 
 def receive_frame(pipe: Connection, seconds: float) -> tuple[bytes, bytes] | None:
-    """Return the next frame, its letter and its body; None if none comes in time.
+    """Return the next frame's letter and body; None if none arrives in time.
 
     Raises:
         OSError: If the connection is broken.
@@ -48,7 +48,7 @@ def wait_for_exit(process: subprocess.Popen[bytes] | None) -> int | None:
 
 
 def describe_exit(code: int | None) -> WorkerExit:
-    """Return how a worker ended, by its exit code."""
+    """Describe how a worker ended, from its exit code."""
     if code is None:
         return WorkerExit("without a word; its own log may say more")
     if code < 0:
@@ -57,7 +57,7 @@ def describe_exit(code: int | None) -> WorkerExit:
 
 
 class WorkerProcess:
-    """A worker's process, and the frames to it and from it.
+    """A worker's process, and the frames to and from it.
 
     Args:
         module: The module that the process runs; it calls `worker_process.serve`.
@@ -85,16 +85,16 @@ class WorkerProcess:
         return self._pipe
 
     def start(self, setup: bytes) -> None:
-        """Start the process, which is not running, and send it its first frame; it loads then.
+        """Start the process, which must not be running, and send its first frame, so that it loads.
 
-        One that ends before it has taken the frame says so when it is asked for something.
+        If it ends before it has received the frame, the next `send` or `receive` raises.
         """
-        # A socket pair is reachable by these two processes only.
+        # Only these two processes can reach a socket pair.
         own_socket, worker_socket = socket.socketpair()
         descriptor = worker_socket.fileno()
-        # What this process can import, such as the user's training function, the worker can too.
+        # Let the worker import what this process can, such as the user's training function.
         search_path = os.pathsep.join(entry for entry in sys.path if entry)
-        # A session of its own: Ctrl-C on the terminal is for the parent, which ends the worker.
+        # Use a separate session: Ctrl-C on the terminal is for the parent, which ends the worker.
         self._process = subprocess.Popen(
             [sys.executable, "-m", self._module, str(descriptor)],
             pass_fds=[descriptor],
@@ -119,7 +119,7 @@ class WorkerProcess:
             raise self._ended() from error
 
     def receive(self, seconds: float) -> tuple[bytes, bytes] | None:
-        """Return the next frame, its letter and its body; None if none comes in time.
+        """Return the next frame's letter and body; None if none arrives in time.
 
         Raises:
             WorkerExit: If the process has ended.
@@ -130,13 +130,13 @@ class WorkerProcess:
             raise self._ended() from error
 
     def _ended(self) -> WorkerExit:
-        """Return how the process ended, and release what is left of it."""
+        """Return how the process ended, and clean up after it."""
         code = wait_for_exit(self._process)
         self.stop()
         return describe_exit(code)
 
     def finish(self, seconds: float) -> None:
-        """Close the socket and give the process some time to end by itself; then end it."""
+        """Close the socket, give the process some time to exit by itself, then kill it."""
         if self._pipe is not None:
             self._pipe.close()
             self._pipe = None
@@ -149,7 +149,7 @@ class WorkerProcess:
             self.stop()
 
     def stop(self) -> None:
-        """End the process and all that it has started."""
+        """Kill the process and all that it has started."""
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:

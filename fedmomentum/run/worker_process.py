@@ -22,7 +22,7 @@ LOAD_FAILED = 2
 Send = Callable[[bytes, bytes], None]
 """Sends a frame to the parent: its letter and its body."""
 Answer = Callable[[bytes], "bytes | None"]
-"""From a frame to the bytes of the reply; None if it has none."""
+"""Maps a frame to the bytes of its reply; None if it has none."""
 
 
 class Frame:
@@ -42,14 +42,14 @@ class Frame:
 
 
 def serve(load: Callable[[bytes, Send], Answer]) -> None:
-    """Load, and answer frames until the parent ends; the command line names the pipe.
+    """Load, then answer frames until the parent ends; the command line names the pipe.
 
     Args:
-        load: From the first frame, and a function that sends frames, to the function that answers
-            all others. It sends `Frame.READY` itself.
+        load: Takes the first frame and a function that sends frames; returns the function that
+            answers all further frames. It sends `Frame.READY` itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
-    # As the command line does for its own process, before anything heavy is imported.
+    # The command line does the same for its own process, before any heavy import.
     tune_malloc()
     quiet_advice()
     pipe = Connection(int(sys.argv[1]))
@@ -64,12 +64,12 @@ def serve(load: Callable[[bytes, Send], Answer]) -> None:
 
 
 def answer_frames(inbox: Inbox, answer: Answer) -> None:
-    """Answer tasks, one after the other, until the pipe has closed."""
+    """Answer frames, one after the other, until the pipe has closed."""
     while (frame := inbox.next_frame()) is not None:
         try:
             reply = answer(frame)
         except Exception as error:
-            # Whatever a task causes, the worker is there for the next one.
+            # Whatever a task raises, the worker stays available for the next one.
             inbox.send(Frame.ERROR, logged_error(error))
         else:
             if reply is not None:
@@ -81,14 +81,14 @@ def _exit_now() -> None:
 
 
 class Inbox:
-    """Frames as they arrive, and the way back.
+    """Receives frames as they arrive, and sends replies.
 
-    They are read in a thread of their own, so that this process ends with its parent at once,
-    whatever it is doing.
+    A separate thread reads them, so that this process ends as soon as its parent does, whatever it
+    is doing.
 
     Args:
         pipe: The connection.
-        on_close: Called when the other side has closed it; ends this process, or returns.
+        on_close: Called when the other side has closed it; ends this process or returns.
     """
 
     def __init__(self, pipe: Connection, on_close: Callable[[], None] = _exit_now) -> None:
@@ -134,7 +134,7 @@ class Reporter(Callback):
         self._send = send
 
     def on_message(self, text: str) -> None:
-        """Send a line about what is being done."""
+        """Send a line about what the worker is doing."""
         self._send(Frame.MESSAGE, text.encode())
 
     def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
@@ -144,13 +144,13 @@ class Reporter(Callback):
 
 
 def describe_error(error: Exception) -> bytes:
-    """Return the body of an error's frame: what may leave the machine, and in full."""
+    """Return the body of an error's frame: a text that may leave the machine, and the full one."""
     versions = {"text": public_text(error), "detail": f"{type(error).__name__}: {error}"}
     return json.dumps(versions).encode()
 
 
 def logged_error(error: Exception) -> bytes:
-    """Return an error's frame; one that nobody expected is logged here, with its traceback."""
+    """Return an error's frame body; an unexpected error is logged here, with its traceback."""
     if not isinstance(error, FedMomentumError):
         LOG.exception("the worker failed")
     return describe_error(error)

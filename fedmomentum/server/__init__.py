@@ -1,4 +1,4 @@
 """The server of a federation.
 
-It runs the rounds, checks what clients send, screens, measures and checkpoints.
+It runs the rounds: it checks and screens what clients send, and measures and checkpoints the model.
 """

@@ -1,4 +1,4 @@
-"""`Callback`: typed hooks into a run; views, trackers and status files are subclasses."""
+"""`Callback`: typed hooks into a run; the base class of views, trackers and status files."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Receives what happens in a run; every method does nothing unless a subclass overrides it.
+    """Receives the events of a run; every method does nothing unless a subclass overrides it.
 
     Callbacks are called in the thread that runs the rounds, in the order in which they were given.
-    What one raises ends the run; every round before is saved.
+    An exception in one ends the run; all earlier rounds are saved.
     """
 
     def on_message(self, text: str) -> None:
-        """Receive a line about what is being done before the first round."""
+        """Receive a line about what the run is doing before its first round."""
 
     def on_plan(self, plan: Plan) -> None:
         """Receive what the run will cost, before its first round."""
 
     def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
-        """Receive the sampled clients of a round; round 0 samples none."""
+        """Receive a round's sampled clients; round 0 samples none."""
 
     def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
-        """Receive that a task was sent over a network; the client has `timeout` seconds."""
+        """React to a task sent over a network; the client has `timeout` seconds to reply."""
 
     def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
-        """Receive the loss of a local training step; only of clients in this process."""
+        """Receive the loss of a local training step; only for clients in this process."""
 
     def on_reply(self, client: str, num_bytes: int) -> None:
-        """Receive that a client's reply came over a network."""
+        """React to a client's reply that arrived over a network."""
 
     def on_failure(self, client: str, reason: str) -> None:
-        """Receive that no usable reply will come from a client in this exchange, and why."""
+        """React to a client that will give no usable reply in this exchange, and why."""
 
     def on_late_reply(self, client: str) -> None:
-        """Receive that a reply came after its deadline and was ignored."""
+        """React to a reply that arrived after its deadline and was ignored."""
 
     def on_nodes(self, registered: Sequence[str], online: Sequence[str]) -> None:
         """Receive which clients are admitted, and which of them are connected."""
 
     def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
-        """Receive that a round waits up to `seconds` for clients that are not connected."""
+        """React to a round that waits up to `seconds` for clients that are not connected."""
 
     def on_aggregate(self, num_done: int, num_modules: int) -> None:
-        """Receive how many modules of the round are aggregated."""
+        """Receive how many of the round's modules have been aggregated."""
 
     def on_evaluate(self, clients: Sequence[str]) -> None:
         """Receive which clients are asked to evaluate the global model."""
 
     def on_round_end(self, record: RoundRecord) -> None:
-        """Receive the record of a round that is committed: from here on it survives a crash."""
+        """Receive the record of a committed round, which from now on survives a crash."""
 
 
 class CallbackList(Callback):
-    """Calls several callbacks in order: every hook of `Callback`, those added later included."""
+    """Calls several callbacks in order, for every hook of `Callback`, including future ones."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
         self.callbacks = list(callbacks)

@@ -1,7 +1,7 @@
-"""The public bound of what a round can change, within which its secure sums count.
+"""The public bound on a round's changes, which fixes the range of its secure sums.
 
-It follows from the run's settings and from the adapter that all start from, so that server and
-clients can compute it, and says nothing of any client.
+It follows from the run's settings and the shared starting adapter, so that server and clients can
+both compute it, and reveals nothing about any client.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 def change_bound(
     config: Config, server_round: int, start: Adapter, moments: Sequence[Moments] = ()
 ) -> float:
-    """Return a bound of how much one number of a client's adapter changes in a round.
+    """Return a bound on how much one number of a client's adapter can change in a round.
 
-    It is `privacy.max-change` where that is given, else what the optimizer can do in as many steps
-    as a client with `privacy.max-examples` makes.
+    It is `privacy.max-change` if given, else the furthest that the optimizer can move a number in
+    the steps of a client with `privacy.max-examples` examples.
 
     Args:
         config: The run's settings.
         server_round: The round.
         start: What all clients start from.
-        moments: What their optimizers start from, where they share it.
+        moments: What their optimizers start from, if they share it.
 
     Raises:
         ConfigError: If neither is known.
@@ -40,14 +40,14 @@ def change_bound(
     privacy = config.privacy
     if privacy.max_change is not None:
         return privacy.max_change
-    # As many steps as the largest client makes: with epochs, its number of examples counts.
+    # The steps of the largest client: with epochs, they depend on its number of examples.
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
     num_steps = asked_steps(privacy.max_examples, hyperparameters)
-    # Everything that is trained, in the units in which it is trained.
+    # All trained tensors, in the units in which they are trained.
     factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
     tensors = [*factors, *start.saved.values()]
-    # A client's own moments may be as old as the run; of shared ones each is known.
+    # A client's own moments may go back to the start of the run; shared ones are known.
     steps_before = max((moment.step for moment in moments), default=0)
     if training.optimizer_state == "local":
         steps_before = (server_round - 1) * num_steps
@@ -67,12 +67,12 @@ def change_bound(
 
 
 def moment_terms(config: Config, server_round: int, second_total: float) -> MomentTerms:
-    """Return the limits of what a client has of its optimizer after a round.
+    """Return the limits on the optimizer figures that a client reports after a round.
 
     Args:
         config: The run's settings.
         server_round: The round.
-        second_total: The largest sum of all second moments.
+        second_total: The largest possible sum of all second moments.
     """
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
@@ -82,7 +82,7 @@ def moment_terms(config: Config, server_round: int, second_total: float) -> Mome
 
 
 def unknown_change(config: Config) -> str:
-    """Return what is missing where nothing is known of how far the training goes."""
+    """Return the error message if no bound on the training's changes is known."""
     training = config.training
     if training.function is not None:
         what = f"training.function, {training.function}"

@@ -3,18 +3,18 @@
 ::
 
     config.toml plan.json partition.json environment.json    what the run is
-    metrics.jsonl                   one row a round
+    metrics.jsonl                   one row per round
     updates/                        a round's updates, while they are needed
     rounds/0003.json                the global model's manifest and the server's state
     objects/<sha256>.safetensors    what the manifests name, shared by all rounds
 
-The order of writing is: objects, metrics, manifest. The manifest is the commit: what is there
-without it (objects, an extra row, a temporary file, a round's updates) is deleted when the
+A round is written in the order objects, metrics, manifest. The manifest is the commit: anything
+without one (objects, an extra row, a temporary file, a round's updates) is deleted when the
 directory is opened or the next round is committed.
 
-The manifest guards everything that the next round depends on: itself by a checksum, objects by
-their names and sizes, the rows of metrics by a hash, the settings by holding them. What was damaged
-or altered since is refused by name.
+The manifest guards everything that the next round depends on: itself with a checksum, objects with
+their names and sizes, the rows of metrics with a hash, the settings with a copy. Whatever was
+damaged or altered since is refused by name.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class RunDirectory:
 
     Args:
         path: Created if it does not exist.
-        keep: How many of the last rounds to keep, besides the best.
+        keep: How many of the last rounds to keep, in addition to the best.
 
     Attributes:
         records: The rows of metrics.jsonl so far.
-        settings: The run's configuration as TOML; every checkpoint holds it.
+        settings: The run's configuration as TOML; every checkpoint contains it.
 
     Raises:
-        ModelError: If another process has it open, or a file has the name of a subdirectory.
+        ModelError: If another process has it open, or a file is in the place of a subdirectory.
     """
 
     def __init__(self, path: Path | str, *, keep: int = 3) -> None:
@@ -118,18 +118,18 @@ class RunDirectory:
     def resume(self, server_round: int | None = None) -> tuple[GlobalModel, ServerState] | None:
         """Return the last finished round, or None in a fresh directory.
 
-        What an interrupted round left behind is deleted.
+        Leftovers of an interrupted round are deleted.
 
         Everything that the next round depends on is checked: the manifest, all objects that it
-        names, the rows of metrics. Nothing is deleted before all of it has been found whole.
+        names, the rows of metrics. Nothing is deleted before all of it has been found intact.
 
         Args:
-            server_round: Take this round instead of the last; the rounds after it are done again.
-                Their checkpoints are deleted when the run starts (`describe`), and not before.
+            server_round: Resume from this round instead of the last; later rounds are redone. Their
+                checkpoints are deleted when the run starts (`describe`), and not before.
 
         Raises:
             ModelError: If anything was damaged or altered, or is missing; the message names it, and
-                an older round that is whole, if there is one.
+                an intact older round if there is one.
         """
         rounds = retained_rounds(self.path)
         asked = server_round
@@ -161,7 +161,7 @@ class RunDirectory:
             ) from error
 
         self._sweep()
-        assert manifest.run is not None  # read_manifest asks for it
+        assert manifest.run is not None  # ensured by read_manifest
         self._data = msgspec.to_builtins(manifest.run.data)
         self._lines = lines[: manifest.run.metrics.rows]
         self.records = [parse_record_line(line, "metrics", ModelError) for line in self._lines]
@@ -176,7 +176,7 @@ class RunDirectory:
                 leftover.unlink()
 
     def last_update(self, model: GlobalModel, state: ServerState) -> GlobalUpdate | None:
-        """Return what the round that led to `model` changed; see `CheckpointReader.last_update`."""
+        """Return the last round's change, which led to `model`; see `CheckpointReader`."""
         return self._reader.last_update(model, state, self.records)
 
     def read(self, name: str) -> bytes:
@@ -207,15 +207,15 @@ class RunDirectory:
         environment: Mapping[str, Any] | None = None,
         data: Mapping[str, Fingerprint] | None = None,
     ) -> None:
-        """Write what the run is: config.toml, and the tables that are given.
+        """Write config.toml and the given tables, which describe the run.
 
         Args:
-            settings: The configuration as TOML; all checkpoints from here on hold it.
+            settings: The configuration as TOML; all checkpoints from now on contain it.
             run_id: The run's random name, which ties the files to it.
             plan: The fields of `Plan`.
             partition: Client to `train` and `test`, to category, to number of examples.
             environment: Versions, threads and the like.
-            data: Fingerprints of the clients' data; all checkpoints from here on hold them.
+            data: Fingerprints of the clients' data; all checkpoints from now on contain them.
         """
         self.settings = settings
         if self._later:
@@ -241,7 +241,7 @@ class RunDirectory:
             self._replace(name, content)
 
     def _replace(self, name: str, content: bytes) -> None:
-        """Write a file unless it has that content: a resumed run mostly finds its own."""
+        """Write a file unless it already has that content, as it usually does in a resumed run."""
         file = self.path / name
         if os.path.lexists(file) and not file.is_file():
             raise ModelError(f"{file} is no regular file; move it away")
@@ -260,15 +260,14 @@ class RunDirectory:
         """Make a round durable: from the moment this returns, it survives a crash.
 
         Raises:
-            ModelError: If the model or the row holds a number that is not finite; nothing is
-                written then.
+            ModelError: If the model or the row holds a non-finite number; nothing is written.
         """
         line = encode_record(record)
         # Objects first, then metrics, then the manifest: the manifest commits the round.
         self._check_finite(model)
         newest = {
             blob.name: blob.data for blob in model.newest
-        }  # else perhaps only in what is consolidated
+        }  # after consolidation, `model.objects()` may not contain them
         objects = {**newest, **model.objects()}
         save_objects(objects, self.path)
         self.records.append(record)
@@ -299,7 +298,7 @@ class RunDirectory:
         self._prune(state)
 
     def _check_finite(self, model: GlobalModel) -> None:
-        """Refuse a model that could not be read again; checked parts are skipped."""
+        """Refuse a model with non-finite numbers; parts checked before are skipped."""
         try:
             model.check_finite(self._finite)
         except ModelError as error:
@@ -310,12 +309,12 @@ class RunDirectory:
         self._finite = {blob.name for blob in (*model.newest, *model.base_update)}
 
     def _prune(self, state: ServerState) -> None:
-        """Keep the last rounds and the best; delete the others, then objects that no round names.
+        """Keep the last rounds and the best; delete the others, then unreferenced objects.
 
-        Of the last rounds all objects are kept that a resume needs; of an older best one, those of
-        its model.
+        For the last rounds, all objects are kept that resuming needs; for an older best one, only
+        those of its model.
         """
-        # The last rounds can be resumed from; an older best one is kept for export.
+        # The last rounds can be resumed from; an older best one is only kept for export.
         rounds = retained_rounds(self.path)
         last = set(rounds[-self.keep :])
         kept = last | ({state.best_round} & set(rounds))
@@ -347,7 +346,7 @@ class RunDirectory:
 
 
 def _needed(state: ServerState) -> set[str]:
-    """Return the objects that a state names: `RunState.needed` of what it is saved as."""
+    """Return the objects that a state names; matches `RunState.needed` of its saved form."""
     return {
         *state.started_from,
         *state.merged,

@@ -1,4 +1,4 @@
-"""`CheckpointReader`: read a round's checkpoint with all that the next round depends on."""
+"""`CheckpointReader`: read a round's checkpoint with everything that the next round needs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class CheckpointReader:
         self.path = path
 
     def read(self, server_round: int) -> tuple[ModelFile, GlobalModel, ServerState]:
-        """Read a round's checkpoint with all that the next round needs; every object is hashed."""
+        """Read a round's checkpoint with all that the next round needs, and verify all hashes."""
         file = round_file(self.path, server_round)
         manifest = read_manifest(file)
         model = GlobalModel.read(self.path, file)
         run = manifest.run
-        assert run is not None  # read_manifest asks for it
-        # Also what only the next round needs: the parts of the last update and of recipes.
+        assert run is not None  # ensured by read_manifest
+        # Also read what only the next round needs: the parts of the last update and of recipes.
         for name in sorted(run.needed - manifest.needed):
             read_object(self.path, name, manifest.sizes[name])
         state = ServerState(
@@ -70,11 +70,10 @@ class CheckpointReader:
             return []
 
     def check_lines(self, lines: Sequence[bytes], manifest: ModelFile, last: int | None) -> None:
-        """Refuse rows other than those that were committed.
+        """Refuse rows of metrics other than those that were committed.
 
-        A killed run leaves one row more at most, which belongs to the round that it was about to
-        commit. More of them mean that checkpoints are missing, unless the rounds up to `last` are
-        to be done again.
+        A killed run leaves at most one extra row, of the round that it was about to commit. More
+        extra rows mean that checkpoints are missing, unless the rounds up to `last` will be redone.
         """
         assert manifest.run is not None
         path, wanted = self.path / METRICS, manifest.run.metrics
@@ -87,7 +86,7 @@ class CheckpointReader:
             )
 
     def advice(self, damaged: int) -> str:
-        """Return what to do about a damaged round: the newest older one that is whole, if any."""
+        """Return advice about a damaged round: resume from the newest older intact one, if any."""
         for server_round in reversed(retained_rounds(self.path)):
             if server_round >= damaged:
                 continue
@@ -105,14 +104,13 @@ class CheckpointReader:
     def last_update(
         self, model: GlobalModel, state: ServerState, records: Sequence[RoundRecord]
     ) -> GlobalUpdate | None:
-        """Return what the round that led to `model` changed of the effective weights.
+        """Return the change of the effective weights by the round that led to `model`.
 
-        None in round 0.
-
-        Read from the objects that the state names, so that it is the same to the bit after a kill.
+        None in round 0. It is read from the objects that the state names, so that it is
+        bit-identical after a kill.
 
         Raises:
-            ModelError: If one of them is missing or damaged, or holds something else than its part.
+            ModelError: If one of them is missing or damaged, or does not hold what it should.
         """
         if not state.started_from:
             return None

@@ -1,13 +1,13 @@
 """`ClientDeltas`: what clients added to the adapter they were sent, free of cancellation.
 
-With B, A the factors that were sent and b_i = B_i - B, a_i = A_i - A what a client changed them by,
-its own update is
+Let B, A be the factors that were sent, and b_i = B_i - B, a_i = A_i - A a client's changes. Its own
+update is
 
     D_i = B_i A_i - B A = b_i A_i + B a_i,
 
-a sum of products of what is small with what is not. So inner products of the D_i are as exact as
-the factors' own numbers, in float32 too, while those of the B_i A_i lose what the clients have in
-common.
+a sum of products of a small and a regular factor. So inner products of the D_i are as accurate as
+the factors themselves, even in float32, while those of the B_i A_i lose accuracy when the part that
+the clients share cancels.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class ClientDeltas:
     def of(
         cls, start: LowRank, clients: Sequence[LowRank], rank: int, dtype: torch.dtype
     ) -> ClientDeltas:
-        """Return the updates of clients, in `dtype`.
+        """Return the clients' updates in `dtype`.
 
         Args:
             start: What the clients started from.
             clients: What they sent.
             rank: The largest rank; smaller factors are padded with zeros.
-            dtype: Of the result.
+            dtype: The dtype of the result.
         """
         B = torch.empty(start.shape[0], len(clients) + 1, rank, dtype=dtype, device=start.device)
         A = torch.empty(len(clients) + 1, rank, start.shape[1], dtype=dtype, device=start.device)
@@ -69,7 +69,7 @@ class ClientDeltas:
         a_i a_j^T>.
         """
         count, rank, in_size = self.A.shape
-        # Gram matrices of all B's and all A's, in blocks of one pair of clients each.
+        # Gram matrices of all B's and all A's, with one block per pair of clients.
         K_B, K_A = (  # (n + 1, n + 1, rank, rank)
             gram(rows).view(count, rank, count, rank).transpose(1, 2)
             for rows in (self.B.view(len(self.B), -1).mT, self.A.view(-1, in_size))
@@ -100,7 +100,7 @@ class ClientDeltas:
 
 
 def _padded(matrix: LowRank, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors at a larger rank, with zeros."""
+    """Return the factors padded with zeros to a larger rank."""
     missing = rank - matrix.rank
     if not missing:
         return matrix.B, matrix.A
@@ -110,13 +110,13 @@ def _padded(matrix: LowRank, rank: int) -> tuple[Tensor, Tensor]:
 # ── a round, by its factors ───────────────────────────────────────────────────────────────────────
 
 BATCH_ELEMENTS = 2**20
-"""Elements of factors of one shape that are multiplied at once: 8 MB in float64."""
+"""Number of elements in a batch of equally shaped factors: 8 MB in float64."""
 
 
 def distance(one: Adapter, other: Adapter) -> float:
     """Return `sqrt(sum over modules ||s B A - t B' A'||_F^2)` of two adapters, in float64.
 
-    It is computed from `[s B, -t B'] [A; A']`, modules of one shape together where they are small.
+    It is computed from `[s B, -t B'] [A; A']`; small modules of equal shape are batched.
     """
     alike, total = dict[tuple[tuple[int, int], int, int], list[str]](), 0.0
     for module, matrix in one.modules.items():

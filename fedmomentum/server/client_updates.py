@@ -1,4 +1,4 @@
-"""What each client trains in a round, and its reply as an update that can be aggregated."""
+"""What each client trains in a round, and the update that its reply holds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class UpdateReader:
-    """Derives what clients start from, as they do themselves, and validates what they send.
+    """Derives what clients start from, the same way they do, and validates what they send.
 
     Args:
         model: The global model that the clients load.
-        state: What the server remembers: ranks to which a method has pruned clients.
+        state: The server's state, with the ranks to which a method has pruned clients.
         method: The run's method.
         config: The run's settings.
         server_round: The round.
@@ -55,20 +55,20 @@ class UpdateReader:
         self._num_probed = len(model.adapter.modules) if config.evaluation.probes else 0
 
     def lora_config(self, client: str) -> LoraConfig:
-        """Return what a client trains now: its configuration, at the rank it was pruned to."""
+        """Return a client's current LoRA configuration, at the rank it was pruned to."""
         configured = self._lora.for_client(client)
         return configured.with_rank(self._state.ranks.get(client, configured.rank))
 
     def lora(self, client: str) -> ClientLora:
-        """Return what a client trains, as a task names it."""
+        """Return what a client trains, in the form that tasks use."""
         return ClientLora.of(self.lora_config(client), self._is_mixed)
 
     def rank(self, client: str) -> int:
-        """Return the rank at which a client trains now."""
+        """Return a client's current rank."""
         return self.lora_config(client).rank
 
     def group(self, client: str) -> str:
-        """Return a text that is the same for all clients that start from the same adapter."""
+        """Return a key shared by all clients that start from the same adapter."""
         return repr((self.lora_config(client), client in self._lora.clients))
 
     def start(self, client: str) -> tuple[Adapter, dict[str, LowRank]]:
@@ -92,10 +92,10 @@ class UpdateReader:
     def read(self, reply: Reply) -> Adapter:
         """Return the update in a reply.
 
-        A factor that this round does not ask for is the one that clients were sent, bit for bit.
+        A factor that this round does not ask for is bit for bit the one that clients were sent.
 
         Raises:
-            FedMomentumError: If the reply is not what was asked for; naming client and tensor.
+            FedMomentumError: If the reply is invalid; the message names client and tensor.
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
@@ -123,21 +123,21 @@ class UpdateReader:
         return with_fixed_residual(update, fixed)
 
     def _not_uploaded(self, start: Adapter) -> dict[str, Tensor]:
-        """Return the factors that clients do not send in this round, as they were sent them."""
+        """Return the factors that clients do not upload in this round, as they received them."""
         kinds = [f".lora_{factor}." for factor in "BA" if factor not in self._uploads]
         tensors = to_tensors(start)
         return {key: t for key, t in tensors.items() if any(kind in key for kind in kinds)}
 
 
 def next_rank(reply: Reply) -> int:
-    """Return the rank at which a client of a method that prunes continues, once checked."""
+    """Return the (already checked) rank at which a client continues, for methods that prune."""
     rank = train_result(reply).next_rank
     assert rank is not None  # checked when the reply was read
     return rank
 
 
 def _is_target(module: str, lora: LoraConfig) -> bool:
-    """Whether a client trains a module or an expert; without names it trains all."""
+    """Return whether a client trains a module or expert; without target names it trains all."""
     if not lora.target_modules and not lora.target_parameters:
         return True
     parameter, expert = split_expert(module)
@@ -149,7 +149,7 @@ def _is_target(module: str, lora: LoraConfig) -> bool:
 
 
 def _check_next_rank(result: TrainResult, rank: int, name: str) -> None:
-    """Refuse, for a method that prunes, a client that would continue at no rank or a larger one."""
+    """Refuse a missing or increased next rank, for methods that prune."""
     if result.next_rank is None or result.next_rank > rank:
         raise PayloadError(
             f"{name}: its next_rank is {result.next_rank!r}; wanted a whole number from 1 to "

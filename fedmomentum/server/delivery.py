@@ -1,4 +1,4 @@
-"""What each client is sent of the global model, and when its base update is consolidated."""
+"""Which parts of the global model each client is sent, and when its base update is consolidated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def plan_deliveries(
     model: GlobalModel, state: ServerState, clients: Sequence[str], directory: RunDirectory
 ) -> dict[str, Delivery]:
-    """Return what brings each client to the model's base, given what it last said that it holds."""
+    """Return what each client needs for the model's base, given what it last reported holding."""
     names = [stored.name for stored in model.base_update]
     size_of = _size_of(model, directory)
     plans = {}
@@ -37,10 +37,10 @@ def plan_deliveries(
 def consolidate_if_due(
     model: GlobalModel, state: ServerState, clients: Sequence[str], directory: RunDirectory
 ) -> tuple[GlobalModel, ServerState]:
-    """Merge the model's base update into one snapshot where a client would download too much.
+    """Merge the model's base update into one snapshot if clients would download too much.
 
-    The decision follows from model and state as they are saved and from `clients`, so that it is
-    the same after a kill.
+    The decision depends only on the saved model and state and on `clients`, so that it is the same
+    after a kill.
 
     Args:
         model: The global model.
@@ -52,7 +52,7 @@ def consolidate_if_due(
     if not should_consolidate(model, [plan.size for plan in plans.values()]):
         return model, state
     next_model, recipe, ties = consolidate(model)
-    # What the recipe names is read from the directory, where all of it is but for this round's.
+    # Recipes' objects are read from the directory, which lacks only those of this round.
     new_objects = {stored.name: stored.data for stored in model.newest}
     directory.put({ties.name: ties.data, **new_objects})
     recipes = prune_recipes(
@@ -62,7 +62,7 @@ def consolidate_if_due(
 
 
 def _size_of(model: GlobalModel, directory: RunDirectory) -> Callable[[str], int]:
-    """Return a function from hash to bytes, for the model's parts and what the recipes name."""
+    """Return a function from hash to size in bytes, for the parts of the model and of recipes."""
     sizes = {stored.name: len(stored.data) for stored in model.base_update}
 
     def size_of(name: str) -> int:

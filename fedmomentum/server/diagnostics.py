@@ -1,4 +1,4 @@
-"""How a round moved the model, measured on the factors alone. torch only."""
+"""How a round moved the model, measured using only the factors. Depends only on torch."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 
 Change = Mapping[str, Matrix]
-"""Module to a matrix in effective-weight units, `(out, in)`; a missing module counts as zero."""
+"""Module to `(out, in)` matrix in units of effective weights; a missing module counts as zero."""
 
 ROUNDOFF_TOL = 10.0
-"""Two sums of the same terms that differ by so many steps of their dtype differ by round-off."""
+"""Two sums that differ by at most this many epsilons of their dtype differ only by round-off."""
 Parts = list[tuple[float, Matrix]]
-"""A sum as its terms, each with a sign."""
+"""The terms of a sum, each with its sign."""
 _ZERO_FRACTION = torch.finfo(torch.float32).eps ** 2
-"""A change whose square is below this fraction of what it changes is float32 round-off."""
+"""A squared change below this fraction of the square of what it changes is float32 round-off."""
 
 
 class GlobalUpdate(Mapping[str, Matrix]):
-    """`s' B' A' - s B A + merged` per module: what a round changes of the effective weights.
+    """`s' B' A' - s B A + merged` per module: a round's change of the effective weights.
 
-    Module to a matrix, by `exact_sum`, in float64; made when it is looked up, so that one module's
-    is in memory at a time.
+    A mapping from module to a float64 matrix, computed by `exact_sum` on access so that only one
+    module's is in memory at a time.
 
     Args:
         before: The adapter that the round started from.
-        after: The adapter that came out.
+        after: The adapter that resulted.
         merged: What the base absorbed.
-        norm: Its norm over all modules, where it is known.
+        norm: The norm of the change over all modules, if known.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class GlobalUpdate(Mapping[str, Matrix]):
         return len(self._after.modules)
 
     def parts(self, module: str) -> Parts:
-        """Return the terms of one module's change, each with its sign; no sum is formed."""
+        """Return the terms of one module's change with their signs, without summing them."""
         own = (_contiguous(adapter.effective(module)) for adapter in (self._after, self._before))
         parts: Parts = list(zip((1.0, -1.0), own, strict=True))
         if module not in self._merged:
@@ -69,8 +69,8 @@ class GlobalUpdate(Mapping[str, Matrix]):
         merged = self._merged[module]
         if isinstance(merged, Tensor):
             return [*parts, (1.0, merged.contiguous())]
-        # the last bits of small products depend on where in memory the numbers lie, too: payloads
-        # are cut anywhere
+        # The last bits of small products also depend on memory alignment, which is arbitrary for
+        # tensors cut out of a payload.
         B, A = (
             factor.clone(memory_format=torch.contiguous_format) for factor in (merged.B, merged.A)
         )
@@ -89,12 +89,12 @@ def _inner(left: Parts, right: Parts) -> float:
 
 
 def _narrower(left: Matrix, right: Matrix) -> torch.dtype:
-    """Return float32 where one of the two is: nothing cancels in a term, and none is copied."""
+    """Return float32 if either is: no cancellation occurs within a term, so none is upcast."""
     return torch.float32 if torch.float32 in (left.dtype, right.dtype) else CORE_DTYPE
 
 
 def factor_norms(adapter: Adapter) -> PerFactor:
-    """Return `sqrt(sum over modules ||A||_F^2)`, and the same of B; without the scaling."""
+    """Return `sqrt(sum over modules ||A||_F^2)`, and the same for B, without the scaling."""
     squares = {
         "A": [float(matrix.A.to(CORE_DTYPE).square().sum()) for matrix in adapter.modules.values()],
         "B": [float(matrix.B.to(CORE_DTYPE).square().sum()) for matrix in adapter.modules.values()],
@@ -107,9 +107,8 @@ def subspace_angle(before: Adapter, after: Adapter) -> PerFactor:
 
     `A` is the angle between their row spaces, `B` between their column spaces.
 
-    The spaces are those of the directions that are not zero (`principal_angles`); the mean is over
-    the angles of a module, then over the modules. None where one of the adapters is zero in all
-    modules.
+    Only nonzero directions span the spaces (`principal_angles`). The angles are averaged within
+    each module, then over the modules. None if one of the adapters is zero in all modules.
     """
     degrees: dict[str, list[float]] = {"A": [], "B": []}
     for module, matrix in after.modules.items():
@@ -131,21 +130,21 @@ def round_diagnostics(
 ) -> Diagnostics:
     """Measure how a round moved the model; docs/metrics.md has the formulas.
 
-    With D_i = s_i B_i A_i - s B A client i's own update, D their weighted mean and G the global
-    update, everything but the angles is made of the inner products `<D_i, D_j>`, `<D_i, G>` and
-    `<G, G_-1>`. The cost is that of the sum: `O((d + k) R^2)` where it is factored and `O(d k R)`
-    beyond. Modules are taken one after the other.
+    Let D_i = s_i B_i A_i - s B A be client i's own update, D their weighted mean and G the global
+    update. Everything but the angles follows from the inner products `<D_i, D_j>`, `<D_i, G>` and
+    `<G, G_-1>`. The cost is that of the sum: `O((d + k) R^2)` if it is factored, else `O(d k R)`.
+    Modules are processed one by one.
 
     Args:
         start: The adapter that the clients started from.
         clients: What they sent.
-        weights: One positive number a client, sum 1.
-        after: The next adapter, as clients will get it.
+        weights: One positive number per client, summing to 1.
+        after: The next adapter, as clients will receive it.
         merged: What the base absorbed in this round.
-        last_update: The global update of the round before; None where there was none.
+        last_update: The global update of the previous round; None if there was none.
 
     Returns:
-        The diagnostics; what is not defined is None.
+        The diagnostics; undefined ones are None.
     """
     geometry = RoundGeometry(start, clients, weights, after, merged, last_update)
     for module in sorted(after.modules):
@@ -156,8 +155,8 @@ def round_diagnostics(
 class RoundGeometry:
     """Inner products of one round's updates, summed over the modules.
 
-    Letters are those of the formulas: D_i a client's update, D their weighted mean, G the global
-    update, L that of the round before, P the product that the clients started from.
+    The letters are those of the formulas: D_i is a client's update, D their weighted mean, G the
+    global update, L that of the previous round, P the product that the clients started from.
 
     Args: See `round_diagnostics`.
     """
@@ -178,7 +177,7 @@ class RoundGeometry:
         self._last_update = last_update
         self._w = torch.tensor(weights, dtype=CORE_DTYPE, device="cpu")
 
-        # One number a client: <D_i, D_i>, <D_i, D>, <D_i, G>, ||A_i||^2 and ||B_i||^2.
+        # One number per client: <D_i, D_i>, <D_i, D>, <D_i, G>, ||A_i||^2 and ||B_i||^2.
         sums = torch.zeros(5, len(clients), dtype=CORE_DTYPE, device="cpu")
         self._own, self._with_mean, self._with_update, self._A, self._B = sums
         self._PP = 0.0
@@ -198,7 +197,7 @@ class RoundGeometry:
         sent = LazySequence(partial(_effective, module=module, shape=matrix.shape), self._clients)
         self._add_factor_norms(module)
 
-        # Whether G is the mean of the D_i is decided by a random vector.
+        # Test with a random vector whether G is the mean of the D_i.
         x = torch.randn(
             matrix.shape[1],
             generator=torch.Generator().manual_seed(0),
@@ -246,7 +245,7 @@ class RoundGeometry:
         """Add a module whose factors together are smaller than its matrix.
 
         Returns:
-            G, in fewer terms where it is the mean; `<G, G>`; and `(n,)`: `<D_i, G>`.
+            G, with fewer terms if it is the mean; `<G, G>`; and `(n,)`: `<D_i, G>`.
         """
         deltas = ClientDeltas.of(P, sent, rank, dtype)
         is_mean = _is_mean(G, deltas.mean_times(self._w, x), start_x, x, dtype)
@@ -255,7 +254,7 @@ class RoundGeometry:
         DD = float(self._w @ products @ self._w)
         if is_mean and self._last_update is not None:
             G = [(1.0, deltas.mean(self._w))]
-        del deltas  # not to be in memory with what follows
+        del deltas  # free memory before what follows
         self._own = self._own + products.diagonal()
         self._with_mean = self._with_mean + with_mean
         self._DD += DD
@@ -296,8 +295,8 @@ class RoundGeometry:
         return _inner(G, G), _inner_with_deltas(sent, P, G)
 
     def result(self) -> Diagnostics:
-        """Return the diagnostics of all modules together."""
-        # A difference at round-off counts as zero: its cosine would be noise.
+        """Return the diagnostics over all modules."""
+        # A difference at round-off level counts as zero: its cosine would be noise.
         GG = _or_none(self._GG, self._PP + self._live)
         DD = _or_none(self._DD, self._PP)
         deviations = (self._own - 2 * self._with_mean + self._DD).clamp(min=0).sqrt()
@@ -337,9 +336,9 @@ def _inner_with_deltas(sent: Sequence[LowRank], P: LowRank, parts: Parts) -> Ten
 
 
 def _is_mean(G: Parts, mean: Tensor, before: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `G x = mean = sum_i w_i P_i x - P x`, but for round-off of `before = P x`.
+    """Return whether `G x = mean = sum_i w_i P_i x - P x`, up to round-off of `before = P x`.
 
-    For a random x, G then is the mean.
+    For a random x, this implies that G is the mean.
     """
     error = mean.to(CORE_DTYPE)
     size = (error + before).norm() + before.norm()
@@ -361,12 +360,12 @@ def _contiguous(matrix: LowRank) -> LowRank:
 
 
 def _or_none(square: float, size: float) -> float | None:
-    """Return a squared norm; None where it is round-off of terms of squared size `size`."""
+    """Return a squared norm; None if it is mere round-off of terms of squared size `size`."""
     return square if square > _ZERO_FRACTION * size else None
 
 
 def _cosine(product: float, one: float | None, other: float | None) -> float | None:
-    """`<x, y> / (||x|| ||y||)` of squared norms, within [-1, 1]; None where one of them is zero."""
+    """Return `<x, y> / (||x|| ||y||)` from squared norms, in [-1, 1]; None if one norm is zero."""
     if not one or not other:
         return None
     return max(-1.0, min(1.0, product / math.sqrt(one) / math.sqrt(other)))

@@ -1,4 +1,4 @@
-"""`Exchange`: send each client its task, collect the replies, resend what a client has lost."""
+"""`Exchange`: send each client its task, collect replies, and resend what a client has lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fedmomentum.server.replies import Replies
 
 LOG = logging.getLogger("fedmomentum")
 PAYLOAD_MARGIN = 2**20
-"""Bytes of a reply besides its tensors: names, header, JSON."""
+"""Allowance in bytes for the rest of a reply besides its tensors: names, header, JSON."""
 
 
 Requests = Mapping[str, TrainRequest] | Mapping[str, EvaluateRequest]
@@ -46,14 +46,14 @@ Requests = Mapping[str, TrainRequest] | Mapping[str, EvaluateRequest]
 class Exchange:
     """Asks clients to train or to evaluate a global model.
 
-    What a client has cached is first what it last said; a client that has lost some of it since (a
-    new disk, an older copy) says so, and is asked again with what it then misses.
+    A client is first assumed to have cached what it last reported. If it has lost some of it since
+    (a new disk, an older copy), it says so, and is asked again with the missing objects.
 
     Args:
         transport: Reaches the clients.
         config: The run's settings.
         directory: The run's directory, which holds the objects that clients may need.
-        draws_adapter: Whether clients draw the adapter themselves from the run's seed.
+        draws_adapter: Whether clients draw the adapter themselves, from the run's seed.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Exchange:
 
         Args:
             model: The global model that the clients load.
-            state: What the server remembers of the clients.
+            state: What the server remembers about the clients.
             requests: Client to its request.
             server_round: The round.
-            accept: Takes each reply as it comes, and refuses it by raising.
+            accept: Takes each reply as it arrives; raises to refuse it.
 
         Returns:
-            What came, and the state with what the clients said of themselves.
+            The replies, and the state updated with what the clients reported about themselves.
         """
         tasks = _Tasks(model, state, requests, server_round, self._fresh_adapter(model))
         limit = 8 * model.adapter.num_parameters() + PAYLOAD_MARGIN
@@ -92,7 +92,7 @@ class Exchange:
         collected = Replies()
         reports = _ClientReports()
 
-        # First try: what the server believes that each client needs.
+        # First try: send what the server believes each client needs.
         first_tasks = tasks.planned(self._directory)
         retry_tasks: dict[str, Task] = {}
         for client, reply in collect(self._transport, first_tasks, collected, limit):
@@ -105,7 +105,7 @@ class Exchange:
             else:
                 collected.failures[client] = _keeps_nothing(client)
 
-        # Second try, for clients that have lost something.
+        # Second try, for clients that have lost objects.
         for client, reply in collect(self._transport, retry_tasks, collected, limit):
             if isinstance(reply.answer, MissingObjects):
                 collected.failures[client] = _keeps_nothing(client)
@@ -114,7 +114,7 @@ class Exchange:
         return collected, reports.recorded_in(state, server_round)
 
     def _fresh_adapter(self, model: GlobalModel) -> FreshAdapter | None:
-        """Return how clients draw the adapter themselves; they say so if the bits differ."""
+        """Return how clients draw the adapter themselves; they report it if the bits differ."""
         if not self._draws_adapter or not model.server_round:
             return None
         return FreshAdapter(
@@ -133,7 +133,7 @@ class Exchange:
         collected: Replies,
         reports: _ClientReports,
     ) -> None:
-        """Hand a reply to `accept`; keep its small tensors, or the reason why it was refused."""
+        """Pass a reply to `accept`; keep its small tensors, or the reason for refusing it."""
         if reply.version != model.version:
             collected.failures[client] = (
                 f"client {client} ended with base version {reply.version[:16]!r}; wanted "
@@ -161,7 +161,7 @@ class _ClientReports:
     splits: dict[str, str] = field(default_factory=dict)
 
     def recorded_in(self, state: ServerState, server_round: int) -> ServerState:
-        """Return the state with these reports; warn of clients that divide their data otherwise."""
+        """Return the state with these reports; warn of clients that now split data differently."""
         for client in sorted(self.cached_objects):
             split = self.splits[client]
             if state.splits.get(client, split) != split:
@@ -177,7 +177,7 @@ class _ClientReports:
 
 
 class _Tasks:
-    """The tasks of one question: who is sent which objects."""
+    """The tasks of one exchange: which objects each client is sent."""
 
     def __init__(
         self,
@@ -196,15 +196,15 @@ class _Tasks:
         self.needed = frozenset().union(*(request.needed for request in requests.values()))
 
     def planned(self, directory: RunDirectory) -> dict[str, Task]:
-        """Return each client's task with what it has not cached, by what it last said."""
+        """Return each client's task with what it has not cached, going by its last report."""
         clients = sorted(self._requests)
         deliveries = plan_deliveries(self._model, self._state, clients, directory)
         # Recipes may name parts that the model itself no longer has.
         wanted = self.needed.union(*(plan.objects for plan in deliveries.values()))
         for name in sorted(wanted - self._objects.keys()):
             self._objects[name] = directory.read(name)
-        # What is no part of the base: the adapter, the moments to start with, and what became of
-        # a client's last sums.
+        # Objects that are not part of the base: the adapter, the starting moments, and the outcome
+        # of a client's last sums.
         base_update = {stored.name for stored in self._model.base_update}
         if self._fresh is not None:
             base_update |= {self._model.adapter_objects[kind].name for kind in "BA"}
@@ -216,7 +216,7 @@ class _Tasks:
         return tasks
 
     def task(self, client: str, missing: Collection[str], recipes: Sequence[Recipe] = ()) -> Task:
-        """Return the client's task with the objects that it misses."""
+        """Return the client's task with the objects it is missing."""
         request: TrainRequest | EvaluateRequest = self._requests[client]
         request = msgspec.structs.replace(request, fresh=self._fresh, recipes=list(recipes))
         objects = {name: self._objects[name] for name in sorted(missing)}
@@ -224,7 +224,7 @@ class _Tasks:
 
 
 def sent_manifest(model: GlobalModel) -> Manifest:
-    """Return the manifest as clients are sent it: what is carried stays with the server."""
+    """Return the manifest as clients receive it: the carried part stays with the server."""
     return as_manifest({**model.manifest(), "carried": None}, "the model")
 
 
@@ -240,16 +240,16 @@ def _keeps_nothing(client: str) -> str:
 
 @contextmanager
 def containing(client: str, failures: dict[str, str]) -> Iterator[None]:
-    """Contain what is raised while one client's answer is handled: it ends that client's part only.
+    """Contain an exception raised while handling one client's answer: only that client drops out.
 
-    A full disk, or any other trouble of this machine, is no fault of the client's.
+    A full disk, or any other problem with this machine, is not the client's fault.
 
     Args:
         client: The client.
-        failures: Gets the client's reason.
+        failures: Receives the reason, under the client's name.
 
     Raises:
-        OSError: If this machine could not do its own part.
+        OSError: If this machine failed.
     """
     try:
         yield
@@ -265,7 +265,7 @@ def containing(client: str, failures: dict[str, str]) -> Iterator[None]:
 
 
 class _Payloads(Mapping[str, bytes]):
-    """Tasks as bytes, each encoded when it is sent: one at a time is in memory."""
+    """Tasks as bytes, each encoded when it is sent, so that only one is in memory at a time."""
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self._tasks = tasks
@@ -286,10 +286,10 @@ class _Payloads(Mapping[str, bytes]):
         return len(self._tasks)
 
     def check_size(self, limit: int) -> None:
-        """Refuse tasks of which the largest is too large for the transport.
+        """Check that even the largest task fits the transport.
 
         Raises:
-            PayloadError: If it is.
+            PayloadError: If it does not.
         """
 
         def num_object_bytes(client: str) -> int:
@@ -309,16 +309,16 @@ class _Payloads(Mapping[str, bytes]):
 def collect(
     transport: Transport, tasks: Mapping[str, Task], collected: Replies, max_bytes: int
 ) -> Iterator[tuple[str, Reply]]:
-    """Send the tasks, and yield each decoded reply as it comes; failures are added to `collected`.
+    """Send the tasks, and yield each decoded reply as it arrives; add failures to `collected`.
 
     Args:
         transport: Reaches the clients.
         tasks: Client to its task.
-        collected: Gets failures, bytes and seconds.
-        max_bytes: The most bytes that a reply's tensors may have.
+        collected: Receives failures, byte counts and times.
+        max_bytes: The maximum size of a reply's tensors in bytes.
 
     Raises:
-        PayloadError: If a task is larger than the transport carries; nothing was sent.
+        PayloadError: If a task is too large for the transport; nothing was sent.
     """
     if not tasks:
         return
@@ -344,7 +344,7 @@ def collect(
         waiting_since = time.perf_counter()
         collected.encode_seconds += waiting_since - arrived
 
-    # Tasks are encoded while the transport sends: that time is encoding, not waiting.
+    # Tasks are encoded while the transport sends; count that time as encoding, not waiting.
     encoded_meanwhile = payloads.seconds - encoded_before
     collected.wait_seconds += time.perf_counter() - waiting_since - encoded_meanwhile
     collected.encode_seconds += payloads.seconds

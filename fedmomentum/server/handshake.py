@@ -1,8 +1,8 @@
-"""Before the first round over a network: which base model clients have, and the first adapter.
+"""Before the first round over a network: agree on the base model and the first adapter.
 
 The server has no base model. It asks every client what it has, takes the base and the adapted
-modules that most of them agree on, and has one of those make the adapter that all start from: the
-seed decides its bits, so it does not matter which.
+modules that most of them agree on, and has one client of that majority create the adapter that all
+start from. The seed determines its bits, so it does not matter which client.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Handshake:
     """What is known before the first round.
 
     Attributes:
-        model: The base model with its fresh adapter.
+        model: The base model with a fresh adapter.
         facts: Client to its description of itself.
     """
 
@@ -57,14 +57,14 @@ class Handshake:
 def handshake(transport: Transport, config: Config, run_id: str, method: Method) -> Handshake:
     """Ask all clients what they have, and one of the majority for the first adapter.
 
-    Where the method starts from a product that is not zero, the base gives up as much: `-s B A`.
+    If the method starts from a nonzero product, the base is reduced by the same: `-s B A`.
 
     Raises:
-        QuorumError: If too few clients are there, if no majority has the same base and modules, or
-            if none of it answers with a usable adapter; with each client's reason.
+        QuorumError: If too few clients are there, no majority has the same base and modules, or
+            nobody in it sends a usable adapter; the message has each client's reason.
     """
     clients = list(transport.clients())
-    # First what everybody has; only then one adapter, which may be large.
+    # First ask what everyone has; only then for one adapter, which may be large.
     replies, failures = _ask(transport, run_id, clients, config, adapter=False)
     facts = {client: _description(reply) for client, reply in replies.items()}
     for candidate in _majority(facts, failures):
@@ -74,7 +74,7 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
         if candidate not in more:
             continue
         with containing(candidate, failures):
-            # The first of the majority whose adapter is usable starts the run.
+            # The first client of the majority with a usable adapter starts the run.
             start = _first_adapter(more[candidate], agreed, config, is_zero=not method.reads_base)
             base = BaseIdentity(
                 config.model.name,
@@ -99,18 +99,18 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
 
 
 def _structure(fact: Description) -> str:
-    """Return what all clients must have in common: the base model, and what is trained of it."""
+    """Return what all clients must have in common: the base model and the trained modules."""
     shapes = {module: list(shape) for module, shape in fact.shapes.items()}
     quantization = str(fact.quantization)
     return canonical_json([fact.sha256, quantization, shapes, fact.scalings, fact.saved_shapes])
 
 
 def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> list[str]:
-    """Return the clients that agree with most others on the base and on what is adapted, sorted.
+    """Return the largest group of clients that agree on the base and the adapted modules, sorted.
 
     Raises:
-        QuorumError: If two groups are equally large: the server has no base of its own to tell
-            which is right.
+        QuorumError: If the two largest groups tie: without a base of its own, the server cannot
+            tell which is right.
     """
     # Clients that describe the same base model and adapter form a group.
     groups: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> 
 def _ask(
     transport: Transport, run_id: str, clients: Sequence[str], config: Config, *, adapter: bool
 ) -> tuple[dict[str, Reply], dict[str, str]]:
-    """Have clients describe themselves; return usable replies, and the others' reasons."""
+    """Ask clients to describe themselves; return usable replies, and why others gave none."""
     is_secure = config.privacy.secure_aggregation
     tasks = {}
     for client in clients:
@@ -164,11 +164,11 @@ def _description(reply: Reply) -> Description:
 
 
 def _check_labels(reply: Reply, wanted: Sequence[str]) -> None:
-    """Check that a client's classifier has the run's labels, in their order, and a head for them.
+    """Check that a client's classifier has the run's labels, in the same order, and a fitting head.
 
     Raises:
-        ModelError: If it has others, or the run trains no classifier.
-        PayloadError: If its head has no tensor with a row for each label.
+        ModelError: If its labels differ, including labels in a run without a classifier.
+        PayloadError: If no tensor that it trains in full has one row per label.
     """
     name = f"client {reply.client_id}"
     fact = _description(reply)
@@ -187,7 +187,7 @@ def _check_quantization(reply: Reply, setting: str) -> None:
     """Check that a client quantizes the base model as the run does.
 
     Raises:
-        ModelError: If it does it in another way, or does not.
+        ModelError: If it does not.
     """
     got = _description(reply).quantization
     if got != ON_LOADING.get(setting):
@@ -205,7 +205,7 @@ def _check_description(reply: Reply, lora: LoraConfig) -> None:
     """Check that a client would train what this run's settings ask for.
 
     Raises:
-        FedMomentumError: If it would not; naming module or setting.
+        FedMomentumError: If it would not; the message names the module or setting.
     """
     name = f"client {reply.client_id}"
     fact = _description(reply)
@@ -232,17 +232,17 @@ def _check_description(reply: Reply, lora: LoraConfig) -> None:
 
 
 def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero: bool) -> Adapter:
-    """Return the adapter in a description, if it is one that all can start from.
+    """Return the adapter in a description if all clients can start from it.
 
     Args:
-        reply: With the adapter's tensors.
-        agreed: What the client, with the majority, said before of its modules.
+        reply: The reply with the adapter's tensors.
+        agreed: What the client described before, in agreement with the majority.
         config: The run's settings.
-        is_zero: Whether it must add nothing yet.
+        is_zero: Whether the adapter's product must be zero.
 
     Raises:
-        PayloadError: If its tensors are others than those agreed on.
-        AdapterError: If a module adds something already, or can never train.
+        PayloadError: If its tensors are not those agreed on.
+        AdapterError: If a module's product must be zero but is not, or parts of it can never train.
     """
     name = f"client {reply.client_id}"
     fact = _description(reply)
@@ -258,7 +258,7 @@ def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero
             raise AdapterError(
                 f"{name}: module {module} of its fresh adapter adds something already; wanted B = 0"
             )
-        # Where A is short of directions and B is zero, those never train.
+        # If A is rank-deficient and B is zero, the missing directions never train.
         if int(torch.linalg.matrix_rank(matrix.A.to(torch.float64), rtol=1e-6)) < matrix.rank:
             raise AdapterError(
                 f"{name}: module {module} of its fresh adapter has rows of A that depend on each "
@@ -270,11 +270,11 @@ def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero
 def _check_tensors(
     tensors: Mapping[str, Tensor], agreed: Description, rank: int, name: str
 ) -> None:
-    """Check names, shapes and dtypes of a fresh adapter.
+    """Check the names, shapes and dtypes of a fresh adapter.
 
     Raises:
-        PayloadError: If a tensor is missing, unknown, or not what was agreed on; with what came and
-            what was wanted.
+        PayloadError: If a tensor is missing, unknown, or not what was agreed on; the message says
+            what was received and what was wanted.
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for module, (out_size, in_size) in agreed.shapes.items():
@@ -320,7 +320,7 @@ def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) ->
 
 
 def _tell_differences(facts: Mapping[str, Description], agreed: Description) -> None:
-    """Warn of clients that have another base, or whose libraries may give other last bits."""
+    """Warn of clients with a different base, or with library versions that may change last bits."""
     versions = Counter(canonical_json(fact.versions) for fact in facts.values())
     for client, fact in sorted(facts.items()):
         if fact.sha256 != agreed.sha256:

@@ -1,14 +1,14 @@
-"""What a server keeps of a round's sums, so that it continues from there after a kill.
+"""What a server keeps on disk of a round's sums, so that it can continue them after a kill.
 
-Clients open a sum once, so what came of them cannot be asked for again. ::
+Clients open each sum only once, so the server cannot ask for their replies again. ::
 
     secure/<run>/0003.json      who trained in the round, and what the server noted meanwhile
     secure/<run>/0003-1-1/      round, sum, attempt
         2/<client>              a reply behind its SHA-256, by step
         2.json                  the step has ended with these clients
-        means                   what came of the first sum, as it was sent
+        means                   the outcome of the first sum, as it was sent
 
-A reply is on disk before the step ends, and a step's end before the next message leaves.
+A reply is on disk before its step ends, and the end of a step before the next message is sent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DIGEST_BYTES = 32
 SIGNATURES = STEPS.index("signatures")
 """The step after which clients open a sum."""
 KEPT_SUMS = "secure"
-"""The name of the directory in a run's."""
+"""The name of the subdirectory in a run's directory."""
 
 
 class _RoundFile(Record, frozen=True, kw_only=True):
@@ -45,8 +45,8 @@ class _RoundFile(Record, frozen=True, kw_only=True):
     Attributes:
         attempt: The attempt at the round's sums.
         parties: The clients that trained.
-        failures: Client to why it did not.
-        uplink_bytes: Client to the bytes that came of it.
+        failures: Client to why it did not train.
+        uplink_bytes: Client to the bytes that it sent.
         downlink_bytes: Client to the bytes that it was sent.
     """
 
@@ -65,7 +65,7 @@ class _StepFile(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class TrainedParties:
-    """The clients whose updates a round's sums are of.
+    """The clients whose updates are in a round's sums.
 
     Attributes:
         attempt: The attempt at the round's sums.
@@ -83,12 +83,12 @@ class KeptSum:
     directory: Path
 
     def means(self, computed: StoredObject) -> StoredObject:
-        """Return what came of it as it was first sent to the clients, even if it is computed again.
+        """Return the sum's outcome as first sent to the clients, even if it has been recomputed.
 
-        Another machine may choose other directions, and clients have used those of before.
+        Another machine may compute other directions, but clients have already used the first ones.
 
         Raises:
-            ModelError: If it was damaged.
+            ModelError: If the file is damaged.
         """
         file = self.directory / "means"
         try:
@@ -99,7 +99,7 @@ class KeptSum:
         return StoredObject(_without_digest(data, file))
 
     def replies(self, step: int, parties: Sequence[str], max_bytes: int) -> Mapping[str, bytes]:
-        """Return the kept replies of a step, each read when it is looked at."""
+        """Return the kept replies of a step, each read on access."""
         directory = self.directory / str(step)
         files = {party: directory / directory_name(party) for party in parties}
         present = {party: file for party, file in files.items() if file.is_file()}
@@ -112,7 +112,7 @@ class KeptSum:
         write_atomically(directory / directory_name(party), _with_digest(reply))
 
     def ended_with(self, step: int) -> list[str] | None:
-        """Return the clients with which a step has ended; None if it has not.
+        """Return the clients that took part in a finished step; None if it has not ended.
 
         Raises:
             ModelError: If the record is damaged.
@@ -130,24 +130,24 @@ class KeptSum:
 
 
 class KeptSums:
-    """The directory of what is kept of the sums of the rounds that are not committed yet.
+    """The directory in which the sums of uncommitted rounds are kept.
 
     Args:
         directory: Created with the first round.
-        run_id: The run on the wire.
+        run_id: The run's identifier on the wire.
     """
 
     def __init__(self, directory: Path, run_id: str) -> None:
-        # A run that has committed nothing has another name when it starts again.
+        # A run that has committed nothing gets a new name when it is started again.
         self._root = directory
         self._directory = directory / run_id
 
     def sum(self, server_round: int, number: int, attempt: int) -> KeptSum:
-        """Return an attempt at a sum, begun or not."""
+        """Return an attempt at a sum, whether begun or not."""
         return KeptSum(self._directory / f"{server_round:04d}-{number}-{attempt}")
 
     def round(self, server_round: int) -> tuple[TrainedParties, Replies] | None:
-        """Return who trained in a round, and what was noted meanwhile; None if nobody has.
+        """Return who trained in a round, with the failures and traffic noted; None if nobody has.
 
         Raises:
             ModelError: If the record is damaged.
@@ -178,12 +178,12 @@ class KeptSums:
         write_json(self._round_file(server_round), with_checksum(msgspec.to_builtins(table)))
 
     def is_opened(self, server_round: int) -> bool:
-        """Whether clients may have opened an attempt at a round's first sum."""
+        """Return whether clients may have opened an attempt at a round's first sum."""
         attempts = self._directory.glob(f"{server_round:04d}-{FIRST_SUM}-*")
         return any(KeptSum(attempt).ended_with(SIGNATURES) is not None for attempt in attempts)
 
     def clear(self) -> None:
-        """Delete all, once the round is committed."""
+        """Delete everything, once the round is committed."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _round_file(self, server_round: int) -> Path:
@@ -191,7 +191,7 @@ class KeptSums:
 
 
 class _Replies(Mapping[str, bytes]):
-    """Clients to their replies on disk."""
+    """Each client's reply on disk."""
 
     def __init__(self, files: Mapping[str, Path], max_bytes: int) -> None:
         self._files = files
@@ -214,10 +214,10 @@ def _with_digest(data: bytes) -> bytes:
 
 
 def _without_digest(data: bytes, file: Path) -> bytes:
-    """Return what stands behind its hash.
+    """Return the content that follows its hash.
 
     Raises:
-        ModelError: If it is not what was written; masked values would not show it.
+        ModelError: If it is not what was written; damage would not show in masked values.
     """
     content = data[DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != data[:DIGEST_BYTES]:

@@ -1,4 +1,4 @@
-"""The optimizer's moments that clients share: from their replies to the next round's start.
+"""The optimizer moments that clients share: from their replies to the next round's start.
 
 Every quantity here is a weighted mean over clients.
 """
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from fedmomentum.server.checkpoint import RunDirectory
 
 
-# What 16 bits and float32 may add to a sum of second moments, relative.
+# Relative tolerance for the rounding of second moments to 16 bits and float32.
 ROUNDING = 0.02
 
 
 class SharedOptimizer:
-    """Keeps the moments of a run's clients: one for all of them.
+    """Keeps one set of moments for all clients of a run.
 
     Args:
         config: The run's settings; `training.optimizer-state` is `shared` or `shared-full`.
@@ -65,7 +65,7 @@ class SharedOptimizer:
         defaults = TrainingFields()
         self._has_second = arguments.get("optim") != "sgd"
         self._max_norm = clipping_norm(config)
-        # The sum of the second moments that this round started with, by hash.
+        # The sum of the second moments that this round started with, by their hash.
         self._totals: dict[str | None, float] = {}
         self._settings = OptimizerSettings(
             beta1=arguments.get("adam_beta1", defaults.adam_beta1),
@@ -76,7 +76,7 @@ class SharedOptimizer:
 
     @classmethod
     def of(cls, config: Config, method: Method, directory: RunDirectory) -> SharedOptimizer | None:
-        """Return the optimizer that a run's clients share; None if they share none."""
+        """Return the shared optimizer of a run's clients; None if they share none."""
         return cls(config, method, directory) if config.training.shares_moments else None
 
     # ── replies ──
@@ -84,7 +84,7 @@ class SharedOptimizer:
     def read(
         self, reply: Reply, start: Adapter, server_round: int, previous: str | None
     ) -> UploadedMoments:
-        """Check what a reply holds of moments.
+        """Check and return the moments in a reply.
 
         Args:
             reply: The reply.
@@ -93,13 +93,13 @@ class SharedOptimizer:
             previous: Hash of the moments that the round started with; None for zeros.
 
         Raises:
-            PayloadError: If a tensor is missing, unexpected or of another form, the number of steps
-                or their learning rates are none, or second moments are larger than clipped
-                gradients make them; naming client and tensor.
+            PayloadError: If a tensor is missing, unexpected or malformed, the number of steps or
+                the sum of their learning rates is not positive, or second moments are larger than
+                clipped gradients allow; the message names the client.
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
-        # Movements are divided by the learning rates of the steps.
+        # Movements are divided by the sum of the steps' learning rates.
         if not (result.num_steps >= 1 and 0 < result.learning_rate_sum <= 1e9):
             raise PayloadError(
                 f"{name}: {result.num_steps} steps with learning rates of "
@@ -131,9 +131,9 @@ class SharedOptimizer:
         return UploadedMoments(tensors, result.num_steps, result.learning_rate_sum)
 
     def second_total(self, previous: str | None, start: Adapter) -> float:
-        """Return the largest sum of all second moments after a round.
+        """Return the largest possible sum of all second moments after a round.
 
-        Every step replaces a part of it by the squared norm of a gradient, which is clipped.
+        Every step replaces a fraction of it by that of the squared norm of a clipped gradient.
         """
         if self._max_norm is None:
             return math.inf
@@ -159,7 +159,7 @@ class SharedOptimizer:
         Args:
             previous: Hash of those that this round started with; None for zeros.
             start: The adapter that the clients started from.
-            trained: The clients' updates and what they sent of their moments.
+            trained: The clients' updates and the moments that they sent.
             weights: Client to its weight in the sum.
             adapter: The adapter that the next round starts from.
 
@@ -171,7 +171,7 @@ class SharedOptimizer:
         for module, after in adapter.modules.items():
             moments |= self._advance_module(module, started, start, trained, weights, after)
         stored = SharedMoments(moments, self._is_full).as_object()
-        # Refuse here what no client could read.
+        # Refuse moments that no client could read.
         self._decode(stored, adapter)
         return stored
 
@@ -199,7 +199,7 @@ class SharedOptimizer:
         after: LowRank,
     ) -> dict[str, Moments]:
         """Return one module's moments: their mean, in the coordinates of its new factors."""
-        # What the clients trained, and what they sent of their moments, in one order.
+        # The clients' updates and moments, in the same order.
         clients = list(weights)
         updates = ClientUpdates(
             [trained.updates[client].modules[module] for client in clients],
@@ -221,17 +221,17 @@ class SharedOptimizer:
                 else:
                     movement = self._mean_movement(module, kind, x_start, updates, uploads)
                 current[kind] = self._reconstruct(x_start, movement, first_step)
-        # They belong to the mean factors; the next round starts from others.
+        # These moments belong to the mean factors; carry them to those of the next round.
         carried = carry_moments(current, updates.mean_factors(), after)
         return {f"{module}.{kind}": moment for kind, moment in carried.items()}
 
     def _received(self, upload: UploadedMoments, key: str) -> Moments:
-        """Return what a client sent in full of one factor's moments."""
+        """Return one factor's moments, as a client sent them in full."""
         second = upload.tensors[f"{key}.second"] if self._has_second else None
         return Moments(upload.tensors[f"{key}.first"], second, int(upload.tensors[f"{key}.step"]))
 
     def _reconstruct(self, x_start: Tensor, movement: MeanMovement, first_step: int) -> Moments:
-        """Return the moments of one factor from means of the second moments and the movement."""
+        """Reconstruct one factor's moments from the means of second moments and movement."""
         second = None
         if movement.rows is not None and movement.columns is not None:
             second = SecondMomentMeans(movement.rows, movement.columns).expand()
@@ -246,7 +246,7 @@ class SharedOptimizer:
         updates: ClientUpdates,
         uploads: list[UploadedMoments],
     ) -> MeanMovement:
-        """Return the weighted means of what the clients say of one factor."""
+        """Return the weighted means of the clients' figures for one factor."""
         key = f"{module}.{kind}"
         displacement = torch.zeros_like(x_start)
         rows = torch.zeros(len(x_start), dtype=CORE_DTYPE)
@@ -265,7 +265,7 @@ class SharedOptimizer:
 
 
 def optimizer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a reply that describe moments, without their prefix."""
+    """Return a reply's tensors for moments, with the prefix removed from their names."""
     found = {}
     for name, tensor in tensors.items():
         if name.startswith(OPTIMIZER):

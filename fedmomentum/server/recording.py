@@ -1,4 +1,4 @@
-"""A round's row of metrics, from what its steps gave."""
+"""A round's row of metrics, assembled from the results of its steps."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def round_record(
     combined: Combined,
     evaluated: RoundEvaluation,
 ) -> RoundRecord:
-    """Return a round's row of metrics, but for times and diagnostics.
+    """Return a round's row of metrics, except for times and diagnostics.
 
-    What speaks of single clients is left out where the server has sums over them.
+    Figures on single clients are left out if the server only has sums over them.
 
     Args:
-        model: The model that came out.
+        model: The resulting model.
         clients: The clients that were asked to train.
-        trained: What they gave.
-        combined: What became of it.
-        evaluated: What the clients scored.
+        trained: Their usable updates.
+        combined: The aggregate of the updates.
+        evaluated: The clients' scores.
     """
     training = trained.replies
     weights = combined.weights if trained.summed is None else {}
@@ -81,11 +81,11 @@ def round_record(
 
 
 def base_record(model: GlobalModel, evaluated: RoundEvaluation) -> RoundRecord:
-    """Return the row of round 0, but for times.
+    """Return the row of round 0, except for times.
 
     Args:
         model: The model, which is the base model.
-        evaluated: What the clients scored.
+        evaluated: The clients' scores.
     """
     replies = evaluated.replies
     return RoundRecord(
@@ -103,7 +103,7 @@ def base_record(model: GlobalModel, evaluated: RoundEvaluation) -> RoundRecord:
 def unchanged_record(
     model: GlobalModel, clients: list[str], failures: Mapping[str, str]
 ) -> RoundRecord:
-    """Return the row of a round whose sums nobody can make again: it changes nothing.
+    """Return the row of a round that changes nothing, because its sums are lost.
 
     Args:
         model: The model, as it was before.

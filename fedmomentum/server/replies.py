@@ -1,4 +1,4 @@
-"""`Replies`: what came of one question to several clients."""
+"""`Replies`: the outcome of one request to several clients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fedmomentum.protocol.messages import SECONDS, Reply
 
 @dataclass
 class Replies:
-    """What came of one question to several clients.
+    """The outcome of one request to several clients.
 
     Attributes:
         replies: Client to its reply, without its factors.
         failures: Client to the reason why it gave no usable reply.
-        uplink_bytes: Client to the bytes of its payloads, refused ones included.
+        uplink_bytes: Client to the bytes of its payloads, including refused ones.
         downlink_bytes: Client to the bytes of the tasks it was sent.
-        encode_seconds: Time for writing, reading and checking payloads.
+        encode_seconds: Time spent encoding, decoding and checking payloads.
         wait_seconds: Time spent waiting for clients.
     """
 
@@ -29,11 +29,11 @@ class Replies:
 
     @property
     def loading_seconds(self) -> float:
-        """How long the clients took to load the model, summed over those that tell."""
+        """How long the clients took to load the model, summed over those that report it."""
         replies = [reply.tensors for reply in self.replies.values()]
         return sum(float(tensors[SECONDS][0]) for tensors in replies if SECONDS in tensors)
 
     @property
     def working_seconds(self) -> float:
-        """The time spent waiting, without the clients' loading."""
+        """The time spent waiting, excluding the clients' loading."""
         return max(0.0, self.wait_seconds - self.loading_seconds)

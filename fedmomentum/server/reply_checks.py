@@ -1,4 +1,4 @@
-"""What a client's reply must satisfy beyond its schema: tensors, magnitudes, sums."""
+"""Checks of a client's reply beyond its schema: tensors, magnitudes, totals."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 MAX_LOSS = 1e6
-"""The largest accepted loss, in nats a token. A uniform guess over a million words costs 14."""
+"""The largest accepted loss, in nats per token. A uniform guess over a million words costs 14."""
 MAX_ELEMENT = 1e4
-"""The largest number in a factor or a tensor trained in full. Weights of language models are below
-100, factors of trained adapters below 10; products of a thousand of the largest are far from the
-end of float32."""
+"""The largest number accepted in a factor or a tensor trained in full. Weights of language models
+are below 100, factors of trained adapters below 10; products of a thousand of the largest numbers
+are far below the maximum of float32."""
 MAX_PROBE = 1e12
 """The largest probe: a bilinear form of Gaussian vectors has about the matrix's Frobenius norm."""
 MAX_SECONDS = 1e9
-"""The longest time that is accepted: thirty years."""
+"""The longest accepted time: thirty years."""
 
 
 def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: str) -> None:
@@ -45,11 +45,11 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
 
     Args:
         tensors: The reply's tensors.
-        num_modules: Modules that are probed; 0 where no probes were asked for.
+        num_modules: Number of probed modules; 0 if no probes were asked for.
         name: The client, for the message.
 
     Raises:
-        PayloadError: If one of them is missing, was not asked for, or has another dtype, shape or
+        PayloadError: If one of them is missing, was not asked for, or has a wrong dtype, shape or
             range.
     """
     wanted: dict[str, tuple[tuple[int, ...], float]] = {SECONDS: ((2,), MAX_SECONDS)}
@@ -64,7 +64,7 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
         if values is None or values.dtype != torch.float64 or tuple(values.shape) != shape:
             got = "missing" if values is None else f"{values.dtype} {tuple(values.shape)}"
             raise PayloadError(f"{name}: {key} is {got}; wanted {size} numbers in float64")
-        # Not `values.abs() > largest`: NaN is in no range.
+        # Not `values.abs() > largest`, which would let NaN through.
         if not bool((values.abs() <= largest).all()):
             raise PayloadError(
                 f"{name}: {key} holds NaN, Inf or a number beyond {largest:g}; wanted {size} "
@@ -75,10 +75,10 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
 
 
 def check_losses(result: TrainResult, name: str) -> None:
-    """Check the losses of a training.
+    """Check the reported training losses.
 
     Raises:
-        PayloadError: If one of them is out of any range.
+        PayloadError: If one of them is beyond `MAX_LOSS`.
     """
     for key in ("loss", "first_loss", "last_loss"):
         value = getattr(result, key)
@@ -89,10 +89,10 @@ def check_losses(result: TrainResult, name: str) -> None:
 
 
 def check_magnitude(update: Adapter) -> None:
-    """Refuse an adapter with numbers that no training gives: they would bury all others.
+    """Refuse an adapter with implausibly large numbers, which would swamp all other updates.
 
     Raises:
-        AdapterError: If a tensor has a number beyond `MAX_ELEMENT`; naming client and tensor.
+        AdapterError: If a number exceeds `MAX_ELEMENT`; the message names client and tensor.
     """
     for key, tensor in to_tensors(update).items():
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0
@@ -112,17 +112,17 @@ def check_evaluation(
     of_pairs: bool = False,
     labels: Collection[str] = (),
 ) -> None:
-    """Check an evaluation: scores that can be what they claim, and its probes.
+    """Check an evaluation: that its scores are plausible and consistent, and its probes valid.
 
     Args:
         reply: The client's reply to an `EvaluateRequest`.
-        num_examples: Examples that were asked for at most.
-        num_modules: Modules that are probed; 0 where no probes were asked for.
+        num_examples: The maximum number of examples asked for.
+        num_modules: Number of probed modules; 0 if no probes were asked for.
         of_pairs: Whether the run compares pairs of answers.
         labels: The labels of a classifier.
 
     Raises:
-        PayloadError: If figures do not add up, or probes are not what they should be.
+        PayloadError: If the figures do not add up, or the probes are invalid.
     """
     name = f"client {reply.client_id}"
     result = reply.answer
@@ -182,7 +182,7 @@ def _check_score(score: Score, name: str) -> None:
 
 
 def _check_margin(score: Score, name: str, *, of_pairs: bool) -> None:
-    """Refuse a score of pairs in a run without, or the reverse, and margins that cannot be."""
+    """Refuse a score of pairs in a run without pairs, or the reverse, and impossible margins."""
     if not score.num_examples:
         return
     if score.is_of_pairs != of_pairs:
@@ -202,7 +202,7 @@ def _check_margin(score: Score, name: str, *, of_pairs: bool) -> None:
 
 
 def _check_labels(score: Score, labels: Collection[str], name: str) -> None:
-    """Refuse counts by label that are missing, not asked for, or of labels that there are not."""
+    """Refuse counts by label that are missing, not asked for, or of unknown labels."""
     if bool(score.by_label) != bool(labels and score.num_examples):
         wanted = "counts for each label" if labels else "none: this run trains no classifier"
         raise PayloadError(
@@ -217,10 +217,10 @@ def _check_labels(score: Score, labels: Collection[str], name: str) -> None:
 
 
 def check_aggregate(result: AggregationResult, server_round: int) -> None:
-    """Refuse an aggregate with a number that is not finite, before anything of it is kept.
+    """Refuse an aggregate with a non-finite number, before any of it is kept.
 
     Raises:
-        FedMomentumError: If there is one; naming the module.
+        FedMomentumError: If there is one; the message names the module or tensor.
     """
     for module, matrix in result.adapter.modules.items():
         for part in (matrix, result.residual.get(module), result.carried.get(module)):
@@ -238,16 +238,16 @@ def check_aggregate(result: AggregationResult, server_round: int) -> None:
 
 
 def is_finite(matrix: Matrix) -> bool:
-    """Return whether a matrix, in factors or dense, has finite numbers and a finite norm."""
+    """Return whether a matrix, factored or dense, has finite elements and a finite norm."""
     tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
     sizes = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in tensors]
-    # The product's elements are below the product of the norms; below float32's end, all of them
-    # are finite.
+    # The product of the norms bounds the product's elements: if it is below the maximum of float32,
+    # all of them are finite.
     return math.isfinite(math.prod(sizes)) and math.prod(sizes) < torch.finfo(torch.float32).max
 
 
 def check_ready(reply: Reply) -> None:
-    """Refuse a reply that brings what should have stayed with its client.
+    """Refuse a reply with tensors that should have stayed with the client.
 
     Raises:
         PayloadError: If it holds a tensor.

@@ -1,4 +1,4 @@
-"""What a round's record says of training and of the sum: losses, energies, rounding, times."""
+"""Figures for a round's record on training and the sum: losses, energies, rounding, times."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a block for a phase."""
+        """Add the time that a block takes to a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -55,9 +55,9 @@ class PhaseTimer:
 
 @dataclass(frozen=True)
 class Energies:
-    """What a method reports of the sum that it decomposed, over all modules; see docs/metrics.md.
+    """A method's figures on the sum that it decomposed, over all modules; see docs/metrics.md.
 
-    None where the method reports nothing, such as FedIT.
+    None for methods that report nothing, such as FedIT.
     """
 
     retained_energy: float | None = None
@@ -89,7 +89,7 @@ def client_trainings(
 def mean_loss(
     trainings: Mapping[str, ClientTraining], weights: Mapping[str, float]
 ) -> float | None:
-    """Return the clients' weighted mean loss; None where one of them withholds its own."""
+    """Return the clients' weighted mean loss; None if one of them withholds its own."""
     total = 0.0
     for client, weight in weights.items():
         loss = trainings[client].loss
@@ -100,19 +100,19 @@ def mean_loss(
 
 
 def uplink_rounding(replies: Mapping[str, Reply], weights: Mapping[str, float]) -> float:
-    """Return the clients' weighted mean of what 16 bits took from their updates, relative."""
+    """Return the clients' weighted mean relative error from rounding their updates to 16 bits."""
     return sum(w * train_result(replies[client]).rounding for client, w in weights.items())
 
 
 def energies(result: AggregationResult, model: GlobalModel) -> Energies:
     """Return the energies of a round's sum in effective weights.
 
-    Where a method does not tell the sum's energy, that is what it kept and what left the adapter in
-    this round: these parts are orthogonal.
+    If a method does not report the sum's energy, it is that of what was kept plus that of what left
+    the adapter in this round, since these parts are orthogonal.
 
     Args:
-        result: What the method gave.
-        model: The model that came out.
+        result: The method's result.
+        model: The resulting model.
     """
     scalings = model.adapter.scalings
     findings = {}
@@ -123,7 +123,7 @@ def energies(result: AggregationResult, model: GlobalModel) -> Energies:
     carried = _squared_norms(result.carried)
     kept_energy = 0.0
     energy = 0.0
-    # Squared singular values are in adapter units: the scaling makes them effective.
+    # Squared singular values are in adapter units; the scaling converts them to effective weights.
     for module, values in findings.items():
         kept = scalings[module] ** 2 * values["kept_energy"]
         kept_energy += kept
@@ -152,13 +152,13 @@ def _squared_norms(parts: Mapping[str, Matrix]) -> dict[str, float]:
 
 
 def sum_by_client(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    """Return the sums of two counts for each client that is in one of them."""
+    """Return the sum of two counts for each client in either of them."""
     clients = sorted({*one, *other})
     return {client: one.get(client, 0) + other.get(client, 0) for client in clients}
 
 
 def joined_failures(training: Mapping[str, str], evaluation: Mapping[str, str]) -> dict[str, str]:
-    """Return client to why its update, its evaluation, or both are missing."""
+    """Return why each client's update, evaluation or both are missing."""
     failures = dict(training)
     for client, reason in evaluation.items():
         before = f"{failures[client]}; " if client in failures else ""

@@ -1,4 +1,4 @@
-"""What the steps of a round hand to one another: its requests, updates and their aggregate."""
+"""What the steps of a round pass to one another: its requests, updates and their aggregate."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UploadedMoments:
-    """What one client sent of its optimizer's moments.
+    """The optimizer moments that one client sent.
 
     Attributes:
-        tensors: The tensors, which were checked; read from disk when they are looked at.
-        num_steps: The number of steps of the round.
+        tensors: The checked tensors, read from disk on access.
+        num_steps: The client's number of steps in the round.
         learning_rate_sum: The sum of the learning rates of these steps.
     """
 
@@ -46,15 +46,14 @@ class TrainedRound:
     """The usable updates of a round's clients.
 
     Attributes:
-        replies: What came of the request to train.
-        updates: Client to its update, sorted by name; read from disk when it is looked at.
+        replies: The outcome of the request to train.
+        updates: Client to its update, sorted by name; read from disk on access.
         ranks: Client to the rank at which it trained.
         learning_rate: The round's.
         factors: The factors that were trained, `BA`, `B` or `A`.
         screening: How far each client went.
-        moments: Client to what it sent of its optimizer's moments; empty where none are shared.
-        summed: The outcome of the sums under masks, if the updates are those that stand in for the
-            clients'.
+        moments: Client to the optimizer moments that it sent; empty if none are shared.
+        summed: The outcome of the masked sums, if the updates are stand-ins for the clients'.
     """
 
     replies: Replies
@@ -68,18 +67,18 @@ class TrainedRound:
 
     @property
     def accepted(self) -> list[str]:
-        """The clients whose update is used, sorted."""
+        """The clients whose updates are used, sorted."""
         return list(self.updates) if self.summed is None else self.summed.clients
 
     @property
     def num_examples(self) -> dict[str, int]:
-        """Client to its number of training examples, where the server knows it."""
+        """Client to its number of training examples; empty if the server does not know them."""
         if self.summed is not None:
             return {}
         return {client: self.replies.replies[client].num_examples for client in self.updates}
 
     def weights(self, max_weight: float) -> dict[str, float]:
-        """Return the weights of the updates, of which none is larger than `max_weight`."""
+        """Return the weights of the updates, capped at `max_weight`."""
         if self.summed is not None:
             return self.summed.weights
         return client_weights(self.num_examples, max_weight)
@@ -87,10 +86,10 @@ class TrainedRound:
 
 @dataclass(frozen=True)
 class Combined:
-    """What became of a round's updates.
+    """The aggregate of a round's updates.
 
     Attributes:
-        weights: Client to its weight, as the method weighed it; they sum to 1.
+        weights: Client to the weight that the method used; they sum to 1.
         result: Adapter, residual and carried part of the sum.
     """
 
@@ -152,7 +151,7 @@ def evaluate_request(
         config: The run's settings.
         lora: What the client trains.
         manifest: The global model.
-        num_examples: The largest number of examples.
+        num_examples: The maximum number of examples.
         seed: The seed of the probes; None for no probes.
         means: Hash of the outcome of the round's first sum, if the client keeps it.
     """
@@ -171,9 +170,9 @@ def evaluate_request(
 
 
 def probe_seed(config: Config, server_round: int) -> int | None:
-    """Return the seed of a round's probes: one for its training and the evaluation that follows.
+    """Return the seed of a round's probes, used in its training and the evaluation that follows.
 
-    None if the run measures none, as where sums are masked: probes give a single update away.
+    None if the run measures none, as with masked sums, since probes reveal single updates.
     """
     if not config.evaluation.probes or config.privacy.secure_aggregation:
         return None

@@ -1,4 +1,4 @@
-"""`RoundSteps`: which optional steps a round has."""
+"""`RoundSteps`: which optional steps a round runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ if TYPE_CHECKING:
 class RoundSteps:
     """The optional steps of a round.
 
-    Screening and diagnostics look at single clients' updates; where these are summed under masks,
-    there is neither.
+    Screening and diagnostics look at single clients' updates, so masked sums rule out both.
 
     Attributes:
         screening: Leave out updates that are too large for the work that was asked for.
         diagnostics: Measure how each client moved.
-        update_filter: Changes what comes of the sum before it becomes the model; the clients have
-            their hook of the same filter.
-        secure: Sums updates and scores up under masks; None where clients send them.
+        update_filter: Changes the result of the sum before it becomes the model; the same filter
+            also has a hook that runs on the clients.
+        secure: Sums updates and scores under masks; None if clients send them openly.
     """
 
     screening: bool = True

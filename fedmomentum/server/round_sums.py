@@ -1,4 +1,4 @@
-"""`RoundSums`: the sums of a round under masks, and what comes of them."""
+"""`RoundSums`: a round's masked sums, and the updates and scores that follow from them."""
 
 from __future__ import annotations
 
@@ -45,26 +45,25 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 WORTH_A_WARNING = 1e-3
-"""The rounding of a round's changes, relative to their norm, from which on the log says so."""
+"""Rounding error of a round's changes, relative to their norm, above which a warning is logged."""
 
 
 @dataclass(frozen=True)
 class SummedRound:
-    """What the sums of a round's updates give.
+    """The results of summing a round's updates.
 
     Attributes:
         clients: The clients whose values are in the first sum, sorted.
-        updates: What stands in for their updates, by made-up names.
-        weights: The weights of these, sum 1.
-        num_examples: The number of examples of all of these clients.
-        attempt: Which attempt at the round's sums it is.
-        train_loss: Their mean training loss; None where one of them has none to speak of.
-        rounding: What integers took from the summed changes, relative to their norm.
+        updates: Stand-ins for their updates, under made-up names.
+        weights: The weights of the stand-ins, summing to 1.
+        num_examples: The total number of examples of these clients.
+        attempt: Which attempt at the round's sums this is.
+        train_loss: Their mean training loss; None if one of them does not report its own.
+        rounding: Error from rounding the changes to integers, relative to the norm of their sum.
         means: The outcome of the first sum, which they keep; None without a second sum.
         outcomes: Client to what it must learn with its next task; empty without a second sum.
-        holders: The clients that have the means already.
-        moments: `<module>.<factor>` to what their optimizers did; empty where moments are not
-            shared.
+        holders: The clients that already have the means.
+        moments: `<module>.<factor>` to what their optimizers did; empty if moments are not shared.
     """
 
     clients: list[str]
@@ -86,7 +85,7 @@ class SummedRound:
         return self.means.name
 
     def recorded_in(self, state: ServerState) -> ServerState:
-        """Return the state with the outcomes, which count once the round is committed."""
+        """Return the state with the outcomes, which take effect once the round is committed."""
         state = replace(
             state,
             outcomes={**state.outcomes, **self.outcomes},
@@ -105,9 +104,9 @@ class RoundSums:
     Attributes:
         transport: Reaches the clients.
         roster: The public keys that the server has for them.
-        method: Combines what stands in for their updates.
+        method: Combines the stand-ins for their updates.
         config: The run's settings.
-        kept: Where what came is kept until the round is committed; None to keep nothing.
+        kept: Stores replies until the round is committed; None to keep nothing.
     """
 
     transport: Transport
@@ -121,8 +120,8 @@ class RoundSums:
     ) -> int:
         """Return how many of a sum's clients must agree to open it.
 
-        It does not fall with the clients that are there: they take part in no sum that fewer open
-        than a round of all on their roster needs.
+        It does not drop when clients are missing: clients refuse a sum that fewer of them can open
+        than a round of their whole roster requires.
 
         Args:
             server_round: The round.
@@ -130,15 +129,15 @@ class RoundSums:
             failures: Why others are missing.
 
         Raises:
-            QuorumError: If the clients are too few.
+            QuorumError: If there are too few clients.
         """
         privacy = self.config.privacy
         federation = self.config.federation
         num_sampled = sample_size(len(self.roster.keys), federation.client_fraction)
-        # A sum that too few clients are left for is not opened at all.
+        # With fewer clients than the quorum, a sum is not opened at all.
         quorum = math.ceil(federation.min_valid_fraction * num_sampled - ROUNDING)
-        # An evaluation may ask more clients than a round trains: the given number is that of a
-        # round, and of a larger sum as large a part must agree as the clients accept.
+        # An evaluation may ask more clients than a round trains. The configured threshold is for a
+        # training round; in a larger sum, the smallest share that clients accept must agree.
         of_a_round = privacy.threshold or min_threshold(num_sampled)
         trusts_server = of_a_round < min_threshold(num_sampled)
         least = min_threshold(len(clients), trusts_server=trusts_server)
@@ -161,15 +160,15 @@ class RoundSums:
         trained: TrainedParties,
         collected: Replies,
     ) -> SummedRound:
-        """Sum up what the clients trained.
+        """Sum the clients' updates.
 
         Args:
             model: The model that they started from.
-            run_id: The run on the wire.
+            run_id: The run's identifier on the wire.
             server_round: The round.
             terms: What the clients know of the sums.
             trained: The clients that have trained.
-            collected: Gets failures, bytes and seconds.
+            collected: Receives failures, byte counts and times.
 
         Raises:
             QuorumError: If too few clients took part in the first sum.
@@ -211,7 +210,7 @@ class RoundSums:
         stored = None
         outcomes = {}
         if layout.has_second_sum:
-            # The cross terms, on the range that the sketch has found.
+            # The cross terms, on the range found by the sketch.
             stored = means_object(means)
             kept = self._kept_sum(first_plan)
             if kept is not None:
@@ -244,7 +243,7 @@ class RoundSums:
     def _moment_sums(
         self, layout: AdapterSums, terms: SecureTerms, server_round: int
     ) -> MomentSums | None:
-        """Return what the first sum holds of the optimizers' moments; None if nothing."""
+        """Return the layout of the moments in the first sum; None if it has none."""
         if terms.moments is None:
             return None
         num_rounds = self.config.federation.num_rounds
@@ -265,7 +264,7 @@ class RoundSums:
         layout: AdapterSums,
         means: StoredObject,
     ) -> SumResult | None:
-        """Sum up the cross terms; None if too few clients take part, who then keep them."""
+        """Sum the cross terms; None if too few clients take part, which then keep theirs."""
         server_round = first_plan.server_round
         try:
             plan = msgspec.structs.replace(
@@ -293,14 +292,14 @@ class RoundSums:
         replies: Replies,
         labels: Sequence[str],
     ) -> EvaluationRecord | None:
-        """Sum up the scores of the clients that have evaluated; None where that cannot be.
+        """Sum the scores of the clients that have evaluated; return None if that fails.
 
         Args:
-            run_id: The run on the wire.
+            run_id: The run's identifier on the wire.
             summed: The round's sums of updates; None in round 0.
             server_round: The round.
-            replies: Whose scores there are; gets failures, bytes and seconds.
-            labels: Those of a classifier; empty for other models.
+            replies: The clients that evaluated; receives failures, byte counts and times.
+            labels: A classifier's labels; empty for other models.
         """
         clients = sorted(replies.replies)
         of_pairs = self.config.training.objective == "dpo"
@@ -328,7 +327,7 @@ class RoundSums:
 
 
 def _warn_of_rounding(server_round: int, rounding: float) -> None:
-    """Say so where public bounds are so wide that the changes within them are only a few steps."""
+    """Warn if the public bounds are so wide that the changes span only a few integer steps."""
     if rounding > WORTH_A_WARNING:
         LOG.warning(
             "round %d: the integers of secure sums took %.1e of the clients' changes, since their "
@@ -342,7 +341,7 @@ def _warn_of_rounding(server_round: int, rounding: float) -> None:
 def _named(
     adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> tuple[dict[str, Adapter], dict[str, float]]:
-    """Return adapters and their weights by the adapters' names."""
+    """Return the adapters and their weights, keyed by the adapters' names."""
     updates = {adapter.name: adapter for adapter in adapters}
     return updates, dict(zip(updates, weights, strict=True))
 

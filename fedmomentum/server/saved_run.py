@@ -1,4 +1,4 @@
-"""Read what a run directory says of its run, without opening it: settings and committed metrics."""
+"""Read a run directory's settings and committed metrics without opening (locking) it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 
 def saved_settings(directory: Path, server_round: int | None = None) -> Config | None:
-    """Return the settings of a run: those of its last checkpoint, else those of config.toml.
+    """Return a run's settings from its last checkpoint, else from config.toml.
 
     Args:
         directory: The run's directory.
         server_round: A kept round; by default the last one.
 
     Returns:
-        None where there is neither.
+        The settings; None if there is neither.
 
     Raises:
-        ModelError: If the checkpoint was damaged.
-        ConfigError: If there is none, and config.toml is no configuration.
+        ModelError: If the checkpoint is damaged.
+        ConfigError: If there is none, and config.toml is not a valid configuration.
     """
     rounds = retained_rounds(directory)
     if not rounds:
@@ -52,7 +52,7 @@ def saved_settings(directory: Path, server_round: int | None = None) -> Config |
         raise ModelError(
             f"{str(error).rstrip('.?')}. {suggest_undamaged_round(directory, file)}"
         ) from error
-    assert run is not None  # read_manifest asks for it
+    assert run is not None  # ensured by read_manifest
     if not run.settings:
         return None
     try:
@@ -62,13 +62,13 @@ def saved_settings(directory: Path, server_round: int | None = None) -> Config |
 
 
 def committed_records(directory: Path, server_round: int) -> list[RoundRecord]:
-    """Return the rows of metrics that a kept round was committed with.
+    """Return the rows of metrics with which a kept round was committed.
 
     Raises:
         ModelError: If the checkpoint is damaged, or rows are missing or were altered.
     """
     run = read_manifest(round_file(directory, server_round)).run
-    assert run is not None  # read_manifest asks for it
+    assert run is not None  # ensured by read_manifest
     path = directory / METRICS
     try:
         lines = read_metrics(path, ModelError)

@@ -1,4 +1,4 @@
-"""Pool the clients' scores, and measure whether the round's sum arrived on their weights."""
+"""Pool the clients' scores, and measure whether the round's sum reached their weights exactly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ExpectedProbes:
 
     Attributes:
         effective: `(modules, probes)`: u^T W x of the weights that an exact aggregation gives.
-        change: `(modules, probes)`: The same of the clients' mean change, for its size.
+        change: `(modules, probes)`: The same for the clients' mean change, to scale errors by.
     """
 
     effective: Tensor
@@ -38,8 +38,8 @@ class RoundEvaluation:
     """What the evaluating clients found together.
 
     Attributes:
-        replies: What came of the request to evaluate.
-        scores: Their scores; None where nobody has held-out examples.
+        replies: The outcome of the request to evaluate.
+        scores: Their scores; None if nobody has held-out examples.
         exactness_error: The largest relative error of the effective weights; see docs/metrics.md.
         applied_share: The smallest fraction of the merged part that is on the weights.
     """
@@ -59,7 +59,7 @@ def expected_probes(
 ) -> ExpectedProbes:
     """Return the weighted mean of what the clients measured on their own trained weights.
 
-    What the model before carried is in the sum as well, and what the next one carries is not yet.
+    What the previous model carried is added, and what the next one carries is subtracted.
 
     Args:
         replies: Client to its reply to the request to train.
@@ -77,7 +77,7 @@ def expected_probes(
         effective = effective + weight * replies[client].tensors[EFFECTIVE_PROBES]
         base = base + weight * replies[client].tensors[BASE_PROBES]
     change = effective - base
-    # What was carried in belongs to the sum; what is carried on is not applied yet.
+    # What was carried into the round belongs to the sum; what is carried on is not applied yet.
     for row, module in enumerate(sorted(next_model.adapter.modules)):
         for carrying_model, sign in ((model, 1.0), (next_model, -1.0)):
             if module not in carrying_model.carried:
@@ -89,11 +89,11 @@ def expected_probes(
 
 
 def pool_scores(replies: Replies, expected: ExpectedProbes | None) -> RoundEvaluation:
-    """Add the clients' scores up, and compare their probes with what an exact round gives.
+    """Add up the clients' scores, and compare their probes with those of an exact round.
 
     Args:
-        replies: What came of the request to evaluate.
-        expected: What the probes must be; None where there is no one model to compare with.
+        replies: The outcome of the request to evaluate.
+        expected: What the probes must be; None if there is no single model to compare with.
     """
     by_client: dict[str, Score] = {}
     by_category: dict[str, Score] = {}
@@ -124,7 +124,7 @@ def pool_scores(replies: Replies, expected: ExpectedProbes | None) -> RoundEvalu
             by_client=by_client,
             by_category=dict(sorted(by_category.items())),
         )
-    # Infinite where nothing changed and something came out: JSON has no number for that.
+    # Infinite if no change was expected but one was measured; JSON has no number for that.
     error = max(errors, default=math.inf)
     return RoundEvaluation(
         replies, scores, error if math.isfinite(error) else None, min(shares) if shares else None

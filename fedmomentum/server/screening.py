@@ -1,19 +1,19 @@
-"""Which clients' updates are too large to be the work of the training that was asked for.
+"""Which clients' updates are too large to come from the training that was asked for.
 
-Clients differ in how far they honestly move: one with 360 examples makes 45 steps in an epoch where
-one with 8 makes a single step, and other ranks, scalings, modules or learning rates change the
-length of a step. So norms are not compared as they are. Each is divided by the length of one
-optimizer step of that client, and set against two bounds:
+Honest clients differ in how far they move: one with 360 examples makes 45 steps in an epoch, one
+with 8 examples a single step, and different ranks, scalings, modules or learning rates change the
+length of a step. So norms are not compared directly. Each is divided by the length of one optimizer
+step of that client, and compared with two bounds:
 
-- what the others did: the median, over the other clients, of how far they went, times how much more
-  work this client did (never less than once: a client that did less is held to what the others
-  did);
-- what its own steps can do: so many steps, all in one direction.
+- what the others did: the median, over the other clients, of how far they moved, times how much
+  more work this client did (the factor is at least 1: a client that did less work is held to the
+  others' distance);
+- what its own steps can do: its number of steps, all in the same direction.
 
 An update is left out if it is `max_ratio` times beyond the first bound *and* beyond the second. The
-second one protects honest clients whatever the others do: where they have converged and hardly
-move, or send zeros on purpose. It also makes the rule work for two clients. docs/security.md has
-what this stops and what it does not, measured.
+second bound protects honest clients whatever the others do, such as converging until they hardly
+move, or sending zeros on purpose. It also makes the rule work for two clients. docs/security.md has
+measurements of what this stops and what it does not.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 
 REACH = 2.0
-"""An update within so many times its own number of steps is never left out. Measured with AdamW,
-from 1 to 1,250 steps: all steps together are at most 1.6 times as long as their number says."""
+"""An update within this many times its own number of steps is never left out. Measured with AdamW,
+from 1 to 1,250 steps: all steps together are at most 1.6 times as long as their number suggests."""
 
 MAX_WORK = 1000.0
-"""A client's number of steps counts for at most so many times the median of the others'. With
-`local-epochs` it follows from the number of examples, which is the client's own claim."""
+"""A client's number of steps is capped at this many times the median of the others'. With
+`local-epochs` it follows from the number of examples, which the client itself reports."""
 
 _SAVED = "modules_to_save"
 _ADAPTER = "adapter"
@@ -58,8 +58,8 @@ class Move:
     """How far one client moved one part of the model.
 
     Attributes:
-        norm: Frobenius norm of the change of the effective weights.
-        step: The norm of one optimizer step of this client, of typical length for its factors.
+        norm: Frobenius norm of the change in the effective weights.
+        step: The typical norm of one optimizer step of this client, given its factors.
         num_steps: How many steps it was asked to make.
     """
 
@@ -69,7 +69,7 @@ class Move:
 
     @property
     def in_steps(self) -> float:
-        """How far the client moved, in steps of its own."""
+        """How far the client moved, in units of its own steps."""
         if self.norm == 0:
             return 0.0
         return self.norm / self.step if self.step > 0 else math.inf
@@ -77,11 +77,11 @@ class Move:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the screening says of one client.
+    """The screening's result for one client.
 
     Attributes:
-        ratio: How many times further it went than the others did for the same work; None where
-            there is no other client to compare with.
+        ratio: How many times further it went than the others did for the same work; None if there
+            is no other client to compare with.
         reason: Why it is left out; None if it is not.
     """
 
@@ -90,11 +90,11 @@ class Finding:
 
 
 class Screening:
-    """Gathers how far the clients of one round moved, and leaves out those that went too far.
+    """Collects how far the clients of one round moved, and leaves out those that went too far.
 
     Args:
         config: The run's settings.
-        method: The run's method; it says what is trained and shared.
+        method: The run's method, which determines what is trained and shared.
         server_round: The round.
         learning_rate: The learning rate of the round.
     """
@@ -125,10 +125,10 @@ class Screening:
         Args:
             client: The client.
             update: What it sent.
-            start: Returns the adapter that it trained, and the part that stayed fixed, as they
-                were before.
-            like: The same text for all clients that started from the same.
-            num_examples: How many examples it says it has.
+            start: Returns the adapter that it trained and the part that stayed fixed, both as they
+                were before training.
+            like: A key shared by all clients that started from the same adapter.
+            num_examples: How many examples it reports having.
         """
         # Clients with the same start share its step norms.
         if like not in self._starts:
@@ -144,16 +144,16 @@ class Screening:
     def leave_out(
         self, updates: dict[str, Adapter], failures: dict[str, str]
     ) -> dict[str, ScreeningRecord]:
-        """Remove the clients that went too far from `updates`, and note why in `failures`.
+        """Remove clients that went too far from `updates`, and note why in `failures`.
 
         Returns:
-            Client to how far it went, for the round's record.
+            Each client's figures for the round's record.
         """
         moves = dict(sorted(self._moves.items()))
         findings = screen(moves, self._max_ratio, is_step_known=self._rule.is_known)
         records = {}
         for client, finding in findings.items():
-            # A client that moved what it does not train is infinitely far; JSON has no word for it.
+            # The ratio is infinite if a client changed what it does not train; JSON cannot say so.
             is_finite = finding.ratio is not None and math.isfinite(finding.ratio)
             records[client] = ScreeningRecord(
                 norm=math.sqrt(sum(move.norm**2 for move in moves[client].values())),
@@ -170,9 +170,9 @@ class Screening:
 
 
 def asked_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
-    """Return how many steps a client with so many examples was asked to make, at least one.
+    """Return how many steps a client with `num_examples` was asked to make, at least one.
 
-    What the client says of its own number of steps plays no part.
+    The number of steps that the client itself reports is not used.
     """
     try:
         return count_steps(num_examples, hyperparameters)
@@ -187,12 +187,12 @@ def moves_of(
 
     Args:
         update: The client's update.
-        start: What the client started from, in full: with the parts that it was sent and does not
+        start: What the client started from, including the parts that it was sent but does not
             train.
-        steps: Of `step_norms`, for this client.
+        steps: The result of `step_norms` for this client.
         num_steps: How many steps the client was asked to make.
-        shares: The factors that all clients have in common. Where B stays with its client, the
-            server knows no product, and A alone is compared.
+        shares: The factors that all clients share. If B stays with each client, the server does not
+            know the product, and only A is compared.
     """
     if shares == "BA":
         norms = {_ADAPTER: distance(update, start)}
@@ -210,7 +210,7 @@ def moves_of(
 def _factor_distance(one: Adapter, other: Adapter, factor: str) -> float:
     """Return the distance of one factor over all modules.
 
-    Where the ranks differ, the client did not train the module.
+    If the ranks differ, the client did not train the module, which is skipped.
     """
     squares = 0.0
     for module, matrix in one.modules.items():
@@ -223,9 +223,9 @@ def _factor_distance(one: Adapter, other: Adapter, factor: str) -> float:
 def step_norms(start: Adapter, rule: StepRule, *, trains: str, shares: str) -> dict[str, float]:
     """Return the norm of one optimizer step from `start`, for each part of the model.
 
-    `(B + b)(A + a) - B A = b A + B a + b a`. In a step of Adam every number of b and a is about one
-    learning rate in size, with signs that have little to do with A and B, so the squares of the
-    terms add up.
+    `(B + b)(A + a) - B A = b A + B a + b a`. In a step of Adam, the elements of b and a are about
+    one learning rate in size, with signs nearly independent of A and B, so the squares of the terms
+    add up.
 
     Args:
         start: What this client starts from: its own rank, scaling and modules.
@@ -255,7 +255,7 @@ def step_norms(start: Adapter, rule: StepRule, *, trains: str, shares: str) -> d
 
 
 def _step_norms_of_sgd(start: Adapter, length: float, trains: str, shares: str) -> dict[str, float]:
-    """Return the longest step of the given Euclidean length: all of it where it counts most."""
+    """Return the longest effective step of a given Euclidean length, in the worst direction."""
     longest = 1.0 if shares != "BA" else 0.0
     if shares == "BA":
         for module, matrix in start.modules.items():
@@ -279,8 +279,8 @@ def screen(
     Args:
         clients: Client to how far it moved each part of the model.
         max_ratio: How many times further than the others a client may go.
-        is_step_known: Whether the length of a step says how far a client can get. If not, only the
-            others are a bound, and with fewer than three clients nobody is left out.
+        is_step_known: Whether the length of a step limits how far a client can get. If not, only
+            the others serve as a bound, and with fewer than three clients nobody is left out.
 
     Returns:
         A finding for each client, in the order given.
@@ -304,14 +304,13 @@ def screen(
 
 
 def typical_move(move: Move, others: Sequence[Move]) -> float | None:
-    """Return how far the others would have gone with this client's work, in its steps.
+    """Return how far the others would have moved with this client's work, in steps.
 
     None if no other client moved.
 
-    Work may honestly carry a client further in proportion, and no further, so a client that did
-    twice as much as another may go twice as far. One that did less may go as far as the other: on a
-    few examples, training moves in one direction for longer. A client that did not move at all says
-    nothing.
+    An honest client moves at most in proportion to its work, so one that did twice as much as
+    another may go twice as far. One that did less may go as far as the other: on few examples,
+    training keeps moving in one direction for longer. Clients that did not move are ignored.
     """
     work = _work(move, others)
     distances = [
@@ -321,7 +320,7 @@ def typical_move(move: Move, others: Sequence[Move]) -> float | None:
 
 
 def _work(move: Move, others: Sequence[Move]) -> float:
-    """Return a client's number of steps, as far as it can be believed."""
+    """Return a client's number of steps, capped at what is plausible."""
     if not others:
         return move.num_steps
     return min(move.num_steps, MAX_WORK * statistics.median(other.num_steps for other in others))

@@ -1,9 +1,9 @@
-"""`SecureRounds`: rounds of which the server sees sums over the clients, and no single update.
+"""`SecureRounds`: rounds in which the server sees sums over the clients, but no single update.
 
-The clients train and keep their updates. One sum gives the mean of the factors and a sketch of what
-the mean product has besides; a second one, for methods that depend on the product, that part on the
-sketch's range. From both come adapters that stand in for the clients', and the method does with
-them what it would do with the clients'. Scores come from a third sum.
+The clients train and keep their updates. A first sum gives the mean of the factors and a sketch of
+what else the mean product contains; for methods that depend on the product, a second sum gives that
+part on the sketch's range. From both, the server builds adapters that stand in for the clients' own
+and treats them the same way. Scores come from a third sum.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SecureRounds:
         roster: The public keys that the server has for the clients.
         method: Combines the stand-ins.
         config: The run's settings.
-        kept: Where what came is kept until the round is committed; None where the clients end with
+        kept: Stores replies until the round is committed; None where the clients end together with
             the server, which then repeats the round.
     """
 
@@ -72,9 +72,9 @@ class SecureRounds:
         self._newcomers: set[str] = set()
 
     def known(self, clients: Sequence[str]) -> list[str]:
-        """Return those of some clients that were admitted before this server started.
+        """Return those of the given clients that were admitted before this server started.
 
-        The others' keys are in no sum: a plan with them would be refused by every client.
+        The others' keys are not on the roster: every client would refuse a sum with them.
         """
         newcomers = set(clients) - self._roster.keys.keys() - self._newcomers
         for client in sorted(newcomers):
@@ -97,11 +97,11 @@ class SecureRounds:
         requests: Mapping[str, TrainRequest],
         optimizer: SharedOptimizer | None = None,
     ) -> tuple[TrainedRound, ServerState]:
-        """Have the clients train, and sum up what they trained.
+        """Have the clients train, and sum their updates.
 
-        A round whose sums had begun when the server was killed continues with them: clients have
-        trained, and open every sum once. If it cannot, it starts over, unless someone has opened
-        the first sum.
+        If the server was killed during a round's sums, the round continues with them: the clients
+        have already trained, and open each sum only once. If that fails, the round starts over,
+        unless clients may have opened the first sum.
 
         Args:
             exchange: Asks the clients.
@@ -109,14 +109,14 @@ class SecureRounds:
             state: What the server remembers.
             server_round: The round.
             requests: Client to what it is asked to train.
-            optimizer: Keeps the moments that the clients share; None where they share none.
+            optimizer: Keeps the moments that the clients share; None if they share none.
 
         Returns:
-            What stands in for the clients' updates, and the state with the sums' outcome.
+            Stand-ins for the clients' updates, and the state with the sums' outcome.
 
         Raises:
             QuorumError: If too few clients took part; a resumed server asks them again.
-            LostRoundError: If it has done so, and the clients that are left cannot open the sum.
+            LostRoundError: If a resumed server cannot finish sums that clients may have opened.
         """
         terms = self._terms(model, state, server_round, len(requests), optimizer)
         sums = partial(self._sums.updates, model, state.run_id, server_round, terms)
@@ -135,7 +135,7 @@ class SecureRounds:
             else:
                 return self._trained(summed, replies, server_round, state)
 
-        # Every client learns what became of its last values, and trains.
+        # Each client learns the outcome of its last sums, and trains.
         asked = {}
         for client, request in requests.items():
             own_terms = msgspec.structs.replace(terms, outcome=state.outcomes.get(client))
@@ -172,7 +172,7 @@ class SecureRounds:
         return trained, summed.recorded_in(state)
 
     def clear(self) -> None:
-        """Delete what was kept of a round: it is committed."""
+        """Delete what was kept of a round, once it is committed."""
         if self._kept is not None:
             self._kept.clear()
 
@@ -184,9 +184,9 @@ class SecureRounds:
         num_clients: int,
         optimizer: SharedOptimizer | None,
     ) -> SecureTerms:
-        """Return what the clients of a round have in common so that their values can be summed."""
+        """Return the terms that a round's clients must share for their values to be summable."""
         privacy = self._config.privacy
-        # What the clients' optimizers start from is known, and decides how far they go.
+        # The state that the clients' optimizers start from limits how far they can move.
         start = model.adapter
         started: list[Moments] = []
         moments = None
@@ -194,7 +194,7 @@ class SecureRounds:
             started = list(optimizer.started(state.moments, start).moments.values())
             total = optimizer.second_total(state.moments, start)
             moments = moment_terms(self._config, server_round, total)
-        # A guess is enough: only the choice of the sketches' range depends on it.
+        # An estimate is enough: it only affects the choice of the sketches' range.
         expected = state.summed_examples or num_clients * privacy.max_examples
         return SecureTerms(
             num_parties=num_clients,
@@ -216,6 +216,6 @@ class SecureRounds:
         replies: Replies,
         labels: Sequence[str],
     ) -> RoundEvaluation:
-        """Return what the clients scored together; see `RoundSums.scores`."""
+        """Return the clients' pooled scores; see `RoundSums.scores`."""
         scores = self._sums.scores(run_id, summed, server_round, replies, labels)
         return RoundEvaluation(replies, scores)

@@ -1,4 +1,4 @@
-"""Which clients take part in a round, and with what weight."""
+"""Which clients take part in a round, and with which weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
 
 ROUNDING = 1e-9
-"""`fraction * n` is rounded up, but not because of its floating-point error."""
+"""Tolerance when rounding `fraction * n` up, so that floating-point error adds no client."""
 
 
 def sample_clients(
     seed: int, server_round: int, client_ids: Sequence[str], client_fraction: float
 ) -> list[str]:
-    """Sample `ceil(client_fraction * n)` clients, from seed and round alone; return them sorted.
+    """Sample `ceil(client_fraction * n)` clients, as seed and round determine; return them sorted.
 
     Args:
         seed: The run's seed.
@@ -42,17 +42,17 @@ def sample_size(num_clients: int, client_fraction: float) -> int:
 
 
 def client_weights(num_examples: Mapping[str, int], max_weight: float) -> dict[str, float]:
-    """Return `w_i = N_i / sum N`, capped; what is cut off goes to the others in proportion.
+    """Return `w_i = N_i / sum N`, capped; the excess goes to the other clients in proportion.
 
     Args:
         num_examples: Client to its number of training examples.
-        max_weight: No client weighs more. A cap below equal weights cannot be kept, and counts as
-            equal weights.
+        max_weight: The largest weight of a client. A cap below equal weights is impossible, and
+            gives equal weights.
     """
     cap = max(max_weight, 1 / len(num_examples))
     capped: set[str] = set()
     while True:
-        # Share what the capped clients leave among the others, until none is above the cap.
+        # Distribute what the capped clients leave among the others, until none exceeds the cap.
         uncapped = sum(count for client, count in num_examples.items() if client not in capped)
         free_weight = 1 - cap * len(capped)
         weights = {}
@@ -77,11 +77,11 @@ def check_quorum(
         server_round: The round.
         num_valid: How many usable updates there are.
         num_asked: How many clients were asked.
-        min_valid_fraction: The fraction of these that is needed.
+        min_valid_fraction: The fraction of these that must be usable.
         failures: Client to why its update is missing.
 
     Raises:
-        QuorumError: If they are too few; with every reason.
+        QuorumError: If there are too few; the message lists every reason.
     """
     needed = max(1, math.ceil(min_valid_fraction * num_asked - ROUNDING))
     if num_valid >= needed:
@@ -100,7 +100,7 @@ def evaluating_clients(
     accepted: Sequence[str],
     all_clients: Callable[[], Sequence[str]],
 ) -> Sequence[str]:
-    """Return who evaluates: all clients after the last round, else those that were accepted."""
+    """Return which clients evaluate: all after the last round, else those that were accepted."""
     every = config.evaluation.every
     if every and server_round == config.federation.num_rounds:
         return all_clients()
@@ -110,7 +110,7 @@ def evaluating_clients(
 
 
 def num_eval_examples(config: Config, server_round: int) -> int:
-    """Return how many examples each client evaluates: more at both ends of the run."""
+    """Return how many examples each client evaluates; round 0 and the last one may use more."""
     evaluation = config.evaluation
     if server_round in (0, config.federation.num_rounds):
         return max(evaluation.num_examples, evaluation.final_num_examples)

@@ -1,4 +1,4 @@
-"""`Server`: the round, once for every transport."""
+"""`Server`: the training round, shared by all transports."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Server:
         state: What the server remembers, from `RunDirectory.resume` or fresh.
         config: The run's settings.
         directory: Takes checkpoints and metrics.
-        callbacks: Receive what happens.
-        steps: Which optional steps a round has.
+        callbacks: Notified of each event.
+        steps: Which optional steps each round runs.
 
     Attributes:
-        model: The global model of the last round.
-        state: What the server remembers after it.
+        model: The global model after the last round.
+        state: What the server remembers after that round.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class Server:
         self._optimizer = SharedOptimizer.of(config, method, directory)
 
     def run(self) -> GlobalModel:
-        """Run the rounds that are left, and return the global model after the last.
+        """Run the remaining rounds, and return the final global model.
 
         Raises:
-            QuorumError: If too few clients gave a usable update; every round before is saved.
+            QuorumError: If too few clients gave a usable update; all earlier rounds are saved.
         """
         if not self._directory.records:
             self.evaluate_base_model()
@@ -126,14 +126,14 @@ class Server:
         with timer.phase("merge"):
             self._consolidate_if_due(clients)
         model = self.model
-        # Local training; what comes back is validated and screened.
+        # Local training; the updates that come back are validated and screened.
         try:
             trained = self._train(server_round, clients)
         except LostRoundError as error:
             return self._commit_unchanged(clients, error)
         with timer.phase("aggregate"):
             combined = self._aggregate(server_round, trained)
-        # The aggregate becomes the model that is evaluated and trained next.
+        # The aggregate becomes the model that is evaluated now and trained in the next round.
         eval_clients = evaluating_clients(
             self._config, server_round, trained.accepted, self._available_clients
         )
@@ -148,7 +148,7 @@ class Server:
         expected = None
         if eval_clients:
             expected = self._expected_probes(server_round, model, trained, combined.weights)
-        # Scores on held-out examples, and the record of it all.
+        # Score held-out examples, and record the round.
         evaluated = self._evaluate(server_round, eval_clients, expected, trained.summed)
         record = round_record(self.model, clients, trained, combined, evaluated)
         seconds = timer.total(trained.replies, evaluated.replies)
@@ -156,7 +156,7 @@ class Server:
         return self._commit(record)
 
     def _commit_unchanged(self, clients: list[str], error: LostRoundError) -> RoundRecord:
-        """Commit a round that changes nothing, as nobody can make its sums again."""
+        """Commit a round that changes nothing, because its sums are lost and cannot be redone."""
         LOG.warning("round %d changes nothing: %s", self.model.server_round + 1, error)
         before = self.model
         self.model = before.unchanged()
@@ -164,7 +164,7 @@ class Server:
         return self._commit(unchanged_record(self.model, clients, error.failures))
 
     def evaluate_base_model(self) -> RoundRecord:
-        """Run round 0: nothing is trained; the base model is evaluated."""
+        """Run round 0: evaluate the base model without training."""
         self._callbacks.on_round_begin(0, [])
         clients = self._available_clients() if self._config.evaluation.every else []
         evaluated = self._evaluate(0, clients, None)
@@ -176,7 +176,7 @@ class Server:
     # ── sampling and sending ──
 
     def _available_clients(self) -> Sequence[str]:
-        """Return the clients that can take part now: with sums, those that others know."""
+        """Return the clients that can take part now; with secure sums, only those on the roster."""
         client_ids = self._transport.clients()
         return client_ids if self._secure is None else self._secure.known(client_ids)
 
@@ -193,10 +193,10 @@ class Server:
     # ── training ──
 
     def _train(self, server_round: int, clients: Sequence[str]) -> TrainedRound:
-        """Have the clients train, and return the usable updates, or what stands in for them.
+        """Have the clients train, and return the usable updates or their stand-ins.
 
         Raises:
-            QuorumError: If they are not enough.
+            QuorumError: If there are too few.
         """
         num_rounds = self._config.federation.num_rounds
         hyperparameters = self._config.training.hyperparameters(server_round, num_rounds)
@@ -215,7 +215,7 @@ class Server:
             self._exchange, self.model, self.state, server_round, requests, self._optimizer
         )
         if trained.summed is not None and trained.summed.means is not None:
-            # Clients need it again with their next task.
+            # Clients need it again for their next task.
             means = trained.summed.means
             self._directory.put({means.name: means.data})
         return trained
@@ -230,7 +230,7 @@ class Server:
         """Have the clients train and send their updates; return the usable ones.
 
         Raises:
-            QuorumError: If they are not enough.
+            QuorumError: If there are too few.
         """
         screening = None
         if self._steps.screening:
@@ -265,7 +265,7 @@ class Server:
     # ── aggregating ──
 
     def _aggregate(self, server_round: int, trained: TrainedRound) -> Combined:
-        """Combine the updates by the run's method, module by module."""
+        """Combine the updates module by module with the run's method."""
         adapter = self.model.adapter
         weights = trained.weights(self._config.federation.max_client_weight)
         result = aggregate_updates(
@@ -285,19 +285,19 @@ class Server:
         if self._steps.update_filter is not None:
             result = self._steps.update_filter.on_server(result, server_round)
         if trained.summed is not None:
-            # The stand-ins are in float64, so that they say no less than the sums.
+            # The stand-ins are float64 so that they lose nothing of the sums.
             result = result.to(torch.float32)
         check_aggregate(result, server_round)
         return Combined(dict(zip(weights, result.weights.tolist(), strict=True)), result)
 
     def _advance(self, result: AggregationResult) -> None:
-        """Make the result the global model: its adapter is trained next, its residual is merged."""
+        """Make the result the global model: train its adapter next, merge its residual."""
         self.model = self.model.advance(result, repr(self._method), exact=self._method.exact)
 
     def _advance_moments(
         self, before: GlobalModel, trained: TrainedRound, weights: Mapping[str, float]
     ) -> None:
-        """Set the optimizer's moments that the next round starts with, where clients share them."""
+        """Set the optimizer moments that the next round starts with, if clients share them."""
         if self._optimizer is None:
             return
         stored = self._optimizer.advance(
@@ -309,7 +309,7 @@ class Server:
     def _diagnose(
         self, model: GlobalModel, trained: TrainedRound, weights: Mapping[str, float]
     ) -> Diagnostics | None:
-        """Measure how the round moved the model, from the factors alone."""
+        """Measure how the round moved the model, using only the factors."""
         if not self._steps.diagnostics:
             return None
         return round_diagnostics(
@@ -330,7 +330,7 @@ class Server:
         trained: TrainedRound,
         weights: Mapping[str, float],
     ) -> ExpectedProbes | None:
-        """Return what evaluating clients must measure; None if models differ, or none is asked."""
+        """Return what evaluating clients must measure; None without probes or one shared model."""
         seed = probe_seed(self._config, server_round)
         if self._method.personal_factors or seed is None:
             return None
@@ -346,7 +346,7 @@ class Server:
         """Ask the clients to evaluate the global model on their held-out examples."""
         if not clients:
             return RoundEvaluation()
-        # The weights of an unchanged base model are not probed: there is nothing to compare with.
+        # An unchanged base model is not probed: there is nothing to compare with.
         is_probed = self.model.server_round > 0 or bool(self.model.base_update)
         num_examples = num_eval_examples(self._config, server_round)
         reader = UpdateReader(self.model, self.state, self._method, self._config, server_round)

@@ -17,24 +17,24 @@ class ServerState:
 
     Attributes:
         run_id: Names the run on the wire.
-        held: Client to the hashes of the objects it has said it holds.
-        best_round: The evaluated round with the lowest loss on the items that all evaluations
+        held: Client to the hashes of the objects that it has reported holding.
+        best_round: The evaluated round with the lowest loss on the examples that all evaluations
             share; -1 if none.
         best_loss: Its loss.
-        started_from: Hashes of the adapter's objects that the last round started from; none before
-            the first. With `merged` and the adapter of now they say what that round changed, which
-            the next one is compared with.
+        started_from: Hashes of the adapter objects that the last round started from; empty before
+            the first. With `merged` and the current adapter, they give that round's change, to
+            which the next round's is compared.
         merged: Hashes of what the last round merged into the base.
-        ranks: Client to the rank at which it continues; only of methods that prune, and of clients
+        ranks: Client to the rank at which it continues; only for methods that prune, and clients
             that have trained.
-        recipes: How the last snapshots were made, oldest first, for clients that can make them.
-        splits: Client to the hash of how its examples are divided, as it last said.
+        recipes: How the last snapshots were made, oldest first, so that clients can rebuild them.
+        splits: Client to the hash of how its examples are divided, as it last reported.
         moments: Hash of the optimizer's moments that the next round starts with; None where there
             are none.
-        outcomes: With secure aggregation, client to what became of its last cross terms, which it
-            learns with its next task.
-        summed_examples: The number of examples of the last round that was summed under masks; 0
-            before it.
+        outcomes: With secure aggregation, client to the outcome of its last sums, which it learns
+            with its next task.
+        summed_examples: The number of examples in the last masked sum of updates; 0 before the
+            first.
     """
 
     run_id: str
@@ -51,11 +51,11 @@ class ServerState:
     summed_examples: int = 0
 
     def dividing(self, client_id: str, split: str) -> ServerState:
-        """Return the state after a client said how its examples are divided."""
+        """Return the state after a client reported how its examples are divided."""
         return replace(self, splits={**self.splits, client_id: split})
 
     def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
-        """Return the state after a client said which objects it has cached."""
+        """Return the state after a client reported which objects it has cached."""
         return replace(self, held={**self.held, client_id: tuple(sorted(names))})
 
     def stepped(self, before: GlobalModel, after: GlobalModel) -> ServerState:

@@ -1,4 +1,4 @@
-"""`StatusWriter`: keeps `status.json` in a run's directory up to date, as things happen."""
+"""`StatusWriter`: keeps `status.json` in a run's directory up to date."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 MIN_WRITE_SECONDS = 1.0
-"""How often at most the file is written for events that come often."""
+"""The minimum time between writes for frequent events."""
 WRITING_FRACTION = 0.05
-"""The fraction of the run's time that writing may take, where it takes long: with many clients."""
+"""The fraction of the run's time that writing may take if it is slow, as with many clients."""
 LONG_SECONDS = 0.05
-"""A write that takes longer than this is long; after it events wait for one of the next."""
+"""A write that takes longer than this is slow; the next events are then not written at once."""
 
 
 @dataclass
 class _ClientStatus:
-    """What is known of a client, under the file's keys; see `ClientStatus`."""
+    """What is known about a client, under the file's keys; see `ClientStatus`."""
 
     connected: bool = False
     state: str = "idle"
@@ -50,7 +50,7 @@ class _ClientStatus:
     loss: float | None = None
 
     def rest(self) -> None:
-        """Forget the current task: there is none."""
+        """Clear the fields of the current task."""
         self.until = None
         self.step = None
         self.num_steps = None
@@ -59,7 +59,7 @@ class _ClientStatus:
 
 @dataclass(kw_only=True)
 class _RunStatus:
-    """What is known of a run, under the file's keys; see `StatusFile`."""
+    """What is known about a run, under the file's keys; see `StatusFile`."""
 
     phase: str = "waiting"
     round: int | None = None
@@ -77,14 +77,14 @@ class _RunStatus:
 
 
 class StatusWriter(Callback):
-    """Writes what `fedmomentum status` and the page to watch show; a context manager.
+    """Writes the status that `fedmomentum status` and the live page show; a context manager.
 
-    A file that cannot be written is reported once, and the run continues without it.
+    If the file cannot be written, that is reported once, and the run continues without it.
 
     Args:
         out: The run's directory.
-        num_rounds: Rounds of the run.
-        networked: Whether the clients are elsewhere.
+        num_rounds: The run's number of rounds.
+        networked: Whether the clients are on other machines.
         withheld: What the run's metrics leave out; it is left out here, too.
     """
 
@@ -102,7 +102,7 @@ class StatusWriter(Callback):
         self._pause = 0.0
         self._has_written = False
         self._has_failed = False
-        # Steps follow from a client's number of examples, losses from its data.
+        # Steps reveal a client's number of examples, losses something about its data.
         fields = () if withheld is None else withheld.fields
         self._shows_steps = "clients" not in fields
         self._shows_losses = withheld is None
@@ -116,7 +116,7 @@ class StatusWriter(Callback):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A run that was refused before it began has said nothing, and leaves nothing.
+        # A run that was refused before it began leaves no file.
         if error is not None:
             self._status.reason = _describe_end(error)
         if self._has_written:
@@ -143,7 +143,7 @@ class StatusWriter(Callback):
         self._write()
 
     def on_aggregate(self, num_done: int, num_modules: int) -> None:
-        """Note that a round is being aggregated; comes for every module."""
+        """Note that a round is being aggregated; called for every module."""
         self._enter_phase("aggregating")
         self._status.num_aggregated = num_done
         self._status.num_modules = num_modules
@@ -153,7 +153,7 @@ class StatusWriter(Callback):
         """Note that the global model is being evaluated."""
         self._enter_phase("evaluating")
         if not self._status.networked:
-            # No event says when one of them is done; over a network their tasks and replies do.
+            # Only over a network do events (tasks and replies) say when a client starts and ends.
             for name in clients:
                 self._client(name).state = "asked"
         self._write()
@@ -165,7 +165,7 @@ class StatusWriter(Callback):
             self._client(name).rounds += 1
         if not self._status.networked:
             self._add_traffic(record)
-        # Replies that came and were refused count as failures, too.
+        # Replies that arrived but were refused count as failures, too.
         for name, client in self._status.clients.items():
             client.rest()
             client.state = "failed" if name in record.failures else "idle"
@@ -174,7 +174,7 @@ class StatusWriter(Callback):
         self._write()
 
     def _add_traffic(self, record: RoundRecord) -> None:
-        """Add a round's bytes; over a network they are counted as they are sent."""
+        """Add a round's bytes; over a network they are counted as they are sent instead."""
         for name, num_bytes in record.uplink_bytes.items():
             self._client(name).up_bytes += num_bytes
         for name, num_bytes in record.downlink_bytes.items():
@@ -190,7 +190,7 @@ class StatusWriter(Callback):
     # ── the clients ──
 
     def on_nodes(self, registered: Sequence[str], online: Sequence[str]) -> None:
-        """Note which clients are connected; comes every few seconds."""
+        """Note which clients are connected; called every few seconds."""
         connected = set(online)
         has_changed = False
         for name in {*registered, *self._status.clients}:
@@ -208,7 +208,7 @@ class StatusWriter(Callback):
 
     def on_task_sent(self, client: str, num_bytes: int, timeout: float) -> None:
         """Note that a client has a task."""
-        # Nobody is waited for any more.
+        # The round is no longer waiting for clients.
         self._status.waiting_for = []
         self._status.waits_until = None
         status = self._client(client)
@@ -220,8 +220,8 @@ class StatusWriter(Callback):
         self._write()
 
     def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
-        """Note how far a client of this machine has trained; comes for every step."""
-        # The last step is the answer: what follows takes no time.
+        """Note how far a client on this machine has trained; called for every step."""
+        # The last step counts as the answer, since what follows takes no time.
         status = self._client(client)
         status.state = "answered" if step >= num_steps else "asked"
         if self._shows_steps:
@@ -241,7 +241,7 @@ class StatusWriter(Callback):
         self._write()
 
     def on_failure(self, client: str, reason: str) -> None:
-        """Note why there is no reply of a client."""
+        """Note why a client gave no usable reply."""
         status = self._client(client)
         status.rest()
         status.state = "failed"
@@ -249,12 +249,12 @@ class StatusWriter(Callback):
         self._write()
 
     def on_late_reply(self, client: str) -> None:
-        """Count a reply that came too late."""
+        """Count a reply that arrived too late."""
         self._client(client).late_replies += 1
         self._write()
 
     def close(self) -> None:
-        """Note that the server has ended: no client is connected to it or works for it anymore."""
+        """Note that the server has ended: no client is connected or working anymore."""
         self._pause = 0.0
         self._enter_phase("ended")
         for client in self._status.clients.values():
@@ -269,7 +269,7 @@ class StatusWriter(Callback):
 
     def _write(self, *, is_frequent: bool = False) -> None:
         """Write the file; for a frequent event only if it was last written a while ago."""
-        # nobody reads the file more often than once a second
+        # Nobody reads the file more often than once a second.
         now = time.time()
         pause = max(self._pause, MIN_WRITE_SECONDS if is_frequent else 0.0)
         if (pause and now <= self._written_at + pause) or not self._file.parent.is_dir():
@@ -277,7 +277,7 @@ class StatusWriter(Callback):
         self._written_at = now
         try:
             table = with_checksum({**msgspec.to_builtins(self._status), "written": now})
-            # after a crash of the machine there is nothing left to report
+            # Not durable: after a crash of the machine there is no running server to report on.
             write_atomically(self._file, canonical_json(table).encode(), durable=False)
             self._has_written = True
             seconds = time.time() - now

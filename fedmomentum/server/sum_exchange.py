@@ -1,4 +1,4 @@
-"""`SumExchange`: one sum under masks with the clients, step by step, and again after a kill."""
+"""`SumExchange`: run one masked sum with the clients, step by step; a killed sum can be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPENING = len(STEPS) - 1
 
 
 class LostSumError(QuorumError):
-    """A sum that some clients have opened, and too few for the rest: nobody can make it again."""
+    """A sum that some clients have opened, but too few to complete it; it cannot be redone."""
 
 
 @dataclass
@@ -38,8 +38,8 @@ class SumExchange:
     Attributes:
         transport: Reaches the clients.
         roster: The public keys that the server has for them.
-        collected: Gets failures, bytes and seconds.
-        holders: Gets the clients that say that they have the first sum's outcome.
+        collected: Receives failures, byte counts and times.
+        holders: Receives the clients that report having the first sum's outcome.
     """
 
     transport: Transport
@@ -54,12 +54,12 @@ class SumExchange:
 
         Args:
             plan: The sum.
-            kept: Where replies are kept, and what came before a kill; None to keep nothing.
-            means: The outcome of the first sum, where the clients need it.
+            kept: Stores replies, and holds those from before a kill; None to keep nothing.
+            means: The outcome of the first sum, if the clients need it.
 
         Raises:
-            LostSumError: If too few clients opened the sum, and others did.
-            QuorumError: If too few clients took part in a step before.
+            LostSumError: If some clients opened the sum, but too few.
+            QuorumError: If too few clients took part in an earlier step.
             PayloadError: If a message is larger than the transport carries.
         """
         server = SumServer(plan, self.roster)
@@ -67,7 +67,7 @@ class SumExchange:
             parties = self._run_step(server, step, plan, kept, means)
             if len(parties) < plan.threshold:
                 raise self._too_few(plan, step, len(parties))
-            # What the end of a step means for the next must be known again after a kill.
+            # The next step depends on who took part in this one, so that must survive a kill.
             if kept is not None and kept.ended_with(step) is None:
                 kept.end(step, parties)
             try:
@@ -84,10 +84,10 @@ class SumExchange:
         kept: KeptSum | None,
         means: StoredObject | None,
     ) -> list[str]:
-        """Collect the replies to a step's messages; return whose are valid, sorted."""
+        """Collect the replies to a step's messages; return the clients with valid ones, sorted."""
         messages = server.messages()
         limit = MAX_REPLY_BYTES + PAYLOAD_MARGIN + 4 * plan.size
-        # What came before a kill is not asked for again.
+        # Replies from before a kill are not asked for again.
         replied = set()
         ended = None
         if kept is not None:
@@ -97,7 +97,7 @@ class SumExchange:
                 try:
                     server.receive(client, known[client])
                 except SecureSumError as error:
-                    # Such as a key that has been replaced meanwhile.
+                    # For example, a key has been replaced in the meantime.
                     raise QuorumError(f"what was kept is of no use: {error}") from error
                 replied.add(client)
         if ended is None:
@@ -125,7 +125,7 @@ class SumExchange:
         messages: Mapping[str, bytes],
         means: StoredObject | None,
     ) -> dict[str, Task]:
-        """Return each client's task of a step; the first one brings what the sum needs."""
+        """Return each client's task for a step; the first step's tasks include `means`."""
         is_first = step == 0 and means is not None
         request = SumRequest(
             number=plan.number,
@@ -140,7 +140,7 @@ class SumExchange:
         return tasks
 
     def _too_few(self, plan: SumPlan, step: int, num_parties: int) -> QuorumError:
-        """Return the error of a step in which too few took part, with everybody's reason."""
+        """Return the error for a step in which too few took part, with everyone's reason."""
         failures = self.collected.failures
         reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
         text = (

@@ -21,12 +21,12 @@ class UpdateCollector:
 
     Attributes:
         reader: Validates the updates.
-        store: Takes them to disk.
-        screening: Measures how far each client went; None where that is switched off.
-        optimizer: Validates the optimizer's moments; None where clients share none.
+        store: Keeps them on disk.
+        screening: Measures how far each client moved; None if screening is off.
+        optimizer: Validates the optimizer's moments; None if clients share none.
         started_moments: Hash of the moments that the round started with; None for zeros.
-        updates: Client to its update, read from disk when it is looked at.
-        moments: Client to what it sent of its moments, likewise.
+        updates: Client to its update, read from disk on access.
+        moments: Client to the moments that it sent, likewise.
     """
 
     reader: UpdateReader
@@ -41,7 +41,7 @@ class UpdateCollector:
         """Take a reply.
 
         Raises:
-            FedMomentumError: If it is refused; naming client and tensor.
+            FedMomentumError: If it is refused; the message names client and tensor.
         """
         client = reply.client_id
         # Everything is checked before anything is kept.
@@ -59,7 +59,7 @@ class UpdateCollector:
                 like=self.reader.group(client),
                 num_examples=reply.num_examples,
             )
-        # On disk, so that memory does not grow with the number of clients.
+        # Keep updates on disk, so that memory does not grow with the number of clients.
         self.updates[client] = self.store.put(update)
         if uploaded is not None:
             tensors = self.store.put_tensors(uploaded.tensors)

@@ -1,8 +1,8 @@
-"""A round's updates on disk: written as they arrive, read by memory map one module at a time.
+"""A round's updates on disk: written as they arrive, memory-mapped and read module by module.
 
-So the server's memory does not grow with the number of clients. The files are a round's scratch:
-they are not synced to disk, nothing that is kept names them, and what a killed server leaves of
-them is swept up when it starts again.
+So the server's memory does not grow with the number of clients. They are scratch files: not synced
+to disk, not referenced by anything that is kept, and if the server is killed, deleted when it
+starts again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 NUM_OPEN = 8
-"""So many files stay mapped. In a small federation each is opened once, which is most of the cost
-of reading; in a large one they are reopened, so that neither handles nor memory grow with it."""
+"""How many files stay mapped. In a small federation, each file is opened only once, which is most
+of the cost of reading. In a large one they are reopened, so that handles and memory stay bounded.
+"""
 
 
 class UpdateStore:
@@ -40,22 +41,20 @@ class UpdateStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._numbers = count()
-        # cutting a tensor out of a mapped file takes as long as a small product with it: once is
-        # enough
+        # Cache tensors, too: getting one from a mapped file takes as long as a small product with
+        # it.
         self._opened = lru_cache(NUM_OPEN)(
             lambda file: cache(safe_open(file, framework="pt").get_tensor)
         )
         self.clear()
 
     def put(self, adapter: Adapter) -> Adapter:
-        """Write an adapter's tensors, and return the adapter with nothing in memory.
-
-        Each look at a tensor reads it from the file.
+        """Write an adapter's tensors, and return an adapter that reads them from disk on access.
 
         Raises:
             OSError: If the disk is full.
         """
-        # One file a client: factors and fully trained tensors.
+        # One file per client: factors and fully trained tensors.
         tensors = {f"{name}.saved": tensor for name, tensor in adapter.saved.items()}
         for module, matrix in adapter.modules.items():
             tensors[f"{module}.B"] = matrix.B
@@ -68,7 +67,7 @@ class UpdateStore:
         )
 
     def put_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Write tensors, and return them by name, read from the file at each look.
+        """Write tensors, and return them by name, read from the file on access.
 
         Raises:
             OSError: If the disk is full.
@@ -91,7 +90,7 @@ class UpdateStore:
 
 @dataclass(frozen=True)
 class _OnDisk(Mapping[str, Any]):
-    """Names to what a file holds. What a look gives is a part of the mapped file, no copy of it."""
+    """A mapping of names to a file's tensors, which are views of the mapped file, not copies."""
 
     file: Path
     opened: Callable[[Path], Callable[[str], Tensor]] = field(repr=False)
@@ -108,7 +107,7 @@ class _OnDisk(Mapping[str, Any]):
         return len(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.known  # without reading
+        return name in self.known  # without reading the file
 
     def _read(self, name: str, *kinds: str) -> list[Tensor]:
         if name not in self.known:
