@@ -27,7 +27,7 @@ def initialize_adapter(
             `method.reads_base`.
 
     Returns:
-        The adapter, and module to the change to its base weight, in effective-weight units (added
+        The adapter, and by module the change to the base weight, in effective-weight units (added
         with factor 1).
     """
     modules: dict[str, LowRank] = {}

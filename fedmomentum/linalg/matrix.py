@@ -56,7 +56,7 @@ class LazySequence(Sequence[LowRank]):
 def add_dense_(total: Tensor, matrix: Tensor) -> Tensor:
     """Add `matrix` to `total` in place, row by row.
 
-    Where the dtypes differ, torch would first copy the whole matrix.
+    If the dtypes differ, adding at once would make torch copy the whole matrix first.
     """
     for total_row, row in zip(total, matrix, strict=True):
         total_row += row

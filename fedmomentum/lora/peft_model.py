@@ -212,7 +212,7 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
 
     Raises:
         AdapterError: As for `read_adapter`; or if the adapter is merged into its base, which then
-            is no longer the base model.
+            no longer is the base model.
     """
     layers = lora_layers(model)
     if any(layer.layer.merged for layer in layers.values()):

@@ -58,7 +58,7 @@ def _find_saved(
         )
     longer = []
     for path in paths:
-        # The user may name two heads of which one's name ends in the other's, as in DistilBERT.
+        # The user may name two heads, one of whose names ends in the other's, as in DistilBERT.
         is_named = any(is_called(path, other) for other in names)
         if path.endswith(name) and not is_named:
             longer.append(path)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 Span = tuple[int, int]
-"""Where a part of an expression begins and ends."""
+"""Start and end of a part of an expression."""
 ALL_LINEAR = "all-linear"
 ATTENTION = "attention"
 # Common names of attention: in a part of the path, or of the projection itself.
