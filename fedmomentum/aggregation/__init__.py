@@ -1,6 +1,6 @@
-"""What the server does with the clients' adapters: one method a file, and the code they share.
+"""Aggregation of the clients' adapters: one file per method, plus the code they share.
 
-Torch only; knows no clients, no network and no base model.
+Depends on torch only; knows nothing about clients, networks or base models.
 """
 
 from fedmomentum.aggregation.client_updates import ClientUpdates as ClientUpdates

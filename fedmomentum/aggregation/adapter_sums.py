@@ -1,8 +1,8 @@
-"""A round's sums over whole adapters: what is summed, within which bounds, and what comes of it.
+"""A round's sums over whole adapters: what is summed, within what bounds, and what results.
 
-Every block of a sum has a public bound, which follows from two numbers that are set before the
-round: the largest number of examples of a client, and the largest change of an element of its
-adapter. A client within these two is within all bounds.
+Every block of a sum has a public bound, derived from two limits set before the round: a client's
+maximum number of examples, and the maximum change of any element of its adapter. A client within
+both limits is within all bounds.
 
 ::
 
@@ -12,7 +12,7 @@ adapter. A client within these two is within all bounds.
     layout.second_blocks(), layout.second_values(...)           the same for sum 2
     layout.stand_ins(means, totals)                    server   adapters for `aggregate_updates`
 
-What a client keeps of a round is `next_feedback` of `product_from_sums` by module, with the
+After a round, a client keeps `product_from_sums.next_feedback` for each module, computed with the
 layout's `feedback_limit`.
 """
 
@@ -48,10 +48,10 @@ from fedmomentum.secure_sum.fixed_point import (
 )
 from fedmomentum.secure_sum.messages import Block
 
-# Block to its elements, `(size,)`, float64.
+# Block name to its elements, `(size,)`, float64.
 Values = Mapping[str, Tensor]
 EXAMPLES = "examples"
-# Q as it travels may be this much longer than of unit length.
+# Rounding for transmission may lengthen the unit columns of Q by up to this factor.
 Q_MARGIN = 1.001
 
 
@@ -62,7 +62,7 @@ class ClientMoves:
     Attributes:
         num_examples: Its number of examples.
         modules: Module to its move; the feedback is in units of the adapter's scaling.
-        saved: Fully trained tensor to its change.
+        saved: Name of each fully trained tensor to its change.
     """
 
     num_examples: int
@@ -72,21 +72,21 @@ class ClientMoves:
 
 @dataclass(frozen=True, eq=False)
 class AdapterSums:
-    """The form of a round's sums; the same for all its clients and its server.
+    """The layout of a round's sums, shared by the server and all clients.
 
     Attributes:
         start: The adapter that all clients start from.
-        factors: The factors that are summed, `BA`, `B` or `A`; another is that of `start`.
+        factors: The factors that are summed, `BA`, `B` or `A`; any other stays as in `start`.
         sketch_ranks: The width of the sketches, in multiples of the adapter's rank; 0 for methods
-            that need mean factors only. Without both factors there is no cross term to sketch.
-        num_parties: The number of parties of the sums.
-        max_examples: The largest number of examples of a client.
-        max_change: The largest size of a change of an element of a factor or saved tensor.
-        expected_examples: About the number of examples of all clients.
+            that need only mean factors. Unless both factors are summed, there is no cross term.
+        num_parties: The number of parties in the sums.
+        max_examples: The maximum number of examples per client.
+        max_change: The maximum absolute change of any element of a factor or saved tensor.
+        expected_examples: Approximate total number of examples over all clients.
         seed: Seed of the round's sketches.
 
     Raises:
-        AdapterError: If sums of so many examples do not fit.
+        AdapterError: If a sum over that many examples would not fit.
     """
 
     start: Adapter
@@ -99,7 +99,7 @@ class AdapterSums:
     seed: int
 
     def __post_init__(self) -> None:
-        """Check that counts of examples fit."""
+        """Check that the counts of examples fit."""
         largest = largest_integer(self.num_parties)
         if not 1 <= self.max_examples <= largest:
             raise AdapterError(
@@ -109,7 +109,7 @@ class AdapterSums:
 
     @property
     def has_second_sum(self) -> bool:
-        """Whether there is a cross term to sum up."""
+        """Whether there is a cross term to sum."""
         return self.factors == "BA" and self.sketch_ranks > 0
 
     def width(self, module: str) -> int:
@@ -127,15 +127,15 @@ class AdapterSums:
         Args:
             trained: The adapter that it trained.
             num_examples: Its number of examples.
-            feedback: Module to what the model lacks of its earlier cross terms, in units of the
-                adapter's scaling.
+            feedback: Module to the part of its earlier cross terms that the model still lacks, in
+                units of the adapter's scaling.
 
         Raises:
             DataError: If there are too many examples.
-            AdapterError: If the adapter is of another form.
+            AdapterError: If the adapter's modules or shapes differ from the start's.
         """
         if not 1 <= num_examples <= self.max_examples:
-            # A `DataError`: its text, and so the number, stays with the client.
+            # A `DataError`, because its message, and so the number, never leaves the client.
             raise DataError(
                 f"this client has {num_examples} examples, and the round's sums count 1 to "
                 f"{self.max_examples} of a client; it takes no part in them"
@@ -180,7 +180,7 @@ class AdapterSums:
         return values
 
     def feedback_limit(self, module: str) -> float:
-        """Return the limit within which feedback is returned in the second sum."""
+        """Return the limit on each element of the feedback in the second sum."""
         return self._cross_bound(module) / 2
 
     # ── server ──
@@ -204,14 +204,14 @@ class AdapterSums:
         return blocks
 
     def rounding(self, totals: Values, num_survivors: int) -> float:
-        """Return what integers took from the summed changes of the adapter, relative to their norm.
+        """Return the rounding error of the summed adapter changes, relative to their norm.
 
-        `sqrt(sum over elements of E[error^2]) / norm(sum_i N_i change_i)`: 1 where nothing of the
-        changes is left.
+        `sqrt(sum over elements of E[error^2]) / norm(sum_i N_i change_i)`, at most 1; 1 means that
+        rounding has swamped the changes.
 
         Args:
             totals: The values of the first sum.
-            num_survivors: The number of clients whose changes are in it.
+            num_survivors: The number of clients whose changes are included.
         """
         squared_error = 0.0
         squared_norm = 0.0
@@ -239,14 +239,14 @@ class AdapterSums:
 
         Args:
             totals: The sum's values.
-            dtype: In which it travels: everybody computes with numbers rounded to it.
+            dtype: The dtype for transmission; everyone computes with values rounded to it.
         """
         num_examples = round(float(totals[EXAMPLES][0]))
 
         def rounded(tensor: Tensor) -> Tensor:
             return tensor.to(dtype).to(CORE_DTYPE)
 
-        # What was not summed has not changed.
+        # Whatever was not summed has not changed.
         modules = {}
         for module, matrix in self.start.modules.items():
             zero_B = torch.zeros(matrix.B.shape, dtype=CORE_DTYPE)
@@ -271,14 +271,14 @@ class AdapterSums:
     def stand_ins(
         self, means: MeanMoves, totals: Values | None
     ) -> tuple[list[Adapter], list[float]]:
-        """Return adapters and weights that give `aggregate_updates` what the clients' would.
+        """Return stand-ins for the clients' adapters and weights, to pass to `aggregate_updates`.
 
         Args:
             means: The outcome of the first sum.
-            totals: The values of the second sum; None where there was none.
+            totals: The values of the second sum; None if there was none.
         """
         num_pairs = self.sketch_ranks if totals is not None else 0
-        # As many stand-ins for every module, since an adapter has one update of each.
+        # Every module gets the same number of stand-ins: an adapter has one update per module.
         by_module = {}
         weights = torch.ones(1)
         for module, begun in self.start.modules.items():
@@ -289,7 +289,7 @@ class AdapterSums:
                 second = _shaped(totals, f"cross {module}", torch.zeros(shape))
             factors, cross = combine_sums(begun, mean, second)
             by_module[module], weights = stand_ins(factors, cross, num_pairs)
-        # Tensors that are trained in full have their mean, in each of the stand-ins.
+        # In every stand-in, fully trained tensors equal their mean.
         saved = {}
         for name, tensor in self.start.saved.items():
             saved[name] = (tensor.to(CORE_DTYPE) + means.saved[name]).to(tensor.dtype)
@@ -316,9 +316,9 @@ class AdapterSums:
         return 2 * self.max_examples * rank * self.max_change**2 * column_sum
 
     def _cross_bound(self, module: str) -> float:
-        """Bound the elements of the second sum: half for its own cross term, half for feedback."""
+        """Bound the second sum's elements: half for the own cross term, half for feedback."""
         matrix = self.start.modules[module]
-        # Deviations from a mean are at most twice as large, and Q has columns of unit length.
+        # Deviations from a mean are at most twice as large, and the columns of Q are unit vectors.
         column = 4 * matrix.rank * self.max_change**2 * math.sqrt(matrix.shape[0])
         return 2 * Q_MARGIN * self.max_examples * column
 
@@ -328,7 +328,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _shaped(values: Values, block: str, like: Tensor) -> Tensor:
-    """Return a block in the shape of a tensor, or the tensor itself where it was not summed."""
+    """Return a block in the shape of `like`, or `like` itself if the block was not summed."""
     if block not in values:
         return like
     return values[block].reshape(like.shape)

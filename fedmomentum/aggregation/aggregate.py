@@ -1,4 +1,4 @@
-"""A method over all modules of whole adapters: scalings in, scalings out."""
+"""Aggregation of whole adapters, module by module, including their scalings."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class AggregationResult:
     """Whole adapters after aggregation.
 
     Attributes:
-        adapter: The combined adapter; its product counts with its own scaling.
+        adapter: The combined adapter; its product is multiplied by its own scaling.
         residual: Module to what the base weight absorbs, in effective-weight units (added with
             factor 1).
         carried: Module to what the method carries into its next round, in effective-weight units.
         findings: Module to the method's findings.
-        weights: `(num_clients,)`, the weights of the sum, sum 1: the weights that were given,
-            normalized, unless the method has its own.
+        weights: `(num_clients,)`, the weights of the sum, which add up to 1: the given weights,
+            normalized, unless the method computes its own.
     """
 
     adapter: Adapter
@@ -61,7 +61,7 @@ class RoundContext:
     Attributes:
         ranks: Module to the rank of the combined adapter.
         scalings: Module to the scaling (`lora_alpha / rank`) of the combined adapter.
-        reference: The adapter that the clients started from; None where there was none.
+        reference: The adapter that the clients started from; None if there was none.
         carried: Module to what the last round's `AggregationResult.carried` contained.
         server_round: Number of the round, from 1.
         seed: Seed of the run, for methods that sample random numbers.
@@ -97,19 +97,19 @@ def aggregate_adapters(
     scaling: float | None = None,
     seed: int = 0,
 ) -> AggregationResult:
-    """Combine adapters of one base model, whatever their ranks and scalings.
+    """Combine adapters of the same base model, whatever their ranks and scalings.
 
-    The exact result is `sum_i w_i s_i B_i A_i`. The adapters are sorted by their content, so that
-    the result does not depend on the order given. A module that an adapter does not have counts as
-    zero with that adapter's weight.
+    The exact result is `sum_i w_i s_i B_i A_i`. The adapters are sorted by content, so the result
+    does not depend on their order. A module missing from an adapter counts as zero, with that
+    adapter's weight.
 
     Args:
         adapters: At least one.
         weights: One positive number per adapter, normalized here; equal by default.
         method: How to combine; `FedMomentum()` by default.
         rank: The rank of the result; the largest rank of all adapters by default.
-        scaling: The `lora_alpha / rank` of the result; by default the adapters' own if they have
-            one in common, else 1.
+        scaling: The `lora_alpha / rank` of the result; by default the adapters' own if they all
+            share one, else 1.
         seed: For methods that sample random numbers.
 
     Returns:
@@ -117,9 +117,9 @@ def aggregate_adapters(
         exact sum for an exact method.
 
     Raises:
-        AdapterError: If there are no adapters, they are of different base models or shapes, the
-            weights are not positive numbers, a module has no room for the rank, the method refuses
-            the updates (the message names the module), or the result holds NaN or Inf.
+        AdapterError: If there are no adapters, their base models or shapes differ, the weights are
+            not positive numbers, a module is too small for the rank, the method rejects the
+            updates (the message names the module), or the result contains NaN or Inf.
 
     Example:
         >>> import torch
@@ -137,7 +137,7 @@ def aggregate_adapters(
         check_size(adapter)
     check_same_base(adapters)
     _check_same_experts(adapters)
-    # By default the result has what the adapters have in common.
+    # Default to the scaling that all adapters share, and to the largest rank.
     scalings = {s for adapter in adapters for s in adapter.scalings.values()}
     if scaling is None:
         scaling = scalings.pop() if len(scalings) == 1 else 1.0
@@ -167,25 +167,25 @@ def aggregate_updates(
     context: RoundContext,
     on_module: Callable[[int, int], None] | None = None,
 ) -> AggregationResult:
-    """Combine the clients' adapters of a round, module by module, in the order given.
+    """Combine the clients' adapters of a round, module by module, in the given order.
 
-    One module is finished before the next is begun, and an adapter's factors are looked up when
-    they are needed: adapters that read them from disk are never in memory together.
+    Each module is finished before the next one begins, and factors are looked up only when needed,
+    so adapters that read them from disk are never all in memory at once.
 
-    A method gets `LowRank(B_i s_i / s, A_i)`, where s is the scaling of the combined adapter (the
-    ratio is on A in a round in which only A is trained, so that the frozen factor stays the same
-    for all clients). What the method returns as residual and carried is multiplied by s.
+    A method receives `LowRank(B_i s_i / s, A_i)`, where s is the scaling of the combined adapter.
+    In a round that trains only A, the ratio goes into A, so that the frozen factor stays the same
+    for all clients. The residual and carried matrices that the method returns are multiplied by s.
 
     Args:
         adapters: The clients' trained adapters.
         weights: One positive number per adapter, normalized here.
         method: How to combine.
-        context: What the server knows besides.
-        on_module: Called after each module with the number of finished modules and of all.
+        context: What else the server knows.
+        on_module: Called after each module with the number of finished modules and the total.
 
     Raises:
         AdapterError: If a weight is not a positive finite number, shapes differ between adapters,
-            or the method refuses the updates; the message names the module.
+            or the method rejects the updates; the message names the module.
     """
     client_weights = _client_weights(adapters, weights, method)
     modules: dict[str, LowRank] = {}
@@ -247,7 +247,7 @@ def _aggregate_module(
     except (ValueError, LinAlgError) as error:
         names = ", ".join(f"{i}: {adapter.name}" for i, adapter in enumerate(adapters))
         raise AdapterError(f"module {module}: {error} (updates are {names})") from error
-    # From units of the combined adapter to effective-weight units.
+    # Convert from units of the combined adapter to effective-weight units.
     residual = result.residual
     if residual is not None:
         residual = scale(residual, scaling, updates.dtype) if rank_bound(residual) else None
@@ -262,7 +262,7 @@ def _module_updates(
 ) -> Sequence[LowRank]:
     """Return the clients' factors of one module in units of the combined adapter.
 
-    A client that does not have the module counts as zero.
+    A client without the module counts as zero.
     """
     present = [adapter for adapter in adapters if module in adapter.modules]
     shapes = {adapter.name: adapter.modules[module].shape for adapter in present}
@@ -287,7 +287,7 @@ def _module_updates(
 
 
 def _mean_saved(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tensor]:
-    """Return the weighted mean of the tensors that are trained in full."""
+    """Return the weighted mean of the fully trained tensors."""
     first = adapters[0]
     expected = _saved_shapes(first)
     for adapter in adapters[1:]:
@@ -317,13 +317,13 @@ def _check_offline_weights(weights: Sequence[float], num_adapters: int) -> None:
         )
     total = sum(weights)
     is_positive = all(0 < weight < math.inf for weight in weights)
-    # A sum may overflow, and the least weight may underflow when it is divided by the sum.
+    # The sum may overflow, and the smallest weight may underflow when divided by it.
     if not is_positive or not 0 < min(weights) / total < math.inf:
         raise AdapterError(f"weights must be positive numbers with a finite sum; got {weights}")
 
 
 def _check_same_experts(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters that have different numbers of experts in one parameter."""
+    """Reject adapters that have different numbers of experts in the same parameter."""
     first_owner: dict[str, tuple[int, str]] = {}
     for adapter in adapters:
         for parameter, experts in stacks(adapter.modules, adapter.name).items():
@@ -336,7 +336,7 @@ def _check_same_experts(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_finite(result: AggregationResult) -> None:
-    """Refuse a result that holds NaN or Inf, before it is written.
+    """Reject a result that contains NaN or Inf before it is written.
 
     Raises:
         AdapterError: If a matrix or tensor is not finite; the message names it.

@@ -1,4 +1,4 @@
-"""What no method can aggregate, and what a method cannot by its declarations."""
+"""Checks for updates that no method, or not this method, can aggregate."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from fedmomentum.aggregation.client_updates import ClientUpdates
 
 
-# Shares of examples are divided in float64; anything further from 1 is a forgotten division.
+# Weights are normalized in float64; a sum further from 1 means the caller forgot to normalize.
 WEIGHT_SUM_TOLERANCE = 1e-6
 
 
 def check_updates(updates: ClientUpdates, rank: int) -> None:
-    """Refuse updates that no method can aggregate.
+    """Reject updates that no method can aggregate.
 
     Args:
         updates: The clients' factors and weights.
         rank: The rank of the adapter to return.
 
     Raises:
-        ValueError: If there are no updates, shapes differ, the weights are not one per client,
-            positive, finite and of sum 1, the rank is not in 1..min(out, in), or a factor contains
-            NaN or Inf (the message names the position of the client).
+        ValueError: If there are no updates, shapes differ, the weights are not one positive finite
+            number per client that sum to 1, the rank is not in 1..min(out, in), or a factor
+            contains NaN or Inf (the message names the client's position).
     """
     if not updates:
         raise ValueError("no updates to aggregate")
@@ -58,14 +58,14 @@ def _check_weights(weights: Tensor, num_clients: int) -> None:
 
 
 def _check_finite(updates: ClientUpdates) -> None:
-    # A sum propagates every NaN and Inf: the quickest look at all elements, with one transfer.
+    # A sum propagates NaN and Inf, so sums check all elements fastest, with one device transfer.
     dtype = torch.promote_types(updates[0].dtype, torch.float32)
     sums = []
     for update in updates:
         sums += [update.B.sum(dtype=dtype), update.A.sum(dtype=dtype)]
     if bool(torch.isfinite(torch.stack(sums)).all()):
         return
-    # A sum can also overflow, so only an element that is not finite is refused.
+    # A sum may also overflow, so reject only if an element itself is not finite.
     for position, update in enumerate(updates):
         for name in "BA":
             if not bool(torch.isfinite(_factor(update, name)).all()):
@@ -76,7 +76,7 @@ def _check_finite(updates: ClientUpdates) -> None:
 
 
 def check_equal_ranks(title: str, updates: ClientUpdates, rank: int) -> None:
-    """Refuse factors of different ranks, which have no average.
+    """Reject factors of different ranks, which cannot be averaged.
 
     Raises:
         ValueError: If a client's rank is not `rank`.
@@ -89,7 +89,7 @@ def check_equal_ranks(title: str, updates: ClientUpdates, rank: int) -> None:
 
 
 def check_frozen_factor(title: str, updates: ClientUpdates, name: str) -> None:
-    """Refuse clients whose frozen factor is not the same bit for bit.
+    """Reject clients whose frozen factors are not identical bit for bit.
 
     Raises:
         ValueError: If a client's factor differs from the first client's; the message names its

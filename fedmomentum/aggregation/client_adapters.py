@@ -1,4 +1,4 @@
-"""What each client starts from: the global adapter at its own rank, scaling and modules."""
+"""What each client starts from: the global adapter at the client's rank, scaling and modules."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def initialize_adapter(
     method: Method, fresh: Adapter, weight: Callable[[str], Tensor] | None = None
 ) -> tuple[Adapter, dict[str, LowRank]]:
-    """Return the adapter before round 1, and the change of the base that compensates for it.
+    """Return the adapter before round 1, and the change to the base that compensates for it.
 
     Args:
-        method: Decides; most leave the adapter as it is and do not change the base.
+        method: Does the initialization; most methods keep `fresh` and leave the base unchanged.
         fresh: LoRA's own initialization.
-        weight: Returns the base weight `(out, in)` of a module; called only where
+        weight: Returns the base weight `(out, in)` of a module; called only if
             `method.reads_base`.
 
     Returns:
-        The adapter, and module to the change of its base weight, in effective-weight units (added
+        The adapter, and by module the change to the base weight, in effective-weight units (added
         with factor 1).
     """
     modules: dict[str, LowRank] = {}
@@ -48,17 +48,17 @@ def client_adapter(
 ) -> tuple[Adapter, dict[str, LowRank]]:
     """Split the global adapter into a client's adapter, in its scaling, and the tails beyond it.
 
-    The tails belong to the client's base where `method.keeps_tail`, and are lost to it elsewhere.
+    The tails go into the client's base if `method.keeps_tail`; otherwise the client loses them.
 
     Args:
-        method: Decides.
+        method: Does the split.
         adapter: The global adapter.
         ranks: Module to the client's rank.
         scalings: Module to the client's `lora_alpha / rank`.
 
     Returns:
-        The client's adapter, with the ratio of the scalings in B, and module to its tail in
-        effective-weight units.
+        The client's adapter, with the ratio of scalings multiplied into B, and module to its tail
+        in effective-weight units.
     """
     modules: dict[str, LowRank] = {}
     tails: dict[str, LowRank] = {}
@@ -84,21 +84,21 @@ def client_start(
 ) -> tuple[Adapter, dict[str, LowRank]]:
     """Return what a client starts from: its adapter, and the fixed residual in its base.
 
-    The fixed residual consists of the tails, where the method has clients keep them, and of the
+    The fixed residual consists of the tails, if the method has clients keep them, and of the
     global adapter in modules that the client does not adapt.
 
     Args:
-        method: Decides.
+        method: Splits the global adapter.
         adapter: The global adapter.
         modules: The modules that this client adapts.
         rank: This client's rank.
         scaling: This client's `lora_alpha / rank`.
-        is_mixed: Whether the clients of the run have different ranks; then all start in one gauge.
+        is_mixed: Whether the run's clients have different ranks; if so, all start in one gauge.
 
     Returns:
         The client's adapter, and module to its fixed residual in effective-weight units.
     """
-    # A module that the client does not adapt counts with its whole effective weight.
+    # For a module that the client does not adapt, the whole product is fixed.
     adapted: dict[str, LowRank] = {}
     fixed_residual: dict[str, LowRank] = {}
     for module, matrix in adapter.modules.items():
@@ -109,7 +109,7 @@ def client_start(
     start = replace(adapter, modules=adapted)
     if not is_mixed:
         return _rescaled(start, scaling), fixed_residual
-    # With mixed ranks every client's adapter is cut from the global one, even at full rank.
+    # With mixed ranks, every client's adapter is split from the global one, even at full rank.
     ranks = dict.fromkeys(adapted, rank)
     scalings = dict.fromkeys(adapted, scaling)
     start, tails = client_adapter(method, start, ranks, scalings)
@@ -129,12 +129,12 @@ def _rescaled(adapter: Adapter, scaling: float) -> Adapter:
 def with_fixed_residual(trained: Adapter, fixed_residual: Mapping[str, LowRank]) -> Adapter:
     """Return a client's whole effective product: its trained adapter plus its fixed residual.
 
-    That is what methods get as the client's update.
+    This is what methods receive as the client's update.
     """
     modules = dict(trained.modules)
     scalings = dict(trained.scalings)
     for module, matrix in fixed_residual.items():
-        # Into the units of the trained adapter where there is one, else with scaling 1.
+        # Convert to the trained adapter's units if it has the module; else use scaling 1.
         if module in modules:
             tail = matrix.scaled(1 / scalings[module])
             modules[module] = modules[module].concatenate(tail)

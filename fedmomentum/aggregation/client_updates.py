@@ -1,4 +1,4 @@
-"""The clients' factors of one module, and the sums that methods are made of."""
+"""The clients' factors of one module, and the sums that methods are built from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmomentum.linalg.weighted_sum import exact_sum
 
 
 class _Layout(NamedTuple):
-    """What is remembered of an update: everything but its factors."""
+    """What is cached of an update: everything but its factors."""
 
     shape: tuple[int, int]
     rank: int
@@ -23,15 +23,15 @@ class _Layout(NamedTuple):
 
 
 class ClientUpdates(LazySequence):
-    """One `LowRank` per client, loaded when it is looked up and never cached, with the weights.
+    """One `LowRank` per client, loaded on lookup and never cached, with the weights.
 
     The updates are in effective-weight units divided by the scaling of the combined adapter, so
-    that no scaling appears in a method. Looking one up may read it from disk: iterate over them
-    and keep none, so that the memory of an aggregation does not grow with the number of clients.
+    methods need not handle scalings. A lookup may read from disk: iterate without keeping any, so
+    that memory does not grow with the number of clients.
 
     Args:
         updates: The clients' factors, each `(out, rank_i)` and `(rank_i, in)`.
-        weights: `(num_clients,)`, positive, sum 1.
+        weights: `(num_clients,)`, positive, summing to 1.
     """
 
     weights: Tensor
@@ -41,7 +41,7 @@ class ClientUpdates(LazySequence):
         self.weights = weights
 
     def map(self, function: Callable[[LowRank], LowRank]) -> ClientUpdates:
-        """Return the updates with `function` applied to each when it is looked up."""
+        """Return the updates with `function` applied to each on lookup."""
         return ClientUpdates(LazySequence(function, self), self.weights)
 
     @cached_property
@@ -90,8 +90,7 @@ class ClientUpdates(LazySequence):
     def mean_A(self, rank: int) -> Tensor:
         """Return `sum_i w_i A_i` `(rank, in)` in float64, whatever the clients' ranks.
 
-        Rows that a client of a smaller rank does not have count as zero; rows beyond `rank` are
-        left out.
+        Rows that a client of smaller rank lacks count as zero; rows beyond `rank` are dropped.
         """
         mean = torch.zeros(rank, self.shape[1], dtype=CORE_DTYPE, device=self.device)
         for w_i, update in zip(self.weights.tolist(), self, strict=True):
@@ -111,11 +110,11 @@ class ClientUpdates(LazySequence):
         return LowRank(B, A)
 
     def averaging_error(self, mean: LowRank) -> Matrix:
-        """Return `sum_i w_i B_i A_i - B A`: what averaging the factors gets wrong, in float64.
+        """Return `sum_i w_i B_i A_i - B A`, the error of averaging the factors, in float64.
 
-        Computed as `sum_{i<n} w_i (B_i - B)(A_i - A_n)`. That equals the usual
-        `sum_i w_i (B_i - B)(A_i - A)` because `sum_i w_i (B_i - B) = 0`, and has one client less:
-        rank `(n - 1) r`. Rank 0 where all clients have the same B or the same A.
+        Computed as `sum_{i<n} w_i (B_i - B)(A_i - A_n)`. This equals the usual
+        `sum_i w_i (B_i - B)(A_i - A)` because `sum_i w_i (B_i - B) = 0`, and has one term fewer:
+        rank `(n - 1) r`. The rank is 0 if all clients have the same B or the same A.
 
         Args:
             mean: `mean_factors()`, the factors B and A.

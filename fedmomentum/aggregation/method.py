@@ -1,4 +1,4 @@
-"""What a method is, what it declares, what it gets and what it returns."""
+"""The interface of a method: what it declares, receives and returns."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 class ModuleAggregate:
     """One module after aggregation: `adapter + residual + carried` stands for the weighted sum.
 
-    All three are in the units of the combined adapter: its scaling is not in them.
+    All three are in units of the combined adapter: its scaling is not included.
 
     Attributes:
         adapter: The next round's adapter, of the requested rank.
-        residual: What the base weights absorb now; None where the method has none. Dense where
-            factors would be larger: the sum of many clients.
-        carried: What is carried into the next round's call; None where nothing is. Dense as above.
-        findings: Scalars about this module to report, by name. `dropped_energy` is the squared
-            Frobenius norm of what the method left out of the weighted sum: every inexact method
+        residual: What the base weights absorb now; None if the method has none. Dense if factors
+            would be larger, as with many clients.
+        carried: What is carried into the next round's call; None if nothing is. Dense as above.
+        findings: Scalars to report about this module, by name. `dropped_energy` is the squared
+            Frobenius norm of what the method left out of the weighted sum; every inexact method
             reports it.
     """
 
@@ -40,7 +40,7 @@ class ModuleAggregate:
     findings: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> ModuleAggregate:
-        """Return the aggregate cast to `dtype`, without a carried matrix of rank 0."""
+        """Return the aggregate cast to `dtype`, dropping a carried matrix of rank 0."""
         residual = self.residual
         carried = self.carried
         if residual is not None:
@@ -56,10 +56,10 @@ class AggregationContext:
 
     Attributes:
         rank: The rank of the adapter to return.
-        reference: The adapter that the clients started from; None where there was none (offline).
+        reference: The adapter that the clients started from; None if there was none (offline).
         carried: What the last round's `ModuleAggregate.carried` contained.
         server_round: Number of the round, from 1.
-        seed: Seed of the random numbers of this call.
+        seed: Seed for the random numbers of this call.
     """
 
     rank: int
@@ -69,44 +69,44 @@ class AggregationContext:
     seed: int = 0
 
     def generator(self) -> torch.Generator:
-        """Return a new CPU generator of `seed`; create one per call and pass it on."""
+        """Return a new CPU generator seeded with `seed`; create one per call and pass it on."""
         return torch.Generator().manual_seed(self.seed)
 
 
 class Method(ABC):
     """Combines the clients' factors of ONE module.
 
-    A method is pure: no input or output, no memory, no in-place writes. It is a frozen dataclass
-    whose fields are its hyperparameters, so that its `repr` identifies it in the record of a run.
-    It implements `combine`, the formula; callers use `aggregate`, which validates the updates and
-    casts the result.
+    A method is pure: no I/O, no state, no in-place writes. It is a frozen dataclass whose fields
+    are its hyperparameters, so its `repr` identifies it in the record of a run. It implements
+    `combine`, the formula; callers use `aggregate`, which validates the updates and casts the
+    result.
 
-    A method declares what it needs from training, transport and cost estimates. The values here
-    are the defaults: both factors are trained, uploaded and sent, at one rank.
+    A method declares what it needs from training, transport and cost estimates. The defaults
+    here: both factors are trained, uploaded and sent, all at one rank.
     """
 
     title: ClassVar[str] = ""
-    """Its name in print."""
+    """Its display name."""
     paper: ClassVar[str] = ""
     """Authors, title, venue, arXiv id."""
     unequal_ranks: ClassVar[bool] = False
-    """Whether clients may have different ranks; where not, `aggregate` refuses them."""
+    """Whether clients may have different ranks; if not, `aggregate` rejects them."""
     best_rank: ClassVar[bool] = False
-    """Whether the adapter is the best approximation of its rank, and every direction can train."""
+    """Whether the adapter is the best approximation at its rank, and every direction can train."""
     shared_factors: ClassVar[str] = "BA"
     """The factors that clients share; any other is personal and stays with its client."""
     fresh: ClassVar[bool] = False
-    """Whether the adapter is a `fresh_adapter` of a seed that every client has, and is not sent."""
+    """Whether the adapter is a `fresh_adapter` from a seed every client has, so it is not sent."""
     keeps_tail: ClassVar[bool] = False
-    """Whether a client of a smaller rank adds to its base what its adapter has no room for."""
+    """Whether a client of smaller rank adds to its base what does not fit into its adapter."""
     residual_rank: ClassVar[str] = ""
-    """The rank q of what each round sends for the base, in words of r and n; "" for none."""
+    """The rank q of what each round sends for the base, in terms of r and n; "" for none."""
     reads_base: ClassVar[bool] = False
     """Whether `initialize` needs the base weight."""
     depends_on: ClassVar[str] = "updates"
-    """What of the clients' updates its result depends on: `updates`, each of them; `product`, their
-    mean factors and mean product; `factors`, their mean factors alone. Sums over the clients give
-    the latter two, so a method of the first kind cannot be used with secure aggregation."""
+    """What its result depends on: `updates`, each client's update; `product`, the mean factors and
+    the mean product; `factors`, the mean factors alone. Sums over the clients yield the latter two,
+    so only `updates` methods cannot be used with secure aggregation."""
 
     @property
     def exact(self) -> bool:
@@ -115,31 +115,31 @@ class Method(ABC):
 
     @property
     def shares_moments(self) -> bool:
-        """Whether clients share the optimizer's moments where a configuration leaves it open.
+        """Whether clients share the optimizer's moments unless the configuration says otherwise.
 
-        False for methods whose papers have a fresh optimizer in every round.
+        False for methods whose papers use a fresh optimizer in every round.
         """
         return False
 
     @property
     def personal_factors(self) -> str:
-        """The factors that never leave a client; where there are some, there is no global model."""
+        """The factors that never leave a client; if there are any, there is no global model."""
         return "".join(factor for factor in "BA" if factor not in self.shared_factors)
 
     @property
     def prunes(self) -> bool:
-        """Whether clients' ranks can fall during a run: the method overrides `next_rank`."""
+        """Whether clients' ranks can shrink during a run: the method overrides `next_rank`."""
         return type(self).next_rank is not Method.next_rank
 
     def trained_factors(self, server_round: int) -> str:
         """Return the factors that clients train in this round, `BA`, `B` or `A`.
 
-        A factor that is not trained is the same for all clients: `aggregate` refuses others.
+        A frozen factor must be the same for all clients; `aggregate` rejects any that differ.
         """
         return "BA"
 
     def uploaded_factors(self, server_round: int) -> str:
-        """Return the factors that clients upload: those that they train and share."""
+        """Return the factors that clients upload: those they both train and share."""
         return "".join(
             factor for factor in self.trained_factors(server_round) if factor in self.shared_factors
         )
@@ -157,20 +157,20 @@ class Method(ABC):
     def num_downlink_parameters(
         self, out_size: int, in_size: int, rank: int, residual_rank: int, server_round: int
     ) -> int:
-        """Return how many parameters a client is sent for one module: adapter and residual."""
+        """Return how many parameters are sent to a client for one module: adapter and residual."""
         adapter = _num_parameters(self.sent_factors(server_round), out_size, in_size, rank)
         return adapter + _num_parameters("BA", out_size, in_size, residual_rank)
 
     def initialize(self, weight: Tensor | None, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
-        """Return the adapter before round 1, and the change of the base that compensates for it.
+        """Return the adapter before round 1, and the change to the base that compensates for it.
 
         Args:
-            weight: `(out, in)`, the base weight divided by the adapter's scaling; given only where
+            weight: `(out, in)`, the base weight divided by the adapter's scaling; given only if
                 `reads_base`.
             fresh: LoRA's own initialization.
 
         Returns:
-            The adapter, and the change of the base in the adapter's units; None for no change.
+            The adapter, and the change to the base in the adapter's units; None for no change.
         """
         return fresh, None
 
@@ -178,38 +178,38 @@ class Method(ABC):
         """Return the clients' weights in the sum.
 
         Args:
-            weights: `(num_clients,)`, the fractions of examples, sum 1.
+            weights: `(num_clients,)`, each client's fraction of the examples, summing to 1.
             norms: Computes `(num_clients,)`, each client's
                 `sqrt(sum over modules ||s_i B_i A_i||_F^2)`.
 
         Returns:
-            `(num_clients,)`, positive, sum 1.
+            `(num_clients,)`, positive, summing to 1.
         """
         return weights
 
     def client_adapter(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         """Split the global adapter into a client's adapter of `rank` and the tail beyond it.
 
-        Called for every client of a run whose ranks differ, so that all start in one gauge; for
-        none where they are equal.
+        In a run with mixed ranks, called for every client, so that all start in one gauge;
+        otherwise never called.
 
         Raises:
-            ValueError: If `rank` is larger than the global adapter's, or different from it for a
-                method without `unequal_ranks`.
+            ValueError: If `rank` exceeds the global adapter's, or differs from it for a method
+                without `unequal_ranks`.
         """
         if rank != adapter.rank and not self.unequal_ranks:
             raise ValueError(f"{self.title} needs every client at rank {adapter.rank}; got {rank}")
         return adapter.split_rank(rank)
 
     def penalty(self, modules: Sequence[LowRank]) -> Tensor | None:
-        """Return what a client adds to its loss, from its live factors; None for nothing."""
+        """Return a penalty that clients add to their loss, from their live factors, or None."""
         return None
 
     def next_rank(self, rank: int, start: Sequence[LowRank], trained: Sequence[LowRank]) -> int:
         """Return a client's rank in the next round, from 1 to `rank`.
 
         For methods with `unequal_ranks` that share both factors. The scaling does not change with
-        the rank, so that the remaining components count as before.
+        the rank, so the remaining components keep their effect.
 
         Args:
             rank: The client's rank in this round.
@@ -222,11 +222,11 @@ class Method(ABC):
         """Validate the updates, combine them, and cast the result to `updates.dtype`.
 
         Raises:
-            ValueError: If the updates cannot be aggregated at all (`check_updates`), if ranks
-                differ from `context.rank` without `unequal_ranks`, or if a factor that is frozen in
-                this round differs between clients.
+            ValueError: If no method could aggregate the updates (`check_updates`), if ranks differ
+                from `context.rank` without `unequal_ranks`, or if a factor that is frozen in this
+                round differs between clients.
         """
-        # What the method declares decides what it refuses.
+        # The method's declarations determine which updates to reject.
         check_updates(updates, context.rank)
         if not self.unequal_ranks:
             check_equal_ranks(self.title, updates, context.rank)

@@ -1,12 +1,13 @@
-"""What a masked sum holds of the optimizers' moments, so that all clients continue from one mean.
+"""Optimizer moments in a masked sum, so that all clients continue from the same mean.
 
-The means of the second moments' rows and columns differ by many orders of magnitude, and a sum's
-integers have steps of one size. So each number comes in two parts: a whole number of coarse steps,
-which is summed exactly, and the rest. Their public limits follow from clipped gradients. The first
+The row and column means of the second moments span many orders of magnitude, but a sum's integers
+have a fixed step size. So each number comes in two parts: a whole number of coarse steps, which is
+summed exactly, and the remainder. Their public limits follow from gradient clipping. The first
 moments follow from the mean movement, which is in the sum anyway, and the learning rates.
 
-All clients make the same number of steps. If they did not, movements would have to be summed twice,
-with other weights: who knows one of three clients could tell the other two apart by the two sums.
+All clients make the same number of steps. Otherwise movements would have to be summed twice, with
+different weights, and anyone who knows one of three clients could use both sums to tell the other
+two apart.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.lora.adapter import Adapter
 
-# Block to its elements, `(size,)`, float64.
+# Block name to its elements, `(size,)`, float64.
 Values = Mapping[str, Tensor]
 COARSE_STEPS = 2**24
-"""A limit in coarse steps: with a hundred parties, their sum still fits."""
+"""A limit in coarse steps; small enough that a sum over a hundred parties fits."""
 LEARNING_RATES = "learning rates"
 
 
 @dataclass(frozen=True)
 class MomentLimits:
-    """Public limits of what one client has of its optimizer.
+    """Public limits on what one client reports about its optimizer.
 
     Attributes:
-        second_total: The largest sum of all second moments after the round.
-        learning_rate_sum: The largest sum of the learning rates of a round's steps.
+        second_total: The maximum sum of all second moments after the round.
+        learning_rate_sum: The maximum sum of the learning rates over a round's steps.
     """
 
     second_total: float
@@ -53,10 +54,10 @@ class MeanMovement:
     """How the clients moved one factor: weighted means over the clients, in float64.
 
     Attributes:
-        displacement: `(m, n)`, of the movements, each divided by its sum of learning rates.
-        rows: `(m,)`, of the means of the second moment's rows; None for optimizers without one.
-        columns: `(n,)`, of the means of its columns.
-        num_steps: Of the numbers of steps, rounded.
+        displacement: `(m, n)`, mean movement per unit of summed learning rates.
+        rows: `(m,)`, mean of the second moment's row means; None for optimizers without one.
+        columns: `(n,)`, mean of its column means.
+        num_steps: Mean number of steps, rounded.
     """
 
     displacement: Tensor
@@ -67,7 +68,7 @@ class MeanMovement:
 
 @dataclass(frozen=True)
 class ClientMoments:
-    """What one client has to say of its optimizer after a round.
+    """What one client reports about its optimizer after a round.
 
     Attributes:
         means: `<module>.<factor>.rows` and `.columns` to the means of the second moments.
@@ -82,15 +83,15 @@ class ClientMoments:
 
 @dataclass(frozen=True)
 class MomentSums:
-    """The form of what a round's first sum holds of moments; the same for clients and server.
+    """The layout of the moments in a round's first sum, shared by clients and server.
 
     Attributes:
         shapes: `<module>.<factor>` to the shape of each trained factor.
         has_second: Whether the optimizer keeps second moments.
         num_steps: The number of steps of each client.
-        num_parties: The number of parties of the sum.
-        max_examples: The largest number of examples of a client.
-        limits: Of what a client says.
+        num_parties: The number of parties in the sum.
+        max_examples: The maximum number of examples per client.
+        limits: Limits on what a client reports.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -111,15 +112,15 @@ class MomentSums:
         max_examples: int,
         limits: MomentLimits,
     ) -> MomentSums:
-        """Return the form for a round.
+        """Return the layout for a round.
 
         Args:
             start: The adapter that all clients start from.
             factors: The factors that are trained, `BA`, `B` or `A`.
             training: The round's hyperparameters.
-            num_parties: The number of parties of the sum.
-            max_examples: The largest number of examples of a client.
-            limits: Of what a client says.
+            num_parties: The number of parties in the sum.
+            max_examples: The maximum number of examples per client.
+            limits: Limits on what a client reports.
 
         Raises:
             ConfigError: If clients make different numbers of steps.
@@ -148,10 +149,10 @@ class MomentSums:
 
         Args:
             num_examples: Its number of examples.
-            moments: What it has to say of its optimizer.
+            moments: What it reports about its optimizer.
 
         Raises:
-            DataError: If a number is beyond its limit, or the steps are others.
+            DataError: If a value exceeds its limit, or the number of steps is wrong.
         """
         if not (moments.num_steps == self.num_steps and moments.learning_rate_sum > 0):
             raise DataError(
@@ -183,7 +184,7 @@ class MomentSums:
 
         Args:
             totals: The sum's values.
-            num_examples: The number of examples of all clients in it.
+            num_examples: The total number of examples of the clients included.
             changes: `<module>.<factor>` to the mean movement.
         """
         means = {}
@@ -196,19 +197,19 @@ class MomentSums:
             rows = None
             columns = None
             if self.has_second:
-                # Nobody can see whether a client added less than nothing.
+                # Under masks, nobody can see whether a client's contribution was negative.
                 rows = means[f"rows {key}"].clamp(min=0)
                 columns = means[f"columns {key}"].clamp(min=0)
             movements[key] = MeanMovement(displacement, rows, columns, self.num_steps)
         return movements
 
     def _numbers(self) -> dict[str, tuple[int, float]]:
-        """Return the names of all numbers, with how many there are and the limit of their size."""
+        """Return name to count and magnitude limit, for all values in the sum."""
         limits = self.limits
         numbers = {LEARNING_RATES: (1, limits.learning_rate_sum)}
         for key, (num_rows, num_columns) in self.shapes.items():
             if self.has_second:
-                # The mean of a row is its sum, which is a part of all, over its length.
+                # A row's mean is its sum, at most the total, over its length.
                 numbers[f"rows {key}"] = (num_rows, limits.second_total / num_columns)
                 numbers[f"columns {key}"] = (num_columns, limits.second_total / num_rows)
         return numbers
@@ -226,7 +227,7 @@ def factor_shapes(adapter: Adapter, kinds: str) -> dict[str, tuple[int, int]]:
 
 
 def mean_changes(means: MeanMoves) -> dict[str, Tensor]:
-    """Return `<module>.<factor>` to how far the factors moved in the mean."""
+    """Return `<module>.<factor>` to the factor's mean movement."""
     changes = {}
     for module, move in means.modules.items():
         changes[f"{module}.B"] = move.b

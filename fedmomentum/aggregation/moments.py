@@ -1,4 +1,4 @@
-r"""An optimizer's moments of LoRA factors: their mean over clients, carried through aggregation.
+r"""Optimizer moments of LoRA factors: their mean over clients, carried through aggregation.
 
 The gradient of A is `s B^T G` and that of B is `s G A^T`, where G is the gradient of the effective
 weight. So if aggregation replaces the factors `(B, A)` by `(B / f R^T, f R A)`, with a rotation R,
@@ -7,12 +7,12 @@ the gradients that the moments describe become those of the new factors by::
     A:  first -> f_B R first,          second -> f_B^2 (R o R) second
     B:  first -> f_A first R^T,        second -> f_A^2 second (R o R)^T
 
-with `f_B = ||B_new|| / ||B_old||`, likewise f_A, and `o` for the product of elements. The first
-line is exact where the new factors are a rotation of the old ones; the squares of rotated gradients
-are taken as if the gradients of different rows were uncorrelated.
+with `f_B = ||B_new|| / ||B_old||`, likewise f_A, and `o` the elementwise product. The first moments
+are exact if the new factors are a rotation of the old ones; the second moments treat gradients of
+different rows as uncorrelated.
 
-No paper has this. FedAdamW (arXiv 2510.27486) averages second moments of complete models, which
-have no gauge; FedGaLore (arXiv 2602.01746) synchronizes them in a projected space.
+This is in no paper we know of. FedAdamW (arXiv 2510.27486) averages second moments of complete
+models, which have no gauge; FedGaLore (arXiv 2602.01746) synchronizes them in a projected space.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OptimizerSettings:
         beta1: Decay of Adam's first moment.
         beta2: Decay of Adam's second moment.
         epsilon: What Adam adds to the root of the second moment.
-        weight_decay: Decoupled weight decay, in learning rates.
+        weight_decay: Decoupled weight decay, in units of the learning rate.
     """
 
     beta1: float = 0.9
@@ -61,7 +61,7 @@ class OptimizerSettings:
 
     @property
     def max_movement(self) -> float:
-        """The most that Adam moves a number in a step, in learning rates.
+        """The farthest Adam can move a parameter in one step, in units of the learning rate.
 
         `max(1, (1 - beta1) / sqrt(1 - beta2))`, whatever the gradients (Kingma and Ba,
         arXiv 1412.6980, section 2.1).
@@ -93,7 +93,7 @@ def mean_step(steps: Sequence[int], weights: Sequence[float]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class SecondMomentMeans:
-    """A second moment `(m, n)` by the means of its rows and columns, `m + n` numbers.
+    """A second moment `(m, n)` represented by its row and column means, `m + n` numbers.
 
     Attributes:
         rows: `(m,)`, the mean of each row.
@@ -111,8 +111,8 @@ class SecondMomentMeans:
     def expand(self) -> Tensor:
         """Return `rows columns^T / mean(rows)` `(m, n)`, in float64.
 
-        The means of its rows and columns are the given ones: it is the estimate of Adafactor
-        (Shazeer and Stern, arXiv 1804.04235, section 3).
+        Its row and column means are the given ones; this is Adafactor's estimate (Shazeer and
+        Stern, arXiv 1804.04235, section 3).
         """
         rows = self.rows.to(CORE_DTYPE)
         columns = self.columns.to(CORE_DTYPE)
@@ -131,15 +131,15 @@ def reconstruct_moments(
 ) -> Moments:
     r"""Return the moments that explain how far a parameter moved per unit of learning rate.
 
-    AdamW moves a parameter x by `-lr (m' / (sqrt(v') + eps) + decay x)` in a step, where
+    In one step, AdamW moves a parameter x by `-lr (m' / (sqrt(v') + eps) + decay x)`, where
     `m' = m / (1 - beta1^t)` and `v' = v / (1 - beta2^t)`. If the mean of that over a round is
     `lr D`, then::
 
         m = -(D + decay x) (sqrt(v / (1 - beta2^t)) + eps) (1 - beta1^t)
 
-    No element of `D + decay x` is taken for larger than Adam can move it
-    (`OptimizerSettings.max_movement`): a client that reports too small a sum of learning rates
-    would make everybody's next step too long. SGD moves it by minus its buffer:
+    Each element of `D + decay x` is clamped to what Adam can move it
+    (`OptimizerSettings.max_movement`): otherwise a client reporting too small a sum of learning
+    rates would make everyone's next step too long. SGD moves x by `-lr` times its buffer, so
     `m = -(D + decay x)`.
 
     Args:
@@ -164,15 +164,15 @@ def reconstruct_moments(
 def carry_moments(
     moments: Mapping[str, Moments], before: LowRank, after: LowRank
 ) -> dict[str, Moments]:
-    """Return one module's moments in the coordinates of other factors of nearly the same product.
+    """Transform one module's moments to other factors of nearly the same product.
 
     Args:
         moments: `B` and `A` to their moments; a factor may be missing.
         before: The factors that the moments belong to.
-        after: The factors that they shall belong to, of the same shapes.
+        after: The factors to transform them to, of the same shapes.
 
     Returns:
-        The transformed moments; the same ones where the factors are equal to the bit.
+        The transformed moments; unchanged if the factors are identical bit for bit.
     """
     if torch.equal(before.B, after.B) and torch.equal(before.A, after.A):
         return dict(moments)
@@ -198,9 +198,9 @@ def carry_moments(
 def gauge_rotation(before: LowRank, after: LowRank) -> Tensor:
     """Return the rotation `R` `(r, r)` that brings one pair of factors closest to another.
 
-    It minimizes `||R A_before - A_after||_F^2 + ||B_before R^T - B_after||_F^2`: `R = X Y^T` of
-    `X Sigma Y^T = svd(A_after A_before^T + B_after^T B_before)`. The identity for the split
-    `procrustes`, which makes that matrix symmetric and positive.
+    It minimizes `||R A_before - A_after||_F^2 + ||B_before R^T - B_after||_F^2`: `R = X Y^T` with
+    `X Sigma Y^T = svd(A_after A_before^T + B_after^T B_before)`. It is the identity for the
+    `procrustes` split, which makes that matrix symmetric positive semidefinite.
     """
     alignment = after.A.to(CORE_DTYPE) @ before.A.to(CORE_DTYPE).mT
     alignment = alignment + after.B.to(CORE_DTYPE).mT @ before.B.to(CORE_DTYPE)
@@ -210,6 +210,6 @@ def gauge_rotation(before: LowRank, after: LowRank) -> Tensor:
 
 
 def _norm_ratio(after: Tensor, before: Tensor) -> float:
-    """Return the ratio of the Frobenius norms; 1 where there is nothing to compare with."""
+    """Return the ratio of the Frobenius norms; 1 if `before` is zero."""
     size = float(torch.linalg.vector_norm(before, dtype=CORE_DTYPE))
     return float(torch.linalg.vector_norm(after, dtype=CORE_DTYPE)) / size if size else 1.0

@@ -1,12 +1,14 @@
-r"""The exact weighted mean of products, from sums of vectors alone, in two of them.
+r"""The exact weighted mean of products, from just two sums of vectors.
 
-A sum under masks adds vectors, and `sum_i N_i B_i A_i` is no sum of factors. With `(B_0, A_0)` what
-all clients started from, `b_i = B_i - B_0`, `a_i = A_i - A_0`, and means weighted by `N_i / N`::
+A masked sum adds vectors, but `sum_i N_i B_i A_i` cannot be computed from sums of the factors. Let
+all clients start from `(B_0, A_0)`, `b_i = B_i - B_0`, `a_i = A_i - A_0`, means weighted by
+`N_i / N`::
 
     mean(B A) = (B_0 + b)(A_0 + a) + mean((b_i - b)(a_i - a)),        b = mean(b_i), a = mean(a_i)
 
-The first sum gives N, b, a, and a sketch of the last term, the cross term, whose range Q the second
-sum projects it on. What Q leaves out, each client keeps, and brings into the next round::
+The first sum yields N, b, a, and a sketch of the last term, the cross term. The second sum projects
+the cross term onto the sketch's range Q. Each client keeps what Q misses, as feedback f_i for the
+next round::
 
     sum 1     N_i,  N_i b_i,  N_i a_i,  (N_i b_i a_i + N' f_i) Omega
     server    Q = orth(sum/N - b a Omega)
@@ -14,18 +16,17 @@ sum projects it on. What Q leaves out, each client keeps, and brings into the ne
     result    (B_0 + b)(A_0 + a) + Q sum/N
     client    f_i <- (I - Q Q^T) ((N_i/N) (b_i - b)(a_i - a) + f_i)
 
-So the result plus all `f_i` is the mean plus all `f_i` of before, for any Q and any set of clients.
-The `f_i` are in the units of the model: they do not change their meaning with N. The N' of
-the first sum, where N is not known yet, is a guess that only Q depends on, such as the N of the
-round before. A client that drops out between the sums keeps its cross term whole, as with a Q of no
-columns.
+So the result plus all new `f_i` equals the mean plus all old `f_i`, for any Q and any set of
+clients. The `f_i` are in units of the model, so their meaning does not depend on N. N is not yet
+known in the first sum; N' is a guess, such as the previous round's N, that affects only Q. A client
+that drops out between the sums keeps its whole cross term, as if Q had no columns.
 
-Nothing here knows of scalings: factors are in effective units, or the result is multiplied by the
-clients' common scaling.
+Scalings do not appear here: either factors are in effective units, or the result is multiplied by
+the clients' common scaling.
 
 Source:
-    The sketch in two passes is that of FedASK, arXiv 2507.09990, which has no masks, no feedback
-    and no residual.
+    The two-pass sketch is from FedASK, arXiv 2507.09990, which has no masks, no feedback and no
+    residual.
 """
 
 from __future__ import annotations
@@ -51,8 +52,7 @@ class ClientMove:
         num_examples: Its weight `N_i`.
         b: `(out, r)`, the change of B.
         a: `(r, in)`, the change of A.
-        feedback: What is missing in the model of its cross terms of earlier rounds; None for
-            nothing.
+        feedback: The part of its earlier cross terms that the model still lacks; None if nothing.
     """
 
     num_examples: int
@@ -64,10 +64,10 @@ class ClientMove:
     def of(
         cls, start: LowRank, trained: LowRank, num_examples: int, feedback: Matrix | None = None
     ) -> ClientMove:
-        """Return a client's move from the factors that it was sent to those that it trained.
+        """Return a client's move from the factors it was sent to the ones it trained.
 
         Raises:
-            ValueError: If the factors differ in shape: their means would not be factors.
+            ValueError: If the factors differ in shape.
         """
         if start.shape != trained.shape or start.rank != trained.rank:
             raise ValueError(f"moves from {start!r} to {trained!r}, which is of another shape")
@@ -78,7 +78,7 @@ class ClientMove:
 
 @dataclass(frozen=True, eq=False)
 class FirstTerms:
-    """What the first sum adds up: one client's terms, or the sum of all.
+    """What the first sum adds up: one client's terms, or the total.
 
     Attributes:
         num_examples: `N_i`.
@@ -97,14 +97,14 @@ class FirstTerms:
 class MeanMove:
     """What the server sends after the first sum.
 
-    Server and clients must compute with the same numbers: if they travel in fewer digits, the
-    server rounds them before it uses them. Q need not be orthonormal for the result to be exact.
+    Server and clients must compute with the same numbers: if they are sent at lower precision, the
+    server rounds them before using them. Q need not be orthonormal for the result to be exact.
 
     Attributes:
         num_examples: N, of all clients in the first sum.
         b: `(out, r)`, the mean change of B.
         a: `(r, in)`, the mean change of A.
-        Q: `(out, c)`, orthonormal, the range on which cross terms are added up.
+        Q: `(out, c)`, orthonormal, the range in which cross terms are summed.
     """
 
     num_examples: int
@@ -118,9 +118,9 @@ class MeanMoves:
     """The outcome of the first sum, over all modules.
 
     Attributes:
-        num_examples: The number of examples of all clients in it.
+        num_examples: The total number of examples of the clients included.
         modules: Module to the mean move.
-        saved: Fully trained tensor to its mean change.
+        saved: Name of each fully trained tensor to its mean change.
     """
 
     num_examples: int
@@ -153,9 +153,9 @@ def first_terms(
     Args:
         move: What it did.
         omega: `(in, c)`.
-        expected_examples: N', about the number of examples of all clients of the round.
-        feedback_limit: The largest size of an element that feedback adds to the sketch; more
-            feedback is scaled down.
+        expected_examples: N', approximately the round's total number of examples.
+        feedback_limit: The largest magnitude that feedback may add to an element of the sketch;
+            larger feedback is scaled down.
     """
     N_i = move.num_examples
     sketch = N_i * (move.b @ (move.a @ omega))
@@ -168,8 +168,8 @@ def first_terms(
 def mean_move(total: FirstTerms, omega: Tensor) -> MeanMove:
     """Return the means, and the range of the cross terms, from the first sum.
 
-    Q has as many columns as the sketch, or as its rows where these are fewer: columns beyond the
-    rank of the sketch are arbitrary directions, which do no harm.
+    Q has as many columns as the shorter side of the sketch; columns beyond the rank of the sketch
+    are arbitrary directions, which do no harm.
     """
     # The sketch of mean(b_i a_i) minus that of b a is the sketch of the cross term.
     N = total.num_examples
@@ -185,10 +185,10 @@ def second_terms(move: ClientMove, mean: MeanMove, feedback_limit: float = math.
     Args:
         move: What it did.
         mean: The first sum's outcome.
-        feedback_limit: The largest size of an element that feedback adds; more feedback is scaled
-            down, and `next_feedback`, with the same limit, keeps the rest.
+        feedback_limit: The largest magnitude that feedback may add to an element; larger feedback
+            is scaled down, and `next_feedback`, with the same limit, keeps the rest.
     """
-    # N is known now: feedback counts in full, whatever the others weigh.
+    # N is known now, so feedback has its full effect whatever the other clients' weights.
     cross = _cross_factors(move, mean)
     terms = move.num_examples * ((mean.Q.mT @ cross.B) @ cross.A)
     if move.feedback is not None:
@@ -203,7 +203,7 @@ def combine_sums(start: LowRank, mean: MeanMove, second: Tensor | None) -> tuple
     Args:
         start: What the clients started from.
         mean: The first sum's outcome.
-        second: `(c, in)`, the second sum; None where there was none, and clients keep all cross
+        second: `(c, in)`, the second sum; None if there was none, so that clients keep all cross
             terms.
     """
     factors = LowRank(start.B.to(CORE_DTYPE) + mean.b, start.A.to(CORE_DTYPE) + mean.a)
@@ -217,20 +217,22 @@ def stand_ins(
 ) -> tuple[list[LowRank], Tensor]:
     """Return updates with the same mean factors and the same mean product as the clients'.
 
-    A method that depends on the clients' updates by these alone gives with them what it gives with
-    the clients'. They come in pairs `(B + x, A + y)`, `(B - x, A - y)`: x and y cancel in the mean
+    A method that depends only on these means gives the same result as with the clients' updates.
+    The stand-ins come in pairs `(B + x, A + y)`, `(B - x, A - y)`: x and y cancel in the mean
     factors, and their product remains in the mean product.
 
     Args:
         factors: The mean factors B and A, of rank r.
         cross: The mean product minus the product of the mean factors, of rank c.
-        num_pairs: The number of pairs; as few as hold the cross term, `ceil(c / r)`, by default.
+        num_pairs: The number of pairs; by default the fewest that hold the cross term,
+            `ceil(c / r)`.
 
     Returns:
-        Updates of rank r, two a pair or one without pairs, and their weights, sum 1.
+        Updates of rank r (two per pair, or a single one if there are no pairs), and their weights,
+        summing to 1.
 
     Raises:
-        ValueError: If the pairs do not hold the cross term.
+        ValueError: If the pairs cannot hold the cross term.
     """
     r = factors.rank
     if num_pairs is None:
@@ -239,7 +241,7 @@ def stand_ins(
         raise ValueError(f"{num_pairs} pairs of rank {r} do not hold a cross term {cross!r}")
     if not num_pairs:
         return [factors], torch.ones(1, dtype=CORE_DTYPE)
-    # Zeros fill the last pair up to rank r. Balanced factors keep x and y of one size.
+    # Zeros pad the last pair to rank r. Balanced factors keep x and y similar in size.
     padding = num_pairs * r - cross.rank
     balanced = cross.canonical()
     X = torch.nn.functional.pad(balanced.B, (0, padding)) * num_pairs**0.5
@@ -261,19 +263,19 @@ def next_feedback(
     in_second_sum: bool,
     feedback_limit: float = math.inf,
 ) -> Matrix:
-    """Return what the model lacks of a client's cross terms after the round, in float64.
+    """Return the part of a client's cross terms that the model lacks after the round, in float64.
 
-    Called once for a client that the first sum holds. A client that it does not hold keeps its
-    feedback as it is.
+    Called once for each client included in the first sum. Any other client keeps its feedback
+    unchanged.
 
     Args:
-        move: What it did, with the feedback of before.
+        move: What it did, with the feedback from before the round.
         mean: The first sum's outcome.
         in_second_sum: Whether its terms are in the second sum too.
-        feedback_limit: That of `second_terms`.
+        feedback_limit: The limit passed to `second_terms`.
 
     Returns:
-        Factored, or dense where that is smaller.
+        Factored, or dense if that is smaller.
     """
     cross = [_cross_factors(move, mean)]
     weights = [move.num_examples / mean.num_examples]
@@ -282,7 +284,7 @@ def next_feedback(
         return exact_sum(cross, weights, [] if before is None else [before])
     if before is None:
         return _outside(exact_sum(cross, weights), mean.Q)
-    # What was returned is in the model now but for what lies outside of Q.
+    # The model now contains the returned feedback, except for its part outside of Q.
     share = _share(mean.num_examples * _left_times(mean.Q, before), feedback_limit)
     returned = scale(before, share, CORE_DTYPE)
     missing = _outside(exact_sum(cross, weights, [returned]), mean.Q)
@@ -299,7 +301,7 @@ def _outside(matrix: Matrix, Q: Tensor) -> Matrix:
 
 
 def _share(terms: Tensor, limit: float) -> float:
-    """Return the largest factor, at most 1, by which no element exceeds a limit."""
+    """Return the largest factor, at most 1, that scales all elements to within the limit."""
     largest = float(terms.abs().max())
     return 1.0 if largest <= limit else limit / largest
 
@@ -310,14 +312,14 @@ def _cross_factors(move: ClientMove, mean: MeanMove) -> LowRank:
 
 
 def _times(matrix: Matrix, x: Tensor) -> Tensor:
-    """Return `matrix x` for `(in, c)`, in float64."""
+    """Return `matrix x` for x `(in, c)`, in float64."""
     if isinstance(matrix, LowRank):
         return matrix.B.to(x) @ (matrix.A.to(x) @ x)
     return matrix.to(x) @ x
 
 
 def _left_times(Q: Tensor, matrix: Matrix) -> Tensor:
-    """Return `Q^T matrix` for `(out, c)`, in float64."""
+    """Return `Q^T matrix` for Q `(out, c)`, in float64."""
     if isinstance(matrix, LowRank):
         return (Q.mT @ matrix.B.to(Q)) @ matrix.A.to(Q)
     return Q.mT @ matrix.to(Q)

@@ -1,4 +1,4 @@
-"""The table of methods that the command line and the contract test read, and users' own methods."""
+"""The table of methods used by the command line and the contract test; also loads user methods."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class of a method: a name of the table, or `module:Class` of a user's own.
+    """Return a method's class by its name in the table, or by `module:Class` for a user's own.
 
     Raises:
         ConfigError: If the name is unknown, or the class is not a dataclass derived from `Method`.
@@ -68,8 +68,8 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
     """Return `method_class(name)(**settings)`.
 
     Raises:
-        ConfigError: If the name or a setting is unknown (the message lists what there is), or the
-            method refuses a value.
+        ConfigError: If the name or a setting is unknown (the message lists the known ones), or the
+            method rejects a value.
     """
     cls = method_class(name)
     known = [field.name for field in fields(cast(Any, cls))]

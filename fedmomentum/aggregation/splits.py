@@ -1,4 +1,4 @@
-"""How `U S V^T` is split into B and A: the gauge. The product is the same, its training is not.
+"""How `U S V^T` is split into B and A: the gauge, which affects training but not the product.
 
 All tensors are float64: U `(out, m)`, S `(m,)` positive and descending, Vh `(m, in)`.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fedmomentum.linalg.low_rank import LowRank
 
-# With a condition above this, the clients' mean A is no basis of the kept row space: adapters with
-# a common start measured 1.2, adapters without one up to 1000.
+# Above this condition number, the clients' mean A is not a usable basis of the kept row space:
+# adapters with a common start measured 1.2, adapters without one up to 1000.
 MAX_CONDITION = 100.0
 # The norm of a row of A in LoRA's own initialization, which is uniform in +-1/sqrt(in).
 LORA_ROW_NORM = 1 / math.sqrt(3)
-# A row shorter than this fraction of that norm is as good as zero, and is replaced.
+# A row shorter than this fraction of that norm is practically zero, and is replaced.
 MIN_RELATIVE_NORM = 1e-3
 
 
@@ -37,10 +37,10 @@ def aligned_split(
 ) -> tuple[Tensor, Tensor, bool]:
     r"""Return `A = G V^T`, `B = U S G^-1` with `G = mean_A V`: the mean A in the kept row space.
 
-    Where `G` is singular or its condition exceeds `MAX_CONDITION`, the balanced split is rotated
-    towards `mean_A` instead: `O = argmin ||O S^1/2 V^T - mean_A||_F` over orthogonal O
+    If `G` is singular or its condition exceeds `MAX_CONDITION`, the balanced split is rotated
+    toward `mean_A` instead: `O = argmin ||O S^1/2 V^T - mean_A||_F` over orthogonal O
     (Procrustes), `A = O S^1/2 V^T`, `B = U S^1/2 O^T`. With fewer kept directions than rows of
-    `mean_A`, the leading rows are the ones to align with.
+    `mean_A`, the factors are aligned with its leading rows.
 
     Args:
         U: `(out, m)`.
@@ -74,7 +74,7 @@ def procrustes_split(
     reference: LowRank | None,
     generator: torch.Generator,
 ) -> LowRank:
-    r"""Return the balanced split, rotated to the clients' mean factors.
+    r"""Return the balanced split, rotated toward the clients' mean factors.
 
     With `X = U S^1/2`, `Y = S^1/2 V^T` and the mean factors `B_m`, `A_m` of rank r::
 
@@ -82,9 +82,9 @@ def procrustes_split(
 
     over `(r, m)` matrices with orthonormal columns; the minimum is `O = Q P^T` where
     `P Sigma Q^T = svd(Y A_m^T + X^T B_m)`. The product is that of the balanced split, and each row
-    of A stays next to the row that the clients trained, so that an optimizer's moments keep their
-    meaning. With fewer directions than rows, the r - m combinations of rows that O leaves out get
-    rows of A as in `pad_rank`.
+    of A stays close to the row that the clients trained, so optimizer moments remain meaningful.
+    With fewer directions than rows, the r - m combinations of rows that O leaves out are filled as
+    in `pad_rank`.
 
     Args:
         U: `(out, m)`.
@@ -107,7 +107,7 @@ def procrustes_split(
     A = rotation @ Y
     num_spare = mean.rank - m
     if num_spare:
-        # These combinations of rows are zero in B; in A they must not be, or they never train.
+        # These combinations are zero in B; if they were zero in A too, they would never train.
         A = A + Qh.mT[:, m:] @ fill_rows(Vh, num_spare, reference, generator)
     return LowRank(B, A)
 
@@ -121,9 +121,9 @@ def pad_rank(
     reference: LowRank | None,
     generator: torch.Generator,
 ) -> LowRank:
-    """Return the factors of m kept directions at full `rank`: spare columns of B are zero.
+    """Pad the factors of m kept directions to `rank`, with zeros in B but not in A.
 
-    Spare rows of A are not (`fill_rows`): a direction that is zero in both factors would never
+    Spare rows of A come from `fill_rows`: a direction that is zero in both factors would never
     train again.
 
     Args:
@@ -146,9 +146,9 @@ def fill_rows(
 ) -> Tensor:
     """Return rows of A for directions that are zero in B.
 
-    They are not zero, and orthogonal to the kept rows: the row space of the previous A projected
-    off the kept one, strongest directions first; where that is empty, random rows at the scale of
-    LoRA's own initialization (uniform in +-1/sqrt(in)), projected likewise.
+    They are nonzero and orthogonal to the kept rows: first the strongest directions of the previous
+    A with the kept row space projected out; once these run out, random rows at the scale of LoRA's
+    own initialization (uniform in +-1/sqrt(in)), projected likewise.
 
     Args:
         Vh: `(m, in)`, the kept rows, orthonormal.
@@ -166,7 +166,7 @@ def fill_rows(
         _, S, rows = torch.linalg.svd(previous, full_matrices=False)
         num_usable = min(count, int((S > MIN_RELATIVE_NORM * LORA_ROW_NORM).sum()))
         rows = S[:num_usable, None] * rows[:num_usable]
-    # Where the previous A has too few directions left, LoRA's own initialization.
+    # If the previous A has too few directions left, use LoRA's own initialization.
     if len(rows) < count:
         shape = (count - len(rows), in_size)
         uniform = torch.rand(
@@ -179,9 +179,9 @@ def fill_rows(
 
 
 def _project_off(rows: Tensor, orthonormal: Tensor) -> Tensor:
-    """Return `rows` minus their part in the span of the orthonormal rows.
+    """Return `rows` minus their projection onto the span of the orthonormal rows.
 
-    Twice: the first projection leaves round-off of the size of the rows.
+    Projects twice: the first pass leaves round-off relative to the original length of the rows.
     """
     for _ in range(2):
         rows = rows - rows @ orthonormal.mT @ orthonormal

@@ -1,6 +1,6 @@
-"""`UpdateFilter`: a hook on every update, at the client and at the server.
+"""`UpdateFilter`: hooks on every update, at the client and at the server.
 
-Clipping, noise and masking are filters. None is built in, and by default none is applied.
+Clipping, noise and masking can be written as filters. None is built in or applied by default.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class ClientUpdate:
 
 
 class UpdateFilter(Protocol):
-    """Change updates before they leave a client, and their aggregate before it becomes the model.
+    """Hooks that change updates before upload, and the aggregate before it becomes the model.
 
-    Both hooks of one filter belong together, such as masks and their removal. A hook that has
-    nothing to do returns what it was given.
+    The two hooks of a filter belong together, such as masking and unmasking. A hook that has
+    nothing to do returns its input.
     """
 
     def on_client(self, update: ClientUpdate) -> Adapter:
-        """Return the adapter that leaves the client, of the form of `update.trained`.
+        """Return the adapter that leaves the client, with the same layout as `update.trained`.
 
-        It is called after training and before encoding. The client's live model is not changed.
+        Called after training and before encoding. The client's live model does not change.
         """
         ...
 
     def on_server(self, aggregate: AggregationResult, server_round: int) -> AggregationResult:
-        """Return the aggregate that the next global model is made of."""
+        """Return the aggregate from which the next global model is made."""
         ...

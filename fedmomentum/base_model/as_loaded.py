@@ -1,4 +1,4 @@
-"""`AsLoadedWeights`: adapted modules as they were loaded, with what was merged in a side branch."""
+"""`AsLoadedWeights`: adapted modules as loaded, with merged updates in a side branch."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from fedmomentum.linalg.probes import probe
 
 
 class AsLoadedWeights:
-    """`BaseWeights` as they were loaded, in 16 bits or quantized, plus a side branch D.
+    """`BaseWeights` as loaded, in 16 bits or quantized, plus a side branch D.
 
-    D is the sum of the merged parts: stacked factors while they are smaller than one byte an
-    element, then an int8 matrix with one scale a row, made of the float32 sum. It is 0.8 % from
-    that sum at any number of parts, without bias, for one byte a weight. The layers' forward adds
-    its product in float32 and rounds once.
+    D is the sum of the merged parts: stacked factors while they take less than one byte per weight,
+    then an int8 matrix with one scale per row, quantized from the float32 sum. However many parts
+    there are, it deviates from that sum by 0.8 %, without bias, for one byte per weight. The
+    layers' forward adds its product in float32 and rounds once.
 
-    Modules whose forward cannot be given a branch (experts, embeddings that scale, weights that
-    PEFT adapts by a parametrization) are held in float32.
+    Modules whose forward cannot take a branch (experts, embeddings that scale, weights that PEFT
+    adapts by a parametrization) are held in float32.
 
     Args:
-        layers: As for `Float32Weights`. The weights are not replaced, so modules that share them,
-            and other models of the process, may continue to do so.
+        layers: As for `Float32Weights`. The weights are not replaced, so modules, and other models
+            in the process, may keep sharing them.
         directory: The model's directory.
         tied: See `Float32Weights`.
-        model: See `Float32Weights`; needed too if PEFT adapts parameters.
+        model: See `Float32Weights`; also needed if PEFT adapts parameters.
 
     Raises:
-        ModelError: If a layer is of another kind, or the checkpoint does not hold its weight, or
-            another one than was loaded.
+        ModelError: If a layer's type is not supported, or the checkpoint lacks its weight or holds
+            a different one from what was loaded.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AsLoadedWeights:
             else:
                 others[module] = layers[module]
         self._wide = Float32Weights(others, directory, tied, model)
-        # What a quantized weight was before is of no account: it stands for what it dequantizes to.
+        # A quantized weight is defined by what it dequantizes to, so it is not compared.
         unquantized = {name: slot for name, slot in self._slots.items() if not slot.is_quantized}
         self._stored = PretrainedWeights(unquantized, directory, tied, model)
         with translate_out_of_memory(f"reading the adapted modules of {directory}"):
@@ -98,7 +98,7 @@ class AsLoadedWeights:
         yield from self._wide.iterate_pretrained(m for m in modules if m not in self._slots)
 
     def _iterate_stored(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield modules and the weights that they were loaded from; quantized ones, dequantized."""
+        """Yield modules and the stored weights they were loaded from, dequantized if necessary."""
         modules = list(modules)
         quantized = {module for module in modules if self._slots[module].is_quantized}
         yield from self._stored.iterate(m for m in modules if m not in quantized)
@@ -108,21 +108,21 @@ class AsLoadedWeights:
     # ── merged parts ──
 
     def reset(self) -> None:
-        """Take every branch away."""
+        """Remove all branches."""
         for forward in self._forwards.values():
             forward.branch = EMPTY
         self._wide.reset()
         self._applied_names = ([], None)
 
     def apply(self, base_update: Sequence[MergedPart], own: MergedPart | None = None) -> None:
-        """Set every module's branch to the sum of `base_update`, and `own` in factors.
+        """Set every module's branch to the sum of `base_update`, plus `own` as factors.
 
-        All parts are checked before the first branch is changed. An error in between (no memory,
-        Ctrl-C) leaves branches that the next call rebuilds.
+        All parts are checked before the first branch changes. After an error in between (out of
+        memory, Ctrl-C), the next call rebuilds all branches.
 
         Raises:
-            ModelError: If a part changes a module that is not among these, or has another shape,
-                or `own` is no part in factors.
+            ModelError: If a part changes a module that is not adapted, or has the wrong shape, or
+                `own` is not factored.
         """
         parts = [*base_update] if own is None else [*base_update, own]
         for part in parts:
@@ -130,7 +130,7 @@ class AsLoadedWeights:
         names = ([part.name for part in base_update], own.name if own else None)
         if names == self._applied_names:
             return
-        # The sum in 8 bits is rebuilt only if it has changed.
+        # Rebuild the 8-bit sum only if it has changed.
         is_same_sum = self._applied_names is not None and names[0] == self._applied_names[0]
         self._applied_names = None
         self._wide.apply([self._share_of_wide(part) for part in parts])
@@ -159,7 +159,7 @@ class AsLoadedWeights:
         return make_branch(merged, added, slot.shape, like, dense)
 
     def _share_of_wide(self, part: MergedPart) -> MergedPart:
-        """Return what a part has for the modules that are held in float32."""
+        """Return a part's matrices for the modules that are held in float32."""
         layers = self._wide.layers
         matrices = {name: matrix for name, matrix in part.matrices.items() if name in layers}
         return _Share(part.name, matrices)
@@ -167,7 +167,7 @@ class AsLoadedWeights:
     # ── what the forward computes with ──
 
     def probe(self, module: str, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """Compute `diag(U^T (W + D) X)` of the weight as it was loaded and the branch."""
+        """Compute `diag(U^T (W + D) X)` for the weight as loaded and its branch."""
         if module not in self._slots:
             return self._wide.probe(module, U, X, scratch)
         branch = self._forwards[module].branch
@@ -181,14 +181,14 @@ class AsLoadedWeights:
         return X.to(device=slot.device, dtype=slot.dtype)
 
     def outputs(self, module: str, X: Tensor) -> Tensor:
-        """Return `(W + D) X` as the layer's forward has it before it rounds."""
+        """Return `(W + D) X` as computed by the layer's forward, before rounding."""
         if module not in self._slots:
             return self._wide.outputs(module, X)
         forward = self._forwards[module]
         return forward.outputs(X, forward.branch)
 
     def pretrained_outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what `outputs` gives without any branch."""
+        """Return what `outputs` returns without branches."""
         wide = {module: X for module, X in inputs.items() if module not in self._slots}
         outputs = self._wide.pretrained_outputs(wide)
         for module, X in inputs.items():
@@ -199,7 +199,7 @@ class AsLoadedWeights:
 
 @dataclass(frozen=True)
 class _Share:
-    """A `MergedPart` of some modules."""
+    """A `MergedPart` restricted to some modules."""
 
     name: str
     matrices: Mapping[str, Matrix]

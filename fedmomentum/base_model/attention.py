@@ -1,4 +1,4 @@
-"""How attention is computed, where the user chooses."""
+"""The attention implementation that the user chooses."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from transformers import PreTrainedModel
 from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.errors import ModelError
 
-# What each of them is computed by.
+# The package that provides each implementation.
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def set_attention(model: PreTrainedModel, attention: str) -> None:
-    """Have a model compute attention in this way.
+    """Set a model's attention implementation.
 
     Args:
         model: The model, on its device.
-        attention: As transformers calls it; `auto`: as the model chooses.
+        attention: transformers' name for it, or `auto` for the model's own choice.
 
     Raises:
-        ModelError: If it is not possible for this model, here.
+        ModelError: If this model, or this machine, does not support it.
     """
     if attention == "auto":
         return
@@ -34,14 +34,14 @@ def set_attention(model: PreTrainedModel, attention: str) -> None:
         )
     package = FLASH_PACKAGES.get(attention)
     if package is not None and find_spec(package) is None:
-        # transformers would take kernels from the hub instead, which is code from elsewhere.
+        # transformers would download kernels from the hub instead, which is third-party code.
         raise ModelError(
             f'model.attention = "{attention}" needs the package {package}, which is not installed'
         )
     what = f'model.attention = "{attention}" cannot be used for {type(model).__name__}'
     with translate_library_errors(what, {}):
         model.set_attn_implementation(attention)
-    # transformers leaves a model as it is that does not support the change.
+    # transformers silently leaves models unchanged that do not support it.
     chosen = model.config._attn_implementation
     if chosen != attention:
         raise ModelError(f"{what}; it stays with {chosen}")

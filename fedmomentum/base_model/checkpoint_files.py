@@ -1,7 +1,7 @@
 """The files of a base model's directory: which ones transformers reads, and what is not supported.
 
-Only JSON and safetensors headers are read here, so every check is cheap and comes before a model is
-loaded.
+Only JSON and safetensors headers are read here, so all checks are cheap and can run before a model
+is loaded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fedmomentum.utils.text import printable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# safetensors' names of the dtypes whose elements are the weights themselves.
+# safetensors' names of floating-point dtypes, whose elements are the weights themselves.
 FLOATING = {"F64", "F32", "F16", "BF16"}
-# File names that a message lists.
+# Maximum number of file names listed in a message.
 MAX_SHOWN = 3
-# torch's distributed checkpoint; transformers prefers it to the other files, and we do not read it.
+# torch's distributed checkpoints: transformers prefers them to other files; we do not read them.
 _DISTRIBUTED_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -79,12 +79,12 @@ def read_json_object(file: Path) -> dict[str, Any]:
 def checkpoint_files(directory: Path) -> list[Path]:
     """Return the safetensors files that transformers loads from a model directory.
 
-    These are the file that the configuration names, else `model.safetensors`, else the shards that
-    `model.safetensors.index.json` lists. Any other file (a consolidated copy, a variant, a stale
-    shard, an adapter) is not loaded, and so is part neither of the identity nor of the weights.
+    These are the file named by the configuration, else `model.safetensors`, else the shards listed
+    in `model.safetensors.index.json`. Any other file (a consolidated copy, a variant, a stale
+    shard, an adapter) is not loaded, so it belongs neither to the identity nor to the weights.
 
     Raises:
-        ModelError: If there are none, a shard is missing, or only pickled weights are there.
+        ModelError: If there are none, a shard is missing, or there are only pickled weights.
     """
     configured = read_config(directory).get("transformers_weights")
     if isinstance(configured, str):
@@ -105,9 +105,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def _file_in(directory: Path, name: str) -> Path:
-    """Return the file of a name in the directory; the name must not lead out of it.
+    """Return the file with a name in the directory; the name must not lead outside.
 
-    Links are followed, since the hub's cache consists of them.
+    Symlinks are followed, since the hub's cache consists of them.
     """
     has_separator = any(separator in name for separator in ("/", "\\", "\0"))
     if name in ("", ".", "..") or has_separator or not (directory / name).is_file():
@@ -133,7 +133,7 @@ def _shards(directory: Path, index: Path) -> list[Path]:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the checkpoint by its stored name.
+    """Return all tensors of the checkpoint by their stored names.
 
     Raises:
         ModelError: If a file is not safetensors, or two files hold a tensor of the same name.
@@ -165,12 +165,12 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def refuse_unusable(directory: Path, *, is_classifier: bool = False) -> None:
-    """Refuse a directory whose weights would be loaded as something else than what is stored.
+    """Reject a directory from which something other than the stored weights would be loaded.
 
     Args:
         directory: The model's directory.
-        is_classifier: Whether it is loaded as a sequence classifier, which an embedding model's
-            encoder may become.
+        is_classifier: Whether it is loaded as a sequence classifier, for which the encoder of an
+            embedding model may be used.
 
     Raises:
         ModelError: If the base is an embedding model, an adapter together with a model, or a
@@ -193,10 +193,10 @@ def refuse_unusable(directory: Path, *, is_classifier: bool = False) -> None:
 
 
 def _refuse_embedding_model(directory: Path) -> None:
-    """Refuse a model that pools its outputs into one vector.
+    """Reject a model that pools its outputs into one vector.
 
-    sentence-transformers lists a model's parts in modules.json; with pooling among them, it
-    predicts no next token.
+    sentence-transformers lists a model's parts in modules.json; if it lists pooling, the model does
+    not predict next tokens.
     """
     file = directory / "modules.json"
     if not file.is_file():

@@ -1,8 +1,8 @@
-"""The head of a sequence classifier: which tensors it is, and what it starts from.
+"""The head of a sequence classifier: which tensors belong to it, and how they are initialized.
 
 A checkpoint of a language model or an encoder has no head for the user's labels. transformers would
-initialize one from the global random generator; here it follows from the names of its tensors
-alone, so that it is the same for every party, on every machine.
+initialize one from the global random generator; here the seeds depend only on the names of the
+head's tensors, so that it is the same for every party, on every machine.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 DEFAULT_STD = 0.02
-"""Of a fresh weight, where the model's configuration gives no `initializer_range`."""
-# BERT pools its first token inside the encoder; encoders trained otherwise come without that layer.
+"""Standard deviation of a fresh weight if the model has no `initializer_range`."""
+# BERT pools its first token inside the encoder; encoders trained differently lack that layer.
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
 
@@ -36,10 +36,10 @@ _POOLER = re.compile(r"(^|\.)pooler\.")
 
 
 def stored_labels(directory: Path) -> tuple[str, ...]:
-    """Return the labels that a checkpoint's own head is for, in its order; empty without any.
+    """Return the labels of a checkpoint's own head, in its order; empty if it has none.
 
     Raises:
-        ModelError: If `config.json` is no JSON object.
+        ModelError: If `config.json` is not a JSON object.
     """
     config = read_config(directory)
     architectures = config.get("architectures")
@@ -56,7 +56,7 @@ def stored_labels(directory: Path) -> tuple[str, ...]:
 
 
 def label_arguments(labels: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of transformers that give a classifier these labels, in this order."""
+    """Return the transformers arguments that give a classifier these labels, in this order."""
     return {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
@@ -64,16 +64,16 @@ def label_arguments(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def order_labels(directory: Path, labels: Sequence[str]) -> tuple[str, ...]:
-    """Return labels in the order of the checkpoint's own head, if that has just these."""
+    """Return labels in the order of the checkpoint's own head, if it has exactly these."""
     stored = stored_labels(directory)
     return stored if sorted(stored) == sorted(labels) else tuple(labels)
 
 
 def check_label_order(directory: Path, labels: Sequence[str]) -> None:
-    """Refuse the labels of the checkpoint's own head in another order than its outputs have.
+    """Reject the labels of the checkpoint's own head if their order differs from its outputs'.
 
     Raises:
-        ModelError: If they are.
+        ModelError: If the order differs.
     """
     ordered = order_labels(directory, labels)
     if ordered != tuple(labels):
@@ -85,7 +85,7 @@ def check_label_order(directory: Path, labels: Sequence[str]) -> None:
 
 
 def refuse_other_classifiers(directory: Path, model: Any) -> None:
-    """Refuse classifiers whose head is not distinguishable, or that have no token table.
+    """Reject classifiers whose head cannot be told apart, or that have no token embeddings.
 
     Raises:
         ModelError: If the model is one of them.
@@ -114,28 +114,28 @@ def refuse_other_classifiers(directory: Path, model: Any) -> None:
 
 
 def is_head(name: str, model: Any) -> bool:
-    """Return whether a parameter belongs to the head: it lies outside the encoder or decoder."""
+    """Return whether a parameter belongs to the head: outside the encoder or decoder, or pooler."""
     prefix = f"{model.base_model_prefix}."
     return not name.startswith(prefix) or bool(_POOLER.search(name))
 
 
 def head_modules(model: Any, directory: Path) -> list[str]:
-    """Return the paths of the modules that are trained in full, for a classifier.
+    """Return the paths of the modules to train in full for a classifier.
 
-    They are all modules outside the encoder or decoder: `score`, `classifier`, DistilBERT's
-    `pre_classifier`, DeBERTa's `pooler`, ModernBERT's `head`. And a pooling layer inside it, if
-    the checkpoint does not hold one.
+    These are all modules outside the encoder or decoder: `score`, `classifier`, DistilBERT's
+    `pre_classifier`, DeBERTa's `pooler`, ModernBERT's `head`; and a pooling layer inside it, unless
+    the checkpoint contains one.
 
     Args:
-        model: The classifier as transformers loads it.
+        model: The classifier as loaded by transformers.
         directory: The checkpoint's directory.
     """
-    # Beside the encoder or decoder: all that has parameters.
+    # Outside the encoder or decoder: everything with parameters.
     modules = []
     for name, module in model.named_children():
         if name != model.base_model_prefix and list(module.parameters()):
             modules.append(name)
-    # Inside it: a pooling layer that nobody has trained.
+    # Inside it: an untrained pooling layer.
     has_pooler = any(_POOLER.search(name) for name in stored_tensors(directory))
     body = getattr(model, model.base_model_prefix, None)
     if getattr(body, "pooler", None) is not None and not has_pooler:
@@ -144,10 +144,10 @@ def head_modules(model: Any, directory: Path) -> list[str]:
 
 
 def is_other_head(name: str, model: Any, stored: Iterable[str]) -> bool:
-    """Return whether a stored tensor without a place belongs to a head of another kind.
+    """Return whether a stored tensor that the model does not use belongs to another kind of head.
 
-    Checkpoints of language models and encoders hold the head that they were trained with, which a
-    classifier does not use.
+    Checkpoints of language models and encoders contain the head that they were trained with, which
+    a classifier does not use.
     """
     if _POOLER.search(name) or re.search(r"(^|\.)(lm_head|embed_out)\.", name):
         return True
@@ -158,18 +158,18 @@ def is_other_head(name: str, model: Any, stored: Iterable[str]) -> bool:
 def initialize_head(
     model: PreTrainedModel, fresh: Iterable[str], directory: Path, labels: Sequence[str]
 ) -> None:
-    """Initialize the tensors of the head that the checkpoint does not hold for these labels.
+    """Initialize the head's tensors that the checkpoint does not contain for these labels.
 
-    Weights are normal with the model's `initializer_range`, biases 0, scales of norms 1. A head for
-    as many other labels is not taken over: what its outputs mean is another thing.
+    Weights are normal with the model's `initializer_range`, biases 0, norm scales 1. A stored head
+    with the same number of different labels is not reused: its outputs mean something else.
 
     Args:
         model: The classifier.
-        fresh: Names of the tensors that the checkpoint does not hold in the model's shape.
+        fresh: Names of the tensors that the checkpoint does not contain in the model's shape.
         directory: The checkpoint's directory.
         labels: The labels, in the order of the head's outputs.
     """
-    # What the checkpoint lacks, and what it holds for other labels.
+    # What the checkpoint lacks, or has for other labels.
     names = set(fresh)
     if stored_labels(directory) != tuple(labels):
         outputs = set(_outputs(model, len(labels)))
@@ -180,7 +180,7 @@ def initialize_head(
                 directory,
             )
         names |= outputs
-    # Each tensor from a generator of its own, named by the tensor.
+    # Each tensor has its own generator, seeded by the tensor's name.
     std = float(getattr(model.config.get_text_config(), "initializer_range", 0) or DEFAULT_STD)
     with torch.no_grad():
         for name in sorted(names):
@@ -207,13 +207,13 @@ def _fresh_tensor(name: str, like: Tensor, std: float) -> Tensor:
 
 
 def set_pad_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a classifier the tokenizer's pad token, in its configuration.
+    """Set a classifier's pad token to the tokenizer's, in its configuration.
 
-    A decoder's score head reads the last token that is not this one. Exports keep it.
+    A decoder's score head reads the last non-pad token. Exports keep the setting.
 
     Raises:
-        ModelError: If there is no pad token, or an encoder, which counts positions by it, was made
-            with another.
+        ModelError: If there is no pad token, or it differs from that of an encoder, which counts
+            positions by it.
     """
     pad = tokenizer.pad_token_id
     if pad is None:

@@ -1,4 +1,4 @@
-"""The device of a model and the numbers that it computes in: chosen, checked, set up."""
+"""A model's device and the dtype it computes in: choice, checks and setup."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device of a name; for `auto` the first GPU if torch finds one, else the CPU.
+    """Return the named device; for `auto`, the current GPU if torch finds one, else the CPU.
 
     Raises:
-        ModelError: If torch does not know the device, does not find it, or it cannot hold weights.
+        ModelError: If torch does not know or find the device, or it cannot hold weights.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # With its number: `cuda` is whichever GPU is the current one.
+        # Resolve the index: `cuda` is whichever GPU is current.
         chosen = torch.empty(0, device=torch.device(device)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
@@ -30,7 +30,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def find_device(name: str) -> torch.device | None:
-    """Return the device of a name without opening it, which takes memory there; None if it is away.
+    """Return the named device without initializing it, which takes memory; None if unavailable.
 
     Raises:
         ModelError: If torch does not know the device, or it cannot hold weights.
@@ -47,7 +47,7 @@ def find_device(name: str) -> torch.device | None:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; for `auto` bfloat16 if the hardware multiplies it, else float32.
+    """Return the named dtype; for `auto`, bfloat16 if the hardware multiplies in it, else float32.
 
     Raises:
         ModelError: If it is not the name of a supported dtype.
@@ -68,8 +68,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def set_up_device(device: torch.device, *, tf32: bool) -> None:
     """Prepare this process to compute on a device.
 
-    On a GPU, it becomes the current one, where libraries place what they do not place by
-    themselves; and float32 matrices are multiplied in TF32 or not, from here on.
+    A GPU becomes the current device, the default for libraries that do not choose one themselves;
+    from then on, `tf32` determines whether float32 matrices are multiplied in TF32.
 
     Args:
         device: As `pick_device` returns it.
@@ -86,9 +86,9 @@ def rounds_to_tf32(device: torch.device) -> bool:
 
 
 def generator_devices(device: torch.device) -> list[int]:
-    """Return the GPU whose random generator a model on a device uses; none for one on the CPU.
+    """Return the GPU whose random generator a model on this device uses; empty for the CPU.
 
-    For `torch.random.fork_rng`, which without a list makes a context on every GPU, some hundred MB.
+    For `torch.random.fork_rng`, which otherwise creates a context of a few hundred MB on every GPU.
     """
     if device.type not in ("cuda", "xpu"):
         return []

@@ -1,8 +1,8 @@
-"""What is known of each family of models: a record that the tests make and keep current.
+"""Results for each family of models, recorded and kept current by the tests.
 
-Every family is built tiny from its configuration, as a causal language model and as a sequence
-classifier where it has these classes, trained by two clients for two rounds and exported;
-`families.json` holds what came of it.
+For every family, a tiny model is built from its configuration, as a causal language model and as a
+sequence classifier if these classes exist, trained by two clients for two rounds, and exported.
+`families.json` contains the results.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ is padded is refused.
 
 
 class Family(Schema, frozen=True):
-    """What came of a family's tiny model.
+    """Results for a family's tiny model.
 
     Attributes:
         family: transformers' name of the architecture, `model_type` in config.json.
         kind: The class of the model.
-        adapted: The modules that are adapted by default, layers together.
+        adapted: The modules that are adapted by default, grouped over layers.
         is_peft_default: Whether that is PEFT's choice.
         left_out: The linear modules and experts that `all-linear` leaves out, with the reason.
         refused: Why a run is refused; empty if it trains and exports.
@@ -65,12 +65,12 @@ class Family(Schema, frozen=True):
 
 
 class ClassifierFamily(Schema, frozen=True):
-    """What came of a family's tiny sequence classifier.
+    """Results for a family's tiny sequence classifier.
 
     Attributes:
         family: transformers' name of the architecture, `model_type` in config.json.
         kind: The class of the classifier.
-        adapted: The modules that are adapted by default, layers together.
+        adapted: The modules that are adapted by default, grouped over layers.
         is_peft_default: Whether that is PEFT's choice.
         refused: Why a run is refused; empty if it trains and exports.
     """
@@ -83,7 +83,7 @@ class ClassifierFamily(Schema, frozen=True):
 
 
 class Records(Schema, frozen=True):
-    """The file.
+    """The contents of `families.json`.
 
     Attributes:
         families: Every causal language model that was tried.
@@ -99,7 +99,7 @@ class Records(Schema, frozen=True):
 
 
 def known_families() -> Records:
-    """Return what is known of every family, sorted by name."""
+    """Return the results for every family, sorted by name."""
     return parse_json(RECORDS.read_bytes(), Records, str(RECORDS), ModelError)
 
 
@@ -115,7 +115,7 @@ def family_cells(family: Family | ClassifierFamily) -> list[str]:
 
 
 def families_page() -> str:
-    """Return docs/models.md."""
+    """Return the text of docs/models.md."""
     known = known_families()
     lines = [
         INTRODUCTION,
@@ -131,7 +131,7 @@ def _table(
     families: Sequence[Family | ClassifierFamily],
     untried: Mapping[str, str],
 ) -> list[str]:
-    """Return the lines of a Markdown table, and of a sentence about what is not in it."""
+    """Return the lines of a Markdown table, followed by a list of what was not tried."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for family in families:
         cells = [cell.replace("*", "\\*").replace("|", "\\|") for cell in family_cells(family)]

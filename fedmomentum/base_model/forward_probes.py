@@ -1,4 +1,4 @@
-"""What the forward of a live layer gives for probe vectors, before it rounds its outputs."""
+"""Outputs of a live layer's forward for probe vectors, before they are rounded."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor, nn
 
 from fedmomentum.base_model.weight_slots import WeightSlot
 
-# Rows of an embedding that are looked up at a time.
+# Number of embedding rows looked up at a time.
 CHUNK_ROWS = 4096
 
 
 def layer_outputs(slot: WeightSlot, X: Tensor) -> Tensor:
-    """Return `W X` `(out, n)` as the layer's forward gives it, its bias included.
+    """Return `W X` `(out, n)` as the layer's forward computes it, including its bias.
 
-    Hooks that round the outputs to the dtype of the model around the layer come afterwards. So
-    what is measured is what the forward does with the weight: whatever rounds a weight or an input,
-    such as TF32, shows in it.
+    Hooks that round outputs to the surrounding model's dtype run afterward. So this measures what
+    the forward does with the weight: any rounding of weights or inputs, such as TF32, shows up.
 
     Args:
-        slot: The place of the matrix. An embedding is asked for all its rows, and each of them is
-            multiplied by X. An expert has no forward of its own; it is the product with its weight.
+        slot: The place of the matrix. For an embedding, all rows are looked up and multiplied by X.
+            An expert has no forward of its own; its weight is multiplied directly.
         X: `(in, n)`, on the layer's device.
     """
     if slot.expert is not None:
@@ -38,7 +37,7 @@ def layer_outputs(slot: WeightSlot, X: Tensor) -> Tensor:
 
 
 def outputs_with(slot: WeightSlot, weight: Tensor, X: Tensor) -> Tensor:
-    """Return what `layer_outputs` gives with another weight `(out, in)` in this place."""
+    """Return what `layer_outputs` returns with another weight `(out, in)` in this place."""
     live = slot.live
     other = weight.to(device=live.device, dtype=live.dtype)
     if slot.expert is not None:
@@ -53,7 +52,7 @@ def outputs_with(slot: WeightSlot, weight: Tensor, X: Tensor) -> Tensor:
 
 
 def _unrounded(layer: Any, inputs: Tensor) -> Tensor:
-    """Call a layer, and return its forward's result before any hook changes it."""
+    """Call a layer, and return its forward's output before other hooks change it."""
     results: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The choice how adapted modules are held: in float32, or as they were loaded."""
+"""The choice of how adapted modules are held: in float32, or as loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def choose_holding(setting: str, model: Any) -> str:
         model: A transformers model.
 
     Raises:
-        ModelError: If float32 is asked for and weights are quantized.
+        ModelError: If float32 is requested but weights are quantized.
     """
     return resolve_holding(
         setting,
@@ -42,10 +42,10 @@ def hold_weights(
     model: nn.Module,
     tied: Mapping[str, Collection[str]] | None = None,
 ) -> BaseWeights:
-    """Return the adapted modules of a model, held as `choose_holding` says.
+    """Return the adapted modules of a model, held as given by `choose_holding`.
 
     Args:
-        layers: See `Float32Weights`, and the same for the other arguments.
+        layers: See `Float32Weights`, also for the other arguments.
         directory: The model's directory.
         holding: `float32` or `as-loaded`.
         model: The model.
@@ -69,9 +69,9 @@ def hold_for_use(
     """Return the adapted modules of a model that is not trained, held as the model is.
 
     Args:
-        layers: See `hold_weights`, and the same for the other arguments.
+        layers: See `hold_weights`, also for the other arguments.
         directory: The model's directory.
-        holding: `float32` or `as-loaded`, for a model that is not streamed.
+        holding: `float32` or `as-loaded`; ignored if the model is streamed.
         model: The model.
         tied: The names of tied weights.
 

@@ -1,4 +1,4 @@
-"""How the setting `model.adapted-weights` is understood, before and after a model is loaded."""
+"""Interpretation of the setting `model.adapted-weights`, before or after loading a model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ FLOAT32 = "float32"
 def resolve_holding(setting: str, *, on_gpu: bool, dtype: torch.dtype, is_quantized: bool) -> str:
     """Return `float32` or `as-loaded` for the setting.
 
-    `auto` is as-loaded for quantized weights, and for 16-bit ones on a GPU, whose memory and whose
-    speed in float32 are short. Weights in float32 take what is merged without a branch.
+    `auto` means as-loaded for quantized weights, and for 16-bit weights on a GPU, which is short of
+    memory and slow in float32. Float32 weights absorb merged updates without a side branch.
 
     Args:
         setting: `auto`, `float32` or `as-loaded`.
-        on_gpu: Whether the weights are on a device with memory of its own.
-        dtype: The dtype of the weights, and what quantized ones compute in.
+        on_gpu: Whether the weights are on a device with its own memory.
+        dtype: The dtype of the weights, or the compute dtype of quantized ones.
         is_quantized: Whether any weights are quantized.
 
     Raises:
-        ModelError: If float32 is asked for and weights are quantized.
+        ModelError: If float32 is requested but weights are quantized.
     """
     if is_quantized and setting == FLOAT32:
         raise ModelError(

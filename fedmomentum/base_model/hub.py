@@ -9,11 +9,11 @@ from fedmomentum.errors import HubError, ModelError
 from fedmomentum.utils.hub import HubName, download, split_revision
 
 BUNDLED_NAME = "smollm2-135m-instruct"
-# What is downloaded: weights, configurations, tokenizer and chat template, but no code.
+# Files to download: weights, configurations, tokenizer and chat template, but no code.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# What many repositories hold besides: the same weights in another form (Meta's and Mistral's own,
-# in another precision, for other runtimes), which transformers does not load. transformers looks at
-# the top directory only.
+# Files to skip: many repositories also contain the weights in other forms (Meta's and Mistral's own
+# formats, other precisions, other runtimes), which transformers does not load. transformers looks
+# only at the top-level directory.
 OTHER_FILES = ["*/*", "consolidated*", "*.fp16.*", "*.fp32.*", "*.bf16.*"]
 
 
@@ -24,7 +24,7 @@ def resolve_base(name: str, revision: str | None = None, *, with_weights: bool =
         name: A directory, `BUNDLED_NAME`, or a name on the Hugging Face hub, which is downloaded
             unless it is in the hub's cache.
         revision: The revision of the hub repository.
-        with_weights: Whether weights are downloaded too; a plan needs none.
+        with_weights: Whether to download weights too; a plan does not need them.
 
     Raises:
         ModelError: If there is no such directory, and the hub does not provide it.
@@ -59,8 +59,8 @@ def resolve_given_base(text: str, revision: str | None = None) -> Path:
     """Return the local directory of a base model that the user names on the command line.
 
     Args:
-        text: As for `resolve_base`; of the hub also `NAME@REVISION`.
-        revision: The revision where the text has none.
+        text: As for `resolve_base`; for the hub also `NAME@REVISION`.
+        revision: The revision if the text has none.
 
     Raises:
         ModelError: If there is no such directory, and the hub does not provide it.

@@ -1,4 +1,4 @@
-"""`BaseIdentity`: which base model, by name and by the hash of its content."""
+"""`BaseIdentity`: identifies a base model by its name and the hash of its content."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# What models call their embeddings and their head, which may be one tensor.
+# Common names of the embeddings and the head, which may be a single tensor.
 TIED_NAMES = ("lm_head.weight", "embed_out.weight", "embed_tokens.weight", "wte.weight")
 
 
@@ -44,14 +44,14 @@ class BaseIdentity:
     Attributes:
         name: The user's name for it: a directory, a hub name, or the bundled model's name.
         revision: The revision of the hub repository, if one was requested.
-        sha256: Over the sorted (name, shape, stored dtype, bytes) of the checkpoint's tensors, tied
-            ones once; None if adapters were combined without their base.
-        tokenizer_sha256: Over the tokenizer's files and chat template.
-        labels: Of a sequence classifier, in the order of its head's outputs: with the checkpoint
-            they decide the head that training starts from. Empty for a language model, and where
-            adapters were combined without their base.
-        quantization: What was done with the stored weights on loading; None: nothing, also where
-            they are stored quantized.
+        sha256: Hash over the sorted (name, shape, stored dtype, bytes) of the checkpoint's tensors,
+            counting tied ones once; None if adapters were combined without their base.
+        tokenizer_sha256: Hash over the tokenizer's files and chat template.
+        labels: Labels of a sequence classifier, in the order of its head's outputs; together with
+            the checkpoint, they determine the head that training starts from. Empty for a language
+            model, or if adapters were combined without their base.
+        quantization: How weights were quantized on loading; None if they were not, even if they are
+            stored quantized.
     """
 
     name: str
@@ -74,7 +74,7 @@ class BaseIdentity:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the identity as a manifest holds it; without a quantization, as it always was."""
+        """Return the identity for a manifest, omitting `quantization` if None, as old ones do."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.quantization is None:
             del fields["quantization"]
@@ -83,10 +83,11 @@ class BaseIdentity:
         return fields
 
     def check(self, other: BaseIdentity) -> None:
-        """Refuse another base model than this one; an unknown hash, or no labels, match any.
+        """Reject a base model other than this one; an unknown hash, or no labels, match any.
 
         Raises:
-            ModelError: If both hashes are known and differ, or the labels of both.
+            ModelError: If hashes or labels are known on both sides and differ, or the quantization
+                differs.
         """
         if self.sha256 and other.sha256 and self.sha256 != other.sha256:
             raise ModelError(
@@ -100,7 +101,7 @@ class BaseIdentity:
                 f"{_shown(other.labels)}. Give all parties the same model.labels, in this order, "
                 "and the data that the run began with"
             )
-        # Adapters that were combined without their base have no hash, and know nothing of it.
+        # Adapters combined without their base have no hash, and do not know the quantization.
         if self.sha256 and other.sha256 and self.quantization != other.quantization:
             raise ModelError(
                 f"the base model is quantized differently on loading: wanted "
@@ -122,7 +123,7 @@ def identify(
 ) -> BaseIdentity:
     """Return the identity of the model in a directory, loaded with this quantization.
 
-    The hash is of what is stored, and cached by the files' paths, sizes and times.
+    The hash covers the stored tensors, and is cached by the files' paths, sizes and times.
 
     Raises:
         ModelError: If there are no weights, or they cannot be read.
@@ -144,7 +145,7 @@ def identify(
 
 
 def _file_facts(files: Sequence[Path], is_tied: bool) -> list[str | int]:
-    """Return what changes whenever a file is replaced or written."""
+    """Return metadata that changes whenever a file is replaced or modified."""
     facts: list[str | int] = [is_tied]
     for file in files:
         status = file.stat()
@@ -163,7 +164,7 @@ class _CachedHash(Schema, frozen=True):
 
 
 def _read_cached(file: Path) -> str | None:
-    """Return the hash in a file of the cache; None if there is none, or the file is damaged."""
+    """Return the hash in a cache file; None if the file is missing or damaged."""
     try:
         return parse_json(file.read_bytes(), _CachedHash, str(file)).sha256
     except (OSError, FedMomentumError):
@@ -171,7 +172,7 @@ def _read_cached(file: Path) -> str | None:
 
 
 def _hash_tensors(files: Sequence[Path], *, is_tied: bool) -> str:
-    """Return the hash of all tensors; of tied ones, each content counts once."""
+    """Return the hash of all tensors, counting identical tied ones once."""
     lines = []
     tied_contents = set()
     for file in files:

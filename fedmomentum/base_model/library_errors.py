@@ -1,4 +1,4 @@
-"""Errors of libraries and of memory as messages that say what to do."""
+"""Library and out-of-memory errors, translated into messages that say what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fedmomentum.errors import FedMomentumError, ModelError
 from fedmomentum.utils.text import printable
 
-# What torch's allocators say, in errors that have no type of their own.
+# Messages of torch's allocators, whose errors have no specific type.
 OUT_OF_MEMORY_TEXTS = (
     "out of memory",
     "can't allocate memory",
@@ -26,7 +26,7 @@ def translate_library_errors(what: str, config: Mapping[str, Any]) -> Iterator[N
 
     Args:
         what: The beginning of the message.
-        config: The JSON in which `auto_map` would name code of the directory's own.
+        config: The JSON in which `auto_map` would refer to code in the directory.
 
     Raises:
         ModelError: If the block raises anything but a `FedMomentumError`.

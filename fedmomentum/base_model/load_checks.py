@@ -1,4 +1,4 @@
-"""Check a loaded model: it is what the checkpoint holds, causal, and long enough."""
+"""Checks of a loaded model: that it matches the checkpoint, is causal, and has enough positions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Tensor names that a message lists.
+# Maximum number of tensor names listed in a message.
 MAX_SHOWN = 3
-# In units of the dtype's eps, relative to the largest logit: the order of sums alone stays below.
+# In units of the dtype's eps, relative to the largest logit; mere summation order stays below this.
 CAUSALITY_TOL = 16
 NUM_CAUSALITY_TOKENS = 8
-# Ordinary tokens have small ids; special ones, which a model may mask, tend to have large ones.
+# Ordinary tokens have small ids; special tokens, which a model may mask, tend to have large ones.
 MAX_CAUSALITY_TOKEN_ID = 1000
 # Position tables may have a few more rows than positions: OPT's has two.
 POSITION_PADDING = 8
@@ -38,12 +38,12 @@ POSITION_PADDING = 8
 
 @dataclass(frozen=True)
 class LoadingInfo:
-    """What transformers reports of loading a checkpoint.
+    """What transformers reports about loading a checkpoint.
 
     Attributes:
-        missing: Names of parameters that the checkpoint does not hold.
-        mismatched: Names, stored shapes and model shapes of those with another shape.
-        unexpected: Names of tensors that the model has no place for.
+        missing: Names of parameters that the checkpoint does not contain.
+        mismatched: Names, stored shapes and model shapes of parameters whose shapes differ.
+        unexpected: Names of stored tensors that the model does not use.
     """
 
     missing: frozenset[str]
@@ -52,7 +52,7 @@ class LoadingInfo:
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> LoadingInfo:
-        """Return what `from_pretrained(..., output_loading_info=True)` reports, typed."""
+        """Convert the report of `from_pretrained(..., output_loading_info=True)`."""
         mismatched = []
         for name, stored_shape, shape in sorted(info["mismatched_keys"]):
             mismatched.append((name, tuple(stored_shape), tuple(shape)))
@@ -69,17 +69,17 @@ def refuse_incomplete(
     *,
     is_classifier: bool,
 ) -> None:
-    """Refuse a model that holds random weights, or a checkpoint of which weights were left out.
+    """Reject a model with random weights, or one that leaves out weights of the checkpoint.
 
     Args:
         directory: Where it was loaded from.
         model: The loaded model.
         info: What transformers reports.
-        supplied: Names of tensors that the caller sets afterwards.
+        supplied: Names of tensors that the caller sets afterward.
         is_classifier: Whether it was loaded as a sequence classifier.
 
     Raises:
-        ModelError: If the model is not what the checkpoint holds.
+        ModelError: If the model does not match the checkpoint.
     """
     kind = type(model).__name__
     advice = "; the checkpoint is of another kind of model, or incomplete"
@@ -97,7 +97,7 @@ def refuse_incomplete(
             )
     unexpected = sorted(info.unexpected)
     if is_classifier:
-        # A classifier made from a language model or an encoder does not use its head.
+        # A classifier made from a language model or an encoder does not use the stored head.
         stored = stored_tensors(directory)
         unexpected = [name for name in unexpected if not is_other_head(name, model, stored)]
     if unexpected:
@@ -111,7 +111,7 @@ def refuse_incomplete(
 
 def _refuse_integer_weights(directory: Path, model: PreTrainedModel) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    # The codes of quantized layers are meant to be integers.
+    # The codes of quantized layers are supposed to be integers.
     for path, _ in quantized_layers(model):
         parameters.pop(f"{path}.weight")
     for name, tensor in stored_tensors(directory).items():
@@ -133,10 +133,10 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
-    """Refuse a model that transformers loads as a causal language model and that is none.
+    """Reject a model that transformers loads as a causal language model although it is not one.
 
     Raises:
-        ModelError: If it was saved as another kind, computes NaN, or is not causal.
+        ModelError: If it was saved as another kind of model, computes NaN or Inf, or is not causal.
     """
     declared = model.config.architectures or []
     if declared and type(model).__name__ not in declared:
@@ -146,11 +146,11 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
             "language model that it was made from"
         )
     if not type(model).__module__.startswith("transformers."):
-        return  # a user's class: its inputs may mean anything
+        return  # a user's class, whose inputs are unknown
 
-    # Two rows that differ in the last token only: a causal model's earlier logits are the same.
+    # Two rows that differ only in the last token: a causal model's earlier logits are the same.
     num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
-    # Not from 0 on: some models take the padding token itself, often 0, for padding.
+    # Do not start at 0: it is often the padding token, which some models mask by themselves.
     row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
     other_row = torch.cat([row[:-1], (row[-1:] + 1) % num_ids])
     what = f"the model in {directory} cannot compute"
@@ -172,9 +172,9 @@ def refuse_other_kinds(directory: Path, model: PreTrainedModel) -> None:
 
 
 def _why_not_finite(model: PreTrainedModel) -> str:
-    """Name the first weight that holds NaN, or say what else may be the reason."""
+    """Name the first weight that contains NaN, or give other possible reasons."""
     for name, parameter in model.named_parameters():
-        # Weights that are too large for the dtype have become Inf; NaN was in the files.
+        # Weights too large for the dtype become Inf, so NaN must have been in the files.
         if parameter.is_floating_point() and bool(parameter.float().isnan().any()):
             module = name.removesuffix(".weight")
             return f"the weight of {module} in it holds NaN or Inf; download the model again"
@@ -185,7 +185,7 @@ def _why_not_finite(model: PreTrainedModel) -> str:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Return the number of tokens that the model embeds; None if it has no table of embeddings."""
+    """Return the number of tokens that the model embeds; None if it has no embedding table."""
     try:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
@@ -194,14 +194,14 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def max_positions(model: nn.Module) -> tuple[int | None, bool]:
-    """Return the longest row that the model was made for, and whether longer ones are impossible.
+    """Return the longest sequence that the model was made for, and whether that is a hard limit.
 
-    A model with a table of positions has no row for a position beyond it. Rotary and relative
-    positions continue, though the model has not been trained on them.
+    A table of position embeddings has no entry for positions beyond its end. Rotary and relative
+    positions have no hard limit, though the model was not trained on longer sequences.
 
     Returns:
-        The number of positions, None if the model's configuration does not tell; and whether the
-        model has a table of positions.
+        The number of positions, or None if the model's configuration does not specify it; and
+        whether the model has a table of positions.
     """
     config: Any = model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -214,7 +214,7 @@ def max_positions(model: nn.Module) -> tuple[int | None, bool]:
         if not is_table or not re.search(r"(^|[._])(wpe|pos)", name):
             continue
         has_table = True
-        # RoBERTa counts from behind its pad token, within a table of no more rows.
+        # RoBERTa starts counting after its pad token, which leaves fewer usable positions.
         owner = model.get_submodule(name.rpartition(".")[0])
         padding = getattr(owner, "padding_idx", None)
         if padding is not None:
@@ -223,7 +223,7 @@ def max_positions(model: nn.Module) -> tuple[int | None, bool]:
 
 
 def check_max_length(model: nn.Module, max_length: int, key: str = "data.max-length") -> None:
-    """Refuse rows for which the model has no positions.
+    """Reject sequences for which the model has no positions.
 
     Raises:
         ConfigError: If `max_length` exceeds the model's table of positions.
@@ -237,7 +237,7 @@ def check_max_length(model: nn.Module, max_length: int, key: str = "data.max-len
 
 
 def check_token_ids(model: nn.Module, rows: Iterable[Sequence[int]], owner: str) -> None:
-    """Refuse tokens that the model cannot embed.
+    """Reject tokens that the model cannot embed.
 
     Raises:
         ModelError: If a token id is outside the model's vocabulary.

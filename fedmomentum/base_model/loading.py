@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer, without remote code and without random weights."""
+"""Loading of a base model and its tokenizer, without remote code and without random weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pick_merged_dtype(dtype: str) -> torch.dtype:
     """Return the dtype of a merged model's weights on disk.
 
     Raises:
-        ModelError: If it is not the name of a dtype, or of quantized weights.
+        ModelError: If it does not name a dtype, or names quantized weights.
     """
     if dtype in ON_LOADING:
         raise ModelError(
@@ -77,28 +77,28 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the model in a directory, in eval mode, with every weight from the checkpoint.
 
-    Models that transformers would load with random or left-out weights are refused, and so are
-    models that are no causal language model. A classifier with named labels has a head that is the
+    Models that transformers would load with random or omitted weights are rejected, and so are
+    models other than causal language models. A classifier with named labels has a head that is the
     same for every party; see `classifier`. Linear layers are quantized if the directory's are, or
-    if that is asked for; see `quantization`.
+    if `quantization` requests it; see the module `quantization`.
 
     Args:
         directory: As written by `save_pretrained`.
-        dtype: The dtype of the weights, and what quantized ones compute in. None: float32, but
-            weights that are not quantized stay in their files and are float32 tensors only while
-            they are used; see `streamed`.
+        dtype: The dtype of the weights, or the compute dtype of quantized ones. None: float32, but
+            weights that are not quantized stay in their files and become float32 tensors only while
+            in use; see `streamed`.
         device: The device of the weights.
-        num_labels: If given, load a sequence classifier with so many labels instead of a causal
+        num_labels: If given, load a sequence classifier with this many labels instead of a causal
             language model.
         labels: If given, load a sequence classifier with these labels.
-        supplied: Names of tensors that the caller sets afterwards, so that the checkpoint need not
-            hold them.
-        quantization: What is done with the weights of linear layers; None: nothing.
-        trained: Names of the modules that are trained in full, which are never quantized.
+        supplied: Names of tensors that the caller sets afterward, so that the checkpoint need not
+            contain them.
+        quantization: How to quantize the weights of linear layers; None to leave them as stored.
+        trained: Names of the fully trained modules, which are never quantized.
 
     Raises:
-        ModelError: If transformers cannot load it, or would load something else than the checkpoint
-            holds; or if it cannot be quantized like this, here.
+        ModelError: If transformers cannot load it, or would load something other than the
+            checkpoint's contents; or if it cannot be quantized this way on this machine.
     """
     is_classifier = bool(labels) or num_labels is not None
     refuse_unusable(directory, is_classifier=is_classifier)
@@ -118,7 +118,7 @@ def load_base(
     ):
         arguments: dict[str, Any] = {"dtype": dtype}
         if kind is not None:
-            # Weights are quantized, or unpacked, on the device that will hold them.
+            # Quantize or unpack weights directly on the device that will hold them.
             arguments["device_map"] = {"": device}
         if quantization is not None:
             arguments |= quantizing_arguments(
@@ -158,9 +158,9 @@ def load_base(
 
 
 def text_class(directory: Path) -> Any:
-    """Return the auto class of a language model: of an image-text model, that of the whole model.
+    """Return the auto class that loads a language model, or the whole of an image-text model.
 
-    `AutoModelForCausalLM` would load its language model alone, and leave out the rest.
+    `AutoModelForCausalLM` would load only the language model of the latter, and drop the rest.
     """
     declared = set(read_config(directory).get("architectures") or ())
     has_images = declared & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
@@ -175,8 +175,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a directory.
 
-    A pad token that is missing, or outside the model's vocabulary, becomes the end token: padding
-    is masked, so any token that the model can embed will do.
+    If the pad token is missing or outside the model's vocabulary, the end token is used instead:
+    padding is masked, so any token that the model can embed will do.
 
     Args:
         directory: The directory.
@@ -184,7 +184,7 @@ def load_tokenizer(
         generates: Whether the model generates text, which needs an end token.
 
     Raises:
-        ModelError: If there is none, or it has no end token and needs one.
+        ModelError: If there is no tokenizer, or it lacks an end token but needs one.
     """
     configs = [read_json_object(directory / "tokenizer_config.json"), read_config(directory)]
     config_with_code = next((config for config in configs if config.get("auto_map")), {})
@@ -206,7 +206,7 @@ def load_tokenizer(
 
 
 def tied_names(model: nn.Module) -> dict[str, set[str]]:
-    """Return, for every parameter that has several names, the others; these weights are tied."""
+    """Return, for every name of a tied parameter, its other names."""
     names_by_tensor: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_by_tensor.setdefault(id(parameter), set()).add(name)

@@ -1,4 +1,4 @@
-"""Check that padding changes nothing: batches are padded, and rows in them are independent."""
+"""Checks that padding changes nothing, so that the rows of a padded batch are independent."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fedmomentum.errors import ModelError
 from fedmomentum.utils.modules import compute_logits
 
 NUM_PADDING = 4
-# How far the logits of a padded row may be from those of the row alone, relative to their norm at
+# How far the logits of a padded row may deviate from the unpadded ones, relative to their norm, at
 # the median position. Rounding stays far below; a model that reads padding is far above.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
 TOLERANCE_16_BITS = 0.05
 
 
 def refuse_padding_dependence(directory: Path, model: Any) -> None:
-    """Refuse a model whose logits for a row depend on how far the row is padded.
+    """Reject a model whose logits for a row depend on how much the row is padded.
 
-    Its loss would depend on which examples share a batch. Recurrent layers that ignore the mask
-    do, for example.
+    Its loss would depend on which examples share a batch, for example in recurrent layers that
+    ignore the mask.
 
     Raises:
         ModelError: If padding changes the logits.
     """
     if not type(model).__module__.startswith("transformers."):
-        return  # a user's class: its inputs may mean anything
+        return  # a user's class, whose inputs are unknown
     num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
     row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
     with translate_library_errors(f"the model in {directory} cannot compute", {}), torch.no_grad():
@@ -45,9 +45,9 @@ def refuse_padding_dependence(directory: Path, model: Any) -> None:
 
 
 def refuse_padding_dependent_classifier(directory: Path, model: Any) -> None:
-    """Refuse a classifier whose logits for a text depend on how far the text is padded.
+    """Reject a classifier whose logits for a text depend on how much the text is padded.
 
-    Encoders whose convolutions or Fourier transforms run over padding do, for example.
+    An example is an encoder whose convolutions or Fourier transforms include padding.
 
     Args:
         directory: The model's directory, for messages.
@@ -59,7 +59,7 @@ def refuse_padding_dependent_classifier(directory: Path, model: Any) -> None:
     num_ids = min(vocabulary_size(model) or 2, MAX_CAUSALITY_TOKEN_ID)
     pad = int(model.config.get_text_config().pad_token_id)
     row = torch.arange(1, NUM_CAUSALITY_TOKENS + 1) * 7 % num_ids
-    # The pad token within a text would be taken for its end.
+    # A pad token within a text would be mistaken for its end.
     row[row == pad] = (pad + 1) % num_ids
     padded_row = torch.cat([row, torch.full((NUM_PADDING,), pad)])
     mask = (torch.arange(len(padded_row)) < len(row)).long()
@@ -70,7 +70,7 @@ def refuse_padding_dependent_classifier(directory: Path, model: Any) -> None:
 
 
 def _refuse_difference(directory: Path, model: Any, alone: Tensor, padded: Tensor) -> None:
-    """Refuse a model if the logits `(rows, classes)` of the same text differ."""
+    """Reject a model if the logits `(rows, classes)` of the same text differ."""
     alone, padded = alone.float(), padded.float()
     differences = (padded - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12)
     difference = float(differences.median())
@@ -84,7 +84,7 @@ def _refuse_difference(directory: Path, model: Any, alone: Tensor, padded: Tenso
 
 
 def _padded_logits(model: Any, row: Tensor) -> Tensor:
-    """Return the logits of a row padded on the left, as in the batches that are trained on."""
+    """Return the logits of a row padded on the left, as in training batches."""
     padding = torch.zeros(NUM_PADDING, dtype=torch.long)
     mask = torch.cat([padding, torch.ones_like(row)])
     inputs = {"attention_mask": mask[None]}

@@ -1,4 +1,4 @@
-"""The pretrained weights of adapted modules, read from the checkpoint when they are needed."""
+"""The pretrained weights of adapted modules, read from the checkpoint when needed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from fedmomentum.utils.tensors import is_finite
 
 
 class PretrainedWeights:
-    """Where a checkpoint holds the weights of adapted modules.
+    """The weights of adapted modules in a checkpoint.
 
     Args:
         slots: Name of a matrix to its place in the live model.
         directory: The model's directory; its weights are read from memory-mapped files.
-        tied: See `tied_names`; needed if a layer shares its weight with one that is stored for
-            both.
-        model: The model as it was loaded, which knows under which names its weights are stored;
-            needed if there are experts among the layers.
+        tied: See `tied_names`; needed if a layer's tied weight is stored under another name.
+        model: The model as loaded, which knows the stored names of its weights; needed if the
+            layers include experts.
 
     Raises:
-        ModelError: If the checkpoint does not hold the weight of a module.
+        ModelError: If the checkpoint does not contain the weight of a module.
     """
 
     def __init__(
@@ -57,10 +56,10 @@ class PretrainedWeights:
                 self._stored[module] = _find_checkpoint_tensor(slot.path, files, tied_to)
 
     def iterate(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield modules and their weights as they are stored, `(out, in)`; a file is opened once.
+        """Yield modules and their weights as stored, `(out, in)`, opening each file once.
 
         Raises:
-            ModelError: If a stored weight has another shape than the live one.
+            ModelError: If a stored weight's shape differs from the live one's.
         """
         modules_by_file: dict[Path, list[str]] = {}
         experts_by_parameter: dict[str, list[str]] = {}
@@ -75,7 +74,7 @@ class PretrainedWeights:
                     name = self._stored[module][1]
                     tensor = opened.get_tensor(name)
                     yield module, self._matrix(module, name, tensor)
-        # All experts of a parameter are read together: they may be stored in one tensor.
+        # Read all experts of a parameter together: they may be stored in one tensor.
         for parameter, experts in experts_by_parameter.items():
             tensor = self._experts.read(parameter)
             for module in experts:
@@ -91,10 +90,10 @@ class PretrainedWeights:
         return slot.matrix(tensor)
 
     def check_loaded(self, module: str, stored: Tensor, loaded: Tensor) -> None:
-        """Refuse a stored weight that is not the one in the model, in the model's dtype.
+        """Reject a stored weight that, in the model's dtype, differs from the model's weight.
 
-        The model computes with the latter. They differ if transformers changes a checkpoint on
-        loading, or if the wrong tensor of the checkpoint was found.
+        They differ if transformers converts a checkpoint on loading, or if the wrong tensor of the
+        checkpoint was found.
 
         Raises:
             ModelError: If they differ, or the stored one is not finite.
@@ -121,10 +120,10 @@ class PretrainedWeights:
 def _find_checkpoint_tensor(
     wanted: str, files: Mapping[str, Path], tied_to: Collection[str]
 ) -> tuple[Path, str]:
-    """Return the file and the name under which a checkpoint stores the weight of this path.
+    """Return the file and name under which a checkpoint stores the weight at this path.
 
-    A model with a head has a prefix that one without does not have. Of tied weights one may be
-    stored for all.
+    Models with a head have a prefix that models without one lack. Tied weights may be stored under
+    only one of their names.
     """
     names = [name for name in files if name == wanted]
     if not names:

@@ -1,7 +1,7 @@
-"""Quantized base models: what a directory holds, how weights are quantized on loading, the repairs.
+"""Quantized base models: stored quantization, quantization on loading, and library workarounds.
 
-transformers, bitsandbytes and torchao do the work. Here is decided what is supported, which modules
-stay in floating point, and which faults of the libraries are corrected before a layer computes.
+transformers, bitsandbytes and torchao do the work. This module decides what is supported and which
+modules stay in floating point, and works around bugs of the libraries before a layer computes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ NONE = "none"
 ON_LOADING: dict[str, Quantization] = {
     # QLoRA's: blocks of 64 weights, whose scales are quantized again.
     "nf4": Quantization(kind="nf4", double=True, block_size=64),
-    # One scale a row.
+    # One scale per row.
     "int8": Quantization(kind="int8", double=False, block_size=0),
     "torchao-int8": Quantization(kind="torchao-int8", double=False, block_size=0),
 }
-"""Value of `model.quantization` to what is done with the weights."""
+"""Value of `model.quantization` to how the weights are quantized."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# What a kind of quantization is computed by.
+# The library that computes with each kind of quantization.
 _LIBRARIES = {
     "nf4": "bitsandbytes",
     "fp4": "bitsandbytes",
@@ -51,7 +51,7 @@ _LIBRARIES = {
     "torchao-int8": "torchao",
 }
 _DEVICES = {"bitsandbytes": ("cpu", "cuda", "xpu"), "torchao": ("cpu", "cuda", "xpu")}
-# bitsandbytes' own threshold above which an input is multiplied in 16 bits, not in 8.
+# bitsandbytes' default threshold above which an input is multiplied in 16 bits instead of 8.
 OUTLIER_THRESHOLD = 6.0
 
 
@@ -72,7 +72,7 @@ def stored_quantization(directory: Path) -> str | None:
         "release in bfloat16, float16 or float32, with model.quantization to make it small; or "
         "dequantize it with transformers and save_pretrained"
     )
-    # The configuration, or that of a part of a multimodal model, may name a method.
+    # The configuration, or that of one part of a multimodal model, may name a method.
     config = read_config(directory)
     nested = [value for value in config.values() if isinstance(value, dict)]
     found = None
@@ -90,7 +90,7 @@ def stored_quantization(directory: Path) -> str | None:
                     f"not supported; {advice}"
                 )
             found = kind
-    # Integers and booleans may be masks and positions; `load_base` checks that none is a weight.
+    # Integers and booleans may be masks or positions; `load_base` checks that none is a weight.
     for name, tensor in stored_tensors(directory).items():
         if tensor.dtype not in FLOATING and tensor.dtype[0] in "FC":
             raise ModelError(
@@ -101,7 +101,7 @@ def stored_quantization(directory: Path) -> str | None:
 
 
 def stored_kind(settings: Mapping[str, Any]) -> str | None:
-    """Return the kind of a stored quantization by its settings; None if it is not supported."""
+    """Return the kind of a stored quantization from its settings; None if unsupported."""
     method = settings.get("quant_method")
     if method == "torchao":
         return "torchao-int8" if _is_int8_by_row(settings) else None
@@ -112,7 +112,7 @@ def stored_kind(settings: Mapping[str, Any]) -> str | None:
         return None
     if is_eight:
         return None if settings.get("llm_int8_has_fp16_weight") else "int8"
-    # Packed as floats for FSDP, the codes would be taken for weights.
+    # Codes packed as floats, for FSDP, would be mistaken for weights.
     if settings.get("bnb_4bit_quant_storage", "uint8") != "uint8":
         return None
     kind = settings.get("bnb_4bit_quant_type", "fp4")
@@ -120,7 +120,7 @@ def stored_kind(settings: Mapping[str, Any]) -> str | None:
 
 
 def _is_int8_by_row(settings: Mapping[str, Any]) -> bool:
-    """Return whether torchao's settings are int8 weights of linear layers, a scale for each row."""
+    """Return whether torchao's settings mean int8 weights of linear layers, one scale per row."""
     if settings.get("include_input_output_embeddings"):
         return False
     kinds = settings.get("quant_type")
@@ -138,19 +138,19 @@ def _is_int8_by_row(settings: Mapping[str, Any]) -> bool:
 def check_quantization(
     directory: Path, quantization: Quantization | None, device: torch.device
 ) -> str | None:
-    """Return the kind of the loaded weights' quantization, stored or made on loading.
+    """Return how the loaded weights will be quantized, whether stored so or on loading.
 
     Args:
         directory: The base model's directory.
-        quantization: What to do on loading; None: nothing.
-        device: Where the model will be.
+        quantization: How to quantize on loading; None to leave weights as stored.
+        device: The model's device.
 
     Returns:
         The kind; None for floating-point weights.
 
     Raises:
-        ModelError: If a quantized directory would be quantized again, if its quantization is not
-            supported, or if a library is missing or has nothing for the device.
+        ModelError: If a quantized directory would be quantized again, its quantization is not
+            supported, or a library is missing or does not support the device.
     """
     stored = stored_quantization(directory)
     if stored is not None and quantization is not None:
@@ -184,15 +184,15 @@ def quantizing_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that quantize a model on loading.
 
-    Weights are read in the dtype in which they are stored, so that the codes do not depend on the
-    dtype in which a party computes; `cast_unquantized` does the rest.
+    Weights are loaded in the stored dtype, so that the codes do not depend on the dtype a party
+    computes in; `cast_unquantized` does the rest.
 
     Args:
         directory: The base model's directory.
-        quantization: What to do.
-        auto_class: What loads the model.
-        label_arguments: Of a classifier, the arguments that give it its labels.
-        trained: Names of the modules that are trained in full.
+        quantization: How to quantize.
+        auto_class: The class that loads the model.
+        label_arguments: For a classifier, the arguments that set its labels.
+        trained: Names of the fully trained modules.
     """
     from transformers import AutoConfig, BitsAndBytesConfig, TorchAoConfig
 
@@ -226,7 +226,7 @@ def quantizing_arguments(
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:
-    """Return the dtype that holds all of a checkpoint's weights exactly."""
+    """Return a dtype that represents all of a checkpoint's weights exactly."""
     stored = {tensor.dtype for tensor in stored_tensors(directory).values()} & FLOATING
     if stored == {"BF16"}:
         return torch.bfloat16
@@ -241,15 +241,15 @@ def find_skipped(
 ) -> list[str]:
     """Return the modules that are not quantized, by a rule that is the same for every party.
 
-    They are the output head and what is tied to it, a classifier's head, modules that are trained
-    in full, linear layers of a class of their own, and those whose rows are no whole number of
-    blocks: bitsandbytes dequantizes these to other weights on a CPU. Embeddings and stacks of
-    experts are no linear layers, and stay as they are too.
+    These are the output head and whatever is tied to it, a classifier's head, fully trained
+    modules, subclasses of `nn.Linear`, and layers whose rows are not a whole number of blocks,
+    which bitsandbytes dequantizes wrongly on a CPU. Embeddings and stacks of experts are not linear
+    layers, so they are not quantized either.
 
     Args:
         model: The model without weights, on the meta device.
-        quantization: What is done with the others.
-        trained: Names of the modules that are trained in full, as in `modules_to_save`, or paths.
+        quantization: How the others are quantized.
+        trained: Names or paths of the fully trained modules, as in `modules_to_save`.
         is_classifier: Whether it is a sequence classifier.
     """
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -262,12 +262,12 @@ def find_skipped(
         is_uneven = quantization.block_size > 0 and _row_size(module) % quantization.block_size != 0
         if is_own_class or is_trained or is_of_head or is_uneven:
             skipped.add(path)
-    # The libraries take names for patterns.
+    # The libraries interpret names as patterns.
     return sorted(re.escape(path) for path in skipped)
 
 
 def find_unquantized(model: Any) -> list[str]:
-    """Return the linear layers of a loaded model that are not quantized; none if none is."""
+    """Return a model's unquantized linear layers; empty if no layer is quantized."""
     quantized = dict(quantized_layers(model))
     if not quantized:
         return []
@@ -291,17 +291,18 @@ def _row_size(module: nn.Module) -> int:
 def prepare_layers(
     directory: Path, model: Any, kind: str, quantization: Quantization | None, dtype: torch.dtype
 ) -> None:
-    """Make the quantized layers of a loaded model compute in `dtype`, and correctly.
+    """Make the quantized layers of a loaded model compute in `dtype`, with library fixes.
 
     Args:
         directory: Where it was loaded from.
         model: The loaded model.
         kind: How its weights are quantized.
-        quantization: What was done on loading; None: they are stored like this.
+        quantization: How they were quantized on loading; None if they are stored this way.
         dtype: The dtype of their products.
 
     Raises:
-        ModelError: If nothing was quantized, or in blocks of another size than is asked for.
+        ModelError: If nothing was quantized, the block size is not the requested one, or a CPU
+            would dequantize a layer wrongly.
     """
     layers = dict(quantized_layers(model))
     if not layers:
@@ -326,24 +327,24 @@ def prepare_layers(
                     f"blocks of {state.blocksize}: bitsandbytes dequantizes a block of two rows to "
                     "other weights on a CPU. Use a GPU, or the model's release in bfloat16"
                 )
-            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights in the first evaluation;
-            # backward passes and dequantization take them for unpacked from then on.
+            # On CPUs with AVX512-BF16, bitsandbytes repacks the weights in the first evaluation,
+            # but backward passes and dequantization still treat them as unpacked.
             layer.support_avx512bf16_for_cpu = False
             # Backward passes dequantize to the state's dtype, forward passes to the input's.
             layer.compute_dtype = state.dtype = dtype
             layer.compute_type_is_set = True
         elif is_eight_bit(layer):
-            # Else the first forward pass takes codes and scales from a weight that copies share.
+            # Otherwise the first forward pass takes codes and scales from a weight copies share.
             if layer.weight.CB is not None:
                 layer.init_8bit_state()
             branch_on(WeightSlot.of(path, layer))
 
 
 def refuse_quantized_head(directory: Path, model: Any) -> None:
-    """Refuse a classifier of which the directory's settings quantize the head.
+    """Reject a classifier whose head is quantized by the directory's settings.
 
     Raises:
-        ModelError: If they do: it would be trained in full.
+        ModelError: If it is, since the head is trained in full.
     """
     for path, _ in quantized_layers(model):
         if is_head(path, model):
@@ -355,11 +356,10 @@ def refuse_quantized_head(directory: Path, model: Any) -> None:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast what is not quantized to `dtype`, but what transformers keeps in float32 to that.
+    """Cast everything unquantized to `dtype`, or to float32 where transformers keeps float32.
 
-    Weights are quantized in the dtype that they are stored in, so that the codes do not depend on
-    the dtype in which a party computes. And of a directory that is quantized already, transformers
-    casts nothing.
+    Weights are quantized in their stored dtype, so that the codes do not depend on the dtype a
+    party computes in. And if the directory is already quantized, transformers casts nothing.
     """
     kept = [re.compile(rf"(^|\.){re.escape(part)}(\.|$)") for part in model._get_dtype_plan(dtype)]
     quantized = {id(layer.weight) for _, layer in quantized_layers(model)}

@@ -1,8 +1,8 @@
-"""`SideBranch`: what was merged into one weight, held beside it, and products with their sum.
+"""`SideBranch`: updates merged into one weight, kept next to it, and products with their sum.
 
 The sum of a 16-bit weight and a small update does not fit in 16 bits, and neither does the sum of
-their products: an output that is rounded to bfloat16 before the update's part is added loses four
-fifths of a part of 3e-4. So both products are added in float32, and the sum is rounded once.
+their products: an output rounded to bfloat16 before the update's part is added loses four fifths of
+a part of 3e-4. So both products are added in float32, and the sum is rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import Matrix
 from fedmomentum.linalg.probes import probe
 
-# Elements of a weight that are cast to float32 at a time: 16 MB.
+# Number of weight elements cast to float32 at a time: 16 MB.
 BLOCK_ELEMENTS = 2**22
 INT8_MAX = 127
 
@@ -36,7 +36,7 @@ class Int8Matrix:
     scales: Tensor
 
     def rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Return some rows, in `dtype`."""
+        """Return the rows from `start` to `end`, in `dtype`."""
         return self.values[start:end].to(dtype).mul_(self.scales[start:end].to(dtype))
 
 
@@ -45,8 +45,8 @@ class SideBranch:
     """What is added to a weight: `diag(scales) values + B A`.
 
     Attributes:
-        dense: The part in 8 bits; None if there is none.
-        factors: The part in factors, in the dtype of the products; None if there is none.
+        dense: The 8-bit part; None if there is none.
+        factors: The factored part, in the dtype of the products; None if there is none.
     """
 
     dense: Int8Matrix | None = None
@@ -58,7 +58,7 @@ class SideBranch:
         return self.dense is None and self.factors is None
 
     def probe(self, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """Compute `diag(U^T D X)` of what is added."""
+        """Compute `diag(U^T D X)` for the branch D."""
         total = X.new_zeros(X.shape[1])
         if self.dense is not None:
             scales = self.dense.scales.to(U)
@@ -69,7 +69,7 @@ class SideBranch:
         return total
 
     def __deepcopy__(self, memo: Any) -> SideBranch:
-        """Return the same branch: it is never changed."""
+        """Return the same branch, since it is immutable."""
         return self
 
 
@@ -86,17 +86,17 @@ def make_branch(
     like: Tensor,
     dense: Int8Matrix | None = None,
 ) -> SideBranch:
-    """Return the branch of these parts: factors while they are smaller than 8 bits an element.
+    """Return the branch of these parts, as factors while they are smaller than an int8 matrix.
 
-    It depends on the parts alone: adding a part in every round gives the same bits as adding all
-    parts at once.
+    It depends only on the parts: adding one part per round yields the same bits as adding all parts
+    at once.
 
     Args:
-        parts: What was merged, oldest first, in float32.
-        own: What is added last and stays in factors.
+        parts: The merged parts, oldest first, in float32.
+        own: Added last, and always kept as factors.
         shape: `(out, in)` of the weight.
-        like: A tensor on the weight's device and of the dtype of its products.
-        dense: The sum of these parts in 8 bits if it was made before.
+        like: A tensor on the weight's device, in the dtype of its products.
+        dense: The 8-bit sum of these parts, if already computed.
     """
     out_size, in_size = shape
     factors = [part for part in parts if isinstance(part, LowRank)]
@@ -113,8 +113,8 @@ def make_branch(
 def _stack(factors: Sequence[LowRank], like: Tensor) -> LowRank:
     """Return the sum as stacked factors in the dtype and on the device of `like`.
 
-    The two factors of a component share its size: in float16 a small one would lose digits. Powers
-    of two change no bits otherwise.
+    Each component's norm is balanced between its two factors, since a small factor would lose
+    digits in float16. Scaling by powers of two is otherwise lossless.
     """
     B = torch.cat([part.B.to(like.device, torch.float32) for part in factors], dim=1)
     A = torch.cat([part.A.to(like.device, torch.float32) for part in factors], dim=0)
@@ -129,9 +129,9 @@ def _stack(factors: Sequence[LowRank], like: Tensor) -> LowRank:
 def _quantized_sum(
     parts: Sequence[Matrix], shape: tuple[int, int], device: torch.device
 ) -> Int8Matrix:
-    """Return the sum of the parts, added in float32 one after the other, in 8 bits.
+    """Return the sum of the parts, added one by one in float32, then quantized to 8 bits.
 
-    It is made some rows at a time: a row's scale depends on that row alone.
+    It is computed a few rows at a time, since a row's scale depends only on that row.
     """
     out_size, in_size = shape
     moved = [p if isinstance(p, Tensor) else LowRank(p.B.to(device), p.A.to(device)) for p in parts]
@@ -146,14 +146,14 @@ def _quantized_sum(
                 total += part[start:end].to(device)
         scale = total.abs().amax(dim=1, keepdim=True) / INT8_MAX
         scales[start:end] = scale
-        # A row of zeros has the scale 0, and is divided by something else.
+        # A row of zeros has scale 0; avoid dividing by it.
         total /= torch.where(scale > 0, scale, 1.0)
         values[start:end] = total.round_().to(torch.int8)
     return Int8Matrix(values, scales)
 
 
 def _blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield first and last row of blocks of a matrix of this shape."""
+    """Yield the start and end of each block of rows of a matrix of this shape."""
     out_size, in_size = shape
     step = max(1, BLOCK_ELEMENTS // in_size)
     for start in range(0, out_size, step):
@@ -166,8 +166,8 @@ def _blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 class BranchedProduct(torch.autograd.Function):
     """`x (W + D)^T + bias` with a frozen weight, branch and bias, rounded once.
 
-    For the backward pass only the branch and the way to the weight are kept: what was dequantized
-    is made again.
+    For the backward pass, only the branch and the function that returns the weight are kept, so
+    weights are dequantized again.
     """
 
     @staticmethod
@@ -180,7 +180,7 @@ class BranchedProduct(torch.autograd.Function):
             ctx: What the backward pass needs.
             x: `(n, in)`.
             weight: Returns the weight `(out, in)`; called again in the backward pass.
-            branch: What is added to it.
+            branch: The branch that is added to it.
             bias: `(out,)`.
         """
         ctx.weight = weight
@@ -210,7 +210,7 @@ def multiply(x: Tensor, weight: Tensor, branch: SideBranch) -> Tensor:
     if _multiplies_narrow(x):
         y = _product(x, weight.to(x.dtype).mT)
         if branch.dense is not None:
-            # Whole numbers up to 127 are exact in 16 bits; their scales are applied in float32.
+            # Integers up to 127 are exact in 16 bits; their scales are applied in float32.
             values = branch.dense.values.to(x.dtype)
             y.addcmul_(_product(x, values.mT), branch.dense.scales.mT.to(wide))
     else:
@@ -236,7 +236,7 @@ def multiply_transposed(gradient: Tensor, weight: Tensor, branch: SideBranch) ->
     if _multiplies_narrow(gradient):
         result = _product(gradient, weight.to(gradient.dtype))
         if branch.dense is not None:
-            # Relative to the largest scale, so that no gradient is too small for float16.
+            # Use scales relative to the largest, so that gradients do not underflow in float16.
             largest = branch.dense.scales.max().clamp(min=torch.finfo(torch.float32).tiny)
             scaled = gradient * (branch.dense.scales / largest).mT.to(gradient.dtype)
             values = branch.dense.values.to(gradient.dtype)
@@ -256,7 +256,7 @@ def multiply_transposed(gradient: Tensor, weight: Tensor, branch: SideBranch) ->
 def _sum_of_rows(
     weight: Tensor, branch: SideBranch, start: int, end: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return some rows of the weight plus the part of the branch in 8 bits, in `dtype`."""
+    """Return the rows from `start` to `end` of the weight plus the 8-bit branch, in `dtype`."""
     rows = weight[start:end].to(dtype)
     if branch.dense is not None:
         return rows + branch.dense.rows(start, end, dtype)
@@ -264,7 +264,7 @@ def _sum_of_rows(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product of two matrices of one dtype, in float32 at least."""
+    """Return the product of two matrices of the same dtype, in float32 or wider."""
     wide = _wide(left.dtype)
     if left.dtype == wide:
         return left @ right
@@ -274,11 +274,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the product of two matrices of one dtype to a float32 matrix at least, in place."""
+    """Add the product of two matrices of the same dtype, in place, to a float32 or wider total."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif _multiplies_narrow(left):
-        # One pass over the sum; a product of its own would be written, read and added.
+        # A single pass over the sum; a separate product would be written, read and added.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
@@ -290,8 +290,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_narrow(x: Tensor) -> bool:
-    """Return whether the device multiplies in the dtype of x and adds in float32.
+    """Return whether the device multiplies in the dtype of x while accumulating in float32.
 
-    A CPU does not: there the weight is cast to float32, some rows at a time, and D is added to it.
+    A CPU does not: there the weight is cast to float32, a few rows at a time, and D is added to it.
     """
     return x.device.type == "cuda"

@@ -1,8 +1,8 @@
-"""A base model without weights: the modules that a configuration stands for, to plan with.
+"""A base model without weights, for planning: the modules that a configuration describes.
 
-Its tensors have shapes and no memory (torch's fake tensors). Unlike on the meta device, what a
-model decides by the values of its tensors is mostly decided as if it were being traced, so nearly
-all architectures run.
+Its tensors have shapes but no memory (torch's fake tensors). Unlike on the meta device, most
+decisions that depend on tensor values are made as if the model were being traced, so nearly all
+architectures run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Skeleton:
     """A base model whose tensors have no memory.
 
     Attributes:
-        model: The model, in eval mode; use it within `active` only, except for its shapes.
-        build: Makes the same model again in another dtype.
+        model: The model, in eval mode; use it only within `active`, except for its shapes.
+        build: Builds the same model again in another dtype.
     """
 
     model: PreTrainedModel
@@ -38,41 +38,41 @@ class Skeleton:
 
     @classmethod
     def of(cls, make: Callable[[torch.dtype], Any], dtype: torch.dtype) -> Skeleton:
-        """Return what a function makes in a dtype, without memory."""
+        """Build the model that `make` returns for a dtype, without memory."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        # Even random weights that need no memory are drawn from the global generator.
+        # Even random weights without memory advance the global generator.
         with torch.random.fork_rng(devices=[]), _without_memory(mode):
             model = make(dtype).eval()
         return cls(model, lambda other: cls.of(make, other), mode)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Have new tensors, within the block, be without memory too."""
+        """Create new tensors within the block without memory too."""
         with _without_memory(self._mode):
             yield
 
 
 def load_skeleton(directory: Path, labels: Sequence[str] = (), attention: str = "auto") -> Skeleton:
-    """Return the model of a directory without weights, in bfloat16; only its config.json is read.
+    """Return a directory's model without weights, in bfloat16, reading only JSON files.
 
     Args:
-        directory: The model's directory; it need not hold weights.
-        labels: If given, a sequence classifier with these labels.
-        attention: See `load_base`; what is not fused is counted as it is.
+        directory: The model's directory; it need not contain weights.
+        labels: If given, build a sequence classifier with these labels.
+        attention: See `set_attention`; `eager` and `sdpa` are built, others use the model's choice.
 
     Raises:
-        ModelError: If the directory holds what is not supported.
-        Exception: Whatever transformers raises where it cannot make the model, or cannot make it
-            without the values of its tensors.
+        ModelError: If the directory's contents are not supported.
+        Exception: Whatever transformers raises if it cannot build the model, or cannot build it
+            without tensor values.
     """
     refuse_unusable(directory, is_classifier=bool(labels))
     if not read_config(directory):
         raise ModelError(f"no config.json in {directory}; give the directory of a base model")
     auto_class = AutoModelForSequenceClassification if labels else text_class(directory)
     options: dict[str, Any] = label_arguments(labels) if labels else {}
-    # Fused kernels keep what torch's own does.
+    # Other fused kernels save the same activations as torch's own.
     if attention in ("eager", "sdpa"):
         options["attn_implementation"] = attention
 
@@ -80,18 +80,18 @@ def load_skeleton(directory: Path, labels: Sequence[str] = (), attention: str = 
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, **options
         )
-        # The shapes are those of the weights that the codes stand for.
+        # Use the shapes of the weights that the codes represent.
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
 
-    # In 16 bits, in which the kernels of experts are traced.
+    # Use 16 bits, because kernels of experts are traced in 16 bits.
     return Skeleton.of(make, torch.bfloat16)
 
 
 @contextmanager
 def _without_memory(mode: Any) -> Iterator[None]:
-    """Enter torch's mode; what fails in it is raised, and not logged with its traceback as well."""
+    """Enter torch's mode; failures in it are raised, without also logging their traceback."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled = logger.disabled
     logger.disabled = True

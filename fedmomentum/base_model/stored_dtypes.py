@@ -1,4 +1,4 @@
-"""Load a float32 model whose parameters stay in the dtype of their files, and memory-mapped."""
+"""Loading of a float32 model whose parameters stay memory-mapped in the dtype of their files."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from transformers import PreTrainedModel
 from fedmomentum.base_model.checkpoint_files import stored_tensors
 from fedmomentum.base_model.classifier import is_head
 
-# The 16-bit ones, by safetensors' names. All others are cast to float32 where they are not in it.
+# The 16-bit dtypes, by safetensors' names. All others are cast to float32 if necessary.
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @contextmanager
 def stored_dtypes_kept(directory: Path, is_classifier: bool) -> Iterator[None]:
-    """Let transformers keep 16-bit parameters of a checkpoint as they are, within the block.
+    """Within the block, let transformers keep a checkpoint's 16-bit parameters unchanged.
 
-    The model that it makes is one in float32 in every other respect: what it computes when it is
-    created (positions, scales of embeddings) is in float32.
+    In every other respect the model is a float32 model: whatever it computes at creation
+    (positions, scales of embeddings) is in float32.
 
     Args:
-        directory: The directory that is loaded.
-        is_classifier: Whether it is loaded as a sequence classifier, whose head may be initialized
-            again, in float32.
+        directory: The directory to load.
+        is_classifier: Whether it is loaded as a sequence classifier, whose head may be
+            reinitialized, in float32.
     """
-    # The plan is what transformers keeps some modules in float32 by; it takes none from callers.
+    # transformers uses this plan to keep some modules in float32; callers cannot pass one.
     transformers_class: Any = PreTrainedModel
     original = transformers_class._get_dtype_plan
 
     def with_stored_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        # The first pattern that matches decides.
+        # The first matching pattern wins.
         plan = dict(original(model, dtype))
         if is_classifier:
             heads = [name for name, _ in model.named_parameters() if is_head(name, model)]
@@ -50,7 +50,7 @@ def stored_dtypes_kept(directory: Path, is_classifier: bool) -> Iterator[None]:
 
 
 def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
-    """Return patterns of parameter names, and the 16-bit dtype that the checkpoint has them in."""
+    """Return patterns of parameter names to their 16-bit dtype in the checkpoint."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -61,8 +61,8 @@ def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
     if len(dtypes) == 1:
         return {"*": _NARROW[dtypes.pop()]}
 
-    # Where dtypes differ, or integers are among the tensors, every parameter has the dtype of the
-    # tensors that it is made of.
+    # If dtypes differ, or some tensors are integers, every parameter gets the dtype of the tensors
+    # that it is made from.
     conversions = get_model_conversion_mapping(model)
     renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
     converters = [part for part in conversions if isinstance(part, WeightConverter)]
@@ -80,5 +80,5 @@ def _stored_plan(model: Any, directory: Path) -> dict[str, torch.dtype]:
 
 
 def _pattern(path: str) -> str:
-    """Return the pattern of one parameter."""
+    """Return a pattern that matches exactly one parameter."""
     return f"^{re.escape(path)}$"

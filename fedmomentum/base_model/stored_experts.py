@@ -1,8 +1,8 @@
-"""The pretrained weights of experts, read from a checkpoint that may store each one by itself.
+"""The pretrained weights of experts, read from a checkpoint that may store each one separately.
 
-Most checkpoints store one tensor an expert and projection; transformers joins them into one 3-D
-parameter a layer when it loads the model. The same conversions are applied here to single
-parameters, which are read from the files when they are needed.
+Most checkpoints store one tensor per expert and projection; transformers fuses them into 3-D
+parameters when it loads the model. Here the same conversions are applied to single parameters,
+which are read from the files when needed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from fedmomentum.errors import ModelError
 
 
 class StoredExperts:
-    """Where a checkpoint holds the parts of 3-D parameters.
+    """The stored parts of 3-D parameters in a checkpoint.
 
     Args:
         directory: The model's directory.
-        model: The model as transformers loaded it, which knows the conversions; LoRA layers in it
-            do not matter.
+        model: The model as loaded by transformers, which knows the conversions; it may have LoRA
+            layers.
         parameters: The paths of the parameters.
 
     Raises:
-        ModelError: If the checkpoint holds nothing for one of them.
+        ModelError: If the checkpoint lacks the tensors for one of them.
     """
 
     def __init__(self, directory: Path, model: nn.Module, parameters: Collection[str]) -> None:
         self._model = model
         self._files = {name: tensor.file for name, tensor in stored_tensors(directory).items()}
-        # Parameter to the stored tensors that it is made of: their names, with the pattern that
-        # says what part each of them is; None for a parameter that is stored as it is.
+        # Parameter to the names of the stored tensors that it is made from, each with the pattern
+        # that says which part it is; None for a parameter that is stored as is.
         self._sources: dict[str, list[tuple[str, str | None]]] = {}
         self._converters: dict[str, Any] = {}
         if not parameters:
@@ -69,10 +69,10 @@ class StoredExperts:
             )
 
     def read(self, parameter: str) -> Tensor:
-        """Return a parameter as the model has it, in the stored dtype, on the CPU.
+        """Return a parameter in the model's layout, in the stored dtype, on the CPU.
 
         Raises:
-            ModelError: If its parts do not make one tensor.
+            ModelError: If its parts do not form one tensor.
         """
         sources = self._sources[parameter]
         tensors = self._read_tensors([name for name, _ in sources])
@@ -96,7 +96,7 @@ class StoredExperts:
         return result
 
     def _read_tensors(self, names: Collection[str]) -> Mapping[str, Tensor]:
-        """Read stored tensors; every file is opened once."""
+        """Read stored tensors, opening each file once."""
         names_by_file: dict[Path, list[str]] = {}
         for name in names:
             names_by_file.setdefault(self._files[name], []).append(name)

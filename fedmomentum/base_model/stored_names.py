@@ -1,7 +1,7 @@
-"""Under which names a checkpoint stores a model's weights: transformers' own conversions tell.
+"""The names under which a checkpoint stores a model's weights, by transformers' own conversions.
 
-Checkpoints of image-text models, for example, store `language_model.model.layers.0...` for what is
-`model.language_model.layers.0...` in the model.
+For example, checkpoints of image-text models may store `language_model.model.layers.0...` for the
+model's `model.language_model.layers.0...`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ class NameConversion:
     """How transformers turns the names of stored tensors into those of a model's parameters.
 
     Args:
-        model: The model as transformers loaded it, with or without adapters.
+        model: The model as loaded by transformers, with or without adapters.
         parameters: The names of the parameters in the model without adapters.
 
     Attributes:
-        converters: Those of the model's conversions that join or change tensors.
+        converters: The model's conversions that join or change tensors.
     """
 
     def __init__(self, model: nn.Module | None, parameters: Collection[str]) -> None:
@@ -35,8 +35,8 @@ class NameConversion:
     def find_parameter(self, stored: str) -> tuple[str, str | None] | None:
         """Return the parameter that a stored tensor belongs to, and the pattern of its converter.
 
-        The pattern is None for a parameter that is stored as it is; the result is None for a tensor
-        of no given parameter.
+        The pattern is None for a parameter that is stored as is; the result is None for a tensor
+        that belongs to none of the given parameters.
         """
         from transformers.core_model_loading import rename_source_key
 
@@ -49,12 +49,12 @@ class NameConversion:
 def find_stored_names(
     model: nn.Module | None, stored: Iterable[str], parameters: Collection[str]
 ) -> dict[str, str]:
-    """Return, for parameters that are stored as they are, the names under which they are stored.
+    """Return the stored names of parameters that are stored as is.
 
-    A parameter that transformers joins of several stored tensors, or computes, is left out.
+    Parameters that transformers computes, or joins from several stored tensors, are left out.
 
     Args:
-        model: The model as transformers loaded it, with or without adapters.
+        model: The model as loaded by transformers, with or without adapters.
         stored: The names of the checkpoint's tensors.
         parameters: The names of the parameters in the model without adapters.
     """

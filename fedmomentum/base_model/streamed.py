@@ -1,7 +1,7 @@
-"""Parameters that are in float32 only while they are used: a model larger than the memory computes.
+"""Parameters that are float32 only while in use, for models larger than memory.
 
-The model is in memory as its files are, in 16 bits and memory-mapped. For everyone who asks, its
-parameters are float32 tensors; each is made when an operation uses it, and freed after it.
+The model's files are memory-mapped, in 16 bits. To any code that looks, its parameters are float32
+tensors; each one is created when an operation uses it, and freed afterward.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from fedmomentum.linalg.matrix import Matrix, add_to_weight_
 
 CPU = torch.device("cpu")
 _ATEN = torch.ops.aten
-# What gives the same parameter again.
+# Operations that return the same parameter.
 _ALIASES = (_ATEN.detach.default, _ATEN.alias.default)
 
 
 @dataclass(frozen=True, eq=False)
 class MatrixSum:
-    """What is added to one matrix of a parameter.
+    """Matrices to add to one matrix of a parameter.
 
     Attributes:
-        expert: The matrix's number in a 3-D parameter; None if the parameter is one matrix.
+        expert: The matrix's index in a 3-D parameter; None if the parameter is one matrix.
         is_transposed: Whether it is stored as `(in, out)`.
-        matrices: What is added, in this order.
+        matrices: The matrices, in the order of addition.
     """
 
     expert: int | None
@@ -47,12 +47,12 @@ class MatrixSum:
 
 @dataclass(frozen=True, eq=False)
 class WeightSource:
-    """What a float32 parameter is made of.
+    """What a float32 parameter is made from.
 
     Attributes:
-        stored: The parameter as it was loaded.
-        sums: What is added to its matrices.
-        rounded_to: The dtype that the result is rounded to; None: not at all.
+        stored: The parameter as loaded.
+        sums: What to add to its matrices.
+        rounded_to: The dtype to round the result to; None for no rounding.
     """
 
     stored: Tensor
@@ -60,9 +60,9 @@ class WeightSource:
     rounded_to: torch.dtype | None = None
 
     def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the parameter on the CPU, made in float32 and cast to `dtype`."""
-        # What is changed is a copy, in the parameter's own layout: its sums have the same bits as
-        # those of a live weight.
+        """Return the parameter on the CPU, computed in float32 and cast to `dtype`."""
+        # Add to a copy in the parameter's own layout, so that sums have the same bits as those of a
+        # live weight.
         weight = self.stored.to(torch.float32, copy=bool(self.sums))
         for added in self.sums:
             added.add_to(weight)
@@ -78,19 +78,19 @@ class WeightSource:
 
 
 class StreamedTensor(Tensor):
-    """A tensor that is read from its source by every operation that uses it.
+    """A tensor that every operation using it reads from its source.
 
-    Operations get what was read; the tensor itself is never in memory, and cannot be changed in
-    place.
+    Operations receive the data that was read; the tensor itself has no memory, and cannot be
+    modified in place.
 
     Args:
-        source: What it is made of.
-        device: Where operations get it.
-        dtype: What it is in. Operations compute in float32; in another dtype it is only written.
+        source: What it is made from.
+        device: The device on which operations receive it.
+        dtype: Its dtype; float32 for computing, others only for writing to files.
     """
 
     source: WeightSource
-    # Everything passes `__torch_dispatch__`, below autograd.
+    # Handle everything in `__torch_dispatch__`, below autograd.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(
@@ -99,7 +99,7 @@ class StreamedTensor(Tensor):
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> StreamedTensor:
-        """Make a tensor that has a shape, a dtype and a device, and no data."""
+        """Create a tensor that has a shape, a dtype and a device, but no data."""
         stored = source.stored
         tensor: StreamedTensor = Tensor._make_wrapper_subclass(
             cls, stored.shape, strides=stored.stride(), dtype=dtype, device=device
@@ -111,13 +111,13 @@ class StreamedTensor(Tensor):
         return f"StreamedTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Return an ordinary parameter: copies of modules are made to be trained."""
+        """Return an ordinary parameter, since modules are copied in order to be trained."""
         copied = nn.Parameter(self.read().clone(), requires_grad=False)
         memo[id(self)] = copied
         return copied
 
     def read(self) -> Tensor:
-        """Return an ordinary tensor of the same numbers, dtype and device."""
+        """Return an ordinary tensor with the same values, dtype and device."""
         return self.source.read(self.dtype).to(self.device)
 
     @classmethod
@@ -128,12 +128,12 @@ class StreamedTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[Any, Any] | None = None,
     ) -> Any:
-        """Run an operation on what its streamed arguments are at present."""
+        """Run an operation on the current values of its streamed arguments."""
         if func in _ALIASES:
             tensor = args[0]
             return cls(tensor.source, tensor.device, tensor.dtype)
         if func is _ATEN.set_.source_Tensor and all(isinstance(arg, cls) for arg in args):
-            # PEFT replaces experts' weights by themselves while their adapter is active.
+            # PEFT replaces experts' weights with themselves while their adapter is active.
             args[0].source = args[1].source
             return args[0]
         if changes_any(cls, func, args):
@@ -141,7 +141,7 @@ class StreamedTensor(Tensor):
                 f"the model changes a weight in place when it computes ({func}); such a model "
                 "cannot be exported"
             )
-        # Loops over experts take one of them at a time.
+        # Loops over experts select one at a time, so read only that one.
         if func is _ATEN.select.int and args[0].ndim == 3 and args[1] == 0:
             tensor = args[0]
             return cls(tensor.source.of_expert(args[2]), tensor.device, tensor.dtype).read()
@@ -151,7 +151,7 @@ class StreamedTensor(Tensor):
 
 
 def changes_any(kind: type[Tensor], operation: Any, args: tuple[Any, ...]) -> bool:
-    """Return whether an operation changes a tensor of a kind in place: the change would be lost."""
+    """Return whether an operation modifies a tensor of this type in place, which would be lost."""
     for argument, value in zip(operation._schema.arguments, args, strict=False):
         alias = argument.alias_info
         if alias is not None and alias.is_write and isinstance(value, kind):
@@ -160,13 +160,13 @@ def changes_any(kind: type[Tensor], operation: Any, args: tuple[Any, ...]) -> bo
 
 
 def stream_parameters(model: nn.Module, device: torch.device) -> None:
-    """Make all floating-point parameters of a model streamed ones; everything else is moved.
+    """Make all floating-point parameters of a model streamed, and move everything else.
 
     Tied parameters stay tied.
 
     Args:
         model: A model on the CPU.
-        device: Where it is to compute.
+        device: The device to compute on.
     """
     streamed: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -179,20 +179,20 @@ def stream_parameters(model: nn.Module, device: torch.device) -> None:
             module._parameters[name] = streamed[id(parameter)]
     for other in [*model.parameters(), *model.buffers()]:
         if not isinstance(other, StreamedTensor):
-            # 16-bit buffers are a checkpoint's; what a float32 model computes itself is in float32.
+            # 16-bit buffers come from the checkpoint; those that the model computes are float32.
             is_narrow = other.is_floating_point() and other.itemsize < torch.float32.itemsize
             dtype = torch.float32 if is_narrow else other.dtype
             other.data = other.data.to(device=device, dtype=dtype)
 
 
 def load_parameters(model: nn.Module, names: Collection[str]) -> None:
-    """Make some parameters ordinary ones, in memory, which can be changed in place.
+    """Turn some parameters into ordinary ones in memory, which can be modified in place.
 
     Tied parameters stay tied.
 
     Args:
         model: A model with streamed parameters.
-        names: Names of parameters; those that the model does not have are ignored.
+        names: Names of parameters; names that the model does not have are ignored.
     """
     loaded: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

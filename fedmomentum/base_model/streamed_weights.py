@@ -15,10 +15,10 @@ from fedmomentum.base_model.weights import MergedPart, check_part
 
 
 class StreamedWeights:
-    """`MergedWeights` that are computed when they are used: pretrained weight plus merged parts.
+    """`MergedWeights` that are computed on use: pretrained weight plus merged parts.
 
-    They have the same bits as `Float32Weights`, and are not in memory: a weight is made of the file
-    and the parts for each operation with it.
+    They have the same bits as `Float32Weights` but are not in memory: for each operation, a weight
+    is computed from the file and the parts.
 
     Args:
         layers: As for `Float32Weights`, of a model with streamed parameters.
@@ -27,8 +27,8 @@ class StreamedWeights:
         model: See `Float32Weights`.
 
     Raises:
-        ModelError: If a layer is of another kind, or the checkpoint does not hold its weight, or
-            another one than was loaded.
+        ModelError: If a layer's type is not supported, or the checkpoint lacks its weight or holds
+            a different one from what was loaded.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StreamedWeights:
             stored_weights.check_loaded(module, stored, slot.matrix(self._loaded[slot.path]))
 
     def _put(self, slot: WeightSlot, source: WeightSource) -> None:
-        """Give a module a weight that is made of this."""
+        """Set a module's weight to a streamed one with this source."""
         tensor = StreamedTensor(source, slot.device)
         setattr(slot.owner, slot.parameter, nn.Parameter(tensor, requires_grad=False))
 
@@ -66,7 +66,7 @@ class StreamedWeights:
         return self._read(module, WeightSource(self._loaded[self._slots[module].path]))
 
     def weight(self, module: str) -> Tensor:
-        """Return the present weight of a module, `(out, in)`, float32, on the CPU."""
+        """Return the current weight of a module, `(out, in)`, float32, on the CPU."""
         slot = self._slots[module]
         return self._read(module, getattr(slot.owner, slot.parameter).source)
 
@@ -83,7 +83,7 @@ class StreamedWeights:
         """Set every module to its pretrained weight plus the sum of `base_update` and `own`.
 
         Raises:
-            ModelError: If a part changes a module that is not among these, or has another shape.
+            ModelError: If a part changes a module that is not adapted, or has the wrong shape.
         """
         parts = [*base_update] if own is None else [*base_update, own]
         for part in parts:

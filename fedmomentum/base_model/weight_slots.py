@@ -1,4 +1,4 @@
-"""Where a live model holds the weight that a matrix of an adapter changes."""
+"""The place in a live model of the weight that an adapter's matrix changes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class WeightSlot:
     """The place of one matrix: the weight of a module, or one expert's slice of a 3-D parameter.
 
     Attributes:
-        name: The matrix's name, as adapters have it.
+        name: The matrix's name, as in adapters.
         owner: The live module that has the parameter.
-        parameter: The parameter's name in it.
-        expert: The expert's number; None if the parameter is one matrix.
+        parameter: The parameter's name in that module.
+        expert: The expert's index; None if the parameter is one matrix.
     """
 
     name: str
@@ -54,7 +54,7 @@ class WeightSlot:
         return bool(getattr(self.owner, "is_transposed", False))
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """Return the matrix `(out, in)` in a tensor that is laid out as the parameter; a view."""
+        """Return a view of the matrix `(out, in)` in a tensor laid out like the parameter."""
         tensor = stored if self.expert is None else stored[self.expert]
         return tensor.mT if self.is_transposed else tensor
 
@@ -72,8 +72,8 @@ class WeightSlot:
     def loaded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight that the module was loaded with, as floating-point `(out, in)`.
 
-        It shares memory with the module if that holds its weight so; a quantized one is dequantized
-        to `dtype`.
+        A quantized weight is dequantized to `dtype`; any other shares memory with the module, in
+        its own dtype.
         """
         return dequantize(self.owner, dtype) if self.is_quantized else self.matrix(self.live)
 
@@ -101,11 +101,11 @@ class WeightSlot:
     # ── checks ──
 
     def check(self) -> None:
-        """Refuse a place whose weight cannot take an update.
+        """Reject a place whose weight cannot take an update.
 
         Raises:
-            ModelError: If it is of another kind, or computes something else than the product with
-                its weight.
+            ModelError: If its type or dtype is not supported, or it computes something other than
+                the product with its weight.
         """
         if self.expert is not None:
             self._check_expert()
@@ -131,9 +131,9 @@ class WeightSlot:
             raise ModelError(f"{self.path} has {parameter.shape[0]} experts, and no {self.name}")
 
     def upcast(self) -> None:
-        """Give the module an uninitialized float32 weight; its input is cast up, its output back.
+        """Give the module an uninitialized float32 weight, and cast around its forward.
 
-        Everything else in the module is cast to float32 too.
+        Inputs are cast to float32 and outputs back. The rest of the module becomes float32 too.
         """
         dtype = self.live.dtype
         weight = torch.empty_like(self.live, dtype=torch.float32)
@@ -143,12 +143,12 @@ class WeightSlot:
                 if parameter.is_floating_point() and parameter.dtype != torch.float32:
                     upcast = nn.Parameter(parameter.detach().float(), requires_grad=False)
                     setattr(module, name, upcast)
-        # A second adapted parameter of the module is in float32 by now, and not cast around again.
+        # A second adapted parameter of the module is float32 by then, and is not cast around again.
         cast_around(self.owner, dtype)
 
 
 def _check_linear(module: str, layer: Any) -> None:
-    """Refuse a module that is no linear layer, or computes something else."""
+    """Reject a module that is not a linear layer, or computes something else."""
     is_linear = isinstance(layer, (nn.Linear, Conv1D))
     is_unknown = type(layer).__module__.startswith("bitsandbytes") and not is_quantized(layer)
     if not is_linear or is_unknown:
@@ -163,7 +163,7 @@ def _check_linear(module: str, layer: Any) -> None:
 
 
 def find_owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Return the base module that holds the weight of every matrix, also under PEFT's layers.
+    """Return the base module that holds each matrix's weight, looking inside PEFT's layers.
 
     Args:
         model: The base model, plain or with LoRA layers in it.
@@ -188,10 +188,10 @@ def find_owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def checked_slots(layers: Mapping[str, nn.Module]) -> dict[str, WeightSlot]:
-    """Return where the weight of each layer is, by module.
+    """Return the checked place of each layer's weight, by module.
 
     Raises:
-        ModelError: If a layer is of a kind whose weight cannot be held.
+        ModelError: If a layer's weight cannot take an update.
     """
     slots = {module: WeightSlot.of(module, layer) for module, layer in layers.items()}
     for slot in slots.values():

@@ -1,6 +1,6 @@
 """The adapted modules of a live base model, held so that merged updates are not rounded away.
 
-The base model on disk is never changed. In memory only the adapted modules change.
+The base model on disk never changes. In memory, only the adapted modules change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MergedPart(Protocol):
 
 
 class MergedWeights(Protocol):
-    """The adapted modules of a live base model, which can be set to any sum of merged parts."""
+    """The adapted modules of a live base model, whose weights can be set to any sum of parts."""
 
     layers: Mapping[str, Any]
     """Name of a matrix to the live module that holds its weight."""
@@ -44,8 +44,8 @@ class MergedWeights(Protocol):
 
         Args:
             base_update: The merged parts, oldest first.
-            own: A low-rank part that is added last and that is no part of the sum: the tail of a
-                client of lower rank, or an adapter.
+            own: A low-rank part that is added last and is not part of the base update: the tail of
+                a client of lower rank, or an adapter.
         """
 
     def reset(self) -> None:
@@ -61,8 +61,8 @@ class MergedWeights(Protocol):
 class BaseWeights(MergedWeights, Protocol):
     """The adapted modules of a live base model: pretrained weights plus merged parts.
 
-    How they are held is an implementation's choice: as a float32 copy (`Float32Weights`), or as
-    they were loaded with the parts in a side branch (`AsLoadedWeights`).
+    Implementations choose how to hold them: as a float32 copy (`Float32Weights`), or as loaded,
+    with the parts in a side branch (`AsLoadedWeights`).
     """
 
     def iterate_pretrained(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -71,16 +71,16 @@ class BaseWeights(MergedWeights, Protocol):
     # ── what the forward computes with ──
 
     def probe(self, module: str, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """Compute `diag(U^T W X)` of the weight that the forward multiplies by; see `probe`."""
+        """Compute `diag(U^T W X)` for the weight that the forward multiplies by; see `probe`."""
 
     def inputs(self, module: str, X: Tensor) -> Tensor:
-        """Return columns `(in, n)` as the module's layer sees them: on its device, rounded."""
+        """Return columns `(in, n)` as the module's layer receives them: on its device, rounded."""
 
     def outputs(self, module: str, X: Tensor) -> Tensor:
-        """Return `W X` `(out, n)`, plus a constant, as the layer's forward gives it.
+        """Return `W X` `(out, n)`, plus a constant, as the layer's forward computes it.
 
-        It is what the forward has before it rounds to the 16 bits of the model around it: that
-        rounding is unbiased.
+        This is the result before rounding to the 16 bits of the surrounding model, a rounding that
+        is unbiased.
 
         Args:
             module: The module.
@@ -88,7 +88,7 @@ class BaseWeights(MergedWeights, Protocol):
         """
 
     def pretrained_outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what `outputs` gives for these modules and inputs if nothing is merged."""
+        """Return what `outputs` returns for these modules and inputs if nothing is merged."""
 
 
 # ── in float32 ────────────────────────────────────────────────────────────────────────────────────
@@ -97,27 +97,26 @@ class BaseWeights(MergedWeights, Protocol):
 class Float32Weights:
     """`BaseWeights` as float32 weights: `W = pretrained + sum of the parts`.
 
-    They are in float32 even if the rest of the model is in 16 bits: the residual of a round is
-    about 3e-4 of a weight's norm, and rounding `W` to bfloat16 would keep about a fifth of it.
+    They are float32 even if the rest of the model is 16-bit: the residual of a round is about 3e-4
+    of a weight's norm, and rounding `W` to bfloat16 would keep only about a fifth of it.
 
-    The parts are added one after the other, so that adding the newest one gives the same bits as
-    starting from the pretrained weights. A factored part `B A` is added in place, in
-    `2 out in rank` operations, without a second matrix of the weight's size.
+    The parts are added one by one, so that adding the newest one yields the same bits as starting
+    over from the pretrained weights. A factored part `B A` is added in place, in `2 out in rank`
+    operations, without a second matrix of the weight's size.
 
     Args:
-        layers: Name of a matrix to the live module that holds its weight: `nn.Linear`, or `Conv1D`,
-            whose weight is `(in, out)`, an embedding, or a module of experts. Each gets a weight of
-            its own; modules that share the old one keep it.
+        layers: Name of a matrix to the live module that holds its weight: an `nn.Linear`, a
+            `Conv1D`, whose weight is `(in, out)`, an embedding, or a module of experts. Each gets
+            its own new weight; modules that shared the old one keep it.
         directory: The model's directory; its weights are read from memory-mapped files when
             needed.
-        tied: See `tied_names`; needed if a layer shares its weight with one that is stored for
-            both.
-        model: The model as it was loaded, which knows under which names its weights are stored;
-            needed if there are experts among the layers.
+        tied: See `tied_names`; needed if a layer's tied weight is stored under another name.
+        model: The model as loaded, which knows the stored names of its weights; needed if the
+            layers include experts.
 
     Raises:
-        ModelError: If a layer is of another kind, weights are quantized, or the checkpoint does
-            not hold the layer's weight, or another one than was loaded.
+        ModelError: If a layer's type is not supported, weights are quantized, or the checkpoint
+            lacks a layer's weight or holds a different one from what was loaded.
     """
 
     def __init__(
@@ -129,15 +128,15 @@ class Float32Weights:
     ) -> None:
         self.layers: Mapping[str, Any] = dict(layers)
         self._slots = checked_slots(layers)
-        # Making room for one parameter of a module casts its others, and the model's dtype is that
-        # of its layers' inputs and outputs.
+        # Remember the original dtypes: upcasting one parameter of a module also casts its others,
+        # but inputs and outputs of its layers stay in the model's dtype.
         self._dtypes = {module: slot.live.dtype for module, slot in self._slots.items()}
         self._stored = PretrainedWeights(self._slots, directory, tied, model)
         with translate_out_of_memory(f"the adapted modules of {directory} do not fit in float32"):
             loaded: dict[str, Tensor] = {}
             for module, stored in self._stored.iterate(self.layers):
                 slot = self._slots[module]
-                # The experts of a parameter come one after the other; the first makes room for all.
+                # The experts of a parameter are consecutive; the first one upcasts for all.
                 if slot.path not in loaded:
                     loaded = {slot.path: slot.live}
                     slot.upcast()
@@ -159,10 +158,10 @@ class Float32Weights:
         return next(self.iterate_pretrained([module]))[1]
 
     def iterate_pretrained(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield modules and their pretrained weights; every file is opened once.
+        """Yield modules and their pretrained weights, opening each file once.
 
         Raises:
-            ModelError: If a stored weight has another shape than the live one.
+            ModelError: If a stored weight's shape differs from the live one's.
         """
         for module, stored in self._stored.iterate(modules):
             yield module, stored.to(torch.float32)
@@ -170,7 +169,7 @@ class Float32Weights:
     # ── live weights ──
 
     def weight(self, module: str) -> Tensor:
-        """Return the live weight of a module as `(out, in)`, a view."""
+        """Return a view of a module's live weight, `(out, in)`."""
         slot = self._slots[module]
         return slot.matrix(slot.live)
 
@@ -185,11 +184,11 @@ class Float32Weights:
     def apply(self, base_update: Sequence[MergedPart], own: MergedPart | None = None) -> None:
         """Set every module to its pretrained weight plus the sum of `base_update` and `own`.
 
-        Parts that are applied already are not added again. All parts are checked before the first
-        is added; weights that an error left between two parts (no memory, Ctrl-C) are reset first.
+        Parts that are already applied are not added again. All parts are checked before the first
+        one is added; weights left inconsistent by an error (out of memory, Ctrl-C) are reset first.
 
         Raises:
-            ModelError: If a part changes a module that is not among these, or has another shape.
+            ModelError: If a part changes a module that is not adapted, or has the wrong shape.
         """
         parts = [*base_update] if own is None else [*base_update, own]
         for part in parts:
@@ -209,7 +208,7 @@ class Float32Weights:
     # ── what the forward computes with ──
 
     def probe(self, module: str, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """Compute `diag(U^T W X)` of the live weight."""
+        """Compute `diag(U^T W X)` for the live weight."""
         return probe(self.weight(module), U, X, scratch)
 
     def inputs(self, module: str, X: Tensor) -> Tensor:
@@ -217,11 +216,11 @@ class Float32Weights:
         return X.to(device=self._slots[module].live.device, dtype=self._dtypes[module])
 
     def outputs(self, module: str, X: Tensor) -> Tensor:
-        """Return `W X` as the layer's forward gives it, before it rounds its outputs."""
+        """Return `W X` as the layer's forward computes it, before its outputs are rounded."""
         return layer_outputs(self._slots[module], X)
 
     def pretrained_outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the layers give with their pretrained weights, each put in place in turn."""
+        """Return the layers' outputs with their pretrained weights, swapped in one at a time."""
         outputs = {}
         for module, stored in self._stored.iterate(inputs):
             outputs[module] = outputs_with(self._slots[module], stored, inputs[module])
@@ -229,10 +228,10 @@ class Float32Weights:
 
 
 def check_part(part: MergedPart, weights: MergedWeights) -> None:
-    """Refuse a part that does not fit the adapted modules.
+    """Reject a part that does not fit the adapted modules.
 
     Raises:
-        ModelError: If it changes a module that is not among them, or has another shape.
+        ModelError: If it changes a module that is not adapted, or has the wrong shape.
     """
     for module, matrix in part.matrices.items():
         shape = tuple(matrix.shape)

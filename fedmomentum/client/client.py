@@ -1,7 +1,7 @@
-"""`Client`: one participant of a federation, from the bytes of a task to the bytes of its reply.
+"""`Client`: one participant in a federation, from the bytes of a task to the bytes of its reply.
 
-Every transport ends in `Client.handle`. One process loads the base model once, no matter how many
-clients it plays: they share a `LocalModel`, which is set to the global model of each task.
+Every transport calls `Client.handle`. A process loads the base model once, however many clients it
+runs: they share a `LocalModel`, which is set to the global model of each task.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
 
 
-# A request on a global model.
+# A request that involves a global model.
 ModelTask = TrainRequest | EvaluateRequest
 
 
 @dataclass(kw_only=True)
 class Client(SumWorker):
-    """One participant: its data, its model, and what it keeps between tasks."""
+    """One participant: its data, its model, and its state between tasks."""
 
     _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)
 
     def handle(self, payload: bytes, *, is_rehearsal: bool = False) -> bytes:
-        """Do one task: load the global model that it names, train or evaluate it, reply.
+        """Perform one task: load the global model that it names, train or evaluate it, and reply.
 
         Args:
             payload: The encoded task.
-            is_rehearsal: Whether the reply stays on this machine, so that a private training need
-                not be counted.
+            is_rehearsal: Whether the reply stays on this machine, so that private training does
+                not spend any budget.
 
         Raises:
-            PrivacyError: If a private training would spend more than this party allows.
-            PayloadError: If the bytes are no task.
-            ModelError: If the task is for another client or base model, or if another version of
-                the global model comes out than the task says.
+            PrivacyError: If private training would spend more than this party allows.
+            PayloadError: If the bytes are not a task.
+            ModelError: If the task is for another client or base model, or the resulting global
+                model is not the version that the task names.
             FedMomentumError: If training or evaluation fails.
         """
         task = decode_task(payload)
@@ -94,7 +94,7 @@ class Client(SumWorker):
             return self._reply(task, WorkResult(received, 1, {}), cached_objects=cached)
 
         client_lora = self._agree(request, received)
-        # The reference is the base model alone, so it is measured before anything is loaded.
+        # The reference is the base model alone, so measure it before loading a global model.
         self.measure_references(request)
         self._load(task, request, received, client_lora)
         self.store.evict(needed)
@@ -103,7 +103,7 @@ class Client(SumWorker):
         terms = request.private if isinstance(request, TrainRequest) else None
         if is_rehearsal or terms is None or self.private is None:
             return self._work(task, received, client_lora, loading_seconds)
-        # What is spent is on disk before the first step, and the reply before it leaves.
+        # Record the spent budget on disk before the first step, and the reply before it is sent.
         assert isinstance(request, TrainRequest)
         mechanism = self.private.settings(terms, request.hyperparameters).mechanism
         with self.private.training(task, request, mechanism) as training:
@@ -114,7 +114,7 @@ class Client(SumWorker):
     def _work(
         self, task: Task, received: GlobalModel, client_lora: LoraConfig, loading_seconds: float
     ) -> bytes:
-        """Train or evaluate the loaded model; return the reply."""
+        """Train or evaluate the loaded model, and return the reply."""
         request = task.request
         started = time.perf_counter()
         assert isinstance(request, TrainRequest | EvaluateRequest)
@@ -131,7 +131,7 @@ class Client(SumWorker):
         else:
             result = self.run_evaluation(request, received)
         if not request.is_secure:
-            # Times tell how much data a client has.
+            # Timings are withheld from secure replies: they reveal how much data a client has.
             seconds = [loading_seconds, time.perf_counter() - started]
             result.tensors[SECONDS] = torch.tensor(seconds, dtype=torch.float64)
         needed = set(request.needed)
@@ -140,7 +140,7 @@ class Client(SumWorker):
     # ── differential privacy ──
 
     def _check_private_terms(self, request: TrainRequest) -> None:
-        """Check that the run protects the data as is configured here.
+        """Check that the run protects the data as configured here.
 
         Raises:
             ConfigError: If it does not.
@@ -159,9 +159,9 @@ class Client(SumWorker):
             self.private.check_terms(request.private)
 
     def _repeated_reply(self, task: Task, request: TrainRequest) -> bytes | None:
-        """Return the reply to a private training that was done already; None if there is none.
+        """Return the stored reply if this private training was already done, else None.
 
-        Where updates are summed, what was trained must still be in memory.
+        With secure aggregation, the trained update must still be in memory.
         """
         if self.private is None:
             return None
@@ -170,10 +170,10 @@ class Client(SumWorker):
         return self.private.stored_reply(task, request)
 
     def split(self, run_id: str) -> str:
-        """Return a hash of how the examples are split into training and held-out ones.
+        """Return a hash of the split into training and held-out examples.
 
         Args:
-            run_id: The run; hashes of two runs do not tell whether their splits are the same.
+            run_id: The run; hashes of different runs do not reveal whether their splits are equal.
         """
         if run_id not in self._splits:
             self._splits[run_id] = split_fingerprint(self.train, self.test, run_id)
@@ -205,10 +205,10 @@ class Client(SumWorker):
     # ── loading ──
 
     def _agree(self, request: ModelTask, global_model: GlobalModel) -> LoraConfig:
-        """Return what this client trains of a global model, if the run is what is configured here.
+        """Return what this client trains of a global model, if the run matches its configuration.
 
         Raises:
-            ConfigError: If the run's method, objective, adapter or chat date is another.
+            ConfigError: If the run's method, objective, adapter or chat date is different.
             ModelError: If the model belongs to another base.
         """
         if global_model.method != repr(self.method):
@@ -234,13 +234,13 @@ class Client(SumWorker):
             ModelError: If the model belongs to another base.
         """
         self.model.load_global_model(global_model, self.method, client_lora)
-        # Evaluations of a round come after its training.
+        # A round's evaluation comes after its training.
         is_training = isinstance(request, TrainRequest)
         last_round = task.server_round - 1 if is_training else task.server_round
         self._load_personal(task.run_id, last_round, client_lora)
 
     def _agreed_lora(self, requested: ClientLora) -> LoraConfig:
-        """Return what is configured here, at the rank to which the method has pruned it.
+        """Return the adapter configured here, at the rank to which the method has pruned it.
 
         Raises:
             ConfigError: If the server requests anything else.
@@ -262,7 +262,7 @@ class Client(SumWorker):
         """Copy the client's own factors into the model, as they were after `last_round`.
 
         Raises:
-            ModelError: If they are damaged, or of another form than the adapter.
+            ModelError: If they are damaged, or do not match the adapter's shapes.
         """
         kinds = self.method.personal_factors
         if not kinds:
@@ -273,7 +273,7 @@ class Client(SumWorker):
             factors.copy_into(live, rank=client_lora.rank, scaling=client_lora.scaling)
 
     def _save_personal(self, task: Task, client_lora: LoraConfig) -> None:
-        """Save the client's own factors as this round's training left them."""
+        """Save the client's own factors after this round's training."""
         kinds = self.method.personal_factors
         if not kinds:
             return
@@ -295,12 +295,11 @@ class Client(SumWorker):
     # ── the optimizer's moments ──
 
     def _start_moments(self, task: Task, request: TrainRequest) -> dict[str, Moments] | None:
-        """Return what the optimizer starts with; None for a fresh one that reports nothing.
+        """Return the moments that the optimizer starts with; None to start fresh and report none.
 
         Raises:
-            ModelError: If the client's own moments are damaged, or of another form than the
-                adapter.
-            PayloadError: If the shared moments are not of the adapter's form.
+            ModelError: If the client's own moments are damaged, or do not match the adapter.
+            PayloadError: If the shared moments do not match the adapter.
         """
         if request.optimizer_state == "fresh":
             return None
@@ -310,7 +309,7 @@ class Client(SumWorker):
             if state is None:
                 return {}
             return state.start_moments(self.model.adapter(self.client_id).modules)
-        # Shared moments: none before the first round has been aggregated.
+        # There are no shared moments before the first round has been aggregated.
         if request.moments is None:
             return {}
         shapes = {}
@@ -323,9 +322,9 @@ class Client(SumWorker):
     def _save_moments(
         self, task: Task, request: TrainRequest, moments: Mapping[str, Moments]
     ) -> None:
-        """Save the client's own moments as this round's training left them.
+        """Save the client's own moments after this round's training.
 
-        A factor that was not trained keeps those of an earlier round.
+        A factor that was not trained keeps its moments from an earlier round.
         """
         if request.optimizer_state != "local":
             return

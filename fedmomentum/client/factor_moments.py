@@ -1,7 +1,7 @@
-"""An optimizer's moments by factor, as the algebra has them, and by parameter, as a trainer does.
+"""Conversion of optimizer moments between factors, for the algebra, and parameters, for trainers.
 
-Most parameters are one factor. The experts of a 3-D parameter share two parameters, so their
-moments are parts of one tensor, and count the same steps.
+Most parameters are a single factor. The experts of a 3-D parameter share two parameters, so their
+moments are slices of the same tensors, with the same step count.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def by_parameter(
 ) -> dict[str, Moments] | None:
     """Return the moments by the names of the trained parameters that hold the factors.
 
-    An expert without moments, beside experts with some, starts with zeros.
+    If only some experts of a parameter have moments, the others start with zeros.
 
     Args:
-        moments: `<module>.<kind>` to moments; None where none are wanted.
-        names: `<module>.<kind>` to the name of the parameter, of the trained factors.
+        moments: `<module>.<kind>` to moments; None if moments are not used.
+        names: `<module>.<kind>` to the parameter's name, for the trained factors.
         model: The model that is trained.
     """
     if moments is None:
@@ -59,9 +59,9 @@ def _zeros(parameter: Tensor) -> Tensor:
 def by_factor(
     report: TrainReport, names: Mapping[str, str], model: LocalModel
 ) -> dict[str, Moments]:
-    """Return a report's moments under `<module>.<kind>`; nothing where it has none.
+    """Return a report's moments by `<module>.<kind>`; empty if it has none.
 
-    A factor that never had a gradient has moments of zero.
+    Factors that never had a gradient get zero moments.
     """
     if not report.moments:
         return {}

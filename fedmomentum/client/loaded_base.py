@@ -1,4 +1,4 @@
-"""`LoadedBase`: the base model of a process, for all adapters that it trains."""
+"""`LoadedBase`: a process's base model, for all adapters that it trains."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A loaded base model, for one `LocalModel` or shared by several of one process.
+    """A loaded base model, for one `LocalModel` or shared by several in one process.
 
     Attributes:
         directory: The directory that it was loaded from.
         identity: Its name, content hashes and labels.
         tokenizer: Its tokenizer.
-        model: The transformers model. It is not changed while it is shared.
+        model: The transformers model, which must not change while it is shared.
     """
 
     directory: Path
@@ -49,7 +49,7 @@ class LoadedBase:
         Args:
             model: The section [model] of the configuration.
             labels: If given, load a sequence classifier with these labels.
-            trained: Names of the modules that are trained in full.
+            trained: Names of the fully trained modules.
 
         Raises:
             ModelError: If it cannot be found or loaded.
@@ -75,7 +75,7 @@ class LoadedBase:
         return cls(directory, identity, tokenizer, base)
 
     def copy(self) -> Any:
-        """Return a model of the same tensors but with modules of its own, to attach an adapter."""
+        """Return a copy with its own modules but the same tensors, to attach an adapter to."""
         shared = [*self.model.parameters(), *self.model.buffers()]
         shared += shared_with_copies(self.model)
         return copy.deepcopy(self.model, {id(item): item for item in shared})
@@ -87,7 +87,7 @@ def identify_base(model: ModelConfig, directory: Path, labels: Sequence[str]) ->
     Args:
         model: The section [model] of the configuration.
         directory: The base model's directory.
-        labels: Of a classifier; empty for a language model.
+        labels: The labels of a classifier; empty for a language model.
 
     Raises:
         ModelError: If there are no weights, or they cannot be read.

@@ -1,4 +1,4 @@
-"""The model that a client trains: a base model with one live adapter, set to any global model."""
+"""The model that a client trains: a base model with one live adapter, set to a global model."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class LocalModel:
 
     Args:
         model: The base model's name, dtype and device.
-        lora: The run's adapter; it is attached here unless `client_lora` is given.
+        lora: The run's adapter, which is attached unless `client_lora` is given.
         seed: The seed of the adapter's initialization.
-        client_lora: What this client trains, if that is less than the run's adapter.
-        loaded: The base model if this process has loaded it.
-        takes_loaded: Whether nobody else uses it: it is changed, so that no weight is in memory
-            twice. Otherwise its weights are shared, except those of the adapted modules.
+        client_lora: What this client trains, if less than the run's adapter.
+        loaded: The base model, if this process has already loaded it.
+        takes_loaded: Whether nothing else uses `loaded`, so that it may be modified and no weight
+            is in memory twice. Otherwise its weights are shared, except in adapted modules.
 
     Raises:
         ModelError: If the base model cannot be found or loaded.
@@ -74,13 +74,13 @@ class LocalModel:
         self.identity = loaded.identity
         self.tokenizer = loaded.tokenizer
         base = loaded.model if takes_loaded else loaded.copy()
-        # A classifier's head is trained in full, beside whatever else the user names.
+        # A classifier's head is trained in full, in addition to what the user names.
         self._head = head_modules(base, self.directory) if self.identity.labels else []
         self.num_parameters = num_parameters(base)
         self.dtype = base.dtype
 
-        # The run's adapter decides which modules the federation adapts, and their form.
-        # A matrix too small for the run's rank is so for all clients.
+        # The run's adapter determines which modules the federation adapts, and their shapes. A
+        # matrix too small for the run's rank is left out for all clients.
         saved = find_saved_modules(base, names_to_save(self._head, lora.modules_to_save))
         self._choose_targets = partial(
             choose_targets,
@@ -94,7 +94,7 @@ class LocalModel:
             self.peft = self._attach(base, lora, self.targets, seed)
         self.fresh: Adapter = self.adapter("fresh adapter")
 
-        # What this client trains of it may have fewer modules and a lower rank.
+        # This client may train fewer modules of it, at a lower rank.
         self.client_lora = replace(client_lora or lora, clients={})
         self.is_mixed = lora.is_mixed
         self._seed = seed
@@ -107,7 +107,7 @@ class LocalModel:
         owners = find_owners(live, self.fresh.modules)
         self.holding = choose_holding(model.adapted_weights, live)
         self.base_weights = hold_weights(owners, self.directory, holding=self.holding, model=live)
-        # Of a client of lower rank: the part of the adapter that it does not train.
+        # For a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}
         self._weight_probes = WeightProbes(self.base_weights)
 
@@ -124,7 +124,7 @@ class LocalModel:
         )
 
     def _reattach(self, lora: LoraConfig) -> None:
-        """Attach an adapter of these settings instead of the present one, on the same base."""
+        """Replace the current adapter with one of these settings, on the same base."""
         if lora != self._attached_lora:
             targets = self._choose_targets(lora.target_modules, parameters=lora.target_parameters)
             self.peft = self._attach(detach_adapter(self.peft), lora, targets, self._seed)
@@ -147,7 +147,7 @@ class LocalModel:
         return copy_adapter(self.peft, name)
 
     def initial_global_model(self, method: Method) -> GlobalModel:
-        """Return the global model before the first round: this base, the method's first adapter."""
+        """Return the global model before round 1: this base and the method's initial adapter."""
         adapter, change = initialize_adapter(method, self.fresh, self.base_weights.pretrained)
         config = {**self.fresh.config, "base_model_name_or_path": self.identity.name}
         adapter = replace(adapter, config=config, name="global adapter")
@@ -168,19 +168,19 @@ class LocalModel:
     ) -> None:
         """Set the base weights and the live adapter to a global model.
 
-        A client of lower rank trains a part of the global adapter. The remainder is added to its
-        base weights, so that the effective weights are those of the global model.
+        A client of lower rank trains part of the global adapter. If the method keeps tails, the
+        rest is added to its base weights, so that the effective weights are the global model's.
 
         Args:
             model: The global model.
-            method: How the client's part is derived; needed if this client trains less than the
-                whole adapter.
-            client_lora: What is trained if the method has pruned the rank of `self.client_lora`.
+            method: Derives the client's part; needed if this client trains less than the whole
+                adapter.
+            client_lora: What to train if the method has pruned the rank of `self.client_lora`.
 
         Raises:
             ModelError: If the global model belongs to another base.
-            AdapterError: If its adapter has other modules, ranks or scalings than the one attached
-                here.
+            AdapterError: If its adapter differs from the attached one in modules, ranks or
+                scalings.
         """
         model.base.check(self.identity)
         client_lora = client_lora or self.client_lora
@@ -210,9 +210,9 @@ class LocalModel:
 
     @contextmanager
     def base_alone(self) -> Iterator[PeftModel]:
-        """Yield the base model as it is without the run: nothing merged, the adapter switched off.
+        """Yield the original base model: nothing merged, and the adapter disabled.
 
-        A global model must be loaded before the next work.
+        A global model must be loaded before any further work.
         """
         self.base_weights.apply([])
         with self.peft.disable_adapter():
@@ -226,7 +226,7 @@ class LocalModel:
         return self._layers
 
     def live_factors(self) -> list[LowRank]:
-        """Return the live factors themselves, by sorted module, with their gradients."""
+        """Return the live factors themselves, sorted by module, with their gradients."""
         return [layer.factors for _, layer in sorted(self._layers.items())]
 
     def parameter_names(self, kinds: str) -> dict[str, str]:
@@ -251,15 +251,15 @@ class LocalModel:
         return parameters
 
     def view(self, key: str, tensor: Tensor) -> Tensor:
-        """Return the factor `<module>.<kind>` in a tensor of its parameter's shape; a view.
+        """Return a view of the factor `<module>.<kind>` in a tensor of its parameter's shape.
 
-        The experts of one parameter share the parameters that hold their factors.
+        The experts of a 3-D parameter share the parameters that hold their factors.
         """
         module, _, kind = key.rpartition(".")
         return self._layers[module].view(kind, tensor)
 
     def personal_factors(self, kinds: str) -> dict[str, Tensor]:
-        """Return the live factors of these kinds, `B` or `A`, under `<module>.<kind>`."""
+        """Return the live factors of these kinds, `B` or `A`, by `<module>.<kind>`."""
         factors = {}
         for module, layer in sorted(self._layers.items()):
             for kind in kinds:
@@ -268,7 +268,7 @@ class LocalModel:
 
     @contextmanager
     def training_only(self, kinds: str) -> Iterator[None]:
-        """Freeze the factors of other kinds than these within the block."""
+        """Within the block, freeze factors of all kinds but these."""
         frozen_kinds = [kind for kind in "BA" if kind not in kinds]
         frozen = [layer.parameter(k) for layer in self._layers.values() for k in frozen_kinds]
         for parameter in frozen:
@@ -284,8 +284,7 @@ class LocalModel:
     def probes(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Measure the live weights by random bilinear forms, in float64.
 
-        Every call measures the weights as they are: no earlier result is reused, since a weight
-        may have changed since.
+        Every call measures the current weights; results are not cached, since weights may change.
 
         Returns:
             Module path to its probes, for `base`, the base weight `W` without the adapter, and for
@@ -294,10 +293,10 @@ class LocalModel:
         return self._weight_probes.measure(seed, self._layers, self._fixed_residual)
 
     def applied_fraction(self, model: GlobalModel, seed: int) -> float:
-        """Return the fraction of `base_update` that the layers' forward computes with.
+        """Return the fraction of `base_update` that takes effect in the layers' forward.
 
         Args:
-            model: The global model that is loaded; it has a `base_update`.
+            model: The loaded global model, which has a `base_update`.
             seed: The probes' seed.
         """
         return self._weight_probes.applied_fraction(model.base_update, self._fixed_residual, seed)

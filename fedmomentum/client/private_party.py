@@ -1,4 +1,4 @@
-"""`PrivateParty`: with what a client trains privately, and what it reveals of itself then."""
+"""`PrivateParty`: a client's settings and ledger for private training, and what it reveals."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class PrivateParty:
-    """A client's settings of differential privacy, its units, and its ledger.
+    """A client's differential privacy settings, its units, and its ledger.
 
     Attributes:
         client_id: The client.
-        dp: `[privacy.dp]` here.
+        dp: This client's `[privacy.dp]`.
         train: The examples that it trains on.
-        directory: Where the ledger is.
+        directory: The ledger's directory.
     """
 
     client_id: str
@@ -58,14 +58,14 @@ class PrivateParty:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Its ledger, whose file may not be there yet."""
+        """Its ledger, whose file may not exist yet."""
         unit = self.dp.unit_column or EXAMPLE
         file = self.directory / f"{directory_name(self.client_id)}.json"
         return Ledger(file, self.client_id, unit, Budget(self.dp.budget, self.dp.delta))
 
     @cached_property
     def begun(self) -> LedgerRecord:
-        """The ledger as it was when it was first looked at; begun if there was none.
+        """The ledger's contents at first access; created if there was no ledger.
 
         Raises:
             PrivacyError: If it cannot be used.
@@ -74,16 +74,16 @@ class PrivateParty:
 
     @property
     def public_units(self) -> int:
-        """Its number of units as the public knows it: what it sends, and is weighted by."""
+        """Its public number of units, which it sends, and by which it is weighted."""
         return self.dp.public_units or self.begun.public_units
 
     @cached_property
     def _data(self) -> str:
-        """A hash of the examples, which only the ledger's key tells apart from other hashes."""
+        """A keyed hash of the examples; the key is the ledger's secret salt."""
         return split_fingerprint(self.train, EMPTY_EXAMPLES, self.begun.salt)
 
     def check_terms(self, terms: PrivateTerms) -> None:
-        """Refuse a run that protects something other than what is configured here.
+        """Reject a run that protects a different unit from the one configured here.
 
         Raises:
             ConfigError: If it does.
@@ -96,7 +96,7 @@ class PrivateParty:
             )
 
     def settings(self, terms: PrivateTerms, hyperparameters: LocalTraining) -> PrivateSettings:
-        """Return what a training is private by.
+        """Return the settings that make a training private.
 
         Raises:
             ConfigError: See `round_mechanism`.
@@ -106,14 +106,14 @@ class PrivateParty:
         return PrivateSettings(mechanism, self._units, max_rows)
 
     def task_hash(self, task: Task, request: TrainRequest) -> str:
-        """Return a hash of what a task asks for, whatever objects come with it."""
-        # Which objects come along depends on what the client has kept.
+        """Return a hash of what a task asks for, independent of the objects sent with it."""
+        # Which objects are sent depends on what the client has kept.
         asked = msgspec.structs.replace(request, fresh=None, recipes=[])
         head = f"{task.run_id}/{task.server_round}/".encode()
         return sha256(head + msgspec.json.encode(asked, order="sorted"))
 
     def stored_reply(self, task: Task, request: TrainRequest) -> bytes | None:
-        """Return the reply to a task that was done already; None if it was not."""
+        """Return the reply to a task that was already done; None if it was not."""
         _ = self.begun  # there must be a ledger
         return self.ledger.stored_reply(self.task_hash(task, request))
 
@@ -121,13 +121,13 @@ class PrivateParty:
     def training(
         self, task: Task, request: TrainRequest, mechanism: Mechanism
     ) -> Iterator[OpenTraining]:
-        """Write a training down before it starts; see `Ledger.training`.
+        """Record a training before it starts; see `Ledger.training`.
 
         Raises:
             PrivacyError: If the ledger refuses it.
         """
         _ = self.begun  # there must be a ledger
-        # The same task again is the same training, whichever server asks.
+        # The same task always means the same training, whichever server asks.
         key = self.task_hash(task, request)
         run = (task.run_id, task.server_round)
         with self.ledger.training(key, *run, mechanism, self._data) as opened:
@@ -139,12 +139,13 @@ def round_mechanism(
 ) -> Mechanism:
     """Return the mechanism of one client's training in one round.
 
-    The batch size is the expected number of units of a step. Each unit is drawn with probability
+    The batch size is the expected number of units per step. Each unit is drawn with probability
     batch size / public units, and epochs are counted in public units, so that nothing here depends
     on the data.
 
     Raises:
-        ConfigError: If the terms name neither epsilon nor noise, or no noise suffices.
+        ConfigError: If the terms name neither epsilon nor noise, delta is too large for the number
+            of units, or no noise suffices.
     """
     rate = min(1.0, hyperparameters.batch_size / public_units)
     num_steps = count_steps(public_units, hyperparameters)
@@ -156,7 +157,7 @@ def round_mechanism(
     if terms.noise_multiplier is not None:
         noise = terms.noise_multiplier
     elif terms.epsilon is not None:
-        # Every round may ask this client.
+        # This client may be asked in every round.
         noise = noise_for(terms.epsilon, terms.delta, rate, num_steps * terms.num_rounds)
     else:
         raise ConfigError(

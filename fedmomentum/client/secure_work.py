@@ -1,8 +1,8 @@
 """A client's part in rounds whose updates are summed under masks.
 
-What it trained stays here; the server asks for sums of it, one message after the other. All of a
-round but the feedback is in memory: a client that is restarted has dropped from the round's sums,
-and takes part again in the next round.
+The trained update stays with the client; the server asks for sums, message by message. Everything
+but the feedback is only in memory: a restarted client has dropped out of the round's sums, and
+takes part again in the next round.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ LOG = logging.getLogger("fedmomentum")
 
 @dataclass(frozen=True)
 class SecureParty:
-    """With what a client takes part in sums.
+    """What a client needs to take part in sums.
 
     Attributes:
-        identity: Who it is, and whom it accepts as others.
+        identity: Its own identity, and the other parties that it accepts.
         journal: Where it records what it opens.
     """
 
@@ -62,18 +62,18 @@ class SecureParty:
 
 @dataclass
 class SecureWork:
-    """What a client computed in one round, and the sum that it is in the middle of.
+    """What a client computed in one round, and the sum that is in progress.
 
     Attributes:
-        party: With what it takes part.
-        run_id: The run on the wire.
+        party: What it needs to take part.
+        run_id: The run's id in messages.
         server_round: The round.
-        layout: The form of the sums of updates; None where the client did not train.
-        moves: How it moved from the round's start.
-        moments: What it adds of its optimizer's moments; empty where they are not shared.
-        training: How its training went.
+        layout: The layout of the sums of updates; None if the client did not train.
+        moves: Its changes since the start of the round.
+        moments: Its optimizer's moments for the sum; empty if they are not shared.
+        training: The report of its training.
         evaluation: Its scores.
-        scores: The form of the sum of scores.
+        scores: The layout of the sum of scores.
     """
 
     party: SecureParty
@@ -89,7 +89,7 @@ class SecureWork:
     _sum: SumParty | None = field(init=False, repr=False, default=None)
 
     def is_of(self, run_id: str, server_round: int) -> bool:
-        """Whether it is of a round."""
+        """Return whether this work belongs to the given round."""
         return (self.run_id, self.server_round) == (run_id, server_round)
 
     def answer(self, request: SumRequest, message: bytes, means: MeanMoves | None) -> bytes:
@@ -98,18 +98,18 @@ class SecureWork:
         Args:
             request: Which sum.
             message: The server's message.
-            means: The outcome of the first sum, with the first message of the second.
+            means: The outcome of the first sum; given with the first message of the second sum.
 
         Raises:
-            SecureSumError: If a rule does not hold, or the client has nothing to add to the sum.
+            SecureSumError: If a rule is violated, or the client has nothing to add to the sum.
             DataError: If its own values cannot be summed.
         """
         position = (request.number, request.attempt)
         if self._sum is None or position != self._position:
             self._check_plan(request, message)
-            # Only with a plan that is for this very sum is there something to sum up.
+            # Compute values only after the plan proves to be for this very sum.
             values = self._values(request.number, means)
-            # Imported by clients that take part in sums, and by no others.
+            # Import this only in clients that take part in sums.
             from fedmomentum.secure_sum.party import SumParty
 
             party = SumParty(self.party.identity, self.party.journal, values)
@@ -120,9 +120,9 @@ class SecureWork:
         return self._sum.answer(message)
 
     def _check_plan(self, request: SumRequest, message: bytes) -> None:
-        """Check that a sum's first message is its plan, and of the round that was trained.
+        """Check that a sum's first message is its plan, for the round that was trained.
 
-        What a party opened is recorded by run, round and sum, so these must be the true ones.
+        What a party has opened is recorded by run, round and sum, so these must be correct.
 
         Raises:
             SecureSumError: If it is not.
@@ -162,10 +162,10 @@ class SecureWork:
         return _arrays(layout.second_values(moves, means))
 
     def _check_means(self, means: MeanMoves) -> None:
-        """Check that the outcome of the first sum has the form of this client's values.
+        """Check that the outcome of the first sum matches the shapes of this client's values.
 
         Raises:
-            SecureSumError: If it has not.
+            SecureSumError: If it does not.
         """
         assert self.layout is not None
         for module, matrix in self.layout.start.modules.items():
@@ -187,10 +187,10 @@ def _arrays(values: Values) -> dict[str, NDArray[np.float64]]:
 
 
 def layout_of(terms: SecureTerms, start: Adapter, factors: str) -> AdapterSums:
-    """Return the form of a round's sums.
+    """Return the layout of a round's sums.
 
     Args:
-        terms: What all clients of the round have in common.
+        terms: The terms shared by all clients of the round.
         start: The adapter that they start from.
         factors: The factors that are summed.
     """
@@ -209,16 +209,16 @@ def layout_of(terms: SecureTerms, start: Adapter, factors: str) -> AdapterSums:
 def moment_values(
     request: TrainRequest, layout: AdapterSums, moves: ClientMoves, trained: TrainedAdapter
 ) -> Values:
-    """Return what a client adds to the first sum of its optimizer's moments, if they are shared.
+    """Return a client's optimizer moments for the first sum; empty if they are not shared.
 
     Args:
         request: What it was asked to train.
-        layout: The form of the sums.
-        moves: How it moved.
+        layout: The layout of the sums.
+        moves: Its changes.
         trained: What it trained.
 
     Raises:
-        DataError: If there are none, or they are beyond the public limits.
+        DataError: If they exceed the public limits, or the number of steps is wrong.
     """
     assert request.secure is not None
     terms = request.secure.moments
@@ -232,7 +232,7 @@ def moment_values(
         max_examples=layout.max_examples,
         limits=MomentLimits(**msgspec.structs.asdict(terms)),
     )
-    # Rounded as in a run whose clients send them, so that both give the same.
+    # Round as in runs whose clients send their moments, so that both give the same result.
     report = trained.report
     own = ClientMoments(
         encode_means(trained.moments), report.num_steps, report.learning_rate_sum or 0.0
@@ -243,17 +243,18 @@ def moment_values(
 def settled_feedback(
     store: ClientStore, client: str, run_id: str, server_round: int, outcome: RoundOutcome | None
 ) -> dict[str, Matrix]:
-    """Return what the global model lacks of a client's cross terms before a round.
+    """Return the part of a client's cross terms that the global model lacks before a round.
 
-    The client's newest file says what it kept before its last round, and what it did in it. Whether
-    the model has that round, the outcome says.
+    The client's newest file contains what it kept before its last round, and its changes in that
+    round. The outcome tells whether the model includes that round.
 
     Args:
         store: The client's files.
         client: The client.
-        run_id: The run on the wire.
+        run_id: The run's id in messages.
         server_round: The round that begins.
-        outcome: Of the last round whose sums hold the client's cross terms; None for none.
+        outcome: The outcome of the last round whose sums include the client's cross terms; None if
+            there is no such round.
 
     Raises:
         ModelError: If the file of that round is missing or damaged.
@@ -267,7 +268,7 @@ def settled_feedback(
         )
     if state is None:
         return {}
-    # Rounds after the outcome's have nothing of this client: what it kept before them stands.
+    # Later rounds include nothing of this client, so what it kept before them still holds.
     if outcome is None or state.server_round != outcome.server_round:
         return state.settled(None, in_second_sum=False)
     name = f"the outcome of round {outcome.server_round}"
@@ -276,7 +277,7 @@ def settled_feedback(
 
 
 def save_cross_terms(store: ClientStore, client: str, work: SecureWork) -> None:
-    """Save what a client keeps of a round, before anything of it leaves."""
+    """Save what a client keeps of a round, before it sends anything."""
     layout = work.layout
     moves = work.moves
     assert layout is not None and moves is not None
@@ -296,13 +297,14 @@ def save_cross_terms(store: ClientStore, client: str, work: SecureWork) -> None:
 
 @contextmanager
 def keeping_reasons(client: str) -> Iterator[None]:
-    """Keep with the client what goes wrong with its own data and values; the server learns that.
+    """Log errors in a client's own data and values locally; the server learns only of a failure.
 
     Args:
         client: The client.
 
     Raises:
-        SecureSumError: If anything but a rule of the sums was broken; it does not say what.
+        SecureSumError: If the block fails; unless it violates a rule of the sums, the message does
+            not say why.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """What a client keeps between tasks: the objects of global models, and its own state.
 
-A client keeps every object that it was sent, so that the server need not send it again. What did
-not come it makes if it can: a fresh adapter from its seed, a snapshot from its parts. Content
-hashes decide whether the result has the bits that were wanted.
+A client keeps every object that it receives, so that the server need not send it again. If it can,
+it builds objects that were not sent: a fresh adapter from its seed, a snapshot from its parts.
+Content hashes verify that the result has the expected bits.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ S = TypeVar("S", bound=ClientState)
 
 @dataclass
 class ClientStore:
-    """A client's objects on disk and in memory, and its state of earlier rounds.
+    """A client's objects on disk and in memory, and its state from earlier rounds.
 
     Attributes:
         directory: Where its files are, under `objects` and one directory for each kind of state.
-        is_private: Whether no other client and no run keeps files in this directory, so that what
-            is no longer needed can be deleted.
-        retained_rounds: In a private store, the number of the newest rounds whose state is kept;
-            one more is kept.
-        cache: Parsed objects by hash; the clients of one process may share one.
+        is_private: Whether no other client or run keeps files in this directory, so that files no
+            longer needed can be deleted.
+        retained_rounds: In a private store, state is kept for this many of the newest rounds, plus
+            one.
+        cache: Parsed objects by hash; the clients of one process may share it.
     """
 
     directory: Path
@@ -57,11 +57,11 @@ class ClientStore:
     # ── global models ──
 
     def receive(self, task: Task, template: Adapter) -> GlobalModel | MissingObjects:
-        """Save the objects of a task, make what was not sent, and return the task's global model.
+        """Save a task's objects, build those not sent, and return the task's global model.
 
         Args:
-            task: A task on a global model.
-            template: An adapter of the run's form: its modules, shapes and ranks.
+            task: A task that involves a global model.
+            template: An adapter with the run's modules, shapes and ranks.
 
         Returns:
             The global model; or the objects that are still missing, which the server must send.
@@ -74,11 +74,11 @@ class ClientStore:
             raise TypeError("such a task names no global model")
         needed = set(request.needed)
 
-        # Keep what was sent, but nothing that the request does not name.
+        # Keep what was sent, but only what the request names.
         named = needed.union(*(recipe.fetched for recipe in request.recipes))
         self._save({name: data for name, data in task.objects.items() if name in named})
 
-        # Make what was not sent.
+        # Build what was not sent.
         if request.fresh is not None:
             self._make_fresh_adapter(request.fresh, template, needed)
         self._make_snapshots(request.recipes, template)
@@ -91,7 +91,7 @@ class ClientStore:
     def _make_fresh_adapter(
         self, fresh: FreshAdapter, template: Adapter, needed: Collection[str]
     ) -> None:
-        """Initialize the round's adapter from its seed, and save those objects that are needed."""
+        """Initialize the round's adapter from its seed, and save its objects that are needed."""
         modules = {}
         for module, matrix in template.modules.items():
             seed = module_seed(fresh.seed, fresh.server_round, module)
@@ -105,15 +105,15 @@ class ClientStore:
                 self._save({stored.name: stored.data})
 
     def _make_snapshots(self, recipes: Sequence[Recipe], template: Adapter) -> None:
-        """Make the snapshots that are missing here and whose parts are not, oldest first.
+        """Build missing snapshots whose parts are available, oldest first.
 
-        One that comes out with another hash is dropped; the server then sends the snapshot.
+        If the result has the wrong hash, it is dropped, and the server sends the snapshot.
         """
         if not recipes:
             return
         newest = recipes[-1].makes
         if self.has(newest):
-            # Another client of this process may have made it: it is then in the shared cache only.
+            # If another client in this process built it, it may only be in the shared cache.
             self._save({newest: self.read(newest).data})
             return
         shapes = {module: matrix.shape for module, matrix in template.modules.items()}
@@ -139,17 +139,17 @@ class ClientStore:
     # ── objects ──
 
     def read(self, name: str) -> StoredObject:
-        """Return an object, which is read and checked once per process.
+        """Return an object, which is read and verified once per process.
 
         Raises:
-            MissingObject: If it is not here, or damaged.
+            MissingObject: If it is missing or damaged.
         """
         if name not in self.cache:
             self.cache[name] = StoredObject.read(self.directory, name)
         return self.cache[name]
 
     def has(self, name: str) -> bool:
-        """Return whether an object is here and undamaged."""
+        """Return whether an object is available and undamaged."""
         try:
             self.read(name)
         except MissingObject:
@@ -157,17 +157,17 @@ class ClientStore:
         return True
 
     def evict(self, retained: Collection[str]) -> None:
-        """Drop all other objects than these from memory, and from a private directory."""
+        """Drop all objects but these from memory, and from disk if the directory is private."""
         for name in self.cache.keys() - set(retained):
             del self.cache[name]
         if self.is_private:
             prune_objects(self.directory, set(retained))
 
     def keep(self, objects: Mapping[str, bytes]) -> None:
-        """Save objects that were sent, by their hashes, which are checked on reading.
+        """Save received objects by their hashes, which are verified on reading.
 
         Raises:
-            ModelError: If a name is no hash.
+            ModelError: If a name is not a hash.
         """
         self._save(dict(objects))
 
@@ -179,7 +179,7 @@ class ClientStore:
     def load_state(
         self, state_type: type[S], run_id: str, client_id: str, last_round: int
     ) -> S | None:
-        """Return a client's state as it was after a round; None if there is none so old.
+        """Return a client's state as of a round; None if there is none that old.
 
         Raises:
             ModelError: If its file is damaged.
@@ -187,10 +187,10 @@ class ClientStore:
         return ClientStateFiles(self.directory, run_id, state_type).load(client_id, last_round)
 
     def save_state(self, state: ClientState) -> None:
-        """Save a client's state after a round, so that a repeated round starts from it.
+        """Save a client's state after a round, so that a repeated next round can start from it.
 
-        In a run's directory its checkpoints decide which rounds are kept; a private store keeps
-        the newest.
+        In a run's directory, checkpoints determine which rounds are kept; a private store keeps the
+        newest.
         """
         files = ClientStateFiles(self.directory, state.run_id, type(state))
         files.save(state)

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SumWorker(Worker):
-    """A client's work where the outcome stays with it, and the server asks for sums.
+    """A client's work whose results stay with it, while the server asks for sums.
 
     Attributes:
-        store: Its objects and its state of earlier rounds.
-        party: With what it takes part in sums under masks. With it, it takes part in no run that
-            has none; without, in none that has some.
+        store: Its objects and its state from earlier rounds.
+        party: What it needs to take part in masked sums. A client with a party takes part only in
+            runs with secure aggregation; a client without, only in runs without.
     """
 
     store: ClientStore
@@ -51,10 +51,10 @@ class SumWorker(Worker):
     _round: SecureWork | None = field(init=False, repr=False, default=None)
 
     def check_privacy(self, *, is_secure: bool) -> None:
-        """Check that the run keeps from the server what is configured here.
+        """Check that the run uses secure aggregation if, and only if, it is configured here.
 
         Raises:
-            ConfigError: If it does not.
+            ConfigError: If the two differ.
         """
         if self.party is not None and not is_secure:
             raise ConfigError(
@@ -68,11 +68,11 @@ class SumWorker(Worker):
             )
 
     def has_round(self, task: Task) -> bool:
-        """Whether what this client computed in a task's round is still in memory."""
+        """Return whether this client's work in a task's round is still in memory."""
         return self._round is not None and self._round.is_of(task.run_id, task.server_round)
 
     def _round_work(self, task: Task) -> SecureWork:
-        """Return what this client has of a task's round, empty at first."""
+        """Return this client's work in a task's round, starting a new one if needed."""
         assert self.party is not None  # `check_privacy`
         if self._round is None or not self._round.is_of(task.run_id, task.server_round):
             self._round = SecureWork(self.party, task.run_id, task.server_round)
@@ -85,11 +85,11 @@ class SumWorker(Worker):
         global_model: GlobalModel,
         moments: Mapping[str, Moments] | None,
     ) -> WorkResult:
-        """Train, and keep the update for the round's sums; its cross terms are on disk then.
+        """Train, keep the update for the round's sums, and save its cross terms to disk.
 
         Raises:
-            ModelError: If the feedback of earlier rounds is missing or damaged.
-            SecureSumError: If this client takes no part; why stays with it.
+            ModelError: If the feedback from earlier rounds is missing or damaged.
+            SecureSumError: If this client cannot take part; the reason stays with the client.
         """
         terms = request.secure
         assert terms is not None
@@ -117,7 +117,7 @@ class SumWorker(Worker):
         assert isinstance(result.answer, EvaluateResult)
         work = self._round_work(task)
         work.evaluation = result.answer
-        # The number of parties decides bounds, which are the plan's, and no values.
+        # Any number of parties will do: it affects only bounds, which the plan sets, not values.
         work.scores = ScoreSums(
             num_parties=MIN_PARTIES,
             of_pairs=self.objective.compares_pairs,
@@ -129,7 +129,7 @@ class SumWorker(Worker):
         """Answer a message of one of the round's sums.
 
         Raises:
-            SecureSumError: If a rule does not hold, or this client has nothing of that round.
+            SecureSumError: If a rule is violated, or this client has nothing from that round.
         """
         self.check_privacy(is_secure=True)
         work = self._round
@@ -138,7 +138,7 @@ class SumWorker(Worker):
                 f"client {self.client_id} has nothing of round {task.server_round}: it was started "
                 "again since, or has taken part in a later one. It takes part in the next round"
             )
-        # The first sum's outcome is kept: the next task names it again.
+        # Keep the first sum's outcome, because the next task refers to it again.
         means = None
         if request.means is not None:
             self.store.keep({request.means: task.objects.get(request.means, b"")})

@@ -1,4 +1,4 @@
-"""Measures of a client's live weights: probes of them, and what of the merged part arrives."""
+"""Measurements of a client's live weights: probes, and how much of the merged part takes effect."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ProbeVectors = dict[str, tuple[Tensor, Tensor]]
 
 
 class WeightProbes:
-    """Measures of the adapted modules of one model.
+    """Measurements of the adapted modules of one model.
 
-    What is kept between calls is drawn or read from disk; live weights are measured in every call.
+    Only random vectors and pretrained values are cached; live weights are measured in every call.
 
     Args:
         base_weights: The adapted modules.
@@ -33,7 +33,7 @@ class WeightProbes:
         self._expected_cache: _Expected | None = None
 
     def _vectors(self, seed: int) -> ProbeVectors:
-        """Return every module's probe vectors; those of the last seed are cached.
+        """Return every module's probe vectors, caching those of the last seed.
 
         All clients of a round use the same seed.
         """
@@ -53,7 +53,7 @@ class WeightProbes:
         Args:
             seed: The probes' seed.
             layers: The live LoRA layers.
-            fixed_residual: The part of the adapter that lies beside the base weights.
+            fixed_residual: The part of the adapter that is added to the base weights.
         """
         base = {}
         effective = {}
@@ -63,7 +63,7 @@ class WeightProbes:
             layer = layers.get(module)
             if layer is not None:
                 effective[module] = base[module] + layer.scaling * probe(layer.detached(), U, X)
-            # The fixed residual belongs to the adapter, though it is added to the base weight.
+            # The fixed residual belongs to the adapter, although it is added to the base weight.
             if module in fixed_residual:
                 base[module] = base[module] - probe(fixed_residual[module], U, X)
         return {"base": base, "effective": effective}
@@ -74,15 +74,15 @@ class WeightProbes:
         fixed_residual: Mapping[str, LowRank],
         seed: int,
     ) -> float:
-        """Return the fraction of `base_update` that the layers' forward computes with.
+        """Return the fraction of `base_update` that takes effect in the layers' forward.
 
         It is `<f(X) - f_0(X), U X> / <U X, U X>` over all outputs of all modules, for the update
         `U`, the forward `f` of the live layers and `f_0` of the pretrained ones, and a few
-        Gaussian inputs `X`. So it shows what any rounding in the forward takes.
+        Gaussian inputs `X`. So it reveals what is lost to any rounding in the forward.
 
         Args:
             base_update: What is merged.
-            fixed_residual: What is added beside it.
+            fixed_residual: What is added besides.
             seed: The probes' seed.
         """
         expected = self._expected(base_update, seed)
@@ -101,14 +101,14 @@ class WeightProbes:
         if cached is not None and (cached.seed, cached.objects) == (seed, objects):
             return cached
         vectors = self._vectors(seed)
-        # Sorted, because the order of a sum decides its last bits.
+        # Sort, because the order of a sum affects its last bits.
         inputs = {}
         for module in sorted({module for part in base_update for module in part.matrices}):
             inputs[module] = self._base_weights.inputs(module, vectors[module][1])
         pretrained = {}
         for module, outputs in self._base_weights.pretrained_outputs(inputs).items():
             pretrained[module] = outputs.to("cpu", torch.float64)
-        # The parts are multiplied where the weights are, unless that device has no float64.
+        # Multiply the parts on the weights' device, unless it lacks float64.
         merged = {}
         for module, X in inputs.items():
             X_wide = X.to("cpu" if X.device.type == "mps" else X.device).to(torch.float64)
@@ -120,7 +120,7 @@ class WeightProbes:
 
 @dataclass(frozen=True, eq=False)
 class _Expected:
-    """What the layers' forwards should give.
+    """The expected outputs of the layers' forwards.
 
     Attributes:
         seed: The probes' seed.

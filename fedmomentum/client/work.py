@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fedmomentum.training.function import TrainingFunction, TrainReport
 
 
-# The packages whose versions decide what training computes.
+# The packages whose versions affect the results of training.
 REPORTED_PACKAGES = ("fedmomentum", "torch", "transformers", "peft")
 
 
@@ -53,10 +53,10 @@ class WorkResult:
     """The outcome of a task.
 
     Attributes:
-        answer: What the reply says.
-        num_examples: The number of examples behind the answer; its weight.
-        tensors: What the reply carries.
-        moments: The optimizer's moments after a training, of the factors that it trained.
+        answer: The reply's answer.
+        num_examples: The number of examples behind the answer, which is its weight.
+        tensors: The reply's tensors.
+        moments: The optimizer's moments of the trained factors after training.
     """
 
     answer: Answer
@@ -67,12 +67,12 @@ class WorkResult:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """The outcome of a training, before anything of it is made ready to leave.
+    """The outcome of a training, before anything is prepared for upload.
 
     Attributes:
-        adapter: What was trained.
-        report: How training went.
-        moments: The optimizer's moments, of the factors that were trained.
+        adapter: The trained adapter.
+        report: The report of the training.
+        moments: The optimizer's moments of the trained factors.
     """
 
     adapter: Adapter
@@ -86,17 +86,17 @@ class Worker:
 
     Attributes:
         client_id: The client's name.
-        train: What it trains on.
-        test: What it holds out.
-        method: The run's method as this client's configuration has it; it decides what is trained
-            and what leaves the client.
+        train: Its training examples.
+        test: Its held-out examples.
+        method: The run's method according to this client's configuration; determines what is
+            trained and what leaves the client.
         model: The model that it trains; the clients of one process may share one.
-        objective: What it trains and scores on.
-        training_function: Trains the model, where the user gives a function for that.
+        objective: The objective for training and scoring.
+        training_function: The user-defined training function, if any.
         on_step: Called after every training step with (client, step, number of steps, loss).
         update_filter: Changes updates before they are encoded; none by default.
-        private: With what it trains privately. With it, it takes part in no run whose training is
-            not differentially private; without, in none whose is.
+        private: What it needs to train privately. A client with it takes part only in runs with
+            differential privacy; a client without, only in runs without.
     """
 
     client_id: str
@@ -116,7 +116,7 @@ class Worker:
 
     @property
     def num_examples(self) -> int:
-        """The number of training examples as others may know it; of units, with privacy."""
+        """The number of training examples that others may know; with privacy, of public units."""
         return len(self.train) if self.private is None else self.private.public_units
 
     # ── describe ──
@@ -138,7 +138,7 @@ class Worker:
             versions={name: installed_version(name) for name in REPORTED_PACKAGES},
             threads=torch.get_num_threads(),
             dtype=str(model.dtype).removeprefix("torch."),
-            # The client's name for its base model may be a path; the server has its own name.
+            # The client's name for its base model may be a local path; the server has its own name.
             adapter_config={**fresh.config, "base_model_name_or_path": None},
             scalings=dict(fresh.scalings),
             shapes={module: matrix.shape for module, matrix in fresh.modules.items()},
@@ -160,8 +160,8 @@ class Worker:
         Args:
             request: What to train.
             server_round: The round.
-            moments: `<module>.<factor>` to the optimizer's moments to start with; None for a fresh
-                optimizer whose moments are not wanted.
+            moments: `<module>.<factor>` to the optimizer's initial moments; None for a fresh
+                optimizer whose moments are not reported.
 
         Raises:
             ConfigError: If the training function returns something other than a report.
@@ -173,7 +173,7 @@ class Worker:
             start_factors = [_detached_copy(m) for m in self.model.live_factors()]
         trained = self.train_adapter(request, server_round, moments)
 
-        # What leaves: the factors that the method uploads, in the dtype of the wire.
+        # Upload only the method's uploaded factors, encoded in the requested dtype.
         dtype = wire_dtype(request.uplink_dtype)
         uploaded = _uploaded(trained.adapter, method.uploaded_factors(server_round))
         tensors = encode_factors(uploaded, dtype)
@@ -198,13 +198,13 @@ class Worker:
         server_round: int,
         moments: Mapping[str, Moments] | None = None,
     ) -> TrainedAdapter:
-        """Train the loaded model; return its adapter, of which nothing has left; see above."""
+        """Train the loaded model; return its adapter without uploading it; see `run_training`."""
         model = self.model
         start = model.adapter(self.client_id) if self.update_filter else None
 
         trained_factors = self.method.trained_factors(server_round)
         with model.training_only(trained_factors):
-            # Finding the names visits all parameters of the model, so it is done where needed.
+            # Finding the names visits all parameters of the model, so do it only if needed.
             names = {} if moments is None else model.parameter_names(trained_factors)
             report = self._train_model(request, by_parameter(moments, names, model))
         trained_moments = by_factor(report, names, model)
@@ -251,7 +251,7 @@ class Worker:
     # ── evaluate ──
 
     def run_evaluation(self, request: EvaluateRequest, global_model: GlobalModel) -> WorkResult:
-        """Score the loaded model on the first of the held-out examples, and probe its weights."""
+        """Score the loaded model on the first held-out examples, and probe its weights."""
         tensors = {}
         applied_fraction = None
         if request.probe_seed is not None:
@@ -277,7 +277,7 @@ class Worker:
         return WorkResult(result, combined.total.num_examples, tensors)
 
     def _evaluate(self, part: slice, batch_size: int) -> Evaluation | None:
-        """Score a part of the held-out examples; None if there are none."""
+        """Score part of the held-out examples; return None if there are none."""
         examples = self.test[part]
         if not len(examples):
             return None
@@ -294,9 +294,9 @@ class Worker:
     # ── reference ──
 
     def measure_references(self, request: TrainRequest | EvaluateRequest) -> None:
-        """Measure the pairs that a request needs under the reference, unless that has been done.
+        """Measure the pairs that a request needs under the reference model, unless already done.
 
-        The reference is the base model that the run started from. It leaves the local model
+        The reference is the base model that the run started from. Measuring leaves the local model
         without a global model.
         """
         if not self.objective.compares_pairs:
@@ -307,7 +307,7 @@ class Worker:
                 with self.model.base_alone() as base:
                     self.train = measure_reference(base, self.train, pad_token_id=pad_token_id)
             return
-        # Measured in the batches in which they are scored, so that rounding is no preference.
+        # Use the same batches as for scoring, so that rounding does not look like a preference.
         size = request.batch_size
         for part in _parts(request):
             key = (part.start, part.stop, size)
@@ -319,12 +319,12 @@ class Worker:
                     )
 
     def _probe_tensors(self, seed: int | None) -> dict[str, Tensor]:
-        """Return the probes of the live weights as a reply carries them; none without a seed."""
+        """Return the probes of the live weights as reply tensors; empty without a seed."""
         return {} if seed is None else _stacked(self.model.probes(seed))
 
 
 def _parts(request: EvaluateRequest) -> tuple[slice, slice]:
-    """Return the examples that every evaluation of the run has in common, and the others."""
+    """Return the examples that all evaluations of the run share, and the rest."""
     num_compared = min(request.num_compared, request.num_examples)
     return slice(0, num_compared), slice(num_compared, request.num_examples)
 
@@ -339,13 +339,13 @@ def train_result_of(
     *,
     is_private: bool = False,
 ) -> TrainResult:
-    """Return what a training function reported, as an answer.
+    """Convert a training report to an answer.
 
     Args:
         report: The report.
-        rounding: The error of the update in the wire's dtype.
-        next_rank: The rank at which the client continues, for methods that prune.
-        is_private: Whether what has no noise is withheld: losses and the number of targets.
+        rounding: The rounding error of the update in the upload dtype.
+        next_rank: The client's rank in the next round, for methods that prune.
+        is_private: Whether to withhold values without noise: losses and the number of targets.
     """
     return TrainResult(
         loss=None if is_private else report.loss,
@@ -364,7 +364,7 @@ def _detached_copy(factors: LowRank) -> LowRank:
 
 
 def _uploaded(adapter: Adapter, factors: str) -> dict[str, Tensor]:
-    """Return an adapter's tensors without the kinds of factors, `B` or `A`, that stay here."""
+    """Return an adapter's tensors without the kinds of factors, `B` or `A`, that are not sent."""
     retained = [f".lora_{kind}." for kind in "BA" if kind not in factors]
     uploaded = {}
     for name, tensor in to_tensors(adapter).items():
@@ -374,7 +374,7 @@ def _uploaded(adapter: Adapter, factors: str) -> dict[str, Tensor]:
 
 
 def _shared_tensors(request: TrainRequest, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Return what the reply holds of the optimizer's moments."""
+    """Return the optimizer moments that the reply contains."""
     if request.optimizer_state == "shared":
         encoded = encode_means(moments)
     elif request.optimizer_state == "shared-full":

@@ -1,4 +1,4 @@
 """Low-rank linear algebra on torch tensors: exact sums of products, truncated SVDs, probes.
 
-Knows no adapters and no clients.
+Knows nothing about adapters or clients.
 """

@@ -2,8 +2,8 @@
 
 For a matrix of shape `(d, k)` and rank R, everything here costs `O((d + k) R^2 + R^3)` time and
 `O((d + k) R)` memory instead of `O(d k min(d, k))` and `O(d k)`. The core runs in float64 whatever
-the dtype of the factors: half precision is an input format only, float32 factors come back as
-float32, float64 stays float64.
+the dtype of the factors. Half precision is an input format only; float32 and float64 factors yield
+results in their own dtype.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 CORE_DTYPE = torch.float64
-# How much smaller than its terms a sum of squares may be: cancellation has then cost four of the
-# sixteen digits of float64, or two of the seven of float32.
+# How much smaller than its terms a sum of squares may be: at this ratio, cancellation has cost four
+# of the sixteen digits of float64, or two of the seven of float32.
 MAX_CANCELLED_SQUARE = {torch.float64: 1e4, torch.float32: 1e2}
-# Columns that are cast to another dtype at a time: a block that stays in cache.
+# Number of columns cast to another dtype at a time, so that a block stays in cache.
 CHUNK_COLUMNS = 1024
-# A Gram matrix of more rows than this is computed by blocks, which skips the lower triangle.
+# A Gram matrix of more rows than this is computed in blocks, skipping the lower triangle.
 MIN_BLOCKED_ROWS = 128
 
 
@@ -50,7 +50,7 @@ class LowRank:
     A: Tensor
 
     def __post_init__(self) -> None:
-        """Validate the factors once, here; nothing below checks them again."""
+        """Validate the factors; no other method checks them again."""
         B, A = self.B, self.A
         if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
             raise ValueError(
@@ -65,7 +65,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of B; an upper bound of the rank of the matrix."""
+        """Number of columns of B; an upper bound on the rank of the matrix."""
         return self.B.shape[1]
 
     @property
@@ -93,7 +93,7 @@ class LowRank:
         return LowRank(self.B.to(dtype), self.A.to(dtype))
 
     def dense(self) -> Tensor:
-        """Return the `(out, in)` matrix, formed on purpose."""
+        """Form and return the dense `(out, in)` matrix."""
         return self.B @ self.A
 
     def scaled(self, factor: float) -> LowRank:
@@ -105,7 +105,7 @@ class LowRank:
 
         Args:
             other: A matrix of the same shape, of any rank.
-            dtype: In which the products of the tall factors are computed.
+            dtype: The dtype for products of the tall factors.
         """
         if self.shape != other.shape:
             raise ValueError(f"inner product of a {self.shape} with a {other.shape} matrix")
@@ -116,13 +116,13 @@ class LowRank:
     def norm(self, dtype: torch.dtype = CORE_DTYPE) -> float:
         """Return the Frobenius norm.
 
-        It is `sqrt(inner(self, self))` where nothing cancels. That square loses every norm below
-        1e-8 of the factors' own size; the difference of two close matrices has such a norm, and it
-        is computed from the triangular factors of QR decompositions instead.
+        Without cancellation, it is `sqrt(inner(self, self))`. Squaring loses any norm below 1e-8 of
+        the factors' own size, such as that of the difference of two close matrices; such norms are
+        computed from the triangular factors of QR decompositions instead.
 
         Args:
-            dtype: In which the Gram matrices are computed; float32 takes a third of the time and
-                has five correct digits.
+            dtype: The dtype for the Gram matrices; float32 takes a third of the time and yields
+                five correct digits.
         """
         if self.rank == 0:
             return 0.0
@@ -144,19 +144,19 @@ class LowRank:
         r"""Compute the exact thin SVD `B A = U diag(S) Vh` in float64, without forming the matrix.
 
         `B = Q_b R_b`, `A^T = Q_a R_a`, `R_b R_a^T = U' diag(S) V'^T`, `U = Q_b U'`, `V = Q_a V'`:
-        the singular values and vectors (up to their usual freedom) of
-        `torch.linalg.svd(B @ A, full_matrices=False)`. Where the rank is not below both sides of
-        the matrix, the dense SVD is cheaper and is used.
+        the same singular values and vectors (up to their usual ambiguity) as
+        `torch.linalg.svd(B @ A, full_matrices=False)`. If the rank is not below both sides of the
+        matrix, the dense SVD is cheaper and is used.
 
         Returns:
             U `(out, m)`, S `(m,)` descending, Vh `(m, in)`, with `m = min(rank, out, in)`.
 
         Raises:
-            ValueError: If a factor holds NaN or Inf.
+            ValueError: If a factor contains NaN or Inf.
         """
         B = self.B.to(CORE_DTYPE)
         A = self.A.to(CORE_DTYPE)
-        # A sum propagates every NaN and Inf.
+        # Sums propagate NaN and Inf, so checking them checks every element.
         if not math.isfinite(float(B.sum()) + float(A.sum())):
             raise ValueError(
                 f"the factors of {self!r} hold NaN or Inf; find out which client sent them"
@@ -172,12 +172,12 @@ class LowRank:
         return Q_b @ U, S, Vh @ Q_a.mT
 
     def recompress(self, *, rank: int | None = None, energy: float = 1.0) -> LowRank:
-        """Return the best approximation (Eckart-Young) of the least rank that keeps the energy.
+        """Return the best approximation (Eckart-Young) of the lowest rank that keeps the energy.
 
         Args:
-            rank: The largest rank of the result; no bound by default.
-            energy: Fraction of the squared singular values to keep, in (0, 1]. 1 keeps all but
-                what is below round-off (`numerical_rank`).
+            rank: Maximum rank of the result; unlimited by default.
+            energy: Fraction of the squared singular values to keep, in (0, 1]. 1 keeps everything
+                above round-off (`numerical_rank`).
 
         Returns:
             `LowRank(U S, Vh)` in the dtype of this matrix.
@@ -192,10 +192,10 @@ class LowRank:
         return from_svd(U[:, :keep], S[:keep], Vh[:keep], result_dtype(self.dtype))
 
     def split_rank(self, rank: int) -> tuple[LowRank, LowRank]:
-        """Return the first `rank` components (columns of B, rows of A), and the other components.
+        """Return the first `rank` components (columns of B, rows of A), and the rest.
 
-        Both are views, so that their bits are the same on every machine. The first is the best
-        approximation of its rank where the components are singular directions in descending order.
+        Both are views, so they are bit-identical on every machine. The first is the best
+        approximation at its rank if the components are singular directions in descending order.
 
         Raises:
             ValueError: If `rank` is not in 1..self.rank.
@@ -209,8 +209,8 @@ class LowRank:
     def canonical(self) -> LowRank:
         """Return the same matrix with singular directions as components, in descending order.
 
-        `B = U S^1/2`, `A = S^1/2 V^T`. Components whose singular value is zero keep a unit row of
-        A, so that they can train.
+        `B = U S^1/2`, `A = S^1/2 V^T`. Components whose singular value is zero get a unit row of A,
+        so that they can train.
         """
         U, S, Vh = self.svd()
         keep = numerical_rank(S, self.shape, S.dtype)
@@ -237,11 +237,11 @@ def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def gram(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute `rows rows^T` `(n, n)` from its upper blocks: five eighths of the product's work.
+    """Compute `rows rows^T` `(n, n)` from its upper blocks, five eighths of the full work.
 
     Args:
-        rows: `(n, size)`. Rows of another dtype are cast a chunk at a time, which stays in cache.
-        dtype: Of the product; that of `rows` by default.
+        rows: `(n, size)`. Rows of another dtype are cast in chunks that stay in cache.
+        dtype: The dtype of the product; that of `rows` by default.
     """
     n, size = rows.shape
     dtype = dtype or rows.dtype
@@ -268,7 +268,7 @@ def zeros(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LowRank:
-    """Return the zero matrix of `shape` at rank 0."""
+    """Return the zero matrix of `shape`, with rank 0."""
     B = torch.zeros(shape[0], 0, dtype=dtype, device=device)
     A = torch.zeros(0, shape[1], dtype=dtype, device=device)
     return LowRank(B, A)
@@ -282,20 +282,19 @@ def weighted_sum(
 ) -> LowRank:
     r"""Stack the exact sum `sum_i w_i B_i A_i = [w_1 B_1, ..., w_n B_n] [A_1; ...; A_n]`.
 
-    Nothing is computed but `w_i B_i`; `recompress`, `svd` or `truncated_svd` do the work where it
-    is needed.
+    Only `w_i B_i` is computed here; use `recompress`, `svd` or `truncated_svd` to reduce the rank.
 
     Args:
-        matrices: N matrices of one shape, of any ranks and floating dtypes.
+        matrices: N matrices of the same shape, of any ranks and floating-point dtypes.
         weights: N finite numbers of any sign; not normalized here.
-        dtype: Of the stack. In float32 each term is as exact as float32 numbers are.
+        dtype: The dtype of the stack. In float32, each term is exact to float32 precision.
 
     Returns:
         The stacked factors in `dtype`, of rank `sum_i rank_i`.
 
     Raises:
-        ValueError: If there are no matrices, their shapes differ, or the number of weights is
-            another.
+        ValueError: If there are no matrices, their shapes differ, or there is not one weight per
+            matrix.
 
     Source:
         FLoRA, arXiv 2409.05976, section 3: stacking is the noise-free sum.
@@ -330,8 +329,8 @@ def difference(left: LowRank, right: LowRank) -> LowRank:
 def numerical_rank(S: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
     """Count the descending singular values above `S[0] * max(shape) * eps(dtype)`.
 
-    The threshold is that of NumPy's `matrix_rank`: a value below it is round-off of a matrix stored
-    in `dtype`.
+    The threshold is that of NumPy's `matrix_rank`: smaller values are round-off in a matrix stored
+    as `dtype`.
     """
     values = S.tolist()
     threshold = max(values, default=0.0) * max(shape) * torch.finfo(dtype).eps
@@ -339,7 +338,7 @@ def numerical_rank(S: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch
 
 
 def energy_rank(S: Tensor, energy: float) -> int:
-    """Return how many leading singular values have at least a fraction `energy` of the squares."""
+    """Return how many leading singular values hold a fraction `energy` of the sum of squares."""
     squares = S.square().cumsum(0)
     if len(S) == 0 or squares[-1] <= 0:
         return 0

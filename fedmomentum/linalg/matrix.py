@@ -1,8 +1,8 @@
 """Matrices in the smaller of two forms, stacked factors or one dense matrix, and sequences of them.
 
-A sum of total rank R has `(d + k) R` elements as factors and `d k` as a matrix. So the size of a
-sum is bounded whatever the number of matrices, and so is the size of what is computed from it.
-Matrices are read one after the other, in the order given.
+A sum of total rank R has `(d + k) R` elements as factors and `d k` as a dense matrix. So the size
+of a sum, and of anything computed from it, is bounded however many matrices there are. Matrices are
+read one at a time, in the given order.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Matrix = LowRank | Tensor
 """A matrix as two factors, or dense."""
 Item = TypeVar("Item")
 
-# Columns of factors that are multiplied at a time: enough for a fast product, and 38 MB for a
+# Number of factor columns multiplied at a time: enough for a fast product; 38 MB for a
 # 14336 x 4096 matrix.
 BLOCK_COLUMNS = 256
 
 
 class LazySequence(Sequence[LowRank]):
-    """`make(item)` for each item, computed when it is looked up and not cached.
+    """`make(item)` for each item, computed on lookup and not cached.
 
-    For factors that are read from disk in turn.
+    Meant for factors that are read from disk one at a time.
 
     Args:
         make: Returns the matrix of an item.
@@ -56,7 +56,7 @@ class LazySequence(Sequence[LowRank]):
 def add_dense_(total: Tensor, matrix: Tensor) -> Tensor:
     """Add `matrix` to `total` in place, row by row.
 
-    Where the dtypes differ, torch would first copy the whole matrix.
+    If the dtypes differ, adding at once would make torch copy the whole matrix first.
     """
     for total_row, row in zip(total, matrix, strict=True):
         total_row += row
@@ -64,10 +64,10 @@ def add_dense_(total: Tensor, matrix: Tensor) -> Tensor:
 
 
 def add_to_weight_(weight: Tensor, matrix: Matrix) -> None:
-    """Add a part to a live weight `(out, in)` in place, on its device and in its dtype.
+    """Add a matrix to a live weight `(out, in)` in place, on its device and in its dtype.
 
-    A factored part is added in `2 out in rank` operations, without a second matrix of the weight's
-    size.
+    A factored matrix is added in `2 out in rank` operations, without allocating a second matrix of
+    the weight's size.
     """
     if isinstance(matrix, LowRank):
         weight.addmm_(matrix.B.to(weight.device), matrix.A.to(weight.device))
@@ -78,10 +78,10 @@ def add_to_weight_(weight: Tensor, matrix: Matrix) -> None:
 def stacked_blocks(
     matrices: Sequence[LowRank], dtype: torch.dtype = CORE_DTYPE
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the stacked factors of some consecutive matrices at a time.
+    """Yield the stacked factors of a few consecutive matrices at a time.
 
     Yields:
-        The index of the matrix that each column is of `(R,)`, B `(out, R)` and A `(R, in)` in
+        The index of the matrix that each column belongs to `(R,)`, B `(out, R)` and A `(R, in)` in
         `dtype`, with R at least `BLOCK_COLUMNS` except in the last block.
     """
     owners: list[int] = []
@@ -124,7 +124,7 @@ def inner_products(
     Args:
         matrices: N matrices, read one block at a time.
         other: A matrix of the same shape.
-        dtype: In which products are computed.
+        dtype: The dtype for the products.
 
     Returns:
         `(n,)`, float64, on the CPU.
@@ -148,24 +148,24 @@ def matvec(matrix: Matrix, x: Tensor) -> Tensor:
 
 
 def norm(matrix: Matrix, dtype: torch.dtype = CORE_DTYPE) -> float:
-    """Return the Frobenius norm; of factors in `dtype`, as `LowRank.norm`."""
+    """Return the Frobenius norm; `dtype` applies to factors, as in `LowRank.norm`."""
     if isinstance(matrix, LowRank):
         return matrix.norm(dtype)
     return float(torch.linalg.vector_norm(matrix, dtype=CORE_DTYPE))
 
 
 def to_dense(matrix: Matrix) -> Tensor:
-    """Return the `(out, in)` matrix, formed on purpose."""
+    """Return the dense `(out, in)` matrix."""
     return matrix.dense() if isinstance(matrix, LowRank) else matrix
 
 
 def rank_bound(matrix: Matrix) -> int:
-    """Return an upper bound of the rank."""
+    """Return an upper bound on the rank."""
     return matrix.rank if isinstance(matrix, LowRank) else min(matrix.shape)
 
 
 def add(left: Matrix, right: Matrix) -> Matrix:
-    """Return `left + right`: stacked in float64 where both are factored, else dense.
+    """Return `left + right`: stacked in float64 if both are factored, else dense.
 
     A dense `left` is modified in place and returned; a dense `right` is copied in float64.
     """

@@ -1,4 +1,4 @@
-"""Random bilinear probes `u^T M x` of weight matrices, and what they say of two of them."""
+"""Random bilinear probes `u^T M x` of weight matrices, and comparisons based on them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from fedmomentum.linalg.low_rank import LowRank
 
 NUM_PROBES = 8
-"""Probes per module. Over 60 modules their mean square is within 7 % of the squared norm."""
+"""Probes per module. Over 60 modules, their mean square is within 7 % of the squared norm."""
 
-# Elements of a matrix that are cast to float64 at a time: 4 MB, which stays in a processor's cache.
+# Number of matrix elements cast to float64 at a time: 4 MB, which stays in a CPU's cache.
 BLOCK_ELEMENTS = 2**19
 
-# A product of fewer rows than this is not divided among threads.
+# A product is split among threads only if each gets at least this many rows.
 MIN_ROWS_PER_THREAD = 64
 
-# The same on a GPU, which needs large products to be busy: 256 MB.
+# `BLOCK_ELEMENTS` for a GPU, which needs large products to stay busy: 256 MB.
 GPU_BLOCK_ELEMENTS = 2**25
 
 
 def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
     """Sample the Gaussian probe vectors of one module.
 
-    They are the same on every machine that has the same seed: sampled on the CPU, with a generator
-    seeded by the name of the module.
+    They are the same on every machine with the same seed: sampled on the CPU, with a generator
+    seeded by `seed` and the module's name.
 
     Args:
         module: Name of the module.
@@ -41,7 +41,7 @@ def probe_vectors(module: str, shape: tuple[int, int], seed: int) -> tuple[Tenso
     """
     digest = hashlib.sha256(f"{seed}/probe/{module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    # Sampled in float32, which takes a third of the time: 21 million numbers for 8 billion weights.
+    # float32 takes a third of the time, which matters: an 8B model needs 21 million numbers.
     U = torch.randn(shape[0], NUM_PROBES, generator=generator)
     X = torch.randn(shape[1], NUM_PROBES, generator=generator)
     return U.double(), X.double()
@@ -51,8 +51,8 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
     """Compute `diag(U^T M X)`: scalars linear in M whose mean square is `||M||_F^2` in expectation.
 
     Args:
-        matrix: M, `(out, in)`. A dense M of any dtype, on any device, is read once, some rows at a
-            time.
+        matrix: M, `(out, in)`. A dense M of any dtype, on any device, is read once, a few rows at
+            a time.
         U: `(out, NUM_PROBES)`.
         X: `(in, NUM_PROBES)`.
         scratch: `BLOCK_ELEMENTS` float64 elements to cast into, for a caller that probes many
@@ -79,7 +79,7 @@ def probe(matrix: Tensor | LowRank, U: Tensor, X: Tensor, scratch: Tensor | None
 
 
 def _probe_on_device(matrix: Tensor | LowRank, U: Tensor, X: Tensor) -> Tensor:
-    """Compute a probe where the matrix is; only its numbers are copied to the CPU."""
+    """Compute the probes on the matrix's device; only the results are copied to the CPU."""
     U = U.to(matrix.device)
     return (U * times(matrix, X.to(matrix.device))).sum(0).cpu()
 
@@ -87,7 +87,7 @@ def _probe_on_device(matrix: Tensor | LowRank, U: Tensor, X: Tensor) -> Tensor:
 def times(matrix: Tensor | LowRank, X: Tensor) -> Tensor:
     """Return `M X` `(out, n)` in the dtype and on the device of X.
 
-    A dense M is cast some rows at a time.
+    A dense M is cast a few rows at a time.
     """
     if isinstance(matrix, LowRank):
         return matrix.B.to(X) @ (matrix.A.to(X) @ X)
@@ -97,9 +97,9 @@ def times(matrix: Tensor | LowRank, X: Tensor) -> Tensor:
 
 
 def _add_product_(UtM: Tensor, U: Tensor, rows: Tensor) -> None:
-    """Add `U^T rows` to `UtM` in place, with one part of the rows per thread.
+    """Add `U^T rows` to `UtM` in place, splitting the rows among threads.
 
-    A core then multiplies what it has cast itself, which may be in no other core's cache.
+    Each core then multiplies the rows that it cast itself, which may be only in its own cache.
     """
     num_parts = max(1, min(torch.get_num_threads(), len(rows) // MIN_ROWS_PER_THREAD))
     even = len(rows) // num_parts * num_parts
@@ -117,7 +117,7 @@ def stack_probes(probes: Mapping[str, Tensor]) -> Tensor:
 def relative_rms(error: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> float:
     """Return the root mean square of all probes of `error` over that of `size`.
 
-    It estimates a relative Frobenius norm over all modules.
+    This estimates a relative Frobenius norm over all modules.
     """
     numerator = sum(float(values.square().sum()) for values in error.values())
     denominator = sum(float(values.square().sum()) for values in size.values())
@@ -129,8 +129,8 @@ def relative_rms(error: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> flo
 def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """Return the fraction of a change that arrived: `<got, wanted> / <wanted, wanted>`.
 
-    Both are sums over all probes of all modules. 1 where all of it arrived; a change that rounding
-    swallowed gives less. 1 where nothing was wanted, so never NaN.
+    The inner products sum over all probes of all modules. The result is 1 if the whole change
+    arrived, and less if rounding swallowed some. It is also 1 if nothing was wanted, so never NaN.
     """
     share = AppliedShare()
     for module, change in wanted.items():
@@ -140,13 +140,13 @@ def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> fl
 
 @dataclass
 class AppliedShare:
-    """The fraction of a change that arrived, summed up tensor by tensor; see `applied_share`."""
+    """The fraction of a change that arrived, accumulated tensor by tensor; see `applied_share`."""
 
     numerator: float = 0.0
     denominator: float = 0.0
 
     def add(self, got: Tensor, wanted: Tensor) -> None:
-        """Add one tensor of what arrived and what should have."""
+        """Add one tensor of what arrived, and the one that should have."""
         self.numerator += float((got * wanted).sum())
         self.denominator += float(wanted.square().sum())
 

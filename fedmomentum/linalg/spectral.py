@@ -13,7 +13,7 @@ from fedmomentum.linalg.low_rank import CORE_DTYPE, LowRank, difference, numeric
 def relative_error(actual: LowRank, expected: LowRank) -> float:
     """Return `||actual - expected||_F / ||expected||_F`.
 
-    Infinite where only `expected` is zero, 0 where both are.
+    Infinite if only `expected` is zero, 0 if both are.
     """
     error = difference(actual, expected).norm()
     size = expected.norm()
@@ -33,7 +33,7 @@ def randomized_svd(
 
     Args:
         matrix: The matrix `Delta`, `(out, in)`, factored or dense.
-        width: Columns of the sketch; the paper takes the sum of the clients' ranks.
+        width: Columns of the sketch; the paper uses the sum of the clients' ranks.
         generator: Samples `Omega`.
 
     Returns:
@@ -61,11 +61,12 @@ def principal_angles(left: LowRank, right: LowRank) -> tuple[Tensor, Tensor]:
     `scipy.linalg.subspace_angles`, in ascending order.
 
     Returns:
-        Twice `(min(rank, rank'),)` angles in radians, in [0, pi/2], float64.
+        The angles of the row spaces and of the column spaces, each `(min(rank, rank'),)`, in
+        radians, in [0, pi/2], float64.
 
     Source:
         Björck, Golub, Numerical methods for computing angles between linear subspaces, 1973;
-        Knyazev, Argentati, SIAM J. Sci. Comput. 23, 2002: sines below 45 degrees, where cosines
+        Knyazev, Argentati, SIAM J. Sci. Comput. 23, 2002: use sines below 45 degrees, where cosines
         lose digits.
     """
     columns, rows = _orthonormal_bases(left)
@@ -74,12 +75,12 @@ def principal_angles(left: LowRank, right: LowRank) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_bases(matrix: LowRank) -> tuple[Tensor, Tensor]:
-    """Return orthonormal columns that span the column space, and others for the row space."""
+    """Return orthonormal columns that span the column space, and others that span the row space."""
     if 0 < matrix.rank < min(matrix.shape):
         Q_b, R_b = torch.linalg.qr(matrix.B.to(CORE_DTYPE))
         Q_a, R_a = torch.linalg.qr(matrix.A.mT.to(CORE_DTYPE))
         S = torch.linalg.svdvals(R_b @ R_a.mT)
-        # Where the product has full rank, so has each factor, and its Q is a basis.
+        # If the product has full rank, so does each factor, and its Q is a basis.
         if numerical_rank(S, matrix.shape) == matrix.rank:
             return Q_b, Q_a
     U, S, Vh = matrix.svd()

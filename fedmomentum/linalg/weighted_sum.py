@@ -10,9 +10,9 @@ from torch import Tensor
 from fedmomentum.linalg.low_rank import CORE_DTYPE, LowRank, weighted_sum
 from fedmomentum.linalg.matrix import Matrix, add_dense_, stacked_blocks
 
-# How many elements of a row are summed for its hash: rows with different sums are not equal.
+# Number of elements of a row summed for its hash; rows with different sums are not equal.
 HASH_COLUMNS = 64
-# Sums of equal elements may differ by this fraction where they are added in another order.
+# Hashes of equal rows may differ by this fraction if summed in a different order.
 HASH_TOLERANCE = 1e-5
 
 
@@ -25,16 +25,16 @@ def exact_sum(
 ) -> Matrix:
     r"""Compute `sum_i w_i B_i A_i` plus the matrices in `extra`, in the smaller form.
 
-    Stacked factors where `R (d + k) < d k` for the sum of ranks R, else dense in float64.
+    That is, as stacked factors if `R (d + k) < d k` for the sum of ranks R, else dense in float64.
 
     Args:
-        matrices: N matrices of one shape, each looked up twice: for its rank, and to be added.
+        matrices: N matrices of the same shape, each looked up twice: for its rank, and to be added.
         weights: N finite numbers.
         extra: More matrices of that shape, each with weight 1. A dense one makes the sum dense.
-        dtype: Of stacked factors; a dense sum is accumulated in float64.
+        dtype: The dtype of stacked factors; a dense sum is accumulated in float64.
 
     Raises:
-        ValueError: If there are no matrices, shapes differ, or the number of weights is another.
+        ValueError: If there are no matrices, shapes differ, or there is not one weight per matrix.
     """
     weights = [float(w) for w in weights]
     if not matrices and not extra:
@@ -62,7 +62,7 @@ def exact_sum(
 
 
 def _sum_of_ranks(matrices: Sequence[Matrix], shape: tuple[int, int]) -> int:
-    """Sum the ranks of the factored matrices, and check the shape of all."""
+    """Sum the ranks of the factored matrices, and check that all have the given shape."""
     rank = 0
     for matrix in matrices:
         if tuple(matrix.shape) != shape:
@@ -85,9 +85,9 @@ def _add_products_(total: Tensor, matrices: Sequence[LowRank], weights: Sequence
 def deduplicate_rows(total: LowRank) -> LowRank:
     """Return the same matrix without components that are zero or share a factor with another.
 
-    Components whose rows of A, or columns of B, are equal bit for bit become one. Such come from
-    modules that several clients leave as they are, and from tails that clients keep. Where nothing
-    changes, `total` itself is returned.
+    Components whose rows of A, or columns of B, are bitwise equal are merged. Such components come
+    from modules that several clients leave unchanged, and from tails that clients keep. If there
+    are none, `total` itself is returned.
     """
     total = _merge_equal_rows(total)
     transposed = LowRank(total.A.mT, total.B.mT)
@@ -96,7 +96,7 @@ def deduplicate_rows(total: LowRank) -> LowRank:
 
 
 def _merge_equal_rows(total: LowRank) -> LowRank:
-    """Sum the columns of B over equal rows of A, and leave out zero rows."""
+    """Sum the columns of B over equal rows of A, and drop zero rows."""
     representative = _representatives(total.A)
     if representative is None:
         return total
@@ -110,12 +110,12 @@ def _merge_equal_rows(total: LowRank) -> LowRank:
 def _representatives(rows: Tensor) -> Tensor | None:
     """Return for each of n rows the index of a row equal to it, the same one for all equal rows.
 
-    Equal rows have equal hashes, so of the rows sorted by their hash, neighbors are compared.
+    Equal rows have equal hashes, so it suffices to compare neighbors after sorting by hash.
 
     Returns:
         `(n,)`, -1 for a row of zeros; None if all rows differ and none is zero.
     """
-    # The usual case: all rows differ in their first element already, and it is nowhere zero.
+    # The usual case: the rows' first elements already all differ, and none is zero.
     first_elements = rows[:, 0].tolist()
     if len({*first_elements, 0.0}) > len(first_elements):
         return None

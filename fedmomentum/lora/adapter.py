@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank
 
-# What PEFT puts before a module's path in the names of saved tensors.
+# PEFT's prefix to a module's path in the names of saved tensors.
 PREFIX = "base_model.model."
 
 
@@ -29,7 +29,7 @@ class Adapter:
             configuration.
         saved: Fully trained tensors (`modules_to_save`, such as a classification head) by name.
         config: The adapter's PEFT configuration, as JSON values.
-        name: What messages call it: a directory, a client.
+        name: Its name in messages, such as a directory or a client.
     """
 
     modules: Mapping[str, LowRank]
@@ -48,7 +48,7 @@ class Adapter:
         return factors + sum(tensor.numel() for tensor in self.saved.values())
 
     def digest(self) -> str:
-        """Return the SHA-256 over scalings and tensors, which does not depend on the name."""
+        """Return the SHA-256 of scalings and tensors, independent of the adapter's name."""
         sha = hashlib.sha256(repr(sorted(self.scalings.items())).encode())
         for key, tensor in sorted(to_tensors(self).items()):
             sha.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -59,7 +59,7 @@ class Adapter:
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the adapter's tensors under PEFT's names, contiguous.
 
-    A factor A is called `base_model.model.<module>.lora_A.weight`.
+    For example, factor A of a module is named `base_model.model.<module>.lora_A.weight`.
     """
     tensors = {}
     for module, matrix in adapter.modules.items():
@@ -71,11 +71,11 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], *, like: Adapter, name: str) -> Adapter:
-    """Return an adapter of exactly the form of `like`, from tensors that came over the wire.
+    """Return an adapter with exactly the layout of `like`, from tensors received over the network.
 
     Raises:
-        AdapterError: If a tensor is missing or unknown, has another shape or dtype, or is not
-            finite; the message names `name`, the tensor, what came and what was wanted.
+        AdapterError: If a tensor is missing or unknown, has a different shape or dtype, or is not
+            finite; the message contains `name`, the tensor, and what was received and expected.
     """
     expected = to_tensors(like)
     for key in sorted(expected.keys() | tensors.keys()):
@@ -96,7 +96,7 @@ def from_tensors(tensors: Mapping[str, Tensor], *, like: Adapter, name: str) -> 
 
 
 def _check_like(tensor: Tensor, expected: Tensor, name: str) -> None:
-    """Refuse a tensor of another shape or dtype, or one that is not finite."""
+    """Reject a tensor whose shape or dtype differs from the expected, or that is not finite."""
     if tensor.shape != expected.shape:
         raise AdapterError(
             f"{name} has shape {tuple(tensor.shape)}; wanted {tuple(expected.shape)}"
@@ -108,7 +108,7 @@ def _check_like(tensor: Tensor, expected: Tensor, name: str) -> None:
 
 
 def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """Return the modules and saved tensors of `to_tensors`; the tensors are not checked."""
+    """Return the modules and saved tensors, as the inverse of `to_tensors`, without checks."""
     modules = {}
     saved = {}
     for key in sorted(tensors):
@@ -131,13 +131,13 @@ def fresh_adapter(
 ) -> LowRank:
     """Return LoRA's initialization: B zero, A uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5)).
 
-    A is sampled in float64 on the generator's device, so that the same seed gives the same bits on
+    A is sampled in float64 on the generator's device, so that the same seed yields the same bits on
     every machine.
 
     Args:
         shape: `(out, in)`.
         rank: The rank.
-        generator: The source of A; None for one seeded with 0.
+        generator: Samples A; None for a generator seeded with 0.
         dtype: The dtype of the factors.
         device: The device of the factors.
     """
@@ -150,15 +150,15 @@ def fresh_adapter(
     return LowRank(A.new_zeros(out_size, rank), A)
 
 
-# The largest norm of a factor or of a module's update; its square is still a float32 number.
+# The largest norm of a factor or of a module's update; its square still fits into float32.
 MAX_NORM = 1e18
 
 
 def check_size(adapter: Adapter) -> None:
-    """Refuse factors whose products, squared and summed, would leave the range of float32.
+    """Reject factors whose products, squared and summed, would exceed the range of float32.
 
     Raises:
-        AdapterError: If there are any; the message names adapter and module.
+        AdapterError: If there are any; the message names the adapter and the module.
     """
     for module, matrix in adapter.modules.items():
         scaling = adapter.scalings[module]

@@ -1,4 +1,4 @@
-"""`AdapterConfig`: the fields of adapter_config.json that count, as a checked type."""
+"""`AdapterConfig`: the fields of adapter_config.json that matter, as a validated type."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedmomentum.utils.schema import Fraction, check_free_form, validation_messa
 
 Rank = Annotated[int, Meta(ge=1, le=2**20)]
 Alpha = Annotated[float, Meta(gt=0, le=1e9)]
-# Text that is shown and copied: no control characters, which could forge lines in a terminal.
+# Text that is displayed and copied: no control characters, which could forge terminal output.
 Line = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
 ModuleName = Annotated[str, Meta(min_length=1, max_length=512)]
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields that change what is computed; `peft_config.check_config` checks the others.
+    """The fields that affect the computation; `peft_config.check_config` checks all others.
 
-    The file comes from strangers. Defaults are PEFT's. A `lora_alpha` of 0 adds nothing and a
-    negative one subtracts what was learned: PEFT accepts both, and both are mistakes.
+    The file is untrusted. Defaults are PEFT's. A `lora_alpha` of 0 adds nothing, and a negative one
+    subtracts what was learned: PEFT accepts both, but both are mistakes.
     """
 
     r: Rank = 8
@@ -48,11 +48,11 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Return the declared fields of a configuration.
 
         Args:
-            config: JSON values, or those of a live model's PEFT configuration.
-            name: What messages call the adapter.
+            config: JSON values, or the values of a live model's PEFT configuration.
+            name: The adapter's name in messages.
 
         Raises:
-            AdapterError: If a field has another type, is out of range, or is nested too deep.
+            AdapterError: If a field has the wrong type, is out of range, or is nested too deeply.
         """
         where = f"{name}: adapter_config.json"
         if not isinstance(config, Mapping):
@@ -79,10 +79,10 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def json_value(value: Any) -> Any:
-    """Return a value of a PEFT configuration as JSON has it.
+    """Convert a value of a PEFT configuration to JSON types.
 
-    Live configurations hold enumerations and sets. A set becomes a sorted list, so that equal
-    adapters have equal files, and an empty one None, which means the same to PEFT.
+    Live configurations contain enums and sets. A set becomes a sorted list, so that equal adapters
+    have equal files; an empty set becomes None, which means the same to PEFT.
     """
     if isinstance(value, Enum):
         return value.value

@@ -1,4 +1,4 @@
-"""Which base model an adapter says it is for, and whether several say the same."""
+"""The base model that an adapter names, and whether several adapters name the same one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 DEFAULT_REVISION = "main"
-# Where the hub's client keeps a model: the path tells its name and its commit.
+# Where the hub's client caches a model; the path contains its name and commit.
 _CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)/?$")
 
 
 def base_and_revision(adapter: Adapter) -> tuple[str, str]:
-    """Return the base model that an adapter names, and its revision; empty where it names none.
+    """Return the base model that an adapter names, and its revision; empty if it names none.
 
-    A path in the hub's cache is the hub's name, two paths to one directory are the same, and a
-    directory has no revision.
+    A path in the hub's cache is mapped to the hub's name, paths to the same directory are made
+    equal, and a directory has no revision.
     """
     name = str(adapter.config.get("base_model_name_or_path") or "")
     revision = str(adapter.config.get("revision") or "")
@@ -38,7 +38,7 @@ def base_and_revision(adapter: Adapter) -> tuple[str, str]:
 
 
 def public_base(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Return by which name and revision others know a base model; no name for a directory."""
+    """Return a base model's public name and revision; a local directory has no name."""
     cached = _CACHED.search(name)
     if cached is not None:
         return cached[1].replace("--", "/"), revision or cached[2]
@@ -46,10 +46,10 @@ def public_base(name: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """Refuse adapters that name different base models, or different revisions of one.
+    """Reject adapters that name different base models, or different revisions of one.
 
     Raises:
-        AdapterError: If they do; the message says what each names.
+        AdapterError: If they differ; the message lists what each one names.
     """
     named = [base_and_revision(adapter) for adapter in adapters]
     if len({base for base, _ in named}) > 1:
@@ -74,7 +74,7 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
 
 
 def with_base(adapter: Adapter, base: str, revision: str) -> Adapter:
-    """Return an adapter that names another base model, or another revision; empty: as it is."""
+    """Return the adapter with another base model or revision; empty arguments change nothing."""
     config = dict(adapter.config)
     if base and base != config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base

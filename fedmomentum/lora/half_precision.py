@@ -1,8 +1,8 @@
-"""An adapter's factors in 16 bits, for the way to the server and back. torch only.
+"""16-bit encoding of an adapter's factors for transmission to and from the server. torch only.
 
-float16 has few exponents, and LoRA's factors are small: so each tensor is first multiplied by a
-power of two, which loses nothing, and the exponent travels along. bfloat16 has float32's exponents
-and fewer digits.
+float16 has a narrow exponent range and LoRA's factors are small, so each tensor is first multiplied
+by a power of two, which is lossless, and the exponent is sent along. bfloat16 has float32's
+exponent range but fewer digits.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 EXPONENT = ".exponent"
 # A tensor's largest element is scaled into [2^14, 2^15); float16 ends at 65504.
 TARGET_EXPONENT = 14
-# float32 has no exponent beyond 149.
+# The exponents of float32 do not go beyond 149.
 MAX_EXPONENT = 200
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 def wire_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name.
+    """Return the dtype with the given name.
 
     Raises:
-        ConfigError: If factors cannot travel in it.
+        ConfigError: If factors cannot be sent in it.
     """
     if name not in DTYPES:
         raise ConfigError(f"factors travel as {', '.join(DTYPES)}; got {name!r}")
@@ -40,8 +40,8 @@ def wire_dtype(name: str) -> torch.dtype:
 def encode_factors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return an adapter's tensors with its factors in `dtype`; other tensors are unchanged.
 
-    For float16 a factor `x` becomes `round(x 2^-e)`, with `e` in `<name>.exponent` as an int16,
-    chosen such that encoding what was decoded gives the same bits again.
+    For float16, a factor `x` becomes `round(x 2^-e)`, with `e` stored in `<name>.exponent` as an
+    int16. It is chosen so that decoding and encoding again reproduces the same bits.
     """
     if dtype == torch.float32:
         return dict(tensors)
@@ -64,7 +64,7 @@ def _exponent(tensor: Tensor) -> int:
     if largest == 0 or not math.isfinite(largest):
         return 0
     exponent = math.frexp(largest)[1] - 1 - TARGET_EXPONENT
-    # If it is rounded up to the next power of two, encoding it again would find that power.
+    # If rounding reaches the next power of two, encoding again would yield a larger exponent.
     rounded = float(torch.tensor(math.ldexp(largest, -exponent)).to(torch.float16))
     return exponent + int(rounded >= 2 ** (TARGET_EXPONENT + 1))
 
@@ -72,16 +72,16 @@ def _exponent(tensor: Tensor) -> int:
 def decode_factors(
     tensors: Mapping[str, Tensor], dtype: torch.dtype, name: str
 ) -> dict[str, Tensor]:
-    """Return the tensors that `encode_factors` encoded, with factors in float32.
+    """Decode the output of `encode_factors`, with factors in float32.
 
     Args:
         tensors: The encoded tensors.
-        dtype: The dtype in which factors travel.
-        name: What messages call the sender.
+        dtype: The dtype in which factors are sent.
+        name: The sender's name in messages.
 
     Raises:
-        PayloadError: If a factor has another dtype, or if an exponent is missing, is invalid, or
-            belongs to no factor.
+        PayloadError: If a factor has a different dtype, or if an exponent is missing, is invalid,
+            or belongs to no factor.
     """
     if dtype == torch.float32:
         return dict(tensors)
@@ -118,13 +118,13 @@ def _check_exponent(exponent: Tensor | None, name: str) -> Tensor:
 
 
 def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """Return the dtype in which the factors travel; float32 if there are none."""
+    """Return the dtype in which the factors are sent; float32 if there are none."""
     factors = (tensor.dtype for name, tensor in tensors.items() if name.endswith(FACTORS))
     return next(factors, torch.float32)
 
 
 def roundtrip(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """Return the adapter as it arrives at the other end; the same object for float32."""
+    """Return the adapter as the receiver will decode it; the same object for float32."""
     if dtype == torch.float32:
         return adapter
     encoded = encode_factors(to_tensors(adapter), dtype)

@@ -1,4 +1,4 @@
-"""Adapters by their names on the hub: the same directories, downloaded into the hub's cache."""
+"""Adapters named on the hub: the same directories, downloaded into the hub's cache."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ PICKLE_TEXT = (
     f"the weights are in {PICKLED_FILE}, a pickle, which can run code when it is read. Load it "
     "with PEFT if you trust it, and save_pretrained(..., safe_serialization=True)"
 )
-# What is downloaded: weights, configurations, tokenizer and chat template; no pickle and no code.
+# Files to download: weights, configurations, tokenizer and chat template; no pickles, no code.
 ADAPTER_FILES = ["*.json", WEIGHTS_FILE, "*.model", "*.jinja", "vocab.txt", "merges.txt"]
-# Checkpoints of the training, in directories of their own.
+# Files to skip: training checkpoints, which are in subdirectories.
 OTHER_FILES = ["*/*"]
-# Files that a message names.
+# Maximum number of files listed in a message.
 MOST_SHOWN = 8
 
 
 def find_adapter(path: Path | str, name: str | None = None) -> Path:
-    """Return the directory of an adapter that is named by a path or by its name on the hub.
+    """Return the directory of an adapter given by its path or by its name on the hub.
 
     Args:
-        path: A path, which is returned as it is; or `OWNER/NAME`, `OWNER/NAME@REVISION`.
-        name: What messages call the adapter; by default the path.
+        path: A path, which is returned unchanged; or `OWNER/NAME`, `OWNER/NAME@REVISION`.
+        name: The adapter's name in messages; by default the path.
 
     Raises:
         HubError: If there is no such path, and the hub does not provide the adapter.
-        AdapterError: If the repository holds something else.
+        AdapterError: If the repository contains something else.
     """
     hub_name = parse_hub_name(path)
     if hub_name is None:
@@ -48,8 +48,8 @@ def find_adapter(path: Path | str, name: str | None = None) -> Path:
 
 
 def _describe_lack(hub_name: HubName, directory: Path) -> str:
-    """Return what is in a repository that holds no adapter which can be read."""
-    # The revision may move; the directory is called by the commit that was read.
+    """Describe the contents of a repository without a readable adapter."""
+    # A revision may move, but the directory is named after the commit that was downloaded.
     files = list_files(HubName(hub_name.repository, directory.name))
     files = files or sorted(file.name for file in directory.iterdir())
     if CONFIG_FILE in files and PICKLED_FILE in files and WEIGHTS_FILE not in files:

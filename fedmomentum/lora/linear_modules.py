@@ -1,8 +1,8 @@
-"""Which linear modules a model has, and which of them an adapter cannot, or should not, change.
+"""The linear modules of a model, and which of them an adapter cannot, or should not, change.
 
 What a module does is observed in one pass over a few tokens, not guessed from its name: a module
-that is never called is not trained on text, and one whose weight is used without calling it would
-ignore its adapter.
+that is never called would not be trained on text, and one whose weight is used without calling it
+would ignore its adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedmomentum.lora.peft_names import (
 from fedmomentum.utils.modules import compute_logits, is_plain_linear
 from fedmomentum.utils.quantized import quantized_layers, weight_shape
 
-# Why a module is not adapted unless it is named, or not at all.
+# Reasons why a module is adapted only if named explicitly, or not at all.
 HEAD = "the output head"
 ROUTER = "routes tokens to experts"
 UNUSED = "not used on text"
@@ -45,18 +45,17 @@ EXPERT_NAME = (
 )
 RENAMED = "PEFT would read its adapter back under another name"
 FORBIDDEN = "PEFT does not adapt it in this architecture"
-# Modules that would have an adapter and never train it.
+# Reasons that mean an adapter would never be trained.
 IDLE = (UNUSED, UNTRAINED)
-# Those that no setting can overrule.
+# Reasons that no setting can override.
 REFUSED = (NOT_LINEAR, BYPASSED, TIED, EXPERT_NAME, RENAMED, FORBIDDEN)
 
 NUM_TOKENS = 8
 # Ordinary tokens have small ids; special ones tend to have large ones.
 MAX_TOKEN_ID = 1000
-# What models call the module that decides which experts a token goes to; these names are compared
-# with every part of a path.
+# Common names of the module that routes tokens to experts; matched against every part of a path.
 ROUTER_NAMES = re.compile(r"(\w*router|gate|shared_experts?_gate|expert_gate|gate_\w*weights?)")
-# Experts in a list of modules: a token reaches few of them, so that one is not called says little.
+# Experts in a list of modules: tokens reach only a few, so not being called means little.
 _EXPERT = re.compile(r"(^|\.)\w*experts?\.\d+\.")
 
 
@@ -67,8 +66,8 @@ class LinearModules:
     Attributes:
         kind: The name of the model's class.
         sizes: Path of each linear module to the smaller side of its weight.
-        reasons: Path to why it is left out, for those that are.
-        others: Path to kind, of the modules and parameters that hold weights and are not linear.
+        reasons: Path to the reason, for each module that is left out.
+        others: Path to kind, for modules and parameters that hold weights but are not linear.
         embeddings: Paths of the embeddings among the others, which can be adapted by name.
         parameters: Paths of all parameters that are matrices or stacks of them.
         quantized: Paths of the linear modules whose weights are quantized.
@@ -112,7 +111,7 @@ def find_linear_modules(model: nn.Module) -> LinearModules:
 
 
 def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]:
-    """Return why modules are left out; the strongest reason counts."""
+    """Return why modules are left out; if several reasons apply, the strongest one."""
     seen = _observe(model, linear)
     tied = _shared_weights(model)
     taken = names_of_experts(model, linear)
@@ -158,9 +157,9 @@ class _WeightUse(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a function of torch, and look for weights among its tensors."""
+        """Run a torch function, and look for weights among its arguments."""
         result = function(*args, **(kwargs or {}))
-        # Reading a weight's dtype or device is no use of it.
+        # Reading a weight's dtype or device does not count as using it.
         if isinstance(result, Tensor):
             for argument in [*args, *(kwargs or {}).values()]:
                 path = self._paths.get(id(argument))
@@ -171,11 +170,11 @@ class _WeightUse(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Observation:
-    """What a pass over a few tokens shows of linear modules.
+    """What a pass over a few tokens reveals about linear modules.
 
     Attributes:
         called: Those that were called.
-        trained: Those whose result reaches the logits with a gradient.
+        trained: Those whose output reaches the logits with a gradient.
         bypassed: Those whose weight was used without a call.
     """
 
@@ -187,7 +186,7 @@ class _Observation:
 def _observe(model: Any, linear: Mapping[str, Any]) -> _Observation:
     """Run the model on a few tokens."""
     if not type(model).__module__.startswith("transformers."):
-        # A user's class: its inputs may mean anything.
+        # A user's class, whose inputs are unknown.
         return _Observation(set(linear), set(linear), set())
     tied = _shared_weights(model)
     paths = {id(module.weight): path for path, module in linear.items()}
@@ -206,10 +205,10 @@ def _observe(model: Any, linear: Mapping[str, Any]) -> _Observation:
 
 @contextmanager
 def _gradients_from_embeddings(model: Any) -> Iterator[None]:
-    """Let gradients flow from the embeddings on, whether weights are frozen or not."""
+    """Enable gradients from the embeddings on, whether or not weights are frozen."""
 
     def with_gradient(_: nn.Module, __: Any, output: Any) -> Any:
-        # The product is no leaf, so the model may change it in place.
+        # The product is not a leaf, so the model may modify it in place.
         return output.detach().requires_grad_() * 1 if isinstance(output, Tensor) else output
 
     try:
@@ -225,7 +224,7 @@ def _gradients_from_embeddings(model: Any) -> Iterator[None]:
 
 
 def _reaching(logits: Tensor, nodes: Mapping[str, list[Any]]) -> set[str]:
-    """Return the modules of which a result is among the ancestors of the logits."""
+    """Return the modules with an output among the ancestors of the logits."""
     if logits.grad_fn is None:
         return set(nodes)
     ancestors = set()
@@ -242,10 +241,10 @@ def _reaching(logits: Tensor, nodes: Mapping[str, list[Any]]) -> set[str]:
 def _may_bypass(owner: type, leaf: str) -> bool:
     """Return whether a class's forward can pass the weight of one of its modules to a kernel.
 
-    Mixers of state-space models do so on a GPU, or where faster kernels are installed, so that one
-    pass on this machine does not tell.
+    Mixers of state-space models do so on a GPU, or if faster kernels are installed, so a single
+    pass on this machine may not reveal it.
     """
-    # Not what only asks for the weight's type.
+    # Skip code that only checks the weight's type.
     passed = re.compile(rf"(?<!isinstance\()self\.{re.escape(leaf)}\.weight[,)]")
     for name, function in inspect.getmembers(owner, inspect.isfunction):
         if "forward" not in name or not function.__module__.startswith("transformers."):
@@ -263,7 +262,7 @@ def _may_bypass(owner: type, leaf: str) -> bool:
 def _watched(
     path: str, module: nn.Module, nodes: dict[str, list[Any]], running: set[str]
 ) -> Iterator[None]:
-    """Record, within the block, the autograd nodes of a module's results, and while it runs."""
+    """Within the block, record the autograd nodes of a module's outputs, and when it is running."""
 
     def begin(*_: Any) -> None:
         running.add(path)
@@ -304,7 +303,7 @@ def _vocabulary_size(model: Any) -> int:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Return the ids of the weights that several modules share, or one module in several places."""
+    """Return the ids of weights that occur more than once, through tying or a reused module."""
     seen: set[int] = set()
     shared: set[int] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -313,7 +312,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def _heads(model: Any) -> list[nn.Module]:
-    """Return the module that turns hidden states into logits over the vocabulary; or none."""
+    """Return the module that turns hidden states into vocabulary logits, if there is one."""
     try:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -322,6 +321,6 @@ def _heads(model: Any) -> list[nn.Module]:
 
 
 def _is_router(path: str, model: nn.Module) -> bool:
-    """Return whether a module decides which experts a token goes to, or is a part of one."""
+    """Return whether a module routes tokens to experts, or is part of a router."""
     has_experts = any("expert" in name for name, _ in model.named_parameters())
     return has_experts and any(ROUTER_NAMES.fullmatch(name) for name in path.split("."))

@@ -1,4 +1,4 @@
-"""The live factors of a model's LoRA layers, by the names of their matrices. No import of peft."""
+"""The live factors of a model's LoRA layers, by the names of their matrices, without peft."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class LoraLayer:
     """The LoRA factors of one matrix in a live model: of a module, an embedding, or one expert.
 
     Attributes:
-        layer: PEFT's layer, which the experts of one parameter share.
-        path: Its path in the base model, with `base_layer` where it is inside another.
-        expert: The number of the expert; None if the layer has one matrix.
+        layer: PEFT's layer, shared by all experts of a parameter.
+        path: Its path in the base model, with `base_layer` for each layer around it.
+        expert: The index of the expert; None if the layer has only one matrix.
     """
 
     layer: Any
@@ -32,7 +32,7 @@ class LoraLayer:
 
     @property
     def scaling(self) -> float:
-        """The factor of `B A`."""
+        """The factor by which `B A` is multiplied."""
         scaling: float = self.layer.scaling[ADAPTER_NAME]
         return scaling
 
@@ -52,7 +52,7 @@ class LoraLayer:
         return factor
 
     def view(self, kind: str, tensor: Tensor) -> Tensor:
-        """Return the factor in a tensor that is laid out as the parameter of this kind; a view."""
+        """Return a view of the factor in a tensor laid out like this kind's parameter."""
         if self.is_embedding:
             return tensor.mT
         if self.expert is None:
@@ -80,7 +80,7 @@ def lora_layers(model: Any) -> dict[str, LoraLayer]:
         model: A `PeftModel`.
 
     Raises:
-        AdapterError: If anything is adapted that cannot be aggregated.
+        AdapterError: If something is adapted that cannot be aggregated.
     """
     base = model.get_base_model()
     layers = {}
@@ -102,8 +102,8 @@ def lora_layers(model: Any) -> dict[str, LoraLayer]:
 
 
 def _parameter_layers(wrapper: Any, module: str) -> dict[str, LoraLayer]:
-    """Return the layers of a module of which PEFT adapts parameters."""
-    # One wrapper around the other, the outermost first.
+    """Return the layers of a module in which PEFT adapts parameters."""
+    # Collect the nested wrappers, outermost first.
     wrappers = []
     while hasattr(wrapper, "parameter_name"):
         wrappers.append(wrapper)
@@ -136,7 +136,7 @@ def _parameter_layers(wrapper: Any, module: str) -> dict[str, LoraLayer]:
 
 
 def _check_stack(layer: Any, parameter: str) -> None:
-    """Refuse a stack of one expert that is stored transposed: PEFT adds B A without turning it."""
+    """Reject a transposed stack of a single expert: PEFT adds B A without transposing it."""
     if layer.num_experts == 1 and getattr(layer.get_base_layer(), "is_transposed", False):
         raise AdapterError(
             f"target-parameters: {parameter} holds one expert, stored transposed, which PEFT does "

@@ -1,9 +1,10 @@
 """Names of adapted weights: modules, single experts of a stack, and embeddings.
 
-The algebra knows matrices by name. Most belong to a linear module and have its path. Mixture-of-
-experts models hold all experts of a layer in one 3-D parameter; each expert is a matrix of its own,
-called `<parameter>[<number>]`, such as `model.layers.0.mlp.experts.down_proj[3]`. The matrix of an
-embedding is called `<module>[embedding]`, since PEFT stores its factors under other names.
+The algebra identifies matrices by name. Most are named after the path of a linear module.
+Mixture-of-experts models hold all experts of a layer in one 3-D parameter; here each expert is a
+separate matrix, named `<parameter>[<index>]`, such as `model.layers.0.mlp.experts.down_proj[3]`.
+The matrix of an embedding is named `<module>[embedding]`, since PEFT stores its factors under
+different names.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterable
 
 EMBEDDING = "[embedding]"
 _EXPERT = re.compile(r"(.+)\[(\d{1,6})\]")
-# Parameters whose stack PEFT puts around that of the other stack in the same module: PEFT wraps
-# parameters in the order in which a module has them, and all models have these last.
+# Parameters whose wrapper is outside that of the other stack in the same module: PEFT wraps a
+# module's parameters in their order, and in all models these come last.
 OUTER_PARAMETERS = ("down_proj", "w2")
 
 
@@ -24,7 +25,7 @@ def expert_name(parameter: str, index: int) -> str:
 
 
 def split_expert(name: str) -> tuple[str, int | None]:
-    """Return the parameter and the number of an expert; the name itself and None for others."""
+    """Return the parameter and the index of an expert; the name itself and None for others."""
     matched = _EXPERT.fullmatch(name)
     return (matched[1], int(matched[2])) if matched else (name, None)
 
@@ -35,7 +36,7 @@ def is_embedding(name: str) -> bool:
 
 
 def weight_path(name: str) -> str:
-    """Return the path of the parameter that holds a matrix, as `named_parameters` has it."""
+    """Return the path of the parameter that holds a matrix, as in `named_parameters`."""
     parameter, index = split_expert(name)
     if index is not None:
         return parameter
@@ -45,11 +46,11 @@ def weight_path(name: str) -> str:
 def wrapping_order(parameters: Iterable[str]) -> list[str] | None:
     """Return the parameters of one module in the order in which PEFT wraps them, innermost first.
 
-    A stack's place in PEFT's files tells its place in this order and not its name, and the order
-    is that of the module's class, which a file does not hold.
+    PEFT's files identify a stack by its position in this order, not by name. The order comes from
+    the module's class, which the files do not contain.
 
     Returns:
-        The names; None if there are several and their order is not known.
+        The names; None if there are several in an unknown order.
     """
     names = sorted(set(parameters))
     outer = [name for name in names if name in OUTER_PARAMETERS]

@@ -1,4 +1,4 @@
-"""Module paths as a person reads them: the layers of a model together."""
+"""Human-readable summaries of module paths, grouped over layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fedmomentum.lora.module_names import EMBEDDING, split_expert
 
 
 def summarize(modules: Iterable[str]) -> list[str]:
-    """Return paths as a person reads them: layers together, how many of each.
+    """Summarize module paths over layers, with counts.
 
-    Such as `model.layers.*.self_attn: 16 q_proj, 16 v_proj`.
+    For example, `model.layers.*.self_attn: 16 q_proj, 16 v_proj`.
     """
     counts: dict[str, Counter[str]] = {}
     for module in modules:
@@ -29,7 +29,7 @@ def summarize(modules: Iterable[str]) -> list[str]:
 
 
 def summarize_left_out(left_out: Mapping[str, str]) -> list[str]:
-    """Return the modules that are not adapted as a person reads them, by reason."""
+    """Summarize the modules that are not adapted, by reason."""
     by_reason: dict[str, list[str]] = {}
     for path, reason in left_out.items():
         by_reason.setdefault(reason, []).append(path)

@@ -1,4 +1,4 @@
-"""The shapes of an adapter, before there are weights that it could be attached to."""
+"""The shapes of an adapter, without a loaded model to attach it to."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fedmomentum.lora.targets import Targets
 def outline_adapter(
     model: Any, targets: Targets, *, rank: int, scaling: float, saved: Collection[str]
 ) -> Adapter:
-    """Return an adapter of the right names and shapes, on the meta device.
+    """Return an adapter with the right names and shapes, on the meta device.
 
     Args:
-        model: The base model, with or without memory.
+        model: The base model; its tensors may have no memory.
         targets: What is adapted.
         rank: The rank of the adapter.
         scaling: Its scaling.
-        saved: Paths of the modules that are trained in full.
+        saved: Paths of the fully trained modules.
     """
     shapes: dict[str, tuple[int, int]] = {}
     for path in targets.modules:
@@ -36,7 +36,7 @@ def outline_adapter(
     for path in targets.parameters:
         parameter = model.get_parameter(path)
         if parameter.ndim == 3:
-            # Whichever way round: the numbers of elements are the same.
+            # Stored transposed or not, the number of elements is the same.
             for index in range(parameter.shape[0]):
                 shapes[expert_name(path, index)] = (parameter.shape[1], parameter.shape[2])
         else:

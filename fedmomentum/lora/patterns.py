@@ -1,10 +1,10 @@
 r"""PEFT's `rank_pattern` and `alpha_pattern`, matched in linear time.
 
 PEFT takes the value of the first key with `re.match(rf"(.*\.)?({key})$", module)`. Python's engine
-backtracks, and a key such as `(a+)+b` can keep it busy for years. An adapter's configuration comes
-from strangers, so here keys without special characters are looked up, and all others are matched by
-RE2, whose time is proportional to the text. A key that RE2 does not accept, or may interpret
-differently than Python, is refused by name.
+backtracks, so a key such as `(a+)+b` can keep it busy for years. An adapter's configuration is
+untrusted, so here keys without special characters are looked up, and all others are matched by RE2,
+which takes time linear in the text. Keys that RE2 does not accept, or may interpret differently
+from Python, are rejected by name.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fedmomentum.utils.text import printable
 V = TypeVar("V")
 
 MAX_KEY_LENGTH = 1000
-# Keys of one table that are more than names; people write a few.
+# Maximum number of regular expressions in one table; real tables have a few.
 MAX_EXPRESSIONS = 1000
-# Expressions times modules; more would take seconds.
+# Maximum number of expressions times modules; more would take seconds.
 MAX_WORK = 2_000_000
 # Bytes that RE2 may use for one expression.
 MAX_RE2_MEMORY = 2**21
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-/]+")
-# What Python and RE2 read differently: `{,3}` is literal in RE2, `[:alpha:]` no class in Python.
+# Python and RE2 disagree on these: `{,3}` is literal in RE2, `[:alpha:]` is no class in Python.
 _AMBIGUOUS = ("{,", "[:", "[.", "[=")
 
 
@@ -37,13 +37,12 @@ class Patterns(Generic[V]):
     """A `rank_pattern` or `alpha_pattern`.
 
     Args:
-        table: Key to value; the first key that matches counts.
+        table: Key to value; the first matching key wins.
         field: The table's name in the configuration.
-        name: What messages call the adapter.
+        name: The adapter's name in messages.
 
     Raises:
-        AdapterError: If a key is no regular expression, or one that cannot be matched in linear
-            time.
+        AdapterError: If a key is not a regular expression, or cannot be matched in linear time.
     """
 
     def __init__(self, table: Mapping[str, V], field: str, name: str) -> None:
@@ -51,8 +50,8 @@ class Patterns(Generic[V]):
         self._where = f"{name}: {field}"
         self._work = 0
         self._values = list(table.values())
-        # Plain keys by length and the places of their points, which match any character:
-        # (length, points) -> key -> its position in the table.
+        # Plain keys by their length and the positions of their dots, which match any character:
+        # (length, dots) -> key -> its position in the table.
         self._plain: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
         self._expressions: list[tuple[int, Any]] = []
         for position, key in enumerate(table):
@@ -73,12 +72,12 @@ class Patterns(Generic[V]):
             )
 
     def _compile(self, key: str) -> Any:
-        """Compile a key by RE2; it must be an expression in Python too, with the same meaning."""
+        """Compile a key with RE2; it must also be valid in Python, with the same meaning."""
         expression = rf"(.*\.)?({key})$"
         shown = f"{self._where} has the key {printable(key, 100)!r}, which is"
         try:
             with warnings.catch_warnings():
-                # Python's warning that an expression may change its meaning.
+                # Python warns about expressions whose meaning may change.
                 warnings.simplefilter("error", FutureWarning)
                 re.compile(expression)
         except (re.error, RecursionError, OverflowError, FutureWarning, ValueError) as error:
@@ -105,7 +104,7 @@ class Patterns(Generic[V]):
 
         Raises:
             AdapterError: If the module's name is not ASCII and there are expressions, or if there
-                are too many to try.
+                are too many keys to try.
         """
         self._work += len(self._plain) + len(self._expressions)
         if self._work > MAX_WORK:
@@ -130,15 +129,15 @@ class Patterns(Generic[V]):
                 break
         if position < len(self._values):
             return self._values[position]
-        # As in PEFT: a key that is the module's name counts, whatever it means as an expression.
+        # As in PEFT: a key equal to the module's name matches, whatever it means as an expression.
         return self._table.get(module, default)
 
 
 def _masked_ending(module: str, length: int, points: tuple[int, ...]) -> str:
-    """Return the end of a module's path, with points where the key has them.
+    """Return the end of a module's path, with dots wherever the key has them.
 
     Returns:
-        The last `length` characters; empty if they do not begin a component of the path.
+        The last `length` characters; empty if they do not start at a component of the path.
     """
     start = len(module) - length
     if start < 0 or (start > 0 and module[start - 1] != "."):

@@ -1,4 +1,4 @@
-"""Which fields of a PEFT configuration count, which are harmless, and which are refused."""
+"""Which fields of a PEFT configuration matter, which are harmless, and which are rejected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmomentum.utils.text import printable
 
 T = TypeVar("T", int, float)
 
-# Fields that change what the factors mean, and that are taken into account.
+# Fields that affect the meaning of the factors, and are taken into account.
 READ_FIELDS = {
     "r",
     "lora_alpha",
@@ -22,12 +22,12 @@ READ_FIELDS = {
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
-    # where PEFT keeps the factors of experts, and how
+    # where and how PEFT stores the factors of experts
     "target_parameters",
 }
 
 HARMLESS_FIELDS = {
-    # which modules, on what model: the names of the tensors tell
+    # which modules, on what model: evident from the names of the tensors
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -44,7 +44,7 @@ HARMLESS_FIELDS = {
     "runtime_config",
     "megatron_core",
     "eva_config",
-    # read by initializations of their own only, which are refused (`HARMLESS_INIT`)
+    # used only by their own initializations, which are rejected (`HARMLESS_INIT`)
     "loftq_config",
     "corda_config",
     "lora_ga_config",
@@ -55,10 +55,10 @@ HARMLESS_FIELDS = {
 # Initializations that do not change the base (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do).
 HARMLESS_INIT = (True, False, "gaussian", "eva", "orthogonal")
 
-# PEFT's defaults of fields that are not harmless, if not False, 0 or None; a test compares.
+# PEFT's defaults, other than False, 0 or None, for fields that are not harmless; checked by a test.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "qalora_group_size": 16}
 
-# Fields that `plain_config` takes over from the adapter's configuration.
+# Fields that `plain_config` copies from the adapter's configuration.
 COPIED_FIELDS = (
     "base_model_name_or_path",
     "revision",
@@ -67,24 +67,23 @@ COPIED_FIELDS = (
     "modules_to_save",
     "lora_dropout",
 )
-# An alpha so close to a whole number is one: `scaling * rank` has the round-off of a division.
+# An alpha this close to a whole number is one: `scaling * rank` has the round-off of a division.
 ALPHA_TOL = 1e-9
 
 
 def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
-    """Refuse an adapter configuration that stands for anything but `W + scaling * B A`.
+    """Reject an adapter configuration that means anything but `W + scaling * B A`.
 
     Args:
-        config: The configuration of an adapter's directory, a live model or a client; nothing in it
-            is trusted.
-        name: What messages call the adapter.
+        config: The untrusted configuration of an adapter's directory, a live model or a client.
+        name: The adapter's name in messages.
 
     Returns:
-        The fields that count.
+        The fields that matter.
 
     Raises:
         AdapterError: If a field has an invalid type or value, or differs from its default and is
-            not known to be harmless; the message names the field, its value and what was wanted.
+            not known to be harmless; the message contains the field, its value and the expected.
     """
     declared = AdapterConfig.of(config, name)
     if str(declared.peft_type or "LORA").rsplit(".", 1)[-1] != "LORA":
@@ -112,16 +111,16 @@ def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
 
 
 def shown(value: Any) -> str:
-    """Return a value as messages show it: short, on one line."""
+    """Format a value for messages: short, on one line."""
     return printable(repr(value), 100)
 
 
 def plain_config(adapter: Adapter) -> dict[str, Any]:
     """Return a LoRA configuration with the adapter's ranks and scalings, and nothing else.
 
-    The most common rank and alpha become `r` and `lora_alpha`; every other module is named in full
-    in `rank_pattern` and `alpha_pattern`, longer paths first, so that none is taken for the end of
-    another.
+    The most common rank and alpha become `r` and `lora_alpha`; modules that differ are listed with
+    their full paths in `rank_pattern` and `alpha_pattern`, longer paths first, so that a path which
+    ends in another one is matched by its own key.
     """
     modules, parameters = _targets(adapter)
     ranks = {}
@@ -140,7 +139,7 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
             alpha_pattern[target] = alphas[target]
     copied = {key: adapter.config[key] for key in COPIED_FIELDS if adapter.config.get(key)}
     if "modules_to_save" in copied:
-        # PEFT appends its names of classification heads whenever it makes such a model.
+        # PEFT appends its names of classification heads every time it creates such a model.
         copied["modules_to_save"] = sorted(set(copied["modules_to_save"]))
     return {
         "peft_type": "LORA",
@@ -158,12 +157,12 @@ def plain_config(adapter: Adapter) -> dict[str, Any]:
 def _targets(adapter: Adapter) -> tuple[dict[str, str], dict[str, str]]:
     """Return what PEFT has to adapt, each with the name of one of its matrices.
 
-    Experts of one parameter have one rank and scaling (`with_equal_experts`), so the first stands
-    for all. A linear module that was adapted as a parameter remains one: PEFT reads some names of
-    modules, such as `gate_proj`, as those of experts.
+    All experts of a parameter have the same rank and scaling (`with_equal_experts`), so the first
+    represents all. A linear module that was adapted as a parameter stays a parameter: PEFT takes
+    some module names, such as `gate_proj`, for those of experts.
 
     Returns:
-        Paths of modules, and paths of parameters.
+        Paths of modules and paths of parameters, each mapped to a matrix's name.
     """
     asked = adapter.config.get("target_parameters") or ()
     modules: dict[str, str] = {}
@@ -186,6 +185,6 @@ def _alpha(adapter: Adapter, module: str) -> float:
 
 
 def _most_common(values: Collection[T]) -> T:
-    """Return the most common value; of several, the smallest."""
+    """Return the most common value; the smallest one if there is a tie."""
     all_values = list(values)
     return max(sorted(set(all_values)), key=all_values.count)

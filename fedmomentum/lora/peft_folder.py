@@ -1,7 +1,7 @@
 """PEFT adapter directories: read without PEFT, and written with its configuration.
 
-Writing imports peft, which takes seconds. What a configuration means for the product
-`scaling * B A` is decided in `peft_config`.
+Writing imports peft, which takes seconds. `peft_config` decides what a configuration means for the
+product `scaling * B A`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from fedmomentum.utils.text import printable
 FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Bytes of adapter_config.json, and of the header of the weights: 100,000 tensors need 15 MB.
 MAX_HEADER = 2**24
-# Of a factor; vocabularies have about 300,000 entries.
+# Size of a factor's longest side; vocabularies have about 300,000 entries.
 MAX_SIDE = 2**22
-# Characters of a tensor's name; a module path has about 50.
+# Characters in a tensor's name; a module path has about 50.
 MAX_NAME = 512
-# What models call their embeddings and their head.
+# Common names of embeddings and heads.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])")
@@ -57,13 +57,13 @@ def read_adapter(directory: Path | str, name: str | None = None) -> Adapter:
 
     Args:
         directory: The directory; or a name on the hub, `OWNER/NAME` or `OWNER/NAME@REVISION`.
-        name: What messages call the adapter; by default the directory.
+        name: The adapter's name in messages; by default the directory.
 
     Raises:
         HubError: If the hub does not provide it.
-        AdapterError: If a file is missing, weights are pickled, a field is not supported, or
+        AdapterError: If a file is missing, weights are pickled, a field is not supported, or the
             tensors are not the LoRA factors that the configuration describes; the message names
-            directory, field and tensor.
+            the directory, field and tensor.
     """
     name = name or str(directory)
     directory = find_adapter(directory, name)
@@ -76,7 +76,7 @@ def read_adapter(directory: Path | str, name: str | None = None) -> Adapter:
 def from_peft_tensors(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
 ) -> Adapter:
-    """Return the adapter of PEFT's tensors and configuration.
+    """Build an adapter from PEFT's tensors and configuration.
 
     Raises:
         AdapterError: As `read_adapter`.
@@ -107,7 +107,7 @@ def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
         _check_header_length(file, name)
         with safe_open(file, framework="pt") as opened:
             keys = list(opened.keys())
-            # The header has the shapes: what cannot be right is refused before it is read.
+            # The header has the shapes, so reject impossible ones before reading any tensor.
             for key in keys:
                 _check_shape(key, opened.get_slice(key).get_shape(), name)
             return {key: opened.get_tensor(key) for key in keys}
@@ -116,7 +116,7 @@ def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def _check_header_length(file: Path, name: str) -> None:
-    """Refuse a header that would take seconds to parse."""
+    """Reject a header that would take seconds to parse."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
     if length > MAX_HEADER:
@@ -127,7 +127,7 @@ def _check_header_length(file: Path, name: str) -> None:
 
 
 def _check_shape(key: str, shape: Sequence[int], name: str) -> None:
-    """Refuse a tensor's name that could not be shown, and factors larger than any layer has."""
+    """Reject tensor names that cannot be displayed, and factors larger than any real layer's."""
     if len(key) > MAX_NAME or not key.isprintable():
         raise AdapterError(
             f"{name}: a tensor is called {printable(key, 100)!r}, which is no name of a module"
@@ -144,13 +144,13 @@ def _check_shape(key: str, shape: Sequence[int], name: str) -> None:
 def _assemble(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], declared: AdapterConfig, name: str
 ) -> Adapter:
-    """Return the adapter of these tensors, every one of which must be understood.
+    """Build an adapter from tensors, each of which must be recognized.
 
     Args:
-        tensors: Under PEFT's names.
+        tensors: The tensors, under PEFT's names.
         config: PEFT's configuration.
-        declared: Its fields that count.
-        name: What messages call the adapter.
+        declared: Its fields that matter.
+        name: The adapter's name in messages.
     """
     tensors = _without_copies(tensors, name)
     saved_modules = list(declared.modules_to_save or [])
@@ -179,15 +179,15 @@ def _assemble(
 def _name_factors(
     factors: Mapping[str, Mapping[str, Tensor]], declared: AdapterConfig, name: str
 ) -> tuple[dict[str, LowRank], dict[str, float]]:
-    """Return the matrices and scalings of all modules, every expert a module of its own.
+    """Return the matrices and scalings of all modules, with every expert as a separate module.
 
     Args:
         factors: The factors by the path of PEFT's wrapper.
         declared: The configuration.
-        name: What messages call the adapter.
+        name: The adapter's name in messages.
 
     Raises:
-        AdapterError: If the factors are not those that the configuration describes.
+        AdapterError: If the factors are not the ones that the configuration describes.
     """
     ranks = declared.ranks(name)
     alphas = declared.alphas(name)
@@ -195,7 +195,7 @@ def _name_factors(
     modules: dict[str, LowRank] = {}
     scalings: dict[str, float] = {}
     for path, pair in sorted(factors.items()):
-        # PEFT looks ranks up by the path of a module, or of a parameter.
+        # PEFT looks up ranks by the path of a module or a parameter.
         target = located.get(path, path.removesuffix(EMBEDDING))
         matrix = _pair_factors(pair, path, name)
         rank = ranks.find(target, declared.r)
@@ -218,7 +218,7 @@ def _name_factors(
 def _classify(
     tensors: Mapping[str, Tensor], saved_modules: Sequence[str], name: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Divide tensors into the factors of each module and fully trained tensors.
+    """Split tensors into the factors of each module and the fully trained tensors.
 
     Raises:
         AdapterError: If a tensor is neither.
@@ -232,13 +232,13 @@ def _classify(
         if key.startswith(PREFIX) and matched and tensor.ndim == 2:
             factors.setdefault(matched[1], {})[matched[2]] = tensor
         elif key.startswith(PREFIX) and embedding and tensor.ndim == 2:
-            # The factor that starts at zero is B everywhere.
+            # PEFT swaps the roles for embeddings; here the factor that starts at zero is always B.
             kind = "B" if embedding[2] == "A" else "A"
             factors.setdefault(embedding[1] + EMBEDDING, {})[kind] = tensor.mT.contiguous()
         elif key.startswith(PREFIX) and _is_saved(path, saved_modules):
             saved[path] = tensor
         elif _is_adapted_table(path, tensors):
-            continue  # PEFT adds the base's weight, which it does not train
+            continue  # the untrained base weight, which PEFT saves too
         else:
             listed = shown(saved_modules) if saved_modules else "none"
             raise AdapterError(
@@ -249,7 +249,7 @@ def _classify(
 
 
 def _is_adapted_table(path: str, tensors: Collection[str]) -> bool:
-    """Return whether this is the base's weight of an adapted embedding or head."""
+    """Return whether this is the base weight of an adapted embedding or head."""
     module = path.removesuffix(".base_layer.weight")
     if module == path or module.rpartition(".")[2] not in EMBEDDING_NAMES:
         return False
@@ -258,7 +258,7 @@ def _is_adapted_table(path: str, tensors: Collection[str]) -> bool:
 
 
 def _pair_factors(pair: Mapping[str, Tensor], module: str, name: str) -> LowRank:
-    """Return the factors of one module, checked."""
+    """Return the validated factors of one module."""
     if pair.keys() != {"A", "B"}:
         raise AdapterError(
             f"{name}: module {module} has lora_{next(iter(pair))} only; wanted both factors"
@@ -281,8 +281,8 @@ def _pair_factors(pair: Mapping[str, Tensor], module: str, name: str) -> LowRank
 def _without_copies(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the tensors without the copies that PEFT adds if the vocabulary was resized.
 
-    It then writes a saved module three times: by its name, as `modules_to_save`, and as the
-    `original_module` before training, which no model uses.
+    In that case it writes a saved module three times: under its name, as `modules_to_save`, and as
+    `original_module`, its state before training, which is never used.
     """
     result = {}
     for key, tensor in tensors.items():
@@ -302,7 +302,7 @@ def _without_copies(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tenso
 def _is_saved(path: str, saved_modules: Sequence[str]) -> bool:
     """Return whether a tensor belongs to a module in `modules_to_save`.
 
-    PEFT's rule is that the module's path ends in the name, even in the middle of a word: `norm` is
+    By PEFT's rule, the module's path ends in the name, even in the middle of a word: `norm` matches
     every layer norm.
     """
     parts = path.split(".")
@@ -314,9 +314,9 @@ def _is_saved(path: str, saved_modules: Sequence[str]) -> bool:
 
 
 def _added_embeddings(tensors: Mapping[str, Tensor], saved_modules: Sequence[str]) -> list[str]:
-    """Return embeddings and head that PEFT saves unasked, because tokens were added.
+    """Return embeddings and head that PEFT saves automatically because tokens were added.
 
-    They are modules to save although the configuration does not name them.
+    They are fully trained modules even though the configuration does not name them.
     """
     added = []
     for key in tensors:
@@ -336,7 +336,7 @@ def write_adapter(adapter: Adapter, directory: Path | str) -> None:
     """Write a plain PEFT adapter directory, with the configuration of `plain_config`.
 
     Raises:
-        AdapterError: If a tensor holds NaN or Inf; nothing is written then.
+        AdapterError: If a tensor contains NaN or Inf, in which case nothing is written.
     """
     from peft import LoraConfig
 

@@ -1,13 +1,13 @@
-"""How PEFT stores the factors of experts and embeddings, and what they are to the algebra.
+"""How PEFT stores the factors of experts and embeddings, and how they map to B and A.
 
 For a 3-D parameter with E experts, PEFT (since 0.19.1) trains one `lora_A` of shape `(E r, in)` and
 one `lora_B` of shape `(out, r E)`; the weight of expert e changes by
 
     scaling * lora_B.reshape(out, r, E)[:, :, e] @ lora_A.reshape(E, r, in)[e]
 
-Two parameters of one module are two nested wrappers, and the tensors of the inner one are called
-`<module>.base_layer.lora_A.weight`. An embedding changes by `scaling * (B A)^T`, which here is the
-product of `A^T` and `B^T`: so the factor that starts at zero is B everywhere.
+Two adapted parameters of one module have nested wrappers, and the tensors of the inner one are
+named `<module>.base_layer.lora_A.weight`. An embedding changes by `scaling * (B A)^T`, stored here
+as the product of `A^T` and `B^T`, so that the factor that starts at zero is always B.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fedmomentum.lora.module_names import (
 from fedmomentum.lora.target_names import is_called
 from fedmomentum.utils.text import printable
 
-# The versions of PEFT that store experts as above: the first, and the first that is not known to.
+# PEFT versions known to store experts as above: the first one, and the end (exclusive).
 KNOWN_VERSIONS = ((0, 19, 1), (0, 22, 0))
 BASE_LAYER = ".base_layer"
 MAX_EXPERTS = 100_000
-# Names of parameters in one adapter; models have two or three.
+# Maximum number of distinct parameter names in one adapter; models have two or three.
 MAX_PARAMETER_NAMES = 16
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?")
 
@@ -50,14 +50,14 @@ def nested_path(module: str, depth: int) -> str:
 
 
 def expert_factor(kind: str, stacked: Tensor, num_experts: int, index: int) -> Tensor:
-    """Return the factor `B` or `A` of one expert, a view of PEFT's tensor."""
+    """Return the factor `B` or `A` of one expert, as a view of PEFT's tensor."""
     if kind == "A":
         return stacked.view(num_experts, -1, stacked.shape[1])[index]
     return stacked.view(stacked.shape[0], -1, num_experts)[:, :, index]
 
 
 def stack_factors(kind: str, factors: Sequence[Tensor]) -> Tensor:
-    """Return PEFT's tensor of the factors of all experts, which have one rank."""
+    """Stack the factors of all experts, which have the same rank, as PEFT does."""
     first = factors[0]
     rows, columns = first.shape
     num_experts = len(factors)
@@ -69,16 +69,16 @@ def stack_factors(kind: str, factors: Sequence[Tensor]) -> Tensor:
 
 
 def split_stack(matrix: LowRank, rank: int, parameter: str, name: str) -> dict[str, LowRank]:
-    """Return the factors of every expert, by its name, from those that PEFT stores.
+    """Split PEFT's stacked factors into those of each expert, by the expert's name.
 
     Args:
         matrix: PEFT's `lora_B` and `lora_A`.
         rank: The rank of one expert.
         parameter: The path of the 3-D parameter.
-        name: What messages call the adapter.
+        name: The adapter's name in messages.
 
     Raises:
-        AdapterError: If the rank of all experts together is not a multiple of the rank of one.
+        AdapterError: If the total rank is not a multiple of `rank`, or there are too many experts.
     """
     num_experts, remainder = divmod(matrix.rank, rank)
     if remainder or num_experts > MAX_EXPERTS:
@@ -102,7 +102,7 @@ def stacks(modules: Iterable[str], name: str) -> dict[str, list[str]]:
     """Return the names of the experts of every 3-D parameter, in order.
 
     Raises:
-        AdapterError: If an expert is missing, so that PEFT could not store the others.
+        AdapterError: If an expert is missing or duplicated, so that PEFT could not store them.
     """
     indexes: dict[str, list[int]] = {}
     for module in modules:
@@ -122,10 +122,10 @@ def stacks(modules: Iterable[str], name: str) -> dict[str, list[str]]:
 
 
 def with_equal_experts(adapter: Adapter) -> Adapter:
-    """Return the adapter with one rank and one scaling for all experts of a parameter.
+    """Return the adapter with the same rank and scaling for all experts of a parameter.
 
-    PEFT stores no others. Columns of zeros are added to B and rows of zeros to A, and where
-    scalings differ, B takes the ratio.
+    PEFT requires this. B is padded with zero columns and A with zero rows; if scalings differ, the
+    ratio is multiplied into B.
     """
     modules = dict(adapter.modules)
     scalings = dict(adapter.scalings)
@@ -152,7 +152,7 @@ def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the tensors of an adapter with equal experts as PEFT names and stores them.
 
     Raises:
-        AdapterError: If PEFT's order of several parameters of one module is not known.
+        AdapterError: If several parameters of a module are adapted and PEFT's order is unknown.
     """
     tensors = {PREFIX + key: tensor.contiguous() for key, tensor in adapter.saved.items()}
     for module, matrix in adapter.modules.items():
@@ -173,10 +173,10 @@ def to_peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def wrapper_paths(parameters: Collection[str], name: str) -> dict[str, str]:
-    """Return the path of PEFT's wrapper of every parameter.
+    """Return the path of PEFT's wrapper for every parameter.
 
     Raises:
-        AdapterError: If the order in which PEFT wraps them is not known.
+        AdapterError: If the order in which PEFT wraps them is unknown.
     """
     by_module: dict[str, list[str]] = {}
     for parameter in parameters:
@@ -213,11 +213,11 @@ class DeclaredTargets:
     def locate(self, paths: Iterable[str], name: str) -> dict[str, str]:
         """Return the path of the parameter that each of PEFT's wrappers adapts.
 
-        A path of a linear module or an embedding is left out.
+        Paths of linear modules and embeddings are left out.
 
         Args:
             paths: The paths of the LoRA factors in PEFT's files.
-            name: What messages call the adapter.
+            name: The adapter's name in messages.
 
         Raises:
             AdapterError: If it cannot be determined.
@@ -228,7 +228,7 @@ class DeclaredTargets:
                 f"{name}: target_parameters names {len(leaves)} different parameters; at most "
                 f"{MAX_PARAMETER_NAMES} are supported"
             )
-        # The wrappers of one module, by their depth.
+        # Each module's wrappers, sorted by depth.
         nested: dict[str, list[str]] = {}
         for path in sorted(paths, key=len):
             module = path
@@ -258,7 +258,7 @@ class DeclaredTargets:
         return located
 
     def _refuse_missing(self, located: Iterable[str], name: str) -> None:
-        """Refuse an adapter without factors for a parameter that the configuration names."""
+        """Reject an adapter without factors for a parameter that the configuration names."""
         adapted: set[str] = set()
         for parameter in located:
             parts = parameter.split(".")
@@ -271,7 +271,7 @@ class DeclaredTargets:
             )
 
     def _is_module(self, path: str, names: Collection[str], name: str) -> bool:
-        """Return whether `target_modules`, of these names if it is a list, has this module."""
+        """Return whether `target_modules` includes this module; `names` is its list form."""
         if not isinstance(self.modules, str):
             return _ends_in(path, names)
         try:
@@ -284,7 +284,7 @@ class DeclaredTargets:
 
 
 def _ends_in(path: str, names: Collection[str]) -> bool:
-    """Return whether a path is one of the names, or ends in a dot and one of them."""
+    """Return whether a path equals one of the names, or ends in a dot followed by one."""
     parts = path.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
@@ -295,10 +295,10 @@ def is_parameter_target(module: str, parameters: Iterable[str]) -> bool:
 
 
 def check_layout_version(version: object, name: str) -> None:
-    """Refuse experts that another version of PEFT stored, whose factors mean something else.
+    """Reject experts stored by a PEFT version whose layout is different or unknown.
 
     Raises:
-        AdapterError: If the version is not one of those whose layout is known.
+        AdapterError: If the layout of the version is not known to match.
     """
     first, end = KNOWN_VERSIONS
     matched = _VERSION.match(version) if isinstance(version, str) else None

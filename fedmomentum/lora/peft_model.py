@@ -1,7 +1,7 @@
 """Adapters on live models: attach, copy, load and detach.
 
 This file, `peft_folder.py` and `peft_names.py` are the only ones that import peft. The import takes
-seconds, so it is made when a model is changed.
+seconds, so it happens only when a model is modified.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from peft import PeftModel as PeftModel
 
 
-# Scalings are quotients of the same configured numbers; they differ by round-off only.
+# Scalings are quotients of the same configured numbers, so they differ only by round-off.
 SCALING_RTOL = 1e-12
-# PEFT's task types by what follows `For` in the name of a transformers class.
+# PEFT's task types by the part after `For` in the name of a transformers class.
 TASK_TYPES = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS"}
 
 
@@ -56,19 +56,19 @@ def attach_adapter(
     """Attach a fresh float32 LoRA adapter to a base model: A initialized from `seed`, B zero.
 
     Args:
-        model: A transformers model; its class decides the task type.
+        model: A transformers model; its class determines the task type.
         rank: PEFT's `r`.
         lora_alpha: As in PEFT.
-        target_modules: Chosen modules, or a setting of which `choose_targets` makes them.
+        target_modules: Chosen modules, or a setting for `choose_targets` to resolve.
         dropout: PEFT's `lora_dropout`.
         use_rslora: Scale by `alpha / sqrt(rank)`.
-        modules_to_save: Modules that are trained in full.
+        modules_to_save: Modules to train in full.
         seed: The seed of the initialization.
 
     Raises:
-        AdapterError: If a name matches nothing, a target is neither a linear layer nor an embedding
-            nor a stack of experts, its weight is tied to another, it is saved in full as well, or
-            the rank exceeds a side of its matrix.
+        AdapterError: If a name matches nothing, a target is not a linear layer, embedding or stack
+            of experts, its weight is tied to another, it is also trained in full, or the rank
+            exceeds a side of its matrix.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -133,7 +133,7 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def _is_head(model: Any, path: str) -> bool:
-    """Return whether a module is a part of a classifier's head, its pooling layer included."""
+    """Return whether a module is part of a classifier's head, including its pooling layer."""
     if _task_type(model) != "SEQ_CLS":
         return False
     is_inside = path.startswith(f"{model.base_model_prefix}.")
@@ -141,10 +141,10 @@ def _is_head(model: Any, path: str) -> bool:
 
 
 def _upcast_saved_modules(model: PeftModel) -> None:
-    """Cast fully trained modules to float32, as LoRA's factors are.
+    """Cast fully trained modules to float32, like LoRA's factors.
 
-    Steps are small relative to the weights. bfloat16 keeps 8 bits of a number and rounds most of a
-    step away.
+    Optimizer steps are small relative to the weights, and bfloat16, with 8 significant bits, would
+    round most of a step away.
     """
     for wrapper in saved_modules(model).values():
         module = wrapper.modules_to_save[ADAPTER_NAME]
@@ -157,10 +157,10 @@ def _upcast_saved_modules(model: PeftModel) -> None:
 
 
 def detach_adapter(model: PeftModel) -> nn.Module:
-    """Remove the LoRA layers and fully trained modules from the base model; nothing is merged."""
+    """Remove the LoRA layers and fully trained modules from the base model without merging."""
     originals = {path: wrapper.original_module for path, wrapper in saved_modules(model).items()}
     base: nn.Module = model.unload()
-    for path, module in originals.items():  # PEFT leaves the trained ones in their place
+    for path, module in originals.items():  # PEFT leaves the trained ones in place
         base.set_submodule(path, module)
     return base
 
@@ -177,9 +177,9 @@ def saved_modules(model: PeftModel) -> dict[str, Any]:
 
 
 def _live_tensors(model: PeftModel, layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
-    """Return the adapter's tensors themselves, by the names under which PEFT saves them.
+    """Return the adapter's live tensors, by the names under which PEFT saves them.
 
-    PEFT's own functions convert names by a loop over every tensor of the model, 20 ms each.
+    PEFT's own functions convert names in a loop over every tensor of the model, 20 ms each.
     """
     tensors: dict[str, Tensor] = {}
     for layer in layers.values():
@@ -211,8 +211,8 @@ def copy_adapter(model: PeftModel, name: str = "model") -> Adapter:
     """Return a copy of the adapter of a live model.
 
     Raises:
-        AdapterError: As `read_adapter`; or if the adapter is merged into its base, which then is
-            not the base model.
+        AdapterError: As for `read_adapter`; or if the adapter is merged into its base, which then
+            no longer is the base model.
     """
     layers = lora_layers(model)
     if any(layer.layer.merged for layer in layers.values()):
@@ -232,7 +232,7 @@ def load_adapter(model: PeftModel, adapter: Adapter) -> None:
     """Copy the adapter's tensors into the live model, in place.
 
     Raises:
-        AdapterError: If the model and the adapter have different modules, shapes, scalings or saved
+        AdapterError: If the model and the adapter differ in modules, shapes, scalings or saved
             tensors.
     """
     layers = lora_layers(model)
@@ -267,7 +267,7 @@ def load_adapter(model: PeftModel, adapter: Adapter) -> None:
 
 
 def _check_fits(adapter: Adapter, module: str, layer: LoraLayer) -> None:
-    """Refuse a module whose live LoRA layer has another scaling or other shapes."""
+    """Reject a module whose live LoRA layer has a different scaling or different shapes."""
     scaling = adapter.scalings[module]
     live_scaling = layer.scaling
     if not math.isclose(live_scaling, scaling, rel_tol=SCALING_RTOL):
@@ -287,10 +287,10 @@ def _check_fits(adapter: Adapter, module: str, layer: LoraLayer) -> None:
 
 
 def wrap_with_adapter(model: nn.Module, adapter: Adapter) -> PeftModel:
-    """Put an adapter of any ranks, scalings and saved modules on its base model; in eval mode.
+    """Attach an adapter, of any ranks, scalings and saved modules, to its base model in eval mode.
 
-    A base model with fewer tokens than the adapter's saved embeddings is resized first, as it was
-    before training.
+    If the adapter's saved embeddings have a different vocabulary size, the base model is resized
+    first, as it was before training.
 
     Raises:
         AdapterError: If the adapter does not fit the model.
@@ -308,10 +308,10 @@ def wrap_with_adapter(model: nn.Module, adapter: Adapter) -> PeftModel:
 
 
 def resize_for(model: Any, adapter: Adapter) -> None:
-    """Resize the model to the tokens of the adapter's saved embeddings, as its trainer did.
+    """Resize the model to the vocabulary of the adapter's saved embeddings, as its trainer did.
 
     Raises:
-        AdapterError: If the adapter does not save embeddings and head for the same tokens.
+        AdapterError: If the adapter does not save embeddings and head with the same vocabulary.
     """
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     tables = [table for table in tables if table is not None]
@@ -340,7 +340,7 @@ def resize_for(model: Any, adapter: Adapter) -> None:
 
 
 def load_with_peft(model: nn.Module, directory: Path | str) -> PeftModel:
-    """Load an adapter's directory onto its base model by stock PEFT, in eval mode.
+    """Load an adapter's directory onto its base model with stock PEFT, in eval mode.
 
     Raises:
         AdapterError: If PEFT cannot load it.

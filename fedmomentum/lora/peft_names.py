@@ -1,4 +1,4 @@
-"""What PEFT makes of the names of modules: defaults, conversions and refusals by architecture."""
+"""How PEFT treats module names: defaults, conversions and rejections by architecture."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def default_targets(model: Any) -> list[str] | str | None:
 
 
 def names_of_experts(model: Any, paths: Iterable[str]) -> set[str]:
-    """Return the names that PEFT takes for weights of the experts.
+    """Return the names that PEFT mistakes for weights of the experts.
 
-    transformers joins the experts of a layer into one parameter. Adapters that were trained before
-    name the former modules, and PEFT converts every such name, also where a module has it still
+    transformers fuses the experts of a layer into one parameter. Adapters trained before that name
+    the former modules, and PEFT converts every such name, even if other modules still have it
     (shared experts, the dense layers of DeepSeek).
     """
     from peft import LoraConfig
@@ -37,7 +37,7 @@ def names_of_experts(model: Any, paths: Iterable[str]) -> set[str]:
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=None)
         except ValueError:
-            taken.add(name)  # only together with another one
+            taken.add(name)  # accepted only together with another one
             continue
         if name not in (config.target_modules or ()):
             taken.add(name)
@@ -47,16 +47,16 @@ def names_of_experts(model: Any, paths: Iterable[str]) -> set[str]:
 def renamed_on_loading(model: Any, paths: Iterable[str]) -> set[str]:
     """Return the paths of modules whose factors PEFT would look for under another name.
 
-    PEFT applies the renamings of transformers' checkpoints to the names in an adapter's file. A
-    renaming that is loose about where a name ends changes names that are right already, and PEFT
-    then leaves these factors out.
+    PEFT applies the renaming rules of transformers' checkpoints to the names in an adapter's file.
+    A rule that is loose about where a name ends changes names that are already right, and PEFT then
+    skips their factors.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers,
     )
 
-    # Renaming takes milliseconds a tensor, and all layers have the same names.
+    # Renaming takes milliseconds per tensor, and all layers share the same names: try one layer.
     paths_by_pattern: dict[str, list[str]] = {}
     for path in paths:
         paths_by_pattern.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", path), []).append(path)

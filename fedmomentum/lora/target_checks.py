@@ -1,4 +1,4 @@
-"""Checks of the module names that a user lists, which PEFT matches loosely and partly ignores."""
+"""Checks of module names listed by users, which PEFT matches loosely and sometimes ignores."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fedmomentum.lora.target_names import is_called
 from fedmomentum.utils.quantized import quantized_layers
 from fedmomentum.utils.text import printable
 
-# How similar a name must be to be suggested, by difflib's ratio; a typo is far above.
+# Minimum similarity, by difflib's ratio, for a name to be suggested; typos are far above.
 SUGGESTION_CUTOFF = 0.5
 
 
 def names_to_save(head: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return what is trained in full: a classifier's head, and what the user names beside it."""
+    """Return what to train in full: a classifier's head, and whatever else the user names."""
     return [*head, *(name for name in names if name not in head)]
 
 
 def find_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the paths of the modules that are trained in full; every name must match some.
+    """Return the paths of the modules to train in full; every name must match at least one.
 
-    PEFT takes every module whose path ends in these letters, even in the middle of a word, and
+    PEFT takes every module whose path ends in these characters, even in the middle of a word, and
     ignores a name that matches nothing as long as another one matches.
 
     Raises:
-        AdapterError: If a name matches nothing, matches the end of a longer name, or stands for a
-            module without parameters, or for one inside another.
+        AdapterError: If a name matches nothing, matches the end of a longer name, or matches a
+            module that is quantized, has no parameters, or is inside another one.
     """
     paths = [path for path, _ in model.named_modules() if path]
     saved: list[str] = []
@@ -49,7 +49,7 @@ def find_saved_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _find_saved(
     model: nn.Module, name: str, paths: Sequence[str], names: Sequence[str]
 ) -> list[str]:
-    """Return the paths of the modules of one of the names."""
+    """Return the paths of the modules that one of the names matches."""
     matches = [path for path in paths if is_called(path, name)]
     if not matches:
         raise AdapterError(
@@ -58,7 +58,7 @@ def _find_saved(
         )
     longer = []
     for path in paths:
-        # Two heads may be named of which one ends the other's name, as DistilBERT's do.
+        # The user may name two heads, one of whose names ends in the other's, as in DistilBERT.
         is_named = any(is_called(path, other) for other in names)
         if path.endswith(name) and not is_named:
             longer.append(path)
@@ -83,7 +83,7 @@ def _find_saved(
 
 
 def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse to adapt a weight that two modules share: a residual would change both, or twice.
+    """Reject adapting a weight that modules share: a residual would change both, or be added twice.
 
     Args:
         base: The base model with LoRA layers in it.
@@ -110,7 +110,7 @@ def refuse_tied(base: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
 
 
 def suggestion(name: str, paths: Sequence[str]) -> str:
-    """Return the end of a message: the name that the user may have meant."""
+    """Return the end of a message, with the name that the user may have meant."""
     depth = name.count(".") + 1
     endings = {".".join(path.split(".")[-depth:]) for path in paths}
     candidates = sorted(ending for ending in endings if not ending.isdigit())

@@ -1,4 +1,4 @@
-"""What `lora.target-modules` says about a module's path, without the model: servers have none."""
+"""Matching `lora.target-modules` against a module's path, without the model, which servers lack."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterator, Sequence
 
 Span = tuple[int, int]
-"""Where a part of an expression begins and ends."""
+"""Start and end of a part of an expression."""
 ALL_LINEAR = "all-linear"
 ATTENTION = "attention"
-# What models call attention: a part of the path, or the projection itself.
+# Common names of attention: in a part of the path, or of the projection itself.
 _ATTENTION_PART = re.compile(r"(?!\w*norm)\w*(attn|attention|self_att)\w*")
 _ATTENTION_NAME = re.compile(r"([qkvo]|qkv|kv|query|key|value)_proj|query_key_value|Wqkv")
 
 
 def is_target(module: str, setting: Sequence[str] | str) -> bool:
-    """Return whether a module is one of those that a setting stands for, by its path alone."""
+    """Return whether a setting includes a module, judging by its path alone."""
     if not isinstance(setting, str):
         return any(is_called(module, name) for name in setting)
     if setting in ("", ALL_LINEAR):
@@ -28,7 +28,7 @@ def is_target(module: str, setting: Sequence[str] | str) -> bool:
 
 
 def is_called(path: str, name: str) -> bool:
-    """Return whether a name in PEFT's lists stands for the module or parameter at this path."""
+    """Return whether a name in PEFT's lists refers to the module or parameter at this path."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -36,9 +36,9 @@ def is_called(path: str, name: str) -> bool:
 
 
 def alternatives(expression: str) -> Iterator[str]:
-    """Yield the expression, and for each branch of each `(a|b)` in it what is left of it with that.
+    """Yield the expression, and then a version for each branch of each `(a|b)`, with only that one.
 
-    A branch that matches nothing would otherwise go unnoticed beside one that does.
+    Otherwise a branch that matches nothing would go unnoticed next to one that matches.
     """
     yield expression
     groups = _groups(expression)
@@ -49,7 +49,7 @@ def alternatives(expression: str) -> Iterator[str]:
 
 
 def _with_branch(expression: str, groups: Sequence[Span], group: Span, branch: Span) -> str:
-    """Return the expression with one branch of a group, and so of all groups around it."""
+    """Reduce a group to one of its branches, and each enclosing group to the branch around it."""
     start, end = group
     text = expression[branch[0] : branch[1]]
     around = [other for other in groups if other[0] < start and end < other[1]]
@@ -59,7 +59,7 @@ def _with_branch(expression: str, groups: Sequence[Span], group: Span, branch: S
                 span for span in _branches(expression, outer) if span[0] <= start <= span[1]
             )
             text = expression[first:start] + text + expression[end:last]
-        # The first branch begins with the kind of the group, such as `?:`.
+        # Only the first branch begins with the group's prefix, such as `?:`.
         kind = re.match(r"\?(:|P<\w+>)", expression[outer[0] : outer[1]])
         if kind and not text.startswith(kind[0]):
             text = kind[0] + text
@@ -68,9 +68,9 @@ def _with_branch(expression: str, groups: Sequence[Span], group: Span, branch: S
 
 
 def _groups(expression: str) -> list[Span]:
-    """Return where the content of each group begins and ends; and that of the whole.
+    """Return the span of each group's content, and the span of the whole expression.
 
-    Groups that look around are left out: their branches need not match.
+    Lookaround groups are left out: their branches need not match.
     """
     found = [(0, len(expression))]
     openings: list[int] = []
@@ -85,7 +85,7 @@ def _groups(expression: str) -> list[Span]:
 
 
 def _branches(expression: str, group: Span) -> list[Span]:
-    """Return the branches of a group: what its own `|` divide."""
+    """Return the branches of a group, separated by its own `|`."""
     start, end = group
     cuts = [start - 1]
     depth = 0
@@ -98,7 +98,7 @@ def _branches(expression: str, group: Span) -> list[Span]:
 
 
 def _syntax(expression: str) -> Iterator[tuple[int, str]]:
-    """Yield the brackets and bars of an expression that are neither escaped nor in a class."""
+    """Yield the parentheses and bars that are neither escaped nor in a character class."""
     is_class = False
     at = 0
     while at < len(expression):

@@ -1,8 +1,8 @@
-"""From `lora.target-modules` to the modules that are adapted: all that was asked for, or an error.
+"""From `lora.target-modules` to the modules to adapt: everything requested, or an error.
 
-PEFT matches names loosely, ignores those that match nothing as long as another one matches, and
-adapts parts of a model that text never reaches. So the modules are chosen here, and PEFT is given
-the result.
+PEFT matches names loosely, ignores names that match nothing as long as another one matches, and
+adapts parts of a model that text never reaches. So modules are chosen here, and PEFT is given the
+result.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from fedmomentum.lora.target_names import (
 )
 from fedmomentum.utils.text import printable
 
-# Where a module is in one of the repeated layers: `model.layers.3.mlp.up_proj`.
+# Matches modules in one of the repeated layers, such as `model.layers.3.mlp.up_proj`.
 _IN_LAYER = re.compile(r"\.\d+\.")
 _EXPERTS_PART = re.compile(r"(^|\.)\w*experts?\.")
-# Reasons of this file, besides those of `linear_modules`.
+# More reasons why a module is left out, besides those of `linear_modules`.
 SAVED = "trained in full"
 CLASSIFIER_HEAD = "the classifier's head, trained in full"
 SMALL = "has a side smaller than the rank"
 EXPERTS = "the experts of a layer, not in target-parameters"
 NOT_CHOSEN = "not in target-modules"
-# What a name may stand for beside modules that are adapted.
+# A name may also match modules left out for these reasons, besides some that are adapted.
 LEFT_OUT = (*IDLE, CLASSIFIER_HEAD)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules that are adapted.
+    """The modules to adapt.
 
     Attributes:
         modules: Their paths, sorted.
-        names: What PEFT is given: the names as they were, if they mean the same to PEFT.
-        parameters: The paths of parameters that are adapted: stacks of experts, of which each gets
-            factors of its own, and weights of linear modules.
-        left_out: Path of every other linear module, and of experts, to why it is not adapted.
+        names: What PEFT is given: the original names if they mean the same to PEFT, else the paths.
+        parameters: The paths of parameters to adapt: stacks of experts, each of which gets its own
+            factors, and weights of linear modules.
+        left_out: Path of every other linear module, and of experts, to the reason.
     """
 
     modules: tuple[str, ...]
@@ -63,23 +63,22 @@ def choose_targets(
     head: Collection[str] = (),
     parameters: Sequence[str] = (),
 ) -> Targets:
-    """Return the modules that a setting stands for in a model.
+    """Return the modules that a setting selects in a model.
 
     Args:
         model: The model's linear modules.
         setting: Names, `all-linear`, `attention`, or a regular expression that must match entire
-            paths; None or empty for PEFT's choice for the architecture, and where PEFT has none,
-            for the projections of the decoder layers.
-        rank: The rank of the adapter; a matrix with a smaller side has no adapter of that rank.
-        saved: Paths of the modules that are trained in full.
-        head: Those of them that are a classifier's head: a name of other modules may stand for
-            layers of it too, which are left out.
-        parameters: Endings of the paths of parameters, such as `experts.down_proj`. With some, and
-            without a setting, no module is adapted.
+            paths; None or empty for PEFT's choice for the architecture or, if PEFT has none, for
+            the projections of the decoder layers.
+        rank: The rank of the adapter; a matrix with a smaller side cannot have such an adapter.
+        saved: Paths of the fully trained modules.
+        head: Those of them that are a classifier's head; if a name matches its layers besides other
+            modules, they are left out.
+        parameters: Endings of the paths of parameters, such as `experts.down_proj`. If some are
+            given without a setting, no modules are adapted.
 
     Raises:
-        AdapterError: If a name, or a part of the expression, stands for nothing that can be
-            adapted.
+        AdapterError: If a name, or a branch of the expression, matches nothing that can be adapted.
     """
     reasons = dict(model.reasons)
     for path in [*model.sizes, *model.embeddings]:
@@ -89,7 +88,7 @@ def choose_targets(
             reasons[path] = SMALL
     adapted = _find_parameters(model, parameters)
 
-    # A general wish takes what is possible; what is named must be possible.
+    # A general setting takes whatever is possible; modules named explicitly must be possible.
     names: Sequence[str] = ()
     modules: list[str] = []
     if not setting and adapted:
@@ -125,10 +124,10 @@ def _is_within(path: str, modules: Collection[str]) -> bool:
 
 
 def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
-    """Return the paths of the parameters that are adapted; every name must stand for some.
+    """Return the paths of the parameters to adapt; every name must match at least one.
 
     Raises:
-        AdapterError: If one stands for nothing, or for what PEFT does not read back.
+        AdapterError: If a name matches nothing, or something that PEFT cannot adapt or read back.
     """
     found: set[str] = set()
     for name in names:
@@ -154,7 +153,7 @@ def _find_parameters(model: LinearModules, names: Sequence[str]) -> list[str]:
 
 
 def _default_modules(model: LinearModules, reasons: Mapping[str, str]) -> list[str]:
-    """Return PEFT's choice; where it has none that can be adapted, those of the decoder layers."""
+    """Return PEFT's choice or, if none of it can be adapted, the modules of the decoder layers."""
     usable = [path for path in model.sizes if path not in reasons]
     chosen = [path for path in usable if model.default and is_target(path, model.default)]
     return chosen or [path for path in usable if _IN_LAYER.search(path)]
@@ -163,7 +162,7 @@ def _default_modules(model: LinearModules, reasons: Mapping[str, str]) -> list[s
 def _names_for_peft(
     model: LinearModules, names: Sequence[str], modules: Collection[str]
 ) -> tuple[str, ...]:
-    """Return the names if PEFT would take exactly these modules by them, else the paths."""
+    """Return the names if PEFT would match exactly these modules by them, else the paths."""
     everything = [*model.sizes, *model.others]
     if names and {path for path in everything if is_target(path, names)} == set(modules):
         return tuple(names)
@@ -176,7 +175,7 @@ def _names_for_peft(
 def _named_modules(
     model: LinearModules, setting: Sequence[str] | str, reasons: Mapping[str, str]
 ) -> list[str]:
-    """Return the modules of a list of names or an expression; each part must stand for some."""
+    """Return the modules matching a list of names or an expression; every part must match."""
     parts: Iterable[tuple[str, Sequence[str] | str]]
     if isinstance(setting, str):
         parts = [(part, part) for part in alternatives(setting)]
@@ -191,7 +190,7 @@ def _named_modules(
 
 
 def _named_embeddings(model: LinearModules, setting: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the embeddings that a setting can stand for: none if it is an expression."""
+    """Return the embeddings that a setting can match: none if it is an expression."""
     return () if isinstance(setting, str) else model.embeddings
 
 
@@ -201,7 +200,7 @@ def _check_part(
     part: Sequence[str] | str,
     reasons: Mapping[str, str],
 ) -> None:
-    """Refuse a name or an alternative that would adapt less than it says.
+    """Reject a name or a branch that would adapt less than it says.
 
     Raises:
         AdapterError: If it matches nothing, or something that cannot be adapted.

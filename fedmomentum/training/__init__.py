@@ -1,6 +1,6 @@
 """Local training on one machine, on top of transformers' Trainer.
 
-It knows no federation.
+It knows nothing about federation.
 """
 
 from fedmomentum.training.function import TrainReport as TrainReport

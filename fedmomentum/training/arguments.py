@@ -1,7 +1,7 @@
-"""Which of `transformers.TrainingArguments` a user may set, and the number of steps that follows.
+"""Which `transformers.TrainingArguments` a user may set, and the resulting number of steps.
 
-The server computes the number of steps too, so nothing here imports transformers, except to explain
-an unknown name.
+The server computes the number of steps too, so this module imports transformers only to explain an
+unknown name.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
 
 
-# The largest finite values: float64 overflows not far above, and a count fits 32 bits.
+# Upper limits: float64 overflows not far above 1e300, and counts fit into 32 bits.
 _NotNegative = Annotated[float, Meta(ge=0, le=1e300)]
 _Beta = Annotated[float, Meta(ge=0, lt=1)]
 
-# 0.1 * 30 is a hair above 3: without this relative tolerance a step would be added.
+# 0.1 * 30 is slightly above 3: without this relative tolerance, a step would be added.
 STEPS_RTOL = 1e-12
 
 
 class CheckpointingFields(Schema, frozen=True, kw_only=True):
-    """The keywords of torch's `checkpoint` that a user may set."""
+    """The keyword arguments of torch's `checkpoint` that a user may set."""
 
     use_reentrant: bool = False
     preserve_rng_state: bool = True
@@ -40,9 +40,8 @@ class CheckpointingFields(Schema, frozen=True, kw_only=True):
 class TrainingFields(Schema, frozen=True, kw_only=True):
     """The fields of `transformers.TrainingArguments` that a user may set, with their valid values.
 
-    These are the fields known to have an effect on local training and to leave nothing behind on a
-    model that other clients train next. The defaults here are not used: transformers decides what
-    is left out.
+    These are the fields known to affect local training without leaving traces on a model that other
+    clients train next. The defaults here are not used: transformers supplies missing values.
     """
 
     adam_beta1: _Beta = 0.9
@@ -80,14 +79,14 @@ CONFIGURED_ARGUMENTS = {
     "full_determinism": "run.deterministic",
     "output_dir": "the run's directory",
 }
-"""Fields that the run's configuration decides, each with the key that does."""
+"""Fields determined by the run's configuration, each with the key that sets it."""
 
 OPTIMIZERS_WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused", "sgd")
-"""Optimizers whose state can be set and read; that of SGD only where it has momentum."""
+"""Optimizers whose state can be set and read; for SGD, only with momentum."""
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse names that a user may not set, and values that training cannot use.
+    """Reject names that a user may not set, and values that training cannot use.
 
     Args:
         arguments: Fields of `transformers.TrainingArguments`.
@@ -119,15 +118,15 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(arguments: Mapping[str, Any]) -> None:
-    """Refuse an optimizer whose state cannot be set before a training and read after it.
+    """Reject an optimizer whose state cannot be set before training and read afterward.
 
-    Without `optim` it is torch's AdamW, fused or not by the version of torch.
+    The default is torch's AdamW, fused or not depending on the version of torch.
 
     Args:
         arguments: Fields of `transformers.TrainingArguments`.
 
     Raises:
-        ConfigError: If the optimizer keeps something other than moments of each number.
+        ConfigError: If the optimizer keeps anything other than elementwise moments.
     """
     name = str(arguments.get("optim", "adamw_torch"))
     advice = (
@@ -155,8 +154,8 @@ def check_optimizer(arguments: Mapping[str, Any]) -> None:
 
 
 def optimizer_options(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return `optim_args`, a text such as "momentum=0.9, dampening=0.1", by name."""
-    # Read as transformers reads it: blanks are ignored, and the last of two equal names counts.
+    """Parse `optim_args`, a string such as "momentum=0.9, dampening=0.1", into values by name."""
+    # Parse it as transformers does: spaces are ignored, and the last of duplicate names wins.
     options = {}
     text = str(arguments.get("optim_args") or "")
     for assignment in text.replace(" ", "").split(","):
@@ -167,7 +166,7 @@ def optimizer_options(arguments: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_above_0(text: str) -> bool:
-    """Return whether a text is a finite number above 0."""
+    """Return whether a string is a finite number above 0."""
     try:
         number = float(text)
     except ValueError:
@@ -176,7 +175,7 @@ def _is_above_0(text: str) -> bool:
 
 
 def _explain_refusal(name: str) -> str:
-    """Return why a name cannot be set, and what to do instead."""
+    """Explain why a name cannot be set, and what to do instead."""
     from dataclasses import fields
 
     from transformers import TrainingArguments  # slow to import, and needed only here
@@ -196,11 +195,11 @@ def _explain_refusal(name: str) -> str:
 
 
 def check_hyperparameters(hyperparameters: LocalTraining) -> None:
-    """Refuse hyperparameters that are out of range.
+    """Reject hyperparameters that are out of range.
 
     Raises:
-        ConfigError: If a number is not finite and above 0, not exactly one of steps and epochs is
-            given, or `check_arguments` refuses an argument.
+        ConfigError: If a number is not finite and above 0, steps and epochs are both given or both
+            missing, or `check_arguments` rejects an argument.
     """
     check_arguments(hyperparameters.arguments)
     local_steps = hyperparameters.local_steps
@@ -222,11 +221,11 @@ def check_hyperparameters(hyperparameters: LocalTraining) -> None:
 
 
 def count_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
-    """Return how many optimizer steps a client makes in a round.
+    """Return how many optimizer steps a client takes in a round.
 
-    These are ``local_steps``, or ``local_epochs`` passes over the examples rounded up to whole
-    steps. The last step of a pass may accumulate fewer batches, and its last batch hold fewer
-    examples.
+    That is ``local_steps``, or ``local_epochs`` passes over the examples, rounded up to whole
+    steps. The last step of a pass may accumulate fewer batches, and its last batch may contain
+    fewer examples.
 
     Args:
         num_examples: Number of the client's training examples.
@@ -262,13 +261,13 @@ def count_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
 
 
 def count_warmup_steps(num_steps: int, arguments: Mapping[str, Any]) -> int:
-    """Return how many of a client's steps are warm-up, at least one less than it makes.
+    """Return how many of a client's steps are warm-up, leaving at least one step after it.
 
-    The learning rate of warm-up step k (from 0) is k / warm-up steps of the full one, so that a
-    client which only warms up would hardly move, and with a single step not at all.
+    The learning rate of warm-up step k (from 0) is k / (number of warm-up steps) of the full one,
+    so a client with only warm-up steps would hardly move, and with a single one not at all.
 
     Args:
-        num_steps: Number of steps that the client makes in a round.
+        num_steps: Number of steps that the client takes in a round.
         arguments: Fields of `transformers.TrainingArguments`; ``warmup_steps`` below 1 is a
             fraction of the steps.
 
@@ -291,12 +290,12 @@ def count_warmup_steps(num_steps: int, arguments: Mapping[str, Any]) -> int:
 
 
 def check_num_examples(num_examples: int, hyperparameters: LocalTraining, owner: str) -> None:
-    """Refuse, before a run starts, a client with too few examples for the run's settings.
+    """Reject, before a run starts, a client with too few examples for the run's settings.
 
     Args:
         num_examples: Number of the client's training examples.
         hyperparameters: The hyperparameters of a round.
-        owner: Whose examples they are, for the message.
+        owner: The owner of the examples, for the message.
 
     Raises:
         DataError: If nothing is left to train on.

@@ -1,4 +1,4 @@
-"""The contract of a training function of the user's own, `[training] function = "module:name"`."""
+"""The interface of user-defined training functions, `[training] function = "module:name"`."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class TrainReport:
     """The result of one local training.
 
     Attributes:
-        loss: Mean loss of a target over all steps, in nats. A target is a completion token, or a
+        loss: Mean loss per target over all steps, in nats. A target is a completion token, or a
             pair of answers.
-        first_loss: Mean loss over the first step only, before any change of the weights.
+        first_loss: Mean loss over the first step only, before any weight changes.
         last_loss: Mean loss over the last step.
         num_steps: Number of optimizer steps.
-        num_tokens: Number of targets trained on, repetitions included.
+        num_tokens: Number of targets trained on, including repetitions.
         moments: The optimizer's moments after the last step, by the names of `named_parameters`;
-            None where they are not wanted.
-        learning_rate_sum: Sum of the learning rates of all steps; None in the report of a function
-            of the user's own stands for a constant learning rate.
+            None if not requested.
+        learning_rate_sum: Sum of the learning rates of all steps; in the report of a user-defined
+            function, None means a constant learning rate.
     """
 
     loss: float
@@ -52,18 +52,18 @@ class TrainReport:
 
 
 class TrainingSettings(TypedDict):
-    """What a training gets besides the model, the examples and the hyperparameters.
+    """Settings of a training besides the model, the examples and the hyperparameters.
 
     Attributes:
-        pad_token_id: Fills short rows; any valid id, for it is masked.
-        seed: Seed of everything random in the training.
+        pad_token_id: Pads short rows; any valid id, since padding is masked.
+        seed: Seed for everything random in the training.
         on_step: Called after each step with (step from 1, number of steps, loss).
-        penalty: Added to the loss of every step; None where the method has none.
+        penalty: Added to the loss of every step; None if the method has none.
         moments: The moments that the optimizer starts from, by the names of `named_parameters`;
-            parameters without moments start fresh. None, unlike an empty mapping, reports no
-            moments afterwards.
-        objective: What is minimized; the loss of the completions by default.
-        private: What makes the training differentially private; None for a plain one.
+            parameters without moments start fresh. With None, unlike an empty mapping, no moments
+            are reported afterward.
+        objective: What to minimize; the loss of the completions by default.
+        private: Settings of differentially private training; None for plain training.
     """
 
     pad_token_id: int
@@ -76,20 +76,20 @@ class TrainingSettings(TypedDict):
 
 
 class TrainingKeywords(TypedDict):
-    """The keywords of a training function.
+    """The keyword arguments of a training function.
 
     Attributes:
-        pad_token_id: Fills short rows; any valid id, for it is masked.
+        pad_token_id: Pads short rows; any valid id, since padding is masked.
         learning_rate: Learning rate of the optimizer.
-        local_steps: Number of optimizer steps; None where `local_epochs` is given.
-        local_epochs: Number of passes over the examples; None where `local_steps` is given.
-        batch_size: Examples in a batch.
+        local_steps: Number of optimizer steps; None if `local_epochs` is given.
+        local_epochs: Number of passes over the examples; None if `local_steps` is given.
+        batch_size: Examples per batch.
         arguments: The table [training.arguments].
-        seed: Seed of everything random in the training.
+        seed: Seed for everything random in the training.
         on_step: Called after each step with (step from 1, number of steps, loss).
-        penalty: Added to the loss of every step; there only where the method has a penalty.
+        penalty: Added to the loss of every step; passed only if the method has a penalty.
         moments: The moments that the optimizer starts from, by the names of `named_parameters`;
-            there only where the report must have the moments after the training.
+            passed only if the report must contain the moments after training.
     """
 
     pad_token_id: int
@@ -105,9 +105,9 @@ class TrainingKeywords(TypedDict):
 
 
 class TrainingFunction(Protocol):
-    """A training function of the user's own.
+    """A user-defined training function.
 
-    It trains the model's parameters that have `requires_grad`, in place.
+    It trains the model's parameters with `requires_grad` in place.
     """
 
     def __call__(
@@ -127,20 +127,20 @@ def check_report(
     learning_rate: float,
     parameters: Mapping[str, nn.Parameter] | None,
 ) -> TrainReport:
-    """Return what a training function of the user's own returned, if it is usable.
+    """Check what a user-defined training function returned.
 
     Args:
         report: What it returned.
         function: The function, for messages.
         learning_rate: The learning rate of the round.
-        parameters: The trained parameters by name; None where no moments are wanted.
+        parameters: The trained parameters by name; None if moments are not requested.
 
     Returns:
-        The report, with the sum of the learning rates, and moments only where they are wanted.
+        The report, with the sum of the learning rates, and with moments only if requested.
 
     Raises:
-        ConfigError: If it is no `TrainReport`, or one with a loss that is not finite or without
-            moments that are wanted.
+        ConfigError: If it is not a `TrainReport`, a number in it is invalid, or requested moments
+            are missing or unusable.
     """
     if not isinstance(report, TrainReport):
         raise ConfigError(
@@ -171,10 +171,10 @@ def check_report(
 def _check_reported_moments(
     moments: Any, function: TrainingFunction, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Refuse moments that are not those of the trained parameters.
+    """Reject moments that do not belong to the trained parameters.
 
     Raises:
-        ConfigError: If there are none, or `check_moments` refuses them.
+        ConfigError: If there are none, or `check_moments` rejects them.
     """
     if not isinstance(moments, Mapping) or not moments:
         raise ConfigError(

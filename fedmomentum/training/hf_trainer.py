@@ -44,16 +44,16 @@ class ExampleDataset(Dataset["TokenizedExample"]):
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """A random order whose batches hold rows of similar length, so that little is padded.
+    """A random order whose batches contain rows of similar length, to reduce padding.
 
-    Each window of ``num_batches`` batches holds the examples that a random order would put there,
-    only distributed over its batches by length. transformers' own sampler starts with the longest
-    of fifty batches: a client that makes a few steps a round would train on nothing else.
+    Each window of ``num_batches`` batches contains the examples that a random order would put
+    there, but distributes them over its batches by length. transformers' own sampler starts with
+    the longest of fifty batches: a client that takes a few steps per round would see nothing else.
 
     Args:
         lengths: Number of tokens of each example.
-        batch_size: Examples in a batch.
-        num_batches: Batches in a window.
+        batch_size: Examples per batch.
+        num_batches: Batches per window.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, num_batches: int) -> None:
@@ -65,7 +65,7 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        # The trainer has seeded the global generator.
+        # The trainer has already seeded the global generator.
         order = torch.randperm(len(self._lengths)).tolist()
         size = self._batch_size
         window = self._num_batches * size
@@ -74,12 +74,12 @@ class LengthGroupedSampler(Sampler[int]):
             num_full = len(rows) // size
             for batch in torch.randperm(num_full).tolist():
                 yield from rows[batch * size : (batch + 1) * size]
-            # A short batch stays the last, or it would shift those after it.
+            # An incomplete batch stays last; otherwise it would shift those after it.
             yield from rows[num_full * size :]
 
 
 class LossRecorder(TrainerCallback):
-    """Collects the loss and learning rate of every step, which the trainer would only log."""
+    """Collector of the loss and learning rate of every step, which the trainer would only log."""
 
     def __init__(self, on_step: OnStep | None) -> None:
         self._on_step = on_step
@@ -96,10 +96,11 @@ class LossRecorder(TrainerCallback):
         return len(self._steps)
 
     def add(self, nll: float, num_tokens: int) -> None:
-        """Count one micro-batch.
+        """Add the loss of one micro-batch.
 
         Raises:
-            FedMomentumError: If the loss is not finite; its gradient must not reach the weights.
+            FedMomentumError: If the loss is not finite, since its gradient must not reach the
+                weights.
         """
         if not math.isfinite(nll):
             raise FedMomentumError(
@@ -110,13 +111,13 @@ class LossRecorder(TrainerCallback):
         self._num_tokens += num_tokens
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the learning rate of the current step, which is the same in all groups."""
+        """Record the learning rate of the current step, which is the same for all groups."""
         del args, state, control
         optimizer: Optimizer = kwargs["optimizer"]
         self._learning_rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the current step."""
+        """Finish the current step."""
         del args, control, kwargs
         # The batch of a private step may be empty.
         loss = self._nll / self._num_tokens if self._num_tokens else math.nan
@@ -143,10 +144,10 @@ class LossRecorder(TrainerCallback):
 
 
 class MomentsLoader(TrainerCallback):
-    """Sets the optimizer's moments when training begins.
+    """Callback that sets the optimizer's moments when training begins.
 
-    Before that, the trainer moves all of the optimizer's state to the model's device, and torch
-    needs the step counts of an AdamW that is not fused on the CPU.
+    If they were set earlier, the trainer would move all optimizer state to the model's device, but
+    torch needs the step counts of unfused AdamW on the CPU.
 
     Args:
         optimizer: The trainer's optimizer.
@@ -173,15 +174,15 @@ class MomentsLoader(TrainerCallback):
 class TrainableView(nn.Module):
     """A model as the trainer sees it: only its trainable parameters are parameters of the view.
 
-    The trainer visits all modules and parameters some dozen times when it starts, and again in
-    every step; a complete model has a thousand of them.
+    The trainer visits all modules and parameters a dozen or so times when it starts, and again in
+    every step; a complete model has about a thousand of them.
 
     Args:
         model: The model.
     """
 
-    # What the trainer asks a quantized model for, to refuse one without an adapter: nothing in the
-    # view is quantized.
+    # Attributes by which the trainer detects a quantized model, to reject one without an adapter;
+    # nothing in the view is quantized.
     is_quantized = False
     is_loaded_in_4bit = False
     is_loaded_in_8bit = False
@@ -189,7 +190,7 @@ class TrainableView(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = [model]  # in a list, so that it is no submodule
+        self._model = [model]  # in a list, so that it is not a submodule
         self._mode_is_set = False
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -197,10 +198,10 @@ class TrainableView(nn.Module):
 
     @staticmethod
     def view_name(name: str) -> str:
-        """Return the name in the view of a parameter of the model.
+        """Return the view's name for a parameter of the model.
 
-        A module's own parameters must have no dot in their names; no attribute of a model, which
-        can be read through the view too, begins with a slash.
+        A module's own parameters must not have dots in their names. The slash in front avoids
+        clashes with the model's attributes, which can also be read through the view.
         """
         return "/" + name.replace(".", "/")
 
@@ -214,7 +215,7 @@ class TrainableView(nn.Module):
         return self.wrapped_model(**inputs)
 
     def train(self, mode: bool = True) -> TrainableView:
-        """Set the model's mode, once and not in every step."""
+        """Set the model's mode, but only if it changes, not in every step."""
         if not self._mode_is_set or mode != self.training:
             self.wrapped_model.train(mode)
         self._mode_is_set = True
@@ -222,7 +223,7 @@ class TrainableView(nn.Module):
         return self
 
     def to(self, device: torch.device) -> TrainableView:  # type: ignore[override]
-        """Move the complete model to a device, unless it is there."""
+        """Move the complete model to a device, unless it is already there."""
         if any(parameter.device != device for parameter in self.parameters()):
             self.wrapped_model.to(device)
         return self
@@ -237,13 +238,12 @@ class TrainableView(nn.Module):
 
 @dataclass
 class LocalTrainingArguments(TrainingArguments):
-    """The trainer's arguments, which leave the model on the device where it is.
+    """The trainer's arguments, modified to leave the model on its device.
 
-    transformers would train on the first GPU, whichever the model is on, and make it the current
-    one.
+    transformers would train on the first GPU, wherever the model is, and make it the current one.
 
     Attributes:
-        model_device: The device that the model is on.
+        model_device: The model's device.
     """
 
     model_device: str = "cpu"
@@ -251,18 +251,18 @@ class LocalTrainingArguments(TrainingArguments):
     @cached_property
     def _setup_devices(self) -> torch.device:
         device = torch.device(self.model_device)
-        # accelerate keeps one state a process, and moves batches to its device.
+        # accelerate keeps one state per process, and moves batches to its device.
         AcceleratorState._reset_state(reset_partial_state=True)
         self.distributed_state = PartialState(cpu=device.type == "cpu")
         self.distributed_state.device = device
-        # One process uses one device: several visible GPUs would otherwise split each batch between
-        # replicas.
+        # Use one device per process; otherwise each batch would be split between replicas on all
+        # visible GPUs.
         self._n_gpu = 0 if device.type == "cpu" else 1
         return device
 
     @property
     def place_model_on_device(self) -> bool:
-        """Never: moving the model to where it is visits all of its tensors."""
+        """Always False: moving a model, even to its own device, visits all of its tensors."""
         return False
 
 
@@ -270,9 +270,9 @@ class CompletionTrainer(Trainer):
     """A trainer that minimizes an objective and records its loss.
 
     Args:
-        objective: What is minimized.
+        objective: What to minimize.
         recorder: Collects the losses.
-        penalty: Added to the loss of every step; not part of the recorded losses.
+        penalty: Added to the loss of every step; not included in the recorded losses.
         options: The arguments of `transformers.Trainer`.
     """
 
@@ -296,10 +296,10 @@ class CompletionTrainer(Trainer):
         self.penalty = penalty
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, which is not asked to free memory when training begins.
+        """Create the accelerator, and keep it from freeing memory when training begins.
 
-        Nothing of an earlier training is left. It would look for garbage among all objects of the
-        process, which takes up to half a second, and give the GPU's cached memory back.
+        Nothing is left from earlier trainings, and freeing would run a garbage collection, which
+        takes up to half a second, and return the GPU's cached memory.
         """
         super().create_accelerator_and_postprocess()
         accelerator: Any = self.accelerator
@@ -316,13 +316,13 @@ class CompletionTrainer(Trainer):
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Return the names of the parameters that weight decay applies to."""
         if not self.args.weight_decay:
-            # Without decay nothing needs the names, and finding them visits all modules.
+            # Without decay the names are not needed, and finding them visits all modules.
             return []
         names = super().get_decay_parameter_names(model.wrapped_model)
         return [model.view_name(name) for name in names]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0: the estimate visits all parameters in every step, and is never shown."""
+        """Return 0, since the estimate would visit all parameters in every step and is not used."""
         del inputs
         return 0
 
@@ -350,10 +350,10 @@ class CompletionTrainer(Trainer):
         batch_loss = self.objective.loss(
             predictions, label_smoothing=self.args.label_smoothing_factor
         )
-        # The recorded loss is that of an evaluation, also where smoothed labels are trained on.
+        # Record the same loss as in evaluation, even if training uses label smoothing.
         self.recorder.add(batch_loss.nll.item(), batch_loss.num_targets)
         loss = batch_loss.optimized / num_items_in_batch
         if self.penalty is not None:
-            # The last step of a pass may have fewer micro-batches than are usually accumulated.
+            # The last step of a pass may accumulate fewer micro-batches than usual.
             loss = loss + self.penalty() / self.current_gradient_accumulation_steps
         return loss

@@ -1,4 +1,4 @@
-"""Local training leaves the process as it was: random generators, attention kernels, dropout."""
+"""Isolation of local training's side effects: random generators, attention kernels, dropout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedmomentum.base_model.devices import generator_devices
 from fedmomentum.utils.modules import inner_model
 
 MAX_MATH_SDPA_TOKENS = 128
-"""Tokens of a row up to which 16-bit training on a CPU is quicker with torch's plain attention.
+"""Row length, in tokens, up to which torch's plain attention is faster in 16 bits on a CPU.
 
 Measured in docs/appendix/performance.md.
 """
@@ -25,10 +25,10 @@ Measured in docs/appendix/performance.md.
 def sdpa_backend_for(model: nn.Module, longest: int) -> AbstractContextManager[Any]:
     """Select torch's attention kernel for training on rows of at most ``longest`` tokens.
 
-    On a CPU in 16 bits the backward pass of torch's flash attention costs more than the score
-    matrix that it saves, as long as rows are short. The plain kernel computes in float32, and keeps
-    ``longest ** 2`` scores a head. Everywhere else torch chooses. A model with an attention
-    implementation of its own is not affected.
+    On a CPU in 16 bits, for short rows, the backward pass of torch's flash attention costs more
+    than the score matrix that it saves. The plain kernel computes in float32, and keeps
+    ``longest ** 2`` scores per head. In all other cases torch chooses. Models with their own
+    attention implementation are not affected.
     """
     is_short = longest <= MAX_MATH_SDPA_TOKENS
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -40,9 +40,9 @@ def sdpa_backend_for(model: nn.Module, longest: int) -> AbstractContextManager[A
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Switch off the dropout of a model, though it is in training mode, for a while.
+    """Disable a model's dropout within the block, even in training mode.
 
-    A reference model has none: with it, the model would differ from the reference by noise.
+    A reference model is evaluated without dropout; with it, the model would differ by noise.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     rates = [layer.p for layer in layers]
@@ -56,14 +56,14 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def _generators_restored(device: torch.device) -> AbstractContextManager[None]:
-    """Restore torch's generators: the CPU's, and that of the device that the model is on."""
+    """Restore torch's generators afterward: the CPU's, and that of the model's device."""
     indices = generator_devices(device)
-    # Without indices the type makes no difference, but before torch 2.13 it has to be one.
+    # Without indices the type does not matter, but before torch 2.13 it must be a valid one.
     return torch.random.fork_rng(indices, device_type=device.type if indices else "cuda")
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[None]:
-    """Have libraries launch their kernels on the GPU that the model is on."""
+    """Make libraries launch their kernels on the model's GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -73,7 +73,7 @@ def global_state_restored(model: nn.Module, *, undo_checkpointing: bool) -> Iter
 
     Args:
         model: The model that is trained.
-        undo_checkpointing: Whether the training switches gradient checkpointing on.
+        undo_checkpointing: Whether training enables gradient checkpointing.
     """
     was_training = model.training
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""The state of a torch optimizer as moments by parameter name: set before training, read after."""
+"""A torch optimizer's state as moments by parameter name: set before training, read afterward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmomentum.utils.text import printable
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that a training changes, by the names of `named_parameters`."""
+    """Return the trainable parameters, by the names of `named_parameters`."""
     parameters = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -26,9 +26,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def set_moments(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Moments]
 ) -> None:
-    """Let an optimizer continue from copies of moments; parameters without moments start fresh.
+    """Make an optimizer continue from copies of moments; parameters without moments start fresh.
 
-    Call it before the first step. SGD does not count its steps, so counting them starts here too.
+    Call this before the first step. SGD does not count its steps, so counting starts here too.
 
     Args:
         optimizer: `torch.optim.AdamW`, `Adam`, or `SGD` with momentum.
@@ -36,11 +36,11 @@ def set_moments(
         moments: The moments of some of them, in any floating-point dtype and on any device.
 
     Raises:
-        ConfigError: If the optimizer has no state of this kind.
-        ModelError: If `check_moments` refuses the moments, or they are another optimizer's.
+        ConfigError: If the optimizer does not keep such moments.
+        ModelError: If `check_moments` rejects the moments, or they are from another optimizer.
     """
     _check_kind(optimizer)
-    # Check everything first: an error must not leave some of the parameters set.
+    # Check everything first, so that an error cannot leave only some parameters set.
     check_moments(moments, parameters)
     is_sgd = isinstance(optimizer, SGD)
     group_of = _groups_by_parameter(optimizer)
@@ -54,7 +54,7 @@ def set_moments(
                 f"{type(optimizer).__name__}; continue with the same optimizer, or start without "
                 "moments"
             )
-    # Adam counts its steps itself. Each step counts once, however often this is called.
+    # Adam counts its steps itself. Register only once, however often this is called.
     if is_sgd and _count_step not in optimizer._optimizer_step_post_hooks.values():
         optimizer.register_step_post_hook(_count_step)
 
@@ -79,20 +79,20 @@ def read_moments(
 
     Args:
         optimizer: `torch.optim.AdamW`, `Adam`, or `SGD` with momentum, for which `set_moments` was
-            called, with no moments for a fresh start.
+            called, possibly with no moments, for a fresh start.
         parameters: The parameters that the optimizer trains, by name.
 
     Returns:
-        The moments by name. A parameter that never had a gradient is left out: it has none.
+        The moments by name. Parameters that never had a gradient are left out, as they have none.
 
     Raises:
-        ConfigError: If the optimizer has no state of this kind.
+        ConfigError: If the optimizer does not keep such moments.
         ModelError: If a moment is not finite, or SGD's steps were not counted.
     """
     _check_kind(optimizer)
     moments = {}
     for name, parameter in parameters.items():
-        # `state` is a defaultdict: an index would create an entry.
+        # `state` is a defaultdict, so indexing would create an entry.
         state = optimizer.state.get(parameter)
         if not state:
             continue
@@ -110,15 +110,15 @@ def read_moments(
 
 
 def check_moments(moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse moments that do not belong to the trained parameters, or cannot be used.
+    """Reject moments that do not belong to the trained parameters, or cannot be used.
 
     Args:
-        moments: Moments by parameter name; not every parameter needs some.
+        moments: Moments by parameter name; parameters may be missing.
         parameters: The trained parameters by name.
 
     Raises:
-        ModelError: If a name is unknown, a shape is another, a number is not finite, a second
-            moment is below 0, or a step is below 1.
+        ModelError: If a name is unknown, a shape does not match, a number is not finite, a second
+            moment is negative, or a step is below 1.
     """
     for name, value in moments.items():
         if name not in parameters:
@@ -143,7 +143,7 @@ def check_moments(moments: Mapping[str, Moments], parameters: Mapping[str, nn.Pa
 
 
 def _check_tensor(title: str, tensor: Tensor, parameter: nn.Parameter) -> None:
-    """Refuse a moment that is not finite and of its parameter's shape."""
+    """Reject a moment that is not finite, or does not have its parameter's shape."""
     if not isinstance(tensor, Tensor):
         raise ModelError(f"{title}: got {type(tensor).__name__}; wanted a tensor")
     if tensor.shape != parameter.shape:
@@ -160,10 +160,10 @@ def _check_tensor(title: str, tensor: Tensor, parameter: nn.Parameter) -> None:
 
 
 def _check_kind(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state is not what `Moments` describes."""
+    """Reject an optimizer whose state is not what `Moments` describes."""
     name = type(optimizer).__name__
     groups = optimizer.param_groups
-    # AdamW is no subclass of Adam in older versions of torch.
+    # AdamW is not a subclass of Adam in older versions of torch.
     if isinstance(optimizer, (Adam, AdamW)):
         if any(group["amsgrad"] for group in groups):
             raise ConfigError(
@@ -185,7 +185,7 @@ def _check_kind(optimizer: Optimizer) -> None:
 
 
 def _groups_by_parameter(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """Return the optimizer's group of options of each parameter."""
+    """Return the optimizer's parameter group of each parameter."""
     result = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -194,7 +194,7 @@ def _groups_by_parameter(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
 
 
 def _step_tensor(group: Mapping[str, Any], parameter: Tensor, step: int) -> Tensor:
-    """Return Adam's step count as torch keeps it: on the parameter's device only where fused."""
+    """Return Adam's step count as torch keeps it: on the CPU unless fused or capturable."""
     on_device = group["fused"] or group["capturable"]
     device = parameter.device if on_device else torch.device("cpu")
     return torch.tensor(float(step), dtype=torch.float32, device=device)
@@ -211,7 +211,7 @@ def _float32_copy(moment: Tensor) -> Tensor:
 
 
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Count a step of each parameter that took part in it, after every step of SGD."""
+    """After a step of SGD, increase the step count of each parameter that took part in it."""
     del args, kwargs
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -32,11 +32,11 @@ ARGUMENTS_WITHOUT_PRIVACY = {
     "max_grad_norm": "the gradient of each unit is clipped to privacy.dp.max-grad-norm instead",
     "train_sampling_strategy": "the examples of a step are drawn at random",
 }
-"""Training arguments that a private training refuses, each with the reason."""
+"""Training arguments that private training rejects, each with the reason."""
 
 
 class StepDataset(Dataset[int]):
-    """As many items as a training has steps: what a step trains on is drawn in the step."""
+    """A dataset with one dummy item per step, since each step draws its own examples."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
@@ -49,13 +49,13 @@ class StepDataset(Dataset[int]):
 
 
 def no_inputs(items: Sequence[int]) -> dict[str, Any]:
-    """Collate the items of a `StepDataset`: to nothing."""
+    """Collate the items of a `StepDataset` into empty inputs."""
     del items
     return {}
 
 
 class PrivateTrainer(CompletionTrainer):
-    """A trainer whose optimizer sees nothing of the data but noised sums of clipped gradients.
+    """A trainer whose optimizer sees the data only as noised sums of clipped gradients.
 
     Args:
         settings: The mechanism, and what it protects.
@@ -81,7 +81,7 @@ class PrivateTrainer(CompletionTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: Any
     ) -> tuple[list[Any], int]:
-        """Return the (empty) inputs of a step; the number of targets does not count."""
+        """Return the (empty) inputs of a step; the number of targets is not used."""
         del num_batches, device
         return [next(epoch_iterator)], 1
 
@@ -91,13 +91,13 @@ class PrivateTrainer(CompletionTrainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Draw units, clip and sum their gradients, add noise; leave the result as gradients."""
+        """Draw units, clip and sum their gradients, add noise, and set the result as gradients."""
         del inputs, num_items_in_batch
         model.train()
-        # A dropout that the server could predict would tell it which units were drawn.
+        # If the server could predict dropout, it could learn which units were drawn.
         torch.manual_seed(random_seed())
         mechanism = self._settings.mechanism
-        # Each unit by itself: the size of the batch is random too, as the accountant assumes.
+        # Draw each unit independently: the batch size is random too, as the accountant assumes.
         drawn = poisson_sample(len(self._settings.units), mechanism.sample_rate)
         units = [self._settings.units[index] for index in drawn]
         total = self._gradients.clipped_sum(self._examples, units, mechanism.max_grad_norm)
@@ -108,14 +108,14 @@ class PrivateTrainer(CompletionTrainer):
                 total.num_unusable,
                 len(units),
             )
-        # Noise also without any unit: whether one was drawn must not show.
+        # Add noise even if no unit was drawn, since that must not show.
         noised = add_noise(total.gradients, mechanism)
-        # The optimizer takes its step from here, and sees nothing else of the data.
+        # The optimizer steps on these gradients, and sees nothing else of the data.
         for name, parameter in model.wrapped_model.named_parameters():
             if parameter.requires_grad:
                 parameter.grad = noised[name].to(parameter.dtype)
         if self.penalty is not None:
-            # A function of the weights alone, which the noised steps have made.
+            # It depends only on the weights, which result from noised steps.
             self.penalty().backward()
         self.recorder.add(total.nll, total.num_targets)
         loss = total.nll / max(total.num_targets, 1)
@@ -123,10 +123,10 @@ class PrivateTrainer(CompletionTrainer):
 
 
 def add_noise(gradients: Mapping[str, Tensor], mechanism: Mechanism) -> dict[str, Tensor]:
-    """Return clipped sums with noise, divided by the expected batch, in float64.
+    """Return clipped sums with noise, divided by the expected batch size, in float64.
 
-    The result is rounded to the parameters' float32 afterwards, which removes the low bits in which
-    float64 noise is known to be uneven.
+    The result is later rounded to the parameters' float32, which removes the low bits in which
+    float64 noise is known to be nonuniform.
     """
     scale = mechanism.noise_multiplier * mechanism.max_grad_norm
     result = {}
@@ -137,13 +137,13 @@ def add_noise(gradients: Mapping[str, Tensor], mechanism: Mechanism) -> dict[str
 
 
 def check_private_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse training arguments under which a private training would not be one.
+    """Reject training arguments that would break the privacy of a training.
 
     Args:
         arguments: Fields of `transformers.TrainingArguments`.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If there are any.
     """
     for name, reason in ARGUMENTS_WITHOUT_PRIVACY.items():
         if arguments.get(name):
@@ -159,7 +159,7 @@ def check_private_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_private_device(model: nn.Module) -> None:
-    """Refuse a device that rounds gradients coarsely.
+    """Reject a device that rounds gradients coarsely.
 
     Raises:
         ModelError: If it multiplies in TF32.

@@ -1,4 +1,4 @@
-"""What the activations of a training step take, seen by running the step without memory."""
+"""Memory for the activations of a training step, measured by running it on fake tensors."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from fedmomentum.utils.modules import inner_model
 if TYPE_CHECKING:
     from fedmomentum.base_model.skeleton import Skeleton
 
-# Layers of a deep model that are run; the others repeat them.
+# Numbers of layers to run of a deep model; the cost of the others is extrapolated.
 FEW_LAYERS = 2
 SOME_LAYERS = 4
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides the memory of a step.
+    """What determines the memory of a step.
 
     Attributes:
-        rows: Rows of a batch.
-        length: Tokens of a row.
-        positions: Of these, how many are projected to the vocabulary.
+        rows: Rows per batch.
+        length: Tokens per row.
+        positions: How many of these are projected to the vocabulary.
         dtype: The dtype of the base model.
         in_float32: Whether the adapted modules are held in float32.
         rank: The rank of the adapter.
-        dropout: Its dropout.
-        checkpointing: Whether layers are computed again in the backward pass.
-        trained: Paths of modules that are trained in full, in float32.
+        dropout: The adapter's dropout.
+        checkpointing: Whether layers are recomputed in the backward pass.
+        trained: Paths of the fully trained modules, in float32.
         is_training: Whether there is a backward pass.
     """
 
@@ -57,19 +57,19 @@ class StepShape:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of the tensors that are alive, and the most that were at any moment."""
+    """Counter of the bytes of live tensors, now and at their peak."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
-        # Weights are no activations, however they are viewed.
+        # Weights, and views of them, are not activations.
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation, and count what it made."""
+        """Run an operation, and count the tensors that it creates."""
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
@@ -91,7 +91,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _LoraStandIn(nn.Module):
-    """A linear layer with factors beside it, which computes as PEFT's does."""
+    """A linear layer plus LoRA factors, which computes like PEFT's layer."""
 
     def __init__(self, layer: nn.Module, shape: StepShape) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ class _LoraStandIn(nn.Module):
 
 
 def step_bytes(skeleton: Skeleton, modules: Collection[str], shape: StepShape) -> int:
-    """Return the most that activations and gradients take in one step.
+    """Return the peak memory of activations and gradients in one step, in bytes.
 
-    The optimizer's state and the weights are not among them. Of a model of many layers a few are
-    run, and the others taken to cost as much.
+    Optimizer state and weights are not included. Of a deep model, only a few layers are run, and
+    the others are assumed to cost as much.
 
     Args:
         skeleton: The base model.
@@ -135,12 +135,12 @@ def step_bytes(skeleton: Skeleton, modules: Collection[str], shape: StepShape) -
 def _run(
     skeleton: Skeleton, modules: Collection[str], shape: StepShape, num_layers: int | None
 ) -> int:
-    """Run a step of the model, cut to its first layers, and return its peak."""
+    """Run a step of the model, truncated to its first layers, and return its peak memory."""
     model: Any = skeleton.model
     if num_layers is not None:
         depth = model.config.get_text_config().num_hidden_layers
         for part in model.modules():
-            # Encoder and decoder, or layers beside a list of what belongs to each.
+            # There may be several such lists: encoder and decoder, or per-layer extras.
             if isinstance(part, nn.ModuleList) and len(part) == depth:
                 del part[num_layers:]
     with skeleton.active():
@@ -158,7 +158,7 @@ def _run(
 
 
 def _adapt(model: Any, modules: Collection[str], shape: StepShape) -> None:
-    """Give the adapted modules float32 weights where they have them, and factors."""
+    """Add factors to the adapted modules, and upcast weights that are held in float32."""
     model.requires_grad_(False)
     present = dict(model.named_modules())
     adapted = [path for path in modules if path in present]
@@ -173,19 +173,19 @@ def _adapt(model: Any, modules: Collection[str], shape: StepShape) -> None:
 
 
 def _attention(model: nn.Module, shape: StepShape) -> AbstractContextManager[Any]:
-    """Select the attention kernel that training would."""
+    """Select the same attention kernel as training."""
     return sdpa_backend_for(model, shape.length) if shape.is_training else nullcontext()
 
 
 def _forward(model: Any, shape: StepShape) -> Tensor | None:
-    """Run a forward pass over a batch without padding; return its loss where it is trained on.
+    """Run a forward pass over a batch without padding; return its loss when training.
 
-    The logits are given up on return, as in training.
+    The logits are freed on return, as in training.
     """
     inputs: Mapping[str, Any] = {
         "input_ids": torch.zeros(shape.rows, shape.length, dtype=torch.long)
     }
-    # As training asks for them: sequence classifiers have one row of logits each.
+    # Request the same logits as training does; sequence classifiers have one row of logits each.
     parameters = inspect.signature(model.forward).parameters
     if "logits_to_keep" in parameters:
         first = shape.length - shape.positions
@@ -195,7 +195,7 @@ def _forward(model: Any, shape: StepShape) -> Tensor | None:
     logits = model(**inputs).logits
     if not shape.is_training:
         return None
-    # The last column predicts nothing, and what is left of a slice is copied.
+    # The last position predicts nothing; slicing it off makes a copy below, as in training.
     if logits.ndim == 3 and shape.positions > 1:
         logits = logits[:, -shape.positions : -1]
     flat = logits.float().flatten(0, -2)

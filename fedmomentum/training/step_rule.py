@@ -1,8 +1,8 @@
-"""How far a step of an optimizer can go, whatever the gradient.
+"""How far an optimizer's steps can go, whatever the gradient.
 
-Two questions are answered. How long a step *is*, about, when many numbers move at once: the
-server's screening compares clients by it. And how far a single number *can* get in a round, at
-most: the public bound within which secure sums count.
+This answers two questions. How long is a step, roughly, when many parameters move at once? The
+server's screening uses this to compare clients. And how far can a single element move in a round,
+at most? This is the public bound for secure sums.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
 
 ROUNDING = 1.01
-"""Room for what float32 adds to a bound, over many steps."""
+"""Margin for the float32 round-off that accumulates over many steps."""
 BETAS = (0.9, 0.999)
-"""Adam's, where a configuration gives none."""
+"""Adam's betas, unless configured."""
 RMSPROP_ALPHA = 0.99
 MAX_GRAD_NORM = TrainingFields().max_grad_norm
-"""The norm to which gradients are clipped, where a configuration gives none."""
+"""The norm to which gradients are clipped, unless configured."""
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
-"""AdamW whose moments are kept in full; with rounded moments no bound holds exactly."""
+"""AdamW variants with full-precision moments; with rounded moments no bound holds exactly."""
 TINY = 1e-300
 NEGLIGIBLE = 1e-16
-"""A power so small leaves a number of float64 as it is."""
+"""A power this small no longer changes a float64 number."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class StepRule:
 
     Attributes:
         learning_rate: The learning rate of the round.
-        per_number: The most that one number changes in a step, in learning rates; None where
-            nothing is known.
-        per_step: The most that all numbers together change in a step (Euclidean), in learning
-            rates; None where only `per_number` is known.
+        per_number: The most that one element changes in a step, in units of the learning rate;
+            None if unknown.
+        per_step: The most that all elements together change in a step (Euclidean norm), in units
+            of the learning rate; None if unknown.
         weight_decay: Decoupled weight decay.
     """
 
@@ -53,16 +53,16 @@ class StepRule:
 
     @property
     def is_known(self) -> bool:
-        """Whether anything is known of how far a step goes."""
+        """Whether anything is known about how far a step goes."""
         return self.per_number is not None or self.per_step is not None
 
     @classmethod
     def of(cls, config: Config, learning_rate: float) -> StepRule:
         """Return the rule for a run's training.
 
-        Adam's steps are bounded number by number, whatever the gradient. Plain gradient descent is
-        bounded by the norm to which the gradient is clipped. Of a training function of the user's
-        own nothing is known.
+        Adam's steps are bounded elementwise, whatever the gradient. Plain gradient descent is
+        bounded by the norm to which the gradient is clipped. Nothing is known about a user-defined
+        training function.
 
         Args:
             config: The run's settings.
@@ -83,10 +83,10 @@ class StepRule:
 
 
 def clipping_norm(config: Config) -> float | None:
-    """Return the norm that no gradient of an optimizer step exceeds; None where nothing bounds it.
+    """Return an upper bound on the gradient norm of any optimizer step; None if there is none.
 
-    A training function of the user's own may not clip. A private training clips each unit's
-    gradient, and adds noise of any size to the sum.
+    A user-defined training function may not clip. Private training clips each unit's gradient, but
+    adds unbounded noise to the sum.
 
     Args:
         config: The run's settings.
@@ -102,11 +102,11 @@ def clipping_norm(config: Config) -> float | None:
 
 @dataclass(frozen=True)
 class _Reach:
-    """How far a number can get in all steps of a round.
+    """How far an element can move over all steps of a round.
 
     Attributes:
-        gradients: By gradients, in learning rates.
-        decay: By weight decay, in learning rates times decay times the number's size.
+        gradients: Movement by gradients, in units of the learning rate.
+        decay: Movement by weight decay, in units of learning rate times decay times magnitude.
     """
 
     gradients: float
@@ -122,27 +122,27 @@ def largest_change(
     steps_before: int = 0,
     carried: float = 0.0,
 ) -> float | None:
-    """Return a bound of how much one trained number changes in a round, whatever the data.
+    """Return a bound on how much one trained element changes in a round, whatever the data.
 
-    It holds for our own trainer, and for schedules that stay at or below the round's learning rate,
-    which all of transformers' do by default.
+    It holds for our own trainer, and for schedules that never exceed the round's learning rate, as
+    all of transformers' do by default.
 
     Args:
         training: The round's hyperparameters.
-        num_steps: The largest number of steps of a client.
-        largest_number: The largest size of a number before the round.
+        num_steps: The maximum number of steps per client.
+        largest_number: The largest magnitude of an element before the round.
         largest_tensor: The number of elements of the largest trained tensor.
-        steps_before: The number of steps that the optimizer's moments can hold from earlier rounds.
-        carried: How far the moments that the round starts with can go by themselves, in learning
-            rates (`carried_reach`).
+        steps_before: The number of earlier steps that the optimizer's moments may cover.
+        carried: How far the initial moments alone can move an element, in units of the learning
+            rate (`carried_reach`).
 
     Returns:
-        The bound; None where nothing is known of the optimizer.
+        The bound; None if nothing is known about the optimizer.
     """
     reach = _reach(training.arguments, num_steps, steps_before, largest_tensor)
     if reach is None or not math.isfinite(reach.gradients):
         return None
-    # Decay pulls a number, which is at most so large, towards zero in every step.
+    # In every step, decay pulls an element, of at most this magnitude, toward zero.
     moved = training.learning_rate * (reach.gradients + carried)
     weight_decay = float(training.arguments.get("weight_decay", 0.0))
     decayed = training.learning_rate * weight_decay * reach.decay * (largest_number + moved)
@@ -152,17 +152,17 @@ def largest_change(
 def carried_reach(
     arguments: Mapping[str, Any], num_steps: int, moments: Iterable[Moments]
 ) -> float:
-    """Return how far moments take a number in a round by themselves, in learning rates.
+    """Return how far moments alone can move an element in a round, in units of the learning rate.
 
-    Moments that were averaged and moved to other factors are those of no gradients, so that nothing
-    bounds them but what they are. Adam's step k after t earlier ones moves a number, of what was
-    there before, by at most `beta1^k |m| / (1 - beta1^(t + k))` over
+    Moments that were averaged and transformed to other factors do not stem from actual gradients,
+    so the only bound on them is their own values. In Adam's step k after t earlier ones, the
+    initial moments move an element by at most `beta1^k |m| / (1 - beta1^(t + k))` over
     `sqrt(beta2^k v / (1 - beta2^(t + k))) + epsilon`; new gradients only make v larger.
 
     Args:
         arguments: The run's training arguments; the optimizer is AdamW, or SGD with momentum.
-        num_steps: The largest number of steps of a client.
-        moments: Those that the round starts with.
+        num_steps: The maximum number of steps per client.
+        moments: The moments that the round starts with.
     """
     options = optimizer_options(arguments)
     beta1 = float(arguments.get("adam_beta1", BETAS[0]))
@@ -177,7 +177,7 @@ def carried_reach(
             for step in range(1, num_steps + 1):
                 reach += momentum**step * float(first.max())
         else:
-            # Epsilon counts for the more the more steps there were; the least is taken.
+            # Epsilon's effect grows with the number of steps; use the smallest, to stay a bound.
             root = moment.second.double().sqrt() + epsilon * math.sqrt(
                 1 - beta2 ** (moment.step + 1)
             )
@@ -193,8 +193,8 @@ def carried_reach(
 def _reach(
     arguments: Mapping[str, Any], num_steps: int, steps_before: int, largest_tensor: int
 ) -> _Reach | None:
-    """Return how far a number can get; None where nothing is known."""
-    # Each optimizer by its own argument; of what is not listed nothing is claimed.
+    """Return how far an element can move; None if unknown."""
+    # Each optimizer needs its own argument; nothing is claimed about those not listed.
     name = str(arguments.get("optim", "adamw_torch"))
     options = optimizer_options(arguments)
     if name in ADAMW:
@@ -203,16 +203,16 @@ def _reach(
         return _Reach(adam_reach(beta1, beta2, num_steps, steps_before), num_steps)
     if name == "sgd":
         return _reach_of_sgd(arguments, options, num_steps, steps_before)
-    # The others' options would change the bound.
+    # For the other optimizers, any option would change the bound.
     if options:
         return None
-    # These two add decay to the gradient, whose size does not matter.
+    # These two add decay to the gradient, whose magnitude does not matter.
     if name == "adagrad":
         return _Reach(num_steps, 0)
     if name == "rmsprop":
         return _Reach(num_steps / math.sqrt(1 - RMSPROP_ALPHA), 0)
     if name == "adafactor":
-        # A step is clipped to a root mean square of 1, and may be all in one number.
+        # A step is clipped to a root mean square of 1, but may be concentrated in one element.
         return _Reach(num_steps * math.sqrt(largest_tensor), num_steps)
     return None
 
@@ -220,7 +220,7 @@ def _reach(
 def _reach_of_sgd(
     arguments: Mapping[str, Any], options: Mapping[str, str], num_steps: int, steps_before: int
 ) -> _Reach | None:
-    """Return how far gradient descent can get, where the gradient's norm is clipped."""
+    """Return how far SGD can move an element, if the gradient's norm is clipped."""
     clip = float(arguments.get("max_grad_norm", MAX_GRAD_NORM))
     if clip <= 0 or not options.keys() <= {"momentum", "nesterov"}:
         return None
@@ -228,38 +228,38 @@ def _reach_of_sgd(
         momentum = float(options.get("momentum", "0"))
     except ValueError:
         return None
-    # At 1 and above, old gradients never count less.
+    # At 1 and above, old gradients never decay.
     if not 0 <= momentum < 1:
         return None
-    # A gradient counts in its own step, and less in each that follows, so a step is worth
-    # (1 - m^t) / (1 - m) of a first one; this is the sum. Decay is a part of the gradient here,
-    # added after clipping.
+    # A gradient acts in its own step, and less in each following one, so step t can move as far as
+    # (1 - m^t) / (1 - m) first steps; this is the sum. Here, decay is part of the gradient, added
+    # after clipping.
     missing = momentum ** (steps_before + 1) * (1 - momentum**num_steps) / (1 - momentum)
     steps = (num_steps - missing) / (1 - momentum)
     return _Reach(steps * clip, steps)
 
 
 def adam_reach(beta1: float, beta2: float, num_steps: int, steps_before: int = 0) -> float:
-    """Return how far Adam can take a number in all steps together, in learning rates.
+    """Return how far Adam can move an element over all steps, in units of the learning rate.
 
-    Step t moves a number by `m / (1 - beta1^t)` over `sqrt(v / (1 - beta2^t))`, where m and v are
-    the averages of its gradients and of their squares. By Cauchy and Schwarz,
-    `m^2 <= v (1 - beta1)^2 / (1 - beta2) * sum_{k < t} (beta1^2 / beta2)^k`. With the usual betas
-    that is 1 in the first step, 1.2 in step 20, and never more than 7.3.
+    Step t moves an element by `m / (1 - beta1^t)` over `sqrt(v / (1 - beta2^t))`, where m and v are
+    the running averages of its gradients and their squares. By the Cauchy-Schwarz inequality,
+    `m^2 <= v (1 - beta1)^2 / (1 - beta2) * sum_{k < t} (beta1^2 / beta2)^k`. With the usual betas,
+    a step is at most 1 at first, 1.2 in step 20, and never more than 7.3.
 
     Args:
         beta1: The decay of m, below 1.
         beta2: The decay of v, below 1.
         num_steps: The number of steps.
-        steps_before: How many steps m and v can hold already.
+        steps_before: How many earlier steps m and v may cover.
     """
     if beta2 == 0:
-        # v is the last gradient's square, and m may hold a much larger one from before.
+        # v is the last gradient's square, but m may contain a much larger earlier gradient.
         return math.inf if beta1 else float(num_steps)
     ratio = beta1**2 / beta2
-    if ratio >= 1:  # old gradients count for more in m than in v, and ever more
+    if ratio >= 1:  # relative to v, old gradients never fade from m
         return math.inf
-    # The powers of both decays and of their ratio, step by step.
+    # Update the powers of both decays and of their ratio step by step.
     power1 = 1.0
     power2 = 1.0
     power_of_ratio = 1.0
@@ -272,12 +272,12 @@ def adam_reach(beta1: float, beta2: float, num_steps: int, steps_before: int = 0
         series += power_of_ratio
         power_of_ratio *= ratio
         square = (1 - beta1) ** 2 / (1 - beta2) * series * (1 - power2)
-        # The largest so far, because m and v may hold fewer steps than they can.
+        # Use the largest so far, because m and v may cover fewer steps than the maximum.
         largest = max(largest, math.sqrt(square) / (1 - power1))
         if step > steps_before:
             reach += largest
         if max(power1, power2, power_of_ratio) < NEGLIGIBLE:
-            # Nothing changes in the steps that are left.
+            # The bound no longer changes in the remaining steps.
             left = steps_before + num_steps - step
             return reach + largest * min(left, num_steps)
     return reach

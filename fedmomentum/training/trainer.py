@@ -1,4 +1,4 @@
-"""Local training: some steps on one client's examples, the same bits for the same seed."""
+"""Local training: steps on one client's examples, bit-reproducible for the same seed."""
 
 from __future__ import annotations
 
@@ -63,21 +63,21 @@ def run_training(
     hyperparameters: LocalTraining,
     **settings: Unpack[TrainingSettings],
 ) -> TrainReport:
-    """Train with `train`, or with a training function of the user's own.
+    """Train with `train`, or with a user-defined training function.
 
     Args:
         function: The user's function; None for `train`.
         model: A model; its parameters with `requires_grad` are trained.
         examples: The client's examples.
         hyperparameters: The hyperparameters of this round.
-        settings: The keywords of `train`.
+        settings: The keyword arguments of `train`.
 
     Returns:
         The report of the training.
 
     Raises:
-        FedMomentumError: If `train` refuses or stops, moments do not fit the model, or the user's
-            function returns no usable report.
+        FedMomentumError: If `train` fails, moments do not fit the model, or the user's function
+            does not return a usable report.
     """
     if function is None:
         return train(model, examples, hyperparameters, **settings)
@@ -123,13 +123,13 @@ def train(
 ) -> TrainReport:
     """Train a model's trainable parameters in place, with a new optimizer.
 
-    The loss of a step is the mean over all of its targets, whatever the padding and however many
-    micro-batches it is accumulated from. The learning rate is constant unless the arguments name a
-    schedule. The order of examples and dropout follow from ``seed`` alone; the global random
-    generators are restored. Nothing is printed or kept on disk.
+    The loss of a step is the mean over all of its targets, whatever the padding and the number of
+    accumulated micro-batches. The learning rate is constant unless the arguments name a schedule.
+    The order of examples and dropout depend only on ``seed``; the global random generators are
+    restored. Nothing is printed or left on disk.
 
-    A private training is DP-SGD: the examples of each step, dropout and noise come from the
-    operating system's entropy, not from ``seed``, and no two trainings give the same.
+    Private training is DP-SGD: the examples of each step, dropout and noise come from the operating
+    system's entropy, not from ``seed``, so no two trainings give the same result.
 
     Args:
         model: A model; its parameters with ``requires_grad`` are trained.
@@ -143,8 +143,9 @@ def train(
 
     Raises:
         ConfigError: If a hyperparameter is out of range, an argument cannot be set, or moments are
-            given for an optimizer that has none.
-        DataError: If there are no examples, or too few for one batch where only full ones count.
+            given for an optimizer without moments.
+        DataError: If there are no examples, or too few for a full batch if partial ones are
+            dropped.
         ModelError: If no parameter of the model is trainable, or moments do not fit the model.
         FedMomentumError: If the loss or a weight is no longer finite.
     """
@@ -161,7 +162,7 @@ def train(
         raise ModelError(
             "no parameter of the model is trainable (requires_grad); add an adapter to it first"
         )
-    # The number of steps first: the warm-up may be a fraction of it.
+    # Count steps first, because the warm-up may be a fraction of them.
     num_steps = count_steps(len(examples), hyperparameters)
     if private is not None:
         check_private_arguments(hyperparameters.arguments)
@@ -214,7 +215,7 @@ def _new_trainer(
     private: PrivateSettings | None,
     options: Mapping[str, Any],
 ) -> Iterator[CompletionTrainer]:
-    """Yield the trainer of a plain or a private training; the latter's hooks are removed after.
+    """Yield a plain or a private trainer, and remove the latter's hooks afterward.
 
     Raises:
         ModelError: If the model cannot be trained privately.
@@ -243,7 +244,7 @@ def _new_trainer(
 
 
 def _batch_arguments(private: PrivateSettings | None, batch_size: int) -> dict[str, Any]:
-    """Return the trainer's arguments about batches; a private step draws its own, and clips."""
+    """Return the trainer's batch arguments; private steps draw their own batches, and clip."""
     if private is None:
         return {"per_device_train_batch_size": batch_size}
     return {"per_device_train_batch_size": 1, "max_grad_norm": 0.0}
@@ -264,7 +265,7 @@ def _with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]
 
 
 def _device_arguments(device: torch.device) -> dict[str, Any]:
-    """Return the trainer's arguments that depend on where the model is."""
+    """Return the trainer's arguments that depend on the model's device."""
     return {
         "model_device": str(device),
         "use_cpu": device.type == "cpu",
@@ -276,17 +277,17 @@ def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTr
     """Return the trainer's arguments.
 
     Args:
-        arguments: The user's.
-        configured: Those that the run decides.
+        arguments: The user's arguments.
+        configured: Arguments determined by the run.
 
     Returns:
-        Both, and those that keep the trainer silent.
+        Both, plus those that keep the trainer silent.
 
     Raises:
-        ConfigError: If transformers refuses a value, such as the name of an optimizer.
+        ConfigError: If transformers rejects a value, such as the name of an optimizer.
     """
     silent = {
-        # `LossRecorder` refuses such a loss; the filter would read it twice more in every step.
+        # `LossRecorder` rejects NaN and Inf; the filter would read the loss twice more per step.
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "save_strategy": "no",
@@ -325,16 +326,16 @@ def _create_optimizer(trainer: Trainer, num_steps: int) -> Optimizer:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's kind where it has none."""
+    """Return the first line of an error's message, or the error's type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _check_finite(parameters: Iterable[Tensor], step: int, learning_rate: float) -> None:
-    """Refuse trained weights that are not finite.
+    """Reject trained weights that are not finite.
 
     Raises:
-        FedMomentumError: If there is one.
+        FedMomentumError: If there are any.
     """
     if not all(parameter.isfinite().all() for parameter in parameters):
         raise FedMomentumError(

@@ -1,8 +1,8 @@
-"""Sums of gradients that are clipped unit by unit, by the hooks of Opacus.
+"""Sums of gradients that are clipped per unit, using the hooks of Opacus.
 
-A unit is what a private training protects: an example, or all rows of one patient. Opacus computes
-the gradient of every row in one backward pass; those of a unit's rows are summed and then clipped
-together, to one norm over all parameters.
+A unit is what private training protects: an example, or all rows of one patient. Opacus computes
+the gradient of every row in one backward pass; the gradients of a unit's rows are summed and then
+clipped together, to one norm over all parameters.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.objectives.objective import Objective
 
-# How far the gradient of a row in a batch may be from that of the same row alone, relative to the
-# larger: float32 kernels sum in an order that depends on the batch.
+# How far a row's gradient in a batch may deviate from that of the row alone, relative to the
+# latter: float32 kernels sum in an order that depends on the batch.
 COUPLING_RTOL = 1e-3
-# The same relative to the row's gradient of all parameters, which is what is clipped.
+# The same, relative to the row's gradient over all parameters, which is what is clipped.
 ROUNDING_RTOL = 1e-6
 EXACT_DTYPES = (torch.float32, torch.float64)
-# Padding a short row costs as much as a long row does: the longest row of a pass is at most this
-# many times the shortest.
+# A padded short row costs as much as a long one, so within a pass the longest row is at most this
+# many times as long as the shortest.
 MAX_LENGTH_RATIO = 1.5
 
 
@@ -44,7 +44,7 @@ class ClippedSum:
         gradients: The sum by parameter, in float64.
         nll: Loss of the units' rows, summed over their targets.
         num_targets: Number of these targets.
-        num_unusable: Units whose gradient was not finite; they contribute nothing.
+        num_unusable: Number of units whose gradient was not finite; they contribute nothing.
     """
 
     gradients: dict[str, Tensor]
@@ -53,19 +53,19 @@ class ClippedSum:
     num_unusable: int = 0
 
     def add_clipped(self, units: Mapping[str, Tensor], max_norm: float) -> None:
-        """Add gradients of units, each clipped to a norm over all of its parameters.
+        """Add gradients of units, each clipped to a maximum norm over all parameters.
 
         Args:
             units: Gradients of shape `(units, ...)` by parameter.
-            max_norm: The norm.
+            max_norm: The maximum norm.
         """
-        # In float64, but one parameter at a time: they are the most that a pass takes of memory.
+        # Compute in float64, but one parameter at a time: gradients dominate a pass's memory.
         squares: Any = 0
         for gradient in units.values():
             squares = squares + gradient.flatten(1).double().square().sum(dim=1)
         norms = squares.sqrt()
         factors = (max_norm / norms).clamp(max=1.0)
-        # A gradient that is not finite has no direction to clip: nothing of it may be added.
+        # A gradient that is not finite cannot be clipped, so none of it may be added.
         usable = norms.isfinite()
         self.num_unusable += int((~usable).sum())
         factors = factors[usable]
@@ -75,13 +75,13 @@ class ClippedSum:
 
 @dataclass
 class UnitGradients:
-    """Computes sums of clipped gradients while `hooked` is open.
+    """Computation of sums of clipped gradients, within `hooked`.
 
     Attributes:
         model: A model in training mode; its trainable parameters belong to linear layers.
-        objective: What is minimized: the mean loss of a row's targets, summed over a unit's rows.
-        pad_token_id: Fills short rows.
-        max_rows: The most examples in one pass through the model.
+        objective: What to minimize: the mean loss of a row's targets, summed over a unit's rows.
+        pad_token_id: Pads short rows.
+        max_rows: Maximum number of examples in one pass through the model.
         label_smoothing: As in `Objective.loss`.
     """
 
@@ -98,11 +98,11 @@ class UnitGradients:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Have every backward pass within the block keep the gradient of each row.
+        """Make every backward pass within the block keep the gradient of each row.
 
         Raises:
             ConfigError: If Opacus is not installed.
-            ModelError: If `check_layers` refuses the model.
+            ModelError: If `check_layers` rejects the model.
         """
         check_layers(self.model)
         try:
@@ -114,7 +114,7 @@ class UnitGradients:
         hooks = GradSampleHooks(self.model, loss_reduction="sum")
         try:
             with warnings.catch_warnings():
-                # The inputs of the first adapted layer need no gradient, and have none.
+                # The inputs of the first adapted layer neither need nor have a gradient.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 yield
         finally:
@@ -133,14 +133,14 @@ class UnitGradients:
         result = ClippedSum({})
         for name, parameter in self._parameters.items():
             result.gradients[name] = torch.zeros_like(parameter, dtype=torch.float64)
-        # Units of similar length share a pass, which pads little. The order of a sum is free.
+        # Units of similar length share a pass, to reduce padding; the order of a sum is arbitrary.
         lengths = [max(examples.example(row).length for row in rows) for rows in units]
         by_length = sorted(range(len(units)), key=lengths.__getitem__)
         pairs: list[tuple[int, int]] = []
         for position, unit in enumerate(by_length):
             pairs.extend((position, row) for row in units[unit])
         passes = self._passes(pairs, [lengths[unit] for unit in by_length])
-        # A unit of many rows may need several passes: its sum so far waits in `pending`.
+        # A unit of many rows may need several passes; `pending` holds its partial sum.
         pending: dict[str, Tensor] = {}
         for index, chunk in enumerate(passes):
             batch = [examples.example(row) for _, row in chunk]
@@ -160,7 +160,7 @@ class UnitGradients:
     def _passes(
         self, pairs: Sequence[tuple[int, int]], lengths: Sequence[int]
     ) -> list[list[tuple[int, int]]]:
-        """Divide rows among passes of at most `max_rows`, those of similar length together.
+        """Divide rows into passes of at most `max_rows`, keeping similar lengths together.
 
         Args:
             pairs: Position of the unit and index of each row, by ascending length of the units.
@@ -177,16 +177,16 @@ class UnitGradients:
     def _row_gradients(
         self, batch: Sequence[TokenizedExample], result: ClippedSum
     ) -> dict[str, Tensor]:
-        """Return the gradient of each example of a batch by parameter; count its loss.
+        """Return each example's gradient by parameter, and add its loss to `result`.
 
         Raises:
-            ModelError: If a layer's first dimension is not that of the batch.
+            ModelError: If a layer's first dimension is not the batch dimension.
         """
         device = next(iter(self._parameters.values())).device
         inputs = self.objective.collate(batch, self.pad_token_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         predictions = self.objective.predict(self.model, inputs)
-        # The sum of the rows' mean losses, so that long rows count no more than short ones.
+        # Sum the rows' mean losses, so that long rows count no more than short ones.
         total: Any = 0
         for part in split_predictions(predictions, len(batch)):
             loss = self.objective.loss(part, label_smoothing=self.label_smoothing)
@@ -211,17 +211,17 @@ class UnitGradients:
         return gradients
 
     def check_rows_are_independent(self) -> None:
-        """Refuse a model in which one row's gradient depends on the other rows of its batch.
+        """Reject a model in which one row's gradient depends on the other rows of its batch.
 
-        It is tried on made-up tokens, so that the answer says nothing about the data.
+        This is tested on made-up tokens, so that the outcome reveals nothing about the data.
 
         Raises:
-            ModelError: If there is such a dependence: one unit could change the gradients of all
-                others, and no clipping would bound what it reveals.
+            ModelError: If there is such a dependence: one unit could then change the gradients of
+                all others, and clipping would not bound what it reveals.
         """
         rows = _made_up_rows(self.objective.compares_pairs)
         unused = ClippedSum({})
-        # Without dropout, which is other in every pass. The hooks only work in training mode.
+        # Disable dropout, which differs in every pass; the hooks need linear layers in train mode.
         was_training = self.model.training
         self.model.eval()
         for module in self.model.modules():
@@ -238,7 +238,7 @@ class UnitGradients:
         for index, row in enumerate(rows):
             alone = self._row_gradients([row], unused)
             norms = {name: gradient[0].double().norm() for name, gradient in alone.items()}
-            # Where a layer's gradient nearly cancels, what is left of it is rounding.
+            # If a layer's gradient nearly cancels, only round-off is left of it.
             rounding = ROUNDING_RTOL * torch.stack(list(norms.values())).norm()
             for name, gradient in alone.items():
                 difference = (gradient[0].double() - together[name][index].double()).norm()
@@ -263,11 +263,11 @@ def split_predictions(predictions: Predictions, num_examples: int) -> Iterator[P
 
 
 def check_layers(model: nn.Module) -> None:
-    """Refuse a model whose gradients by row are not known to be right.
+    """Reject a model whose per-row gradients may be wrong.
 
     Raises:
-        ModelError: If a trainable parameter is not that of a linear layer, or weights are not in
-            float32.
+        ModelError: If a trainable parameter does not belong to a linear layer, the model has batch
+            normalization, or weights are not float32 or float64.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -291,7 +291,7 @@ def check_layers(model: nn.Module) -> None:
 def _sum_by_owner(
     gradients: Mapping[str, Tensor], owners: Tensor, pending: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Sum the gradients of rows by unit, in float64; what is pending belongs to the first."""
+    """Sum the gradients of rows by unit, in float64; `pending` belongs to the first unit."""
     num_units = int(owners[-1]) + 1
     if num_units == len(owners) and not pending:
         return dict(gradients)  # each row is a unit
@@ -306,7 +306,7 @@ def _sum_by_owner(
 
 
 def _made_up_rows(are_pairs: bool) -> list[TokenizedExample]:
-    """Return rows of different lengths whose last number is a token as well as a label."""
+    """Return rows of different lengths whose last number is valid as a token and as a label."""
     rejected = ((4, 5, 3), (5, 4, 6, 4, 3, 2))
     reference = ((-1.0, -2.0), (-3.0, -1.0))
     rows = []

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: average the factors; the base absorbs what the average gets wrong.
+"""FedEx-LoRA: average the factors; the base absorbs the averaging error.
 
 Singhal et al., FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large
 Language Models, ACL 2025, arXiv 2410.09432.
@@ -21,13 +21,13 @@ class FedExLoRA(Method):
     r"""FedIT with its error as the residual: `sum_i w_i B_i A_i - B A`.
 
     The adapter is `B = sum_i w_i B_i`, `A = sum_i w_i A_i`. The residual equals
-    `sum_i w_i (B_i - B)(A_i - A)`. It has rank at most `(n - 1) rank`, and is zero where the
+    `sum_i w_i (B_i - B)(A_i - A)`. Its rank is at most `(n - 1) rank`, and it is zero if all
     clients agree.
 
     Source:
-        arXiv 2410.09432. Its weights are uniform; here `w_i` is in all three terms. Its code
-        transposes the residual, which is right for GPT-2's Conv1D and wrong for linear layers; ours
-        has the shape of the module.
+        arXiv 2410.09432, which weights clients uniformly; here `w_i` is in all three terms. The
+        published code transposes the residual, which is right for GPT-2's Conv1D but wrong for
+        linear layers; ours has the shape of the module.
     """
 
     title = "FedEx-LoRA"
@@ -40,7 +40,7 @@ class FedExLoRA(Method):
     exact = True
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
-        """Average the factors and keep the error as the residual. Findings: energies."""
+        """Average the factors and keep the error as the residual. Findings: the energies."""
         mean = updates.mean_factors()
         residual = updates.averaging_error(mean)
         findings = {"energy": norm(updates.sum()) ** 2, "kept_energy": mean.norm() ** 2}

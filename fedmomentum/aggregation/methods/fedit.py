@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class FedIT(Method):
     r"""FedAvg on the factors, the baseline: `B = sum_i w_i B_i`, `A = sum_i w_i A_i`.
 
-    The product of the means is not the weighted sum: `sum_i w_i B_i A_i - B A`, which equals
-    `sum_i w_i (B_i - B)(A_i - A)`, is lost, and grows as the clients drift apart. The method has
+    The product of the means is not the weighted sum. The error `sum_i w_i B_i A_i - B A`, which
+    equals `sum_i w_i (B_i - B)(A_i - A)`, is lost, and grows as clients drift apart. The method has
     no residual and reports the energy of this error.
 
     Source:
-        arXiv 2305.05644; paper and code (FederatedGPT-Shepherd) agree, weights are fractions of
+        arXiv 2305.05644; paper and code (FederatedGPT-Shepherd) agree: weights are fractions of
         examples.
     """
 

@@ -1,4 +1,4 @@
-"""FedMomentum: the exact sum; its leading directions train on, the base absorbs the residual.
+"""FedMomentum: the exact sum; its leading directions keep training, the base absorbs the rest.
 
 Yan et al., FedMomentum: Preserving LoRA Training Momentum in Federated Fine-Tuning,
 arXiv 2603.08014.
@@ -47,9 +47,9 @@ class Decomposition(NamedTuple):
     """`sum = U S V^T + svd.residual + tail`.
 
     Attributes:
-        svd: The leading directions, and what lies beyond them up to the energy fraction.
-        tail: What lies beyond the energy fraction; of rank 0 where the energy is 1.
-        total: The sum itself where `svd` is a sketch of it, whose residual must be measured.
+        svd: The leading directions, and the residual beyond them, up to the energy fraction.
+        tail: What lies beyond the energy fraction; of rank 0 if `energy` is 1.
+        total: The sum itself if `svd` is only a sketch of it, to compute the residual from.
     """
 
     svd: TruncatedSVD
@@ -59,34 +59,34 @@ class Decomposition(NamedTuple):
 
 @dataclass(frozen=True)
 class FedMomentum(Method):
-    r"""The exact sum `U S V^T`, divided: adapter `U_r S_r V_r^T`, residual the rest of the sum.
+    r"""The exact sum `U S V^T` split in two: `U_r S_r V_r^T` is the adapter, the rest the residual.
 
     `sum_i w_i B_i A_i = U S V^T`, and r is the rank of the adapter.
 
     Args:
-        split: How the singular values are distributed over B and A, a free choice of gauge
-            (`B A = (B G^-1)(G A)`): `procrustes` rotates the balanced factors to the clients' mean
-            factors, so that an optimizer's moments keep their meaning; `balanced` is as published,
+        split: How the singular values are divided between B and A, a free choice of gauge
+            (`B A = (B G^-1)(G A)`): `procrustes` rotates the balanced factors toward the clients'
+            mean factors, so that optimizer moments remain meaningful; `balanced` is as published,
             `B = U_r S_r^1/2`, `A = S_r^1/2 V_r^T`; `singular` has `B = U_r S_r`, `A = V_r^T`;
-            `aligned` keeps the clients' mean A where it can.
+            `aligned` keeps the clients' mean A if possible.
         energy: Fraction of the squared singular values applied in this round, in (0, 1]. The
-            leading `rank` directions are always applied; what is beyond the fraction is carried
-            into the next sum.
+            leading `rank` directions are always applied; whatever lies beyond the fraction is
+            carried into the next sum.
         svd: `exact` works on the factors; `randomized` is the published sketch of the dense sum, of
             width `sum_i rank_i`, for comparison. With either, the residual is the sum minus the
             adapter.
         residual: `merged` into the base; `carried` into the next round's sum instead; `dropped`, an
             ablation that is not exact.
-        merge_every: Merge only in every so many rounds. What waits stays out of the sums, and is
-            not lost.
+        merge_every: Merge only every this many rounds. Until then, residuals accumulate outside of
+            the sums, so nothing is lost.
 
     Raises:
-        ValueError: If a setting is unknown or out of range, or two exclude each other.
+        ValueError: If a setting is unknown or out of range, or two settings conflict.
 
     Source:
-        arXiv 2603.08014, aggregation step; the factored SVD as such is FLoRIST's, arXiv 2506.09199.
-        Published code drops what is beyond the energy fraction and forgets the scaling of the
-        residual; we do neither.
+        arXiv 2603.08014, aggregation step; the factored SVD itself is from FLoRIST, arXiv
+        2506.09199. The published code drops what lies beyond the energy fraction and omits the
+        scaling of the residual; we do neither.
     """
 
     split: str = "procrustes"
@@ -137,14 +137,14 @@ class FedMomentum(Method):
 
     @property
     def shares_moments(self) -> bool:
-        """Whether the factors stay in coordinates in which moments keep their meaning."""
+        """Whether the factors stay in coordinates in which moments remain meaningful."""
         return self.split == "procrustes"
 
     def client_adapter(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
-        """Split off the best approximation of the adapter of that rank.
+        """Split off the best approximation of the adapter at that rank.
 
-        Its first components, except that those of `procrustes` and `aligned` are not singular
-        directions.
+        These are its first components, except for `procrustes` and `aligned`, whose components are
+        not singular directions.
         """
         if self.split in ("procrustes", "aligned"):
             adapter = adapter.canonical()
@@ -153,7 +153,7 @@ class FedMomentum(Method):
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
         """Decompose the sum, split its leading directions, and route the residual.
 
-        Findings: energies, and `fallback` for the `aligned` split.
+        Findings: the energies, and `fallback` for the `aligned` split.
         """
         generator = context.generator()
         if self.svd == "exact":
@@ -161,7 +161,7 @@ class FedMomentum(Method):
         else:
             svd, tail, total = self._decompose_sketch(updates, context, generator)
         findings = {"kept_energy": float(svd.S.square().sum())}
-        # Elsewhere the energy is that of adapter, residual and carried together, and costs a pass.
+        # Otherwise, computing the energy of the whole sum would cost an extra pass.
         if (
             svd.known_residual_energy is not None
             or self.residual == "dropped"
@@ -169,12 +169,12 @@ class FedMomentum(Method):
         ):
             findings["energy"] = svd.energy
 
-        # Share the singular values between B and A; spare rows of A stay alive.
+        # Divide the singular values between B and A; spare rows of A stay trainable.
         adapter = self._split(svd, updates, context, generator, findings).to(updates.dtype)
 
         residual = svd.residual
         if total is not None:
-            # A sketch may miss directions: the residual is what the adapter does not contain.
+            # A sketch may miss directions, so the residual is the sum minus what was applied.
             assert isinstance(tail, LowRank)
             applied = weighted_sum([adapter, tail], [1.0, 1.0])
             residual = difference(total, applied).recompress()
@@ -183,7 +183,7 @@ class FedMomentum(Method):
     def _decompose(
         self, updates: ClientUpdates, context: AggregationContext, generator: torch.Generator
     ) -> Decomposition:
-        """Decompose the sum of the updates and of what was carried into it."""
+        """Decompose the sum of the updates and of what was carried over."""
         carried = self._carried_into_sum(context)
         if self.energy < 1:
             U, S, Vh, remainder = dense_truncated_svd(
@@ -209,7 +209,7 @@ class FedMomentum(Method):
         self, updates: ClientUpdates, context: AggregationContext, generator: torch.Generator
     ) -> Decomposition:
         """Decompose the sum as published, with the factors of all clients in memory."""
-        # What was carried enters the sum with weight 1.
+        # Whatever was carried over enters the sum with weight 1.
         parts = list(updates)
         weights = updates.weights.tolist()
         for matrix in self._carried_into_sum(context):
@@ -223,7 +223,7 @@ class FedMomentum(Method):
         return Decomposition(svd, tail, total)
 
     def _carried_into_sum(self, context: AggregationContext) -> list[Matrix]:
-        """Return what was carried; what only waits for its merge stays out of the sum."""
+        """Return what was carried over, unless it is only waiting to be merged."""
         if context.carried is None or self.merge_every > 1:
             return []
         return [context.carried]
@@ -231,14 +231,14 @@ class FedMomentum(Method):
     def _truncate(
         self, U: Tensor, S: Tensor, Vh: Tensor, remainder: Tensor | None, rank: int
     ) -> Decomposition:
-        """Divide a decomposition into leading directions, residual, and tail beyond the energy.
+        """Split an SVD into leading directions, residual, and tail beyond the energy fraction.
 
         Args:
             U: `(out, m)`.
             S: `(m,)`, descending.
             Vh: `(m, in)`.
-            remainder: The sum minus `U S Vh`; None where that is nothing.
-            rank: How many directions lead, at most.
+            remainder: The sum minus `U S Vh`; None if that is zero.
+            rank: Maximum number of leading directions.
         """
         shape = (len(U), Vh.shape[1])
         remainder_energy = norm(remainder) ** 2 if remainder is not None else 0.0
@@ -247,7 +247,7 @@ class FedMomentum(Method):
         keep = min(rank, numerical_rank(S, shape))
         cut = end
         if self.energy < 1:
-            # The fraction of the energy within S that makes the fraction of the whole.
+            # Convert the fraction of the whole energy to a fraction of the energy within S.
             energy = float(S.square().sum())
             fraction = self.energy * (energy + remainder_energy) / energy if energy else 1.0
             cut = max(keep, energy_rank(S, fraction))
@@ -297,7 +297,7 @@ class FedMomentum(Method):
         context: AggregationContext,
         findings: dict[str, float],
     ) -> ModuleAggregate:
-        """Merge the residual, carry it, drop it, or let it wait for its round."""
+        """Merge, carry or drop the residual, or hold it back until the next merge."""
         if self.residual == "dropped":
             findings["dropped_energy"] = norm(residual) ** 2
             return ModuleAggregate(adapter, findings=findings)
@@ -306,7 +306,7 @@ class FedMomentum(Method):
         nothing = zeros(adapter.shape, device=adapter.device)
         if self.residual == "carried":
             return ModuleAggregate(adapter, nothing, residual, findings)
-        # The residual waits, with what waits already, until a round that `merge_every` divides.
+        # Add to what is held back already; merge all of it when `merge_every` divides the round.
         if context.carried is not None:
             residual = add(residual, context.carried)
         if isinstance(residual, LowRank):

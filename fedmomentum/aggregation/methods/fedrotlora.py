@@ -1,4 +1,4 @@
-"""FedRot-LoRA: rotate each client's factors towards the last mean, then average them.
+"""FedRot-LoRA: rotate each client's factors toward the last mean, then average them.
 
 Zhang et al., FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA, ICML 2026,
 arXiv 2602.23638.
@@ -26,14 +26,14 @@ class FedRotLoRA(Method):
 
     R_i `(rank, rank)` is `argmin ||R^T A_i - A_ref||_F` in even rounds and
     `argmin ||B_i R - B_ref||_F` in odd ones, where the reference is the adapter that the clients
-    were sent. The products do not change, `B_i R_i R_i^T A_i = B_i A_i`, but the error of their
-    average shrinks to `sum_i w_i (B_i R_i - B)(R_i^T A_i - A)`. Without a reference, or where its B
-    is zero, the method is FedIT.
+    were sent. The products do not change, `B_i R_i R_i^T A_i = B_i A_i`, but the averaging error
+    shrinks to `sum_i w_i (B_i R_i - B)(R_i^T A_i - A)`. Without a reference, or if its B is zero,
+    the method reduces to FedIT.
 
     Args:
-        rotation: `soft` takes the rotation nearest to `(1 - strength) I + strength R_i`, of
-            determinant 1; `hard` takes `R_i` among all orthogonal matrices, reflections included,
-            whatever the strength.
+        rotation: `soft` takes the rotation, of determinant 1, nearest to
+            `(1 - strength) I + strength R_i`; `hard` takes the best `R_i` among all orthogonal
+            matrices, including reflections, and ignores the strength.
         strength: Lambda of the soft rotation, in [0, 1]; 0 is FedIT.
 
     Raises:
@@ -41,8 +41,8 @@ class FedRotLoRA(Method):
 
     Source:
         arXiv 2602.23638: soft, best at 0.4 to 0.6. The default of its code (1.5) is the hard
-        rotation. There clients rotate their factors and rounds count from 0; the server has all
-        that it takes, and rotates them for the same result.
+        rotation. There, clients rotate their factors and rounds count from 0; here, the server
+        rotates them, since it has everything it needs, with the same result.
     """
 
     rotation: str = "soft"
@@ -62,7 +62,7 @@ class FedRotLoRA(Method):
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
         """Rotate and average the factors. Findings: `dropped_energy`."""
-        # Before the first training step B is zero, and there is nothing to rotate towards.
+        # Before the first training step B is zero, so there is nothing to rotate toward.
         rotated = updates.map(lambda update: update.to(CORE_DTYPE))
         if context.reference is not None and bool(context.reference.B.any()):
             reference = context.reference.to(CORE_DTYPE)
@@ -74,8 +74,8 @@ class FedRotLoRA(Method):
         return ModuleAggregate(mean, findings={"dropped_energy": error**2})
 
     def rotate(self, update: LowRank, reference: LowRank, server_round: int) -> LowRank:
-        """Return `B_i R`, `R^T A_i`: the same product, its A or B nearer to the reference's."""
-        # R is nearest to the cross product of the factors to match (orthogonal Procrustes).
+        """Return `B_i R`, `R^T A_i`: the same product, with A or B closer to the reference's."""
+        # R is nearest to the cross-Gram matrix of the factors to match (orthogonal Procrustes).
         if server_round % 2 == 0:
             match = update.A @ reference.A.mT  # (rank, rank)
         else:
@@ -83,7 +83,7 @@ class FedRotLoRA(Method):
         if self.rotation == "hard":
             R = nearest_orthogonal(match)
         else:
-            # Part of the way: the rotation nearest to the mean of I and R.
+            # Go part of the way: the rotation nearest to a weighted mean of I and R.
             R = nearest_rotation(match)
             identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
             R = nearest_rotation((1 - self.strength) * identity + self.strength * R)

@@ -22,13 +22,13 @@ class FedSVD(Method):
 
     B is `(out, rank)`, A `(rank, in)` with `A A^T = I`. The product does not change and is the
     exact sum, since A is frozen within a round and the same for all clients. Its rank is at most
-    `rank`, so nothing is truncated. Where it is lower, the spare rows of A are in the span of the
-    last A.
+    `rank`, so nothing is truncated. If it is lower, the spare rows of A lie in the row space of the
+    previous A.
 
     Learning rate: the paper trains with SGD at 0.5; the rows of A have unit length, unlike LoRA's.
 
     Source:
-        arXiv 2505.12805; its code decomposes in every round by default, and so do we, in float64.
+        arXiv 2505.12805; its code runs the SVD in every round by default; so do we, in float64.
     """
 
     title = "FedSVD"
@@ -49,6 +49,6 @@ class FedSVD(Method):
         A = updates[0].A.to(CORE_DTYPE)
         product = LowRank(updates.mean_factors().B, A)
         U, S, Vh = product.svd()
-        # Below the numerical rank S is round-off, while V is orthonormal in all its rows.
+        # Beyond the numerical rank S is round-off, while all rows of Vh are orthonormal.
         S[numerical_rank(S, product.shape, CORE_DTYPE) :] = 0
         return ModuleAggregate(LowRank(U * S, Vh))

@@ -22,11 +22,11 @@ class FFALoRA(Method):
     B `(out, rank)` starts at zero; A `(rank, in)` is LoRA's random initialization, sampled from a
     seed that every client has.
 
-    Learning rate: its own, usually larger than FedIT's; the scaling only rescales it.
+    Learning rate: tune it separately, usually larger than FedIT's; the scaling only rescales it.
 
     Source:
-        arXiv 2403.12313. Code by others freezes A before the adapter is attached, so that A is
-        trained and then thrown away; here a client with a different A is refused.
+        arXiv 2403.12313. Third-party code freezes A before the adapter is attached, so that A is
+        trained and then discarded; here, a client with a different A is rejected.
     """
 
     title = "FFA-LoRA"

@@ -22,13 +22,13 @@ class FlexLoRA(Method):
     r"""The truncated SVD of the exact sum: `B = U_r S_r` `(out, rank)`, `A = V_r^T` `(rank, in)`.
 
     Here `sum_i w_i B_i A_i = U S V^T`. A client of rank `r_i` takes the first `r_i` components,
-    with S and the scalings on B. What is beyond a client's rank is lost to it: with mixed ranks the
-    energy concentrates, round by round, in the components that the smallest rank has.
+    with S and the scalings in B. A client loses what lies beyond its rank: with mixed ranks, energy
+    concentrates, round by round, in the components that the smallest rank keeps.
 
     Source:
         arXiv 2402.11505 and its code (FederatedScope, branch FlexLoRA), where `lora_alpha` is the
-        same for all ranks, so scalings differ. Its dense SVD gives the same numbers. A public port
-        leaves `S^1/2` out of A; we do not.
+        same for all ranks, so scalings differ. Its dense SVD yields the same numbers. A public port
+        omits `S^1/2` from A; we do not.
     """
 
     title = "FlexLoRA"
@@ -41,7 +41,7 @@ class FlexLoRA(Method):
     best_rank = True
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
-        """Truncate the sum at the rank. Findings: energies, `dropped_energy`."""
+        """Truncate the sum at the rank. Findings: the energies."""
         generator = context.generator()
         svd = truncated_svd(
             updates,

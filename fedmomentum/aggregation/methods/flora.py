@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 class FLoRA(Method):
     r"""The stacked sum as the residual, a fresh adapter: `[w_1 B_1, ..., w_n B_n] [A_1; ...; A_n]`.
 
-    The stack is `sum_i w_i B_i A_i`; its factors are `(out, R)` and `(R, in)`, R the sum of the
-    clients' ranks. The fresh A is uniform in +-1/sqrt(in), sampled from the seed of the call: a
-    client that has the seed need not be sent it. With B zero, A has no gradient in the first step
-    of a round.
+    The stack is `sum_i w_i B_i A_i`; its factors are `(out, R)` and `(R, in)`, with R the sum of
+    the clients' ranks. The fresh A is uniform in +-1/sqrt(in), sampled from the seed of the call,
+    so it need not be sent to clients that have the seed. Because B is zero, A has no gradient in
+    the first step of a round.
 
     Source:
         arXiv 2409.05976, section 3. As there, the weights are on one side only (a public port has
-        them on both) and the residual counts with the clients' own scalings. A is sampled in each
-        round; other code reuses the first.
+        them on both), and the residual uses the clients' own scalings. A is resampled every round;
+        other code reuses the first.
     """
 
     title = "FLoRA"
@@ -48,7 +48,7 @@ class FLoRA(Method):
         return ""
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
-        """Stack the factors. Findings: energies; the adapter keeps nothing."""
+        """Stack the factors. Findings: the energies; the adapter keeps none of it."""
         adapter = fresh_adapter(
             updates.shape,
             context.rank,
@@ -56,7 +56,7 @@ class FLoRA(Method):
             dtype=updates.dtype,
             device=updates.device,
         )
-        # The adapter has no part in the sum: all of it is the residual.
+        # The adapter holds no part of the sum: all of it is the residual.
         total = updates.sum()
         findings = {"energy": norm(total) ** 2, "kept_energy": 0.0}
         return ModuleAggregate(adapter, total, findings=findings)

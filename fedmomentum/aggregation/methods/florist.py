@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 class FLoRIST(Method):
     r"""FLoRA with its sum `U S V^T` truncated at an energy fraction: residual `U_p S_p V_p^T`.
 
-    p is the least rank with `sum_{i<=p} S_i^2 >= energy sum_i S_i^2`, so that `energy = 1` is FLoRA
-    at the least rank. The residual is `B = U_p S_p` `(out, p)`, `A = V_p^T` `(p, in)`, as in the
-    paper; p differs between modules. What is beyond p is lost.
+    p is the smallest rank with `sum_{i<=p} S_i^2 >= energy sum_i S_i^2`, so `energy = 1` is FLoRA
+    at minimal rank. The residual is `B = U_p S_p` `(out, p)`, `A = V_p^T` `(p, in)`, as in the
+    paper; p differs between modules. What lies beyond p is lost.
 
     Args:
-        energy: The paper's threshold tau, in (0, 1], tuned there for each task (0.87 to 0.99).
+        energy: The paper's threshold tau, in (0, 1], tuned per task there (0.87 to 0.99).
 
     Raises:
         ValueError: If `energy` is outside (0, 1].
 
     Source:
-        arXiv 2506.09199, algorithm 1. The paper never mentions the scaling; here it counts, as for
-        all methods. Two QR decompositions and one core SVD replace the paper's three SVDs: the same
-        numbers.
+        arXiv 2506.09199, algorithm 1. The paper never mentions the scaling; here it is applied, as
+        for all methods. Two QR decompositions and one core SVD replace the paper's three SVDs, with
+        the same numbers.
     """
 
     energy: float = 0.99
@@ -65,7 +65,7 @@ class FLoRIST(Method):
         return ""
 
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
-        """Truncate the sum. Findings: energies, `dropped_energy`; the adapter keeps nothing."""
+        """Truncate the sum. Findings: the energies; the adapter keeps none of it."""
         generator = context.generator()
         adapter = fresh_adapter(
             updates.shape, context.rank, generator, dtype=updates.dtype, device=updates.device
@@ -73,12 +73,12 @@ class FLoRIST(Method):
         U, S, Vh, remainder = dense_truncated_svd(
             updates.sum(), context.rank, generator, energy=self.energy
         )
-        # A dense sum is decomposed only up to the energy; `remainder` is what lies beyond.
+        # A dense sum is decomposed only up to `energy`; `remainder` is the rest.
         energies = S.square()
         beyond = norm(remainder) ** 2 if remainder is not None else 0.0
         energy = float(energies.sum()) + beyond
         if self.energy < 1:
-            # The fraction of the energy within U, S, Vh that makes the fraction of the whole.
+            # Convert the fraction of the whole energy to a fraction of the energy within S.
             fraction = self.energy * energy / (energy - beyond) if energy else 1.0
             p = energy_rank(S, fraction)
         else:

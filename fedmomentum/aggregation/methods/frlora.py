@@ -1,4 +1,4 @@
-"""FRLoRA: start from the base weight's leading directions, and merge what each round added to them.
+"""FRLoRA: start from the base weight's leading directions, and merge what each round adds to them.
 
 Yan et al., Federated Residual Low-Rank Adaption of Large Language Models, ICLR 2025 (OpenReview
 e0rQRMUhs7).
@@ -26,15 +26,15 @@ class FRLoRA(Method):
     r"""FedIT from the leading part of the base weight, `B0 A0`; residual `B A - B0 A0`.
 
     `W0 = U S V^T`, `B0 = U_r (S_r / s)^1/2`, `A0 = (S_r / s)^1/2 V_r^T`. B and A are the means of
-    the clients' factors, s the scaling. Once, before round 1, the base becomes `W0 - s B0 A0`, so
-    that the model does not change. Every round starts from `B0, A0` again, and after T rounds the
-    model is `W0 + sum_t s (B^t A^t - B0 A0)`. Not exact: a product of means, as FedIT's. The
-    residual is `[B, -B0]` `(out, 2 rank)`, `[A; A0]` `(2 rank, in)`.
+    the clients' factors, s the scaling. Before round 1, the base becomes `W0 - s B0 A0`, so that
+    the model does not change. Every round starts from `B0, A0` again, and after T rounds the model
+    is `W0 + sum_t s (B^t A^t - B0 A0)`. Not exact, because it is a product of means, like FedIT.
+    The residual is `[B, -B0]` `(out, 2 rank)`, `[A; A0]` `(2 rank, in)`.
 
     Source:
         The paper and its code (IAMJackYan/FRLoRA), whose weights are uniform by accident; ours are
-        fractions of examples. The default trainer of that code freezes A; the paper, and we, train
-        both.
+        fractions of examples. That code's default trainer freezes A; the paper and this
+        implementation train both.
     """
 
     title = "FRLoRA"
@@ -47,13 +47,13 @@ class FRLoRA(Method):
     reads_base = True
 
     def sent_factors(self, server_round: int) -> str:
-        """Return no factor: clients have `B0, A0`."""
+        """Return no factor: clients already have `B0, A0`."""
         return ""
 
     def num_downlink_parameters(
         self, out_size: int, in_size: int, rank: int, residual_rank: int, server_round: int
     ) -> int:
-        """Count the means: the residual without its last `rank` components, which are `-B0, A0`."""
+        """Count only the means: clients know the residual's last `rank` components, `-B0, A0`."""
         return super().num_downlink_parameters(
             out_size, in_size, rank, residual_rank - rank, server_round
         )
@@ -75,7 +75,7 @@ class FRLoRA(Method):
         """Average the factors and subtract their start. Findings: `dropped_energy`.
 
         Raises:
-            ValueError: If `context.reference`, which is `B0, A0`, is None or of another rank.
+            ValueError: If `context.reference`, which is `B0, A0`, is None or has a different rank.
         """
         start = context.reference
         if start is None or start.rank != context.rank:

@@ -1,4 +1,4 @@
-"""HetLoRA: factors padded with zeros, weighted by the clients' norms; ranks that prune themselves.
+"""HetLoRA: zero-padded factors, weighted by the clients' norms, with self-pruning ranks.
 
 Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models, EMNLP 2024,
 arXiv 2401.06432.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedmomentum.aggregation.client_updates import ClientUpdates
 
 
-# Weights must be positive. A client whose product is zero has this weight relative to the largest.
+# Weights must be positive: a client whose product is zero gets this weight relative to the largest.
 MIN_RELATIVE_NORM = 1e-12
 
 
@@ -30,21 +30,21 @@ MIN_RELATIVE_NORM = 1e-12
 class HetLoRA(Method):
     r"""The mean of zero-padded factors: `B = sum_i w_i [B_i, 0]`, `A = sum_i w_i [A_i; 0]`.
 
-    `w_i` is proportional to `||B_i A_i||_F`, where the norm is over all modules of a client. A
-    client of rank `r_i` takes the first `r_i` columns of B and rows of A. Not exact: a product of
-    means. Different scalings count on B, so that the products and their norms are right.
+    `w_i` is proportional to `||B_i A_i||_F`, with the norm over all modules of a client. A client
+    of rank `r_i` takes the first `r_i` columns of B and rows of A. Not exact, because it is a
+    product of means. Scalings are multiplied into B, so that products and norms are right.
 
     Args:
-        decay: Gamma; the components of a client from `floor(gamma r_i)` on are its tail.
-        strength: Lambda, the factor of the penalty on the tail.
+        decay: Gamma; a client's components from index `floor(gamma r_i)` on are its tail.
+        strength: Lambda, the coefficient of the penalty on the tail.
         min_rank: No client is pruned below this rank.
 
     Raises:
         ValueError: If `decay` is outside (0, 1], `strength` is negative or `min_rank` is below 1.
 
     Source:
-        arXiv 2401.06432, which has no code; gamma 0.99, lambda 0.01 and the least rank 5 are second
-        hand. Where all products are zero, weights are uniform.
+        arXiv 2401.06432, which has no code; gamma 0.99, lambda 0.01 and the minimum rank of 5 are
+        secondhand. If all products are zero, the weights are uniform.
     """
 
     decay: float = 0.99
@@ -83,7 +83,7 @@ class HetLoRA(Method):
         return self.strength * self._tail_norm(modules) if self.strength else None
 
     def next_rank(self, rank: int, start: Sequence[LowRank], trained: Sequence[LowRank]) -> int:
-        """Return `max(min_rank, floor(gamma r))` where training shrank the tail, at most `rank`."""
+        """Return `max(min_rank, floor(gamma r))`, at most `rank`, if training shrank the tail."""
         if float(self._tail_norm(trained)) >= float(self._tail_norm(start)):
             return rank
         return min(rank, max(self.min_rank, int(self.decay * rank)))
@@ -101,7 +101,7 @@ class HetLoRA(Method):
         padded = updates.map(lambda update: _pad_zeros(update, max_rank))
         mean = padded.mean_factors()
         adapter, tail = self.client_adapter(mean, context.rank)
-        # Lost are the error of the mean and the components beyond the rank.
+        # What is lost: the averaging error and the components beyond the rank.
         dropped = add(padded.averaging_error(mean), tail)
         return ModuleAggregate(adapter, findings={"dropped_energy": norm(dropped) ** 2})
 

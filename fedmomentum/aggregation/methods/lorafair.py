@@ -1,4 +1,4 @@
-"""LoRA-FAIR: average the factors, then correct B for what the average got wrong.
+"""LoRA-FAIR: average the factors, then correct B for the averaging error.
 
 Bian et al., LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement,
 ICCV 2025, arXiv 2411.14961.
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
 
 # The root in log(sigma) lies within this distance of the log of the largest eigenvalue of A A^T:
-# e^35 is about 1 / eps of float64; beyond it sigma or M vanishes in sigma I + M.
+# e^35 is about 1 / eps of float64, so farther away sigma or M vanishes in sigma I + M.
 LOG_SIGMA_RADIUS = 35
-# Halvings of an interval of length 70 until its ends differ in their last bit.
+# Halvings of an interval of length 70 until its ends differ only in the last bit.
 BISECTION_STEPS = 64
 
 
 @dataclass(frozen=True)
 class LoRAFAIR(Method):
-    r"""FedIT with a correction D of B: `A = sum_i w_i A_i`, `B = sum_i w_i B_i + D`.
+    r"""FedIT with a correction D to B: `A = sum_i w_i A_i`, `B = sum_i w_i B_i + D`.
 
     D `(out, rank)` brings `B A` near the exact sum `Delta = sum_i w_i B_i A_i`.
 
     Args:
-        objective: `cosine` minimizes `1 - cos(Delta, (B + D) A) + strength ||D||_F`, the paper's;
-            `ridge` minimizes `||Delta - (B + D) A||_F^2 + strength ||D||_F^2`, ours:
-            `D = E A^T (A A^T + strength I)^-1` with `E = Delta - B A`. The cosine does not see the
-            norm of the product, the ridge does.
+        objective: `cosine`, from the paper, minimizes `1 - cos(Delta, (B + D) A) +
+            strength ||D||_F`; `ridge`, ours, minimizes `||Delta - (B + D) A||_F^2 +
+            strength ||D||_F^2`, with the solution `D = E A^T (A A^T + strength I)^-1` where
+            `E = Delta - B A`. The cosine is insensitive to the norm of the product, the ridge not.
         strength: Lambda, above 0: at 0 the cosine does not determine the norm of the product.
 
     Raises:
         ValueError: If `objective` is unknown or `strength` is not positive and finite.
 
     Source:
-        arXiv 2411.14961, which has no code and takes SGD steps of unstated number; we take the
-        minimizer itself.
+        arXiv 2411.14961, which has no code and takes an unstated number of SGD steps; we compute
+        the exact minimizer.
     """
 
     objective: str = "cosine"
@@ -104,9 +104,9 @@ def ridge_minimizer(G: Tensor, mean: LowRank, strength: float) -> Tensor:
 def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: float) -> Tensor:
     r"""Return the C that minimizes `1 - <Delta, C A> / (||Delta|| ||C A||) + strength ||C - B||_F`.
 
-    With `M = A A^T` and `G = Delta A^T`, `<Delta, C A> = <G, C>` and `||C A||^2 = <C M, C>`. Where
-    the gradient at B is within the strength, C is B. Elsewhere the gradient is zero where, for two
-    scalars sigma and rho,
+    With `M = A A^T` and `G = Delta A^T`, `<Delta, C A> = <G, C>` and `||C A||^2 = <C M, C>`. If the
+    norm of the cosine's gradient at B is at most `strength`, then C = B. Otherwise the objective is
+    stationary if, for two scalars sigma and rho,
 
         C = (sigma B + G / rho)(sigma I + M)^-1,  rho ||C A||^2 = <G, C>,
         sigma rho ||C - B|| = strength ||Delta|| ||C A||.
@@ -123,7 +123,7 @@ def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: floa
     Returns:
         C `(out, rank)`.
     """
-    # In the eigenvectors of M, M is diag(m) and the columns of B, G and C are independent.
+    # In the eigenbasis of M, M is diag(m) and the columns of B, G and C are independent.
     m, Q = torch.linalg.eigh(mean.A @ mean.A.mT)
     m = m.clamp(min=0)
     B = mean.B @ Q
@@ -139,7 +139,7 @@ def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: floa
         rho = _positive_root(sigma, m, B, G)
         return (sigma * B + G / rho) / (sigma + m), rho
 
-    # The left side of the third equation exceeds the right one for large sigma: bisect the root.
+    # The left side of the third equation exceeds the right one for large sigma: bisect.
     low = math.log(float(m[-1])) - LOG_SIGMA_RADIUS
     high = math.log(float(m[-1])) + LOG_SIGMA_RADIUS
     for _ in range(BISECTION_STEPS):
@@ -159,12 +159,12 @@ def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: floa
 def _positive_root(sigma: float, m: Tensor, B: Tensor, G: Tensor) -> Tensor:
     """Return the positive root rho of `a rho^2 - 2 b rho - c = 0`.
 
-    That is `rho ||C A||^2 = <G, C>` with C inserted and multiplied by rho.
+    That is `rho ||C A||^2 = <G, C>`, with C substituted, times rho.
     """
     z = sigma / (sigma + m) ** 2
     a = sigma * (z * m * B * B).sum()
     b = (z * (sigma - m) * B * G).sum() / 2
     c = (z * G * G).sum()
     root = (b * b + a * c).sqrt()
-    # Of the two forms of the root, the one that does not subtract close numbers.
+    # Of the two forms of the root, choose the one that does not subtract close numbers.
     return (b + root) / a if b > 0 else c / (root - b)

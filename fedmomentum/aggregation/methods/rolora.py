@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class RoLoRA(Method):
     r"""Alternating means: `B = sum_i w_i B_i` in odd rounds, `A = sum_i w_i A_i` in even ones.
 
-    The other factor is frozen. Exact in each round, since it is the same for all clients:
-    `sum_i w_i B_i A = B A`. B `(out, rank)` is first: while it is zero, A `(rank, in)` has no
+    The other factor is frozen and the same for all clients, so each round is exact:
+    `sum_i w_i B_i A = B A`. B `(out, rank)` goes first: while it is zero, A `(rank, in)` has no
     gradient.
 
-    Learning rate: its own; the paper searches 5e-4 to 1e-1.
+    Learning rate: tune it separately; the paper searches 5e-4 to 1e-1.
 
     Source:
         arXiv 2502.01755. The paper's mean is uniform; here weights are fractions of examples, as
@@ -52,7 +52,7 @@ class RoLoRA(Method):
         """Average the factor that was trained."""
         mean = updates.mean_factors()
         frozen = updates[0].to(CORE_DTYPE)
-        # All clients have the same frozen factor, so any of them gives it.
+        # All clients have the same frozen factor, so take it from the first.
         if self.trained_factors(context.server_round) == "B":
             return ModuleAggregate(LowRank(mean.B, frozen.A))
         return ModuleAggregate(LowRank(frozen.B, mean.A))

@@ -1,4 +1,4 @@
-"""A factored sum minus some directions: the last step of both cheap paths to a truncated SVD."""
+"""Subtraction of directions from a factored sum, the last step of both cheap truncated SVDs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from fedmomentum.linalg.low_rank import CHUNK_COLUMNS, CORE_DTYPE, LowRank
 from fedmomentum.linalg.matrix import Matrix, norm
 
-# The error of the directions may exceed the least error of their rank by this fraction of it ...
+# The error of the directions may exceed the minimum error at their rank by this fraction of it ...
 RTOL = 4e-5
-# ... or by this fraction of the norm of the sum, where the best approximation leaves next to
-# nothing: half the step of float32.
+# ... or, if the best approximation leaves almost nothing, by this fraction of the norm of the sum:
+# half of float32's epsilon.
 ATOL = 6e-8
-# Rewriting rows in terms of others may enlarge their round-off by this factor.
+# Rewriting rows in terms of others may amplify their round-off by this factor.
 MAX_ROUNDOFF_GROWTH = 1.5
 
 
@@ -29,10 +29,10 @@ class TruncatedSVD:
         S: `(m,)`, descending, all above round-off, float64.
         Vh: `(m, in)`, orthonormal rows, float64.
         residual: The sum minus `U diag(S) Vh`, in the requested dtype. Factored, of rank at most
-            the sum of the ranks minus m; or dense where the sum is dense and not all of its
-            directions were computed.
+            the sum of the ranks minus m; or dense if the sum is dense and not all of its directions
+            were computed.
         path: How it was computed: `iterated`, `gram32`, `gram64`, `dense` or `svd`.
-        known_residual_energy: `||residual||_F^2`, where it is a by-product.
+        known_residual_energy: `||residual||_F^2`, if it is a by-product.
     """
 
     U: Tensor
@@ -44,7 +44,7 @@ class TruncatedSVD:
 
     @cached_property
     def residual_energy(self) -> float:
-        """`||residual||_F^2`; where it is not known it costs two Gram matrices, on first access."""
+        """`||residual||_F^2`; if not yet known, the first access costs two Gram matrices."""
         if self.known_residual_energy is not None:
             return self.known_residual_energy
         return norm(self.residual) ** 2
@@ -62,7 +62,7 @@ class Directions:
     Attributes:
         X: `(R, m)`, float64.
         Y: `(R, m)`, float64, with `Y^T X = I`.
-        W: `(out, m)`, `B X`: columns of some length, orthogonal but for round-off.
+        W: `(out, m)`, `B X`: columns of any length, orthogonal up to round-off.
         V: `(m, in)`, `Y^T A`: rows likewise.
     """
 
@@ -100,7 +100,7 @@ def deflate(
 
 
 def product(left: Tensor, rows: Tensor) -> Tensor:
-    """Return `left rows`, `(m, R)` times `(R, size)`, in the dtype of `left`.
+    """Return the product of `left` `(m, R)` and `rows` `(R, size)`, in the dtype of `left`.
 
     Rows of another dtype are cast a chunk at a time.
     """
@@ -115,13 +115,13 @@ def product(left: Tensor, rows: Tensor) -> Tensor:
 def _orthonormalize(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the SVD of `W V`, `(out, m)` times `(m, in)`, by Cholesky decompositions.
 
-    That is accurate because the columns of W and the rows of V are orthogonal but for round-off.
+    This is accurate because the columns of W and the rows of V are orthogonal up to round-off.
     """
     W = W.to(CORE_DTYPE)
     V = V.to(CORE_DTYPE)
     G_W = W.mT @ W
     G_V = V @ V.mT
-    # Gram matrices of unit vectors, w and v being the lengths.
+    # Normalize to Gram matrices of unit vectors; w and v are the lengths.
     w = G_W.diagonal().sqrt()
     v = G_V.diagonal().sqrt()
     L_W = torch.linalg.cholesky(G_W / w / w[:, None])
@@ -140,9 +140,9 @@ def _subtract(total: LowRank, lengths: Tensor, Y: Tensor, X: Tensor, V: Tensor) 
 
         B A' = (B_J - B_K Y_K^-T Y_J^T)(A_J - X_J V).
 
-    K are the last rows, where that keeps `Y_K^-T Y_J^T` small; else those in which Gaussian
-    elimination with partial pivoting has its pivots in Y. Both are for rows of A of unit length.
-    The result is computed within the memory of `total`: new memory costs as much as the product.
+    K are the last rows if that keeps `Y_K^-T Y_J^T` small; otherwise the pivot rows of Gaussian
+    elimination on Y with partial pivoting. Both apply to rows of A scaled to unit length. The
+    result reuses the memory of `total`: allocating costs as much as the product.
     """
     keep = total.rank - Y.shape[1]
     Y = Y * lengths[:, None]
@@ -155,7 +155,7 @@ def _subtract(total: LowRank, lengths: Tensor, Y: Tensor, X: Tensor, V: Tensor) 
         K, J = _pivot_rows(Y)
         T = lengths[K, None] * torch.linalg.solve(Y[K].mT, Y[J].mT) / lengths[J]
         B_K = total.B[:, K]
-        # Rows of J from beyond `keep` take the places of pivots.
+        # Rows of J beyond `keep` replace pivots.
         is_moved = J != torch.arange(keep, device=J.device)
         for factor in (total.B.mT, total.A, X):
             factor[:keep][is_moved] = factor[J[is_moved]]
@@ -165,10 +165,10 @@ def _subtract(total: LowRank, lengths: Tensor, Y: Tensor, X: Tensor, V: Tensor) 
 
 
 def _pivot_rows(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows of Y `(R, m)` that Gaussian elimination takes as pivots, and the others.
+    """Return the rows of Y `(R, m)` that Gaussian elimination picks as pivots, and the others.
 
-    The others are `0, ..., R - m - 1`, with those of them that are pivots replaced by rows beyond
-    that are none.
+    The others are `0, ..., R - m - 1`, except that pivots among these are replaced by non-pivot
+    rows from beyond that range.
     """
     R, m = Y.shape
     order = list(range(R))

@@ -8,13 +8,13 @@ from torch import Tensor
 from fedmomentum.linalg.low_rank import CORE_DTYPE, LowRank
 from fedmomentum.linalg.matrix import Matrix, norm
 
-# All directions of a dense matrix with a side no longer than this are computed: a fraction of a
-# second.
+# If the shorter side of a dense matrix is at most this, a full SVD takes only a fraction of a
+# second, so all directions are computed.
 MAX_FULL_SVD_SIDE = 512
 MAX_ITERATIONS = 100
-# The iteration has converged when a sweep adds less than this fraction of the energy that is left
-# out. The error is then within 1.0001 of the best even if each sweep gains 0.99 times what the one
-# before it did.
+# The iteration has converged when a sweep adds less than this fraction of the remaining energy. The
+# error is then within 1.0001 times the best, even if each sweep gains 0.99 times as much as the
+# previous one.
 CONVERGENCE_TOL = 1e-6
 
 
@@ -26,24 +26,24 @@ def dense_truncated_svd(
     energy: float = 0.0,
     near: LowRank | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute the leading singular directions and what they leave; all of them where that is cheap.
+    """Compute the leading singular directions and the remainder, or all directions if cheap.
 
     The leading directions of a dense matrix D are computed by subspace iteration, `Q = qr(D X)`,
-    `X = D^T Q`, in float64, until a sweep adds no more to the sum of the leading squared singular
-    values; `O(d k rank)` per sweep. All directions are computed where the matrix is factored or
-    small, or where a good part of all directions is requested.
+    `X = D^T Q`, in float64, until the sum of the leading squared singular values stops growing;
+    `O(d k rank)` per sweep. All directions are computed if the matrix is factored or small, or if a
+    large part of all directions is requested.
 
     Args:
-        matrix: `(out, in)`. The memory of a dense matrix is reused for what is left of it.
-        rank: How many directions are requested at least, below both sides.
+        matrix: `(out, in)`. The memory of a dense matrix is reused for the remainder.
+        rank: Minimum number of directions, below both sides.
         generator: Samples the start of the iteration.
-        energy: More than `rank` directions are computed where that many have less than this
+        energy: More than `rank` directions are computed if the first `rank` hold less than this
             fraction of the squared norm.
-        near: A matrix whose row space is close to the leading one saves sweeps.
+        near: A matrix whose row space is close to the leading one, which saves sweeps.
 
     Returns:
-        U `(out, m)`, S `(m,)` descending, Vh `(m, in)`, float64, and `D - U S Vh`; None where m
-        is all.
+        U `(out, m)`, S `(m,)` descending, Vh `(m, in)`, float64, and `D - U S Vh`, or None if all
+        directions were computed.
 
     Source:
         Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4.
@@ -54,7 +54,7 @@ def dense_truncated_svd(
     shortest = min(matrix.shape)
     while shortest > MAX_FULL_SVD_SIDE:
         width = rank + max(8, rank // 4)
-        # Sweeps on more than a quarter of all directions cost as much as the full SVD.
+        # Iterating on more than a quarter of all directions costs as much as the full SVD.
         if 4 * width >= shortest:
             break
         start = _start(matrix, width, generator, near)
@@ -66,7 +66,7 @@ def dense_truncated_svd(
 
 
 def _start(D: Tensor, width: int, generator: torch.Generator, near: LowRank | None) -> Tensor:
-    """Return `(in, width)` Gaussian columns, the first of them replaced by the rows of `near.A`."""
+    """Return `(in, width)` Gaussian columns, the first ones replaced by the rows of `near.A`."""
     X = torch.randn(
         D.shape[1], width, generator=generator, dtype=CORE_DTYPE, device=generator.device
     ).to(D.device)

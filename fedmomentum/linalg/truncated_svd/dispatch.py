@@ -1,11 +1,11 @@
-"""The truncated SVD of a weighted sum of factored matrices, near the cost of reading them.
+"""The truncated SVD of a weighted sum of factored matrices, at close to the cost of reading them.
 
-Clients that start from one adapter have most of their sum in common, and iteration finds that at
-once. A Gram matrix needs nothing in common, but squares the condition of the factors. A QR
-decomposition does neither; for large factors it takes some ten times as long, for small ones it has
-the fewest steps. So the cheapest path is taken that is known to be accurate enough. Whichever it
-is, the residual is the sum minus the directions by construction: nothing is lost, however accurate
-the directions are.
+Clients that start from one adapter share most of their sum, and subspace iteration finds the shared
+part at once. A Gram matrix does not need a shared part, but squares the condition number of the
+factors. A QR decomposition has neither drawback; it takes about ten times as long for large
+factors, but has the fewest steps for small ones. So we take the cheapest path known to be accurate
+enough. On every path, the residual is the sum minus the directions by construction: nothing is
+lost, however inaccurate the directions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fedmomentum.linalg.truncated_svd.gram import gram_truncated_svd
 from fedmomentum.linalg.truncated_svd.subspace_iteration import iterative_truncated_svd, mean_rows
 from fedmomentum.linalg.weighted_sum import deduplicate_rows, exact_sum
 
-# Up to so many multiplications for a Gram matrix of both sides, `(out + in) R^2`, QR decompositions
-# in float64 are the fastest.
+# Up to this many multiplications for the Gram matrices of both sides, `(out + in) R^2`, QR
+# decompositions in float64 are fastest.
 MAX_QR_MULTIPLICATIONS = 2**21
 
 
@@ -39,34 +39,34 @@ def truncated_svd(
     reference: LowRank | None = None,
     generator: torch.Generator | None = None,
 ) -> TruncatedSVD:
-    r"""Compute the best approximation of `sum_i w_i B_i A_i` of a rank, and what it leaves.
+    r"""Compute the best approximation of `sum_i w_i B_i A_i` at a given rank, and the residual.
 
-    With the stack `B = [w_1 B_1, ...]` `(out, R)`, `A = [A_1; ...]` `(R, in)`, the cheapest path
-    that is accurate enough of:
+    With the stack `B = [w_1 B_1, ...]` `(out, R)`, `A = [A_1; ...]` `(R, in)`, use the cheapest of
+    these paths that is accurate enough:
 
-    - `iterated`: subspace iteration from the clients' mean A, where they have a direction in common
+    - `iterated`: subspace iteration from the clients' mean A, if they have directions in common
       (`iterative_truncated_svd`).
     - `gram32`, `gram64`: R x R Gram matrices in that precision (`gram_truncated_svd`).
-    - `dense`: R is so large that the dense sum is the smaller form. Subspace iteration on it,
-      started from `reference` (`dense_truncated_svd`).
-    - `svd`: `LowRank.svd`, for small factors, for float64, for terms that cancel, and wherever a
+    - `dense`: subspace iteration on the dense sum, started from `reference`, if R is so large that
+      the dense sum is the smaller form (`dense_truncated_svd`).
+    - `svd`: `LowRank.svd`, for small factors, for float64, for terms that cancel, and whenever a
       bound fails.
 
-    Each keeps `||sum - U S V^T||` within 1.0001 of the least error of that rank, or within the
-    round-off of float32 relative to the sum.
+    Each keeps `||sum - U S V^T||` within 1.0001 times the minimum error at that rank, or within
+    float32 round-off relative to the sum.
 
     Args:
-        matrices: N matrices of one shape.
+        matrices: N matrices of the same shape.
         weights: N finite numbers.
-        rank: How many directions, at least 1.
+        rank: Number of directions, at least 1.
         extra: More matrices of that shape, each with weight 1.
-        dtype: Float32 or float64: that of the residual, and in which tall products may be computed.
-        reference: A matrix whose row space is near the leading one; only a start, on which the
-            result does not depend beyond the bound.
-        generator: Samples the rest of that start.
+        dtype: Float32 or float64, for the residual; tall products may be computed in it too.
+        reference: A matrix whose row space is near the leading one; only a starting point, which
+            affects the result only within the bound.
+        generator: Samples the rest of the starting point.
 
     Raises:
-        ValueError: If the sum is not defined (`exact_sum`), or a factor holds NaN or Inf.
+        ValueError: If the sum is not defined (`exact_sum`), or a factor contains NaN or Inf.
     """
     if dtype != CORE_DTYPE and not _is_small(chain(matrices, extra)):
         total = exact_sum(matrices, weights, extra, dtype=dtype)
@@ -82,7 +82,7 @@ def truncated_svd(
 
 
 def _is_small(matrices: Iterable[Matrix]) -> bool:
-    """Return whether QR decompositions of the stacked factors are the fastest."""
+    """Return whether QR decompositions of the stacked factors are the fastest path."""
     R = 0
     for matrix in matrices:
         R += rank_bound(matrix)
@@ -94,7 +94,7 @@ def _is_small(matrices: Iterable[Matrix]) -> bool:
 def _decompose_large(
     stack: LowRank, weights: Sequence[float] | Tensor, rank: int
 ) -> TruncatedSVD | None:
-    """Try the paths for large float32 factors; None where none is accurate enough."""
+    """Try the paths for large float32 factors; return None if none is accurate enough."""
     lengths = torch.linalg.vector_norm(stack.A, dim=1)
     rows = mean_rows(stack.A, lengths, weights, rank)
     total = deduplicate_rows(stack)
@@ -119,7 +119,7 @@ def _decompose_dense(
     reference: LowRank | None,
     generator: torch.Generator | None,
 ) -> TruncatedSVD:
-    """Decompose a dense sum, whose memory becomes that of the residual."""
+    """Decompose a dense sum, whose memory is reused for the residual."""
     generator = generator or torch.Generator().manual_seed(0)
     shape = delta.shape[0], delta.shape[1]
     U, S, Vh, remainder = dense_truncated_svd(delta, rank, generator, near=reference)
@@ -145,7 +145,7 @@ def _decompose_factored(total: LowRank, rank: int, dtype: torch.dtype) -> Trunca
 def _components(U: Tensor, S: Tensor, Vh: Tensor, start: int, end: int) -> LowRank:
     """Return the singular directions from `start` to `end`.
 
-    `S^1/2` is on both sides: all of a small S on one would be too small for float32.
+    `S^1/2` goes to both sides: the whole of a small S on one side could underflow in float32.
     """
     root = S[start:end].sqrt()
     return LowRank(U[:, start:end] * root, root[:, None] * Vh[start:end])

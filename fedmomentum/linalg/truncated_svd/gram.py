@@ -1,4 +1,4 @@
-"""The leading directions of a factored sum by Gram matrices: for well-conditioned factors."""
+"""The leading directions of a factored sum from Gram matrices, for well-conditioned factors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fedmomentum.linalg.truncated_svd.deflation import (
     product,
 )
 
-# The norms of the factors over that of their product: beyond this ratio the terms cancel, and
+# Product of the factors' norms over the norm of their product: beyond this ratio, terms cancel and
 # float32 loses digits of the sum.
 MAX_CANCELLATION = 16.0
-# Power iteration finds a norm from below: its steps and columns, and by how much it may be short.
+# Power iteration underestimates a norm: its steps and columns, and the factor to correct for it.
 POWER_ITERATIONS = 4
 POWER_COLUMNS = 8
 SAFETY_FACTOR = 2.0
 # Squared norms between the inverse of this and this are far from where float32 loses digits ...
 MAX_SQUARED_NORM = 1e64
-# ... and so are Gram matrices whose largest diagonal element is in this range of their own dtype.
+# ... and so are Gram matrices whose largest diagonal element is in this range for their dtype.
 MAX_DIAGONAL = {torch.float32: 1e24, torch.float64: 1e200}
 
 
@@ -39,22 +39,22 @@ def gram_truncated_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Truncat
     `V^T = Z_r^T L^-1 A`. `O((d + k) R^2 + R^3)`, and `O((d + k) R r)` for the residual.
 
     The directions are those of a sum that differs from the true one by at most p, so that
-    `||sum - U S V^T|| <= least error + 2 p`; they are accepted where `p <= RTOL * least error` or
+    `||sum - U S V^T|| <= minimum error + 2 p`; they are accepted if `p <= RTOL * minimum error` or
     `p <= ATOL ||sum||`.
 
     Args:
-        total: Float32 factors; their memory is reused where directions are returned.
-        rank: How many directions, below the rank of `total`.
-        dtype: Of the Gram matrices, float32 or float64.
+        total: Float32 factors; their memory is reused if directions are returned.
+        rank: Number of directions, below the rank of `total`.
+        dtype: The dtype of the Gram matrices, float32 or float64.
 
     Returns:
-        None where the bound does not hold in `dtype`.
+        The SVD, or None if the bound does not hold in `dtype`.
 
     Source:
-        Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085, for the conditions a Gram matrix can
-        bear.
+        Fukaya et al., Shifted Cholesky QR, arXiv 1809.11085, for the condition numbers that a Gram
+        matrix can handle.
     """
-    # Relative round-off of a Gram matrix: it accumulates like noise.
+    # Relative round-off of a Gram matrix, which accumulates like independent noise.
     roundoff = math.sqrt(total.rank) * torch.finfo(dtype).eps
     G_A = gram(total.A, dtype)
     if not _is_normal(G_A.diagonal(), MAX_SQUARED_NORM):
@@ -65,11 +65,11 @@ def gram_truncated_svd(total: LowRank, rank: int, dtype: torch.dtype) -> Truncat
     G_B = gram(total.B.mT, dtype)
     if not _is_normal(G_B.diagonal(), MAX_SQUARED_NORM):
         return None
-    # The rows of A are scaled to unit length, and their lengths multiplied into B.
+    # Scale the rows of A to unit length, and multiply their lengths into B.
     G_B = G_B * A.lengths * A.lengths[:, None]
     B = _factorize(G_B)
 
-    # The perturbation p, relative to what is left and to the sum.
+    # Compare the perturbation p with the remaining energy and with the sum.
     energy = float((A.gram * G_B).sum(dtype=CORE_DTYPE))
     size = A.norm * B.norm * float(B.lengths.max())  # ||A|| ||B||
     p = roundoff * size * (A.condition + B.condition)
@@ -103,8 +103,8 @@ class _FactorizedGram(NamedTuple):
         gram: C.
         cholesky: L.
         lengths: The norms of the vectors before they were scaled.
-        norm: `sqrt(||C||)`, the norm of the matrix of unit vectors, an upper estimate.
-        condition: `sqrt(||C|| ||C^-1||)`, its condition, an upper estimate; infinite where C is
+        norm: Upper estimate of `sqrt(||C||)`, the norm of the matrix of unit vectors.
+        condition: Upper estimate of its condition number `sqrt(||C|| ||C^-1||)`; infinite if C is
             singular.
     """
 
@@ -137,7 +137,7 @@ def _is_normal(squares: Tensor, limit: float) -> bool:
 
 
 def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """Estimate the largest eigenvalue of a positive matrix from below, by block power iteration."""
+    """Underestimate the largest eigenvalue of a positive matrix, by block power iteration."""
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(len(like), POWER_COLUMNS, generator=generator, device="cpu")
     x = start.to(like)

@@ -1,8 +1,8 @@
-"""The leading directions of a factored sum by subspace iteration: for clients with a common start.
+"""The leading directions of a factored sum by subspace iteration, for clients with a common start.
 
-Their sum is `B_mean A_mean` except for products of two small changes, so the rows of A_mean almost
-span its leading row space, and one or two sweeps are enough. A sweep takes four thin products; a
-Gram matrix takes more. Nothing is inverted that the condition of the factors could spoil.
+Their sum is `B_mean A_mean` up to products of two small changes, so the rows of A_mean almost span
+its leading row space, and one or two sweeps are enough. A sweep takes four thin products; a Gram
+matrix takes more. Ill-conditioned factors do no harm, since no ill-conditioned matrix is inverted.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from fedmomentum.linalg.truncated_svd.deflation import (
     product,
 )
 
-# The mean A must have this fraction of the squared norm of the clients' A, or they have too little
-# in common.
+# The mean A must have at least this fraction of the squared norm of the clients' A; otherwise they
+# have too little in common.
 MIN_COMMON_FRACTION = 0.5
-# Columns of the sketch: what is left shows in them, and directions beyond the clients' mean.
+# Columns of the sketch, which reveals the remaining energy and directions beyond the clients' mean.
 SKETCH_COLUMNS = 16
 # Columns of random signs that estimate the norm of the terms of the sum.
 NUM_SIGNS = 4
 MAX_ITERATIONS = 3
-# Products in float32 may miss the directions by this fraction of the norm of the sum: somewhat more
-# than was ever measured ...
+# Float32 products may miss the directions by this fraction of the norm of the sum, slightly more
+# than any measured error ...
 ROUNDOFF_TOL = 4e-7
-# ... and by no more where directions are sums of vectors at most this many times as long as they.
+# ... provided that directions are sums of vectors at most this many times as long.
 MAX_GROWTH = 4.0
-# Beyond this ratio of the largest remaining squared singular value to the last leading one, the
-# iteration is slow.
+# Above this ratio of the largest remaining squared singular value to the last leading one,
+# convergence is slow.
 MAX_RATIO = 0.25
-# Terms of a norm between the inverse of this and this are far from the limits of float32.
+# Terms with a norm between the inverse of this and this are far from the limits of float32.
 MAX_MAGNITUDE = 1e12
 
 
 def mean_rows(
     A: Tensor, lengths: Tensor, weights: Sequence[float] | Tensor, rank: int
 ) -> Tensor | None:
-    """Return the clients' mean A if they have it in common, from their stacked A.
+    """Return the clients' mean A, computed from their stacked A, if they have much in common.
 
-    Clients of other ranks than `rank` are not told apart, and then have nothing in common.
+    If the clients' ranks differ from `rank`, the stack is split at the wrong rows, so that they
+    seem to have nothing in common.
 
     Args:
         A: `(R, in)`, a stack that begins with the rows of n clients of that rank.
@@ -58,7 +59,7 @@ def mean_rows(
         rank: The clients' rank.
 
     Returns:
-        `sum_i w_i A_i` `(rank, in)`; None where it has less than `MIN_COMMON_FRACTION` of the
+        `sum_i w_i A_i` `(rank, in)`, or None if it has less than `MIN_COMMON_FRACTION` of the
         squared norm of the clients' A.
     """
     w = torch.as_tensor(weights, dtype=CORE_DTYPE, device=A.device)
@@ -77,27 +78,26 @@ def mean_rows(
 def iterative_truncated_svd(total: LowRank, lengths: Tensor, rows: Tensor) -> TruncatedSVD | None:
     r"""Compute leading directions of `total = B A`, as many as `rows` has, by subspace iteration.
 
-    With X `(m, in)` the rows and a sketch, a sweep is
+    With X `(m, in)` consisting of the rows and a sketch, a sweep is
 
         H = A X^T,  Q R = B H,  P = B^T Q,  Z = P^T A,  Z Z^T = T diag(S^2) T^T,
 
     and the next X is `T^T Z`. The result is `(B H') (Y^T A)`, with `H' = H R^-1 T` and `Y = P T`
     scaled so that `Y^T H' = I`: the residual is exact whatever the directions. If a sweep adds g to
     the captured energy, and rho is the squared ratio of the largest remaining singular value to the
-    last captured one, then no more than `g rho / (1 - rho)` is still to be gained. That must be
-    below `RTOL` of the remaining energy, or `ATOL^2` of the whole. The remaining energy is
-    estimated from the sketch, whose columns are sums of disjoint sets of columns of `B A` with
-    random signs.
+    last captured one, then at most `g rho / (1 - rho)` is left to gain. That must be at most `RTOL`
+    of the remaining energy, or `ATOL^2` of the total. The remaining energy is estimated from the
+    sketch, whose columns are sums of disjoint sets of columns of `B A` with random signs.
 
     `O((d + k) R r)`: four products of that size per sweep, and three for directions and residual.
 
     Args:
-        total: Float32 factors; their memory is reused where directions are returned.
+        total: Float32 factors; their memory is reused if directions are returned.
         lengths: `(R,)`, the norms of the rows of A.
         rows: `(rank, in)`, near the leading row space; rank below that of `total`.
 
     Returns:
-        None where the directions are not known to be accurate enough.
+        The SVD, or None if the directions are not known to be accurate enough.
 
     Source:
         Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4 and section 9.
@@ -119,7 +119,7 @@ class _Sweep(NamedTuple):
 
     Attributes:
         H: `(R, m)`.
-        Y: `(out, m)`, B H, and the sketch where it is older than X.
+        Y: `(out, m)`, B H, followed by the sketch if X no longer contains it.
         R: `(m, m)`, float64.
         P: `(R, m)`.
         Z: `(m, in)`.
@@ -144,10 +144,10 @@ class _Energies(NamedTuple):
     """Squared norms after a sweep.
 
     Attributes:
-        captured: Of the leading directions.
-        remaining: Of the sum without them, estimated from the sketch.
+        captured: Squared norm of the leading directions.
+        remaining: Squared norm of the sum without them, estimated from the sketch.
         last: The last leading squared singular value.
-        largest_remaining: The largest remaining one, as far as sweep and sketch show it.
+        largest_remaining: The largest remaining one, as far as the sweep and the sketch reveal it.
     """
 
     captured: float
@@ -157,12 +157,12 @@ class _Energies(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of the sum."""
+        """Squared norm of the sum."""
         return self.captured + self.remaining
 
 
 def _iterate(total: LowRank, lengths: Tensor, rows: Tensor) -> tuple[_Sweep, _Energies] | None:
-    """Sweep to convergence; None where that is slow, or beyond the limits of float32."""
+    """Sweep until convergence; return None if it is slow or exceeds the limits of float32."""
     rank = len(rows)
     test_rows = _disjoint_signs(SKETCH_COLUMNS, total.A.shape[1]).to(total.A)
     X = torch.cat([rows, test_rows])
@@ -192,20 +192,20 @@ def _iterate(total: LowRank, lengths: Tensor, rows: Tensor) -> tuple[_Sweep, _En
 
 
 def _sweep(total: LowRank, X: Tensor, signs: Tensor, sketch: Tensor) -> _Sweep | None:
-    """Multiply X by `B A` and by its transpose; None at the limits of float32.
+    """Multiply X by `B A` and by its transpose; return None at the limits of float32.
 
     Args:
         total: `B A`.
         X: `(m, in)`.
         signs: `(R, NUM_SIGNS)`, random signs times the norms of the rows of A.
-        sketch: `(out, SKETCH_COLUMNS)` or `(out, 0)`, columns to decompose besides.
+        sketch: `(out, SKETCH_COLUMNS)` or `(out, 0)`, additional columns to decompose.
     """
     m = len(X)
     H = total.A @ X.mT  # (R, m)
     Y = total.B @ torch.cat([H, signs], dim=1)  # (out, m + NUM_SIGNS)
     terms_norm = float(torch.linalg.vector_norm(Y[:, m:]))
     Y = torch.cat([Y[:, :m], sketch], dim=1)
-    # The sketch may almost lie in the span of the rest: a QR decomposition, no Gram matrix.
+    # The sketch may almost lie in the span of the rest, so use a QR decomposition, not Gram.
     Q, R = torch.linalg.qr(Y)
     Q = Q[:, :m]
     sketch_in_Q = R[:, -SKETCH_COLUMNS:].to(CORE_DTYPE)
@@ -221,7 +221,7 @@ def _sweep(total: LowRank, X: Tensor, signs: Tensor, sketch: Tensor) -> _Sweep |
 
 
 def _energies(sweep: _Sweep, rank: int) -> _Energies:
-    """Measure the leading directions, and what the sketch shows beyond them."""
+    """Measure the leading directions, and what the sketch reveals beyond them."""
     leading = sweep.T[:, :rank]
     m = len(leading)
     beyond = sweep.sketch.clone()
@@ -237,7 +237,7 @@ def _energies(sweep: _Sweep, rank: int) -> _Energies:
 
 
 def _directions(total: LowRank, sweep: _Sweep, energies: _Energies, rank: int) -> Directions:
-    """Return the leading directions of a sweep, in float64 where float32 may miss them."""
+    """Return the leading directions of a sweep, in float64 if float32 may miss them."""
     T = sweep.T[:, :rank]
     P = sweep.P.to(CORE_DTYPE)
     C = torch.linalg.solve_triangular(sweep.R, T, upper=True)  # (m, rank)
@@ -251,7 +251,7 @@ def _directions(total: LowRank, sweep: _Sweep, energies: _Energies, rank: int) -
     if growth <= MAX_GROWTH and is_negligible:
         X = sweep.H.to(CORE_DTYPE) @ C  # (R, rank)
         M = torch.linalg.inv(X.mT @ PT)
-        # B X and (P T M)^T A but for round-off, from products that are there already.
+        # B X and (P T M)^T A up to round-off, from products that are already computed.
         W = sweep.Y[:, : len(C)] @ C.to(sweep.Y)
         V = (T @ M).mT.to(sweep.Z) @ sweep.Z
         return Directions(X, PT @ M, W, V)
@@ -271,7 +271,7 @@ def _column_norms(M: Tensor) -> Tensor:
 def _captured_energy(rows: Tensor, R: Tensor) -> float:
     """Return `||M V||_F^2` for an orthonormal basis V of the rows X, where `M X^T = Q R`.
 
-    0 if the rows are no basis.
+    0 if the rows are linearly dependent.
     """
     G = gram(rows).to(CORE_DTYPE)
     L, failed = torch.linalg.cholesky_ex(G)
@@ -283,9 +283,9 @@ def _captured_energy(rows: Tensor, R: Tensor) -> float:
 
 @lru_cache(64)
 def _disjoint_signs(count: int, size: int) -> Tensor:
-    """Return `(count, size)`: in each row random signs in its own run of columns, else zeros.
+    """Return `(count, size)`: each row has random signs in its own run of columns, zeros elsewhere.
 
-    For such S, a squared norm `||M S^T||_F^2` has the mean `||M||_F^2`.
+    For such S, the expected value of `||M S^T||_F^2` is `||M||_F^2`.
     """
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2.0 - 1
