@@ -92,8 +92,7 @@ class FleetClient:
         self._client._client.follow_redirects = False
         self._stop = threading.Event()
         self._lost: str | None = None
-        # Flower's helpers make requests in threads, and if one fails, they do not wait for the
-        # rest.
+        # Flower's helpers make requests in threads and, if one fails, do not wait for the rest.
         self._num_requests = 0
         self._requests_change = threading.Condition()
 

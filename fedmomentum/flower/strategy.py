@@ -49,7 +49,7 @@ class FedMomentumStrategy(FedAvg):
             otherwise the run stops.
         save_to: A directory to which the global model is written after every round.
         seed: The seed for methods that sample random numbers.
-            **options: FedAvg's arguments.
+        **options: FedAvg's arguments.
 
     Raises:
         ConfigError: If the method needs more from clients than PEFT state dicts, or a setting is
