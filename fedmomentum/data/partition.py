@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from fedmomentum.errors import DataError
 
-# With usual settings, a few attempts suffice; if a thousand fail, the settings do not fit the
-# data.
+# Usually, a few attempts suffice; if a thousand fail, the settings do not fit the data.
 MAX_ATTEMPTS = 1000
 
 Clients = list[list[int]]

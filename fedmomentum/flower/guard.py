@@ -198,8 +198,7 @@ class Guard:
         # find the task that it answers
         task = self._state.message_ins_store.get(message.metadata.reply_to_message_id)
         if task is None or task.metadata.dst_node_id != node_id:
-            # another node's task, or one that is over: accept nothing, so that Flower's store does
-            # not grow
+            # another node's task, or one that is over: accept nothing, to keep Flower's store small
             return PushMessagesResponse(results={message.metadata.message_id: 0})
         # an honest node only repeats an answer if its connection broke
         self._ledger.num_pushes[node_id] += 1

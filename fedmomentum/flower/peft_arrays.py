@@ -106,8 +106,7 @@ def _read_array(array: Array, name: str, expected: ArraySpec | None) -> Tensor:
     if expected is not None and (shape, DTYPES[dtype.name]) != expected:
         wanted = str(expected.dtype).removeprefix("torch.")
         raise PayloadError(f"{name} is {dtype} {shape}; wanted {wanted} {expected.shape}")
-    # the number of bytes must match the shape, so that no more memory is allocated than was
-    # received
+    # the bytes received must match the shape, so that no more memory than that is allocated
     start = stream.tell()
     num_bytes = math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(array.data) - start != num_bytes:

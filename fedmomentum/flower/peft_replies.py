@@ -77,8 +77,7 @@ def read_replies(
         form: The form of the adapters; None for replies to evaluate messages, which have none.
     """
     result = Replies()
-    # errors created by the SuperLink bear its own node id, so identify nodes by the message
-    # answered
+    # identify nodes by the message answered: the SuperLink's errors bear its own node id
     waiting = {metadata.message_id: metadata.dst_node_id for metadata in sent}
     for message in messages:
         node_id = waiting.pop(message.metadata.reply_to_message_id, None)

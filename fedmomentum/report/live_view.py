@@ -218,8 +218,7 @@ def _progress(status: StatusFile | None) -> dict[str, Any]:
     deadlines = [client.until for client in status.clients.values() if client.until is not None]
     num_asked = len(states) - states.count("idle")
     if not status.networked:
-        # Clients run one after another, so most have not begun; an evaluation's progress is
-        # unknown.
+        # Clients run in turn, so most have not begun; an evaluation's progress is unknown.
         num_asked = len(status.participants) if status.phase == "training" else 0
     return {
         "phase": status.phase,
