@@ -1,7 +1,7 @@
 """Exact federated LoRA fine-tuning of language models.
 
-The names below are the public ones. They are imported when they are first used, so that
-`import fedmomentum` and the command line stay quick.
+The names below are public. They are imported on first use, so that `import fedmomentum` and the
+command line stay fast.
 """
 
 import importlib
@@ -60,10 +60,10 @@ _MODULES = {
     "read_adapter": "fedmomentum.lora.peft_folder",
     "write_adapter": "fedmomentum.lora.peft_folder",
 }
-"""Public name to the module that defines it."""
+"""Public name -> the module that defines it."""
 __all__ = list(_MODULES)
 
-# Before any of them imports transformers or PEFT, which import what else is installed.
+# Call this before any of them imports transformers or PEFT, which import quantization libraries.
 quiet_advice()
 
 

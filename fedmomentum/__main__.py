@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Load the command line and run it; Ctrl-C while it is loading ends like Ctrl-C later."""
+    """Load and run the command line; Ctrl-C during loading exits like Ctrl-C later."""
     try:
         from fedmomentum.cli import main as cli
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""The errors a user can cause: what came, what was wanted, what to do.
+"""Errors that users can cause; messages say what was received, what was expected and what to do.
 
-The command line prints them and exits with 2.
+The command line prints them and exits with code 2.
 """
 
 import re
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 
 class FedMomentumError(Exception):
-    """A mistake in what the user or a client gave us; never a defect of the package."""
+    """A mistake in the input from a user or client, never a bug in the package."""
 
 
 class ConfigError(FedMomentumError):
-    """A run configuration that cannot be obeyed: an unknown key, a value out of range."""
+    """An invalid run configuration, such as an unknown key or a value out of range."""
 
 
 class DataError(FedMomentumError):
@@ -20,45 +20,45 @@ class DataError(FedMomentumError):
 
 
 class AdapterError(FedMomentumError):
-    """An adapter that we cannot read, combine or write without changing what it means."""
+    """An adapter that cannot be read, combined or written without changing its meaning."""
 
 
 class ModelError(FedMomentumError):
-    """A base model or a global model directory that is missing, different or unreadable."""
+    """A base model or global model directory that is missing, different or unreadable."""
 
 
 class HubError(ModelError):
-    """A model hub that does not give, or does not take, what it was asked."""
+    """A failed download from or upload to a model hub."""
 
 
 class FormatError(ModelError):
-    """A file of another format or version: it may be intact, but this release does not read it."""
+    """A file with another format or version, possibly intact, that this release cannot read."""
 
 
 class MissingObject(ModelError):
-    """A part of a global model that is not in its directory."""
+    """A part of a global model that is missing from its directory."""
 
 
 class DamagedObject(MissingObject):
-    """A part of a global model whose file does not match its name; it counts as missing."""
+    """A part of a global model whose file does not match its name, and which counts as missing."""
 
 
 class PayloadError(FedMomentumError):
-    """Bytes from the wire that are not what the protocol allows."""
+    """Received bytes that violate the protocol."""
 
 
 class QuorumError(FedMomentumError):
-    """Too few clients answered a round with something usable."""
+    """Too few usable answers from clients in a round."""
 
 
 class LostRoundError(QuorumError):
-    """A round of which a sum was opened, and too few clients are left to open the rest.
+    """A round in which a sum was opened, but too few clients are left to open the rest.
 
-    Clients open no second sum of a round, so it cannot be made again.
+    Clients do not open a round's sums a second time, so the round cannot be repeated.
 
     Args:
         text: What happened.
-        failures: Client to why it did not open its part.
+        failures: Client -> why it did not open its part.
     """
 
     def __init__(self, text: str, failures: Mapping[str, str]) -> None:
@@ -67,23 +67,23 @@ class LostRoundError(QuorumError):
 
 
 class SecureSumError(FedMomentumError):
-    """A message or a rule of a secure sum that does not hold; nothing was opened for it."""
+    """An invalid message or broken rule in a secure sum, for which nothing was opened."""
 
 
 class PrivacyError(FedMomentumError):
-    """A training that a party's privacy ledger does not allow, or a ledger that cannot be used."""
+    """A training that a party's privacy ledger forbids, or an unusable ledger."""
 
 
-# From a word with a separator to a quote, a bracket or a colon: file names may have blanks and
-# commas in them.
+# From a word with a path separator up to a quote, a bracket or a colon: file names may contain
+# spaces and commas.
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")
 
 
 def public_text(error: Exception) -> str:
-    """Return what another machine may learn of an error: no path, and no data.
+    """Return what another machine may learn about an error: neither paths nor data.
 
     Messages about data quote it, and those of other libraries can contain anything, so only the
-    kind of these is returned.
+    type of such errors is returned.
     """
     kind = type(error).__name__
     if isinstance(error, FedMomentumError) and not isinstance(error, DataError):

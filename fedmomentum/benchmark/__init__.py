@@ -1,4 +1,4 @@
-"""Standard benchmarks of a federated model, by lm-evaluation-harness.
+"""Standard benchmarks of a federated model, with lm-evaluation-harness.
 
-The only package that imports lm_eval. Its tasks are local files: nothing is downloaded.
+The only package that imports lm_eval. Tasks are local files; nothing is downloaded.
 """

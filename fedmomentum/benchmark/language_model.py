@@ -1,4 +1,4 @@
-"""A loaded model as lm-evaluation-harness asks it, with what it passes over in silence said."""
+"""Adapts a loaded model to lm-evaluation-harness, and reports what that silently ignores."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNLIMITED = 2**31
-"""The most tokens of a model whose configuration does not say how many it can see."""
+"""The context length of a model whose configuration does not specify it."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How prompts are put to a model.
+    """How prompts are presented to a model.
 
     Attributes:
-        limit: The first so many examples; None: all.
-        chat: Whether prompts are wrapped in the tokenizer's chat template.
-        batch_size: Prompts in a forward pass.
+        limit: How many examples to use, from the first; None for all.
+        chat: Whether to wrap prompts in the tokenizer's chat template.
+        batch_size: Number of prompts per forward pass.
     """
 
     limit: int | None = None
@@ -46,8 +46,8 @@ class Outcome:
     """A model's scores on one task.
 
     Attributes:
-        scores: One for each metric and way of extracting the answer.
-        num_unfinished: Answers that were cut at the longest length.
+        scores: One for each combination of metric and answer extraction.
+        num_unfinished: Number of answers truncated at the maximum length.
     """
 
     scores: list[MetricScore]
@@ -55,16 +55,16 @@ class Outcome:
 
 
 class BenchmarkModel(HFLM):  # type: ignore[misc]
-    """A model that lm-eval scores, as it is at this moment: base model or federated.
+    """A model for lm-eval to score in its current state, base or federated.
 
     Args:
         model: The model, on its device.
         tokenizer: Its tokenizer.
-        asking: How prompts are put to it.
-        on_prompts: Called with the number of prompts that were answered.
+        asking: How prompts are presented to it.
+        on_prompts: Called with the number of newly answered prompts.
 
     Raises:
-        DataError: If prompts are to be a chat, and the tokenizer has no chat template.
+        DataError: If chat prompts are requested and the tokenizer has no chat template.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
         self._asking = asking
         self._on_prompts = on_prompts
         self._num_unfinished = 0
-        # lm-eval ties weights again, which would undo a head that was trained on its own.
+        # lm-eval ties weights again, which would undo a separately trained head.
         model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
         try:
             super().__init__(
@@ -87,7 +87,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
                 tokenizer=tokenizer,
                 max_length=max_positions(model)[0] or UNLIMITED,
                 batch_size=asking.batch_size,
-                # in 16 bits the sum over a choice's tokens is coarser than choices differ
+                # in 16 bits, sums over a choice's tokens are too coarse to distinguish choices
                 softmax_dtype="float32",
             )
         finally:
@@ -96,11 +96,11 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
     # ── a task ──
 
     def count_truncated(self, task: ConfigurableTask) -> int:
-        """Return how many prompts are longer than the model can see; nothing is computed yet.
+        """Return how many prompts exceed the context length, before any computation.
 
         Raises:
-            DataError: If an answer is too long for the model, or is no token.
-            ModelError: If the tokenizer gives a token that the model does not know.
+            DataError: If an answer is too long for the model, or has no tokens.
+            ModelError: If the tokenizer produces a token that the model does not know.
         """
         task.build_all_requests(
             limit=self._asking.limit,
@@ -140,14 +140,14 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
                 f"{where}: a choice has {len(choice_ids)} tokens after a prompt of "
                 f"{len(prompt_ids)}; both must have some, and the model can see {self.max_length}"
             )
-        # The last token is only predicted.
+        # The last token is only predicted and not an input.
         return bool(len(prompt_ids) + len(choice_ids) > self.max_length + 1)
 
     def score(self, task: ConfigurableTask) -> Outcome:
-        """Ask all prompts of a task, and score the answers.
+        """Run all prompts of a task and score the answers.
 
         Raises:
-            ModelError: If the model gives NaN.
+            ModelError: If the model produces NaN.
             DataError: If a metric is not 0 or 1 for each example.
         """
         self._num_unfinished = 0
@@ -155,11 +155,11 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
             lm=self,
             task_dict={"tasks": {task.task_name: task}, "groups": {}},
             limit=self._asking.limit,
-            # not used for means, but without it lm-eval gives no standard error
+            # not used for means, but lm-eval gives no standard error without it
             bootstrap_iters=1,
             apply_chat_template=self._asking.chat,
             fewshot_as_multiturn=self._asking.chat,
-            confirm_run_unsafe_code=True,  # programs are run in our sandbox, or refused before
+            confirm_run_unsafe_code=True,  # programs run in our sandbox or were rejected before
         )
         scores = _scores(task.task_name, results["samples"][task.task_name])
         _check_means(task.task_name, scores, results["results"][task.task_name])
@@ -190,7 +190,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> torch.Tensor:
-        # Greedy, without the model's own penalties; its end tokens stay.
+        # Decode greedily without the model's own penalties, but keep its end tokens.
         ends = self.model.generation_config.eos_token_id
         end_ids = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         config_class: Any = GenerationConfig
@@ -205,7 +205,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
                 logits_processor=LogitsProcessorList([_RefuseNaN()]),
                 **settings,
             )
-        # Rows that neither ended nor came to a text to stop at were cut.
+        # Rows that neither ended nor reached a stop text were truncated.
         new_tokens = tokens[:, context.shape[1] :].tolist()
         for row in new_tokens:
             text = self.tok_decode(row)
@@ -216,7 +216,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
 
 
 class _RefuseNaN(LogitsProcessor):
-    """Stops a generation whose logits are NaN; the most likely token would be any."""
+    """Stops a generation whose logits are NaN, since the chosen token would be arbitrary."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool(scores.isnan().any()):
@@ -228,8 +228,8 @@ class _RefuseNaN(LogitsProcessor):
 
 
 def _scores(task: str, samples: list[dict[str, Any]]) -> list[MetricScore]:
-    """Return each metric's outcomes in the order of the examples."""
-    # A sample for each example and way of extraction, with a value for each metric.
+    """Return each metric's outcomes in example order."""
+    # There is one sample for each example and extraction, with a value for each metric.
     outcomes: dict[tuple[Any, str], dict[int, str]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -238,7 +238,7 @@ def _scores(task: str, samples: list[dict[str, Any]]) -> list[MetricScore]:
                 raise DataError(f"{task}: {metric} is {value}; it should be 0 or 1")
             by_row = outcomes.setdefault((metric, sample["filter"]), {})
             by_row[sample["doc_id"]] = "1" if value else "0"
-    # lm-eval calls the only way of extraction "none".
+    # lm-eval calls the default extraction "none".
     scores = []
     for (metric, extraction), by_row in outcomes.items():
         correct = "".join(by_row[row] for row in sorted(by_row))
@@ -248,7 +248,7 @@ def _scores(task: str, samples: list[dict[str, Any]]) -> list[MetricScore]:
 
 
 def _check_means(task: str, scores: list[MetricScore], results: dict[str, Any]) -> None:
-    """Refuse scores that are not lm-eval's own."""
+    """Raise an error if scores differ from lm-eval's own."""
     for score in scores:
         own = results[f"{score.metric},{score.extraction or 'none'}"]
         if not math.isclose(own, score.fraction, abs_tol=1e-12):

@@ -1,4 +1,4 @@
-"""A model in transformers' own format, such as a merged export, to be scored alone."""
+"""A model in transformers' own format, such as a merged export, that is scored alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedmomentum.formats.directories import MANIFEST, is_adapter_directory, reta
 
 
 def is_plain_model(path: Path) -> bool:
-    """Return whether a directory holds a plain model, rather than a run or a part of one.
+    """Return whether a directory holds a plain model rather than a run or part of one.
 
     Raises:
-        ModelError: If it holds several of these.
+        ModelError: If it holds more than one of these.
     """
     if is_adapter_directory(path) or (path / MANIFEST).exists() or retained_rounds(path):
         return False
@@ -23,12 +23,12 @@ def is_plain_model(path: Path) -> bool:
 
 
 class PlainModel:
-    """A plain model, loaded.
+    """A loaded plain model.
 
     Args:
         path: Its directory.
-        dtype: Of its weights; empty: `auto`.
-        device: Where it is computed; empty: `auto`.
+        dtype: The dtype of its weights; empty for `auto`.
+        device: The device to run it on; empty for `auto`.
 
     Raises:
         ModelError: If it cannot be loaded.
@@ -36,7 +36,7 @@ class PlainModel:
 
     def __init__(self, path: Path, dtype: str, device: str) -> None:
         self.base = identify(str(path), path)
-        # There is no run that says which it was.
+        # There is no run that specifies a device.
         place = pick_device(device or "auto")
         set_up_device(place, tf32=False)
         self.model = load_base(path, pick_dtype(dtype or "auto", place), place)

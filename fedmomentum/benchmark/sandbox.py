@@ -1,8 +1,8 @@
-"""Run a program that a model wrote, where it can reach nothing.
+"""Runs a program written by a model in an isolated sandbox.
 
-Each program runs once in a process of its own, in Linux namespaces: no network, no other process,
-no file but Python's own libraries, an empty environment, limits on memory, time and open files, and
-no system call that leads out. `check_sandbox` tries these walls before anything is scored; where
+Each program runs in its own process in Linux namespaces: no network, no other processes, no files
+but Python's own libraries, an empty environment, limits on memory, time and open files, and no
+system calls that reach outside. `check_sandbox` tests these barriers before anything is scored; if
 one does not hold, no program is run.
 """
 
@@ -26,20 +26,20 @@ from fedmomentum.errors import ConfigError
 CHILD = Path(__file__).with_name("sandbox_child.py")
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 NAMESPACES = ("--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--uts")
-# More than a verdict has; a program that writes more is stopped.
+# More than a verdict needs; a program that writes more is stopped.
 MAX_VERDICT_BYTES = 4096
 READY = b"ready\n"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """The resource limits of a program.
 
     Attributes:
-        cpu_seconds: Time of the processor, so that a busy machine fails no program.
-        wall_seconds: Time on the clock, for programs that wait.
+        cpu_seconds: CPU time, so that programs do not fail on a busy machine.
+        wall_seconds: Wall-clock time, for programs that wait.
         memory_bytes: Address space.
-        open_files: Files that are open at a time.
+        open_files: Number of files open at a time.
     """
 
     cpu_seconds: int = 5
@@ -60,15 +60,15 @@ PROBES = {
     "see the environment": "import os; assert os.environ",
     "leave early and count as right": "import os; os._exit(0)",
 }
-"""What a program must not be able to do, and one that tries."""
+"""What a program must not be able to do -> a program that tries."""
 
 
 def run_program(program: str, limits: Limits = LIMITS) -> bool:
-    """Run a Python program in the sandbox, and return whether it ended without an exception.
+    """Run a Python program in the sandbox; return whether it ended without an exception.
 
     Args:
         program: The source code.
-        limits: What it may use; a program that passes them has failed.
+        limits: Its resource limits; a program that exceeds them has failed.
 
     Raises:
         ConfigError: If the sandbox cannot be set up here.
@@ -76,7 +76,7 @@ def run_program(program: str, limits: Limits = LIMITS) -> bool:
     nonce = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="fedmomentum-") as root:
         request = {"nonce": nonce, "program": program, "root": root, "limits": asdict(limits)}
-        # Code points that cannot be encoded are no valid program, and none of ours to refuse.
+        # A program with unencodable code points is invalid, but it is not up to us to reject it.
         verdict, problem = _run_child(json.dumps(request).encode(), limits.wall_seconds)
     if not verdict.startswith(READY):
         raise ConfigError(f"--run-code: {_reason(problem)}. Nothing was run")
@@ -84,10 +84,10 @@ def run_program(program: str, limits: Limits = LIMITS) -> bool:
 
 
 def check_sandbox() -> None:
-    """Refuse a machine on which the sandbox cannot be set up, or does not hold.
+    """Raise an error if the sandbox cannot be set up or does not hold on this machine.
 
     Raises:
-        ConfigError: If a right program does not pass, or a probe gets through.
+        ConfigError: If a correct program does not pass, or a probe gets through.
     """
     if not run_program("def double(x):\n    return 2 * x\nassert double(2) == 4"):
         raise ConfigError(
@@ -103,7 +103,7 @@ def check_sandbox() -> None:
 
 
 def _run_child(request: bytes, wall_seconds: float) -> tuple[bytes, str]:
-    """Run the child, and return what it says on standard output and on standard error."""
+    """Run the child and return its standard output and standard error."""
     unshare = shutil.which("unshare", path=SYSTEM_PATH)
     if unshare is None:
         raise ConfigError(
@@ -123,7 +123,7 @@ def _run_child(request: bytes, wall_seconds: float) -> tuple[bytes, str]:
     )
     assert process.stdin and process.stdout and process.stderr
     try:
-        # The child reads everything before it writes anything.
+        # This cannot deadlock: the child reads everything before it writes anything.
         try:
             process.stdin.write(request)
             process.stdin.close()
@@ -137,7 +137,7 @@ def _run_child(request: bytes, wall_seconds: float) -> tuple[bytes, str]:
 
 
 def _read_until(handle: int, deadline: float) -> bytes:
-    """Read a pipe until it is closed, the deadline has passed, or too much has come."""
+    """Read a pipe until it is closed, the deadline has passed, or too much has arrived."""
     text = b""
     while len(text) <= MAX_VERDICT_BYTES:
         remaining = deadline - time.monotonic()
@@ -151,7 +151,7 @@ def _read_until(handle: int, deadline: float) -> bytes:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End `unshare`, and with it everything in its namespaces."""
+    """Kill `unshare` and with it everything in its namespaces."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -166,7 +166,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(problem: str) -> str:
-    """Return the last line of what went wrong, with what to do."""
+    """Return the last line of an error output, with advice."""
     lines = problem.strip().splitlines()
     last = lines[-1].strip() if lines else "the sandbox ended without a word"
     return (

@@ -1,9 +1,9 @@
-"""What runs inside the sandbox: seal the process, then run one program. Standard library only.
+"""Runs inside the sandbox: seals the process, then runs one program. Standard library only.
 
-`sandbox` starts this file in namespaces of its own. It reads a nonce and a program from standard
-input, replaces the file system by a read-only one with Python's own libraries, sets limits, forbids
-system calls, and runs the program. It writes `ready` before the program, and the nonce after it if
-nothing was raised.
+`sandbox` starts this file in separate namespaces. It reads a nonce and a program from standard
+input, replaces the file system with a read-only one that has only Python's own libraries, sets
+limits, forbids system calls, and runs the program. It writes `ready` before the program, and the
+nonce after it if nothing was raised.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from typing import Any
 # mount(2)
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC = 2, 4, 4096, 16384
 MNT_DETACH = 2
-# mount_setattr(2), of Linux 5.12, which has one number on all machines
+# mount_setattr(2), from Linux 5.12, which has the same number on all architectures
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 
@@ -26,15 +26,15 @@ PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000
 EPERM, ENOSYS = 1, 38
 CAPABILITY_VERSION_3 = 0x20080522
-# What a filter is made of: load a word, jump if equal, jump if at least, return.
+# Filter instructions: load a word, jump if equal, jump if at least, return.
 BPF_LOAD, BPF_JUMP_EQUAL, BPF_JUMP_AT_LEAST, BPF_RETURN = 0x20, 0x15, 0x35, 0x06
 NUMBER_OFFSET, ARCHITECTURE_OFFSET = 0, 4
 X32_CALLS = 0x40000000
 
-# Machine to its name in filters, and the numbers of what a program may not call.
+# Machine -> its id in filters, and the numbers of forbidden system calls.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 FORBIDDEN = {
-    # name: (x86_64, aarch64); None where there is no such call
+    # name: (x86_64, aarch64); None if there is no such call
     "socket": (41, 198),
     "socketpair": (53, 199),
     "connect": (42, 203),
@@ -60,12 +60,12 @@ FORBIDDEN = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # memory that no limit of this process counts
+    # memory that is not covered by the limits of this process
     "memfd_create": (319, 279),
     "shmget": (29, 194),
     "msgget": (68, 186),
 }
-# glibc falls back from it to clone, which is forbidden.
+# Reported as missing, so that glibc falls back to clone, which is forbidden.
 CLONE3 = 435
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -89,22 +89,22 @@ class Filter(ctypes.Structure):
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call a function of the C library; OSError if it fails."""
+    """Call a C library function; raise OSError if it fails."""
     if getattr(LIBC, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    """Mount something."""
+    """Mount a file system."""
     texts = [text.encode() for text in (source, target, kind)]
     call("mount", *texts, ctypes.c_ulong(flags), data.encode())
 
 
 def make_read_only(path: str) -> None:
-    """Make a mount and all that are within it read-only, without devices."""
+    """Make a mount and all mounts below it read-only, without devices."""
     flags = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-    # to set, to clear, propagation, namespace
+    # attributes to set, to clear, propagation, namespace
     attributes = (ctypes.c_uint64 * 4)(flags, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     where = path.encode()
@@ -112,15 +112,15 @@ def make_read_only(path: str) -> None:
 
 
 def replace_file_system(root: str) -> None:
-    """Leave nothing but Python's own libraries, read-only."""
+    """Replace the file system with only Python's own libraries, read-only."""
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    # The standard library, and the system's libraries that its extension modules load.
+    # The standard library, and the system libraries that its extension modules load.
     libraries = {os.path.dirname(os.__file__), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}
     for library in sorted({os.path.realpath(path) for path in libraries if os.path.isdir(path)}):
         target = root + library
         os.makedirs(target, exist_ok=True)
         mount(library, target, "", MS_BIND | MS_REC)
-    # The new root takes the place of the old one, which nothing refers to any more.
+    # The new root replaces the old one, to which nothing refers anymore.
     os.mkdir(f"{root}/old")
     os.chdir(root)
     number = 155 if platform.machine() == "x86_64" else 41
@@ -132,7 +132,7 @@ def replace_file_system(root: str) -> None:
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Limit memory, time and files, for good."""
+    """Limit memory, time and files irrevocably."""
     hard_limits = {
         resource.RLIMIT_AS: limits["memory_bytes"],
         resource.RLIMIT_CPU: limits["cpu_seconds"],
@@ -147,18 +147,18 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up what root may do in its own namespaces."""
+    """Give up root's privileges within these namespaces."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
     call("capset", header, nothing)
 
 
 def forbid_system_calls(machine: str) -> None:
-    """Let the kernel refuse new processes, sockets and whatever reaches out of the sandbox."""
+    """Make the kernel refuse new processes, sockets and calls that reach out of the sandbox."""
     column = list(ARCHITECTURES).index(machine)
     refuse = SECCOMP_ERRNO | EPERM
     steps = [
-        # calls of another architecture have other numbers
+        # calls of other architectures have different numbers
         (BPF_LOAD, 0, 0, ARCHITECTURE_OFFSET),
         (BPF_JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
         (BPF_RETURN, 0, 0, refuse),
@@ -180,7 +180,7 @@ def forbid_system_calls(machine: str) -> None:
 
 
 def main() -> None:
-    """Seal the process and run the program that is on standard input."""
+    """Seal the process and run the program from standard input."""
     request = json.loads(sys.stdin.buffer.read())
     machine = platform.machine()
     if machine not in ARCHITECTURES:
@@ -189,7 +189,7 @@ def main() -> None:
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    # Errors until here, and in sealing, are the sandbox's own and go to standard error.
+    # Errors up to here and while sealing are the sandbox's own and go to standard error.
     replace_file_system(request["root"])
     drop_capabilities()
     set_limits(request["limits"])
@@ -197,9 +197,9 @@ def main() -> None:
     os.write(verdict, b"ready\n")
     os.dup2(null, 2)
     os.close(null)
-    # Python itself sets a locale where the environment is empty.
+    # Python itself sets a locale if the environment is empty.
     os.environ.clear()
-    # From here on everything that happens is the program's doing.
+    # From here on, everything that happens is the program's responsibility.
     passed = False
     try:
         exec(compile(request["program"], "program.py", "exec"), {"__name__": "__main__"})

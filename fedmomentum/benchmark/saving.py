@@ -1,4 +1,4 @@
-"""Where scores are kept: benchmarks.json, and the run's report page."""
+"""Stores scores in benchmarks.json and the run's report page."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fedmomentum.utils.records import read_record, with_checksum
 
 
 class ResultFile:
-    """The file that new results are added to.
+    """The file to which results are added.
 
     Args:
-        path: The file; None: results are not kept.
-        run: The run's directory, whose report shows them; None for what is no run.
-        run_id: The run's name in its files.
+        path: The file; None to discard results.
+        run: The directory of the run whose report shows them; None if there is no run.
+        run_id: The run's id in its files.
     """
 
     def __init__(self, path: Path | None, run: Path | None, run_id: str | None) -> None:
@@ -46,15 +46,15 @@ class ResultFile:
 
         Args:
             model: The directory of a run, a global model or an adapter.
-            out: The user's own file; None: the run's.
+            out: The user's file; None for the run's.
 
         Raises:
-            ConfigError: If the file cannot be written, or holds something else.
+            ConfigError: If the file cannot be written, or contains something else.
             ModelError: If the run's own files are missing or damaged.
         """
         if out is not None and not out.parent.is_dir():
             raise ConfigError(f"--out {out}: {out.parent} is no directory; create it")
-        # What is no run has no directory of its own for scores, and no page.
+        # Without a run, there is no directory for scores and no page.
         if not retained_rounds(model):
             return cls(out, None, None)
         try:
@@ -79,7 +79,7 @@ class ResultFile:
         return file.tasks
 
     def add(self, result: TaskResult) -> None:
-        """Write a result beside the others."""
+        """Add a result to the file."""
         if self._path is None:
             return
         self._tasks = merge_results(self._tasks, result)
@@ -92,7 +92,7 @@ class ResultFile:
         write_json(self._path, with_checksum(table))
 
     def finish(self) -> list[Path]:
-        """Write the run's report, and return the files that were written."""
+        """Write the run's report and return the written files."""
         written = [] if self._path is None else [self._path]
         if self._run is not None:
             written.append(write_report(self._run))

@@ -1,4 +1,4 @@
-"""Benchmarks of a run, a global model or an adapter, beside its base model, round by round."""
+"""Benchmarks a run, a global model or an adapter against its base model, round by round."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ OnStep = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose benchmarks they are.
+    """The models to benchmark.
 
     Attributes:
         path: The directory of a run, a global model, a PEFT adapter, or a plain model.
-        rounds: Of a run: numbers, `last`, `best` or `all`.
-        client: Whose model, where the method gives each client its own.
+        rounds: The rounds of a run: numbers, `last`, `best` or `all`.
+        client: The client whose model to use, if the method gives each client its own.
         store: Where that client's own factors are, if not in the run's directory.
     """
 
@@ -52,15 +52,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """What is asked.
+    """The benchmarks to run.
 
     Attributes:
         tasks: Names of task files.
-        directory: Where they are.
-        asking: How prompts are put to the model.
-        num_fewshot: Worked examples in a prompt; None: each task's own number.
+        directory: Their directory.
+        asking: How prompts are presented to the model.
+        num_fewshot: Number of few-shot examples per prompt; None for each task's own.
         run_code: Whether programs that the model writes may be run.
-        truncate: Whether prompts that the model cannot see as a whole may be cut from the left.
+        truncate: Whether prompts that exceed the model's context may be truncated from the left.
     """
 
     tasks: tuple[str, ...]
@@ -79,29 +79,29 @@ def run_benchmarks(
     on_result: OnResult = lambda result: None,
     on_step: OnStep = lambda step, num_prompts: None,
 ) -> list[TaskResult]:
-    """Score the base model and the federated model of each round; a plain model alone.
+    """Score the base model and each round's federated model; score a plain model alone.
 
-    Everything that can be refused without computing is refused first.
+    Everything that can be rejected without computation is rejected first.
 
     Args:
         subject: The models.
         benchmarks: The tasks.
-        load: How the model is loaded.
-        on_result: Called with what is new, after each task of each model.
-        on_step: Called with what is being done, and how many prompts of it are answered.
+        load: How to load the model.
+        on_result: Called with the new result after each task of each model.
+        on_step: Called with the current step and its number of answered prompts.
 
     Returns:
-        One result a task, in the order asked for.
+        One result per task, in the order requested.
 
     Raises:
-        ConfigError: If there is no such task, programs would have to be run and may not be, or the
+        ConfigError: If a task does not exist, a task runs programs but that is not allowed, or the
             model is a classifier.
         DataError: If a task file, its data or a prompt cannot be used.
         FedMomentumError: See `open_result` and `ModelPair`.
     """
     tasks = _read_tasks(benchmarks)
     collected: dict[str, TaskResult] = {}
-    # A plain model has no base model beside it.
+    # A plain model has no base model to compare with.
     if is_plain_model(subject.path):
         _refuse_choices(subject, load)
         plain = PlainModel(subject.path, load.dtype, load.device)
@@ -111,7 +111,7 @@ def run_benchmarks(
             on_result(collected[name])
         return [collected[name] for name in tasks]
     results = _open_rounds(subject)
-    # A classifier has no likelihoods of answers.
+    # A classifier does not give likelihoods of answers.
     for result in results:
         refuse_generation(result)
     for number, result in enumerate(results):
@@ -129,7 +129,7 @@ def run_benchmarks(
                 new = TaskResult(task=name, settings=one.settings, models=[*one.models, scores])
                 collected[name] = new
                 on_result(new)
-        # Two models at a time may not fit.
+        # Two models at a time may not fit in memory.
         del pair
     return [collected[name] for name in tasks]
 
@@ -138,7 +138,7 @@ def run_benchmarks(
 
 
 def _read_tasks(benchmarks: Benchmarks) -> dict[str, TaskData]:
-    """Read all task files, and refuse what can be refused before a model is loaded."""
+    """Read all task files, and reject what can be rejected before loading a model."""
     if not benchmarks.tasks:
         raise ConfigError("--tasks names no task; give one or more, such as gsm8k,arc_easy")
     for name in ("limit", "batch_size"):
@@ -163,9 +163,9 @@ def _read_tasks(benchmarks: Benchmarks) -> dict[str, TaskData]:
 
 
 def _open_rounds(subject: Subject) -> list[Result]:
-    """Open each round that is asked for, once, in ascending order."""
+    """Open each requested round once, in ascending order."""
     names: list[str] = []
-    # `all` stands for the rounds that the run still has.
+    # `all` means the rounds that the run still has.
     for name in subject.rounds:
         if name == "all":
             rounds = retained_rounds(subject.path)
@@ -176,7 +176,7 @@ def _open_rounds(subject: Subject) -> list[Result]:
             names.append(name)
     if not names:
         raise ConfigError("--rounds names no round; give numbers, last, best or all")
-    # `last` and `best` may be a round that is named as well.
+    # `last` and `best` may coincide with an explicitly named round.
     opened = {}
     for name in names:
         result = open_result(
@@ -187,7 +187,7 @@ def _open_rounds(subject: Subject) -> list[Result]:
 
 
 def _refuse_choices(subject: Subject, load: LoadSettings) -> None:
-    """Refuse choices of a round, a client or a base where there is one plain model."""
+    """Reject the choice of a round, client or base model for a plain model."""
     if subject.rounds != ("last",) or subject.client or subject.store or load.base:
         raise ConfigError(
             f"{subject.path} is a plain model; --rounds, --client, --store and --base are for runs"
@@ -197,7 +197,7 @@ def _refuse_choices(subject: Subject, load: LoadSettings) -> None:
 def _settings(
     pair: Loaded, base: BaseIdentity, data: TaskData, benchmarks: Benchmarks
 ) -> TaskSettings:
-    """Return what must be equal where two models are compared."""
+    """Return the settings that must be equal for two models to be compared."""
     shots = benchmarks.num_fewshot
     return TaskSettings(
         sha256=data.sha256,
@@ -225,7 +225,7 @@ def _score_all(
     benchmarks: Benchmarks,
     on_step: OnStep,
 ) -> Iterator[tuple[str, ModelScores]]:
-    """Yield the scores of the model as it is now; `result` is None for the base model."""
+    """Yield the scores of the model in its current state; `result` is None for the base model."""
     who = "the base model" if result is None else result.title
     step = ""
     num_prompts = 0
@@ -237,7 +237,7 @@ def _score_all(
 
     with _quiet():
         model = BenchmarkModel(pair.model, pair.tokenizer, benchmarks.asking, count)
-        # All prompts are measured before the first is answered.
+        # Measure all prompts before answering the first.
         truncated = {}
         for name, data in tasks.items():
             task = make_task(data, benchmarks.num_fewshot)
@@ -281,7 +281,7 @@ def _refuse_truncated(
 
 
 def _round_of(result: Result | None) -> int | None:
-    """Return the round of a run; None for the base model and for what is no run."""
+    """Return the round of a run; None for the base model or if there is no run."""
     return None if result is None or result.config is None else result.model.server_round
 
 
@@ -292,7 +292,7 @@ def _adapter_of(result: Result) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's advice off the terminal; what it warns of is refused or counted here."""
+    """Keep lm-eval's advice off the terminal; what it warns about is rejected or counted here."""
     logger = logging.getLogger("lm_eval")
     previous = logger.level
     logger.setLevel(logging.ERROR)

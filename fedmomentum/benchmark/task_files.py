@@ -1,7 +1,7 @@
-"""Task files: YAML in lm-evaluation-harness' format, and the rows of their data.
+"""Task files: YAML in the format of lm-evaluation-harness, and the rows of their data.
 
-In that format a file may name Python functions and data to download. Here it may do neither: every
-field is declared, the one function that can be named is ours, and data are local JSON Lines files.
+In that format, a file may name Python functions and data to download. Here it may do neither: all
+fields are declared, only our own function can be named, and data must be local JSON Lines files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedmomentum.utils.text import printable
 MAX_YAML_BYTES = 2**20
 PASS_AT_1 = "fedmomentum.benchmark.programs.pass_at_1"
 FUNCTIONS = (PASS_AT_1,)
-"""What `!function` may name."""
+"""The functions that `!function` may name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 Row = dict[str, Any]
@@ -35,19 +35,19 @@ Row = dict[str, Any]
 
 
 class DataFiles(Schema, frozen=True, kw_only=True):
-    """Split to JSON Lines file, relative to the task file."""
+    """Split -> JSON Lines file, relative to the task file."""
 
     data_files: Annotated[dict[str, str], Meta(min_length=1)]
 
 
 class Sampling(Schema, frozen=True, kw_only=True):
-    """How worked examples are chosen: at random with a fixed seed, or the first ones."""
+    """How few-shot examples are chosen: at random with a fixed seed, or the first ones."""
 
     sampler: Literal["default", "first_n"] = "default"
 
 
 class Metric(Schema, frozen=True, kw_only=True):
-    """One metric; the last four fields are those of `exact_match`."""
+    """One metric; the last four fields are for `exact_match`."""
 
     metric: MetricName
     aggregation: Literal["mean"] = "mean"
@@ -59,7 +59,7 @@ class Metric(Schema, frozen=True, kw_only=True):
 
 
 class FilterStep(Schema, frozen=True, kw_only=True):
-    """One step from an answer to what is compared."""
+    """One step in extracting the text to compare from an answer."""
 
     function: Literal["regex", "take_first", "remove_whitespace", "lowercase", "uppercase"]
     regex_pattern: str | None = None
@@ -68,14 +68,14 @@ class FilterStep(Schema, frozen=True, kw_only=True):
 
 
 class AnswerFilter(Schema, frozen=True, kw_only=True):
-    """A way to extract the answer; each gives scores of its own, under its name."""
+    """A way of extracting the answer; each gives separate scores under its name."""
 
     name: Annotated[ExtractionName, Meta(min_length=1)]
     filter: Annotated[list[FilterStep], Meta(min_length=1)]
 
 
 class Generation(Schema, frozen=True, kw_only=True):
-    """How answers are generated: greedily, until one of some texts."""
+    """How answers are generated: greedily, up to a stop text."""
 
     until: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
     max_gen_toks: Annotated[int, Meta(ge=1, le=2**20)] = 256
@@ -87,7 +87,7 @@ class TaskFile(Schema, frozen=True, kw_only=True):
     """A task: how its rows become prompts, and how answers are scored.
 
     The fields are those of lm-evaluation-harness. `tag`, `task_alias` and `metadata` are accepted
-    and not used.
+    but not used.
     """
 
     task: TaskName
@@ -117,11 +117,11 @@ class TaskFile(Schema, frozen=True, kw_only=True):
 
     @property
     def runs_code(self) -> bool:
-        """Whether answers are programs that are run."""
+        """Whether answers are programs to run."""
         return self.process_results is not None
 
     def __post_init__(self) -> None:
-        """Check that the fields fit each other; msgspec reports a ValueError with the file."""
+        """Check that the fields are consistent; msgspec reports a ValueError with the file."""
         is_choice = self.output_type == "multiple_choice"
         metrics = {metric.metric for metric in self.metric_list}
         if self.runs_code:
@@ -147,7 +147,7 @@ class TaskFile(Schema, frozen=True, kw_only=True):
         self._check_texts(is_choice)
 
     def _check_texts(self, is_choice: bool) -> None:
-        # lm-eval would render it with templates that are not confined.
+        # lm-eval would render it without a sandbox.
         if "{{" in self.description or "{%" in self.description or "{#" in self.description:
             raise ValueError("description: no template; a plain text")
         names = [extraction.name for extraction in self.filter_list]
@@ -156,7 +156,7 @@ class TaskFile(Schema, frozen=True, kw_only=True):
                 "filter_list: each name once, and for answers that are compared with exact_match"
             )
         for extraction in self.filter_list:
-            # Without it a filter's result is a list, which equals nothing.
+            # Without it, a filter's result is a list, which never equals an answer.
             if extraction.filter[-1].function != "take_first":
                 raise ValueError(f"filter_list: {extraction.name} must end in take_first")
         patterns = [step.regex_pattern for f in self.filter_list for step in f.filter]
@@ -176,10 +176,10 @@ class TaskData(msgspec.Struct, frozen=True, kw_only=True):
     """A task file with its rows.
 
     Attributes:
-        file: The file's content.
-        path: Where it is.
-        rows: Split to rows.
-        sha256: The hash of the task file and of its data files.
+        file: The file's contents.
+        path: The file's path.
+        rows: Split -> rows.
+        sha256: The hash of the task file and its data files.
     """
 
     file: TaskFile
@@ -189,7 +189,7 @@ class TaskData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """A loader of plain values, without aliases, that knows our functions by name."""
+    """A loader for plain values, without aliases, that knows our functions by name."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -219,8 +219,8 @@ def read_task(directory: Path, name: str) -> TaskData:
 
     Raises:
         ConfigError: If there is no such task.
-        DataError: If the file is not one, names a function that is not ours, or its data are not
-            there or not rows.
+        DataError: If the file is not a task file, names a function that is not ours, or its data
+            is missing or malformed.
     """
     path = directory / f"{name}.yaml"
     if not _NAME.fullmatch(name) or not path.is_file():
@@ -234,7 +234,7 @@ def read_task(directory: Path, name: str) -> TaskData:
     file = parse_task(text, str(path))
     if file.task != name:
         raise DataError(f"{path}: task is {file.task!r}; it must be the file's name, {name!r}")
-    # The splits that are used, each from its own file.
+    # Read only the splits that are used, each from its own file.
     used = {file.test_split}
     used |= {split for split in (file.fewshot_split, file.training_split) if split is not None}
     rows = {}
@@ -251,7 +251,7 @@ def parse_task(text: bytes, name: str) -> TaskFile:
     """Parse a task file.
 
     Raises:
-        DataError: If it is no YAML, or not of the declared form.
+        DataError: If it is not YAML or does not match the declared fields.
     """
     try:
         table = yaml.load(text, Loader=_Loader)
@@ -260,13 +260,13 @@ def parse_task(text: bytes, name: str) -> TaskFile:
         raise DataError(f"{name}, {problem}") from None
     except msgspec.ValidationError as problem:
         raise DataError(f"{name}: {validation_message(problem)}") from problem
-    # a date that does not exist, a list as a key, nesting without end
+    # such as a nonexistent date, a list as a key, or endless nesting
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as problem:
         raise DataError(f"{name}: not valid YAML: {' '.join(str(problem).split())}") from problem
 
 
 def _read_rows(path: Path, owner: Path) -> tuple[list[Row], str]:
-    """Return the rows of a JSON Lines file, which all have the same columns, and its hash."""
+    """Return the rows of a JSON Lines file, which must all have the same columns, and its hash."""
     try:
         data = read_file(path, error=DataError)
     except FileNotFoundError:
@@ -290,10 +290,10 @@ def _read_rows(path: Path, owner: Path) -> tuple[list[Row], str]:
 
 
 def check_program_columns(task: TaskData) -> None:
-    """Refuse a task of programs whose rows lack a column.
+    """Reject a program task whose rows lack a column.
 
     Raises:
-        DataError: If one is missing, or is no text.
+        DataError: If one is missing or not text.
     """
     for number, row in enumerate(task.rows[task.file.test_split], start=1):
         for column in COLUMNS:

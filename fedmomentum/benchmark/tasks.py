@@ -1,7 +1,7 @@
-"""Tasks as lm-evaluation-harness runs them, made of checked task files.
+"""Makes lm-evaluation-harness tasks from validated task files.
 
-Templates of a task file are rendered in Jinja's sandbox, and data are given as rows, so nothing of
-lm-eval's that imports, executes or downloads is reached.
+A task file's templates are rendered in Jinja's sandbox and data is passed as rows, so none of
+lm-eval's code that imports, executes or downloads is reached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
 
 FEWSHOT_SEED = 1234
-"""lm-eval's own, so that both choose the same worked examples."""
+"""The same as lm-eval's, so that both choose the same few-shot examples."""
 _TEMPLATES = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
 )
@@ -31,22 +31,22 @@ Render = Callable[[Mapping[str, Any]], Any]
 
 
 def make_task(data: TaskData, num_fewshot: int | None = None) -> ConfigurableTask:
-    """Return a fresh task; two of them ask the same prompts in the same order.
+    """Return a fresh task; repeated calls give the same prompts in the same order.
 
     Args:
         data: The task file and its rows.
-        num_fewshot: The number of worked examples; None: the task file's.
+        num_fewshot: The number of few-shot examples; None for the task file's.
 
     Raises:
-        DataError: If a row gives no prompt, no choices or no answer, or there are too few rows to
-            choose worked examples from.
+        DataError: If a row gives no prompt, choices or answer, or there are too few rows to choose
+            few-shot examples from.
     """
     file = data.file
     shots = file.num_fewshot if num_fewshot is None else num_fewshot
     renders = _renders(data)
     _check_rows(data, renders)
     _check_shots(data, shots)
-    # What is not among the declared fields stays at lm-eval's default.
+    # Undeclared fields keep lm-eval's defaults.
     table: dict[str, Any] = msgspec.to_builtins(file)
     config = {
         "task": file.task,
@@ -65,7 +65,7 @@ def make_task(data: TaskData, num_fewshot: int | None = None) -> ConfigurableTas
         "unsafe_code",
     ):
         config[name] = table[name]
-    # Worked examples, and how answers are generated, extracted and compared.
+    # Set the few-shot examples, and how answers are generated, extracted and compared.
     config["fewshot_split"] = file.fewshot_split or file.training_split
     config["fewshot_config"] = table["fewshot_config"]
     if file.generation_kwargs is not None:
@@ -84,7 +84,7 @@ def make_task(data: TaskData, num_fewshot: int | None = None) -> ConfigurableTas
 
 
 def _metric(table: dict[str, Any]) -> dict[str, Any]:
-    """Return a metric as lm-eval takes it; only `exact_match` has settings."""
+    """Return a metric in lm-eval's format; only `exact_match` has settings."""
     if table["metric"] != "exact_match":
         return {key: table[key] for key in ("metric", "aggregation", "higher_is_better")}
     return {**table, "regexes_to_ignore": table["regexes_to_ignore"] or None}
@@ -128,7 +128,7 @@ def _renders(data: TaskData) -> dict[str, Any]:
 
 
 def _render(data: TaskData, field: str, template: str, columns: set[str]) -> Render:
-    """Return the function of one template; a column's name stands for the column."""
+    """Return one template as a function; a column's name stands for the column."""
     if template in columns:
         return lambda row: row[template]
     try:
@@ -139,7 +139,7 @@ def _render(data: TaskData, field: str, template: str, columns: set[str]) -> Ren
     def render(row: Mapping[str, Any]) -> str:
         try:
             return compiled.render(**row)
-        # a template can fail in any way, such as by a division
+        # a template can fail in any way, such as division by zero
         except Exception as problem:
             raise DataError(
                 f"{data.path}: {field}: {printable(str(problem), 200)}; the columns are "
@@ -150,14 +150,14 @@ def _render(data: TaskData, field: str, template: str, columns: set[str]) -> Ren
 
 
 def _as_index(value: Any) -> Any:
-    """Return digits as the index of a choice, as lm-eval does."""
+    """Convert digits to the index of a choice, as lm-eval does."""
     if isinstance(value, str) and value.isdigit():
         return int(value)
     return value
 
 
 def _as_list(value: Any) -> Any:
-    """Return the text of a list as a list, as lm-eval does."""
+    """Convert the text of a list to a list, as lm-eval does."""
     if isinstance(value, str):
         try:
             return ast.literal_eval(value)
@@ -170,7 +170,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _check_rows(data: TaskData, renders: Mapping[str, Any]) -> None:
-    """Refuse rows that lm-eval would score as wrong, whatever the model answers."""
+    """Reject rows that lm-eval would score as wrong regardless of the model's answer."""
     if data.file.runs_code:
         check_program_columns(data)
     choices: Any = renders.get("doc_to_choice")
@@ -191,7 +191,7 @@ def _check_rows(data: TaskData, renders: Mapping[str, Any]) -> None:
 
 
 def _check_choices(choices: Any, answer: Any, where: str) -> None:
-    """Refuse choices that are none, and an answer that is not among them."""
+    """Reject invalid choices, and an answer that is not among them."""
     if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
         raise DataError(f"{where}: doc_to_choice gives no list of two choices or more")
     if not all(isinstance(choice, str) and choice for choice in choices):
@@ -203,13 +203,13 @@ def _check_choices(choices: Any, answer: Any, where: str) -> None:
             f"{where}: the answer {printable(repr(answer), 80)} is none of its {len(choices)} "
             "choices"
         )
-    # Of equal choices lm-eval takes the first, which would be wrong if the answer is the second.
+    # Of equal choices, lm-eval takes the first, which is wrong if the answer is the second.
     if choices.count(right) > 1:
         raise DataError(f"{where}: two choices are the answer, {printable(right, 80)!r}")
 
 
 def _check_shots(data: TaskData, shots: int) -> None:
-    """Refuse more worked examples than there are rows to choose from, and test rows as such."""
+    """Reject more few-shot examples than available rows, and test rows as few-shot examples."""
     if shots == 0:
         return
     split = data.file.fewshot_split or data.file.training_split

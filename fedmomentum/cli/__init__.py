@@ -1,4 +1,4 @@
-"""The command line, one file a group of commands.
+"""The command line, with one file per group of commands.
 
-Parse, call, print: no arithmetic here.
+Commands only parse arguments, call functions and print results.
 """

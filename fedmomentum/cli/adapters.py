@@ -71,7 +71,7 @@ def aggregate(
         raise ConfigError(f"--to must be global or adapter; got {to!r}")
     check_output_directory(out)
     require_empty_directory(out)
-    # only what was given: other methods have no such settings
+    # pass on only what was given, since other methods lack these settings
     options = {"split": split, "energy": energy}
     settings = {key: value for key, value in options.items() if value is not None}
     built_method = build_method(method, settings)
@@ -101,10 +101,10 @@ def aggregate(
 
 
 def _parse_weights(text: str | None) -> list[float] | None:
-    """Return the numbers of `--weights`.
+    """Parse `--weights`.
 
     Raises:
-        ConfigError: If they are not positive numbers separated by commas.
+        ConfigError: If it is not a list of positive numbers separated by commas.
     """
     if text is None:
         return None
@@ -157,11 +157,11 @@ def _method_cells(method: Method) -> list[Text | str]:
 
 
 FACTOR_COST = {"BA": "P(r)", "B": "r out", "A": "r in", "": ""}
-"""How many parameters a module's factors have."""
+"""The number of parameters of a module's factors."""
 
 
 def _odd_and_even(factors_of: Callable[[int], str], shown_as: dict[str, str] | None = None) -> str:
-    """Return the factors of odd and even rounds; once if they are the same."""
+    """Return the factors of odd and even rounds, or just once if they are the same."""
     factors = [factors_of(1), factors_of(2)]
     if shown_as is not None:
         factors = [shown_as[name] for name in factors]

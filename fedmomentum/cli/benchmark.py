@@ -1,4 +1,4 @@
-"""The command `benchmark`: standard benchmarks of a result, beside its base model."""
+"""The `benchmark` command: standard benchmarks of a result and its base model."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def benchmark(
     require_extra("lm_eval", "benchmark", "benchmarks need lm-evaluation-harness")
     from fedmomentum.utils.hub import go_offline, parse_hub_name
 
-    # What is named on the hub is downloaded now; from then on nothing is looked up there.
+    # Download Hub models now; after that, the Hub is not accessed anymore.
     named = model
     if parse_hub_name(model) is not None or base:
         from fedmomentum.run.hub_model import fetch
@@ -93,7 +93,7 @@ def benchmark(
         _names(tasks), data, Asking(limit, chat, batch_size), num_fewshot, run_code, truncate
     )
     file = ResultFile.of(named, out)
-    # Each result is written as it comes, so that an interruption loses one task at most.
+    # Write each result as it arrives, so that an interruption loses at most one task.
     with quiet_libraries(), OUT.status("Reading the tasks") as status:
 
         def on_step(step: str, num_prompts: int) -> None:
@@ -116,6 +116,6 @@ def benchmark(
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Return the names in a list separated by commas, each once."""
+    """Split a comma-separated list of names, without duplicates."""
     names = [name.strip() for name in text.split(",")]
     return tuple(dict.fromkeys(name for name in names if name))

@@ -1,4 +1,4 @@
-"""Scores of standard benchmarks as tables and notes."""
+"""Tables and notes about standard benchmark scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAPTION = "right in % [95 % interval]; the difference in points, on the same exa
 
 
 def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
-    """Yield a table a task: the base model beside each federated one, a line a metric."""
+    """Yield one table per task: base and federated models side by side, one row per metric."""
     for result in results:
         num_examples = result.models[0].scores[0].num_examples
         columns = [Column(name, no_wrap=True) for name in ("base", "federated", "difference")]
@@ -26,7 +26,7 @@ def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
             title=Text(f"{result.task}, {num_examples} examples"),
             title_justify="left",
         )
-        # A plain model has nothing beside it.
+        # A plain model has nothing to compare with.
         if result.base is not None and not result.federated:
             for score in result.base.scores:
                 table.add_row(Text(score.name), MISSING, _percent(score), MISSING, MISSING)
@@ -42,19 +42,19 @@ def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
 
 
 def _percent(score: MetricScore) -> str:
-    """Format a score and its interval, such as `38.6 [34.2, 43.1]`."""
+    """Format a score with its interval, such as `38.6 [34.2, 43.1]`."""
     low, high = score.interval
     return f"{100 * score.fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _points(difference: tuple[float, float, float]) -> str:
-    """Format a difference in points and its interval, such as `+1.3 [-0.2, +2.8]`."""
+    """Format a difference in points with its interval, such as `+1.3 [-0.2, +2.8]`."""
     value, low, high = difference
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def benchmark_notes(results: Sequence[TaskResult]) -> list[str]:
-    """Return what was cut: prompts and answers."""
+    """Return notes about truncated prompts and answers."""
     notes = []
     for result in results:
         for model in result.models:

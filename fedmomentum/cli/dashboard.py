@@ -1,4 +1,4 @@
-"""`--dashboard`: the page to watch a run on, and what a run on this machine writes for it."""
+"""`--dashboard`: the page for watching a run, and the files that local runs write for it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Address = tuple[str, int]
 
 
 def dashboard_address(wanted: bool, address: str) -> Address | None:
-    """Return where the page is to be served; None for no page.
+    """Return the address at which to serve the page; None for no page.
 
     Raises:
-        ConfigError: If the address is none, there is none to serve, or a package is missing.
+        ConfigError: If the address is invalid or given without a page, or a package is missing.
     """
     if not wanted:
         if address:
@@ -32,7 +32,7 @@ def dashboard_address(wanted: bool, address: str) -> Address | None:
         return None
     for package in ("uvicorn", "starlette"):
         require_extra(package, "dashboard", "--dashboard serves a web page")
-    # Read as the part of a URL that it is.
+    # Parse it as the network location of a URL.
     try:
         parts = urlsplit(f"//{address or DASHBOARD_ADDRESS}")
         host = parts.hostname
@@ -52,15 +52,15 @@ def dashboard_address(wanted: bool, address: str) -> Address | None:
 
 @contextmanager
 def page(address: Address | None, out: Path, log: str) -> Iterator[None]:
-    """Serve the page while the block runs, and print its address; do nothing without one.
+    """Serve the page within the block and print its address; do nothing without an address.
 
     Args:
         address: Where to serve it.
         out: The run's directory.
-        log: The log's file in it.
+        log: The log file in it.
 
     Raises:
-        ConfigError: If it cannot be served there.
+        ConfigError: If the page cannot be served there.
     """
     if address is None:
         yield
@@ -74,10 +74,10 @@ def page(address: Address | None, out: Path, log: str) -> Iterator[None]:
 
 @contextmanager
 def local_page(address: Address | None, out: Path, settings: Config) -> Iterator[list[Callback]]:
-    """Serve the page of a run on this machine while the block runs; see `page`.
+    """Serve the page of a local run within the block; see `page`.
 
     Yields:
-        The callbacks that write what the page shows.
+        Callbacks that write the data shown on the page.
     """
     if address is None:
         yield []
@@ -91,10 +91,10 @@ def local_page(address: Address | None, out: Path, settings: Config) -> Iterator
         secure=settings.privacy.secure_aggregation, private=settings.privacy.dp is not None
     )
     num_rounds = settings.federation.num_rounds
-    # The page is there first and goes last, so that it shows the end.
+    # The page starts first and ends last, so that it shows the end of the run.
     with page(address, out, RUN_LOG):
         out.mkdir(parents=True, exist_ok=True)
-        # Neither makes a file before the run itself is accepted.
+        # Neither creates a file before the run itself is accepted.
         log: AbstractContextManager[object] = log_file(out / RUN_LOG, delay=True)
         status = StatusWriter(out, num_rounds, networked=False, withheld=withheld)
         with log, status:

@@ -1,4 +1,4 @@
-"""Commands on files of examples: `data` shows what is made of them, `init` configures a run."""
+"""Commands on example files: `data` shows how they are read, `init` configures a run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ LossOnOption = Annotated[
 TaskOption = Annotated[str, typer.Option("--task", help="causal-lm or sequence-classification")]
 
 LEARNED_MARKS = ("⟦", "⟧")
-"""What stands around the tokens that are learned."""
+"""The marks around tokens that are learned."""
 MAX_SEGMENT = 600
-"""Characters of a part of an example that are shown."""
+"""The most characters to show of a part of an example."""
 MAX_ROWS = 5
 
 
@@ -84,7 +84,7 @@ def data(
     }
     start = load_config(config) if config is not None else from_dict({})
     settings = _with_options(start, given, column or [])
-    # Every file that can be read is shown, whatever is wrong with the others.
+    # Show every readable file, whatever is wrong with the others.
     sources = files or _sources(settings)
     with quiet_libraries():
         tokenizer = load_tokenizer_of(settings.model)
@@ -140,7 +140,7 @@ def init(
     text = starter_config(reports, settings, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    # What is written can be read: a name with a quote, or a model that is a path.
+    # Make sure that the result can be read, even with quotes in names or a path as the model.
     load_config(out)
     OUT.print(f"{out}: written. Next:", markup=False, soft_wrap=True)
     for words in (("data", "--config", out), ("run", out, "--plan"), ("run", out)):
@@ -148,7 +148,7 @@ def init(
 
 
 def _model_keys(model: str) -> dict[str, object]:
-    """Return what `--model` sets."""
+    """Return the keys set by `--model`."""
     from fedmomentum.utils.hub import split_revision
 
     name, revision = split_revision(model)
@@ -156,12 +156,12 @@ def _model_keys(model: str) -> dict[str, object]:
 
 
 def _with_options(settings: Config, given: Mapping[str, object], columns: list[str]) -> Config:
-    """Return settings with those that were given on the command line."""
+    """Return the settings, overridden by those given on the command line."""
     from fedmomentum.config.toml import apply_overrides
     from fedmomentum.config.toml_values import format_value
 
     overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
-    # Another model than the configuration's does not have its revision.
+    # A different model does not have the configured model's revision.
     if given["model.name"] and not given["model.revision"]:
         overrides.append("model.revision=")
     settings = apply_overrides(settings, overrides)
@@ -170,10 +170,10 @@ def _with_options(settings: Config, given: Mapping[str, object], columns: list[s
 
 
 def _parse_columns(pairs: list[str]) -> dict[str, str]:
-    """Return the columns of `--column`.
+    """Parse `--column`.
 
     Raises:
-        ConfigError: If one is no pair.
+        ConfigError: If one is not a pair.
     """
     columns = {}
     for pair in pairs:
@@ -185,7 +185,7 @@ def _parse_columns(pairs: list[str]) -> dict[str, str]:
 
 
 def _sources(settings: Config) -> list[str]:
-    """Return the sources of a configuration.
+    """Return the data sources of a configuration.
 
     Raises:
         ConfigError: If there are none to read.
@@ -206,7 +206,7 @@ def _sources(settings: Config) -> list[str]:
 
 
 def _print_report(report: DataReport) -> None:
-    """Print a report: facts, examples, and what to know before a run."""
+    """Print a report: facts, examples, and notes to read before a run."""
     OUT.print(Text(report.source, style="bold"), soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -227,12 +227,12 @@ def _print_report(report: DataReport) -> None:
 
 
 def _facts(report: DataReport) -> Iterator[tuple[str, str]]:
-    """Yield what was recognized."""
+    """Yield what was detected."""
     yield "file", ", ".join((report.origin.kind, *report.origin.details))
     if report.origin.encoding:
         yield "encoding", report.origin.encoding
     yield "format", report.kind
-    # The file's own names, and what they stand for where that is not plain.
+    # The file's column names, and what they are used as if that is not obvious.
     used = []
     for ours, own in report.columns.items():
         used.append(own if own == ours else f"{own} (as {ours})")
@@ -250,11 +250,11 @@ def _facts(report: DataReport) -> Iterator[tuple[str, str]]:
 
 
 def _example_text(example: ShownExample) -> Text:
-    """Return an example with marks around what is learned."""
+    """Return an example's text, with marks around what is learned."""
     text = Text()
     start, end = LEARNED_MARKS
     for segment in example.segments:
-        # Of a long text, its beginning and its end.
+        # Show only the beginning and end of a long text.
         shown = segment.text
         if len(shown) > MAX_SEGMENT:
             half = MAX_SEGMENT // 2
@@ -269,7 +269,7 @@ def _example_text(example: ShownExample) -> Text:
 
 
 def _notes(report: DataReport) -> Iterator[str]:
-    """Yield what is cut, dropped or repeated."""
+    """Yield notes about truncated, dropped and repeated rows."""
     limit = f"data.max-length = {report.max_length}"
     if report.num_cut:
         yield f"rows cut at {limit} tokens: {report.num_cut:,} of {report.num_rows:,}"

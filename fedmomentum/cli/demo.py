@@ -1,4 +1,4 @@
-"""`fedmomentum demo`: a first run that needs no files, on a small model that it installs."""
+"""`fedmomentum demo`: a first run that needs no files, with a small model that it installs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fedmomentum.utils.installer import install, install_command
 
 @dataclass(frozen=True)
 class Download:
-    """Something that the demonstration needs and that is not installed.
+    """Something that the demo needs and that is not installed.
 
     Attributes:
-        arguments: What the installer is asked for.
+        arguments: The installer's arguments.
         description: What it is.
-        size: What is downloaded at most.
+        size: The maximum download size.
     """
 
     arguments: tuple[str, ...]
@@ -67,7 +67,7 @@ def demo(
 
 
 def missing_downloads() -> list[Download]:
-    """Return what the demonstration needs and is not installed."""
+    """Return what the demo needs that is not installed."""
     missing = []
     if find_spec("reasoning_gym") is None or find_spec("gguf") is None:
         missing.append(TASKS)
@@ -77,7 +77,7 @@ def missing_downloads() -> list[Download]:
 
 
 def _print_downloads(missing: Sequence[Download]) -> None:
-    """Say what will be downloaded, how large it is, and where it goes."""
+    """Print what will be downloaded, how large it is, and where it goes."""
     OUT.print("The demonstration needs, once:", markup=False)
     for download in missing:
         OUT.print(
@@ -95,7 +95,7 @@ def _print_downloads(missing: Sequence[Download]) -> None:
 
 
 def _confirm(yes: bool) -> None:
-    """Ask before anything is downloaded.
+    """Ask for confirmation before anything is downloaded.
 
     Raises:
         ConfigError: If the answer is no, or nobody can be asked.

@@ -1,4 +1,4 @@
-"""The table of an evaluation for the terminal: a tuned model beside its base."""
+"""Terminal tables of an evaluation: a tuned model next to its base model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluation_title(result: Result, comparison: ModelComparison) -> str:
-    """Return what was scored: which model, on how many examples, and how."""
+    """Describe what was scored: which model, on how many examples, and how."""
     how = ", answers generated" if comparison.by_generation else ""
     total = comparison.tuned.all.total
     measure = f"{total.measure} in % [95 % interval]"
@@ -26,11 +26,11 @@ def evaluation_title(result: Result, comparison: ModelComparison) -> str:
 
 
 def evaluation_table(comparison: ModelComparison) -> Table:
-    """Return the scores of base and tuned model: of all examples, by client, by category."""
+    """Return a table of base and tuned scores: on all examples, by client, and by category."""
     base = comparison.base
     tuned = comparison.tuned
     columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
-    # What the last column holds depends on what was scored.
+    # The content of the last column depends on what was scored.
     by_label = tuned.all.total.by_label
     last = "perplexity"
     if by_label:
@@ -41,7 +41,7 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     if by_label:
         table.caption = "F1: the tuned model's, %; for all and for a client the mean over labels"
     table.add_row("all", *_score_cells(base.all.total, tuned.all.total))
-    # Where there is one client, or one category, its scores are those of all.
+    # A single client or category would only repeat the overall scores.
     if len(base.by_client) > 1:
         table.add_section()
         for client in sorted(base.by_client):
@@ -61,7 +61,7 @@ def evaluation_table(comparison: ModelComparison) -> Table:
 
 
 def evaluation_notes(comparison: ModelComparison) -> list[str]:
-    """Return which examples the scores leave out or count as wrong, and why."""
+    """Explain which examples are left out or counted as wrong."""
     notes = []
     if comparison.tuned.all.total.by_label:
         notes.append("the base is the classifier with the head that training starts from")
@@ -97,5 +97,5 @@ def _score_cells(base: Score, tuned: Score) -> list[str]:
 
 
 def _short_percent(fraction: float | None) -> str:
-    """Return a fraction in percent, under a header that says so."""
+    """Format a fraction in percent, for a column whose header says so."""
     return "-" if fraction is None else f"{100 * fraction:.1f}"

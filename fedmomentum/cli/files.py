@@ -20,7 +20,7 @@ SHIPPED: Mapping[str, str] = {
     "deploy/fedmomentum-join.service": "systemd unit of a client",
     "deploy/nginx.conf": "nginx in front of a server",
 }
-"""Path of each file within the package, and what it is."""
+"""Path of each file within the package -> its description."""
 
 
 def files(
@@ -53,7 +53,7 @@ def copy_package_files(directory: Path, names: list[str]) -> list[Path]:
 
     Args:
         directory: The directory to copy into; created if it does not exist.
-        names: Which files, by their name or as `fedmomentum files` lists them; all if empty.
+        names: The files, by name or as listed by `fedmomentum files`; all if empty.
 
     Returns:
         The copies.

@@ -1,4 +1,4 @@
-"""`fedmomentum inspect`: what a directory contains, as tables."""
+"""`fedmomentum inspect`: the contents of a directory as tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str]
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64)
-"""The numbers of directions for which the fraction of a module's energy is shown."""
+"""Numbers of directions for which to show the fraction of a module's energy."""
 
 
 def summarize(directory: Path) -> Iterator[Table]:
@@ -39,7 +39,7 @@ def summarize(directory: Path) -> Iterator[Table]:
         ModelError: If the directory contains none of the three.
         AdapterError: If a PEFT adapter cannot be read.
     """
-    # an adapter directory may lie anywhere, or on the hub; look for it first
+    # an adapter may be in any directory or on the Hub, so look for it first
     name = str(directory)
     directory = find_adapter(directory)
     if is_adapter_directory(directory):
@@ -90,7 +90,7 @@ def _model_facts(directory: Path, model: GlobalModel) -> Iterator[Row]:
 
 
 def _personal_facts(directory: Path, model: GlobalModel) -> Iterator[Row]:
-    """Yield that there is no one global model, and whose personal factors are here."""
+    """Yield facts about a personalized model: that each client has its own, and whose are here."""
     from fedmomentum.run.saved_model import checkpoint_state, whose_factors
 
     if not model.personal:
@@ -118,7 +118,7 @@ def _facts_table(facts: Iterable[Row]) -> Table:
 
 
 def _modules_table(adapter: Adapter, model: GlobalModel | None) -> Table:
-    """Return a row for each module: its shape, norms in effective weights, and singular values."""
+    """Return a table of modules: shapes, norms of effective weights, and singular values."""
     table = Table(
         Column("module", overflow="fold", min_width=24),
         "out x in",
@@ -147,7 +147,7 @@ def _modules_table(adapter: Adapter, model: GlobalModel | None) -> Table:
 
 
 def _energy_cell(matrix: LowRank) -> str:
-    """Return the fraction of the squared singular values in the first directions."""
+    """Return the fraction of the squared singular values in the leading directions."""
     squares = matrix.svd()[1].square()
     total = squares.sum()
     energy = squares.cumsum(0) / total if float(total) else squares * 0

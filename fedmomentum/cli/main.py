@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line: parses arguments, calls commands, prints results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-# Help is plain text. If rich is installed, typer still escapes the brackets of defaults for it.
+# Help is plain text. If rich is installed, typer would still escape the brackets of defaults.
 typer.core.HAS_RICH = False
 
 app = typer.Typer(
@@ -50,29 +50,29 @@ COMMANDS = (
     network.status,
     run.simulate,
 )
-"""In the order of `fedmomentum --help`."""
+"""The commands, in the order of `fedmomentum --help`."""
 
 
 def main() -> None:
     """Run the command line.
 
-    A mistake of the user ends with exit code 2 and one message, Ctrl-C with 130. `--debug` shows
+    A user's mistake gives one message and exit code 2, Ctrl-C gives exit code 130. `--debug` shows
     the traceback instead.
     """
-    # Accepted anywhere on the command line, for every command.
+    # Accepted anywhere on the command line, with every command.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     INTERRUPTION.listen()
     tune_malloc()
     wait_briefly()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # if it is not set, tokenizers warn whenever a process is started
+    # if unset, tokenizers warn whenever a process is started
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Whatever goes wrong ends with a message and a code, not with a traceback.
+    # End errors with a message and an exit code rather than a traceback.
     try:
         app(arguments, standalone_mode=True)
     except BaseException as error:
-        # typer turns Ctrl-C into an exit, and a library may catch it and fail in some other way
+        # typer turns Ctrl-C into an exit, and a library may catch it and fail in another way
         if INTERRUPTION.came and not debug:
             ERR.print("fedmomentum: interrupted", markup=False)
             sys.exit(EXIT_INTERRUPTED)
@@ -86,11 +86,11 @@ def main() -> None:
 
 
 def _user_message(error: BaseException) -> str | None:
-    """Return the message for a mistake or missing resources; None for a defect of the package."""
+    """Return the message for a user's mistake or a lack of resources; None for a bug."""
     if isinstance(error, FedMomentumError):
         return str(error)
     if isinstance(error, OSError):
-        # such as a full disk, or a directory that is not writable
+        # such as a full disk or a read-only directory
         if error.strerror is None:
             return str(error) or type(error).__name__
         where = f": {error.filename}" if error.filename else ""
@@ -103,7 +103,7 @@ def _user_message(error: BaseException) -> str | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, on any device, without importing torch for another error."""
+    """Return whether memory ran out on any device, without importing torch for other errors."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from fedmomentum.base_model.library_errors import is_out_of_memory

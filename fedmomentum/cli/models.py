@@ -1,4 +1,4 @@
-"""Commands on models: `export`, `inspect`, `evaluate`, `generate`, and `models` on all families."""
+"""Commands on models: `export`, `inspect`, `evaluate`, `generate`, and `models` for families."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def export(
 
     if to not in ("merged", "adapter"):
         raise ConfigError(f"--to must be merged or adapter; got {to!r}")
-    # mistakes are found before anything is loaded
+    # check for mistakes before anything is loaded
     torch_dtype = pick_merged_dtype(dtype)
     check_output_directory(out)
     require_empty_directory(out)
@@ -102,7 +102,7 @@ def export(
         facts = replace(facts, location=destination.repository)
         result = _with_public_base(result, base)
     chosen = choose_device(result, device)
-    set_up_device(chosen, tf32=False)  # the comparison is of float32 products
+    set_up_device(chosen, tf32=False)  # float32 products are compared
     with quiet_libraries(), OUT.status("Exporting"):
         if to == "adapter":
             export_adapter(
@@ -110,7 +110,7 @@ def export(
             )
             written = "one PEFT adapter, scaling 1, for the base model"
         else:
-            # An adapter's directory may hold a tokenizer or template that it was trained with.
+            # An adapter's directory may contain the tokenizer or template of its training.
             fraction = export_merged(
                 result.model,
                 out,
@@ -132,10 +132,10 @@ def export(
 
 
 def _choose_destination(name: str, is_public: bool) -> Destination | None:
-    """Return where an export is uploaded to, which is found out before any work; None: nowhere.
+    """Return the target of an upload, checked before any work is done; None for no upload.
 
     Raises:
-        ConfigError: If `--public` comes without `--push-to-hub`.
+        ConfigError: If `--public` is given without `--push-to-hub`.
         HubError: If the upload could not succeed.
     """
     from fedmomentum.utils.hub_upload import choose_destination
@@ -148,7 +148,7 @@ def _choose_destination(name: str, is_public: bool) -> Destination | None:
 
 
 def _with_public_base(result: Result, base: str) -> Result:
-    """Return a result that names its base as others know it; say so where they do not."""
+    """Return a result that names its base by a public name; print a note if it has none."""
     from fedmomentum.run.publish import with_public_base
 
     model = with_public_base(result.model, base)
@@ -163,7 +163,7 @@ def _with_public_base(result: Result, base: str) -> Result:
 
 
 def _push(out: Path, destination: Destination, message: str) -> None:
-    """Upload an export, and print where it is."""
+    """Upload an export and print its URL."""
     from fedmomentum.results.formatting import human_bytes
     from fedmomentum.utils.hub_upload import upload
 
@@ -193,8 +193,8 @@ def inspect(
     import atexit
     import gc
 
-    # The command takes a second, a third of which would go into garbage collection: while torch is
-    # imported, and again, through everything it created, when Python exits.
+    # The command takes a second, a third of which would be spent on garbage collection: while torch
+    # is imported, and again when Python exits, on everything that the import created.
     gc.disable()
     atexit.register(gc.freeze)
     try:
@@ -244,7 +244,7 @@ def evaluate(
     from fedmomentum.run.saved_model import open_result
     from fedmomentum.utils.process import quiet_libraries
 
-    # Loading and scoring take a while; what is printed comes after.
+    # Loading and scoring take a while; results are printed afterward.
     with quiet_libraries(), OUT.status("Evaluating"):
         result = open_result(model, server_round=server_round, client=client, store=store)
         comparison = evaluate_on(
@@ -293,7 +293,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             plain=plain,
         )
-    # One small table a prompt, so that long answers wrap.
+    # One small table per prompt, so that long answers wrap.
     for row in rows:
         table = Table(title=None, show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_row(Text("prompt", style="dim"), Text(row.prompt))
@@ -340,7 +340,7 @@ def _print_kind(
     untried: Mapping[str, str],
     wanted: str,
 ) -> int:
-    """Print the families of a kind whose name or class contains a text; return their number."""
+    """Print the families of a kind whose name or class contains a text; return how many."""
     found = [one for one in families if wanted in f"{one.family} {one.kind}".lower()]
     reasons = {name: why for name, why in untried.items() if wanted in name.lower()}
     if found and wanted:
@@ -353,7 +353,7 @@ def _print_kind(
 
 
 def _print_families(families: Sequence[Family | ClassifierFamily], columns: Sequence[str]) -> None:
-    """Print one small table a family, so that long cells wrap; paths are never cut off."""
+    """Print one small table per family, so that long cells wrap; paths are never truncated."""
     from fedmomentum.base_model.families import family_cells
 
     for one in families:
@@ -366,7 +366,7 @@ def _print_families(families: Sequence[Family | ClassifierFamily], columns: Sequ
 
 
 def _print_overview(families: Sequence[Family | ClassifierFamily], title: str) -> None:
-    """Print one row a family."""
+    """Print one row per family."""
     columns = [Column(name, overflow="fold") for name in OVERVIEW]
     table = Table(*columns, title=title, show_lines=True)
     for one in families:

@@ -1,4 +1,4 @@
-"""Commands of a federation over a network: `keys`, `serve`, `join`, `status`."""
+"""Commands for a federation over a network: `keys`, `serve`, `join`, `status`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 REFRESH_SECONDS = 2
-"""How often `status --watch` reads the file, which is written about once a second."""
+"""How often `status --watch` reads the file, which is written about every second."""
 MAX_PORT = 2**16 - 1
 
 KeysOption = Annotated[Path, typer.Option("--keys", help="directory of the server's keys")]
@@ -158,13 +158,13 @@ def serve(
     check_output_directory(out)
     address = dashboard_address(dashboard, dashboard_at)
     require_flower()
-    # imported after the check, as these import Flower
+    # imported after the check, since these import Flower
     from fedmomentum.cli.network_views import ServerView
     from fedmomentum.flower.serve import serve as serve_run
     from fedmomentum.formats.directories import retained_rounds
     from fedmomentum.formats.run_files import SERVER_LOG
 
-    # also when started in the background of a script, where SIGINT is ignored
+    # even if started in the background by a script, where SIGINT is ignored
     INTERRUPTION.listen(although_ignored=True)
     with (
         page(address, out, SERVER_LOG),
@@ -223,7 +223,7 @@ def join(
 
     settings = load_config(config, overrides or [])
     require_flower()
-    # imported after the check, as these import Flower
+    # imported after the check, since these import Flower
     from fedmomentum.cli.network_views import NodeView
     from fedmomentum.flower.join import NodeIdentity, preflight_check
     from fedmomentum.flower.join import join as join_run

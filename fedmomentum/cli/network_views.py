@@ -1,4 +1,4 @@
-"""What the terminal of a server and that of a client show in a federation over a network."""
+"""The terminal views of a server and of a client in a federation over a network."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 
 LOGGERS = (logging.getLogger("fedmomentum"), logging.getLogger("flwr"))
-"""Loggers whose warnings a client's terminal shows; Flower's may quote the server."""
+"""Loggers whose warnings are shown on a client's terminal; Flower's may quote the server."""
 MAX_NAMES = 4
-"""Clients that are named while their replies are awaited: what a line fits."""
+"""The most clients to name while waiting for replies: what fits on a line."""
 
 
 class ServerView(Callback):
-    """The server's view: which clients connect and leave, the plan, and the rounds.
+    """The server's view: clients that connect and leave, the plan, and the rounds.
 
     Args:
         console: Where to print.
-        run_view: Shows the rounds, as in a run on one machine.
+        run_view: The view of the rounds, as in a run on one machine.
         out: The run's directory.
     """
 
@@ -69,7 +69,7 @@ class ServerView(Callback):
         self._online = connected
 
     def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
-        """Print which clients the server waits for, if they have changed."""
+        """Print which clients the server is waiting for, if they have changed."""
         self._run_view.raise_if_interrupted()
         if list(missing) != self._missing:
             self._missing = list(missing)
@@ -102,7 +102,7 @@ class ServerView(Callback):
         self.on_reply(client, 0)
 
     def on_late_reply(self, client: str) -> None:
-        """Print that a reply came too late."""
+        """Print that a reply arrived too late."""
         self._print(f"{client} answered too late; ignored")
         self._show_replies()
 
@@ -128,7 +128,7 @@ class ServerView(Callback):
         self._run_view.on_evaluate(clients)
 
     def on_aggregate(self, num_done: int, num_modules: int) -> None:
-        """Show how many modules are aggregated."""
+        """Show how many modules have been aggregated."""
         self._run_view.on_aggregate(num_done, num_modules)
 
     def on_round_end(self, record: RoundRecord) -> None:
@@ -140,7 +140,7 @@ class ServerView(Callback):
 
 
 class NodeView(NodeCallback):
-    """A client's view: connected or not, its tasks, and the progress of its training.
+    """A client's view: its connection, its tasks, and the progress of its training.
 
     A context manager.
 
@@ -200,7 +200,7 @@ class NodeView(NodeCallback):
         self._print(f"Connected to {server}; waiting for tasks. Ctrl-C leaves")
 
     def on_connection_lost(self, reason: str, retry_seconds: float) -> None:
-        """Print why there is no connection, and when the next attempt is made."""
+        """Print why the connection was lost and when the next attempt will be made."""
         self._print(f"Not connected: {reason}. Trying again in {retry_seconds:.0f} s")
 
     def on_task(self, task: TaskInfo, num_bytes: int) -> None:
@@ -209,7 +209,7 @@ class NodeView(NodeCallback):
         self._print(f"Round {task.server_round}: asked to {task.kind} ({received} received)")
 
     def on_repeated_task(self, task: TaskInfo) -> None:
-        """Print that the last task came once more."""
+        """Print that the last task was repeated."""
         self._print(f"Round {task.server_round}: the same task again; sending the last reply again")
 
     def on_step(self, step: int, num_steps: int, loss: float) -> None:
@@ -218,7 +218,7 @@ class NodeView(NodeCallback):
         self._progress.update(self._bar, visible=True, completed=step, total=num_steps, note=note)
 
     def on_task_done(self, task: TaskInfo, num_bytes: int, seconds: float) -> None:
-        """Print how long a task took, and the size of its reply."""
+        """Print how long a task took and the size of its reply."""
         sent = human_bytes(num_bytes)
         self._print(f"Round {task.server_round}: done in {seconds:.1f} s (sending {sent})")
 
@@ -228,7 +228,7 @@ class NodeView(NodeCallback):
 
     def _print(self, text: str, style: str = "") -> None:
         self._progress.update(self._bar, visible=False)
-        line = printable(text, 2000)  # some of it is the server's
+        line = printable(text, 2000)  # partly from the server
         timed_line = Text(f"{time.strftime('%H:%M:%S')} {line}", style=style)
         self._console.print(timed_line, soft_wrap=True)
 
@@ -237,10 +237,10 @@ class NodeView(NodeCallback):
 
 
 def status_table(status: StatusFile, now: float) -> Table:
-    """Return the status of a served run.
+    """Return a table of the status of a served run.
 
     Args:
-        status: What its `status.json` says.
+        status: The contents of its `status.json`.
         now: The time, in seconds since 1970.
     """
     has_ended = status.phase == "ended"
@@ -261,7 +261,7 @@ def status_table(status: StatusFile, now: float) -> Table:
         if client.until and not has_ended:
             remaining = f"{max(0, client.until - now):.0f} s"
         online = _online_cell(client)
-        # the file says which clients were connected when it was written
+        # the file lists the clients that were connected when it was written
         if has_ended:
             online = Text("")
         elif is_stale:

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, options, and checks of what was given."""
+"""Shared parts of the commands: consoles, options, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -121,15 +121,15 @@ DeviceOption = Annotated[
 
 
 def shell_command(*words: object) -> str:
-    """Return a command as it can be pasted into a shell."""
+    """Return a command in a form that can be pasted into a shell."""
     return shlex.join(str(word) for word in words)
 
 
 def check_resume_round(server_round: int | None, resume: bool) -> None:
-    """Refuse `--round` without `--resume`, and negative rounds.
+    """Reject `--round` without `--resume`, and negative rounds.
 
     Raises:
-        ConfigError: If it is one of these.
+        ConfigError: In either case.
     """
     if server_round is not None and (not resume or server_round < 0):
         raise ConfigError(
@@ -138,7 +138,7 @@ def check_resume_round(server_round: int | None, resume: bool) -> None:
 
 
 def check_output_directory(out: Path) -> None:
-    """Refuse a directory that cannot be created, before anything is loaded.
+    """Reject a directory that cannot be created, before anything is loaded.
 
     Raises:
         ConfigError: If there is a file in its place, or its parent is not writable.
@@ -155,7 +155,7 @@ def check_output_directory(out: Path) -> None:
 
 
 def check_target(target: float) -> None:
-    """Refuse a target of exact match that is not a fraction.
+    """Reject an exact match target that is not a fraction.
 
     Raises:
         ConfigError: If it is not.
@@ -165,7 +165,7 @@ def check_target(target: float) -> None:
 
 
 def require_flower() -> None:
-    """Refuse to continue without Flower.
+    """Raise an error if Flower is missing.
 
     Raises:
         ConfigError: If it is not installed.
@@ -174,12 +174,12 @@ def require_flower() -> None:
 
 
 def require_extra(package: str, extra: str, need: str) -> None:
-    """Refuse to continue without a package that an extra installs.
+    """Raise an error if a package that belongs to an extra is missing.
 
     Args:
-        package: The package as it is imported.
+        package: The package's import name.
         extra: The extra's name.
-        need: What needs it, as the message begins.
+        need: What needs it, as the beginning of the message.
 
     Raises:
         ConfigError: If it is not installed.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedmomentum.privacy.ledger import LedgerRecord, Training
 
 TYPICAL_EPSILONS = (1.0, 2.0, 4.0, 8.0)
-"""What a plan shows where the settings name neither epsilon nor noise."""
+"""Epsilons that a plan shows if the settings specify neither epsilon nor noise."""
 
 privacy_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Differential privacy: plans and ledgers."
@@ -68,7 +68,7 @@ def _units_by_client(job: Config, dp: DPConfig, units: Sequence[int] | None) -> 
         if min(units) < 1:
             raise ConfigError(f"--units must be at least 1; got {min(units)}")
         return {f"{count} units": count for count in units}
-    # Held-out examples are not trained on, and do not count.
+    # Held-out examples are not trained on and do not count.
     result = {}
     for party in load_data(job):
         groups = group_units([example.unit for example in party.train])
@@ -77,7 +77,7 @@ def _units_by_client(job: Config, dp: DPConfig, units: Sequence[int] | None) -> 
 
 
 def _plan_table(job: Config, dp: DPConfig, units: Mapping[str, int]) -> Table:
-    """Return the table of a plan: one row a client and epsilon."""
+    """Return a plan's table, with one row per client and epsilon."""
     from dataclasses import replace
 
     from fedmomentum.client.private_party import round_mechanism
@@ -91,7 +91,7 @@ def _plan_table(job: Config, dp: DPConfig, units: Mapping[str, int]) -> Table:
     table = Table("client", *right)
     num_rounds = job.federation.num_rounds
     hyperparameters = job.training.hyperparameters(1, num_rounds)
-    # Without epsilon or noise there is nothing to compute, so the usual ones are shown.
+    # Without epsilon or noise, there is nothing to compute from, so show typical epsilons.
     is_open = dp.epsilon is None and dp.noise_multiplier is None
     variants = [dp]
     if is_open:
@@ -140,13 +140,13 @@ def ledger(
 
 
 def _print_ledger(record: LedgerRecord, delta: float) -> None:
-    """Print a ledger: its runs, and what they have spent together."""
+    """Print a ledger: its runs and their total spending."""
     from fedmomentum.privacy.accountant import epsilon_of
 
     columns = ("rounds", "steps", "rate", "noise", "epsilon so far", "unsent")
     right = [Column(name, justify="right") for name in columns]
     table = Table("run", "from", "data", *right)
-    # Epsilon adds up over the rows: each shows what was spent when its run ended.
+    # Epsilon accumulates over the rows: each shows what had been spent when its run ended.
     history = []
     for trainings in _by_run(record.trainings):
         history += [training.steps for training in trainings]
@@ -176,7 +176,7 @@ def _print_ledger(record: LedgerRecord, delta: float) -> None:
 
 
 def _by_run(trainings: Sequence[Training]) -> Iterator[list[Training]]:
-    """Yield the trainings that follow one another in one run, with one mechanism on one data."""
+    """Yield groups of consecutive trainings of one run with the same mechanism and data."""
     group: list[Training] = []
     for training in trainings:
         if group and _kind(group[-1]) != _kind(training):

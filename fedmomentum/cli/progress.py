@@ -1,4 +1,4 @@
-"""What the terminal shows during a run: its plan, progress bars, a row for every round."""
+"""The terminal view of a run: its plan, progress bars, and a row for every round."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def progress_bar(console: Console, description: str, *, transient: bool = False)
 
 
 class RunView(Callback):
-    """The live view of a run; a context manager.
+    """The live view of a run, as a context manager.
 
     Shows a bar for the rounds, a bar for the current step, and a row for every finished round. If
-    the output is not a terminal, it prints a line for every round instead.
+    the output is not a terminal, prints a line per round instead.
 
     Args:
         console: Where to print.
-        num_rounds: Rounds of the run.
+        num_rounds: Number of rounds of the run.
     """
 
     def __init__(self, console: Console, num_rounds: int) -> None:
@@ -68,7 +68,7 @@ class RunView(Callback):
             *ROUND_COLUMNS, caption="* lowest held-out loss so far", caption_justify="left"
         )
         self._is_interrupted = False
-        # Client to its steps that are done, and all of them: several train at once on run.devices.
+        # Client -> its completed and total steps; several clients may train at once on run.devices.
         self._training: dict[str, tuple[int, int]] = {}
         self._live = Live(console=console, refresh_per_second=4, transient=False)
 
@@ -95,7 +95,7 @@ class RunView(Callback):
         raise KeyboardInterrupt
 
     def raise_if_interrupted(self) -> None:
-        """Raise Ctrl-C again, as a library may have caught it where it came.
+        """Raise Ctrl-C again, since a library may have caught it.
 
         Raises:
             KeyboardInterrupt: If Ctrl-C was pressed.
@@ -109,7 +109,7 @@ class RunView(Callback):
         self._live.stop()
 
     def show_plan(self, plan: Plan, clients: Sequence[TokenizedClient], out: Path) -> None:
-        """Print what the run will cost, and how many examples each client has."""
+        """Print what the run will cost and how many examples each client has."""
         self._console.print(plan_table(plan, out))
         self._console.print(partition_table(clients))
         for warning in plan.warnings:
@@ -127,11 +127,11 @@ class RunView(Callback):
         self._console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
 
     def on_message(self, text: str) -> None:
-        """Print a line about what is being done before the rounds."""
+        """Print a line about the preparations before the rounds."""
         self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def on_step(self, client: str, step: int, num_steps: int, loss: float) -> None:
-        """Show a client's training step; those of clients that train at the same time together."""
+        """Show a client's training step, combined with those of clients that train concurrently."""
         self._training[client] = (step, num_steps)
         num_done = sum(done for done, _ in self._training.values())
         num_all = sum(total for _, total in self._training.values())
@@ -144,9 +144,9 @@ class RunView(Callback):
         self._show_step("  answers", num_replies, num_tasks, note)
 
     def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
-        """Show the bar of the rounds, and how many clients train."""
+        """Show the bar of the rounds and how many clients train."""
         self.raise_if_interrupted()
-        self._training.clear()  # of clients that failed
+        self._training.clear()  # may hold clients that failed
         if self._console.is_terminal and not self._live.is_started:
             self._live.start()
             self._live.update(Group(self._table, self._progress))
@@ -159,7 +159,7 @@ class RunView(Callback):
         self._show_step("  evaluating", None, None, "")
 
     def on_aggregate(self, num_done: int, num_modules: int) -> None:
-        """Show how many modules are aggregated."""
+        """Show how many modules have been aggregated."""
         self._show_step("  aggregating", num_done, num_modules, "modules")
 
     def on_round_end(self, record: RoundRecord) -> None:

@@ -1,4 +1,4 @@
-"""Commands that run federations here: `run`, `compare`, `simulate`; and `report`."""
+"""Commands that run federations on this machine: `run`, `compare`, `simulate`; and `report`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(
     out = out if out is not None else Path("runs") / config.stem
     check_resume_round(server_round, resume)
     address = dashboard_address(dashboard, dashboard_at)
-    # print what the run would cost, and write nothing
+    # print what the run would cost without writing anything
     if plan_only:
         with quiet_libraries(), RunView(OUT, settings.federation.num_rounds) as view:
             trainer = FederatedTrainer(settings, out, resume=resume, server_round=server_round)
@@ -167,7 +167,7 @@ def compare(
     settings = placed(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / f"compare-{config.stem}"
     check_output_directory(out)
-    # what to compare, and with which of them
+    # the methods to compare, and the baseline
     variants = parse_methods(methods, settings)
     baseline = baseline or variants[0].label
     if baseline not in [variant.label for variant in variants]:
@@ -175,7 +175,7 @@ def compare(
     check_target(target)
     command = shell_command("fedmomentum", *sys.argv[1:])
     with quiet_libraries():
-        # runs that are finished are not repeated
+        # finished runs are not repeated
         planned_runs = comparing.plan_runs(settings, variants, parse_seeds(seeds), out)
         _print_unlike_optimizers(comparing.optimizer_states(planned_runs))
         remaining = [run for run in planned_runs if not run.is_finished()]
@@ -185,7 +185,7 @@ def compare(
             title = f"[bold]Run {number} of {len(planned_runs)}:[/] "
             OUT.print(title, Text(planned_run.title), sep="", soft_wrap=True)
             _execute(planned_run, command)
-    # numbers, tables and the page
+    # write numbers, tables and the page
     comparison = comparing.write_comparison(
         out, planned_runs, baseline=baseline, target=target, command=command
     )
@@ -201,7 +201,7 @@ def compare(
 
 
 def _print_unlike_optimizers(states: dict[str, str]) -> None:
-    """Say so where methods differ in what their optimizers start a round with."""
+    """Print a note if methods differ in their optimizers' state at the start of a round."""
     if len(set(states.values())) < 2:
         return
     listed = ", ".join(f"{label}: {state}" for label, state in states.items())
@@ -215,7 +215,7 @@ def _print_unlike_optimizers(states: dict[str, str]) -> None:
 
 
 def _execute(planned_run: PlannedRun, command: str) -> None:
-    """Run one method with one seed; if it is stopped, print the command that continues."""
+    """Run one method with one seed; if stopped, print the command to continue."""
     from fedmomentum.cli.progress import RunView
     from fedmomentum.run import compare as comparing
 

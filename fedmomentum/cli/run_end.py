@@ -1,4 +1,4 @@
-"""What is printed when a run ends: its result and how to use it, or how to continue it."""
+"""Output at the end of a run: its result and how to use it, or how to continue it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 def print_how_to_continue(
     error: BaseException, out: Path, last_round: int | None, command: str, *options: object
 ) -> None:
-    """Print what a run that ended early has saved, and the command that continues it.
+    """Print what an interrupted run has saved, and the command to continue it.
 
-    Prints nothing if the error is a defect of the package.
+    Prints nothing if the error is a bug in the package.
 
     Args:
-        error: What ended the run.
+        error: The error that ended the run.
         out: The run's directory.
-        last_round: The last round that is saved, if there is one.
+        last_round: The last saved round, if any.
         command: The command that started the run, such as `run`.
-        options: Further options of that command.
+        options: Additional options of that command.
     """
     if not isinstance(error, (KeyboardInterrupt, FedMomentumError, OSError)):
         return
@@ -41,7 +41,7 @@ def print_how_to_continue(
 
 
 def write_partial_report(out: Path) -> None:
-    """Write the report of a run that ended early; never hides the error that ended it."""
+    """Write the report of a run that ended early, without hiding the error that ended it."""
     from fedmomentum.report import write_report
 
     try:
@@ -51,7 +51,7 @@ def write_partial_report(out: Path) -> None:
 
 
 def print_result(out: Path) -> None:
-    """Write the report of a finished run; print its summary and the commands that use it."""
+    """Write the report of a finished run, and print its summary and commands for using it."""
     page = _print_summary(out)
     OUT.print(
         f"\nThe result is in {out}, its report in {page}. Next:", markup=False, soft_wrap=True
@@ -61,10 +61,10 @@ def print_result(out: Path) -> None:
 
 
 def print_served_result(out: Path) -> None:
-    """Write the report of a served run; print its summary, and how to use it.
+    """Write the report of a served run, and print its summary and how to use it.
 
-    The base model is on the clients' machines and need not be here, so the commands name it as a
-    directory to fill in.
+    The base model is on the clients' machines and may not be here, so the commands have a
+    placeholder for its directory.
     """
     from fedmomentum.run.saved_model import example_client
     from fedmomentum.utils.names import directory_name
@@ -96,7 +96,7 @@ def print_served_result(out: Path) -> None:
 
 
 def _print_summary(out: Path) -> Path:
-    """Write a run's report and print its summary table; return the report's file."""
+    """Write a run's report and print its summary table; return the report's path."""
     from fedmomentum.cli.tables import absence_lines, summary_table
     from fedmomentum.formats.withheld import describe_withheld
     from fedmomentum.report import write_report
@@ -104,7 +104,7 @@ def _print_summary(out: Path) -> Path:
 
     page = write_report(out)
     results = RunResults.load(out)
-    # A table without a single score would look as if something had gone wrong.
+    # A table without any scores would look as if something had gone wrong.
     if any(record.evaluation is not None for record in results.rounds):
         OUT.print(summary_table(results))
     else:
@@ -119,7 +119,7 @@ def _print_summary(out: Path) -> Path:
 
 
 def _why_no_scores(results: RunResults, out: Path) -> str:
-    """Return why no round of a run has an evaluation."""
+    """Explain why no round of a run has an evaluation."""
     withheld = results.rounds[-1].withheld
     if withheld is not None and "evaluation" in withheld.fields:
         command = shell_command("fedmomentum", "evaluate", out)
@@ -131,7 +131,7 @@ def _why_no_scores(results: RunResults, out: Path) -> str:
 
 
 def _next_commands(out: Path) -> list[tuple[str, str]]:
-    """Return what can be done with a finished run: a title and a command each."""
+    """Return what can be done with a finished run, as pairs of a title and a command."""
     from fedmomentum.formats.directories import find_manifest, read_manifest
     from fedmomentum.run.saved_model import example_client
 

@@ -40,17 +40,18 @@ if TYPE_CHECKING:
 
 
 MAX_ABSENCES = 12
-"""Clients with missing updates that are named when a run ends; the report names all."""
+"""The most clients with missing updates to list at the end of a run; the report lists all."""
 MAX_CATEGORIES = 8
-"""Categories with a column of their own in the table of the partition: what a terminal fits."""
+"""The most categories with their own column in the partition table: what fits in a terminal."""
 MAX_WORKER_CLIENTS = 5
-"""Clients of a worker that the plan names; plan.json names all."""
+"""The most clients per worker that the plan lists; plan.json lists all."""
 MAX_LABELS = 20
-"""Labels of a classifier that the plan names; plan.json names all."""
+"""The most labels of a classifier that the plan lists; plan.json lists all."""
 MAX_CLIENTS = 40
-"""Clients with a row of their own in the table of the partition: a screenful."""
+"""The most clients with their own row in the partition table: a screenful."""
 NUM_EXTREMES = 6
-"""Of many categories or clients, so many that gained least and so many that gained most."""
+"""If there are many categories or clients, how many of those with the least and most gain to
+show."""
 ROUND_COLUMNS = (
     "round",
     "train loss",
@@ -63,7 +64,7 @@ ROUND_COLUMNS = (
     "seconds",
 )
 SCORE_COLUMN = ROUND_COLUMNS.index("exact match")
-"""The column of which a score says what it holds, `Score.measure`."""
+"""The column whose header is given by the score, `Score.measure`."""
 
 
 # ── a run ──
@@ -74,12 +75,12 @@ OPTIMIZER_PHRASES = {
     "shared-full": "starts a round with the clients' mean moments, sent in full",
     "local": "starts a round with the client's own moments",
 }
-"""What the plan says of each `training.optimizer-state`."""
+"""How the plan describes each `training.optimizer-state`."""
 
 
 def plan_table(plan: Plan, out: Path) -> Table:
-    """Return a run's plan, for the run's directory `out`."""
-    import torch  # loaded by now; not for `--help`
+    """Return the table of a run's plan, for the run's directory `out`."""
+    import torch  # already loaded by now, but not needed for `--help`
 
     rows = {
         "model": f"{plan.model}: {count(plan.num_parameters)} parameters, "
@@ -109,7 +110,7 @@ def plan_table(plan: Plan, out: Path) -> Table:
 
 
 def _worker_text(worker: WorkerPlan) -> str:
-    """Return which clients a worker plays, and where: `cuda:1: south, west`."""
+    """Return a worker's device and clients: `cuda:1: south, west`."""
     shown = list(worker.clients[:MAX_WORKER_CLIENTS])
     num_more = len(worker.clients) - len(shown)
     more = f" and {num_more} more" if num_more else ""
@@ -117,13 +118,13 @@ def _worker_text(worker: WorkerPlan) -> str:
 
 
 def _memory_rows(plan: Plan) -> dict[str, str]:
-    """Return what a plan says of memory, on the host and on a GPU."""
+    """Return the plan's memory estimates, for the host and for GPUs."""
     if plan.host_memory is None:
         return {"memory": f"about {human_bytes(plan.memory_bytes)}"}
     texts = {"host memory": _memory_text(plan.host_memory, 1)}
     if plan.device_memory is None:
         return texts
-    # A device that is listed twice holds the model twice.
+    # A device that is listed twice holds two copies of the model.
     models_on = Counter(worker.device for worker in plan.workers)
     for device, num_models in models_on.items():
         texts[f"{device} memory"] = _memory_text(plan.device_memory, num_models)
@@ -133,7 +134,7 @@ def _memory_rows(plan: Plan) -> dict[str, str]:
 
 
 def _memory_text(use: MemoryUse, num_times: int) -> str:
-    """Return what so many times a use of memory takes, in each phase."""
+    """Format a memory use, multiplied by `num_times`, for each phase."""
     phases = {
         "at rest": use.at_rest,
         "in loading": use.loading,
@@ -146,7 +147,7 @@ def _memory_text(use: MemoryUse, num_times: int) -> str:
 
 
 def _label_list(labels: Mapping[str, int | None]) -> str:
-    """Return a classifier's labels, each with its number of training examples where known."""
+    """Return a classifier's labels, with numbers of training examples if known."""
     shown = []
     for label, num_examples in list(labels.items())[:MAX_LABELS]:
         number_text = "" if num_examples is None else f" ({count(num_examples)})"
@@ -157,7 +158,7 @@ def _label_list(labels: Mapping[str, int | None]) -> str:
 
 
 def partition_table(clients: Sequence[TokenizedClient]) -> Table:
-    """Return the examples by client and category; small categories together if there are many."""
+    """Return a table of examples by client and category; combine small categories if many."""
     totals: Counter[str] = Counter()
     for client in clients:
         totals.update(client.train.categories)
@@ -181,7 +182,7 @@ def partition_table(clients: Sequence[TokenizedClient]) -> Table:
 
 
 def round_cells(record: RoundRecord) -> list[str]:
-    """Return a round's cells under `ROUND_COLUMNS`; empty if it has no such value."""
+    """Return a round's cells for `ROUND_COLUMNS`; empty where it has no value."""
     loss = ""
     exact_match = ""
     if record.evaluation is not None:
@@ -209,7 +210,7 @@ def round_cells(record: RoundRecord) -> list[str]:
 
 
 def summary_table(results: RunResults) -> Table:
-    """Return base against federated model: exact match in percent with 95 % intervals, and loss."""
+    """Return a table of base and federated scores: exact match in %, 95 % intervals, and loss."""
     from fedmomentum.results.summary import summarize_run
 
     rows = summarize_run(results.rounds)
@@ -241,7 +242,7 @@ def _margin(score: Score | None) -> str:
 
 
 def _add_group(table: Table, rows: Sequence[SummaryRow]) -> None:
-    """Add the rows of a group; of many those that gained least and those that gained most."""
+    """Add the rows of a group, or if there are many, those with the least and most gain."""
     with_change = [row for row in rows if row.change is not None]
     max_rows = 2 * NUM_EXTREMES
     if len(with_change) <= max_rows:
@@ -278,7 +279,7 @@ def _measure_cell(measure: Score | None) -> Text:
 
 
 def absence_lines(results: RunResults) -> list[Text]:
-    """Return a warning for each client with missing updates; of many, for those missing most."""
+    """Return warnings about clients with missing updates; if many, only those missing most."""
     from fedmomentum.results.participation import find_absences
 
     all_absences = find_absences(results.rounds, results.partition)
@@ -298,7 +299,7 @@ def absence_lines(results: RunResults) -> list[Text]:
 
 
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
-    """Yield tables of scores, of differences to the baseline, and of what the target cost."""
+    """Yield tables of scores, differences from the baseline, and costs to reach the target."""
     from fedmomentum.results.method_summary import summarize_methods
 
     summaries = summarize_methods(comparison)

@@ -1,5 +1,5 @@
-"""A page to watch a run on, served by a process of its own: nothing there can slow or fail the run.
+"""A page for watching a run, served by a separate process that cannot slow down or break the run.
 
-The process reads the files of the run directory and nothing else, at a lower priority than the
-run's, and ends with it.
+The process only reads the files in the run directory, has a lower priority than the run, and ends
+with it.
 """

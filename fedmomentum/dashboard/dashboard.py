@@ -1,4 +1,4 @@
-"""`Dashboard`: the run's side of the page; starts the process that serves it, and ends it."""
+"""`Dashboard`: the run's side of the page, which starts and ends the process that serves it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fedmomentum.run.worker_process import Frame
 START_SECONDS = 60.0
 """How long the process may take to open its port."""
 END_SECONDS = 45.0
-"""How long it may take to send the end to all viewers."""
+"""How long the process may take to send the end to all viewers."""
 
 
 class Dashboard:
-    """Serves a page to watch a run on; a context manager.
+    """Serves a page for watching a run, as a context manager.
 
     Args:
-        directory: The run's; it may not exist yet.
-        log: The log's file in it.
+        directory: The run's directory, which may not exist yet.
+        log: The log file in it.
         host: The name or address to listen on.
         port: The port; 0 for any free one.
 
     Attributes:
-        url: The address to open in a browser.
+        url: The URL to open in a browser.
     """
 
     def __init__(self, directory: Path, log: str, host: str, port: int) -> None:
@@ -35,12 +35,12 @@ class Dashboard:
         self.url = ""
 
     def __enter__(self) -> Dashboard:
-        """Start the process, and wait until it serves the page.
+        """Start the process and wait until it serves the page.
 
         Raises:
             ConfigError: If it cannot; the message says why.
         """
-        # Its first frame says that the page is there, or why not.
+        # Its first frame says that the page is available, or why not.
         self._process.start(json.dumps(self._setup).encode())
         try:
             frame = self._process.receive(START_SECONDS)

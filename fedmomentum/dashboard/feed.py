@@ -1,4 +1,4 @@
-"""What all viewers see: made once for all of them, and only while there are any."""
+"""The updates for viewers, made once for all of them and only while there are any."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from fedmomentum.report.live_page import LivePage, LiveUpdate
 
 POLL_SECONDS = 1.0
-"""How often the files are read while there are viewers."""
+"""How often to read the files while there are viewers."""
 LEAVE_SECONDS = 10.0
-"""How long the last update may take to reach all viewers."""
+"""How long the final update may take to reach all viewers."""
 
 
 class Feed:
-    """The updates of a page, for its viewers; used in one event loop.
+    """The updates of a page for its viewers, for use in a single event loop.
 
     Args:
-        page: Makes them.
+        page: Makes the updates.
     """
 
     def __init__(self, page: LivePage) -> None:
@@ -35,11 +35,11 @@ class Feed:
         self.has_ended = False
 
     async def current(self) -> LiveUpdate:
-        """Return what there is to see now, made again if it is older than `POLL_SECONDS`."""
+        """Return the current update, remade if it is older than `POLL_SECONDS`."""
         async with self._lock:
             is_due = time.monotonic() >= self._made_at + POLL_SECONDS
             if self._update is None or (is_due and not self.has_ended):
-                # Drawing takes a moment, in which others are still answered.
+                # Drawing takes a moment, so keep answering others meanwhile.
                 self._update = await asyncio.to_thread(self._page.update)
                 self._made_at = time.monotonic()
             return self._update
@@ -50,7 +50,7 @@ class Feed:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Count a viewer; the files are read while there is one."""
+        """Count a viewer within the block; files are read while there is at least one."""
         self.num_viewers += 1
         if self._polling is None:
             self._polling = asyncio.ensure_future(self._poll())
@@ -68,25 +68,25 @@ class Feed:
         while self.num_viewers and not self.has_ended:
             await asyncio.sleep(POLL_SECONDS)
             with contextlib.suppress(Exception):
-                await self.current()  # a waiting viewer asks again, and gets the error
+                await self.current()  # a waiting viewer calls this again and gets the error
             self._wake()
         self._polling = None
 
     def _wake(self) -> None:
-        """Wake all viewers that wait now."""
+        """Wake all waiting viewers."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def end(self) -> None:
-        """Send all viewers the end of the run, and wait until they have received it."""
+        """Send all viewers the end of the run and wait until they have received it."""
         if not self.num_viewers:
             return
-        # One last look at the files, with the report.
+        # Read the files one last time, including the report.
         async with self._lock:
             self._update = await asyncio.to_thread(self._page.update, is_ended=True)
             self.has_ended = True
         self._wake()
-        # Streams end when their viewers have all of it.
+        # Streams end once their viewers have received everything.
         end = time.monotonic() + LEAVE_SECONDS
         while self.num_viewers and time.monotonic() < end:
             await asyncio.sleep(0.05)

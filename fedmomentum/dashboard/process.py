@@ -1,4 +1,4 @@
-"""The process that serves the page: it starts before the run, and ends with it."""
+"""The process that serves the page, which starts before the run and ends with it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from fedmomentum.utils.schema import Schema, parse_json
 from fedmomentum.web.listener import Listener
 
 NICENESS = 10
-"""How far below the run's is this process's priority."""
+"""How far this process's priority is below the run's."""
 REPORT_SECONDS = 30.0
-"""How long the report may take to be made when the run ends, if there are viewers."""
+"""How long creating the report may take when the run ends, if there are viewers."""
 
 
 class Setup(Schema, frozen=True, kw_only=True):
     """The first frame to the process, as JSON.
 
     Attributes:
-        directory: The run's.
-        log: The log's file in it.
+        directory: The run's directory.
+        log: The log file in it.
         host: The name or address to listen on.
         port: The port; 0 for any free one.
     """
@@ -45,13 +45,13 @@ class Setup(Schema, frozen=True, kw_only=True):
 
 
 def main() -> None:
-    """Open the port, say where the page is, and serve it until the run's process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this
+    """Open the port, report the page's URL, and serve the page until the run's process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     pipe = Connection(int(sys.argv[1]))
     setup = parse_json(pipe.recv_bytes(), Setup, "the dashboard's setup")
-    # What goes wrong with one viewer is no matter for the terminal, which shows the run.
+    # Keep errors with individual viewers off the terminal, which shows the run.
     logging.getLogger().addHandler(logging.NullHandler())
     site = Site(LivePage(Path(setup.directory), setup.log, since=time.time()))
     try:
@@ -59,7 +59,7 @@ def main() -> None:
             site.access = Access(setup.host, listener.addresses(), listener.port)
             url = page_url(setup.host, listener.port, site.access.token)
             pipe.send_bytes(Frame.READY + json.dumps({"url": url}).encode())
-            # Nothing else is ever sent; the pipe closes when the run's process ends.
+            # Nothing else is ever received; the pipe closes when the run's process ends.
             with contextlib.suppress(EOFError, OSError):
                 pipe.recv_bytes()
             with contextlib.suppress(TimeoutError):
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def page_url(host: str, port: int, token: str | None) -> str:
-    """Return the address to open; all addresses of this machine are shown as its own name."""
+    """Return the URL to open; a wildcard address is shown as this machine's host name."""
     if host in ("", "0.0.0.0", "::"):
         host = os.uname().nodename
     shown = f"[{host}]" if ":" in host else host

@@ -1,7 +1,7 @@
-"""The site: the page, its style and script, and the stream of updates; everything read-only.
+"""The read-only site: the page, its style and script, and the stream of updates.
 
-It holds no more than `MAX_VIEWERS` streams. A viewer that does not take what is sent for
-`SEND_SECONDS` is hung up on, whatever it was asked for.
+It serves at most `MAX_VIEWERS` streams. If a viewer does not accept data for `SEND_SECONDS`, its
+connection is closed, whatever it requested.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fedmomentum.web.limits import ConnectionLimits
 
 LOG = logging.getLogger("fedmomentum")
 MAX_VIEWERS = 16
-"""Streams of updates at a time; a viewer has one."""
+"""The most concurrent update streams; each viewer has one."""
 SEND_SECONDS = 20.0
-"""How long a viewer may take for one piece of what is sent."""
+"""How long a viewer may take to receive one piece of data."""
 TICK_SECONDS = 15.0
-"""How often something is sent at least, so that both sides know that the other is there."""
+"""The longest time between messages, so that both sides know that the other is alive."""
 LIMITS = ConnectionLimits(
     max_connections=96, max_strangers=32, max_per_address=32, max_per_node=64, idle_seconds=30.0
 )
@@ -43,20 +43,20 @@ HEADERS = {
 
 
 class Site:
-    """Answers requests (ASGI), if they may see the page.
+    """Answers authorized requests (ASGI).
 
     Args:
         page: Makes the page.
 
     Attributes:
         access: Decides who may see it; None before the port is known, when nobody may.
-        feed: What viewers see.
+        feed: The updates for viewers.
     """
 
     def __init__(self, page: LivePage) -> None:
         self.access: Access | None = None
         self.feed = Feed(page)
-        # What never changes is made once.
+        # Static responses are created only once.
         style = Response(page.style(), media_type="text/css")
         script = Response(page.script(), media_type="text/javascript")
         self._router = Router(
@@ -71,10 +71,10 @@ class Site:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or answer it; hang up on a client that does not take the answer."""
+        """Answer or refuse a request; hang up on a client that does not accept the answer."""
         if scope["type"] != "http":
             return
-        # The connection, as the listener knows it.
+        # The listener's view of the connection.
         peer = scope["state"]["peer"]
         refusal = self._refuse(scope)
 
@@ -85,12 +85,12 @@ class Site:
             await asyncio.wait_for(send(event), SEND_SECONDS)
 
         if refusal is not None:
-            # A connection ends with its first refused request, unless a browser follows it.
+            # Close a connection on its first refused request, unless it is a redirect.
             if refusal.status_code != 303:
                 refusal.headers["connection"] = "close"
         else:
             peer.signed_by("viewers")
-        # While it is busy a connection is not taken for an idle one.
+        # Mark the connection as busy, so that it is not considered idle.
         peer.busy()
         try:
             await (refusal or self._router)(scope, receive, send_in_time)
@@ -115,7 +115,7 @@ class Site:
 
 
 class _Updates(Response):
-    """The parts of the page that have changed, as server-sent events, until either side ends."""
+    """Changed parts of the page as server-sent events, until either side ends the stream."""
 
     def __init__(self, feed: Feed) -> None:
         super().__init__(headers={"connection": "close"}, media_type="text/event-stream")
@@ -123,7 +123,7 @@ class _Updates(Response):
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send updates, and nothing but ticks while nothing changes."""
+        """Send updates, and only ticks while nothing changes."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         has_left = asyncio.ensure_future(_wait_for_end(receive))
         with self._feed.watching():
@@ -138,7 +138,7 @@ class _Updates(Response):
     async def _send_updates(self, send: Send, has_left: asyncio.Future[None]) -> None:
         shown: dict[str, str] = {}
         while not has_left.done():
-            # Of what is new, only the parts that differ from what this viewer has.
+            # Send only the parts that differ from what this viewer has.
             update = await self._feed.current()
             parts = {name: html for name, html in update.parts.items() if shown.get(name) != html}
             shown = update.parts
@@ -148,7 +148,7 @@ class _Updates(Response):
             if self._feed.has_ended:
                 await send(_event("end", {}))
                 return
-            # The next look at the files, or the viewer leaves.
+            # Wait for the next read of the files, or for the viewer to leave.
             changed = asyncio.ensure_future(self._feed.changed())
             done, _ = await asyncio.wait(
                 {changed, has_left}, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -159,12 +159,12 @@ class _Updates(Response):
 
 
 def _event(kind: str, content: dict[str, object]) -> Event:
-    """Return an event; its JSON is one line, whatever is in it."""
+    """Format an event; its JSON is always a single line."""
     text = f"event: {kind}\ndata: {json.dumps(content)}\n\n"
     return {"type": "http.response.body", "body": text.encode(), "more_body": True}
 
 
 async def _wait_for_end(receive: Receive) -> None:
-    """Return when the viewer has left."""
+    """Wait until the viewer has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,6 +1,6 @@
 """What clients train and are tested on.
 
-Users' files and built-in tasks, how they are divided among clients, and their token ids.
+Users' files and built-in tasks, how they are divided among clients, and tokenization.
 """
 
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS as DEFAULT_TASKS

@@ -1,10 +1,10 @@
 """Built-in tasks: short questions with verifiable answers, generated from a seed by reasoning-gym.
 
-Nothing is downloaded. Each task is one of reasoning-gym's generators with settings that keep prompt
-and answer short and the work within reach of a small model. Where the original question is wordy, a
-short one is built from the generator's own metadata; where the original answer is a Python list of
-strings, it becomes plain "a, b, c". A task whose answer is rewritten so is scored by exact match,
-every other by its generator's own scorer.
+Nothing is downloaded. Each task is a reasoning-gym generator, configured to keep prompts and
+answers short and the task within reach of a small model. A wordy question is replaced by a short
+one built from the generator's metadata; an answer that is a Python list of strings becomes plain
+"a, b, c". Tasks with rewritten answers are scored by exact match, all others by their generator's
+own scorer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 Entry = Mapping[str, Any]
-"""An item of a generator: `question`, `answer` and `metadata`."""
+"""An item that a generator returns: `question`, `answer` and `metadata`."""
 
 DEFAULT_TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -68,7 +68,7 @@ DEFAULT_TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "word_sorting": {"min_words": 3, "max_words": 3, "max_word_length": 7},
     }
 )
-"""Name of the task -> settings of the reasoning-gym generator of that name."""
+"""Task name -> settings of the reasoning-gym generator of that name."""
 
 
 # ── questions and answers in our own words ────────────────────────────────────────────────────────
@@ -157,7 +157,7 @@ QUESTIONS: Mapping[str, Callable[[Entry], str]] = MappingProxyType(
         "word_sorting": _sort_words_question,
     }
 )
-"""Tasks with a question in our own words; the others keep the generator's."""
+"""Tasks whose question we rewrite; the others keep the generator's."""
 
 ANSWERS: Mapping[str, Callable[[Entry], str]] = MappingProxyType(
     {
@@ -165,9 +165,9 @@ ANSWERS: Mapping[str, Callable[[Entry], str]] = MappingProxyType(
         "number_sorting": _sort_numbers_answer,
     }
 )
-"""Tasks with an answer in another form than the generator's.
+"""Tasks whose answer we reformat.
 
-The generator's scorer cannot read it, so it is matched exactly.
+The generator's scorer cannot parse the new form, so it is scored by exact match.
 """
 
 
@@ -177,25 +177,25 @@ The generator's scorer cannot read it, so it is matched exactly.
 def task_examples(
     names: Sequence[str], num_examples: int, seed: int, *, exclude: Collection[str] = frozenset()
 ) -> list[Example]:
-    """Generate examples, equally many of each task (the first ones may get one more).
+    """Generate examples, the same number per task (the first tasks may get one more).
 
-    Prompts are plain text, the question and ``Answer:`` each on its own line, and no prompt comes
-    twice. ``Example.category`` is the task's name.
+    Prompts are unique plain text, with the question and ``Answer:`` each on its own line.
+    ``Example.category`` is the task's name.
 
     Args:
-        names: Keys of `DEFAULT_TASKS`, each once.
-        num_examples: Number of examples in all, at least one a task.
-        seed: Decides the examples, at least 0; a task's examples do not depend on which other tasks
-            are asked for.
-        exclude: Prompts that must not occur; give the training prompts when generating a test set,
-            under another seed.
+        names: Keys of `DEFAULT_TASKS`, without duplicates.
+        num_examples: Total number of examples, at least one per task.
+        seed: Determines the examples, at least 0; a task's examples do not depend on which other
+            tasks are requested.
+        exclude: Prompts to avoid; pass the training prompts when generating a test set (with a
+            different seed).
 
     Returns:
-        The examples, task after task.
+        The examples, grouped by task.
 
     Raises:
-        DataError: If a name is unknown or double, there are too few examples for the tasks, a task
-            cannot generate so many different prompts, or reasoning-gym is not installed.
+        DataError: If a name is unknown or repeated, there are fewer examples than tasks, a task
+            cannot generate enough distinct prompts, or reasoning-gym is not installed.
     """
     _check_names(names)
     if num_examples < len(names) or seed < 0:
@@ -214,18 +214,17 @@ def task_examples(
 def score_answer(example: Example, answer: str) -> float:
     """Score an answer in [0, 1] by the task's own scorer, or by exact match of the stripped text.
 
-    Some of the generators' scorers give partial credit, for example for the fraction of letters in
-    place.
+    Some scorers give partial credit, for example for the fraction of letters in the right place.
 
     Args:
-        example: An example with ``scoring`` as `task_examples` wrote it, or empty.
+        example: An example whose ``scoring`` was written by `task_examples`, or is empty.
         answer: The model's answer.
 
     Returns:
         The score; 1 for a correct answer.
 
     Raises:
-        DataError: If ``scoring`` is not ours.
+        DataError: If ``scoring`` was not written by `task_examples`.
     """
     text = answer.strip()
     if not example.scoring:
@@ -242,7 +241,7 @@ def score_answer(example: Example, answer: str) -> float:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Refuse names of tasks that are unknown or double."""
+    """Reject unknown or repeated task names."""
     unknown = sorted(set(names) - set(DEFAULT_TASKS))
     problem = ""
     if unknown:
@@ -254,17 +253,17 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _generate(name: str, count: int, seed: int, excluded: set[str]) -> list[Example]:
-    """Generate examples of one task; their prompts are added to those excluded."""
-    # reasoning-gym seeds item i with seed + i, so neighboring seeds share items; a seed that is a
-    # hash of seed and task keeps the streams apart.
+    """Generate examples of one task, adding their prompts to ``excluded``."""
+    # reasoning-gym seeds item i with seed + i, so adjacent seeds share items; hashing seed and
+    # task keeps the streams apart.
     generator = _generator(name, task_seed(seed, name))
     examples: list[Example] = []
-    # Small tasks repeat themselves; after so many items the task is exhausted.
+    # Small tasks repeat themselves; after this many items the task is exhausted.
     for index in range(20 * count + 1000):
         entry = generator[index]
         question = QUESTIONS[name](entry) if name in QUESTIONS else entry["question"].strip()
         prompt = f"{question}\nAnswer:\n"
-        # No prompt twice, and none that is trained on in a test set.
+        # No duplicates, and no training prompts in a test set.
         if prompt in excluded:
             continue
         excluded.add(prompt)
@@ -278,7 +277,7 @@ def _generate(name: str, count: int, seed: int, excluded: set[str]) -> list[Exam
 
 
 def _example(name: str, prompt: str, entry: Entry) -> Example:
-    """Return an item of a task as an example."""
+    """Convert a generator's item into an example."""
     if name in ANSWERS:
         return Example(prompt=prompt, completion=ANSWERS[name](entry), category=name)
     scored_fields = {"answer": entry["answer"], "metadata": entry["metadata"]}

@@ -1,8 +1,8 @@
-"""A chat as the tokenizer's template writes it.
+"""Chats as rendered by the tokenizer's chat template.
 
-Two forms of messages are changed for templates, alike in training, evaluation and generation:
-arguments of tool calls that are JSON text become objects, as templates expect them (OpenAI's rows
-have text), and where a template has no turn of the system, its message begins the user's first.
+Messages are adapted to templates in two ways, identically in training, evaluation and generation:
+tool call arguments given as JSON text (OpenAI's format) become objects, as templates expect, and
+if a template does not support system messages, the system text is prepended to the first user turn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 SYSTEM_MARK = "fedmomentumsystem"
-"""A message of the system by which is found out whether a template writes it."""
+"""A system message for testing whether a template renders system messages."""
 
 _log = logging.getLogger(__name__)
-# Tokenizer to its template, and whether that writes messages of the system.
+# Tokenizer -> its template, and whether that renders system messages.
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -34,15 +34,16 @@ def chat_text(
     *,
     ends_with_answer: bool,
 ) -> str:
-    """Return a chat as the tokenizer's template writes it.
+    """Return a chat as rendered by the tokenizer's template.
 
     Args:
         messages: The messages.
         tokenizer: The base model's tokenizer.
-        ends_with_answer: Whether the last message is the answer; else the beginning of one follows.
+        ends_with_answer: Whether the last message is the answer; otherwise the prefix of an
+            answer is appended.
 
     Raises:
-        DataError: If there is no template, or it refuses the messages.
+        DataError: If there is no template, or it rejects the messages.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -56,7 +57,7 @@ def chat_text(
             tokenize=False,
             **date_arguments(tokenizer),
         )
-    # Templates raise errors of any kind on a role or an order that they do not support.
+    # Templates raise all kinds of errors for roles or orders that they do not support.
     except Exception as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
@@ -69,7 +70,7 @@ def chat_text(
 def template_messages(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Return messages as the tokenizer's template accepts them; none of those given is changed."""
+    """Return messages in the form that the tokenizer's template accepts; the input is unchanged."""
     changed = [_with_objects(message) for message in messages]
     if changed and changed[0]["role"] == "system" and not writes_system(tokenizer):
         return _without_system(changed)
@@ -77,12 +78,12 @@ def template_messages(
 
 
 def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message in whose tool calls the arguments are objects, where they are JSON."""
+    """Return a message with the JSON arguments of its tool calls parsed into objects."""
     if "tool_calls" not in message:
         return dict(message)
     calls = []
     for call in message["tool_calls"]:
-        # Text that is no JSON object stays as it is.
+        # Text that is not a JSON object stays as it is.
         function = call.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
             try:
@@ -96,21 +97,21 @@ def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages without a first one of the system, whose text begins the user's first."""
+    """Return messages with the leading system message merged into the first user message."""
     system, *others = messages
     for position, message in enumerate(others):
         if message["role"] == "user":
             texts = [text for text in (system["content"], message["content"]) if text.strip()]
             others[position] = {**message, "content": "\n\n".join(texts)}
             return others
-    # Nobody to say it; the template tells what it does not accept.
+    # There is no user message to merge into; the template will report what it does not accept.
     return messages
 
 
 def writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer's chat template writes messages of the system.
+    """Return whether a tokenizer's chat template renders system messages.
 
-    Some refuse them (Gemma's), some leave them out.
+    Some reject them (Gemma's), some drop them.
     """
     template = tokenizer.chat_template
     known = _known.get(tokenizer)

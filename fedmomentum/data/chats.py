@@ -1,6 +1,6 @@
-"""Chat messages as data sets have them, as one form: role and content.
+"""Converts the chat message formats found in data sets to one: role and content.
 
-ShareGPT's `from` and `value`, OpenAI's content in parts, names and weights of messages.
+Handles ShareGPT's `from` and `value`, OpenAI's content parts, and message names and weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-"""Who speaks in ShareGPT's form, and the role that chat templates know them by."""
+"""ShareGPT speaker -> the role that chat templates use."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Chat:
     """The messages of a row.
 
     Attributes:
-        messages: Each with role and content.
-        weights: Of each message, what the row says of learning it: 0, 1, or None for nothing.
+        messages: The messages, each with role and content.
+        weights: The training weight of each message: 0, 1, or None if the row gives none.
     """
 
     messages: list[Message]
@@ -41,13 +41,13 @@ class Chat:
 
     @property
     def is_weighted(self) -> bool:
-        """Whether the row says which messages are learned."""
+        """Whether the row says which messages to learn."""
         return any(weight is not None for weight in self.weights)
 
     def learned_turns(self) -> tuple[int, ...] | None:
-        """Return the positions of the assistant's messages to learn; None: the row does not say.
+        """Return the positions of the assistant messages to learn; None if the row does not say.
 
-        A message without a weight among others that have one is learned, as OpenAI has it.
+        If only some messages have weights, those without are learned, as in OpenAI's format.
         """
         if not self.is_weighted:
             return None
@@ -62,12 +62,12 @@ def parse_chat(value: Any, column: str, *, may_be_text: bool = False) -> Chat:
     """Return a column's messages.
 
     Args:
-        value: The value of a row.
-        column: The column, for messages.
-        may_be_text: Whether the messages may be written as JSON, as tables without lists have them.
+        value: The column's value in a row.
+        column: The column, for error messages.
+        may_be_text: Whether the messages may be JSON text, as in tables that cannot hold lists.
 
     Raises:
-        DataError: If they are no messages.
+        DataError: If the value is not a list of messages.
     """
     if may_be_text and isinstance(value, str) and value.lstrip().startswith("["):
         value = _parse_json(value, column)
@@ -85,7 +85,7 @@ def parse_chat(value: Any, column: str, *, may_be_text: bool = False) -> Chat:
 
 
 def _parse_json(text: str, column: str) -> Any:
-    """Return a list that is written as JSON."""
+    """Parse a list from JSON text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -96,15 +96,15 @@ def _parse_json(text: str, column: str) -> Any:
 
 
 def _parse_message(item: Any, place: str) -> tuple[Message, int | None]:
-    """Return one message in our form, and its weight."""
+    """Convert one message to role and content, and return its weight."""
     if not isinstance(item, Mapping):
         raise DataError(f"{place}: {keys_problem(item)}")
-    # Arrow fills the keys that only other rows' messages have with None.
+    # Arrow fills in None for keys that occur only in other rows' messages.
     message: Message = {key: value for key, value in item.items() if value is not None}
     if "from" in message or "value" in message:
         message = _from_sharegpt(message, place)
     weight = _pop_weight(message, place)
-    # Who calls a tool need not say anything.
+    # A message that calls a tool may have no content.
     if "tool_calls" in message:
         message.setdefault("content", "")
     problem = keys_problem(message)
@@ -116,14 +116,14 @@ def _parse_message(item: Any, place: str) -> tuple[Message, int | None]:
 
 
 def _from_sharegpt(message: Message, place: str) -> Message:
-    """Return a message of ShareGPT's form in ours."""
+    """Convert a message from ShareGPT's format."""
     if not {"from", "value"} <= message.keys() or not message.keys().isdisjoint(
         ("role", "content")
     ):
         raise DataError(
             f"{place}: must have from and value, or role and content; got {shown(message)}"
         )
-    # Who speaks decides the role; whatever else the message has is checked with its role.
+    # The speaker determines the role; the remaining keys are checked along with the role.
     sender = message["from"]
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
@@ -136,7 +136,7 @@ def _from_sharegpt(message: Message, place: str) -> Message:
 
 
 def _pop_weight(message: Message, place: str) -> int | None:
-    """Take OpenAI's `weight` out of a message, and return it."""
+    """Remove OpenAI's `weight` from a message and return it."""
     if "weight" not in message:
         return None
     weight = message.pop("weight")
@@ -152,7 +152,7 @@ def _pop_weight(message: Message, place: str) -> int | None:
 
 
 def _join_parts(parts: list[Any], place: str) -> str:
-    """Return the text of a content in parts, as chat templates write it: one after the other."""
+    """Concatenate the text of content parts, as chat templates do."""
     texts = []
     for number, part in enumerate(parts, start=1):
         fields = dict(part) if isinstance(part, Mapping) else {}
@@ -168,5 +168,5 @@ def _join_parts(parts: list[Any], place: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value of the data for a message: one line, and cut where it is long."""
+    """Return a data value for an error message: on one line, truncated if long."""
     return printable(repr(value), 100)

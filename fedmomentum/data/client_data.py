@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from fedmomentum.data.rows import Rows
 
 
-# From this many examples on, a client that holds out a fraction holds out at least one.
+# A client with at least this many examples holds out at least one when it holds out a fraction.
 MIN_EXAMPLES_TO_HOLD_OUT = 10
 
 _log = logging.getLogger(__name__)
 
 
 class Purpose(IntEnum):
-    """What is random in the data; each purpose has a seed of its own."""
+    """Uses of randomness in preparing the data; each has its own seed."""
 
     PARTITION = 0
     TEST_EXAMPLES = 1
@@ -47,7 +47,7 @@ class Purpose(IntEnum):
 ClientExamples = dict[str, list[Example]]
 """The examples of each client, by its id."""
 PromptKey = Callable[[Example], str]
-"""Returns a text that two examples share if and only if one must not test what the other trains."""
+"""Maps an example to a text; examples with equal texts must not be split between train and test."""
 
 
 def load_clients(
@@ -62,30 +62,30 @@ def load_clients(
 
     Which client has which examples is decided by the first of these that applies:
 
-    1. ``client-files``: one file a client.
-    2. A JSON file that has lists of rows by client.
-    3. ``client-column``: one source whose column names the client of each row.
+    1. ``client-files``: one file per client.
+    2. A JSON file with a list of rows for each client.
+    3. ``client-column``: one source with a column that names each row's client.
     4. Otherwise one source, divided by `partition` among "client-0", "client-1", ... (zero-padded).
 
-    No prompt is both trained on and tested on: the prompt of a held-out example occurs once in the
-    source (with ``client-files``: once in that client's file, for no client sees another's), and
-    rows of a ``test-source`` or built-in tests whose prompt is trained on are left out. Where all
-    turns of a chat are learned, its prompt is what stands before the first of them, so that no
-    turn's prompt is both.
+    No prompt is used for both training and testing: the prompt of a held-out example occurs only
+    once in the source (with ``client-files``, once in that client's file, since clients do not see
+    each other's files), and rows of a ``test-source`` or built-in tests whose prompt is trained on
+    are left out. When all turns of a chat are learned, its prompt is everything before the first
+    learned turn, so that the rule holds for every turn.
 
     Args:
-        config: The section [data] of the configuration.
-        seed: Decides the built-in examples, the partition and what is held out.
+        config: The [data] section of the configuration.
+        seed: Determines the built-in examples, the partition and what is held out.
         loss_on: Which turns of a chat are learned; see `tokenize`.
-        task: The model's task, `model.task`; it decides which columns are read.
-        unit_column: The column that names the unit of each training example.
+        task: The model's task, `model.task`; it determines which columns are read.
+        unit_column: The column that names each training example's privacy unit.
 
     Returns:
         The clients.
 
     Raises:
         ConfigError: If the configuration names no data.
-        DataError: If a file cannot be used or the data does not suffice; the message names the
+        DataError: If a file cannot be used or there is too little data; the message names the
             file, row or client.
     """
     if not config.source and not config.client_files:
@@ -119,7 +119,7 @@ def assign_clients(
     """Return all examples of each client, before any is held out.
 
     Raises:
-        DataError: If a file cannot be used, or the data cannot be divided so.
+        DataError: If a file cannot be used, or the data cannot be divided this way.
     """
     if config.client_files:
         clients = {}
@@ -166,12 +166,12 @@ def read_source(
     split: str,
     task: str = CAUSAL_LM,
 ) -> tuple[Rows, list[Example]]:
-    """Read a file, directory or hub data set, as rows and as examples.
+    """Read a file, directory or Hub data set, both as rows and as examples.
 
     Args:
         source: What to read.
-        config: How: the encoding, the names of columns, the column of categories.
-        split: Which split of a source that has several.
+        config: The encoding, the column names and the category column.
+        split: The split to read, if the source has several.
         task: The model's task, `model.task`.
 
     Raises:
@@ -209,7 +209,7 @@ def _simulate_clients(
         categories_per_client=config.categories_per_client,
         sizes=config.sizes or None,
     )
-    # Padded with zeros, so that names sort as numbers do.
+    # Zero-padded, so that names sort numerically.
     width = len(str(config.num_clients - 1))
     return {
         f"client-{number:0{width}d}": [examples[index] for index in part]
@@ -218,7 +218,7 @@ def _simulate_clients(
 
 
 def _by_owner(examples: Sequence[Example], owners: Sequence[str]) -> ClientExamples:
-    """Group examples by the client that each belongs to."""
+    """Group examples by client."""
     clients: ClientExamples = {}
     for owner, example in zip(owners, examples, strict=True):
         clients.setdefault(owner, []).append(example)
@@ -231,10 +231,10 @@ def _by_owner(examples: Sequence[Example], owners: Sequence[str]) -> ClientExamp
 def hold_out(
     config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey, task: str
 ) -> tuple[ClientExamples, ClientExamples]:
-    """Return each client's training examples, and its test examples.
+    """Return each client's training examples and each client's test examples.
 
     Raises:
-        DataError: If a test source cannot be used, or leaves nothing to test on.
+        DataError: If a test source cannot be used, or no test examples are left.
     """
     if config.source == BUILT_IN_SOURCE:
         tests = _built_in_tests(config, clients, seed, key)
@@ -247,7 +247,7 @@ def hold_out(
 def _built_in_tests(
     config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey
 ) -> list[Example]:
-    """Generate test examples of the built-in tasks, with prompts that nobody trains on."""
+    """Generate test examples of the built-in tasks, with prompts that no client trains on."""
     names = task_names(config)
     if config.num_test_examples == 0:
         return []
@@ -267,10 +267,10 @@ def _shared_tests(
 ) -> ClientExamples:
     """Divide a common test set among the clients.
 
-    By the client column where it has that; else each category in proportion to the clients'
-    training examples of it.
+    Rows are assigned by the client column if there is one; otherwise each category is divided in
+    proportion to the clients' training examples of it.
     """
-    # Leave out what is trained on.
+    # Leave out examples that are trained on.
     rows, tests = read_source(source, config, config.test_split, task)
     trained = _trained_prompts(clients, key)
     is_new = [key(example) not in trained for example in tests]
@@ -281,7 +281,7 @@ def _shared_tests(
     if not all(is_new):
         message = "%s: %d of %d test examples left out, their prompts are also trained on"
         _log.warning(message, source, is_new.count(False), len(is_new))
-    # Give every client its own, or a part of all.
+    # Give each client its own test rows, or a share of all.
     new_tests = list(compress(tests, is_new))
     column = config.client_column
     owners: Sequence[str]
@@ -307,10 +307,10 @@ def _assign_in_proportion(
 ) -> ClientExamples:
     """Divide each category's tests in proportion to the clients' training examples of it.
 
-    A category that nobody trains on is divided in proportion to all training examples.
+    A category that no client trains on is divided in proportion to all training examples.
     """
     rng = np.random.default_rng(data_seed(seed, Purpose.TEST_OWNERS))
-    # How many training examples of each category a client has.
+    # Each client's number of training examples per category.
     counts = [Counter(example.category for example in examples) for examples in clients.values()]
     positions: list[list[int]] = [[] for _ in clients]
     for category in sorted({example.category for example in tests}):
@@ -321,7 +321,7 @@ def _assign_in_proportion(
         parts = divide_in_proportion(indices, proportions, rng)
         for client_positions, part in zip(positions, parts, strict=True):
             client_positions.extend(part)
-    # In the order of the test set, whatever the order of the categories.
+    # Keep the order of the test set, whatever the order of the categories.
     assigned = {}
     for client, part in zip(clients, positions, strict=True):
         assigned[client] = [tests[index] for index in sorted(part)]
@@ -331,22 +331,23 @@ def _assign_in_proportion(
 def _hold_out_fraction(
     config: DataConfig, clients: ClientExamples, seed: int, key: PromptKey
 ) -> tuple[ClientExamples, ClientExamples]:
-    """Take a fraction of each client's examples out, of those whose prompt occurs once.
+    """Hold out a fraction of each client's examples, from those whose prompt occurs only once.
 
-    Rounded, but at least one for a client with `MIN_EXAMPLES_TO_HOLD_OUT` or more, and never all.
+    The number is rounded, but at least one for clients with `MIN_EXAMPLES_TO_HOLD_OUT` examples or
+    more, and never all of them.
     """
-    # How often each prompt occurs.
+    # Count how often each prompt occurs.
     counts = {}
     for client, examples in clients.items():
         counts[client] = Counter(key(example) for example in examples)
-    # With a file of its own a client counts only there, for it sees no other client's.
+    # With separate files, count within the client's own file: it does not see the others.
     if not config.client_files:
         counts = dict.fromkeys(clients, sum(counts.values(), Counter()))
     train = {}
     test = {}
     for client, examples in clients.items():
-        # Seeded by the client's name, so that a client alone finds the same fraction as among
-        # others.
+        # Seeded by the client's name, so that a client on its own holds out the same examples as
+        # in a simulation of all.
         rng = np.random.default_rng([data_seed(seed, Purpose.HELD_OUT), *client.encode()])
         unique = []
         for index, example in enumerate(examples):
@@ -363,7 +364,7 @@ def _hold_out_fraction(
 
 
 def _trained_prompts(clients: ClientExamples, key: PromptKey) -> set[str]:
-    """Return the prompts that any client trains on, as `key` writes them."""
+    """Return the keys of all prompts that any client trains on."""
     prompts: set[str] = set()
     for examples in clients.values():
         prompts.update(key(example) for example in examples)
@@ -373,8 +374,8 @@ def _trained_prompts(clients: ClientExamples, key: PromptKey) -> set[str]:
 def prompt_key(example: Example, loss_on: str) -> str:
     """Return a text that two examples share if and only if their prompts are the same.
 
-    Where all turns of a chat are learned, two of its turns' prompts can only be the same if those
-    of the first turns are; so these are compared. A text without a prompt stands for itself.
+    When all turns of a chat are learned, prompts of any two turns can only be equal if the prompts
+    of the chats' first turns are, so those are compared. A text without a prompt is its own key.
     """
     prompt = example.prompt
     if prompt is None:

@@ -1,4 +1,4 @@
-"""Which columns of a data set count, and as what: the formats of rows, and a user's own names."""
+"""Which columns of a data set are read, and as what: row formats and user-defined column names."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "question+answer": (("question", "answer"), ("system",)),
     "text": (("text",), ()),
 }
-"""Each format with the columns that identify it, and those that it reads where they are.
+"""Format -> the columns that identify it, and the optional ones that it reads if present.
 
-`output` may be missing where `answer` replaces it; `text` counts where no other format fits.
+`answer` may replace `output`; `text` is used only if no other format fits.
 """
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows are read.
+    """How to read rows.
 
     Attributes:
         kind: One of `FORMATS`.
-        names: Our name of each column that is read, to the file's own.
+        names: Our name of each column that is read -> the file's name.
     """
 
     kind: str
@@ -39,18 +39,18 @@ class RowFormat:
 
 
 def find_format(columns: Sequence[str], mapping: Mapping[str, str], where: str) -> RowFormat:
-    """Return the one format that columns fit.
+    """Return the one format that the columns fit.
 
     Args:
         columns: The file's columns.
-        mapping: Our names of columns to the file's own; an empty one: that column is not used.
-        where: Name of the file, for messages.
+        mapping: Our column names -> the file's; an empty name means the column is not used.
+        where: Name of the file, for error messages.
 
     Raises:
-        DataError: If the columns fit no format or several, or a mapped one is missing.
+        DataError: If the columns fit no format or several, or a mapped column is missing.
     """
     names = resolve_names(columns, mapping, where)
-    # Names that the user gave decide, if they are those of a format.
+    # Names given by the user decide, if they identify a format.
     given = {ours for ours, theirs in mapping.items() if theirs}
     kinds = [kind for kind, (needed, _) in FORMATS.items() if given.issuperset(needed)]
     if not kinds:
@@ -58,7 +58,7 @@ def find_format(columns: Sequence[str], mapping: Mapping[str, str], where: str) 
         if "instruction" in present and "answer" in present:
             present.add("output")
         kinds = [kind for kind, (needed, _) in FORMATS.items() if present.issuperset(needed)]
-    # Data sets often have each row written out as one text besides.
+    # Data sets often also have a column with the whole row as one text.
     if kinds != ["text"]:
         kinds = [kind for kind in kinds if kind != "text"]
     elif "label" in names and "text" not in given:
@@ -73,10 +73,10 @@ def find_format(columns: Sequence[str], mapping: Mapping[str, str], where: str) 
 
 
 def resolve_names(columns: Sequence[str], mapping: Mapping[str, str], where: str) -> dict[str, str]:
-    """Return our names of the columns that a file has, to its own names.
+    """Return a mapping from our names of the columns that a file has to the file's names.
 
     Raises:
-        DataError: If the file has no column of a mapped name.
+        DataError: If the file lacks a mapped column.
     """
     prefix = f"{where}: " if where else ""
     for ours, theirs in mapping.items():
@@ -85,7 +85,7 @@ def resolve_names(columns: Sequence[str], mapping: Mapping[str, str], where: str
                 f"{prefix}no column {printable(theirs)!r}, which [data.columns] gives for {ours}; "
                 f"correct it there, or rename the column; found: {join_names(columns)}"
             )
-    # A column that stands for another of ours does not count under its own name.
+    # A column that is mapped to one of our names is not also used under its own name.
     names = {}
     for name in columns:
         if name in COLUMNS and name not in mapping and name not in mapping.values():
@@ -97,7 +97,7 @@ def resolve_names(columns: Sequence[str], mapping: Mapping[str, str], where: str
 def _misfit(
     columns: Sequence[str], names: Mapping[str, str], kinds: Sequence[str], where: str
 ) -> str:
-    """Return the message for columns that fit no format, or several."""
+    """Return the error message for columns that fit no format, or several."""
     prefix = f"{where}: " if where else ""
     problem = (
         "fit no known format; rename them, or say in [data.columns] which is which, such as "
@@ -119,5 +119,5 @@ def _misfit(
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Return names of columns for a message."""
+    """Format column names for an error message."""
     return printable(", ".join(names))

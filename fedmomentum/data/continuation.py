@@ -1,10 +1,10 @@
-"""The token ids of an answer that follows a prompt's own, where the tokenizer would merge the two.
+"""Token ids of an answer after its prompt, for tokenizers that would merge tokens across the two.
 
-Generation starts from the prompt's ids, so training must, too. SentencePiece writes a space in
-front of every text, so an answer tokenized by itself would be learned with a space too many after a
-prompt that ends in one; WordPiece would begin a new word. So the answer is tokenized after some
-other text, an anchor, whose ids are then removed, and the result is accepted only if prompt and
-answer together read like the full text.
+Generation starts from the prompt's token ids, so training must too. SentencePiece puts a space in
+front of every text, so an answer tokenized on its own would be learned with an extra space after a
+prompt that ends in one; WordPiece would begin a new word. The answer is therefore tokenized after
+another text, an anchor, whose ids are then removed, and the result is accepted only if prompt and
+answer together decode to the full text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 ANCHORS = ("\n", ":", ".", "a", "x", "1", "(", "-", "z", "?", "é")
-"""Texts after which the answer is tokenized, in this order; one of them will not merge with it."""
+"""Anchors to try, in this order; one of them will not merge with the answer."""
 
 SHOWN_CHARACTERS = 60
-"""How much of a text's end a message shows: the prompt's last words and the answer's first."""
+"""How much of a text's end error messages show."""
 
 
 def continuation_ids(
@@ -33,12 +33,12 @@ def continuation_ids(
     answer: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[int]:
-    """Return token ids that, after the prompt's, read as the full text does.
+    """Return token ids of the answer that, after the prompt's, decode to the full text.
 
     Args:
         prompt_ids: The token ids of the prompt.
-        full_ids: The token ids of prompt and answer as one text; they do not begin with the
-            prompt's.
+        full_ids: The token ids of prompt and answer as one text, which do not start with the
+            prompt's ids.
         answer: The text of the answer.
         tokenizer: The base model's tokenizer.
 
@@ -46,7 +46,7 @@ def continuation_ids(
         The token ids of the answer.
 
     Raises:
-        DataError: If no way to write the answer reads as the full text does.
+        DataError: If no tokenization of the answer decodes to the full text.
     """
     wanted = _decode(full_ids, tokenizer)
     text = ""
@@ -64,7 +64,7 @@ def continuation_ids(
 
 
 def _candidates(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield ways to write a text in the middle of another, the likeliest first."""
+    """Yield tokenizations of a text in the middle of another, most likely first."""
     yield tokenizer(text, add_special_tokens=False)["input_ids"]
     for anchor in ANCHORS:
         anchor_ids = tokenizer(anchor, add_special_tokens=False)["input_ids"]
@@ -74,7 +74,7 @@ def _candidates(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[
 
 
 def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids; characters that can be written in several ways are unified."""
+    """Decode token ids to Unicode-normalized text."""
     text = tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

@@ -1,4 +1,4 @@
-"""CSV files: which delimiter, header, rows."""
+"""CSV files: delimiter, header and rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmomentum.data.tables import Table, check_header
 from fedmomentum.errors import DataError
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
-"""What may separate the values of a line, with its name for people."""
+"""Supported delimiters, with names for messages."""
 
 # Excel's own first line, which names the delimiter.
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ \t]*(?:\r\n|\n|\r)', re.IGNORECASE)
@@ -23,7 +23,7 @@ _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ \t]*(?:\r\n|\n|\r)', re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Records:
-    """The lines of a CSV file that are not blank, each with its number."""
+    """The non-blank lines of a CSV file, with line numbers."""
 
     header: list[str]
     values: list[list[str]]
@@ -32,22 +32,22 @@ class _Records:
 
 
 def read_csv(path: Path, text: str, delimiter: str | None = None) -> Table:
-    """Return the columns of a CSV file with a header; all values are text.
+    """Parse the columns of a CSV file with a header; all values are text.
 
-    Values are separated by what a first line `sep=;` says; else by the one of `DELIMITERS` with
-    which every line has as many values as the header. Blank lines are skipped. A first column
-    without a name is the row numbers that pandas and R write, and is left out.
+    The delimiter is given by a first line such as `sep=;`; otherwise it is the one of `DELIMITERS`
+    with which every line has as many values as the header. Blank lines are skipped. An unnamed
+    first column holds the row numbers that pandas and R write, and is left out.
 
     Args:
-        path: The file, for messages.
+        path: The file, for error messages.
         text: Its content.
-        delimiter: What separates values, where the file's ending says that.
+        delimiter: The delimiter, if the file's extension implies it.
 
     Raises:
         DataError: If the text is not CSV, a line has too few or too many values, or several
             delimiters fit; the message names the line.
     """
-    # Which delimiter: the file's own word, its ending, or what fits.
+    # The delimiter comes from a `sep=` line, the file's extension, or what fits.
     offset = 0
     named = _SEPARATOR_LINE.match(text)
     if named is not None:
@@ -56,7 +56,7 @@ def read_csv(path: Path, text: str, delimiter: str | None = None) -> Table:
         offset = 1
     if delimiter is None:
         delimiter = _find_delimiter(path, text)
-    # The values by column, without row numbers.
+    # Collect the values by column, without row numbers.
     records = _parse(path, text, delimiter, offset)
     has_index = check_header(path, records.header)
     columns = {}
@@ -69,11 +69,11 @@ def read_csv(path: Path, text: str, delimiter: str | None = None) -> Table:
 
 
 def _find_delimiter(path: Path, text: str) -> str:
-    """Return the delimiter of a CSV file; a comma where its header has one column only."""
+    """Return the delimiter of a CSV file; a comma if its header has only one column."""
     candidates = [delimiter for delimiter in DELIMITERS if _header_width(text, delimiter) > 1]
     if len(candidates) < 2:
         return candidates[0] if candidates else ","
-    # The header does not tell; do the other lines?
+    # The header is ambiguous; try the other lines.
     fitting = []
     for delimiter in candidates:
         try:
@@ -87,12 +87,12 @@ def _find_delimiter(path: Path, text: str) -> str:
             f"{path}: its values may be separated by a {names}, for every line has as many of each "
             f"as the header; name the right one in a first line, such as sep={fitting[0]}"
         )
-    # Where none fits, the message is about the likeliest.
+    # If none fits, the error message will be about the most likely one.
     return max(fitting or candidates, key=lambda delimiter: _header_width(text, delimiter))
 
 
 def _header_width(text: str, delimiter: str) -> int:
-    """Return how many columns the first line that is not blank has; 0 where it is no CSV."""
+    """Return the number of columns in the first non-blank line; 0 if it is not CSV."""
     with _unlimited_field_size():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         try:
@@ -102,16 +102,16 @@ def _header_width(text: str, delimiter: str) -> int:
 
 
 def _parse(path: Path, text: str, delimiter: str, offset: int) -> _Records:
-    """Return the header and the other lines, all of which have as many values.
+    """Return the header and the other lines, which must have the same number of values.
 
     Args:
-        path: The file, for messages.
+        path: The file, for error messages.
         text: Its content.
-        delimiter: What separates values.
-        offset: Number of lines before the text.
+        delimiter: The delimiter.
+        offset: Number of lines that precede the text.
 
     Raises:
-        DataError: If a line has another number of values, or the text is not CSV.
+        DataError: If a line has a different number of values, or the text is not CSV.
     """
     stripped = text.rstrip("\r\n")
     header: list[str] = []
@@ -125,7 +125,7 @@ def _parse(path: Path, text: str, delimiter: str, offset: int) -> _Records:
             for record in reader:
                 line = previous + 1 + offset
                 previous = reader.line_num
-                # Blank, or a row of empty cells as spreadsheets write them.
+                # Blank, or a row of empty cells, as spreadsheets write them.
                 if not any(value.strip() for value in record):
                     has_blanks = True
                 elif not header:
@@ -142,7 +142,7 @@ def _parse(path: Path, text: str, delimiter: str, offset: int) -> _Records:
 
 
 def _wrong_width(path: Path, line: int, record: Sequence[str], header: Sequence[str]) -> str:
-    """Return the message for a line with too few or too many values."""
+    """Return the error message for a line with too few or too many values."""
     return (
         f"{path}, line {line}: {len(record)} values for {len(header)} columns; put values that "
         "hold a delimiter (such as a comma) or a line end in double quotes"
@@ -151,7 +151,7 @@ def _wrong_width(path: Path, line: int, record: Sequence[str], header: Sequence[
 
 @contextmanager
 def _unlimited_field_size() -> Iterator[None]:
-    """Accept long texts, which the CSV reader otherwise takes for a quote that was never closed."""
+    """Accept long texts, which the CSV reader otherwise mistakes for an unclosed quote."""
     previous = csv.field_size_limit(sys.maxsize)
     try:
         yield

@@ -1,8 +1,8 @@
-"""From the bytes of a text file to its text: compression, encodings, damage.
+"""Decodes text files: compression, encodings, damage.
 
-Files are UTF-8. What Excel saves as CSV is often in Windows' own encoding, cp1252, which nothing in
-the file says. So it is recognized only where nothing else is likely, and reported; elsewhere the
-user names the encoding.
+Files are UTF-8. CSV files saved by Excel are often in Windows' encoding, cp1252, but nothing in the
+file says so. It is therefore detected only when no other encoding is likely, and logged; otherwise
+the user must name the encoding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
 
 AUTO = "auto"
-"""The `data.encoding` that stands for UTF-8 and, in a CSV file, for what is recognized."""
+"""The `data.encoding` for UTF-8 or, in a CSV file, the detected encoding."""
 GZIP_START = b"\x1f\x8b"
 WINDOWS = "cp1252"
-# The letters beyond ASCII of the languages that are written in cp1252. Text in another encoding,
-# read as cp1252, has letters of several of them.
+# The non-ASCII letters of languages that use cp1252. Text in another encoding that is read as
+# cp1252 has letters of several languages.
 ALPHABETS = {
     "German": "äöüßéèàáê",
     "French": "àâäçéèêëîïôöùûüÿœæ",
@@ -35,12 +35,12 @@ ALPHABETS = {
     "Catalan": "àçéèíïóòúü",
 }
 WITHIN_WORDS = "’\u00ad·–—"
-"""The signs beyond ASCII that may stand between two letters."""
+"""The non-ASCII symbols that may occur between two letters."""
 MAX_SHOWN = 60
 
 _WORD = re.compile(r"[^\W\d_]+")
 _WITHIN_WORD = re.compile(r"(?<=[^\W\d_])[^\x00-\x7f](?=[^\W\d_])")
-# What opens something never follows a letter.
+# Opening punctuation never follows a letter.
 _AFTER_LETTER = re.compile(r"[^\W\d_][‚„¿¡]")
 _log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class DecodedText:
     """The text of a file.
 
     Attributes:
-        text: Without a byte order mark, its line ends as they are.
+        text: The text, without a byte order mark, line endings unchanged.
         encoding: The encoding.
-        is_compressed: Whether the file is compressed by gzip.
+        is_compressed: Whether the file is gzip-compressed.
     """
 
     text: str
@@ -61,15 +61,15 @@ class DecodedText:
 
 
 def read_text(path: Path, encoding: str = AUTO, *, may_be_windows: bool = False) -> DecodedText:
-    """Return the text of a file.
+    """Read the text of a file.
 
     Args:
-        path: The file; one that is compressed by gzip is unpacked, whatever its name.
-        encoding: Its encoding; `AUTO`: UTF-8.
-        may_be_windows: Whether text that is not UTF-8 may be recognized as cp1252.
+        path: The file; gzip-compressed files are decompressed, whatever their name.
+        encoding: The encoding; `AUTO` means UTF-8.
+        may_be_windows: Whether text that is not UTF-8 may be detected as cp1252.
 
     Raises:
-        DataError: If the file is in another encoding, damaged or empty, or cannot be read.
+        DataError: If the file has another encoding, is damaged or empty, or cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -89,7 +89,7 @@ def read_text(path: Path, encoding: str = AUTO, *, may_be_windows: bool = False)
 
 
 def _unpack(path: Path, data: bytes) -> bytes:
-    """Return what gzip has compressed."""
+    """Decompress gzip data."""
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
@@ -99,7 +99,7 @@ def _unpack(path: Path, data: bytes) -> bytes:
 
 
 def _decode(path: Path, data: bytes, encoding: str) -> str:
-    """Return text in an encoding that the user has named."""
+    """Decode text in the encoding that the user named."""
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeError as error:
@@ -114,7 +114,7 @@ def _decode(path: Path, data: bytes, encoding: str) -> str:
 
 
 def _decode_auto(path: Path, data: bytes, may_be_windows: bool) -> tuple[str, str]:
-    """Return a file's text, and its encoding: UTF-8, or cp1252 where that is plain."""
+    """Return a file's text and its encoding: UTF-8, or cp1252 if that is clear."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(
             f"{path}: not UTF-8 text but UTF-16 (or UTF-32), by its first bytes; save it as UTF-8, "
@@ -148,7 +148,7 @@ def _decode_auto(path: Path, data: bytes, may_be_windows: bool) -> tuple[str, st
 
 
 def _line_at(text: str, position: int) -> str:
-    """Return the surroundings of a character in its line; empty where there is no such text."""
+    """Return the text around a position, within its line; empty if there is none."""
     start = text.rfind("\n", 0, position) + 1
     end = text.find("\n", position)
     line = text[start : end if end >= 0 else len(text)]
@@ -157,12 +157,12 @@ def _line_at(text: str, position: int) -> str:
 
 
 def fits_windows(text: str) -> bool:
-    """Return whether text that was read as cp1252 can hardly be in another encoding.
+    """Return whether text read as cp1252 is unlikely to be in another encoding.
 
-    Its letters must be those of one Western European language, no word may consist of letters
-    beyond ASCII alone, and signs must stand where signs do.
+    Its letters must be those of one Western European language, no word may consist only of
+    non-ASCII letters, and symbols must occur only where symbols do.
     """
-    # The letters beyond ASCII, of one language.
+    # The non-ASCII letters must all belong to one language.
     letters = {character.lower() for character in text if not character.isascii()}
     letters = {character for character in letters if character.isalpha() and character not in "ªºµ"}
     if not any(letters.issubset(alphabet) for alphabet in ALPHABETS.values()):
@@ -170,7 +170,7 @@ def fits_windows(text: str) -> bool:
     for word in _WORD.findall(text):
         if len(word) > 1 and not any(character.isascii() for character in word):
             return False
-    # A sign between two letters was a letter in another encoding, such as the Polish stroked l.
+    # A symbol between two letters is a letter in another encoding, such as the Polish "ł".
     for found in _WITHIN_WORD.findall(text):
         if found not in WITHIN_WORDS and (not found.isalpha() or found in "ªºµ"):
             return False
@@ -178,7 +178,7 @@ def fits_windows(text: str) -> bool:
 
 
 def _check_text(path: Path, text: str) -> None:
-    """Refuse text that is damaged, or empty."""
+    """Reject damaged or empty text."""
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(

@@ -1,4 +1,4 @@
-"""Token ids of texts, without what a tokenizer writes at a text's end."""
+"""Token ids of texts, without the special tokens that a tokenizer appends."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Texts in a call of the tokenizer: a call costs more than what it does to a short text, and keeps
-# several times the size of each text in memory.
+# Texts per tokenizer call: the overhead of a call exceeds the cost of a short text, but a call
+# holds several times the size of its texts in memory.
 TEXTS_PER_CALL = 256
 
 
 def encode_texts(
     texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Return the token ids of texts, without the special tokens that close a text.
+    """Return the token ids of texts, without the special tokens at the end.
 
     Args:
-        texts: Texts, each with whether it is a chat's: its template has written the special tokens
-            already.
+        texts: Pairs of a text and whether it is a chat, in which case the template has already
+            added the special tokens.
         tokenizer: The base model's tokenizer.
     """
     rows_of_kind: dict[bool, list[int]] = defaultdict(list)
@@ -41,9 +41,9 @@ def encode_texts(
 
 
 def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens with which the tokenizer closes each plain text.
+    """Return the special tokens that the tokenizer appends to plain text.
 
-    An end token, a separator, or none.
+    An end token, a separator, or nothing.
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     closed: list[int] = tokenizer("a")["input_ids"]
@@ -55,6 +55,6 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _without_closing(ids: list[int], closing_ids: Sequence[int]) -> list[int]:
-    """Return a text's token ids without those that close it: the answer comes before them."""
+    """Strip the closing tokens from a text's token ids: the answer belongs before them."""
     is_closed = closing_ids and ids[-len(closing_ids) :] == closing_ids
     return ids[: -len(closing_ids)] if is_closed else ids

@@ -1,4 +1,4 @@
-"""What a client trains and is tested on: a prompt, its answer, and the client they belong to."""
+"""Training and test examples: prompts with answers, and the clients that hold them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.text import printable
 
 MAX_LABEL = 256
-"""The most characters of a category: as many as `schema.Label` accepts where names are received."""
+"""The maximum length of a category in characters, the same as `schema.Label` accepts."""
 
 MAX_CATEGORIES = 10_000
-"""The most categories of a data set: as many as a client may report its scores by."""
+"""The maximum number of categories in a data set: as many as a client may report scores for."""
 
 Message = dict[str, Any]
-"""A chat message: `role`, `content`, perhaps `name`, and its role's keys of `TOOL_KEYS`."""
+"""A chat message: `role`, `content`, optionally `name` and the `TOOL_KEYS` of its role."""
 
 
 class TextPair(NamedTuple):
-    """Two texts that are classified together."""
+    """Two texts to classify together."""
 
     first: str
     second: str
@@ -31,16 +31,16 @@ Prompt = str | tuple[Message, ...] | TextPair
 """Plain text, the chat messages before the answer, or a pair of texts to classify."""
 
 TOOL_KEYS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id"}}
-"""Role to what its messages may hold besides role, content and name, where tools are called."""
+"""Role -> additional keys that its messages may have in chats with tool calls."""
 
 MAX_NESTING = 16
-"""How deep the arguments of a tool call may be nested."""
+"""The maximum nesting depth of a tool call's arguments."""
 
 
 def label_problem(text: str) -> str | None:
-    """Return what is wrong with the name of a category or client, None where nothing is.
+    """Return what is wrong with the name of a category or client, or None.
 
-    The text completes a sentence of which the name is the subject.
+    The text completes a sentence whose subject is the name.
     """
     if len(text) > MAX_LABEL:
         return f"is a text of {len(text)} characters"
@@ -56,25 +56,24 @@ class Example:
 
     Attributes:
         prompt: Plain text, or the chat messages before the answer, each with ``role`` and
-            ``content``; some with keys of `TOOL_KEYS` too. Of a classifier what is classified, a
-            text or a pair of them. None: there is no prompt, and all of a text is learned.
+            ``content``, some also with `TOOL_KEYS`. For a classifier, the text or pair of texts to
+            classify. None if there is no prompt and the entire text is learned.
         completion: The text of the answer (the assistant's last turn), or the label; never empty.
         category: The label or task by which examples are partitioned and results reported: a short
             name.
-        scoring: JSON that the task's own scorer needs; empty for an exact match of the stripped
-            text.
-        rejected: The text of the answer to which ``completion`` is preferred; None where there is
-            only one answer.
-        unit: Whose example it is, such as a patient: a private training protects all examples of
-            one unit together; empty where each stands for itself.
-        source_row: The row of its file, from 1, for messages; 0 where it comes from none.
-        learned_turns: Positions of the assistant's messages in the prompt that are learned beside
-            the answer, where the data says so; None: `training.loss-on` alone decides.
+        scoring: JSON for the task's own scorer; empty for an exact match of the stripped text.
+        rejected: The text of the rejected answer, in preference data; None if there is only one
+            answer.
+        unit: Whose example it is, such as a patient's: differentially private training protects
+            all examples of a unit together; empty if each example is its own unit.
+        source_row: The row in its file, counted from 1, for error messages; 0 if there is none.
+        learned_turns: Positions of the assistant messages in the prompt that are learned in
+            addition to the answer, if the data says so; None if only `training.loss-on` decides.
 
     Raises:
-        DataError: If an answer is empty, or both are the same; the prompt has no text, a message of
-            another shape, or an empty message that is not the system's; or the category is too long
-            or cannot be shown.
+        DataError: If an answer is empty or both are the same; the prompt has no text, a malformed
+            message, or an empty message where that is not allowed; or the category is too long or
+            not printable.
     """
 
     prompt: Prompt | None
@@ -87,7 +86,7 @@ class Example:
     learned_turns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained on."""
+        """Reject examples that cannot be trained on."""
         if not isinstance(self.completion, str):
             raise DataError(f"the completion is {type(self.completion).__name__}; it must be text")
         if not self.completion.strip():
@@ -105,7 +104,7 @@ class Example:
             _check_prompt(self.prompt)
 
     def _check_rejected(self) -> None:
-        """Refuse a rejected answer that is none."""
+        """Validate the rejected answer."""
         if self.rejected is None:
             return
         if not isinstance(self.rejected, str):
@@ -122,7 +121,7 @@ class Example:
 
 
 def _check_prompt(prompt: object) -> None:
-    """Refuse a prompt that holds no text, or messages of another shape."""
+    """Reject a prompt without text or with malformed messages."""
     if isinstance(prompt, str):
         has_text = bool(prompt.strip())
     elif isinstance(prompt, TextPair):
@@ -144,14 +143,14 @@ def _check_prompt(prompt: object) -> None:
 
 
 def _check_message(message: object, position: int) -> None:
-    """Refuse a message of another shape, or an empty one that may not be."""
+    """Reject a malformed message, or an empty one where that is not allowed."""
     where = f"message {position} of the prompt"
     problem = _message_problem(message)
     if problem is not None:
         raise DataError(f"{where}: {problem}")
     assert isinstance(message, Mapping)  # or there were a problem
-    # An empty system message is common, and means what it says: no instruction. Who calls a tool
-    # need not say anything, nor does every tool.
+    # An empty system message is common and means: no instruction. Messages that call a tool may be
+    # empty, and so may a tool's result.
     may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message
     if not message["content"].strip() and not may_be_empty:
         role = printable(message["role"], 40)
@@ -159,7 +158,7 @@ def _check_message(message: object, position: int) -> None:
 
 
 def keys_problem(message: object) -> str | None:
-    """Return what is wrong with the keys of a chat message, None where nothing is."""
+    """Return what is wrong with the keys of a chat message, or None."""
     shown = printable(repr(message), 100)
     keys = set(message) if isinstance(message, Mapping) else set()
     if not isinstance(message, Mapping) or not {"role", "content"} <= keys:
@@ -172,7 +171,7 @@ def keys_problem(message: object) -> str | None:
 
 
 def _message_problem(message: object) -> str | None:
-    """Return what is wrong with the shape of a chat message, None where nothing is."""
+    """Return what is wrong with the structure of a chat message, or None."""
     problem = keys_problem(message)
     if problem is not None:
         return problem
@@ -196,7 +195,7 @@ def _message_problem(message: object) -> str | None:
 
 
 def _is_plain(value: object, depth: int) -> bool:
-    """Return whether a value is JSON without null, at most so deep."""
+    """Return whether a value is JSON without null and nested no deeper than ``depth``."""
     if isinstance(value, Mapping):
         items = list(value.values())
     elif isinstance(value, list):
@@ -211,7 +210,7 @@ class ClientData:
     """The examples of one client.
 
     Attributes:
-        client_id: The client's name, one that `check_client_name` accepts.
+        client_id: The client's name, valid according to `check_client_name`.
         train: The examples it trains on.
         test: The examples it holds out; they share no prompt with ``train``.
 
@@ -224,7 +223,7 @@ class ClientData:
     test: tuple[Example, ...]
 
     def __post_init__(self) -> None:
-        """Refuse a client that could not take part."""
+        """Reject a client that could not take part."""
         check_client_name(self.client_id, "the data", DataError)
         if not self.train:
             raise DataError(

@@ -1,6 +1,6 @@
-"""Rows of JSON files: a list, one object a line, or lists by client.
+"""Rows of JSON files: a list, one object per line, or a list for each client.
 
-Columns that are not used are parsed and not looked at.
+Unused columns are parsed but not validated.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.text import printable
 
 MAX_INTEGER_DIGITS = 4000
-"""Digits of a whole number; Python refuses to parse more than 4,300."""
+"""The most digits of an integer; Python refuses to parse more than 4,300."""
 
 
 SPLIT_NAMES = frozenset(
     ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "all")
 )
-"""Keys that name parts of a data set, and hardly clients."""
+"""Keys that name splits of a data set rather than clients."""
 
 
 class JsonObject(dict[str, Any]):
-    """A JSON object that remembers its repeated keys, whose first values are lost."""
+    """A JSON object that remembers repeated keys, of which only the last value is kept."""
 
     repeated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class JsonRows:
-    """What a JSON file holds.
+    """The contents of a JSON file.
 
     Attributes:
         objects: The rows.
-        kind: The form of the file, for people.
-        lines: The line of each row, where lines between them are blank; else None.
-        owners: The client of each row, where the file has lists by client; else None.
+        kind: The file's format, for messages.
+        lines: The line number of each row if there are blank lines in between; otherwise None.
+        owners: The client of each row if the file has a list for each client; otherwise None.
     """
 
     objects: list[JsonObject]
@@ -49,12 +49,13 @@ class JsonRows:
 
 
 def json_rows(path: Path, text: str, row_columns: Collection[str]) -> JsonRows:
-    """Return the objects of a JSON file: a list of them, one a line, or lists by client.
+    """Parse the objects of a JSON file: a list, one per line, or a list for each client.
 
     Args:
-        path: The file, for messages.
+        path: The file, for error messages.
         text: Its content.
-        row_columns: Names of columns: an object with one of them is a row, not a table of clients.
+        row_columns: Column names: an object with any of these keys is a row, not a table of
+            clients.
 
     Raises:
         DataError: If the text is something else; the message names the line or the row.
@@ -72,7 +73,7 @@ def json_rows(path: Path, text: str, row_columns: Collection[str]) -> JsonRows:
 
 
 def json_column(path: Path, rows: Sequence[JsonObject], name: str) -> Iterator[Any]:
-    """Yield the values of one column; None where a row does not have it.
+    """Yield the values of one column; None for rows that do not have it.
 
     Raises:
         DataError: If a row has the column twice, or its value has a key twice; the message names
@@ -90,7 +91,7 @@ def json_column(path: Path, rows: Sequence[JsonObject], name: str) -> Iterator[A
 
 
 def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of all rows' columns, in the order in which they first occur."""
+    """Return the column names of all rows, in order of first occurrence."""
     names: dict[str, None] = {}
     for row in rows:
         names.update(dict.fromkeys(row))
@@ -98,7 +99,7 @@ def column_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _repeated_key(value: Any) -> str | None:
-    """Return a key that an object somewhere in the value has more than once."""
+    """Return a key that occurs more than once in an object anywhere in the value."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -112,7 +113,7 @@ def _repeated_key(value: Any) -> str | None:
 
 
 def _json_list(path: Path, text: str) -> list[JsonObject]:
-    """Return the objects of a JSON list."""
+    """Parse a JSON list of objects."""
     try:
         values = _parse(text)
     except json.JSONDecodeError as error:
@@ -127,11 +128,11 @@ def _json_list(path: Path, text: str) -> list[JsonObject]:
 
 
 def _json_lines(path: Path, text: str) -> JsonRows:
-    """Return the objects of a file with one a line; blank lines are skipped."""
+    """Parse a file with one object per line; blank lines are skipped."""
     objects = []
     lines = []
-    # Only \n ends a line: JSON strings may hold other characters that str.splitlines takes for
-    # line ends.
+    # Only \n ends a line: JSON strings may contain other characters that str.splitlines treats
+    # as line breaks.
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
         if not line.strip():
             continue
@@ -154,12 +155,12 @@ def _json_lines(path: Path, text: str) -> JsonRows:
 
 
 def _single_object(path: Path, text: str) -> JsonObject | None:
-    """Return the one object that is the entire text; None where there is more, or it is none."""
+    """Return the object if the entire text is a single one; otherwise None."""
     if not text.rstrip().endswith("}"):
         return None
     try:
         value = _parse(text)
-    # Several objects, or a mistake, which is reported by its line.
+    # Several objects, or a syntax error that is later reported with its line.
     except (json.JSONDecodeError, RecursionError):
         return None
     return value if isinstance(value, JsonObject) else None
@@ -176,7 +177,7 @@ def _is_by_client(value: JsonObject, row_columns: Collection[str]) -> bool:
 
 
 def _client_rows(path: Path, value: JsonObject) -> JsonRows:
-    """Return the rows of all clients, one after the other."""
+    """Return the rows of all clients, concatenated."""
     if value.repeated:
         client = printable(repr(min(value.repeated)), 60)
         raise DataError(f"{path}: the client {client} comes twice; put its rows into one list")
@@ -187,7 +188,7 @@ def _client_rows(path: Path, value: JsonObject) -> JsonRows:
             "part of a data set, not a client. Save each part as a file of its own (the one that "
             "is held out is data.test-source), or rename the client"
         )
-    # All rows as one list, with the client of each beside it.
+    # Collect all rows in one list, and the client of each in another.
     objects: list[JsonObject] = []
     owners: list[str] = []
     for client, rows in value.items():
@@ -200,7 +201,7 @@ def _client_rows(path: Path, value: JsonObject) -> JsonRows:
 
 
 def _check_object(value: Any, where: str) -> JsonObject:
-    """Return a row of a JSON file, which must be an object."""
+    """Return a row after checking that it is an object."""
     if not isinstance(value, JsonObject):
         raise DataError(
             f"{where}: must be an object with named columns; got {type(value).__name__}"
@@ -209,12 +210,12 @@ def _check_object(value: Any, where: str) -> JsonObject:
 
 
 def _parse(text: str) -> Any:
-    """Parse JSON, its objects as `JsonObject`."""
+    """Parse JSON, with objects as `JsonObject`."""
     return json.loads(text, object_pairs_hook=_json_object, parse_int=_parse_integer)
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
-    """Return an object of its keys and values."""
+    """Build an object from its keys and values."""
     result = JsonObject(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -223,15 +224,15 @@ def _json_object(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 
 def _parse_integer(text: str) -> int | float:
-    """Return a whole number; as a float where it has thousands of digits.
+    """Parse an integer, as a float if it has thousands of digits.
 
-    No column that is used holds such a number.
+    No used column holds such a number.
     """
     return int(text) if len(text) <= MAX_INTEGER_DIGITS else float(text)
 
 
 def _hint(error: json.JSONDecodeError) -> str:
-    """Return the reason for the most common mistakes, which the parser does not name."""
+    """Return an explanation of the most common mistakes, which the parser does not give."""
     before = error.doc[: error.pos].rstrip()
     after = error.doc[error.pos :].lstrip()
     if before.endswith(",") and after[:1] in ("]", "}"):

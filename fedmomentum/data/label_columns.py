@@ -1,4 +1,4 @@
-"""Columns of labels: clients, categories, units of privacy, and a classifier's labels."""
+"""Columns of labels: clients, categories, privacy units, and a classifier's labels."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[str]:
-    """Return one column's labels as text: names of a ClassLabel, numbers written out.
+    """Return one column's labels as text: the names of a ClassLabel, numbers as text.
 
     Args:
         rows: The rows, from `read_rows`.
         column: The name of the column.
-        where: Name of the file, for messages.
+        where: Name of the file, for error messages.
 
     Returns:
-        One text a row, none empty, none longer than `MAX_LABEL` or with control characters: they
-        are shown to people, and travel to the server.
+        One text per row, never empty, longer than `MAX_LABEL` or with control characters, since
+        labels are displayed and sent to the server.
 
     Raises:
-        DataError: If there is no such column, or a row's value is missing or neither text nor a
-            whole number, or of another kind than those before it.
+        DataError: If there is no such column, or a row's value is missing, neither text nor an
+            integer, or of a different type than those before it.
     """
     rows = Rows.of(rows)
     if column not in rows.column_names:
@@ -41,7 +41,7 @@ def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[
     for number, value in enumerate(read_column(rows, column, where), start=1):
         place = f"{file_prefix(where)}{rows.place(number)}: column {column!r}"
         label = _label(value, label_names, place)
-        # Text and numbers in one column would become one label.
+        # Text and numbers in one column would collapse into one label.
         kinds.add(type(label))
         if len(kinds) > 1:
             raise DataError(
@@ -59,7 +59,7 @@ def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[
 
 
 def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | int:
-    """Return a value of a column of labels, its number replaced by the label's name."""
+    """Return the value of a label column, with a number replaced by the label's name."""
     if label_names is not None and type(value) is int:
         if not 0 <= value < len(label_names):
             raise DataError(
@@ -75,7 +75,7 @@ def read_column(rows: Rows, name: str, where: str) -> list[Any]:
     """Return a column's values.
 
     Raises:
-        DataError: If a text in them was cut within a character.
+        DataError: If a text in it was cut off in the middle of a character.
     """
     values = rows[name]
     for number, value in enumerate(values, start=1):
@@ -90,7 +90,7 @@ def read_column(rows: Rows, name: str, where: str) -> list[Any]:
 
 
 def _lone_surrogate(value: Any) -> str | None:
-    """Return half a character from a text, or from any text in a list or an object."""
+    """Return a lone surrogate (half a character) found in any text within a value, or None."""
     pending = [value]
     while pending:
         item = pending.pop()
@@ -108,22 +108,22 @@ def _lone_surrogate(value: Any) -> str | None:
 
 
 def file_prefix(where: str) -> str:
-    """Return how a message about a file begins; empty without one."""
+    """Return the prefix of an error message about a file; empty without one."""
     return f"{where}: " if where else ""
 
 
 def _shown(value: Any) -> str:
-    """Return a value of the data for a message: one line, and cut where it is long."""
+    """Return a data value for an error message: on one line, truncated if long."""
     return printable(repr(value), 100)
 
 
 def with_units(
     rows: Rows, examples: Sequence[Example], column: str | None, *, where: str
 ) -> list[Example]:
-    """Return examples with the units that a column of their rows names; as they are without one.
+    """Return examples with the privacy units that a column names, or unchanged without a column.
 
     Raises:
-        DataError: If there is no such column, or a row names no unit.
+        DataError: If there is no such column, or a row has no unit.
     """
     if column is None:
         return list(examples)

@@ -1,7 +1,7 @@
-"""Labeled texts, for sequence classification: from rows to examples, and from those to tokens.
+"""Labeled texts for sequence classification: from rows to examples to tokens.
 
-An example's completion is its label, and so is its category: clients are divided by label, and
-scores are reported by it.
+An example's completion and category are both its label: examples are partitioned and scores
+reported by label.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 LABEL_COLUMN = "label"
 TEXT_COLUMNS = (("text",), ("text_a", "text_b"))
-"""The columns that are classified: one text, or a pair."""
+"""The columns to classify: one text or a pair."""
 MAX_SHOWN = 5
-"""Labels that a message lists."""
+"""The most labels that an error message lists."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ def to_labeled_examples(
 
     Args:
         rows: The rows, from `read_rows`.
-        where: Name of the file, for messages.
-        columns: Our names of columns to the file's own, as `data.columns` has them.
+        where: Name of the file, for error messages.
+        columns: Our column names -> the file's, as in `data.columns`.
 
     Returns:
-        One example a row, in the order of the rows.
+        One example per row, in row order.
 
     Raises:
-        DataError: If a column is missing, or a row has no text or no label (named).
+        DataError: If a column is missing, or a row has no text or label (the message names it).
     """
     rows = Rows.of(rows)
     prefix = f"{where}: " if where else ""
@@ -63,7 +63,7 @@ def to_labeled_examples(
             f"{prefix}column {label_column!r} has {len(set(labels))} different values, more than "
             f"{MAX_CATEGORIES}; a label is what many rows have in common"
         )
-    # Row by row, so that a message can name the row.
+    # Row by row, so that error messages can name the row.
     values = [rows[name] for name in names]
     examples = []
     for number, (label, *texts) in enumerate(zip(labels, *values, strict=True), start=1):
@@ -75,7 +75,7 @@ def to_labeled_examples(
 
 
 def _text_columns(known: Sequence[str], columns: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Return the columns that are classified, out of those known by our names."""
+    """Return the columns to classify, among those known by our names."""
     fitting = [names for names in TEXT_COLUMNS if set(names) <= set(known)]
     if len(fitting) == 1 and LABEL_COLUMN in known:
         return fitting[0]
@@ -92,7 +92,7 @@ def _text_columns(known: Sequence[str], columns: Sequence[str], prefix: str) -> 
 
 
 def _check_text(value: Any, place: str) -> None:
-    """Refuse a value that holds no text, or a text that was cut within a character."""
+    """Reject a value that is not text, is empty or was cut off in the middle of a character."""
     if not isinstance(value, str):
         raise DataError(f"{place} is {printable(repr(value), 100)}; it must be text")
     if not value.strip():
@@ -110,7 +110,7 @@ def _check_text(value: Any, place: str) -> None:
 
 
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the different labels in one order: whole numbers by value, names by their letters."""
+    """Return the distinct labels, sorted: integers by value, names alphabetically."""
     different = sorted(set(names))
     if all(name.removeprefix("-").isdecimal() for name in different):
         different.sort(key=int)
@@ -118,7 +118,7 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def refuse_unknown_labels(examples: Iterable[Example], labels: Collection[str], owner: str) -> None:
-    """Refuse examples with a label that the head has no output for.
+    """Reject examples with a label that the head has no output for.
 
     Raises:
         DataError: If there are any; the message names the labels.
@@ -148,34 +148,35 @@ def tokenize_labeled(
     max_length: int,
     owner: str,
 ) -> TokenizedExamples:
-    """Convert labeled texts into rows: the text's token ids, then the index of its label.
+    """Convert labeled texts into token rows: the text's token ids, then its label's index.
 
-    The token ids are those of the tokenizer called on the text or the pair, special tokens
-    included; of a longer text or pair the end is cut off, from the longer one first. The number of
-    prompt tokens is that of the first text's segment.
+    The token ids are the tokenizer's output for the text or pair, including special tokens. What
+    is too long is truncated at the end, a pair's longer text first. The number of prompt tokens
+    is the length of the first text's segment.
 
     Args:
         examples: The labeled texts.
         tokenizer: The base model's tokenizer.
         labels: The names of the labels, in the order of the head's outputs.
-        max_length: The most tokens of a text or pair.
+        max_length: The maximum number of tokens of a text or pair.
         owner: Whose examples these are, for error messages.
 
     Raises:
-        DataError: If there are no examples, a label is unknown, or the tokenizer numbers segments
-            otherwise than 0 and 1.
+        DataError: If there are no examples, a label is unknown, or the tokenizer does not number
+            segments 0 and 1.
     """
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
     refuse_unknown_labels(examples, labels, owner)
-    # In batches, since a call of the tokenizer costs more than a short text.
+    # In batches, since the overhead of a tokenizer call exceeds the cost of a short text.
     index_by_label = {label: index for index, label in enumerate(labels)}
     input_ids: list[tuple[int, ...]] = []
     num_first: list[int] = []
     num_cut = 0
     for start in range(0, len(examples), TEXTS_PER_CALL):
         batch = examples[start : start + TEXTS_PER_CALL]
-        # Uncut, to count those that are too long; cut by the tokenizer, which keeps the separators.
+        # Untruncated to count those that are too long, then truncated by the tokenizer, which keeps
+        # the separators.
         lengths = map(len, _encode(batch, tokenizer)["input_ids"])
         num_cut += sum(length > max_length for length in lengths)
         encoded = _encode(batch, tokenizer, truncation=True, max_length=max_length)
@@ -210,7 +211,7 @@ def tokenize_labeled(
 def _encode(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> Mapping[str, list[list[int]]]:
-    """Return what the tokenizer makes of texts, or of pairs."""
+    """Return the tokenizer's output for texts or pairs."""
     prompts = [example.prompt for example in examples]
     if all(isinstance(prompt, TextPair) for prompt in prompts):
         firsts, seconds = zip(*prompts, strict=True)
@@ -224,7 +225,7 @@ def _first_segment(segments: Sequence[int], owner: str) -> int:
     """Return the number of tokens of the first segment.
 
     Raises:
-        DataError: If they are not first zeros, then ones.
+        DataError: If the segment ids are not zeros followed by ones.
     """
     num_second = sum(segments)
     num_first = len(segments) - num_second

@@ -1,8 +1,8 @@
-"""Divides examples among simulated clients: each index to exactly one client.
+"""Divides examples among simulated clients: each index goes to exactly one client.
 
-The seed alone decides how. Needs NumPy only. Categories are sorted before anything is sampled and
-each client's indices are returned in ascending order, so the result depends on the seed and on the
-order of the examples, never on hash seeds.
+Needs only NumPy. Categories are sorted before anything is sampled and each client's indices are
+returned in ascending order, so the result depends only on the seed and the order of the examples,
+never on Python's hash seed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from fedmomentum.errors import DataError
 
-# At usual settings one attempt in a few succeeds; where a thousand fail, the settings do not fit
-# the data.
+# Usually, a few attempts suffice; if a thousand fail, the settings do not fit the data.
 MAX_ATTEMPTS = 1000
 
 Clients = list[list[int]]
@@ -46,32 +45,33 @@ def partition(
     categories_per_client: int = 2,
     sizes: Sequence[float] | None = None,
 ) -> list[list[int]]:
-    """Divide the indices of ``categories`` among clients, each index to exactly one.
+    """Divide the indices of ``categories`` among clients, each index going to exactly one.
 
     - ``iid``: shuffled and dealt evenly; sizes differ by at most one.
     - ``dirichlet``: each category is divided by proportions sampled from a symmetric Dirichlet
       distribution; a small concentration gives very unequal clients, a large one tends to ``iid``.
     - ``categories``: each client has ``categories_per_client`` categories; each category belongs to
-      equally many clients (within one), which divide its examples evenly.
-    - ``sizes``: shuffled and divided in the given proportions, whatever the categories.
+      the same number of clients (within one), which divide its examples evenly.
+    - ``sizes``: shuffled and divided in the given proportions, regardless of category.
 
     Args:
-        categories: One label an example; the position is the example's index.
+        categories: One label per example; the position is the example's index.
         num_clients: Number of clients, at least 1.
         how: One of `PARTITIONS`.
-        seed: Decides everything random, at least 0.
+        seed: The seed of all random choices, at least 0.
         concentration: Dirichlet parameter, above 0; only for ``dirichlet``.
-        min_examples: The fewest examples of a client, at least 1. ``dirichlet`` and ``categories``
-            are sampled again until every client has so many, at most 1000 times.
+        min_examples: The minimum number of examples per client, at least 1. ``dirichlet`` and
+            ``categories`` resample until every client has that many, at most 1000 times.
         categories_per_client: Only for ``categories``.
-        sizes: One positive number a client, in any unit; given if and only if ``how`` is ``sizes``.
+        sizes: One positive number per client, in any unit; given if and only if ``how`` is
+            ``sizes``.
 
     Returns:
         The indices of each client, ascending.
 
     Raises:
-        DataError: If a setting is out of range, or the data cannot be divided so; the message says
-            what to change.
+        DataError: If a setting is out of range, or the data cannot be divided this way; the message
+            says what to change.
     """
     if how not in PARTITIONS:
         raise DataError(f"partition {how!r} is unknown; known: {', '.join(PARTITIONS)}")
@@ -91,7 +91,7 @@ def partition(
             f"{len(categories)} examples cannot give {num_clients} clients {min_examples} each; "
             "lower num_clients or min_examples, or bring more data"
         )
-    # Everything else that can be wrong is a matter of one partition.
+    # Each partition checks the remaining settings that it uses.
     settings = PartitionSettings(
         num_clients, min_examples, concentration, categories_per_client, sizes
     )
@@ -101,16 +101,16 @@ def partition(
 def divide_in_proportion(
     indices: Sequence[int], proportions: Sequence[float], rng: np.random.Generator
 ) -> list[list[int]]:
-    """Divide shuffled indices in proportion, without bias however few there are.
+    """Divide shuffled indices in proportion, without bias even if there are few.
 
     With cumulative fractions c and u uniform in [0, 1), client k gets floor(c_k n + u) -
-    floor(c_{k-1} n + u) of the n indices: within one of its exact number, and equal to it in
-    expectation. (Cutting at floor(c_k n) would send each category's remainder to the last client,
-    which is everything when categories are small.)
+    floor(c_{k-1} n + u) of the n indices: within one of its exact share, and equal to it in
+    expectation. (Cutting at floor(c_k n) would give each category's remainder to the last client,
+    and if categories are small, the remainder is everything.)
 
     Args:
         indices: What to divide.
-        proportions: One number a client, not negative and not all 0, in any unit.
+        proportions: One number per client, nonnegative and not all 0, in any unit.
         rng: Source of the shuffle and of u.
 
     Returns:
@@ -123,7 +123,7 @@ def divide_in_proportion(
     return _ascending(np.split(shuffled, np.minimum(cuts, len(indices))))
 
 
-# ── one function a partition ──────────────────────────────────────────────────────────────────────
+# ── one function per partition ────────────────────────────────────────────────────────────────────
 
 
 def partition_iid(
@@ -139,8 +139,8 @@ def partition_by_sizes(
     """Shuffle and divide in the given proportions.
 
     Raises:
-        DataError: If the sizes do not fit the number of clients, or one client would get fewer
-            examples than it must have.
+        DataError: If the number of sizes differs from that of clients, or a client would get fewer
+            than the minimum number of examples.
     """
     sizes = list(settings.sizes or ())
     proportions = np.asarray(sizes, dtype=np.float64)
@@ -159,7 +159,8 @@ def partition_dirichlet(
     """Divide each category by proportions sampled from a symmetric Dirichlet distribution.
 
     Raises:
-        DataError: If the concentration is not above 0, or no attempt gives every client enough.
+        DataError: If the concentration is not above 0, or no attempt gives every client enough
+            examples.
     """
     concentration = settings.concentration
     if not (np.isfinite(concentration) and concentration > 0):
@@ -190,7 +191,7 @@ def partition_by_categories(
     """Give each client some of the categories.
 
     Raises:
-        DataError: If the clients cannot have so many categories, or no attempt gives every client
+        DataError: If the clients cannot have that many categories, or no attempt gives every client
             enough examples.
     """
     groups = _by_category(categories)
@@ -207,7 +208,7 @@ def partition_by_categories(
             for name in ranked[:per_client]:
                 owners[name].append(int(client))
 
-        # The owners of a category divide its examples evenly.
+        # The owners of a category split its examples evenly.
         clients: Clients = [[] for _ in range(settings.num_clients)]
         for name, indices in groups.items():
             parts = divide_in_proportion(indices, [1.0] * len(owners[name]), rng)
@@ -248,7 +249,7 @@ def _divide_shuffled(
     indices = rng.permutation(num_examples)
     cuts = np.cumsum(_round_counts(proportions, num_examples))[:-1]
     clients = _ascending(np.split(indices, cuts))
-    # Only unequal sizes can leave a client with too few.
+    # Only unequal sizes can leave a client with too few examples.
     smallest = min(range(len(clients)), key=lambda client: len(clients[client]))
     if len(clients[smallest]) < settings.min_examples:
         raise DataError(
@@ -260,9 +261,9 @@ def _divide_shuffled(
 
 
 def _round_counts(proportions: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Round proportions to whole numbers that sum to the total.
+    """Round proportions to integers that sum to the total.
 
-    Floors, then one more for the largest remainders (ties: the first).
+    Takes floors, then adds one to those with the largest remainders (ties: the first).
     """
     exact = proportions / proportions.sum() * total
     counts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
@@ -276,7 +277,7 @@ def _retry(attempt: Callable[[], Clients], min_examples: int, what: str, remedy:
     """Sample partitions until one gives every client enough examples.
 
     Raises:
-        DataError: If none of `MAX_ATTEMPTS` does.
+        DataError: If none of `MAX_ATTEMPTS` attempts does.
     """
     best = 0
     for _ in range(MAX_ATTEMPTS):
@@ -292,7 +293,7 @@ def _retry(attempt: Callable[[], Clients], min_examples: int, what: str, remedy:
 
 
 def _check_categories(num_categories: int, num_clients: int, per_client: int) -> None:
-    """Refuse numbers of categories and clients that leave a category without a client."""
+    """Reject numbers of categories and clients that leave a category without a client."""
     if not 1 <= per_client <= num_categories:
         raise DataError(
             f"categories_per_client={per_client} must lie between 1 and the {num_categories} "
@@ -309,7 +310,7 @@ def _check_categories(num_categories: int, num_clients: int, per_client: int) ->
 
 
 def _by_category(categories: Sequence[str]) -> dict[str, list[int]]:
-    """Return the indices of each category, categories sorted by name."""
+    """Return the indices of each category, sorted by category name."""
     groups: dict[str, list[int]] = {name: [] for name in sorted(set(categories))}
     for index, name in enumerate(categories):
         groups[name].append(index)

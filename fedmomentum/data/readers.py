@@ -1,6 +1,6 @@
 """Converts a data set's rows into examples.
 
-Errors name the file, the row (from 1, a CSV header not counted) and the column.
+Errors name the file, the row (counted from 1, without a CSV header) and the column.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 EMPTY_TEXTS = ("[]", "{}", "null", "None")
-"""What tables of text write for an empty list."""
+"""How text tables represent an empty list."""
 
 
 def to_examples(
@@ -32,38 +32,39 @@ def to_examples(
     where: str = "",
     columns: Mapping[str, str] | None = None,
 ) -> list[Example]:
-    """Convert rows into examples; the columns decide the format, and no other column is read.
+    """Convert rows into examples; the columns determine the format, and others are not read.
 
-    - ``messages`` or ``conversations``: a chat whose last message is the assistant's: that is the
-      completion, all messages before it are the prompt. Messages have `role` and `content`, or
+    - ``messages`` or ``conversations``: a chat whose last message, the assistant's, is the
+      completion; all messages before it are the prompt. Messages have `role` and `content`, or
       ShareGPT's `from` and `value`; see `chats`.
-    - ``prompt`` and ``completion``: each text or a list of messages, the completion then holding
-      one message, the assistant's.
-    - ``prompt``, ``chosen`` and ``rejected``: the same with two answers, of which the first is
-      preferred. Where these two are whole chats that differ in their last message, the messages
-      before it are the prompt, and the column ``prompt`` may be missing.
-    - ``instruction``, ``output`` and perhaps ``input``: one message of the user, the instruction,
-      then a blank line and the input where it is not empty. An ``answer`` column counts only where
-      there is no ``output``. ``instruction``, ``response`` and perhaps ``context`` likewise.
-    - ``question`` and ``answer``: one message of the user, and the assistant's answer.
-    - ``text``, where no other format fits: no prompt, and all of the text is learned.
+    - ``prompt`` and ``completion``: each is text or a list of messages; a completion's list holds
+      a single assistant message.
+    - ``prompt``, ``chosen`` and ``rejected``: the same with two answers, the first preferred. If
+      the two are whole chats that differ in their last message, the messages before it are the
+      prompt, and the ``prompt`` column is optional.
+    - ``instruction``, ``output`` and optionally ``input``: one user message with the instruction,
+      followed by a blank line and the input unless it is empty. An ``answer`` column is used only
+      if there is no ``output``. The same for ``instruction``, ``response`` and optional
+      ``context``.
+    - ``question`` and ``answer``: one user message, and the assistant's answer.
+    - ``text``, if no other format fits: no prompt, and the entire text is learned.
 
-    A column ``system`` beside messages, an instruction or a question is the system's message.
+    A ``system`` column alongside messages, an instruction or a question is the system message.
 
     Args:
         rows: The rows, from `read_rows`.
-        category_column: The column whose value becomes the example's category; None leaves it
-            empty.
-        where: Name of the file, for messages.
-        columns: Our names of columns to the file's own, as `data.columns` has them.
+        category_column: The column that becomes the example's category; None leaves it empty.
+        where: Name of the file, for error messages.
+        columns: Our column names -> the file's, as in `data.columns`.
 
     Returns:
-        One example a row, in the order of the rows.
+        One example per row, in row order.
 
     Raises:
-        DataError: If the columns fit no format or several, or a row has another shape (named).
+        DataError: If the columns fit no format or several, or a row is malformed (the message names
+            it).
     """
-    # Which columns count.
+    # Find the columns to read.
     rows = Rows.of(rows)
     form = find_format(rows.column_names, columns or {}, where)
     _refuse_tools(rows, where)
@@ -76,7 +77,7 @@ def to_examples(
             f"{file_prefix(where)}column {category_column!r} has {num_categories} different "
             f"values, more than {MAX_CATEGORIES}; a category is what many rows have in common"
         )
-    # Row by row, so that a message can name the row.
+    # Row by row, so that error messages can name the row.
     values_by_column = [read_column(rows, name, where) for name in form.names.values()]
     examples = []
     for number, (category, *values) in enumerate(
@@ -100,11 +101,11 @@ def to_examples(
 
 
 def _refuse_tools(rows: Rows, where: str) -> None:
-    """Refuse a column of tool definitions, which chat templates would write into the chat."""
+    """Reject a column of tool definitions, which chat templates would render into the chat."""
     if "tools" not in rows.column_names:
         return
     for number, value in enumerate(read_column(rows, "tools", where), start=1):
-        # Tables of text write "no tools" out.
+        # Text tables spell out "no tools".
         if value and value not in EMPTY_TEXTS:
             raise DataError(
                 f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds {shown(value)}; "

@@ -1,4 +1,4 @@
-"""From the cells of a row to a prompt and its answer, format by format."""
+"""Converts the cells of a row into a prompt and its answer, for each format."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ USER_COLUMNS = {
     "instruction+response": ("instruction", "context", ("response",)),
     "question+answer": ("question", None, ("answer",)),
 }
-"""Formats of one question: its column, that of what it is about, and those of the answer."""
+"""Single-question formats -> the columns of the question, its context, and the answer."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a row that are read.
+    """The cells of a row that are used.
 
     Attributes:
-        values: Our name of each column to the row's value.
-        names: Our name of each column to the file's own, for messages.
+        values: Our name of each column -> the row's value.
+        names: Our name of each column -> the file's, for error messages.
     """
 
     values: Mapping[str, Any]
     names: Mapping[str, str]
 
     def get(self, column: str) -> Any:
-        """Return a column's value; None where there is none."""
+        """Return a column's value; None if there is none."""
         return self.values.get(column)
 
     def text(self, column: str, *, may_be_empty: bool = False) -> str:
         """Return a column's text.
 
         Raises:
-            DataError: If it is none, or empty where it may not be.
+            DataError: If it is not text, or is empty where that is not allowed.
         """
         value = self.values[column]
         name = self.names[column]
@@ -52,14 +52,14 @@ class Cells:
         """Return a column's messages.
 
         Raises:
-            DataError: If they are none.
+            DataError: If the value is not a list of messages.
         """
         return parse_chat(self.values[column], self.names[column], may_be_text=may_be_text)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a row holds; see `Example`."""
+    """The contents of a row; see `Example`."""
 
     prompt: Prompt | None
     completion: str
@@ -75,7 +75,7 @@ def parse_row(kind: str, cells: Cells) -> Answered:
         cells: The row.
 
     Raises:
-        DataError: If the row has another shape; the message names the column.
+        DataError: If the row is malformed; the message names the column.
     """
     if kind == "text":
         return Answered(None, cells.text("text"))
@@ -90,14 +90,14 @@ def parse_row(kind: str, cells: Cells) -> Answered:
 
 
 def _parse_question(kind: str, cells: Cells) -> Answered:
-    """Return a message of the user, and its answer."""
+    """Return a user message and its answer."""
     if cells.get("history"):
         raise DataError(
             f"column {cells.names['history']!r} holds {shown(cells.get('history'))}; earlier turns "
             "are read from messages only, and left out they would be missing from the prompt: "
             "write the row as messages, or remove the column"
         )
-    # The question, and below it what it is about.
+    # The question, followed by its context.
     question_column, context_column, answer_columns = USER_COLUMNS[kind]
     question = cells.text(question_column)
     context = ""
@@ -111,13 +111,13 @@ def _parse_question(kind: str, cells: Cells) -> Answered:
 
 
 def _with_system(chat: Chat, cells: Cells) -> Chat:
-    """Return a chat that begins with the system's message of a column of its own."""
+    """Return a chat that begins with the system message from the `system` column, if any."""
     if cells.get("system") is None:
         return chat
     text = cells.text("system", may_be_empty=True)
     if not text.strip():
         return chat
-    # The chat may begin with the same message already.
+    # The chat may already begin with the same message.
     first = chat.messages[0]
     if first["role"] != "system":
         message: Message = {"role": "system", "content": text}
@@ -135,7 +135,7 @@ def _with_system(chat: Chat, cells: Cells) -> Chat:
 
 
 def _parse_turns(chat: Chat, column: str) -> Answered:
-    """Return a chat as the messages before its last answer, and that answer."""
+    """Split a chat into the messages before its last answer, and that answer."""
     learned = chat.learned_turns()
     messages = chat.messages
     if learned is not None:
@@ -144,7 +144,7 @@ def _parse_turns(chat: Chat, column: str) -> Answered:
                 f"column {column!r}: all messages of the assistant have weight 0, so nothing would "
                 "be learned; drop the row"
             )
-        # What follows the last message to learn would carry no loss, and changes none.
+        # Messages after the last one to learn carry no loss and do not affect it.
         messages = messages[: learned[-1] + 1]
         learned = learned[:-1]
     answer = _assistant_text(messages[-1])
@@ -152,7 +152,7 @@ def _parse_turns(chat: Chat, column: str) -> Answered:
 
 
 def _parse_completion(cells: Cells) -> Answered:
-    """Return a prompt and its completion, each as text or as messages."""
+    """Return a prompt and its completion, each given as text or messages."""
     value = cells.get("prompt")
     learned: tuple[int, ...] | None = None
     prompt: Prompt
@@ -166,7 +166,7 @@ def _parse_completion(cells: Cells) -> Answered:
 
 
 def _parse_answer(cells: Cells, column: str) -> str:
-    """Return a column that holds an answer: text, or one message of the assistant."""
+    """Return the answer in a column: text, or a single assistant message."""
     value = cells.get(column)
     if isinstance(value, str):
         return value
@@ -188,12 +188,12 @@ def _parse_answer(cells: Cells, column: str) -> str:
 
 
 def _parse_pair(cells: Cells) -> Answered:
-    """Return the prompt and both answers of a preference."""
+    """Return the prompt and both answers of a preference pair."""
     answers = [cells.get("chosen"), cells.get("rejected")]
     are_chats = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
     if are_chats:
         return _parse_pair_of_chats(cells)
-    # Two answers, and a prompt of its own.
+    # Two answers with a separate prompt.
     value = cells.get("prompt")
     if value is None:
         raise DataError(
@@ -207,7 +207,7 @@ def _parse_pair(cells: Cells) -> Answered:
 
 
 def _parse_pair_of_chats(cells: Cells) -> Answered:
-    """Return what two chats have in common, and the answers in which they end."""
+    """Return the messages that two chats share, and their final answers."""
     chosen = _unweighted(cells.chat("chosen"), cells.names["chosen"])
     rejected = _unweighted(cells.chat("rejected"), cells.names["rejected"])
     context = chosen[:-1]
@@ -216,7 +216,7 @@ def _parse_pair_of_chats(cells: Cells) -> Answered:
             "the chats in 'chosen' and 'rejected' differ before their last message; a preference "
             "is between two answers to the same prompt"
         )
-    # A column that repeats the prompt must say the same: as messages, or as the text of one.
+    # A prompt column must agree with the chats: as messages, or as the text of a single one.
     prompt = cells.get("prompt")
     if prompt is not None:
         texts = [message["content"] for message in context]
@@ -236,7 +236,7 @@ def _parse_pair_of_chats(cells: Cells) -> Answered:
 
 
 def _unweighted(chat: Chat, column: str) -> list[Message]:
-    """Return the messages of a preference, in which weights mean nothing."""
+    """Return the messages of a preference pair, where weights have no meaning."""
     if chat.is_weighted:
         raise DataError(
             f"column {column!r}: a message has a weight, and of preferences only the last answers "

@@ -1,8 +1,8 @@
-"""A data set as columns, each read when it is used: a column that nobody uses can hold anything.
+"""A data set as columns, each read on first use: unused columns can hold anything.
 
-JSON lines, JSON, CSV, Excel and Parquet files, directories written by ``datasets.save_to_disk``,
-and data sets of the Hugging Face hub. No pickle is read and no code that comes with the data is
-run.
+Reads JSON lines, JSON, CSV, Excel and Parquet files, directories written by
+``datasets.save_to_disk``, and data sets from the Hugging Face Hub. No pickles are read, and no code
+that comes with the data is run.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fedmomentum.data.workbooks import read_workbook
 from fedmomentum.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # slow to import: done where rows are read
+    from datasets import Dataset  # slow to import, so done where rows are read
 
 
 TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 FILE_ENDINGS = (*TEXT_ENDINGS, ".xlsx", ".parquet")
-"""Of files that can be read, in lower case; those of text may have `.gz` behind them."""
+"""Extensions of files that can be read, in lower case; those of text files may end in `.gz`."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a data set was found to be, for people and messages.
+    """The detected form of a data set, for display and error messages.
 
     Attributes:
-        kind: The form of the file.
-        encoding: Of a text file, its encoding.
-        details: What else was recognized.
-        lines: The line in which each row begins, where that is not plain; else None.
+        kind: The file's format.
+        encoding: The encoding, for text files.
+        details: Other detected properties.
+        lines: The line on which each row begins, if that is not obvious; otherwise None.
     """
 
     kind: str
@@ -52,12 +52,12 @@ class Rows:
     """A data set.
 
     Args:
-        columns: Name of each column to a function that reads it: one value a row, None where a row
-            does not have it.
+        columns: Name of each column -> a function that reads it: one value per row, None for rows
+            that do not have it.
         num_rows: Number of rows.
-        label_names: Name of a column to the labels that its whole numbers stand for.
-        owners: The client of each row, where the file itself names clients; else None.
-        origin: What the data set was found to be.
+        label_names: Name of a column -> the labels that its integers stand for.
+        owners: The client of each row, if the file itself names clients; otherwise None.
+        origin: The detected form of the data set.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Rows:
 
     @classmethod
     def of(cls, dataset: Rows | Dataset) -> Rows:
-        """Return a data set of the library ``datasets`` as rows; unused columns are not decoded."""
+        """Wrap a data set of the ``datasets`` library; unused columns are not decoded."""
         if isinstance(dataset, Rows):
             return dataset
         from datasets import ClassLabel
@@ -99,7 +99,7 @@ class Rows:
         return list(self._columns)
 
     def place(self, number: int) -> str:
-        """Return what to call a row, counted from 1, in messages."""
+        """Return how error messages refer to a row, counted from 1."""
         if self.origin.lines is None:
             return f"row {number}"
         return f"row {number} (line {self.origin.lines[number - 1]})"
@@ -108,7 +108,7 @@ class Rows:
         """Return a column's values.
 
         Raises:
-            DataError: If they cannot be read; the message names the row where that is known.
+            DataError: If they cannot be read; the message names the row if known.
         """
         if name not in self._values:
             self._values[name] = list(self._columns[name]())
@@ -130,26 +130,25 @@ def read_rows(
     encoding: str = AUTO,
     row_columns: Collection[str] = (),
 ) -> Rows:
-    """Find a data set, and read the names of its columns.
+    """Locate a data set and read its column names.
 
     Args:
-        source: A ``.jsonl`` or ``.ndjson`` file (one object a line), ``.json`` (a list of objects,
-            one object a line, or an object with a list of them for each client), ``.csv`` or
-            ``.tsv`` (with a header; all values are text), ``.xlsx`` or ``.parquet``; upper case or
-            not, text files also compressed (``.gz``); a directory written by
-            ``datasets.save_to_disk``; or a hub name.
-        split: Which split of a directory with several or of a hub data set; files have none and
-            ignore it.
-        encoding: The encoding of text files; `AUTO`: UTF-8, or what is recognized.
-        row_columns: Names of columns besides those that are read: a JSON object with one of them
-            is a row, not a table of clients.
+        source: A ``.jsonl`` or ``.ndjson`` file (one object per line), ``.json`` (a list of
+            objects, one object per line, or an object with a list of them for each client),
+            ``.csv`` or ``.tsv`` (with a header; all values are text), ``.xlsx`` or ``.parquet``,
+            in upper or lower case, text files optionally compressed (``.gz``); a directory written
+            by ``datasets.save_to_disk``; or a Hub name.
+        split: The split of a Hub data set or of a directory with several; ignored for files.
+        encoding: The encoding of text files; `AUTO` means UTF-8 or the detected encoding.
+        row_columns: Additional column names by which to recognize rows: a JSON object with any of
+            these keys is a row, not a table of clients.
 
     Returns:
         The rows.
 
     Raises:
         DataError: If the source does not exist, is empty or cannot be reached, or a row is broken
-            (named).
+            (the message names it).
     """
     path = Path(source)
     looks_like_path = (
@@ -171,7 +170,7 @@ def read_rows(
 
 
 def file_ending(path: Path) -> str:
-    """Return the ending that tells what a file is: in lower case, without `.gz`."""
+    """Return the extension that identifies a file's format: in lower case, without `.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -179,7 +178,7 @@ def file_ending(path: Path) -> str:
 
 
 def _read_file(path: Path, encoding: str, row_columns: Collection[str]) -> Rows:
-    """Return the rows of a file; its ending decides the format."""
+    """Return the rows of a file; the extension determines the format."""
     ending = file_ending(path)
     if ending not in FILE_ENDINGS:
         found = path.suffix or "a file without ending"
@@ -203,7 +202,7 @@ def _read_file(path: Path, encoding: str, row_columns: Collection[str]) -> Rows:
 
 
 def _text_origin(kind: str, decoded: DecodedText) -> Origin:
-    """Return what a text file was found to be."""
+    """Return the detected form of a text file."""
     details = ("compressed by gzip",) if decoded.is_compressed else ()
     return Origin(kind, decoded.encoding, details)
 
@@ -237,7 +236,7 @@ def _json_table(path: Path, rows: JsonRows, decoded: DecodedText) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    """Return the rows of a Parquet file; columns are read from it later, one by one."""
+    """Return the rows of a Parquet file; its columns are read later, one by one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -261,7 +260,7 @@ def _parquet_column(path: Path, name: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        # A nested column's parts have dotted names, so others may be read with it.
+        # The fields of nested columns have dotted names, so other columns may be read with it.
         column = pyarrow.parquet.read_table(path, columns=[name]).column(name)
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: column {name!r} cannot be read: {error}") from None
@@ -275,7 +274,7 @@ def _parquet_column(path: Path, name: str) -> Iterator[Any]:
 
 
 def _stored_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the labels that the library ``datasets`` notes in a file for columns of numbers."""
+    """Return the labels that ``datasets`` stored in a file's metadata for integer columns."""
     labels = {}
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
@@ -283,7 +282,7 @@ def _stored_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str
             is_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
             if is_label and isinstance(feature["names"], list):
                 labels[name] = [str(label) for label in feature["names"]]
-    # No such note, or not in the form that we know.
+    # There is no such metadata, or not in the known form.
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
     return labels
@@ -293,7 +292,7 @@ def _stored_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str
 
 
 def _read_directory(path: Path, split: str) -> Dataset:
-    """Return a data set that ``datasets.save_to_disk`` wrote."""
+    """Load a data set written by ``datasets.save_to_disk``."""
     from datasets import DatasetDict, load_from_disk
 
     if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -303,7 +302,7 @@ def _read_directory(path: Path, split: str) -> Dataset:
         )
     try:
         dataset = load_from_disk(str(path))
-    # A damaged directory causes errors of any kind.
+    # A damaged directory can cause any kind of error.
     except Exception as error:
         raise DataError(f"{path}: not a readable saved data set: {_reason(error)}") from None
     if not isinstance(dataset, DatasetDict):
@@ -314,12 +313,12 @@ def _read_directory(path: Path, split: str) -> Dataset:
 
 
 def _read_hub(name: str, split: str) -> Dataset:
-    """Return a split of a data set of the Hugging Face hub."""
+    """Load a split of a data set from the Hugging Face Hub."""
     from datasets import Dataset, load_dataset
 
     try:
         dataset = load_dataset(name, split=split)
-    # The hub's client raises many kinds of error; each means that there are no rows.
+    # The Hub client raises many kinds of errors; each means that there are no rows.
     except Exception as error:
         raise DataError(
             f"{name}: no such file here, and the data set of that name on the Hugging Face hub "
@@ -335,5 +334,5 @@ def _read_hub(name: str, split: str) -> Dataset:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's kind where it has none."""
+    """Return the first line of an error's message, or its type if there is no message."""
     return str(error).strip().split("\n")[0] or type(error).__name__

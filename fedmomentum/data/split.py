@@ -1,8 +1,8 @@
-"""Which examples a client holds out, remembered for as long as a run lasts.
+"""The train/test split of a client, remembered for the duration of a run.
 
-A client that starts again with another seed or other data trains on examples that it held out
-before. Its scores then measure memory, and nothing in them shows it. So the division that a run
-began with is stored with the client's other files, and a later one is compared with it.
+A client that restarts with a different seed or different data would train on examples that it held
+out before. Its scores would then measure memorization without showing it. So the split that a run
+began with is stored with the client's other files, and later ones are compared with it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ SALT_BYTES = 32
 
 
 class Split(Schema, frozen=True):
-    """The division that a run began with.
+    """The split that a run began with.
 
     Attributes:
         run_id: The run.
-        salt: Secret of this client; without it the digests cannot be compared with guessed
-            examples.
-        whole: Digest of the complete division.
-        held_out: Digests of the examples held out, sorted.
-        num_train: Number of examples trained on.
+        salt: A secret of this client, which prevents others from checking guessed examples
+            against the digests.
+        whole: Digest of the entire split.
+        held_out: Digests of the held-out examples, sorted.
+        num_train: Number of training examples.
         seed: The configuration's `run.seed`.
         sha256: Checksum of the file.
     """
@@ -56,12 +56,12 @@ class Split(Schema, frozen=True):
 
 
 def split_fingerprint(train: TokenizedExamples, test: TokenizedExamples, key: str) -> str:
-    """Return a hash of how examples are divided; the order within the parts does not count.
+    """Return a hash of a split; the order of examples within each part does not matter.
 
     Args:
-        train: The examples trained on.
-        test: The examples held out.
-        key: Secret without which a guess of all examples cannot be confirmed.
+        train: The training examples.
+        test: The held-out examples.
+        key: A secret, without which a guess of all examples cannot be confirmed.
     """
     fingerprint = hmac.new(key.encode(), digestmod=hashlib.sha256)
     for part in (train, test):
@@ -76,7 +76,7 @@ def _digests(examples: TokenizedExamples, key: str) -> Iterator[str]:
     for index in range(len(examples)):
         example = examples.example(index)
         numbers = [example.num_prompt_tokens, *example.input_ids]
-        # What most examples lack is set off by numbers that are no token ids.
+        # Optional parts are marked by numbers that are not token ids.
         for start, end in example.gaps:
             numbers += [-1, start, end]
         if example.rejected_ids:
@@ -89,19 +89,19 @@ def _digests(examples: TokenizedExamples, key: str) -> Iterator[str]:
 def compare_split(
     directory: Path, run_id: str, train: TokenizedExamples, test: TokenizedExamples, *, seed: int
 ) -> str | None:
-    """Compare the division of a client's examples with the one that the run began with.
+    """Compare a client's split with the one that the run began with.
 
-    Where this is another run, or the first, the division is stored.
+    If the run is new, the split is stored instead.
 
     Args:
         directory: The directory of this client's files.
         run_id: The run that the client takes part in.
-        train: The examples trained on now.
-        test: The examples held out now.
-        seed: The configuration's `run.seed` now.
+        train: The current training examples.
+        test: The current held-out examples.
+        seed: The configuration's current `run.seed`.
 
     Returns:
-        What is wrong, for the person who runs the client; None if nothing is.
+        A warning for the person who runs the client, or None if nothing is wrong.
     """
     file = directory / FILE
     original: Split | None = None
@@ -126,7 +126,7 @@ def compare_split(
 def _store_split(
     file: Path, run_id: str, train: TokenizedExamples, test: TokenizedExamples, seed: int
 ) -> None:
-    """Store how the examples are divided, readable by this user only."""
+    """Store the split in a file that only this user can read."""
     salt = secrets.token_hex(SALT_BYTES)
     table = {
         "run_id": run_id,
@@ -143,8 +143,8 @@ def _store_split(
 def _describe_change(
     file: Path, original: Split, train: TokenizedExamples, test: TokenizedExamples, seed: int
 ) -> str:
-    """Return what a division that differs from the original one means for the client's scores."""
-    # The examples themselves are not stored; their digests tell which ones are known.
+    """Explain what a split that differs from the original means for the client's scores."""
+    # The examples themselves are not stored, only their digests.
     num_leaked = len(set(original.held_out).intersection(_digests(train, original.salt)))
     sizes = (
         f"{original.num_train} examples were trained on and {len(original.held_out)} held out, now "

@@ -1,4 +1,4 @@
-"""A table with a header, as CSV files and workbooks hold it."""
+"""A table with a header, from a CSV file or workbook."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Table:
     """The columns of a table.
 
     Attributes:
-        columns: Name of each column to its values, one a row.
-        lines: The line of the file, or the row of the sheet, in which each row begins; None where
-            that is the row's number and one for the header.
-        has_index: Whether a first column without a name was left out.
-        detail: The delimiter or the sheet, for people.
+        columns: Name of each column -> its values, one per row.
+        lines: The line of the file, or the row of the sheet, on which each row begins; None if
+            that is the row number plus one for the header.
+        has_index: Whether an unnamed first column was left out.
+        detail: The delimiter or the sheet, for display.
     """
 
     columns: dict[str, list[Any]]
@@ -30,13 +30,13 @@ class Table:
 
 
 def check_header(path: Path, header: Sequence[str]) -> bool:
-    """Refuse a header with a column that has no name, or another's.
+    """Reject a header with unnamed or duplicate columns.
 
     Returns:
-        Whether the first column has no name, which is a column of row numbers.
+        Whether the first column has no name, meaning that it holds row numbers.
 
     Raises:
-        DataError: If another column has no name, or two have the same.
+        DataError: If another column has no name, or two columns have the same name.
     """
     has_index = len(header) > 1 and not header[0].strip()
     names = header[1:] if has_index else header

@@ -1,4 +1,4 @@
-"""From examples to token ids: the prompt as generation sees it, the answer, its end token."""
+"""Tokenizes examples: the prompt as in generation, the answer, and its end token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Text(NamedTuple):
-    """An example as text: its prompt, the prompt with the answer, and whether it is a chat."""
+    """An example as text: the prompt, the prompt with the answer, and whether it is a chat."""
 
     prompt: str
     full: str
@@ -34,7 +34,7 @@ class _Text(NamedTuple):
 
 
 class _TokenIds(NamedTuple):
-    """The token ids of an example, not truncated, and the ranges that are learned."""
+    """The untruncated token ids of an example, and the ranges that are learned."""
 
     ids: list[int]
     learned: list[Span]
@@ -51,33 +51,33 @@ def tokenize(
 ) -> TokenizedExamples:
     """Convert examples into token ids, truncated on the right at ``max_length`` tokens.
 
-    A chat is written by the tokenizer's own template, plain text as prompt + completion. Each ends
-    with the token at which generation stops, so that the model learns to stop. Of a text without a
-    prompt every token is learned that another one precedes.
+    Chats are rendered by the tokenizer's chat template, plain text as prompt + completion. Each
+    ends with the token at which generation stops, so that the model learns to stop. In a text
+    without a prompt, every token but the first is learned.
 
     Args:
         examples: The examples to tokenize.
         tokenizer: The base model's tokenizer.
-        max_length: The most tokens a row may have.
-        max_truncated_fraction: The fraction of the examples, 0 to 1, that may lose their complete
-            answer; those are dropped.
+        max_length: The maximum number of tokens per row.
+        max_truncated_fraction: The fraction of the examples, 0 to 1, that may lose their entire
+            answer to truncation; those examples are dropped.
         owner: Whose examples these are, for error messages: ``"client-3 (train)"``.
-        loss_on: ``"last"``: a chat's last turn is learned; ``"all-assistant"``: all turns of its
-            assistant, but not those that the data leaves out (`Example.learned_turns`).
+        loss_on: ``"last"`` to learn a chat's last turn; ``"all-assistant"`` to learn all assistant
+            turns except those that the data excludes (`Example.learned_turns`).
 
     Returns:
         The tokenized examples.
 
     Raises:
-        DataError: If there are no examples, too many lose their answer, only some of them have a
-            rejected answer, or the chat template cannot be used.
+        DataError: If there are no examples, too many lose their answer, only some have a rejected
+            answer, or the chat template cannot be used.
     """
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
     rows = _token_ids(examples, tokenizer, owner, loss_on)
     rejected = _rejected_ids(examples, tokenizer, owner)
 
-    # Drop the examples whose prompt alone fills the length; truncate the others.
+    # Drop examples whose prompt alone fills the maximum length; truncate the others.
     retained = [row for row, ids in enumerate(rows) if ids.learned[0][0] < max_length]
     num_lost = len(rows) - len(retained)
     if not retained or num_lost > max_truncated_fraction * len(rows):
@@ -89,7 +89,7 @@ def tokenize(
             f"at most {lengths[len(lengths) // 2]}: raise max-length, shorten the prompts, or "
             "raise max-truncated-fraction to train without those examples"
         )
-    # Prompt and answer in one row, at most as long as allowed.
+    # Put prompt and answer in one row of at most the maximum length.
     input_ids = []
     is_truncated = []
     gaps = []
@@ -97,7 +97,7 @@ def tokenize(
         ids = tuple(rows[row].ids[:max_length])
         input_ids.append(ids)
         gaps.append(gaps_between(rows[row].learned, len(ids)))
-        # What follows the last learned token may be cut off: no answer loses a part.
+        # Tokens after the last learned one can be cut off without truncating an answer.
         is_cut = rows[row].learned[-1][1] > max_length or len(rejected[row]) > max_length
         is_truncated.append(is_cut)
     return TokenizedExamples(
@@ -113,7 +113,7 @@ def tokenize(
 
 
 def _title(owner: str, row: int, example: Example) -> str:
-    """Return what to call an example in messages."""
+    """Return how error messages refer to an example."""
     source = f" (row {example.source_row} of its source)" if example.source_row else ""
     return f"{owner}, example {row}{source}"
 
@@ -146,7 +146,7 @@ def _token_ids(
 
 
 def _unlearned(example: Example) -> str:
-    """Return the message for a chat whose row wants more turns learned than the settings."""
+    """Return the error message for a row that wants more turns learned than the settings do."""
     turns = ", ".join(str(position + 1) for position in example.learned_turns or ())
     return (
         f"by its weights the messages {turns} are to be learned as well as the last, and "
@@ -158,7 +158,7 @@ def _unlearned(example: Example) -> str:
 def _chat_turns(
     example: Example, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[Span]]:
-    """Return a complete chat's token ids, and the ranges of its assistant's turns to learn."""
+    """Return an entire chat's token ids, and the ranges of the assistant turns to learn."""
     prompt = example.prompt
     assert isinstance(prompt, tuple)  # a chat
     messages: list[dict[str, Any]] = [
@@ -170,7 +170,7 @@ def _chat_turns(
     learned = turns
     if example.learned_turns is not None:
         learned = [*example.learned_turns, len(prompt)]
-    # Refuses a tokenizer without a template, and a template that does not accept these messages.
+    # Raises if there is no template, or if the template does not accept these messages.
     chat_text(messages, tokenizer, ends_with_answer=True)
     if has_generation_marks(tokenizer):
         return marked_turns(messages, tokenizer, end_id, learned)
@@ -187,7 +187,7 @@ def _chat_turns(
 def _rejected_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str
 ) -> list[list[int]]:
-    """Return the token ids of each prompt with its rejected answer; empty where there is none."""
+    """Return the token ids of each prompt with its rejected answer; empty if there is none."""
     others = {}
     for row, example in enumerate(examples):
         if example.rejected is not None:
@@ -206,8 +206,8 @@ def _rejected_ids(
 def _last_answers(
     examples: Mapping[int, Example], tokenizer: PreTrainedTokenizerBase, owner: str
 ) -> list[_TokenIds]:
-    """Return the token ids of prompts and their answers, by the number of the example."""
-    # Write every example as text, and find the end token of each kind.
+    """Return the token ids of prompts and their answers, in the order of the examples."""
+    # Render every example as text, and find the end token of each kind of prompt.
     texts: list[_Text] = []
     end_ids: dict[bool, int] = {}
     for row, example in examples.items():
@@ -229,7 +229,7 @@ def _last_answers(
             answer = _answer_ids(prompt, full, text, end_ids[text.is_chat], tokenizer)
         except DataError as error:
             raise DataError(f"{_title(owner, row, example)}: {error}") from error
-        # Nothing precedes the first token of a text, so it is not learned.
+        # The first token of a text has no context, so it is not learned.
         if example.prompt is None:
             answer = _without_second_start(prompt, answer)
         ids = prompt + answer
@@ -238,12 +238,12 @@ def _last_answers(
 
 
 def _without_second_start(start: list[int], ids: list[int]) -> list[int]:
-    """Return a text's token ids without its own start token, if the tokenizer has written one."""
+    """Return a text's token ids without its own start token, if the tokenizer added one."""
     return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
 def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids after which the model answers, in training, evaluation and generation.
+    """Return a prompt's token ids, as used in training, evaluation and generation.
 
     Raises:
         DataError: If the prompt is a chat and the tokenizer has no chat template.
@@ -256,15 +256,15 @@ def prompt_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list
 def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that ends an answer to this kind of prompt.
 
-    For a chat it is the first special token that the template writes after an assistant's text
-    (``<|im_end|>``, ``<|eot_id|>``, ``<end_of_turn>``, ...); for plain text, or a template that
-    writes none, the tokenizer's end token.
+    For a chat, it is the first special token that the template puts after an assistant's text
+    (``<|im_end|>``, ``<|eot_id|>``, ``<end_of_turn>``, ...); for plain text, or if the template
+    puts none there, it is the tokenizer's end token.
 
     Raises:
-        DataError: If there is no such token, or the template does not write the answer.
+        DataError: If there is no such token, or the template does not render the answer.
     """
     if not isinstance(prompt, str):
-        # What the template writes after the last assistant's text.
+        # See what the template puts after the last assistant text.
         question = {"role": "user", "content": "?"}
         answer = {"role": "assistant", "content": "yes"}
         text = chat_text((question, answer), tokenizer, ends_with_answer=True)
@@ -291,10 +291,10 @@ def end_token_id(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def answer_prefix(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the chat template writes between a prompt and the text of its answer.
+    """Return what the chat template inserts between a prompt and the text of its answer.
 
-    Templates of reasoning models write an empty block of reasoning there, or the channel of the
-    answer, and a model that has learned the answer generates it too. Empty for plain text.
+    Templates of reasoning models insert an empty reasoning block or the name of the answer's
+    channel, which a model that has learned the answer generates too. Empty for plain text.
 
     Raises:
         DataError: If the prompt is a chat and the tokenizer has no chat template.
@@ -324,8 +324,8 @@ def _example_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Text
     """Return an example as text.
 
     Raises:
-        DataError: If the chat template cannot be used, or does not begin the conversation with the
-            prompt.
+        DataError: If the chat template cannot be used, or the rendered conversation does not begin
+            with the rendered prompt.
     """
     if example.prompt is None:
         return _Text("", example.completion, is_chat=False)
@@ -353,19 +353,18 @@ def _answer_ids(
     end_id: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[int]:
-    """Return the token ids of an answer after the prompt's own, with the token that ends it.
+    """Return the token ids of an answer that follows the prompt's, including the end token.
 
     Raises:
-        DataError: If the tokenizer cannot write the answer right after the prompt.
+        DataError: If the tokenizer cannot represent the answer right after the prompt.
     """
     if full_ids[: len(prompt_ids)] == prompt_ids:
         answer = full_ids[len(prompt_ids) :]
     else:
-        # The tokenizer merges the end of the prompt with the beginning of the answer.
+        # The tokenizer merged the end of the prompt with the beginning of the answer.
         answer = continuation_ids(prompt_ids, full_ids, text.answer, tokenizer)
     if text.is_chat and end_id in answer:
-        # The template may write more after the end token (a newline), which generation never
-        # reaches.
+        # The template may add more after the end token (a newline), which generation never reaches.
         num_after = answer[::-1].index(end_id)
         return answer[: len(answer) - num_after]
     return answer if answer[-1:] == [end_id] else [*answer, end_id]

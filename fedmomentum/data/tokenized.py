@@ -1,4 +1,4 @@
-"""Examples as token ids: what the model sees of each, and which of its tokens are learned."""
+"""Tokenized examples: what the model sees, and which tokens are learned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 Span = tuple[int, int]
-"""A range of tokens in a row, the end excluded."""
+"""A half-open range of tokens in a row."""
 
 
 class TokenizedExample(NamedTuple):
@@ -16,14 +16,14 @@ class TokenizedExample(NamedTuple):
 
     Attributes:
         input_ids: Token ids of prompt, completion and end token.
-        num_prompt_tokens: How many of them belong to the prompt.
+        num_prompt_tokens: The number of these that belong to the prompt.
         category: The category of the example.
         is_truncated: Whether part of the completion was cut off.
         gaps: Ranges after the prompt that carry no loss.
-        rejected_ids: Token ids of the prompt and the answer that was rejected; empty where the
-            example has one answer only.
-        reference: Log-probabilities of the answer and the rejected one under the reference model;
-            empty until they are measured.
+        rejected_ids: Token ids of the prompt and the rejected answer; empty if the example has
+            only one answer.
+        reference: Log-probabilities of the answer and the rejected answer under the reference
+            model; empty until they are measured.
     """
 
     input_ids: tuple[int, ...]
@@ -41,31 +41,31 @@ class TokenizedExample(NamedTuple):
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """What the model is trained and scored on: two examples with equal content are the same."""
+        """What the model is trained and scored on; examples with equal content are the same."""
         return (self.input_ids, self.num_prompt_tokens, self.gaps, self.rejected_ids)
 
 
 @dataclass(frozen=True)
 class TokenizedExamples:
-    """Examples ready to train or evaluate on; the fields are parallel, one entry an example.
+    """Examples ready for training or evaluation; the fields are parallel, one entry per example.
 
     Attributes:
-        input_ids: Token ids of prompt, completion and end token of each example. Of a chat whose
-            assistant's turns are all learned: the complete chat. For a classifier those of the
-            text, and then the index of its label.
-        num_prompt_tokens: How many of those belong to the prompt; no loss is taken on them. For a
-            classifier the tokens of the first text of a pair.
+        input_ids: Token ids of each example's prompt, completion and end token. For a chat whose
+            assistant turns are all learned, the entire chat. For a classifier, the token ids of
+            the text, then the index of its label.
+        num_prompt_tokens: The number of these that belong to the prompt, which carry no loss. For
+            a classifier, the number of tokens of the first text of a pair.
         categories: The category of each example.
         is_truncated: Whether ``max_length`` cut off part of the completion (or its end token).
-        num_lost: How many further examples were dropped because nothing of their completion was
-            left.
-        gaps: Ranges after the prompt that carry no loss either, such as later turns of the user.
-            Left out, there are none.
-        rejected_ids: Token ids of the prompt and the rejected answer. Left out, there are none.
-        reference: Log-probabilities of both answers under the reference model. Left out, they are
-            not measured.
-        units: The unit of each example, which a private training protects as a whole; empty for an
-            example that is a unit of its own. Left out, all are.
+        num_lost: The number of other examples, dropped because truncation left nothing of their
+            completion.
+        gaps: Ranges after the prompt that carry no loss either, such as later user turns. None by
+            default.
+        rejected_ids: Token ids of the prompt and the rejected answer. None by default.
+        reference: Log-probabilities of both answers under the reference model. By default, not
+            measured.
+        units: The privacy unit of each example, which differentially private training protects as
+            a whole; empty for an example that is its own unit, as all are by default.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
@@ -79,7 +79,7 @@ class TokenizedExamples:
     units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Fill in what is left out, so that every field has an entry for each example."""
+        """Fill in the defaults, so that every field has an entry for each example."""
         for name in ("gaps", "rejected_ids", "reference"):
             if not getattr(self, name):
                 object.__setattr__(self, name, ((),) * len(self.input_ids))
@@ -91,11 +91,11 @@ class TokenizedExamples:
         return len(self.input_ids)
 
     def __getitem__(self, rows: slice) -> TokenizedExamples:
-        """Return some of the examples; `num_lost` is kept."""
+        """Return a slice of the examples; `num_lost` is kept."""
         return self._mapped(lambda values: values[rows], self.num_lost)
 
     def example(self, index: int) -> TokenizedExample:
-        """Return an example; indices count from 0."""
+        """Return one example; indices start at 0."""
         return TokenizedExample(
             self.input_ids[index],
             self.num_prompt_tokens[index],
@@ -109,7 +109,7 @@ class TokenizedExamples:
     def _mapped(
         self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]], num_lost: int
     ) -> TokenizedExamples:
-        """Return the examples with every parallel field changed."""
+        """Return the examples with ``change`` applied to every parallel field."""
         values: dict[str, Any] = {}
         for field in fields(self):
             if field.name != "num_lost":
@@ -118,7 +118,7 @@ class TokenizedExamples:
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenizedExamples]) -> TokenizedExamples:
-        """Return the examples of all parts, one after the other."""
+        """Concatenate the examples of all parts."""
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name != "num_lost":
@@ -128,22 +128,22 @@ class TokenizedExamples:
 
     @property
     def num_truncated(self) -> int:
-        """How many of the examples have lost part of their completion."""
+        """Number of examples that have lost part of their completion."""
         return sum(self.is_truncated)
 
     @property
     def are_pairs(self) -> bool:
-        """Whether each example has a rejected answer beside the one to learn."""
+        """Whether each example has a rejected answer in addition to the one to learn."""
         return any(self.rejected_ids)
 
     @property
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """Every row that a model is run on: one an example, two where one answer is rejected."""
+        """All rows that a model is run on: one per example, or two if it has a rejected answer."""
         return self.input_ids + tuple(ids for ids in self.rejected_ids if ids)
 
     @property
     def longest(self) -> int:
-        """Number of tokens of the longest row; 0 without examples."""
+        """Number of tokens of the longest row; 0 if there are no examples."""
         return max(map(len, self.rows), default=0)
 
 
@@ -152,12 +152,12 @@ EMPTY_EXAMPLES = TokenizedExamples((), (), (), (), 0)
 
 @dataclass(frozen=True)
 class TokenizedClient:
-    """A client's examples as tokens.
+    """A client's tokenized examples.
 
     Attributes:
         client_id: The client.
-        train: What it trains on.
-        test: What it holds out.
+        train: The training examples.
+        test: The held-out examples.
     """
 
     client_id: str

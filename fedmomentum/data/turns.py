@@ -1,10 +1,10 @@
-"""Which tokens of a chat are its assistant's, where all of the assistant's turns are learned.
+"""Finds the assistant's tokens in a chat, for learning all of the assistant's turns.
 
-The chat is tokenized once, complete. Where the template marks what is generated
-(``{% generation %}``), the marks decide. Elsewhere each turn lies between the end of the chat
-before it, as generation would see that, and the token that ends the turn. This holds only if the
-template writes a turn in the same way whatever follows, which is checked token by token: a template
-that removes earlier reasoning does not.
+The entire chat is tokenized at once. If the template marks generated text (``{% generation %}``),
+the marks determine the turns. Otherwise a turn extends from the end of the preceding chat, as
+generation would see it, to the token that ends the turn. This is only valid if the template renders
+a turn the same way no matter what follows, which is checked token by token: a template that removes
+earlier reasoning does not.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def gaps_between(learned: Sequence[Span], length: int) -> tuple[Span, ...]:
-    """Return the ranges after the first learned token that are not learned.
+    """Return the unlearned ranges after the first learned token.
 
     Args:
         learned: The learned ranges, in order.
-        length: Number of tokens of the row; what lies behind it is cut off.
+        length: Number of tokens of the row; everything beyond is cut off.
     """
     gaps = []
     for (_, end), (start, _) in pairwise([*learned, (length, length)]):
-        # The row may have been cut within this gap, or before it.
+        # The row may have been truncated within this gap or before it.
         if end < min(start, length):
             gaps.append((end, min(start, length)))
     return tuple(gaps)
@@ -58,11 +58,11 @@ def marked_turns(
         messages: The complete chat.
         tokenizer: A tokenizer whose template has generation marks.
         end_id: The token at which generation stops.
-        positions: Which messages are learned, all or some of the assistant's, the last one too.
+        positions: The messages to learn: some or all of the assistant's, including the last one.
 
     Raises:
-        DataError: If the tokenizer cannot tell which tokens are marked, a turn of the assistant is
-            not marked, or the marks leave out the token that ends the last one.
+        DataError: If the tokenizer cannot tell which tokens are marked, an assistant turn is not
+            marked, or the marks leave out the token that ends the last one.
     """
     try:
         encoded: Any = tokenizer.apply_chat_template(
@@ -81,7 +81,7 @@ def marked_turns(
     ids = list(encoded["input_ids"])
     learned = _runs(encoded["assistant_masks"])
 
-    # Turns of the assistant that follow each other may be one range.
+    # Consecutive assistant turns may form one range.
     roles = ["", *(message["role"] for message in messages)]
     num_turns = 0
     for previous, role in pairwise(roles):
@@ -92,8 +92,8 @@ def marked_turns(
             f"{num_turns} turns; mark all of them, or set training.loss-on = "
             '"last"'
         )
-    # Some templates end earlier turns with another token than the last one, which generation stops
-    # at.
+    # Only the last turn is checked: some templates end earlier turns with a different token than
+    # the one at which generation stops.
     start, end = learned[-1]
     if end_id not in ids[start:end]:
         raise DataError(
@@ -111,7 +111,7 @@ def _chosen_runs(
     """Return the ranges of the messages that are learned.
 
     Raises:
-        DataError: If some are not learned, and the ranges do not tell which message each is of.
+        DataError: If some turns are not learned, and the ranges cannot be matched to messages.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(positions) == len(turns):
@@ -141,18 +141,18 @@ def _runs(mask: Sequence[int]) -> list[Span]:
 def prefix_turns(
     texts: Sequence[tuple[int, str, str]], tokenizer: PreTrainedTokenizerBase, end_id: int
 ) -> tuple[list[int], list[Span]]:
-    """Return a chat's token ids, and the ranges of its assistant's turns, by prefixes of the chat.
+    """Return a chat's token ids, and the assistant's ranges as found by prefixes of the chat.
 
     Args:
-        texts: Of each turn of the assistant: the position of its message, the chat before it as
-            generation sees that, and the chat up to its end. The last one is the complete chat.
+        texts: For each assistant turn, the position of its message, the chat before it as
+            generation sees it, and the chat up to its end. The last one is the entire chat.
         tokenizer: The tokenizer.
         end_id: The token at which generation stops.
 
     Raises:
-        DataError: If the template or the tokenizer writes a turn differently when others follow, or
-            the beginning of an answer differently than generation would, or writes no token at the
-            end of a turn.
+        DataError: If the template or the tokenizer renders a turn differently when others follow,
+            or the beginning of an answer differently than in generation, or ends a turn without an
+            end token.
     """
     encoded = tokenizer([text for _, *both in texts for text in both], add_special_tokens=False)
     all_ids: list[list[int]] = encoded["input_ids"]
@@ -179,7 +179,7 @@ def prefix_turns(
                 f"{where}: the chat template writes no {tokenizer.decode([end_id])!r} at its end, "
                 f"so the model would not learn to stop; {advice}"
             )
-        # The template may write more after the end token, which generation never reaches.
+        # The template may add more after the end token, which generation never reaches.
         end = len(turn) - turn[::-1].index(end_id)
         if complete[:end] != turn[:end]:
             raise DataError(

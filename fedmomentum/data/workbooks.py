@@ -1,4 +1,4 @@
-"""Excel workbooks: the text of their cells, as far as the file tells it."""
+"""Excel workbooks: the text of their cells, as far as the file reveals it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
 
 GENERAL_FORMAT = "General"
-"""Excel's number format that shows a number as it is."""
+"""Excel's default number format, which shows a number as it is."""
 
 
 class NoText:
-    """A cell whose text depends on how Excel shows it, for messages."""
+    """A cell whose text depends on how Excel displays it, for error messages."""
 
     def __init__(self, description: str) -> None:
         self._description = description
@@ -25,21 +25,20 @@ class NoText:
 
 
 def read_workbook(path: Path) -> Table:
-    """Return the columns of the one sheet of an Excel workbook that is not empty.
+    """Return the columns of the only non-empty sheet of an Excel workbook.
 
-    Values are those that Excel last computed. Numbers without a number format of their own become
-    text, as in a CSV file; others are shown by Excel in a way that the value does not tell, and
-    are no text.
+    Values are those that Excel last computed. Numbers in the default number format become text, as
+    in a CSV file. Other numbers do not, since the value does not reveal how Excel displays it.
 
     Raises:
-        DataError: If it is no workbook, has several sheets, or its header does not name each column
-            once.
+        DataError: If the file is not a workbook, has several non-empty sheets, or its header has
+            unnamed or duplicate columns.
     """
     import openpyxl
 
     try:
         workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    # A damaged workbook causes errors of any kind.
+    # A damaged workbook can cause any kind of error.
     except Exception as error:
         is_archive = zipfile.is_zipfile(path)
         reason = str(error) if is_archive else "it is no archive (perhaps it has a password)"
@@ -72,8 +71,8 @@ _SheetRows = list[tuple[int, list[Any]]]
 
 
 def _sheet_rows(sheet: Any) -> _SheetRows:
-    """Return the rows of a sheet that are not empty, each with its number."""
-    # What the file says of its size may be wrong, and then rows would be missing.
+    """Return the non-empty rows of a sheet, with row numbers."""
+    # The size stated in the file may be wrong, and rows would then be missing.
     sheet.reset_dimensions()
     found = []
     for number, cells in enumerate(sheet.iter_rows(), start=1):
@@ -86,7 +85,7 @@ def _sheet_rows(sheet: Any) -> _SheetRows:
 
 
 def _cell_value(cell: Any) -> Any:
-    """Return a cell's text; None where it is empty, `NoText` where its value does not tell it."""
+    """Return a cell's text; None if it is empty, `NoText` if the value does not reveal the text."""
     value = cell.value
     if value is None or (isinstance(value, str) and not value):
         return None
@@ -103,12 +102,12 @@ def _cell_value(cell: Any) -> Any:
 
 def _sheet_table(path: Path, title: str, rows: _SheetRows) -> Table:
     """Return the columns of a sheet whose first row is the header."""
-    # Rows end where their last value does; fill them up to the longest.
+    # Rows end at their last value; pad them to the longest.
     width = max(len(values) for _, values in rows)
     padded = [values + [None] * (width - len(values)) for _, values in rows]
     header = ["" if value is None else str(value).strip() for value in padded[0]]
     by_position = [[values[position] for values in padded[1:]] for position in range(width)]
-    # Cells beside the table that were once formatted are no column.
+    # Formerly formatted cells beside the table are not a column.
     kept = []
     for position, name in enumerate(header):
         if name or any(value is not None for value in by_position[position]):

@@ -1,4 +1,4 @@
-"""Scores of a model on held-out examples.
+"""Scores a model on held-out examples.
 
-Loss and exact match by teacher forcing, and greedy generation, behind one contract for tasks.
+Loss and exact match by teacher forcing, and greedy generation, with a common task interface.
 """

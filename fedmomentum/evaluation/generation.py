@@ -27,21 +27,21 @@ def generate(
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, without special tokens.
 
-    What the chat template writes before the text of an answer (reasoning, a channel) is no part of
-    it.
+    What the chat template inserts before the text of an answer (reasoning, a channel) is not part
+    of it.
 
-    Sampling, repetition penalties and the model's other generation settings are switched off: the
+    Sampling, repetition penalties and the model's other generation settings are disabled: the
     answer is the sequence of most likely tokens, up to the end token or ``max_new_tokens``.
 
     Args:
         model: A causal language model, with or without adapters.
         tokenizer: Its tokenizer.
         prompts: The prompts.
-        max_new_tokens: The most tokens of an answer.
-        batch_size: Prompts that are answered together.
+        max_new_tokens: The maximum number of tokens per answer.
+        batch_size: Number of prompts per batch.
 
     Returns:
-        The answers, in the order of the prompts.
+        The answers, in prompt order.
 
     Raises:
         DataError: If a prompt is a chat and the tokenizer has no chat template.
@@ -51,7 +51,7 @@ def generate(
     prompt_ids = [prompt_token_ids(prompt, tokenizer) for prompt in prompts]
     end_ids = sorted({end_token_id(prompt, tokenizer) for prompt in prompts})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
-    # Greedy, whatever the model's own settings say.
+    # Decode greedily, whatever the model's own settings say.
     config_class: Any = GenerationConfig
     config = config_class(
         max_new_tokens=max_new_tokens,
@@ -62,10 +62,10 @@ def generate(
     )
     device = next(model.parameters()).device
     answers = [""] * len(prompts)
-    # Prompts of equal length together; their ids break ties, so that batches are the same.
+    # Batch prompts of equal length; ties are broken by their ids, so that batches are reproducible.
     order = sorted(range(len(prompts)), key=lambda row: (len(prompt_ids[row]), prompt_ids[row]))
-    # The model inside a PEFT wrapper holds the adapters; the wrapper would only restore its own
-    # settings.
+    # Use the model inside a PEFT wrapper, which has the adapters: the wrapper itself would restore
+    # its own settings.
     inner = inner_model(model)
     with evaluation_mode(inner), generation_settings(inner, config):
         for start in range(0, len(order), batch_size):
@@ -82,20 +82,20 @@ def generate(
 
 
 def _answer_text(ids: list[int], prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of an answer, without what the template writes before it.
+    """Return the text of an answer, without what the template inserts before it.
 
     Args:
         ids: The generated tokens.
-        prefix: What the template writes before an answer without reasoning.
+        prefix: What the template inserts before an answer without reasoning.
         tokenizer: The model's tokenizer.
     """
     if not prefix.strip():
         return str(tokenizer.decode(ids, skip_special_tokens=True))
-    # The special tokens show where the answer begins, so they are removed only after that.
+    # The special tokens mark where the answer begins, so they are removed only afterward.
     text = str(tokenizer.decode(ids, skip_special_tokens=False))
     start = 0 if text.startswith(prefix) else text.rfind(prefix)
     if start < 0:
-        # Reasoning that is not empty ends as the empty one does.
+        # Non-empty reasoning ends the same way as empty reasoning.
         prefix = _last_mark(prefix, tokenizer)
         start = text.rfind(prefix) if prefix else -1
     if start >= 0:
@@ -106,14 +106,14 @@ def _answer_text(ids: list[int], prefix: str, tokenizer: PreTrainedTokenizerBase
 
 
 def _last_mark(prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the end of a prefix, from its last added token on: `</think>` and what follows."""
+    """Return the end of a prefix, starting at its last added token: `</think>` and the rest."""
     starts = [prefix.rfind(str(token)) for token in tokenizer.added_tokens_decoder.values()]
     start = max(starts, default=-1)
     return prefix[start:] if start >= 0 else ""
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts of the tokens that are not shown, longer ones first."""
+    """Return the texts of the tokens that are not displayed, longest first."""
     added = tokenizer.added_tokens_decoder.values()
     texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     return sorted(texts, key=len, reverse=True)
@@ -121,10 +121,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @contextmanager
 def generation_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace a model's generation settings for a while.
+    """Temporarily replace a model's generation settings.
 
-    Passed to `generate`, settings would be completed by the model's own; in their place they stand
-    alone.
+    Settings passed to `generate` would be merged with the model's own; replacing those avoids it.
     """
     previous = model.generation_config
     model.generation_config = config

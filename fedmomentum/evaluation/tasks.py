@@ -1,4 +1,4 @@
-"""The contract of an evaluation task, the tasks that score one, and the evaluation that results."""
+"""The interface of evaluation tasks, the built-in tasks, and the resulting evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 EvalType = Literal["teacher-forced", "generated"]
-"""What a task wants of a model: to predict the given answers, or to write answers of its own."""
+"""What a task asks of a model: to predict given answers, or to generate its own."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evaluation:
     by_category: dict[str, Score]
 
     def __add__(self, other: Evaluation) -> Evaluation:
-        """Return the scores of both groups together."""
+        """Return the combined scores of both groups."""
         by_category = {}
         for name in sorted(self.by_category.keys() | other.by_category.keys()):
             first = self.by_category.get(name, NO_EXAMPLES)
@@ -54,18 +54,18 @@ AnswerT = TypeVar("AnswerT", contravariant=True)
 
 
 class EvaluationTask(Protocol[ExampleT, AnswerT]):
-    """Held-out examples, and how a model's answer to one of them is scored."""
+    """Held-out examples, and how a model's answers to them are scored."""
 
     @property
     def eval_type(self) -> EvalType:
-        """What the task wants of a model."""
+        """What the task asks of a model."""
 
     @property
     def num_examples(self) -> int:
         """Number of examples."""
 
     def get_example(self, index: int) -> ExampleT:
-        """Return an example; indices count from 0."""
+        """Return an example; indices start at 0."""
 
     def evaluate(self, example: ExampleT, answer: AnswerT) -> Score:
         """Score an answer to an example."""
@@ -78,14 +78,14 @@ def evaluate_task(
 
     Args:
         task: The task.
-        answers: Index of the example and the model's answer to it, in the order in which the scores
+        answers: Pairs of an example's index and the model's answer, in the order in which scores
             are summed.
 
     Returns:
         The scores in total and by category.
     """
     # Sum by category first: the total is the sum of the categories in sorted order. A classifier's
-    # counts by label belong to the total: what a category is taken for lies in others.
+    # counts by label belong to the total, since mistakes involve other categories.
     by_category: dict[str, Score] = {}
     for index, answer in answers:
         example = task.get_example(index)
@@ -102,11 +102,11 @@ def evaluate_task(
 class TeacherForcedTask:
     """Predict each token of the given answer from those before it.
 
-    An example counts as exact when the most likely token is the right one at every position of the
-    completion and its end token; where all turns of the assistant are learned, in all of them. A
-    truncated completion adds to the loss and never counts as exact.
+    An example counts as exact if the most likely token is correct at every position of the
+    completion, including its end token; if all assistant turns are learned, in all of them. A
+    truncated completion contributes to the loss but never counts as exact.
 
-    A pair of answers counts where the chosen one has the larger reward, truncated or not.
+    A pair of answers counts if the chosen one has the larger reward, truncated or not.
 
     Attributes:
         examples: The tokenized examples.
@@ -121,12 +121,12 @@ class TeacherForcedTask:
         return len(self.examples)
 
     def get_example(self, index: int) -> TokenizedExample:
-        """Return an example; indices count from 0."""
+        """Return an example; indices start at 0."""
         return self.examples.example(index)
 
     def evaluate(self, example: TokenizedExample, answer: ExampleScore) -> Score:
-        """Score the predictions of an example's tokens."""
-        # Both answers of a pair may be cut; of a cut completion nobody knows the end.
+        """Score the predictions for an example's tokens."""
+        # Answers of a pair may be truncated; the end of a truncated completion is unknown.
         is_pair = answer.margin is not None
         is_exact = answer.is_exact and (is_pair or not example.is_truncated)
         by_label = _label_counts(answer.label, answer.predicted) if answer.label else {}
@@ -149,9 +149,9 @@ def _label_counts(label: str, predicted: str) -> dict[str, LabelCounts]:
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """Write an answer to each prompt.
+    """Generate an answer to each prompt.
 
-    An example counts as exact when the scorer of its task gives the answer full marks; see
+    An example counts as exact if its task's scorer gives the answer the full score; see
     `score_answer`. There is no loss.
 
     Attributes:
@@ -167,7 +167,7 @@ class GenerationTask:
         return len(self.examples)
 
     def get_example(self, index: int) -> Example:
-        """Return an example; indices count from 0."""
+        """Return an example; indices start at 0."""
         return self.examples[index]
 
     def evaluate(self, example: Example, answer: str) -> Score:

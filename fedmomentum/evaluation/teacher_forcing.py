@@ -1,4 +1,4 @@
-"""Loss, perplexity and exact match of a model's predictions of given answers, in one pass."""
+"""Loss, perplexity and exact match of a model's predictions for given answers, in one pass."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def evaluate(
 ) -> Evaluation:
     """Score a model on examples in one teacher-forced pass; see `TeacherForcedTask`.
 
-    Greedy generation takes the same tokens, so the exact match is its word-for-word match without
-    generating; in 16 bits the two may differ where the best two tokens are within one rounding step
-    of each other.
+    Greedy generation would choose the same tokens, so this is the exact match of generation without
+    generating. In 16 bits, the two may differ if the top two tokens are within one rounding step of
+    each other.
 
-    The result does not depend on the order of the examples. The model keeps its train or eval mode.
+    The result does not depend on the order of the examples. The model's train/eval mode is kept.
 
     Args:
         model: A model, with or without adapters.
         examples: The examples to score.
-        pad_token_id: Fills short rows; any valid id, for it is masked.
-        batch_size: Examples in a forward pass.
-        objective: What is scored.
+        pad_token_id: Pads short rows; can be any valid id, since it is masked.
+        batch_size: Examples per forward pass.
+        objective: The objective to score.
 
     Returns:
         The scores in total and by category.
@@ -62,16 +62,16 @@ def predict_examples(
     pad_token_id: int,
     batch_size: int,
 ) -> Iterator[tuple[int, ExampleScore]]:
-    """Yield the index and score of each example, in an order that does not depend on the examples'.
+    """Yield the index and score of each example, in an order independent of the examples' order.
 
     Args:
         model: The model, in evaluation mode.
         examples: The examples to score.
-        objective: What is scored.
-        pad_token_id: Fills short rows.
-        batch_size: Examples in a forward pass.
+        objective: The objective to score.
+        pad_token_id: Pads short rows.
+        batch_size: Examples per forward pass.
     """
-    # The examples of a batch go through the model together, and are scored one by one.
+    # Run the examples of a batch through the model together, but score them one by one.
     device = next(model.parameters()).device
     order = _batch_order(examples)
     for start in range(0, len(order), batch_size):
@@ -85,19 +85,19 @@ def predict_examples(
 def measure_reference(
     model: nn.Module, examples: TokenizedExamples, *, pad_token_id: int, batch_size: int = 32
 ) -> TokenizedExamples:
-    """Return pairs with the log-probabilities of their answers under a model, the reference.
+    """Return pairs with the log-probabilities of their answers under the reference model.
 
-    An evaluation of the same examples with the same batch size sees the same batches. So a model
-    that equals the reference has margins of exactly 0, in any dtype.
+    An evaluation of the same examples with the same batch size uses the same batches. So a model
+    equal to the reference has margins of exactly 0, in any dtype.
 
     Args:
         model: The reference model.
         examples: The pairs.
-        pad_token_id: Fills short rows; any valid id, for it is masked.
-        batch_size: Pairs in a forward pass.
+        pad_token_id: Pads short rows; can be any valid id, since it is masked.
+        batch_size: Pairs per forward pass.
 
     Raises:
-        DataError: If an example is no pair.
+        DataError: If an example is not a pair.
     """
     device = next(model.parameters()).device
     order = _batch_order(examples)
@@ -117,8 +117,8 @@ def measure_reference(
 def _batch_order(examples: TokenizedExamples) -> list[int]:
     """Return the order in which examples are batched.
 
-    Rows of equal length together waste no padding. The ids themselves break ties, so that the
-    batches, and with them the rounding, are the same in whatever order the examples come.
+    Batching rows of equal length wastes no padding. Ties are broken by the ids themselves, so that
+    the batches, and with them the rounding, do not depend on the order of the examples.
     """
 
     def key(row: int) -> tuple[Any, ...]:
@@ -130,11 +130,11 @@ def _batch_order(examples: TokenizedExamples) -> list[int]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients for a while."""
+    """Temporarily put a model in evaluation mode without gradients."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not inference_mode: a buffer that the model refreshes in passing would be unusable in the
+        # Not inference_mode: a buffer that the model happens to update would be unusable in the
         # next training.
         with torch.no_grad():
             yield

@@ -10,10 +10,10 @@
     on SuperLinks and SuperNodes that Flower runs:
     app_server.py, node_roster.py                 app_client.py, warm_worker.py
 
-    in Flower apps of others: strategy.py for a ServerApp, base_residual.py for its ClientApp
+    in other people's Flower apps: strategy.py for a ServerApp, base_residual.py for its ClientApp
 
-Of `serve` and `join`: no code travels; a node runs what is installed on it, and answers tasks.
-Flower's control service, which takes commands without a login, is not started at all.
+With `serve` and `join`, no code is transferred: a node runs its installed code to answer tasks.
+Flower's control service, which accepts commands without a login, is never started.
 """
 
 import importlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedmomentum.flower.base_residual import apply_base_residual as apply_base_residual
     from fedmomentum.flower.strategy import FedMomentumStrategy as FedMomentumStrategy
 
-# neither telemetry nor a check for updates; flwr reads these when it is imported
+# no telemetry and no update check; flwr reads these variables when it is imported
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
@@ -37,7 +37,7 @@ _MODULES = {
     "make_client_app": "fedmomentum.flower.app_client",
     "make_server_app": "fedmomentum.flower.app_server",
 }
-"""Public name to the module that defines it; imported when it is first used."""
+"""Public name -> the module that defines it, imported on first use."""
 __all__ = list(_MODULES)
 
 

@@ -1,7 +1,7 @@
-"""A ClientApp for existing SuperNodes: it answers the tasks of `app_server`.
+"""A ClientApp for existing SuperNodes, which answers the tasks of `app_server`.
 
-Flower starts a process for each message, so this module and what it imports load in a second:
-torch and the base model are in a worker that outlives the message (`warm_worker`).
+Flower starts a process for each message, so this module and its imports must load within a second:
+torch and the base model live in a worker that outlives the message (`warm_worker`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fedmomentum.utils.process import wait_briefly
 
 LOG = logging.getLogger("fedmomentum")
 STATE = "fedmomentum"
-"""The record of the node's state, which Flower keeps between messages, with the client's name."""
+"""The record of the node state (kept by Flower between messages) that holds the client's name."""
 
 
 def make_client_app() -> ClientApp:
-    """Return a ClientApp that plays one client; node config and run config say which.
+    """Return a ClientApp that plays one client, chosen by the node config and run config.
 
     ::
 
         app = make_client_app()
     """
-    # before torch is loaded, here or in a process that this one starts
+    # before torch is loaded in this process or in one that it starts
     wait_briefly()
     return client_app(_answer, _name)
 
 
 def _name(context: Context) -> str:
-    """Return the client's name; its worker begins to load the base model meanwhile."""
+    """Return the client's name; meanwhile its worker starts to load the base model."""
     node = read_node(context.run_config, context.node_config)
     name = _client_name(node, context)
     if node.keep_warm > 0 and not _process_lives_on():
@@ -53,7 +53,7 @@ def _answer(payload: bytes, timeout: float, context: Context) -> bytes:
     node = read_node(context.run_config, context.node_config)
     name = _client_name(node, context)
     if _process_lives_on():
-        # Imported where this process holds the model itself.
+        # Imported only if this process holds the model itself.
         from fedmomentum.flower.process_clients import answer_here
 
         return answer_here(node.config, name, node.store(name), payload)
@@ -70,7 +70,7 @@ def _worker(node: AppNode, name: str) -> Worker:
 
 
 def _process_lives_on() -> bool:
-    """Return whether this is a process of Flower's simulation engine, which answers many tasks."""
+    """Return whether this process belongs to Flower's simulation engine and answers many tasks."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
@@ -79,11 +79,11 @@ def _client_name(node: AppNode, context: Context) -> str:
     """Return which client a node plays.
 
     Raises:
-        ConfigError: If the run's data has not so many clients.
+        ConfigError: If the run's data has too few clients for this partition.
     """
     if node.name is not None:
         return node.name
-    # The run's data has the names, and is read once for them.
+    # The names come from the run's data, which is read only once for them.
     if STATE in context.state:
         return cast(str, context.state.config_records[STATE]["name"])
     from fedmomentum.run.client_setup import client_names
@@ -100,7 +100,7 @@ def _client_name(node: AppNode, context: Context) -> str:
 
 
 class _NodeLog(NodeCallback):
-    """Passes what a worker reports on to the node's log."""
+    """Forwards a worker's reports to the node's log."""
 
     def on_warning(self, text: str) -> None:
         """Log a warning that concerns this node's data."""

@@ -1,4 +1,4 @@
-"""A ServerApp for an existing SuperLink: the rounds of `serve`, over its grid."""
+"""A ServerApp for an existing SuperLink: runs the rounds of `serve` over its grid."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("fedmomentum")
 RESUME_WAIT_SECONDS = 60.0
-"""How long a resumed run waits for all nodes when enough are there."""
+"""How long a resumed run waits for all nodes once enough are connected."""
 
 
 def make_server_app() -> ServerApp:
-    """Return a ServerApp that runs a federation as the run config says.
+    """Return a ServerApp that runs a federation as configured by the run config.
 
     ::
 
         app = make_server_app()
     """
-    # before torch is loaded, here or in a process that this one starts
+    # before torch is loaded in this process or in one that it starts
     wait_briefly()
     return server_app(_run)
 
 
 def _run(grid: Grid, context: Context) -> None:
-    """Run the rounds, and write the report.
+    """Run the rounds and write the report.
 
     Raises:
-        FedMomentumError: If a setting is wrong, or too few clients take part; Flower's log and
-            `flwr list` have the text.
+        FedMomentumError: If a setting is wrong or too few clients take part; Flower's log and
+            `flwr list` show the message.
     """
     settings, config = read_run(context.run_config)
     out = Path(settings.out)
@@ -55,7 +55,7 @@ def _run(grid: Grid, context: Context) -> None:
         _run_log(out),
         StatusWriter(out, federation.num_rounds) as status,
     ):
-        # Imported when the settings are known to be right: torch takes its time.
+        # Imported once the settings are known to be valid, since torch is slow to load.
         from fedmomentum.report import write_report
         from fedmomentum.run.networked import run_federation
 
@@ -97,7 +97,7 @@ def _run_log(out: Path) -> Iterator[None]:
 
 
 class _RoundLog(Callback):
-    """Logs who connects and leaves, and a line or two for each round."""
+    """Logs clients that connect or leave, and a line or two per round."""
 
     def __init__(self) -> None:
         self._online: set[str] = set()
@@ -117,27 +117,27 @@ class _RoundLog(Callback):
         self._online = connected
 
     def on_waiting(self, missing: Sequence[str], seconds: float) -> None:
-        """Log which clients the server waits for, if they have changed."""
+        """Log which clients the server is waiting for, if they have changed."""
         if list(missing) != self._missing:
             self._missing = list(missing)
             LOG.info("Waiting up to %.0f s for %s", seconds, ", ".join(missing) or "clients")
 
     def on_plan(self, plan: Plan) -> None:
-        """Log what there is to say of the plan."""
+        """Log the plan's notes."""
         for warning in plan.warnings:
             LOG.info("note: %s", warning)
 
     def on_round_begin(self, server_round: int, clients: Sequence[str]) -> None:
-        """Log who trains."""
+        """Log which clients train."""
         if server_round:
             LOG.info("Round %d: %s train", server_round, ", ".join(clients))
 
     def on_failure(self, client: str, reason: str) -> None:
-        """Log why a client has no usable reply."""
+        """Log why a client sent no usable reply."""
         LOG.warning("%s: %s", client, reason)
 
     def on_round_end(self, record: RoundRecord) -> None:
-        """Log what came of a round."""
+        """Log the outcome of a round."""
         parts = [f"Round {record.round} is saved"]
         if record.round:
             parts.append(f"{len(record.accepted)} of {len(record.participants)} clients count")

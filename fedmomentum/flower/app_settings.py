@@ -1,8 +1,8 @@
-"""What Flower's run config and node config say, as settings of ours.
+"""Translates Flower's run config and node config into our settings.
 
-Flower's values are numbers, booleans and texts under flat names. Those with a dot are keys of
-docs/configuration.md, `training.local-steps`; a list is a text, `'["q_proj", "v_proj"]'`. The
-others, below, are of Flower's apps alone.
+Flower's values are numbers, booleans and strings under flat names. Names with a dot are keys of
+docs/configuration.md, such as `training.local-steps`; lists are strings, `'["q_proj", "v_proj"]'`.
+The other names, defined below, exist only for the Flower apps.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ Flat = Mapping[str, Any]
 """Flower's run config or node config."""
 
 DATA_LOCATIONS = ("source", "client-files", "client-column", "split", "test-source", "test-split")
-"""Keys of `[data]` that say where data is: of a node with a name its own count, and no others."""
+"""Keys of `[data]` that locate data; for a named node, only its own settings apply."""
 NEEDS_OWN_LISTENER = {
     "secure-aggregation": "clients know one another by the keys that a server of ours admits",
     "roster": "it lists those keys",
 }
-"""Keys of `[privacy]` that only `fedmomentum serve` and `join` can obey, and why."""
+"""Keys of `[privacy]` that only `fedmomentum serve` and `join` support, and why."""
 PathText = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
 class RunSettings(Schema, frozen=True, rename="kebab"):
-    """The keys of the run config that have no section.
+    """The run config keys without a section.
 
     Attributes:
         out: The run's directory, on the machine of the SuperLink.
-        num_clients: How many clients the start waits for, up to `federation.join-timeout`.
-        resume: Whether to continue what is in `out`.
+        num_clients: How many clients to wait for at the start, up to `federation.join-timeout`.
+        resume: Whether to continue the run in `out`.
     """
 
     out: PathText
@@ -54,15 +54,16 @@ class RunSettings(Schema, frozen=True, rename="kebab"):
 
 
 class NodeSettings(Schema, frozen=True, rename="kebab"):
-    """The keys of the node config that have no section.
+    """The node config keys without a section.
 
     Attributes:
         name: The client's name.
-        data: The client's data, a file; or else keys of `[data]`.
+        data: The file with the client's data, as an alternative to keys of `[data]`.
         store: The directory for what the server sends.
         keep_warm: How many seconds the process with the base model outlives its last task.
-        partition_id: Instead of a name: which client of the run's `[data]` this node plays.
-        num_partitions: Flower's simulation engine sets it; the data tells how many there are.
+        partition_id: Which client of the run's `[data]` this node plays, as an alternative to a
+            name.
+        num_partitions: Set by Flower's simulation engine; ignored, since the data determines it.
     """
 
     name: str | None = None
@@ -75,12 +76,12 @@ class NodeSettings(Schema, frozen=True, rename="kebab"):
 
 @dataclass(frozen=True)
 class AppNode:
-    """A node of a Flower app: which client it plays, and with what.
+    """A node of a Flower app: which client it plays, with its settings.
 
     Attributes:
         config: The client's configuration.
-        name: The client's name; None if the run's data decides, see `partition_id`.
-        partition_id: Which of the clients of the run's data, sorted by name, this node plays.
+        name: The client's name; None if `partition_id` selects it.
+        partition_id: Index of the client in the run's data, sorted by name.
         keep_warm: How many seconds the process with the base model outlives its last task.
     """
 
@@ -91,17 +92,17 @@ class AppNode:
     _store: str | None
 
     def store(self, name: str) -> Path:
-        """Return the directory for what the server sends; the same default as `join`'s."""
+        """Return the directory for what the server sends, with the same default as `join`."""
         path = self._store or str(Path("nodes") / directory_name(name))
         return Path(path).resolve()
 
 
 def read_run(run_config: Flat) -> tuple[RunSettings, Config]:
-    """Return what the run config asks of the server.
+    """Return the server's settings from the run config.
 
     Raises:
-        ConfigError: If a key is unknown, a value has another type or is out of range, or a setting
-            needs a server of ours.
+        ConfigError: If a key is unknown, a value has the wrong type or is out of range, or a
+            setting needs our own server.
     """
     own, table = _divide(run_config, "the run config")
     settings = _parse(own, RunSettings, "the run config")
@@ -110,11 +111,11 @@ def read_run(run_config: Flat) -> tuple[RunSettings, Config]:
 
 
 def read_node(run_config: Flat, node_config: Flat) -> AppNode:
-    """Return what a node is: the run's settings, and over them the node's own.
+    """Return a node's settings: the run's, overridden by the node's own.
 
     Raises:
-        ConfigError: If a key is unknown, a value has another type or is out of range, a setting
-            needs a server of ours, or the node has no name or no data.
+        ConfigError: If a key is unknown, a value has the wrong type or is out of range, a setting
+            needs our own server, or the node has no name or no data.
     """
     _, run_table = _divide(run_config, "the run config")
     own, node_table = _divide(node_config, "the node config")
@@ -122,7 +123,7 @@ def read_node(run_config: Flat, node_config: Flat) -> AppNode:
     table = copy.deepcopy(run_table)
     if settings.name is not None:
         check_client_name(settings.name, "the node config's name")
-        # No server says where on this machine data is.
+        # The server must not say where data is on this machine.
         for key in DATA_LOCATIONS:
             table.get("data", {}).pop(key, None)
         _merge(table, node_table)
@@ -137,10 +138,10 @@ def read_node(run_config: Flat, node_config: Flat) -> AppNode:
 
 
 def _name_data(table: dict[str, Any], settings: NodeSettings) -> None:
-    """Put the node's own data into the table.
+    """Add the location of the node's own data to the table.
 
     Raises:
-        ConfigError: If there is none, or it is named twice.
+        ConfigError: If there is none, or it is given twice.
     """
     data = table.setdefault("data", {})
     has_keys = bool(data.get("source") or data.get("client-files"))
@@ -176,10 +177,10 @@ def _require_partition(settings: NodeSettings) -> None:
 
 
 def _divide(flat: Flat, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keys without a section, and the tables of those with one.
+    """Split a flat config into the keys without a section and the tables of the sections.
 
     Raises:
-        ConfigError: If one key stands where another needs a table.
+        ConfigError: If a key is both a value and a table.
     """
     own = {}
     table: dict[str, Any] = {}
@@ -201,7 +202,7 @@ def _divide(flat: Flat, what: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _parts(key: str) -> list[str]:
-    """Return a key's parts; what follows `data.client-files.` is a name, dots included."""
+    """Split a key at its dots; the rest after `data.client-files.` is one name, dots included."""
     prefix = "data.client-files."
     if key.startswith(prefix):
         return ["data", "client-files", key.removeprefix(prefix)]
@@ -209,7 +210,7 @@ def _parts(key: str) -> list[str]:
 
 
 def _as_list(value: Any) -> Any:
-    """Return the list that a text holds as TOML; any other value as it is."""
+    """Parse a list from TOML text; return other values unchanged."""
     if not isinstance(value, str) or not value.startswith("["):
         return value
     parsed = parse_value(value)
@@ -217,7 +218,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _merge(table: dict[str, Any], other: Mapping[str, Any]) -> None:
-    """Put the values of `other` into `table`, those of inner tables one by one."""
+    """Merge `other` into `table`, recursively."""
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(table.get(key), dict):
             _merge(table[key], value)
@@ -237,7 +238,7 @@ def _parse(own: Mapping[str, Any], kind: type[T], what: str) -> T:
 
 
 def _refuse_listeners(table: Mapping[str, Any]) -> None:
-    """Refuse settings that a SuperLink of Flower's cannot obey.
+    """Reject settings that Flower's SuperLink cannot support.
 
     Raises:
         ConfigError: If there is one.

@@ -1,4 +1,4 @@
-"""The two Flower apps, both thin: the server runs the rounds, a client answers one message."""
+"""Two thin Flower apps: the server runs the rounds, a client answers one message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG = logging.getLogger("fedmomentum")
 APP_RAISED_CODE = 2
 """Flower's error code for an app that raised."""
 MAX_REASON = 1000
-"""Characters that the server is sent about a task that failed."""
+"""The most characters sent to the server about a failed task."""
 
 
 def server_app(run: Callable[[Grid, Context], None]) -> ServerApp:
@@ -40,9 +40,9 @@ def client_app(
 
     Args:
         answer: Returns the reply's payload; `timeout` is how long the server will wait for it.
-        name: Returns the client's name, for servers that learn it from the client alone. These are
-            nodes that Flower runs: what is raised becomes a reply of ours there, since Flower would
-            send the server the whole text.
+        name: Returns the client's name, for servers that can only learn it from the client. This
+            is for nodes run by Flower, where exceptions are turned into our own error replies,
+            since Flower would send the server the entire text.
     """
     app = ClientApp(mods=[] if name is None else [_answer_errors])
 
@@ -71,6 +71,6 @@ def _answer_errors(
 
 
 def error_reply(message: Message, error: Exception) -> Message:
-    """Return a reply with what the server may learn of an error; the rest is for the node's log."""
+    """Return a reply with what the server may learn of an error; the log has the rest."""
     text = str(error) if isinstance(error, WorkerError) else public_text(error)
     return Message(Error(APP_RAISED_CODE, printable(text, MAX_REASON)), reply_to=message)

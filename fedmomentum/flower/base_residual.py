@@ -1,4 +1,4 @@
-"""The client's part of `FedMomentumStrategy`: put the base residual into a live PEFT model.
+"""The client side of `FedMomentumStrategy`: adds the base residual to a live PEFT model.
 
 ::
 
@@ -49,25 +49,26 @@ def apply_base_residual(
 ) -> ConfigRecord:
     """Set the base weights of a model to the pretrained ones plus the message's base residual.
 
-    The message holds the sum of all rounds' residuals. So a model that is called with the same
-    message again stays as it is, and one that has missed rounds has the same bits as all others.
-    A model of which the message wants nothing is not touched.
+    The message holds the sum of all rounds' residuals. Applying the same message again therefore
+    changes nothing, and a model that has missed rounds ends up bit-identical to all others. If the
+    message has no residual, the model is not touched.
 
     Args:
-        model: It has one adapter, which is not merged; its own factors are left as they are.
-        content: The content of a train or evaluate message; that of a server with another strategy
-            has no residual.
-        base: The base model: a directory or a hub name; by default what the model was loaded from.
-        adapted_weights: How the adapted modules are held, as the setting `model.adapted-weights`:
-            `auto`, `float32` or `as-loaded`.
+        model: A model with one unmerged adapter, whose factors are left unchanged.
+        content: The content of a train or evaluate message; servers with other strategies send no
+            residual.
+        base: The base model, as a directory or Hub name; by default, what the model was loaded
+            from.
+        adapted_weights: How to store the adapted modules, as in the setting
+            `model.adapted-weights`: `auto`, `float32` or `as-loaded`.
 
     Returns:
-        What was applied. Put it into the reply: the server does not count a reply without it.
+        A receipt for what was applied. Put it into the reply; replies without it are not counted.
 
     Raises:
-        PayloadError: If the residual is not what the server says it is, or does not fit the model.
-        AdapterError: If the model is no PEFT model, or its adapter is merged.
-        ModelError: If the base model cannot be found, or its weights cannot be held.
+        PayloadError: If the residual does not match the server's description or the model.
+        AdapterError: If the model is not a PEFT model, or its adapter is merged.
+        ModelError: If the base model cannot be found, or its weights cannot be stored this way.
     """
     if not hasattr(model, "get_base_model"):
         raise AdapterError(f"wanted a PeftModel; got {type(model).__name__}")
@@ -75,7 +76,7 @@ def apply_base_residual(
     if any(layer.layer.merged for layer in layers.values()):
         raise AdapterError("the adapter is merged into the base; call unmerge_adapter() first")
 
-    # what came must be what the server says it has sent
+    # what arrived must be what the server says it sent
     record = content.array_records.get(RESIDUAL_KEY, ArrayRecord())
     sha256 = digest(record)
     state = content.config_records.get(STATE_KEY)
@@ -87,7 +88,7 @@ def apply_base_residual(
     shapes = {module: layer.factors.shape for module, layer in layers.items()}
     matrices = read_residual(record, shapes, SENDER)
 
-    # pretrained weights plus the sum, whatever was there before
+    # pretrained weights plus the sum, regardless of what was there before
     base_model: Any = model.get_base_model()
     held: BaseWeights | None = getattr(base_model, HELD, None)
     if held is None and matrices:
@@ -126,5 +127,5 @@ class _Residual:
 
     @classmethod
     def of(cls, sha256: str, matrices: Mapping[str, Matrix]) -> _Residual:
-        """Return the part in float32, which base weights are held in."""
+        """Return the part in float32, the dtype of stored base weights."""
         return cls(sha256, {module: m.to(torch.float32) for module, m in matrices.items()})

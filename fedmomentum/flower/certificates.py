@@ -1,6 +1,6 @@
-"""The server's identity: a private certificate authority, and the server's certificate.
+"""The server's identity: a private certificate authority and the server's certificate.
 
-The server presents a certificate signed by the authority; nodes trust that authority and no other.
+The server presents a certificate signed by the authority, the only one that nodes trust.
 
 ::
 
@@ -28,9 +28,9 @@ from fedmomentum.utils.io import write_atomically
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?"
 HOST_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 AUTHORITY_YEARS = 10
-"""Longer than any run: nodes would need a new `ca.pem`."""
+"""Longer than any run, since nodes would need a new `ca.pem` afterward."""
 SERVER_YEARS = 2
-"""Renewing it needs no change on the nodes."""
+"""Can be short, since renewal needs no change on the nodes."""
 CLOCK_TOLERANCE = timedelta(hours=1)
 """How far in the past a certificate's validity starts, because clocks differ."""
 
@@ -38,18 +38,18 @@ CLOCK_TOLERANCE = timedelta(hours=1)
 def make_server_keys(directory: Path, hosts: Sequence[str]) -> None:
     """Create the authority, if there is none yet, and a server certificate for these hosts.
 
-    Calling it again renews the server's certificate, which is valid for two years; nodes keep the
-    `ca.pem` they have.
+    Another call renews the server's certificate, which is valid for two years; nodes keep their
+    `ca.pem`.
 
     Args:
-        directory: Where the keys go; readable by its owner only.
-        hosts: Host names and addresses under which nodes reach the server.
+        directory: Where to store the keys; readable only by its owner.
+        hosts: Host names and addresses at which nodes reach the server.
 
     Raises:
         ConfigError: If there are no hosts, one of them is invalid, or the existing authority cannot
             be read.
     """
-    # all hosts are checked before anything is written
+    # check all hosts before anything is written
     if not hosts:
         raise ConfigError(
             "give the names or addresses under which nodes reach the server, e.g. --host "
@@ -57,7 +57,7 @@ def make_server_keys(directory: Path, hosts: Sequence[str]) -> None:
         )
     for host in hosts:
         _general_name(host)
-    # the directory is private before the first key is in it
+    # make the directory private before it holds a key
     (directory / "nodes").mkdir(parents=True, exist_ok=True)
     directory.chmod(0o700)
     if not (directory / "ca.key").is_file():
@@ -92,7 +92,7 @@ def _load_authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurve
     """Return the authority's certificate and private key.
 
     Raises:
-        ConfigError: If one of them is missing or is not what it should be.
+        ConfigError: If one of them is missing or invalid.
     """
     try:
         authority = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
@@ -112,7 +112,7 @@ def _certificate_builder(
     issuer_key: ec.EllipticCurvePrivateKey,
     years: int,
 ) -> x509.CertificateBuilder:
-    """Return an unsigned certificate: an authority's if its own key will sign it."""
+    """Return an unsigned certificate, which is an authority's if its own key will sign it."""
     is_authority = key is issuer_key
     now = datetime.now(UTC)
     constraints = x509.BasicConstraints(is_authority, path_length=0 if is_authority else None)
@@ -134,7 +134,7 @@ def _certificate_builder(
 
 
 def _key_usage(*, is_authority: bool) -> x509.KeyUsage:
-    """Return what a key may be used for: signing certificates, or signing handshakes."""
+    """Return what a key may be used for: signing certificates or signing handshakes."""
     return x509.KeyUsage(
         digital_signature=not is_authority,
         key_cert_sign=is_authority,
@@ -149,7 +149,7 @@ def _key_usage(*, is_authority: bool) -> x509.KeyUsage:
 
 
 def _general_name(host: str) -> x509.GeneralName:
-    """Return a host name or an address as certificates state it.
+    """Return a host name or address in the form used in certificates.
 
     Raises:
         ConfigError: If it is neither.
@@ -171,10 +171,10 @@ def _to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def server_context(keys: Path) -> ssl.SSLContext:
-    """Return what TLS needs of the server: its certificate and key.
+    """Return the server's TLS context, with its certificate and key.
 
     Raises:
-        ConfigError: If they are not a certificate and its key.
+        ConfigError: If the files are not a certificate and its key.
     """
     certificate = keys / "server.pem"
     key = keys / "server.key"

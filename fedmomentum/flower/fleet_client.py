@@ -1,7 +1,7 @@
-"""A node's end of the network: Flower's fleet protocol over TLS, without Flower's node process.
+"""A node's side of the network: Flower's fleet protocol over TLS, without Flower's node process.
 
-Flower's own node would fetch the app's code from the server and run it, in a new process for every
-message. Here a message is handed to what is installed on the node, and no code is requested.
+Flower's own node would fetch the app's code from the server and run it in a new process for every
+message. Here, messages are handled by the code installed on the node, and no code is requested.
 """
 
 from __future__ import annotations
@@ -60,26 +60,26 @@ from fedmomentum.flower.records import (
 from fedmomentum.utils.text import printable
 
 RETRY_DELAYS = (1.0, 3.0, None)
-"""Seconds until a request is made again; None ends it."""
+"""Seconds to wait before each retry of a request; None means to give up."""
 CLOSE_SECONDS = 5.0
-"""How long the end of a connection waits for requests that are under way."""
+"""How long closing a connection waits for requests in progress."""
 MAX_REFUSAL_LENGTH = 4096
-"""Characters of a refusal's body that are parsed; Flower's have a few hundred."""
+"""The longest refusal body that is parsed, in characters; Flower's have a few hundred."""
 
 
 class ConnectionLost(Exception):
-    """The connection can no longer be used; the text says why. Connect again."""
+    """The connection is no longer usable, for the reason in the text; a new one is needed."""
 
 
 class FleetClient:
     """An authenticated connection of one node to the server; a context manager.
 
-    Every method raises ConnectionLost if the server cannot be reached, is not the one it should be,
-    or does not know this node.
+    Every method raises ConnectionLost if the server cannot be reached, is not the expected one, or
+    does not know this node.
 
     Args:
         server: The server's `host:port`.
-        authority: Certificate of the server's authority, PEM; no other is trusted.
+        authority: The PEM certificate of the server's authority, the only one that is trusted.
         key: The node's private key.
     """
 
@@ -88,11 +88,11 @@ class FleetClient:
         self._client = FleetHttpClient.from_server_address(
             server, False, authority, [NodeAuthHttpInterceptor(key, key.public_key())]
         )
-        # signed requests go to this server and to no other
+        # signed requests must go to this server only
         self._client._client.follow_redirects = False
         self._stop = threading.Event()
         self._lost: str | None = None
-        # Flower's helpers make requests in threads, and do not wait for those after one that fails.
+        # Flower's helpers make requests in threads and, if one fails, do not wait for the rest.
         self._num_requests = 0
         self._requests_change = threading.Condition()
 
@@ -114,29 +114,29 @@ class FleetClient:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        # a heartbeat after the deactivation would bring the node back
+        # a heartbeat after the deactivation would reactivate the node
         self._heartbeat.join(HEARTBEAT_SECONDS)
         is_idle = self._wait_for_requests()
         try:
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         except Exception:
-            # the server will notice that heartbeats are missing
+            # the server will notice the missing heartbeats
             self._lost = self._lost or "closed"
         if is_idle:
             self._client.close()
 
     def _wait_for_requests(self) -> bool:
-        """Wait for the requests of other threads; return whether all have ended.
+        """Wait for the requests of other threads, and return whether all have ended.
 
-        None is made again from here on. A socket that is closed while a thread still writes to it
-        gives its number to the next connection of this process, and that is where the rest would
-        go. Those that take longer end by their own time limits, and close their sockets then.
+        None is retried from now on. If a socket were closed while a thread still writes to it, the
+        next connection of this process could get the same file descriptor, and with it the rest of
+        the data. Slower requests end by their own timeouts and then close their sockets.
         """
         with self._requests_change:
             return self._requests_change.wait_for(lambda: self._num_requests == 0, CLOSE_SECONDS)
 
     def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
-        """Make a request, again after a while if the network fails.
+        """Make a request, with retries if the network fails.
 
         Raises:
             ConnectionLost: If there is no usable answer, or the connection is being closed.
@@ -163,7 +163,7 @@ class FleetClient:
                     raise ConnectionLost(_network_error(error)) from error
                 self._stop.wait(delay)
             except Exception as error:
-                # whatever an answer of the server causes, the node carries on
+                # whatever the server's answer causes, the node carries on
                 text = f"the server's answer cannot be used ({_shown(error)})"
                 raise ConnectionLost(text) from error
         raise AssertionError("the last delay is None")
@@ -171,11 +171,11 @@ class FleetClient:
     def probe(self) -> None:
         """Check that the server can be reached and admits this node, without joining.
 
-        The request to activate is refused because of its heartbeat interval, but only after name
-        and signature were verified.
+        The activation request is refused because of its heartbeat interval, but only after the
+        name and signature have been verified.
 
         Raises:
-            ConnectionLost: If it cannot be reached, or does not admit this node.
+            ConnectionLost: If the server cannot be reached or does not admit this node.
         """
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=PROBE_SECONDS)
         try:
@@ -191,9 +191,9 @@ class FleetClient:
             self._client.close()
 
     def _send_heartbeats(self) -> None:
-        """Tell the server that this node is there, in a thread of its own."""
+        """Tell the server that this node is alive; runs in its own thread."""
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_SECONDS)
-        # three in each interval, so that two may be lost
+        # three per interval, so that two may be lost
         while not self._stop.wait(HEARTBEAT_SECONDS / 3):
             try:
                 self._client.SendNodeHeartbeat(request)
@@ -219,43 +219,43 @@ class FleetClient:
         except ConnectionLost:
             raise
         except Exception as error:
-            # it is not a message of ours, or its parts are gone
+            # not one of our messages, or its parts are gone
             raise ConnectionLost(f"a message could not be fetched: {_shown(error)}") from error
 
     def _fetch(self, response: PullMessagesResponse) -> Message:
-        """Return the message that a response announces, with its parts.
+        """Fetch the parts of the message that a response announces, and return it.
 
         Raises:
-            PayloadError: If it does not have the form of a task.
+            PayloadError: If it is not a well-formed task.
             ConnectionLost: If its parts cannot be fetched.
-            Exception: Whatever Flower raises if they cannot be put together.
+            Exception: Whatever Flower raises if they cannot be combined.
         """
         if len(response.messages_list) != 1 or len(response.message_object_trees) != 1:
             raise PayloadError("expected one message and its tree")
         envelope = response.messages_list[0]
         tree = response.message_object_trees[0]
-        # the form of envelope and tree, before anything is fetched
+        # check envelope and tree before anything is fetched
         check_task(envelope.metadata, node_id=self._node.node_id)
         check_envelope(envelope, tree)
         if envelope.HasField("error"):
             raise PayloadError("it is an error, not a task")
 
-        # the objects, and their form before Flower combines them
+        # fetch the objects, and check their form before Flower combines them
         contents = self._pull_objects(tree, envelope.metadata.run_id)
         check_objects(tree.object_id, contents)
         message = inflate_object_from_contents(tree.object_id, contents)
         if not isinstance(message, Message) or not message.has_content():
             raise PayloadError("it is not a task")
-        # the envelope, which was checked, counts for the reply, not the one inside
+        # reply to the outer envelope, which was checked, not the one inside
         message.__dict__["_metadata"] = metadata_from_proto(envelope.metadata)
         return message
 
     def _pull_objects(self, tree: ObjectTree, run_id: int) -> dict[str, bytes]:
-        """Fetch a message's objects, and confirm that they have arrived."""
+        """Fetch a message's objects and confirm that they have arrived."""
         TaskIdentity.run_id = run_id
         TaskIdentity.node_id = self._node.node_id
         TaskIdentity.task_id = 0
-        # Flower's helpers make the requests, each through `_call`
+        # Flower's helpers make each request through `_call`
         pull = make_pull_object_fn_protobuf(
             partial(self._call, self._client.PullObject), self._node, run_id
         )
@@ -270,7 +270,7 @@ class FleetClient:
         """Send a reply.
 
         Raises:
-            ConnectionLost: If it cannot be sent completely.
+            ConnectionLost: If it cannot be sent in full.
         """
         try:
             self._push(reply)
@@ -303,7 +303,7 @@ class FleetClient:
 
 
 def _flower_error(error: httpx.HTTPStatusError) -> FlowerError | None:
-    """Return Flower's error in the body of a refusal, if there is one."""
+    """Return the Flower error in the body of a refusal, if there is one."""
     try:
         return FlowerError.from_json(error.response.text[:MAX_REFUSAL_LENGTH])
     except (ValueError, RecursionError):
@@ -311,14 +311,14 @@ def _flower_error(error: httpx.HTTPStatusError) -> FlowerError | None:
 
 
 def _shown(error: Exception) -> str:
-    """Return an error that the server's answer caused, as it may be shown."""
+    """Return an error caused by the server's answer, sanitized for display."""
     if isinstance(error, FedMomentumError):
         return printable(str(error), 300)
     return printable(f"{type(error).__name__}: {error}", 300)
 
 
 def _refusal(error: httpx.HTTPStatusError) -> str:
-    """Return what the server's refusal means to the node's operator."""
+    """Explain the server's refusal to the node's operator."""
     status = error.response.status_code
     refusal = _flower_error(error)
     if refusal is not None and refusal.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
@@ -336,7 +336,7 @@ def _refusal(error: httpx.HTTPStatusError) -> str:
 
 
 def _network_error(error: Exception) -> str:
-    """Return what a failed request means to the node's operator."""
+    """Explain a failed request to the node's operator."""
     text = printable(str(error), 300)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return f"the server's certificate is not one that --ca vouches for, for this name ({text})"

@@ -1,8 +1,8 @@
-"""The outer check before Flower's fleet service: who may send requests, and how many.
+"""The outer check in front of Flower's fleet service: who may send requests, and how many.
 
 It looks only at a request's headers: path, size and signature. Requests that are not signed by an
-admitted node get no further, and nothing else of them is read. What an admitted node sends is
-checked by the inner check, `guard`.
+admitted node go no further, and the rest of them is never read. What admitted nodes send is
+validated by the inner check, `guard`.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ PATHS: Mapping[str, int] = {
     "/v1/fleet/pull-object": 4 * KIB,
     "/v1/fleet/confirm-message-received": 4 * KIB,
 }
-"""Every path that a node needs, and the largest request that each accepts.
+"""The paths that nodes need, and the largest request that each accepts.
 
-The other paths of Flower's router (nodes that register themselves, runs, code) are not found.
+Flower's other paths (self-registration of nodes, runs, code) are answered with "not found".
 """
 MAX_KEY_BYTES = 512
-"""The longest public key or signature in a header; those of P-384 have fewer than 250 bytes."""
+"""The longest public key or signature in a header; those of P-384 are under 250 bytes."""
 BODY_TIMEOUT_SECONDS = 60.0
 """The longest pause between two pieces of a request's body."""
 REQUESTS_PER_SECOND = 200.0
-"""For each node; faster requests wait. A node sends a few, and one for each part of 5 MB."""
+"""Per node; excess requests wait. A node sends a few, and one for each 5 MB part."""
 REQUEST_BURST = 400.0
-"""For each node; this many requests may come at once before they have to wait."""
+"""Per node; the number of requests that may arrive at once before any has to wait."""
 MAX_CONCURRENT_REQUESTS = 16
-"""For each node; ours has at most four under way."""
+"""Per node; ours has at most four in progress."""
 NOTICE_INTERVAL_SECONDS = 60.0
-"""How often at most one and the same notice about one node is logged."""
+"""The minimum time between identical log notices about the same node."""
 MAX_RECENT_NOTICES = 1000
-"""How many notices are remembered; beyond that nothing is logged until old ones expire."""
+"""How many notices are remembered; beyond that, nothing is logged until old ones expire."""
 
 
 class Peer(Protocol):
     """A connection, as the listener knows it."""
 
     def signed_by(self, name: str) -> None:
-        """Record that a request of this node came over the connection."""
+        """Record that the connection carried a request of this node."""
         ...
 
     def busy(self) -> None:
@@ -85,10 +85,10 @@ class Peer(Protocol):
 
 
 class ThrottledLog:
-    """Log lines about nodes and strangers, few enough that nobody can fill a disk with them.
+    """A log about nodes and strangers, rate-limited so that nobody can fill the disk.
 
     Args:
-        clock: Tells the time, in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,10 +99,10 @@ class ThrottledLog:
         """Log one line, unless one with the same key was logged less than a minute ago.
 
         Args:
-            level: Of the `logging` module.
+            level: A level of the `logging` module.
             subject: Who the line is about.
             text: What happened.
-            key: What counts as the same notice; by default the subject and the text's beginning.
+            key: Identifies equal notices; by default, the subject and the beginning of the text.
         """
         now = self._clock()
         key = key or f"{subject} {text[:40]}"
@@ -122,11 +122,11 @@ class ThrottledLog:
 
 @dataclass
 class _RequestRate:
-    """A token bucket: how fast one node sends requests.
+    """A token bucket that limits how fast one node sends requests.
 
     Attributes:
-        under_way: Requests that have not been answered yet.
-        tokens: Requests that the node may make at once.
+        under_way: Number of requests that have not been answered yet.
+        tokens: Number of requests that the node may make at once.
         updated_at: When `tokens` was computed.
     """
 
@@ -135,7 +135,7 @@ class _RequestRate:
     updated_at: float = 0.0
 
     def delay(self, now: float) -> float:
-        """Take a token; return how many seconds the request has to wait for it."""
+        """Take a token, and return how many seconds the request must wait for it."""
         refilled = self.tokens + (now - self.updated_at) * REQUESTS_PER_SECOND
         self.tokens = min(REQUEST_BURST, refilled) - 1
         self.updated_at = now
@@ -144,20 +144,20 @@ class _RequestRate:
 
 @dataclass(frozen=True)
 class _SignedRequest:
-    """A request whose headers passed: which node signed it, and the size of its body."""
+    """A request with valid headers: the node that signed it and the size of its body."""
 
     name: str
     length: int
 
 
 class Gate:
-    """ASGI middleware that passes on requests of the form nodes make, signed by an admitted node.
+    """ASGI middleware that only forwards well-formed requests signed by an admitted node.
 
     Args:
         app: The application behind it.
         name_of: Returns the name of the admitted node with this public key (PEM), or None.
         on_refusal: Called as `on_refusal(name, reason)` if a node's request is too large.
-        notices: Log for what the operator should know.
+        notices: Log for the operator.
     """
 
     def __init__(
@@ -174,33 +174,33 @@ class Gate:
         self._rates: dict[str, _RequestRate] = defaultdict(_RequestRate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or pass it on."""
+        """Refuse a request or forward it."""
         request = self._authenticate(scope)
         if isinstance(request, Response):
             response: Response | None = request
         else:
             response = await self._forward(request, scope, receive, send)
         if response is not None:
-            # a connection ends with its first refused request
+            # close a connection on its first refused request
             response.headers["connection"] = "close"
             await response(scope, receive, send)
 
     def _authenticate(self, scope: Scope) -> _SignedRequest | Response:
-        """Check path, headers, signature and size; return who signed the request, or a refusal."""
-        # what no node requests does not exist
+        """Check path, headers, signature and size; return the signed request, or a refusal."""
+        # what no node requests is "not found"
         if scope["type"] != "http" or scope["path"] not in PATHS or scope["method"] != "POST":
             return Response(status_code=404)
         headers = _unique_headers(scope)
         if headers is None:
             return Response(status_code=400)
-        # without a valid signature: the answer says nothing about who is admitted
+        # without a valid signature, the answer must not reveal who is admitted
         signer = _signer(headers)
         length = _content_length(headers)
         if signer is None:
             is_too_large = length is None or length > MAX_REQUEST_BYTES
             return Response(status_code=413) if is_too_large else _unsigned_response()
 
-        # signed, but is the signer admitted?
+        # the signature is valid, but is the signer admitted?
         name = self._name_of(signer)
         if name is None:
             key_hash = hashlib.sha256(signer).hexdigest()[:16]
@@ -209,7 +209,7 @@ class Gate:
             self._notices.log(logging.WARNING, subject, text, key="stranger")
             return _not_admitted() if scope["path"] == ACTIVATE_PATH else _unsigned_response()
 
-        # the operator learns which node sends too much, and so does its open task
+        # report the oversized request to the operator, and to the node's open task
         limit = PATHS[scope["path"]]
         if length is None or length > limit:
             size = "no stated size" if length is None else f"{length} bytes"
@@ -222,8 +222,8 @@ class Gate:
     async def _forward(
         self, request: _SignedRequest, scope: Scope, receive: Receive, send: Send
     ) -> Response | None:
-        """Pass a signed request on at its node's rate; return a refusal if it was not answered."""
-        # a node that floods the server is refused before anything of its request is read
+        """Forward a signed request at its node's rate; return a refusal if it was not answered."""
+        # refuse a node that floods the server before reading any of its request
         peer: Peer | None = scope.get("state", {}).get("peer")
         rate = self._rates[request.name]
         if rate.under_way >= MAX_CONCURRENT_REQUESTS:
@@ -238,7 +238,7 @@ class Gate:
             has_begun = True
             await send(event)
 
-        # wait for a token, read the body, and let Flower answer
+        # wait for a token, read the body and let Flower answer
         rate.under_way += 1
         try:
             await asyncio.sleep(rate.delay(time.monotonic()))
@@ -247,7 +247,7 @@ class Gate:
                 return Response(status_code=408)
             await self._app(scope, _replay(body, receive), send_and_record)
         except Exception as error:
-            # whatever a request causes, the service carries on
+            # whatever a request causes, the service must carry on
             text = f"sent a request that failed: {type(error).__name__}"
             self._notices.log(logging.WARNING, request.name, text)
             return None if has_begun else Response(status_code=500)
@@ -269,11 +269,11 @@ _UNIQUE_HEADERS = frozenset(
         TIMESTAMP_HEADER.encode(),
     )
 )
-"""The headers that decide about a request; each may come only once."""
+"""The headers that are evaluated; each may occur only once."""
 
 
 def _unique_headers(scope: Scope) -> dict[bytes, bytes] | None:
-    """Return the headers that count; None if one comes twice, as two readers may then disagree."""
+    """Return the relevant headers; None if one is repeated, since parsers may then disagree."""
     headers: dict[bytes, bytes] = {}
     for key, value in scope["headers"]:
         if key in _UNIQUE_HEADERS:
@@ -285,7 +285,7 @@ def _unique_headers(scope: Scope) -> dict[bytes, bytes] | None:
 
 
 def _content_length(headers: Mapping[bytes, bytes]) -> int | None:
-    """Return the stated length of the body, to which the server holds it; None if there is none."""
+    """Return the stated body length, which the server enforces; None if there is none."""
     text = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers or not text.isdigit() or len(text) > 12:
         return None
@@ -293,19 +293,19 @@ def _content_length(headers: Mapping[bytes, bytes]) -> int | None:
 
 
 def _signer(headers: Mapping[bytes, bytes]) -> bytes | None:
-    """Return the public key (PEM) that signed the request within the last minutes, or None."""
+    """Return the public key (PEM) that signed the request in the last few minutes, or None."""
     try:
         pem = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
         signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.encode()], validate=True)
         if len(pem) > MAX_KEY_BYTES or len(signature) > MAX_KEY_BYTES:
             return None
-        # an old signature may have been recorded and sent again
+        # an old signature may be a replay
         timestamp = headers[TIMESTAMP_HEADER.encode()].decode("ascii")
         signed_at = datetime.datetime.fromisoformat(timestamp)
         age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
         if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
             return None
-        # only keys of the kind that nodes have
+        # accept only the type of key that nodes have
         key = serialization.load_pem_public_key(pem)
         if not isinstance(key, ec.EllipticCurvePublicKey):
             return None
@@ -324,7 +324,7 @@ def _signer(headers: Mapping[bytes, bytes]) -> bytes | None:
 
 
 async def _read_body(receive: Receive, length: int) -> bytes | None:
-    """Return the complete body; None if it stops arriving or is longer than stated."""
+    """Read the entire body; return None if it stops arriving or is longer than stated."""
     body = bytearray()
     while True:
         try:
@@ -341,7 +341,7 @@ async def _read_body(receive: Receive, length: int) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read, then the events that follow it."""
+    """Return a `receive` that yields the body already read, then the events that follow."""
     events: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Event:

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 POLL_SECONDS = 0.1
-"""How often `send_and_receive` looks for replies."""
+"""How often `send_and_receive` polls for replies."""
 
 
 class SuperLinkGrid(Grid):
-    """Flower's `Grid` over a link state in this process.
+    """Implements Flower's `Grid` over a link state in this process.
 
-    Whatever is wrong with one reply becomes an error in that reply's place: its recipient learns of
-    it, and the other replies arrive as usual.
+    A problem with one reply is reported as an error in place of that reply; the other replies
+    arrive as usual.
 
     Args:
         state: Flower's link state, whose object store holds the messages' objects.
@@ -46,7 +46,7 @@ class SuperLinkGrid(Grid):
     def __init__(self, state: Any, ledger: TaskLedger) -> None:
         self._state = state
         self._ledger = ledger
-        self._arriving: dict[str, tuple[Message, ObjectTree]] = {}  # replies by their task's id
+        self._arriving: dict[str, tuple[Message, ObjectTree]] = {}  # replies by task id
 
     def set_run(self, run: Run) -> None:
         """Do nothing: the run is the SuperLink's."""
@@ -69,7 +69,7 @@ class SuperLinkGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the numbers of the connected nodes."""
+        """Return the ids of the connected nodes."""
         return sorted(self._state.get_nodes(self._ledger.run_id))
 
     # ── sending ──
@@ -78,14 +78,14 @@ class SuperLinkGrid(Grid):
         """Store messages for their nodes to fetch.
 
         Returns:
-            The messages' ids; an empty one where Flower refused the message.
+            The messages' ids; an empty one if Flower refused the message.
         """
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
-            # the message goes to the store without its content, which follows object by object
+            # store the message without its content, which follows object by object
             objects = get_all_nested_objects(message)
             tree = get_object_tree(message)
             session = self._state.start_session(self._ledger.run_id)
@@ -102,14 +102,13 @@ class SuperLinkGrid(Grid):
     # ── receiving ──
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are complete, and Flower's errors for nodes that are gone."""
+        """Return the complete replies, and Flower's errors for nodes that are gone."""
         replies = []
         for task_id in dict.fromkeys(message_ids):
             try:
                 reply = self._reply_to(task_id)
             except Exception as error:
-                # whatever a reply causes ends that reply; what is left of it in Flower's stores is
-                # deleted
+                # an error only affects this reply; delete what is left of it in Flower's stores
                 kind = "" if isinstance(error, FedMomentumError) else f"{type(error).__name__}: "
                 text = f"{kind}{printable(str(error), 300)}"
                 reply = self._discard(task_id, f"its answer could not be read: {text}")
@@ -133,7 +132,7 @@ class SuperLinkGrid(Grid):
         if task_id not in self._arriving:
             return None
 
-        # the envelope is here; its objects may still be arriving
+        # then its objects, which may still be arriving
         message, tree = self._arriving[task_id]
         contents = {name: state.get_object(self._ledger.run_id, name) for name in tree_names(tree)}
         if b"" in contents.values():
@@ -148,9 +147,9 @@ class SuperLinkGrid(Grid):
         return _inflate(message, contents)
 
     def _discard(self, task_id: str, reason: str) -> Message:
-        """Delete what has arrived for a task; return the error that stands for its reply."""
+        """Delete what has arrived for a task, and return an error in place of its reply."""
         state = self._state
-        # the task, the reply that Flower knows of, and the one that is arriving
+        # the task, the reply known to Flower, and the one that is arriving
         message_ids = [task_id, state.message_ins_id_to_message_res_id.get(task_id)]
         if task_id in self._arriving:
             message, _ = self._arriving.pop(task_id)
@@ -175,7 +174,7 @@ class SuperLinkGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push messages, and pull until all are answered or the time is over."""
+        """Push messages, then pull until all are answered or time is up."""
         waiting = set(self.push_messages(messages))
         replies = []
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
@@ -191,17 +190,17 @@ def _inflate(message: Message, contents: dict[str, bytes]) -> Message:
     """Return a message with its content.
 
     Args:
-        message: The message without its content, as Flower checked it.
-        contents: Bytes of all objects of its tree, by name.
+        message: The message without its content, as checked by Flower.
+        contents: The bytes of all objects in its tree, by name.
 
     Raises:
-        PayloadError: If the objects are not a message.
-        Exception: Whatever Flower raises if they cannot be put together.
+        PayloadError: If the objects do not form a message.
+        Exception: Whatever Flower raises if they cannot be combined.
     """
     inflated = inflate_object_from_contents(message.metadata.message_id, contents)
     if not isinstance(inflated, Message):
         raise PayloadError(f"it is a {type(inflated).__name__}, not a message")
     inflated.metadata.__dict__["_message_id"] = message.metadata.message_id
-    # the envelope that Flower checked counts, not the one inside
+    # keep the envelope that Flower checked, not the one inside
     inflated.metadata.__dict__["_reply_to_message_id"] = message.metadata.reply_to_message_id
     return inflated

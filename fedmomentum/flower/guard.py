@@ -1,7 +1,7 @@
-"""The inner check before Flower's fleet service: admitted nodes send only what our nodes send.
+"""The inner check in front of Flower's fleet service: admits only what our nodes send.
 
-It checks a request after its bytes were parsed and its signature was verified, and before Flower's
-handlers see it.
+It checks requests after they are parsed and their signatures verified, and before Flower's handlers
+see them.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 
 
 MAX_PUSHES_PER_TASK = 16
-"""How often one task may be answered; more than once only if a connection broke in between."""
+"""The maximum number of answers to one task; several are only needed if a connection breaks."""
 MAX_RUNTIME_SECONDS = 1e9
-"""The longest runtime that a node may report: thirty years, so that no sum of them overflows."""
+"""The longest runtime that a node may report: thirty years, so that sums cannot overflow."""
 MAX_SESSION_ID_LENGTH = 64
-"""Characters of an upload session's id; Flower's have 32."""
+"""The longest id of an upload session; Flower's have 32 characters."""
 
 
 @dataclass
@@ -60,11 +60,11 @@ class TaskLedger:
     """What each node has done since it was last sent a task.
 
     Attributes:
-        run_id: Flower's number of the run.
-        open_tasks: The message that each node was last sent, while it is unanswered.
+        run_id: Flower's id of the run.
+        open_tasks: The last message sent to each node, while it is unanswered.
         pushed_bytes: Bytes that each node has sent since.
         num_pushes: How often each node has begun an answer since.
-        refusals: Why the answer to a message was refused; reported in the answer's place.
+        refusals: Why the answer to a message was refused, reported in place of the answer.
     """
 
     run_id: int = 0
@@ -74,36 +74,36 @@ class TaskLedger:
     refusals: dict[str, str] = field(default_factory=dict)
 
     def open(self, node_id: int, message_id: str) -> None:
-        """Record that a node was sent a task, which allows the bytes of one answer."""
+        """Record that a node was sent a task, which allows it to send one answer."""
         self.open_tasks[node_id] = message_id
         self.pushed_bytes[node_id] = 0
         self.num_pushes[node_id] = 0
 
     def close(self, message_id: str) -> None:
-        """Record that a task is over; may be called from another thread than `refuse`."""
+        """Record that a task is over; may be called from a different thread than `refuse`."""
         for node_id, open_id in list(self.open_tasks.items()):
             if open_id == message_id:
                 self.open_tasks.pop(node_id, None)
         self.refusals.pop(message_id, None)
 
     def refuse(self, node_id: int, reason: str) -> None:
-        """End a node's open task, if it has one, because the node has broken the rules."""
+        """End a node's open task, if any, because the node has broken the rules."""
         message_id = self.open_tasks.pop(node_id, "")
         if message_id:
             self.refusals[message_id] = reason
 
 
 class Guard:
-    """Middleware dispatch that passes on only what our nodes send, each in its own name.
+    """Middleware dispatch that only forwards what our nodes send, each in its own name.
 
-    Flower checks who makes a request. It does not check whose message is in it, whose message is
-    confirmed, nor that the parts of a message are those of a message.
+    Flower checks who makes a request. It does not check whose message it contains or confirms, or
+    that the parts of a message form a valid message.
 
     Args:
         state: Flower's link state.
         ledger: What each node has done since its last task.
-        name_of: Returns the name of the node with this number.
-        notices: Log for what the operator should know.
+        name_of: Returns the name of the node with this id.
+        notices: Log for the operator.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Guard:
         self._notices = notices
 
     async def __call__(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Refuse a request, answer it, or pass it on."""
+        """Refuse a request, answer it, or forward it."""
         body = request.state.protobuf_request
         try:
             answer = self._check(body)
@@ -128,20 +128,20 @@ class Guard:
         return await call_next(request)
 
     def _refuse(self, node_id: int, reason: str) -> None:
-        """Log that a node has broken the rules, and end its open task."""
+        """Log that a node has broken the rules and end its open task."""
         text = f"sent what no node of ours sends: {reason}"
         self._notices.log(logging.WARNING, self._name_of(node_id), text)
         self._ledger.refuse(node_id, f"its answer was refused: {printable(reason, 300)}")
 
     def _check(self, body: Any) -> PushMessagesResponse | None:
-        """Refuse a request that no node of ours makes.
+        """Refuse a request that our nodes never make.
 
         Returns:
-            The answer, if Flower does not have to handle the request; otherwise None.
+            The answer, if Flower does not need to handle the request; otherwise None.
 
         Raises:
-            PayloadError: If no node of ours makes it.
-            HTTPException: If it is merely too much, or too late.
+            PayloadError: If our nodes never make such a request.
+            HTTPException: If it is legitimate but too large or too late.
         """
         if isinstance(body, ActivateNodeRequest):
             self._check_activation(body)
@@ -171,7 +171,7 @@ class Guard:
             raise PayloadError(f"run_id is {run_id}; expected {self._ledger.run_id}")
 
     def _check_activation(self, body: ActivateNodeRequest) -> None:
-        """Check that a node joins, or only probes (`join --check`), which is logged."""
+        """Check a node's request to join or to probe (`join --check`); log probes."""
         if body.heartbeat_interval != PROBE_SECONDS:
             _check_heartbeat(body.heartbeat_interval)
             return
@@ -183,9 +183,9 @@ class Guard:
     # ── answers ──
 
     def _check_answer(self, body: PushMessagesRequest) -> PushMessagesResponse | None:
-        """Check that this is one answer, from this node, to a task that this node was sent."""
+        """Check that this is a single answer from this node to a task that it was sent."""
         node_id = body.node.node_id
-        # its form
+        # check its form
         message, tree = self._single_message(body)
         check_metadata(
             message.metadata,
@@ -195,13 +195,12 @@ class Guard:
             is_reply=True,
         )
         check_envelope(message, tree)
-        # the task that it answers
+        # find the task that it answers
         task = self._state.message_ins_store.get(message.metadata.reply_to_message_id)
         if task is None or task.metadata.dst_node_id != node_id:
-            # another node's task, or one that is over: nothing is accepted, so that Flower's store
-            # does not grow
+            # another node's task, or one that is over: accept nothing, to keep Flower's store small
             return PushMessagesResponse(results={message.metadata.message_id: 0})
-        # an honest node repeats an answer only if its connection broke
+        # an honest node only repeats an answer if its connection broke
         self._ledger.num_pushes[node_id] += 1
         if self._ledger.num_pushes[node_id] > MAX_PUSHES_PER_TASK:
             raise HTTPException(429, "this task was answered too often")
@@ -209,16 +208,16 @@ class Guard:
         return None
 
     def _single_message(self, body: PushMessagesRequest) -> tuple[MessageProto, ObjectTree]:
-        """Return the one message of a request and its object tree, if the node sends its own."""
+        """Return the only message of a request and its object tree, if it is the sender's own."""
         node_id = body.node.node_id
         if any(message.metadata.src_node_id != node_id for message in body.messages_list):
-            # not this node's answer: it is refused, and the node's own may still come
+            # not this node's answer: refuse it; the node's own may still arrive
             text = "spoke for another node, which was refused"
             self._notices.log(logging.WARNING, self._name_of(node_id), text)
             raise HTTPException(403, "a node speaks for itself")
         if len(body.messages_list) != 1 or len(body.message_object_trees) != 1:
             raise PayloadError("a node sends one message at a time")
-        # Flower adds the runtimes up
+        # Flower adds up the runtimes
         runtimes = body.clientapp_runtime_list
         are_durations = all(0 <= seconds < MAX_RUNTIME_SECONDS for seconds in runtimes)
         if len(runtimes) > 1 or not are_durations:
@@ -226,27 +225,27 @@ class Guard:
         return body.messages_list[0], body.message_object_trees[0]
 
     def _check_object_names(self, message: MessageProto, tree: ObjectTree, node_id: int) -> None:
-        """Refuse an answer one of whose objects is named like a message.
+        """Refuse an answer if one of its objects has the name of a message.
 
-        When either is deleted, the other would be deleted with it.
+        Deleting either would delete the other as well.
         """
         metadata: Metadata = message.metadata
         message_ids = {*self._state.message_ins_store, *self._state.message_res_store}
         previous = self._state.message_res_store.get(metadata.message_id)
         if previous is not None and previous.metadata.src_node_id == node_id:
-            message_ids.discard(metadata.message_id)  # the node sends its answer again
+            message_ids.discard(metadata.message_id)  # the node repeats its answer
         elif metadata.message_id in self._state.object_store:
             raise PayloadError("metadata.message_id is that of another object")
         if not message.HasField("error") and message_ids.intersection(tree_names(tree)):
             raise PayloadError("the object tree names another message")
 
     def _check_pushed_object(self, body: PushObjectRequest) -> None:
-        """Check one part of an answer, and count its bytes."""
+        """Check one part of an answer and count its bytes."""
         self._check_run(body.run_id)
         has_session = 0 < len(body.session_id) <= MAX_SESSION_ID_LENGTH
         if not is_hash(body.object_id) or not has_session:
             raise PayloadError("an object comes under its SHA-256, in a session")
-        # one answer may have the size of the largest payload, in all its parts together
+        # the parts of an answer may add up to the largest payload
         node_id = body.node.node_id
         self._ledger.pushed_bytes[node_id] += len(body.object_content)
         if self._ledger.pushed_bytes[node_id] > MAX_PAYLOAD_BYTES:
@@ -261,6 +260,6 @@ def _check_heartbeat(interval: float) -> None:
 
 
 def _sender(body: Any) -> int:
-    """Return the node that made a request; Flower has checked that it is the signer."""
+    """Return the node that made a request, which Flower has verified to be the signer."""
     node_id = body.node.node_id if hasattr(body, "node") else getattr(body, "node_id", 0)
     return int(node_id)

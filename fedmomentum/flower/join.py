@@ -1,4 +1,4 @@
-"""A client's process: a node that fetches tasks, has its worker do them, and sends the replies."""
+"""A client's process: a node that fetches tasks, has its worker do them, and sends replies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 """How often the node asks the server for work."""
 MAX_RETRY_SECONDS = 30.0
-"""The longest pause before connecting again; a server that returns is found within this time."""
+"""The longest pause before reconnecting; a server that is back is found within this time."""
 SMOKE_TEST_SECONDS = 600.0
 """How long the training step of `join --check` may take."""
 
@@ -45,7 +45,7 @@ class NodeIdentity:
 
     Attributes:
         server: The server's `host:port`.
-        authority: Certificate of the server's authority, a PEM file.
+        authority: PEM file with the certificate of the server's authority.
         key: The node's private key.
         store: Directory for the objects that the server sends.
         name: The name under which the server admitted the node.
@@ -58,7 +58,7 @@ class NodeIdentity:
     name: str
 
     def fleet_client(self) -> FleetClient:
-        """Return a connection to the server that is not open yet.
+        """Return an unopened connection to the server.
 
         Raises:
             ConfigError: If a file is missing, unreadable or accessible to others, or the address
@@ -83,9 +83,9 @@ class NodeIdentity:
 
 
 def server_address(text: str) -> str:
-    """Return `HOST:PORT`, as it stands in a URL, of what was given by `--server`.
+    """Return the value of `--server` as `HOST:PORT`, in the form used in URLs.
 
-    A leading `https://` and a trailing slash are removed; an IPv6 address stands in brackets.
+    A leading `https://` and a trailing slash are removed; IPv6 addresses are put in brackets.
 
     Raises:
         ConfigError: If it is not a host and a port, or asks for something other than TLS.
@@ -132,33 +132,33 @@ def _bracketed_ipv6(text: str, shown: str) -> str:
 def join(
     config: Config, identity: NodeIdentity, stop: threading.Event, callback: NodeCallback
 ) -> None:
-    """Take part until `stop` is set; connect again whatever happens to network or server.
+    """Take part until `stop` is set, reconnecting whatever happens to the network or server.
 
     Args:
         config: The client's configuration.
         identity: Which node joins which server.
         stop: Set it to leave.
-        callback: Receives what happens.
+        callback: Receives events.
 
     Raises:
         ConfigError: See `NodeIdentity.fleet_client`.
-        WorkerError: If model or data cannot be loaded.
+        WorkerError: If the model or data cannot be loaded.
     """
-    # mistakes in keys, names and roster are reported before anything is loaded
+    # report mistakes in keys, names and roster before anything is loaded
     identity.fleet_client()
     party = node_identity(config, identity.name, identity.key)
     if party is not None:
         callback.on_message(
             f"Roster of {len(party.roster.keys)}, fingerprint {spoken_fingerprint(party.roster)}"
         )
-    # model and data are loaded once, for all connections
+    # load model and data once, for all connections
     worker = Worker(config, identity.name, identity.store, callback, identity.key)
     try:
         worker.wait_until_ready()
         handler = _TaskHandler(worker, callback)
         app = client_app(lambda payload, timeout, context: handler(payload, timeout))
         num_failures = 0
-        # a connection after the other
+        # one connection after another
         while not stop.is_set():
             try:
                 with identity.fleet_client() as connection:
@@ -166,10 +166,10 @@ def join(
                     num_failures = 0
                     _answer_messages(connection, app, stop)
             except (ConnectionLost, ConfigError) as error:
-                # a ConfigError is a file that is being replaced: it was valid at the start
+                # a ConfigError means that a file is being replaced, since it was valid at the start
                 num_failures += 1
                 backoff = min(MAX_RETRY_SECONDS, 2.0 ** min(num_failures, 5))
-                delay = backoff * random.uniform(0.7, 1.0)  # nodes do not return all at once
+                delay = backoff * random.uniform(0.7, 1.0)  # staggers the nodes' return
                 callback.on_connection_lost(str(error), delay)
                 stop.wait(delay)
     finally:
@@ -179,7 +179,7 @@ def join(
 def _answer_messages(
     connection: FleetClient, app: Callable[..., Message], stop: threading.Event
 ) -> None:
-    """Answer messages, one after the other."""
+    """Answer messages one by one."""
     while not stop.is_set():
         message = connection.pull()
         if message is None:
@@ -189,7 +189,7 @@ def _answer_messages(
 
 
 def _reply(message: Message, app: Callable[..., Message]) -> Message:
-    """Return the app's reply, or an error with what the server may learn of what it raised.
+    """Return the app's reply, or an error with what the server may learn of its exception.
 
     Raises:
         ConnectionLost: If the message cannot even be answered with an error.
@@ -207,10 +207,10 @@ def _reply(message: Message, app: Callable[..., Message]) -> Message:
 
 
 class _TaskHandler:
-    """Has the worker do tasks.
+    """Hands tasks to the worker.
 
-    The last reply is kept: if the connection breaks while it is sent, the server sends the same
-    task again, and it does not have to be trained again.
+    The last reply is kept: if the connection breaks while it is being sent, the server repeats the
+    task, which then need not be trained again.
     """
 
     def __init__(self, worker: Worker, callback: NodeCallback) -> None:
@@ -245,7 +245,7 @@ class _TaskHandler:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was checked, and what is wrong with it; "" if nothing is."""
+    """What was checked, and the problem found; "" if none."""
 
     name: str
     problem: str
@@ -256,12 +256,12 @@ def preflight_check(
 ) -> list[CheckResult]:
     """Check whether this node can take part.
 
-    Keys, base model and data, a step of training, and whether the server admits it.
+    Checks the keys, the base model and data, a training step, and whether the server admits it.
 
     Args:
         config: The client's configuration.
         identity: Which node would join which server.
-        callback: Receives what happens.
+        callback: Receives events.
     """
     results: list[CheckResult] = []
 

@@ -1,7 +1,7 @@
-"""Nodes' key pairs, and which nodes the server has admitted.
+"""Key pairs of nodes, and the nodes that the server has admitted.
 
-A node signs its requests with its private key. The server knows the public keys of the nodes it has
-admitted, and each node's name is bound to its key.
+A node signs its requests with its private key. The server knows the public keys of the admitted
+nodes, and each node's name is bound to its key.
 
 ::
 
@@ -29,7 +29,7 @@ from fedmomentum.utils.text import printable
 
 NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_PUBLIC_KEY_BYTES = 16384
-"""The largest public-key file that is read; a real one has some 200 bytes."""
+"""The largest public-key file that is read; a real one has about 200 bytes."""
 
 
 # ── a node's keys ──
@@ -40,13 +40,13 @@ def make_node_key(name: str, directory: Path) -> tuple[Path, Path]:
 
     Args:
         name: The node's name.
-        directory: Where both files go.
+        directory: Where to store both files.
 
     Returns:
         The private and the public file.
 
     Raises:
-        ConfigError: If the name is not allowed, or the key exists already.
+        ConfigError: If the name is not allowed, or the key already exists.
     """
     _check_name(name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def make_node_key(name: str, directory: Path) -> tuple[Path, Path]:
     if private_file.exists():
         raise ConfigError(f"{private_file} exists already; to replace it, remove it first")
     key = ec.generate_private_key(ec.SECP384R1())
-    # no passphrase: a service cannot type one
+    # no passphrase, since a service cannot type one
     private_bytes = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
@@ -70,15 +70,15 @@ def admit_node(public_file: Path, directory: Path) -> str:
     """Admit a node: store its public key under its name.
 
     Args:
-        public_file: The node's public key; the file's name is the node's.
+        public_file: The node's public key; the file is named after the node.
         directory: The server's keys.
 
     Returns:
         The node's name.
 
     Raises:
-        ConfigError: If the file is not a public key of the right kind, or its name or key is
-            admitted already.
+        ConfigError: If the file is not a public key of the right type, or its name or key is
+            already admitted.
     """
     key = load_public_key(public_file)
     name = public_file.stem
@@ -87,7 +87,7 @@ def admit_node(public_file: Path, directory: Path) -> str:
         raise ConfigError(
             f"{directory} has no server keys; make them with: fedmomentum keys server"
         )
-    # a key has one name, and a name one key
+    # each key has one name, and each name one key
     for other_name, other_key in admitted_keys(directory).items():
         if other_key == key and other_name != name:
             raise ConfigError(f"{public_file}: this key is admitted already, as {other_name}")
@@ -96,7 +96,7 @@ def admit_node(public_file: Path, directory: Path) -> str:
                 f"{name} is admitted already, with another key; to replace it, remove "
                 f"{directory / 'nodes' / public_file.name}"
             )
-    # only the key is copied: anything else in the file, such as a comment, is of no use here
+    # copy only the key, without anything else in the file, such as a comment
     public_key = serialization.load_pem_public_key(key)
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     _write_public(directory / "nodes" / f"{name}.pub", public_key, name)
@@ -105,10 +105,10 @@ def admit_node(public_file: Path, directory: Path) -> str:
 
 @dataclass(frozen=True)
 class AdmittedNodes:
-    """What the files in `keys/nodes` say.
+    """The contents of the files in `keys/nodes`.
 
     Attributes:
-        keys: Public key (PEM) of each admitted node by name, sorted; None if the directory cannot
+        keys: Public keys (PEM) of the admitted nodes by name, sorted; None if the directory cannot
             be read.
         problems: What is wrong with each file that admits nobody.
     """
@@ -121,7 +121,7 @@ def read_admitted_nodes(directory: Path) -> AdmittedNodes:
     """Read which nodes are admitted.
 
     A file that is not a node's public key admits nobody and does not affect the others. If two
-    files hold the same key, the first by name counts.
+    files hold the same key, only the first by name counts.
 
     Args:
         directory: The server's keys.
@@ -135,7 +135,7 @@ def read_admitted_nodes(directory: Path) -> AdmittedNodes:
     keys: dict[str, bytes] = {}
     problems: dict[str, str] = {}
     names_by_key: dict[bytes, str] = {}
-    # each file by itself: a damaged one must not affect the other nodes
+    # read each file separately: a damaged one must not affect the other nodes
     for file in files:
         try:
             _check_name(file.stem)
@@ -167,7 +167,7 @@ def load_public_key(file: Path) -> bytes:
             OpenSSH's format.
     """
     try:
-        # neither a pipe that blocks nor a file that fills the memory is read
+        # avoid pipes that block and files that fill the memory
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{file} is not a regular file, so it is no public key of a node")
@@ -193,8 +193,8 @@ def load_private_key(file: Path) -> ec.EllipticCurvePrivateKey:
     """Return a node's private key.
 
     Raises:
-        ConfigError: If there is no such file, it is not an elliptic-curve private key, or others
-            than its owner can access it.
+        ConfigError: If there is no such file, it is not an elliptic-curve private key, or anyone
+            but its owner can access it.
     """
     check_private_file(file)
     try:
@@ -213,7 +213,7 @@ def load_private_key(file: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def check_private_file(file: Path) -> None:
-    """Refuse a private file that is missing, or that others than its owner can read or write.
+    """Reject a private file that is missing, or that anyone but its owner can read or write.
 
     Raises:
         ConfigError: If it is; the message says what to do.
@@ -228,7 +228,7 @@ def check_private_file(file: Path) -> None:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name that is not allowed for a node.
+    """Reject a name that is not allowed for a node.
 
     Raises:
         ConfigError: If it is not allowed.
@@ -247,7 +247,7 @@ def _write_public(file: Path, key: ec.EllipticCurvePublicKey, name: str) -> None
 
 
 def write_private_file(file: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, from its first byte on."""
+    """Write a file that only its owner can read, right from its creation."""
     file.unlink(missing_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as opened:

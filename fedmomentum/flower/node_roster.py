@@ -1,4 +1,4 @@
-"""The roster of nodes that other people's software admits: each is asked once for its name."""
+"""The roster of nodes admitted by other software, each of which is asked once for its name."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from fedmomentum.utils.text import printable
 
 LOG = logging.getLogger("fedmomentum")
 ANSWER_SECONDS = 120.0
-"""How long a node may take to say its name; Flower starts a process for that, or Ray does."""
+"""How long a node may take to return its name, for which Flower or Ray starts a process."""
 REPEAT_SECONDS = 30.0
-"""After how long a node that gave a reason instead of its name is asked again."""
+"""How long until a node that returned an error instead of its name is asked again."""
 MAX_REASON = 500
 
 
 class _Question(NamedTuple):
-    """A node was asked for its name: the message's id, and until when that is not repeated."""
+    """A request for a node's name: the message's id, and until when it is not repeated."""
 
     message_id: str
     end: float
 
 
 class NodeRoster:
-    """`Roster` over a Flower grid whose nodes have random numbers, and names that only they know.
+    """`Roster` over a Flower grid whose nodes have random ids, and names that only they know.
 
-    A name is not bound to a node: it belongs to whichever node said it first, as long as that one
-    is connected.
+    A name is not bound to a node: it belongs to the first node that claimed it, as long as that
+    node stays connected.
 
     Args:
-        grid: Flower's.
+        grid: Flower's grid.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -45,7 +45,7 @@ class NodeRoster:
         self._names: dict[Session, str] = {}
         self._questions: dict[Session, _Question] = {}
         self._refused: set[Session] = set()
-        self._reasons: dict[Session, str] = {}  # that were reported
+        self._reasons: dict[Session, str] = {}  # already reported
 
     def registered(self) -> list[str]:
         """Return the names of all clients that have ever connected, sorted."""
@@ -56,7 +56,7 @@ class NodeRoster:
         """Return the connected clients, sorted by name."""
         connected = self._refresh()
         by_name: dict[str, Session] = {}
-        # In the order of the answers: the first to say a name has it.
+        # In the order of the answers, since the first to claim a name gets it.
         for session, name in self._names.items():
             if session not in connected:
                 continue
@@ -74,12 +74,12 @@ class NodeRoster:
         return dict(sorted(by_name.items()))
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Do nothing: what a SuperLink of Flower's was given, it does not give back."""
+        """Do nothing: Flower's SuperLink does not return what it was given."""
 
     # ── asking ──
 
     def _refresh(self) -> set[Session]:
-        """Ask nodes that are new, read what has come, and return all that are connected."""
+        """Ask new nodes, read the answers that have arrived, and return all connected nodes."""
         connected = {
             Session(node.node_id, node.last_activated_at) for node in self._grid.get_nodes()
         }
@@ -109,7 +109,7 @@ class NodeRoster:
                 self._read(session, reply)
 
     def _read(self, session: Session, reply: Message) -> None:
-        """Take a node's name, or tell why there is none and ask again later."""
+        """Record a node's name, or log why there is none and ask again later."""
         try:
             if reply.has_error():
                 raise ConfigError(str(reply.error.reason or f"Flower's error {reply.error.code}"))

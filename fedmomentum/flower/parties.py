@@ -1,8 +1,8 @@
-"""The parties of secure sums over a network: who a node is to the others, and the roster.
+"""The parties of secure sums over a network: a node's identity, and the roster.
 
-Nodes sign with the key that the server admitted them by. Whom a node accepts as others it knows
-from a roster that its site has from the other sites; the server's own roster, of the nodes that it
-has admitted, only shows it early which clients the others would refuse.
+Nodes sign with the key by which the server admitted them. A node accepts other parties according to
+a roster that its site obtained from the other sites. The server's own roster, of the nodes that it
+has admitted, only lets it know early which clients the others would refuse.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
 
 JOURNAL = "opened-sums.json"
-"""The file in a node's store that says which sums it has opened."""
+"""The file in a node's store that records which sums it has opened."""
 
 
 def node_identity(config: Config, name: str, key: Path) -> Identity | None:
-    """Return who a node is in secure sums; None if it takes part in none.
+    """Return a node's identity in secure sums; None if it does not take part in any.
 
-    The server names the parties of a sum, and could name other few of them each time. So a node
-    takes part in sums that as many open as a round of all on its roster would need, or as its own
-    `privacy.threshold` says.
+    The server chooses the parties of each sum, and could choose a different few each time. So a
+    node only takes part in sums whose threshold is at least what a round with its whole roster
+    would need, or its own `privacy.threshold` if set.
 
     Args:
         config: The node's settings.
@@ -43,8 +43,8 @@ def node_identity(config: Config, name: str, key: Path) -> Identity | None:
         key: The file of its private key.
 
     Raises:
-        ConfigError: If there is no roster, it cannot be read, has too few parties, or has not this
-            node with this key.
+        ConfigError: If there is no roster, or it cannot be read, has too few parties, or does not
+            list this node with this key.
     """
     privacy = config.privacy
     if not privacy.secure_aggregation:
@@ -55,14 +55,14 @@ def node_identity(config: Config, name: str, key: Path) -> Identity | None:
             "whose public keys its site has from them. Collect the sites' NAME.pub, not by way of "
             "the server, and make the file with: fedmomentum keys roster NAME.pub..."
         )
-    # The roster: enough parties, and this node among them with its own key.
+    # The roster must have enough parties, including this node with its own key.
     roster = Roster.read(Path(privacy.roster))
     if len(roster.keys) < MIN_PARTIES:
         raise ConfigError(
             f"{privacy.roster} has {len(roster.keys)} parties, and a secure sum needs at least "
             f"{MIN_PARTIES}"
         )
-    # How many must open a sum, whatever the server names.
+    # How many parties must open a sum, whatever the server says.
     num_sampled = sample_size(len(roster.keys), config.federation.client_fraction)
     least = min_threshold(num_sampled, trusts_server=privacy.trusts_server)
     private_key = load_private_key(key)
@@ -82,7 +82,7 @@ def node_identity(config: Config, name: str, key: Path) -> Identity | None:
 
 
 def node_party(config: Config, name: str, key: Path, store: Path) -> SecureParty | None:
-    """Return with what a node takes part in secure sums; None if it takes part in none.
+    """Return a node's party in secure sums; None if it does not take part in any.
 
     Args:
         config: The node's settings.
@@ -108,27 +108,27 @@ def server_roster(directory: Path) -> Roster:
     keys = {}
     for name, pem in admitted_keys(directory).items():
         key = serialization.load_pem_public_key(pem)
-        assert isinstance(key, ec.EllipticCurvePublicKey)  # `load_public_key` takes no other
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # guaranteed by `load_public_key`
         keys[name] = key
     return Roster(keys)
 
 
 def make_roster(public_files: list[Path], out: Path | None) -> Roster:
-    """Join public keys into a roster, in the order of names, so that all sites have equal files.
+    """Combine public keys into a roster, sorted by name, so that all sites have equal files.
 
     Args:
-        public_files: Files as `NAME.pub`, or rosters.
+        public_files: `NAME.pub` files or rosters.
         out: The file to write; None to write nothing.
 
     Raises:
-        ConfigError: If a file is no public key of a node, a name or a key comes twice, there are
-            too few or too many, or `out` exists.
+        ConfigError: If a file is not a node's public key, a name or key is repeated, there are too
+            few or too many, or `out` exists.
     """
     keys: dict[str, ec.EllipticCurvePublicKey] = {}
     places: dict[str, Path] = {}
     for file in public_files:
         for name, key in Roster.read(file).keys.items():
-            # The same line in two files is no contradiction, and still a mistake of the caller.
+            # The same line in two files is not a contradiction, but still the caller's mistake.
             if name in keys:
                 raise ConfigError(f"{file}: {name} is in {places[name]} already")
             for other, other_key in keys.items():
@@ -158,6 +158,6 @@ def _public_line(name: str, key: ec.EllipticCurvePublicKey) -> bytes:
 
 
 def spoken_fingerprint(roster: Roster) -> str:
-    """Return a roster's fingerprint in groups of four, for people to read to one another."""
+    """Return a roster's fingerprint in groups of four, for people to read out to one another."""
     digits = roster.fingerprint()
     return " ".join(digits[start : start + 4] for start in range(0, len(digits), 4))

@@ -1,7 +1,7 @@
-"""PEFT tensors and base residuals as Flower's `ArrayRecord`s; nothing is used before it is checked.
+"""PEFT tensors and base residuals as Flower `ArrayRecord`s, validated before use.
 
-A Flower `Array` declares a dtype and a shape beside the bytes of a `.npy` file, and Flower compares
-neither with them. Here both are compared with what is expected before any memory is taken.
+A Flower `Array` declares a dtype and shape alongside the bytes of a `.npy` file, but Flower does
+not check that they agree. Here, both are compared with what is expected before memory is allocated.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fedmomentum.utils.tensors import is_finite
 from fedmomentum.utils.text import printable
 
 RESIDUAL_KEY = "base-residual"
-"""The `ArrayRecord` with what is added to the base weights."""
+"""The name of the `ArrayRecord` with what is added to the base weights."""
 STATE_KEY = "base-residual-state"
-"""The `ConfigRecord` that says which one: of how many rounds, and the SHA-256 of its arrays."""
+"""The name of the `ConfigRecord` that identifies it: the number of rounds, and its SHA-256."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -38,13 +38,13 @@ DTYPES = {
     "int8": torch.int8,
     "bool": torch.bool,
 }
-"""What a PEFT state dict may hold and NumPy knows; bfloat16 is not one of NumPy's dtypes."""
+"""The dtypes of PEFT state dicts that NumPy supports; it has no bfloat16."""
 NPY_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 SHOWN_NAME = 200
 
 
 class ArraySpec(NamedTuple):
-    """The form of one array."""
+    """The expected form of an array."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -61,16 +61,16 @@ def read_tensors(
     """Return the tensors of an `ArrayRecord`.
 
     Args:
-        record: From anywhere.
-        name: What messages call its sender.
-        expected: The arrays that there must be, no others, by name; None to take any names.
+        record: A record from any source.
+        name: How error messages refer to its sender.
+        expected: The exact set of expected arrays, by name; None to accept any names.
 
     Raises:
-        PayloadError: If an array is missing, unknown, of another shape or dtype, damaged, or not
-            finite; the message names it, what came and what was wanted.
+        PayloadError: If an array is missing, unknown, of the wrong shape or dtype, damaged, or not
+            finite; the message names it, what was received and what was expected.
     """
     if expected is not None:
-        # all names are compared before the first array is read
+        # compare all names before reading the first array
         for key in sorted(expected.keys() | record.keys()):
             if key not in record:
                 raise PayloadError(f"{name}: array {key} is missing")
@@ -87,10 +87,10 @@ def read_tensors(
 
 
 def _read_array(array: Array, name: str, expected: ArraySpec | None) -> Tensor:
-    """Return one array as a tensor of its own memory."""
+    """Return one array as a tensor with its own memory."""
     if array.stype != "numpy.ndarray":
         raise PayloadError(f"{name} is stored as {printable(repr(array.stype), 40)}; wanted .npy")
-    # the header is short text, read without loading what it describes
+    # the header is short text that can be read without loading the data
     stream = BytesIO(array.data)
     try:
         shape, is_fortran, dtype = NPY_HEADERS[npy.read_magic(stream)](stream)
@@ -106,7 +106,7 @@ def _read_array(array: Array, name: str, expected: ArraySpec | None) -> Tensor:
     if expected is not None and (shape, DTYPES[dtype.name]) != expected:
         wanted = str(expected.dtype).removeprefix("torch.")
         raise PayloadError(f"{name} is {dtype} {shape}; wanted {wanted} {expected.shape}")
-    # the bytes are those of the shape, so that memory is taken for what came only
+    # the bytes received must match the shape, so that no more memory than that is allocated
     start = stream.tell()
     num_bytes = math.prod(shape) * dtype.itemsize
     if any(side < 0 for side in shape) or len(array.data) - start != num_bytes:
@@ -139,12 +139,12 @@ def read_residual(
     """Return the matrices of a base residual.
 
     Args:
-        record: From anywhere.
+        record: A record from any source.
         shapes: `(out, in)` of every adapted module.
-        name: What messages call it.
+        name: How error messages refer to it.
 
     Raises:
-        PayloadError: If an array is of no adapted module, or does not have its shape.
+        PayloadError: If an array does not belong to an adapted module or has the wrong shape.
     """
     tensors = read_tensors(record, name)
     residual: dict[str, Matrix] = {}
@@ -158,7 +158,7 @@ def read_residual(
         elif kind == "B" and f"{module}.A" in tensors and f"{module}.dense" not in tensors:
             matrix = _factors(tensor, tensors[f"{module}.A"], f"{name}: module {module}")
         elif f"{module}.B" in tensors and f"{module}.dense" not in tensors:
-            continue  # the A of a pair, which is read at its B
+            continue  # the A of a pair, which is read with its B
         else:
             raise PayloadError(f"{name}: array {shown} has no other factor, or is there twice")
         if tuple(matrix.shape) != shapes[module] or not matrix.dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""The replies of clients that send PEFT state dicts: read, checked, and refused by node."""
+"""Reads and validates the replies of clients that send PEFT state dicts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fedmomentum.lora.peft_folder import from_peft_tensors
 from fedmomentum.utils.text import printable
 
 MAX_EXAMPLES = 2.0**53
-"""The largest weight; whole numbers beyond it are not exact."""
+"""The largest weight; float64 cannot represent all larger integers."""
 MAX_REASON = 300
 
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A reply that counts.
+    """A valid reply.
 
     Attributes:
         node_id: The node that sent it.
         weight: Its number of examples.
-        content: The records that came.
+        content: The records received.
         adapter: The trained adapter; None in a reply to an evaluate message.
-        applied: The SHA-256 of the base residual that the client says it applied; None if it says
-            nothing.
+        applied: The SHA-256 of the base residual that the client says it applied; None if it does
+            not say.
     """
 
     node_id: int
@@ -46,15 +46,15 @@ class Replies:
     """The replies of a round.
 
     Attributes:
-        accepted: Those that count.
-        rejected: Node to why it does not count, nodes without a reply included.
+        accepted: The valid replies.
+        rejected: Node -> why its reply does not count, including nodes without a reply.
     """
 
     accepted: list[Reply] = field(default_factory=list)
     rejected: dict[int, str] = field(default_factory=dict)
 
     def describe_rejected(self) -> str:
-        """Return every node that does not count, with its reason."""
+        """Return a list of all rejected nodes with reasons."""
         return "; ".join(f"node {node}: {reason}" for node, reason in sorted(self.rejected.items()))
 
 
@@ -66,18 +66,18 @@ def read_replies(
     residual: str | None,
     form: AdapterForm | None = None,
 ) -> Replies:
-    """Read the replies to the messages of a round; none of them can spoil the others.
+    """Read the replies to a round's messages; an invalid one cannot affect the others.
 
     Args:
         messages: The replies, in any order.
         sent: The metadata of the messages that were sent.
-        weight_key: The metric that weighs a reply.
-        residual: The SHA-256 of the base residual that clients must have applied; None if there was
-            none to apply.
+        weight_key: The metric by which replies are weighted.
+        residual: The SHA-256 of the base residual that clients must have applied; None if there
+            was none to apply.
         form: The form of the adapters; None for replies to evaluate messages, which have none.
     """
     result = Replies()
-    # errors that the SuperLink makes bear its own node id: the message that is answered tells
+    # identify nodes by the message answered: the SuperLink's errors bear its own node id
     waiting = {metadata.message_id: metadata.dst_node_id for metadata in sent}
     for message in messages:
         node_id = waiting.pop(message.metadata.reply_to_message_id, None)
@@ -92,13 +92,13 @@ def read_replies(
             result.rejected[node_id] = printable(str(error), MAX_REASON)
     for node_id in waiting.values():
         result.rejected[node_id] = "no reply arrived in time"
-    # equal replies give equal bits, in whatever order they arrive
+    # sort them, so that results are bit-identical whatever the order of arrival
     result.accepted.sort(key=_content_order)
     return result
 
 
 def _content_order(reply: Reply) -> tuple[str, float, int]:
-    """Return what replies are sorted by: their content; node ids differ from run to run."""
+    """Return the sort key of a reply: its content, since node ids differ between runs."""
     return (reply.adapter.digest() if reply.adapter else "", reply.weight, reply.node_id)
 
 
@@ -109,11 +109,11 @@ def _read_reply(
     residual: str | None,
     form: AdapterForm | None,
 ) -> Reply:
-    """Return one reply, checked.
+    """Validate and return one reply.
 
     Raises:
-        PayloadError: If it does not count.
-        AdapterError: If its arrays are no adapter that can be combined.
+        PayloadError: If it is invalid.
+        AdapterError: If its arrays are not an adapter that can be combined.
     """
     if not message.has_content():
         reason = printable(str(message.error.reason), MAX_REASON)
@@ -121,7 +121,7 @@ def _read_reply(
     content = message.content
     metrics = _only(content.metric_records, "MetricRecord")
     weight = _weight(metrics, weight_key)
-    # a client that left the residual out has trained another model
+    # a client that did not apply the residual has trained a different model
     applied = _receipt(content)
     if residual is not None and applied != residual:
         what = "without" if applied is None else "with another one than"
@@ -146,14 +146,14 @@ def _only(records: Mapping[str, Any], kind: str) -> Any:
 def _weight(metrics: MetricRecord, key: str) -> float:
     """Return the number of examples."""
     value = metrics.get(key)
-    if not isinstance(value, (int, float)) or not 0 < value <= MAX_EXAMPLES:  # NaN is not
+    if not isinstance(value, (int, float)) or not 0 < value <= MAX_EXAMPLES:  # NaN compares false
         shown = printable(repr(value), 40)
         raise PayloadError(f"its metric {key!r} is {shown}; wanted a number of examples above 0")
     return float(value)
 
 
 def _receipt(content: RecordDict) -> str | None:
-    """Return the SHA-256 in the record that `apply_base_residual` returned."""
+    """Return the SHA-256 from the record returned by `apply_base_residual`."""
     for record in content.config_records.values():
         if set(record) == {"sha256"} and isinstance(record["sha256"], str):
             return record["sha256"]
@@ -161,9 +161,9 @@ def _receipt(content: RecordDict) -> str | None:
 
 
 def common_metrics(replies: Iterable[Reply]) -> list[RecordDict]:
-    """Return the replies' records with the metrics that all replies have, for an average of them.
+    """Return the replies' records with only the metrics that all replies have, for averaging.
 
-    A list counts as the same metric if it is as long everywhere.
+    A list counts as common only if it has the same length in all replies.
     """
     contents = [reply.content for reply in replies]
     forms = []
@@ -186,11 +186,11 @@ def common_metrics(replies: Iterable[Reply]) -> list[RecordDict]:
 
 @dataclass(frozen=True, eq=False)
 class AdapterForm:
-    """What every client's adapter looks like.
+    """The required form of every client's adapter.
 
     Attributes:
         config: PEFT's configuration, as JSON values.
-        specs: The arrays of the PEFT state dict, in its order.
+        specs: The arrays of the PEFT state dict, in order.
     """
 
     config: Mapping[str, Any]
@@ -198,16 +198,16 @@ class AdapterForm:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of sums: float64 if all factors are, else float32."""
+        """The dtype of sums: float64 if all factors are float64, otherwise float32."""
         factors = [spec.dtype for key, spec in self.specs.items() if ".lora_" in key]
         is_double = all(dtype == torch.float64 for dtype in factors)
         return torch.float64 if is_double else torch.float32
 
     def adapter(self, tensors: Mapping[str, Tensor], name: str) -> Adapter:
-        """Return the adapter of a PEFT state dict, its factors in `dtype`.
+        """Return the adapter of a PEFT state dict, with its factors in `dtype`.
 
         Raises:
-            AdapterError: As `read_adapter`.
+            AdapterError: See `read_adapter`.
         """
         factors = {key: t.to(self.dtype) if ".lora_" in key else t for key, t in tensors.items()}
         return from_peft_tensors(factors, self.config, name)

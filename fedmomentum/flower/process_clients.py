@@ -1,4 +1,4 @@
-"""Clients that a process plays itself: in Flower's simulation engine, whose processes live on."""
+"""Clients played within a process of Flower's simulation engine, whose processes stay alive."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
 
 _CLIENTS: dict[str, Client] = {}
-"""The clients of this process, which lives as long as the run; they share one base model."""
+"""The clients of this process, which share one base model and live as long as the run."""
 
 
 def answer_here(config: Config, name: str, store: Path, payload: bytes) -> bytes:
-    """Answer a task as a client, whose data and model are loaded when it is first asked.
+    """Answer a task as a client, loading its data and model on first use.
 
     Args:
         config: The run's configuration.
@@ -25,7 +25,7 @@ def answer_here(config: Config, name: str, store: Path, payload: bytes) -> bytes
         payload: The encoded task.
     """
     if name not in _CLIENTS:
-        # One base model, and one cache of objects, serve all clients of a process.
+        # All clients of a process share one base model and one object cache.
         first = next(iter(_CLIENTS.values()), None)
         shared = None if first is None else first.model
         client = prepare_client(config, name, store, local=shared)

@@ -1,17 +1,16 @@
-"""The required form of Flower's records, checked before anything of Flower's uses them.
+"""The required form of Flower's records, checked before Flower's code uses them.
 
-A message of ours, a task or a reply, always consists of the same few records, whichever way it
-goes::
+Each of our messages, whether task or reply, consists of the same few records::
 
     Message
       RecordDict
         ArrayRecord "payload"     Array "head", Array "body", each in chunks of bytes
         ConfigRecord "limits"     one float, "seconds"
 
-Flower carries it as a tree of objects named by their SHA-256, each uploaded by itself, and puts
-them together again on arrival. It would do so with any tree: one of 200,000 children, one whose
-root is another client's message, an array that names one chunk a million times. Only the form above
-passes here. A reply may also be an error, which is a message without records.
+Flower transmits it as a tree of objects named by their SHA-256, each uploaded separately, and
+reassembles them on arrival. It would do so with any tree: one with 200,000 children, one whose root
+is another client's message, an array that references one chunk a million times. Here, only the form
+above is accepted. A reply may also be an error, which is a message without records.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from fedmomentum.utils.schema import Hash, Schema, parse_json
 from fedmomentum.utils.text import printable
 
 HEARTBEAT_SECONDS = 10
-"""Flower's shortest interval; a node that is silent for twice as long counts as disconnected."""
+"""Flower's shortest interval; a node silent for twice as long counts as disconnected."""
 PROBE_SECONDS = 1
-"""The interval that `join --check` states: the server refuses it, after verifying the node."""
+"""The interval that `join --check` states, which the server refuses after verifying the node."""
 MAX_CHUNKS = MAX_PAYLOAD_BYTES // 2**20 + 2
-"""Chunks of one array. Flower's have 5 MB; an environment variable can make them smaller."""
+"""The most chunks per array. Flower's have 5 MB; an environment variable can make them smaller."""
 MAX_OBJECT_BYTES = 2**18
-"""The largest object that is not a chunk: the array that names all its chunks."""
+"""The largest object that is not a chunk: an array that lists all its chunks."""
 MAX_TTL = 366 * 86400.0
-"""The longest time to live, in seconds: a year."""
+"""The longest time to live in seconds: a year."""
 EARLIEST = 1740700800.0
-"""Flower's own limit: no message is older than March 2025."""
+"""Flower's own limit: no message is from before March 2025."""
 LATEST = 2.0**35
-"""A thousand years from now, in seconds; conversions of later times overflow."""
+"""A thousand years from now, in seconds; converting later times overflows."""
 
 
 class RecordDictFields(Schema, frozen=True):
@@ -76,7 +75,7 @@ class ArrayFields(Schema, frozen=True):
 
 
 def is_hash(name: str) -> bool:
-    """Return whether this is a SHA-256 in lower-case hexadecimal."""
+    """Return whether a name is a SHA-256 in lower-case hexadecimal."""
     return len(name) == 64 and not set(name) - set("0123456789abcdef")
 
 
@@ -86,17 +85,17 @@ def is_hash(name: str) -> bool:
 def check_metadata(
     metadata: Metadata, *, run_id: int, source: int, destination: int, is_reply: bool
 ) -> None:
-    """Refuse an envelope with other fields than ours.
+    """Reject an envelope whose fields differ from ours.
 
     Args:
         metadata: The envelope.
-        run_id: Flower's number of the run.
-        source: The node that sends it.
-        destination: The node that it is for.
+        run_id: Flower's id of the run.
+        source: The sending node.
+        destination: The receiving node.
         is_reply: Whether it answers a message.
 
     Raises:
-        PayloadError: If it has other fields; the message names the field.
+        PayloadError: If a field differs; the message names it.
     """
     expected_fields: dict[str, int | str] = {
         "run_id": run_id,
@@ -110,7 +109,7 @@ def check_metadata(
         if value != expected:
             shown = printable(repr(value), 80)
             raise PayloadError(f"metadata.{field} is {shown}; expected {expected!r}")
-    # names of messages
+    # message ids
     _check_hash(metadata.message_id, "metadata.message_id is")
     answered = metadata.reply_to_message_id
     is_valid = is_hash(answered) if is_reply else answered == ""
@@ -126,7 +125,7 @@ def check_metadata(
 
 
 def check_task(metadata: Metadata, *, node_id: int) -> None:
-    """Refuse, at a node, a message whose envelope is not that of a task for this node.
+    """Reject a message whose envelope is not that of a task for this node (called on the node).
 
     Raises:
         PayloadError: If it is not.
@@ -141,11 +140,11 @@ def check_task(metadata: Metadata, *, node_id: int) -> None:
 
 
 def check_envelope(message: MessageProto, tree: ObjectTree) -> None:
-    """Refuse a message, still without its content, whose tree is not the one that its kind has.
+    """Reject a message, before its content arrives, whose tree does not fit its type.
 
     Raises:
-        PayloadError: If the tree's root is not the message, an id is not a SHA-256, or the shape is
-            different.
+        PayloadError: If the tree's root is not the message, an id is not a SHA-256, or the shape
+            is wrong.
     """
     has_content = message.HasField("content")
     has_error = message.HasField("error")
@@ -166,7 +165,7 @@ def check_envelope(message: MessageProto, tree: ObjectTree) -> None:
 
 
 class _Level(NamedTuple):
-    """One level of an object tree, and how many objects it may have."""
+    """One level of an object tree, and how many objects it may contain."""
 
     kind: str
     min_objects: int
@@ -177,21 +176,21 @@ _LEVELS = (
     _Level("message", 1, 1),
     _Level("record", 1, 1),
     _Level("field", 2, 2),
-    _Level("array", 1, 2),  # head and body are one object if both are equal
+    _Level("array", 1, 2),  # equal head and body are one object
     _Level("chunk", 0, MAX_CHUNKS),
     _Level("part", 0, 0),
 )
-"""The message, its record, the record's arrays and limits, head and body, their chunks."""
+"""The message, its record, the record's payload and limits, head and body, their chunks."""
 
 
 def check_tree(tree: ObjectTree) -> None:
-    """Refuse a tree of other objects than a message of ours has.
+    """Reject a tree whose objects are not those of one of our messages.
 
-    Every level is counted before it is entered, so a huge tree costs no more than a small one.
+    Each level is counted before it is traversed, so a huge tree costs no more than a small one.
 
     Raises:
         PayloadError: If an id is not a SHA-256, a level has too few or too many objects, or an
-            object lies on two levels.
+            object occurs on two levels.
     """
     seen: set[str] = set()
     nodes = [tree]
@@ -231,26 +230,25 @@ def _check_hash(name: str, found_in: str) -> None:
 
 
 def check_objects(root: str, contents: Mapping[str, bytes]) -> None:
-    """Refuse objects that are not the records of a message of ours, before Flower combines them.
+    """Reject objects that are not the records of one of our messages, before Flower combines them.
 
     Args:
         root: The name of the message's own object.
-        contents: Bytes of all objects of its tree, by name.
+        contents: The bytes of all objects in its tree, by name.
 
     Raises:
-        PayloadError: If an object has another type, other children or another body than a message
-            of ours has there.
+        PayloadError: If an object's type, children or body differ from those in our messages.
     """
     message = _parse_object(root, "Message", contents)
     if len(message.children) != 1:
         raise PayloadError(f"a message has {len(message.children)} records; expected one")
 
-    # the record: names of payload and limits
+    # the record names payload and limits
     record = _parse_object(message.children[0], "RecordDict", contents)
     fields = parse_json(record.body, RecordDictFields, "RecordDict")
     _check_children(record.children, {fields.payload, fields.limits}, "RecordDict")
 
-    # the payload: head and body, within the largest size
+    # the payload has head and body, within the size limit
     payload = _parse_object(fields.payload, "ArrayRecord", contents)
     arrays = parse_json(payload.body, ArrayRecordFields, "ArrayRecord")
     _check_children(payload.children, {arrays.head, arrays.body}, "ArrayRecord")
@@ -258,14 +256,14 @@ def check_objects(root: str, contents: Mapping[str, bytes]) -> None:
     if num_bytes > MAX_PAYLOAD_BYTES:
         raise PayloadError(f"the payload has {num_bytes} bytes; at most {MAX_PAYLOAD_BYTES}")
 
-    # the limits: one number
+    # the limits are one number
     limits = _parse_object(fields.limits, "ConfigRecord", contents)
     _check_children(limits.children, set(), "ConfigRecord")
     _check_limits(limits.body)
 
 
 def _check_limits(body: bytes) -> None:
-    """Refuse a `ConfigRecord` that holds anything but one finite number, `seconds`."""
+    """Reject a `ConfigRecord` that holds anything but one finite number, `seconds`."""
     values = [(item.key, item.value) for item in ConfigRecordProto.FromString(body).items]
     keys = [key for key, _ in values]
     if keys != ["seconds"] or values[0][1].WhichOneof("value") != "double":
@@ -276,14 +274,14 @@ def _check_limits(body: bytes) -> None:
 
 
 def _array_bytes(name: str, contents: Mapping[str, bytes]) -> int:
-    """Return the size of an array, if its chunks, as often as it names them, add up to it."""
+    """Return the size of an array, checking that its chunks, with repetitions, add up to it."""
     array = _parse_object(name, "Array", contents)
     fields = parse_json(array.body, ArrayFields, "Array")
     num_chunks = len(array.children)
     has_duplicates = len(set(array.children)) != num_chunks
     if has_duplicates or any(index >= num_chunks for index in fields.arraychunk_ids):
         raise PayloadError("Array.arraychunk_ids names a chunk that is not there")
-    # each chunk once, then as often as it is named
+    # sizes of the chunks, counting repetitions
     sizes = [_chunk_bytes(chunk, contents) for chunk in array.children]
     if set(fields.arraychunk_ids) != set(range(num_chunks)):
         raise PayloadError("Array.arraychunk_ids leaves out a chunk")
@@ -300,14 +298,14 @@ def _chunk_bytes(name: str, contents: Mapping[str, bytes]) -> int:
 
 
 class _Object(NamedTuple):
-    """An object: the names of its children, and its body."""
+    """An object: the names of its children and its body."""
 
     children: list[str]
     body: bytes
 
 
 def _parse_object(name: str, kind: str, contents: Mapping[str, bytes]) -> _Object:
-    """Return an object's children and body, if it is of this kind and not too large."""
+    """Return an object's children and body, if it has this type and is not too large."""
     children, start = _parse_header(name, kind, contents)
     content = contents[name]
     if len(content) > MAX_OBJECT_BYTES:
@@ -316,10 +314,10 @@ def _parse_object(name: str, kind: str, contents: Mapping[str, bytes]) -> _Objec
 
 
 def _parse_header(name: str, kind: str, contents: Mapping[str, bytes]) -> tuple[list[str], int]:
-    """Return the names of an object's children, and where its body starts.
+    """Return the names of an object's children and where its body starts.
 
-    An object is a line of text (its type, its children's names and its body's length), then a zero
-    byte and the body.
+    An object consists of a line of text (its type, its children's names and its body's length), a
+    zero byte and the body.
     """
     content = contents.get(name)
     if content is None:

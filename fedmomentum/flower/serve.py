@@ -1,4 +1,4 @@
-"""The server's process: Flower's fleet service, and the run over it."""
+"""The server's process: Flower's fleet service, and the run on top of it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 RESUME_WAIT_SECONDS = 60.0
-"""How long a resumed run waits for all nodes, which look for the server at least twice a minute."""
+"""How long a resumed run waits for all nodes, which try to reconnect at least twice a minute."""
 LIBRARIES = ("flwr", "uvicorn", "asyncio", "httpx")
-"""Libraries whose logs strangers and nodes can trigger: only into `server.log`, and throttled."""
+"""Libraries whose logging strangers and nodes can trigger: throttled, and only to `server.log`."""
 
 
 def serve(
@@ -42,17 +42,17 @@ def serve(
     server_round: int | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> None:
-    """Serve a run to the admitted nodes, until it ends.
+    """Serve a run to the admitted nodes until it ends.
 
     Args:
         config: The run's configuration; its `[data]` is not used.
         keys: Directory written by `fedmomentum keys server`.
-        out: The run's directory; also gets `status.json` and `server.log`.
+        out: The run's directory, which also receives `status.json` and `server.log`.
         host: Address to listen on.
         port: Port to listen on.
         resume: Continue the run in `out`.
-        server_round: Resume from this round instead of the last; later rounds are repeated.
-        callbacks: Receive progress, what is sent and received, and which nodes are connected.
+        server_round: Resume after this round instead of the last; later rounds are repeated.
+        callbacks: Receive progress, traffic, and which nodes are connected.
 
     Raises:
         ConfigError: If keys or settings are wrong, or the port cannot be opened; see `SuperLink`.
@@ -91,24 +91,24 @@ def serve(
         callback_list.on_message(
             f"Listening on {host}:{superlink.port} (TLS). Admitted: {admitted}"
         )
-        # the run, in this thread, until it ends
+        # run in this thread until the run ends
         app = server_app(run)
         app(grid=superlink.grid, context=Context(0, 0, {}, RecordDict(), {}))
 
 
 @contextlib.contextmanager
 def _server_log(out: Path) -> Iterator[None]:
-    """Write what is logged to `out/server.log`, the libraries' warnings too, and theirs only there.
+    """Write the log to `out/server.log`, including the libraries' warnings, which only go there.
 
-    Lines are cut and have no control characters, no matter who caused them.
+    Lines are truncated and free of control characters, no matter who caused them.
     """
     out.mkdir(parents=True, exist_ok=True)
     with log_file(out / SERVER_LOG) as file_handler:
-        # libraries: without the lines that ours replace, and not without end
+        # from libraries, drop the lines that ours replace, and limit the rest
         library_handler = _ForwardingHandler(file_handler)
         library_handler.addFilter(_is_not_refusal)
         library_handler.addFilter(Throttle(burst=100, rate=0.2))
-        # their usual handlers, such as the terminal, are put aside meanwhile
+        # set aside their usual handlers, such as the terminal
         loggers = [logging.getLogger(name) for name in LIBRARIES]
         previous = [
             (logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers
@@ -127,7 +127,7 @@ def _server_log(out: Path) -> Iterator[None]:
 
 
 class _ForwardingHandler(logging.Handler):
-    """Passes records on to another handler, so that filters added here apply to them alone."""
+    """Forwards records to another handler, so that filters added here apply only to them."""
 
     def __init__(self, target: logging.Handler) -> None:
         super().__init__()
@@ -141,5 +141,5 @@ class _ForwardingHandler(logging.Handler):
 
 
 def _is_not_refusal(record: logging.LogRecord) -> bool:
-    """Drop the line, key included, that Flower logs if a node may not join; ours is shorter."""
+    """Drop Flower's log line (with the key) about a node that may not join; ours is shorter."""
     return "/v1/fleet/activate-node" not in str(record.msg)

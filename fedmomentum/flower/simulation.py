@@ -1,8 +1,8 @@
-"""The same two apps under Flower's simulation engine, which runs the clients in Ray's processes.
+"""Runs the same two apps under Flower's simulation engine, with the clients in Ray processes.
 
-It is for clusters that Ray runs on; on one machine `fedmomentum run` does the same without it. Ray
-pickles what it moves between its own processes: only this installation's code and messages, not
-across a trust boundary.
+This is for Ray clusters; on a single machine, `fedmomentum run` does the same without Ray. Ray
+pickles what it moves between its processes, but that is only this installation's code and messages,
+which do not cross a trust boundary.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def simulate(
         config: The run's configuration, data included.
         out: The run's directory; the clients' stores are in `out/clients`.
         resume: Continue the run in `out`.
-        server_round: Resume from this round instead of the last; later rounds are repeated.
+        server_round: Resume after this round instead of the last; later rounds are repeated.
         callbacks: Receive progress.
 
     Raises:
         ConfigError: If Ray is not installed.
-        Exception: Whatever ended the run; Flower's engine would hide it.
+        Exception: Whatever ended the run, which Flower's engine would hide.
     """
     # no telemetry; Ray reads this when it starts
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -61,7 +61,7 @@ def simulate(
             "the simulation engine needs Ray; install it with: pip install "
             "'fedmomentum[simulation]'"
         ) from error
-    # the data is read here for its names and fingerprints; each Ray process reads it again
+    # read the data here for its names and fingerprints; each Ray process reads it again
     if resume:
         config = follow(config, out)
         refuse_missing(config)
@@ -96,7 +96,7 @@ def simulate(
             errors.append(error)
             raise
 
-    # one node for each client; Ray starts as many processes as the machine has cores
+    # one node per client; Ray starts as many processes as the machine has cores
     simulated = _SimulatedClients(config, names, (out / "clients").resolve())
     resources = {"num_cpus": 1.0, "num_gpus": 0.0}
     try:
@@ -138,7 +138,7 @@ class _SimulatedClients:
 
     def answer(self, payload: bytes, timeout: float, context: Context) -> bytes:
         name = self.name(context)
-        # Imported where tasks are answered: the process of the server has no model.
+        # Imported only where tasks are answered: the server's process has no model.
         from fedmomentum.flower.process_clients import answer_here
 
         return answer_here(self.config, name, self.store / directory_name(name), payload)

@@ -31,29 +31,30 @@ LOG = logging.getLogger("flwr")
 class FedMomentumStrategy(FedAvg):
     """Aggregates products `B A` exactly, where FedAvg averages the factors.
 
-    The arrays are the PEFT state dict that FedAvg would send, under the same names and in the same
-    dtypes. What an adapter of that rank has no room for is the base residual: train and evaluate
-    messages hold it in a second `ArrayRecord`, summed over all rounds, and clients put it into
-    their base weights by `apply_base_residual`. A reply that does not confirm it does not count.
+    The arrays are the PEFT state dict that FedAvg would send, with the same names and dtypes. What
+    an adapter of that rank cannot hold is the base residual: train and evaluate messages hold it
+    in a second `ArrayRecord`, summed over all rounds, and clients add it to their base weights with
+    `apply_base_residual`. A reply that does not confirm this does not count.
 
     Args:
-        lora_config: The configuration of the clients' adapter, which gives its scaling: a PEFT
-            `LoraConfig`, or its fields.
-        method: A method, or the name of one with its defaults. Without `apply_base_residual` in the
-            clients, take one that leaves no residual: `FedMomentum(residual="carried")` adds it to
-            the next round's sum, and `flexlora` drops it and reports its norm.
-        base_model: The base model's directory or hub name, for exports; by default that of
+        lora_config: The configuration of the clients' adapter, which determines its scaling: a PEFT
+            `LoraConfig` or its fields.
+        method: A method, or the name of one with default settings. If clients do not call
+            `apply_base_residual`, use a method that leaves no residual:
+            `FedMomentum(residual="carried")` adds it to the next round's sum, and `flexlora` drops
+            it and reports its norm.
+        base_model: The base model's directory or Hub name, for exports; by default that of
             `lora_config`.
-        min_valid_fraction: Fraction of the sampled nodes that must reply with a valid update, else
-            the run stops.
-        save_to: A directory; the global model is written to it after every round.
-        seed: For methods that sample random numbers.
+        min_valid_fraction: The fraction of the sampled nodes that must reply with a valid update;
+            otherwise the run stops.
+        save_to: A directory to which the global model is written after every round.
+        seed: The seed for methods that sample random numbers.
         **options: FedAvg's arguments.
 
     Raises:
-        ConfigError: If the method needs more of clients than PEFT state dicts, or a setting is out
-            of range.
-        AdapterError: If the configuration stands for anything but `W + scaling * B A`.
+        ConfigError: If the method needs more from clients than PEFT state dicts, or a setting is
+            out of range.
+        AdapterError: If the configuration means anything but `W + scaling * B A`.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class FedMomentumStrategy(FedAvg):
         """Return FedAvg's messages with the base residual in them.
 
         Raises:
-            ConfigError: If the arrays are not those of the round before.
+            ConfigError: If the arrays are not those of the previous round.
             AdapterError: If the first arrays are not the configured adapter.
         """
         self._follow(arrays)
@@ -111,7 +112,7 @@ class FedMomentumStrategy(FedAvg):
         return self._with_residual(super().configure_evaluate(server_round, arrays, config, grid))
 
     def _follow(self, arrays: ArrayRecord) -> None:
-        """Begin with the first arrays, and refuse others than the state's own after that."""
+        """Start with the first arrays; after that, accept only the state's own."""
         found = digest(arrays)
         if self.state is None:
             self._set_state(StrategyState.of(arrays, self.config))
@@ -123,7 +124,7 @@ class FedMomentumStrategy(FedAvg):
             )
 
     def _set_state(self, state: StrategyState) -> ArrayRecord:
-        """Take a state over; return its arrays."""
+        """Adopt a state and return its arrays."""
         arrays = state.arrays()
         self.state = state
         self._arrays_digest = digest(arrays)
@@ -138,7 +139,7 @@ class FedMomentumStrategy(FedAvg):
             message.content[STATE_KEY] = which
             if record:
                 message.content[RESIDUAL_KEY] = record
-        # the grid will write the messages' ids into these
+        # the grid will write message ids into these
         self._sent = [message.metadata for message in messages]
         return messages
 
@@ -147,17 +148,17 @@ class FedMomentumStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the next adapter's arrays, and the metrics of the round.
+        """Return the next adapter's arrays and the metrics of the round.
 
-        The metrics are FedAvg's, of what all replies have in common, and the strategy's own:
-        `accepted-nodes`, `rejected-nodes`, and the Frobenius norms over all modules of the next
-        adapter, of what the base takes in this round (`residual-norm`), of what waits for the next
-        sum (`carried-norm`) and of what is lost (`dropped-norm`).
+        The metrics are FedAvg's averages of those that all replies have, and the strategy's own:
+        `accepted-nodes`, `rejected-nodes`, and Frobenius norms over all modules: of the next
+        adapter, of what is added to the base in this round (`residual-norm`), of what is carried
+        over to the next sum (`carried-norm`), and of what is lost (`dropped-norm`).
 
         Raises:
-            QuorumError: If too few replies are valid; the message has every node's reason.
+            QuorumError: If too few replies are valid; the message gives each node's reason.
             ConfigError: If there is a base residual and no client applies it.
-            AdapterError: If the method refuses the adapters.
+            AdapterError: If the method rejects the adapters.
         """
         state = self._require_state()
         if self.fraction_train == 0:
@@ -173,7 +174,7 @@ class FedMomentumStrategy(FedAvg):
         adapters = [reply.adapter for reply in found.accepted if reply.adapter is not None]
         weights = [reply.weight for reply in found.accepted]
         next_state, measures = state.advance(adapters, weights, self.method, self.seed)
-        # the first residual: clients that will not apply it are found before they are sent it
+        # detect clients that will not apply the residual before the first one is sent
         if next_state.residual and all(reply.applied is None for reply in found.accepted):
             raise ConfigError(
                 f"round {server_round}: {self.method!r} leaves a base residual, and no client "
@@ -203,7 +204,7 @@ class FedMomentumStrategy(FedAvg):
         return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key)
 
     def _read(self, messages: Iterable[Message], *, is_train: bool) -> Replies:
-        """Read the replies, and log the nodes that do not count."""
+        """Read the replies and log the rejected nodes."""
         state = self._require_state()
         found = read_replies(
             messages,
@@ -224,7 +225,7 @@ class FedMomentumStrategy(FedAvg):
     def save(self, directory: Path | str) -> None:
         """Write the global model for `fedmomentum export`, `inspect` and the other commands.
 
-        The directory holds float32.
+        The saved model is in float32.
 
         Raises:
             ConfigError: If no round has begun.
@@ -235,8 +236,8 @@ class FedMomentumStrategy(FedAvg):
         """Continue from a saved global model.
 
         Args:
-            directory: What `save` wrote.
-            initial_arrays: A state dict of the same adapter, for the form of its arrays.
+            directory: A directory written by `save`.
+            initial_arrays: A state dict of the same adapter, which gives the form of its arrays.
 
         Returns:
             The arrays to start with. Flower counts rounds from 1 again; the method does not.
@@ -257,10 +258,10 @@ class FedMomentumStrategy(FedAvg):
 
 
 def _check_method(method: Method) -> None:
-    """Refuse a method that needs more of clients than to train and send both factors.
+    """Reject a method that needs clients to do more than train and send both factors.
 
     Raises:
-        ConfigError: If it does; the message says what.
+        ConfigError: If it does; the message says what it needs.
     """
     needs = ""
     if method.personal_factors:

@@ -1,4 +1,4 @@
-"""What `FedMomentumStrategy` holds between rounds: the global model, as arrays come and go."""
+"""The state of `FedMomentumStrategy` between rounds: the global model, and its arrays."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class StrategyState:
     Attributes:
         form: The form of the arrays.
         adapter: The adapter that the arrays hold.
-        residual: Module to the sum of all rounds' residuals, in effective-weight units.
-        carried: Module to what the method adds to its next sum.
-        server_round: The number of rounds behind it.
+        residual: Module -> the sum of all rounds' residuals, in effective-weight units.
+        carried: Module -> what the method adds to its next sum.
+        server_round: The number of completed rounds.
     """
 
     form: AdapterForm
@@ -55,13 +55,13 @@ class StrategyState:
 
         Raises:
             PayloadError: If an array is damaged, not finite, or of an unsupported dtype.
-            AdapterError: If the arrays are not the adapter that the configuration describes.
+            AdapterError: If the arrays do not match the adapter that the configuration describes.
         """
         tensors = read_tensors(arrays, "the initial arrays")
         specs = {key: ArraySpec(tuple(t.shape), t.dtype) for key, t in tensors.items()}
         form = AdapterForm(config, specs)
         state = cls(form, form.adapter(tensors, "the initial arrays"))
-        # what cannot be written back as it came would change its names on the way
+        # tensors must keep their names on a round trip through our adapter
         unwritten = sorted(specs.keys() ^ state.tensors().keys())
         if unwritten:
             raise AdapterError(
@@ -73,7 +73,7 @@ class StrategyState:
     # ── what travels ──
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the adapter's tensors under the arrays' names and in their dtypes."""
+        """Return the adapter's tensors with the names and dtypes of the arrays."""
         tensors = to_peft_tensors(self.adapter)
         order = {key: position for position, key in enumerate(self.form.specs)}
         cast = {}
@@ -83,11 +83,11 @@ class StrategyState:
         return cast
 
     def arrays(self) -> ArrayRecord:
-        """Return the adapter as the arrays that clients are sent."""
+        """Return the adapter as the arrays that are sent to clients."""
         return to_record(self.tensors())
 
     def residual_arrays(self) -> ArrayRecord:
-        """Return the base residual as the arrays that clients are sent; empty if there is none."""
+        """Return the base residual as the arrays that are sent to clients; empty if none."""
         return residual_record(self.residual, self.form.dtype)
 
     # ── the round ──
@@ -95,13 +95,13 @@ class StrategyState:
     def advance(
         self, adapters: Sequence[Adapter], weights: Sequence[float], method: Method, seed: int
     ) -> tuple[StrategyState, dict[str, float]]:
-        """Return the state after one more round, and what was measured of it.
+        """Return the state after one more round, and its metrics.
 
         `next adapter + next residual + next carried` is `residual + carried` plus the exact
         weighted mean of the clients' `s B_i A_i`, for an exact method.
 
         Raises:
-            AdapterError: If the method refuses the adapters, or the result is not finite.
+            AdapterError: If the method rejects the adapters, or the result is not finite.
         """
         context = RoundContext(
             ranks={module: matrix.rank for module, matrix in self.adapter.modules.items()},
@@ -118,7 +118,7 @@ class StrategyState:
             carried={module: self._narrow(m) for module, m in result.carried.items()},
             server_round=self.server_round + 1,
         )
-        # clients get the adapter in the arrays' dtype: the base takes what rounding removes
+        # clients get the adapter in the arrays' dtype; the base absorbs what rounding removes
         rounded = self.form.adapter(state.tensors(), "the global adapter")
         added = dict(result.residual)
         if method.exact and self._is_half:
@@ -135,22 +135,22 @@ class StrategyState:
 
     @property
     def _is_half(self) -> bool:
-        """Whether factors travel in 16 bits."""
+        """Whether factors are sent in 16 bits."""
         return any(spec.dtype == torch.float16 for spec in self.form.specs.values())
 
     def _narrow(self, matrix: Matrix) -> Matrix:
-        """Return a matrix in the dtype that travels and is saved."""
+        """Return a matrix in the dtype that is sent and saved."""
         return matrix.to(self.form.dtype)
 
     def _sum(self, matrices: Sequence[Matrix]) -> Matrix:
-        """Return the sum in the smaller form, in the dtype that travels and is saved."""
+        """Return the sum in the smaller form, in the dtype that is sent and saved."""
         total = exact_sum([], [], matrices)
         if isinstance(total, LowRank):
             total = total.recompress()
         return self._narrow(total)
 
     def _check_finite(self) -> None:
-        """Refuse sums that left the range of their dtype.
+        """Reject sums that overflowed their dtype.
 
         Raises:
             AdapterError: If a matrix holds NaN or Inf; the message names its module.
@@ -162,7 +162,7 @@ class StrategyState:
                     raise AdapterError(f"module {module}: the aggregate holds NaN or Inf")
 
     def _measure(self, result: AggregationResult, added: Mapping[str, Matrix]) -> dict[str, float]:
-        """Return norms over all modules, in effective-weight units, and the residual's rank."""
+        """Return norms over all modules in effective-weight units, and the residual's rank."""
         squares = {"adapter-norm": 0.0, "dropped-norm": 0.0}
         for module, scaling in self.adapter.scalings.items():
             squares["adapter-norm"] += self.adapter.effective(module).norm() ** 2
@@ -177,7 +177,7 @@ class StrategyState:
     # ── directories ──
 
     def to_model(self, method: Method, base_model: str) -> GlobalModel:
-        """Return the global model, in float32 as its directory holds it."""
+        """Return the global model in float32, as it is saved."""
         config = plain_config(self.adapter)
         name = base_model or str(config.get("base_model_name_or_path") or "unknown")
         modules = {m: matrix.to(torch.float32) for m, matrix in self.adapter.modules.items()}
@@ -195,16 +195,16 @@ class StrategyState:
 
     @classmethod
     def load(cls, directory: Path | str, form: AdapterForm, method: Method) -> StrategyState:
-        """Return the state that was saved in a directory.
+        """Load the state saved in a directory.
 
         Args:
-            directory: What `GlobalModel.save` wrote.
+            directory: A directory written by `GlobalModel.save`.
             form: The form of the arrays.
             method: The strategy's method.
 
         Raises:
-            ModelError: If it is missing or damaged, of another method, or of an adapter of another
-                form.
+            ModelError: If it is missing or damaged, or belongs to another method or a different
+                form of adapter.
         """
         model = GlobalModel.load(directory)
         if model.method != repr(method):

@@ -1,7 +1,7 @@
-"""The server's end of the network: Flower's fleet service over TLS, for admitted nodes only.
+"""The server's side of the network: Flower's fleet service over TLS, for admitted nodes only.
 
-Of Flower's SuperLink only the fleet service runs, in this process, over Flower's own link state.
-Its control service, which would take commands without a login on the same port, and its runtime
+Only the fleet service of Flower's SuperLink runs, in this process, on top of Flower's link state.
+The control service, which would accept commands without a login on the same port, and the runtime
 service do not exist here.
 """
 
@@ -45,22 +45,22 @@ LOG = logging.getLogger("fedmomentum")
 
 @dataclass(frozen=True)
 class _Node:
-    """An admitted node: its number in Flower's link state, and its public key (PEM)."""
+    """An admitted node: its id in Flower's link state, and its public key (PEM)."""
 
     node_id: int
     key: bytes
 
 
 class SuperLink:
-    """The running fleet service; a context manager, and the `Roster` of its nodes.
+    """The running fleet service, which is a context manager and the `Roster` of its nodes.
 
-    Nodes are admitted and removed by their files in `keys/nodes`, also while it runs.
+    Nodes are admitted and removed by their files in `keys/nodes`, even while it runs.
 
     Args:
         keys: Directory written by `fedmomentum keys server`.
         host: Address to listen on.
         port: Port to listen on; 0 for any free one.
-        limits: How many connections there may be; by default, see `default_limits`.
+        limits: Limits on the number of connections; by default those of `default_limits`.
 
     Raises:
         ConfigError: If keys are missing or accessible to others, or the port cannot be opened.
@@ -84,7 +84,7 @@ class SuperLink:
             ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME),
         )
         self._state: Any = self._factory.state()
-        # the admitted nodes, by name, by key and by number
+        # the admitted nodes, by name, by key and by id
         self._nodes: dict[str, _Node] = {}
         self._names_by_key: dict[bytes, str] = {}
         self._names_by_id: dict[int, str] = {}
@@ -95,7 +95,7 @@ class SuperLink:
 
         self.ledger.run_id, self._task_id = self._start_run()
         self.grid = SuperLinkGrid(self._state, self.ledger)
-        # the service itself: gate, guard and Flower's handlers behind a TLS port
+        # the service: gate, guard and Flower's handlers behind a TLS port
         gate = Gate(self._app(), self._names_by_key.get, self._refuse_answer, self._notices)
         self._listener = Listener(gate, host, port, tls=server_context(keys), limits=limits)
         self._stop = threading.Event()
@@ -104,12 +104,12 @@ class SuperLink:
         )
 
     def _start_run(self) -> tuple[int, int]:
-        """Start the run and the task that Flower requires messages to belong to.
+        """Start the run and task that Flower requires messages to belong to.
 
-        Ours last as long as this process.
+        They last as long as this process.
 
         Returns:
-            Flower's numbers of the run and of the task.
+            Flower's ids of the run and the task.
         """
         state = self._state
         run_id: int = state.create_run(
@@ -124,7 +124,7 @@ class SuperLink:
         return run_id, task_id
 
     def _app(self) -> FastAPI:
-        """Return Flower's fleet service, with its own checks and ours in front."""
+        """Return Flower's fleet service, with its own checks and ours in front of it."""
         guard = Guard(self._state, self.ledger, self._name_of, self._notices)
         app = FastAPI(
             docs_url=None,
@@ -166,21 +166,21 @@ class SuperLink:
         return self._listener.port
 
     def num_connections(self) -> int:
-        """Return how many connections are open, nodes' and strangers'."""
+        """Return the number of open connections, including strangers'."""
         return self._listener.num_connections()
 
     def _send_heartbeats(self) -> None:
-        """Keep the run's task alive, in a thread of its own."""
+        """Keep the run's task alive; runs in its own thread."""
         while not self._stop.wait(HEARTBEAT_SECONDS):
             self._state.acknowledge_task_heartbeat(self._task_id)
 
     # ── the nodes ──
 
     def admit(self) -> None:
-        """Bring the admitted nodes in line with the files in `keys/nodes`.
+        """Synchronize the admitted nodes with the files in `keys/nodes`.
 
-        A file that admits nobody (half copied, no key, an invalid name, a key that another file
-        has) is a mistake of the operator: it is reported once, and the other nodes are unaffected.
+        A file that admits nobody (half copied, no key, invalid name, same key as another file) is
+        an operator's mistake: it is reported once and does not affect the other nodes.
         """
         admitted = read_admitted_nodes(self._keys)
         for file, problem in admitted.problems.items():
@@ -189,11 +189,11 @@ class SuperLink:
         self._reported_problems = dict(admitted.problems)
         if admitted.keys is None:
             return
-        # nodes whose file is gone, or has another key
+        # remove nodes whose file is gone or has a different key
         for name, node in list(self._nodes.items()):
             if admitted.keys.get(name) != node.key:
                 self._remove(name)
-        # new nodes
+        # add new nodes
         for name, key in admitted.keys.items():
             if name not in self._nodes:
                 node_id = self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
@@ -206,10 +206,10 @@ class SuperLink:
         node = self._nodes.pop(name)
         info = self._state.get_node_info(node_ids=[node.node_id])[0]
         if info.online_until is None:
-            # Flower does not delete a node that was never online
+            # Flower does not delete nodes that were never online
             self._state.activate_node(node.node_id, HEARTBEAT_SECONDS)
         self._state.delete_node(NOOP_FLWR_AID, node.node_id)
-        # Flower keeps the keys of deleted nodes, and would not accept this one again
+        # Flower keeps the keys of deleted nodes and would not accept this one again
         self._state.node_public_key_to_node_id.pop(node.key, None)
         del self._names_by_key[node.key]
         del self._names_by_id[node.node_id]
@@ -235,7 +235,7 @@ class SuperLink:
         }
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Take back those of these messages that nobody has fetched yet."""
+        """Take back those of the messages that nobody has fetched yet."""
         state = self._state
         for message_id in message_ids:
             message = state.message_ins_store.get(message_id)

@@ -1,8 +1,8 @@
-"""The Flower transport: encoded tasks to nodes and their replies back, over any `Grid`.
+"""The Flower transport: sends encoded tasks to nodes and receives replies, over any `Grid`.
 
-Flower itself waits indefinitely for nodes, silently omits a node that hangs from its answers, and
-names the wrong node in errors of its own. Therefore every wait here has a deadline, and what came
-is matched with what was sent, message by message.
+Flower itself waits indefinitely for nodes, silently omits hanging nodes from its answers, and names
+the wrong node in its own errors. So here every wait has a deadline, and replies are matched with
+what was sent, message by message.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from fedmomentum.utils.text import printable
 
 LOG = logging.getLogger("fedmomentum")
 MAX_PAYLOAD_BYTES = 2**31 - 2**20
-"""The largest payload. Flower has carried 2.2 GiB, at four times that in the node's memory."""
+"""The largest payload. Flower has carried 2.2 GiB, with four times that in the node's memory."""
 MAX_REASON = 500
-"""Characters of what a client says went wrong."""
+"""The most characters of a client's error message."""
 POLL_SECONDS = 0.2
-"""How often to look for replies."""
+"""How often to poll for replies."""
 CHECK_SECONDS = 2.0
-"""How often to look which nodes are connected."""
+"""How often to check which nodes are connected."""
 RECONNECT_GRACE_SECONDS = 30.0
-"""How long a round that has all other replies waits for a client after its connection was lost."""
+"""How long a round that has all other replies waits for a client that lost its connection."""
 MIN_TASK_SECONDS = 1.0
-"""The shortest time that a client is given, even if the round is about to end."""
+"""The minimum time that a client gets, even if the round is about to end."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """One connection of a node; a node that reconnected or restarted has another `connected_at`."""
+    """One connection of a node; after a reconnect or restart, `connected_at` differs."""
 
     node_id: int
     connected_at: str
@@ -58,7 +58,7 @@ class Roster(Protocol):
         ...
 
     def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Take back those of these messages that nobody has fetched yet."""
+        """Take back those of the messages that nobody has fetched yet."""
         ...
 
 
@@ -66,17 +66,17 @@ class Roster(Protocol):
 
 
 def pack_payload(payload: bytes, timeout: float = 0.0) -> RecordDict:
-    """Return a payload as a Flower record; Flower splits it into parts of 5 MB by itself.
+    """Return a payload as a Flower record, which Flower itself splits into 5 MB parts.
 
-    Header and body of the payload are separate arrays: all clients that need the same objects are
-    sent the same body, and Flower's store keeps equal parts only once. What waits there does not
-    grow with the number of clients.
+    The payload's header and body are separate arrays: all clients that need the same objects are
+    sent the same body, and Flower's store keeps equal parts only once, so its size does not grow
+    with the number of clients.
 
     Args:
-        payload: An encoded task or reply, in safetensors' format.
+        payload: An encoded task or reply, in safetensors format.
         timeout: How many seconds the answer may take.
     """
-    # a safetensors file begins with the header's length, in 8 bytes
+    # a safetensors file begins with the header's length in 8 bytes
     header_end = 8 + int.from_bytes(payload[:8], "little")
     split = min(header_end, len(payload))
     arrays = {"head": _as_array(payload[:split]), "body": _as_array(payload[split:])}
@@ -89,17 +89,17 @@ def _as_array(data: bytes) -> Array:
 
 
 class Unpacked(NamedTuple):
-    """The content of a Flower record: a payload, and how many seconds its answer may take."""
+    """The content of a Flower record: a payload and how many seconds its answer may take."""
 
     payload: bytes
     timeout: float
 
 
 def unpack_payload(content: RecordDict) -> Unpacked:
-    """Return the payload of a Flower record, and how many seconds its answer may take.
+    """Return the payload of a Flower record and how many seconds its answer may take.
 
     Raises:
-        ValueError: If the record has another form.
+        ValueError: If the record is malformed.
     """
     try:
         payload = content["payload"]
@@ -115,7 +115,7 @@ def unpack_payload(content: RecordDict) -> Unpacked:
 
 
 def _read_reply(reply: Message) -> bytes | Failure | None:
-    """Return the payload of a reply, or why there is none; None if Flower says the node is gone.
+    """Return a reply's payload, or why there is none; None if Flower says the node is gone.
 
     Raises:
         Exception: Whatever Flower's records raise if they are damaged.
@@ -137,12 +137,12 @@ def _read_reply(reply: Message) -> bytes | Failure | None:
 
 @dataclass
 class _PendingTask:
-    """A task that has no reply yet.
+    """A task without a reply so far.
 
     Attributes:
         client: The client it was sent to.
         session: The client's connection at that time.
-        disconnected_at: When that connection was lost, and the task with it; None while it stands.
+        disconnected_at: When that connection was lost, and the task with it; None while connected.
     """
 
     client: str
@@ -156,14 +156,14 @@ class _PendingTask:
 
 
 class _ExpiredTask(NamedTuple):
-    """A task whose reply will be ignored: its client, and when its time ran out."""
+    """A task whose reply will be ignored: its client and its deadline."""
 
     client: str
     expired_at: float
 
 
 class _RoundTrip(NamedTuple):
-    """One exchange: the tasks by client, when it ends, and the tasks without a reply by message."""
+    """One exchange: tasks by client, when it ends, and unanswered tasks by message."""
 
     tasks: Mapping[str, bytes]
     end: float
@@ -174,16 +174,16 @@ class FlowerTransport:
     """`Transport` over a Flower `Grid`.
 
     Args:
-        grid: Flower's, or the SuperLink's.
-        roster: Names and connections of the nodes.
+        grid: Flower's grid, or the SuperLink's.
+        roster: The names and connections of the nodes.
         round_timeout: How many seconds clients have for one answer.
         join_timeout: How many seconds to wait for nodes.
-        start_timeout: How many seconds of these the start waits for all nodes when enough are
-            there; by default, `join_timeout`.
-        min_valid_fraction: The fraction of the registered nodes without which no round begins.
-        num_clients: How many clients there are at least, if the roster knows one only after it has
+        start_timeout: How many of these seconds to wait for all nodes at the start once enough are
+            connected; by default, `join_timeout`.
+        min_valid_fraction: The fraction of the registered nodes needed for a round to begin.
+        num_clients: The minimum number of clients, for rosters that only know clients that have
             connected.
-        callback: Receives what is sent, what comes, and which nodes are connected.
+        callback: Receives what is sent and received, and which nodes are connected.
     """
 
     max_payload_bytes = MAX_PAYLOAD_BYTES
@@ -216,7 +216,8 @@ class FlowerTransport:
     def clients(self) -> Sequence[str]:
         """Return the connected clients, sorted.
 
-        The start waits a while for all of them; a round waits up to `join_timeout` for the minimum.
+        At the start, waits a while for all of them; in a round, waits up to `join_timeout` for the
+        minimum.
 
         Raises:
             QuorumError: If fewer than the minimum are connected after that time.
@@ -227,8 +228,8 @@ class FlowerTransport:
         while True:
             registered = self._roster.registered()
             online = sorted(self._roster.online())
-            # how many are needed now: all while a start waits for all, then the minimum
-            # 1e-9 undoes the rounding of a fraction such as 0.1 * 30
+            # how many are needed now: all of them while starting, then the minimum
+            # 1e-9 compensates for rounding of fractions such as 0.1 * 30
             num_clients = max(self._num_clients, len(registered))
             min_clients = max(1, math.ceil(self._min_valid_fraction * num_clients - 1e-9))
             waits_for_all = not self._has_started and time.monotonic() < start_end
@@ -237,7 +238,7 @@ class FlowerTransport:
             if num_clients > len(registered):
                 missing.append(f"{num_clients - len(registered)} that have not joined")
             self._callback.on_nodes(registered, online)
-            # enough, or too late, or wait
+            # return if there are enough, fail if it is too late, or wait
             if len(online) >= num_wanted:
                 break
             if time.monotonic() >= end:
@@ -257,15 +258,15 @@ class FlowerTransport:
         return online
 
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Send all tasks; yield each client's reply or failure, at the latest at `round_timeout`.
+        """Send all tasks, and yield each client's reply or failure within `round_timeout`.
 
-        A client that loses its connection and comes back within that time is sent its task again; a
-        round that has all other replies waits for it no longer than `RECONNECT_GRACE_SECONDS`.
+        A client that loses its connection and returns within that time is sent its task again, but
+        once all other replies are in, the round waits for it only `RECONNECT_GRACE_SECONDS`.
         Replies are fetched one at a time.
         """
         online = self._roster.online()
         round_trip = _RoundTrip(tasks, time.monotonic() + self._round_timeout, {})
-        # send to every client that is connected
+        # send to all connected clients
         for client in tasks:
             if client not in online:
                 yield client, self._fail(client, "not connected")
@@ -285,11 +286,11 @@ class FlowerTransport:
                 checked_at = time.monotonic()
                 yield from self._resend(round_trip)
             time.sleep(POLL_SECONDS)
-        # what is missing now is a failure
+        # what is still missing is a failure
         yield from self._give_up(pending)
 
     def _push(self, client: str, session: Session, round_trip: _RoundTrip) -> Failure | None:
-        """Send a client its task; return a failure if Flower does not take it."""
+        """Send a client its task; return a failure if Flower does not accept it."""
         timeout = max(MIN_TASK_SECONDS, round_trip.end - time.monotonic())
         payload = round_trip.tasks[client]
         message = Message(
@@ -310,10 +311,10 @@ class FlowerTransport:
         return None
 
     def _collect(self, pending: dict[str, _PendingTask]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Yield the replies that have come, message by message.
+        """Yield the replies that have arrived, message by message.
 
-        Flower's store keeps the others until they are fetched. Whatever is raised while one
-        client's reply is fetched and read is that client's failure, and nobody else's.
+        Flower's store keeps the others until they are fetched. An exception while fetching or
+        reading one client's reply is a failure of that client only.
         """
         connected = [name for name, task in pending.items() if task.disconnected_at is None]
         for message_id in [*connected, *self._expired]:
@@ -321,7 +322,7 @@ class FlowerTransport:
             if not replies:
                 continue
             reply = replies[0]
-            # a reply after its deadline, a lost connection, or an answer in time
+            # a late reply, a lost connection, or an answer in time
             if message_id in self._expired:
                 self._ignore_late(message_id, reply)
             elif reply is None:
@@ -336,7 +337,7 @@ class FlowerTransport:
                     yield client, reply
 
     def _pull(self, message_id: str) -> list[bytes | Failure | None]:
-        """Return the replies to one message: none or one, unless Flower is mistaken."""
+        """Return the replies to one message: at most one, unless Flower errs."""
         try:
             return [
                 _read_reply(reply)
@@ -347,7 +348,7 @@ class FlowerTransport:
             return [Failure(f"its answer could not be read: {type(error).__name__}: {error}")]
 
     def _ignore_late(self, message_id: str, reply: bytes | Failure | None) -> None:
-        """Report a reply that came after its deadline."""
+        """Report a reply that arrived after its deadline."""
         task = self._expired.pop(message_id)
         if isinstance(reply, bytes):
             seconds = time.monotonic() - task.expired_at
@@ -355,7 +356,7 @@ class FlowerTransport:
             self._callback.on_late_reply(task.client)
 
     def _resend(self, round_trip: _RoundTrip) -> Iterator[tuple[str, Failure]]:
-        """Send clients their task again if they have reconnected: the first one is lost to them."""
+        """Resend the tasks of clients that have reconnected, for which the first ones are lost."""
         online = self._roster.online()
         self._callback.on_nodes(self._roster.registered(), sorted(online))
         for message_id, task in list(round_trip.pending.items()):
@@ -370,7 +371,7 @@ class FlowerTransport:
                     yield task.client, failure
 
     def _give_up(self, pending: dict[str, _PendingTask]) -> Iterator[tuple[str, Failure]]:
-        """Take back the tasks without a reply, and yield their clients' failures."""
+        """Take back the unanswered tasks and yield their clients' failures."""
         self._roster.withdraw(pending)
         for message_id, task in pending.items():
             reason = "lost its connection and did not come back in time"
@@ -381,7 +382,7 @@ class FlowerTransport:
 
     def _fail(self, client: str, reason: str) -> Failure:
         """Report and return a client's failure."""
-        # a client's words go to the terminal, to logs and to status.json
+        # the client's text goes to the terminal, to logs and to status.json
         reason = printable(reason, MAX_REASON)
         self._callback.on_failure(client, reason)
         return Failure(reason)

@@ -1,4 +1,4 @@
-"""The process of a warm worker: it serves one ClientApp after the other; see `warm_worker`."""
+"""The process of a warm worker, which serves one ClientApp after another; see `warm_worker`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from fedmomentum.utils.terminal import LineFormatter
 
 LOG = logging.getLogger("fedmomentum")
 CHECK_SECONDS = 1.0
-"""How often to look whether it is time to end."""
+"""How often to check whether it is time to exit."""
 
 
 def main() -> None:
-    """Serve ClientApps until the SuperNode has ended, or none has come for a while."""
+    """Serve ClientApps until the SuperNode exits, or none has connected for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tune_malloc()
     quiet_advice()
@@ -51,12 +51,12 @@ def main() -> None:
 
 
 class WarmWorker:
-    """Serves ClientApps, all with one configuration.
+    """Serves ClientApps that all have the same configuration.
 
     Args:
         listener: Accepts their connections.
-        directory: The directory of its socket, which goes when this process does.
-        parent: The process with which this one ends; 1 or less for none.
+        directory: The directory of its socket, which is removed on exit.
+        parent: The process to exit with; 1 or less for none.
         keep_warm: How many seconds it outlives its last task.
     """
 
@@ -75,7 +75,7 @@ class WarmWorker:
         self._run_id = ""
 
     def run(self) -> None:
-        """Serve one ClientApp after the other."""
+        """Serve one ClientApp after another."""
         while True:
             pipe = self._next_connection()
             if pipe is None or not self._serve(pipe):
@@ -86,8 +86,8 @@ class WarmWorker:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _next_connection(self) -> Connection | None:
-        """Return the next ClientApp's connection; None when it is time to end."""
-        # The first one has connected already, so even `keep_warm = 0` does not miss it.
+        """Return the next ClientApp's connection; None when it is time to exit."""
+        # The first ClientApp is already connected, so even `keep_warm = 0` does not miss it.
         self._listener.settimeout(CHECK_SECONDS)
         end = time.monotonic() + max(self._keep_warm, CHECK_SECONDS if self._setup is None else 0)
         while True:
@@ -101,7 +101,7 @@ class WarmWorker:
             return Connection(accepted.detach())
 
     def _serve(self, pipe: Connection) -> bool:
-        """Answer a ClientApp; return whether others with the same configuration may follow."""
+        """Serve a ClientApp; return whether others with the same configuration may follow."""
         try:
             setup = pipe.recv_bytes()
         except (EOFError, OSError):
@@ -130,14 +130,14 @@ class WarmWorker:
         self._inbox.send(letter, body)
 
     def _on_close(self) -> None:
-        """End this process and its children if the ClientApp left in the middle of a task."""
+        """Kill this process and its children if the ClientApp left in the middle of a task."""
         if self._is_busy:
             self.clean_up()
             os.killpg(0, signal.SIGKILL)
 
     def _do(self, frame: bytes) -> bytes | None:
-        """Do what a frame asks for."""
-        # Imported when the model is loaded anyway.
+        """Handle a frame."""
+        # Imported late, once the model is loaded anyway.
         from fedmomentum.protocol.codec import decode_task
 
         assert self._answer is not None  # frames come after `Frame.READY`
@@ -147,7 +147,7 @@ class WarmWorker:
                 return self._answer(frame)
             task = decode_task(frame[1:])
             if task.run_id != self._run_id:
-                # The examples are compared with those that the run began with.
+                # Compare the examples with those that the run began with.
                 self._answer(Frame.RUN + task.run_id.encode(errors="replace"))
                 self._run_id = task.run_id
             started = time.monotonic()
@@ -160,7 +160,7 @@ class WarmWorker:
 
 
 class _Parent:
-    """Whether a process that is not this one's child has ended; a zombie counts as ended."""
+    """Checks whether a non-child process has ended; a zombie counts as ended."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

@@ -1,10 +1,10 @@
 """A worker that outlives the process that uses it, for nodes that Flower runs.
 
-Flower starts a new process for each message, and a base model takes longer to load than a message
-to answer. So a ClientApp's first process starts a worker in a session of its own, and those that
-follow find it by a file in the node's store. It listens on a Unix socket in a directory that only
-this user can enter. It ends when the SuperNode does, when it has had no task for a while, or when
-a ClientApp comes with another configuration.
+Flower starts a new process for each message, and loading a base model takes longer than answering a
+message. So a ClientApp's first process starts a worker in its own session, and later ones find it
+through a file in the node's store. It listens on a Unix socket in a directory that only this user
+can enter. It exits when the SuperNode does, when it has had no task for a while, or when a
+ClientApp connects with a different configuration.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fedmomentum.run.worker import WorkerExit, describe_exit, receive_frame, wai
 from fedmomentum.utils.io import write_atomically
 
 ADDRESS_FILE = "worker.address"
-"""The file in a node's store that names the worker's socket."""
+"""The file in a node's store with the path of the worker's socket."""
 SOCKET = "socket"
 """The socket's name in its directory."""
 PREFIX = "fedmomentum-worker-"
-"""How the directory's name begins."""
+"""The prefix of the directory's name."""
 
 
 class WarmProcess:
-    """The ClientApp's side of a warm worker; to `Worker`, a process like any other.
+    """The ClientApp's side of a warm worker; to `Worker`, it is a process like any other.
 
     Args:
         store: The node's store.
@@ -42,7 +42,7 @@ class WarmProcess:
         self._keep_warm = keep_warm
         self._setup = b""
         self._pipe: Connection | None = None
-        self._process: subprocess.Popen[bytes] | None = None  # if this process has started it
+        self._process: subprocess.Popen[bytes] | None = None  # if started by this process
         self._was_heard = False
 
     @property
@@ -51,9 +51,10 @@ class WarmProcess:
         return self._pipe is not None
 
     def start(self, setup: bytes) -> None:
-        """Connect to the worker in the store, or start one; it loads in the background.
+        """Connect to the worker in the store or start one, which loads in the background.
 
-        One that was started with another configuration ends now, and `receive` starts the next.
+        A worker that was started with a different configuration exits, and `receive` starts a new
+        one.
         """
         self._setup = setup
         self._was_heard = False
@@ -66,7 +67,7 @@ class WarmProcess:
             pipe.send_bytes(self._setup)
 
     def _connect(self) -> Connection | None:
-        """Return a connection to the worker that the store names, if it is there."""
+        """Return a connection to the worker recorded in the store, if it is running."""
         try:
             address = (self._store / ADDRESS_FILE).read_text()
             return _connected(address)
@@ -74,18 +75,18 @@ class WarmProcess:
             return None
 
     def _spawn(self) -> Connection:
-        """Start a worker, and return a connection to it."""
+        """Start a worker and return a connection to it."""
         self._remove_stale_socket()
-        # The path of a Unix socket has about 100 characters, so the store is no place for it.
+        # Paths of Unix sockets are limited to about 100 characters, so it cannot be in the store.
         directory = Path(tempfile.mkdtemp(prefix=PREFIX))
         address = str(directory / SOCKET)
-        # What this process can import, such as the app's training function, the worker can too.
+        # Let the worker import whatever this process can, such as the app's training function.
         search_path = os.pathsep.join(entry for entry in sys.path if entry)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen()
             command = [sys.executable, "-m", "fedmomentum.flower.warm_process"]
-            # It ends with the process that has started this one: Flower's, which lives on.
+            # It exits with this process's parent, which is Flower's long-lived process.
             command += [str(listener.fileno()), address, str(os.getppid()), str(self._keep_warm)]
             self._process = subprocess.Popen(
                 command,
@@ -99,7 +100,7 @@ class WarmProcess:
         return pipe
 
     def _remove_stale_socket(self) -> None:
-        """Remove what a worker left behind that was killed; any other removes it itself."""
+        """Remove the socket of a killed worker; others remove theirs themselves."""
         with contextlib.suppress(OSError, ValueError):
             address = Path((self._store / ADDRESS_FILE).read_text())
             if address.name == SOCKET and address.parent.name.startswith(PREFIX):
@@ -120,7 +121,7 @@ class WarmProcess:
             raise self._ended() from error
 
     def receive(self, seconds: float) -> tuple[bytes, bytes] | None:
-        """Return the next frame, its letter and its body; None if none comes in time.
+        """Return the next frame's letter and body; None if none arrives in time.
 
         Raises:
             WorkerExit: If the worker has ended.
@@ -130,7 +131,7 @@ class WarmProcess:
         try:
             frame = receive_frame(self._pipe, seconds)
         except (EOFError, OSError) as error:
-            # One that ends without a word was about to end, or has another configuration.
+            # A worker that exits silently was about to exit, or has a different configuration.
             if self._was_heard or self._process is not None:
                 raise self._ended() from error
             self._pipe.close()
@@ -140,13 +141,13 @@ class WarmProcess:
         return frame
 
     def _ended(self) -> WorkerExit:
-        """Return how the worker ended, as far as this process can know."""
+        """Return how the worker ended, as far as this process can tell."""
         code = wait_for_exit(self._process)
         self.stop()
         return describe_exit(code)
 
     def stop(self) -> None:
-        """Close the connection: a worker with a task ends, and one without waits for the next."""
+        """Close the connection: a busy worker exits, and an idle one waits for the next."""
         if self._pipe is not None:
             self._pipe.close()
         self._pipe = None

@@ -1,4 +1,4 @@
-"""A node's worker: a separate process that keeps base model and data loaded between messages."""
+"""A node's worker: a separate process that keeps the base model and data loaded."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class WorkerError(Exception):
-    """The worker has no reply. The text may leave the machine; `detail` may not.
+    """The worker could not reply. The text may leave the machine; `detail` may not.
 
     Args:
         text: What the server may learn.
-        detail: The full text, for the node's operator; by default the same.
+        detail: The full text, for the node's operator; by default, the same.
     """
 
     def __init__(self, text: str, detail: str | None = None) -> None:
@@ -39,7 +39,7 @@ class Worker:
         store: Directory for the objects that the server sends.
         callback: Receives what the worker reports.
         key: The node's private key, which signs what it adds to secure sums.
-        process: The process; by default a new one, which ends with this one.
+        process: The process; by default, a new one that ends with this one.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Worker:
         self._process = process or WorkerProcess("fedmomentum.flower.worker_process")
         self._info: WorkerInfo | None = None
         self._run_id: str | None = None
-        self._sent_run_id: str | None = None  # the one that the current process was sent
+        self._sent_run_id: str | None = None  # the one sent to the current process
 
     def start(self) -> None:
-        """Start the process unless it is running; it loads in the background."""
+        """Start the process unless it is running; loading happens in the background."""
         if self._process.is_running:
             return
         self.stop()
         self._store.mkdir(parents=True, exist_ok=True)
-        self._store.chmod(0o700)  # what the server sends is for nobody else on this machine
+        self._store.chmod(0o700)  # keep what the server sends private on this machine
         self._sent_run_id = None
-        # the first frame: whose data and which model
+        # the first frame says whose data and which model to load
         setup = {
             "config": to_toml(self._config),
             "client_id": self._client_id,
@@ -80,7 +80,7 @@ class Worker:
         self._process.start(json.dumps(setup).encode())
 
     def wait_until_ready(self) -> WorkerInfo:
-        """Wait until model and data are loaded; return what they are.
+        """Wait until model and data are loaded, and describe them.
 
         Raises:
             WorkerError: If they cannot be loaded.
@@ -92,7 +92,7 @@ class Worker:
         return self._info
 
     def run_smoke_test(self, timeout: float) -> bytes:
-        """Do one step of training, as a task would; return the reply.
+        """Do one training step, as a task would, and return the reply.
 
         Raises:
             WorkerError: See `run_task`.
@@ -100,19 +100,19 @@ class Worker:
         return self._request(Frame.SMOKE_TEST, timeout)
 
     def set_run(self, run_id: str) -> None:
-        """Set the run of the following tasks; the worker checks its examples against that run's."""
+        """Set the run of subsequent tasks; the worker checks its examples against that run's."""
         self._run_id = run_id
 
     def run_task(self, payload: bytes, timeout: float) -> bytes:
-        """Return the reply to a task.
+        """Run a task and return the reply.
 
         Args:
             payload: The encoded task.
             timeout: How many seconds it may take.
 
         Raises:
-            WorkerError: If the worker refused it, died, or took too long; in the latter two cases a
-                new one is started.
+            WorkerError: If the worker refused it, died, or took too long; in the latter two cases,
+                a new worker is started.
         """
         return self._request(Frame.TASK + payload, timeout)
 
@@ -131,14 +131,14 @@ class Worker:
         return self._receive(Frame.REPLY, end)
 
     def _receive(self, expected: bytes, end: float) -> bytes:
-        """Return the body of the next frame of a kind; report the frames before it.
+        """Return the body of the next frame of the expected kind, reporting the frames before it.
 
         Raises:
-            WorkerError: If the worker reports an error, exits, or does not send one in time.
+            WorkerError: If the worker reports an error, exits, or sends no such frame in time.
         """
         while True:
             letter, body = self._next_frame(end)
-            # an error takes the place of the frame that was expected
+            # an error takes the place of the expected frame
             if letter == Frame.ERROR:
                 error = json.loads(body)
                 raise WorkerError(error["text"], error["detail"])
@@ -157,13 +157,13 @@ class Worker:
                     break
         except WorkerExit as error:
             raise self._exited(error) from error
-        # out of time: end the task with its process, and be ready for the next one
+        # out of time: kill the process with its task, and get ready for the next one
         self.stop()
         self.start()
         raise WorkerError("took longer than the round allows; its worker was ended")
 
     def _report(self, letter: bytes, body: bytes) -> None:
-        """Pass a frame that is not a reply on to the callback."""
+        """Forward a frame that is not a reply to the callback."""
         if letter == Frame.MESSAGE:
             self._callback.on_message(body.decode())
         elif letter == Frame.WARNING:
@@ -176,7 +176,7 @@ class Worker:
             self._callback.on_ready(self._info)
 
     def _exited(self, error: WorkerExit) -> WorkerError:
-        """Return how the worker ended; start another one if it had been able to load."""
+        """Return how the worker ended; start another one if this one had loaded successfully."""
         was_ready = self._info is not None
         self.stop()
         if was_ready:
@@ -185,6 +185,6 @@ class Worker:
         return WorkerError(f"its worker ended {error}{when}")
 
     def stop(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and everything that it has started."""
         self._process.stop()
         self._info = None

@@ -1,4 +1,4 @@
-"""The process of a node's worker: it plays one client, from the node's own configuration."""
+"""The process of a node's worker, which plays one client with the node's own configuration."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ LOG = logging.getLogger("fedmomentum")
 
 
 def main() -> None:
-    """Load model and data, report it, and answer tasks until the node ends."""
+    """Load the model and data, report them, and answer tasks until the node ends."""
     handler = logging.StreamHandler()
-    # Names in a task and the text of an error may hold control characters.
+    # Names in tasks and error texts may contain control characters.
     handler.setFormatter(LineFormatter("%(message)s"))
     LOG.addHandler(handler)
     serve(lambda setup, send: load(json.loads(setup), send))
 
 
 def load(setup: Mapping[str, str], send: Send) -> Answer:
-    """Load model and data.
+    """Load the model and data.
 
     Args:
-        setup: The configuration as TOML, the client's name, its store, and the file of its key.
+        setup: The configuration as TOML, the client's name, its store, and its key file.
         send: Sends a frame to the node.
 
     Returns:
-        Answers the node's frames.
+        A function that answers the node's frames.
     """
-    # Heavy imports, in the worker only.
+    # Heavy imports, only in the worker.
     from fedmomentum.data.split import compare_split
     from fedmomentum.flower.parties import node_party
     from fedmomentum.run.client_setup import prepare_client, rehearsal
@@ -82,7 +82,7 @@ def load(setup: Mapping[str, str], send: Send) -> Answer:
 
 
 def _rehearse(client: Client, task: bytes) -> bytes:
-    """Do a step of training whose reply stays here, so that nothing is summed up or spent."""
+    """Do a training step whose reply stays here, so that nothing is summed or spent."""
     party = client.party
     client.party = None
     try:

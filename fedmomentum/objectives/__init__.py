@@ -1,4 +1,4 @@
-"""What a model is trained and scored on, by task type: a batch in, a loss and scores out.
+"""Training and scoring objectives by task type: a batch in, a loss and scores out.
 
-Local training and evaluation use the same objective, so their losses agree.
+Local training and evaluation use the same objective, so their losses are comparable.
 """

@@ -1,4 +1,4 @@
-"""The objective that a configuration and a base model ask for."""
+"""Selects the objective for a configuration and base model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def make_objective(training: TrainingConfig, labels: Sequence[str] = ()) -> Objective:
-    """Return what a run trains and scores on.
+    """Return the objective of a run.
 
     Args:
-        training: The section [training] of the configuration.
-        labels: The labels of the base model, if that is a classifier.
+        training: The [training] section of the configuration.
+        labels: The labels of the base model, if it is a classifier.
     """
     if labels:
         return SequenceClassification(tuple(labels))

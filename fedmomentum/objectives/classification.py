@@ -1,4 +1,4 @@
-"""Sequence classification: one label for each text, or for each pair of texts."""
+"""Sequence classification: one label per text or pair of texts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fedmomentum.utils.modules import inner_model
 class SequenceClassification:
     """The label of a text: loss = -log p(label | text).
 
-    A row holds the token ids of the text, special tokens included, and after them the index of its
-    label: what is learned comes last, as in every row of tokenized examples.
+    A row holds the token ids of the text, including special tokens, followed by the index of its
+    label: the target comes last, as in every row of tokenized examples.
 
     Attributes:
         labels: The names of the labels, in the order of the head's outputs.
@@ -32,27 +32,27 @@ class SequenceClassification:
 
     @property
     def settings(self) -> str:
-        """What is learned, in the words of the configuration; the labels belong to the base."""
+        """What is learned, in the configuration's terms; the labels belong to the base model."""
         return "task = sequence-classification"
 
     def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         """Collate rows into a batch padded on the right.
 
-        A decoder's score head reads the last token that is not the pad token, and an encoder
-        counts its positions from the left.
+        Padding goes on the right because a decoder's score head reads the last token that is
+        not padding, and an encoder counts positions from the left.
 
         Args:
-            examples: The rows; their prompt is the first text of a pair.
+            examples: The rows, whose prompt is the first text of a pair.
             pad_token_id: The pad token of the model.
         """
         longest = max(len(example.input_ids) for example in examples) - 1
-        # Text, mask and segments of each row, filled up to the longest.
+        # Pad the text, mask and segments of each row to the longest.
         padded = []
         mask = []
         segments = []
         labels = []
         for example in examples:
-            # The label comes last, and is no token.
+            # The label comes last and is not a token.
             *text, label = example.input_ids
             num_first = example.num_prompt_tokens
             padding = longest - len(text)
@@ -68,17 +68,17 @@ class SequenceClassification:
         }
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
-        """Count the labels of a batch, one for each text."""
+        """Count the labels of a batch, one per text."""
         return len(batch["labels"])
 
     def predict(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Predictions:
-        """Run the model on a batch; each text is one position."""
+        """Run the model on a batch, with one position per text."""
         accepted = inspect.signature(inner_model(model).forward).parameters
         inputs: dict[str, Any] = {
             "input_ids": batch["input_ids"],
             "attention_mask": batch["attention_mask"],
         }
-        # A model without segments would take them for something else.
+        # A model without segments would misinterpret them.
         if bool(batch["token_type_ids"].any()):
             inputs["token_type_ids"] = batch["token_type_ids"]
         if "use_cache" in accepted:
@@ -87,11 +87,11 @@ class SequenceClassification:
         return Predictions(logits[:, None, :], batch["labels"][:, None])
 
     def loss(self, predictions: Predictions, *, label_smoothing: float = 0.0) -> BatchLoss:
-        """Compute the cross entropy of the labels in float32, summed."""
+        """Compute the summed cross entropy of the labels in float32."""
         return CAUSAL_LM.loss(predictions, label_smoothing=label_smoothing)
 
     def score(self, predictions: Predictions) -> Iterator[ExampleScore]:
-        """Score each text, with its label and the one that is most likely."""
+        """Score each text, with its true label and the most likely one."""
         for row_logits, row_labels in zip(predictions.logits, predictions.labels, strict=True):
             logits = row_logits.float()
             nll = F.cross_entropy(logits, row_labels).double().item()

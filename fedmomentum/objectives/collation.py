@@ -1,6 +1,6 @@
-"""Batches padded on the left.
+"""Collates batches padded on the left.
 
-All completions end in the last column, and only they are projected to the vocabulary.
+All completions end in the last column, and only their columns are projected to the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedmomentum.utils.modules import inner_model
 
 IGNORED = -100
-"""The label of a position that has no target (the convention of torch's cross entropy)."""
+"""The label of positions without a target (as in torch's cross entropy)."""
 
 
 class Row(Protocol):
-    """An example as token ids, as `data.tokenized.TokenizedExample` declares it."""
+    """A tokenized example, as declared by `data.tokenized.TokenizedExample`."""
 
     @property
     def input_ids(self) -> Sequence[int]:
@@ -27,7 +27,7 @@ class Row(Protocol):
 
     @property
     def num_prompt_tokens(self) -> int:
-        """How many of them belong to the prompt."""
+        """Number of these that belong to the prompt."""
 
     @property
     def gaps(self) -> Sequence[tuple[int, int]]:
@@ -35,15 +35,15 @@ class Row(Protocol):
 
     @property
     def rejected_ids(self) -> Sequence[int]:
-        """Token ids of the prompt and the rejected answer; empty without one."""
+        """Token ids of the prompt and the rejected answer; empty if there is none."""
 
     @property
     def reference(self) -> Sequence[float]:
-        """Log-probabilities of both answers under the reference model, where measured."""
+        """Log-probabilities of both answers under the reference model, if measured."""
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return the rows as one matrix ``(len(rows), longest)``, padded with a value on the left."""
+    """Return the rows as a matrix ``(len(rows), longest)``, padded with a value on the left."""
     longest = max(map(len, rows))
     padded = [[value] * (longest - len(row)) + list(row) for row in rows]
     return torch.tensor(padded)
@@ -55,7 +55,7 @@ def completion_batch(
     pad_token_id: int,
     gaps: Sequence[Sequence[tuple[int, int]]] = (),
 ) -> dict[str, Tensor]:
-    """Collate examples into a batch with labels on the completions only.
+    """Collate examples into a batch with labels only on the completions.
 
     Only the last columns have labels. The first of them is ``IGNORED`` in every row: its logits
     predict the first completion token of the longest completion.
@@ -63,13 +63,13 @@ def completion_batch(
     Args:
         input_ids: Token ids of prompt and completion of each example.
         num_prompt_tokens: Number of prompt tokens of each example.
-        pad_token_id: Fills short rows; any valid id, for it is masked.
-        gaps: Ranges of each example that have no label although they come after its prompt.
+        pad_token_id: Pads short rows; can be any valid id, since it is masked.
+        gaps: Ranges of each example that have no labels although they come after its prompt.
 
     Returns:
         ``input_ids`` and ``attention_mask`` of shape ``(batch, length)``, and ``labels`` of shape
-        ``(batch, longest completion + 1)``. With gaps also ``columns``, those columns of the labels
-        whose logits predict a label of any row; else all but the last do.
+        ``(batch, longest completion + 1)``. With gaps, also ``columns``: the columns of the labels
+        whose logits predict a label in any row; without gaps, these are all but the last.
     """
     completions = []
     for row, num_prompt in zip(input_ids, num_prompt_tokens, strict=True):
@@ -85,20 +85,20 @@ def completion_batch(
         "labels": labels,
     }
     if any(gaps):
-        # Columns that no row learns anything from need not be projected to the vocabulary.
+        # Columns from which no row learns need not be projected to the vocabulary.
         batch["columns"] = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
     return batch
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the keyword arguments of the model's forward pass that scores a batch's labels.
+    """Return the keyword arguments of the forward pass that scores a batch's labels.
 
-    Positions count from each row's first real token (models with absolute positions would otherwise
-    count the padding), and ``logits_to_keep`` limits the projection to the vocabulary to the
-    columns with labels. A batch without padding gets neither mask nor positions: attention is then
-    purely causal, which has faster kernels.
+    Positions start at each row's first real token (models with absolute positions would otherwise
+    count the padding), and ``logits_to_keep`` limits the vocabulary projection to the columns with
+    labels. A batch without padding gets neither mask nor positions: attention is then purely
+    causal, for which there are faster kernels.
     """
-    # A PEFT wrapper's own forward accepts anything; the model inside it decides.
+    # A PEFT wrapper's own forward accepts anything, so look at the model inside.
     accepted = inspect.signature(inner_model(model).forward).parameters
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
     mask = batch["attention_mask"]
@@ -107,8 +107,9 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any
         if "position_ids" in accepted:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
     if "logits_to_keep" in accepted:
-        # As positions, not as a number: a slice is not contiguous, and the projection of one copies
-        # the vocabulary matrix for each row (a third of a training step on a 135M model).
+        # Pass positions rather than a number: a number gives a non-contiguous slice, whose
+        # projection copies the vocabulary matrix for each row (a third of a training step on a
+        # 135M model).
         length = mask.shape[1]
         first = length - batch["labels"].shape[1]
         if "columns" in batch:
@@ -130,14 +131,14 @@ def next_token_pairs(logits: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
     Returns:
         Logits ``(batch, positions, vocabulary)`` and labels ``(batch, positions)``; the positions
-        are those after the longest prompt's end, without columns that have no label in any row.
+        are those of the longest completion, without columns that have no label in any row.
     """
     labels = batch["labels"]
     num_columns = labels.shape[1]
     if "columns" not in batch:
         return logits[:, -num_columns:-1], labels[:, 1:]
     columns = batch["columns"]
-    # A model without `logits_to_keep` has projected every column.
+    # A model without `logits_to_keep` projects every column.
     if logits.shape[1] >= num_columns:
         logits = logits[:, logits.shape[1] - num_columns + columns]
     return logits, labels[:, columns + 1]

@@ -1,4 +1,4 @@
-"""The contract of an objective, and the one of supervised fine-tuning."""
+"""The interface of objectives, and the objective of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fedmomentum.objectives.collation import (
 
 
 class Predictions(NamedTuple):
-    """A model's output on a batch, beside the targets.
+    """A model's output on a batch, with the targets.
 
     Attributes:
         logits: Logits of shape ``(batch, positions, classes)``.
         labels: Targets of shape ``(batch, positions)``; ``IGNORED`` where there is none.
-        reference: What the reference model says of the same examples, for objectives that compare
-            the model with one.
+        reference: The reference model's values for the same examples, for objectives that compare
+            the model with a reference.
     """
 
     logits: Tensor
@@ -37,8 +37,8 @@ class BatchLoss(NamedTuple):
     """The loss of a batch, summed over its targets.
 
     Attributes:
-        nll: Negative log-likelihood of the targets in nats: what is reported.
-        optimized: The loss whose gradient is taken; `nll` itself unless labels are smoothed.
+        nll: Negative log-likelihood of the targets in nats, which is reported.
+        optimized: The loss to differentiate; `nll` itself unless labels are smoothed.
         num_targets: Number of targets.
     """
 
@@ -51,13 +51,13 @@ class ExampleScore(NamedTuple):
     """The score of one example.
 
     Attributes:
-        nll: Negative log-likelihood of its targets, summed, in nats.
+        nll: Summed negative log-likelihood of its targets, in nats.
         num_targets: Number of targets.
-        is_exact: Whether the most likely class is the target at every position; of a pair of
+        is_exact: Whether the most likely class is the target at every position; for a pair of
             answers, whether the chosen one has the larger reward.
-        margin: By how much its reward is larger; None without a pair.
-        label: The name of its class; empty unless each example has one.
-        predicted: The name of the most likely class; empty likewise.
+        margin: The chosen answer's reward minus the rejected one's; None if there is no pair.
+        label: The name of its class; empty unless examples have one.
+        predicted: The name of the most likely class; empty in the same cases.
     """
 
     nll: float
@@ -69,19 +69,19 @@ class ExampleScore(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a model is trained and scored on.
+    """A training and scoring objective.
 
-    Local training minimizes `loss`; evaluation sums `score` over the examples. A new objective is a
-    class with these methods, made in `objectives.choice.make_objective`.
+    Local training minimizes `loss`; evaluation sums `score` over the examples. To add an objective,
+    write a class with these methods and create it in `objectives.choice.make_objective`.
     """
 
     @property
     def settings(self) -> str:
-        """What is learned, in the words of the configuration: equal for all parties of a run."""
+        """What is learned, in the configuration's terms; equal for all parties of a run."""
 
     @property
     def compares_pairs(self) -> bool:
-        """Whether an example is a pair of answers, and the model is compared with a reference."""
+        """Whether examples are pairs of answers and the model is compared with a reference."""
 
     def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
         """Collate tokenized examples into a batch."""
@@ -96,7 +96,7 @@ class Objective(Protocol):
         """Compute the loss of a batch, summed over its targets."""
 
     def score(self, predictions: Predictions) -> Iterator[ExampleScore]:
-        """Score the examples of a batch one after the other."""
+        """Score the examples of a batch one by one."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ class CausalLM:
     """Next-token prediction on the completions: loss = -sum_t log p(y_t | prompt, y_<t).
 
     Attributes:
-        loss_on: What the completions of a chat are: its ``last`` turn, or the turns of
-            ``all-assistant``.
+        loss_on: Which turns of a chat are completions: ``last``, or ``all-assistant``.
     """
 
     loss_on: str = "last"
@@ -113,7 +112,7 @@ class CausalLM:
 
     @property
     def settings(self) -> str:
-        """What is learned, in the words of the configuration."""
+        """What is learned, in the configuration's terms."""
         return f"objective = sft, loss-on = {self.loss_on}"
 
     def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
@@ -135,7 +134,7 @@ class CausalLM:
         return Predictions(*next_token_pairs(output.logits, batch))
 
     def loss(self, predictions: Predictions, *, label_smoothing: float = 0.0) -> BatchLoss:
-        """Compute the cross entropy of the completion tokens in float32, summed."""
+        """Compute the summed cross entropy of the completion tokens in float32."""
         logits = predictions.logits.float().flatten(0, 1)
         labels = predictions.labels.flatten()
         nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
@@ -153,7 +152,7 @@ class CausalLM:
     def score(self, predictions: Predictions) -> Iterator[ExampleScore]:
         """Score each completion; the sum over its tokens is in float64."""
         for row_logits, row_labels in zip(predictions.logits, predictions.labels, strict=True):
-            # One row at a time, so that the float32 copy of the logits is that of one row.
+            # One row at a time, so that only one row's logits are copied to float32.
             is_target = row_labels != IGNORED
             logits = row_logits[is_target].float()  # (completion, vocabulary)
             labels = row_labels[is_target]  # (completion,)

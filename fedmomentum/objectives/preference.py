@@ -1,7 +1,7 @@
-"""Direct preference optimization (DPO): of two answers, learn to prefer the chosen one.
+"""Direct preference optimization (DPO): learn to prefer the chosen one of two answers.
 
-Rafailov et al., arXiv 2305.18290, with the sigmoid loss. What an answer is worth is measured
-against a fixed reference model, whose log-probabilities are part of the tokenized examples.
+Rafailov et al., arXiv 2305.18290, with the sigmoid loss. Rewards are measured relative to a fixed
+reference model, whose log-probabilities are part of the tokenized examples.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fedmomentum.objectives.objective import BatchLoss, ExampleScore, Prediction
 
 @dataclass(frozen=True)
 class DPO:
-    """Direct preference optimization: loss = -log sigmoid(margin), one target a pair.
+    """Direct preference optimization: loss = -log sigmoid(margin), one target per pair.
 
     The reward of an answer y is beta (log p(y | prompt) - log p_reference(y | prompt)), and the
     margin is the reward of the chosen answer minus that of the rejected one.
 
     Attributes:
-        beta: How much a change of the log-probabilities counts; the larger, the closer the model
-            stays to the reference.
+        beta: The scale of the reward; the larger it is, the closer the model stays to the
+            reference.
     """
 
     beta: float = 0.1
@@ -42,14 +42,14 @@ class DPO:
 
     @property
     def settings(self) -> str:
-        """What is learned, in the words of the configuration."""
+        """What is learned, in the configuration's terms."""
         return f"objective = dpo, dpo-beta = {self.beta!r}"
 
     def collate(self, examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-        """Collate pairs: first all rows of chosen answers, then those of rejected ones.
+        """Collate pairs: all rows of chosen answers first, then those of rejected ones.
 
         Raises:
-            DataError: If an example is no pair, or its reference is not measured.
+            DataError: If an example is not a pair, or its reference was not measured.
         """
         batch = pair_batch(examples, pad_token_id)
         if not all(len(example.reference) == 2 for example in examples):
@@ -57,7 +57,7 @@ class DPO:
                 "the log-probabilities of these pairs under the reference model are not measured; "
                 "call measure_reference first"
             )
-        # In float64: they are differences of large numbers to be.
+        # In float64, since differences of large numbers will be taken.
         batch["reference"] = torch.tensor(
             [example.reference for example in examples], dtype=torch.float64
         )
@@ -73,14 +73,14 @@ class DPO:
         return Predictions(logits, labels, batch["reference"])
 
     def loss(self, predictions: Predictions, *, label_smoothing: float = 0.0) -> BatchLoss:
-        """Compute the loss of the pairs, summed.
+        """Compute the summed loss of the pairs.
 
         Args:
             predictions: The predictions of `predict`.
             label_smoothing: Must be 0.
 
         Raises:
-            ConfigError: If labels are to be smoothed.
+            ConfigError: If label smoothing is requested.
         """
         if label_smoothing:
             raise ConfigError(
@@ -99,18 +99,18 @@ class DPO:
 
     def _margins(self, log_probs: Tensor, predictions: Predictions) -> Tensor:
         """Return the margin of each pair."""
-        assert predictions.reference is not None  # `predict` has set it
+        assert predictions.reference is not None  # set by `predict`
         chosen, rejected = log_probs.chunk(2)
         reference_chosen, reference_rejected = predictions.reference.unbind(dim=1)
-        # The difference of each answer first: where model and reference agree, it is exactly 0.
+        # Subtract per answer first, so that it is exactly 0 where model and reference agree.
         return self.beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
 
 
 def pair_batch(examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate pairs without their reference; see `DPO.collate`.
+    """Collate pairs without their reference values; see `DPO.collate`.
 
     Raises:
-        DataError: If an example is no pair.
+        DataError: If an example is not a pair.
     """
     if not all(example.rejected_ids for example in examples):
         raise DataError(
@@ -123,7 +123,7 @@ def pair_batch(examples: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def predict_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the logits of a batch of pairs, and the tokens that they predict."""
+    """Return the logits of a batch of pairs and the tokens that they predict."""
     output = model(**model_inputs(model, batch))
     return next_token_pairs(output.logits, batch)
 
@@ -132,7 +132,7 @@ def answer_log_probs(predictions: Predictions) -> Tensor:
     """Return the log-probability of each row's answer, summed over its tokens in float64."""
     log_probs = []
     for row_logits, row_labels in zip(predictions.logits, predictions.labels, strict=True):
-        # One row at a time, so that the float32 copy of the logits is that of one row.
+        # One row at a time, so that only one row's logits are copied to float32.
         nll = F.cross_entropy(
             row_logits.float(), row_labels, ignore_index=IGNORED, reduction="none"
         )

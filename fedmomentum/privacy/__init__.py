@@ -1,4 +1,4 @@
-"""Differential privacy of one party: entropy, the accountant, and the ledger of what is spent.
+"""Differential privacy of one party: entropy, the accountant, and the ledger of spending.
 
-What is trained privately, and how, is in `fedmomentum.training.private_trainer`.
+The private training itself is in `fedmomentum.training.private_trainer`.
 """

@@ -1,8 +1,8 @@
-"""How much steps of the subsampled Gaussian mechanism reveal together: (epsilon, delta).
+"""The (epsilon, delta) privacy cost of composed steps of the subsampled Gaussian mechanism.
 
-Neighbors are data sets of which one has one unit more (add or remove). The numbers are those of
-Opacus's accountant by privacy loss random variables (Gopi et al., arXiv 2106.02848), an upper
-bound; where it would need too much memory, those of its Renyi accountant, which are larger. They
+Neighboring data sets differ by one unit (add or remove). The values come from Opacus's accountant
+based on privacy loss random variables (Gopi et al., arXiv 2106.02848), an upper bound; if that
+would need too much memory, they come from its Renyi accountant, which gives larger values. They
 hold for steps whose settings were chosen without looking at the outcomes of earlier steps.
 """
 
@@ -21,21 +21,21 @@ import numpy as np
 from fedmomentum.errors import ConfigError
 
 ORDERS = (*range(2, 65), 96, 128, 256, 512)
-"""Orders of the Renyi divergence: whole numbers, which are quick, and lose little."""
+"""Orders of the Renyi divergence: integers, which are fast and lose little."""
 LARGEST_EPSILON = 1000.0
-"""Beyond this nothing is protected, and the exact number costs more than it is worth."""
+"""Beyond this, nothing is protected, and the exact value is not worth its cost."""
 MAX_GRID = 2**20
-"""Points of a discretized privacy loss: some hundred MB while it is composed."""
+"""Points of a discretized privacy loss: a few hundred MB during composition."""
 SMALLEST_ERROR = 1e-3
 LARGEST_ERROR = 0.1
 MAX_NOISE = 1e4
-"""The largest noise multiplier that is looked for."""
+"""The largest noise multiplier that is searched for."""
 NOISE_RTOL = 2e-3
 
 
 @dataclass(frozen=True, order=True)
 class Steps:
-    """Steps with equal settings.
+    """Steps with identical settings.
 
     Attributes:
         noise_multiplier: Standard deviation of the noise in units of the clipping norm.
@@ -49,11 +49,11 @@ class Steps:
 
 
 def epsilon_of(history: Iterable[Steps], delta: float) -> float:
-    """Return an upper bound of the epsilon of all steps together; infinity where there is none.
+    """Return an upper bound on the total epsilon of all steps; infinity if there is none.
 
     Args:
         history: The steps, in any order.
-        delta: The probability with which the bound may not hold.
+        delta: The delta at which epsilon is computed.
 
     Raises:
         ConfigError: If Opacus is not installed.
@@ -68,7 +68,7 @@ def epsilon_of(history: Iterable[Steps], delta: float) -> float:
 
 
 def fits(history: Iterable[Steps], epsilon: float, delta: float) -> bool:
-    """Return whether steps stay within a budget, by the quicker bound where that suffices."""
+    """Return whether steps stay within a budget, using the faster bound if that suffices."""
     merged = _merged(history)
     if not merged or _renyi_epsilon(merged, delta) <= epsilon:
         return True
@@ -77,7 +77,7 @@ def fits(history: Iterable[Steps], epsilon: float, delta: float) -> bool:
 
 @lru_cache(maxsize=256)
 def noise_for(epsilon: float, delta: float, sample_rate: float, num_steps: int) -> float:
-    """Return about the smallest noise multiplier with which steps stay within a budget.
+    """Return approximately the smallest noise multiplier that keeps steps within a budget.
 
     Args:
         epsilon: The budget's epsilon.
@@ -95,7 +95,7 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, num_steps: int) 
     def suffices(noise: float) -> bool:
         return fits([Steps(noise, sample_rate, num_steps)], epsilon, delta)
 
-    # The quick bound first, which asks for somewhat more noise than the other.
+    # Start with the fast bound, which requires somewhat more noise than the other.
     high = 0.5
     while not renyi_suffices(high):
         high *= 2
@@ -113,7 +113,7 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, num_steps: int) 
 
 
 def _bisect(suffices: Callable[[float], bool], low: float, high: float) -> float:
-    """Return about the smallest number above `low` that suffices, if `high` does."""
+    """Return approximately the smallest number above `low` that suffices, if `high` does."""
     while high - low > NOISE_RTOL * high:
         middle = (low + high) / 2
         if suffices(middle):
@@ -124,7 +124,7 @@ def _bisect(suffices: Callable[[float], bool], low: float, high: float) -> float
 
 
 def _merged(history: Iterable[Steps]) -> list[Steps]:
-    """Return the steps with those of equal settings put together."""
+    """Return the steps, merging those with identical settings."""
     counts: dict[tuple[float, float], int] = {}
     for steps in history:
         key = (steps.noise_multiplier, steps.sample_rate)
@@ -133,20 +133,20 @@ def _merged(history: Iterable[Steps]) -> list[Steps]:
 
 
 def _triples(history: Sequence[Steps]) -> list[tuple[float, float, int]]:
-    """Return the steps as Opacus writes them."""
+    """Return the steps in Opacus's format."""
     return [(one.noise_multiplier, one.sample_rate, one.num_steps) for one in history]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what Opacus and NumPy say of overflows, which give infinities here."""
+    """Silence the warnings of Opacus and NumPy about overflows, which give infinities here."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         yield
 
 
 def _renyi_epsilon(history: Sequence[Steps], delta: float) -> float:
-    """Return the bound of the Renyi accountant; infinity where a number overflows."""
+    """Return the Renyi accountant's bound; infinity on overflow."""
     try:
         from opacus.accountants import RDPAccountant
     except ImportError as error:
@@ -164,8 +164,8 @@ def _renyi_epsilon(history: Sequence[Steps], delta: float) -> float:
 
 
 def _half_width(history: Sequence[Steps], delta_error: float) -> float:
-    """Return how far a grid of privacy losses must reach: Gopi et al., remark 5.6."""
-    # What all steps lose together, and what each of them may lose alone.
+    """Return the half-width that a grid of privacy losses needs: Gopi et al., remark 5.6."""
+    # The privacy loss of all steps together, and of each step alone.
     num_steps = sum(one.num_steps for one in history)
     width = _renyi_epsilon(history, delta_error / 4)
     for one in history:
@@ -175,11 +175,11 @@ def _half_width(history: Sequence[Steps], delta_error: float) -> float:
 
 
 def _numerical_epsilon(history: Sequence[Steps], delta: float, renyi: float) -> float:
-    """Return the bound of the numerical accountant; infinity where it cannot compute one."""
+    """Return the numerical accountant's bound; infinity if it cannot compute one."""
     from opacus.accountants import PRVAccountant
     from opacus.accountants.analysis.prv import Domain
 
-    # The mesh follows from the error that is accepted; it is coarser where memory would not do.
+    # The accepted error determines the mesh, which is coarser if memory would not suffice.
     delta_error = delta / 1000
     half_width = _half_width(history, delta_error)
     num_steps = sum(one.num_steps for one in history)
@@ -190,12 +190,12 @@ def _numerical_epsilon(history: Sequence[Steps], delta: float, renyi: float) -> 
         return math.inf
 
     class Accountant(PRVAccountant):  # type: ignore[misc]
-        """Opacus's accountant on this grid: its own search for one takes a second."""
+        """Opacus's accountant on this grid, since its own search for one takes a second."""
 
         def _get_domain(self, **_: Any) -> Any:
             return Domain.create_aligned(-half_width, half_width, error / mesh_factor)
 
-    # An upper bound: Opacus adds the error to what it computes.
+    # This is an upper bound, since Opacus adds the error to its estimate.
     accountant = Accountant()
     accountant.history = _triples(history)
     try:

@@ -1,9 +1,9 @@
-"""The ledger of a party: what all private trainings on its data have spent together.
+"""A party's ledger: the total privacy spent by all private trainings on its data.
 
-It belongs to the party and counts in its file, whatever run or server a training was for. Every
-training is on disk before its first step, so that a process that dies has never spent more than the
-file says; and the reply is on disk before it leaves, so that a repeated task gets the same bytes,
-not a second noise that could be averaged with the first.
+It belongs to the party and counts trainings in its file, whatever run or server they were for. Each
+training is recorded on disk before its first step, so that a process that dies has never spent more
+than the file says. The reply is stored on disk before it is sent, so that a repeated task gets the
+same bytes rather than a second noise sample that could be averaged with the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedmomentum.utils.records import Record, read_file, read_record, with_check
 from fedmomentum.utils.schema import Count, Hash, Label, PositiveCount, Schema, Text
 
 RETAINED_REPLIES = 4
-"""Replies of the newest trainings that are kept, each of the size of an adapter."""
+"""How many of the newest trainings' replies to keep, each the size of an adapter."""
 MAX_REPLY_BYTES = 2**40
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -38,17 +38,17 @@ class Training(Schema, frozen=True, kw_only=True):
     """One private training.
 
     Attributes:
-        task: Hash of what was asked for: equal for a task that comes again.
+        task: Hash of the request, equal for a repeated task.
         run_id: The run.
         server_round: The round.
         noise_multiplier: Standard deviation of the noise in units of the clipping norm.
-        sample_rate: Probability with which a unit took part in a step.
+        sample_rate: Probability with which a unit took part in each step.
         num_steps: Number of steps.
         max_grad_norm: The clipping norm.
         expected_batch: What the noised sums were divided by.
-        data: Keyed hash of the examples; it shows whether two trainings were on the same.
+        data: Keyed hash of the examples, which shows whether two trainings used the same.
         began: When it began, in UTC.
-        state: `started` until its reply is on disk (`replied`), or it failed. All count.
+        state: `started` until its reply is on disk (`replied`) or it has `failed`. All count.
         reply: Hash of the reply.
     """
 
@@ -67,20 +67,20 @@ class Training(Schema, frozen=True, kw_only=True):
 
     @property
     def steps(self) -> Steps:
-        """What the accountant needs of it."""
+        """The steps for the accountant."""
         return Steps(self.noise_multiplier, self.sample_rate, self.num_steps)
 
 
 class LedgerRecord(Record, frozen=True, kw_only=True):
-    """The file of a ledger.
+    """The contents of a ledger file.
 
     Attributes:
-        format: What the file is.
-        format_version: The version of its form.
+        format: The type of file.
+        format_version: The version of the format.
         party: The client.
-        unit: What is protected: `example`, or the column that names it.
-        public_units: The number of units that was taken for public when the ledger was begun.
-        salt: Secret key of the hashes of data.
+        unit: What is protected: `example`, or the column that names the units.
+        public_units: The number of units that was treated as public when the ledger was created.
+        salt: Secret key for hashes of the data.
         trainings: All trainings, oldest first.
     """
 
@@ -94,16 +94,16 @@ class LedgerRecord(Record, frozen=True, kw_only=True):
 
     @property
     def history(self) -> list[Steps]:
-        """What the accountant needs of all trainings."""
+        """The steps of all trainings for the accountant."""
         return [training.steps for training in self.trainings]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all trainings on a party's data may spend together.
+    """The total that all trainings on a party's data may spend.
 
     Attributes:
-        epsilon: The largest epsilon; None where trainings are only counted.
+        epsilon: The largest epsilon; None to only count trainings.
         delta: The delta at which epsilon is computed.
     """
 
@@ -113,7 +113,7 @@ class Budget:
 
 @dataclass
 class OpenTraining:
-    """A training that is written down, while the ledger is locked.
+    """A training that has been recorded, while the ledger is locked.
 
     Attributes:
         ledger: The ledger.
@@ -124,7 +124,7 @@ class OpenTraining:
     position: int
 
     def finish(self, reply: bytes) -> None:
-        """Store the reply; it may leave after that."""
+        """Store the reply, after which it may be sent."""
         self.ledger.store_reply(self.position, reply)
 
 
@@ -135,7 +135,7 @@ class Ledger:
     Attributes:
         file: Its file.
         party: The client.
-        unit: What is protected: `example`, or the column that names it.
+        unit: What is protected: `example`, or the column that names the units.
         budget: What may be spent.
     """
 
@@ -145,14 +145,14 @@ class Ledger:
     budget: Budget
 
     def begin(self, num_units: int) -> LedgerRecord:
-        """Return the ledger's content; begin the file if there is none.
+        """Return the ledger's contents, creating the file if needed.
 
         Args:
-            num_units: The number of units to take for public, if it is begun.
+            num_units: The number of units to treat as public if it is created.
 
         Raises:
-            PrivacyError: If the file is damaged, of another party or unit, or was removed while
-                its replies are still there.
+            PrivacyError: If the file is damaged, belongs to another party or unit, or was removed
+                while its replies still exist.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self._locked("file"):
@@ -160,7 +160,7 @@ class Ledger:
                 return self.read()
             except FileNotFoundError:
                 pass
-            # Replies outlive the file if someone removes it to start over.
+            # Replies still exist if someone removed the file to start over.
             if self._replies.is_dir():
                 raise PrivacyError(
                     f"{self.file} is missing, and {self._replies} shows that there was a ledger: "
@@ -175,21 +175,21 @@ class Ledger:
                 public_units=num_units,
                 salt=secrets.token_hex(32),
                 trainings=[],
-                # Filled in when it is written.
+                # Filled in when written.
                 sha256="0" * 64,
             )
-            # Only this user may read what was sent, and the key of the hashes.
+            # Only this user may read past replies and the key of the hashes.
             self._replies.mkdir()
             self._replies.chmod(0o700)
             self._write(record)
             return record
 
     def read(self) -> LedgerRecord:
-        """Return the ledger's content.
+        """Return the ledger's contents.
 
         Raises:
             FileNotFoundError: If there is no file.
-            PrivacyError: If it is damaged, or of another party or unit.
+            PrivacyError: If it is damaged, or belongs to another party or unit.
         """
         record = read_ledger(self.file)
         if record.party != self.party:
@@ -206,16 +206,16 @@ class Ledger:
         return record
 
     def stored_reply(self, task: str) -> bytes | None:
-        """Return the reply to a task that was done already; None if it was not, or is not kept."""
+        """Return the stored reply to a completed task; None if it is not done or no longer kept."""
         for training in reversed(self.read().trainings):
-            # A task may have failed before it was done, so the newest reply counts.
+            # A task may have failed before it succeeded, so take the newest reply.
             if training.task != task or training.reply is None:
                 continue
             try:
                 reply = read_file(self._reply_file(training), max_bytes=MAX_REPLY_BYTES)
             except FileNotFoundError:
                 return None
-            # A damaged reply must not leave; the task is then trained, and counted, again.
+            # A damaged reply must not be sent; the task is then trained and counted again.
             return reply if sha256(reply) == training.reply else None
         return None
 
@@ -223,23 +223,23 @@ class Ledger:
     def training(
         self, task: str, run_id: str, server_round: int, mechanism: Mechanism, data: str
     ) -> Iterator[OpenTraining]:
-        """Write a training down, and keep others from training on this ledger within the block.
+        """Record a training, and keep others from training on this ledger within the block.
 
-        A task that died without a reply is not counted again when it is repeated: nothing of it
-        has left. One that failed is, since what the server learned of it may depend on the data.
+        A task that died without a reply is not counted again when repeated, since it revealed
+        nothing. One that failed is, since what the server learned about it may depend on the data.
 
         Args:
-            task: Hash of what is asked for.
+            task: Hash of the request.
             run_id: The run.
             server_round: The round.
             mechanism: The steps.
             data: Keyed hash of the examples.
 
         Raises:
-            PrivacyError: If the training would spend more than the budget, or another process
-                trains on this ledger.
+            PrivacyError: If the training would exceed the budget, or another process is training
+                on this ledger.
         """
-        # Held until the reply is stored, so that no two processes train for one entry.
+        # Held until the reply is stored, so that two processes never train for the same entry.
         with self._locked("training", waits=False):
             training = Training(
                 task=task,
@@ -262,11 +262,11 @@ class Ledger:
                 raise
 
     def _enter(self, training: Training) -> int:
-        """Write a training down; return its position."""
+        """Record a training and return its position."""
         with self._locked("file"):
             record = self.read()
             last = record.trainings[-1] if record.trainings else None
-            # A started one whose process holds no lock any more died before its reply was stored.
+            # If a started one's process no longer holds the lock, it died before storing its reply.
             if last is not None and last.task == training.task and last.state == "started":
                 if last.steps == training.steps:
                     return len(record.trainings) - 1
@@ -276,10 +276,10 @@ class Ledger:
             return len(trainings) - 1
 
     def check_budget(self, history: Sequence[Steps], more: Steps) -> None:
-        """Refuse steps that would spend more than the budget.
+        """Reject steps that would exceed the budget.
 
         Raises:
-            PrivacyError: If they would; the message says how much.
+            PrivacyError: If they would; the message says by how much.
         """
         budget = self.budget
         if budget.epsilon is None or fits([*history, more], budget.epsilon, budget.delta):
@@ -294,14 +294,14 @@ class Ledger:
         )
 
     def store_reply(self, position: int, reply: bytes) -> None:
-        """Store the reply of a training, first the reply itself and then that there is one."""
+        """Store the reply of a training: first the reply itself, then the record of it."""
         with self._locked("file"):
             record = self.read()
             training = msgspec.structs.replace(
                 record.trainings[position], state="replied", reply=sha256(reply)
             )
             self._replies.mkdir(exist_ok=True)
-            # Were the record first, a kill between the two would leave a reply that is nowhere.
+            # In the opposite order, a kill in between would leave a record without its reply.
             write_atomically(self._reply_file(training), reply)
             trainings = [*record.trainings]
             trainings[position] = training
@@ -309,10 +309,10 @@ class Ledger:
             self._prune(trainings)
 
     def _fail(self, position: int) -> None:
-        """Write down that a training has failed, unless its reply is stored."""
+        """Record that a training has failed, unless its reply is stored."""
         with self._locked("file"):
             record = self.read()
-            # What fails after that is the way to the server.
+            # After that, only sending it to the server can have failed.
             if record.trainings[position].state == "replied":
                 return
             trainings = [*record.trainings]
@@ -335,17 +335,17 @@ class Ledger:
         return self._replies / training.reply
 
     def _write(self, record: LedgerRecord) -> None:
-        """Write the file, readable by this user only."""
+        """Write the file, readable only by this user."""
         table = msgspec.to_builtins(record)
         write_atomically(self.file, json_bytes(with_checksum(table)))
         self.file.chmod(0o600)
 
     @contextmanager
     def _locked(self, purpose: str, *, waits: bool = True) -> Iterator[None]:
-        """Hold a lock, which ends with the process.
+        """Hold a lock, which is released when the process ends.
 
         Raises:
-            PrivacyError: If it does not wait, and another process holds it.
+            PrivacyError: If `waits` is False and another process holds it.
         """
         file = self.file.with_suffix(f".{purpose}.lock")
         with file.open("a") as lock:
@@ -359,17 +359,17 @@ class Ledger:
 
 
 def read_ledger(file: Path) -> LedgerRecord:
-    """Return the content of a ledger's file.
+    """Read a ledger file.
 
     Raises:
         FileNotFoundError: If there is none.
-        PrivacyError: If it is damaged, or no ledger.
+        PrivacyError: If it is damaged or not a ledger.
     """
     return read_record(file, LedgerRecord, PrivacyError)
 
 
 def round_down(number: int) -> int:
-    """Return a number rounded down to two digits: 1234 to 1200."""
+    """Round a number down to two significant digits: 1234 to 1200."""
     num_dropped = max(0, len(str(number)) - 2)
     scale = int("1" + "0" * num_dropped)
     return number // scale * scale

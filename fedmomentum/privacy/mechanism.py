@@ -1,4 +1,4 @@
-"""The mechanism of a private training, in the numbers that decide what it reveals."""
+"""The mechanism of a private training: the parameters that determine what it reveals."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from fedmomentum.errors import ConfigError
 class Mechanism:
     """Steps of the Poisson-subsampled Gaussian mechanism (DP-SGD, Abadi et al., arXiv 1607.00133).
 
-    In each step every unit is drawn with probability `sample_rate`, its gradient is clipped to the
-    norm `max_grad_norm`, and the sum gets normal noise with the standard deviation
-    `noise_multiplier * max_grad_norm`. Neighbors are two data sets of which one has one unit more.
+    In each step, every unit is sampled with probability `sample_rate`, its gradient is clipped to
+    the norm `max_grad_norm`, and Gaussian noise with standard deviation
+    `noise_multiplier * max_grad_norm` is added to the sum. Neighboring data sets differ by one
+    unit (add or remove).
 
     Attributes:
         noise_multiplier: Standard deviation of the noise in units of the clipping norm.
         sample_rate: Probability with which a unit takes part in a step.
         num_steps: Number of steps.
-        max_grad_norm: The norm that the gradient of one unit is clipped to, over all parameters.
-        expected_batch: What the noised sum is divided by: a public number, not the units drawn.
+        max_grad_norm: The norm to which a unit's gradient, over all parameters, is clipped.
+        expected_batch: What the noised sum is divided by: a public number, not the sampled count.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -35,8 +36,8 @@ class Mechanism:
     expected_batch: float
 
     def __post_init__(self) -> None:
-        """Refuse what is no private mechanism."""
-        # Not `value <= 0`: NaN is no noise either.
+        """Reject parameters that do not give privacy."""
+        # Not `value <= 0`, so that NaN is rejected too.
         for name in ("noise_multiplier", "max_grad_norm", "expected_batch"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -51,12 +52,12 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class PrivateSettings:
-    """What makes a training private.
+    """The settings of a private training.
 
     Attributes:
         mechanism: The steps.
         units: The rows of each unit, by index.
-        max_rows: The most rows that go through the model together, however many are drawn.
+        max_rows: The most rows per forward pass, however many are sampled.
     """
 
     mechanism: Mechanism
@@ -65,12 +66,12 @@ class PrivateSettings:
 
 
 def group_units(names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Return the rows of each unit, in the order in which the units appear.
+    """Return the rows of each unit, with units in order of first appearance.
 
     Args:
-        names: The unit of each row; "" for a row that is a unit of its own.
+        names: The unit of each row; "" for a row that is its own unit.
     """
-    # A row without a name is a unit under its own number, which no name equals.
+    # A row without a name is a unit keyed by its number, which no name can equal.
     rows_by_unit: dict[str | int, list[int]] = {}
     for row, name in enumerate(names):
         rows_by_unit.setdefault(name or row, []).append(row)

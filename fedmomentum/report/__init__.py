@@ -1,6 +1,6 @@
-"""Pages that show runs and comparisons: HTML files that need no others. Reads files only.
+"""Self-contained HTML pages about runs and comparisons, made only from their files.
 
-The functions are imported on first use: the figures' library takes half a second to load.
+Functions are imported on first use, since the plotting library takes half a second to load.
 """
 
 import importlib

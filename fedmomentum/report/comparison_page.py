@@ -1,4 +1,4 @@
-"""The page of a comparison, `comparison.html`, and the data of its figures as CSV files."""
+"""The page of a comparison, `comparison.html`, and its figures' data as CSV files."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from fedmomentum.results.statistics import MeanEstimate
 from fedmomentum.results.summary import natural_order
 
 DATA = "comparison-data"
-# Settings in which the runs of a comparison differ by intention.
+# Settings in which the runs of a comparison differ intentionally.
 _COMPARED_KEYS = {"method.name", "method.settings", "run.seed"}
 
-# Settings that runs do not share: key to (value, its methods) pairs.
+# Settings that differ between runs: key -> pairs of a value and its methods.
 Differences = list[tuple[str, list[tuple[str, str]]]]
 
 
 def write_comparison_page(
     directories: Sequence[str | Path], *, out: str | Path | None = None, target: float = 0.5
 ) -> Path:
-    """Write `comparison.html` and a CSV a figure in `comparison-data/`.
+    """Write `comparison.html`, and one CSV per figure in `comparison-data/`.
 
-    The same directories give the same bytes.
+    The output is reproducible byte for byte.
 
     Args:
-        directories: One that `fedmomentum compare` wrote, or those of several runs.
+        directories: One directory written by `fedmomentum compare`, or those of several runs.
         out: Where to write; by default the comparison's directory, or the current one.
         target: The exact match up to which rounds, bytes and time are counted; a comparison has its
             own.
@@ -69,7 +69,7 @@ def write_comparison_page(
         content = _content(comparison, _commands(comparison, paths))
         out_dir = Path(out or ".")
 
-    # The page, and the data of its figures.
+    # Write the page and the data of its figures.
     plots = _plots(comparison, content["summaries"], content["clients"])
     page = render("comparison.html.j2", content | plots, lambda plot: f"{DATA}/{plot.key}.csv")
     (out_dir / DATA).mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def write_comparison_page(
 
 @dataclass(frozen=True)
 class _Leaders:
-    """The methods of the cards at the top of the page; None where none has the score."""
+    """The methods on the cards at the top of the page; None if no method has the score."""
 
     highest: MethodSummary | None
     lowest: MethodSummary | None
@@ -90,7 +90,7 @@ class _Leaders:
 
 
 def _content(comparison: Comparison, commands: list[tuple[str, str]]) -> dict[str, Any]:
-    """Return what the template shows, figures excepted."""
+    """Return the data for the template, except figures."""
     summaries = summarize_methods(comparison)
     references = {one.method for one in comparison.method_runs if one.kind != "federated"}
     leaders = _find_leaders(summaries, references)
@@ -136,7 +136,7 @@ def _plots(
 
 
 def _find_leaders(summaries: Sequence[MethodSummary], references: set[str]) -> _Leaders:
-    """Find the best method by each measure; references compete for the fewest bytes only."""
+    """Find the best method by each measure; references only compete for the fewest bytes."""
     scored = []
     for summary in summaries:
         if summary.exact_match and summary.loss and summary.method not in references:
@@ -181,7 +181,7 @@ def _unfinished(comparison: Comparison) -> list[str]:
 
 
 def _find_differences(comparison: Comparison) -> Differences:
-    """Find settings that the federated runs do not share, besides those that are compared."""
+    """Find settings that differ between the federated runs, besides those being compared."""
     # The settings of each federated run.
     settings = []
     for one in comparison.method_runs:
@@ -191,7 +191,7 @@ def _find_differences(comparison: Comparison) -> Differences:
     for _, table in settings:
         keys.update(table)
 
-    # Keys with several values, each value with the methods that have it.
+    # Keys with several values, with the methods that have each value.
     differences = []
     for key in sorted(keys - _COMPARED_KEYS):
         methods_by_value: dict[str, list[str]] = {}
@@ -206,7 +206,7 @@ def _find_differences(comparison: Comparison) -> Differences:
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, str]:
-    """Return `section.key` to value."""
+    """Flatten settings into `section.key` -> value."""
     flat = {}
     for section, values in settings.items():
         if isinstance(values, dict):
@@ -216,7 +216,7 @@ def _flatten(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _environment_facts(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
-    """Return every fact of the runs' environments with all its values."""
+    """Return all facts about the runs' environments, with all their values."""
     facts: dict[str, list[str]] = {}
     for run in runs:
         for name, value in run.environment.items():
@@ -227,7 +227,7 @@ def _environment_facts(runs: Sequence[RunResults]) -> list[tuple[str, str]]:
 
 
 def _commands(comparison: Comparison, directories: Sequence[Path]) -> list[tuple[str, str]]:
-    """Return the comparison's command, or those that make this page and runs like these."""
+    """Return the comparison's command, or the commands for this page and for similar runs."""
     if comparison.command:
         return [("This comparison; run again, it continues where it stopped", comparison.command)]
     page = shlex.join(["fedmomentum", "report", *map(str, directories)])

@@ -1,4 +1,4 @@
-"""What the pages share: rendering a template, and writing the file."""
+"""Shared parts of the pages: rendering a template and writing the file."""
 
 import functools
 import os
@@ -18,15 +18,15 @@ def render(template: str, content: Mapping[str, Any], csv_link: Callable[[Plot],
 
     Args:
         template: A template file of this package.
-        content: What the template shows.
-        csv_link: Returns the address of a plot's CSV.
+        content: The data for the template.
+        csv_link: Returns the URL of a plot's CSV.
     """
     return _environment(csv_link).get_template(template).render(content)
 
 
 @functools.cache
 def _environment(csv_link: Callable[[Plot], str]) -> jinja2.Environment:
-    """Return the environment of all templates, which compiles each of them once."""
+    """Return the environment of all templates, which compiles each only once."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -61,7 +61,7 @@ def _load_template(name: str) -> str:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page completely or not at all, and return its path."""
+    """Write a page atomically and return its path."""
     unfinished = path.with_name(f".{path.name}.tmp")
     unfinished.write_text(page, encoding="utf-8", newline="\n")
     os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""The page to watch a run on, made of the files of its directory while the run is in progress."""
+"""The page for watching a run in progress, made from the files in its directory."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 MAX_LOG_LINES = 40
 MAX_LINE = 400
-"""Characters of a line of the log."""
+"""The most characters per log line."""
 LOG_TAIL_BYTES = 2**16
-"""What is read of the log's end."""
+"""How many bytes to read from the end of the log."""
 DRAWING_FRACTION = 0.1
-"""The fraction of a processor that drawing curves may take, if rounds follow quickly."""
+"""The fraction of a core that drawing curves may use when rounds are fast."""
 
 
 @dataclass(frozen=True)
 class _Section:
-    """A section of the page; `scrolls` for a wide table, or a long log."""
+    """A section of the page; `scrolls` is for wide tables and long logs."""
 
     key: str
     title: str
@@ -56,13 +56,13 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class LiveUpdate:
-    """What the page shows at a moment.
+    """The content of the page at one moment.
 
     Attributes:
-        parts: Part of the page to its HTML; all text in it is escaped.
-        title: The window's.
+        parts: Part of the page -> its HTML, with all text escaped.
+        title: The window's title.
         spoken: What screen readers announce, if it has changed.
-        now: When, in seconds since 1970.
+        now: The time, in seconds since 1970.
     """
 
     parts: dict[str, str]
@@ -72,15 +72,16 @@ class LiveUpdate:
 
 
 class LivePage:
-    """Reads the files of a run in progress, and makes the parts of its page of them.
+    """Reads the files of a run in progress and makes the parts of its page from them.
 
-    What cannot be read at a moment, because the run is just writing or pruning it, stays as it was.
+    Data that cannot be read at the moment, because the run is writing or pruning it, is left as it
+    was.
 
     Args:
-        directory: The run's.
-        log: The log's file in it.
-        since: When the run was started, in seconds since 1970; an older status is that of an
-            earlier start.
+        directory: The run's directory.
+        log: The log file in it.
+        since: When the run was started, in seconds since 1970; an older status is from an earlier
+            start.
         clock: Returns the time.
     """
 
@@ -104,16 +105,16 @@ class LivePage:
         self._draw_at = 0.0
 
     def update(self, *, is_ended: bool = False) -> LiveUpdate:
-        """Return what the page shows now.
+        """Return the current content of the page.
 
         Args:
-            is_ended: Whether the run's process has ended; then the report is part of the page.
+            is_ended: Whether the run's process has ended, in which case the report is included.
         """
         self._read()
         now = self._clock()
         run = self._run
         view = live_view(self._status, run, is_ended=is_ended, now=now)
-        # The report has the curves, and much more.
+        # The report includes the curves and much more.
         report = ""
         if is_ended and run is not None and run.rounds:
             report = report_section(run)
@@ -131,11 +132,11 @@ class LivePage:
 
     @property
     def name(self) -> str:
-        """The run's name: that of its directory."""
+        """The run's name, which is that of its directory."""
         return shown_name(self._directory.resolve().name)
 
     def page(self, update: LiveUpdate) -> str:
-        """Return the whole page as it is at a moment."""
+        """Return the whole page for an update."""
         content = {
             "name": self.name,
             "directory": printable(str(self._directory)),
@@ -158,8 +159,8 @@ class LivePage:
     # ── reading ──
 
     def _read(self) -> None:
-        """Read the files that have changed."""
-        # What fails now is read again at the next look.
+        """Reread the files that have changed."""
+        # Files that fail are read again next time.
         if self._has_changed(STATUS_FILE):
             try:
                 status = read_status(self._directory)
@@ -168,7 +169,7 @@ class LivePage:
             else:
                 if status.written >= self._since:
                     self._status = status
-        # The plan comes before the first round, the metrics with every round.
+        # The plan is written before the first round, the metrics with every round.
         changes = [self._has_changed(name) for name in ("plan.json", METRICS)]
         if any(changes):
             try:
@@ -177,7 +178,7 @@ class LivePage:
                 self._stamps.pop("plan.json", None)
 
     def _has_changed(self, name: str) -> bool:
-        """Return whether a file has changed since this was last asked."""
+        """Return whether a file has changed since the last call."""
         try:
             status = os.stat(self._directory / name)
         except OSError:
@@ -198,13 +199,13 @@ class LivePage:
                 lines = file.read(LOG_TAIL_BYTES).decode("utf-8", "replace").split("\n")
         except OSError:
             return []
-        # The first line may have been cut, the last one is empty.
+        # The first line may be partial, and the last one is empty.
         complete = lines[1:-1] if start else lines[:-1]
         return [printable(line, MAX_LINE) for line in complete[-MAX_LOG_LINES:]]
 
     def _versions(self) -> list[tuple[str, str]]:
-        """Return the versions of the model and of what computes it, here and at the clients."""
-        # Of the model, as the run said last.
+        """Return the versions of the model and software, here and on the clients."""
+        # The model's, as last reported by the run.
         facts = []
         model = self._status.version if self._status is not None else None
         run = self._run
@@ -217,7 +218,7 @@ class LivePage:
         facts += [("base model", run.plan.model), ("method", run.plan.method)]
         versions = run.environment.get("versions", {})
         facts += [(str(name), str(value)) for name, value in versions.items()]
-        # Over a network, every client says what it computes with.
+        # Over a network, each client reports its own.
         clients = run.environment.get("clients", {})
         for name in sorted(clients, key=natural_order)[:MAX_CLIENTS]:
             facts.append((name, str(clients[name])))
@@ -229,7 +230,7 @@ class LivePage:
         return render("live_parts.html.j2", {"part": part, **content}, _no_csv).strip()
 
     def _draw(self) -> str:
-        """Return the curves, drawn again if there are more rounds and it is not too soon."""
+        """Return the curves, redrawn if there are new rounds and it is not too soon."""
         rounds = [] if self._run is None else self._run.rounds
         started = self._clock()
         if not rounds or len(rounds) == self._num_drawn or started < self._draw_at:
@@ -246,7 +247,7 @@ def _no_csv(plot: Plot) -> str:
 
 
 def _spoken(view: LiveView) -> str:
-    """Return what screen readers announce: rounds, failures and the end, not every step."""
+    """Return what screen readers announce: rounds, failures and the end, but not every step."""
     if view.num_finished and not view.is_ended:
         text = f"Round {view.num_finished} of {view.num_rounds} finished"
     else:

@@ -1,6 +1,6 @@
-"""What the page to watch says of a run: a status and the finished rounds, in the page's words.
+"""The content of the live page: a run's status and finished rounds, in the page's words.
 
-Only what the run's files publish is said; what its metrics withhold is named as withheld.
+It shows only what the run's files publish; what the metrics withhold is marked as withheld.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 MAX_CLIENTS = 100
-"""Clients with a row of their own, those first that need attention."""
+"""The most clients with their own row; those that need attention come first."""
 MAX_ROUNDS = 20
-"""Rounds with a row of their own, the last ones; the curves have all."""
+"""The most rounds with their own row, the latest ones; the curves show all."""
 MAX_NAMES = 8
-"""Names in a sentence or a cell."""
+"""The most names in a sentence or cell."""
 NAME_LENGTH = 64
 WITHHELD = "withheld"
 # Clients that need attention come first.
@@ -36,7 +36,7 @@ KINDS = {"failed": "bad", "late": "bad", "busy": "busy", "done": "calm", "idle":
 
 @dataclass(frozen=True)
 class ClientRow:
-    """A row of the table of clients; `kind` is a class of the style sheet."""
+    """A row of the clients table; `kind` is a class in the style sheet."""
 
     name: str
     connected: str
@@ -52,7 +52,7 @@ class ClientRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A row of the table of rounds."""
+    """A row of the rounds table."""
 
     round: int
     is_best: bool
@@ -70,34 +70,34 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class LiveView:
-    """What the page says.
+    """The content of the page.
 
     Attributes:
         now: The time, in seconds since 1970; deadlines count down from it.
         is_ended: Whether the run's process has ended.
         is_finished: Whether all rounds are done.
-        has_begun: Whether anything is known of the run.
-        reason: Why it stopped; empty where that is not known.
-        where: Up to where it got, if it stopped.
+        has_begun: Whether anything is known about the run.
+        reason: Why the run stopped; empty if unknown.
+        where: How far it got, if it stopped.
         phase: What the run is doing.
         round: The current round; None before the first.
-        num_rounds: Rounds of the run; 0 where that is not known yet.
-        num_finished: Rounds that are finished.
-        message: What is done before the rounds.
-        waiting_for: Clients without which the round does not begin; `num_more_waiting` are not
-            named.
+        num_rounds: Number of rounds of the run; 0 if not known yet.
+        num_finished: Number of finished rounds.
+        message: What is being prepared before the rounds.
+        waiting_for: Clients that the round waits for before it begins; `num_more_waiting` more are
+            not named.
         waits_until: Until when.
-        due: When the clients' answers are due, the last of them.
-        num_asked: Clients of the round.
-        num_answered: Those that have answered, or trained.
-        num_failed: Those that will not.
-        num_aggregated: Modules that are aggregated, of `num_modules`.
-        withheld: Why something is withheld; empty for nothing. `left_out` says what.
-        score_label: What `score` is; `score_note` says of which model.
-        bytes_since: What the bytes are counted over.
-        client_count: How many clients there are; `client_note` says what they do.
-        networked: Whether the clients are elsewhere.
-        measure: What a round's score is.
+        due: The latest time at which a client's answer is due.
+        num_asked: Number of clients in the round.
+        num_answered: Number of those that have answered or trained.
+        num_failed: Number of those that have failed.
+        num_aggregated: Number of modules already aggregated, of `num_modules`.
+        withheld: Why something is withheld; empty if nothing is. `left_out` says what.
+        score_label: What `score` measures; `score_note` says for which model.
+        bytes_since: The period over which bytes are counted.
+        client_count: How many clients there are; `client_note` says what they are doing.
+        networked: Whether the clients are on other machines.
+        measure: What a round's score measures.
     """
 
     now: float
@@ -138,7 +138,7 @@ class LiveView:
 
     @property
     def headline(self) -> str:
-        """The state in a few words, for the window's title and for screen readers."""
+        """The state in a few words, for the window's title and screen readers."""
         if self.is_ended and self.is_finished:
             return f"All {self.num_rounds} rounds are finished"
         if self.is_ended:
@@ -155,15 +155,15 @@ class LiveView:
 def live_view(
     status: StatusFile | None, run: RunResults | None, *, is_ended: bool, now: float
 ) -> LiveView:
-    """Return what the page says.
+    """Return the content of the page.
 
     Args:
-        status: What the run wrote last; None before the first time.
+        status: The run's latest status; None if none has been written yet.
         run: Its plan and rounds; None before they are written.
         is_ended: Whether the run's process has ended.
         now: The time, in seconds since 1970.
     """
-    # Either source may be missing: a run may be watched before it has written anything.
+    # Either may be missing, since a run may be watched before it has written anything.
     rounds = [] if run is None else run.rounds
     withheld = rounds[-1].withheld if rounds else None
     num_finished = rounds[-1].round if rounds else 0
@@ -189,7 +189,7 @@ def live_view(
 
 
 def shown_name(name: str) -> str:
-    """Return a client's name as the page shows it, whatever it is."""
+    """Return a client's name, sanitized for display."""
     return shorten(printable(name), NAME_LENGTH)
 
 
@@ -209,16 +209,16 @@ def _where(num_finished: int, num_rounds: int) -> str:
 
 
 def _progress(status: StatusFile | None) -> dict[str, Any]:
-    """Return what is happening now."""
+    """Return what is currently happening."""
     if status is None:
         return {}
-    # Who is waited for, and what the clients of the round do.
+    # Clients that the run waits for, and the states of those in the round.
     waiting = [shown_name(name) for name in status.waiting_for[:MAX_NAMES]]
     states = [client.state for client in status.clients.values()]
     deadlines = [client.until for client in status.clients.values() if client.until is not None]
     num_asked = len(states) - states.count("idle")
     if not status.networked:
-        # One after the other, so most have not begun; nothing tells how far an evaluation is.
+        # Clients run in turn, so most have not begun; an evaluation's progress is unknown.
         num_asked = len(status.participants) if status.phase == "training" else 0
     return {
         "phase": status.phase,
@@ -237,14 +237,15 @@ def _progress(status: StatusFile | None) -> dict[str, Any]:
 
 
 def _traffic(status: StatusFile | None, rounds: Sequence[RoundRecord]) -> dict[str, Any]:
-    """Return the bytes so far: those of the finished rounds, or all since the server's start."""
+    """Return the bytes so far: of the finished rounds, or since the server's start."""
     up = sum(sum(record.uplink_bytes.values()) for record in rounds)
     down = sum(sum(record.downlink_bytes.values()) for record in rounds)
     since = "in the finished rounds"
     clients = () if status is None else status.clients.values()
     live_up = sum(client.up_bytes for client in clients)
     live_down = sum(client.down_bytes for client in clients)
-    # A resumed server counts from its start; one that was not knows of the round in progress.
+    # A resumed server counts from its restart, so its count may be the smaller one; otherwise it
+    # includes the round in progress.
     if live_up + live_down > up + down:
         return {"up_bytes": live_up, "down_bytes": live_down, "bytes_since": "so far"}
     return {"up_bytes": up, "down_bytes": down, "bytes_since": since}
@@ -254,10 +255,10 @@ def _traffic(status: StatusFile | None, rounds: Sequence[RoundRecord]) -> dict[s
 
 
 def _clients(status: StatusFile | None, now: float) -> dict[str, Any]:
-    """Return the table of clients, and what they do in a few words."""
+    """Return the clients table and a brief summary of what they are doing."""
     if status is None:
         return {}
-    # What each does, and those first that need attention.
+    # Sort clients by state, those that need attention first.
     kinds = {name: _kind(client, now) for name, client in status.clients.items()}
     names = sorted(kinds, key=lambda name: (ORDER[kinds[name]], natural_order(name)))
     rows = [_client_row(name, status, kinds[name]) for name in names[:MAX_CLIENTS]]
@@ -290,7 +291,7 @@ def _kind(client: ClientStatus, now: float) -> str:
 def _client_row(name: str, status: StatusFile, kind: str) -> ClientRow:
     client = status.clients[name]
     reason = shorten(printable(client.reason), REASON_LENGTH) if client.reason else ""
-    # A client may be well by now, and still too slow.
+    # A client may be fine by now but still too slow.
     if client.late_replies:
         times = "once" if client.late_replies == 1 else f"{client.late_replies} times"
         reason = f"{reason}; answered too late {times}".removeprefix("; ")
@@ -309,7 +310,7 @@ def _client_row(name: str, status: StatusFile, kind: str) -> ClientRow:
 
 
 def _state(name: str, status: StatusFile, kind: str) -> str:
-    """Return what a client does, in words."""
+    """Describe what a client is doing."""
     if kind == "busy":
         return "evaluating" if status.phase == "evaluating" else "training"
     if kind == "done":
@@ -325,7 +326,7 @@ def _state(name: str, status: StatusFile, kind: str) -> str:
 
 
 def _step(client: ClientStatus) -> str:
-    """Return how far a client's training is, where this machine sees it."""
+    """Return the progress of a client's training, if visible from this machine."""
     if client.step is None or client.num_steps is None:
         return ""
     text = f"step {client.step} of {client.num_steps}"
@@ -340,7 +341,7 @@ def _is_withheld(withheld: Withheld | None, name: str) -> bool:
 
 
 def _scores(rounds: Sequence[RoundRecord], withheld: Withheld | None) -> dict[str, Any]:
-    """Return the last score, and what it is."""
+    """Return the latest score and what it measures."""
     if _is_withheld(withheld, "evaluation"):
         return {"score": WITHHELD, "score_note": "no held-out score is revealed"}
     for record in reversed(rounds):
@@ -358,7 +359,7 @@ def _scores(rounds: Sequence[RoundRecord], withheld: Withheld | None) -> dict[st
 
 def _round_row(record: RoundRecord) -> RoundRow:
     score = scored(record.evaluation.total) if record.evaluation else None
-    # What is empty on purpose says so.
+    # Mark what is intentionally empty.
     hidden = WITHHELD if _is_withheld(record.withheld, "evaluation") else MISSING
     no_train_loss = WITHHELD if _is_withheld(record.withheld, "train_loss") else MISSING
     failures = _shown_failures(record.failures)

@@ -1,4 +1,4 @@
-"""The page of a run, `report.html`: one file that needs no others."""
+"""The page of a run, `report.html`: a single self-contained file."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fedmomentum.results.summary import (
     total_seconds,
 )
 
-# Name and value, as a table of two columns.
+# Names and values, for a table with two columns.
 Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Participant:
-    """A client in a row of the table of rounds; `reason` says why its update is missing."""
+    """A client in a row of the rounds table; `reason` says why its update is missing."""
 
     name: str
     weight: float | None
@@ -47,7 +47,7 @@ class Participant:
 
 @dataclass(frozen=True)
 class LabelRow:
-    """A row of the table of a classifier's labels."""
+    """A row of a classifier's label table."""
 
     name: str
     base: LabelCounts | None
@@ -56,7 +56,7 @@ class LabelRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A row of the table of rounds."""
+    """A row of the rounds table."""
 
     record: RoundRecord
     participants: list[Participant]
@@ -64,18 +64,18 @@ class RoundRow:
 
     @property
     def failures(self) -> list[Participant]:
-        """The participants whose update, or evaluation, is missing."""
+        """The participants whose update or evaluation is missing."""
         return [one for one in self.participants if one.reason is not None]
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into a run directory; the same directory gives the same bytes.
+    """Write `report.html` into a run directory, with reproducible bytes.
 
     Returns:
         The page's path.
 
     Raises:
-        ModelError: If the directory, or a file that every run has, is missing.
+        ModelError: If the directory or a required file is missing.
         DataError: If a file is damaged.
     """
     run_dir = Path(run_dir)
@@ -85,7 +85,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def report_section(run: RunResults) -> str:
-    """Return what `report.html` shows of a run, as a section of another page."""
+    """Return the content of `report.html` as a section for another page."""
     return render("run.html.j2", {**_content(run), "title_tag": "h2"}, _embedded_csv)
 
 
@@ -94,7 +94,7 @@ def _embedded_csv(plot: Plot) -> str:
 
 
 def _content(run: RunResults) -> dict[str, Any]:
-    """Return what the template shows."""
+    """Return the data for the template."""
     rounds = run.rounds
     num_done = rounds[-1].round
     is_finished = num_done >= run.plan.num_rounds
@@ -149,7 +149,7 @@ def score_plots(rounds: Sequence[RoundRecord]) -> list[Plot]:
 
 def _plots(run: RunResults, summary: Sequence[SummaryRow]) -> dict[str, list[Plot]]:
     """Return the figures by section."""
-    # A run without categories has a single one without a name.
+    # A run without categories has a single unnamed one.
     by_category = None
     if _named_categories(summary):
         by_category = scores.intervals_plot(summary, "category", "By category")
@@ -173,7 +173,7 @@ def _named_categories(summary: Sequence[SummaryRow]) -> list[SummaryRow]:
 
 
 def _label_rows(total: SummaryRow) -> list[LabelRow]:
-    """Return how both models do on each label of a classifier; nothing for a language model."""
+    """Return both models' scores for each label of a classifier; empty for a language model."""
     before = total.base.by_label if total.base else {}
     after = total.federated.by_label if total.federated else {}
     names = sorted(before.keys() | after.keys(), key=natural_order)
@@ -189,7 +189,7 @@ def _best_round(rounds: Sequence[RoundRecord]) -> int | None:
 
 
 def _round_row(record: RoundRecord) -> RoundRow:
-    # Clients that were sampled, and those whose evaluation failed.
+    # Clients that were sampled, plus those whose evaluation failed.
     participants = []
     names = {*record.participants, *record.failures}
     for name in sorted(names, key=natural_order):
@@ -234,14 +234,14 @@ def _plan_facts(run: RunResults) -> Facts:
 
 
 def _environment_facts(environment: dict[str, Any]) -> Facts:
-    """Return the single facts, then those of its tables."""
-    # Single facts.
+    """Return individual facts, then those in tables."""
+    # Individual facts.
     facts = []
     for name, value in environment.items():
         if not isinstance(value, dict):
             facts.append((name, str(value)))
 
-    # Tables, such as the versions of the libraries.
+    # Tables, such as library versions.
     for value in environment.values():
         if isinstance(value, dict):
             facts += [(name, str(one)) for name, one in value.items()]
@@ -249,7 +249,7 @@ def _environment_facts(environment: dict[str, Any]) -> Facts:
 
 
 def _example_client(run: RunResults) -> str | None:
-    """Return a client to name in commands; None where all clients share one model."""
+    """Return a client to use in example commands; None if all clients share one model."""
     checkpoint = run.checkpoint
     if checkpoint is None or checkpoint.run is None or not checkpoint.personal:
         return None
@@ -259,13 +259,13 @@ def _example_client(run: RunResults) -> str | None:
 def _commands(
     name: str, *, finished: bool, client: str | None, is_classifier: bool
 ) -> list[tuple[str, str]]:
-    """Return what can be done with the run, as commands that can be pasted into a shell.
+    """Return titled commands for using the run, ready to paste into a shell.
 
     Args:
         name: The run's directory.
         finished: Whether all rounds are done.
-        client: One of the clients, where each has a model of its own.
-        is_classifier: Whether the model gives labels and writes no text.
+        client: One of the clients, if each has its own model.
+        is_classifier: Whether the model predicts labels instead of generating text.
     """
     client_option = [] if client is None else ["--client", client]
     use = shlex.join(["fedmomentum", "generate", name, *client_option]) + ' --prompt "..."'

@@ -1,6 +1,6 @@
-"""Sums of vectors of which nobody sees a single one.
+"""Secure sums of vectors, whose individual values nobody sees.
 
-The protocol of Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine
-Learning, CCS 2017, with double masking over the full graph of parties, as two state machines that
-exchange bytes.
+Implements the protocol of Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving
+Machine Learning, CCS 2017, with double masking over the complete graph of parties, as two state
+machines that exchange bytes.
 """

@@ -1,9 +1,9 @@
-"""Numbers as 32-bit integers that add up exactly, modulo 2^32.
+"""Encodes numbers as 32-bit integers that add up exactly, modulo 2^32.
 
-A block of numbers has a public bound: no element of any party is larger. For n parties, the largest
-integer that a party uses is `(2^31 - 1) // n`, so that no sum overflows. A party's element is
-rounded to a multiple of `bound / largest`, so the sum of m parties is off by at most
-`m / 2 * bound / largest`, which is `m n bound / 2^32`, and their mean by `n bound / 2^32`.
+Each block of numbers has a public bound on the magnitude of any party's elements. For n parties,
+the largest integer that a party uses is `(2^31 - 1) // n`, so that no sum overflows. Each element
+is rounded to a multiple of `bound / largest`, so the error of a sum of m parties is at most
+`m / 2 * bound / largest`, which is `m n bound / 2^32`, and that of their mean `n bound / 2^32`.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from fedmomentum.errors import DataError, SecureSumError
 from fedmomentum.secure_sum.messages import Block
 
 MAX_SUM = 2**31 - 1
-"""The largest sum of all parties' integers."""
+"""The largest possible sum of all parties' integers."""
 
 
 def largest_integer(num_parties: int) -> int:
-    """Return the largest integer that one of so many parties may use."""
+    """Return the largest integer that each of `num_parties` parties may use."""
     return MAX_SUM // num_parties
 
 
 def count_block(name: str, size: int, num_parties: int) -> Block:
-    """Return a block whose elements are whole numbers up to `largest_integer`, summed exactly."""
+    """Return a block for integers up to `largest_integer`, which are summed exactly."""
     return Block(name=name, size=size, bound=float(largest_integer(num_parties)))
 
 
 def sum_error(block: Block, num_parties: int, num_survivors: int) -> float:
-    """Return how far an element of the decoded sum can be from the exact sum.
+    """Return the maximum error of an element of the decoded sum.
 
     Args:
-        block: The block of the element.
+        block: The block that contains the element.
         num_parties: The number of parties that the sum was planned for.
-        num_survivors: The number of parties whose values are in it.
+        num_survivors: The number of parties whose values are included.
     """
     return 0.5 * num_survivors * block.bound / largest_integer(num_parties)
 
 
 def rounding_variance(block: Block, num_parties: int, num_survivors: int) -> float:
-    """Return the variance of an element of the decoded sum about the exact sum.
+    """Return the variance of the rounding error of an element of the decoded sum.
 
-    Each of m parties rounds its element to a multiple of the step `bound / largest`. What that
-    takes is uniform within half a step, either way: `m step^2 / 12`.
+    Each of m parties rounds its element to a multiple of the step `bound / largest`. Each error is
+    uniform within half a step in either direction, for a total of `m step^2 / 12`.
 
     Args:
-        block: The block of the element.
+        block: The block that contains the element.
         num_parties: The number of parties that the sum was planned for.
-        num_survivors: The number of parties whose values are in it.
+        num_survivors: The number of parties whose values are included.
     """
     step = block.bound / largest_integer(num_parties)
     return num_survivors * step**2 / 12
@@ -59,21 +59,21 @@ def rounding_variance(block: Block, num_parties: int, num_survivors: int) -> flo
 def encode(
     values: Mapping[str, NDArray[np.float64]], blocks: Sequence[Block], num_parties: int
 ) -> NDArray[np.uint32]:
-    """Encode a party's values as integers modulo 2^32, block after block.
+    """Encode a party's values as integers modulo 2^32, block by block.
 
-    Nobody else can check them, since nobody else ever sees them. What is wrong with them concerns
-    the party alone: the error is a `DataError`, whose text stays with the party.
+    Nobody else can check the values, since nobody else ever sees them. Problems with them are
+    private to the party: the error is a `DataError`, whose text stays with the party.
 
     Args:
-        values: The name of each block to its elements, `(size,)`.
+        values: Name of each block -> its elements, `(size,)`.
         blocks: The blocks, in order.
         num_parties: The number of parties that the sum is planned for.
 
     Raises:
-        SecureSumError: If the blocks are not those that the party has, or of another size.
+        SecureSumError: If the blocks differ from those of the party, or in size.
         DataError: If an element is NaN, infinite or beyond its block's bound.
     """
-    # The server names the blocks; they must be those that this party has.
+    # The blocks are given by the server and must match those of this party.
     names = [block.name for block in blocks]
     if sorted(names) != sorted(values):
         unknown = sorted(set(names) ^ set(values))[:3]
@@ -90,7 +90,7 @@ def encode(
                 f"{elements.shape}"
             )
         _check_values(block, elements)
-        # A rounded element is at most `largest`, because the unrounded one is.
+        # Rounded elements are at most `largest`, because unrounded ones are.
         integers = np.rint(elements * (largest_integer(num_parties) / block.bound))
         encoded[start : start + block.size] = integers.astype(np.int64).astype(np.uint32)
         start += block.size
@@ -98,12 +98,12 @@ def encode(
 
 
 def _check_values(block: Block, elements: NDArray[np.float64]) -> None:
-    """Refuse what is not finite, and what is beyond the bound.
+    """Reject elements that are not finite or are beyond the bound.
 
     Raises:
         DataError: If there is such an element.
     """
-    # A maximum propagates NaN.
+    # max propagates NaN.
     largest = float(np.abs(elements).max(initial=0.0))
     if not np.isfinite(largest):
         raise DataError(
@@ -121,8 +121,8 @@ def _check_values(block: Block, elements: NDArray[np.float64]) -> None:
 def decode(
     total: NDArray[np.uint32], blocks: Sequence[Block], num_parties: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Decode the sum of encoded values: the name of each block to its elements."""
-    # The sum of all integers is less than 2^31 in size, so the highest bit is its sign.
+    """Decode the sum of encoded values into the elements of each block, by name."""
+    # The sum's magnitude is less than 2^31, so the highest bit is its sign.
     signed = total.view(np.int32)
     values = {}
     start = 0

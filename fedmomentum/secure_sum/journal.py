@@ -1,7 +1,7 @@
-"""What a party has opened, on disk, so that it cannot be made to open more.
+"""Records on disk what a party has opened, so that it cannot be tricked into opening more.
 
-The sum over one set of parties and the sum over a smaller set differ by the values of the parties
-that are missing. So a party opens one attempt at each sum, and never an earlier sum than its last.
+The sum over a set of parties and the sum over a subset differ by the values of the missing parties.
+So a party opens only one attempt at each sum, and never a sum earlier than the last one it opened.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fedmomentum.utils.schema import Count, Schema
 
 
 class RunProgress(Schema, frozen=True, kw_only=True):
-    """How far a party is in one run.
+    """A party's progress in one run.
 
     Attributes:
         begun: Round, sum and attempt that it last took part in.
-        opened: Round and sum that it last opened; zeros for none.
+        opened: Round and sum that it last opened; zeros if none.
     """
 
     begun: tuple[Count, Count, Count] = (0, 0, 0)
@@ -39,13 +39,13 @@ class _JournalFile(Record, frozen=True, kw_only=True):
 
 
 class PartyJournal:
-    """The file in which a party records what it takes part in and what it opens.
+    """The file in which a party records what it takes part in and opens.
 
-    Every entry is on disk before anything that it stands for leaves the party. Several processes
-    may use one file.
+    Each entry is written to disk before the party sends what it refers to. Several processes may
+    share a file.
 
     Args:
-        file: The file, in a directory that exists.
+        file: The file, in an existing directory.
     """
 
     def __init__(self, file: Path) -> None:
@@ -55,19 +55,19 @@ class PartyJournal:
         """Record that the party takes part in an attempt at a sum.
 
         Raises:
-            SecureSumError: If it is earlier than what the party did last, or its sum was opened.
+            SecureSumError: If it is earlier than the party's last one, or its sum was opened.
         """
         with self._locked():
             runs = self._read()
             progress = runs.get(plan.run_id, RunProgress())
-            # What was opened is over, whatever the attempt.
+            # An opened sum is over, whatever the attempt.
             if plan.position[:2] <= progress.opened:
                 raise SecureSumError(
                     f"{plan.title}: this party has opened sum {progress.opened[1]} of round "
                     f"{progress.opened[0]} already, and opens no sum twice: the difference of two "
                     "would show the values of single parties"
                 )
-            # The keys of an attempt depend on its number: none comes twice.
+            # The keys of an attempt depend on its number, so none may be repeated.
             if plan.position <= progress.begun:
                 raise SecureSumError(
                     f"{plan.title}: this party has begun attempt {progress.begun[2]} at sum "
@@ -81,7 +81,8 @@ class PartyJournal:
         """Record that the party opens its shares of an attempt at a sum.
 
         Raises:
-            SecureSumError: If the party did not begin it last, or opened the sum before.
+            SecureSumError: If it is not the attempt that the party last began, or the sum was
+                opened before.
         """
         with self._locked():
             runs = self._read()
@@ -101,7 +102,7 @@ class PartyJournal:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the file's lock, so that no other process reads what is about to change."""
+        """Hold the file's lock, so that no other process reads data that is about to change."""
         with self.file.with_name(f".{self.file.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

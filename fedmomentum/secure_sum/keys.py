@@ -1,7 +1,7 @@
-"""The keys of one sum: agreed by pairs of parties, derived with their context, used once.
+"""The keys of one sum: agreed between pairs of parties, bound to their context, used once.
 
-Every key is derived by HKDF-SHA256 for one purpose in one attempt at one sum, so it is used for one
-message or one mask, and needs no nonce.
+Each key is derived with HKDF-SHA256 for one purpose in one attempt at one sum. It is therefore used
+for only one message or mask, and needs no nonce.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fedmomentum.errors import SecureSumError
 from fedmomentum.secure_sum.messages import KEY_BYTES, SumPlan
 
 PROTOCOL = b"fedmomentum secure sum 1"
-# Values that are masked at a time: 4 MB, which stay in a processor's cache.
+# Values to mask at a time: 4 MB, which fit in a processor's cache.
 CHUNK_VALUES = 2**20
 
 
 def joined(*parts: bytes | str | int) -> bytes:
-    """Join parts, each behind its length, so that different parts give different bytes."""
+    """Join length-prefixed parts, so that different parts give different bytes."""
     result = b""
     for part in parts:
         data = part if isinstance(part, bytes) else str(part).encode()
@@ -60,16 +60,16 @@ class SumKeys:
         return cls(plan, plan.digest())
 
     def mask_key(self, private_key: bytes, own: str, other: str, other_key: bytes) -> bytes:
-        """Return the key of the mask that two parties share; both derive the same.
+        """Return the key of the mask shared by two parties; both derive the same one.
 
         Args:
             private_key: One party's private key.
             own: The name of that party.
-            other: The name of the other.
-            other_key: The other's public key.
+            other: The name of the other party.
+            other_key: The other party's public key.
 
         Raises:
-            SecureSumError: If the other's key is of low order: the result would be known to all.
+            SecureSumError: If the other's key has low order, since the result would be public.
         """
         keys = {own: public_key(private_key), other: other_key}
         pair = sorted(keys)
@@ -82,7 +82,7 @@ class SumKeys:
         """Return the key under which `sender`, one of the two parties, seals shares for the other.
 
         Raises:
-            SecureSumError: If the other's key is of low order.
+            SecureSumError: If the other's key has low order.
         """
         keys = {own: public_key(private_key), other: other_key}
         pair = sorted(keys)
@@ -94,11 +94,11 @@ class SumKeys:
         return self._derive(seed, "own mask", party)
 
     def seed_commitment(self, seed: bytes, party: str) -> bytes:
-        """Return a hash of a party's seed, which says nothing of the seed or its mask."""
+        """Return a hash of a party's seed, which reveals nothing about the seed or its mask."""
         return self._derive(seed, "commitment", party)
 
     def _derive(self, secret: bytes, purpose: str, *context: bytes | str) -> bytes:
-        # The hash covers the whole plan; what tells one sum from another is spelled out besides.
+        # The digest covers the whole plan; what distinguishes sums is also included explicitly.
         plan = self.plan
         info = joined(
             PROTOCOL,
@@ -113,16 +113,16 @@ class SumKeys:
 
 
 def check_public_key(party: str, key: bytes) -> None:
-    """Refuse a public key with which every agreement gives the same secret.
+    """Reject a public key for which every key agreement gives the same secret.
 
     Raises:
-        SecureSumError: If it is of low order.
+        SecureSumError: If it has low order.
     """
     _agree(PROTOCOL.ljust(KEY_BYTES), party, key)
 
 
 def _agree(private_key: bytes, other: str, other_key: bytes) -> bytes:
-    """Return the X25519 shared secret of a private and another party's public key."""
+    """Return the X25519 shared secret of a private key and another party's public key."""
     try:
         peer = X25519PublicKey.from_public_bytes(other_key)
         return X25519PrivateKey.from_private_bytes(private_key).exchange(peer)
@@ -136,14 +136,14 @@ def _agree(private_key: bytes, other: str, other_key: bytes) -> bytes:
 
 
 def add_mask(values: NDArray[np.uint32], key: bytes, sign: int) -> None:
-    """Add a key's mask to values in place, or subtract it, modulo 2^32.
+    """Add a key's mask to values in place or subtract it, modulo 2^32.
 
-    The mask is the key stream of AES-256 in counter mode from 0, as 32-bit integers, the lowest
-    byte first.
+    The mask is the key stream of AES-256 in counter mode, starting from 0, as little-endian 32-bit
+    integers.
 
     Args:
-        values: `(size,)`.
-        key: Of 32 bytes, used for this mask only.
+        values: The values, `(size,)`.
+        key: A key of 32 bytes, used only for this mask.
         sign: 1 or -1.
     """
     stream = Cipher(AES256(key), CTR(bytes(16))).encryptor()
@@ -151,13 +151,13 @@ def add_mask(values: NDArray[np.uint32], key: bytes, sign: int) -> None:
     operation = np.add if sign > 0 else np.subtract
     for start in range(0, len(values), CHUNK_VALUES):
         chunk = values[start : start + CHUNK_VALUES]
-        # a number of elements that is no multiple of 4 ends within a block of the cipher
+        # if the number of elements is not a multiple of 4, the last cipher block is partly used
         mask = np.frombuffer(stream.update(zeros[: 4 * len(chunk)]), dtype="<u4")
         operation(chunk, mask, out=chunk)
 
 
 def pair_sign(own: str, other: str) -> int:
-    """Return the sign with which a party adds the mask that it shares with another."""
+    """Return the sign with which a party adds the mask that it shares with another party."""
     return 1 if own < other else -1
 
 
@@ -165,7 +165,7 @@ def pair_sign(own: str, other: str) -> int:
 
 
 def seal(key: bytes, parts: Sequence[bytes], context: bytes) -> bytes:
-    """Encrypt and authenticate parts of 32 bytes; a key seals one message."""
+    """Encrypt and authenticate parts of 32 bytes; each key seals only one message."""
     return AESGCM(key).encrypt(bytes(12), b"".join(parts), context)
 
 
@@ -173,7 +173,7 @@ def unseal(key: bytes, data: bytes, context: bytes, sender: str) -> list[bytes]:
     """Return the parts of a sealed message.
 
     Raises:
-        SecureSumError: If it was sealed with another key or context, or altered.
+        SecureSumError: If it was sealed with a different key or context, or altered.
     """
     try:
         opened = AESGCM(key).decrypt(bytes(12), data, context)

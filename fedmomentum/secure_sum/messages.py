@@ -1,8 +1,8 @@
-"""The messages of a secure sum, as types, and their bytes.
+"""The types of the messages of a secure sum, and their encoding.
 
-All are MessagePack, decoded directly into the types below: what does not fit them is refused by
-field. In one sum, the length of a message depends on the public plan and on who takes part, never
-on a party's values.
+All are MessagePack, decoded directly into the types below: what does not match is rejected, with
+the field named. In a sum, the length of a message depends only on the public plan and on who takes
+part, never on a party's values.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from fedmomentum.utils.io import canonical_json
 from fedmomentum.utils.schema import Count, Label, PositiveCount, Schema, validation_message
 
 MIN_PARTIES = 3
-"""With two, each party could subtract its own values from the sum."""
+"""With two, each party could recover the other's values by subtracting its own."""
 MAX_PARTIES = 100
 MAX_BLOCKS = 500_000
 MAX_VALUES = 2**28
-"""The largest number of elements of one sum: a GiB on the wire."""
+"""The largest number of elements in a sum: 1 GiB on the wire."""
 MAX_MESSAGE_BYTES = 2**27
-"""The largest message besides masked values: a plan of many blocks."""
+"""The largest message other than masked values: a plan with many blocks."""
 KEY_BYTES = 32
 SIGNATURE_BYTES = 96
 SEALED_BYTES = 2 * KEY_BYTES + 16
-"""Two shares, and the tag that proves who sealed them."""
+"""Two shares, and the tag that authenticates their sender."""
 
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 Sealed = Annotated[bytes, Meta(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
-# Wide enough that nothing overflows in float64, whatever the number of parties.
+# Bounded so that nothing overflows in float64, whatever the number of parties.
 Bound = Annotated[float, Meta(ge=1e-30, le=1e30)]
 Party = Label
 
@@ -44,12 +44,12 @@ Party = Label
 
 
 class Block(Schema, frozen=True, kw_only=True):
-    """Some consecutive elements of the summed vector.
+    """A range of consecutive elements of the summed vector.
 
     Attributes:
-        name: What they are.
-        size: Their number.
-        bound: The largest size of an element of any party; public.
+        name: What the elements are.
+        size: The number of elements.
+        bound: The public bound on the magnitude of any party's elements.
     """
 
     name: Annotated[str, Meta(min_length=1, max_length=600)]
@@ -58,7 +58,7 @@ class Block(Schema, frozen=True, kw_only=True):
 
 
 class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
-    """What is summed, and by whom: the first message to every party.
+    """What is summed and by whom: the first message to every party.
 
     Attributes:
         run_id: The run.
@@ -66,7 +66,7 @@ class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
         number: Which of the round's sums it is, from 1.
         attempt: Which attempt at this sum it is, from 1.
         parties: The parties, sorted.
-        threshold: How many of them must agree to open a sum, and suffice for it.
+        threshold: The number of parties that is necessary and sufficient to open a sum.
         blocks: What is summed, in order.
     """
 
@@ -80,7 +80,7 @@ class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
 
     @property
     def size(self) -> int:
-        """The number of all elements."""
+        """The total number of elements."""
         return sum(block.size for block in self.blocks)
 
     @property
@@ -90,11 +90,11 @@ class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """What to call it in messages."""
+        """How error messages refer to it."""
         return f"sum {self.number} of round {self.server_round}, attempt {self.attempt}"
 
     def digest(self) -> bytes:
-        """Return the SHA-256 over everything in it; every key and signature depends on it."""
+        """Return the SHA-256 of the entire plan, on which every key and signature depends."""
         text = canonical_json(msgspec.to_builtins(self))
         return hashlib.sha256(b"fedmomentum secure sum, plan\0" + text.encode()).digest()
 
@@ -104,10 +104,10 @@ class PartyKeys(Schema, frozen=True, kw_only=True):
 
     Attributes:
         party: The party.
-        mask_key: The X25519 public key from which the masks of pairs of parties follow.
-        channel_key: The X25519 public key under which shares are sealed for it.
+        mask_key: The X25519 public key from which pairwise masks are derived.
+        channel_key: The X25519 public key with which shares are sealed for it.
         seed_commitment: A hash of the seed of its own mask.
-        signature: Its node key's, over the plan and the three.
+        signature: The signature of its node key over the plan and the three fields above.
     """
 
     party: Party
@@ -127,7 +127,7 @@ class SealedShares(Schema, frozen=True, kw_only=True):
     """Shares of two secrets, sealed.
 
     Attributes:
-        party: The other party: who is to open them, or who sealed them.
+        party: The other party: the one to open them, or the one that sealed them.
         data: The shares of its key and of its seed, encrypted and authenticated.
     """
 
@@ -136,10 +136,10 @@ class SealedShares(Schema, frozen=True, kw_only=True):
 
 
 class ShareHashes(Schema, frozen=True, kw_only=True):
-    """Hashes of two shares, which say nothing of them and show whether the right one is opened.
+    """Hashes of two shares, which reveal nothing but verify that the right share is opened.
 
     Attributes:
-        party: The other party: who holds the shares, or who gave them out.
+        party: The other party: the holder of the shares, or the one that gave them out.
         key_share: The hash of the share of the key.
         seed_share: The hash of the share of the seed.
     """
@@ -150,27 +150,27 @@ class ShareHashes(Schema, frozen=True, kw_only=True):
 
 
 class Inbox(Schema, tag_field="step", tag="inbox", frozen=True, kw_only=True):
-    """The shares that the others sealed for one party, and their hashes, both sorted by sender."""
+    """The shares that others sealed for one party and their hashes, both sorted by sender."""
 
     shares: Annotated[list[SealedShares], Meta(max_length=MAX_PARTIES)]
     hashes: Annotated[list[ShareHashes], Meta(max_length=MAX_PARTIES)]
 
 
 class Survivors(Schema, tag_field="step", tag="survivors", frozen=True, kw_only=True):
-    """The parties whose masked values came, sorted."""
+    """The parties whose masked values arrived, sorted."""
 
     parties: Annotated[list[Party], Meta(max_length=MAX_PARTIES)]
 
 
 class Endorsement(Schema, frozen=True, kw_only=True):
-    """A party's signature under a list of survivors."""
+    """A party's signature of a list of survivors."""
 
     party: Party
     signature: Signature
 
 
 class Endorsements(Schema, tag_field="step", tag="endorsements", frozen=True, kw_only=True):
-    """The signatures under the list of survivors, sorted by party."""
+    """The signatures of the list of survivors, sorted by party."""
 
     signatures: Annotated[list[Endorsement], Meta(max_length=MAX_PARTIES)]
 
@@ -179,15 +179,16 @@ ServerMessage = SumPlan | Advertisements | Inbox | Survivors | Endorsements
 
 
 def min_threshold(num_parties: int, *, trusts_server: bool = False) -> int:
-    """Return the least threshold that keeps single values secret.
+    """Return the lowest threshold that keeps individual values secret.
 
     Two lists of survivors, each signed by a threshold of parties, would open both secrets of a
-    party. Above two thirds that takes a third of the parties, besides the server, to break the
-    rules; above one half none, if the server keeps them.
+    party. With more than two thirds, this requires a third of the parties, in addition to the
+    server, to break the rules. If the server follows the rules, more than one half suffices.
 
     Args:
         num_parties: The number of parties.
-        trusts_server: Whether the server keeps the rules, so that only parties may break them.
+        trusts_server: Whether the server is trusted to follow the rules, so that only parties may
+            break them.
     """
     if trusts_server:
         return max(num_parties // 2 + 1, MIN_PARTIES)
@@ -195,15 +196,16 @@ def min_threshold(num_parties: int, *, trusts_server: bool = False) -> int:
 
 
 def check_plan(plan: SumPlan, *, trusts_server: bool) -> None:
-    """Check what the types do not express.
+    """Check the constraints that the types do not express.
 
     Args:
         plan: The plan.
         trusts_server: See `min_threshold`.
 
     Raises:
-        SecureSumError: If there are too few parties or too many, they are not sorted, the
-            threshold is too low or cannot be reached, or blocks have one name or too many elements.
+        SecureSumError: If there are too few or too many parties, they are not sorted, the
+            threshold is too low or unreachable, or blocks have duplicate names or too many
+            elements.
     """
     num_parties = len(plan.parties)
     if num_parties < MIN_PARTIES:
@@ -231,10 +233,10 @@ def check_plan(plan: SumPlan, *, trusts_server: bool) -> None:
 
 
 def check_parties(parties: Sequence[str], what: str, name: str) -> None:
-    """Refuse a list of parties that is not sorted, or names one twice.
+    """Reject a list of parties that is unsorted or has duplicates.
 
     Raises:
-        SecureSumError: If it is so.
+        SecureSumError: If it is.
     """
     if any(left >= right for left, right in pairwise(parties)):
         raise SecureSumError(f"{name}: {what} are not sorted, or one is named twice")
@@ -247,8 +249,8 @@ class Outbox(Schema, frozen=True, kw_only=True):
     """The shares that a party gives out.
 
     Attributes:
-        shares: Those for each other party, sealed, sorted by recipient.
-        hashes: The hashes of all, its own too, sorted by holder.
+        shares: The sealed shares for each other party, sorted by recipient.
+        hashes: The hashes of all shares, including its own, sorted by holder.
     """
 
     shares: Annotated[list[SealedShares], Meta(max_length=MAX_PARTIES)]
@@ -256,20 +258,20 @@ class Outbox(Schema, frozen=True, kw_only=True):
 
 
 class MaskedValues(Schema, frozen=True, kw_only=True):
-    """A party's values under its masks: unsigned 32-bit integers, the lowest byte first."""
+    """A party's masked values, as little-endian unsigned 32-bit integers."""
 
     values: Annotated[bytes, Meta(max_length=4 * MAX_VALUES)]
 
 
 class OpenedShare(Schema, frozen=True, kw_only=True):
-    """A party's share of the seed of a survivor, or of the key of a party that dropped out."""
+    """A party's share of a survivor's seed, or of the key of a party that dropped out."""
 
     party: Party
     share: Key
 
 
 class Opening(Schema, frozen=True, kw_only=True):
-    """One share of every party that had sealed shares, sorted by party."""
+    """One share for every party that sealed shares, sorted by party."""
 
     shares: Annotated[list[OpenedShare], Meta(max_length=MAX_PARTIES)]
 
@@ -288,13 +290,13 @@ def decode_message(data: bytes, kind: type[M], name: str, max_bytes: int = MAX_M
     """Decode a message into its type.
 
     Args:
-        data: The bytes that came.
-        kind: The type; a union of server's messages is told apart by its step.
-        name: Who sent it, for messages.
-        max_bytes: The largest size of a valid message.
+        data: The received bytes.
+        kind: The type; in a union of the server's messages, the step selects the type.
+        name: The sender, for error messages.
+        max_bytes: The maximum size of a valid message.
 
     Raises:
-        SecureSumError: If there are more bytes, or they are no such message.
+        SecureSumError: If the bytes are too many or not such a message.
     """
     if len(data) > max_bytes:
         raise SecureSumError(

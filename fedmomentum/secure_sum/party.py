@@ -1,7 +1,7 @@
-"""`SumParty`: one party's part in one attempt at a sum.
+"""`SumParty`: one party's role in one attempt at a sum.
 
-It answers five messages, in this order. All secrets are new, and stay in memory: a party that is
-restarted has dropped out of the sum. ::
+It answers five messages, in this order. All secrets are fresh and only kept in memory: a party that
+restarts has dropped out of the sum. ::
 
     plan             its public keys, signed
     advertisements   shares of its two secrets, sealed for each other party
@@ -72,18 +72,18 @@ from fedmomentum.utils.text import printable
 
 @dataclass(frozen=True)
 class Identity:
-    """Who a party is, and whom it accepts as others.
+    """A party's identity, and whom it accepts as other parties.
 
     Attributes:
         name: Its name.
         key: Its node's private key, on the curve P-384.
-        roster: All parties' public keys, its own too, as the parties exchanged them.
-        trusts_server: Whether it relies on the server to keep the rules; see `min_threshold`.
-        least_threshold: The lowest threshold that it accepts besides, however few parties the
-            server names: sums over ever other few would show, by their differences, single ones.
+        roster: All parties' public keys, including its own, as exchanged among the parties.
+        trusts_server: Whether it trusts the server to follow the rules; see `min_threshold`.
+        least_threshold: An additional lower limit on the threshold, however few parties the server
+            names: differences of sums over varying small sets would reveal individual values.
 
     Raises:
-        ConfigError: If the roster has another key for it, or none.
+        ConfigError: If the roster has a different key for it, or none.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Identity:
     least_threshold: int = 0
 
     def __post_init__(self) -> None:
-        """Compare the roster with the private key."""
+        """Check the roster against the private key."""
         if self.roster.keys.get(self.name) != self.key.public_key():
             raise ConfigError(
                 f"the roster does not have {self.name} with this party's own key; the other "
@@ -103,13 +103,13 @@ class Identity:
 
 @dataclass
 class _Secrets:
-    """What a party draws for one attempt, and never again.
+    """The secrets that a party draws for one attempt only.
 
     Attributes:
-        mask_key: The private key of the masks that it shares with others; shared out.
-        seed: The seed of its own mask; shared out.
-        channel_key: The private key of the shares sealed for it.
-        shares: Party to its shares of that party's key and seed; its own too.
+        mask_key: The private key of its pairwise masks; shares of it are given out.
+        seed: The seed of its own mask; shares of it are given out.
+        channel_key: The private key for the shares sealed for it.
+        shares: Party (including itself) -> its shares of that party's key and seed.
     """
 
     mask_key: bytes = field(default_factory=random_secret, repr=False)
@@ -119,12 +119,12 @@ class _Secrets:
 
 
 class SumParty:
-    """One party's part in one attempt at a sum.
+    """One party's role in one attempt at a sum.
 
     Args:
-        identity: Who the party is.
+        identity: The party's identity.
         journal: Where it records what it opens.
-        values: Block to the party's elements, `(size,)`.
+        values: Block -> the party's elements, `(size,)`.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class SumParty:
         self._advertised: dict[str, PartyKeys] = {}
         self._all_keys = b""
         self._survivors: list[str] = []
-        # The last message and its reply: a message that comes again gets the same reply.
+        # The last message and its reply, since a repeated message gets the same reply.
         self._answered = b""
         self._reply = b""
         self._steps: list[tuple[type[Schema], Callable[[Any], Schema]]] = [
@@ -155,11 +155,11 @@ class SumParty:
         self._next = 0
 
     def answer(self, data: bytes) -> bytes:
-        """Answer the server's next message; the same message again gets the same reply.
+        """Answer the server's next message; a repeated message gets the same reply.
 
         Raises:
-            SecureSumError: If the message breaks a rule or comes out of order; the party then
-                still waits for the right one.
+            SecureSumError: If the message breaks a rule or is out of order; the party then still
+                waits for the right one.
             DataError: If this party's own values cannot be summed.
         """
         message = self._decoded(data)
@@ -190,9 +190,9 @@ class SumParty:
     # ── 1: keys ──
 
     def _advertise(self, plan: SumPlan) -> PartyKeys:
-        """Check the plan and the party's own values, and advertise new keys."""
+        """Check the plan and the party's own values, and advertise fresh keys."""
         identity = self._identity
-        # The terms: enough parties, all of them known, this one among them.
+        # There must be enough parties, all of them known, including this one.
         check_plan(plan, trusts_server=identity.trusts_server)
         if plan.threshold < identity.least_threshold:
             raise SecureSumError(
@@ -207,14 +207,14 @@ class SumParty:
                 raise SecureSumError(
                     f"{plan.title}: {printable(party, 80)} is not in this party's roster"
                 )
-        # Whatever is wrong with the values shows before anything leaves.
+        # Problems with the values must show before anything is sent.
         encoded = fixed_point.encode(self._values, plan.blocks, len(plan.parties))
         self._journal.begin(plan)
         self._encoded = encoded
         self._values = {}
         self._keys = SumKeys.of(plan)
 
-        # Public keys, signed together with the plan's hash.
+        # Sign the public keys together with the plan's hash.
         secrets = self._secrets
         unsigned = PartyKeys(
             party=identity.name,
@@ -229,10 +229,10 @@ class SumParty:
     # ── 2: shares ──
 
     def _share(self, message: Advertisements) -> Outbox:
-        """Check who the others are, and seal a share of both secrets for each."""
+        """Verify the other parties, and seal a share of both secrets for each."""
         identity = self._identity
         plan = self._keys.plan
-        # Keys count only with the signature of the party's node; the server has no say in it.
+        # Keys are only valid if signed by the party's node; the server cannot vouch for them.
         parties = [keys.party for keys in message.keys]
         self._check_subset(parties, plan.parties, "the parties with keys")
         seen: set[bytes] = set()
@@ -245,7 +245,7 @@ class SumParty:
         if len(seen) < 2 * len(message.keys):
             raise SecureSumError(f"{plan.title}: one key was advertised twice")
 
-        # The share of the party at place k of the list is the polynomial's value at k.
+        # The share of the k-th party in the list is the polynomial's value at k.
         secrets = self._secrets
         key_shares = split_secret(secrets.mask_key, plan.threshold, len(parties))
         seed_shares = split_secret(secrets.seed, plan.threshold, len(parties))
@@ -267,7 +267,7 @@ class SumParty:
         return Outbox(shares=sealed, hashes=hashes)
 
     def _hashes(self, party: str, shares: Sequence[bytes], giver: str, holder: str) -> ShareHashes:
-        """Return the hashes of the shares that `giver` gives `holder`, under a party's name."""
+        """Return the hashes of the shares from `giver` to `holder`, labeled with `party`."""
         hashes = [
             share_hash(self._keys.digest, giver, holder, kind, share)
             for kind, share in zip(("key", "seed"), shares, strict=True)
@@ -275,7 +275,7 @@ class SumParty:
         return ShareHashes(party=party, key_share=hashes[0], seed_share=hashes[1])
 
     def _channel_key(self, other: str, *, sender: str) -> bytes:
-        """Return the key under which `sender` seals shares, for this party or the other."""
+        """Return the key with which `sender` seals shares for this party or the other."""
         peer = self._advertised[other].channel_key
         secret = self._secrets.channel_key
         return self._keys.channel_key(secret, self._identity.name, other, peer, sender)
@@ -283,12 +283,12 @@ class SumParty:
     # ── 3: masked values ──
 
     def _mask(self, message: Inbox) -> MaskedValues:
-        """Open the shares sealed for this party, and mask its values."""
+        """Unseal the shares for this party, and mask its values."""
         name = self._identity.name
         senders = [sealed.party for sealed in message.shares]
         masked = sorted([*senders, name])
         self._check_subset(masked, list(self._advertised), "the parties with shares")
-        # All shares are opened before the values are touched, so that a refusal changes nothing.
+        # Unseal all shares before touching the values, so that an error changes nothing.
         opened = {}
         for sealed, hashes in zip_longest(message.shares, message.hashes):
             if sealed is None or hashes is None:
@@ -304,7 +304,7 @@ class SumParty:
             opened[sealed.party] = shares
         self._secrets.shares |= opened
 
-        # Its own mask, then one for each other party: those of a pair cancel in the sum.
+        # Add its own mask, then one for each other party, which cancel in pairs in the sum.
         values = self._encoded
         add_mask(values, self._keys.self_mask_key(self._secrets.seed, name), 1)
         for other in senders:
@@ -317,7 +317,7 @@ class SumParty:
     # ── 4 and 5: one list of survivors, then shares ──
 
     def _endorse(self, message: Survivors) -> Endorsement:
-        """Sign the list of survivors; no other list is signed in this attempt."""
+        """Sign the list of survivors, and no other list in this attempt."""
         self._check_subset(message.parties, sorted(self._secrets.shares), "the survivors")
         self._survivors = message.parties
         signature = sign(self._identity.key, SURVIVORS, *self._statement())
@@ -328,9 +328,9 @@ class SumParty:
         return survivors_statement(self._keys.digest, self._all_keys, masked, self._survivors)
 
     def _open(self, message: Endorsements) -> Opening:
-        """Open one share of each party, once enough parties have signed the same list."""
+        """Open one share for each party, once enough parties have signed the same list."""
         plan = self._keys.plan
-        # Signatures of this very list, by parties that are on it.
+        # The signatures must be of this exact list, by parties on it.
         signers = [endorsement.party for endorsement in message.signatures]
         check_parties(signers, "the signers", plan.title)
         statement = self._statement()
@@ -348,7 +348,7 @@ class SumParty:
                 f"opened for {plan.threshold} or more"
             )
 
-        # On disk before a share leaves. Each party's key or its seed, never both.
+        # Record this on disk before a share is sent. Open each party's key or seed, never both.
         self._journal.open(plan)
         shares = []
         for party, (key_share, seed_share) in sorted(self._secrets.shares.items()):
@@ -358,10 +358,10 @@ class SumParty:
         return Opening(shares=shares)
 
     def _check_subset(self, parties: Sequence[str], allowed: Sequence[str], what: str) -> None:
-        """Check a list of parties of a step: sorted, known, this party among them, enough.
+        """Check a step's list of parties: sorted, known, enough, and including this party.
 
         Raises:
-            SecureSumError: If it is not so.
+            SecureSumError: If the list is invalid.
         """
         plan = self._keys.plan
         check_parties(parties, what, plan.title)

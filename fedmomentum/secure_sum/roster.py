@@ -1,8 +1,8 @@
-"""Who the parties are, by keys that they exchanged themselves, and signatures by those keys.
+"""The parties' identities, by keys that they exchanged themselves, and signatures with these keys.
 
-A roster file has one line a party: its node's public key as `NAME.pub` holds it, with the node's
-name behind the key. So a roster is made by `cat *.pub`, from files that the parties gave one
-another, and not the server.
+A roster file has one line per party: its node's public key as in `NAME.pub`, followed by the node's
+name. So a roster can be made with `cat *.pub` from files that came from the parties themselves
+rather than from the server.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Roster:
     """The parties' public keys, by name.
 
     Attributes:
-        keys: Name to public key, each on the curve P-384.
+        keys: Name -> public key, on the curve P-384.
     """
 
     keys: Mapping[str, ec.EllipticCurvePublicKey]
 
     @classmethod
     def read(cls, file: Path) -> Roster:
-        """Read a roster file; empty lines and lines that begin with `#` are skipped.
+        """Read a roster file, skipping empty lines and lines that begin with `#`.
 
         Raises:
-            ConfigError: If there is no such file, a line is no node's public key with a name, or
-                a name or a key comes twice.
+            ConfigError: If there is no such file, a line is not a node's public key with a name, or
+                a name or key is repeated.
         """
         try:
             text = read_file(file, max_bytes=MAX_ROSTER_BYTES, error=ConfigError).decode()
@@ -61,7 +61,7 @@ class Roster:
             if not line.strip() or line.startswith("#"):
                 continue
             place = f"{file}, line {number}"
-            # A name has one key, and a key one name: nobody takes part twice.
+            # Each name has one key and each key one name, so that nobody takes part twice.
             name, key = _parse_line(line, place)
             if name in keys:
                 raise ConfigError(f"{place}: {name} has a key already")
@@ -72,7 +72,7 @@ class Roster:
         return cls(keys)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over all names and keys, for people to compare."""
+        """Return the SHA-256 of all names and keys, for people to compare."""
         parts: list[bytes | str] = []
         for name, key in sorted(self.keys.items()):
             encoded = key.public_bytes(
@@ -85,8 +85,7 @@ class Roster:
         """Check a party's signature.
 
         Raises:
-            SecureSumError: If the roster does not have the party, or the signature is not its own
-                over these parts.
+            SecureSumError: If the party is not on the roster, or did not sign these parts.
         """
         if party not in self.keys:
             raise SecureSumError(f"{printable(party, 80)} is not in this party's roster")
@@ -106,26 +105,26 @@ class Roster:
 
 
 def make_parties(names: Iterable[str]) -> tuple[dict[str, ec.EllipticCurvePrivateKey], Roster]:
-    """Make keys for parties of one process; return their private keys, and the roster."""
+    """Make keys for parties within one process; return their private keys and the roster."""
     keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in names}
     return keys, Roster({name: key.public_key() for name, key in keys.items()})
 
 
 def sign(key: ec.EllipticCurvePrivateKey, purpose: str, *parts: bytes | str) -> bytes:
-    """Sign parts for a purpose; the signature has a fixed length, unlike the usual encoding."""
+    """Sign parts for a purpose; unlike the usual encoding, the signature has a fixed length."""
     signature = key.sign(joined(PROTOCOL, purpose, *parts), ec.ECDSA(hashes.SHA384()))
     r, s = decode_dss_signature(signature)
     return r.to_bytes(_HALF, "big") + s.to_bytes(_HALF, "big")
 
 
 def _parse_line(line: str, place: str) -> tuple[str, ec.EllipticCurvePublicKey]:
-    """Return the name and the key of a line of a roster."""
+    """Return the name and key in a line of a roster."""
     fields = line.split()
     if len(fields) != 3:
         raise ConfigError(
             f"{place}: wanted a public key with the node's name behind it, as in NAME.pub"
         )
-    # The name is no part of the key for OpenSSH, which calls it a comment.
+    # To OpenSSH, the name is a comment and not part of the key.
     try:
         key = serialization.load_ssh_public_key(" ".join(fields[:2]).encode())
     except (ValueError, UnsupportedAlgorithm) as error:

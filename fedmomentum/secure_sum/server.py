@@ -1,7 +1,7 @@
-"""`SumServer`: the server's part in one attempt at a sum.
+"""`SumServer`: the server's role in one attempt at a sum.
 
 It has no secrets and draws no random numbers: the same replies in the same order give the same
-messages and the same sum, so a server that was stopped continues from the replies that it kept. ::
+messages and the same sum, so a server that was stopped can continue from its stored replies. ::
 
     server = SumServer(plan, roster)
     while not server.finished:
@@ -54,9 +54,9 @@ from fedmomentum.secure_sum.statements import (
 from fedmomentum.utils.schema import Schema
 
 MAX_REPLY_BYTES = 2**20
-"""The largest reply of a party besides its masked values."""
+"""The largest reply of a party other than masked values."""
 STEPS = ("keys", "shares", "values", "signatures", "openings")
-"""What comes from the parties, step by step."""
+"""What the parties send in each step."""
 
 R = TypeVar("R")
 
@@ -66,8 +66,8 @@ class SumResult:
     """A sum.
 
     Attributes:
-        values: Block to the sum of the survivors' elements, `(size,)`.
-        survivors: The parties whose values are in it, sorted.
+        values: Block -> the sum of the survivors' elements, `(size,)`.
+        survivors: The parties whose values are included, sorted.
     """
 
     values: dict[str, NDArray[np.float64]]
@@ -75,15 +75,15 @@ class SumResult:
 
 
 class SumServer:
-    """The server's part in one attempt at a sum.
+    """The server's role in one attempt at a sum.
 
     Args:
         plan: The sum.
-        roster: The public keys that the server has for the parties; a party with another key is
-            left out at once, rather than refused by all others.
+        roster: The server's public keys of the parties; a party with a different key is dropped
+            right away, rather than refused by all others.
 
     Raises:
-        SecureSumError: If the plan cannot be obeyed.
+        SecureSumError: If the plan is invalid.
     """
 
     def __init__(self, plan: SumPlan, roster: Roster) -> None:
@@ -92,10 +92,10 @@ class SumServer:
         self._roster = roster
         self._keys = SumKeys.of(plan)
         self._step = 0
-        # Who may still answer, and the replies of the current step.
+        # The parties that may still answer, and their replies in the current step.
         self._active: list[str] = list(plan.parties)
         self._replies: dict[str, Schema] = {}
-        # What is known of the steps before.
+        # What is known from the previous steps.
         self._advertised: dict[str, PartyKeys] = {}
         self._all_keys = b""
         self._outboxes: dict[str, dict[str, SealedShares]] = {}
@@ -103,7 +103,7 @@ class SumServer:
         self._masked: list[str] = []
         self._survivors: list[str] = []
         self._endorsements: list[Endorsement] = []
-        # The masked values are added up as they come: memory does not grow with the parties.
+        # Add up masked values as they arrive, so that memory does not grow with the parties.
         self._total = np.zeros(plan.size, dtype=np.uint32)
         self._result: SumResult | None = None
 
@@ -117,7 +117,7 @@ class SumServer:
         """The sum.
 
         Raises:
-            SecureSumError: If there are steps left.
+            SecureSumError: If steps remain.
         """
         if self._result is None:
             raise SecureSumError(f"{self._plan.title}: its {STEPS[self._step]} have not all come")
@@ -129,7 +129,7 @@ class SumServer:
             return {}
         if self._step == 2:
             return {party: encode_message(self._inbox(party)) for party in self._active}
-        # All others get the same message.
+        # In all other steps, everyone gets the same message.
         message: Schema
         if self._step == 0:
             message = self._plan
@@ -142,11 +142,11 @@ class SumServer:
         return dict.fromkeys(self._active, encode_message(message))
 
     def receive(self, party: str, data: bytes) -> None:
-        """Take a party's reply to the current step's message.
+        """Process a party's reply to the current step's message.
 
         Raises:
-            SecureSumError: If it is not a valid reply; the party has then dropped out, unless a
-                valid one comes before the step ends.
+            SecureSumError: If the reply is invalid; the party has then dropped out, unless a valid
+                one arrives before the step ends.
         """
         name = f"{self._plan.title}: {party}"
         if self.finished or party not in self._active:
@@ -163,11 +163,12 @@ class SumServer:
         self._replies[party] = takers[self._step](party, data, name)
 
     def advance(self) -> None:
-        """End the current step: who has not replied has dropped out.
+        """End the current step; parties that have not replied have dropped out.
 
         Raises:
-            SecureSumError: If fewer than the threshold have replied, or a secret does not open.
-                Where shares were opened, no other attempt is possible: parties open a sum once.
+            SecureSumError: If fewer parties than the threshold have replied, or a secret does not
+                open. Once shares were opened, no further attempt is possible, since parties open a
+                sum only once.
         """
         plan = self._plan
         parties = sorted(self._replies)
@@ -177,7 +178,7 @@ class SumServer:
                 f"{plan.title}: {len(parties)} parties sent their {STEPS[self._step]}, and "
                 f"{plan.threshold} are needed; {', '.join(missing)} did not"
             )
-        # What the next steps need of this one.
+        # Keep what the next steps need.
         replies = {party: self._replies[party] for party in parties}
         if self._step == 0:
             self._advertised = replies  # type: ignore[assignment]
@@ -199,7 +200,7 @@ class SumServer:
         self._step += 1
 
     def _inbox(self, recipient: str) -> Inbox:
-        """Return what the others sealed for a party."""
+        """Return what the other parties sealed for a party."""
         shares = []
         hashes = []
         for sender in self._masked:
@@ -237,7 +238,7 @@ class SumServer:
                 f"{name} sent {len(masked.values)} bytes of masked values; expected {4 * size}"
             )
         self._total += np.frombuffer(masked.values, dtype="<u4")
-        # It is in the total, and that a party has sent its values is all that is kept.
+        # The values are in the total; only the fact that they arrived is kept.
         return MaskedValues(values=b"")
 
     def _take_endorsement(self, party: str, data: bytes, name: str) -> Endorsement:
@@ -252,7 +253,7 @@ class SumServer:
     def _take_opening(self, party: str, data: bytes, name: str) -> Opening:
         opening = decode_message(data, Opening, name, MAX_REPLY_BYTES)
         self._check_names([share.party for share in opening.shares], self._masked, name)
-        # A wrong share would spoil the sum: who opens one is left out, and the others suffice.
+        # A wrong share would spoil the sum, so drop a party that opens one; the others suffice.
         for opened in opening.shares:
             giver = opened.party
             hashes = self._hashes[giver][party]
@@ -274,10 +275,10 @@ class SumServer:
     # ── the sum ──
 
     def _unmask(self, openings: dict[str, Opening]) -> SumResult:
-        """Remove the survivors' own masks, and what masks the others left in their values."""
+        """Remove the survivors' own masks, and their pairwise masks with dropped parties."""
         openers = sorted(openings)[: self._plan.threshold]
         points = {party: point for point, party in enumerate(self._advertised, start=1)}
-        # All secrets first, so that wrong shares leave the total as it is.
+        # Recover all secrets first, so that wrong shares leave the total unchanged.
         secrets = {}
         for index, party in enumerate(self._masked):
             shares = {points[opener]: openings[opener].shares[index].share for opener in openers}
@@ -299,13 +300,13 @@ class SumServer:
             add_mask(self._total, key, -pair_sign(survivor, dropped))
 
     def _joined(self, party: str, shares: dict[int, bytes]) -> bytes:
-        """Return a survivor's seed or another party's key, compared with what it advertised.
+        """Recover a survivor's seed or a dropped party's key, and verify it.
 
         Raises:
-            SecureSumError: If it is another: the party gave out shares of no one secret, since
+            SecureSumError: If it differs: the party must have given out inconsistent shares, since
                 all were opened as it gave them.
         """
-        # A seed is compared with its commitment, a private key with its public key.
+        # Compare a seed with its commitment, and a private key with its public key.
         keys = self._advertised[party]
         is_survivor = party in self._survivors
         kind = "seed" if is_survivor else "key"

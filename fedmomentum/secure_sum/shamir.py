@@ -1,7 +1,7 @@
 """Shamir's secret sharing over the field of 2^255 - 19 elements.
 
-Secrets are numbers below the prime, as 32 bytes, the lowest first. A random secret is a private key
-of X25519 as it stands.
+Secrets are numbers below the prime, as 32 little-endian bytes. A random secret can be used directly
+as an X25519 private key.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ SECRET_BYTES = 32
 
 
 def random_secret() -> bytes:
-    """Return a new secret, from the operating system's entropy."""
+    """Return a new secret from the operating system's entropy."""
     return secrets.randbelow(PRIME).to_bytes(SECRET_BYTES, "little")
 
 
 def split_secret(secret: bytes, threshold: int, num_shares: int) -> list[bytes]:
-    """Divide a secret into shares, any `threshold` of which give it back, and fewer say nothing.
+    """Split a secret into shares: any `threshold` of them recover it, fewer reveal nothing.
 
     Args:
         secret: The secret.
-        threshold: The number of shares that open it.
-        num_shares: The number of shares, which belong to the points 1, 2, ...
+        threshold: The number of shares that recover it.
+        num_shares: The number of shares, at the points 1, 2, ...
 
     Raises:
-        ValueError: If the threshold is not in 1..num_shares, or the secret is no element.
+        ValueError: If the threshold is not in 1..num_shares, or the secret is not a field element.
     """
     if not 1 <= threshold <= num_shares:
         raise ValueError(f"threshold must be in 1..{num_shares}; got {threshold}")
-    # The polynomial's constant term is the secret; the others are new for every secret.
+    # The secret is the polynomial's constant term; the others are fresh for every secret.
     coefficients = [_element(secret)]
     for _ in range(threshold - 1):
         coefficients.append(_element(random_secret()))
@@ -47,13 +47,13 @@ def split_secret(secret: bytes, threshold: int, num_shares: int) -> list[bytes]:
 
 
 def join_shares(shares: Mapping[int, bytes]) -> bytes:
-    """Return the secret of as many shares as its threshold; other shares give another secret.
+    """Recover a secret from as many shares as its threshold; wrong shares give a wrong secret.
 
     Args:
-        shares: The point of each share, from 1, to the share.
+        shares: The point of each share (counted from 1) -> the share.
 
     Raises:
-        ValueError: If a share is no element of the field.
+        ValueError: If a share is not a field element.
     """
     secret = 0
     for share, coefficient in zip(shares.values(), _lagrange(tuple(shares)), strict=True):
@@ -63,7 +63,7 @@ def join_shares(shares: Mapping[int, bytes]) -> bytes:
 
 @lru_cache(maxsize=16)
 def _lagrange(points: tuple[int, ...]) -> tuple[int, ...]:
-    """Return each point's coefficient in the interpolation at 0; the same for many secrets."""
+    """Return each point's coefficient for interpolation at 0, which many secrets share."""
     coefficients = []
     for point in points:
         numerator = 1
@@ -77,7 +77,7 @@ def _lagrange(points: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _element(data: bytes) -> int:
-    """Return bytes as an element of the field.
+    """Convert bytes to a field element.
 
     Raises:
         ValueError: If they are not one.

@@ -1,4 +1,4 @@
-"""What parties sign and hash in a sum, in the exact bytes that both sides compute."""
+"""What parties sign and hash in a sum: the exact bytes, computed by both sides."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fedmomentum.secure_sum.keys import PROTOCOL, joined
 from fedmomentum.secure_sum.messages import PartyKeys
 
 KEYS = "keys"
-"""The purpose of a signature under a party's own keys."""
+"""The purpose of a party's signature of its own keys."""
 SURVIVORS = "list of survivors"
-"""The purpose of a signature under the parties whose masked values came."""
+"""The purpose of a signature of the list of parties whose masked values arrived."""
 
 
 def keys_statement(plan_digest: bytes, keys: PartyKeys) -> tuple[bytes | str, ...]:
-    """Return what a party signs of its keys."""
+    """Return what a party signs to advertise its keys."""
     return plan_digest, keys.party, keys.mask_key, keys.channel_key, keys.seed_commitment
 
 
@@ -35,14 +35,14 @@ def survivors_statement(
     Args:
         plan_digest: The plan's hash.
         all_keys: The hash of all parties' keys.
-        masked: The parties under whose masks the values are.
-        survivors: Those of them whose values are in the sum.
+        masked: The parties whose masks were used.
+        survivors: Those whose values are in the sum.
     """
     return plan_digest, all_keys, joined(*masked), joined(*survivors)
 
 
 def share_hash(plan_digest: bytes, giver: str, holder: str, kind: str, share: bytes) -> bytes:
-    """Return the hash of a share, which is random and cannot be guessed from it.
+    """Return the hash of a share, which does not reveal it, since shares are random.
 
     Args:
         plan_digest: The plan's hash.
@@ -55,5 +55,5 @@ def share_hash(plan_digest: bytes, giver: str, holder: str, kind: str, share: by
 
 
 def sealing_context(plan_digest: bytes, all_keys: bytes, sender: str, recipient: str) -> bytes:
-    """Return what sealed shares are bound to."""
+    """Return the context to which sealed shares are bound."""
     return joined(plan_digest, all_keys, sender, recipient)

@@ -1,1 +1,1 @@
-"""Small helpers without a domain: files, schemas, names, processes, seeds, modules."""
+"""Small domain-independent helpers: files, schemas, names, processes, seeds, modules."""

@@ -1,9 +1,8 @@
-"""The date that chat templates take for today's.
+"""The current date as seen by chat templates.
 
 Templates of Llama 3, Granite, SmolLM3, Mistral and others print the current date into the system
-prompt. A run that is resumed the next day would train on other tokens, and so would clients in
-other time zones. So a run has one date, and whatever a template would read from the clock is read
-from that.
+prompt. A run that is resumed the next day would train on different tokens, and so would clients in
+other time zones. So each run has a fixed date, which replaces the clock in templates.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import Any
 from fedmomentum.errors import ConfigError
 
 DEFAULT_DATE = "2024-07-26"
-"""The date that Llama's templates print where they are given no clock."""
+"""The date that Llama's templates print if they are given no clock."""
 
 _ATTRIBUTE = "fedmomentum_chat_date"
 
-# The clock that transformers offers to templates is a function, and functions cannot be passed to a
-# template. A macro of the same name at the template's head replaces it. The line break after it
-# belongs to it: it is dropped, and the template's own first line stays at the start of a line.
+# The clock that transformers gives to templates is a function, and functions cannot be passed as
+# template arguments. Instead, a macro of the same name is prepended to the template. Its trailing
+# line break is dropped, so that the template's own first line stays at the start of a line.
 _CLOCK = """\
 {%- macro strftime_now(format) -%}
 {%- set date = namespace(text=format.replace('%%', '\ue000')) -%}
@@ -35,10 +34,10 @@ _CLOCK = """\
 
 
 def parse_date(text: str) -> datetime:
-    """Parse a day in ISO 8601; the result is its midnight.
+    """Parse an ISO 8601 date; return its midnight.
 
     Raises:
-        ConfigError: If the text is no such date.
+        ConfigError: If the text is not such a date.
     """
     try:
         day = datetime.strptime(text, "%Y-%m-%d")
@@ -50,20 +49,20 @@ def parse_date(text: str) -> datetime:
 
 
 def set_chat_date(tokenizer: Any, date: str) -> None:
-    """Let every chat that is written with this tokenizer from now on show a date.
+    """Set the date shown in all chats rendered with this tokenizer from now on.
 
     Raises:
-        ConfigError: If it is no date.
+        ConfigError: If it is not a date.
     """
     parse_date(date)
     setattr(tokenizer, _ATTRIBUTE, date)
 
 
 def check_chat_date(tokenizer: Any, date: str) -> None:
-    """Refuse a run whose chats show another date than those written with this tokenizer.
+    """Reject a run whose chats show a different date from those rendered with this tokenizer.
 
     Raises:
-        ConfigError: If its chat template would write other text with that date.
+        ConfigError: If the chat template's output would differ with that date.
     """
     if tokenizer.chat_template is None:
         return
@@ -76,17 +75,17 @@ def check_chat_date(tokenizer: Any, date: str) -> None:
 
 
 def date_arguments(tokenizer: Any) -> dict[str, Any]:
-    """Return the arguments of `apply_chat_template` with which it shows the tokenizer's date.
+    """Return the arguments of `apply_chat_template` that make it show the tokenizer's date.
 
-    `strftime_now` is the clock that transformers offers to templates. `date_string` is a variable
-    of some templates (Llama's), which have a fixed date of their own without it: it is given only
-    where a run sets another date than the default. A template that uses neither gets no argument.
+    `strftime_now` is the clock that transformers gives to templates. `date_string` is a variable
+    of some templates (Llama's), which fall back to their own fixed date: it is passed only if the
+    run's date differs from the default. A template that uses neither gets no argument.
     """
     return _template_arguments(tokenizer, getattr(tokenizer, _ATTRIBUTE, DEFAULT_DATE))
 
 
 def _template_arguments(tokenizer: Any, date: str) -> dict[str, Any]:
-    """Return the arguments with which a tokenizer's template shows a date."""
+    """Return the arguments that make a tokenizer's template show a date."""
     template = tokenizer.get_chat_template()
     arguments: dict[str, Any] = {}
     if "strftime_now" in template:
@@ -99,7 +98,7 @@ def _template_arguments(tokenizer: Any, date: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _format_directives(date: str) -> dict[str, str]:
-    """Return how `strftime` formats each directive, also without leading zeros (`%-d`)."""
+    """Return the `strftime` output of each directive, including those like `%-d` without zeros."""
     day = parse_date(date)
     # Seconds since 1970 would depend on the machine's time zone.
     seconds = str(int(day.replace(tzinfo=UTC).timestamp()))

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: distinguished from paths, downloaded, errors in words."""
+"""Hugging Face Hub: tells names from paths, downloads repositories and explains errors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fedmomentum.errors import HubError
 from fedmomentum.utils.text import printable
 
 LOGIN = "hf auth login"
-"""The command that logs in; a token may also be in HF_TOKEN."""
-# Owner and name of a repository; base models of the hub's first years have no owner.
+"""The login command; a token may also be in HF_TOKEN."""
+# Owner and name of a repository; base models from the Hub's early years have no owner.
 REPOSITORY = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository on the hub.
+    """A repository on the Hub.
 
     Attributes:
         repository: Its owner and name.
-        revision: A branch, tag or commit; None: its main branch.
+        revision: A branch, tag or commit; None for the main branch.
     """
 
     repository: str
@@ -37,9 +37,9 @@ class HubName:
 
 
 def parse_hub_name(text: Path | str) -> HubName | None:
-    """Return what `OWNER/NAME` or `OWNER/NAME@REVISION` names; None for a path.
+    """Parse `OWNER/NAME` or `OWNER/NAME@REVISION`; return None for a path.
 
-    What exists on this machine is a path, whatever it looks like.
+    Anything that exists on this machine is a path, whatever it looks like.
     """
     name, revision = split_revision(str(text))
     is_name = "/" in name and REPOSITORY.fullmatch(name) is not None
@@ -47,10 +47,10 @@ def parse_hub_name(text: Path | str) -> HubName | None:
 
 
 def split_revision(text: str) -> tuple[str, str | None]:
-    """Divide `NAME@REVISION` of a base model on the hub; a path, or a name alone, stays whole.
+    """Split `NAME@REVISION` of a base model on the Hub; paths and bare names stay whole.
 
     Returns:
-        The name, and the revision or None.
+        The name and the revision, or None.
     """
     name, at, revision = text.partition("@")
     is_revision = at and revision and REPOSITORY.fullmatch(name) is not None
@@ -58,7 +58,7 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 
 def is_repository_name(name: str) -> bool:
-    """Return whether a text can be the name of a repository, and is no path on this machine."""
+    """Return whether a text could be a repository name and is not a path on this machine."""
     return REPOSITORY.fullmatch(name) is not None and not os.path.lexists(name)
 
 
@@ -68,18 +68,18 @@ def is_repository_name(name: str) -> bool:
 def download(
     name: HubName, *, allow_patterns: Sequence[str], ignore_patterns: Sequence[str]
 ) -> Path:
-    """Download files of a repository into the hub's cache; what is there already is not loaded.
+    """Download files of a repository into the Hub cache, except those already there.
 
     Args:
         name: The repository.
-        allow_patterns: Which files.
-        ignore_patterns: Which of these not.
+        allow_patterns: The files to download.
+        ignore_patterns: The exceptions among these.
 
     Returns:
         The directory in the cache.
 
     Raises:
-        HubError: If the hub does not provide them; the message says why, and what to do.
+        HubError: If the Hub does not provide them; the message says why and what to do.
     """
     from huggingface_hub import snapshot_download
 
@@ -90,7 +90,7 @@ def download(
             allow_patterns=list(allow_patterns),
             ignore_patterns=list(ignore_patterns),
         )
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the Hub client raises many kinds
         if is_of_this_machine(error):
             raise
         raise HubError(explain(error, name)) from error
@@ -98,17 +98,17 @@ def download(
 
 
 def list_files(name: HubName) -> list[str]:
-    """Return a repository's files; none where they cannot be listed."""
+    """Return a repository's files; empty if they cannot be listed."""
     from huggingface_hub import HfApi
 
     try:
         return sorted(HfApi().list_repo_files(name.repository, revision=name.revision))
-    except Exception:  # it is for a better message only
+    except Exception:  # only used to improve a message
         return []
 
 
 def go_offline() -> None:
-    """Keep this process, and what it starts, from asking the hub for anything from now on."""
+    """Keep this process and its future children from accessing the Hub from now on."""
     from huggingface_hub import constants
 
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -119,7 +119,7 @@ def go_offline() -> None:
 
 
 def is_of_this_machine(error: Exception) -> bool:
-    """Return whether an error is one of this machine, such as a full disk, and not of the hub."""
+    """Return whether an error is local, such as a full disk, rather than the Hub's."""
     from huggingface_hub.errors import HfHubHTTPError
 
     is_of_network = isinstance(error, (HfHubHTTPError, ConnectionError))
@@ -127,10 +127,10 @@ def is_of_this_machine(error: Exception) -> bool:
 
 
 def explain(error: Exception, name: HubName) -> str:
-    """Return why the hub did not do what was asked, and what to do about it; never a token.
+    """Explain why a Hub request failed and what to do about it, without revealing the token.
 
     Args:
-        error: What the hub's client raised.
+        error: The exception raised by the Hub client.
         name: The repository.
     """
     from huggingface_hub import constants
@@ -144,7 +144,7 @@ def explain(error: Exception, name: HubName) -> str:
     )
 
     where = f"{constants.ENDPOINT}/{name.repository}"
-    # The client wraps errors into errors; the innermost that is known says most.
+    # The client wraps errors in errors; the innermost known one is the most informative.
     for one in _with_causes(error):
         if isinstance(one, OfflineModeIsEnabled):
             return (
@@ -181,7 +181,7 @@ def explain(error: Exception, name: HubName) -> str:
 
 
 def _explain_status(error: Exception, name: HubName) -> str:
-    """Return what an error's HTTP status means, with what the hub said."""
+    """Explain an error's HTTP status, including the Hub's message."""
     status: int = error.response.status_code  # type: ignore[attr-defined]
     message = without_secrets(getattr(error, "server_message", None) or "")
     reply = f"the hub replied {status}" + (f", {printable(message, 300)!r}" if message else "")
@@ -197,7 +197,7 @@ def _explain_status(error: Exception, name: HubName) -> str:
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from, the innermost first."""
+    """Yield an error and its causes, innermost first."""
     chain: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in chain:
@@ -207,7 +207,7 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_network_error(error: Exception) -> bool:
-    """Return whether the hub was not reached, by any HTTP client that the hub's client may use."""
+    """Return whether the Hub was not reached, for any HTTP client that the Hub client may use."""
     for one in _with_causes(error):
         names = {kind.__name__ for kind in type(one).__mro__}
         if isinstance(one, (ConnectionError, TimeoutError)) or "TransportError" in names:
@@ -221,12 +221,12 @@ def _text_of(error: Exception) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return text without the user's token, which a server may have sent back."""
+    """Remove the user's token, which a server may have echoed, from a text."""
     from huggingface_hub import get_token
 
     try:
         token = get_token()
-    except Exception:  # where a login service fails there is no token to hide
+    except Exception:  # if the login service fails, there is no token to hide
         token = None
     if token:
         text = text.replace(token, "[token]")

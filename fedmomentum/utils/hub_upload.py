@@ -1,4 +1,4 @@
-"""Upload a model's directory to the Hugging Face hub, in one commit."""
+"""Uploads a model's directory to the Hugging Face Hub in one commit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fedmomentum.utils.text import printable
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-# What decides which model a repository loads as, and with which tokens: where an upload does not
-# replace these files of an earlier model, it deletes them.
+# Files that determine how a repository's model and tokenizer load: if an upload does not replace an
+# earlier model's version of them, it deletes them.
 MODEL_PARTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -42,12 +42,12 @@ MODEL_PARTS = (
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a model is uploaded to.
+    """The target of an upload.
 
     Attributes:
         repository: Owner and name of the repository.
-        is_public: Whether everybody may read it.
-        files: The files that it holds now.
+        is_public: Whether it is publicly readable.
+        files: The files that it currently holds.
     """
 
     repository: str
@@ -56,15 +56,15 @@ class Destination:
 
 
 def choose_destination(name: str, *, is_public: bool) -> Destination:
-    """Find out whether an upload can succeed, before the work for it begins; nothing is changed.
+    """Check, before any work is done for an upload, that it can succeed; change nothing.
 
     Args:
-        name: `OWNER/NAME`, or the name of a repository of the user's own.
-        is_public: Whether everybody shall be able to read it.
+        name: `OWNER/NAME`, or the name of one of the user's own repositories.
+        is_public: Whether it should be publicly readable.
 
     Raises:
-        HubError: If the hub's client is offline, nobody is logged in, the login cannot write, or
-            there is a repository of this name that is not as public, or as private, as asked.
+        HubError: If the Hub client is offline, nobody is logged in, the login cannot write, or an
+            existing repository of this name does not have the requested visibility.
     """
     from huggingface_hub import HfApi, get_token, is_offline_mode
 
@@ -92,7 +92,7 @@ def choose_destination(name: str, *, is_public: bool) -> Destination:
         _check_visibility(destination, info)
     except HubError:
         raise
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the Hub client raises many kinds
         if is_of_this_machine(error):
             raise
         raise HubError(f"--push-to-hub {name}: {explain(error, HubName(name))}") from error
@@ -100,18 +100,18 @@ def choose_destination(name: str, *, is_public: bool) -> Destination:
 
 
 def upload(directory: Path, destination: Destination, message: str) -> str:
-    """Upload the files of a directory, so that the repository holds this model and no other.
+    """Upload a directory's files, so that the repository holds only this model.
 
-    Files of a model that was there before are replaced or deleted; they stay in the repository's
-    history. All of it is one commit: nobody downloads one half of each.
+    Files of an earlier model are replaced or deleted; they remain in the repository's history. It
+    all happens in one commit, so that nobody downloads a mixture of both.
 
     Args:
-        directory: What is uploaded; there are no directories in it.
-        destination: Where to; created if it is not there.
-        message: The commit's message.
+        directory: The directory to upload, without subdirectories.
+        destination: The target repository, created if needed.
+        message: The commit message.
 
     Returns:
-        The commit's address.
+        The commit's URL.
 
     Raises:
         HubError: If it failed; the message says how to try again.
@@ -119,9 +119,9 @@ def upload(directory: Path, destination: Destination, message: str) -> str:
     kept = f"What was exported is complete in {directory}"
     try:
         return _upload(directory, destination, message)
-    except HubError as error:  # the repository is not as private as asked for, or not as public
+    except HubError as error:  # the repository does not have the requested visibility
         raise HubError(f"nothing was uploaded: {error}. {kept}") from error
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the Hub client raises many kinds
         is_own = is_of_this_machine(error)
         reason = str(error) if is_own else explain(error, HubName(destination.repository))
         raise HubError(
@@ -136,7 +136,7 @@ def _upload(directory: Path, destination: Destination, message: str) -> str:
     api = HfApi()
     repository = destination.repository
     api.create_repo(repository, private=not destination.is_public, exist_ok=True)
-    # It may have been there, or its owner may not allow what was asked for.
+    # It may have existed already, or its owner may not allow the requested visibility.
     info = api.model_info(repository)
     _check_visibility(destination, info)
     files = _local_files(directory)
@@ -145,7 +145,7 @@ def _upload(directory: Path, destination: Destination, message: str) -> str:
         operations.append(CommitOperationAdd(name, str(directory / name)))
     for name in _outdated(_files_of(info), files):
         operations.append(CommitOperationDelete(name))
-    # Based on what was looked at: a commit made in between is not undone.
+    # Based on the revision that was inspected, so that a commit made in between is not undone.
     commit = api.create_commit(
         repository, operations, commit_message=message, parent_commit=info.sha
     )
@@ -162,7 +162,7 @@ def _files_of(info: ModelInfo | None) -> tuple[str, ...]:
 
 
 def _outdated(there: Sequence[str], files: Sequence[str]) -> list[str]:
-    """Return the files of an earlier model that a new one does not replace."""
+    """Return an earlier model's files that the new one does not replace."""
     parts = [name for name in there if any(fnmatch(name, pattern) for pattern in MODEL_PARTS)]
     return sorted(name for name in parts if "/" not in name and name not in files)
 
@@ -177,7 +177,7 @@ def _retry_command(directory: Path, destination: Destination) -> str:
 
 
 def _refuse_reading_token(account: dict[str, object]) -> None:
-    """Refuse a token that is for reading only, as far as the hub says so."""
+    """Reject a read-only token, if the Hub identifies it as such."""
     auth = account.get("auth")
     access = auth.get("accessToken") if isinstance(auth, dict) else None
     if isinstance(access, dict) and access.get("role") == "read":
@@ -188,7 +188,7 @@ def _refuse_reading_token(account: dict[str, object]) -> None:
 
 
 def _find(repository: str) -> ModelInfo | None:
-    """Return what the hub says of a repository; None if there is none."""
+    """Return the Hub's information about a repository; None if there is none."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -201,10 +201,10 @@ def _find(repository: str) -> ModelInfo | None:
 
 
 def _check_visibility(destination: Destination, info: ModelInfo | None) -> None:
-    """Refuse a repository that is public where a private one was asked for, or the other way.
+    """Reject a repository that is public when a private one was requested, or vice versa.
 
     Raises:
-        HubError: If it is.
+        HubError: If the visibility differs.
     """
     if info is None or bool(info.private) is not destination.is_public:
         return

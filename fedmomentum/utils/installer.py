@@ -1,4 +1,4 @@
-"""Install packages into this process's environment, by pip or by uv."""
+"""Installs packages into this process's environment with pip or uv."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def install_command(arguments: Sequence[str]) -> list[str]:
     """Return the command that installs packages into this process's environment.
 
     Args:
-        arguments: Requirements and options that pip and uv share, such as `--no-deps`.
+        arguments: Requirements, and options common to pip and uv, such as `--no-deps`.
 
     Raises:
-        ConfigError: If there is neither pip in this environment nor uv.
+        ConfigError: If this environment has no pip, and uv is not installed.
     """
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "install", *arguments]
-    # environments that uv made have no pip
+    # environments created by uv have no pip
     uv = shutil.which("uv")
     if uv is not None:
         return [uv, "pip", "install", "--python", sys.executable, *arguments]

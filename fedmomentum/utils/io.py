@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, JSON text, and hashes."""
+"""Atomic file writes, JSON text, and hashes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file that at every moment holds either its old or its complete new content.
+    """Write a file so that it always holds either its old or its complete new content.
 
-    That is so after a crash, too: a temporary file in the same directory is written and synced to
-    disk, renamed, and the directory synced.
+    This also holds after a crash: a temporary file in the same directory is written, synced to disk
+    and renamed, and the directory is synced.
 
     Args:
         path: The file.
         data: Its new content.
-        durable: Whether it must be there after a crash of the machine. Without that nothing is
-            waited for, and every reader still finds a complete file.
+        durable: Whether the new content must survive a crash of the machine. If not, nothing is
+            synced, but every reader still sees a complete file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -53,14 +53,14 @@ def json_bytes(value: Any) -> bytes:
 
 
 def canonical_json(value: Any) -> str:
-    """Encode a value as compact JSON with sorted keys: equal values give equal text.
+    """Encode a value as compact JSON with sorted keys, so that equal values give equal text.
 
     Raises:
-        ValueError: If the value holds NaN or an infinity, which JSON does not have.
+        ValueError: If the value contains NaN or infinity, which JSON does not support.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sha256(data: bytes | memoryview) -> str:
-    """Return the SHA-256 of bytes in hexadecimal."""
+    """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()

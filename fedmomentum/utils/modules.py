@@ -1,4 +1,4 @@
-"""Modules of a torch model: float32 ones in a 16-bit model, the model inside a PEFT wrapper."""
+"""Helpers for torch modules: float32 modules in 16-bit models, models in PEFT wrappers."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.utils.hooks import RemovableHandle
 
 from fedmomentum.utils.quantized import is_quantized
 
-# In units of the weight's eps: how far a linear layer may be from `x W^T + b` by rounding.
+# How far rounding may take a linear layer's output from `x W^T + b`, in units of the weight's eps.
 FORWARD_TOL = 16
 
 
 def inner_model(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper, adapters included; any other model itself."""
+    """Return the model inside a PEFT wrapper, including adapters; return other models unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def compute_logits(
     model: Any, tokens: Tensor, inputs: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Return the model's logits for rows of tokens, from one pass without a cache.
+    """Return the model's logits for rows of tokens, from one forward pass without a cache.
 
     Args:
         model: The model.
         tokens: Token ids, `(rows, length)`.
-        inputs: Further inputs of the same shape, such as a mask.
+        inputs: Additional inputs of the same shape, such as a mask.
     """
     device = next(model.parameters()).device
-    # A PEFT wrapper's forward takes any argument; the model inside decides.
+    # A PEFT wrapper's forward accepts any argument, so look at the model inside.
     parameters = inspect.signature(inner_model(model).forward).parameters
     arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     for name, tensor in (inputs or {}).items():
@@ -42,14 +42,14 @@ def compute_logits(
 
 
 def is_plain_linear(layer: Any) -> bool:
-    """Return whether a linear layer computes `x W^T + b`, and nothing else.
+    """Return whether a linear layer computes exactly `x W^T + b`.
 
-    Routers of experts do not, for example. An update of the weight of such a layer would not have
-    its adapter's effect.
+    Expert routers, for example, do not. Merging an adapter into the weight of such a layer would
+    not have the same effect as the adapter.
     """
     from transformers.pytorch_utils import Conv1D
 
-    # What quantized layers compute differs from it by rounding, but by no more.
+    # Quantized layers differ from it only by rounding.
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or is_quantized(layer):
         return True
     weight = layer.weight.detach()
@@ -63,7 +63,7 @@ def is_plain_linear(layer: Any) -> bool:
         with torch.no_grad():
             result = layer(x)
     except (RuntimeError, ValueError, IndexError, TypeError):
-        return False  # it is made for inputs of another shape
+        return False  # it expects inputs of another shape
     tolerance = FORWARD_TOL * torch.finfo(weight.dtype).eps
     return isinstance(result, Tensor) and torch.allclose(
         result, expected, rtol=tolerance, atol=tolerance
@@ -71,16 +71,16 @@ def is_plain_linear(layer: Any) -> bool:
 
 
 def cast_around(module: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
-    """Let a module compute in float32 inside a model of another dtype.
+    """Make a module compute in float32 within a model of another dtype.
 
-    Its inputs are cast to float32, and its outputs back.
+    Its inputs are cast to float32 and its outputs back.
 
     Args:
         module: A module whose floating-point parameters are in float32.
-        dtype: The dtype of the model around it.
+        dtype: The dtype of the surrounding model.
 
     Returns:
-        Handles whose ``remove`` undoes it.
+        Handles whose ``remove`` undoes this.
     """
     if dtype == torch.float32:
         return []
@@ -100,7 +100,7 @@ def cast_around(module: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Cast every floating-point tensor in a value, also in tuples, lists and dictionaries."""
+    """Cast all floating-point tensors in a value, including nested ones."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if type(value) in (tuple, list):
@@ -111,10 +111,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def outermost_owners(names: Iterable[str]) -> list[str]:
-    """Return the modules to cast around, given the names of all tensors in float32.
+    """Return the modules to cast around, given the names of all float32 tensors.
 
-    A tensor's owner is the module that it is a direct part of. Where one owner lies in another, the
-    outer one suffices: everything inside it computes in float32.
+    A tensor's owner is the module that directly contains it. If one owner is inside another, the
+    outer one suffices, since everything inside it computes in float32.
     """
     owners = {name.rpartition(".")[0] for name in names}
     outermost = []

@@ -1,8 +1,8 @@
-"""Client names: which ones are allowed, and the one rule that converts a name into a path.
+"""Client names: which ones are allowed, and the only rule that converts a name into a path.
 
-A client is named in a configuration, in a column of data or by its key, so a name is untrusted
-text: `a/b`, `..`, `*`, or both `north` and `north-2`. No other module puts a name into a path, and
-none searches for files by a pattern that holds a name.
+Client names come from a configuration, a data column or a key file, so they are untrusted text:
+`a/b`, `..`, `*`, or both `north` and `north-2`. No other module puts a name into a path, and none
+searches for files by a pattern that contains a name.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from fedmomentum.errors import ConfigError, FedMomentumError
 from fedmomentum.utils.text import printable
 
 MAX_LENGTH = 256
-"""Characters in a name: as many as the wire accepts in a label."""
+"""The most characters in a name: as many as the protocol accepts in a label."""
 
-# Names that are directories' names on every file system as they are.
+# Names that are valid directory names on every file system.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-# With the tilde and the hash, a name stays well below the 255 bytes of a file system's names.
+# With the tilde and the hash, this stays well below a file system's limit of 255 bytes.
 MAX_READABLE = 48
 MAX_READABLE_LABEL = 150
-# 96 bits: two names do not share a directory by accident.
+# 96 bits, so that two names never share a directory by accident.
 HASH_DIGITS = 24
 
 
 def check_client_name(name: Any, where: str, error: type[FedMomentumError] = ConfigError) -> None:
-    """Refuse a name that cannot be shown, sent and stored as it is.
+    """Reject a name that cannot be displayed, sent and stored unchanged.
 
     Args:
         name: The name.
-        where: Where it stands, for the message: a key of the configuration, a row of a file.
+        where: Where it comes from, for the message: a configuration key, a row of a file.
         error: The error to raise.
 
     Raises:
         FedMomentumError: If the name is not text, is empty or blank, is longer than `MAX_LENGTH`
-            characters, or holds a control character, a line or paragraph separator, a direction
+            characters, or contains a control character, a line or paragraph separator, a direction
             override, or a lone surrogate.
     """
     if not isinstance(name, str) or not name.strip():
@@ -56,13 +56,13 @@ def check_client_name(name: Any, where: str, error: type[FedMomentumError] = Con
 
 
 def directory_name(name: str) -> str:
-    """Return the name of the directory (or file, before its ending) that belongs to a name.
+    """Convert a name into the name of its directory (or file, without the extension).
 
-    Different names have different directories, also on a file system that ignores case or
-    normalizes Unicode. The result is at most 73 characters of ASCII and is never hidden, `.` or
-    `..`. A plain name (lower-case ASCII letters, digits, dots, dashes and underscores, at most 64)
-    is its own directory; any other gets what is readable of it, a tilde, which no plain name holds,
-    and a hash of the complete name.
+    Different names get different directories, even on file systems that ignore case or normalize
+    Unicode. The result has at most 73 ASCII characters and is never hidden, `.` or `..`. A plain
+    name (lower-case ASCII letters, digits, dots, dashes and underscores, at most 64) is used as it
+    is; any other becomes its readable part, a tilde, which no plain name contains, and a hash of
+    the full name.
     """
     if _PLAIN.fullmatch(name):
         return name
@@ -71,10 +71,10 @@ def directory_name(name: str) -> str:
 
 
 def readable_name(label: str) -> str:
-    """Return a label of the user's as a directory's name for people.
+    """Convert a user's label into a readable directory name.
 
-    All but ASCII letters, digits and dots become `-`; a long label is cut and gets a hash. Two
-    labels may have one name; the caller must refuse that.
+    Everything but ASCII letters, digits and dots becomes `-`; a long label is truncated and gets a
+    hash. Two labels may have the same result; the caller must reject that.
     """
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.") or "-"
     if len(readable) <= MAX_READABLE_LABEL:

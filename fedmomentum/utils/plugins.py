@@ -1,4 +1,4 @@
-"""Objects of the user's own, named `module:name`, in the environment or the working directory."""
+"""User-defined objects, named `module:name`, from the environment or the working directory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def import_object(reference: str, key: str) -> Any:
 
     Args:
         reference: The reference.
-        key: The key of the configuration that holds it, for messages.
+        key: The configuration key that contains it, for error messages.
 
     Raises:
-        ConfigError: If the reference has another form, or nothing of that name can be imported.
+        ConfigError: If the reference is malformed, or nothing of that name can be imported.
     """
     module, colon, name = reference.partition(":")
     if not colon:

@@ -16,33 +16,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# glibc's numbers of two settings of `mallopt`: how much freed memory at the end of the heap it
-# keeps, and from which size on a block has a mapping of its own, which is released with the block.
+# glibc's ids of two `mallopt` settings: how much freed memory it keeps at the top of the heap, and
+# from which size on a block gets its own memory mapping, which is released with the block.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 TRIM_THRESHOLD = 256 * 2**20
-"""Bytes of freed memory to keep: more than the largest tensors of an aggregation."""
+"""Bytes of freed memory to keep: more than the largest tensors in an aggregation."""
 MMAP_THRESHOLD = 32 * 2**20
 """The most that glibc accepts."""
 ADVISING_LOGGERS = ("bitsandbytes", "torchao", "torch.utils._pytree")
-"""What libraries of quantized weights write to on import; and bitsandbytes in every product."""
+"""Loggers that quantization libraries write to on import, and bitsandbytes in every product."""
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""What decides, in the environment, how threads of OpenMP wait for one another."""
+"""The environment variables that control how OpenMP threads wait for one another."""
 BRIEF_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""What is set. GNU's OpenMP, torch's on Linux, heeds the second: that much it waits by itself where
-it has more threads than cores. Measured in docs/appendix/performance.md.
+"""The values to set. GNU OpenMP, which torch uses on Linux, obeys the second, which is its own
+default with more threads than cores. Measured in docs/appendix/performance.md.
 """
 CPU_LIMITS = (
     ("/sys/fs/cgroup/cpu.max", None),
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
 )
-"""Where a container's limit stands: quota and period in one file, or in two."""
-# After this time a signal whose exception Python has ignored is sent again.
+"""Files with a container's CPU limit: quota and period in one file or in two."""
+# How long until a signal whose exception Python has ignored is sent again.
 REPEAT_SECONDS = 0.05
 
 
 class Interruption:
-    """Whether the user or a service manager has asked this process to end.
+    """Tracks whether the user or a service manager has asked this process to end.
 
     Attributes:
         came: Whether a signal has been received since `listen`.
@@ -56,9 +56,9 @@ class Interruption:
         """Handle SIGINT and SIGTERM from now on.
 
         Args:
-            although_ignored: Handle SIGINT also where the parent process had it ignored. A shell
-                without job control starts background commands so, and a service that a script
-                started with `&` could otherwise be ended by SIGKILL only.
+            although_ignored: Handle SIGINT even if the parent process set it to be ignored. A shell
+                without job control does that for background commands, and a service that a script
+                starts with `&` could otherwise only be ended by SIGKILL.
         """
         self.came = False
         if although_ignored or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -72,9 +72,9 @@ class Interruption:
         raise KeyboardInterrupt
 
     def _repeat_if_lost(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Send the signal again if its exception was raised where Python ignores exceptions.
+        """Resend the signal if its exception was raised where Python ignores exceptions.
 
-        That is so in finalizers and in callbacks of weak references, such as those of imports.
+        That happens in finalizers and in weak reference callbacks, such as those of imports.
         """
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(unraisable)
@@ -98,11 +98,11 @@ def installed_version(package: str) -> str:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep other libraries' progress bars and advice off the terminal; errors still show."""
+    """Keep other libraries' progress bars and advice off the terminal, but not their errors."""
     import datasets
     import transformers
 
-    # Unset, tokenizers warn where a process is started.
+    # If unset, tokenizers warn when a process is started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers_logging: Any = transformers.utils.logging
     transformers_logging.set_verbosity_error()
@@ -114,10 +114,10 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def quiet_advice() -> None:
-    """Keep what libraries of quantized weights write on import off the terminal.
+    """Keep the output of quantization libraries on import off the terminal.
 
-    transformers and PEFT import them wherever they are installed. A level that the user has set
-    stays.
+    transformers and PEFT import them whenever they are installed. Log levels set by the user are
+    kept.
     """
     for name in ADVISING_LOGGERS:
         logger = logging.getLogger(name)
@@ -126,25 +126,25 @@ def quiet_advice() -> None:
 
 
 def wait_briefly() -> None:
-    """Have threads that wait for others leave their cores to other work, after a few microseconds.
+    """Make waiting threads yield their cores to other work after a few microseconds.
 
-    By default, a thread of OpenMP that has finished its part of an operation keeps its core busy
-    until the others have finished theirs. Beside other work these others wait for the cores, and
-    every operation costs a time slice of the system. How threads wait changes no result. Whatever
-    the user has set is left as it is. OpenMP reads this once, so torch must not be loaded yet.
+    By default, an OpenMP thread that has finished its part of an operation keeps its core busy
+    until the others are done. If the machine is busy, the others have to wait for cores, and every
+    operation costs a scheduler time slice. Results are not affected. User settings take precedence.
+    OpenMP reads the variables only once, so torch must not be loaded yet.
     """
     if not any(name in os.environ for name in WAIT_SETTINGS):
         os.environ.update(BRIEF_WAITING)
 
 
 def describe_waiting() -> str:
-    """Return how this process's threads wait for one another, by its environment."""
+    """Describe how this process's threads wait for one another, according to its environment."""
     given = [f"{name}={os.environ[name]}" for name in WAIT_SETTINGS if name in os.environ]
     return ", ".join(given) or "busy waiting"
 
 
 def available_cpus() -> int:
-    """Return the number of cores that this process may use: by its affinity, and its container."""
+    """Return the number of cores that this process may use, by its affinity and container limit."""
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     else:
@@ -155,7 +155,7 @@ def available_cpus() -> int:
             if period_file is not None:
                 numbers += Path(period_file).read_text().split()
             quota, period = (int(number) for number in numbers)
-        # No such file, or no limit: "max 100000".
+        # The file does not exist, or there is no limit: "max 100000".
         except (OSError, ValueError):
             continue
         if quota > 0 and period > 0:
@@ -164,10 +164,11 @@ def available_cpus() -> int:
 
 
 def tune_malloc() -> None:
-    """Let the C library keep up to `TRIM_THRESHOLD` bytes of freed memory for the next allocation.
+    """Let the C library keep up to `TRIM_THRESHOLD` bytes of freed memory for reuse.
 
-    By default it returns a tensor's memory to the system and gets the next one's page by page, with
-    zeros: a fifth of the time of an aggregation. Does nothing where the C library is not glibc.
+    By default, it returns a tensor's memory to the system and gets the next one's page by page,
+    zeroed, which takes a fifth of an aggregation's time. Does nothing if the C library is not
+    glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,7 +1,7 @@
-"""Quantized linear layers of a live model: which they are, their shape, and what they stand for.
+"""Quantized linear layers of a live model: detection, shapes and dequantization.
 
-bitsandbytes' layers and torchao's weights are recognized by type name, so that neither library
-is imported unless a model has them.
+bitsandbytes layers and torchao weights are recognized by type name, so that neither library is
+imported unless a model uses it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# bitsandbytes' linear layers, by what their weights are.
+# bitsandbytes' linear layers, by weight type.
 _FOUR_BITS = "Linear4bit"
 _EIGHT_BITS = "Linear8bitLt"
 
 
 def is_four_bit(layer: Any) -> bool:
-    """Return whether a layer is bitsandbytes' linear layer of 4-bit weights."""
+    """Return whether a layer is a bitsandbytes linear layer with 4-bit weights."""
     return _is_bitsandbytes(layer, _FOUR_BITS)
 
 
 def is_eight_bit(layer: Any) -> bool:
-    """Return whether a layer is bitsandbytes' linear layer of int8 weights."""
+    """Return whether a layer is a bitsandbytes linear layer with int8 weights."""
     return _is_bitsandbytes(layer, _EIGHT_BITS)
 
 
@@ -36,13 +36,13 @@ def _is_bitsandbytes(layer: Any, name: str) -> bool:
 
 
 def is_torchao(layer: Any) -> bool:
-    """Return whether a layer is a linear one whose weight is quantized by torchao."""
+    """Return whether a layer is linear with a weight quantized by torchao."""
     weight = getattr(layer, "weight", None)
     return isinstance(layer, nn.Linear) and type(weight).__module__.startswith("torchao.")
 
 
 def is_quantized(layer: Any) -> bool:
-    """Return whether a layer is a linear one with quantized weights."""
+    """Return whether a layer is linear with quantized weights."""
     return is_four_bit(layer) or is_eight_bit(layer) or is_torchao(layer)
 
 
@@ -54,9 +54,9 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
-    """Return the shape of a layer's weight; 4-bit weights are packed, and have another in memory.
+    """Return the logical shape of a layer's weight; packed 4-bit weights differ in memory.
 
-    A quantized weight is `(out, in)`.
+    Quantized weights are `(out, in)`.
     """
     if is_quantized(layer):
         return layer.out_features, layer.in_features
@@ -64,7 +64,7 @@ def weight_shape(layer: Any) -> tuple[int, ...]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of a model, packed ones counted as what they stand for."""
+    """Return the number of parameters of a model, counting packed ones by their logical shape."""
     packed = {id(layer.weight): layer for _, layer in quantized_layers(model)}
     total = 0
     for parameter in model.parameters():
@@ -74,20 +74,20 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def set_product_dtype(layer: Any, dtype: torch.dtype) -> None:
-    """Note on a quantized layer what its products are in, which not all of them know."""
+    """Record the dtype of a quantized layer's products on the layer; not all layers store it."""
     layer.product_dtype = dtype
 
 
 def product_dtype(layer: Any) -> torch.dtype:
-    """Return the dtype of a quantized layer's products; float32 where nobody has noted it."""
+    """Return the dtype of a quantized layer's products; float32 if it was not recorded."""
     dtype: torch.dtype = getattr(layer, "product_dtype", torch.float32)
     return dtype
 
 
 def dequantize(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return what a quantized layer's weight stands for, `(out, in)`, in `dtype`, on its device.
+    """Return a quantized layer's dequantized weight, `(out, in)`, in `dtype`, on its device.
 
-    In float32 it is the product of codes and scales, whatever dtype the layer computes in.
+    In float32, it is the product of codes and scales, whatever dtype the layer computes in.
     """
     if is_torchao(layer):
         weight: Tensor = layer.weight.dequantize(dtype)
@@ -95,7 +95,7 @@ def dequantize(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     from bitsandbytes import functional
 
     if is_four_bit(layer):
-        # The state names the dtype of the result; that of the layer stays as it is.
+        # The state determines the result's dtype; leave the layer's own state unchanged.
         state = copy.copy(layer.weight.quant_state)
         state.dtype = dtype
         four_bit: Tensor = functional.dequantize_4bit(layer.weight.data, state)
@@ -106,9 +106,9 @@ def dequantize(layer: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def shared_with_copies(model: nn.Module) -> Iterator[Any]:
-    """Yield what copies of a model share beside its parameters: bitsandbytes' codes and scales.
+    """Yield what copies of a model share besides parameters: bitsandbytes' codes and scales.
 
-    They hang on the layers, and a deep copy would hold each of them a second time.
+    They are attributes of the layers, which a deep copy would duplicate.
     """
     for _, layer in quantized_layers(model):
         if is_four_bit(layer):
@@ -118,10 +118,10 @@ def shared_with_copies(model: nn.Module) -> Iterator[Any]:
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes, where PEFT would anyway, so that it runs no code from the model hub.
+    """Import bitsandbytes, where PEFT would anyway, so that it runs no code from the Hub.
 
-    On CPUs with AVX512-BF16 its import asks the package `kernels`, where that is installed, to
-    download a compiled extension and to load it. It does without.
+    On CPUs with AVX512-BF16, its import would make the `kernels` package, if installed, download
+    and load a compiled extension. It works without.
     """
     is_safe = find_spec("kernels") is None or "bitsandbytes" in sys.modules
     if is_safe or find_spec("bitsandbytes") is None:

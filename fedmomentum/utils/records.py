@@ -1,9 +1,9 @@
-"""Files on disk, read with suspicion: bounded regular files, and JSON records with a checksum.
+"""Defensive reading of files: bounded regular files, and JSON records with a checksum.
 
-A record is a JSON object with the field `sha256` over all its other fields. Disks, copies and
-editors damage files; a record that was changed in any way after it was written is refused by name,
-whatever it says. (A checksum is no signature: a person who can write the directory can also write a
-matching checksum.)
+A record is a JSON object whose field `sha256` is a hash of all its other fields. Disks, copies and
+editors damage files; a record that was changed in any way after it was written is rejected, and the
+error names it. (A checksum is not a signature: anyone who can write to the directory can also write
+a matching checksum.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedmomentum.utils.io import canonical_json, sha256
 from fedmomentum.utils.schema import Hash, Schema, parse_json
 
 MAX_JSON_BYTES = 2**28
-"""A manifest of a federation of 10,000 clients has about ten MB."""
+"""A manifest of a federation of 10,000 clients has about 10 MB."""
 
 
 class Record(Schema, frozen=True, kw_only=True):
@@ -40,16 +40,17 @@ R = TypeVar("R", bound=_Checksummed)
 def read_file(
     path: Path, *, max_bytes: int = MAX_JSON_BYTES, error: type[FedMomentumError] = ModelError
 ) -> bytes:
-    """Return a file's bytes; never wait for a pipe, read a device, or read more than expected.
+    """Read a file, but never wait for a pipe, read a device, or read more than expected.
 
     Args:
         path: The file; a symbolic link to a regular file is followed.
-        max_bytes: A larger file is refused unread.
+        max_bytes: Larger files are rejected without being read.
         error: The error to raise.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FedMomentumError: If it is no regular file, is larger than `max_bytes`, or cannot be read.
+        FedMomentumError: If it is not a regular file, is larger than `max_bytes`, or cannot be
+            read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -72,22 +73,22 @@ def read_file(
 
 
 def checksum(table: Mapping[str, Any]) -> str:
-    """Return the SHA-256 over a record's fields, `sha256` itself excluded.
+    """Return the SHA-256 of a record's fields, excluding `sha256` itself.
 
-    It is over the values as canonical JSON, so that the file may be indented in any way.
+    It is computed from canonical JSON, so that the file's indentation does not matter.
 
     Raises:
-        ValueError: If the record holds a number that is not finite.
+        ValueError: If the record contains a number that is not finite.
     """
     fields = {key: value for key, value in table.items() if key != "sha256"}
     return sha256(canonical_json(fields).encode())
 
 
 def with_checksum(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table as a record: with its checksum.
+    """Return a table as a record by adding its checksum.
 
     Raises:
-        ModelError: If it holds a number that is not finite, which JSON does not have.
+        ModelError: If it contains a number that is not finite, which JSON does not support.
     """
     try:
         return {**table, "sha256": checksum(table)}
@@ -98,20 +99,20 @@ def with_checksum(table: Mapping[str, Any]) -> dict[str, Any]:
 def parse_record(
     data: bytes, kind: type[R], name: str, error: type[FedMomentumError] = ModelError
 ) -> R:
-    """Decode a record: its fields must have their declared types, and its checksum must match.
+    """Decode a record, checking its fields' declared types and its checksum.
 
     Args:
         data: The record's bytes.
         kind: Its type.
-        name: What to call it in messages.
+        name: How error messages refer to it.
         error: The error to raise.
 
     Raises:
-        FedMomentumError: If it is not JSON, a field does not fit, or anything was changed since it
+        FedMomentumError: If it is not JSON, a field is invalid, or anything was changed since it
             was written.
     """
     record = parse_json(data, kind, name, error)
-    # Decoding with a type skips the fields that are not declared; the checksum covers them.
+    # Typed decoding skips undeclared fields, but the checksum covers them.
     table = parse_json(data, dict[str, Any], name, error)
     if checksum(table) != record.sha256:
         raise error(
@@ -125,7 +126,7 @@ def read_record(path: Path, kind: type[R], error: type[FedMomentumError] = Model
 
     Raises:
         FileNotFoundError: If there is no such file.
-        FedMomentumError: If it cannot be read, is not such a record, or was changed since it was
-            written.
+        FedMomentumError: If it cannot be read, is not a record of this type, or was changed since
+            it was written.
     """
     return parse_record(read_file(path, error=error), kind, str(path), error)

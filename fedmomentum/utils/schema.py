@@ -1,9 +1,9 @@
-"""Declared types for everything received, and the one way to check a value against them.
+"""Declared types for all received data, and the only way to validate it against them.
 
 JSON that has crossed a trust boundary (a reply, a task, a manifest, a row of metrics, an adapter's
-configuration) is decoded directly into a declared type: no other key, no other type, no NaN, no
-number out of range and no text longer than declared is accepted. msgspec does the work; this module
-holds the vocabulary and the error messages.
+configuration) is decoded directly into a declared type, which rejects unknown keys, wrong types,
+NaN, numbers out of range and text longer than declared. msgspec does the work; this module defines
+common types and the error messages.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fedmomentum.utils.text import printable
 T = TypeVar("T")
 
 MAX_COUNT = 2**53 - 1
-"""The largest count that a double, and so every JSON reader, represents exactly."""
+"""The largest count that a double, and thus every JSON reader, represents exactly."""
 MAX_DEPTH = 8
-"""Nesting of free-form JSON, such as a PEFT configuration."""
+"""The maximum nesting depth of free-form JSON, such as a PEFT configuration."""
 MAX_ITEMS = 200_000
-"""Values in free-form JSON; a `rank_pattern` of a large model names some thousand modules."""
+"""The most values in free-form JSON; a large model's `rank_pattern` has thousands of modules."""
 
 MAX_LABELS = 10_000
-"""The most labels of a classifier: as many as a client may report its scores by."""
+"""The most labels of a classifier: as many as a client may report scores for."""
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Size = Annotated[float, Meta(ge=0)]
-"""A norm, a duration, a loss: finite and not negative."""
+"""A norm, a duration or a loss: finite and nonnegative."""
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A SHA-256 in lower-case hexadecimal."""
 Text = Annotated[str, Meta(max_length=4096)]
 Label = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
-"""A short name that is shown to people: a category, a version, a dtype. No control characters."""
+"""A short displayed name, such as a category, version or dtype, without control characters."""
 ModulePath = Annotated[
     str, Meta(min_length=1, max_length=512, pattern=r"^[^\x00-\x20\x7f-\x9f]+\Z")
 ]
@@ -48,7 +48,7 @@ ModulePath = Annotated[
 
 
 class Schema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A record with declared fields; unknown fields are refused."""
+    """A record with declared fields; unknown fields are rejected."""
 
 
 def parse_json(
@@ -59,11 +59,11 @@ def parse_json(
     Args:
         data: The JSON text, UTF-8.
         kind: The type, such as a `Schema`.
-        name: What to call the text in the message: a client, a file.
+        name: How error messages refer to the text, such as a client or file.
         error: The error to raise.
 
     Raises:
-        FedMomentumError: If the text is not JSON, or does not fit the type; the message names the
+        FedMomentumError: If the text is not JSON or does not match the type; the message names the
             field.
     """
     try:
@@ -76,15 +76,15 @@ def parse_json(
 
 
 def validation_message(problem: Exception) -> str:
-    """Return msgspec's message, the field first: ``metrics.loss: Expected `float`, got `str` ``."""
+    """Return msgspec's message, field first: ``metrics.loss: Expected `float`, got `str` ``."""
     text, _, path = str(problem).partition(" - at ")
     field = path.replace("`", "").replace("$.", "").replace("$", "")
-    # An unknown field may have any name.
+    # Sanitize it, since an unknown field may have any name.
     return printable(f"{field}: {text}" if field else text)
 
 
 def _refused_value(data: bytes | str, problem: msgspec.ValidationError) -> str:
-    """Return ``; got 3`` where msgspec's message names a bound and not the refused value."""
+    """Return ``; got 3`` if msgspec's message names a bound but not the rejected value."""
     text, _, path = str(problem).partition(" - at ")
     if not path or ", got " in text or "[...]" in path:
         return ""
@@ -92,7 +92,7 @@ def _refused_value(data: bytes | str, problem: msgspec.ValidationError) -> str:
         value = msgspec.json.decode(data)
         for key, index in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", path):
             value = value[key] if key else value[int(index)]
-    # A key with a dot in it, a missing field, or no JSON after the refused value.
+    # A key that contains a dot, a missing field, or invalid JSON after the rejected value.
     except (LookupError, TypeError, ValueError, RecursionError):
         return ""
     if isinstance(value, (dict, list)):
@@ -101,20 +101,20 @@ def _refused_value(data: bytes | str, problem: msgspec.ValidationError) -> str:
 
 
 def check_free_form(value: Any, name: str, error: type[FedMomentumError] = PayloadError) -> None:
-    """Refuse free-form JSON that is nested too deep or holds too much, and keys that are not text.
+    """Reject free-form JSON that is nested too deeply, is too large, or has keys that are not text.
 
     Args:
         value: The value.
-        name: What to call it in messages.
+        name: How error messages refer to it.
         error: The error to raise.
 
     Raises:
-        FedMomentumError: If the value is nested deeper than `MAX_DEPTH`, holds more than
+        FedMomentumError: If the value is nested deeper than `MAX_DEPTH`, contains more than
             `MAX_ITEMS` values, or has a key that is not text.
     """
     remaining = MAX_ITEMS
     level = [value]
-    # One level of nesting after the other, so that no recursion limit is reached.
+    # Iterate level by level to avoid the recursion limit.
     for _ in range(MAX_DEPTH + 1):
         remaining -= len(level)
         if remaining < 0:

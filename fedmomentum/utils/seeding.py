@@ -1,7 +1,7 @@
-"""Every derived seed: one purpose, one seed, the same on every machine.
+"""All derived seeds: one per purpose, the same on every machine.
 
-The formulas differ for no deeper reason than their age. A changed formula changes every result, so
-they stay as they are, one below the other.
+The formulas only differ for historical reasons. Changing a formula would change every result, so
+they are kept as they are.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 
 
 def derive_seed(seed: int, *names: object) -> int:
-    """Return the seed of one purpose: the first 4 bytes of SHA-256("seed/name/name...")."""
+    """Return the seed for one purpose: the first 4 bytes of SHA-256("seed/name/name...")."""
     text = "/".join(map(str, (seed, *names)))
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4])
 
 
 def module_seed(seed: int, server_round: int, module: str) -> int:
-    """Return the seed of a method's generator, one a module and round in whatever order they come.
+    """Return the seed of a method's generator, one per module and round, whatever their order.
 
     It is the first 7 bytes of SHA-256("seed/round/module").
     """
@@ -28,13 +28,13 @@ def module_seed(seed: int, server_round: int, module: str) -> int:
 
 
 def data_seed(seed: int, purpose: int) -> int:
-    """Return the seed of one purpose in the data, by NumPy's `SeedSequence([seed, purpose])`."""
+    """Return the seed for one purpose in the data, by NumPy's `SeedSequence([seed, purpose])`."""
     return int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0])
 
 
 def task_seed(seed: int, task: str) -> int:
     """Return the seed of a built-in task, by NumPy's `SeedSequence([seed, *bytes of the name])`.
 
-    It has 31 bits, because some generators add to it and hand the sum to NumPy's 32-bit seeding.
+    It has 31 bits, because some generators add to it and pass the sum to NumPy's 32-bit seeding.
     """
     return int(np.random.SeedSequence([seed, *task.encode()]).generate_state(1)[0] >> 1)

@@ -1,4 +1,4 @@
-"""Tensors as safetensors bytes and back; what comes from outside is read with suspicion."""
+"""Tensors as safetensors bytes and back, with defensive decoding of outside data."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from fedmomentum.errors import PayloadError
 
 MAX_HEADER_BYTES = 64 * 2**20
-"""A safetensors header of a model of 100,000 tensors has about 10 MiB."""
+"""The safetensors header of a model with 100,000 tensors has about 10 MiB."""
 LENGTH_BYTES = 8
-"""Bytes at the beginning of a safetensors file that hold the length of its header."""
+"""Number of bytes at the beginning of a safetensors file that hold its header's length."""
 FLOAT32_BYTES = 4
 
 
@@ -31,26 +31,26 @@ def safetensors_bytes(
 
     Args:
         tensors: The tensors by name.
-        metadata: A key and its value; one pair at most, for safetensors writes several in an order
-            that changes from call to call.
+        metadata: A key and its value; at most one pair, since safetensors writes several in an
+            order that varies between calls.
     """
     ordered = {key: tensors[key].contiguous() for key in sorted(tensors)}
     return safetensors.torch.save(ordered, dict([metadata]) if metadata else None)
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Decode safetensors bytes of any origin.
+    """Decode safetensors bytes from any source.
 
     Args:
         data: The bytes.
-        name: What to call them in messages.
+        name: How error messages refer to them.
 
     Returns:
         The tensors and the metadata.
 
     Raises:
-        PayloadError: If the header is too long or not JSON, or claims tensors that the bytes do not
-            hold.
+        PayloadError: If the header is too long or not JSON, or declares tensors that the bytes do
+            not contain.
     """
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
     if len(data) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, len(data) - LENGTH_BYTES):
@@ -70,10 +70,10 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[st
 
 
 def view_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Decode safetensors bytes of any origin; float32 tensors are views of them, not copies.
+    """Decode safetensors bytes from any source, with float32 tensors as views rather than copies.
 
-    They must not be written to. Whatever is not plainly laid out is left to `read_safetensors`,
-    which copies it or refuses it.
+    The tensors must not be written to. Anything that is not in the simple layout is left to
+    `read_safetensors`, which copies or rejects it.
 
     Raises:
         PayloadError: See `read_safetensors`.
@@ -83,9 +83,9 @@ def view_safetensors(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def _views(data: bytes) -> dict[str, Tensor] | None:
-    """Return float32 tensors as views of safetensors bytes; None if these have anything else.
+    """Return float32 tensors as views of safetensors bytes; None if they contain anything else.
 
-    As the format demands, the tensors lie behind each other without a gap and fill the bytes.
+    As the format requires, the tensors must be contiguous and fill the bytes.
     """
     start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     if not LENGTH_BYTES < start <= min(MAX_HEADER_BYTES, len(data)) or start % FLOAT32_BYTES:
@@ -112,7 +112,7 @@ def _views(data: bytes) -> dict[str, Tensor] | None:
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    """What the header of a safetensors file says of a tensor."""
+    """A tensor's entry in the header of a safetensors file."""
 
     dtype: str
     shape: list[Annotated[int, msgspec.Meta(ge=0, le=2**40)]]
@@ -120,11 +120,11 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _view(data: bytes, start: int, count: int) -> Tensor:
-    """Return float32 numbers in bytes as a tensor of the same memory."""
+    """Return float32 numbers in bytes as a tensor that shares their memory."""
     if not count:
         return torch.zeros(0)
     with warnings.catch_warnings():
-        # torch warns of bytes that could be written to through the tensor.
+        # torch warns that the bytes could be written to through the tensor.
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(data, dtype=torch.float32, count=count, offset=start)
 
@@ -150,7 +150,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a floating tensor holds neither NaN nor an infinity.
+    """Return whether a floating-point tensor contains neither NaN nor infinity.
 
     No second tensor of its size is allocated.
     """
@@ -163,7 +163,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def bytes_to_tensor(data: bytes) -> Tensor:
-    """Return bytes as a tensor of uint8, to travel among tensors."""
+    """Return bytes as a uint8 tensor, to be sent along with tensors."""
     if not data:
         return torch.zeros(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)

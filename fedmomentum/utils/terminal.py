@@ -1,9 +1,9 @@
-"""Received text on the terminal and in logs: one line, cut to a length, no control characters.
+"""Received text on the terminal and in logs: one bounded line without control characters.
 
-A client's error text, a category's name or a path may hold escape sequences that change a
-terminal's title, line breaks that forge lines of a log, or a megabyte in one word. Received text is
-cut where it is received (`fedmomentum.utils.schema.printable`); this module is the last defense,
-for whatever got through.
+A client's error text, a category's name or a path may contain escape sequences that change a
+terminal's title, line breaks that forge log lines, or a megabyte in one word. Received text is
+truncated on receipt (`fedmomentum.utils.schema.printable`); this module is the last line of
+defense.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from rich.segment import Segment
 from fedmomentum.utils.text import CONTROL_CHARACTERS, REPLACEMENT, printable
 
 MAX_LINE = 2000
-"""Characters of one log record; the longest of our own messages have a few hundred."""
+"""The most characters per log record; the longest of our own messages have a few hundred."""
 MAX_TRACEBACK_LINES = 100
-"""Lines of a traceback, the last ones: a recursion error has thousands."""
+"""How many lines of a traceback to keep, from its end; a recursion error has thousands."""
 
-# Without the line break, which is rich's own.
+# Without the line break, which rich itself writes.
 _ALL_BUT_LINE_BREAK = CONTROL_CHARACTERS.replace("\x00-\x1f", "\x00-\x09\x0b-\x1f")
 _CONTROL = re.compile(f"[{_ALL_BUT_LINE_BREAK}]")
 
 
 class SafeConsole(Console):
-    """A console that shows control characters in text as U+FFFD.
+    """A console that replaces control characters in text by U+FFFD.
 
     Rich's own colors and cursor movements still work.
     """
@@ -41,7 +41,7 @@ class SafeConsole(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render as rich does, then replace control characters in the text."""
+        """Render with rich, then replace control characters in the text."""
         for segment in super().render(renderable, options):
             is_text = segment.control is None and not segment.text.isprintable()
             if is_text and _CONTROL.search(segment.text):
@@ -51,29 +51,29 @@ class SafeConsole(Console):
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a record as one line; a traceback follows on lines of its own, each as safe."""
+    """Formats a record as one line, followed by the lines of a traceback, sanitized likewise."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the line, cut and without control characters."""
+        """Return the line, truncated and without control characters."""
         record.message = printable(record.message, MAX_LINE)
         return super().formatMessage(record)
 
     def formatException(self, ei: object) -> str:  # noqa: N802
-        """Return the traceback's last lines, each cut and without control characters."""
+        """Return the traceback's last lines, truncated and without control characters."""
         lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
         return "\n".join(printable(line, MAX_LINE) for line in lines[-MAX_TRACEBACK_LINES:])
 
 
 @contextmanager
 def log_file(file: Path, *, delay: bool = False) -> Iterator[logging.Handler]:
-    """Log to a file as well while the block runs; one safe line a record.
+    """Also log to a file within the block, one sanitized line per record.
 
     Args:
-        file: The file, which is continued if it exists.
-        delay: Create it with its first line, not before.
+        file: The file, which is appended to if it exists.
+        delay: Whether to create it only with its first line.
 
     Yields:
-        What writes to the file.
+        The handler that writes to the file.
     """
     handler = logging.FileHandler(file, encoding="utf-8", delay=delay)
     handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -92,9 +92,8 @@ def log_file(file: Path, *, delay: bool = False) -> Iterator[logging.Handler]:
 def log_handler(console: Console) -> logging.Handler:
     """Return a handler that shows log records on a console, without a highlighter.
 
-    Rich's highlighter runs regular expressions over the whole text, in time that grows with the
-    square of its length and without releasing the interpreter: a client's error text could stop the
-    process for minutes.
+    Rich's highlighter runs regular expressions over the whole text, which takes quadratic time and
+    holds the interpreter lock: a client's error text could block the process for minutes.
     """
     handler = RichHandler(
         console=console,
@@ -109,13 +108,13 @@ def log_handler(console: Console) -> logging.Handler:
 
 
 class Throttle(logging.Filter):
-    """Passes a burst of records, then so many a second, and reports how many were dropped.
+    """Passes a burst of records, then a fixed number per second, and reports how many were dropped.
 
-    For the records of libraries that strangers can cause: they must not fill a disk.
+    For library log records that strangers can trigger, which must not fill a disk.
 
     Args:
-        burst: Records that pass at once.
-        rate: Records a second after that.
+        burst: Number of records that may pass at once.
+        rate: Records per second after that.
         clock: Returns the time in seconds.
     """
 

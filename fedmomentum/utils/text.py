@@ -1,4 +1,4 @@
-"""Text from outside as it may be shown: one line, bounded, without control characters."""
+"""Sanitizes outside text for display: one line, bounded, without control characters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 CONTROL_CHARACTERS = (
     "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
 )
-"""What is never shown, as a class of a regular expression.
+"""Characters that are never displayed, as a regular expression character class.
 
-Control characters (they move cursors, set titles, forge lines of a log), line and paragraph
-separators, direction overrides, lone surrogates and noncharacters.
+Control characters (which move cursors, set titles, forge log lines), line and paragraph separators,
+direction overrides, lone surrogates and noncharacters.
 """
 REPLACEMENT = "\ufffd"
 
@@ -18,7 +18,7 @@ _CONTROL = re.compile(f"[{CONTROL_CHARACTERS}]")
 
 
 def printable(text: str, max_length: int = 500) -> str:
-    """Return received text as it may be shown and logged: one line, cut to a length.
+    """Sanitize received text for display and logs: one line, truncated to a length.
 
     `CONTROL_CHARACTERS` are replaced by U+FFFD.
     """

@@ -1,1 +1,1 @@
-"""The figures of the reports, as SVG."""
+"""The reports' figures as SVG."""

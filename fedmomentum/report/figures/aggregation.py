@@ -1,4 +1,4 @@
-"""Figures of what the aggregation kept, dropped and moved."""
+"""Figures of what aggregation kept, dropped and moved."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from fedmomentum.report.figures.lines import (
 )
 from fedmomentum.report.figures.svg import SERIES, Key, Plot, make_plot
 
-# A logarithmic axis cannot show smaller numbers; they count as zero.
+# A logarithmic axis cannot show smaller numbers, which count as zero.
 SMALLEST_DRAWN_ERROR = 1e-300
-# Of a float64: the axis must end there.
+# The largest exponent of a float64, where the axis must end.
 LARGEST_EXPONENT = 307
 # Where errors of exactly zero are drawn if there are no others.
 DEFAULT_ZERO_ERROR = 1e-16
 
 
 def aggregation_plots(rounds: Rounds) -> list[Plot]:
-    """Plot what the method kept, merged and carried, and how exact it was."""
+    """Plot what the method kept, merged and carried over, and how exact it was."""
     energy = Texts(
         "retained-energy",
         "Energy kept in the adapter",
@@ -188,7 +188,7 @@ def _residual_norm_plot(rounds: Rounds) -> Plot | None:
     residual = finite((record.round, scaled(record.residual_norm, 100)) for record in rounds)
     carried = finite((record.round, scaled(record.carried_norm, 100)) for record in rounds)
     if not any(value for _, value in carried):
-        # By default nothing is ever carried.
+        # By default, nothing is ever carried over.
         carried = []
     if not residual and not carried:
         return None
@@ -232,7 +232,7 @@ def _residual_norm_plot(rounds: Rounds) -> Plot | None:
 
 
 def _exactness_plot(rounds: Rounds) -> Plot | None:
-    """Plot the exactness error on a logarithmic axis, errors of exactly zero below all others."""
+    """Plot the exactness error on a logarithmic axis, with zeros below all other values."""
     values = [(record.round, record.exactness_error) for record in rounds]
     curve = finite(values)
     if not curve:
@@ -289,7 +289,7 @@ def _draw_exactness(axes: Axes, positive: Curve, zero_rounds: list[int]) -> None
     )
     round_axes(axes, "relative error (log scale)")
 
-    # The axis spans full decades, so that at least two are labeled.
+    # The axis spans whole decades, so that at least two are labeled.
     drawn = [value for _, value in positive]
     if zero_rounds:
         drawn.append(floor)

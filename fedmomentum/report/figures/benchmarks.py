@@ -1,4 +1,4 @@
-"""Figures of standard benchmarks: base model against federated, and by round."""
+"""Figures of standard benchmarks: base against federated model, and by round."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def benchmark_plots(results: BenchmarkResults) -> list[Plot]:
 
 
 def _intervals_plot(lines: Sequence[BenchmarkLine]) -> Plot | None:
-    """Plot base and federated model with intervals, one line a task and metric."""
+    """Plot base and federated scores with intervals, one line per task and metric."""
     if not lines:
         return None
     shown = lines[:MAX_BARS]
@@ -37,7 +37,7 @@ def _intervals_plot(lines: Sequence[BenchmarkLine]) -> Plot | None:
         for y, line in enumerate(shown):
             draw_interval(axes, y - 0.16, _as_score(line.base), color=SOFT, face=PAPER)
             draw_interval(axes, y + 0.16, _as_score(line.score), color=SERIES[0], face=SERIES[0])
-        # Task and metric below one another.
+        # Put the metric below the task.
         names = [line.name.replace(", ", "\n", 1) for line in shown]
         name_axes(axes, names, "task", "answered right (%), 95 % interval")
         axes.set_xlim(-1, min(101.0, 1.04 * axes.dataLim.x1 + 1))
@@ -67,13 +67,13 @@ def _intervals_plot(lines: Sequence[BenchmarkLine]) -> Plot | None:
 
 
 def _rounds_plot(lines: Sequence[BenchmarkLine]) -> Plot | None:
-    """Plot each metric by round, from the base model on; None for fewer than two rounds."""
+    """Plot each metric by round, starting with the base model; None if fewer than two rounds."""
     curves: dict[str, Curve] = {}
     data: list[Sequence[Any]] = [("round", "task", "metric", "client", "fraction")]
     for line in lines:
         if line.model.round is None:
             continue
-        # Before the first round the model is the base model.
+        # Before the first round, the model is the base model.
         if line.name not in curves:
             start = [] if line.base is None else [(0, 100 * line.base.fraction)]
             curves[line.name] = start
@@ -83,7 +83,7 @@ def _rounds_plot(lines: Sequence[BenchmarkLine]) -> Plot | None:
         data.append((line.model.round, *names, line.score.fraction))
     if len({line.model.round for line in lines}) < 2:
         return None
-    # Every curve has a color of its own.
+    # Every curve has its own color.
     drawn = dict(list(curves.items())[: len(SERIES)])
 
     def draw(axes: Axes) -> None:

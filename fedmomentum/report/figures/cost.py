@@ -1,4 +1,4 @@
-"""Figures of bytes, seconds, and how the examples are divided among the clients."""
+"""Figures of bytes, seconds, and the division of examples among the clients."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fedmomentum.results.formatting import byte_unit, second_unit
 from fedmomentum.results.summary import natural_order, seconds_by_phase
 
 TRAFFIC_CAPTION = "Payload bytes of all clients together."
-# Legend of a partition with more categories than colors.
+# Legend for partitions with more categories than colors.
 RANK_LABELS = ["its largest", "2nd", "3rd", "4th", "5th", "6th", "all its others"]
 PARTITION_TITLES = {"train": "Training examples", "test": "Test examples"}
 
-# Category to number of examples.
+# Category -> number of examples.
 Counts = Mapping[str, int]
 
 
 def traffic_plots(rounds: Rounds) -> list[Plot]:
-    """Plot the bytes up and down, by round and accumulated."""
+    """Plot the bytes up and down, by round and cumulative."""
     uplink = np.array([sum(record.uplink_bytes.values()) for record in rounds], dtype=float)
     downlink = np.array([sum(record.downlink_bytes.values()) for record in rounds], dtype=float)
     if not uplink.any() and not downlink.any():
@@ -93,7 +93,7 @@ def seconds_plot(rounds: Rounds) -> Plot | None:
     if not phases:
         return None
     numbers = [record.round for record in rounds]
-    # One row a round, one column a phase.
+    # One row per round, one column per phase.
     rows = []
     for by_phase in seconds:
         rows.append([by_phase.get(phase, 0.0) for phase in phases])
@@ -101,7 +101,7 @@ def seconds_plot(rounds: Rounds) -> Plot | None:
 
     def draw(axes: Axes) -> None:
         factor, unit = second_unit(times.sum(axis=1).max())
-        # Each phase stands on the one before.
+        # Each phase is stacked on the previous one.
         bottom = np.zeros(len(numbers))
         for position in range(len(phases)):
             heights = times[:, position] / factor
@@ -144,13 +144,13 @@ class _Bars:
 
 
 def partition_plot(clients: Mapping[str, Mapping[str, Counts]], split: str) -> Plot | None:
-    """Plot how many examples of which category each client has.
+    """Plot how many examples of each category each client has.
 
     Args:
-        clients: Client to split to category to number of examples.
-        split: `train` or `test`; a category has the same color in both.
+        clients: Client -> split -> category -> number of examples.
+        split: `train` or `test`; categories have the same colors in both.
     """
-    # Everything is counted; the first clients are drawn.
+    # Count everything, but draw only the first clients.
     counts = {}
     for client in sorted(clients, key=natural_order):
         counts[client] = clients[client].get(split, {})
@@ -159,7 +159,7 @@ def partition_plot(clients: Mapping[str, Mapping[str, Counts]], split: str) -> P
         return None
     shown = list(counts)[:MAX_BARS]
 
-    # A color stands for a category, or with too many categories for a place in the client's order.
+    # Colors stand for categories or, if there are too many, for ranks within each client.
     totals = _totals_by_category(clients)
     if len(totals) <= len(SERIES):
         bars = _bars_by_category(totals, [counts[client] for client in shown])
@@ -167,7 +167,7 @@ def partition_plot(clients: Mapping[str, Mapping[str, Counts]], split: str) -> P
         bars = _bars_by_rank(totals, [counts[client] for client in shown])
 
     def draw(axes: Axes) -> None:
-        # Each category begins where the one before ends.
+        # Each category begins where the previous one ends.
         left = np.zeros(len(shown))
         for color, lengths in zip(bars.colors, bars.lengths, strict=True):
             axes.barh(
@@ -209,7 +209,7 @@ def _totals_by_category(clients: Mapping[str, Mapping[str, Counts]]) -> dict[str
 
 
 def _bars_by_category(totals: Counts, shown: Sequence[Counts]) -> _Bars:
-    """Return one color a category, the largest category first."""
+    """Return bars with one color per category, largest category first."""
     by_size = sorted(totals, key=lambda name: (-totals[name], natural_order(name)))
     lengths = []
     for category in by_size:
@@ -219,7 +219,7 @@ def _bars_by_category(totals: Counts, shown: Sequence[Counts]) -> _Bars:
 
 
 def _bars_by_rank(totals: Counts, shown: Sequence[Counts]) -> _Bars:
-    """Return each client's categories by size, which shows how skewed it is with few colors."""
+    """Return bars of each client's categories by size, which show its skew with few colors."""
     num_named = len(RANK_LABELS) - 1
     lengths: list[list[int]] = [[] for _ in RANK_LABELS]
     for counts in shown:

@@ -1,4 +1,4 @@
-"""What figures share: curves of many clients, axes by round and by name."""
+"""Shared parts of figures: curves of many clients, axes by round and by name."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,21 +15,21 @@ Curve = list[tuple[int, float]]
 
 # With more clients than this, all share one color.
 NUM_CLIENT_COLORS = len(SERIES)
-# More clients than this are drawn as a band.
+# If there are more clients than this, they are drawn as a band.
 MAX_CLIENT_CURVES = 60
-# Characters of a name at an axis; twice as many in a legend.
+# The most characters of a name on an axis; a legend allows twice as many.
 LABEL_LENGTH = 20
-# With more names than this, an axis has its scale at both ends.
+# With more names than this, the plot has its scale at both ends.
 LONG_AXIS = 12
 
 
 def draw_curves(axes: Axes, curve: Curve, clients: dict[str, Curve]) -> None:
-    """Draw thin lines for the clients, a band if they are many, and a thick line for all of them.
+    """Draw thin lines for clients, or a band if there are many, and a thick line for all together.
 
     Args:
         axes: Where to draw.
-        curve: Of all clients together.
-        clients: By client; a client's color follows from its position.
+        curve: The curve for all clients together.
+        clients: The curve of each client, whose position determines its color.
     """
     if len(clients) > MAX_CLIENT_CURVES:
         _draw_client_band(axes, clients)
@@ -40,7 +40,7 @@ def draw_curves(axes: Axes, curve: Curve, clients: dict[str, Curve]) -> None:
 
 
 def _draw_client_band(axes: Axes, clients: dict[str, Curve]) -> None:
-    """Shade from the 10th to the 90th percentile of the clients in each round."""
+    """Shade the area from the 10th to the 90th percentile of the clients in each round."""
     by_round: dict[int, list[float]] = {}
     for curve in clients.values():
         for server_round, value in curve:
@@ -86,13 +86,13 @@ def curves_legend(main_label: str, clients: dict[str, Curve]) -> list[Key]:
 
 
 def name_axes(axes: Axes, names: Sequence[str], kind: str, label: str) -> None:
-    """Put names along the vertical axis, the first at the top.
+    """Put names along the vertical axis, with the first at the top.
 
     Args:
         axes: The axes.
-        names: One a bar or dot; a name may have several lines.
+        names: One name per bar or dot; a name may have several lines.
         kind: What the names are: client, category.
-        label: Of the horizontal axis.
+        label: The label of the horizontal axis.
     """
     # The first name is at the top.
     is_long = len(names) > LONG_AXIS
@@ -111,18 +111,18 @@ def _shorten_lines(name: str) -> str:
 
 
 def round_axes(axes: Axes, label: str, *, from_zero: bool = False) -> None:
-    """Put integer rounds along the horizontal axis; call it after drawing.
+    """Put integer rounds along the horizontal axis; call this after drawing.
 
     Args:
         axes: The axes.
-        label: Of the vertical axis.
+        label: The label of the vertical axis.
         from_zero: Whether the vertical axis starts at zero.
     """
     axes.set_xlabel("round")
     axes.set_ylabel(label)
     axes.grid(axis="y")
 
-    # Rounds, with a small margin, and ticks at integers.
+    # The horizontal axis has a small margin and ticks at integers.
     first, last = axes.dataLim.x0, axes.dataLim.x1
     margin = max(0.3, 0.03 * (last - first))
     axes.set_xlim(first - margin, last + margin)
@@ -130,18 +130,18 @@ def round_axes(axes: Axes, label: str, *, from_zero: bool = False) -> None:
     if axes.get_yscale() == "log":
         return
 
-    # Values: few ticks, from zero if asked.
+    # The vertical axis has few ticks and starts at zero if requested.
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
     bottom, top = axes.dataLim.y0, axes.dataLim.y1
     if from_zero:
         axes.set_ylim(0, 1.06 * top or 1.0)
     elif top - bottom < 1e-3 * abs(top):
-        # A constant: choose a scale on which it looks like one.
+        # Choose a scale on which a constant looks constant.
         axes.set_ylim(bottom - max(0.02 * abs(bottom), 1e-3), top + max(0.02 * abs(top), 1e-3))
 
 
 def finite(points: Iterable[tuple[int, float | None]]) -> Curve:
-    """Return the points that can be drawn."""
+    """Return the points with finite values, which can be drawn."""
     curve = []
     for server_round, value in points:
         if value is not None and math.isfinite(value):
@@ -155,10 +155,10 @@ def color_of(position: int) -> str:
 
 
 def method_color(position: int) -> str:
-    """Return a method's color; colors repeat, with another line style."""
+    """Return a method's color; colors repeat with a different line style."""
     return SERIES[position % len(SERIES)]
 
 
 def color_cycle(position: int) -> int:
-    """Return how often the colors are used up before a position, at most twice."""
+    """Return how often the colors have been used up before a position, at most twice."""
     return min(position // len(SERIES), 2)

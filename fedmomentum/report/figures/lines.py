@@ -1,4 +1,4 @@
-"""Metrics by round, one figure a metric or a few: the common form of the page's figures."""
+"""Figures of one or a few metrics by round, the most common kind on the page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedmomentum.report.figures.svg import SERIES, Key, Plot, make_plot
 from fedmomentum.results.formatting import shorten
 
 Rounds = Sequence[RoundRecord]
-# Takes a metric from a round's record.
+# Extracts a metric from a round's record.
 ValueOf = Callable[[RoundRecord], float | None]
 
-# More bars than this are in the data only.
+# Bars beyond this number are only in the data.
 MAX_BARS = 100
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A figure's key, title, caption, and the label of its vertical axis."""
+    """A figure's key, title, caption and vertical axis label."""
 
     key: str
     title: str
@@ -36,9 +36,9 @@ class Line:
     """One metric in a figure of several.
 
     Attributes:
-        label: In the legend.
-        column: In the CSV.
-        value_of: Takes it from a round's record.
+        label: The label in the legend.
+        column: The column in the CSV.
+        value_of: Extracts it from a round's record.
         color: Its color.
         shape: `thick` or `dashed`.
     """
@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Band:
-    """An area between two metrics; `label` is that of the legend."""
+    """An area between two metrics; `label` is used in the legend."""
 
     label: str
     low: Line
@@ -62,13 +62,13 @@ class Band:
 def metric_plot(
     rounds: Rounds, metric: str, texts: Texts, *, as_percent: bool = False
 ) -> Plot | None:
-    """Plot one metric by round; None where it was not recorded.
+    """Plot one metric by round; return None if it was not recorded.
 
     Args:
         rounds: The rounds.
         metric: A field of `RoundRecord`.
         texts: The figure's texts.
-        as_percent: Whether the metric is a fraction, to be shown in percent.
+        as_percent: Whether the metric is a fraction to be shown in percent.
     """
     factor = 100.0 if as_percent else 1.0
     values = [(record.round, getattr(record, metric)) for record in rounds]
@@ -82,7 +82,7 @@ def metric_plot(
         )
         round_axes(axes, texts.axis_label)
         if as_percent:
-            # A fraction cannot pass 100 %, and neither need its axis.
+            # A fraction cannot exceed 100 %, so neither should its axis.
             bottom, top = axes.get_ylim()
             axes.set_ylim(bottom, min(top, 100 + 0.05 * (100 - bottom)))
         else:
@@ -100,8 +100,8 @@ def lines_plot(
     band: Band | None = None,
     from_zero: bool = False,
 ) -> Plot | None:
-    """Plot several metrics by round, and a band between two more; None where none was recorded."""
-    # What can be drawn: finite values.
+    """Plot several metrics by round, and optionally a band; return None if none was recorded."""
+    # Only finite values can be drawn.
     curves = [_curve(rounds, line) for line in lines]
     if not any(curves):
         return None
@@ -109,7 +109,7 @@ def lines_plot(
     high = _curve(rounds, band.high) if band else []
 
     def draw(axes: Axes) -> None:
-        # The band lies behind the lines.
+        # The band goes behind the lines.
         if band and low:
             _draw_band(axes, low, high, band.low.color)
         for line, curve in zip(lines, curves, strict=True):
@@ -117,7 +117,7 @@ def lines_plot(
                 _draw_line(axes, line, curve)
         round_axes(axes, texts.axis_label, from_zero=from_zero)
 
-    # Legend: what is drawn. Data: all columns, missing values included.
+    # The legend shows what is drawn; the data has all columns, including missing values.
     legend = []
     for line, curve in zip(lines, curves, strict=True):
         if curve:
@@ -154,13 +154,13 @@ def _draw_band(axes: Axes, low: Curve, high: Curve, color: str) -> None:
     top = [value for _, value in high]
     axes.fill_between(rounds, bottom, top, color=color, alpha=0.18, linewidth=0)
     if len(rounds) == 1:
-        # An area has no width in one round.
+        # An area over a single round has no width.
         ends = [bottom[0], top[0]]
         axes.plot(2 * rounds, ends, color=color, alpha=0.3, linewidth=5, solid_capstyle="butt")
 
 
 def present(*candidates: Plot | None) -> list[Plot]:
-    """Return the plots that there are."""
+    """Return the plots that are not None."""
     return [plot for plot in candidates if plot is not None]
 
 
@@ -170,12 +170,12 @@ def scaled(value: float | None, factor: float) -> float | None:
 
 
 def category_label(category: str) -> str:
-    """Return a category as a legend shows it."""
+    """Return a category's label in legends."""
     return shorten(category, 40) if category else "no category"
 
 
 def omitted_note(shown: Sequence[Any], everything: Sequence[Any]) -> str:
-    """Return a sentence for the caption where not everything is drawn."""
+    """Return a sentence for the caption if not everything is drawn."""
     if len(shown) == len(everything):
         return ""
     return f" The first {len(shown)} of {len(everything)}; all are in the data."

@@ -17,13 +17,13 @@ from fedmomentum.results.comparison import Comparison
 from fedmomentum.results.formatting import byte_unit
 from fedmomentum.results.method_run import MethodRun, RoundPoint
 
-# On a curve with this many points or more, markers hide it.
+# With this many points or more, markers would hide the curve.
 MAX_POINTS_WITH_MARKERS = 30
-# With this many bands or more, each is fainter.
+# With this many bands or more, each is drawn fainter.
 FEW_BANDS = 5
-# Line styles, changed each time the colors are used up.
+# Line styles, one for each pass through the colors.
 DASHES = ("-", "--", ":")
-# The same for the legend.
+# The same, for the legend.
 LEGEND_SHAPES = ("thick", "dashed", "dotted")
 
 
@@ -34,10 +34,10 @@ class CurveFigure:
     Attributes:
         key: The figure's key.
         title: Its title.
-        axis_label: Of the vertical axis.
+        axis_label: The label of the vertical axis.
         metric: A field of `RoundPoint`.
         note: A sentence for the caption.
-        as_percent: Whether the metric is a fraction, to be shown in percent.
+        as_percent: Whether the metric is a fraction to be shown in percent.
         against_bytes: Whether the horizontal axis is bytes instead of rounds.
     """
 
@@ -52,7 +52,7 @@ class CurveFigure:
 
 @dataclass(frozen=True)
 class Band:
-    """A method's mean over its seeds, with the least and the greatest, along `x`."""
+    """A method's mean over its seeds, with minimum and maximum, along `x`."""
 
     x: list[float]
     mean: list[float]
@@ -70,7 +70,7 @@ RANK = "Rank of what is merged into the base weights each round, mean over the m
 COSINE = "Cosine of a round's change of the effective weights with that of the round before."
 ANGLE = "Mean principal angle between successive adapters, over the directions that are not zero."
 
-# Titles and labels are written for answers; runs on pairs call the same measures otherwise.
+# Titles and labels are worded for answers; runs on pairs have other names for the same measures.
 EXACT_MATCH_LABEL = "{measure} (%)"
 LOSS_LABEL = "loss ({unit})"
 ANGLE_LABEL = "angle (degrees)"
@@ -118,12 +118,12 @@ def score_plots(comparison: Comparison) -> list[Plot]:
 
 
 def method_plots(comparison: Comparison) -> list[Plot]:
-    """Plot what the methods did to the sum and to the adapter, by round."""
+    """Plot each method's effect on the sum and the adapter, by round."""
     return present(*(_curve_plot(comparison, figure) for figure in METHOD_FIGURES))
 
 
 def _curve_plot(comparison: Comparison, figure: CurveFigure) -> Plot | None:
-    """Plot a metric of every method: the mean over its seeds, and a band from least to greatest."""
+    """Plot each method's mean of a metric over its seeds, and a band from minimum to maximum."""
     bands = {}
     for method in comparison.methods:
         band = _make_band(comparison.runs_of(method), figure)
@@ -144,11 +144,11 @@ def _curve_plot(comparison: Comparison, figure: CurveFigure) -> Plot | None:
         if figure.against_bytes:
             _byte_axis(axes, unit)
         if figure.as_percent:
-            # Little room beyond 0 and 100 %.
+            # Leave little room beyond 0 and 100 %.
             bottom, top = axes.get_ylim()
             axes.set_ylim(max(bottom, -2.0), min(top, 102.0))
 
-    # The caption says what the band is, the legend what is drawn.
+    # The caption explains the band, the legend what is drawn.
     most_seeds = max(len(comparison.runs_of(method)) for method in bands)
     seeds = "One seed."
     if most_seeds > 1:
@@ -168,13 +168,13 @@ def _curve_plot(comparison: Comparison, figure: CurveFigure) -> Plot | None:
 
 
 def _worded(text: str, comparison: Comparison) -> str:
-    """Return a title or label with the names of what the runs measure filled in."""
+    """Fill in the names of the runs' measures in a title or label."""
     measure = comparison.measure
     return text.format(measure=measure, Measure=measure.capitalize(), unit=comparison.loss_unit)
 
 
 def _make_band(runs: Sequence[MethodRun], figure: CurveFigure) -> Band:
-    """Return the rounds in which all of a method's seeds have the metric, ascending."""
+    """Return a band over the rounds in which all of a method's seeds have the metric, ascending."""
     # Points where the metric was measured.
     points_by_round: dict[int, list[RoundPoint]] = {}
     for run in runs:
@@ -182,7 +182,7 @@ def _make_band(runs: Sequence[MethodRun], figure: CurveFigure) -> Band:
             if _is_drawn(point, figure):
                 points_by_round.setdefault(point.round, []).append(point)
 
-    # Rounds that all seeds have: mean, least and greatest.
+    # Mean, minimum and maximum in rounds that all seeds have.
     factor = 100.0 if figure.as_percent else 1.0
     band = Band([], [], [], [])
     for server_round, points in sorted(points_by_round.items()):

@@ -1,4 +1,4 @@
-"""Figures of the methods' last scores: differences to the baseline, and scores by client."""
+"""Figures of the methods' final scores: differences from the baseline, and scores by client."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fedmomentum.results.method_run import MethodRun
 from fedmomentum.results.method_summary import MethodSummary
 from fedmomentum.results.statistics import MeanEstimate
 
-# More clients than this are in the data only.
+# Clients beyond this number are only in the data.
 MAX_CLIENTS = 60
 
 
 @dataclass(frozen=True)
 class DifferenceFigure:
-    """Paired differences of one score to the baseline.
+    """Paired differences of one score from the baseline.
 
     Attributes:
         key: The figure's key.
         title: Its title.
-        unit: Of the difference.
-        difference_of: Takes the estimate from a method's summary.
-        score_of: Takes the score from a method's run.
-        factor: What values are multiplied by.
+        unit: The unit of the difference.
+        difference_of: Extracts the estimate from a method's summary.
+        score_of: Extracts the score from a method's run.
+        factor: The factor by which values are multiplied.
     """
 
     key: str
@@ -62,7 +62,7 @@ DIFFERENCE_FIGURES = (
 
 
 def difference_plots(comparison: Comparison, summaries: Sequence[MethodSummary]) -> list[Plot]:
-    """Plot the differences of the last scores to the baseline, with t intervals and every seed."""
+    """Plot differences of final scores from the baseline, with t intervals and all seeds."""
     return present(
         *(_difference_plot(comparison, summaries, figure) for figure in DIFFERENCE_FIGURES)
     )
@@ -71,7 +71,7 @@ def difference_plots(comparison: Comparison, summaries: Sequence[MethodSummary])
 def _difference_plot(
     comparison: Comparison, summaries: Sequence[MethodSummary], figure: DifferenceFigure
 ) -> Plot | None:
-    # The methods that have a difference: its estimate, and each seed's value.
+    # For methods that have a difference: its estimate, and each seed's value.
     estimates: dict[str, MeanEstimate] = {}
     for summary in summaries:
         estimate = figure.difference_of(summary)
@@ -87,7 +87,7 @@ def _difference_plot(
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=GRID, linewidth=1.2)
-        # One line a method: interval, seeds as ticks, mean as a dot.
+        # One line per method: interval, seeds as ticks, mean as a dot.
         for y, (method, estimate) in enumerate(estimates.items()):
             color = method_color(comparison.methods.index(method))
             values = [figure.factor * value for value in differences[method].values()]
@@ -116,7 +116,7 @@ def _difference_plot(
 def _seed_differences(
     comparison: Comparison, method: str, figure: DifferenceFigure
 ) -> dict[int, float]:
-    """Return seed to the method's score minus the baseline's."""
+    """Return the method's score minus the baseline's, by seed."""
     baseline_scores = {}
     for run in comparison.runs_of(comparison.baseline):
         baseline_scores[run.seed] = figure.score_of(run)
@@ -130,7 +130,7 @@ def _seed_differences(
 
 
 def _split_label(method: str) -> str:
-    """Put each setting of a method on a line, without the section of a run's setting."""
+    """Put each setting of a method on its own line, without the section of run settings."""
     return re.sub(r"[:;](\w+\.)?", "\n", method)
 
 
@@ -154,14 +154,14 @@ def _draw_difference(
 
 
 def client_plot(comparison: Comparison, clients: Sequence[str]) -> Plot | None:
-    """Plot the exact match of every client on its own examples, mean over seeds, a dot a method."""
+    """Plot each client's exact match on its own examples: means over seeds, one dot per method."""
     means = client_means(comparison, clients)
     if len(clients) < 2 or not means:
         return None
     shown = clients[:MAX_CLIENTS]
 
     def draw(axes: Axes) -> None:
-        # A thin line a client guides the eye.
+        # A thin line per client guides the eye.
         for y in range(len(shown)):
             axes.axhline(y, color=GRID, linewidth=0.5)
         for position, method in enumerate(comparison.methods):
@@ -192,7 +192,7 @@ def client_plot(comparison: Comparison, clients: Sequence[str]) -> Plot | None:
 def client_means(
     comparison: Comparison, clients: Sequence[str]
 ) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """Return (client, method) to exact match and loss, mean over seeds, and the number of seeds."""
+    """Return mean exact match, mean loss and number of seeds, by (client, method)."""
     means = {}
     for method in comparison.methods:
         runs = comparison.runs_of(method)

@@ -22,13 +22,13 @@ from fedmomentum.report.figures.lines import MAX_BARS, Rounds, Texts, omitted_no
 from fedmomentum.report.figures.svg import GRID, INK, PAPER, SERIES, SOFT, Key, Plot, make_plot
 from fedmomentum.results.summary import SummaryRow, natural_order, scored
 
-# Up to so many bars are drawn with more space.
+# Up to this many bars are drawn with more space.
 ROOMY_BARS = 20
 
 
 def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plot | None:
-    """Plot the exact match of base and federated model with intervals, one line a group."""
-    # Groups that were evaluated; the total comes first.
+    """Plot base and federated exact match with intervals, one line per group."""
+    # Groups that were evaluated, starting with the total.
     lines = []
     for row in summary:
         if row.group in {"total", group} and (row.base or row.federated):
@@ -39,7 +39,7 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
     total = summary[0].federated or summary[0].base or NO_EXAMPLES
 
     def draw(axes: Axes) -> None:
-        # Two intervals a group, the base model's above.
+        # Two intervals per group, with the base model's on top.
         for y, row in enumerate(shown):
             draw_interval(axes, y - 0.16, row.base, color=SOFT, face=PAPER)
             draw_interval(axes, y + 0.16, row.federated, color=SERIES[0], face=SERIES[0])
@@ -72,7 +72,7 @@ def intervals_plot(summary: Sequence[SummaryRow], group: str, title: str) -> Plo
 
 
 def draw_interval(axes: Axes, y: float, score: Score | None, *, color: str, face: str) -> None:
-    """Draw a score as a point with its interval; nothing for None."""
+    """Draw a score as a point with its interval; draw nothing for None."""
     if score is None:
         return
     low, high = score.interval
@@ -102,11 +102,11 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
     measure = totals[0][1].measure
 
     def draw(axes: Axes) -> None:
-        # The interval over all examples, behind the curves.
+        # The interval for all examples goes behind the curves.
         low, high = band[:, 0], band[:, 1]
         axes.fill_between(evaluated_rounds, low, high, color=INK, alpha=0.12, linewidth=0)
         if len(evaluated_rounds) == 1:
-            # An area has no width in one round.
+            # An area over a single round has no width.
             ends = 2 * evaluated_rounds
             axes.plot(ends, band[0], color=INK, alpha=0.3, linewidth=5, solid_capstyle="butt")
         draw_curves(axes, curve, clients)
@@ -137,7 +137,7 @@ def macro_f1_plot(rounds: Rounds) -> Plot | None:
     curve = finite((server_round, _percent_f1(score)) for server_round, score in totals)
     if not curve:
         return None
-    # The curves are on the page; the numbers of all rounds and clients come along as CSV.
+    # The page shows the curves; the CSV has the numbers of all rounds and clients.
     clients = _client_curves(rounds, _percent_f1)
     data: list[Sequence[Any]] = [("round", "client", "items", "macro_f1")]
     for record in rounds:
@@ -157,7 +157,7 @@ def _percent_f1(score: Score) -> float | None:
 
 
 def _fraction(score: Score) -> str:
-    """Return what the exact match is a fraction of."""
+    """Return the unit that exact match is a fraction of."""
     if score.is_of_pairs:
         return "Fraction of pairs whose chosen answer has the larger reward"
     how = "whose label is predicted" if score.by_label else "answered exactly"
@@ -165,7 +165,7 @@ def _fraction(score: Score) -> str:
 
 
 def evaluation_loss_plot(rounds: Rounds) -> Plot | None:
-    """Plot the loss on the test examples by round, of all and of each client's."""
+    """Plot the loss on the test examples by round, overall and for each client."""
     curve = finite((server_round, score.loss) for server_round, score in _total_scores(rounds))
     clients = _client_curves(rounds, lambda score: score.loss)
     data: list[Sequence[Any]] = [("round", "client", "items", "tokens", "nll", "loss")]
@@ -242,7 +242,7 @@ def _total_scores(rounds: Rounds) -> list[tuple[int, Score]]:
 
 
 def _all_scores(record: RoundRecord) -> dict[str, Score]:
-    """Return the scores of a round: on all examples under the empty name, then each client's."""
+    """Return a round's scores: overall under the empty name, then each client's."""
     if record.evaluation is None:
         return {}
     scores = {}
@@ -268,7 +268,7 @@ def _client_curves(rounds: Rounds, value_of: Callable[[Score], float | None]) ->
 def _empty_curves(rounds: Rounds) -> dict[str, Curve]:
     """Return an empty curve for every client that ever trained or was evaluated.
 
-    All figures show the same clients, and so give each the same color.
+    All figures show the same clients, so that each has the same color everywhere.
     """
     names: set[str] = set()
     for record in rounds:
@@ -278,13 +278,13 @@ def _empty_curves(rounds: Rounds) -> dict[str, Curve]:
 
 
 def _exact_match_cells(score: Score) -> tuple[float, ...]:
-    """Return items, exact, exact_match, low, high, as the CSV has them."""
+    """Return items, exact, exact_match, low, high, for the CSV."""
     interval = score.interval
     return (score.num_examples, score.num_exact, score.exact_match, *interval)
 
 
 def _uneven_note(scores: Iterable[Score]) -> str:
-    """Return a sentence for the caption where rounds are scored on different examples."""
+    """Return a sentence for the caption if rounds are scored on different examples."""
     sizes = sorted({score.num_examples for score in scores})
     if len(sizes) == 1:
         return ""

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG for the page: its colors, its font, unique ids, reproducible bytes."""
+"""Matplotlib figures as SVG with the page's colors and font, unique ids and reproducible bytes."""
 
 import csv
 import io
@@ -14,7 +14,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Placeholder colors, replaced by the page's CSS variables: one figure serves light and dark.
+# Placeholder colors, to be replaced by the page's CSS variables so that figures work in both the
+# light and the dark theme.
 INK = "#010101"
 GRID = "#010102"
 SOFT = "#010103"
@@ -23,9 +24,9 @@ SERIES = tuple(f"#01020{k}" for k in range(7))
 _CSS = {INK: "currentColor", GRID: "var(--grid)", SOFT: "var(--soft)", PAPER: "var(--paper)"}
 _CSS |= {color: f"var(--series-{k})" for k, color in enumerate(SERIES)}
 
-# Inches, which is 360 SVG units: text is legible at the width of a phone.
+# In inches, equal to 360 SVG units: text is legible at the width of a phone.
 WIDTH = 5.0
-# First characters by which a spreadsheet takes a cell for a formula.
+# First characters that make a spreadsheet interpret a cell as a formula.
 _FORMULA_STARTS = {"=", "+", "-", "@", "\t"}
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -49,14 +50,14 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "axes.unicode_minus": True,
-    # A client may be called $x$.
+    # A client's name may be $x$.
     "text.parse_math": False,
 }
 
 
 @dataclass(frozen=True)
 class Key:
-    """One line of a legend, which the page draws: text wraps there and not in an SVG.
+    """One line of a legend, which is drawn by the page because text does not wrap in SVG.
 
     Attributes:
         label: Its text.
@@ -70,13 +71,13 @@ class Key:
 
     @property
     def css(self) -> str:
-        """The color as the page's CSS knows it."""
+        """The color's name in the page's CSS."""
         return _CSS[self.color]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its title, caption, legend and data. `key` is unique in the page."""
+    """A figure with its title, caption, legend and data; `key` is unique on the page."""
 
     key: str
     title: str
@@ -99,17 +100,17 @@ def make_plot(
     """Draw one figure.
 
     Args:
-        key: Unique in the page; also the name of the CSV.
-        title: Shown above the figure, and read out for the image.
-        draw: Puts the data and the labels on the axes.
+        key: A key that is unique on the page; also the name of the CSV.
+        title: The title above the figure, also used as the image's alternative text.
+        draw: Draws the data and labels on the axes.
         caption: What the plot shows, in a sentence or two.
-        data: The rows of the CSV, its header first.
-        height: Inches.
-        legend: The page's legend.
+        data: The rows of the CSV, header first.
+        height: The height in inches.
+        legend: The legend, drawn by the page.
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # Text is measured with the bundled font and drawn with the reader's: a missing glyph is no
-        # concern here.
+        # Text is measured with the bundled font but drawn with the reader's, so missing glyphs do
+        # not matter here.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -123,26 +124,26 @@ def make_plot(
 
 
 def _inline_svg(document: str, key: str, label: str) -> Markup:
-    """Return the SVG document as an element of the page, its ids prefixed by `key`."""
-    # Metadata and style sheets would apply to the page.
+    """Return the SVG document as an element of the page, with ids prefixed by `key`."""
+    # Remove metadata and style sheets, which would apply to the whole page.
     root = ElementTree.fromstring(document)
     for parent in list(root.iter()):
         for child in list(parent):
             if _local_name(child.tag) in {"metadata", "style"}:
                 parent.remove(child)
 
-    # Plain names, and attributes with the page's ids, font and colors.
+    # Strip namespaces, and adapt attributes to the page's ids, font and colors.
     for element in root.iter():
         element.tag = _local_name(element.tag)
         attributes: dict[str, str] = {}
         for qualified_name, value in element.items():
             name = _local_name(qualified_name)
             value = _page_attribute(name, value, key)
-            # Pages may refuse inline styles; each property is an attribute of SVG as well.
+            # Pages may forbid inline styles, but each property is also an SVG attribute.
             attributes |= _properties(value) if name == "style" else {name: value}
         element.attrib = attributes
 
-    # The page decides the size.
+    # The page determines the size.
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.attrib |= {"role": "img", "aria-label": label, "class": "plot"}
@@ -163,7 +164,7 @@ def _page_attribute(name: str, value: str, key: str) -> str:
     if name not in {"style", "clip-path", "fill", "stroke"}:
         return value
     value = re.sub(r"url\(#", f"url(#{key}-", value)
-    # The family is the page's; the size stays.
+    # Use the page's font family, but keep the size.
     value = re.sub(r"font: ([\d.]+)px [^;]*", r"font-size: \1px", value)
     return re.sub(r"#0[0-9a-f]{5}", lambda color: _CSS.get(color[0], color[0]), value)
 
@@ -187,7 +188,7 @@ def _to_csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """Return a value that no spreadsheet takes for a formula, whatever a client's name is."""
+    """Return a value that no spreadsheet interprets as a formula, whatever a client's name is."""
     if isinstance(value, str) and value[:1] in _FORMULA_STARTS:
         return f"'{value}"
     return value
