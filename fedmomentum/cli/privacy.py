@@ -120,7 +120,7 @@ def ledger(
         typer.Argument(help="a client's ledger, or a directory of ledgers", show_default=False),
     ],
     delta: Annotated[
-        float, typer.Option("--delta", help="the probability with which epsilon may not hold")
+        float, typer.Option("--delta", help="the delta of (epsilon, delta)-differential privacy")
     ] = 1e-5,
 ) -> None:
     """Show how much privacy the trainings on a client's data have spent, and in which runs."""

@@ -27,7 +27,7 @@ class DPConfig:
         None, "standard deviation of the noise in units of max-grad-norm, for all clients"
     )
     delta: float = option(
-        1e-5, "the probability with which epsilon may not hold: well below 1 / a client's units"
+        1e-5, "the delta of (epsilon, delta)-differential privacy: well below 1 / a client's units"
     )
     max_grad_norm: float = option(
         1.0, "the gradient of each unit is clipped to this norm, over all trained parameters"

@@ -23,7 +23,7 @@ class PrivateTerms(Schema, frozen=True, kw_only=True):
         noise_multiplier: Standard deviation of the noise in units of the clipping norm; None if it
             follows from `epsilon`.
         epsilon: The privacy loss per unit over all rounds; None with a noise multiplier.
-        delta: The probability with which epsilon may not hold.
+        delta: The delta of (epsilon, delta)-differential privacy.
         max_grad_norm: The norm that a unit's gradient is clipped to.
         unit: What is protected: `example`, or the name of a column.
         num_rounds: The number of rounds in the run, in each of which a client may have to train.
