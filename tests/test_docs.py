@@ -502,9 +502,16 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     """The tables of docs/appendix/results.md are what the script makes of the committed numbers."""
     monkeypatch.syspath_prepend(ROOT / "experiments" / "banking77")
     text = (ROOT / "docs" / "appendix" / "results.md").read_text()
-    assert importlib.import_module("figures").tables().strip() in text
-    moments = importlib.import_module("moments_figures").tables().strip()
-    assert moments and moments in text
+    figures = importlib.import_module("figures")
+    assert figures.tables().strip() in text
+    assert figures.target_table("", figures.NAMES) in text
+    moments = importlib.import_module("moments_figures")
+    assert figures.target_table("moments-", moments.NAMES) in text
+    all_methods = importlib.import_module("methods_figures")
+    tables = all_methods.tables().strip()
+    assert tables.count("FedMomentum, procrustes, shared") == 2 and tables in text
+    assert all_methods.gain_table() in text
+    assert importlib.import_module("ablations_figures").tables().strip() in text
     classifier = importlib.import_module("classifier")
     published = classifier.read_scores(classifier.PUBLISHED)
     assert len(published) == len(METHODS)
