@@ -49,6 +49,11 @@ def labeled(method: str, rate: float) -> str:
     return f"{method}{';' if ':' in method else ':'}training.learning-rate={rate:g}"
 
 
+def method_of(label: str) -> str:
+    """Return the label of a run without its learning rate."""
+    return label.partition("training.learning-rate=")[0].rstrip(":;")
+
+
 def choose_rates(
     config: Config, methods: Sequence[str], grid: Grid, out: Path, file: Path
 ) -> Rates:

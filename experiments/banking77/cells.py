@@ -65,7 +65,7 @@ def main() -> int:
     with quiet_libraries():
         intents.make(data, out)
         if options.reproduce:
-            name, method, seed = experiment.parse_run(options.reproduce)
+            name, method, seed = experiment.parse_run(options.reproduce, CELLS)
             table = tables / f"cell-{name}.csv"
             return trials.reproduce(settings(name, out), method, seed, out / "reproduced", table)
         for name in [options.only] if options.only else list(CELLS):

@@ -12,7 +12,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,8 +170,7 @@ def reproduce(out: Path, what: str, prefix: str = "") -> int:
     file = HERE / "results" / f"{prefix}{name}" / "comparison.csv"
     rows = list(csv.DictReader(file.open())) if file.is_file() else []
     for row in rows:
-        label, _, _ = row["method"].partition("training.learning-rate=")
-        if label.rstrip(":;") == method and row["seed"] == str(seed):
+        if tuned_comparison.method_of(row["method"]) == method and row["seed"] == str(seed):
             runs = out / "reproduced" / name
             (directory,) = tuned_comparison.run_all(
                 settings(name, out), [row["method"]], [seed], runs
@@ -182,12 +181,20 @@ def reproduce(out: Path, what: str, prefix: str = "") -> int:
     raise SystemExit(f"no committed run {what}; the methods and seeds are in {file}")
 
 
-def parse_run(text: str) -> tuple[str, str, int]:
-    """Return setting, method and seed of `SETTING:METHOD:SEED`."""
+def parse_run(text: str, settings: Iterable[str] = ()) -> tuple[str, str, int]:
+    """Return setting, method and seed of `SETTING:METHOD:SEED`.
+
+    Args:
+        text: What the command line has.
+        settings: The settings that exist; empty if any is allowed.
+    """
+    known = list(settings)
     setting, _, rest = text.partition(":")
     method, _, seed = rest.rpartition(":")
     if not method or not seed.isdecimal():
         raise SystemExit(f"a run is named SETTING:METHOD:SEED; got {text}")
+    if known and setting not in known:
+        raise SystemExit(f"no setting {setting}; there are {', '.join(known)}")
     return setting, method, int(seed)
 
 

@@ -17,6 +17,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from run_table import Row  # in the directory above
+from tuned_comparison import method_of
 
 from fedmomentum.results.statistics import MeanEstimate, estimate_mean
 
@@ -34,11 +35,6 @@ NAMES = {
 }
 BASELINES = ("fedit", "fedmomentum")
 TITLES = {"few": "2 local steps, 24 rounds", "many": "12 local steps, 5 rounds"}
-
-
-def method_of(label: str) -> str:
-    """Return the label of a run without its learning rate."""
-    return label.partition("training.learning-rate=")[0].rstrip(":;")
 
 
 def scores(name: str, column: str = "exact_match") -> dict[str, dict[int, float]]:

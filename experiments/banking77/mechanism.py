@@ -21,9 +21,9 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from figures import RESULTS, curve, method_of, scores, use_style
+from figures import RESULTS, curve, scores, use_style
 from moments_figures import FRESH, NAMES
-from tuned_comparison import mean_measures  # in the directory above
+from tuned_comparison import mean_measures, method_of  # in the directory above
 
 from fedmomentum.results.comparison import read_comparison
 from fedmomentum.results.method_run import MethodRun

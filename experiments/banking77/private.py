@@ -19,6 +19,7 @@ would spend is not counted: they come from public data in practice.
 One thread, some two minutes a run. Stopped and started again, it continues with the run that it was
 in. The result is one line a run in `--table`, by default results/private.csv: a run that is there is
 not made again, so name a new file to make all. private_figures.py makes tables and figure.
+`--reproduce 2:fedsvd:0` repeats one of the runs, named by its epsilon, and compares its scores.
 """
 
 import math

@@ -64,7 +64,7 @@ def main(document: str, name: str, variants: Iterable[str]) -> int:
     with quiet_libraries():
         intents.make(data, out)
         if options.reproduce:
-            setting, method, seed = experiment.parse_run(options.reproduce)
+            setting, method, seed = experiment.parse_run(options.reproduce, ("few", "many"))
             config = experiment.settings(setting, out)
             table = tables / f"{name}-{setting}.csv"
             return reproduce(config, method, seed, out / "reproduced", table)

@@ -207,3 +207,8 @@ def test_a_run_is_named_by_setting_method_and_seed(script, text):
     )
     with pytest.raises(SystemExit, match="SETTING:METHOD:SEED"):
         experiment.parse_run(text)
+
+
+def test_a_setting_that_does_not_exist_is_named_with_those_that_do(script):
+    with pytest.raises(SystemExit, match="no setting fow; there are few, many"):
+        script("experiment").parse_run("fow:fedit:8", ("few", "many"))
