@@ -1,6 +1,6 @@
 """The package on a GPU: exactness, a client's speed and memory, aggregation of an 8B round.
 
-    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 1B-nf4 3B] [--only rounds residuals
+    python benchmarks/gpu.py [--minutes 9] [--sizes 8B 8B-nf4 8B-long 1B 3B] [--only rounds residuals
     training aggregation]
                              [--device cuda] [--json FILE]         (`make bench-gpu`)
     python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too, in seconds

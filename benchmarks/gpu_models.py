@@ -41,6 +41,7 @@ class Size:
         seconds: About what all of it takes on an H100, by which it is decided whether it still fits
             into the time.
         quantization: `model.quantization`; the plain side loads it as QLoRA does.
+        is_checkpointed: Whether layers are computed again in the backward pass, on both sides.
     """
 
     name: str
@@ -52,6 +53,11 @@ class Size:
     local_steps: int
     seconds: float
     quantization: str = "none"
+    is_checkpointed: bool = False
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Return `training.arguments` of a client."""
+        return {"gradient_checkpointing": True} if self.is_checkpointed else {}
 
     def llama(self) -> LlamaConfig:
         """Return the model's configuration."""
@@ -93,6 +99,16 @@ SIZES = {
 """The shapes of Llama-3.2-1B and 3B and of Llama-3.1-8B."""
 for _name in list(SIZES):
     SIZES[f"{_name}-nf4"] = replace(SIZES[_name], name=f"{_name}, nf4", quantization="nf4")
+SIZES["8B-long"] = replace(
+    SIZES["8B"],
+    name="8B, checkpointed",
+    length=2048,
+    steps=4,
+    local_steps=4,
+    seconds=150,
+    is_checkpointed=True,
+)
+"""Long rows, with gradient checkpointing."""
 
 TINY = Size(
     "tiny", _shape(64, 128, 2, 4, 2, tie_word_embeddings=False, vocab_size=128), 2, 16, 2, 2, 2, 5
@@ -101,6 +117,7 @@ TINY = Size(
 TINY_SIZES = {
     "tiny": TINY,
     "tiny-nf4": replace(TINY, name="tiny, nf4", quantization="nf4"),
+    "tiny-long": replace(TINY, name="tiny, checkpointed", length=32, is_checkpointed=True),
 }
 
 

@@ -205,11 +205,10 @@ def aggregated_modules(measured: Measured) -> str:
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
 
 _SPEED = (
-    "Training of LoRA on all linear modules of a random bfloat16 base, full rows, no gradient "
-    "checkpointing. The sides "
-    "take turns; ratios are medians of paired runs against the plain loop, which has the same "
-    "batches, loss, optimizer "
-    "and clipping. With TF32 allowed a client's products round what was merged, as above."
+    "Training of LoRA on all linear modules of a random bfloat16 base with full rows, with "
+    "gradient checkpointing only where the size is called so. The sides take turns. Ratios are "
+    "medians of paired runs against the plain loop, which has the same batches, loss, optimizer "
+    "and clipping. With TF32 allowed, a client's products round what was merged, as above."
 )
 _MEMORY = (
     "Peak memory of the device's tensors in GiB, by torch's allocator: at rest, while the base is "

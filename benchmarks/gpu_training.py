@@ -27,7 +27,7 @@ from gpu_models import (
 )
 from gpu_plan import plan_targets, planned_memory
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from training_speed import new_optimizer, padded_loss, step
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -73,6 +73,7 @@ def settings_of(size: Size, folder: Path, device: torch.device) -> Config:
             "local-steps": size.local_steps,
             "batch-size": size.batch,
             "learning-rate": 1e-4,
+            "arguments": size.training_arguments(),
         },
     }
     return from_dict(tables)
@@ -110,12 +111,15 @@ def plain_peft(size: Size, folder: Path, device: torch.device) -> Any:
 
 
 def plain_training(
-    model: nn.Module, examples: TokenizedExamples, steps: int, device: torch.device
+    model: PeftModel, examples: TokenizedExamples, size: Size, device: torch.device
 ) -> None:
     """Train in a plain loop with the batches, loss, optimizer and clipping of `train`."""
     model.train()
+    if size.is_checkpointed:
+        # `train` turns it off again, so that every training has to turn it on.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     adamw = new_optimizer(model)
-    for _ in range(steps):
+    for _ in range(size.steps):
         batch = completion_batch(examples.input_ids, examples.num_prompt_tokens, 0)
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         step(model, adamw, partial(padded_loss, batch=on_device))
@@ -146,7 +150,7 @@ def measure_size(
     numbers["planned"] = planned_memory(config, size)
     plain, memory = _load_and_train(
         lambda: plain_peft(size, folder, device),
-        lambda model: plain_training(model, examples, size.steps, device),
+        lambda model: plain_training(model, examples, size, device),
         device,
     )
     numbers["plain"] = memory
@@ -157,7 +161,7 @@ def measure_size(
 
     numbers["speed"] = compare_speed(plain, ours, examples, size, device)
     numbers["merged"] = measure_merged(
-        partial(plain_training, plain, examples, size.steps, device),
+        partial(plain_training, plain, examples, size, device),
         partial(_train, ours.peft, examples, size),
         ours,
         numbers["client"],
@@ -221,7 +225,12 @@ def _train(model: nn.Module, examples: TokenizedExamples, size: Size) -> None:
     train(
         model,
         examples,
-        LocalTraining(learning_rate=1e-4, batch_size=size.batch, local_steps=size.steps),
+        LocalTraining(
+            learning_rate=1e-4,
+            batch_size=size.batch,
+            local_steps=size.steps,
+            arguments=size.training_arguments(),
+        ),
         pad_token_id=0,
         seed=0,
     )
@@ -238,7 +247,7 @@ def compare_speed(
 
     # further ways of holding the base are further sides
     sides: dict[str, Callable[[], None]] = {
-        PLAIN: partial(plain_training, plain, examples, size.steps, device),
+        PLAIN: partial(plain_training, plain, examples, size, device),
         PLAIN_TRAIN: partial(_train, plain, examples, size),
         CLIENT: partial(_train, ours.peft, examples, size),
         CLIENT_TF32: in_tf32,

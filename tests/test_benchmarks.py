@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaModel
 
 from fedmomentum.aggregation.registry import METHODS
 
@@ -191,6 +192,26 @@ def test_the_gpu_benchmark_trains_a_4_bit_base_beside_qlora(importing, tmp_path)
     plain = training.plain_peft(size, tmp_path, device)
     kinds = {type(module).__name__ for module in plain.modules()}
     assert "Linear4bit" in kinds
+
+
+def test_the_gpu_benchmark_trains_with_gradient_checkpointing_on_both_sides(
+    importing, tmp_path, monkeypatch
+):
+    training, models = importing("gpu_training"), importing("gpu_models")
+    checkpointed = []
+    forward = LlamaModel.forward
+
+    def watched(self, *args, **kwargs):
+        if self.training and torch.is_grad_enabled():
+            checkpointed.append(self.is_gradient_checkpointing)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    size, device = models.TINY_SIZES["tiny-long"], torch.device("cpu")
+    numbers, _ = training.measure_size(size, tmp_path, device, models.Budget(1000))
+    assert numbers["training"]["is_checkpointed"] and numbers["planned"]["training"] > 0
+    assert len(checkpointed) > size.steps * size.repeats * len(numbers["speed"])
+    assert all(checkpointed)
 
 
 def test_the_gpu_benchmarks_aggregation_is_exact_and_scaled_by_the_modules_of_a_model(gpu_trial):

@@ -1,5 +1,7 @@
 """What the CPU's tests prove, on a GPU: same bits, the same from worker processes, nothing merged that is lost.
 
+And every kind of training gives what it gives on a CPU.
+
 Skipped where torch sees no GPU.
 """
 
@@ -10,7 +12,11 @@ from fedmomentum.base_model.loading import load_base
 from fedmomentum.config.toml import apply_overrides
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.export import export_adapter, export_merged
-from tests.runs import objects, prepare, timeless, tiny_config
+from tests.run.test_private_kinds import DP
+from tests.run.test_secure_kinds import KINDS, config_of
+from tests.runs import objects, prepare, start, timeless, tiny_config
+from tests.secure_runs import dense_model
+from tests.server.test_secure_round import distance, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -86,6 +92,39 @@ def test_exports_are_the_same_bytes_as_those_made_beside_a_cpu(tmp_path, held):
         assert names == [file.name for file in sorted(on_gpu.iterdir())]
         for name in names:
             assert (on_cpu / name).read_bytes() == (on_gpu / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path, kind):
+    """In float32. AdamW's first steps divide gradients by their own size, whatever their rounding."""
+    config = config_of(tmp_path, kind, "fedmomentum", run={"deterministic": True, "threads": 1})
+    on_cpu = start(config, tmp_path / "cpu", function=None)
+    config = apply_overrides(config, ["model.device=cuda"])
+    on_gpu = start(config, tmp_path / "gpu", function=None)
+    assert distance(dense_model(on_gpu.model), dense_model(on_cpu.model)) < 0.01
+    pairs = list(zip(rows(tmp_path / "gpu"), rows(tmp_path / "cpu"), strict=True))
+    for ours, wanted in pairs[1:]:
+        assert ours.accepted == wanted.accepted and ours.failures == {}
+        assert ours.train_loss == pytest.approx(wanted.train_loss, rel=1e-3)
+
+
+def test_gradient_checkpointing_on_a_gpu_changes_no_more_than_rounding(tmp_path):
+    config = gpu_config(tmp_path, "float32")
+    plain = start(config, tmp_path / "plain", function=None)
+    config = apply_overrides(config, ["training.arguments.gradient_checkpointing=true"])
+    checkpointed = start(config, tmp_path / "checkpointed", function=None)
+    assert distance(dense_model(checkpointed.model), dense_model(plain.model)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["completion", "dpo", "classification"])
+def test_a_private_run_on_a_gpu_accepts_every_reply(tmp_path, kind):
+    """Which examples are drawn and the noise differ from run to run, so no bits can be compared."""
+    pytest.importorskip("opacus")
+    config = config_of(tmp_path, kind, "fedmomentum", privacy={"dp": DP})
+    config = apply_overrides(config, ["model.device=cuda"])
+    start(config, tmp_path / "out", function=None)
+    for row in rows(tmp_path / "out")[1:]:
+        assert row.failures == {} and row.accepted == sorted(config.data.client_files)
 
 
 def test_a_gpu_without_free_memory_is_named(tmp_path):
