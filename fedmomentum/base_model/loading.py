@@ -146,10 +146,10 @@ def load_base(
         fresh = {name for name in names if is_head(name, model)}
         initialize_head(model, fresh, directory, labels)
         supplied = fresh.union(supplied)
-    if is_streamed:
-        stream_parameters(model, device)
-    refuse_incomplete(directory, model, loading, supplied, is_classifier=is_classifier)
     with translate_out_of_memory(f"the model in {directory} does not fit on {device}"):
+        if is_streamed:
+            stream_parameters(model, device)
+        refuse_incomplete(directory, model, loading, supplied, is_classifier=is_classifier)
         placed: PreTrainedModel = (model if is_streamed or kind else model.to(device)).eval()
     if not is_classifier:
         refuse_other_kinds(directory, placed)

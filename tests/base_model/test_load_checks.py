@@ -433,6 +433,20 @@ def test_out_of_memory_and_missing_libraries_end_with_a_message(base, monkeypatc
             Float32Weights({MODULE: model.get_submodule(MODULE)}, base)
 
 
+def test_a_device_without_memory_for_what_a_streamed_model_keeps_there_is_named(base, monkeypatch):
+    """Its buffers are moved when it is loaded, although its parameters stay in their files."""
+    moved = torch.Tensor.to
+
+    def fail(tensor, *args, **kwargs):
+        if kwargs.get("device") == torch.device("cpu"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+        return moved(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", fail)
+    with pytest.raises(ModelError, match="does not fit on cpu: out of memory.*Tried to allocate"):
+        load_base(base, None, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 )
