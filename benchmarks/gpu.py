@@ -1,8 +1,7 @@
 """The package on a GPU: exactness, a client's speed and memory, aggregation of an 8B round.
 
-    python benchmarks/gpu.py [--minutes 9] [--sizes 8B 8B-nf4 8B-long 1B 3B] [--only rounds residuals
-    training aggregation]
-                             [--device cuda] [--json FILE]         (`make bench-gpu`)
+    python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 8B-nf4 8B-long 3B ...]
+                             [--only rounds residuals training aggregation] [--device cuda] [--json FILE]         (`make bench-gpu`)
     python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too, in seconds
     python benchmarks/gpu.py --render FILE      Markdown for docs/appendix/performance.md
 

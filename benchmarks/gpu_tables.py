@@ -54,19 +54,16 @@ def machine(measured: Measured) -> str:
 # ── correctness ───────────────────────────────────────────────────────────────────────────────────
 
 _ROUNDS = (
-    "Rounds of a small trained Llama in one process: the largest exactness error and the smallest "
-    "applied share of any "
-    "round, as the run's metrics have them, and what the adapted layers' forward gives of "
-    "everything merged. "
-    "`high` lets float32 products be made in TF32, and is on for the whole run. In bfloat16 the "
-    "forward's error is "
-    "that of its rounded outputs."
+    "Rounds of a small trained Llama in one process. The exactness error is the largest and the "
+    "applied share the smallest of any round, both from the run's metrics. The last two columns "
+    "compare the forward pass of the adapted layers with everything that has been merged. `high` "
+    "allows TF32 for float32 products during the whole run. In bfloat16, the forward pass's error"
+    " is that of rounding its outputs."
 )
 _EXPORTS = (
-    "The same runs' exports, loaded in float32: how far their logits are from those of a live "
-    "float32 model, relative "
-    "to the logits' norm. The last columns say how far the run's own live model is, and the "
-    "untouched base."
+    "The exports of the same runs, loaded in float32: the distance of their logits from those of "
+    "a live float32 model, relative to the norm of the logits. The last two columns give the same"
+    " distance for the run's own live model and for the untouched base."
 )
 
 
@@ -126,15 +123,13 @@ def _residuals_text(measured: Measured) -> str:
     size = measured["size"]
     plain = 1e3 * measured["seconds"]["bfloat16 weight, nothing merged"]
     is_held_both_ways = "as loaded, with a branch" in measured["seconds"]
-    held = " (in the last rows as it was loaded)" if is_held_both_ways else ""
+    held = " (in the last rows, kept as it was loaded)" if is_held_both_ways else ""
     return (
-        f"One {size} × {size} weight, stored in bfloat16 and kept in float32{held}, with 1, 10 and "
-        "50 residuals merged, each "
-        "3e-4 of the weight's norm: the share of them that its products give, and their error; "
-        "and the milliseconds of "
-        f"a client's forward of {measured['tokens']} tokens, casts included. A bfloat16 weight "
-        f"with nothing merged "
-        f"takes {plain:.2f} ms."
+        f"One {size} × {size} weight, stored in bfloat16 and kept in float32{held}, with 1, 10 and"
+        " 50 residuals merged, each of 3e-4 of the weight's norm. The table gives the share of "
+        "the residuals that shows in the weight's products, and its error; and the time of a "
+        f"client's forward pass over {measured['tokens']} tokens in milliseconds, including casts."
+        f" A bfloat16 weight with nothing merged takes {plain:.2f} ms."
     )
 
 
@@ -154,17 +149,17 @@ def residuals(measured: Measured) -> str:
 # ── aggregation ───────────────────────────────────────────────────────────────────────────────────
 
 _MODULES = (
-    "One module of each shape, in milliseconds. The published way was timed on its own, with as "
-    "many runs as fit; the "
-    "other two in turn. Its time does not depend on what the clients have in common."
+    "One module of each shape, in milliseconds. The device and the CPU were timed in turn; the "
+    "published way was timed on its own, with as many runs as fit into the time. Its time does "
+    "not depend on what the clients have in common."
 )
 
 
 def _aggregation_text(measured: Measured) -> str:
     return (
-        f"A whole round's adapters, all linear modules of Llama-3.1-8B, {measured['clients']} "
-        f"clients, in seconds. "
-        "All but the whole round are one module of each shape, times how many there are in "
+        "Aggregation of one round's adapters for all linear modules of Llama-3.1-8B, "
+        f"{measured['clients']} clients, in seconds. The whole round was timed as such; the other "
+        "columns are the times of one module of each shape, multiplied by how often it occurs in "
         f"{measured['layers']} layers."
     )
 
@@ -205,26 +200,25 @@ def aggregated_modules(measured: Measured) -> str:
 # ── training ──────────────────────────────────────────────────────────────────────────────────────
 
 _SPEED = (
-    "Training of LoRA on all linear modules of a random bfloat16 base with full rows, with "
-    "gradient checkpointing only where the size is called so. The sides take turns. Ratios are "
-    "medians of paired runs against the plain loop, which has the same batches, loss, optimizer "
-    "and clipping. With TF32 allowed, a client's products round what was merged, as above."
+    "LoRA training on all linear modules of a random bfloat16 base, with full rows, and with "
+    "gradient checkpointing only where the name of the size says so. The sides take turns. Ratios"
+    " are medians over paired runs, relative to the plain loop, which uses the same batches, "
+    "loss, optimizer and clipping. With TF32 allowed, a client's products round what has been "
+    "merged, as shown above."
 )
 _MEMORY = (
-    "Peak memory of the device's tensors in GiB, by torch's allocator: at rest, while the base is "
-    "loaded and the "
-    "adapter put on it, and while it trains."
+    "Peak memory of the device's tensors in GiB, by torch's allocator: at rest, while the base is"
+    " loaded and the adapter added, and during training."
 )
 _MERGED = (
-    "The same client after rounds whose residuals lie beside its weights: as factors, and, once "
-    "they would take more, in 8 bits. Ratios are to plain PEFT, which has nothing merged."
+    "The same client after rounds whose residuals are held beside its weights: as factors, or in "
+    "8 bits once the factors would take more memory. Ratios are relative to plain PEFT, which has"
+    " nothing merged."
 )
 _TASKS = (
-    "A client's round, in seconds: a training task of a second round, with a residual to merge "
-    "first, and an "
-    "evaluation of one batch. Probes are those of the live weights, and in an evaluation those of "
-    "the weights on disk "
-    "and of what was merged too."
+    "A client's round, in seconds: a training task of a second round, which starts by merging a "
+    "residual, and an evaluation of one batch. Training probes the live weights; an evaluation "
+    "also probes the weights on disk and what has been merged."
 )
 
 
