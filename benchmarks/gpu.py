@@ -1,18 +1,24 @@
 """The package on a GPU: exactness, a client's speed and memory, aggregation of an 8B round.
 
     python benchmarks/gpu.py [--minutes 5.5] [--sizes 1B 8B 8B-nf4 8B-long 3B ...]
-                             [--only rounds residuals training aggregation] [--device cuda] [--json FILE]         (`make bench-gpu`)
+                             [--only rounds residuals training aggregation]
+                             [--device cuda] [--json FILE]         (`make bench-gpu`)
     python benchmarks/gpu.py --tiny             tiny shapes, on the CPU too, in seconds
     python benchmarks/gpu.py --render FILE      Markdown for docs/appendix/performance.md
 
-No network is needed: weights of real shapes are drawn on the device. rounds: a small Llama is
-trained from scratch, then federated; exactness, applied share and exports, in float32 and bfloat16,
-with TF32 and without. residuals: what the forward of one layer gives of many small residuals.
-training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop (with `-nf4`, of
-QLoRA), the plan, and the share of probes in a client's round. aggregation: a round of Llama-3.1-8B's adapters
-on the device, on the CPU of the same machine, and the published way on the device. A size that
-would not end in time, judged by the one before, is left out and named. The file is written after
-every part: what is measured stays measured.
+No network is needed: weights of real shapes are drawn on the device. The parts:
+
+- rounds: a small Llama is trained from scratch, then federated; exactness, applied share and
+  exports, in float32 and bfloat16, with TF32 and without.
+- residuals: what the forward pass of one layer gives of many small residuals.
+- training: for each size, tokens/s and peak memory of a client and of a plain PEFT loop (with
+  `-nf4`, of QLoRA; with `-long`, of gradient checkpointing), the plan, and the share of probes in
+  a client's round.
+- aggregation: a round of Llama-3.1-8B's adapters on the device, on the CPU of the same machine,
+  and the published way on the device.
+
+A size that would not end in time, judged by the one before, is left out and named. The file is
+written after every part: what is measured stays measured.
 """
 
 from __future__ import annotations
