@@ -26,12 +26,12 @@ ABLATIONS = {
     "fedmomentum:split=procrustes;training.optimizer-state=fresh": "a new optimizer every round",
     "fedmomentum:split=procrustes;training.optimizer-state=local": "each client's own moments",
     "fedmomentum:split=procrustes;training.optimizer-state=shared-full": "moments sent in full",
-    f"fedmomentum:split=balanced;{moments.SHARED}": "split balanced, factors not rotated",
-    f"fedmomentum:split=singular;{moments.SHARED}": "split singular, factors not rotated",
-    f"fedmomentum:split=procrustes;residual=carried;{moments.SHARED}": "residual carried",
+    f"fedmomentum:split=balanced;{moments.SHARED}": "split balanced; moments rotated instead",
+    f"fedmomentum:split=singular;{moments.SHARED}": "split singular; moments rotated instead",
+    f"fedmomentum:split=procrustes;residual=carried;{moments.SHARED}": "residual carried into the next sum",
     f"fedmomentum:split=procrustes;residual=dropped;{moments.SHARED}": "residual dropped",
-    f"fedmomentum:split=procrustes;energy=0.9;{moments.SHARED}": "energy 0.9",
-    f"{DEFAULT};training.learning-rate-schedule=cosine": "learning rate falling over the rounds",
+    f"fedmomentum:split=procrustes;energy=0.9;{moments.SHARED}": "energy 0.9, the rest carried",
+    f"{DEFAULT};training.learning-rate-schedule=cosine": "learning rate falling by a cosine",
 }
 """Variant to what is changed."""
 

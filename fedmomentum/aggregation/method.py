@@ -101,6 +101,8 @@ class Method(ABC):
     """Whether a client of smaller rank adds to its base what does not fit into its adapter."""
     residual_rank: ClassVar[str] = ""
     """The rank q of what each round sends for the base, in terms of r and n; "" for none."""
+    lighter_residual: ClassVar[str] = ""
+    """How its settings make the residual smaller, as advice to the user; "" if they cannot."""
     reads_base: ClassVar[bool] = False
     """Whether `initialize` needs the base weight."""
     depends_on: ClassVar[str] = "updates"
@@ -148,18 +150,30 @@ class Method(ABC):
         """Return the factors of the adapter that clients must be sent after this round."""
         return "BA"
 
+    def max_residual_rank(self, rank: int, num_updates: int) -> int:
+        """Return the largest rank that a round's residual can have: by default, that of the sum.
+
+        Args:
+            rank: The rank of the adapter and of the updates.
+            num_updates: Number of updates in the sum.
+
+        Returns:
+            The rank; 0 if the method has no residual.
+        """
+        return num_updates * rank if self.residual_rank else 0
+
     def num_uplink_parameters(
         self, out_size: int, in_size: int, rank: int, server_round: int
     ) -> int:
         """Return how many parameters a client of this rank uploads for one module."""
-        return _num_parameters(self.uploaded_factors(server_round), out_size, in_size, rank)
+        return num_factor_parameters(self.uploaded_factors(server_round), out_size, in_size, rank)
 
     def num_downlink_parameters(
         self, out_size: int, in_size: int, rank: int, residual_rank: int, server_round: int
     ) -> int:
         """Return how many parameters are sent to a client for one module: adapter and residual."""
-        adapter = _num_parameters(self.sent_factors(server_round), out_size, in_size, rank)
-        return adapter + _num_parameters("BA", out_size, in_size, residual_rank)
+        adapter = num_factor_parameters(self.sent_factors(server_round), out_size, in_size, rank)
+        return adapter + num_factor_parameters("BA", out_size, in_size, residual_rank)
 
     def initialize(self, weight: Tensor | None, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
         """Return the adapter before round 1, and the change to the base that compensates for it.
@@ -244,6 +258,7 @@ class Method(ABC):
         """
 
 
-def _num_parameters(factors: str, out_size: int, in_size: int, rank: int) -> int:
+def num_factor_parameters(factors: str, out_size: int, in_size: int, rank: int) -> int:
+    """Return the number of parameters of some of the factors `BA` of one module."""
     sizes = {"B": out_size, "A": in_size}
     return rank * sum(sizes[factor] for factor in factors)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
+from fedmomentum.base_model.devices import emulates_bfloat16
 from fedmomentum.base_model.load_checks import max_positions
 from fedmomentum.formats.plan import MemoryUse, Plan, divide_clients
-from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.lora.module_summary import summarize, summarize_left_out
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.memory import (
@@ -20,9 +22,8 @@ from fedmomentum.run.memory import (
 )
 from fedmomentum.run.privacy_checks import describe_privacy
 from fedmomentum.run.private_checks import private_warnings
-from fedmomentum.run.secure_traffic import num_stand_ins, secure_traffic
 from fedmomentum.run.task import count_labels
-from fedmomentum.server.selection import sample_size
+from fedmomentum.run.traffic import Traffic, plan_traffic
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Memory of torch and everything else that a server loads.
 SERVER_LIBRARIES = 400 * 2**20
+# A downlink of more than this many uplinks is worth a warning.
+MANY_TIMES = 3
 
 
 def make_plan(
@@ -42,7 +45,7 @@ def make_plan(
 ) -> Plan:
     """Estimate what a run on this machine will cost; see `Plan`."""
     adapter = outline.adapter
-    traffic = _traffic(config, adapter, method, len(clients))
+    traffic = plan_traffic(config, adapter, method, len(clients))
     labels = outline.labels
     longest = max(client.train.longest for client in clients)
     longest -= bool(labels)  # a row's label is not a token
@@ -85,7 +88,7 @@ def plan_memory(
         longest: Number of tokens of the longest example and of the longest answer.
     """
     adapter = outline.adapter
-    traffic = _traffic(config, adapter, method, num_clients)
+    traffic = plan_traffic(config, adapter, method, num_clients)
     place = choose_placement(config, outline)
     server = ServerBytes(
         adapter=4 * adapter.num_parameters(),
@@ -139,6 +142,12 @@ def _warn(
     unused = config.run.devices[len(clients) :]
     if unused:
         warnings.append(f"fewer clients than run.devices: {', '.join(unused)} will not be used")
+    is_bfloat16 = outline.dtype == torch.bfloat16
+    if outline.is_here and is_bfloat16 and emulates_bfloat16(outline.device):
+        warnings.append(
+            f"bfloat16 may be emulated on this machine's {outline.device}, which takes several "
+            "times as long as float32; set model.dtype to float32 or auto, unless memory is short"
+        )
     if not outline.is_here:
         devices = ", ".join(dict.fromkeys(config.run.devices)) or outline.device
         warnings.append(
@@ -161,7 +170,7 @@ def served_plan(
     config: Config, model: GlobalModel, method: Method, facts: Mapping[str, Description]
 ) -> Plan:
     """Estimate what a run over a network will cost; the memory is that of the server."""
-    traffic = _traffic(config, model.adapter, method, len(facts))
+    traffic = plan_traffic(config, model.adapter, method, len(facts))
     # With secure sums, clients do not reveal how many examples they have.
     warnings = [] if config.privacy.secure_aggregation else _warn_of_facts(config, facts)
     warnings += private_warnings(config, method)
@@ -190,7 +199,7 @@ def _warn_of_facts(config: Config, facts: Mapping[str, Description]) -> list[str
     return warnings
 
 
-def _aggregation_bytes(traffic: _Traffic) -> int:
+def _aggregation_bytes(traffic: Traffic) -> int:
     """Return the memory of an aggregation.
 
     Updates are on disk. In memory are a reply as bytes and tensors, outgoing messages both encoded
@@ -200,84 +209,7 @@ def _aggregation_bytes(traffic: _Traffic) -> int:
     return 3 * traffic.uplink + 4 * traffic.adapter + 8 * traffic.residual + 4 * traffic.largest_sum
 
 
-@dataclass(frozen=True)
-class _Traffic:
-    """Bytes of an adapter each way, of a round's largest residual, and of dense matrices.
-
-    Also of the largest module's sum in float64, and of all updates of a round.
-    """
-
-    uplink: int
-    adapter: int
-    residual: int
-    dense: int
-    largest_sum: int
-    spool: int
-
-
-def _traffic(config: Config, adapter: Adapter, method: Method, num_clients: int) -> _Traffic:
-    up, down = (
-        wire_dtype(config.federation.uplink_dtype),
-        wire_dtype(config.federation.downlink_dtype),
-    )
-    rank = config.lora.rank
-    is_secure = config.privacy.secure_aggregation
-    # The number of updates; with secure sums, that of the stand-ins for the clients' updates.
-    asked = sample_size(num_clients, config.federation.client_fraction)
-    if is_secure:
-        asked = num_stand_ins(config, method)
-    # Upper bounds, added up over modules.
-    residual = dense = largest_sum = 0
-    for matrix in adapter.modules.values():
-        out_size, in_size = matrix.shape
-        largest = asked * rank + (
-            2 * rank if down.itemsize < 4 else 0
-        )  # rounding an adapter adds twice its rank
-        factors = (out_size + in_size) * (min(largest, out_size, in_size) - rank)
-        residual += 4 * min(factors, out_size * in_size) if method.exact else 0
-        dense += 4 * out_size * in_size
-        largest_sum = max(
-            largest_sum, 8 * min((out_size + in_size) * asked * rank, out_size * in_size)
-        )
-    # Updates are stored in float32, whatever their dtype on the wire.
-    numbers = adapter.num_parameters()
-    spool = 4 * asked * numbers  # converted to float32
-    sent, received = _moment_bytes(config, adapter)
-    sent += up.itemsize * numbers
-    if is_secure:
-        sent, received_in_sums = secure_traffic(config, adapter, method, num_clients)
-        received += received_in_sums
-        spool = num_clients * sent
-    return _Traffic(
-        uplink=sent,
-        adapter=down.itemsize * numbers + received,
-        residual=residual,
-        dense=dense,
-        largest_sum=largest_sum,
-        spool=spool,
-    )
-
-
-def _moment_bytes(config: Config, adapter: Adapter) -> tuple[int, int]:
-    """Return the bytes of optimizer moments that a client sends and receives."""
-    state = config.training.optimizer_state
-    # SGD has no second moments.
-    num_seconds = 0 if config.training.arguments.get("optim") == "sgd" else 1
-    numbers = 0
-    means = 0
-    for matrix in adapter.modules.values():
-        out_size, in_size = matrix.shape
-        numbers += matrix.rank * (out_size + in_size)
-        means += num_seconds * (out_size + in_size + 2 * matrix.rank)
-    if state == "shared-full":
-        full = 4 * (1 + num_seconds) * numbers
-        return full, full
-    if state == "shared":
-        return 2 * means, 2 * (numbers + means)
-    return 0, 0
-
-
-def _update_bytes(config: Config, traffic: _Traffic) -> int:
+def _update_bytes(config: Config, traffic: Traffic) -> int:
     """Return the largest size of `base_update`, in bytes."""
     return min(2 * traffic.dense, config.federation.num_rounds * traffic.residual)
 
@@ -286,17 +218,18 @@ def _plan(
     config: Config,
     adapter: Adapter,
     method: Method,
-    traffic: _Traffic,
+    traffic: Traffic,
     num_clients: int,
     num_parameters: int,
     memory_bytes: int,
     warnings: Sequence[str],
 ) -> Plan:
-    uplink, downlink = traffic.uplink, traffic.adapter + traffic.residual
-    wide = (
-        f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink; an "
-        "energy below 1 in [method.settings] bounds it, carrying the rest on"
-    )
+    uplink, downlink = traffic.uplink, traffic.downlink
+    if method.residual_rank and downlink > MANY_TIMES * uplink:
+        wide = f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink"
+        if method.lighter_residual:
+            wide = f"{wide}; {method.lighter_residual}"
+        warnings = [wide, *warnings]
     # On disk: the kept adapters, the base update with its recipes, one round's updates.
     return Plan(
         model=config.model.name,
@@ -308,13 +241,13 @@ def _plan(
         uplink_bytes=uplink,
         downlink_bytes=downlink,
         memory_bytes=memory_bytes,
-        disk_bytes=(config.run.keep_checkpoints + 1) * uplink
+        disk_bytes=(config.run.keep_checkpoints + 1) * traffic.adapter
         + 2 * _update_bytes(config, traffic)  # the update's parts, and those in kept recipes
         + traffic.residual
         + traffic.spool,
         adapted=tuple(summarize(adapter.modules)),
         not_adapted=(),
-        warnings=((wide,) if downlink > 3 * uplink else ()) + tuple(warnings),
+        warnings=tuple(warnings),
         optimizer_state=config.training.optimizer_state,
         privacy=describe_privacy(config, num_clients),
     )

@@ -301,8 +301,9 @@ class _Payloads(Mapping[str, bytes]):
             raise PayloadError(
                 f"the task for {largest} has {size} bytes, {num_object_bytes(largest)} of them "
                 f"objects that it misses; this transport carries at most {limit}. Lower lora.rank, "
-                "adapt fewer modules, set an energy below 1 in [method.settings], or send 16 bits "
-                "(federation.uplink-dtype, federation.downlink-dtype)"
+                "adapt fewer modules, send 16 bits (federation.uplink-dtype, "
+                "federation.downlink-dtype), or carry the residual if the method can (for "
+                "fedmomentum, residual or energy in [method.settings])"
             )
 
 

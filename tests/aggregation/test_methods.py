@@ -676,7 +676,7 @@ def test_payloads_are_those_of_the_papers(name, server_round):
         "florist": 12,
         "frlora": 8,
     }  # (n - 1) r, n r, 2 r
-    assert q <= bound.get(name, 0)
+    assert q <= bound.get(name, 0) == method.max_residual_rank(4, 3)
 
 
 # ── settings ──

@@ -18,6 +18,7 @@ from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.networked import run_federation
+from fedmomentum.run.traffic import plan_traffic
 from fedmomentum.utils.tensors import read_safetensors
 from tests.runs import altered, chain, nudge, objects, start, timeless, tiny_config
 
@@ -83,6 +84,7 @@ def test_payloads_are_the_declared_numbers_times_their_size(folder, tmp_path, na
     model, seen = recorded(config, tmp_path)
     shapes = {module: matrix.shape for module, matrix in model.adapter.modules.items()}
     rank = config.lora.rank
+    uplinks, downlinks = set(), set()
     for server_round, kind, _, downlink, reply in seen:
         own = {n: t for n, t in reply.items() if not n.startswith("probe.") and n != "seconds"}
         up = sum(t.numel() * t.element_size() for t in own.values())
@@ -92,6 +94,7 @@ def test_payloads_are_the_declared_numbers_times_their_size(folder, tmp_path, na
                 for shape in shapes.values()
             )
             assert up == wanted, (name, server_round)
+            uplinks.add(up)
         elif kind == "evaluate":
             assert up == 0
         probes = sum(t.numel() for n, t in reply.items() if n.startswith("probe."))
@@ -111,6 +114,13 @@ def test_payloads_are_the_declared_numbers_times_their_size(folder, tmp_path, na
                 q = _rank_of(downlink, module) if name == "florist" else RESIDUAL_RANKS.get(name, 0)
                 wanted += 4 * method.num_downlink_parameters(*shape, rank, q, server_round)
             assert down == wanted, (name, server_round)
+            downlinks.add(down)
+
+    # The plan states the largest of any round, and for florist a bound.
+    planned = plan_traffic(config, model.adapter, method, len(config.data.client_files))
+    assert max(uplinks) == planned.uplink
+    assert max(downlinks) == planned.downlink or name == "florist"
+    assert max(downlinks) <= planned.downlink
 
 
 def _rank_of(downlink, module):

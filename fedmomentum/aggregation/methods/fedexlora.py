@@ -39,6 +39,10 @@ class FedExLoRA(Method):
     residual_rank = "q <= (n-1) r"
     exact = True
 
+    def max_residual_rank(self, rank: int, num_updates: int) -> int:
+        """Return the rank of the factors' deviations from their means, which sum to zero."""
+        return (num_updates - 1) * rank
+
     def combine(self, updates: ClientUpdates, context: AggregationContext) -> ModuleAggregate:
         """Average the factors and keep the error as the residual. Findings: the energies."""
         mean = updates.mean_factors()

@@ -101,6 +101,10 @@ class FedMomentum(Method):
     )
     depends_on = "product"
     residual_rank = "q <= (n-1) r"
+    lighter_residual = (
+        'an energy below 1 in [method.settings] sends less of it, and residual = "carried" none; '
+        "the rest is carried into the next sum"
+    )
     unequal_ranks = True
     best_rank = True
     keeps_tail = True
@@ -134,6 +138,12 @@ class FedMomentum(Method):
     def exact(self) -> bool:
         """Whether the residual is kept."""
         return self.residual != "dropped"
+
+    def max_residual_rank(self, rank: int, num_updates: int) -> int:
+        """Return the rank of what is merged: of one round, or of `merge_every` rounds together."""
+        if self.residual != "merged":
+            return 0
+        return self.merge_every * (num_updates - 1) * rank
 
     @property
     def shares_moments(self) -> bool:

@@ -47,6 +47,7 @@ class FLoRIST(Method):
     )
     depends_on = "product"
     residual_rank = "q <= n r"
+    lighter_residual = "a lower energy in [method.settings] drops more of it"
     unequal_ranks = True
     fresh = True
 

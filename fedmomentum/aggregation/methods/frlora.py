@@ -46,6 +46,10 @@ class FRLoRA(Method):
     residual_rank = "q = r"
     reads_base = True
 
+    def max_residual_rank(self, rank: int, num_updates: int) -> int:
+        """Return the rank of the means and the start, one beside the other."""
+        return 2 * rank
+
     def sent_factors(self, server_round: int) -> str:
         """Return no factor: clients already have `B0, A0`."""
         return ""
