@@ -33,10 +33,10 @@ from fedmomentum.global_model.mean_moves import means_object
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.secure_sum.fixed_point import largest_integer
 from fedmomentum.secure_sum.journal import PartyJournal
-from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
+from fedmomentum.secure_sum.messages import STEPS, Block, SumPlan, min_threshold
 from fedmomentum.secure_sum.party import Identity, SumParty
 from fedmomentum.secure_sum.roster import Roster
-from fedmomentum.secure_sum.server import STEPS, SumServer
+from fedmomentum.secure_sum.server import SumServer
 
 RANK = 8
 LAYERS = 30

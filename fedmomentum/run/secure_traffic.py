@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fedmomentum.aggregation.adapter_sums import AdapterSums
 from fedmomentum.aggregation.moment_sums import MomentLimits, MomentSums
-from fedmomentum.secure_sum.server import STEPS
+from fedmomentum.secure_sum.messages import STEPS
 from fedmomentum.server.selection import sample_size
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ from fedmomentum.errors import SecureSumError
 from fedmomentum.utils.io import canonical_json
 from fedmomentum.utils.schema import Count, Label, PositiveCount, Schema, validation_message
 
+STEPS = ("keys", "shares", "values", "signatures", "openings")
+"""What the parties send in each step of a sum."""
 MIN_PARTIES = 3
 """With two, each party could recover the other's values by subtracting its own."""
 MAX_PARTIES = 100

@@ -25,6 +25,7 @@ from fedmomentum.errors import SecureSumError
 from fedmomentum.secure_sum import fixed_point
 from fedmomentum.secure_sum.keys import SumKeys, add_mask, check_public_key, pair_sign, public_key
 from fedmomentum.secure_sum.messages import (
+    STEPS,
     Advertisements,
     Endorsement,
     Endorsements,
@@ -55,8 +56,6 @@ from fedmomentum.utils.schema import Schema
 
 MAX_REPLY_BYTES = 2**20
 """The largest reply of a party other than masked values."""
-STEPS = ("keys", "shares", "values", "signatures", "openings")
-"""What the parties send in each step."""
 
 R = TypeVar("R")
 

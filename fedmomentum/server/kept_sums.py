@@ -25,7 +25,7 @@ import msgspec
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.protocol.secure_messages import FIRST_SUM
-from fedmomentum.secure_sum.server import STEPS
+from fedmomentum.secure_sum.messages import STEPS
 from fedmomentum.server.replies import Replies
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from fedmomentum.errors import QuorumError, SecureSumError
 from fedmomentum.protocol.messages import Task
 from fedmomentum.protocol.secure_messages import SUM_MESSAGE, SumRequest, message_of
-from fedmomentum.secure_sum.messages import SumPlan
-from fedmomentum.secure_sum.server import MAX_REPLY_BYTES, STEPS, SumServer
+from fedmomentum.secure_sum.messages import STEPS, SumPlan
+from fedmomentum.secure_sum.server import MAX_REPLY_BYTES, SumServer
 from fedmomentum.server.exchange import PAYLOAD_MARGIN, collect, containing
 from fedmomentum.server.replies import Replies
 
