@@ -108,10 +108,7 @@ def without_dropout(base):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path, kind):
-    """In float32, and without dropout, whose masks each device draws in its own way.
-
-    AdamW's first steps divide gradients by their own size, so rounding counts for more than usual.
-    """
+    """In float32, and without dropout, whose masks each device draws in its own way."""
     config = config_of(tmp_path, kind, "fedmomentum", run={"deterministic": True, "threads": 1})
     without_dropout(Path(config.model.name))
     on_cpu = start(config, tmp_path / "cpu", function=None)

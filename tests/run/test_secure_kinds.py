@@ -44,29 +44,36 @@ def write_clients(folder, rows_of):
 
 
 def config_of(folder, kind, method, **sections):
-    """The settings of a run of a kind: scaling 3, and modules of several shapes."""
+    """The settings of a run of a kind: scaling 3, and modules of several shapes.
+
+    With its usual epsilon, AdamW's first step has the same length however small a gradient is, so
+    that the rounding of one near zero can turn a step around.
+    """
     sections = {"method": {"name": method}, "federation": {"num-rounds": 2}, **sections}
+    smooth = {"adam_epsilon": 1e-3}
+    training = {"arguments": smooth, **sections.pop("training", {})}
     if kind in ("classification", "found-labels"):
         model = {"labels": list(LABELS)} if kind == "classification" else {}
-        return classifier_config(folder, "bert", model=model, **sections)
+        return classifier_config(folder, "bert", model=model, training=training, **sections)
     if kind == "dpo":
-        training = {"objective": "dpo", "dpo-beta": 0.5}
+        training |= {"objective": "dpo", "dpo-beta": 0.5}
         data = {"client-files": write_clients(folder, pair_rows)}
         return tiny_config(folder, training=training, data=data, **sections)
     if kind == "chat":
         data = {"client-files": write_clients(folder, chat_rows)}
-        training = {"loss-on": "all-assistant"}
+        training |= {"loss-on": "all-assistant"}
         return tiny_config(folder, training=training, data=data, **sections)
     if kind == "saved":
-        return tiny_config(folder, lora={"modules-to-save": ["lm_head"]}, **sections)
+        lora = {"modules-to-save": ["lm_head"]}
+        return tiny_config(folder, lora=lora, training=training, **sections)
     if kind == "epochs":
-        training = {"local-epochs": 0.5, "local-steps": None}
+        training |= {"local-epochs": 0.5, "local-steps": None}
         return tiny_config(folder, training=training, **sections)
     if kind == "moments":
-        training = {"optimizer-state": "shared", "arguments": {"weight_decay": 0.1}}
+        training |= {"optimizer-state": "shared", "arguments": smooth | {"weight_decay": 0.1}}
         return tiny_config(folder, training=training, **sections)
     lora = {"target-modules": ["q_proj", "v_proj", "down_proj"]}
-    return tiny_config(folder, lora=lora, **sections)
+    return tiny_config(folder, lora=lora, training=training, **sections)
 
 
 def shares(name):
