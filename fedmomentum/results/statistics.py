@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 # Number of halvings after which no float lies between the ends of an interval.
 BISECTIONS = 200
@@ -52,6 +53,7 @@ def estimate_mean(values: Sequence[float]) -> MeanEstimate | None:
     return MeanEstimate(mean, spread, mean - half_width, mean + half_width, count)
 
 
+@cache  # tables of many differences ask for the same few quantiles
 def t_quantile(probability: float, degrees_of_freedom: int) -> float:
     """Return the quantile of Student's t distribution at a probability in (0, 1)."""
     if probability < 0.5:
