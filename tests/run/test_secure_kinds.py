@@ -50,7 +50,7 @@ def config_of(folder, kind, method, **sections):
     that the rounding of one near zero can turn a step around.
     """
     sections = {"method": {"name": method}, "federation": {"num-rounds": 2}, **sections}
-    smooth = {"adam_epsilon": 1e-3}
+    smooth = {"adam_epsilon": 1e-4}
     training = {"arguments": smooth, **sections.pop("training", {})}
     if kind in ("classification", "found-labels"):
         model = {"labels": list(LABELS)} if kind == "classification" else {}
