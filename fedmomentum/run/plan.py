@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 # Memory of torch and everything else that a server loads.
 SERVER_LIBRARIES = 400 * 2**20
-# A downlink of more than this many uplinks is worth a warning.
-MANY_TIMES = 3
+# Warn if the downlink is more than this many times the uplink.
+WIDE_DOWNLINK = 3
 
 
 def make_plan(
@@ -225,7 +225,7 @@ def _plan(
     warnings: Sequence[str],
 ) -> Plan:
     uplink, downlink = traffic.uplink, traffic.downlink
-    if method.residual_rank and downlink > MANY_TIMES * uplink:
+    if method.residual_rank and downlink > WIDE_DOWNLINK * uplink:
         wide = f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink"
         if method.lighter_residual:
             wide = f"{wide}; {method.lighter_residual}"

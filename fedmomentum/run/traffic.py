@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 FLOAT32 = 4
-"""Bytes of a number of residuals, and of updates on disk, whatever the dtype on the wire."""
+"""Bytes per number in residuals, and in updates on disk, whatever the dtype on the wire."""
+FLOAT64 = 8
+"""Bytes per number in sums."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,12 @@ def plan_traffic(config: Config, adapter: Adapter, method: Method, num_clients: 
     down = wire_dtype(config.federation.downlink_dtype)
     rank = config.lora.rank
     is_secure = config.privacy.secure_aggregation
-    # The number of updates; with secure sums, that of the stand-ins for the clients' updates.
-    asked = sample_size(num_clients, config.federation.client_fraction)
+    num_updates = sample_size(num_clients, config.federation.client_fraction)
     if is_secure:
-        asked = num_stand_ins(config, method)
-    # An exact method merges what rounding removes from the adapter, of twice its rank.
-    rounding_rank = 2 * rank if method.exact and down.itemsize < FLOAT32 else 0
-    sent_rank = method.max_residual_rank(rank, asked) + rounding_rank
-    # What is carried instead of being merged is kept all the same.
-    kept_rank = sent_rank
-    if method.residual_rank:
-        kept_rank = max(sent_rank, (asked - 1) * rank + rounding_rank)
+        # Stand-ins replace the clients' updates.
+        num_updates = num_stand_ins(config, method)
+    is_rounded = down.itemsize < FLOAT32
+    sent_rank, kept_rank = _residual_ranks(method, rank, num_updates, is_rounded=is_rounded)
 
     uploaded = sent = sent_residual = kept_residual = 0
     dense = largest_sum = 0
@@ -81,16 +78,15 @@ def plan_traffic(config: Config, adapter: Adapter, method: Method, num_clients: 
         kept = min(kept_rank, largest_rank) * (out_size + in_size)
         kept_residual += min(kept, out_size * in_size)
         dense += out_size * in_size
-        largest_sum = max(
-            largest_sum, 8 * min((out_size + in_size) * asked * rank, out_size * in_size)
-        )
+        num_summed = min((out_size + in_size) * num_updates * rank, out_size * in_size)
+        largest_sum = max(largest_sum, FLOAT64 * num_summed)
 
     # Modules that are trained in full travel as they are.
     num_saved = sum(tensor.numel() for tensor in adapter.saved.values())
     sent_moments, received_moments = _moment_bytes(config, adapter)
     uplink = sent_moments + up.itemsize * (uploaded + num_saved)
     received = received_moments
-    spool = FLOAT32 * asked * adapter.num_parameters()
+    spool = FLOAT32 * num_updates * adapter.num_parameters()
     if is_secure:
         uplink, received_in_sums = secure_traffic(config, adapter, method, num_clients)
         received += received_in_sums
@@ -104,6 +100,21 @@ def plan_traffic(config: Config, adapter: Adapter, method: Method, num_clients: 
         largest_sum=largest_sum,
         spool=spool,
     )
+
+
+def _residual_ranks(
+    method: Method, rank: int, num_updates: int, *, is_rounded: bool
+) -> tuple[int, int]:
+    """Return the largest ranks of the residual that clients receive, and of what the server keeps.
+
+    The server also keeps what is carried into the next sum instead of being merged.
+    """
+    # An exact method merges what rounding removes from the adapter, of twice its rank.
+    rounding_rank = 2 * rank if method.exact and is_rounded else 0
+    sent_rank = method.max_residual_rank(rank, num_updates) + rounding_rank
+    if not method.residual_rank:
+        return sent_rank, sent_rank
+    return sent_rank, max(sent_rank, (num_updates - 1) * rank + rounding_rank)
 
 
 def _num_uploaded(method: Method, out_size: int, in_size: int, rank: int) -> int:

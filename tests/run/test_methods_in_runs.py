@@ -60,6 +60,17 @@ def recorded(config, out, function=nudge):
     return model, seen
 
 
+def num_bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def update_bytes(reply):
+    """The bytes of a reply's update: of its tensors without the probes and the seconds."""
+    return num_bytes(
+        {n: t for n, t in reply.items() if not n.startswith("probe.") and n != "seconds"}
+    )
+
+
 @every
 def test_every_method_runs_with_real_training_and_both_ways_give_equal_hashes(
     folder, tmp_path, name
@@ -86,8 +97,7 @@ def test_payloads_are_the_declared_numbers_times_their_size(folder, tmp_path, na
     rank = config.lora.rank
     uplinks, downlinks = set(), set()
     for server_round, kind, _, downlink, reply in seen:
-        own = {n: t for n, t in reply.items() if not n.startswith("probe.") and n != "seconds"}
-        up = sum(t.numel() * t.element_size() for t in own.values())
+        up = update_bytes(reply)
         if kind == "train":
             wanted = 4 * sum(
                 method.num_uplink_parameters(*shape, rank, server_round)
@@ -104,7 +114,7 @@ def test_payloads_are_the_declared_numbers_times_their_size(folder, tmp_path, na
         )
         measured = kind == "train" or kind == "evaluate" and (server_round > 0 or merged)
         assert probes == (2 * NUM_PROBES * len(shapes) if measured else 0)
-        down = sum(t.numel() * t.element_size() for tensors in downlink for t in tensors.values())
+        down = sum(num_bytes(tensors) for tensors in downlink)
         if kind == "train" and server_round > 1:
             assert down == 0  # it came with the evaluation of the round before
         if kind == "evaluate" and server_round >= 1:

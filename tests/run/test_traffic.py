@@ -9,7 +9,7 @@ import torch
 from fedmomentum.config.schema import Config
 from fedmomentum.run.method import make_method
 from fedmomentum.run.traffic import plan_traffic
-from tests.run.test_methods_in_runs import recorded
+from tests.run.test_methods_in_runs import num_bytes, recorded, update_bytes
 from tests.runs import prepare, start, tiny_config
 
 CASES = [
@@ -31,10 +31,6 @@ def config_of(folder, name, settings, **sections) -> Config:
     return tiny_config(folder, lora=lora, method=method, **sections)
 
 
-def num_bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 @pytest.mark.parametrize(("name", "settings", "dtypes"), CASES)
 def test_a_round_sends_what_the_plan_says(tmp_path, name, settings, dtypes):
     config = config_of(tmp_path, name, settings, federation={"num_rounds": 3, **dtypes})
@@ -42,11 +38,10 @@ def test_a_round_sends_what_the_plan_says(tmp_path, name, settings, dtypes):
     uplinks, downlinks = [], []
     for server_round, kind, _, objects, reply in seen:
         if kind == "train":
-            own = {n: t for n, t in reply.items() if not n.startswith("probe.") and n != "seconds"}
-            uplinks.append(num_bytes(own.values()))
+            uplinks.append(update_bytes(reply))
         # The model of a round is first sent for its evaluation; round 0 sends the whole adapter.
         if kind == "evaluate" and server_round > 0:
-            downlinks.append(num_bytes(t for tensors in objects for t in tensors.values()))
+            downlinks.append(sum(map(num_bytes, objects)))
 
     method = make_method(config)
     traffic = plan_traffic(config, model.adapter, method, len(config.data.client_files))
