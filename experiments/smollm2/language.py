@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python experiments/smollm2/language.py [--out runs/smollm2]
     OMP_NUM_THREADS=1 python experiments/smollm2/language.py --tasks commonsense --data DIRECTORY
 
-Needs `pip install 'fedmomentum[demo]'`, and for the tasks commonsense and maths local copies. Stopped and started again, it continues
-with the run that it was in. README.md says what is run, and what it costs.
+Needs `pip install 'fedmomentum[demo]'`, and for the tasks commonsense and maths local copies.
+Stopped and started again, it continues with the run that it was in. README.md says what is run, and
+what it costs.
 """
 
 import argparse
@@ -22,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import cached_smollm2  # registers its kind of model
 import choice_scores
 import task_files
+import torch
 import tuned_comparison
 from task_files import Row
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +53,8 @@ METHODS = (
     "ffalora",
 )
 CHOICES = "choices.csv"
+BASE_DTYPES = ("bfloat16", "float32")
+"""Dtypes of the base model, the default first."""
 SEEDS = (0, 1, 2, 3, 4)
 GRID = Grid(
     rates=(3e-4, 5.2e-4, 1e-3, 1.7e-3, 3e-3, 5.2e-3, 1e-2, 1.7e-2, 3e-2, 5.2e-2, 1e-1),
@@ -122,6 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="directory of the sets, for other tasks")
     parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
     parser.add_argument(
+        "--dtype",
+        choices=BASE_DTYPES,
+        default=BASE_DTYPES[0],
+        help="of the base model; float32 is the faster one where bfloat16 is emulated",
+    )
+    parser.add_argument(
         "--seeds",
         type=int,
         default=len(SEEDS),
@@ -145,29 +155,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out.resolve()
     if tasks != "builtin":
         out = out / tasks
+    if options.dtype != BASE_DTYPES[0]:
+        out = out / options.dtype
     os.chdir(HERE)  # `cached_smollm2:train` is imported from the working directory
     with quiet_libraries():
-        prepare(tasks, out, data)
+        prepare(tasks, out, data, dtype=options.dtype)
         if options.cell:
             name, _, method = options.cell.partition(":")
             label = tuned_comparison.labeled(method, GRID.rates[GRID.start[0] + 1])
-            config = settings(tasks, name, out)
+            config = settings(tasks, name, out, options.dtype)
             tuned_comparison.run_all(config, [label], [100], out / f"{name}-tuning")
             return 0
         for name in [options.only] if options.only else list(WORKLOADS[tasks].settings):
-            run_setting(tasks, name, out, SEEDS[: options.seeds], is_published=options.publish)
+            run_setting(
+                tasks,
+                name,
+                out,
+                SEEDS[: options.seeds],
+                dtype=options.dtype,
+                is_published=options.publish,
+            )
     return 0
 
 
 def run_setting(
-    tasks: str, name: str, out: Path, seeds: Sequence[int], *, is_published: bool
+    tasks: str, name: str, out: Path, seeds: Sequence[int], *, dtype: str, is_published: bool
 ) -> None:
     """Choose the learning rates, compare, and score multiple choice where there is any."""
-    config = settings(tasks, name, out)
+    config = settings(tasks, name, out, dtype)
     rates = tuned_comparison.choose_rates(
         config, METHODS, GRID, out / f"{name}-tuning", out / f"{name}-learning-rates.json"
     )
     words = "" if tasks == "builtin" else f"--tasks {tasks} --data DIRECTORY "
+    if dtype != BASE_DTYPES[0]:
+        words += f"--dtype {dtype} "
     comparison = tuned_comparison.compare_at(
         config,
         rates,
@@ -204,7 +225,7 @@ def score_choices(comparison: Comparison, config: Config, out: Path, folder: Pat
     choice_scores.write_counts(folder / CHOICES, counts)
 
 
-def settings(tasks: str, name: str, out: Path) -> Config:
+def settings(tasks: str, name: str, out: Path, dtype: str) -> Config:
     """Return the settings of few or many local steps, with the model and the data in `out`."""
     first = NUM_LAYERS - NUM_ADAPTED_LAYERS
     modules = [f"layers.{i}.{module}" for i in range(first, NUM_LAYERS) for module in MODULES]
@@ -213,6 +234,7 @@ def settings(tasks: str, name: str, out: Path) -> Config:
         HERE / "tasks.toml",
         [
             f"model.name={out / 'base'}",
+            f"model.dtype={dtype}",
             f"data.source={out / 'train.jsonl'}",
             f"data.test-source={out / 'test.jsonl'}",
             f"data.max-length={workload.max_length}",
@@ -222,7 +244,13 @@ def settings(tasks: str, name: str, out: Path) -> Config:
     )
 
 
-def prepare(tasks: str, out: Path, data: Path | None, source: Path | None = None) -> None:
+def prepare(
+    tasks: str,
+    out: Path,
+    data: Path | None,
+    source: Path | None = None,
+    dtype: str = BASE_DTYPES[0],
+) -> None:
     """Write the data and the model, with what its lower layers make of the data.
 
     Args:
@@ -230,6 +258,7 @@ def prepare(tasks: str, out: Path, data: Path | None, source: Path | None = None
         out: The directory to write.
         data: The directory of the sets; not used by the built-in tasks.
         source: The directory of the model; by default that of the embedded one.
+        dtype: The dtype of its weights, one of `BASE_DTYPES`.
     """
     if (out / "base" / "config.json").is_file():
         return
@@ -256,7 +285,11 @@ def prepare(tasks: str, out: Path, data: Path | None, source: Path | None = None
         owner="the tasks",
     )
     cached_smollm2.make(
-        source, out / "base", list(tokens.input_ids), NUM_LAYERS - NUM_ADAPTED_LAYERS
+        source,
+        out / "base",
+        list(tokens.input_ids),
+        NUM_LAYERS - NUM_ADAPTED_LAYERS,
+        getattr(torch, dtype),
     )
 
 

@@ -169,6 +169,21 @@ def test_the_script_runs_end_to_end_and_resumes(small, tmp_path, capsys):
     assert (results / "comparison.csv").read_bytes() == before
 
 
+def test_the_base_model_has_the_dtype_that_is_asked_for(small, tmp_path, monkeypatch):
+    """Each dtype in a directory of its own: a run is not continued in another."""
+    source = tiny_llama(tmp_path / "source")
+    monkeypatch.setattr(small, "bundled_model_directory", lambda _: source)
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--try", "few:fedit"]
+    assert small.main(words) == 0
+    assert small.main([*words, "--dtype", "float32"]) == 0
+    for folder, dtype in ((out, torch.bfloat16), (out / "float32", torch.float32)):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        assert base.dtype == dtype
+        (config,) = (folder / "few-tuning").glob("*/seed-100/config.toml")
+        assert f'dtype = "{str(dtype).removeprefix("torch.")}"' in config.read_text()
+
+
 def test_multiple_choice_is_scored_by_the_likelihood_of_the_choices(small, tmp_path):
     """As stock transformers scores it, one question after the other."""
     data = tmp_path / "data"
