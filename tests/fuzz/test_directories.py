@@ -46,11 +46,6 @@ MAX_WAIT = 20
 """Seconds after which a reader counts as waiting forever, on a machine that is busy with other things."""
 
 
-@pytest.fixture(autouse=True)
-def no_syncing(monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda handle: None)  # no crash is tried here
-
-
 @contextmanager
 def watchdog():
     """Fail where something waits forever, for example on a pipe; processor time does not show that."""
