@@ -538,6 +538,35 @@ def test_what_the_docs_report_of_a_gpu_was_measured_on_one(monkeypatch):
         measured = json.loads(numbers.read_text())
         assert not measured["tiny"] and measured["environment"]["device"]["driver"]
         assert importlib.import_module("gpu_tables").tables(measured).strip() in text
+        readme = (ROOT / "README.md").read_text()
+        for trained in measured["training"]:
+            (client,) = (way for way in trained["speed"] if way["side"] == "client, train()")
+            assert f" {client['ratio']:.2f}" in readme, trained["size"]
+
+
+def test_the_readme_says_what_the_committed_runs_say(monkeypatch):
+    """Of the gain by shared moments, and of the methods that are level with FedMomentum's."""
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "banking77")
+    figures = importlib.import_module("methods_figures")
+    readme = (ROOT / "README.md").read_text()
+    level = set(figures.NAMES)
+    for setting in ("few", "many"):
+        exact = figures.measures(setting)["exact_match"]
+        gain = figures.difference(exact, figures.SHARED, "fedmomentum")
+        low, mean, high = (f"{100 * value:.1f}" for value in (gain.low, gain.mean, gain.high))
+        assert re.search(rf"\b{mean} (points of accuracy )?\[{low}, {high}\]", readme)
+        for method in exact:
+            difference = figures.difference(exact, method, figures.SHARED)
+            if method != figures.SHARED and not difference.low <= 0 <= difference.high:
+                name, _, options = method.partition(":")
+                if figures.moments.SHARED in options:
+                    level.discard(name)
+                elif name not in figures.PERSONAL:
+                    assert difference.high < 0, method  # behind, as published
+        level &= {method.partition(":")[0] for method in exact if figures.moments.SHARED in method}
+    level.discard("fedmomentum")
+    (sentence,) = re.findall(r"helps other methods as well: (.*) are level", readme)
+    assert set(re.split(", | and ", sentence)) == {figures.NAMES[method] for method in level}
 
 
 def test_the_figures_of_quantization_are_those_of_the_committed_numbers(monkeypatch):
