@@ -5,7 +5,7 @@
 DIR holds any of these, and the others are left out:
 
     gsm8k/{train,test}.jsonl                openai/grade-school-math
-    arc_easy/{train,test}.json              the LLM-Adapters layout, likewise
+    arc_easy/{train,test}.json              the LLM-Adapters layout
     arc_challenge, openbookqa, boolq
     humaneval/HumanEval.jsonl.gz            openai/human-eval
 

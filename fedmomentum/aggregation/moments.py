@@ -7,9 +7,9 @@ the gradients that the moments describe become those of the new factors by::
     A:  first -> f_B R first,          second -> f_B^2 (R o R) second
     B:  first -> f_A first R^T,        second -> f_A^2 second (R o R)^T
 
-with `f_B = ||B_new|| / ||B_old||`, likewise f_A, and `o` the elementwise product. The first moments
-are exact if the new factors are a rotation of the old ones; the second moments treat gradients of
-different rows as uncorrelated.
+with `f_B = ||B_new|| / ||B_old||`, `f_A = ||A_new|| / ||A_old||`, and `o` the elementwise product.
+The first moments are exact if the new factors are a rotation of the old ones; the second moments
+treat gradients of different rows as uncorrelated.
 
 This is in no paper we know of. FedAdamW (arXiv 2510.27486) averages second moments of complete
 models, which have no gauge; FedGaLore (arXiv 2602.01746) synchronizes them in a projected space.

@@ -148,7 +148,7 @@ def fill_rows(
 
     They are nonzero and orthogonal to the kept rows: first the strongest directions of the previous
     A with the kept row space projected out; once these run out, random rows at the scale of LoRA's
-    own initialization (uniform in +-1/sqrt(in)), projected likewise.
+    own initialization (uniform in +-1/sqrt(in)), with the same projection.
 
     Args:
         Vh: `(m, in)`, the kept rows, orthonormal.

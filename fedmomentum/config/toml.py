@@ -356,7 +356,7 @@ def altered_settings(text: str, committed: str) -> list[str]:
 
     Args:
         text: The content of config.toml, every key written out.
-        committed: The settings in the checkpoint, likewise.
+        committed: The settings in the checkpoint, in the same form.
 
     Returns:
         The keys, as `section.key`.

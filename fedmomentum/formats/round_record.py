@@ -326,7 +326,11 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
         ),
     ] = {}
     downlink_bytes: Annotated[
-        dict[str, Count], doc("server to client, likewise", "name to bytes")
+        dict[str, Count],
+        doc(
+            "server to client, training and evaluation tasks together, payload only",
+            "name to bytes",
+        ),
     ] = {}
     seconds: Annotated[PhaseSeconds, doc("wall time of the server, below", "object")] = (
         PhaseSeconds()

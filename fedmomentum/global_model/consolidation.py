@@ -224,10 +224,10 @@ def dense_bytes(model: GlobalModel) -> int:
 def should_consolidate(model: GlobalModel, download_bytes: Collection[int] = ()) -> bool:
     """Return whether `base_update` has several parts and has grown beyond a bound.
 
-    Any of three conditions suffices, measured in the dense size, which is that of the snapshot: a
-    client that is sent a task next would download more than that; the list has grown beyond twice
-    that, whoever needs it; or the last round merged at least that, which every client must download
-    anyway, so that the snapshot can replace it.
+    The bound is the size of the dense snapshot. One of three conditions suffices: a client that is
+    sent a task next would download more than the snapshot; the list has grown beyond twice the
+    snapshot, even if no client needs all of it; or the last round merged at least as much as the
+    snapshot, which replaces that part and which every client must download anyway.
 
     Args:
         model: The model with its list.

@@ -45,7 +45,7 @@ class MethodRun:
         points: One per round; for `local`, the mean over the clients.
         exact_match: The score on all held-out examples after the last evaluated round; None without
             an evaluation.
-        loss: The loss, likewise, in `loss_unit`.
+        loss: The loss on these examples, in `loss_unit`; None without an evaluation.
         num_examples: The number of these examples.
         by_client: Client to its (exact match, loss) on its own examples.
         runs: The runs that it was read from.

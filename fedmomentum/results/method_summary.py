@@ -36,11 +36,11 @@ class MethodSummary:
         method: The method.
         seeds: Its seeds.
         exact_match: After the last round, on all held-out examples.
-        loss: Likewise.
+        loss: After the last round, on all held-out examples.
         best_exact_match: The best of all rounds, on the examples that all evaluations share.
-        best_loss: Likewise.
+        best_loss: The lowest of all rounds, on the same examples.
         exact_match_difference: From the baseline, paired by seed, over the seeds that both have.
-        loss_difference: Likewise.
+        loss_difference: The loss's difference from the baseline, paired in the same way.
         reached: The number of seeds whose exact match reached the target.
         rounds_to_target: Rounds until the target was reached, over the seeds that reached it.
         bytes_to_target: Bytes of all clients, both ways, until then.

@@ -19,7 +19,7 @@ class SummaryRow:
         group: What the group is.
         name: The category, the client, or `all`.
         base: The base model's score; None if it was not evaluated on the group.
-        federated: The score after the last evaluated round; None likewise.
+        federated: The score after the last evaluated round; None if the group has none.
     """
 
     group: Literal["total", "category", "client"]

@@ -26,7 +26,7 @@ class UpdateCollector:
         optimizer: Validates the optimizer's moments; None if clients share none.
         started_moments: Hash of the moments that the round started with; None for zeros.
         updates: Client to its update, read from disk on access.
-        moments: Client to the moments that it sent, likewise.
+        moments: Client to the moments that it sent, read from disk on access.
     """
 
     reader: UpdateReader

@@ -51,7 +51,7 @@ class SafeConsole(Console):
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a record as one line, followed by the lines of a traceback, sanitized likewise."""
+    """Formats a record as one line, followed by the lines of a traceback, both sanitized."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Return the line, truncated and without control characters."""

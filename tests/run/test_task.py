@@ -159,7 +159,7 @@ class Heads:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_averages_the_head_by_weight(folder, tmp_path, name):
-    """In float64, then stored: also where a method is inexact, personal, or starts afresh."""
+    """In float64, then stored: also where a method is inexact, personal, or starts from a new adapter."""
     lora = {}
     if METHODS[name]().unequal_ranks:
         lora = {"clients": {"site1": {"rank": 1, "lora-alpha": 5.0}}}

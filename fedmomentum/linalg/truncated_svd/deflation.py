@@ -63,7 +63,7 @@ class Directions:
         X: `(R, m)`, float64.
         Y: `(R, m)`, float64, with `Y^T X = I`.
         W: `(out, m)`, `B X`: columns of any length, orthogonal up to round-off.
-        V: `(m, in)`, `Y^T A`: rows likewise.
+        V: `(m, in)`, `Y^T A`: rows of any length, orthogonal up to round-off.
     """
 
     X: Tensor
