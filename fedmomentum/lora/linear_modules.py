@@ -116,6 +116,9 @@ def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]
     tied = _shared_weights(model)
     taken = names_of_experts(model, linear)
     heads = _heads(model)
+    has_experts = any("expert" in name for name, _ in model.named_parameters())
+    leaves = {path.rpartition(".")[2] for path in linear}
+    forbidden = {leaf for leaf in leaves if is_forbidden(model, leaf)}
     reasons = {}
     for path, module in linear.items():
         leaf = path.rpartition(".")[2]
@@ -134,9 +137,9 @@ def _find_reasons(model: nn.Module, linear: Mapping[str, Any]) -> dict[str, str]
             reasons[path] = UNTRAINED
         elif leaf in taken:
             reasons[path] = EXPERT_NAME
-        elif _is_router(path, model):
+        elif has_experts and _routes(path):
             reasons[path] = ROUTER
-        elif is_forbidden(model, leaf):
+        elif leaf in forbidden:
             reasons[path] = FORBIDDEN
     kept = [path for path in linear if reasons.get(path) not in REFUSED]
     return reasons | dict.fromkeys(renamed_on_loading(model, kept), RENAMED)
@@ -320,7 +323,6 @@ def _heads(model: Any) -> list[nn.Module]:
     return [] if head is None else [head]
 
 
-def _is_router(path: str, model: nn.Module) -> bool:
-    """Return whether a module routes tokens to experts, or is part of a router."""
-    has_experts = any("expert" in name for name, _ in model.named_parameters())
-    return has_experts and any(ROUTER_NAMES.fullmatch(name) for name in path.split("."))
+def _routes(path: str) -> bool:
+    """Return whether a module of a model with experts is a router, or part of one."""
+    return any(ROUTER_NAMES.fullmatch(name) for name in path.split("."))
