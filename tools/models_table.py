@@ -1,6 +1,6 @@
 """Make `fedmomentum/base_model/families.json` and docs/models.md: `python tools/models_table.py`.
 
-Trains and exports a tiny model of every family, which takes a minute. Run by `make docs`;
+Trains and exports a tiny model of every family, which takes some ten minutes. Run by `make docs`;
 tests/test_families.py fails where the record of a family is out of date. Names of families after
 the command renew their records only.
 """
