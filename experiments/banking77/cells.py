@@ -67,7 +67,7 @@ def main() -> int:
         if options.reproduce:
             name, method, seed = experiment.parse_run(options.reproduce, CELLS)
             table = tables / f"cell-{name}.csv"
-            return trials.reproduce(settings(name, out), method, seed, out / "reproduced", table)
+            return trials.reproduce(settings(name, out), method, seed, out, table)
         for name in [options.only] if options.only else list(CELLS):
             config = settings(name, out)
             trials.tune_and_score(config, methods, SEEDS, out / name, tables / f"cell-{name}.csv")

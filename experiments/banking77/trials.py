@@ -67,7 +67,7 @@ def main(document: str, name: str, variants: Iterable[str]) -> int:
             setting, method, seed = experiment.parse_run(options.reproduce, ("few", "many"))
             config = experiment.settings(setting, out)
             table = tables / f"{name}-{setting}.csv"
-            return reproduce(config, method, seed, out / "reproduced", table)
+            return reproduce(config, method, seed, out, table)
         for setting in [options.only] if options.only else ["few", "many"]:
             config = experiment.settings(setting, out)
             table = tables / f"{name}-{setting}.csv"
@@ -97,6 +97,8 @@ def tune_and_score(
 def reproduce(config: Config, method: str, seed: int, out: Path, table: Path) -> int:
     """Repeat one run of a table at its learning rate, and print its scores beside those.
 
+    The run is in `out/reproduced`, in a directory for each table: their settings differ.
+
     Returns:
         0 if they are equal to the last digit, which takes a processor of the same kind.
     """
@@ -104,7 +106,8 @@ def reproduce(config: Config, method: str, seed: int, out: Path, table: Path) ->
     if row is None:
         raise SystemExit(f"no committed run of {method} with seed {seed}; see {table}")
     label = labeled(method, float(row["rate"]))
-    (directory,) = run_all(_scored_at_the_end(config), [label], [seed], out)
+    runs = out / "reproduced" / table.stem
+    (directory,) = run_all(_scored_at_the_end(config), [label], [seed], runs)
     return report_reproduction(row, last_scores(directory))
 
 

@@ -193,6 +193,14 @@ def test_a_committed_run_is_repeated_and_compared(script, monkeypatch, tmp_path,
     table.add({**row, "seed": "2"})
     assert repeat("other") == 1
     assert "loss: committed 9.5" in capsys.readouterr().out
+
+    # A run of another table, with other settings, goes into the same directory.
+    other_table = file.with_name("methods-many.csv")
+    other_table.write_bytes(file.read_bytes())
+    other_config = apply_overrides(config, ["training.local-steps=1"])
+    assert trials.reproduce(other_config, "fedit", 1, tmp_path / "same", other_table) == 1
+    assert repeat("same") == 1  # the run that was made first; the table has changed since
+
     with pytest.raises(SystemExit, match="no committed run of fedit with seed 3"):
         trials.reproduce(config, "fedit", 3, tmp_path / "none", file)
 
