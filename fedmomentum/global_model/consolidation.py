@@ -227,7 +227,7 @@ def should_consolidate(model: GlobalModel, download_bytes: Collection[int] = ())
     The bound is the size of the dense snapshot. One of three conditions suffices: a client that is
     sent a task next would download more than the snapshot; the list has grown beyond twice the
     snapshot, even if no client needs all of it; or the last round merged at least as much as the
-    snapshot, which replaces that part and which every client must download anyway.
+    snapshot. Every client must download that part anyway, and can download the snapshot instead.
 
     Args:
         model: The model with its list.

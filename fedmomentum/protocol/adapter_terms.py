@@ -25,7 +25,7 @@ class ClientLora(Schema, frozen=True, kw_only=True):
         rank: The rank of its adapter.
         lora_alpha: The numerator of its scaling.
         target_modules: Its `lora.target-modules`; only compared, never matched to modules.
-        target_parameters: Its `lora.target-parameters`; only compared, too.
+        target_parameters: Its `lora.target-parameters`; only compared, like the modules.
         mixed: Whether the clients of the run have different ranks.
     """
 

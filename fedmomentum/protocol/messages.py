@@ -236,7 +236,7 @@ class Description(Schema, tag_field="kind", tag="describe", frozen=True, kw_only
         num_parameters: The number of parameters of the base model.
         num_train: The number of training examples; 0 if sums are masked; the public number of units
             if training is differentially private.
-        num_test: The number of held-out examples; 0 or public under the same conditions.
+        num_test: The number of held-out examples, under the same rules as `num_train`.
         threads: The number of CPU threads.
         dtype: The dtype of its base model in memory.
         versions: Package to version.
