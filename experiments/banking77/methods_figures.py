@@ -30,6 +30,8 @@ from matplotlib.axes import Axes
 from moments_figures import SHARED
 from trials import committed_scores
 
+from fedmomentum.results.statistics import MeanEstimate
+
 NAMES = {
     "fedmomentum": "FedMomentum, balanced",
     "fedmomentum:split=procrustes": "FedMomentum, procrustes",
@@ -149,6 +151,46 @@ def gain_table() -> str:
             gains = [interval(difference(values, shared, method)) for values in exact.values()]
             lines.append(f"| {title_of(method)} | {' | '.join(gains)} |")
     return "\n".join(lines)
+
+
+def level_methods() -> list[str]:
+    """Return the methods that shared moments make level with FedMomentum, in both settings.
+
+    These are the methods whose difference to FedMomentum, both with shared moments, has an
+    interval that contains zero.
+    """
+    exact = {setting: measures(setting)["exact_match"] for setting in TITLES}
+    level = []
+    for method in NAMES:
+        shared = f"{method}:{moments.SHARED}"
+        if all(shared in values for values in exact.values()):
+            means = [difference(values, shared, SHARED) for values in exact.values()]
+            if not any(is_apart(mean) for mean in means):
+                level.append(method)
+    return level
+
+
+def not_behind_as_published() -> list[str]:
+    """Return the methods as published that FedMomentum with shared moments is not ahead of.
+
+    Methods that train a model for each client are left out.
+    """
+    not_behind = []
+    for setting in TITLES:
+        exact = measures(setting)["exact_match"]
+        for method in exact:
+            if moments.SHARED in method or method in PERSONAL:
+                continue
+            mean = difference(exact, method, SHARED)
+            if not (is_apart(mean) and mean.mean < 0):
+                not_behind.append(method)
+    return not_behind
+
+
+def is_apart(mean: MeanEstimate) -> bool:
+    """Return whether the interval of a mean difference does not contain zero."""
+    assert mean.low is not None and mean.high is not None
+    return not mean.low <= 0 <= mean.high
 
 
 def name_of(method: str) -> str:

@@ -42,9 +42,10 @@ from fedmomentum.utils.process import quiet_libraries
 
 SHARED = "training.optimizer-state=shared"
 PUBLISHED = "fedmomentum:split=balanced"
+PROCRUSTES_SHARED = f"fedmomentum:split=procrustes;{SHARED}"
 METHODS = (
     PUBLISHED,
-    f"fedmomentum:split=procrustes;{SHARED}",
+    PROCRUSTES_SHARED,
     "fedexlora",
     f"fedexlora:{SHARED}",
     "flora",
@@ -52,6 +53,13 @@ METHODS = (
     f"fedit:{SHARED}",
     "ffalora",
 )
+VARIANTS = (
+    PUBLISHED,
+    PROCRUSTES_SHARED,
+    f"fedmomentum:split=balanced;{SHARED}",
+    "fedmomentum:split=procrustes;training.optimizer-state=fresh",
+)
+"""FedMomentum with either split and either optimizer state."""
 CHOICES = "choices.csv"
 BASE_DTYPES = ("bfloat16", "float32")
 """Dtypes of the base model, the default first."""
@@ -126,6 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="directory of the sets, for other tasks")
     parser.add_argument("--only", choices=("few", "many"), help="one of the two settings")
     parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="compare four variants of FedMomentum instead of eight methods",
+    )
+    parser.add_argument(
         "--dtype",
         choices=BASE_DTYPES,
         default=BASE_DTYPES[0],
@@ -157,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = out / tasks
     if options.dtype != BASE_DTYPES[0]:
         out = out / options.dtype
+    experiment = Experiment(tasks, out, options.dtype, has_variants=options.variants)
     os.chdir(HERE)  # `cached_smollm2:train` is imported from the working directory
     with quiet_libraries():
         prepare(tasks, out, data, dtype=options.dtype)
@@ -167,37 +181,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tuned_comparison.run_all(config, [label], [100], out / f"{name}-tuning")
             return 0
         for name in [options.only] if options.only else list(WORKLOADS[tasks].settings):
-            run_setting(
-                tasks,
-                name,
-                out,
-                SEEDS[: options.seeds],
-                dtype=options.dtype,
-                is_published=options.publish,
-            )
+            run_setting(experiment, name, SEEDS[: options.seeds], is_published=options.publish)
     return 0
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared, and where its runs are.
+
+    Attributes:
+        tasks: A key of `WORKLOADS`.
+        out: The directory of the runs.
+        dtype: The dtype of the base model.
+        has_variants: Whether variants of FedMomentum are compared instead of methods.
+    """
+
+    tasks: str
+    out: Path
+    dtype: str
+    has_variants: bool
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The labels of what is compared."""
+        return VARIANTS if self.has_variants else METHODS
+
+    def name_of(self, setting: str) -> str:
+        """Return the name of a setting's directory."""
+        return f"{setting}-variants" if self.has_variants else setting
+
+    def command(self, setting: str) -> str:
+        """Return the command that makes a setting's runs."""
+        words = ["python experiments/smollm2/language.py"]
+        if self.tasks != "builtin":
+            words.append(f"--tasks {self.tasks} --data DIRECTORY")
+        if self.has_variants:
+            words.append("--variants")
+        if self.dtype != BASE_DTYPES[0]:
+            words.append(f"--dtype {self.dtype}")
+        return " ".join([*words, f"--only {setting}"])
+
+
 def run_setting(
-    tasks: str, name: str, out: Path, seeds: Sequence[int], *, dtype: str, is_published: bool
+    experiment: Experiment, setting: str, seeds: Sequence[int], *, is_published: bool
 ) -> None:
     """Choose the learning rates, compare, and score multiple choice where there is any."""
-    config = settings(tasks, name, out, dtype)
+    tasks, out, name = experiment.tasks, experiment.out, experiment.name_of(setting)
+    config = settings(tasks, setting, out, experiment.dtype)
+    # Methods and variants share the runs at the learning rates that both try.
     rates = tuned_comparison.choose_rates(
-        config, METHODS, GRID, out / f"{name}-tuning", out / f"{name}-learning-rates.json"
+        config,
+        experiment.methods,
+        GRID,
+        out / f"{setting}-tuning",
+        out / f"{name}-learning-rates.json",
     )
-    words = "" if tasks == "builtin" else f"--tasks {tasks} --data DIRECTORY "
-    if dtype != BASE_DTYPES[0]:
-        words += f"--dtype {dtype} "
     comparison = tuned_comparison.compare_at(
         config,
         rates,
-        METHODS,
+        experiment.methods,
         seeds,
         out / name,
         baseline=PUBLISHED,
         target=TARGET,
-        command=f"python experiments/smollm2/language.py {words}--only {name}",
+        command=experiment.command(setting),
     )
     if tasks == "commonsense":
         score_choices(comparison, config, out, out / name)

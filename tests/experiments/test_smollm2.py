@@ -131,6 +131,7 @@ def small(language, monkeypatch, tmp_path):
         ("NUM_LAYERS", 2),
         ("NUM_ADAPTED_LAYERS", 1),
         ("METHODS", (language.PUBLISHED, "fedit")),
+        ("VARIANTS", (language.PUBLISHED, language.PROCRUSTES_SHARED)),
         ("GRID", language.Grid((3e-3, 1e-2), (0, 1), "loss")),
         ("HERE", tmp_path / "scripts"),
     ):
@@ -167,6 +168,21 @@ def test_the_script_runs_end_to_end_and_resumes(small, tmp_path, capsys):
     assert small.main(words) == 0
     assert "seed" not in capsys.readouterr().out  # nothing ran again
     assert (results / "comparison.csv").read_bytes() == before
+
+    # The variants of FedMomentum: the tuning runs of both comparisons are the same runs.
+    assert small.main([*words, "--variants"]) == 0
+    output = capsys.readouterr().out
+    assert f"few-tuning {small.PUBLISHED};training.learning-rate=0.003, seed" not in output
+    assert f"few-tuning {small.PROCRUSTES_SHARED};training.learning-rate=0.003, seed" in output
+    variants = results.with_name("few-variants")
+    rows = list(csv.DictReader((variants / "comparison.csv").open()))
+    assert {row["method"].partition(";training.learning-rate")[0] for row in rows} == {
+        small.PUBLISHED,
+        small.PROCRUSTES_SHARED,
+    }
+    assert (
+        "--variants --only few" in json.loads((variants / "comparison.json").read_text())["command"]
+    )
 
 
 def test_the_base_model_has_the_dtype_that_is_asked_for(small, tmp_path, monkeypatch):
