@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from plain_training import train_plainly  # in the directory above
+from rich.console import Console
+from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -282,7 +284,8 @@ def _trimmed(
 
 def _write_cache(model: CachedForCausalLM, file: Path, rows: list[tuple[int, ...]]) -> None:
     states = []
-    for start in range(0, len(rows), ROWS_PER_BATCH):
+    starts_of_batches = range(0, len(rows), ROWS_PER_BATCH)
+    for start in track(starts_of_batches, "Computing lower layers", console=Console(stderr=True)):
         batch = rows[start : start + ROWS_PER_BATCH]
         input_ids = pad_left(batch, 0)
         mask = pad_left([[1] * len(row) for row in batch], 0)
