@@ -1,8 +1,8 @@
 r"""Optimizer moments of LoRA factors: their mean over clients, carried through aggregation.
 
 The gradient of A is `s B^T G` and that of B is `s G A^T`, where G is the gradient of the effective
-weight. So if aggregation replaces the factors `(B, A)` by `(B / f R^T, f R A)`, with a rotation R,
-the gradients that the moments describe become those of the new factors by::
+weight. So if aggregation replaces the factors `(B, A)` by `(B / f R^T, f R A)`, with an orthogonal
+R, the gradients that the moments describe become those of the new factors by::
 
     A:  first -> f_B R first,          second -> f_B^2 (R o R) second
     B:  first -> f_A first R^T,        second -> f_A^2 second (R o R)^T
@@ -51,7 +51,8 @@ class OptimizerSettings:
         beta1: Decay of Adam's first moment.
         beta2: Decay of Adam's second moment.
         epsilon: What Adam adds to the root of the second moment.
-        weight_decay: Decoupled weight decay, in units of the learning rate.
+        weight_decay: Weight decay, in units of the learning rate: decoupled in AdamW, part of the
+            gradient in SGD.
     """
 
     beta1: float = 0.9
@@ -61,12 +62,17 @@ class OptimizerSettings:
 
     @property
     def max_movement(self) -> float:
-        """The farthest Adam can move a parameter in one step, in units of the learning rate.
+        """The farthest Adam can move an element in one step, in units of the learning rate.
 
-        `max(1, (1 - beta1) / sqrt(1 - beta2))`, whatever the gradients (Kingma and Ba,
-        arXiv 1412.6980, section 2.1).
+        With `rho = beta1^2 / beta2`, it is `(1 - beta1) / sqrt((1 - beta2) (1 - rho))`, whatever
+        the gradients: by the Cauchy-Schwarz inequality, `m^2 <= v (1 - beta1)^2 / (1 - beta2) *
+        sum_k rho^k`. It is at least 1, and infinite if `rho >= 1`: then old gradients never fade
+        from m, relative to v.
         """
-        return max(1.0, (1 - self.beta1) / math.sqrt(1 - self.beta2))
+        if self.beta1**2 >= self.beta2:
+            return math.inf
+        rho = self.beta1**2 / self.beta2
+        return max(1.0, (1 - self.beta1) / math.sqrt((1 - self.beta2) * (1 - rho)))
 
 
 # ── the mean over clients ─────────────────────────────────────────────────────────────────────────
@@ -139,8 +145,8 @@ def reconstruct_moments(
 
     Each element of `D + decay x` is clamped to what Adam can move it
     (`OptimizerSettings.max_movement`): otherwise a client reporting too small a sum of learning
-    rates would make everyone's next step too long. SGD moves x by `-lr` times its buffer, so
-    `m = -(D + decay x)`.
+    rates would make everyone's next step too long. SGD moves x by `-lr` times its buffer, which
+    contains the decay, so `m = -D`.
 
     Args:
         displacement: D, the weighted mean of each client's `(x_end - x_start) / sum of its learning
@@ -150,9 +156,9 @@ def reconstruct_moments(
         step: t, the number of steps behind the moments.
         settings: The optimizer's constants.
     """
-    movement = displacement + settings.weight_decay * start
     if second is None:
-        return Moments(-movement, None, step)
+        return Moments(-displacement, None, step)
+    movement = displacement + settings.weight_decay * start
     movement = movement.clamp(-settings.max_movement, settings.max_movement)
     root = (second / (1 - settings.beta2**step)).sqrt() + settings.epsilon
     return Moments(-movement * root * (1 - settings.beta1**step), second, step)
@@ -196,11 +202,13 @@ def carry_moments(
 
 
 def gauge_rotation(before: LowRank, after: LowRank) -> Tensor:
-    """Return the rotation `R` `(r, r)` that brings one pair of factors closest to another.
+    """Return the orthogonal `R` `(r, r)` that brings one pair of factors closest to another.
 
     It minimizes `||R A_before - A_after||_F^2 + ||B_before R^T - B_after||_F^2`: `R = X Y^T` with
-    `X Sigma Y^T = svd(A_after A_before^T + B_after^T B_before)`. It is the identity for the
-    `procrustes` split, which makes that matrix symmetric positive semidefinite.
+    `X Sigma Y^T = svd(A_after A_before^T + B_after^T B_before)`. For the `procrustes` split it is
+    the identity if the sum has all r directions: that matrix is then symmetric positive definite.
+    R may include a reflection, which costs nothing: the sign of a row of A and of the column of B
+    that belongs to it is as arbitrary as their direction.
     """
     alignment = after.A.to(CORE_DTYPE) @ before.A.to(CORE_DTYPE).mT
     alignment = alignment + after.B.to(CORE_DTYPE).mT @ before.B.to(CORE_DTYPE)

@@ -153,7 +153,8 @@ class Diagnostics(_Table, frozen=True, kw_only=True):
         FactorNorms | None,
         doc(
             "`before`: Σ wᵢ ‖Aᵢ‖ and Σ wᵢ ‖Bᵢ‖ of what the clients sent, `after`: ‖A′‖ and ‖B′‖; "
-            "without scaling. What a split does to the factors; training with Adam feels it",
+            "without scaling. Shows how a split rescales the factors, which affects training with "
+            "Adam",
             "object",
         ),
     ] = None
@@ -234,8 +235,9 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     retained_energy: Annotated[
         Number | None,
         doc(
-            "‖adapter‖² / ‖Δ‖²: what stays in the adapter and is trained further. 1 − this goes to "
-            "the base or is carried",
+            "‖adapter‖² / ‖Δ‖²: what stays in the adapter and is trained further. Where the "
+            "residual is orthogonal to the adapter, as with FedMomentum, 1 − this is merged, "
+            "carried or lost; the mean factors of FedEx-LoRA can exceed 1",
             "fraction",
         ),
     ] = None
@@ -246,7 +248,11 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     residual_norm: Annotated[Amount | None, doc("‖residual‖ / ‖Δ‖", "fraction")] = None
     carried_norm: Annotated[
         Amount | None,
-        doc("‖carried‖ / ‖Δ‖: what `energy` below 1 keeps for the next sum", "fraction"),
+        doc(
+            "‖carried‖ / ‖Δ‖: what is not in the model yet, because of `energy` below 1, "
+            '`residual = "carried"` or `merge_every` above 1',
+            "fraction",
+        ),
     ] = None
     fallbacks: Annotated[
         Amount | UnsetType,
@@ -272,8 +278,8 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
             "⟨got, wanted⟩ / ⟨wanted, wanted⟩ of everything merged into the base so far, M: got is "
             "f(x) − f₀(x) of the adapted layers' forward f and that of the pretrained ones, f₀, "
             "before outputs are rounded to 16 bits; wanted is M x; over all outputs, for a few "
-            "random x; the smallest over the clients. 1: all of it is computed with. `null` where "
-            "nothing is merged, or nothing measured",
+            "random x; the smallest over the clients. 1 means that everything merged takes effect. "
+            "`null` where nothing is merged, or nothing measured",
             "fraction",
         ),
     ] = None
@@ -339,7 +345,8 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
         Withheld | None,
         doc(
             "what is left empty on purpose, and why: with [secure aggregation](privacy.md) what "
-            "speaks of single clients, with [differential privacy](privacy.md) what has no noise; "
+            "describes individual clients, with [differential privacy](privacy.md) values to which "
+            "no noise was added; "
             "`null` otherwise",
             "object",
         ),

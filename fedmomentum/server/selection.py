@@ -88,8 +88,8 @@ def check_quorum(
         return
     reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
     raise QuorumError(
-        f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update and the "
-        f"quorum is {needed} ({reasons}). Rounds up to {server_round - 1} are saved; mend the "
+        f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update, and "
+        f"at least {needed} must ({reasons}). Rounds up to {server_round - 1} are saved; mend the "
         "clients and resume, or lower federation.min-valid-fraction"
     )
 

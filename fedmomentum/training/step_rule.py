@@ -39,11 +39,11 @@ class StepRule:
 
     Attributes:
         learning_rate: The learning rate of the round.
-        per_number: The most that one element changes in a step, in units of the learning rate;
-            None if unknown.
+        per_number: How far one element typically moves in a step, in units of the learning rate;
+            None if unknown. Of Adam's steps, `adam_reach` is the bound.
         per_step: The most that all elements together change in a step (Euclidean norm), in units
             of the learning rate; None if unknown.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Weight decay, in units of the learning rate.
     """
 
     learning_rate: float
@@ -60,9 +60,9 @@ class StepRule:
     def of(cls, config: Config, learning_rate: float) -> StepRule:
         """Return the rule for a run's training.
 
-        Adam's steps are bounded elementwise, whatever the gradient. Plain gradient descent is
-        bounded by the norm to which the gradient is clipped. Nothing is known about a user-defined
-        training function.
+        A step of Adam moves each element by about one learning rate, whatever the gradient. Plain
+        gradient descent is bounded by the norm to which the gradient is clipped. Nothing is known
+        about a user-defined training function.
 
         Args:
             config: The run's settings.

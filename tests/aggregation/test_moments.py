@@ -149,7 +149,7 @@ def test_a_constant_gradient_is_reconstructed(num_steps, first_step, weight_deca
 
 def test_a_false_sum_of_learning_rates_moves_nothing_further_than_adam_can():
     settings_of_run = OptimizerSettings()
-    assert settings_of_run.max_movement == pytest.approx(0.1 / math.sqrt(0.001))
+    assert settings_of_run.max_movement == pytest.approx(7.27, abs=0.01)
     second = draw(4, 5).square() + 0.1
     honest = draw(4, 5, seed=1).clamp(-1, 1)
     got = reconstruct_moments(1e6 * honest, 0 * honest, second, 100_000, settings_of_run)
@@ -159,14 +159,43 @@ def test_a_false_sum_of_learning_rates_moves_nothing_further_than_adam_can():
     assert error(unclamped.first / second.sqrt(), -honest) < 1e-6
 
 
-def test_the_buffer_of_sgd_is_minus_the_displacement():
+@settings(deadline=None)
+@given(st.floats(0.0, 0.95), st.floats(0.9, 0.9999), st.integers(1, 2000), st.integers(0, 2**31))
+def test_no_gradients_move_adam_further_than_its_bound(beta1, beta2, num_steps, seed):
+    """The gradients that make the Cauchy-Schwarz inequality an equality, and random ones."""
+    if beta1**2 / beta2 > 0.98:
+        return
+    bound = OptimizerSettings(beta1=beta1, beta2=beta2).max_movement
+    ages = torch.arange(num_steps - 1, -1, -1, dtype=torch.float64)
+    for gradients in ((beta1 / beta2) ** ages, draw(num_steps, seed=seed).exp()):
+        first = (1 - beta1) * (beta1**ages * gradients).sum() / (1 - beta1**num_steps)
+        second = (1 - beta2) * (beta2**ages * gradients**2).sum() / (1 - beta2**num_steps)
+        assert float(first / second.sqrt()) <= bound * (1 + 1e-9)
+
+
+def test_adams_bound_is_reached_in_the_long_run():
+    """By the gradients that make the inequality an equality; AdamW itself takes the steps."""
+    beta1, beta2, num_steps = 0.9, 0.999, 8000
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0, betas=(beta1, beta2), eps=0, weight_decay=0)
+    for age in range(num_steps - 1, -1, -1):
+        before = parameter.detach().clone()
+        parameter.grad = torch.tensor([max((beta1 / beta2) ** age, 1e-140)], dtype=torch.float64)
+        optimizer.step()
+    last_step = float((parameter.detach() - before).abs())
+    assert last_step == pytest.approx(OptimizerSettings(beta1, beta2).max_movement, rel=1e-3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_the_buffer_of_sgd_is_minus_the_displacement(weight_decay):
     parameter = torch.nn.Parameter(draw(4, 5))
-    optimizer = torch.optim.SGD([parameter], lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD([parameter], lr=0.5, momentum=0.9, weight_decay=weight_decay)
     start = parameter.detach().clone()
     parameter.grad = draw(4, 5, seed=1)
     optimizer.step()
     displacement = (parameter.detach() - start) / 0.5
-    got = reconstruct_moments(displacement, start, None, 1, OptimizerSettings())
+    sgd = OptimizerSettings(weight_decay=weight_decay)
+    got = reconstruct_moments(displacement, start, None, 1, sgd)
     assert error(got.first, optimizer.state[parameter]["momentum_buffer"]) < 1e-12
     assert got.second is None
 

@@ -28,7 +28,7 @@ class FlexLoRA(Method):
     Source:
         arXiv 2402.11505 and its code (FederatedScope, branch FlexLoRA), where `lora_alpha` is the
         same for all ranks, so scalings differ. Its dense SVD yields the same numbers. A public port
-        omits `S^1/2` from A; we do not.
+        takes `B = U S^1/2` and `A = V^T`, and so loses `S^1/2`; here all of S is in B.
     """
 
     title = "FlexLoRA"
