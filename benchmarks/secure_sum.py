@@ -162,6 +162,7 @@ def measure(num_parties: int, num_leaving: int) -> dict[str, Any]:
             attempt=1,
             parties=parties,
             threshold=min_threshold(num_parties),
+            work="0" * 64,
             blocks=blocks,
         )
 

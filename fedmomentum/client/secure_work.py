@@ -30,6 +30,7 @@ from fedmomentum.global_model.mean_moves import read_means
 from fedmomentum.global_model.shared_moments import encode_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_values
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SecureTerms
+from fedmomentum.protocol.sum_work import projection_work
 from fedmomentum.secure_sum.messages import SumPlan, decode_message
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class SecureWork:
         moves: Its changes since the start of the round.
         moments: Its optimizer's moments for the sum; empty if they are not shared.
         training: The report of its training.
+        training_work: The hash of what it was asked to train; None if it did not train.
         evaluation: Its scores.
+        evaluation_work: The hash of what it was asked to score; None if it scored nothing.
         scores: The layout of the sum of scores.
     """
 
@@ -83,7 +86,9 @@ class SecureWork:
     moves: ClientMoves | None = None
     moments: Values = field(default_factory=dict)
     training: TrainResult | None = None
+    training_work: str | None = None
     evaluation: EvaluateResult | None = None
+    evaluation_work: str | None = None
     scores: ScoreSums | None = None
     _position: tuple[int, int] = field(init=False, repr=False, default=(0, 0))
     _sum: SumParty | None = field(init=False, repr=False, default=None)
@@ -120,9 +125,10 @@ class SecureWork:
         return self._sum.answer(message)
 
     def _check_plan(self, request: SumRequest, message: bytes) -> None:
-        """Check that a sum's first message is its plan, for the round that was trained.
+        """Check that a sum's first message is its plan, for the work that this client did.
 
-        What a party has opened is recorded by run, round and sum, so these must be correct.
+        What a party has opened is recorded by run, round and sum, so these must be correct. If the
+        server had others do different work, their values would not hide this client's.
 
         Raises:
             SecureSumError: If it is not.
@@ -140,6 +146,21 @@ class SecureWork:
                 f"a plan of {plan.title} came with attempt {request.attempt} at sum "
                 f"{request.number} of round {self.server_round}"
             )
+        work = self._work(request)
+        if work is not None and plan.work != work:
+            raise SecureSumError(
+                f"{plan.title} is over other work than this client was asked for; it takes no "
+                "part, because values of different work do not hide one another. An honest server "
+                "asks all clients of a round for the same"
+            )
+
+    def _work(self, request: SumRequest) -> str | None:
+        """Return the hash of what this client did for a sum; None if it did nothing."""
+        if request.number == FIRST_SUM:
+            return self.training_work
+        if request.number == SCORE_SUM:
+            return self.evaluation_work
+        return projection_work(request.means) if request.means is not None else None
 
     def _values(self, number: int, means: MeanMoves | None) -> Mapping[str, NDArray[np.float64]]:
         """Return the client's values in a sum, by block."""

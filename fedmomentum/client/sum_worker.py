@@ -28,6 +28,7 @@ from fedmomentum.protocol.secure_messages import (
     SumRequest,
     message_tensors,
 )
+from fedmomentum.protocol.sum_work import evaluation_work, training_work
 from fedmomentum.secure_sum.messages import MIN_PARTIES
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class SumWorker(Worker):
             work.moves = work.layout.moves(trained.adapter, self.num_examples, feedback)
             work.moments = moment_values(request, work.layout, work.moves, trained)
         work.training = train_result_of(trained.report, is_private=self.private is not None)
+        work.training_work = training_work(request)
         save_cross_terms(store, self.client_id, work)
         return WorkResult(Ready(), WITHHELD_COUNT, {}, trained.moments)
 
@@ -117,6 +119,7 @@ class SumWorker(Worker):
         assert isinstance(result.answer, EvaluateResult)
         work = self._round_work(task)
         work.evaluation = result.answer
+        work.evaluation_work = evaluation_work(request)
         # Any number of parties will do: it affects only bounds, which the plan sets, not values.
         work.scores = ScoreSums(
             num_parties=MIN_PARTIES,

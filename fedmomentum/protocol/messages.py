@@ -40,7 +40,7 @@ from fedmomentum.utils.schema import (
     Text,
 )
 
-PROTOCOL = 5
+PROTOCOL = 6
 # The largest number of objects that a reply may name.
 MAX_OBJECTS = 100_000
 # The largest number of categories in a client's scores.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fedmomentum.errors import SecureSumError
 from fedmomentum.secure_sum.messages import KEY_BYTES, SumPlan
 
-PROTOCOL = b"fedmomentum secure sum 1"
+PROTOCOL = b"fedmomentum secure sum 2"
 # Values to mask at a time: 4 MB, which fit in a processor's cache.
 CHUNK_VALUES = 2**20
 

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from fedmomentum.errors import SecureSumError
 from fedmomentum.utils.io import canonical_json
-from fedmomentum.utils.schema import Count, Label, PositiveCount, Schema, validation_message
+from fedmomentum.utils.schema import Count, Hash, Label, PositiveCount, Schema, validation_message
 
 STEPS = ("keys", "shares", "values", "signatures", "openings")
 """What the parties send in each step of a sum."""
@@ -69,6 +69,8 @@ class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
         attempt: Which attempt at this sum it is, from 1.
         parties: The parties, sorted.
         threshold: The number of parties that is necessary and sufficient to open a sum.
+        work: A hash of what the parties did to get their values, the same for all. A party refuses
+            a sum of other work than its own.
         blocks: What is summed, in order.
     """
 
@@ -78,6 +80,7 @@ class SumPlan(Schema, tag_field="step", tag="plan", frozen=True, kw_only=True):
     attempt: PositiveCount
     parties: Annotated[list[Party], Meta(max_length=MAX_PARTIES)]
     threshold: Count
+    work: Hash
     blocks: Annotated[list[Block], Meta(min_length=1, max_length=MAX_BLOCKS)]
 
     @property

@@ -30,7 +30,7 @@ from fedmomentum.server.replies import Replies
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name
 from fedmomentum.utils.records import Record, read_file, read_record, with_checksum
-from fedmomentum.utils.schema import Count, PositiveCount, Text
+from fedmomentum.utils.schema import Count, Hash, PositiveCount, Text
 
 DIGEST_BYTES = 32
 SIGNATURES = STEPS.index("signatures")
@@ -45,14 +45,16 @@ class _RoundFile(Record, frozen=True, kw_only=True):
     Attributes:
         attempt: The attempt at the round's sums.
         parties: The clients that trained.
+        work: The hash of what they trained.
         failures: Client to why it did not train.
         uplink_bytes: Client to the bytes that it sent.
         downlink_bytes: Client to the bytes that it was sent.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     attempt: PositiveCount
     parties: list[Text]
+    work: Hash
     failures: dict[Text, str]
     uplink_bytes: dict[Text, Count]
     downlink_bytes: dict[Text, Count]
@@ -70,10 +72,12 @@ class TrainedParties:
     Attributes:
         attempt: The attempt at the round's sums.
         parties: The clients, sorted.
+        work: The hash of what they trained (`training_work`).
     """
 
     attempt: int
     parties: list[str]
+    work: str
 
 
 @dataclass(frozen=True)
@@ -162,15 +166,16 @@ class KeptSums:
             uplink_bytes=record.uplink_bytes,
             downlink_bytes=record.downlink_bytes,
         )
-        return TrainedParties(record.attempt, record.parties), replies
+        return TrainedParties(record.attempt, record.parties, record.work), replies
 
     def begin_round(self, server_round: int, trained: TrainedParties, replies: Replies) -> None:
         """Record who has trained in a round, before its first sum begins."""
         self._directory.mkdir(parents=True, exist_ok=True)
         table = {
-            "format_version": 1,
+            "format_version": 2,
             "attempt": trained.attempt,
             "parties": trained.parties,
+            "work": trained.work,
             "failures": replies.failures,
             "uplink_bytes": replies.uplink_bytes,
             "downlink_bytes": replies.downlink_bytes,

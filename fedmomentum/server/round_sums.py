@@ -24,6 +24,7 @@ from fedmomentum.formats.manifest import RoundOutcome
 from fedmomentum.global_model.mean_moves import means_object, read_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_blocks, mean_loss
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SUM, SecureTerms
+from fedmomentum.protocol.sum_work import projection_work
 from fedmomentum.secure_sum.messages import MIN_PARTIES, SumPlan, min_threshold
 from fedmomentum.server.kept_sums import KeptSum, KeptSums, TrainedParties
 from fedmomentum.server.selection import ROUNDING, sample_size
@@ -191,6 +192,7 @@ class RoundSums:
             attempt=trained.attempt,
             parties=trained.parties,
             threshold=self.threshold(server_round, trained.parties, collected.failures),
+            work=trained.work,
             blocks=[*layout.first_blocks(), *loss_blocks(len(trained.parties))],
         )
         moment_sums = self._moment_sums(layout, terms, server_round)
@@ -272,6 +274,7 @@ class RoundSums:
                 number=SECOND_SUM,
                 parties=list(clients),
                 threshold=self.threshold(server_round, clients, exchange.collected.failures),
+                work=projection_work(means.name),
                 blocks=layout.second_blocks(),
             )
             return exchange.run(plan, self._kept_sum(plan), means)
@@ -290,6 +293,7 @@ class RoundSums:
         summed: SummedRound | None,
         server_round: int,
         replies: Replies,
+        work: str,
         labels: Sequence[str],
     ) -> EvaluationRecord | None:
         """Sum the scores of the clients that have evaluated; return None if that fails.
@@ -299,6 +303,7 @@ class RoundSums:
             summed: The round's sums of updates; None in round 0.
             server_round: The round.
             replies: The clients that evaluated; receives failures, byte counts and times.
+            work: The hash of what they scored (`evaluation_work`).
             labels: A classifier's labels; empty for other models.
         """
         clients = sorted(replies.replies)
@@ -312,6 +317,7 @@ class RoundSums:
                 attempt=1 if summed is None else summed.attempt,
                 parties=clients,
                 threshold=self.threshold(server_round, clients, replies.failures),
+                work=work,
                 blocks=sums.blocks(),
             )
             result = SumExchange(self.transport, self.roster, replies).run(

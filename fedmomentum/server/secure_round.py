@@ -17,6 +17,7 @@ import msgspec
 
 from fedmomentum.errors import LostRoundError, QuorumError
 from fedmomentum.protocol.secure_messages import SecureTerms
+from fedmomentum.protocol.sum_work import training_work
 from fedmomentum.server.change_bound import change_bound, moment_terms
 from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.reply_checks import check_ready
@@ -143,7 +144,8 @@ class SecureRounds:
         replies, state = exchange.ask(model, state, asked, server_round, check_ready)
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
-        trained = TrainedParties(attempt, sorted(replies.replies))
+        work = training_work(next(iter(asked.values())))
+        trained = TrainedParties(attempt, sorted(replies.replies), work)
         self._sums.threshold(server_round, trained.parties, replies.failures)
         if self._kept is not None:
             self._kept.begin_round(server_round, trained, replies)
@@ -214,8 +216,9 @@ class SecureRounds:
         summed: SummedRound | None,
         server_round: int,
         replies: Replies,
+        work: str,
         labels: Sequence[str],
     ) -> RoundEvaluation:
         """Return the clients' pooled scores; see `RoundSums.scores`."""
-        scores = self._sums.scores(run_id, summed, server_round, replies, labels)
+        scores = self._sums.scores(run_id, summed, server_round, replies, work, labels)
         return RoundEvaluation(replies, scores)

@@ -349,6 +349,7 @@ def secure_sum(number, blocks, values, folder, leaves):
         attempt=1,
         parties=parties,
         threshold=min_threshold(len(parties)),
+        work="0" * 64,
         blocks=blocks,
     )
     flat = {

@@ -115,6 +115,7 @@ class Coordinator:
             attempt=1,
             parties=parties,
             threshold=min_threshold(len(parties)),
+            work="0" * 64,
             blocks=blocks,
         )
         actors = {}

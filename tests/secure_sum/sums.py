@@ -45,6 +45,7 @@ def make_plan(n=4, **changes):
         "attempt": 1,
         "parties": parties,
         "threshold": min_threshold(len(parties)),
+        "work": "0" * 64,
         "blocks": [Block(name="B", size=5, bound=0.5), Block(name="A", size=3, bound=20.0)],
     }
     return SumPlan(**(fields | changes))

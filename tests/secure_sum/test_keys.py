@@ -47,6 +47,7 @@ def test_every_purpose_and_every_context_has_its_own_key():
         make_plan(number=2),
         make_plan(attempt=2),
         make_plan(threshold=4),
+        make_plan(work="1" * 64),
         make_plan(n=5),
         make_plan(blocks=make_plan().blocks[:1]),
     ]
@@ -69,7 +70,7 @@ def test_the_context_affects_keys_beyond_the_plans_hash():
     """Derived by hand: HKDF-SHA256 with the hash as salt and an explicit context."""
     plan = make_plan()
     secret = random_secret()
-    info = joined(b"fedmomentum secure sum 1", "own mask", "run", 3, 1, 1, "x")
+    info = joined(b"fedmomentum secure sum 2", "own mask", "run", 3, 1, 1, "x")
     extracted = hmac.new(plan.digest(), secret, hashlib.sha256).digest()
     expanded = hmac.new(extracted, info + b"\x01", hashlib.sha256).digest()
     assert SumKeys.of(plan).self_mask_key(secret, "x") == expanded

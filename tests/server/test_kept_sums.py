@@ -14,10 +14,10 @@ def test_kept_sums_are_read_back_and_only_in_their_own_run(tmp_path):
     kept = KeptSums(tmp_path / "secure", RUN)
     assert kept.round(3) is None
     replies = Replies(failures={"west": "away"}, uplink_bytes={"east": 5}, downlink_bytes={})
-    kept.begin_round(3, TrainedParties(2, ["east", "north"]), replies)
+    kept.begin_round(3, TrainedParties(2, ["east", "north"], "0" * 64), replies)
     reloaded = KeptSums(tmp_path / "secure", RUN)
     trained, noted = reloaded.round(3)
-    assert (trained, noted) == (TrainedParties(2, ["east", "north"]), replies)
+    assert (trained, noted) == (TrainedParties(2, ["east", "north"], "0" * 64), replies)
     assert KeptSums(tmp_path / "secure", "e" * 32).round(3) is None
 
     one = reloaded.sum(3, 1, 2)

@@ -1,16 +1,25 @@
 """Rounds whose updates are summed under masks: the same model, whichever process is killed, and nothing of a single client."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
+from msgspec import structs
 
 from fedmomentum.errors import ConfigError, ModelError, QuorumError
 from fedmomentum.formats.metrics_file import parse_record_line
+from fedmomentum.global_model.mean_moves import means_object, read_means
+from fedmomentum.global_model.objects import StoredObject
+from fedmomentum.protocol.codec import encode_task
+from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
+from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SUM, SumRequest
 from fedmomentum.run.networked import run_federation
 from fedmomentum.secure_sum.roster import Roster, make_parties
+from fedmomentum.server import exchange as exchange_module
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.round_sums import RoundSums
+from fedmomentum.server.sum_exchange import SumExchange
 from tests.runs import start, tiny_config
 from tests.secure_runs import PRIVACY, Federation, ServerKilled, dense_model, position
 
@@ -379,6 +388,80 @@ def rows_without_times(out):
         table.pop("seconds")
         found.append(table)
     return found
+
+
+def other_learning_rate(task):
+    if isinstance(task.request, TrainRequest):
+        return replace(task, request=structs.replace(task.request, learning_rate=1e-30))
+    return task
+
+
+def other_limits(task):
+    request = task.request
+    if isinstance(request, TrainRequest):
+        terms = structs.replace(request.secure, expected_examples=1)
+        return replace(task, request=structs.replace(request, secure=terms))
+    return task
+
+
+def other_projection(task):
+    """All but one client project their cross terms on nothing."""
+    name = getattr(task.request, "means", None)
+    if not isinstance(task.request, SumRequest) or name is None:
+        return task
+    means = read_means(StoredObject(task.objects[name]), "means")
+    modules = {module: replace(mean, Q=0 * mean.Q) for module, mean in means.modules.items()}
+    altered = means_object(replace(means, modules=modules))
+    objects = {key: data for key, data in task.objects.items() if key != name}
+    return replace(
+        task,
+        request=structs.replace(task.request, means=altered.name),
+        objects={**objects, altered.name: altered.data},
+    )
+
+
+def other_examples(task):
+    if isinstance(task.request, EvaluateRequest):
+        return replace(task, request=structs.replace(task.request, num_examples=0))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("alter", "number"),
+    [
+        (other_learning_rate, FIRST_SUM),
+        (other_limits, FIRST_SUM),
+        (other_projection, SECOND_SUM),
+        (other_examples, SCORE_SUM),
+    ],
+)
+def test_a_server_that_has_others_do_different_work_gets_no_sum(
+    tmp_path, monkeypatch, caplog, alter, number
+):
+    """Else the sum would show the values of the one client whose work is real."""
+    federation = Federation(tmp_path, federation={"num_rounds": 1}, evaluation={"every": 1})
+
+    def encode_altered(task):
+        return encode_task(task if task.client_id == "site1" else alter(task))
+
+    opened = []
+    run = SumExchange.run
+
+    def noted(exchange, plan, *rest):
+        result = run(exchange, plan, *rest)
+        opened.append((plan.server_round, plan.number))
+        return result
+
+    monkeypatch.setattr(exchange_module, "encode_task", encode_altered)
+    monkeypatch.setattr(SumExchange, "run", noted)
+    if number == FIRST_SUM:
+        with pytest.raises(QuorumError):
+            federation.run(tmp_path / "out")
+    else:
+        federation.run(tmp_path / "out")
+    assert (1, number) not in opened
+    assert ((1, FIRST_SUM) in opened) == (number != FIRST_SUM)
+    assert "over other work than this client was asked for" in caplog.text
 
 
 def test_a_damaged_reply_that_was_kept_is_refused_by_name(tmp_path):
