@@ -31,9 +31,11 @@ from fedmomentum.global_model.shared_moments import (
     decode_moments,
 )
 from fedmomentum.linalg.low_rank import CORE_DTYPE
-from fedmomentum.protocol.messages import OPTIMIZER, Reply, train_result
+from fedmomentum.protocol.messages import OPTIMIZER, Reply, TrainResult, train_result
 from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
+from fedmomentum.server.screening import asked_steps
 from fedmomentum.training.arguments import TrainingFields
+from fedmomentum.training.step_rule import ROUNDING as RATE_ROUNDING
 from fedmomentum.training.step_rule import clipping_norm
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 # Relative tolerance for the rounding of second moments to 16 bits and float32.
 ROUNDING = 0.02
+# The largest sum of the learning rates of a round, of a training function with rates of its own.
+LARGEST_RATE_SUM = 1e9
 
 
 class SharedOptimizer:
@@ -59,6 +63,8 @@ class SharedOptimizer:
 
     def __init__(self, config: Config, method: Method, directory: RunDirectory) -> None:
         self._method = method
+        self._training = config.training
+        self._num_rounds = config.federation.num_rounds
         self._directory = directory
         self._is_full = config.training.optimizer_state == "shared-full"
         arguments = config.training.arguments
@@ -94,18 +100,12 @@ class SharedOptimizer:
 
         Raises:
             PayloadError: If a tensor is missing, unexpected or malformed, the number of steps or
-                the sum of their learning rates is not positive, or second moments are larger than
-                clipped gradients allow; the message names the client.
+                the sum of their learning rates is not what was asked for, or second moments are
+                larger than clipped gradients allow; the message names the client.
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
-        # Movements are divided by the sum of the steps' learning rates.
-        if not (result.num_steps >= 1 and 0 < result.learning_rate_sum <= 1e9):
-            raise PayloadError(
-                f"{name}: {result.num_steps} steps with learning rates of "
-                f"{result.learning_rate_sum:g} in all; wanted positive numbers, to share the "
-                "optimizer's moments"
-            )
+        self._check_steps(name, reply.num_examples, result, server_round)
         tensors = optimizer_tensors(reply.tensors)
         shapes = {}
         if self._has_second or self._is_full:
@@ -113,7 +113,14 @@ class SharedOptimizer:
         total = 0.0
         if self._is_full:
             moments = decode_moments(tensors, shapes, name)
+            started = self.started(previous, start).moments
             for key, moment in moments.items():
+                step = result.num_steps + (started[key].step if key in started else 0)
+                if moment.step != step:
+                    raise PayloadError(
+                        f"{name}: optimizer tensor {key}.step is {moment.step}; wanted {step}, the "
+                        "steps of this round and those behind the moments that it began with"
+                    )
                 if (moment.second is not None) != self._has_second:
                     raise PayloadError(
                         f"{name}: optimizer tensor {key}.second is there for another optimizer "
@@ -129,6 +136,38 @@ class SharedOptimizer:
                 f"(max_grad_norm) leave at most {self.second_total(previous, start):.3g}"
             )
         return UploadedMoments(tensors, result.num_steps, result.learning_rate_sum)
+
+    def _check_steps(
+        self, name: str, num_examples: int, result: TrainResult, server_round: int
+    ) -> None:
+        """Check the figures that everyone's next moments are computed from.
+
+        The steps count in the bias correction, and movements are divided by the sum of the
+        learning rates, so a false figure of one client would lengthen or shorten the next steps of
+        all. A training function of the user's may make fewer steps than asked, at learning rates
+        of its own.
+
+        Raises:
+            PayloadError: If they are not those of the work that was asked for.
+        """
+        hyperparameters = self._training.hyperparameters(server_round, self._num_rounds)
+        num_asked = asked_steps(num_examples, hyperparameters)
+        fewest = num_asked
+        largest_sum = RATE_ROUNDING * result.num_steps * hyperparameters.learning_rate
+        if self._training.function is not None:
+            fewest = 1
+            largest_sum = LARGEST_RATE_SUM
+        if not fewest <= result.num_steps <= num_asked:
+            raise PayloadError(
+                f"{name}: it reports {result.num_steps} steps; {num_asked} were asked for, and to "
+                "share the optimizer's moments they must be made"
+            )
+        if not 0 < result.learning_rate_sum <= largest_sum:
+            raise PayloadError(
+                f"{name}: its {result.num_steps} steps have learning rates of "
+                f"{result.learning_rate_sum:g} in all; wanted at most {largest_sum:g}, to share "
+                "the optimizer's moments"
+            )
 
     def second_total(self, previous: str | None, start: Adapter) -> float:
         """Return the largest possible sum of all second moments after a round.

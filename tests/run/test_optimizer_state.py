@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
+from functools import partial
 
+import msgspec
 import pytest
 import torch
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.aggregation.update_filter import ClientUpdate
 from fedmomentum.errors import ConfigError
+from fedmomentum.protocol import codec
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.federated_trainer import FederatedTrainer
@@ -186,7 +190,8 @@ def test_two_clients_of_one_objective_are_centralized_adamw(folder, tmp_path, st
         "federation": {"num-rounds": 4},
         "num_clients": 2,
         "evaluation": {"every": 0},
-        "training": {"arguments": {"max_grad_norm": 0.0}},  # the stand-in does not clip
+        # The stand-in does not clip, and makes as many steps as the server expects of a round.
+        "training": {"arguments": {"max_grad_norm": 0.0}, "local-steps": 3},
     }
     config = config_of(folder, state, "fedit", **few)
     start(config, tmp_path / "rounds", function=quadratic(target, steps=3))
@@ -282,7 +287,6 @@ def test_a_filter_and_moments_exclude_each_other(folder, tmp_path):
 
 def lying(change):
     """A client whose optimizer tensors are altered."""
-    from fedmomentum.protocol import codec
 
     def handle(payload, client):
         answer = client.handle(payload)
@@ -292,8 +296,6 @@ def lying(change):
         reply = codec.decode_reply(answer, task, 2**30)
         tensors = dict(reply.tensors)
         change(tensors)
-        from dataclasses import replace
-
         return codec.encode_reply(replace(reply, tensors=tensors))
 
     return handle
@@ -337,8 +339,6 @@ def extra(tensors):
 
 @pytest.mark.parametrize("change", [negative, not_finite, short, wide, missing, extra, large])
 def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, change):
-    from functools import partial
-
     config = config_of(folder, "shared", federation={"num-rounds": 1})
     handle = lying(change)
     handlers = {}
@@ -354,9 +354,46 @@ def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, chang
         assert "client site1: optimizer tensor" in row["failures"]["site1"]
 
 
-def test_unrequested_moments_are_refused(folder, tmp_path):
-    from functools import partial
+@pytest.mark.parametrize(
+    ("state", "changes", "message"),
+    [
+        ("shared", {"num_steps": 10**6}, "it reports 1000000 steps; 2 were asked for"),
+        ("shared", {"num_steps": 2**53 - 1}, "were asked for"),
+        ("shared", {"num_steps": 1}, "it reports 1 steps; 2 were asked for"),
+        ("shared", {"learning_rate_sum": 1e6}, "learning rates of 1e+06 in all; wanted at most"),
+        ("shared", {"learning_rate_sum": 0.0}, "learning rates of 0 in all"),
+        ("shared-full", {"step": 10**6}, ".step is 1000000; wanted 2"),
+    ],
+)
+def test_false_numbers_of_steps_are_refused_by_name(folder, tmp_path, state, changes, message):
+    """They count in everyone's next steps: a million made those seven times as long."""
+    config = config_of(folder, state, federation={"num-rounds": 1}, training={"local-steps": 2})
 
+    def handle(payload, client):
+        answer = client.handle(payload)
+        task = codec.decode_task(payload)
+        if task.kind != "train" or client.client_id != "site1":
+            return answer
+        reply = codec.decode_reply(answer, task, 2**30)
+        tensors = dict(reply.tensors)
+        fields = dict(changes)
+        if "step" in fields:
+            key = key_of(tensors, ".step")
+            tensors[key] = torch.full_like(tensors[key], fields.pop("step"))
+        result = msgspec.structs.replace(reply.answer, **fields)
+        return codec.encode_reply(replace(reply, answer=result, tensors=tensors))
+
+    handlers = {}
+    for name in config.data.client_files:
+        client = prepare_client(config, name, tmp_path / name)
+        handlers[name] = partial(handle, client=client)
+    run_federation(InProcessTransport(handlers), config, tmp_path / "run")
+    row = timeless(tmp_path / "run")[1]
+    assert row["accepted"] == ["site0", "site2"]
+    assert "client site1" in row["failures"]["site1"] and message in row["failures"]["site1"]
+
+
+def test_unrequested_moments_are_refused(folder, tmp_path):
     config = config_of(folder, "fresh", federation={"num-rounds": 1})
     handlers = {}
     for name in config.data.client_files:
